@@ -1,0 +1,91 @@
+# PageLLM. `make` runs everything on the synthetic shop; `make help` lists the rest.
+#
+#   make ppo DATASET=toys RAW=path/to/files [RUN=name] [ARGS="--kl_coef 0.02"]
+#
+# A stage makes what it needs first. ARGS reach only the stage asked for.
+
+DATASET ?= synthetic
+RUN ?= $(DATASET)
+RAW ?=
+ARGS ?=
+PYTHON ?= python3
+VENV ?= .venv
+
+PY := $(VENV)/bin/python
+STAGES := prepare pretrain sft reward ppo evaluate
+BASE := --dataset $(DATASET) --run $(RUN)
+DONE := runs/$(RUN)
+PREPARED := data/$(DATASET)/source.json
+RAW_ARG := $(if $(RAW),--raw $(RAW))
+
+.PHONY: all help install test lint bench clean $(STAGES)
+.DEFAULT_GOAL := all
+.DELETE_ON_ERROR:
+
+all: evaluate  ## the whole pipeline: prepare, pretrain, sft, reward, ppo, evaluate; prints table and pages
+
+help:  ## this list
+	@echo "make [target] [DATASET=synthetic] [RUN=<dataset>] [RAW=directory of raw files] [ARGS=\"--field value\"]"
+	@awk -F ':.*## ' '/^[a-z][a-z ]*:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  fields of a stage: $(PY) -m pagellm.<stage> --help   (prepare: pagellm.data.prepare)"
+
+install: $(VENV)/installed  ## virtual environment with the base packages
+
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+# Each stage twice: by name (always asked, with ARGS; it says so if it is already done) and by its `done` file,
+# which a later stage needs (made only if missing, with the defaults).
+prepare: $(VENV)/installed  ## raw files -> data/<dataset>
+	$(PY) -m pagellm.data.prepare --dataset $(DATASET) $(RAW_ARG) $(ARGS)
+
+$(PREPARED): | $(VENV)/installed
+	$(PY) -m pagellm.data.prepare --dataset $(DATASET) $(RAW_ARG)
+
+pretrain: $(PREPARED)  ## next token and rating prediction on what the shop knows
+	$(PY) -m pagellm.pretrain $(BASE) $(ARGS)
+
+$(DONE)/pretrain/done: | $(PREPARED)
+	$(PY) -m pagellm.pretrain $(BASE)
+
+sft: $(DONE)/pretrain/done  ## supervised fine-tuning on ground-truth pages
+	$(PY) -m pagellm.sft $(BASE) $(ARGS)
+
+$(DONE)/sft/done: | $(DONE)/pretrain/done
+	$(PY) -m pagellm.sft $(BASE)
+
+reward: $(DONE)/sft/done  ## reward model from preference pairs
+	$(PY) -m pagellm.reward $(BASE) $(ARGS)
+
+$(DONE)/reward/done: | $(DONE)/sft/done
+	$(PY) -m pagellm.reward $(BASE)
+
+ppo: $(DONE)/reward/done  ## PPO against the reward model
+	$(PY) -m pagellm.ppo $(BASE) $(ARGS)
+
+$(DONE)/ppo/done: | $(DONE)/reward/done
+	$(PY) -m pagellm.ppo $(BASE)
+
+evaluate: $(DONE)/ppo/done  ## pages and the results table: popularity, SFT, PageLLM
+	$(PY) -m pagellm.evaluate $(BASE) $(ARGS)
+
+ablation: $(VENV)/installed  ## the paper's Table 5 over several seeds
+	$(PY) -m experiments.ablation --dataset $(DATASET) $(ARGS)
+
+bench: $(VENV)/installed  ## kernels: plain against ours
+	$(PY) -m kernels.bench $(ARGS)
+
+test: $(VENV)/installed  ## all tests
+	$(PY) -m pytest $(ARGS)
+
+lint: $(VENV)/dev  ## ruff
+	$(PY) -m ruff check --select E,F,W,I,B,UP --line-length 120 .
+
+$(VENV)/dev: $(VENV)/installed
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:  ## remove runs of RUN (prepared data and other runs stay)
+	rm -rf runs/$(RUN)

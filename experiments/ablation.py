@@ -1,0 +1,78 @@
+"""The paper's Table 5: mixed reward, item-only, page-only, without reward; and reward models without a pair kind.
+
+    python -m experiments.ablation --dataset synthetic --seeds 3
+
+Writes runs/<study>/<dataset>.parquet and prints it. About six minutes a seed on the synthetic shop with two cores;
+rows already done are not run again.
+"""
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.study import Stages, Variant, print_table, rows_of, study, write_table
+from pagellm import evaluate, ppo, pretrain, reward, sft
+from pagellm.config import PageLLMError, check, main, parse
+
+__all__ = ["Config", "PAIRS", "TABLE5", "run"]
+
+TABLE5 = [Variant("mixed"), Variant("item-only", ppo={"w_page": 0.0}), Variant("page-only", ppo={"w_token": 0.0}),
+          Variant("without reward", policy="sft")]
+PAIRS = [Variant("mixed"),
+         Variant("no diversity, redundancy pairs", reward={"kinds": "preference,ranked"}),
+         Variant("no ranked pairs", reward={"kinds": "preference,diversity,redundancy"}),
+         Variant("no preference pairs", reward={"kinds": "ranked,diversity,redundancy"}),
+         Variant("without reward", policy="sft")]
+SETS = {"table5": TABLE5, "pairs": PAIRS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Compare what the parts of the reward contribute, over several seeds."""
+
+    dataset: str = "synthetic"   # name of the data set
+    raw: str = ""                # directory of its raw files, if it is not prepared yet
+    study: str = "ablation"      # name of the study: results lie in <runs>/<study>
+    rows: str = "table5"         # table5 (the paper's four) or pairs (reward models without a kind of pair)
+    seeds: int = 3               # seeds 0, 1, ...; each trains all stages anew
+    data: str = "data"           # directory of prepared data sets
+    runs: str = "runs"           # directory of runs
+    pretrain: str = ""           # options for that stage in every row, as on its command line
+    sft: str = ""                # options for sft
+    reward: str = ""             # options for reward
+    ppo: str = ""                # options for ppo, e.g. "--epochs 1"
+    evaluate: str = ""           # options for evaluate
+
+    def __post_init__(self):
+        check(self, rows=(self.rows in SETS, f"one of {', '.join(SETS)}"), seeds=(self.seeds > 0, "1 or more"))
+
+
+def overrides(module, text: str) -> dict:
+    """"--lr 0.1 --k 10" -> {"lr": 0.1, "k": 10}, checked against the stage's own fields."""
+    config, default = parse(module.Config, shlex.split(text), module.__name__), module.Config()
+    return {name: getattr(config, name) for name in config.__dataclass_fields__
+            if getattr(config, name) != getattr(default, name)}
+
+
+def run(config: Config) -> list[dict]:
+    stages = Stages(config.data, config.runs, config.raw,
+                    **{m.__name__.rsplit(".", 1)[-1]: overrides(m, getattr(config, m.__name__.rsplit(".", 1)[-1]))
+                       for m in (pretrain, sft, reward, ppo, evaluate)})
+    for name in ("pretrain", "sft", "reward", "ppo", "evaluate"):
+        fixed = {"dataset", "run", "data", "runs", "seed", "source_run"} & set(getattr(stages, name))
+        if fixed:
+            raise PageLLMError(f"--{name} must not set {', '.join(sorted(fixed))}: the study does")
+    results = study(config.study, config.dataset, SETS[config.rows], range(config.seeds), stages)
+    shown = [m for m in (*evaluate.COLUMNS, "energy", "true_energy")]
+    records = rows_of(results, shown)
+    path = Path(config.runs) / config.study / f"{config.dataset}-{config.rows}.parquet"
+    write_table(path, records)
+    print(print_table(records))
+    print(f"\n{config.seeds} seeds; below each mean the paired difference to {records[0]['variant']!r} with its 95% "
+          f"interval (bootstrap over seeds and users)\n{path}")
+    return records
+
+
+if __name__ == "__main__":
+    sys.exit(main(Config, run, "experiments.ablation"))

@@ -1,0 +1,155 @@
+"""A study: variants x seeds, each run through the stages it needs, compared on the same users.
+
+    rows = [Variant("mixed"), Variant("item-only", ppo={"w_page": 0.0}), Variant("without reward", policy="sft")]
+    results = study("ablation", "synthetic", rows, seeds=range(3))
+
+Variants of one seed share pretrain and sft (run <study>/<dataset>-s<seed>), and the reward model unless a variant
+changes it. Whatever is already done is not run again: a stage knows its own `done`.
+
+Intervals: the per-user difference to the first row, two-level bootstrap (seeds, then users), since both vary.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pagellm import evaluate, ppo, pretrain, reward, sft
+from pagellm.data import prepare
+from pagellm.metrics import DIRECTION
+from pagellm.run import atomic
+
+__all__ = ["Stages", "Variant", "difference", "print_table", "run_variant", "study", "write_table"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a study: which policy is scored, and what its stages change."""
+
+    name: str
+    policy: str = "ppo"                              # "sft": the policy without reward
+    ppo: dict = field(default_factory=dict)
+    reward: dict = field(default_factory=dict)       # if not empty, a reward model of its own
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Overrides that all variants share, and where things lie."""
+
+    data: str = "data"
+    runs: str = "runs"
+    raw: str = ""
+    pretrain: dict = field(default_factory=dict)
+    sft: dict = field(default_factory=dict)
+    reward: dict = field(default_factory=dict)
+    ppo: dict = field(default_factory=dict)
+    evaluate: dict = field(default_factory=dict)
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
+
+
+def run_variant(name: str, dataset: str, variant: Variant, seed: int, stages: Stages) -> Path:
+    """Make what is missing and return the per_user.parquet of this variant and seed."""
+    base = f"{name}/{dataset}-s{seed}"
+    common = {"dataset": dataset, "seed": seed, "data": stages.data, "runs": stages.runs}
+    if not (Path(stages.data) / dataset / "source.json").exists():
+        prepare.run(prepare.Config(dataset=dataset, raw=stages.raw, data=stages.data))
+    pretrain.run(pretrain.Config(run=base, **common, **stages.pretrain))
+    sft.run(sft.Config(run=base, **common, **stages.sft))
+    own = base
+    if variant.policy == "ppo":
+        judge = f"{base}-{slug(variant.name)}" if variant.reward else base
+        reward.run(reward.Config(run=judge, source_run=base if variant.reward else "", **common,
+                                 **stages.reward | variant.reward))
+        own = f"{base}-{slug(variant.name)}"
+        ppo.run(ppo.Config(run=own, source_run=base, reward_run=judge, **common, **stages.ppo | variant.ppo))
+    evaluate.run(evaluate.Config(run=own, source_run=base, policies=variant.policy, examples=0, quiet=True, **common,
+                                 **stages.evaluate))
+    return Path(stages.runs) / own / "evaluate" / variant.policy / "per_user.parquet"
+
+
+def per_user(path: Path) -> dict[str, np.ndarray]:
+    table = pq.read_table(path)
+    return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
+
+
+def study(name: str, dataset: str, variants: list[Variant], seeds: Iterable[int], stages: Stages | None = None
+          ) -> dict[str, list[dict[str, np.ndarray]]]:
+    """variant name -> one {metric: (U,) array, "user": (U,)} a seed, users in the same order everywhere."""
+    stages = stages or Stages()
+    return {v.name: [per_user(run_variant(name, dataset, v, seed, stages)) for seed in seeds] for v in variants}
+
+
+def difference(a: list[np.ndarray], b: list[np.ndarray], draws: int = 2000, seed: int = 0
+               ) -> tuple[float, float, float]:
+    """Mean of a - b over seeds and users with a 95% interval; a, b: one (U,) array a seed, NaN where undefined.
+
+    Two-level bootstrap: seeds are drawn with replacement, then users, the same users in a and b. With one seed it
+    is the plain paired bootstrap over users.
+    """
+    delta = np.stack(a) - np.stack(b)                                  # (S, U)
+    defined = ~np.isnan(delta)
+    if not defined.any():
+        return (float("nan"),) * 3
+    filled = np.where(defined, delta, 0.0)
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    S, U = delta.shape
+    means = np.empty(draws)
+    for d in range(draws):
+        seeds = np.bincount(rng.integers(S, size=S), minlength=S)
+        users = np.bincount(rng.integers(U, size=U), minlength=U)
+        weight = seeds @ defined
+        means[d] = (seeds @ filled) @ users / max(weight @ users, 1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(filled.sum() / defined.sum()), float(low), float(high)
+
+
+def rows_of(results, metrics_shown) -> list[dict]:
+    """One record for every variant and metric: mean over seeds, their standard deviation, difference to row one."""
+    names = list(results)
+    records = []
+    for name in names:
+        for metric in metrics_shown:
+            values = [seed[metric] for seed in results[name] if metric in seed]
+            if not values or all(np.isnan(v).all() for v in values):
+                continue
+            means = [float(np.nanmean(v)) for v in values]
+            record = {"variant": name, "metric": metric, "direction": DIRECTION.get(metric, "up"), "seeds": len(values),
+                      "mean": float(np.mean(means)), "sd_over_seeds": float(np.std(means, ddof=1)) if len(means) > 1
+                      else float("nan"), "versus": names[0]}
+            first = [seed[metric] for seed in results[names[0]]]
+            record["difference"], record["low"], record["high"] = difference(values, first)
+            records.append(record)
+    return records
+
+
+def write_table(path: Path, records: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as beside:
+        pq.write_table(pa.Table.from_pylist(records), beside)
+
+
+def print_table(records: list[dict]) -> str:
+    """Metrics down, variants across: mean, and below it the paired difference to the first with its interval."""
+    names = list(dict.fromkeys(r["variant"] for r in records))
+    metrics_shown = list(dict.fromkeys(r["metric"] for r in records))
+    at = {(r["variant"], r["metric"]): r for r in records}
+    arrow = {"up": "↑", "down": "↓"}
+    width = max(24, *(len(n) + 2 for n in names))
+    lines = [" " * 18 + "".join(f"{n:>{width}}" for n in names)]
+    for metric in metrics_shown:
+        cells, under = [], []
+        for name in names:
+            r = at.get((name, metric))
+            cells.append("–" if r is None else f"{r['mean']:.4f}")
+            under.append("" if r is None or name == names[0]
+                         else f"{r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}]")
+        direction = next(r["direction"] for r in records if r["metric"] == metric)
+        lines.append(f"{metric + ' ' + arrow[direction]:<18}" + "".join(f"{c:>{width}}" for c in cells))
+        lines.append(" " * 18 + "".join(f"{c:>{width}}" for c in under))
+    return "\n".join(lines)

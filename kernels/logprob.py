@@ -1,0 +1,275 @@
+"""Log-probability of chosen tokens and entropy of the choice, in float32 or float64 whatever comes in.
+
+    token_logp, entropy   from logits that exist already, e.g. of one decoding step
+    linear_logp           from hidden states and head rows, (N, V) logits never whole: training and scoring
+
+Both take the legal set of the choice, since a policy that may not pick an item must not be scored as if it might:
+as a bool mask beside the logits, or as short lists of excluded ids. To restrict the choice to items, hand
+linear_logp the item rows alone; the cost is then items times positions and nothing else.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from kernels.checks import compute_dtype, require, require_temperature
+
+__all__ = ["entropy", "linear_logp", "token_logp"]
+
+# Entries of the scratch tile of linear_logp. On CPU 8 MB: it stays in cache between the passes over it, and larger
+# was no faster at any shape tried. On a GPU launches cost more than memory: 128 MB.
+TILE = {"cpu": 2 ** 21, "other": 2 ** 25}
+TILE_ROWS = 2048
+
+# exp(-60) = 9e-27 vanishes beside 1 even in float64, and is still a normal float32. Without the floor the tail of a
+# peaked softmax is denormal, and denormals slow a CPU's matrix product several times over.
+FLOOR = -60.0
+
+
+def token_logp(logits: Tensor, ids: Tensor, legal: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature) over the legal entries, at the chosen ids.
+
+    logits       (..., V) float
+    ids          (...)    integer, in [0, V)
+    legal        (..., V) bool or None for all; what illegal logits hold, NaN included, changes nothing
+    temperature  positive
+    returns      (...) float32 (float64 if logits are), in nats; -inf, with gradient 0, where the id is illegal
+
+    Raises ValueError on unequal shapes, an id out of range, or a row without a legal entry (named), temperature <= 0.
+    """
+    logp = _log_softmax(logits, legal, temperature, "token_logp")
+    if ids.shape != logits.shape[:-1]:
+        raise ValueError(f"token_logp: ids {tuple(ids.shape)} for logits {tuple(logits.shape)}: want one id a row")
+    V = logits.shape[-1]
+    require((ids >= 0) & (ids < V), f"token_logp: id outside [0, {V}) in row {{row}}")
+    index = ids.long()[..., None]
+    chosen = logp.gather(-1, index)
+    if legal is not None:
+        chosen = torch.where(legal.gather(-1, index), chosen, -torch.inf)
+    return chosen[..., 0]
+
+
+def entropy(logits: Tensor, legal: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """Entropy -sum_j p_j log p_j of softmax(logits / temperature) over the legal entries, in nats: 0 to log V.
+
+    Arguments and errors as for `token_logp`. returns (...) float32 (float64 if logits are); gradients are finite
+    also where a legal logit is -inf.
+    """
+    logp = _log_softmax(logits, legal, temperature, "entropy")
+    # 0 * log 0 is 0 here. Filled before the product: -inf * 0 is NaN, forward and backward.
+    return (logp.exp() * -logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
+
+
+def _log_softmax(logits: Tensor, legal: Tensor | None, temperature: float, where: str) -> Tensor:
+    """(..., V) log-probabilities, -inf on what is illegal."""
+    require_temperature(temperature, where)
+    logits = logits.to(compute_dtype(logits))
+    if legal is not None:
+        if legal.shape != logits.shape or legal.dtype != torch.bool:
+            raise ValueError(f"{where}: legal {tuple(legal.shape)} {legal.dtype} for logits {tuple(logits.shape)}: "
+                             "want a bool of the same shape")
+        require(legal.any(-1), f"{where}: row {{row}} has no legal entry")
+        logits = torch.where(legal, logits, -torch.inf)
+    elif logits.shape[-1] == 0 and logits.numel() != logits.shape[:-1].numel():
+        raise ValueError(f"{where}: logits {tuple(logits.shape)} leave nothing to choose from")
+    return torch.log_softmax(logits / temperature, -1)
+
+
+def linear_logp(
+    hidden: Tensor, weight: Tensor, target: Tensor, excluded: Tensor | None = None, temperature: float = 1.0,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """token_logp(hidden @ weight.T, target) without the (N, V) logits, for N positions at once.
+
+    hidden       (N, C) float  states that choose; weight (V, C) float  one row per choice
+    target       (N,)   integer, in [0, V)
+    excluded     (N, E) integer ids that row n may not choose, in any order, repeats allowed, padded with -1; or None
+    temperature  positive; divides the logits
+    returns      logp (N,), and with return_entropy also the entropy (N,) of the choice, in nats; float32 (float64 if
+                 an input is). logp is -inf, with gradient 0, where the target is excluded.
+
+    Differentiable once in hidden and weight, through either output; a second time is refused by autograd. Memory
+    beyond inputs and gradients: (N,) statistics and scratch of TILE entries (twice that with entropy). Half
+    precision is widened, so logits and sums are float32; only on CUDA do bf16 operands stay bf16, with float32 sums.
+    Raises ValueError on unequal shapes, ids out of range, a row with nothing left to choose (named),
+    temperature <= 0.
+    """
+    require_temperature(temperature, "linear_logp")
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or (
+            target.shape != hidden.shape[:1]):
+        raise ValueError(f"linear_logp: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, target "
+                         f"{tuple(target.shape)}: want (N, C), (V, C), (N,)")
+    V = len(weight)
+    require((target >= 0) & (target < V), f"linear_logp: target outside [0, {V}) in row {{row}}")
+    if excluded is not None:
+        if excluded.dim() != 2 or len(excluded) != len(hidden):
+            raise ValueError(f"linear_logp: excluded {tuple(excluded.shape)} for {len(hidden)} rows: want (N, E)")
+        require(((excluded >= -1) & (excluded < V)).all(1),
+                f"linear_logp: excluded id outside [0, {V}) and not -1 in row {{row}}")
+        excluded = excluded.long() if excluded.shape[1] else None
+    # Autocast would round the logits to bf16 on their way.
+    with torch.autocast(hidden.device.type, enabled=False):
+        logp, spread = LinearLogp.apply(hidden, weight, target.long(), excluded, temperature, return_entropy)
+    return (logp, spread) if return_entropy else logp
+
+
+class LinearLogp(torch.autograd.Function):
+    """Online softmax statistics in the forward pass; in the backward pass each tile of logits is computed again.
+
+    Per row, with shifted logits L_j = z_j - m and e_j = exp(L_j):
+
+        m = max_j z_j    s = sum_j e_j    u = sum_j e_j L_j / s          (p_j = e_j / s)
+        logp = (z_target - m) - log s     entropy = log s - u
+        d logp / d z_j = [j = target] - p_j      d entropy / d z_j = -p_j (L_j - u)
+
+    m is kept apart from log s: at logits of 1e4 their float32 sum would lose three digits of log s.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target: Tensor, excluded: Tensor | None, temperature: float,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        tiles = Tiles(hidden, weight, excluded, temperature)
+        lowest = torch.finfo(tiles.dtype).min      # finite: a tile without a legal entry must not give inf - inf
+        m = hidden.new_full((len(hidden),), lowest, dtype=tiles.dtype)
+        s, u, chosen = (torch.zeros_like(m) for _ in range(3))
+
+        for columns in tiles.columns:
+            w = tiles.head_rows(columns)
+            for rows in tiles.rows:
+                z = tiles.logits(rows, columns, w)
+                tiles.strike(rows, columns, -torch.inf)
+                at, inside = position(target[rows], columns)
+                chosen[rows] = torch.where(inside, z.gather(1, at)[:, 0], chosen[rows])
+
+                peak = torch.maximum(m[rows], z.amax(1))
+                shifted = z.sub_(peak[:, None]).clamp_(min=FLOOR)
+                drop = (m[rows] - peak).clamp(min=FLOOR)      # what was summed so far was relative to the old peak
+                if with_entropy:
+                    e = torch.exp(shifted, out=tiles.second(z))
+                    u[rows] = (u[rows] + drop * s[rows]) * drop.exp() + shifted.mul_(e).sum(1)
+                else:
+                    e = shifted.exp_()
+                s[rows] = s[rows] * drop.exp() + e.sum(1)
+                m[rows] = peak
+
+        require(m != lowest, "linear_logp: row {row} has nothing left to choose")
+        u /= s
+        ctx.temperature = temperature
+        ctx.save_for_backward(hidden, weight, target, excluded, m, s, u, chosen != -torch.inf)
+        return chosen - m - s.log(), s.log() - u if with_entropy else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: FunctionCtx, grad_logp: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        hidden, weight, target, excluded, m, s, u, legal = ctx.saved_tensors
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        tiles = Tiles(hidden, weight, excluded, ctx.temperature)
+        # d loss / d(h . w_j) = hit [j = target] - e_j (flat + slope L_j)
+        hit = torch.zeros_like(s) if grad_logp is None else torch.where(legal, grad_logp, 0.0) / ctx.temperature
+        slope = None if grad_entropy is None else grad_entropy / ctx.temperature / s
+        flat = hit / s if slope is None else hit / s - slope * u
+
+        grad_hidden = torch.zeros_like(hidden, dtype=tiles.dtype) if want_hidden else None
+        grad_weight = torch.empty_like(weight) if want_weight else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for columns in tiles.columns:
+                w = tiles.head_rows(columns)
+                # Summed in float32; of a half-precision gradient only one tile is ever held so wide.
+                grad_w = torch.zeros_like(w, dtype=tiles.dtype)
+                for rows in tiles.rows:
+                    shifted = tiles.logits(rows, columns, w).sub_(m[rows, None]).clamp_(min=FLOOR)
+                    if slope is None:
+                        dz = shifted.exp_().mul_(-flat[rows, None])
+                    else:
+                        e = torch.exp(shifted, out=tiles.second(shifted))
+                        dz = shifted.mul_(-slope[rows, None]).sub_(flat[rows, None]).mul_(e)
+                    at, inside = position(target[rows], columns)
+                    dz.scatter_add_(1, at, torch.where(inside, hit[rows], 0.0)[:, None])
+                    # Last, because exp of an excluded logit may have overflowed; its gradient is exactly 0.
+                    tiles.strike(rows, columns, 0.0)
+                    dz = dz.to(tiles.operand)
+                    if want_hidden:
+                        add_product(grad_hidden[rows], dz, w)
+                    if want_weight:
+                        add_product(grad_w, dz.t(), tiles.hidden[rows])
+                if want_weight:
+                    grad_weight[columns] = grad_w
+        grad_hidden = grad_hidden.to(hidden.dtype) if want_hidden else None
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+class Tiles:
+    """The (N, V) logits cut into tiles, computed one at a time into one scratch buffer.
+
+    dtype    of logits, statistics and sums;  operand  what the matrix products read
+    rows, columns  slices that cover N and V in even parts; a tile has about TILE entries
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, excluded: Tensor | None, temperature: float):
+        (N, _), V = hidden.shape, len(weight)
+        self.dtype = compute_dtype(hidden, weight)
+        # Tensor cores multiply bf16 exactly and add in float32. A CPU product would round its output to bf16.
+        in_bf16 = hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16
+        self.operand = torch.bfloat16 if in_bf16 else self.dtype
+        self.hidden, self.weight = hidden.to(self.operand), weight
+        self.excluded, self.temperature = excluded, temperature
+        self.rows = even_slices(N, TILE_ROWS)
+        height = self.rows[0].stop if N else 0
+        self.columns = even_slices(V, max(1, TILE["cpu" if hidden.device.type == "cpu" else "other"] // max(height, 1)))
+        # One column more than asked for: ids that lie outside the tile are struck there.
+        self.width = (self.columns[0].stop if V else 0) + 1
+        self.scratch = hidden.new_empty(height * self.width, dtype=self.dtype)
+        self.spare = None
+
+    def head_rows(self, columns: slice) -> Tensor:
+        return self.weight[columns].to(self.operand)
+
+    def logits(self, rows: slice, columns: slice, w: Tensor) -> Tensor:
+        """hidden[rows] @ w.T / temperature, a view of the scratch buffer: good until the next call."""
+        z = self._tile(rows, columns)[:, :-1]
+        return add_product(z, self.hidden[rows], w.t(), scale=1 / self.temperature, keep=False)
+
+    def strike(self, rows: slice, columns: slice, value: float) -> None:
+        """Write `value` over the excluded entries of the tile last computed."""
+        if self.excluded is not None:
+            width = columns.stop - columns.start
+            at = self.excluded[rows] - columns.start
+            self._tile(rows, columns).scatter_(1, torch.where((at >= 0) & (at < width), at, width), value)
+
+    def second(self, like: Tensor) -> Tensor:
+        """A second scratch tile."""
+        if self.spare is None:
+            self.spare = torch.empty_like(self.scratch)
+        return self.spare[:like.numel()].view(like.shape)
+
+    def _tile(self, rows: slice, columns: slice) -> Tensor:
+        height, width = rows.stop - rows.start, columns.stop - columns.start + 1
+        return self.scratch[:height * width].view(height, width)
+
+
+def even_slices(n: int, most: int) -> list[slice]:
+    """range(n) in as few slices of at most `most` as possible, as even as possible, the longest first."""
+    if n == 0:
+        return []
+    size = -(-n // -(-n // most))
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def position(target: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Where each target lies in a tile: (n, 1) column, clamped into the tile, and (n,) whether it lies inside."""
+    at = target - columns.start
+    inside = (at >= 0) & (at < columns.stop - columns.start)
+    return torch.where(inside, at, 0)[:, None], inside
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, keep: bool = True) -> Tensor:
+    """total = keep * total + scale * a @ b in place, summed in total's dtype; returns total."""
+    if a.dtype == total.dtype:
+        return total.addmm_(a, b, beta=int(keep), alpha=scale)
+    product = torch.mm(a, b, out_dtype=total.dtype)      # CUDA only
+    return total.mul_(int(keep)).add_(product, alpha=scale)

@@ -1,0 +1,129 @@
+"""Amazon reviews and metadata in their three published spellings, one line at a time -> Review, Item.
+
+    2014  reviews: JSON, reviewerID asin overall reviewText summary unixReviewTime, helpful
+          items:   Python literals, categories (list of paths), description a string, price a number
+    2018  reviews: JSON, as 2014 with verified, vote, style; reviewText may be absent
+          items:   JSON, category (one path), description (list), price "$40.00" or a piece of page script
+    2023  reviews: JSON, user_id parent_asin rating title text, timestamp in milliseconds
+          items:   JSON, parent_asin, store, categories (one path), description (list), price a number
+
+2014: R. He, J. McAuley, WWW 2016. 2018: J. Ni et al., EMNLP 2019. 2023: Y. Hou et al., arXiv 2403.03952.
+"""
+
+import ast
+import json
+import re
+import warnings
+
+from pagellm.data.records import Broken, Item, Review, clean, identifier, opinion, price, rating_in, time_seconds
+
+__all__ = ["is_items", "is_reviews", "json_object", "mapping", "parse_item", "parse_review"]
+
+LITERAL_LIMIT = 1_000_000      # characters of a Python literal: parsing one takes a hundred times its memory
+NAME_LIMIT = 100               # characters of a category or brand; longer ones are pieces of the page
+SCRIPT = re.compile(r"function\s*\(|aPageStart|getTime\(|<script|\.css|</?(span|div|a|style)\b", re.IGNORECASE)
+
+
+def json_object(text: str) -> dict:
+    """One JSON object. Raises Broken."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise Broken("nested too deeply") from None
+    except ValueError:
+        raise Broken("bad JSON") from None
+    if not isinstance(value, dict):
+        raise Broken("not an object")
+    return value
+
+
+def mapping(text: str) -> dict:
+    """One object in JSON or as a Python literal, as the 2014 files have it. Never evaluated. Raises Broken."""
+    if not text.startswith("{'"):
+        return json_object(text)
+    if len(text) > LITERAL_LIMIT:
+        raise Broken("Python literal over 1 MB")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")      # of backslashes that escape nothing
+            value = ast.literal_eval(text)
+    except (RecursionError, MemoryError):
+        raise Broken("nested too deeply") from None
+    except (ValueError, SyntaxError, TypeError):
+        raise Broken("bad Python literal") from None
+    if not isinstance(value, dict):
+        raise Broken("not an object")
+    return value
+
+
+def is_reviews(fields: set[str]) -> str:
+    """"2014", "2018" or "2023" if these fields are of a review, else ""."""
+    if {"reviewerID", "asin"} <= fields:
+        return "2014" if "helpful" in fields or not fields & {"verified", "vote", "style", "image"} else "2018"
+    return "2023" if {"user_id", "parent_asin", "timestamp"} <= fields else ""
+
+
+def is_items(fields: set[str]) -> str:
+    """"2014", "2018" or "2023" if these fields are of an item, else ""."""
+    if fields & {"reviewerID", "user_id"}:
+        return ""
+    if "parent_asin" in fields:
+        return "2023"
+    if "asin" in fields:
+        return "2018" if "category" in fields else "2014"
+    return ""
+
+
+def parse_review(text: str) -> Review:
+    """A line of reviews in any of the spellings. Raises Broken."""
+    record = mapping(text)
+    if "reviewerID" in record or "overall" in record:
+        return Review(identifier(record.get("reviewerID"), "user"), identifier(record.get("asin"), "item"),
+                      rating_in(record.get("overall")), time_seconds(record.get("unixReviewTime")),
+                      opinion(record.get("summary"), record.get("reviewText")))
+    return Review(identifier(record.get("user_id"), "user"),
+                  identifier(record.get("parent_asin") or record.get("asin"), "item"),
+                  rating_in(record.get("rating")), time_seconds(record.get("timestamp"), milliseconds=True),
+                  opinion(record.get("title"), record.get("text")))
+
+
+def parse_item(text: str) -> Item:
+    """A line of metadata in any of the spellings. Raises Broken."""
+    record = mapping(text)
+    details = record.get("details")
+    brand = record.get("brand") or record.get("store")
+    if not brand and isinstance(details, dict):
+        brand = details.get("Brand")
+    return Item(identifier(record.get("parent_asin") or record.get("asin"), "item"),
+                unscripted(clean(record.get("title"))), unscripted(clean(brand), NAME_LIMIT),
+                category_paths(record.get("categories") or record.get("category")),
+                price(record.get("price")), unscripted(clean(record.get("description"))))
+
+
+def unscripted(text: str, limit: int | None = None) -> str:
+    """The text, or "" if it is longer than the limit or a piece of the page it was taken from."""
+    return "" if (limit and len(text) > limit) or SCRIPT.search(text) else text
+
+
+def category_paths(value) -> tuple[tuple[str, ...], ...]:
+    """A path or a list of paths -> paths of clean names. Raises Broken for anything else.
+
+    Some 2018 paths run on into a product's features; they are cut where a name looks like page text.
+    """
+    if not value:
+        return ()
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        raise Broken("categories of a wrong type")
+    paths = value if all(isinstance(part, list) for part in value) else [value]
+    return tuple(filter(None, map(category_path, paths)))
+
+
+def category_path(names: list) -> tuple[str, ...]:
+    path = []
+    for name in map(clean, names):
+        if not unscripted(name, NAME_LIMIT):
+            break
+        path.append(name)
+    return tuple(path)

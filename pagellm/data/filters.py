@@ -1,0 +1,134 @@
+"""Which rows of a table of interactions stay, and where they go. Pure functions on numpy columns.
+
+Users and items are integers here, and equal to the rank of their identifier among all identifiers: so an
+order by item number is an order by identifier, whatever order the raw file had.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+__all__ = ["TEST", "TRAIN", "UNUSED", "VALID", "group_rank", "highest", "k_core", "latest", "random_keys",
+           "split_by_time", "split_random"]
+
+TRAIN, VALID, TEST, UNUSED = range(4)
+SHARE = 0.1           # of a user's positives, each for validation and test: the paper's
+
+
+def latest(user, item, time, rating, tie) -> np.ndarray:
+    """Row numbers, one per (user, item): the latest; of equal times the best rated, then the largest tie.
+
+    user, item (R,) int; time (R,) int, NO_TIME first; rating (R,) float, NaN lowest; tie (R,) any order that
+    does not depend on the order of rows. Returned in order of (user, item).
+    """
+    order = np.lexsort((tie, np.nan_to_num(rating, nan=-np.inf), time, item, user))
+    return order[last_of_pair(user[order], item[order])]
+
+
+def highest(user, item, time, rating, tie) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers, one per (user, item), of the highest rating; and (kept,) the pair's latest time.
+
+    For logs of events: who bought after viewing has bought. Ties as in `latest`.
+    """
+    order = np.lexsort((tie, time, np.nan_to_num(rating, nan=-np.inf), item, user))
+    ends = last_of_pair(user[order], item[order])
+    if not len(order):
+        return order, np.zeros(0, time.dtype)
+    starts = np.concatenate([[0], np.flatnonzero(ends)[:-1] + 1])
+    return order[ends], np.maximum.reduceat(time[order], starts)
+
+
+def last_of_pair(user, item) -> np.ndarray:
+    """(R,) bool over rows sorted by (user, item): True on the last row of each pair."""
+    last = np.ones(len(user), dtype=bool)
+    last[:-1] = (user[1:] != user[:-1]) | (item[1:] != item[:-1])
+    return last
+
+
+def k_core(user, item, k: int) -> tuple[np.ndarray, list[dict]]:
+    """The largest set of rows in which every user and every item has at least k rows.
+
+    user, item (R,) int, one row per pair. Returns (R,) bool and what was left after each round:
+    [{"users": .., "items": .., "rows": ..}, ...]; the last two rounds are equal.
+    """
+    keep = np.ones(len(user), dtype=bool)
+    rounds: list[dict] = []
+    while True:
+        per_user = np.bincount(user[keep], minlength=user.max(initial=-1) + 1)
+        per_item = np.bincount(item[keep], minlength=item.max(initial=-1) + 1)
+        left = {"users": int((per_user > 0).sum()), "items": int((per_item > 0).sum()), "rows": int(keep.sum())}
+        rounds.append(left)
+        if len(rounds) > 1 and rounds[-1] == rounds[-2]:
+            return keep, rounds
+        keep &= (per_user[user] >= k) & (per_item[item] >= k)
+
+
+def random_keys(seed: int, user, item, user_ids: Sequence[str], item_ids: Sequence[str]) -> np.ndarray:
+    """(R,) uint64: a draw for each row that depends on the seed and the two identifiers alone.
+
+    SHA-256 instead of a generator: the same on every machine, for every order of lines, and for a user
+    the same whether or not other users are there.
+    """
+    keys = np.empty(len(user), dtype=np.uint64)
+    item_bytes = [name.encode() for name in item_ids]
+    prefix, prefix_of = None, -1
+    for row, (u, i) in enumerate(zip(user.tolist(), item.tolist(), strict=True)):
+        if u != prefix_of:
+            prefix, prefix_of = hashlib.sha256(f"{seed}\0{user_ids[u]}\0".encode()), u
+        draw = prefix.copy()
+        draw.update(item_bytes[i])
+        keys[row] = int.from_bytes(draw.digest()[:8], "big")
+    return keys
+
+
+def group_rank(group, *keys) -> tuple[np.ndarray, np.ndarray]:
+    """Place of each row within its group, in the order of keys (the first key counts most), and the group's size.
+
+    group (R,) int >= 0; keys: (R,) columns. Returns rank, size: (R,) int64.
+    """
+    order = np.lexsort((*keys[::-1], group))
+    size = np.bincount(group)
+    starts = np.cumsum(size) - size
+    rank = np.empty(len(group), dtype=np.int64)
+    rank[order] = np.arange(len(group)) - starts[group[order]]
+    return rank, size[group]
+
+
+def held_out(size) -> np.ndarray:
+    """How many of a user's n positives go to validation, and to test: max(1, floor(n / 10)); none below 3."""
+    return np.where(size >= 3, np.maximum(1, size // 10), 0)
+
+
+def split_random(user, item, positive, keys) -> np.ndarray:
+    """(R,) int8 of TRAIN, VALID, TEST: the paper's split, drawn per user by `random_keys`.
+
+    Of a user's positives max(1, floor(0.1 n)) go to validation and as many to test; users with fewer than 3
+    stay in train. Rows that are not positive are split likewise without the minimum: floor(0.1 m).
+    """
+    split = np.full(len(user), TRAIN, dtype=np.int8)
+    for rows, count in ((positive, held_out), (~positive, lambda size: size // 10)):
+        rank, size = group_rank(user[rows], keys[rows], item[rows])
+        n = count(size)
+        split[rows] = np.select([rank < n, rank < 2 * n], [TEST, VALID], TRAIN)
+    return split
+
+
+def split_by_time(user, item, time, positive, leave_one_out: bool) -> np.ndarray:
+    """(R,) int8 of TRAIN, VALID, TEST: each user's latest positives are held out.
+
+    leave_one_out: the last one is test, the one before it validation; otherwise as many as in `split_random`.
+    Equal times go by item number. A row that is not positive goes where its moment falls: before the user's
+    first held-out positive to train, before the first test positive to validation, after it to test.
+    """
+    split = np.full(len(user), TRAIN, dtype=np.int8)
+    rank, size = group_rank(user[positive], time[positive], item[positive])
+    n = np.where(size >= 3, 1, 0) if leave_one_out else held_out(size)
+    split[positive] = np.select([rank >= size - n, rank >= size - 2 * n], [TEST, VALID], TRAIN)
+    # Walking through a user's rows in time, the split only ever moves forward: train, valid, test.
+    order = np.lexsort((item, time, user))
+    moved = np.where(positive, split, TRAIN)[order].astype(np.int64) + 3 * user[order].astype(np.int64)
+    forward = np.maximum.accumulate(moved) - 3 * user[order].astype(np.int64)
+    other = ~positive[order]
+    split[order[other]] = forward[other]
+    return split

@@ -1,0 +1,317 @@
+"""Raw files -> data/<dataset>/: duplicates out, k-core, dense ids, a split. The first stage.
+
+    python -m pagellm.data.prepare                                   the synthetic shop, seconds
+    python -m pagellm.data.prepare --dataset toys                    data/raw/toys, downloaded if it is not there
+    python -m pagellm.data.prepare --dataset myshop --raw ~/exports  any shop's own log
+
+Writes, all or nothing:
+
+    interactions.parquet  user, item int32; rating float32 (null = none); time int64 seconds (null = none);
+                          positive bool; split train | valid | test | unused. One row per (user, item), by
+                          user, time, item. Positive: rated above positive_above, or not rated at all.
+    reviews.parquet       user, item, text of train rows. Text of held-out rows is stored nowhere.
+    items.parquet         item, id, title, brand, categories, leaf, price, description
+    users.parquet         user, id
+    truth.npy             synthetic only: (U, N) float32 expected ratings
+    source.json           release, files with sha256, counts before and after each filter, this Config
+
+Dense ids are ranks of the sorted identifiers. The bytes depend on the raw files and the Config alone.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pagellm.config import PageLLMError, check, main
+from pagellm.data import filters, spool, synthetic
+from pagellm.data.raw import Options, Raw, find
+from pagellm.data.records import NO_TIME, Item, Tally
+
+__all__ = ["Config", "run"]
+
+PLACES = ("raw", "data", "reviews", "items", "train", "valid", "test")   # where files lie; sha256 says which they are
+SYNTHETIC_ONLY = ("users_made", "items_made")
+SPLIT_NAMES = ("train", "valid", "test", "unused")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Options):
+    """Read raw files, filter, split, and write data/<dataset>/."""
+
+    k_core: int = 5              # every user and item keeps at least so many positives; 0: all stay. Not with split=given
+    positive_above: float = 3.0  # rating above which a row is positive; rows without a rating are positive
+    split: str = "random"        # random (80/10/10 per user) | temporal | leave_one_out | given
+    seed: int = 0                # of the random split and of the synthetic shop
+    max_broken: float = 0.01     # share of broken lines above which reading stops with an error
+    users_made: int = 2000       # users of the synthetic shop
+    items_made: int = 1000       # items of the synthetic shop
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, k_core=(self.k_core >= 0, "0 or more"),
+              split=(self.split in ("random", "temporal", "leave_one_out", "given"),
+                     "random, temporal, leave_one_out or given"),
+              positive_above=(math.isfinite(self.positive_above), "a finite number"),
+              max_broken=(0 <= self.max_broken <= 1, "a share between 0 and 1"))
+
+    @property
+    def target(self) -> Path:
+        return Path(self.data) / self.dataset
+
+
+class Table(NamedTuple):
+    """Rows that stay, by user, time and item; users and items are dense."""
+
+    user: np.ndarray          # (R,) int32
+    item: np.ndarray          # (R,) int32
+    rating: np.ndarray        # (R,) float32, NaN where unknown
+    time: np.ndarray          # (R,) int64, NO_TIME where unknown
+    positive: np.ndarray      # (R,) bool
+    split: np.ndarray         # (R,) int8, index into SPLIT_NAMES
+    has_text: np.ndarray      # (R,) bool
+    source: np.ndarray        # (R,) int64, number of the record it was read from
+    user_ids: list[str]
+    item_ids: list[str]
+
+
+def recorded(config: Config) -> dict:
+    """The Config as source.json keeps it: all that can move a byte."""
+    left_out = PLACES if config.dataset == "synthetic" else PLACES + SYNTHETIC_ONLY
+    return {name: value for name, value in asdict(config).items() if name not in left_out}
+
+
+def already(config: Config, raw: Raw | None) -> bool:
+    """Whether the target holds the same data already. Raises PageLLMError if it holds something else."""
+    path = config.target / "source.json"
+    if not path.exists():
+        if config.target.exists() and any(config.target.iterdir()):
+            raise PageLLMError(f"{config.target} holds files but no source.json: it is not a prepared data set.\n"
+                               "  Move it away, or choose another --dataset name.")
+        return False
+    try:
+        before = json.loads(path.read_text())
+        then, files = before["config"], before["files"]
+    except (ValueError, KeyError) as error:
+        raise PageLLMError(f"{path} cannot be read ({error}); delete {config.target} and prepare again") from error
+    now = recorded(config)
+    differing = [f"{name} was {then.get(name)!r}, now {now.get(name)!r}"
+                 for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
+    if raw is not None:
+        hashes = {entry["name"]: entry["sha256"] for entry in files}
+        differing += [f"raw file {entry['name']} differs" if entry["name"] in hashes else f"raw file {entry['name']} is new"
+                      for entry in raw.described() if hashes.get(entry["name"]) != entry["sha256"]]
+    if differing:
+        raise PageLLMError(f"{config.target} was prepared differently: {'; '.join(differing)}.\n"
+                           f"  Delete {config.target} to prepare again, or choose another --dataset name.")
+    return True
+
+
+def moved_away(config: Config) -> bool:
+    """Whether the raw files are no longer where they are looked for, and are not needed either."""
+    return not config.raw and not config.folder.exists() and (config.target / "source.json").exists()
+
+
+def filtered(columns: spool.Columns, config: Config, graded: bool) -> tuple[Table, dict]:
+    """Duplicates out, k-core on positive rows, split. Returns the table and the counts of every step."""
+    c = columns
+    counts: dict = {"records": len(c.user)}
+    if graded:
+        rows, time = filters.highest(c.user, c.item, c.time, c.rating, c.tie)
+    else:
+        # Where one pair is in two of somebody else's splits and no time decides, the later split has it.
+        tie = (c.tie >> np.uint64(2)) | (np.maximum(c.split, 0).astype(np.uint64) << np.uint64(62))
+        rows = filters.latest(c.user, c.item, c.time, c.rating, tie)
+        time = c.time[rows]
+    user, item, rating = c.user[rows], c.item[rows], c.rating[rows]
+    positive = np.isnan(rating) | (rating > config.positive_above)
+    counts |= {"duplicates": len(c.user) - len(rows), "distinct": len(rows), "positives": int(positive.sum())}
+
+    keep = np.ones(len(rows), dtype=bool)
+    if config.split != "given" and config.k_core > 0:
+        core, counts["k_core"] = filters.k_core(user[positive], item[positive], config.k_core)
+        keep = (np.isin(user, user[positive][core]) & np.isin(item, item[positive][core]))
+    if not keep.any():
+        raise PageLLMError(f"nothing is left of {len(rows):,} rows ({counts['positives']:,} of them positive): no users "
+                           f"and items have {config.k_core} positives each.\n  Lower --k_core or --positive_above.")
+    user_numbers, user = np.unique(user[keep], return_inverse=True)
+    item_numbers, item = np.unique(item[keep], return_inverse=True)
+    user_ids, item_ids = [c.user_ids[n] for n in user_numbers], [c.item_ids[n] for n in item_numbers]
+    rating, time, positive, rows = rating[keep], time[keep], positive[keep], rows[keep]
+
+    order = np.lexsort((item, time, user))
+    user, item, rating, time, positive, rows = (x[order] for x in (user, item, rating, time, positive, rows))
+    split = c.split[rows] if config.split == "given" else split_of(config, user, item, time, positive, user_ids, item_ids)
+    table = Table(user.astype(np.int32), item.astype(np.int32), rating, time, positive, split, c.tie[rows] > 0, rows,
+                  user_ids, item_ids)
+    counts |= {"users": len(user_ids), "items": len(item_ids), "interactions": len(user)}
+    counts["rows"] = {name: {"positive": int((positive & (split == code)).sum()),
+                             "other": int((~positive & (split == code)).sum())}
+                      for code, name in enumerate(SPLIT_NAMES)}
+    return table, counts
+
+
+def split_of(config: Config, user, item, time, positive, user_ids, item_ids) -> np.ndarray:
+    """(R,) int8 index into SPLIT_NAMES. Raises PageLLMError for a split by time without times."""
+    if config.split == "random":
+        keys = filters.random_keys(config.seed, user, item, user_ids, item_ids)
+        return filters.split_random(user, item, positive, keys)
+    if (time == NO_TIME).all():
+        raise PageLLMError(f"split={config.split} needs times, and no row has one. Name the column with --time_column, "
+                           "or use --split random.")
+    return filters.split_by_time(user, item, time, positive, config.split == "leave_one_out")
+
+
+def catalogue(items: Iterator[Item], item_ids: list[str], max_text: int) -> dict[str, list]:
+    """Columns of items.parquet for these identifiers; "" and NaN where the item table says nothing.
+
+    max_text is the most characters of a description.
+    Of several lines for one item the first that fills a field fills it.
+    """
+    number = {name: n for n, name in enumerate(item_ids)}
+    found: dict[int, Item] = {}
+    for item in items:
+        at = number.get(item.id)
+        if at is None:
+            continue
+        before = found.get(at, item)
+        found[at] = Item(*(new if old in ("", ()) or old != old else old for old, new in zip(before, item, strict=True)))
+    rows = [found.get(n, Item(name)) for n, name in enumerate(item_ids)]
+    root = common_root(row.paths for row in rows)
+    below = [[path[path[:1] == (root,):] for path in row.paths] for row in rows]
+    return {"title": [row.title for row in rows], "brand": [row.brand for row in rows],
+            "categories": [list(dict.fromkeys(name for path in paths for name in path)) for paths in below],
+            "leaf": [next((path[-1] for path in paths if path), "") for paths in below],
+            "price": [row.price for row in rows], "description": [row.description[:max_text].rstrip() for row in rows]}
+
+
+def common_root(all_paths) -> str | None:
+    """The name that begins a path of every item that has one, if some path goes on below it."""
+    shared, deep = None, False
+    for paths in all_paths:
+        if paths:
+            firsts = {path[0] for path in paths}
+            shared = firsts if shared is None else shared & firsts
+            deep = deep or any(len(path) > 1 for path in paths)
+    return min(shared) if shared and deep else None
+
+
+def missing_shares(table: Table, items: dict[str, list]) -> dict[str, float]:
+    """Share of rows without rating, time or text, and of items without each field."""
+    def share(absent):
+        return round(float(np.mean(absent)), 6)
+    return {"rating": share(np.isnan(table.rating)), "time": share(table.time == NO_TIME), "text": share(~table.has_text),
+            "title": share([not x for x in items["title"]]), "brand": share([not x for x in items["brand"]]),
+            "categories": share([not x for x in items["categories"]]), "price": share(np.isnan(items["price"])),
+            "description": share([not x for x in items["description"]])}
+
+
+def write_tables(folder: Path, table: Table, items: dict[str, list]) -> None:
+    split = pa.DictionaryArray.from_arrays(pa.array(table.split, pa.int32()), pa.array(SPLIT_NAMES))
+    columns = {
+        "user": pa.array(table.user), "item": pa.array(table.item),
+        "rating": pa.array(table.rating, mask=np.isnan(table.rating)),
+        "time": pa.array(table.time, mask=table.time == NO_TIME),
+        "positive": pa.array(table.positive), "split": split}
+    pq.write_table(pa.table(columns), folder / "interactions.parquet", compression="zstd")
+    price = np.array(items["price"], dtype=np.float32)
+    columns = {
+        "item": pa.array(np.arange(len(table.item_ids), dtype=np.int32)), "id": pa.array(table.item_ids, pa.string()),
+        "title": pa.array(items["title"], pa.string()), "brand": pa.array(items["brand"], pa.string()),
+        "categories": pa.array(items["categories"], pa.list_(pa.string())), "leaf": pa.array(items["leaf"], pa.string()),
+        "price": pa.array(price, mask=np.isnan(price)), "description": pa.array(items["description"], pa.string())}
+    pq.write_table(pa.table(columns), folder / "items.parquet", compression="zstd")
+    columns = {"user": pa.array(np.arange(len(table.user_ids), dtype=np.int32)),
+               "id": pa.array(table.user_ids, pa.string())}
+    pq.write_table(pa.table(columns), folder / "users.parquet", compression="zstd")
+
+
+def write_truth(folder: Path, shop: synthetic.SyntheticShop, table: Table) -> None:
+    """The shop's truth, rows and columns in dense order."""
+    users = {name: n for n, name in enumerate(shop.user_ids)}
+    items = {item.id: n for n, item in enumerate(shop.items)}
+    rows, columns = [users[name] for name in table.user_ids], [items[name] for name in table.item_ids]
+    np.save(folder / "truth.npy", shop.truth[np.ix_(rows, columns)], allow_pickle=False)
+
+
+@contextmanager
+def building(target: Path):
+    """Yield a temporary directory beside target, which becomes target if all goes well and vanishes if not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        for path in beside.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        if target.exists():
+            target.rmdir()       # empty, or `already` would have spoken; a full one is never replaced
+        os.replace(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def run(config: Config) -> Path:
+    """Prepare a data set; returns its directory. Does nothing if the same one is there.
+
+    Raises PageLLMError if the directory holds another one, or raw files are missing, ambiguous or broken.
+    """
+    shop = synthetic.make(config.users_made, config.items_made, config.seed) if config.dataset == "synthetic" else None
+    raw = None if shop or moved_away(config) else find(config)
+    if already(config, raw):
+        print(f"{config.target} is already prepared", flush=True)
+        return config.target
+    tally, item_tally = Tally(), Tally()
+    with building(config.target) as folder:
+        spooled = folder / "texts.parquet"
+        columns = spool.collect(raw.reviews(tally) if raw else counted(shop.reviews(), tally), spooled,
+                                config.min_text, config.max_text)
+        tally.check("review", config.max_broken)
+        table, counts = filtered(columns, config, graded=bool(raw and raw.graded))
+        position = np.full(len(columns.user), -1, dtype=np.int64)
+        train = np.flatnonzero(table.split == filters.TRAIN)
+        position[table.source[train]] = np.arange(len(train))
+        counts["reviews"] = spool.write_reviews(spooled, position, table.user[train], table.item[train],
+                                                folder / "reviews.parquet")
+        spooled.unlink()
+        items = catalogue(raw.items(item_tally) if raw else counted(shop.items, item_tally), table.item_ids,
+                          config.max_text)
+        item_tally.check("item", config.max_broken)
+        write_tables(folder, table, items)
+        if shop:
+            write_truth(folder, shop, table)
+        source = {"dataset": config.dataset, "release": raw.release if raw else "synthetic",
+                  "files": raw.described() if raw else [], "unused_files": raw.unused if raw else [],
+                  "config": recorded(config), "missing": missing_shares(table, items),
+                  "counts": {"lines": tally.counts(), "item_lines": item_tally.counts(), **counts}}
+        (folder / "source.json").write_text(json.dumps(source, indent=1, sort_keys=True) + "\n")
+    print(summary(config, counts), flush=True)
+    return config.target
+
+
+def counted(records, tally: Tally) -> Iterator:
+    for record in records:
+        tally.read += 1
+        yield record
+
+
+def summary(config: Config, counts: dict) -> str:
+    rows = {name: parts["positive"] for name, parts in counts["rows"].items()}
+    return (f"{config.target}: {counts['users']:,} users, {counts['items']:,} items, {counts['interactions']:,} rows; "
+            f"positives {rows['train']:,} train, {rows['valid']:,} valid, {rows['test']:,} test "
+            f"({counts['duplicates']:,} duplicates out of {counts['records']:,} records)")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Config, run, "pagellm.data.prepare"))

@@ -1,0 +1,276 @@
+"""What every reader yields, one record at a time, and how broken input is counted.
+
+A reader is a generator of Review or Item. A record that cannot be understood raises Broken inside the
+reader, which counts it in a Tally and goes on: so read = kept + broken, by reason, always.
+"""
+
+import gzip
+import html
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from pagellm.config import PageLLMError
+
+__all__ = ["NO_TIME", "Broken", "Item", "Review", "Tally", "clean", "identifier", "lines", "number", "opinion",
+           "parsed", "price", "progress", "rating_in", "text_lines", "time_seconds"]
+
+NO_TIME = -1                       # an unknown time; real ones are never negative
+LINE_LIMIT = 10_000_000            # bytes; a longer line is broken, and read in pieces of this size
+ID_LIMIT = 256                     # characters
+LATEST_TIME = 4_102_444_800        # 1 January 2100, in seconds: later dates are mistakes
+PRICE_LIMIT = 1e7
+EXAMPLES = 5                       # broken records shown with file and line
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
+LINE_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
+PRICE = re.compile(r"\$?\s*(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?\s*")
+
+
+class Review(NamedTuple):
+    """One user's dealing with one item."""
+
+    user: str                     # identifiers exactly as in the file
+    item: str
+    rating: float = math.nan      # NaN where there is none
+    time: int = NO_TIME           # seconds since 1970; in sequence files the position 0, 1, 2 ...
+    text: str = ""                # summary, newline, text; entities unescaped
+    split: str = ""               # train, valid, test or unused where somebody else made the split
+
+
+class Item(NamedTuple):
+    """One line of an item table. Unknown text is "", unknown price NaN."""
+
+    id: str
+    title: str = ""
+    brand: str = ""
+    paths: tuple[tuple[str, ...], ...] = ()     # category paths, root first
+    price: float = math.nan
+    description: str = ""
+
+
+class Broken(ValueError):
+    """A record that cannot be understood; the message is the reason it is counted under."""
+
+
+@dataclass
+class Tally:
+    """How many records were read, and why some were left out."""
+
+    read: int = 0
+    broken: Counter = field(default_factory=Counter)        # reason -> records
+    examples: list[str] = field(default_factory=list)       # the first few: "file:line: reason"
+
+    def note(self, reason: str, path: Path, line: int) -> None:
+        self.broken[reason] += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(f"{path.name}:{line}: {reason}")
+
+    @property
+    def kept(self) -> int:
+        return self.read - self.broken.total()
+
+    def counts(self) -> dict:
+        return {"read": self.read, "kept": self.kept, "broken": dict(sorted(self.broken.items()))}
+
+    def check(self, what: str, max_broken: float) -> None:
+        """Print what was left out. Raises PageLLMError when its share is above max_broken."""
+        if not self.broken:
+            return
+        total = self.broken.total()
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(self.broken.items()))
+        shown = "".join(f"\n    {example}" for example in self.examples)
+        message = f"{total:,} of {self.read:,} {what} lines are broken ({reasons}); the first:{shown}"
+        if total > max_broken * self.read:
+            raise PageLLMError(f"{message}\n  More than --max_broken {max_broken:g} of them. If the file is whole and "
+                               "the columns are the right ones, raise --max_broken.")
+        print(f"  {message}", flush=True)
+
+
+def lines(path: Path) -> Iterator[bytes | None]:
+    """The lines of a plain or gzip file without their ends; None for one of more than LINE_LIMIT bytes.
+
+    Memory is bounded by LINE_LIMIT whatever the file holds. Raises PageLLMError for a damaged gzip file:
+    a file that is cut short must never pass for a small data set.
+    """
+    try:
+        with open_bytes(path) as file:
+            first = True
+            while line := file.readline(LINE_LIMIT + 1):
+                if first:
+                    line, first = line.removeprefix(b"\xef\xbb\xbf"), False
+                if len(line) > LINE_LIMIT and not line.endswith(b"\n"):
+                    while (rest := file.readline(LINE_LIMIT)) and not rest.endswith(b"\n"):
+                        pass
+                    yield None
+                else:
+                    yield line.rstrip(b"\r\n")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise PageLLMError(f"{path} is damaged or cut short ({error}); remove it and fetch it again") from error
+    except OSError as error:
+        raise PageLLMError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def open_bytes(path: Path):
+    with open(path, "rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"      # by content: names lie
+    return gzip.open(path, "rb") if is_gzip else open(path, "rb", buffering=1 << 20)
+
+
+def progress(stream: Iterable, path: Path) -> Iterable:
+    """The same stream with a bar that shows lines a second, once it has taken more than a second."""
+    return tqdm(stream, desc=f"  {path.name}", unit=" lines", unit_scale=True, delay=1, mininterval=0.5)
+
+
+def text_lines(path: Path, tally: Tally) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text) of every line that is text; the others are counted. Counts what is read."""
+    for at, raw in enumerate(progress(lines(path), path), 1):
+        tally.read += 1
+        try:
+            yield at, decoded(raw)
+        except Broken as broken:
+            tally.note(str(broken), path, at)
+
+
+def decoded(raw: bytes | None) -> str:
+    if raw is None:
+        raise Broken("line over 10 MB")
+    if not raw or raw.isspace():
+        raise Broken("empty line")
+    if b"\0" in raw:
+        raise Broken("NUL byte")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise Broken("not UTF-8") from None
+
+
+def parsed(path: Path, parse, tally: Tally) -> Iterator:
+    """parse(text) of every line; lines for which it raises Broken are counted and left out."""
+    for at, text in text_lines(path, tally):
+        try:
+            record = parse(text)
+        except Broken as broken:
+            tally.note(str(broken), path, at)
+        else:
+            yield record
+
+
+def identifier(value, role: str) -> str:
+    """A user's or item's id, exactly as written. role: "user" or "item". Raises Broken."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if value is None or value == "":
+        raise Broken(f"no {role}")
+    if not isinstance(value, str):
+        raise Broken(f"{role} of a wrong type")
+    if not value.isprintable() and CONTROL.search(value):
+        raise Broken(f"control characters in the {role}")
+    if len(value) > ID_LIMIT:
+        raise Broken(f"{role} longer than {ID_LIMIT} characters")
+    if value.isspace():
+        raise Broken(f"no {role}")
+    return value
+
+
+def number(value, what: str) -> float:
+    """A finite number, or NaN where the value is missing (None, "", NaN). Raises Broken."""
+    if value is None or value == "":
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise Broken(f"{what} of a wrong type")
+    try:
+        value = float(value)
+    except (ValueError, OverflowError):
+        raise Broken(f"{what} of a wrong type") from None
+    if math.isinf(value):
+        raise Broken(f"absurd {what}")
+    return value
+
+
+def time_seconds(value, milliseconds: bool = False) -> int:
+    """Seconds since 1970, NO_TIME where missing. Raises Broken for what lies before 1970 or after 2100.
+
+    value         a number of seconds, or a date in ISO 8601 (UTC unless it says otherwise)
+    milliseconds  the number counts milliseconds. Without it, numbers too large for seconds are taken for
+                  milli-, micro- or nanoseconds: 1e11 seconds is the year 5138.
+    """
+    if isinstance(value, str) and not is_number(value):
+        if not value.strip():
+            return NO_TIME
+        try:
+            moment = datetime.fromisoformat(value.strip())
+        except ValueError:
+            raise Broken("time of a wrong type") from None
+        value = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    seconds = number(value, "time")
+    if math.isnan(seconds):
+        return NO_TIME
+    if milliseconds:
+        seconds /= 1000
+    else:
+        for _ in range(3):
+            if seconds > 1e11:
+                seconds /= 1000
+    if not 0 <= seconds <= LATEST_TIME:
+        raise Broken("absurd time")
+    return int(seconds)
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def clean(value) -> str:
+    """One line of readable text: entities unescaped, line breaks, control characters and runs of space one space.
+
+    value  a string, None, or a list of strings (joined). Raises Broken for anything else.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return " ".join(filter(None, map(clean, value)))
+    if not isinstance(value, str):
+        raise Broken("text of a wrong type")
+    if "&" in value:
+        value = html.unescape(value)
+    if "<" in value:
+        value = LINE_BREAK.sub(" ", value)
+    if not value.isprintable():
+        value = CONTROL.sub(" ", value)
+    return " ".join(value.split())
+
+
+def opinion(summary, text) -> str:
+    """The text of a review: its summary and its body, each cleaned, on lines of their own."""
+    return "\n".join(filter(None, (clean(summary), clean(text))))
+
+
+def rating_in(value, low: float = 1.0, high: float = 5.0) -> float:
+    """A rating on the scale low..high, brought to 1..5; NaN where missing. Raises Broken when off the scale."""
+    rating = number(value, "rating")
+    if rating < low or rating > high:
+        raise Broken(f"rating outside {low:g}..{high:g}")
+    return rating if (low, high) == (1, 5) else 1 + 4 * (rating - low) / (high - low)
+
+
+def price(value) -> float:
+    """"$40.00", "1,299.5", 40.0 -> a number above 0; NaN for all else: ranges, pieces of page script, nothing."""
+    if isinstance(value, str):
+        match = PRICE.fullmatch(value.strip()[:40])
+        value = float("".join(match.groups("")).replace(",", "")) if match else math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    return float(value) if 0 < value < PRICE_LIMIT else math.nan

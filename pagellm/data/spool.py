@@ -1,0 +1,155 @@
+"""Records to compact columns, their text to disk: memory does not grow with the text of the reviews.
+
+While records are read, their texts go to a temporary Parquet file by row groups. When it is known which rows
+stay and in what order, one pass deals them out into files of neighbouring rows, and each of those, small
+enough to hold, is put in order and written.
+"""
+
+import hashlib
+import math
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pagellm.data.records import Review
+
+__all__ = ["REVIEWS", "SPLIT_CODES", "Columns", "Spool", "collect", "write_reviews"]
+
+SPLIT_CODES = {"": -1, "train": 0, "valid": 1, "test": 2, "unused": 3}
+REVIEWS = pa.schema([("user", pa.int32()), ("item", pa.int32()), ("text", pa.string())])
+DEALT = pa.schema([("position", pa.int64()), ("text", pa.string())])
+GROUP_CHARACTERS = 16_000_000      # text held before a row group is written
+GROUP_ROWS = 50_000
+BUCKET_ROWS = 50_000               # rows put in order at once
+BUCKETS = 200                      # files open at once
+
+
+@dataclass(frozen=True)
+class Columns:
+    """R records in the order they were read. Users and items are ranks of their sorted identifiers."""
+
+    user_ids: list[str]          # sorted
+    item_ids: list[str]          # sorted
+    user: np.ndarray             # (R,) int32, index into user_ids
+    item: np.ndarray             # (R,) int32, index into item_ids
+    rating: np.ndarray           # (R,) float32, NaN where unknown
+    time: np.ndarray             # (R,) int64 seconds, NO_TIME where unknown
+    tie: np.ndarray              # (R,) uint64, a digest of the text; 0 where there is none
+    split: np.ndarray            # (R,) int8, a value of SPLIT_CODES
+
+
+class Spool:
+    """A temporary Parquet file of texts, in order of arrival."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._schema = pa.schema([("text", pa.string())])
+        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
+        self._texts: list[str] = []
+        self._characters = 0
+
+    def add(self, text: str) -> None:
+        self._texts.append(text)
+        self._characters += len(text)
+        if self._characters >= GROUP_CHARACTERS or len(self._texts) >= GROUP_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._texts:
+            self._writer.write_table(pa.table({"text": pa.array(self._texts, pa.string())}, self._schema))
+        self._texts, self._characters = [], 0
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+
+
+def collect(reviews: Iterable[Review], spool_path: Path, min_text: int = 1, max_text: int = 2000) -> Columns:
+    """Read every record: numbers into columns, texts into a Spool at spool_path.
+
+    min_text, max_text  characters: a shorter text is left out, a longer one cut
+    """
+    users: dict[str, int] = {}
+    items: dict[str, int] = {}
+    user, item, rating, time, tie, split = (array(code) for code in "iifqQb")
+    spool = Spool(spool_path)
+    for review in reviews:
+        user.append(users.setdefault(review.user, len(users)))
+        item.append(items.setdefault(review.item, len(items)))
+        rating.append(review.rating)
+        time.append(review.time)
+        split.append(SPLIT_CODES[review.split])
+        text = review.text[:max_text].rstrip() if len(review.text) >= min_text else ""
+        tie.append(digest(text))
+        spool.add(text)
+    spool.close()
+    user_ids, user_rank = ranked(users)
+    item_ids, item_rank = ranked(items)
+    return Columns(user_ids, item_ids, user_rank[view(user)], item_rank[view(item)], view(rating), view(time),
+                   view(tie), view(split))
+
+
+def digest(text: str) -> int:
+    """64 bits of the text, to break ties without regard to the order of lines; 0 for no text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") | 1 if text else 0
+
+
+def ranked(names: dict[str, int]) -> tuple[list[str], np.ndarray]:
+    """Identifiers in order, and for each arrival number its place in that order."""
+    ordered = sorted(names)
+    rank = np.empty(len(names), dtype=np.int32)
+    for place, name in enumerate(ordered):
+        rank[names[name]] = place
+    return ordered, rank
+
+
+def view(column: array) -> np.ndarray:
+    """The array's memory as numpy sees it; (0,) of the same type when empty."""
+    return np.frombuffer(column, dtype=column.typecode) if column else np.zeros(0, dtype=column.typecode)
+
+
+def write_reviews(spool_path: Path, position: np.ndarray, user, item, path: Path) -> int:
+    """Write reviews.parquet: texts of the spool's rows with position >= 0, in order of position.
+
+    position (R,) int64   where each spooled row belongs, -1 for nowhere
+    user, item (P,) int32 columns by position
+    returns how many rows were written: those that have a text
+    """
+    width = max(BUCKET_ROWS, math.ceil(len(user) / BUCKETS))
+    parts = [path.with_name(f"part-{n:03d}.arrow") for n in range(math.ceil(len(user) / width))]
+    deal(spool_path, position, width, parts)
+    written = 0
+    with pq.ParquetWriter(path, REVIEWS, compression="zstd") as writer:
+        for part in parts:
+            with pa.OSFile(str(part)) as file:
+                table = pa.ipc.open_stream(file).read_all().sort_by("position")
+            part.unlink()
+            at = table["position"].to_numpy()
+            columns = [pa.array(user[at], pa.int32()), pa.array(item[at], pa.int32()), table["text"]]
+            writer.write_table(pa.table(columns, schema=REVIEWS))
+            written += len(at)
+    return written
+
+
+def deal(spool_path: Path, position: np.ndarray, width: int, parts: list[Path]) -> None:
+    """One pass over the spool: the row that belongs at position p goes to parts[p // width]."""
+    writers = [pa.ipc.new_stream(str(part), DEALT) for part in parts]
+    start = 0
+    for batch in pq.ParquetFile(spool_path).iter_batches(batch_size=GROUP_ROWS):
+        at = position[start:start + len(batch)]
+        start += len(batch)
+        keep = np.flatnonzero((at >= 0) & (pa.compute.binary_length(batch["text"]).to_numpy() > 0))
+        keep = keep[np.argsort(at[keep] // width, kind="stable")]
+        bucket = at[keep] // width
+        edges = np.flatnonzero(np.diff(bucket, prepend=-1, append=-1))
+        for first, last in zip(edges[:-1], edges[1:], strict=True):
+            rows = keep[first:last]
+            writers[bucket[first]].write_batch(pa.record_batch(
+                [pa.array(at[rows], pa.int64()), batch["text"].take(pa.array(rows))], schema=DEALT))
+    for writer in writers:
+        writer.close()

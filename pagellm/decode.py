@@ -1,0 +1,223 @@
+"""Writing pages: sample, greedy, beam, one-shot, always legal and distinct (SPEC 7, RECIPE 2).
+
+The legal set of a slot is a pure function of the user's excluded items and the slots before it,
+
+    C(s_t) = catalogue \\ excluded \\ {a_<t}
+
+and it is the same in sampling and in every log-probability, or PPO's ratio would not start at 1. Where fewer
+than K legal items exist the page is as long as there are: `mask` says which slots hold one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.logprob import linear_logp
+from pagellm.gpt2 import GPT2, KVCache
+
+__all__ = ["Pages", "Unseen", "beam", "greedy", "one_shot", "page_logp", "ranking", "sample", "slot_states"]
+
+
+@dataclass
+class Pages:
+    """A batch of pages.
+
+    item   (B, K) int64, -1 off the mask     logp   (B, K) log-probability of each item under its legal set
+    mask   (B, K) bool, a prefix of each row first  (B, N) item logits before the first slot
+    """
+
+    item: Tensor
+    logp: Tensor
+    mask: Tensor
+    first: Tensor
+
+
+class Unseen:
+    """The constraint of a page: catalogue minus excluded minus placed.
+
+    excluded  (B, E) int64 item ids, padded with -1
+    allowed   (N,) or (B, N) bool, optional: a hard filter on top (stock, category, price)
+    """
+
+    def __init__(self, excluded: Tensor, n_items: int, allowed: Tensor | None = None):
+        B = len(excluded)
+        legal = torch.ones(B, n_items + 1, dtype=torch.bool, device=excluded.device)
+        legal.scatter_(1, torch.where(excluded < 0, n_items, excluded), False)     # the last column takes padding
+        self.legal = legal[:, :n_items].contiguous()
+        if allowed is not None:
+            self.legal &= allowed
+
+    def place(self, item: Tensor) -> None:
+        """item (B,) int64: no later slot may hold it; -1 places nothing."""
+        held = item >= 0
+        index = item.clamp(min=0)[:, None]
+        self.legal.scatter_(1, index, self.legal.gather(1, index) & ~held[:, None])
+
+    def select(self, rows: Tensor) -> None:
+        self.legal = self.legal[rows]
+
+
+def legal_logp(logits: Tensor, legal: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-softmax over the legal items, -inf elsewhere; and which rows have a legal item at all.
+
+    A row without one comes back as all -inf instead of NaN.
+    """
+    alive = legal.any(1)
+    masked = torch.where(legal, logits / temperature, -torch.inf)
+    logp = F.log_softmax(torch.where(alive[:, None], masked, 0.0), dim=1)
+    return torch.where(legal, logp, -torch.inf), alive
+
+
+def prefill(model: GPT2, prompt: Tensor, valid: Tensor, k: int) -> tuple[KVCache, Tensor]:
+    cache = KVCache(model.shape, len(prompt), prompt.shape[1] + k, model.wpe)
+    return cache, model(prompt, valid, cache)[:, -1]
+
+
+def item_tokens(model: GPT2, item: Tensor, pad: int) -> Tensor:
+    return torch.where(item >= 0, item + model.n_words + model.n_users, pad)
+
+
+@torch.no_grad()
+def generate(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int,
+             pick: Callable[[Tensor, int], Tensor], temperature: float = 1.0) -> Pages:
+    """Fill k slots one after another. pick(logp (B, N), slot) -> item (B,), read on rows that have a legal item."""
+    B, device = len(prompt), prompt.device
+    item = torch.full((B, k), -1, dtype=torch.long, device=device)
+    logp = torch.zeros(B, k, device=device)
+    mask = torch.zeros(B, k, dtype=torch.bool, device=device)
+    cache, hidden = prefill(model, prompt, valid, k)
+    first = model.item_logits(hidden)
+    logits = first
+    for slot in range(k):
+        scores, alive = legal_logp(logits, constraint.legal, temperature)
+        chosen = torch.where(alive, pick(scores, slot), -1)
+        item[:, slot], mask[:, slot] = chosen, alive
+        logp[:, slot] = torch.where(alive, scores.gather(1, chosen.clamp(min=0)[:, None])[:, 0], 0.0)
+        constraint.place(chosen)
+        if slot + 1 < k:
+            valid = torch.cat([valid, alive[:, None]], 1)
+            logits = model.item_logits(model(item_tokens(model, chosen, 0)[:, None], valid, cache)[:, -1])
+    return Pages(item, logp, mask, first)
+
+
+def greedy(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int) -> Pages:
+    """The likeliest legal item in every slot. Ties go to the smaller id."""
+    return generate(model, prompt, valid, constraint, k, lambda logp, slot: logp.argmax(1))
+
+
+def sample(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, uniform: Tensor,
+           temperature: float = 1.0) -> Pages:
+    """Draw every slot from its legal distribution: Plackett-Luce given the prefix, never a repeat.
+
+    uniform  (B, K) float64 in [0, 1): one number a slot turns the distribution into a choice (inverse of the
+             cumulative sum), so a page depends on its own numbers alone, not on its neighbours in the batch
+    """
+    def pick(logp: Tensor, slot: int) -> Tensor:
+        total = logp.double().exp().cumsum(1)
+        # An item of probability 0 adds nothing to the sum, so the first sum above the threshold is never its own.
+        point = uniform[:, slot, None] * total[:, -1:]
+        return torch.searchsorted(total, point, right=True)[:, 0].clamp(max=logp.shape[1] - 1)
+
+    return generate(model, prompt, valid, constraint, uniform.shape[1], pick, temperature)
+
+
+@torch.no_grad()
+def beam(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int, width: int = 4) -> Pages:
+    """The page of highest total log-probability among those a beam of `width` pages a user keeps."""
+    B, N, device = len(prompt), model.n_items, prompt.device
+    cache, hidden = prefill(model, prompt, valid, k)
+    first = model.item_logits(hidden)
+    rows = torch.arange(B, device=device).repeat_interleave(width)
+    cache.select(rows)
+    constraint.select(rows)
+    valid, logits = valid[rows], first[rows]
+    item = torch.full((B * width, k), -1, dtype=torch.long, device=device)
+    logp = torch.zeros(B * width, k, device=device)
+    mask = torch.zeros(B * width, k, dtype=torch.bool, device=device)
+    # All beams of a user start alike; only the first may branch at slot 0.
+    total = torch.full((B, width), -torch.inf, device=device)
+    total[:, 0] = 0.0
+    for slot in range(k):
+        scores, alive = legal_logp(logits, constraint.legal, 1.0)
+        # A finished page carries itself on through one made-up column of cost 0.
+        stay = torch.where(alive, -torch.inf, 0.0)[:, None]
+        options = (total.reshape(-1, 1) + torch.cat([scores, stay], 1)).view(B, -1)
+        total, best = options.topk(width, dim=1)
+        source = (torch.arange(B, device=device)[:, None] * width + best // (N + 1)).flatten()
+        chosen = (best % (N + 1)).flatten()
+        step_logp = torch.cat([scores, stay], 1)[source, chosen]
+        live = (chosen < N) & total.flatten().isfinite()
+        chosen = torch.where(live, chosen, -1)
+        item, logp, mask, valid = item[source], logp[source], mask[source], valid[source]
+        cache.select(source)
+        constraint.select(source)
+        item[:, slot], mask[:, slot] = chosen, live
+        logp[:, slot] = torch.where(live, step_logp, 0.0)
+        constraint.place(chosen)
+        if slot + 1 < k:
+            valid = torch.cat([valid, live[:, None]], 1)
+            logits = model.item_logits(model(item_tokens(model, chosen, 0)[:, None], valid, cache)[:, -1])
+    top = torch.arange(B, device=device) * width
+    return Pages(item[top], logp[top], mask[top], first)
+
+
+@torch.no_grad()
+def one_shot(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int) -> Pages:
+    """Rank by the first slot's distribution alone: one pass, no slot sees another."""
+    first = model.item_logits(model(prompt, valid)[:, -1])
+    logp, _ = legal_logp(first, constraint.legal, 1.0)
+    top = logp.topk(min(k, logp.shape[1]), dim=1)
+    mask = top.values.isfinite()
+    pad = (0, k - mask.shape[1])
+    return Pages(F.pad(torch.where(mask, top.indices, -1), pad, value=-1),
+                 F.pad(torch.where(mask, top.values, 0.0), pad), F.pad(mask, pad), first)
+
+
+def ranking(pages: Pages, legal: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """The page, then the remaining legal items by the first slot's logits (SPEC 7: NDCG@100 needs 100 ranks).
+
+    legal    (B, N) bool, before any slot was filled
+    returns  item (B, depth) int64, -1 past the end; score (B, depth) float32, falling along each row
+    """
+    B, K = pages.item.shape
+    score = torch.where(legal, pages.first, -torch.inf)
+    over = torch.where(legal, pages.first, torch.finfo(torch.float32).min).amax(1, keepdim=True)
+    above = over + K - torch.arange(K, device=score.device, dtype=score.dtype)
+    padded = F.pad(score, (0, 1))                               # the last column takes the empty slots
+    padded.scatter_(1, torch.where(pages.mask, pages.item, score.shape[1]), above)
+    top = padded[:, :-1].topk(min(depth, score.shape[1]), dim=1)
+    kept = top.values.isfinite()
+    pad = (0, depth - kept.shape[1])
+    return (F.pad(torch.where(kept, top.indices, -1), pad, value=-1),
+            F.pad(torch.where(kept, top.values, -torch.inf), pad, value=-torch.inf))
+
+
+def slot_states(model: GPT2, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor) -> Tensor:
+    """Hidden states around the slots of given pages, in one pass: (B, K + 1, C).
+
+    Column t is the state before slot t is drawn; column t + 1 the state after its item was read.
+    """
+    P = prompt.shape[1]
+    ids = torch.cat([prompt, item_tokens(model, item, 0)], 1)
+    return model(ids, torch.cat([valid, mask], 1))[:, P - 1:]
+
+
+def page_logp(states: Tensor, rows: Tensor, item: Tensor, mask: Tensor, excluded: Tensor,
+              temperature: float = 1.0, with_entropy: bool = False):
+    """Log-probability of every slot under its legal set, without a tensor of slots x items.
+
+    states    (B, K or K + 1, C) from slot_states      rows      (N, C) item rows
+    item      (B, K), mask (B, K) as in Pages          excluded  (B, E) int64, padded with -1
+    returns   logp (B, K) float32, 0 off the mask [, entropy (B, K) of the legal distribution]
+    """
+    B, K = item.shape
+    before = torch.ones(K, K, dtype=torch.bool, device=item.device).tril(-1)        # slot t sees slots < t
+    placed = torch.where(before, item[:, None, :], -1)                              # (B, K, K)
+    illegal = torch.cat([excluded[:, None, :].expand(B, K, -1), placed], 2)[mask]   # (n, E + K)
+    out = linear_logp(states[:, :K][mask], rows, item[mask], illegal, temperature, return_entropy=with_entropy)
+    spread = [torch.zeros(B, K, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
+              for x in (out if with_entropy else (out,))]
+    return tuple(spread) if with_entropy else spread[0]

@@ -1,0 +1,360 @@
+"""Ground-truth pages, near-duplicates, page energy E, feedback set F (SPEC 2.2, 2.3; paper: A.2, Eq. 13).
+
+    s, near = item_scores(shop), near_duplicates(shop.catalogue)
+    given, label = split_history(items, ratings, 0.2, rng)              # of one user's train positives
+    page, removed = ground_truth_page(items[label], ratings[label], shop.catalogue, s, near)
+    energy(page, gain(ratings_on_page, s[page]), shop.catalogue.leaf_id, near)
+
+E is a value: higher is better (the paper's "potential energy" is -E). Everything reads train rows only.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from pagellm.data.shop import Catalogue, Rows, Shop
+
+__all__ = ["LAMBDA_D", "LAMBDA_R", "Move", "Near", "energy", "feedback", "gain", "gains", "ground_truth_page",
+           "item_scores", "near_duplicates", "page_energy", "popularity", "rating_levels", "single_level",
+           "split_history"]
+
+LAMBDA_D = 0.3      # what a slot earns by a category not seen above it
+LAMBDA_R = 0.3      # what a slot loses by repeating an item above it
+
+
+def popularity(shop: Shop) -> np.ndarray:
+    """(N,) int64: train interactions of every item, liked or not."""
+    return np.bincount(shop.csr("train", positive=None).items, minlength=shop.n_items)
+
+
+def item_scores(shop: Shop, shrink: float = 0.0) -> np.ndarray:
+    """s_i, the mean train rating of every item over all its raters (SPEC 2.2 step 3).
+
+    shrink  m in (sum r + m mu) / (n_i + m), mu the mean of all train ratings: few raters pull an item less
+    returns (N,) float64 in rating units; NaN for an item nobody rated, whatever shrink: no rating is invented
+
+    Raises ValueError on a negative shrink.
+    """
+    if shrink < 0:
+        raise ValueError(f"item_scores: shrink={shrink}, want 0 or more")
+    rows = shop.csr("train", positive=None)
+    known = ~np.isnan(rows.ratings)
+    items, ratings = rows.items[known], rows.ratings[known].astype(np.float64)
+    count = np.bincount(items, minlength=shop.n_items)
+    total = np.bincount(items, weights=ratings, minlength=shop.n_items)
+    prior = ratings.mean() if len(ratings) else 0.0
+    score = np.full(shop.n_items, np.nan)
+    rated = count > 0
+    score[rated] = (total[rated] + shrink * prior) / (count[rated] + shrink)
+    return score
+
+
+def rating_levels(ratings: np.ndarray) -> np.ndarray:
+    """Ratings as comparable numbers: NaN (level unknown) becomes one level below all known ones."""
+    ratings = np.asarray(ratings, dtype=np.float64)
+    return np.where(np.isnan(ratings), -np.inf, ratings)
+
+
+def split_history(items: np.ndarray, ratings: np.ndarray, share: float,
+                  rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Input/label split of one user's positives, stratified by rating level (SPEC 2.2 step 2).
+
+    Of a level with m items, max(1, round(share m)) but never all become labels; a level of one item is input.
+    If that leaves no label, one item drawn at random becomes the label.
+
+    items, ratings (n,): NaN ratings form one level of their own    share  of the labels, between 0 and 1
+    returns given, label: index arrays into items, each rising (so a history keeps its order); together 0..n-1
+
+    Raises ValueError on no items, unequal lengths, or a share outside (0, 1).
+    """
+    if len(items) == 0 or len(items) != len(ratings):
+        raise ValueError(f"split_history: {len(items)} items, {len(ratings)} ratings: want both, as many")
+    if not 0 < share < 1:
+        raise ValueError(f"split_history: share={share}, want it between 0 and 1")
+    level = rating_levels(ratings)
+    chosen = np.zeros(len(items), dtype=bool)
+    for value in np.unique(level):
+        members = np.flatnonzero(level == value)
+        if len(members) > 1:
+            count = min(max(1, math.floor(share * len(members) + 0.5)), len(members) - 1)
+            chosen[rng.permutation(members)[:count]] = True
+    if not chosen.any():
+        chosen[rng.integers(len(items))] = True
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
+def single_level(ratings: np.ndarray, given: np.ndarray, label: np.ndarray) -> bool:
+    """True if some rating level of the user stands on one side of the split only (SPEC 2.2 step 2)."""
+    level = rating_levels(ratings)
+    return set(level[given]) != set(level[label])
+
+
+@dataclass(frozen=True)
+class Near:
+    """Which items nearly repeat which: a symmetric relation without (i, i), not transitive.
+
+    indptr (N+1,), neighbour (E,) int64: item i repeats neighbour[indptr[i]:indptr[i + 1]], rising
+    group  (N,) int64: the smallest item reachable through near-duplicates; i itself where there is none
+    """
+
+    indptr: np.ndarray
+    neighbour: np.ndarray
+    group: np.ndarray
+
+    @classmethod
+    def of_pairs(cls, pairs: np.ndarray, n_items: int) -> "Near":
+        """From pairs (E, 2) of different items, in any order, repeats allowed."""
+        pairs = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
+        both = np.unique(np.concatenate([pairs, pairs[:, ::-1]]), axis=0)
+        indptr = np.zeros(n_items + 1, dtype=np.int64)
+        np.cumsum(np.bincount(both[:, 0], minlength=n_items), out=indptr[1:])
+        return cls(indptr, both[:, 1].copy(), components(both, n_items))
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    def of(self, item: int) -> np.ndarray:
+        """The near-duplicates of one item, rising ids."""
+        return self.neighbour[self.indptr[item]: self.indptr[item + 1]]
+
+
+def components(both: np.ndarray, n_items: int) -> np.ndarray:
+    """The smallest item of each connected component, from directed pairs (E, 2) given both ways."""
+    group = np.arange(n_items, dtype=np.int64)
+    while len(both):
+        lower = group.copy()
+        np.minimum.at(lower, both[:, 0], group[both[:, 1]])
+        lower = lower[lower]                     # jump: a chain of length n needs about log n rounds
+        if np.array_equal(lower, group):
+            break
+        group = lower
+    return group
+
+
+def near_duplicates(catalogue: Catalogue, embedding: np.ndarray | None = None, jaccard: float = 0.8,
+                    cosine: float = 0.95) -> Near:
+    """Items that nearly repeat each other (SPEC 2.2 step 5).
+
+    Same brand and same leaf category, both known, and title-token Jaccard >= jaccard; or, where an embedding
+    (N, d) is given, cosine >= cosine. Tokens are the distinct lower-case words and numbers of the title.
+    An item without title, or with an embedding of length 0, repeats nothing by that rule.
+
+    Raises ValueError if the embedding has not one finite row an item, or a threshold is outside (0, 1].
+    """
+    if not (0 < jaccard <= 1 and 0 < cosine <= 1):
+        raise ValueError(f"near_duplicates: jaccard={jaccard}, cosine={cosine}: want both above 0, at most 1")
+    pairs = [title_pairs(catalogue, jaccard)]
+    if embedding is not None:
+        embedding = np.asarray(embedding, dtype=np.float32)
+        if embedding.ndim != 2 or len(embedding) != len(catalogue) or not np.isfinite(embedding).all():
+            raise ValueError(f"near_duplicates: embedding {embedding.shape}: "
+                             f"want ({len(catalogue)}, d), all finite")
+        pairs.append(cosine_pairs(embedding, cosine))
+    return Near.of_pairs(np.concatenate(pairs), len(catalogue))
+
+
+def title_pairs(catalogue: Catalogue, threshold: float) -> np.ndarray:
+    """(E, 2) items of one brand and leaf whose title tokens overlap by Jaccard >= threshold.
+
+    Prefix filter: sets with Jaccard >= t share at least ceil(t |A|) tokens, so with tokens in one fixed order
+    (rarest first: short lists) they must meet among the first |A| - ceil(t |A|) + 1. Exact, nearly linear.
+    """
+    brand, leaf = catalogue.brand_id.tolist(), catalogue.leaf_id.tolist()
+    tokens = {i: set(re.findall(r"\w+", title.lower())) for i, title in enumerate(catalogue.title)
+              if brand[i] >= 0 and leaf[i] >= 0}
+    frequency: dict[str, int] = defaultdict(int)
+    for words in tokens.values():
+        for word in words:
+            frequency[word] += 1
+    index: dict[tuple, list[int]] = defaultdict(list)
+    found = []
+    for i, words in tokens.items():
+        need = math.ceil(threshold * len(words) - 1e-9)      # 1e-9: 0.8 * 5 may come out above 4
+        prefix = sorted(words, key=lambda word: (frequency[word], word))[: len(words) - need + 1]
+        keys = [(brand[i], leaf[i], word) for word in prefix]
+        for j in {j for key in keys for j in index[key]}:
+            common = len(words & tokens[j])
+            if common / (len(words) + len(tokens[j]) - common) >= threshold:
+                found.append((j, i))
+        for key in keys:
+            index[key].append(i)
+    return np.array(found, dtype=np.int64).reshape(-1, 2)
+
+
+def cosine_pairs(embedding: np.ndarray, threshold: float, block: int = 1024) -> np.ndarray:
+    """(E, 2) rows i < j of (N, d) with cosine >= threshold, `block` rows at a time: (N, N) is never whole."""
+    length = np.linalg.norm(embedding, axis=1, keepdims=True)
+    unit = np.divide(embedding, length, out=np.zeros_like(embedding), where=length > 0)
+    found = [np.zeros((0, 2), dtype=np.int64)]
+    for start in range(0, len(unit), block):
+        row, column = np.nonzero(unit[start: start + block] @ unit[start:].T >= threshold)
+        found.append(np.stack([row, column], 1)[column > row] + start)
+    return np.concatenate(found)
+
+
+def ground_truth_page(items: np.ndarray, ratings: np.ndarray, catalogue: Catalogue, s: np.ndarray,
+                      near: Near) -> tuple[np.ndarray, int]:
+    """The best page of some items of one user (SPEC 2.2 steps 4 and 5; the paper's A.2).
+
+    Rating levels from high to low, the unknown level last. Inside a level: first items of a leaf category
+    that the page does not show yet, then higher s_i (unknown last), then smaller id. Of near-duplicates the
+    higher one stays. Diversity acts within a level only: across levels it would break the coarse order.
+
+    items, ratings (n,)    s (N,) from item_scores
+    returns the page (<= n,) int64, best first, and how many items were removed as redundant
+    """
+    items = np.asarray(items, dtype=np.int64)
+    level = rating_levels(ratings)
+    score = rating_levels(np.asarray(s)[items])
+    order = np.lexsort((items, -score, -level))
+    item_list, level_list = items[order].tolist(), level[order].tolist()
+    leaf = catalogue.leaf_id[items[order]].tolist()
+    ordered: list[int] = []
+    seen = {-1}                                  # an unknown leaf never counts as a new category
+    start = 0
+    while start < len(item_list):
+        stop = start
+        while stop < len(item_list) and level_list[stop] == level_list[start]:
+            stop += 1
+        fresh, rest = [], []
+        for at in range(start, stop):
+            (rest if leaf[at] in seen else fresh).append(item_list[at])
+            seen.add(leaf[at])
+        ordered += fresh + rest
+        start = stop
+    page: list[int] = []
+    barred: set[int] = set()
+    for item in ordered:
+        if item not in barred:
+            page.append(item)
+            barred.update((item, *near.of(item).tolist()))
+    return np.array(page, dtype=np.int64), len(ordered) - len(page)
+
+
+def gain(rating: np.ndarray, s: np.ndarray, implicit_gain: float = 1.0) -> np.ndarray:
+    """g of items the user has rated or chosen:  g = (r - 3) + 0.5 (s_i - 1) / 4   (SPEC 2.2).
+
+    rating, s  arrays of one shape; s NaN adds nothing. A rating NaN is an implicit positive of unknown
+    level: implicit_gain stands for r - 3. That is a convention of the energy alone; no rating is invented.
+    An item the user has nothing to do with has g = 0: see `gains`.
+    """
+    rating, s = np.asarray(rating, dtype=np.float64), np.asarray(s, dtype=np.float64)
+    coarse = np.where(np.isnan(rating), implicit_gain, rating - 3.0)
+    return coarse + np.where(np.isnan(s), 0.0, 0.5 * (s - 1.0) / 4.0)
+
+
+def gains(users: np.ndarray, pages: np.ndarray, rows: Rows, s: np.ndarray,
+          implicit_gain: float = 1.0) -> np.ndarray:
+    """Gain of every slot, looked up in `rows` (the users' known ratings); 0 for items not there and for pads.
+
+    users (B,) int    pages (B, K) int, pads -1    s (N,)    returns (B, K) float64
+    """
+    n_items = len(s)
+    code = np.repeat(np.arange(len(rows.indptr) - 1), rows.counts()) * n_items + rows.items
+    order = np.argsort(code)
+    want = np.asarray(users)[:, None] * n_items + pages
+    if len(code) == 0:
+        return np.zeros(pages.shape)
+    at = np.minimum(np.searchsorted(code, want, sorter=order), len(code) - 1)
+    found = (pages >= 0) & (code[order[at]] == want)
+    value = gain(rows.ratings, s[rows.items], implicit_gain)
+    return np.where(found, value[order[at]], 0.0)
+
+
+def energy(page: Sequence[int], gain: Sequence[float], leaf: Sequence[int], near: Near,
+           lambda_d: float = LAMBDA_D, lambda_r: float = LAMBDA_R) -> float:
+    """E of one page, slot by slot (SPEC 2.2); higher is better.
+
+        E = sum_k d_k (g_k + lambda_d nov_k - lambda_r red_k)        d_k = 1 / log2(k + 1), k from 1
+
+    page, gain (K,)    leaf (N,) leaf category of every item, -1 unknown
+    nov_k  1 if the item's leaf is known and stands nowhere above
+    red_k  1 if an item above is the same or a near-duplicate
+    """
+    total, leaves, repeats = 0.0, {-1}, set()
+    for k, (item, g) in enumerate(zip(page, gain, strict=True), start=1):
+        item = int(item)
+        category = int(leaf[item])
+        novel, redundant = category not in leaves, item in repeats
+        total += (float(g) + lambda_d * novel - lambda_r * redundant) / math.log2(k + 1)
+        leaves.add(category)
+        repeats.add(item)
+        repeats.update(near.of(item).tolist())
+    return total
+
+
+def page_energy(pages: np.ndarray, mask: np.ndarray, gain: np.ndarray, leaf: np.ndarray, near: Near,
+                lambda_d: float = LAMBDA_D, lambda_r: float = LAMBDA_R) -> np.ndarray:
+    """`energy` of a batch of pages, without a loop over pages or slots.
+
+    pages (B, K) int    mask (B, K) bool, a prefix of each row    gain (B, K); pads may hold anything
+    leaf (N,)           returns (B,) float64; 0 for an empty page
+
+    Raises ValueError on unequal shapes or a mask with a hole.
+    """
+    pages, mask, gain = np.asarray(pages), np.asarray(mask, dtype=bool), np.asarray(gain, dtype=np.float64)
+    if not pages.shape == mask.shape == gain.shape or pages.ndim != 2:
+        raise ValueError(f"page_energy: pages {pages.shape}, mask {mask.shape}, gain {gain.shape}: "
+                         "want one (B, K)")
+    if (mask[:, 1:] & ~mask[:, :-1]).any():
+        raise ValueError("page_energy: mask has a hole; every row must be True, then False")
+    row, slot = np.nonzero(mask)        # reading order: of two slots of a page the first stands higher
+    item = pages[row, slot]
+    worth = (gain[row, slot] + lambda_d * novel_slots(row, np.asarray(leaf)[item])
+             - lambda_r * redundant_slots(row, item, near))
+    return np.bincount(row, weights=worth / np.log2(slot + 2.0), minlength=len(pages))
+
+
+def novel_slots(row: np.ndarray, leaf: np.ndarray) -> np.ndarray:
+    """(S,) bool for slots in reading order: the first of its page with this leaf; False if unknown (-1)."""
+    base = leaf.max(initial=0) + 2
+    novel = np.zeros(len(row), dtype=bool)
+    novel[np.unique(row * base + leaf + 1, return_index=True)[1]] = True
+    return novel & (leaf >= 0)
+
+
+def redundant_slots(row: np.ndarray, item: np.ndarray, near: Near) -> np.ndarray:
+    """(S,) bool for slots in reading order: the same item or a near-duplicate stands above on its page."""
+    code, first = np.unique(row * len(near) + item, return_index=True)
+    redundant = np.ones(len(row), dtype=bool)
+    redundant[first] = False
+    begin, degree = near.indptr[item], near.indptr[item + 1] - near.indptr[item]
+    slot = np.repeat(np.arange(len(item)), degree)
+    within = np.arange(len(slot)) - np.repeat(np.cumsum(degree) - degree, degree)
+    want = row[slot] * len(near) + near.neighbour[begin[slot] + within]
+    at = np.minimum(np.searchsorted(code, want), len(code) - 1)
+    redundant[slot[(code[at] == want) & (first[at] < slot)]] = True
+    return redundant
+
+
+class Move(NamedTuple):
+    """One element of F: moving `item` from slot k to slot k2 (from 1) changes E by delta_E."""
+
+    item: int
+    k: int
+    k2: int
+    delta_E: float
+
+
+def feedback(page: Sequence[int], gain: Sequence[float], leaf: np.ndarray, near: Near, reach: int = 5,
+             beneficial_only: bool = False) -> list[Move]:
+    """F of one page (Eq. 13): every move of one item by at most `reach` slots that changes E, with its sign.
+
+    A move takes the item out and puts it back at k2; those between shift by one. The paper's section 3 keeps
+    beneficial moves only, its Eq. 13 both signs: both here unless beneficial_only.
+    """
+    page, gain = np.asarray(page, dtype=np.int64), np.asarray(gain, dtype=np.float64)
+    length = len(page)
+    moves = [(k, k2) for k in range(length) for k2 in range(length) if 0 < abs(k - k2) <= reach]
+    order = np.array([np.insert(np.delete(np.arange(length), k), k2, k) for k, k2 in moves], dtype=np.int64)
+    order = np.concatenate([np.arange(length)[None], order.reshape(-1, length)])
+    value = page_energy(page[order], np.ones(order.shape, dtype=bool), gain[order], leaf, near)
+    delta = value[1:] - value[0]
+    return [Move(int(page[k]), k + 1, k2 + 1, float(change))
+            for (k, k2), change in zip(moves, delta, strict=True)
+            if abs(change) > 1e-12 and (change > 0 or not beneficial_only)]     # 1e-12: rounding is no change

@@ -1,0 +1,319 @@
+"""Pages -> pairs of pages, the better first: what the reward model learns from (SPEC 2.4; the paper's A.3).
+
+    pairs, counts = make_pairs(shop, seed=0, kinds=KINDS, per_kind=4, label_share=0.5)
+
+preference   the other page holds what the user rated below 3, filled up with items nobody showed them
+ranked       1 to 3 position pairs swapped so that a better item stands below a worse one
+diversity    the only item of a category gives way to one of a category that the page already shows
+redundancy   an item gives way to a near-duplicate of one above it
+
+Both pages are equally long. Train rows only. A pair whose second page has not the lower energy E is dropped.
+The paper swaps positions for all of the last three. A swap cannot change the set on the page, so that only the
+order above a slot tells about diversity or redundancy; literal_swaps=True does it the paper's way.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from pagellm.data.shop import Catalogue, Shop
+from pagellm.lists import (
+    Near,
+    energy,
+    gain,
+    gains,
+    ground_truth_page,
+    item_scores,
+    near_duplicates,
+    page_energy,
+    popularity,
+    rating_levels,
+    split_history,
+)
+
+__all__ = ["KINDS", "Pair", "Side", "Stock", "diversity", "from_table", "make_pairs", "preference", "ranked",
+           "redundancy", "swapped_diversity", "swapped_redundancy", "to_table"]
+
+KINDS = ("preference", "ranked", "diversity", "redundancy")
+NEUTRAL = ("exclude", "weak_negative")
+MATCHES = 5          # a replacement is drawn from the 5 items nearest in popularity and s_i
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two pages for one user. chosen, rejected and mask are equally long; all item ids are dense."""
+
+    user: int
+    kind: str
+    history: list[int]           # what the policy may see, oldest first
+    history_rating: list[float]  # NaN where unknown
+    chosen: list[int]
+    rejected: list[int]
+    mask: list[bool]             # edited positions; none for preference
+    delta_E: float               # E(chosen) - E(rejected)
+    source: str                  # how the second page was made: swap, replacement, rated, sampled, rated+sampled
+    seed: int                    # of the generator that drew the split and the edit
+
+
+@dataclass(frozen=True)
+class Stock:
+    """The catalogue as pairs need it, (N,) each: made once from the train rows, never changed."""
+
+    catalogue: Catalogue
+    near: Near
+    s: np.ndarray
+    weight: np.ndarray           # popularity ** 0.75: how likely an item is to fill a rejected page
+    coordinate: np.ndarray       # (N, 2) in 0..1: popularity rank and s_i, to match a replacement by
+    by_leaf: list[np.ndarray]    # items of every leaf category
+
+    @classmethod
+    def of(cls, shop: Shop, near: Near | None = None, shrink: float = 0.0) -> "Stock":
+        catalogue, s, count = shop.catalogue, item_scores(shop, shrink), popularity(shop)
+        order = np.argsort(catalogue.leaf_id, kind="stable")
+        cuts = np.searchsorted(catalogue.leaf_id[order], np.arange(len(catalogue.leaf_names) + 1))
+        known = ~np.isnan(s)
+        middle = s[known].mean() if known.any() else 3.0
+        _, level, size = np.unique(count, return_inverse=True, return_counts=True)
+        rank = (np.cumsum(size) - (size + 1) / 2)[level] / max(1, len(count) - 1)    # ties share a rank
+        coordinate = np.stack([rank, (np.where(known, s, middle) - 1.0) / 4.0], axis=1)
+        return cls(catalogue, near or near_duplicates(catalogue), s, count ** 0.75, coordinate,
+                   [order[a:b] for a, b in zip(cuts, cuts[1:], strict=False)])
+
+
+@dataclass(frozen=True)
+class Side:
+    """One user's split and the page made from it: what a kind of pair edits."""
+
+    user: int
+    history: list[int]
+    history_rating: list[float]
+    page: list[int]
+    level: np.ndarray            # (K,) rating of each slot, -inf where unknown
+    gain: dict[int, float]       # of every train item of the user
+    free: np.ndarray             # (N,) bool: not in the user's train rows, whatever the rating
+    disliked: np.ndarray         # items the user rated below 3
+
+    def energy(self, page: Sequence[int], stock: Stock) -> float:
+        return energy(page, [self.gain.get(item, 0.0) for item in page], stock.catalogue.leaf_id, stock.near)
+
+    def pair(self, stock: Stock, kind: str, rejected: list[int], edited: Sequence[int], source: str,
+             seed: int) -> Pair:
+        mask = [k in edited for k in range(len(self.page))]
+        delta = self.energy(self.page, stock) - self.energy(rejected, stock)
+        return Pair(self.user, kind, self.history, self.history_rating, self.page, rejected, mask, delta,
+                    source, seed)
+
+
+# What a kind of pair gives back: the rejected page, the edited positions, how it was made; None where impossible.
+Edit = tuple[list[int], list[int], str]
+
+
+def preference(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None:
+    """The user's disliked items in random order, filled up with unseen ones drawn in proportion to pop^0.75."""
+    length = len(side.page)
+    bad = rng.permutation(side.disliked)[:length]
+    fill = length - len(bad)
+    if fill:
+        # An exponential race: the first `fill` arrivals are a weighted draw without replacement.
+        eligible = np.flatnonzero(side.free & (stock.weight > 0))
+        if len(eligible) < fill:
+            return None
+        arrival = rng.standard_exponential(len(eligible)) / stock.weight[eligible]
+        bad = rng.permutation(np.concatenate([bad, eligible[np.argsort(arrival)[:fill]]]))
+    source = "rated" if fill == 0 else "sampled" if fill == length else "rated+sampled"
+    return bad.tolist(), [], source
+
+
+def ranked(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None:
+    """Swap 1 to 3 disjoint position pairs a < b where a holds the better item by (rating, then s_i)."""
+    level, s = side.level, rating_levels(stock.s[side.page])
+    better = (level[:, None] > level) | ((level[:, None] == level) & (s[:, None] > s))
+    return swap(side.page, better, rng, most=3)
+
+
+def swap(page: list[int], worth: np.ndarray, rng: np.random.Generator, most: int) -> Edit | None:
+    """Swap up to `most` disjoint positions a < b among those with worth[a, b], (K, K) bool."""
+    candidates = rng.permutation(np.argwhere(np.triu(worth, 1))).tolist()
+    if not candidates:
+        return None
+    count = rng.integers(1, most + 1)
+    rejected, edited = list(page), []
+    for a, b in candidates:
+        if a not in edited and b not in edited:
+            rejected[a], rejected[b] = rejected[b], rejected[a]
+            edited += [a, b]
+        if len(edited) == 2 * count:
+            break
+    return rejected, edited, "swap"
+
+
+def lonely(leaf: np.ndarray) -> np.ndarray:
+    """(K,) bool: the only slot of its known leaf category."""
+    return (leaf >= 0) & ((leaf[:, None] == leaf).sum(1) == 1)
+
+
+def diversity(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None:
+    """Replace the only item of a category by an unseen one of a category that is already on the page.
+
+    It is drawn from the MATCHES nearest in popularity rank and s_i, so that neither gives the edit away; never a
+    near-duplicate of an item on the page, which would make it a redundancy pair.
+    """
+    leaf = stock.catalogue.leaf_id[side.page]
+    slots = np.flatnonzero(lonely(leaf))
+    if len(slots) == 0:
+        return None
+    slot = int(rng.choice(slots))
+    others = set(leaf.tolist()) - {-1, int(leaf[slot])}
+    if not others:
+        return None
+    pool = np.concatenate([stock.by_leaf[category] for category in sorted(others)])
+    near = np.concatenate([stock.near.of(item) for item in side.page])
+    pool = pool[side.free[pool] & ~np.isin(pool, near)]
+    if len(pool) == 0:
+        return None
+    distance = np.abs(stock.coordinate[pool] - stock.coordinate[side.page[slot]]).sum(1)
+    return replace(side.page, slot, int(rng.choice(pool[np.argsort(distance, kind="stable")[:MATCHES]])))
+
+
+def redundancy(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None:
+    """Replace the item at b by an unseen near-duplicate of an item above b."""
+    copies = [(a, copy) for a, item in enumerate(side.page[:-1])
+              for copy in stock.near.of(item).tolist() if side.free[copy]]
+    if not copies:
+        return None
+    a, copy = copies[rng.integers(len(copies))]
+    return replace(side.page, int(rng.integers(a + 1, len(side.page))), copy)
+
+
+def replace(page: list[int], slot: int, item: int) -> Edit:
+    return [*page[:slot], item, *page[slot + 1:]], [slot], "replacement"
+
+
+def swapped_diversity(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None:
+    """The paper's way: the only item of a category changes places with a later one that has company."""
+    leaf = stock.catalogue.leaf_id[side.page]
+    alone = lonely(leaf)
+    return swap(side.page, alone[:, None] & ~alone, rng, most=1)
+
+
+def swapped_redundancy(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None:
+    """The paper's way: an item moves up, nearer to one of its own category, in exchange for another category."""
+    leaf = stock.catalogue.leaf_id[side.page]
+    same = (leaf[:, None] == leaf) & (leaf >= 0)
+    alike_above = np.cumsum(same, axis=0) - same > 0         # [a, b]: a slot above a has the category of b
+    return swap(side.page, alike_above & ~same, rng, most=1)
+
+
+def makers(literal_swaps: bool) -> dict[str, Callable]:
+    if literal_swaps:
+        return dict(zip(KINDS, (preference, ranked, swapped_diversity, swapped_redundancy), strict=True))
+    return dict(zip(KINDS, (preference, ranked, diversity, redundancy), strict=True))
+
+
+def pair_seed(seed: int, user: int, kind: str, draw: int) -> int:
+    """63 bits from where the draw stands, so that neither order nor number of processes matters."""
+    state = np.random.SeedSequence([seed, user, KINDS.index(kind), draw]).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
+
+
+def make_pairs(shop: Shop, seed: int = 0, kinds: Sequence[str] = KINDS, per_kind: int = 4,
+               label_share: float = 0.5, *, k: int = 20, literal_swaps: bool = False, neutral: str = "exclude", margin: float = 1e-6,
+               shrink: float = 0.0, implicit_gain: float = 1.0, near: Near | None = None,
+               users: Sequence[int] | None = None) -> tuple[list[Pair], dict[str, dict]]:
+    """Pairs of every user with two liked train items or more, by user, kind and draw.
+
+    per_kind     draws of each kind a user; every draw makes its own input/label split
+    label_share  share of the user's liked train items that become the page; its first k slots are used
+    neutral      exclude: a rating of 3 is neither liked nor disliked; weak_negative: it is disliked
+    margin       least E(chosen) - E(rejected) of a pair that is kept
+    near         near-duplicates to use; default the rule on titles alone
+    users        default all
+    returns the pairs, and for every kind how many draws were tried, impossible (the page does not allow this
+    kind), rejected (by the margin) and emitted, with the share of emitted ones whose rejected page has lower E
+
+    Raises ValueError on an unknown kind or neutral, per_kind or k below 1.
+    """
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise ValueError(f"make_pairs: unknown kind {unknown[0]!r}; want some of {', '.join(KINDS)}")
+    if neutral not in NEUTRAL or per_kind < 1 or k < 1:
+        raise ValueError(f"make_pairs: neutral={neutral!r}, per_kind={per_kind}, k={k}: want neutral one of "
+                         f"{', '.join(NEUTRAL)}, the others 1 or more")
+    stock, make = Stock.of(shop, near, shrink), makers(literal_swaps)
+    liked, disliked = shop.csr("train"), shop.csr("train", positive=False)
+    pairs: list[Pair] = []
+    counts = {kind: dict.fromkeys(("tried", "impossible", "rejected", "emitted"), 0) for kind in kinds}
+    for user in range(shop.n_users) if users is None else users:
+        items, ratings = liked.of(user)
+        if len(items) < 2:
+            continue
+        other, other_rating = disliked.of(user)
+        bad = other[other_rating < 3] if neutral == "exclude" else other[other_rating <= 3]
+        seen = np.concatenate([items, other])
+        worth = gain(np.concatenate([ratings, other_rating]), stock.s[seen], implicit_gain)
+        gain_of = dict(zip(seen.tolist(), worth.tolist(), strict=True))
+        free = np.ones(shop.n_items, dtype=bool)
+        free[seen] = False
+        for kind in kinds:
+            for draw in range(per_kind):
+                own = pair_seed(seed, user, kind, draw)
+                rng = np.random.Generator(np.random.PCG64(own))
+                side = draw_side(user, items, ratings, gain_of, free, bad, stock, label_share, k, rng)
+                edit = make[kind](side, stock, rng) if kind == "preference" or len(side.page) > 1 else None
+                counts[kind]["tried"] += 1
+                if edit is None:
+                    counts[kind]["impossible"] += 1
+                    continue
+                pair = side.pair(stock, kind, *edit, own)
+                if pair.delta_E < margin:
+                    counts[kind]["rejected"] += 1
+                    continue
+                counts[kind]["emitted"] += 1
+                pairs.append(pair)
+    check_energy(pairs, counts, shop, stock, implicit_gain)
+    return pairs, counts
+
+
+def draw_side(user: int, items: np.ndarray, ratings: np.ndarray, gain_of: dict[int, float], free: np.ndarray,
+              disliked: np.ndarray, stock: Stock, label_share: float, k: int, rng: np.random.Generator) -> Side:
+    """Split one user's liked items and make the ground-truth page of the labels, cut at k slots."""
+    given, label = split_history(items, ratings, label_share, rng)
+    page = ground_truth_page(items[label], ratings[label], stock.catalogue, stock.s, stock.near)[0][:k].tolist()
+    level = dict(zip(items.tolist(), rating_levels(ratings).tolist(), strict=True))
+    return Side(user, items[given].tolist(), ratings[given].tolist(), page, np.array([level[i] for i in page]),
+                gain_of, free, disliked)
+
+
+def check_energy(pairs: list[Pair], counts: dict[str, dict], shop: Shop, stock: Stock, implicit_gain: float) -> None:
+    """Score all pairs again by another road (in one batch) and note for each kind how many come out right."""
+    rows, leaf = shop.csr("train", positive=None), stock.catalogue.leaf_id
+    users = np.array([pair.user for pair in pairs], dtype=np.int64)
+    values = []
+    for pages in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs]):
+        item = np.full((len(pages), max(map(len, pages), default=0)), -1, dtype=np.int64)
+        for row, page in enumerate(pages):
+            item[row, : len(page)] = page
+        worth = gains(users, item, rows, stock.s, implicit_gain)
+        values.append(page_energy(item, item >= 0, worth, leaf, stock.near))
+    right = values[0] > values[1]
+    assert len(pairs) == 0 or right.mean() >= 0.99, f"only {right.mean():.4f} of the pairs have E(chosen) higher"
+    for kind, count in counts.items():
+        mine = right[np.array([pair.kind == kind for pair in pairs], dtype=bool)]
+        count["lower_energy"] = round(float(mine.mean()), 4) if len(mine) else None
+
+
+SCHEMA = pa.schema([("user", pa.int32()), ("kind", pa.string()), ("history", pa.list_(pa.int32())),
+                    ("history_rating", pa.list_(pa.float32())), ("chosen", pa.list_(pa.int32())),
+                    ("rejected", pa.list_(pa.int32())), ("mask", pa.list_(pa.bool_())), ("delta_E", pa.float64()),
+                    ("source", pa.string()), ("seed", pa.int64())])
+
+
+def to_table(pairs: Sequence[Pair]) -> pa.Table:
+    """One row a pair; ratings as float32."""
+    return pa.Table.from_pylist([asdict(pair) for pair in pairs], schema=SCHEMA)
+
+
+def from_table(table: pa.Table) -> list[Pair]:
+    """The inverse of to_table."""
+    return [Pair(**row) for row in table.select(SCHEMA.names).to_pylist()]

@@ -1,0 +1,647 @@
+"""PPO: pages sampled under the constraint, scored by the reward model, held to the SFT policy by KL (Eq. 9 to 11).
+
+Reads   data/<dataset>, runs/<run>/sft, runs/<run>/reward
+Writes  runs/<run>/ppo                      model.pt of the step with the best validation score, log.jsonl,
+                                            samples.jsonl (pages at each validation)
+
+    make ppo                                python -m pagellm.ppo --dataset synthetic --kl_coef 0.02
+
+About two minutes for the synthetic shop on two CPU cores. One step:
+
+    prompt (B, P) -> sample under the constraint -> item, logp (B, K); reference logp, value (B, K)
+      -> token_reward (B, K), page_reward (B,) -> normalise
+      -> r_k = w_token token_k / K - kl_coef (logp - ref_logp)_k, + w_page page at the last slot
+      -> gae -> whiten -> inner epochs of minibatches -> clipped policy loss, clipped value loss -> step
+
+No dropout anywhere in here: the ratio must be 1 before the first update.
+"""
+
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from kernels import masked
+from kernels.advantage import gae
+from pagellm.config import PageLLMError, check, main
+from pagellm.data.shop import Rows, Shop, load
+from pagellm.decode import Unseen, page_logp, sample, slot_states
+from pagellm.gpt2 import GPT2, from_state
+from pagellm.policy import MODES, Policy, Validation
+from pagellm.reward import RewardModel
+from pagellm.run import Common, Run, finished, load_model_file
+from pagellm.train import Guard, batch_at, keyed, lr_at, optimiser, pick_device, set_lr
+
+__all__ = ["AdaptiveKL", "Config", "Critic", "RunningMoments", "alarms", "kl_k1", "kl_k2", "kl_k3", "policy_loss",
+           "run", "step_reward", "value_loss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Common):
+    """Improve the SFT policy by PPO against the reward model, at a price per nat of drift."""
+
+    source_run: str = ""         # run whose sft and reward are read; empty: this run (ablations share one)
+    algo: str = "ppo"            # ppo; reinforce (Eq. 11 with the batch mean as baseline); rloo (the user's other pages)
+    epochs: float = 2.0          # passes over the users (the paper: 5)
+    rollout: int = 64            # pages sampled in a step
+    samples: int = 1             # pages of one user among them; rloo wants 2 or more
+    minibatch: int = 64          # pages in one optimiser update; divides rollout
+    micro: int = 64              # pages in one forward pass: buys memory, moves no gradient
+    inner_epochs: int = 4        # passes over a rollout; 1 makes reinforce exactly Eq. 11
+    k: int = 20                  # slots of a page
+    temperature: float = 1.0     # of sampling and of every log-probability alike
+    lr: float = 1e-4             # peak learning rate of the policy, linear to 0 (the paper: 1e-5 at 124M parameters)
+    critic_lr: float = 3e-4      # peak learning rate of the critic, linear to 0
+    clip: float = 0.2            # epsilon of the ratio, arXiv 1707.06347 eq. 7
+    value_clip: float = 0.2      # how far a new value may leave the old one, in units of normalised reward
+    vf_coef: float = 0.1         # weight of the value loss
+    entropy_coef: float = 0.0    # bonus for a nat of entropy of a slot
+    gamma: float = 1.0           # discount; a page is judged whole, so 1
+    lam: float = 0.95            # lambda of GAE
+    kl_coef: float = 0.05        # price of one nat of KL to the SFT policy, per slot, in normalised reward
+    kl_target: float = 0.0       # nats a page; above 0 kl_coef adapts towards it (Ziegler et al. 2019)
+    kl_horizon: float = 10000.0  # pages over which the adaptive coefficient moves
+    w_token: float = 1.0         # weight of the mean token reward; 0: page-only
+    w_page: float = 1.0          # weight of the page reward; 0: item-only
+    critic_warmup: int = 20      # critic updates before the policy's first
+    max_kl: float = 0.03         # stop the inner epochs when the new policy is further than this (k3, nats a slot)
+    grad_clip: float = 1.0       # largest gradient norm, policy and critic apart
+    eval_every: int = 10         # steps between validations
+    eval_users: int = 500        # users in a validation; 0: all that have validation items
+    mode: str = "greedy"         # decoding in validation: greedy, beam or one_shot
+    select: str = "energy"       # validation score that decides the weights kept: energy, ndcg or last
+    min_accuracy: float = 0.9    # a kind of pair below this accuracy draws a warning
+    strict: bool = False         # stop instead of warning: low reward accuracy, any alarm
+
+    def __post_init__(self):
+        positive = {f: (getattr(self, f) > 0, "above 0") for f in
+                    ("epochs", "rollout", "samples", "minibatch", "micro", "inner_epochs", "k", "temperature", "lr",
+                     "critic_lr", "grad_clip", "max_kl", "value_clip", "eval_every", "kl_horizon")}
+        check(self, **positive, algo=(self.algo in ("ppo", "reinforce", "rloo"), "ppo, reinforce or rloo"),
+              clip=(0 < self.clip < 1, "between 0 and 1"), lam=(0 <= self.lam <= 1, "0 to 1"),
+              gamma=(0 <= self.gamma <= 1, "0 to 1"), mode=(self.mode in MODES, ", ".join(MODES)),
+              kl_coef=(self.kl_coef >= 0, "0 or more"), kl_target=(self.kl_target >= 0, "0 or more"),
+              select=(self.select in ("energy", "ndcg", "last"), "energy, ndcg or last"),
+              w_token=(self.w_token >= 0, "0 or more"), w_page=(self.w_page >= 0, "0 or more"))
+        if self.rollout % self.minibatch:
+            raise PageLLMError(f"rollout={self.rollout} is not a multiple of minibatch={self.minibatch}")
+        if self.rollout % self.samples:
+            raise PageLLMError(f"rollout={self.rollout} is not a multiple of samples={self.samples}")
+        if self.algo == "rloo" and self.samples < 2:
+            raise PageLLMError("algo=rloo compares pages of one user: want samples of 2 or more, e.g. --samples 4")
+        if self.w_token == self.w_page == 0:
+            raise PageLLMError("w_token and w_page are both 0: nothing to optimise")
+
+
+def kl_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """log pi - log ref of each drawn token: unbiased for KL(pi || ref), and can be negative. In nats."""
+    return logp - ref_logp
+
+
+def kl_k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """Half the squared log-ratio: never negative, biased, low variance (Schulman, "Approximating KL", 2020)."""
+    return 0.5 * (logp - ref_logp).square()
+
+
+def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """exp(ref - logp) - 1 - (ref - logp): never negative, and unbiased for KL(pi || ref)."""
+    log_ratio = ref_logp - logp
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def step_reward(token_reward: Tensor, page_reward: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor,
+                w_token: float, w_page: float, kl_coef: float) -> Tensor:
+    """Reward of every slot: w_token token_k / T - kl_coef (logp - ref_logp)_k, + w_page page at a row's last slot.
+
+    token_reward, logp, ref_logp (B, K) float    page_reward (B,) float    mask (B, K) bool, a prefix of each row
+    returns (B, K), 0 off the mask. Its row sums are w_token mean(token) + w_page page - kl_coef sum(k1).
+    A row without a slot gets nothing. Raises ValueError on unequal shapes.
+    """
+    if not token_reward.shape == logp.shape == ref_logp.shape == mask.shape or page_reward.shape != mask.shape[:1]:
+        raise ValueError(f"step_reward: token_reward {tuple(token_reward.shape)}, logp {tuple(logp.shape)}, ref_logp "
+                         f"{tuple(ref_logp.shape)}, mask {tuple(mask.shape)}, page_reward {tuple(page_reward.shape)}: "
+                         "want (B, K) four times and (B,)")
+    length = mask.sum(1, keepdim=True)
+    slot = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    reward = w_token * token_reward / length.clamp(min=1) - kl_coef * (logp - ref_logp)
+    reward = reward + torch.where(slot == length, w_page * page_reward[:, None], 0.0)
+    return torch.where(mask, reward, 0.0)
+
+
+def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, clip: float
+                ) -> tuple[Tensor, Tensor]:
+    """Clipped objective (arXiv 1707.06347 eq. 7), negated: mean over kept slots of max(-r A, -clip(r, 1 +- clip) A).
+
+    logp, old_logp, advantage (B, K) float; mask (B, K) bool. r = exp(logp - old_logp).
+    returns loss (scalar) and the clip fraction: the share of kept slots whose clipped branch wins. 0, 0 on an
+    empty mask.
+    """
+    ratio = torch.exp(torch.where(mask, logp - old_logp, 0.0))
+    advantage = torch.where(mask, advantage, 0.0)
+    plain, clipped = -ratio * advantage, -ratio.clamp(1 - clip, 1 + clip) * advantage
+    loss = masked.mean(torch.maximum(plain, clipped), mask)
+    return loss, masked.mean((clipped > plain).to(loss.dtype), mask)
+
+
+def value_loss(value: Tensor, old_value: Tensor, ret: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """Half the mean over kept slots of max((V - R)^2, (V_clipped - R)^2), V_clipped within old_value +- clip.
+
+    All (B, K). returns loss (scalar) and the share of kept slots whose clipped branch wins; 0, 0 on an empty mask.
+    """
+    value, old_value, ret = (torch.where(mask, x, 0.0) for x in (value, old_value, ret))
+    # clamp(V, old - c, old + c), not old + clamp(V - old): the second rounds V even where nothing is clipped.
+    limited = torch.maximum(torch.minimum(value, old_value + clip), old_value - clip)
+    plain, clipped = (value - ret).square(), (limited - ret).square()
+    loss = 0.5 * masked.mean(torch.maximum(plain, clipped), mask)
+    return loss, masked.mean((clipped > plain).to(loss.dtype), mask)
+
+
+class RunningMoments:
+    """Count, mean and unbiased standard deviation of a whole stream, in any split or order (Welford; Chan et al.)."""
+
+    def __init__(self):
+        self.count, self.mean, self.m2 = 0, 0.0, 0.0
+
+    def update(self, x: Tensor) -> None:
+        """x: any shape, every entry counts. Raises ValueError on NaN or infinity, which would stay for ever."""
+        x = torch.as_tensor(x).detach().double().flatten()
+        if not x.isfinite().all():
+            raise ValueError(f"RunningMoments: {int((~x.isfinite()).sum())} of {x.numel()} values are not finite")
+        n = x.numel()
+        if n == 0:
+            return
+        mean = float(x.mean())
+        delta, total = mean - self.mean, self.count + n
+        self.m2 += float((x - mean).square().sum()) + delta * delta * self.count * n / total
+        self.mean += delta * n / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """0 until two values were seen."""
+        return math.sqrt(self.m2 / (self.count - 1)) if self.count > 1 else 0.0
+
+    def state_dict(self) -> dict:
+        return {"count": self.count, "mean": self.mean, "m2": self.m2}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.count, self.mean, self.m2 = state["count"], state["mean"], state["m2"]
+
+
+class AdaptiveKL:
+    """KL coefficient that steers towards a target (Ziegler et al. 2019, section 2.2).
+
+    target   nats a page      horizon  pages over which a steady 20% error moves the coefficient by a factor e^0.2
+    """
+
+    def __init__(self, coef: float, target: float, horizon: float):
+        if target <= 0 or horizon <= 0:
+            raise ValueError(f"AdaptiveKL: target={target}, horizon={horizon}: want both above 0")
+        self.coef, self.target, self.horizon = coef, target, horizon
+
+    def update(self, kl: float, n_pages: int) -> float:
+        """kl: mean over pages of the sum over slots. coef *= 1 + clip(kl / target - 1, +-0.2) n_pages / horizon."""
+        error = min(0.2, max(-0.2, float(kl) / self.target - 1.0))
+        self.coef *= 1.0 + error * n_pages / self.horizon
+        return self.coef
+
+
+def normalise_reward(token_reward: Tensor, page_reward: Tensor, mask: Tensor, moments: RunningMoments, w_token: float,
+                     w_page: float, limit: float = 5.0) -> tuple[Tensor, Tensor]:
+    """Running normalisation of the page's whole reward S = w_token mean(token) + w_page page, split over its parts.
+
+    token part w_token token / sigma, terminal part (w_page page - mu) / sigma, each clipped to +- limit, so that
+    their sum is (S - mu) / sigma. `moments` takes in this batch first. Before KL, which stays in nats.
+    returns token (B, K), page (B,): weights are already inside
+    """
+    mean = torch.where(mask, token_reward, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+    moments.update(w_token * mean + w_page * page_reward)
+    sigma = max(moments.std, 1e-6)
+    return ((w_token * token_reward / sigma).clamp(-limit, limit),
+            ((w_page * page_reward - moments.mean) / sigma).clamp(-limit, limit))
+
+
+class Critic(nn.Module):
+    """V_t, the reward still to come before slot t is drawn. Its own trunk (the reward model's), head at zero."""
+
+    def __init__(self, trunk: GPT2):
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(trunk.shape.n_embd, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor) -> Tensor:
+        """(B, K) float32, 0 off the mask."""
+        before = slot_states(self.trunk, prompt, valid, item, mask)[:, :-1].float()
+        return torch.where(mask, self.head(before)[..., 0], 0.0)
+
+
+@dataclass
+class Rollout:
+    """Pages of one step and all that was known of them before the first update. (B, K) unless said otherwise."""
+
+    prompt: Tensor          # (B, P)
+    valid: Tensor           # (B, P)
+    excluded: Tensor        # (B, E) item ids, padded with -1
+    item: Tensor
+    mask: Tensor
+    old_logp: Tensor
+    ref_logp: Tensor
+    value: Tensor
+    token: Tensor           # raw token rewards
+    page: Tensor            # (B,) raw page rewards
+    entropy: Tensor         # of the legal distribution of each slot, nats
+    kl_exact: Tensor        # sum over the legal set of pi log(pi / ref)
+    drift: float            # largest |sampled logp - old_logp|: cached generation against the full pass
+
+    def __len__(self) -> int:
+        return len(self.item)
+
+
+def legal_logits(states: Tensor, model: GPT2, item: Tensor, excluded: Tensor) -> Tensor:
+    """(B, K, N) item logits with -inf on whatever slot k may not hold. For exact KL on a micro-batch only."""
+    B, K = item.shape
+    logits = model.item_logits(states[:, :K])
+    illegal = torch.zeros(B, K, model.n_items + 1, dtype=torch.bool, device=item.device)
+    before = torch.ones(K, K, dtype=torch.bool, device=item.device).tril(-1)
+    placed = torch.where(before & (item[:, None] >= 0), item[:, None], model.n_items)
+    gone = torch.where(excluded >= 0, excluded, model.n_items)[:, None].expand(B, K, -1)
+    illegal.scatter_(2, torch.cat([placed, gone], 2), True)
+    return logits.masked_fill(illegal[..., :-1], -torch.inf)
+
+
+def exact_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
+    """KL(pi || ref) of every slot over its legal set, (B, K); 0 off the mask."""
+    safe = mask[..., None]
+    logp = torch.where(safe, logits, 0.0).log_softmax(-1)
+    ref = torch.where(safe, ref_logits, 0.0).log_softmax(-1)
+    return torch.where(mask, torch.where(logp.isfinite(), logp.exp() * (logp - ref), 0.0).sum(-1), 0.0)
+
+
+@torch.no_grad()
+def roll_out(config: Config, policy: Policy, ref: GPT2, reward: RewardModel, critic: Critic, prompt: Tensor,
+             valid: Tensor, excluded: Tensor, uniform: Tensor) -> Rollout:
+    """Sample pages, then score them: one pass each of policy, reference, reward model and critic.
+
+    old_logp comes from the same pass over the finished page that the updates make, not from the cached generation,
+    so that the ratio starts at 1 to the last bit of that pass.
+    """
+    parts = []
+    for at in range(0, len(prompt), config.micro):
+        p, v, x = (t[at: at + config.micro] for t in (prompt, valid, excluded))
+        pages = sample(policy.model, p, v, Unseen(x, policy.model.n_items), uniform[at: at + config.micro],
+                       config.temperature)
+        states = slot_states(policy.model, p, v, pages.item, pages.mask)
+        ref_states = slot_states(ref, p, v, pages.item, pages.mask)
+        old, entropy = page_logp(states, policy.model.item, pages.item, pages.mask, x, config.temperature,
+                                 with_entropy=True)
+        old_ref = page_logp(ref_states, ref.item, pages.item, pages.mask, x, config.temperature)
+        exact = exact_kl(legal_logits(states, policy.model, pages.item, x) / config.temperature,
+                         legal_logits(ref_states, ref, pages.item, x) / config.temperature, pages.mask)
+        token, page = reward(p, v, pages.item, pages.mask)
+        value = critic(p, v, pages.item, pages.mask)
+        parts.append((pages.item, pages.mask, old, old_ref, value, token, page, entropy, exact,
+                      (pages.logp - old).abs()))
+    *columns, drift = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Rollout(prompt, valid, excluded, *columns, drift=float(drift.max()))
+
+
+def advantages(config: Config, r: Rollout, reward: Tensor) -> tuple[Tensor, Tensor]:
+    """advantage, ret (B, K) from the slots' rewards (B, K).
+
+    ppo        GAE with the critic, then masked whitening; the critic's target stays unwhitened
+    reinforce  the whole page's reward minus the batch mean (Eq. 11 with a baseline)
+    rloo       the whole page's reward minus the mean of the same user's other pages
+    """
+    if config.algo == "ppo":
+        advantage, ret = gae(reward, r.value, r.mask, config.gamma, config.lam)
+        return masked.whiten(advantage, r.mask), ret
+    total = reward.sum(1)
+    if config.algo == "reinforce":
+        advantage = total - total.mean()
+    else:
+        group = total.view(-1, config.samples)
+        others = (group.sum(1, keepdim=True) - group) / (config.samples - 1)
+        advantage = (group - others).flatten()
+    return torch.where(r.mask, advantage[:, None], 0.0), r.value
+
+
+def update(config: Config, policy: Policy, critic: Critic, policy_step: Guard, critic_step: Guard, r: Rollout,
+           advantage: Tensor, ret: Tensor, order: np.ndarray, learn_policy: bool, where: str) -> dict[str, float]:
+    """One inner epoch over a rollout. -> what to log; "stopped" 1.0 if the policy had already moved too far.
+
+    Each loss is a mean over the kept slots of the minibatch; a micro-batch adds its share of that mean.
+    """
+    device, seen = r.item.device, []
+    for mini in torch.from_numpy(order).to(device).split(config.minibatch):
+        slots = r.mask[mini].sum().clamp(min=1)
+        parts = []
+        for rows in mini.split(config.micro):
+            x, mask = r.item[rows], r.mask[rows]
+            share = mask.sum() / slots
+            row = {"share": share}
+            value = critic(r.prompt[rows], r.valid[rows], x, mask)
+            v_loss, row["val/clipfrac"] = value_loss(value, r.value[rows], ret[rows], mask, config.value_clip)
+            row["val/loss"] = v_loss.detach()
+            loss = config.vf_coef * v_loss
+            if learn_policy:
+                states = slot_states(policy.model, r.prompt[rows], r.valid[rows], x, mask)
+                logp, entropy = page_logp(states, policy.model.item, x, mask, r.excluded[rows], config.temperature,
+                                          with_entropy=True)
+                old, A = r.old_logp[rows], advantage[rows]
+                p_loss, row["policy/clipfrac"] = policy_loss(logp, old, A, mask, config.clip)
+                bonus = masked.mean(entropy, mask)
+                loss = loss + p_loss - config.entropy_coef * bonus
+                row |= policy_row(logp.detach(), old, A, mask, config.clip)
+                row |= {"policy/loss": p_loss.detach(), "policy/entropy": bonus.detach()}
+            (loss * share).backward()
+            parts.append(row)
+        total = pool(parts)
+        if learn_policy and total["policy/approxkl_k3"] > config.max_kl:
+            for guard in (policy_step, critic_step):
+                guard.opt.zero_grad(set_to_none=True)
+            return pool(seen, "share") | {"stopped": 1.0} if seen else total | {"stopped": 1.0}
+        total["val/grad_norm"] = critic_step.step(where)
+        if learn_policy:
+            total["policy/grad_norm"] = policy_step.step(where)
+        seen.append({k: torch.tensor(v) for k, v in total.items()} | {"share": torch.tensor(1.0 / config.rollout
+                                                                                           * len(mini))})
+    return pool(seen) | {"stopped": 0.0}
+
+
+def policy_row(logp: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, clip: float) -> dict[str, Tensor]:
+    """RECIPE's policy/* numbers of one micro-batch; pages were drawn from `old`, so the KL is KL(old || new)."""
+    ratio = torch.exp(torch.where(mask, logp - old, 0.0))
+    low, high = (ratio < 1 - clip) & (advantage < 0), (ratio > 1 + clip) & (advantage > 0)
+    return {"policy/approxkl_k1": masked.mean(kl_k1(old, logp), mask),
+            "policy/approxkl_k2": masked.mean(kl_k2(old, logp), mask),
+            "policy/approxkl_k3": masked.mean(kl_k3(old, logp), mask),
+            "policy/clipfrac_low": masked.mean(low.float(), mask),
+            "policy/clipfrac_high": masked.mean(high.float(), mask),
+            "policy/ratio_mean": masked.mean(ratio, mask), "policy/ratio_sq": masked.mean(ratio.square(), mask),
+            "policy/ratio_max": ratio.max(), "max_logratio": (ratio.log()).abs().max()}
+
+
+def pool(rows: list[dict], weight: str = "share") -> dict[str, float]:
+    """Share-weighted means of micro-batches or minibatches; "max" keys take the maximum."""
+    if not rows:
+        return {}
+    total = sum(float(row[weight]) for row in rows) or 1.0
+    return {name: max(float(row[name]) for row in rows) if "max" in name
+            else sum(float(row[name]) * float(row[weight]) for row in rows) / total
+            for name in rows[0] if name != weight}
+
+
+def describe(values: Tensor, mask: Tensor, name: str) -> dict[str, float]:
+    kept = values[mask]
+    if kept.numel() == 0:
+        return {}
+    return {f"{name}/mean": kept.mean().item(), f"{name}/std": masked.variance(values, mask).sqrt().item(),
+            f"{name}/min": kept.min().item(), f"{name}/max": kept.max().item()}
+
+
+def rollout_row(r: Rollout, reward: Tensor, advantage: Tensor, ret: Tensor, moments: RunningMoments) -> dict:
+    """Everything RECIPE wants logged of a rollout before its first update."""
+    kl = (r.old_logp - r.ref_logp).masked_fill(~r.mask, 0.0)
+    token = torch.where(r.mask, r.token, 0.0).sum(1) / r.mask.sum(1).clamp(min=1)
+    pages = r.item.tolist()
+    flat = r.item[r.mask]
+    top = flat.bincount().max().item() / max(1, flat.numel()) if flat.numel() else 0.0
+    spread = masked.variance(ret, r.mask)
+    unexplained = masked.variance(ret - r.value, r.mask)
+    duplicates = sum(len(p) - len(set(p)) for p in ([i for i in page if i >= 0] for page in pages))
+    illegal = (r.item[:, :, None] == r.excluded[:, None, :]) & r.mask[:, :, None]
+    assert duplicates == 0 and not illegal.any(), "a page holds an item that its constraint forbids"
+    return {"objective/kl_seq_sum": kl.sum(1).mean(), "objective/kl_exact_per_item": masked.mean(r.kl_exact, r.mask),
+            "objective/entropy": masked.mean(r.entropy, r.mask), "objective/reward_page": r.page.mean(),
+            "objective/reward_token": token.mean(), "objective/reward_total": (r.page + token).mean(),
+            "objective/rlhf_reward": reward.sum(1).mean(),
+            "val/explained_var": 1.0 - (unexplained / spread).item() if spread > 0 else 0.0,
+            "val/mean": masked.mean(r.value, r.mask), **describe(ret, r.mask, "returns"),
+            **describe(advantage, r.mask, "advantages"), "rnorm/mean": moments.mean, "rnorm/std": moments.std,
+            "rnorm/count": moments.count, "rollout/invalid": int(illegal.sum()), "rollout/duplicate": duplicates,
+            "rollout/short": int((~r.mask).any(1).sum()), "rollout/gen_vs_train_logp_diff": r.drift,
+            "list/coverage": len(set(flat.tolist())), "list/top1_item_share": top,
+            "list/distinct": len({tuple(page) for page in pages}) / len(pages)}
+
+
+def alarms(log: list[dict], warmup: int, kl_target: float = 0.0) -> list[str]:
+    """What RECIPE section 3 calls reward hacking or collapse, read off the log; newest line last.
+
+    Each alarm says what was seen and where to look. Thresholds are judgements, not theorems.
+    """
+    rollouts = [row for row in log if "objective/entropy" in row]      # step 0 is a validation alone
+    if not rollouts:
+        return []
+    now, start, found = rollouts[-1], rollouts[0], []
+    learning = [row for row in log if row.get("learning")]
+    if now.get("rollout/first_epoch_max_abs_logratio", 0.0) > 1e-3:
+        found.append(f"ratio is not 1 before the first update: |log ratio| "
+                     f"{now['rollout/first_epoch_max_abs_logratio']:.1e}; old and new log-probs differ in mask, "
+                     "temperature or dropout")
+    if now["rollout/gen_vs_train_logp_diff"] > 1e-3:
+        found.append(f"generation and update log-probs differ by {now['rollout/gen_vs_train_logp_diff']:.1e}")
+    last = [row["objective/kl_seq_sum"] for row in learning[-3:]]
+    if len(last) == 3 and max(last) < 0:
+        found.append(f"KL was negative three times in a row ({last[-1]:.3f}): policy and reference do not share a "
+                     "legal set or temperature")
+    if kl_target and now["objective/kl_seq_sum"] > 2 * kl_target:
+        found.append(f"KL {now['objective/kl_seq_sum']:.2f} nats a page is over twice the target {kl_target:.2f}")
+    if now["objective/entropy"] < 0.3 * start["objective/entropy"]:
+        found.append(f"entropy fell to {now['objective/entropy']:.2f} from {start['objective/entropy']:.2f} nats a "
+                     "slot: the policy collapses")
+    if now.get("policy/clipfrac", 0.0) > 0.3:
+        found.append(f"clip fraction {now['policy/clipfrac']:.2f}: the steps are too large")
+    if len(rollouts) > warmup + 5 and max(row["val/explained_var"] for row in rollouts[-5:]) < 0:
+        found.append("explained variance was negative five times in a row after warm-up: the critic does not help")
+    for name in ("list/coverage", "list/distinct"):
+        if now[name] < 0.5 * start[name]:
+            found.append(f"{name} halved: {start[name]:.3g} to {now[name]:.3g}")
+    if len(learning) >= 20 and abs(now["objective/kl_seq_sum"]) < 1e-4:
+        found.append("KL is still 0 after 20 updates: learning rate too small, kl_coef too large, or the reference "
+                     "aliases the policy")
+    return found + hacking(log, start["objective/reward_total"])
+
+
+def hacking(log: list[dict], reward_before: float) -> list[str]:
+    """Reward up while something that should rise with it falls, from the first validation to the newest."""
+    evals = [row for row in log if "valid/NDCG@100" in row]
+    if len(evals) < 2 or evals[-1] is not log[-1]:
+        return []
+    first, now = evals[0], evals[-1]
+    if now["objective/reward_total"] <= reward_before:
+        return []
+    found = []
+    for name in ("energy", "NDCG@100", "ILD", "entropy"):
+        old, new = first.get(f"valid/{name}"), now.get(f"valid/{name}")
+        if old is not None and new is not None and new < old - 0.05 * abs(old):
+            found.append(f"reward rose from {reward_before:.3f} to "
+                         f"{now['objective/reward_total']:.3f} while validation {name} fell from {old:.4f} to {new:.4f}")
+    return found
+
+
+def gate(config: Config, record: dict, where) -> None:
+    """Warn about (strict: refuse) a reward model that is wrong too often on held-out pairs of some kind."""
+    weak = {kind: row["accuracy"] for kind, row in record["held_out"].items()
+            if isinstance(row, dict) and row["accuracy"] < config.min_accuracy}
+    if not weak:
+        return
+    text = (", ".join(f"{kind} {accuracy:.3f}" for kind, accuracy in weak.items())
+            + f": the reward model's held-out accuracy is below {config.min_accuracy}. PPO will optimise its mistakes."
+            f"\n  Look closer: the pairs are in {where / 'pairs.parquet'}, accuracies per head in {where / 'done'}."
+            "\n  Usual causes: too few pairs (raise per_kind or epochs of reward), a weak SFT policy, no categories.")
+    if config.strict:
+        raise PageLLMError(text)
+    tqdm.write(f"WARNING {text}", file=sys.stderr)
+
+
+def run(config: Config) -> None:
+    sft_dir, reward_dir = (config.stage(verb, config.source_run) for verb in ("sft", "reward"))
+    sft = finished(sft_dir, "SFT policy", config.make("sft"))
+    judged = finished(reward_dir, "reward model", config.make("reward") + "\n  PPO needs one to score pages.")
+    shop = load(config.data_dir)
+    with Run(config.stage("ppo"), config, {"sft": sft["id"], "reward": judged["id"]},
+             free=("device", "save_every", "micro")) as out:
+        if out.done:
+            print(f"ppo: already done in {out.path}")
+            return
+        gate(config, judged, reward_dir)
+        device = pick_device(config.device)
+        policy = Policy.load(sft_dir, device)
+        policy.check_room(config.k)
+        policy.vocab.save(out.path)
+        ref = from_state(load_model_file(sft_dir / "model.pt")).to(device).eval().requires_grad_(False)
+        reward = RewardModel.load(reward_dir, device).requires_grad_(False)
+        critic = Critic(from_state(load_model_file(reward_dir / "model.pt"))).to(device).eval()
+
+        history, seen = shop.csr("train"), shop.csr("train", positive=None)
+        users = np.flatnonzero(history.counts() > 0)
+        per_step = config.rollout // config.samples
+        total = max(1, round(config.epochs * len(users) / per_step))
+        frozen = -(-config.critic_warmup // (config.inner_epochs * (config.rollout // config.minibatch)))
+        opt = optimiser(policy.model, config.lr, eps=1e-5, betas=(0.9, 0.999))
+        critic_opt = optimiser(critic, config.critic_lr, eps=1e-5, betas=(0.9, 0.999))
+        policy_step = Guard(opt, policy.model.parameters(), config.grad_clip)
+        critic_step = Guard(critic_opt, critic.parameters(), config.grad_clip)
+        moments, steer = RunningMoments(), None
+        if config.kl_target:
+            steer = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
+        validation = Validation(shop, "valid", config.k, config.mode, config.eval_users, config.seed)
+
+        start, best = 0, {"score": -math.inf, "step": 0, "weights": None}
+        if state := out.load():
+            start, best = state["step"], state["best"]
+            policy.model.load_state_dict(state["policy"])
+            critic.load_state_dict(state["critic"])
+            opt.load_state_dict(state["opt"])
+            critic_opt.load_state_dict(state["critic_opt"])
+            moments.load_state_dict(state["moments"])
+            if steer:
+                steer.coef = state["kl_coef"]
+        else:
+            out.log(0, **valid_row(scores := validation(policy)))
+            best = keep_best(config, best, scores, 0, policy)
+        log = out.read_log()
+        raised = {text for row in log for text in row.get("alarms", [])}
+        bar = tqdm(range(start, total), initial=start, total=total, desc="ppo", unit="step")
+        for step in bar:
+            began = time.time()
+            some = users[batch_at(step, len(users), per_step, config.seed, "ppo")[1]].repeat(config.samples)
+            prompt, valid = policy.prompt(some, [history.of(u) for u in some])
+            excluded = torch.from_numpy(seen.padded(some)).to(device)
+            uniform = np.stack([keyed(config.seed, "ppo", "sample", step, int(u), i % config.samples).random(config.k)
+                                for i, u in enumerate(some)])
+            r = roll_out(config, policy, ref, reward, critic, prompt, valid, excluded,
+                         torch.from_numpy(uniform).to(device))
+            kl_coef = steer.coef if steer else config.kl_coef
+            token, page = normalise_reward(r.token, r.page, r.mask, moments, config.w_token, config.w_page)
+            # The weights are inside `token` and `page` already: normalisation needs the weighted sum.
+            rewards = step_reward(token, page, r.old_logp, r.ref_logp, r.mask, 1.0, 1.0, kl_coef)
+            advantage, ret = advantages(config, r, rewards)
+
+            learning = step >= frozen
+            for group, peak in ((opt, config.lr), (critic_opt, config.critic_lr)):
+                set_lr(group, lr_at(step, total, peak, shape="linear"))
+            row = {"learning": learning, "kl_coef": kl_coef, "lr": opt.param_groups[0]["lr"],
+                   **rollout_row(r, rewards, advantage, ret, moments)}
+            for epoch in range(config.inner_epochs):
+                order = (np.arange(len(r)) if config.minibatch >= len(r)
+                         else keyed(config.seed, "ppo", "minibatches", step, epoch).permutation(len(r)))
+                seen_row = update(config, policy, critic, policy_step, critic_step, r, advantage, ret, order,
+                                  learning, f"ppo step {step}")
+                first = seen_row.pop("max_logratio", 0.0)
+                if epoch == 0 and config.minibatch >= len(r):
+                    row["rollout/first_epoch_max_abs_logratio"] = first
+                row |= seen_row
+                row["inner_epochs"] = epoch + 1
+                if seen_row.get("stopped"):
+                    break
+            if steer:
+                steer.update(row["objective/kl_seq_sum"], len(r))
+
+            if (step + 1) % config.eval_every == 0 or step + 1 == total:
+                scores = validation(policy)
+                row |= valid_row(scores)
+                best = keep_best(config, best, scores, step + 1, policy)
+                log_samples(out, step + 1, shop, some[:3], r, history)
+            out.log(step + 1, "timing", seconds=round(time.time() - began, 3), peak_mb=peak_memory(device))
+            log.append({"step": step + 1, **{k: float(v) if isinstance(v, torch.Tensor) else v
+                                             for k, v in row.items()}})
+            fresh = [text for text in alarms(log, frozen, config.kl_target) if text.split(":")[0] not in raised]
+            for text in fresh:
+                raised.add(text.split(":")[0])
+                tqdm.write(f"ALARM at step {step + 1}: {text}", file=sys.stderr)
+            out.log(step + 1, **row, alarms=fresh)
+            if fresh and config.strict:
+                raise PageLLMError(f"stopped at step {step + 1}: {fresh[0]}")
+            bar.set_postfix_str(f"reward {log[-1]['objective/reward_total']:.3f}, KL "
+                                f"{log[-1]['objective/kl_seq_sum']:.2f}, best {config.select} {best['score']:.4f}")
+            if (step + 1) % config.save_every == 0 and step + 1 < total:
+                out.save({"step": step + 1, "best": best, "policy": policy.model.state_dict(),
+                          "critic": critic.state_dict(), "opt": opt.state_dict(),
+                          "critic_opt": critic_opt.state_dict(), "moments": moments.state_dict(), "kl_coef": steer.coef if steer else kl_coef})
+        policy.model.load_state_dict(best["weights"])
+        out.finish(policy.state(), step=best["step"], score=best["score"], steps=total, alarms=sorted(raised))
+        print(f"ppo: {out.path}, step {best['step']} of {total}, validation {config.select} {best['score']:.4f}")
+
+
+def valid_row(scores: dict[str, float]) -> dict[str, float]:
+    return {f"valid/{name}": value for name, value in scores.items()}
+
+
+def keep_best(config: Config, best: dict, scores: dict[str, float], step: int, policy: Policy) -> dict:
+    """The best validation so far, with its weights. The SFT policy itself (step 0) takes part."""
+    score = {"energy": scores["energy"], "ndcg": scores["NDCG@100"], "last": float(step)}[config.select]
+    if not score > best["score"]:
+        return best
+    weights = {name: w.detach().cpu().clone() for name, w in policy.model.state_dict().items()}
+    return {"score": score, "step": step, "weights": weights}
+
+
+def peak_memory(device: torch.device) -> float:
+    """Largest memory so far in MB: of the device on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def log_samples(out: Run, step: int, shop: Shop, users, r: Rollout, history: Rows) -> None:
+    """The first pages of a rollout as people read them: history, gold, page, rewards and KL of every slot."""
+    title, held = shop.catalogue.title, shop.csr("valid")
+    for i, user in enumerate(users):
+        kept = r.mask[i]
+        out.log(step, "samples", user=shop.user_ids[user], history=[title[j] for j in history.of(user)[0]],
+                gold=[title[j] for j in held.of(user)[0]], page=[title[j] for j in r.item[i][kept].tolist()],
+                page_reward=r.page[i], token_reward=[round(x, 4) for x in r.token[i][kept].tolist()],
+                kl=[round(x, 4) for x in (r.old_logp - r.ref_logp)[i][kept].tolist()])
+
+
+if __name__ == "__main__":
+    sys.exit(main(Config, run, "pagellm.ppo"))

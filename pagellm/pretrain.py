@@ -1,0 +1,282 @@
+"""Pre-training on meta-information: next token (Eq. 3) on four kinds of prompt, and rating prediction (Eq. 2).
+
+Reads   data/<dataset>                      the prepared shop, train rows only
+Writes  runs/<run>/pretrain                 model.pt, the vocabulary, log.jsonl
+
+    make pretrain                           python -m pagellm.pretrain --dataset synthetic
+
+About a minute for the synthetic shop on two CPU cores.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from kernels.logprob import linear_logp
+from pagellm.config import PageLLMError, check, main
+from pagellm.data.shop import Shop, load, source
+from pagellm.gpt2 import GPT2, SIZES, load_published, to_state
+from pagellm.prompts import Example, Prompts, right_pad
+from pagellm.run import Common, Run, file_id
+from pagellm.train import Guard, keyed, lr_at, optimiser, pick_device, seed_torch, set_lr
+from pagellm.vocab import Vocab
+
+__all__ = ["Config", "Corpus", "RatingHead", "next_token_loss", "run", "spectral_rows"]
+
+KINDS = ("contents", "first_order", "second_order", "interaction")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Common):
+    """Pre-train the language model on what the shop knows about items, opinions and choices."""
+
+    size: str = "tiny"           # shape of the network: nano, tiny, mini, small, gpt2, gpt2-medium, -large, -xl
+    weights: str = ""            # published GPT-2 weights: a file, a directory or a name on the hub; empty: none
+    bpe: str = ""                # directory with GPT-2's encoder.json and vocab.bpe; empty: train words on the shop's text
+    words: int = 2048            # words to learn when bpe is empty, at least 256
+    rows: str = "spectral"       # start of the user and item rows: spectral (factors of the train matrix) or random
+    steps: int = 240             # optimiser steps
+    batch: int = 64              # examples of text or items in a step
+    rating_batch: int = 128      # (user, item) pairs in a step whose rating is predicted
+    max_tokens: int = 64         # longest example; the end of an over-long target is cut
+    lr: float = 2e-3             # peak learning rate
+    warmup: int = 20             # steps of linear warm-up
+    weight_decay: float = 0.01   # of the matrices
+    dropout: float = 0.1         # in embedding, attention and residual
+    grad_clip: float = 1.0       # largest gradient norm
+    contents: float = 1.0        # weight of "item -> title, brand, category, description"
+    first_order: float = 1.0     # weight of "user on item -> review"
+    second_order: float = 1.0    # weight of "category or brand <-> its items"
+    interaction: float = 1.0     # weight of "user -> items chosen"
+    rating: float = 1.0          # weight of the rating loss beside the next-token loss
+    use_review: bool = False     # show the review in the rating prompt; it then reads sentiment, not taste
+
+    def __post_init__(self):
+        check(self, size=(self.size in SIZES, f"one of {', '.join(SIZES)}"),
+              rows=(self.rows in ("spectral", "random"), "spectral or random"),
+              words=(self.words >= 256, "at least 256"), steps=(self.steps >= 0, "0 or more"),
+              batch=(self.batch > 0, "1 or more"), rating_batch=(self.rating_batch > 0, "1 or more"),
+              max_tokens=(16 <= self.max_tokens <= SIZES.get(self.size, SIZES["tiny"]).n_ctx,
+                          f"16 to {SIZES.get(self.size, SIZES['tiny']).n_ctx}, the context of {self.size}"),
+              lr=(self.lr > 0, "above 0"), dropout=(0 <= self.dropout < 1, "0 or more, below 1"),
+              **{kind: (getattr(self, kind) >= 0, "0 or more") for kind in (*KINDS, "rating")})
+
+
+class Corpus:
+    """The four kinds of prompt over one shop; `draw` makes one example from (kind, generator)."""
+
+    def __init__(self, shop: Shop, prompts: Prompts, ordered: bool):
+        self.shop, self.prompts, self.ordered = shop, prompts, ordered
+        c = shop.catalogue
+        self.facts = [(item, field, text) for item in range(len(c)) for field, text in
+                      (("title", c.title[item]), ("brand", c.brand[item]),
+                       ("category", ", ".join(c.categories[item])), ("description", c.description[item])) if text]
+        self.opinions = [(u, i, text) for u, i, text in zip(*shop.reviews(), strict=True) if text]
+        groups: dict[tuple[str, str], list[int]] = {}
+        for item in range(len(c)):
+            for field, names in (("category", c.categories[item]), ("brand", (c.brand[item],))):
+                for name in names:
+                    if name:
+                        groups.setdefault((field, name), []).append(item)
+        self.groups = [(field, name, np.array(items)) for (field, name), items in groups.items() if len(items) > 1]
+        self.train = shop.csr("train")
+        self.choosers = np.flatnonzero(self.train.counts() > 1)
+        self.sizes = {"contents": len(self.facts), "first_order": len(self.opinions),
+                      "second_order": len(self.groups), "interaction": len(self.choosers)}
+
+    def draw(self, kind: str, rng: np.random.Generator) -> Example:
+        index = int(rng.integers(self.sizes[kind]))
+        if kind == "contents":
+            return self.prompts.contents(*self.facts[index])
+        if kind == "first_order":
+            return self.prompts.first_order(*self.opinions[index])
+        if kind == "second_order":
+            field, name, items = self.groups[index]
+            chunk = rng.permutation(items)[:32].tolist()
+            backwards = rng.random() < 0.5
+            return (self.prompts.second_order_reverse(field, name, chunk[:8]) if backwards
+                    else self.prompts.second_order(field, name, chunk))
+        user = int(self.choosers[index])
+        items, _ = self.train.of(user)
+        return self.prompts.interaction(user, (items if self.ordered else rng.permutation(items)).tolist())
+
+    def texts(self):
+        """Everything the words are learnt from."""
+        yield from (text for _, _, text in self.facts)
+        yield from (text for _, _, text in self.opinions)
+        yield from (f" {word}:" for word in ("title", "brand", "category", "description", "history", "rating"))
+
+
+class RatingHead(nn.Module):
+    """Eq. 2: r = 1 + 4 sigmoid(w.h + b), h at the last token of the rating prompt. In stars."""
+
+    def __init__(self, n_embd: int):
+        super().__init__()
+        self.out = nn.Linear(n_embd, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return 1.0 + 4.0 * torch.sigmoid(self.out(hidden)[..., 0])
+
+
+def next_token_loss(model: GPT2, examples: list[Example], pad: int, n_words: int) -> Tensor:
+    """Eq. 3 as the mean over target tokens; words against words, items against items.
+
+    The state at t scores token t + 1. `n_words` leaves the special tokens out of the word softmax.
+    """
+    ids = right_pad([e.ids for e in examples], pad)
+    mask = right_pad([e.mask for e in examples], 0).bool()
+    items = torch.tensor([e.over == "items" for e in examples])
+    device = model.wpe.device
+    ids, mask, items = ids.to(device), mask.to(device), items.to(device)
+    hidden, target, kept = model(ids)[:, :-1], ids[:, 1:], mask[:, 1:]
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for rows, first, chosen in ((model.word[:n_words], 0, kept & ~items[:, None]),
+                                (model.item, model.n_words + model.n_users, kept & items[:, None])):
+        if chosen.any():
+            total = total - linear_logp(hidden[chosen], rows, target[chosen] - first).sum()
+    return total / kept.sum().clamp(min=1)
+
+
+def spectral_rows(shop: Shop, n_embd: int, seed: int) -> tuple[Tensor, Tensor]:
+    """User and item rows from a truncated SVD of the train matrix, each entry / sqrt(user count * item count).
+
+    Not in the paper. Collaborative structure that second-order prompts would have to teach is there from the
+    start; scaled to GPT-2's 0.02. Columns past the matrix's rank stay random.
+    returns (U, n_embd), (N, n_embd) float32
+    """
+    train = shop.csr("train")
+    user = np.repeat(np.arange(shop.n_users), train.counts())
+    degree_u = np.maximum(train.counts(), 1)
+    degree_i = np.maximum(np.bincount(train.items, minlength=shop.n_items), 1)
+    value = 1.0 / np.sqrt(degree_u[user] * degree_i[train.items])
+    matrix = torch.sparse_coo_tensor(np.stack([user, train.items]), torch.from_numpy(value).float(),
+                                     (shop.n_users, shop.n_items)).coalesce()
+    rank = min(n_embd, *matrix.shape)
+    seed_torch(seed, "pretrain", "rows")
+    u, s, v = torch.svd_lowrank(matrix, q=min(rank + 8, *matrix.shape), niter=4)
+    users, items = torch.randn(shop.n_users, n_embd), torch.randn(shop.n_items, n_embd)
+    for rows, factor in ((users, u), (items, v)):
+        scaled = factor[:, :rank] * s[:rank].sqrt()
+        rows[:, :rank] = scaled / scaled.std().clamp(min=1e-12)
+    return users * 0.02, items * 0.02
+
+
+def rating_rows(shop: Shop, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    keep = shop.rows(split, positive=None) & ~np.isnan(shop.rating)
+    return shop.user[keep], shop.item[keep], shop.rating[keep]
+
+
+def predict(model: GPT2, head: RatingHead, prompts: Prompts, users, items, reviews=None) -> Tensor:
+    """Predicted stars of (user, item) pairs."""
+    text = reviews or [""] * len(users)
+    rows = [prompts.rating(int(u), int(i), t) for u, i, t in zip(users, items, text, strict=True)]
+    ids = right_pad(rows, prompts.vocab.pad).to(model.wpe.device)
+    last = torch.tensor([len(row) - 1 for row in rows], device=ids.device)
+    return head(model(ids)[torch.arange(len(rows), device=ids.device), last].float())
+
+
+@torch.no_grad()
+def rmse(model: GPT2, head: RatingHead, prompts: Prompts, rows, limit: int = 4096) -> float | None:
+    """Root mean squared error in stars over (at most `limit` of) these rows; None where there are none."""
+    users, items, ratings = (column[:limit] for column in rows)
+    if len(users) == 0:
+        return None
+    model.eval()
+    error = torch.cat([predict(model, head, prompts, users[i:i + 512], items[i:i + 512]).cpu()
+                       - torch.from_numpy(ratings[i:i + 512]) for i in range(0, len(users), 512)])
+    model.train()
+    return float(error.square().mean().sqrt())
+
+
+def build(config: Config, shop: Shop) -> tuple[GPT2, RatingHead, Vocab]:
+    """The vocabulary and the network before its first step."""
+    if config.bpe:
+        vocab = Vocab.gpt2(config.bpe, shop.n_users, shop.n_items)
+    else:
+        empty = Corpus(shop, None, ordered=False)
+        vocab = Vocab.train(empty.texts(), shop.n_users, shop.n_items, config.words)
+    if config.weights and not config.bpe:
+        raise PageLLMError("published weights know GPT-2's own words only: give --bpe <directory> with --weights")
+    seed_torch(config.seed, "pretrain", "start")
+    model = GPT2(SIZES[config.size], vocab.n_words + vocab.n_specials, shop.n_users, shop.n_items, config.dropout)
+    head = RatingHead(model.shape.n_embd)
+    if config.rows == "spectral":
+        users, items = spectral_rows(shop, model.shape.n_embd, config.seed)
+        with torch.no_grad():
+            model.user.copy_(users)
+            model.item.copy_(items)
+    if config.weights:
+        load_published(model, config.weights)
+    return model, head, vocab
+
+
+def run(config: Config) -> None:
+    shop = load(config.data_dir)
+    inputs = {"data": file_id(config.data_dir / "source.json")}
+    with Run(config.stage("pretrain"), config, inputs, free=("device", "save_every")) as out:
+        if out.done:
+            print(f"pretrain: already done in {out.path}")
+            return
+        device = pick_device(config.device)
+        model, head, vocab = build(config, shop)
+        vocab.save(out.path)
+        both = nn.ModuleDict({"model": model, "head": head}).to(device)
+        prompts = Prompts(vocab, config.max_tokens)
+        corpus = Corpus(shop, prompts, ordered=source(config.data_dir)["config"].get("split") == "temporal")
+        weights = np.array([getattr(config, kind) * (corpus.sizes[kind] > 0) for kind in KINDS])
+        if not weights.sum():
+            raise PageLLMError(f"{config.data_dir} has nothing for the kinds of prompt that have a weight: "
+                               f"{corpus.sizes}")
+        users, items, ratings = rating_rows(shop, "train")
+        text_of = dict(zip(zip(*shop.reviews()[:2], strict=True), shop.reviews()[2], strict=True)) \
+            if config.use_review else {}
+        with_rating = config.rating > 0 and len(users) > 0
+        opt = optimiser(both, config.lr, config.weight_decay)
+        guard = Guard(opt, both.parameters(), config.grad_clip)
+
+        start = 0
+        if state := out.load():
+            start = state["step"]
+            both.load_state_dict(state["both"])
+            opt.load_state_dict(state["opt"])
+        both.train()
+        bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="pretrain", unit="step")
+        for step in bar:
+            rng = keyed(config.seed, "pretrain", step)
+            seed_torch(config.seed, "pretrain", "dropout", step)
+            set_lr(opt, lr_at(step, config.steps, config.lr, config.warmup))
+            kind = KINDS[rng.choice(len(KINDS), p=weights / weights.sum())]
+            examples = [corpus.draw(kind, rng) for _ in range(config.batch)]
+            loss = next_token_loss(model, examples, vocab.pad, vocab.n_words)
+            rating_loss = loss.new_zeros(())
+            if with_rating:
+                rows = rng.integers(len(users), size=config.rating_batch)
+                reviews = [text_of.get((users[r], items[r]), "") for r in rows] if text_of else None
+                guess = predict(model, head, prompts, users[rows], items[rows], reviews)
+                rating_loss = F.mse_loss(guess, torch.from_numpy(ratings[rows]).to(device))
+            (loss + config.rating * rating_loss).backward()
+            norm = guard.step(f"pretrain step {step}")
+            out.log(step + 1, kind=kind, loss=loss, rating_loss=rating_loss, grad_norm=norm,
+                    lr=opt.param_groups[0]["lr"])
+            bar.set_postfix_str(f"{kind} {loss.item():.3f}" + (f", rating {rating_loss.item():.3f}" if with_rating
+                                                               else ""))
+            if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
+                out.save({"step": step + 1, "both": both.state_dict(), "opt": opt.state_dict()})
+        result = {"steps": config.steps, "prompts": corpus.sizes}
+        if with_rating:
+            held = rating_rows(shop, "valid")
+            result["valid_rmse"] = rmse(model, head, prompts, held)
+            result["valid_rmse_of_the_mean"] = (math.sqrt(np.mean((held[2] - ratings.mean()) ** 2))
+                                                if len(held[2]) else None)
+        out.finish({**to_state(model), "rating_head": head.state_dict()}, **result)
+        print(f"pretrain: {out.path} {result}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(Config, run, "pagellm.pretrain"))

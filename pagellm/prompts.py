@@ -1,0 +1,116 @@
+"""Every template, in one place (SPEC 3). A template turns ids and text into an Example: token ids and the mask of
+those that count in the loss.
+
+    contents      item_12 " title:"                          -> text          (brand, category, description likewise)
+    first order   user_3 " on" item_12 ", opinion:"          -> review
+    second order  "category Drums contains:"                 -> item_4 item_12 item_90     (brand likewise)
+                  item_4 item_12 item_90 " share category:"  -> text
+    interaction   user_3 " chose:"                           -> item tokens
+    rating        user_3 item_12 " rating:"                  -> a number, read at the last token
+    page          user_3 " history" item_5 <r5> item_9 <r4> <page>   -> the page, slot by slot
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pagellm.vocab import Vocab
+
+__all__ = ["Example", "Prompts", "left_pad", "pad_ids", "right_pad"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """ids (T,) and mask (T,): True on the tokens to predict; over = "words" or "items", the softmax they share."""
+
+    ids: list[int]
+    mask: list[bool]
+    over: str
+
+    @classmethod
+    def of(cls, given: list[int], target: list[int], over: str, room: int) -> "Example":
+        """Prompt and target; the end of an over-long target is cut, never the prompt."""
+        target = target[: max(room - len(given), 0)]
+        return cls(given + target, [False] * len(given) + [True] * len(target), over)
+
+
+class Prompts:
+    """The templates for one vocabulary.
+
+    room         tokens that fit in the context
+    max_history  items of history shown to the page prompt; the oldest are dropped first
+    use_ratings  show the rating token behind each item of the history
+    """
+
+    def __init__(self, vocab: Vocab, room: int, max_history: int = 32, use_ratings: bool = True):
+        self.vocab, self.room = vocab, room
+        self.max_history, self.use_ratings = max_history, use_ratings
+        self.words = lru_cache(maxsize=4096)(lambda text: tuple(vocab.words(text)))
+
+    def contents(self, item: int, field: str, text: str) -> Example:
+        given = [self.vocab.item(item), *self.words(f" {field}:")]
+        return Example.of(given, self.vocab.words(f" {text}"), "words", self.room)
+
+    def first_order(self, user: int | None, item: int, review: str) -> Example:
+        given = [self.vocab.user(user), *self.words(" on"), self.vocab.item(item), *self.words(", opinion:")]
+        return Example.of(given, self.vocab.words(f" {review}"), "words", self.room)
+
+    def second_order(self, field: str, name: str, items: list[int]) -> Example:
+        given = self.vocab.words(f"{field} {name} contains:")
+        return Example.of(given, [self.vocab.item(i) for i in items], "items", self.room)
+
+    def second_order_reverse(self, field: str, name: str, items: list[int]) -> Example:
+        given = [*(self.vocab.item(i) for i in items), *self.words(f" share {field}:")]
+        return Example.of(given, self.vocab.words(f" {name}"), "words", self.room)
+
+    def interaction(self, user: int | None, items: list[int]) -> Example:
+        given = [self.vocab.user(user), *self.words(" chose:")]
+        return Example.of(given, [self.vocab.item(i) for i in items], "items", self.room)
+
+    def rating(self, user: int | None, item: int, review: str = "") -> list[int]:
+        """No rating token may stand in this prompt: it is what Eq. 2 predicts."""
+        text = self.vocab.words(f" {review}")[: self.room - 8] if review else []
+        return [self.vocab.user(user), self.vocab.item(item), *text, *self.words(" rating:")]
+
+    def page(self, user: int | None, items, ratings) -> list[int]:
+        """Prompt of a page. items, ratings: the history, oldest first; ratings NaN where unknown."""
+        ids = [self.vocab.user(user), *self.words(" history")]
+        items, ratings = items[-self.max_history:], ratings[-self.max_history:]
+        for item, rating in zip(items, ratings, strict=True):
+            ids.append(self.vocab.item(item))
+            if self.use_ratings:
+                ids.append(self.vocab.rating(rating))
+        return [*ids, self.vocab.page]
+
+    @property
+    def page_room(self) -> int:
+        """Tokens of the longest page prompt."""
+        return 2 + len(self.words(" history")) + self.max_history * (2 if self.use_ratings else 1)
+
+
+def pad_ids(rows: list[list[int]], fill: int, width: int | None = None) -> np.ndarray:
+    """Ragged rows -> (B, width), `fill` on the right. width defaults to the longest row."""
+    width = max((len(row) for row in rows), default=0) if width is None else width
+    out = np.full((len(rows), width), fill, dtype=np.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
+def right_pad(rows: list[list[int]], pad: int) -> Tensor:
+    """Ragged rows -> (B, T) int64, padded on the right (training: causal attention needs no further mask)."""
+    return torch.from_numpy(pad_ids(rows, pad))
+
+
+def left_pad(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Ragged rows -> ids (B, P), valid (B, P): padded on the left, so that all pages start in one column."""
+    width = max((len(row) for row in rows), default=0)
+    ids = np.full((len(rows), width), pad, dtype=np.int64)
+    valid = np.zeros((len(rows), width), dtype=bool)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row):] = row
+        valid[i, width - len(row):] = True
+    return torch.from_numpy(ids), torch.from_numpy(valid)

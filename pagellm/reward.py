@@ -1,0 +1,328 @@
+"""The reward model: one trunk, a reward for every slot and one for the page, fitted to pairs (Eq. 5 to 8).
+
+Reads   data/<dataset>, runs/<run>/sft
+Writes  runs/<run>/reward                   model.pt, pairs.parquet, log.jsonl; accuracy per kind in `done`
+
+    make reward                             python -m pagellm.reward --dataset synthetic
+
+About a minute for the synthetic shop on two CPU cores.
+"""
+
+import math
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pagellm.config import PageLLMError, check, main
+from pagellm.data.shop import load
+from pagellm.decode import slot_states
+from pagellm.gpt2 import GPT2, from_state, to_state
+from pagellm.pairs import KINDS, Pair, make_pairs, to_table
+from pagellm.policy import Policy
+from pagellm.prompts import pad_ids
+from pagellm.run import Common, Run, atomic, file_id, finished, load_model_file
+from pagellm.train import Guard, batch_at, key, keyed, lr_at, optimiser, pick_device, set_lr
+
+__all__ = ["Config", "RewardModel", "page_loss", "pair_loss", "run", "sequence_loss", "token_loss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Common):
+    """Fit the two-headed reward model to preference pairs made from ratings."""
+
+    kinds: str = "preference,ranked,diversity,redundancy"   # kinds of pair to learn from, comma-separated
+    leave_out: str = ""          # a kind kept out of training, whose accuracy is still measured
+    shuffle_labels: bool = False # control: chosen and rejected swapped at random; accuracy must then be near 0.5
+    per_kind: int = 4            # pairs of each kind tried for each user
+    label_share: float = 0.5     # share of a user's train items that make the better page
+    literal_swaps: bool = False  # the paper's diversity and redundancy pairs: swaps instead of replacements
+    held_out: float = 0.15       # share of users whose pairs are only measured on
+    epochs: float = 3.0          # passes over the training pairs
+    batch: int = 64              # pairs in a step
+    lr: float = 1e-3             # peak learning rate
+    warmup: int = 20             # steps of linear warm-up
+    weight_decay: float = 0.01   # of the matrices
+    grad_clip: float = 1.0       # largest gradient norm
+    page: float = 1.0            # weight of the page head's loss (Eq. 7)
+    sequence: float = 1.0        # weight of the loss on mean token rewards (Eq. 8); preference pairs excepted
+    token: float = 0.5           # weight of the loss on edited slots; preference pairs excepted
+    shrink: float = 1e-3         # weight of the squared rewards
+
+    def __post_init__(self):
+        kinds = self.kinds.split(",")
+        check(self, kinds=(set(kinds) <= set(KINDS) and kinds, f"some of {','.join(KINDS)}"),
+              leave_out=(self.leave_out in ("", *kinds), f"empty or one of {self.kinds}"),
+              per_kind=(self.per_kind > 0, "1 or more"), label_share=(0 < self.label_share < 1, "between 0 and 1"),
+              held_out=(0 < self.held_out < 1, "between 0 and 1"), epochs=(self.epochs > 0, "above 0"),
+              batch=(self.batch > 0, "1 or more"), lr=(self.lr > 0, "above 0"),
+              **{w: (getattr(self, w) >= 0, "0 or more") for w in ("page", "sequence", "token", "shrink")})
+
+
+class RewardModel(nn.Module):
+    """Token head (Eq. 6): r_t = v.h_t, h_t read after item t. Page head (Eq. 5): MLP([h_end; mean_t h_t; e_u])."""
+
+    def __init__(self, trunk: GPT2):
+        super().__init__()
+        C = trunk.shape.n_embd
+        self.trunk = trunk
+        self.token_head = nn.Linear(C, 1, bias=False)
+        self.page_head = nn.Sequential(nn.Linear(3 * C, C), nn.GELU(approximate="tanh"), nn.Linear(C, 1))
+        # Mean rewards of ground-truth pages, taken off after training: a score above 0 beats the average gold page.
+        self.register_buffer("token_mean", torch.zeros(()))
+        self.register_buffer("page_mean", torch.zeros(()))
+        for head in (self.token_head, self.page_head[2]):
+            nn.init.normal_(head.weight, std=1.0 / math.sqrt(C + 1))
+        nn.init.zeros_(self.page_head[2].bias)
+
+    def forward(self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Rewards of given pages.
+
+        prompt, valid (B, P): left-padded page prompts      item, mask (B, K) as in decode.Pages
+        returns token_reward (B, K) float32, 0 off the mask; page_reward (B,) float32
+        """
+        after = slot_states(self.trunk, prompt, valid, item, mask)[:, 1:].float()
+        token = torch.where(mask, self.token_head(after)[..., 0] - self.token_mean, 0.0)
+        count = mask.sum(1).clamp(min=1)
+        end = after[torch.arange(len(after), device=after.device), count - 1]
+        mean = torch.where(mask[..., None], after, 0.0).sum(1) / count[:, None]
+        first = prompt.gather(1, (prompt.shape[1] - valid.sum(1))[:, None])      # a prompt begins with its user
+        user = self.trunk.embed(first)[:, 0].float()
+        page = self.page_head(torch.cat([end, mean, user], 1))[:, 0] - self.page_mean
+        return token, page
+
+    def state(self) -> dict:
+        heads = {name: w.cpu() for name, w in self.state_dict().items() if not name.startswith("trunk.")}
+        return {**to_state(self.trunk), "heads": heads}
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "RewardModel":
+        state = load_model_file(Path(path) / "model.pt")
+        model = cls(from_state(state))
+        model.load_state_dict(state["heads"], strict=False)
+        return model.to(device).eval()
+
+
+def mean_reward(token_reward: Tensor, mask: Tensor) -> Tensor:
+    """Eq. 6: R_f = (1/T) sum_t r_t over each row's own slots. (B, K) -> (B,); an empty row is 0."""
+    return torch.where(mask, token_reward, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def page_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Eq. 7 on page rewards (B,): -mean log sigma(g+ - g-). Finite for any margin."""
+    return -F.logsigmoid(chosen - rejected).mean()
+
+
+def sequence_loss(chosen: Tensor, chosen_mask: Tensor, rejected: Tensor, rejected_mask: Tensor) -> Tensor:
+    """Eq. 8: -mean log sigma(R_f+ - R_f-), R_f the mean token reward of a page.
+
+    chosen, rejected (B, T) token rewards with their masks (B, T) bool; the two T may differ. Scalar out.
+    Raises ValueError on unequal shapes.
+    """
+    if chosen.shape != chosen_mask.shape or rejected.shape != rejected_mask.shape or len(chosen) != len(rejected):
+        raise ValueError(f"sequence_loss: chosen {tuple(chosen.shape)} mask {tuple(chosen_mask.shape)}, rejected "
+                         f"{tuple(rejected.shape)} mask {tuple(rejected_mask.shape)}: want (B, T) and its mask, twice")
+    return page_loss(mean_reward(chosen, chosen_mask), mean_reward(rejected, rejected_mask))
+
+
+def token_loss(chosen: Tensor, rejected: Tensor, edit_mask: Tensor) -> Tensor:
+    """-(1/|M|) sum_{t in M} log sigma(r_t+ - r_t-): the edited slots alone (SPEC 5); 0 where M is empty.
+
+    chosen, rejected (B, T) token rewards; edit_mask (B, T) bool, M over the whole batch. Scalar out.
+    Raises ValueError on unequal shapes.
+    """
+    if not chosen.shape == rejected.shape == edit_mask.shape:
+        raise ValueError(f"token_loss: chosen {tuple(chosen.shape)}, rejected {tuple(rejected.shape)}, edit_mask "
+                         f"{tuple(edit_mask.shape)}: want one (B, T) for all three")
+    margin = torch.where(edit_mask, chosen - rejected, 0.0)
+    return -torch.where(edit_mask, F.logsigmoid(margin), 0.0).sum() / edit_mask.sum().clamp(min=1)
+
+
+@dataclass
+class PairBatch:
+    """prompt, valid (B, P); chosen, rejected, mask (B, K); edited (B, K); detail (B,): not a preference pair."""
+
+    prompt: Tensor
+    valid: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    mask: Tensor
+    edited: Tensor
+    detail: Tensor
+
+
+def collate(pairs: list[Pair], policy: Policy, device) -> PairBatch:
+    prompt, valid = policy.prompt([p.user for p in pairs], [(p.history, p.history_rating) for p in pairs])
+    chosen = torch.from_numpy(pad_ids([p.chosen for p in pairs], -1)).to(device)
+    rejected = torch.from_numpy(pad_ids([p.rejected for p in pairs], -1)).to(device)
+    edited = torch.from_numpy(pad_ids([p.mask for p in pairs], 0)).bool().to(device)
+    detail = torch.tensor([p.kind != "preference" for p in pairs], device=device)
+    return PairBatch(prompt, valid, chosen, rejected, chosen >= 0, edited, detail)
+
+
+def rewards_of(model: RewardModel, b: PairBatch):
+    """Both pages of every pair in one pass: token (B, K) and page (B,) rewards, chosen then rejected."""
+    token, page = model(torch.cat([b.prompt, b.prompt]), torch.cat([b.valid, b.valid]),
+                        torch.cat([b.chosen, b.rejected]), torch.cat([b.mask, b.mask]))
+    return *token.chunk(2), *page.chunk(2)
+
+
+def pair_loss(config: Config, b: PairBatch, token_chosen: Tensor, token_rejected: Tensor, page_chosen: Tensor,
+              page_rejected: Tensor) -> Tensor:
+    """SPEC 5's total. Preference pairs teach the page head alone: they name no slot that is better."""
+    loss = config.page * page_loss(page_chosen, page_rejected)
+    d = b.detail
+    if d.any():
+        loss = loss + config.sequence * sequence_loss(token_chosen[d], b.mask[d], token_rejected[d], b.mask[d])
+        loss = loss + config.token * token_loss(token_chosen[d], token_rejected[d], b.edited[d])
+    squares = (page_chosen.square().mean() + page_rejected.square().mean()
+               + (token_chosen.square().sum() + token_rejected.square().sum()) / b.mask.sum().clamp(min=1))
+    return loss + config.shrink * 0.5 * squares
+
+
+@torch.no_grad()
+def score_pairs(model: RewardModel, pairs: list[Pair], policy: Policy, batch: int = 256) -> dict[str, np.ndarray]:
+    """page and token (mean) reward of both pages of every pair, (n, 2) each: column 0 chosen, 1 rejected."""
+    page, token = np.zeros((len(pairs), 2)), np.zeros((len(pairs), 2))
+    device = model.token_mean.device
+    for start in range(0, len(pairs), batch):
+        b = collate(pairs[start: start + batch], policy, device)
+        tc, tr, pc, pr = rewards_of(model, b)
+        rows = slice(start, start + len(pc))
+        page[rows] = torch.stack([pc, pr], 1).cpu().numpy()
+        token[rows] = torch.stack([mean_reward(tc, b.mask), mean_reward(tr, b.mask)], 1).cpu().numpy()
+    return {"page": page, "token": token}
+
+
+def rank(x: np.ndarray) -> np.ndarray:
+    """Average ranks from 0."""
+    _, inverse, count = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count + 1) / 2)[inverse]
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Spearman's rank correlation; None where one side does not vary."""
+    a, b = rank(a), rank(b)
+    if len(a) < 2 or a.std() == 0 or b.std() == 0:
+        return None
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def calibration(margin: np.ndarray, bins: int = 10) -> float | None:
+    """Expected calibration error of p = sigma(margin): |share right - mean confidence| over bins of confidence."""
+    if len(margin) == 0:
+        return None
+    confidence = 1.0 / (1.0 + np.exp(-np.clip(np.abs(margin), 0, 60)))
+    right = (margin > 0) + 0.5 * (margin == 0)
+    index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    total = np.bincount(index, minlength=bins)
+    gap = np.abs(np.bincount(index, right, bins) - np.bincount(index, confidence, bins))
+    return float(gap[total > 0].sum() / len(margin))
+
+
+def report(model: RewardModel, pairs: list[Pair], policy: Policy) -> dict:
+    """Accuracy per kind (both heads together, and each), calibration, correlation with the page energy."""
+    if not pairs:
+        return {}
+    scores = score_pairs(model, pairs, policy)
+    both = scores["page"] + scores["token"]
+    kind = np.array([p.kind for p in pairs])
+    delta = np.array([p.delta_E for p in pairs])
+    out: dict = {"pairs": len(pairs)}
+    for name in KINDS:
+        rows = kind == name
+        if rows.any():
+            right = {head: (s[rows, 0] > s[rows, 1]) + 0.5 * (s[rows, 0] == s[rows, 1])
+                     for head, s in (("accuracy", both), ("page_accuracy", scores["page"]),
+                                     ("token_accuracy", scores["token"]))}
+            out[name] = {head: round(float(r.mean()), 4) for head, r in right.items()} | {"pairs": int(rows.sum())}
+    margin = both[:, 0] - both[:, 1]
+    out["calibration_error"] = calibration(margin)
+    out["energy_correlation"] = correlation(margin, delta)
+    return out
+
+
+def swapped(pair: Pair, seed: int, index: int) -> Pair:
+    """The control: chosen and rejected change places for half of the pairs, drawn once for good."""
+    if keyed(seed, "reward", "shuffle", index).random() < 0.5:
+        return pair
+    return replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+
+
+def is_held_out(user: int, config: Config) -> bool:
+    return key(config.seed, "reward", "held out", user) % 10_000 < config.held_out * 10_000
+
+
+@torch.no_grad()
+def centre(model: RewardModel, pairs: list[Pair], policy: Policy) -> None:
+    """Set the heads' offsets so that the ground-truth pages of these pairs score 0 on average."""
+    scores = score_pairs(model, pairs, policy)
+    model.page_mean += float(scores["page"][:, 0].mean())
+    model.token_mean += float(scores["token"][:, 0].mean())
+
+
+def run(config: Config) -> None:
+    before = config.stage("sft")
+    record = finished(before, "SFT policy", config.make("sft"))
+    shop = load(config.data_dir)
+    inputs = {"data": file_id(config.data_dir / "source.json"), "sft": record["id"]}
+    with Run(config.stage("reward"), config, inputs, free=("device", "save_every")) as out:
+        if out.done:
+            print(f"reward: already done in {out.path}")
+            return
+        device = pick_device(config.device)
+        policy = Policy.load(before, device)
+        policy.vocab.save(out.path)
+        pairs, counts = make_pairs(shop, config.seed, config.kinds.split(","), config.per_kind, config.label_share,
+                                   literal_swaps=config.literal_swaps)
+        if not pairs:
+            raise PageLLMError(f"no pairs could be made from {config.data_dir}: {counts}")
+        with atomic(out.path / "pairs.parquet") as beside:
+            pq.write_table(to_table(pairs), beside)
+        held = [p for p in pairs if is_held_out(p.user, config)]
+        train = [p for p in pairs if not is_held_out(p.user, config) and p.kind != config.leave_out]
+        if not train:
+            raise PageLLMError(f"all {len(pairs)} pairs are held out; lower held_out or take more users")
+        learn = [swapped(p, config.seed, i) for i, p in enumerate(train)] if config.shuffle_labels else train
+
+        torch.manual_seed(key(config.seed, "reward", "heads") % (1 << 63))
+        model = RewardModel(from_state(load_model_file(before / "model.pt"))).to(device)
+        total = max(1, round(config.epochs * -(-len(learn) // config.batch)))
+        opt = optimiser(model, config.lr, config.weight_decay)
+        guard = Guard(opt, model.parameters(), config.grad_clip)
+        start = 0
+        if state := out.load():
+            start = state["step"]
+            model.load_state_dict(state["model"])
+            opt.load_state_dict(state["opt"])
+        bar = tqdm(range(start, total), initial=start, total=total, desc="reward", unit="step")
+        for step in bar:
+            _, index = batch_at(step, len(learn), config.batch, config.seed, "reward")
+            set_lr(opt, lr_at(step, total, config.lr, config.warmup))
+            b = collate([learn[i] for i in index], policy, device)
+            scores = rewards_of(model, b)
+            loss = pair_loss(config, b, *scores)
+            loss.backward()
+            norm = guard.step(f"reward step {step}")
+            right = (scores[2] + mean_reward(scores[0], b.mask) > scores[3] + mean_reward(scores[1], b.mask))
+            out.log(step + 1, loss=loss, accuracy=right.float().mean(), grad_norm=norm, lr=opt.param_groups[0]["lr"])
+            bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {right.float().mean().item():.2f}")
+            if (step + 1) % config.save_every == 0 and step + 1 < total:
+                out.save({"step": step + 1, "model": model.state_dict(), "opt": opt.state_dict()})
+        model.eval()
+        centre(model, train, policy)
+        result = {"held_out": report(model, held, policy), "made": counts}
+        out.finish(model.state(), **result)
+        print(f"reward: {out.path}, held-out accuracy " +
+              ", ".join(f"{kind} {result['held_out'][kind]['accuracy']:.3f}" for kind in KINDS
+                        if kind in result["held_out"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Config, run, "pagellm.reward"))

@@ -1,0 +1,185 @@
+"""Supervised fine-tuning: the prompt of a user -> the ground-truth page (Eq. 4).
+
+Reads   data/<dataset>, runs/<run>/pretrain
+Writes  runs/<run>/sft                      model.pt of the step with the best validation NDCG, log.jsonl
+
+    make sft                                python -m pagellm.sft --dataset synthetic
+
+About a minute for the synthetic shop on two CPU cores.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kernels.logprob import linear_logp
+from pagellm.config import PageLLMError, check, main
+from pagellm.data.shop import Rows, Shop, load, source
+from pagellm.decode import page_logp, slot_states
+from pagellm.gpt2 import GPT2, from_state
+from pagellm.lists import ground_truth_page, item_scores, near_duplicates, split_history
+from pagellm.policy import MODES, Policy, PromptStyle, validate, validation_users
+from pagellm.prompts import pad_ids
+from pagellm.run import Common, Run, file_id, finished, load_model_file
+from pagellm.train import Guard, batch_at, keyed, lr_at, optimiser, pick_device, seed_torch, set_lr
+from pagellm.vocab import Vocab
+
+__all__ = ["Config", "PageMaker", "run", "sft_loss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Common):
+    """Teach the pre-trained model to write the ground-truth page behind a user's history."""
+
+    label_share: float = 0.2     # share of a user's train items that become the page; the rest is the history
+    label_share_max: float = 0.0 # if above label_share, the share is drawn between the two for every example
+    fresh_split: bool = True     # draw the input/label split anew each epoch; off: one split for good
+    objective: str = "list"      # list (Eq. 4, slot by slot) or multinomial (all labels from the first slot's state)
+    shrink: float = 0.0          # m of s_i: pull item means towards the mean of all, worth m ratings
+    max_history: int = 24        # items of history in the prompt
+    use_ratings: bool = True     # show the rating behind each item of the history
+    use_user: bool = True        # show the user's own token; off: <user_unk> for all
+    epochs: int = 20             # passes over the users
+    batch: int = 64              # users in a step
+    lr: float = 2e-3             # peak learning rate
+    warmup: int = 20             # steps of linear warm-up
+    weight_decay: float = 0.05   # of the matrices
+    row_decay: float = 0.0       # weight decay of user and item rows
+    dropout: float = 0.1         # in embedding, attention and residual
+    grad_clip: float = 1.0       # largest gradient norm
+    k: int = 20                  # slots of a page in validation
+    mode: str = "greedy"         # decoding in validation: greedy, beam or one_shot
+    eval_every: int = 60         # steps between validations
+    eval_users: int = 500        # users in a validation; 0: all that have validation items
+
+    def __post_init__(self):
+        check(self, label_share=(0 < self.label_share < 1, "between 0 and 1"),
+              label_share_max=(0 <= self.label_share_max < 1, "0 or more, below 1"),
+              objective=(self.objective in ("list", "multinomial"), "list or multinomial"),
+              max_history=(self.max_history > 0, "1 or more"), epochs=(self.epochs > 0, "1 or more"),
+              batch=(self.batch > 0, "1 or more"), lr=(self.lr > 0, "above 0"), k=(self.k > 0, "1 or more"),
+              dropout=(0 <= self.dropout < 1, "0 or more, below 1"), mode=(self.mode in MODES, ", ".join(MODES)),
+              eval_every=(self.eval_every > 0, "1 or more"), eval_users=(self.eval_users >= 0, "0 or more"))
+
+
+class PageMaker:
+    """Histories and ground-truth pages of a shop's train rows (SPEC 2.2)."""
+
+    def __init__(self, shop: Shop, shrink: float = 0.0):
+        self.catalogue, self.train = shop.catalogue, shop.csr("train")
+        self.s = item_scores(shop, shrink)
+        self.near = near_duplicates(shop.catalogue)
+        self.users = np.flatnonzero(self.train.counts() > 1)      # one for the history, one for the page
+
+    def example(self, user: int, share: float, rng: np.random.Generator):
+        """-> (items, ratings) of the history, and the page (item ids, best first)."""
+        items, ratings = self.train.of(user)
+        given, label = split_history(items, ratings, share, rng)
+        page, _ = ground_truth_page(items[label], ratings[label], self.catalogue, self.s, self.near)
+        return (items[given], ratings[given]), page
+
+
+@dataclass
+class Batch:
+    """prompt, valid (B, P); page item ids and mask (B, K); excluded (B, E), padded with -1."""
+
+    prompt: Tensor
+    valid: Tensor
+    item: Tensor
+    mask: Tensor
+    excluded: Tensor
+
+
+def collate(policy: Policy, users, examples) -> Batch:
+    histories = [history for history, _ in examples]
+    prompt, valid = policy.prompt(users, histories)
+    item = torch.from_numpy(pad_ids([page for _, page in examples], -1)).to(prompt.device)
+    excluded = torch.from_numpy(pad_ids([items for items, _ in histories], -1)).to(prompt.device)
+    return Batch(prompt, valid, item, item >= 0, excluded)
+
+
+def sft_loss(model: GPT2, b: Batch, objective: str = "list") -> Tensor:
+    """Eq. 4 as the mean over the batch's slots: -log p(i_k | q, i_<k) over the legal items.
+
+    multinomial: every label is scored by the state before the first slot, none excludes another.
+    """
+    states = slot_states(model, b.prompt, b.valid, b.item, b.mask)
+    if objective == "list":
+        return -page_logp(states, model.item, b.item, b.mask, b.excluded).sum() / b.mask.sum()
+    first = states[:, :1].expand(-1, b.item.shape[1], -1)
+    gone = b.excluded[:, None].expand(-1, b.item.shape[1], -1)
+    return -linear_logp(first[b.mask], model.item, b.item[b.mask], gone[b.mask]).mean()
+
+
+def run(config: Config) -> None:
+    before = config.stage("pretrain")
+    record = finished(before, "pre-trained model", config.make("pretrain"))
+    shop = load(config.data_dir)
+    inputs = {"data": file_id(config.data_dir / "source.json"), "pretrain": record["id"]}
+    with Run(config.stage("sft"), config, inputs, free=("device", "save_every")) as out:
+        if out.done:
+            print(f"sft: already done in {out.path}")
+            return
+        device = pick_device(config.device)
+        vocab = Vocab.load(before)
+        vocab.save(out.path)
+        model = from_state(load_model_file(before / "model.pt"), config.dropout).to(device)
+        policy = Policy(model, vocab, PromptStyle(config.max_history, config.use_ratings, config.use_user))
+        maker = PageMaker(shop, config.shrink)
+        if len(maker.users) == 0:
+            raise PageLLMError(f"no user of {config.data_dir} has two train items: there is no page to learn")
+        longest = max(1, int(maker.train.counts().max()))
+        policy.check_room(max(config.k, min(longest, round(longest * max(config.label_share, config.label_share_max)) + 5)))
+        validation = Validation(shop, "valid", config.k, config.mode, config.eval_users, config.seed)
+        total = config.epochs * -(-len(maker.users) // config.batch)
+        opt = optimiser(model, config.lr, config.weight_decay, config.row_decay)
+        guard = Guard(opt, model.parameters(), config.grad_clip)
+
+        start, best = 0, {"score": -np.inf, "step": 0, "weights": None}
+        if state := out.load():
+            start, best = state["step"], state["best"]
+            model.load_state_dict(state["model"])
+            opt.load_state_dict(state["opt"])
+        bar = tqdm(range(start, total), initial=start, total=total, desc="sft", unit="step")
+        for step in bar:
+            model.train()
+            epoch, index = batch_at(step, len(maker.users), config.batch, config.seed, "sft")
+            users = maker.users[index]
+            examples = [maker.example(u, *draw(config, epoch, int(u))) for u in users]
+            seed_torch(config.seed, "sft", "dropout", step)
+            set_lr(opt, lr_at(step, total, config.lr, config.warmup))
+            loss = sft_loss(model, collate(policy, users, examples), config.objective)
+            loss.backward()
+            row = {"loss": loss, "grad_norm": guard.step(f"sft step {step}"), "lr": opt.param_groups[0]["lr"]}
+            bar.set_postfix_str(f"loss {loss.item():.3f}, best NDCG {best['score']:.4f}"
+                                if best["weights"] else f"loss {loss.item():.3f}")
+            if (step + 1) % config.eval_every == 0 or step + 1 == total:
+                scores = validation(policy)
+                row |= {f"valid/{name}": value for name, value in scores.items()}
+                if scores["NDCG@100"] > best["score"]:
+                    weights = {name: w.detach().cpu().clone() for name, w in model.state_dict().items()}
+                    best = {"score": scores["NDCG@100"], "step": step + 1, "weights": weights}
+            out.log(step + 1, **row)
+            if (step + 1) % config.save_every == 0 and step + 1 < total:
+                out.save({"step": step + 1, "model": model.state_dict(), "opt": opt.state_dict(), "best": best})
+        model.load_state_dict(best["weights"])
+        out.finish(policy.state(), step=best["step"], valid_ndcg=best["score"],
+                   single_level=maker.single_level_share(config.label_share, config.seed))
+        print(f"sft: {out.path}, step {best['step']} of {total}, validation NDCG@100 {best['score']:.4f}")
+
+
+def draw(config: Config, epoch: int, user: int) -> tuple[float, np.random.Generator]:
+    """Label share and generator of one user's split in one epoch."""
+    rng = keyed(config.seed, "sft", "split", epoch if config.fresh_split else 0, user)
+    share = config.label_share
+    if config.label_share_max > share:
+        share = rng.uniform(share, config.label_share_max)
+    return share, rng
+
+
+if __name__ == "__main__":
+    sys.exit(main(Config, run, "pagellm.sft"))

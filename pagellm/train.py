@@ -1,0 +1,114 @@
+"""What every training stage needs: keyed randomness, epoch order, optimiser groups, schedule, one careful step.
+
+Randomness is a function of (seed, names, numbers), never of an iterator's past. So a resumed run draws what the
+uninterrupted one would have drawn, and a draw does not depend on how the batch was cut.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import nn
+
+from pagellm.config import PageLLMError
+
+__all__ = ["Guard", "batch_at", "key", "keyed", "lr_at", "optimiser", "pick_device", "seed_torch", "set_lr"]
+
+
+def key(*parts) -> int:
+    """128 bits from a tuple of names and numbers; the same on every machine."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
+
+
+def keyed(*parts) -> np.random.Generator:
+    """A generator of its own for (seed, verb, step, example ...)."""
+    return np.random.Generator(np.random.Philox(key=key(*parts)))
+
+
+def seed_torch(*parts) -> None:
+    """Dropout and initialisation: torch's global generator, seeded anew (once a step, so resume needs no state)."""
+    torch.manual_seed(key(*parts) % (1 << 63))
+
+
+def batch_at(step: int, n: int, batch: int, *parts) -> tuple[int, np.ndarray]:
+    """Which examples step `step` (from 0) sees: epochs of a keyed permutation, an uneven last batch.
+
+    returns epoch, index (at most `batch`,)
+    """
+    per_epoch = max(1, math.ceil(n / batch))
+    epoch, at = divmod(step, per_epoch)
+    order = keyed(*parts, "order", epoch).permutation(n)
+    return epoch, order[at * batch: (at + 1) * batch]
+
+
+def optimiser(model: nn.Module, lr: float, weight_decay: float = 0.0, row_decay: float = 0.0, eps: float = 1e-8,
+              betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.AdamW:
+    """AdamW in three groups: matrices (weight_decay), user and item rows (row_decay), the rest (none)."""
+    rows, matrices, rest = [], [], []
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
+        last = name.rsplit(".", 1)[-1]
+        if last in ("user", "item"):
+            rows.append(weight)
+        elif weight.ndim >= 2 and last not in ("wpe", "word"):
+            matrices.append(weight)
+        else:
+            rest.append(weight)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rows, "weight_decay": row_decay},
+              {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, foreach=True)
+
+
+def lr_at(step: int, total: int, lr: float, warmup: int = 0, shape: str = "cosine", floor: float = 0.1) -> float:
+    """Learning rate of step `step` (from 0): linear warm-up, then cosine to floor * lr or linear to 0."""
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    if shape == "linear":
+        return lr * max(0.0, 1.0 - done)
+    return lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def set_lr(opt: torch.optim.Optimizer, lr: float) -> None:
+    for group in opt.param_groups:
+        group["lr"] = lr
+
+
+class Guard:
+    """Take an optimiser step unless a gradient is not finite; give up after `patience` such steps in a row."""
+
+    def __init__(self, opt: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], max_norm: float,
+                 patience: int = 5):
+        self.opt, self.parameters = opt, [p for p in parameters if p.requires_grad]
+        self.max_norm, self.patience, self.bad = max_norm, patience, 0
+
+    def step(self, where: str) -> float:
+        """-> the gradient norm before clipping. Raises PageLLMError after `patience` non-finite ones in a row."""
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.max_norm))
+        if math.isfinite(norm):
+            self.bad = 0
+            self.opt.step()
+        else:
+            self.bad += 1
+            if self.bad >= self.patience:
+                raise PageLLMError(f"{where}: the gradient was not finite {self.bad} times in a row; "
+                                   "lower the learning rate")
+        self.opt.zero_grad(set_to_none=True)
+        return norm
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" is cuda where there is one, else cpu. Raises PageLLMError for a device that is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise PageLLMError(f"device={name!r} is not usable here ({str(error).splitlines()[0]}); "
+                           "use cpu or auto") from None
+    return device

@@ -1,0 +1,163 @@
+"""Pages: always legal, always distinct; generation, scoring and enumeration agree."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from pagellm.decode import Unseen, beam, greedy, one_shot, page_logp, ranking, sample, slot_states
+from pagellm.gpt2 import GPT2, Shape
+
+N, WORDS, USERS = 7, 5, 2
+SHAPE = Shape(n_layer=2, n_head=2, n_embd=8, n_ctx=24)
+
+
+def make_model(seed=0):
+    model = GPT2(SHAPE, WORDS, USERS, N, dropout=0.5).eval()
+    with torch.no_grad():
+        for i, (name, weight) in enumerate(model.named_parameters()):
+            if ".ln_" not in f".{name}":
+                weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(100 * seed + i))
+    return model
+
+
+MODEL = make_model()
+
+
+@st.composite
+def prompts(draw, max_excluded=N):
+    """Left-padded prompts of one to four tokens, and excluded items padded with -1."""
+    B = draw(st.integers(1, 3))
+    lengths = draw(st.lists(st.integers(1, 4), min_size=B, max_size=B))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    ids = torch.randint(0, WORDS + USERS + N, (B, 4), generator=g)
+    valid = torch.arange(4) >= 4 - torch.tensor(lengths)[:, None]
+    gone = [draw(st.sets(st.integers(0, N - 1), max_size=max_excluded)) for _ in range(B)]
+    excluded = torch.full((B, N), -1)
+    for i, items in enumerate(gone):
+        excluded[i, : len(items)] = torch.tensor(sorted(items), dtype=torch.long)
+    return ids, valid, excluded, gone
+
+
+def modes(ids, valid, excluded, k, seed=0):
+    uniform = torch.rand(len(ids), k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    yield "greedy", greedy(MODEL, ids, valid, Unseen(excluded, N), k)
+    yield "sample", sample(MODEL, ids, valid, Unseen(excluded, N), uniform)
+    yield "beam", beam(MODEL, ids, valid, Unseen(excluded, N), k, width=3)
+    yield "one_shot", one_shot(MODEL, ids, valid, Unseen(excluded, N), k)
+
+
+@settings(deadline=None, max_examples=40)
+@given(prompts(), st.integers(1, 9), st.integers(0, 1000))
+def test_pages_are_legal_distinct_and_as_long_as_they_can_be(batch, k, seed):
+    ids, valid, excluded, gone = batch
+    for mode, pages in modes(ids, valid, excluded, k, seed):
+        assert pages.item.shape == pages.logp.shape == pages.mask.shape == (len(ids), k)
+        for row, illegal in enumerate(gone):
+            page = pages.item[row][pages.mask[row]].tolist()
+            assert len(page) == min(k, N - len(illegal)), mode
+            assert len(set(page)) == len(page) and not set(page) & illegal, mode
+            assert pages.mask[row].tolist() == [True] * len(page) + [False] * (k - len(page))
+            assert (pages.item[row][len(page):] == -1).all() and (pages.logp[row][len(page):] == 0).all()
+
+
+@settings(deadline=None, max_examples=40)
+@given(prompts(), st.integers(1, 9), st.integers(0, 1000), st.sampled_from([1.0, 0.5, 2.0]))
+def test_generation_and_update_give_one_log_probability(batch, k, seed, temperature):
+    """Cached generation under the constraint equals the full pass over the finished page."""
+    ids, valid, excluded, _ = batch
+    uniform = torch.rand(len(ids), k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    pages = sample(MODEL, ids, valid, Unseen(excluded, N), uniform, temperature)
+    with torch.no_grad():
+        states = slot_states(MODEL, ids, valid, pages.item, pages.mask)
+        logp, entropy = page_logp(states, MODEL.item, pages.item, pages.mask, excluded, temperature, with_entropy=True)
+    assert_close(logp, pages.logp, atol=1e-5, rtol=1e-5)
+    assert states.shape == (len(ids), k + 1, 8)
+    assert (entropy >= -1e-6).all() and (logp[~pages.mask] == 0).all() and (entropy[~pages.mask] == 0).all()
+
+
+@settings(deadline=None, max_examples=15)
+@given(prompts(max_excluded=3), st.integers(1, 3))
+def test_probabilities_of_all_pages_sum_to_one_and_beam_finds_the_best(batch, k):
+    """Enumerate every legal page: sum exp(logp) = 1; a beam as wide as the tree returns the likeliest."""
+    ids, valid, excluded, gone = (x[:1] for x in batch)
+    legal = [i for i in range(N) if i not in gone[0]]
+    pages = torch.tensor(list(itertools.permutations(legal, k)))
+    mask = torch.ones_like(pages, dtype=torch.bool)
+    n = len(pages)
+    with torch.no_grad():
+        states = slot_states(MODEL, ids.expand(n, -1), valid.expand(n, -1), pages, mask)
+        logp = page_logp(states, MODEL.item, pages, mask, excluded.expand(n, -1)).sum(1)
+    assert logp.exp().sum().item() == pytest.approx(1.0, abs=1e-4)
+    best = beam(MODEL, ids, valid, Unseen(excluded, N), k, width=300)
+    assert best.logp.sum().item() == pytest.approx(logp.max().item(), abs=1e-4)
+    assert beam(MODEL, ids, valid, Unseen(excluded, N), k, width=1).item.tolist() == \
+        greedy(MODEL, ids, valid, Unseen(excluded, N), k).item.tolist()
+
+
+def test_sampling_follows_the_distribution():
+    """Frequencies of the first slot match exp(logp) over many draws; a fixed number gives a fixed page."""
+    B = 4000
+    ids, valid = torch.tensor([[1, 6, 9]]).expand(B, -1), torch.ones(B, 3, dtype=torch.bool)
+    excluded = torch.tensor([[2, -1]]).expand(B, -1)
+    uniform = torch.rand(B, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    pages = sample(MODEL, ids, valid, Unseen(excluded, N), uniform)
+    logits = torch.where(torch.arange(N) == 2, -torch.inf, pages.first[0])
+    want = logits.softmax(0)
+    seen = torch.bincount(pages.item[:, 0], minlength=N) / B
+    assert (seen - want).abs().max() < 4 * (0.25 / B) ** 0.5
+    again = sample(MODEL, ids[:5], valid[:5], Unseen(excluded[:5], N), uniform[:5])
+    assert torch.equal(again.item, pages.item[:5])
+
+
+@settings(deadline=None, max_examples=30)
+@given(prompts())
+def test_neighbours_in_the_batch_and_padding_do_not_matter(batch):
+    ids, valid, excluded, _ = batch
+    together = greedy(MODEL, ids, valid, Unseen(excluded, N), 4)
+    for row in range(len(ids)):
+        kept = valid[row]
+        alone = greedy(MODEL, ids[row: row + 1, kept], valid[row: row + 1, kept], Unseen(excluded[row: row + 1], N), 4)
+        assert_close(alone.logp, together.logp[row: row + 1], atol=1e-4, rtol=1e-4)
+
+
+@settings(deadline=None, max_examples=30)
+@given(prompts(), st.integers(1, 4), st.integers(1, 10))
+def test_a_ranking_is_the_page_and_then_the_rest_by_first_logits(batch, k, depth):
+    ids, valid, excluded, gone = batch
+    start = Unseen(excluded, N)
+    legal = start.legal.clone()
+    pages = greedy(MODEL, ids, valid, start, k)
+    item, score = ranking(pages, legal, depth)
+    assert item.shape == score.shape == (len(ids), depth)
+    for row, illegal in enumerate(gone):
+        got = item[row][item[row] >= 0].tolist()
+        page = pages.item[row][pages.mask[row]].tolist()
+        rest = sorted(set(range(N)) - illegal - set(page), key=lambda i: (-pages.first[row, i].item(), i))
+        assert got == (page + rest)[: min(depth, N - len(illegal))]
+        kept = score[row][: len(got)].tolist()
+        assert kept == sorted(kept, reverse=True)
+
+
+def test_constraint_with_a_filter_and_copies():
+    allowed = torch.tensor([True, False] * 3 + [True])
+    c = Unseen(torch.tensor([[0, -1], [-1, -1]]), N, allowed)
+    assert c.legal.int().tolist() == [[0, 0, 1, 0, 1, 0, 1], [1, 0, 1, 0, 1, 0, 1]]
+    c.place(torch.tensor([2, -1]))
+    assert c.legal[0, 2].item() is False and c.legal[1].sum() == 4
+    c.select(torch.tensor([0, 0, 1]))
+    assert c.legal.shape == (3, N)
+
+
+def test_gradient_reaches_legal_rows_only():
+    """Items that the user may not see get exactly zero gradient from the page's log-probability."""
+    model = make_model(3)
+    ids, valid = torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool)
+    item, excluded = torch.tensor([[3, 5]]), torch.tensor([[0, 6]])
+    states = slot_states(model, ids, valid, item, torch.ones(1, 2, dtype=torch.bool)).detach()
+    page_logp(states, model.item, item, torch.ones(1, 2, dtype=torch.bool), excluded).sum().backward()
+    moved = model.item.grad.abs().sum(1) > 0
+    assert moved.tolist() == [False, True, True, True, True, True, False]

@@ -1,0 +1,301 @@
+"""The arithmetic of PPO: the laws of the recipe, each of which fails if its line is broken."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from kernels import masked
+from kernels.advantage import gae
+from pagellm.config import PageLLMError
+from pagellm.ppo import (
+    AdaptiveKL,
+    Config,
+    RunningMoments,
+    Rollout,
+    advantages,
+    alarms,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    normalise_reward,
+    policy_loss,
+    step_reward,
+    value_loss,
+)
+
+unit = st.floats(0, 1)
+weight = st.floats(-3, 3)
+
+
+@st.composite
+def batches(draw, columns=2, min_slots=0):
+    """A mask (B, K) whose rows are prefixes, and `columns` tensors (B, K), float64."""
+    B, K = draw(st.integers(1, 3)), draw(st.integers(1, 6))
+    lengths = draw(st.lists(st.integers(min_slots, K), min_size=B, max_size=B))
+    mask = torch.arange(K) < torch.tensor(lengths)[:, None]
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    return mask, *(torch.randn(B, K, generator=g, dtype=torch.float64) for _ in range(columns))
+
+
+def poison(x, mask, value):
+    return torch.where(mask, x, value)
+
+
+@settings(deadline=None)
+@given(batches(3, min_slots=1), weight, weight, st.floats(0, 2))
+def test_rewards_of_a_page_add_up(batch, w_token, w_page, kl_coef):
+    """sum_k r_k = w_token mean(token) + w_page page - kl_coef sum(k1), for every length."""
+    mask, token, logp, ref = batch
+    page = token[:, 0] * 3
+    r = step_reward(token, page, logp, ref, mask, w_token, w_page, kl_coef)
+    n = mask.sum(1)
+    want = (w_token * (token * mask).sum(1) / n + w_page * page - kl_coef * ((logp - ref) * mask).sum(1))
+    assert_close(r.sum(1), want)
+    assert (r[~mask] == 0).all()
+
+
+@settings(deadline=None)
+@given(batches(3, min_slots=1))
+def test_each_part_of_the_reward_lands_on_its_slots(batch):
+    mask, token, logp, ref = batch
+    last = mask & ~torch.nn.functional.pad(mask, (0, 1))[:, 1:]
+    page = torch.arange(1.0, len(mask) + 1, dtype=torch.float64)
+    only_page = step_reward(token, page, logp, ref, mask, 0.0, 2.0, 0.0)
+    assert torch.equal(only_page, torch.where(last, 2 * page[:, None], 0.0))
+    only_token = step_reward(token, page, logp, ref, mask, 1.0, 0.0, 0.0)
+    assert_close(only_token * mask.sum(1, keepdim=True), torch.where(mask, token, 0.0))
+    only_kl = step_reward(token, page, logp, ref, mask, 0.0, 0.0, 1.0)
+    assert_close(only_kl, torch.where(mask, ref - logp, 0.0))
+
+
+@settings(deadline=None)
+@given(batches(4), st.sampled_from([math.nan, math.inf, -math.inf]))
+def test_garbage_in_the_padding_changes_nothing(batch, junk):
+    mask, a, b, c, d = batch
+    page = a[:, 0] * 0 + 1.5
+    clean = [step_reward(a, page, b, c, mask, 1.0, 1.0, 0.1), *policy_loss(a, b, c, mask, 0.2),
+             *value_loss(a, b, c, mask, 0.2)]
+    a, b, c = (poison(x, mask, junk) for x in (a, b, c))
+    dirty = [step_reward(a, page, b, c, mask, 1.0, 1.0, 0.1), *policy_loss(a, b, c, mask, 0.2),
+             *value_loss(a, b, c, mask, 0.2)]
+    for x, y in zip(clean, dirty, strict=True):
+        assert torch.equal(x, y) and x.isfinite().all()
+
+
+def test_shapes_are_checked():
+    x, m = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="page_reward"):
+        step_reward(x, torch.zeros(3), x, x, m, 1, 1, 1)
+    with pytest.raises(ValueError, match="token_reward"):
+        step_reward(x[:, :2], torch.zeros(2), x, x, m, 1, 1, 1)
+
+
+@settings(deadline=None)
+@given(st.integers(2, 6), st.integers(0, 2**31))
+def test_kl_estimators_by_enumeration(n, seed):
+    """E_p[k1] = E_p[k3] = KL(p || q); k2, k3 >= 0, 0 iff equal; E_p[k1 grad log p] = grad KL."""
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, generator=g, dtype=torch.float64, requires_grad=True)
+    logp, logq = z.log_softmax(0), torch.randn(n, generator=g, dtype=torch.float64).log_softmax(0)
+    p = logp.exp()
+    kl = (p * (logp - logq)).sum()
+    assert_close((p * kl_k1(logp, logq)).sum(), kl)
+    assert_close((p * kl_k3(logp, logq)).sum(), kl)
+    for k in (kl_k2, kl_k3):
+        assert (k(logp, logq) >= 0).all() and (k(logp, logp) == 0).all()
+        assert (k(logp, logp + 0.3) > 0).all()
+    assert_close(kl_k2(logp, logp - 0.4), torch.full_like(p, 0.08))
+    grad = torch.autograd.grad(kl, z, retain_graph=True)[0]
+    surrogate = (p.detach() * kl_k1(logp, logq).detach() * logp).sum()
+    assert_close(torch.autograd.grad(surrogate, z)[0], grad)
+
+
+@settings(deadline=None)
+@given(batches(2, min_slots=1))
+def test_before_the_first_update_the_ratio_is_one(batch):
+    mask, logp, adv = batch
+    loss, clipped = policy_loss(logp, logp.clone(), adv, mask, 0.2)
+    assert_close(loss, -masked.mean(adv, mask))
+    assert clipped == 0
+
+
+@settings(deadline=None)
+@given(st.floats(-2, 2), st.floats(-2, 2), st.floats(0.05, 0.5))
+def test_gradient_of_the_clipped_objective_by_region(log_ratio, adv, clip):
+    """d loss / d logp = 0 iff (A > 0 and r > 1 + clip) or (A < 0 and r < 1 - clip); else -A r / N."""
+    mask = torch.tensor([[True, True, False]])
+    ratio = math.exp(log_ratio)
+    if min(abs(ratio - 1 - clip), abs(ratio - 1 + clip), abs(adv)) < 1e-6:
+        return
+    logp = torch.tensor([[log_ratio, 0.0, 5.0]], dtype=torch.float64, requires_grad=True)
+    A = torch.tensor([[adv, 1.0, 1.0]], dtype=torch.float64)
+    loss, fraction = policy_loss(logp, torch.zeros(1, 3, dtype=torch.float64), A, mask, clip)
+    loss.backward()
+    cut = (adv > 0 and ratio > 1 + clip) or (adv < 0 and ratio < 1 - clip)
+    want = 0.0 if cut else -adv * ratio / 2
+    assert logp.grad[0, 0].item() == pytest.approx(want, rel=1e-9, abs=1e-12)
+    assert logp.grad[0, 1].item() == pytest.approx(-0.5) and logp.grad[0, 2] == 0
+    assert fraction.item() == (0.5 if cut else 0.0)
+
+
+@settings(deadline=None)
+@given(st.floats(-3, 3), st.floats(-3, 3), st.floats(-3, 3), st.floats(0.05, 1))
+def test_value_loss_never_rewards_a_jump(v, old, ret, clip):
+    """Half of max((V - R)^2, (V_clip - R)^2): never below the plain loss, equal to it within old +- clip."""
+    one = torch.ones(1, 1, dtype=torch.bool)
+    t = [torch.tensor([[x]], dtype=torch.float64) for x in (v, old, ret)]
+    loss, fraction = value_loss(*t, one, clip)
+    plain = 0.5 * (v - ret) ** 2
+    limited = min(max(v, old - clip), old + clip)
+    other = 0.5 * (limited - ret) ** 2
+    assert loss.item() == pytest.approx(max(plain, other), abs=1e-12)
+    assert fraction.item() == float(other > plain)
+    if abs(v - old) <= clip:
+        assert loss.item() == plain or loss.item() == pytest.approx(plain, abs=1e-15)
+
+
+@settings(deadline=None)
+@given(batches(3, min_slots=1), st.integers(1, 3))
+def test_micro_batches_share_one_mean(batch, micro):
+    """sum over micro-batches of loss_i * n_i / N is the loss of the whole, for the policy and the value."""
+    mask, a, b, c = batch
+    whole = policy_loss(a, b, c, mask, 0.2)[0], value_loss(a, b, c, mask, 0.2)[0]
+    parts = [0.0, 0.0]
+    for rows in torch.arange(len(mask)).split(micro):
+        share = mask[rows].sum() / mask.sum()
+        parts[0] += policy_loss(a[rows], b[rows], c[rows], mask[rows], 0.2)[0] * share
+        parts[1] += value_loss(a[rows], b[rows], c[rows], mask[rows], 0.2)[0] * share
+    assert_close(torch.stack(whole), torch.stack([torch.as_tensor(p, dtype=torch.float64) for p in parts]))
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=30), st.randoms(use_true_random=False))
+def test_running_moments_do_not_depend_on_the_cut(values, random):
+    whole, pieces = RunningMoments(), RunningMoments()
+    whole.update(torch.tensor(values))
+    shuffled = values[:]
+    random.shuffle(shuffled)
+    while shuffled:
+        n = random.randint(0, len(shuffled))
+        pieces.update(torch.tensor(shuffled[:n]))
+        shuffled = shuffled[n:] if n else shuffled
+    assert pieces.count == whole.count == len(values)
+    exact = torch.tensor(values).double()
+    for moments in (whole, pieces):
+        assert moments.mean == pytest.approx(exact.mean().item(), abs=1e-9)
+        assert moments.std == pytest.approx(exact.std(unbiased=True).item(), abs=1e-7)
+    again = RunningMoments()
+    again.load_state_dict(pieces.state_dict())
+    assert again.state_dict() == pieces.state_dict()
+    for moments in (again, pieces):
+        moments.update(torch.tensor([1.0, 2.0]))
+    assert again.state_dict() == pieces.state_dict()
+
+
+def test_running_moments_at_the_edges():
+    m = RunningMoments()
+    assert (m.count, m.mean, m.std) == (0, 0.0, 0.0)
+    m.update(torch.zeros(0))
+    m.update(torch.tensor(3.0))
+    assert (m.count, m.mean, m.std) == (1, 3.0, 0.0)
+    with pytest.raises(ValueError, match="not finite"):
+        m.update(torch.tensor([1.0, math.nan]))
+    assert m.count == 1
+
+
+@settings(deadline=None)
+@given(batches(1, min_slots=1), st.floats(0, 3), st.floats(0.1, 3))
+def test_normalised_parts_add_up_to_the_normalised_whole(batch, w_token, w_page):
+    mask, token = batch
+    page = token[:, -1] * 2 + 1
+    moments = RunningMoments()
+    moments.update(torch.tensor([-4.0, 0.0, 5.0]))
+    t, p = normalise_reward(token, page, mask, moments, w_token, w_page, limit=1e9)
+    total = w_token * (token * mask).sum(1) / mask.sum(1) + w_page * page
+    assert_close((t * mask).sum(1) / mask.sum(1) + p, (total - moments.mean) / moments.std)
+    assert moments.count == 3 + len(mask)
+    t, p = normalise_reward(token * 1e6, page * 1e6, mask, moments, w_token, w_page)
+    assert t[mask].abs().max() <= 5 and p.abs().max() <= 5
+
+
+def test_adaptive_kl_follows_ziegler():
+    """coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon."""
+    for kl, factor in ((100.0, 1 + 0.2 * 64 / 640), (0.0, 1 - 0.2 * 64 / 640), (5.5, 1 + 0.1 * 64 / 640), (5.0, 1.0)):
+        c = AdaptiveKL(0.3, target=5.0, horizon=640)
+        c.update(kl, 64)
+        assert c.coef == pytest.approx(0.3 * factor)
+    with pytest.raises(ValueError):
+        AdaptiveKL(0.1, 0.0, 10)
+
+
+def rollout(mask, value, **more):
+    zero = torch.zeros_like(value)
+    base = dict(prompt=zero, valid=mask, excluded=zero, item=zero.long(), mask=mask, old_logp=zero, ref_logp=zero,
+                value=value, token=zero, page=zero[:, 0], entropy=zero, kl_exact=zero, drift=0.0)
+    return Rollout(**(base | more))
+
+
+@settings(deadline=None)
+@given(batches(2, min_slots=1))
+def test_advantages_of_the_three_algorithms(batch):
+    mask, reward, value = batch
+    reward, value = reward * mask, value * mask
+    r = rollout(mask, value)
+    adv, ret = advantages(Config(lam=0.9), r, reward)
+    plain, want = gae(reward, value, mask, 1.0, 0.9)
+    assert_close(ret, want)
+    assert_close(adv, masked.whiten(plain, mask))
+    adv, _ = advantages(Config(algo="reinforce"), r, reward)
+    total = reward.sum(1)
+    assert_close(adv, torch.where(mask, (total - total.mean())[:, None], 0.0))
+    twice = rollout(mask.repeat_interleave(2, 0), value.repeat_interleave(2, 0))
+    noisy = torch.cat([reward, 2 * reward], 1).view(-1, reward.shape[1])
+    adv, _ = advantages(Config(algo="rloo", samples=2), twice, noisy)
+    a, b = noisy.view(-1, 2, reward.shape[1]).sum(2).unbind(1)
+    for row, want in ((0, a - b), (1, b - a)):
+        assert_close(adv.view(-1, 2, reward.shape[1])[:, row], torch.where(mask, want[:, None], 0.0))
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"rollout": 10, "minibatch": 4}, "not a multiple of minibatch"), ({"clip": 1.5}, "clip=1.5"),
+    ({"algo": "rloo"}, "samples of 2 or more"), ({"w_token": 0, "w_page": 0}, "nothing to optimise"),
+    ({"algo": "dpo"}, "ppo, reinforce or rloo"), ({"kl_coef": -1}, "0 or more"), ({"select": "x"}, "energy, ndcg"),
+])
+def test_bad_values_are_named(change, message):
+    with pytest.raises(PageLLMError, match=message):
+        Config(**change)
+
+
+QUIET = {"learning": True, "objective/kl_seq_sum": 0.5, "objective/entropy": 4.0, "objective/reward_total": 0.1,
+         "val/explained_var": 0.2, "list/coverage": 100, "list/distinct": 1.0, "rollout/gen_vs_train_logp_diff": 1e-6,
+         "rollout/first_epoch_max_abs_logratio": 0.0, "policy/clipfrac": 0.1}
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"rollout/first_epoch_max_abs_logratio": 0.1}, "ratio is not 1"),
+    ({"rollout/gen_vs_train_logp_diff": 0.1}, "generation and update"), ({"objective/kl_seq_sum": -0.1}, "negative"),
+    ({"objective/entropy": 1.0}, "entropy fell"), ({"policy/clipfrac": 0.5}, "clip fraction"),
+    ({"val/explained_var": -0.5}, "explained variance"), ({"list/coverage": 40}, "coverage halved"),
+    ({"list/distinct": 0.4}, "distinct halved"), ({"objective/kl_seq_sum": 30.0}, "twice the target"),
+    ({"objective/kl_seq_sum": 0.0}, "still 0"),
+])
+def test_each_alarm_rings_for_its_cause_alone(change, word):
+    log = [QUIET] * 20
+    assert alarms(log, warmup=2, kl_target=5.0) == []
+    bad = [QUIET] * 20 + [QUIET | change] * 5
+    assert [text for text in alarms(bad, 2, 5.0) if word in text]
+    assert len(alarms(bad, 2, 5.0)) == 1
+
+
+@pytest.mark.parametrize("name", ["energy", "NDCG@100", "ILD", "entropy"])
+def test_reward_hacking_rings(name):
+    scores = {f"valid/{n}": 1.0 for n in ("energy", "NDCG@100", "ILD", "entropy")}
+    up = QUIET | {"objective/reward_total": 0.9}
+    fell = scores | {f"valid/{name}": 0.8}
+    assert any(name in text for text in alarms([scores, QUIET, up | fell], 0))
+    assert not alarms([scores, QUIET, up | scores], 0)
+    assert not alarms([scores, QUIET, QUIET | {"objective/reward_total": 0.0} | fell], 0)

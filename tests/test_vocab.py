@@ -1,0 +1,77 @@
+"""One id space: every id has one meaning, every meaning one id, no text is unknown."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pagellm.config import PageLLMError
+from pagellm.vocab import SPECIALS, Vocab
+
+GPT2 = Path(__file__).parent.parent.parent / "shared" / "data" / "gpt2"
+TRAINED = Vocab.train(["a small blue drum", "a large drum for children"] * 3, n_users=3, n_items=4, size=300)
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_any_text_round_trips(text):
+    assert TRAINED.decode(TRAINED.words(text)) == text.encode("utf-8", "ignore").decode()
+    assert all(token < TRAINED.n_words for token in TRAINED.words(text))
+
+
+def test_the_four_runs_tile_the_id_space():
+    v = TRAINED
+    ids = (list(range(v.n_words)) + [v.special(s) for s in SPECIALS] + [v.user(u) for u in range(3)]
+           + [v.item(i) for i in range(4)])
+    assert ids == list(range(v.size))
+    assert v.decode([v.user(2), v.item(0), v.page, *v.words(" x")]) == "<user 2><item 0><page> x"
+
+
+def test_unknown_users_and_wrong_items():
+    v = TRAINED
+    assert v.user(None) == v.user(3) == v.user(-1) == v.user_unk
+    for item in (-1, 4):
+        with pytest.raises(ValueError, match="outside 0..3"):
+            v.item(item)
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        v.decode([v.size])
+
+
+def test_ratings_have_five_levels_and_an_unknown_one():
+    v = TRAINED
+    assert [v.rating(r) for r in (1.0, 2.0, 3.0, 4.0, 5.0)] == [v.special(f"<r{r}>") for r in range(1, 6)]
+    assert v.rating(float("nan")) == v.special("<r?>")
+    assert v.rating(9.0) == v.special("<r5>") and v.rating(0.2) == v.special("<r1>")
+
+
+def test_text_that_looks_like_a_special_token_stays_text():
+    assert all(token < TRAINED.n_words for token in TRAINED.words("<page><r5><pad>"))
+
+
+def test_save_and_load(tmp_path):
+    TRAINED.save(tmp_path)
+    again = Vocab.load(tmp_path)
+    assert again.size == TRAINED.size and again.words("blue drum!") == TRAINED.words("blue drum!")
+    with pytest.raises(PageLLMError, match="no vocabulary"):
+        Vocab.load(tmp_path / "none")
+
+
+def test_no_text_at_all_still_has_every_byte():
+    assert Vocab.train([], 1, 1, 256).decode(Vocab.train([], 1, 1, 256).words("é☃\0")) == "é☃\0"
+    with pytest.raises(PageLLMError, match="at least 256"):
+        Vocab.train([], 1, 1, 200)
+
+
+@pytest.mark.skipif(not GPT2.exists(), reason="optional GPT-2 word files are not in ../shared/data/gpt2")
+def test_published_words():
+    v = Vocab.gpt2(GPT2, 3, 4)
+    assert v.n_words == 50257 and v.item(0) == 50257 + len(SPECIALS) + 3
+    # Ids that GPT-2's published tokeniser gives.
+    assert v.words("Hello world") == [15496, 995] and v.words(" drums") == [24730]
+    assert v.decode(v.words("naïve ☃ text\n")) == "naïve ☃ text\n"
+
+
+def test_missing_word_files_are_named(tmp_path):
+    with pytest.raises(PageLLMError, match="encoder.json and vocab.bpe"):
+        Vocab.gpt2(tmp_path, 1, 1)
