@@ -16,10 +16,10 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def require(ok: Tensor, message: str) -> None:
     """Raise ValueError unless every entry of `ok` (bool, any shape) is True.
 
-    message  may name the first offender: {row} becomes its index, a tuple if `ok` has several dimensions.
+    message  may name the first offender: {row} becomes its index, a tuple if `ok` has several dimensions
 
-    On a CUDA device nobody waits for the answer, since a wait in every step would idle the GPU: a wrong call stops
-    there as a device-side assertion that prints the message without the row.
+    On a CUDA device nobody waits for the answer, since a wait in every step would idle the GPU: a wrong call
+    stops there as a device-side assertion that prints the message without the row.
     """
     if ok.device.type == "cuda":
         torch._assert_async(ok.all(), message.replace("{row}", "?"))
@@ -29,6 +29,6 @@ def require(ok: Tensor, message: str) -> None:
 
 
 def require_temperature(temperature: float, where: str) -> None:
-    """Raise ValueError unless the temperature is positive and finite; greedy choice is an argmax, not temperature 0."""
+    """Raise ValueError unless the temperature is positive and finite: greedy choice is argmax, not 0."""
     if not 0 < temperature < math.inf:
         raise ValueError(f"{where}: temperature {temperature}, want a positive finite number")

@@ -3,9 +3,9 @@
     token_logp, entropy   from logits that exist already, e.g. of one decoding step
     linear_logp           from hidden states and head rows, (N, V) logits never whole: training and scoring
 
-Both take the legal set of the choice, since a policy that may not pick an item must not be scored as if it might:
-as a bool mask beside the logits, or as short lists of excluded ids. To restrict the choice to items, hand
-linear_logp the item rows alone; the cost is then items times positions and nothing else.
+Both take the legal set of the choice, since a policy that may not pick an item must not be scored as if it
+might: as a bool mask beside the logits, or as short lists of excluded ids. To restrict the choice to items,
+hand linear_logp the item rows alone; the cost is then items times positions and nothing else.
 """
 
 import torch
@@ -16,13 +16,13 @@ from kernels.checks import compute_dtype, require, require_temperature
 
 __all__ = ["entropy", "linear_logp", "token_logp"]
 
-# Entries of the scratch tile of linear_logp. On CPU 8 MB: it stays in cache between the passes over it, and larger
-# was no faster at any shape tried. On a GPU launches cost more than memory: 128 MB.
+# Entries of linear_logp's scratch tile. On CPU 8 MB in float32: larger was no faster at any shape tried. On a
+# GPU launches cost more than memory: 128 MB.
 TILE = {"cpu": 2 ** 21, "other": 2 ** 25}
 TILE_ROWS = 2048
 
-# exp(-60) = 9e-27 vanishes beside 1 even in float64, and is still a normal float32. Without the floor the tail of a
-# peaked softmax is denormal, and denormals slow a CPU's matrix product several times over.
+# exp(-60) = 9e-27 vanishes beside 1 even in float64, and is still a normal float32. Without the floor the
+# tail of a peaked softmax is denormal, and denormals slow a CPU's matrix product several times over.
 FLOOR = -60.0
 
 
@@ -33,13 +33,14 @@ def token_logp(logits: Tensor, ids: Tensor, legal: Tensor | None = None, tempera
     ids          (...)    integer, in [0, V)
     legal        (..., V) bool or None for all; what illegal logits hold, NaN included, changes nothing
     temperature  positive
-    returns      (...) float32 (float64 if logits are), in nats; -inf, with gradient 0, where the id is illegal
+    returns      (...) float32 (float64 if logits are), in nats; -inf, with gradient 0, on an illegal id
 
-    Raises ValueError on unequal shapes, an id out of range, or a row without a legal entry (named), temperature <= 0.
+    Raises ValueError on unequal shapes, an id out of range, a row without a legal entry (named),
+    temperature <= 0.
     """
     logp = _log_softmax(logits, legal, temperature, "token_logp")
     if ids.shape != logits.shape[:-1]:
-        raise ValueError(f"token_logp: ids {tuple(ids.shape)} for logits {tuple(logits.shape)}: want one id a row")
+        raise ValueError(f"token_logp: ids {tuple(ids.shape)}, logits {tuple(logits.shape)}: want one a row")
     V = logits.shape[-1]
     require((ids >= 0) & (ids < V), f"token_logp: id outside [0, {V}) in row {{row}}")
     index = ids.long()[..., None]
@@ -50,10 +51,10 @@ def token_logp(logits: Tensor, ids: Tensor, legal: Tensor | None = None, tempera
 
 
 def entropy(logits: Tensor, legal: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-    """Entropy -sum_j p_j log p_j of softmax(logits / temperature) over the legal entries, in nats: 0 to log V.
+    """Entropy -sum_j p_j log p_j of softmax(logits / temperature) over the legal entries: 0 to log V nats.
 
-    Arguments and errors as for `token_logp`. returns (...) float32 (float64 if logits are); gradients are finite
-    also where a legal logit is -inf.
+    Arguments and errors as for `token_logp`. returns (...) float32 (float64 if logits are); gradients are
+    finite also where a legal logit is -inf.
     """
     logp = _log_softmax(logits, legal, temperature, "entropy")
     # 0 * log 0 is 0 here. Filled before the product: -inf * 0 is NaN, forward and backward.
@@ -66,8 +67,8 @@ def _log_softmax(logits: Tensor, legal: Tensor | None, temperature: float, where
     logits = logits.to(compute_dtype(logits))
     if legal is not None:
         if legal.shape != logits.shape or legal.dtype != torch.bool:
-            raise ValueError(f"{where}: legal {tuple(legal.shape)} {legal.dtype} for logits {tuple(logits.shape)}: "
-                             "want a bool of the same shape")
+            raise ValueError(f"{where}: legal {tuple(legal.shape)} {legal.dtype}, "
+                             f"logits {tuple(logits.shape)}: want a bool of the same shape")
         require(legal.any(-1), f"{where}: row {{row}} has no legal entry")
         logits = torch.where(legal, logits, -torch.inf)
     elif logits.shape[-1] == 0 and logits.numel() != logits.shape[:-1].numel():
@@ -83,16 +84,16 @@ def linear_logp(
 
     hidden       (N, C) float  states that choose; weight (V, C) float  one row per choice
     target       (N,)   integer, in [0, V)
-    excluded     (N, E) integer ids that row n may not choose, in any order, repeats allowed, padded with -1; or None
+    excluded     (N, E) integer ids that row n may not choose, in any order, repeats allowed, padded with -1
     temperature  positive; divides the logits
-    returns      logp (N,), and with return_entropy also the entropy (N,) of the choice, in nats; float32 (float64 if
-                 an input is). logp is -inf, with gradient 0, where the target is excluded.
+    returns      logp (N,), and with return_entropy also the entropy (N,) of the choice, in nats; float32
+                 (float64 if an input is). logp is -inf, with gradient 0, where the target is excluded.
 
-    Differentiable once in hidden and weight, through either output; a second time is refused by autograd. Memory
-    beyond inputs and gradients: (N,) statistics and scratch of TILE entries (twice that with entropy). Half
-    precision is widened, so logits and sums are float32; only on CUDA do bf16 operands stay bf16, with float32 sums.
-    Raises ValueError on unequal shapes, ids out of range, a row with nothing left to choose (named),
-    temperature <= 0.
+    Differentiable once in hidden and weight, through either output; a second time is refused by autograd.
+    Memory beyond inputs and gradients: (N,) statistics and scratch of TILE entries, twice that with entropy.
+    Half precision is widened, so logits and sums are float32; only on CUDA do bf16 operands stay bf16, with
+    float32 sums. Raises ValueError on unequal shapes, ids out of range, a row with nothing left to choose
+    (named), temperature <= 0.
     """
     require_temperature(temperature, "linear_logp")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or (
@@ -103,7 +104,7 @@ def linear_logp(
     require((target >= 0) & (target < V), f"linear_logp: target outside [0, {V}) in row {{row}}")
     if excluded is not None:
         if excluded.dim() != 2 or len(excluded) != len(hidden):
-            raise ValueError(f"linear_logp: excluded {tuple(excluded.shape)} for {len(hidden)} rows: want (N, E)")
+            raise ValueError(f"linear_logp: excluded {tuple(excluded.shape)}, want ({len(hidden)}, E)")
         require(((excluded >= -1) & (excluded < V)).all(1),
                 f"linear_logp: excluded id outside [0, {V}) and not -1 in row {{row}}")
         excluded = excluded.long() if excluded.shape[1] else None
@@ -114,7 +115,7 @@ def linear_logp(
 
 
 class LinearLogp(torch.autograd.Function):
-    """Online softmax statistics in the forward pass; in the backward pass each tile of logits is computed again.
+    """Online softmax statistics forward; backward computes each tile of logits again.
 
     Per row, with shifted logits L_j = z_j - m and e_j = exp(L_j):
 
@@ -127,12 +128,12 @@ class LinearLogp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target: Tensor, excluded: Tensor | None, temperature: float,
-        with_entropy: bool,
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target: Tensor, excluded: Tensor | None,
+        temperature: float, with_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         tiles = Tiles(hidden, weight, excluded, temperature)
-        lowest = torch.finfo(tiles.dtype).min      # finite: a tile without a legal entry must not give inf - inf
+        lowest = torch.finfo(tiles.dtype).min    # finite: a tile without a legal entry gives no inf - inf
         m = hidden.new_full((len(hidden),), lowest, dtype=tiles.dtype)
         s, u, chosen = (torch.zeros_like(m) for _ in range(3))
 
@@ -146,7 +147,7 @@ class LinearLogp(torch.autograd.Function):
 
                 peak = torch.maximum(m[rows], z.amax(1))
                 shifted = z.sub_(peak[:, None]).clamp_(min=FLOOR)
-                drop = (m[rows] - peak).clamp(min=FLOOR)      # what was summed so far was relative to the old peak
+                drop = (m[rows] - peak).clamp(min=FLOOR)    # the sums so far are relative to the old peak
                 if with_entropy:
                     e = torch.exp(shifted, out=tiles.second(z))
                     u[rows] = (u[rows] + drop * s[rows]) * drop.exp() + shifted.mul_(e).sum(1)
@@ -157,9 +158,10 @@ class LinearLogp(torch.autograd.Function):
 
         require(m != lowest, "linear_logp: row {row} has nothing left to choose")
         u /= s
+        log_s = s.log()
         ctx.temperature = temperature
         ctx.save_for_backward(hidden, weight, target, excluded, m, s, u, chosen != -torch.inf)
-        return chosen - m - s.log(), s.log() - u if with_entropy else None
+        return chosen - m - log_s, log_s - u if with_entropy else None
 
     @staticmethod
     @once_differentiable
@@ -170,7 +172,9 @@ class LinearLogp(torch.autograd.Function):
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         tiles = Tiles(hidden, weight, excluded, ctx.temperature)
         # d loss / d(h . w_j) = hit [j = target] - e_j (flat + slope L_j)
-        hit = torch.zeros_like(s) if grad_logp is None else torch.where(legal, grad_logp, 0.0) / ctx.temperature
+        hit = torch.zeros_like(s)
+        if grad_logp is not None:
+            hit = torch.where(legal, grad_logp, 0.0) / ctx.temperature
         slope = None if grad_entropy is None else grad_entropy / ctx.temperature / s
         flat = hit / s if slope is None else hit / s - slope * u
 
@@ -220,7 +224,8 @@ class Tiles:
         self.excluded, self.temperature = excluded, temperature
         self.rows = even_slices(N, TILE_ROWS)
         height = self.rows[0].stop if N else 0
-        self.columns = even_slices(V, max(1, TILE["cpu" if hidden.device.type == "cpu" else "other"] // max(height, 1)))
+        entries = TILE["cpu" if hidden.device.type == "cpu" else "other"]
+        self.columns = even_slices(V, max(1, entries // max(height, 1)))
         # One column more than asked for: ids that lie outside the tile are struck there.
         self.width = (self.columns[0].stop if V else 0) + 1
         self.scratch = hidden.new_empty(height * self.width, dtype=self.dtype)
@@ -261,7 +266,7 @@ def even_slices(n: int, most: int) -> list[slice]:
 
 
 def position(target: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Where each target lies in a tile: (n, 1) column, clamped into the tile, and (n,) whether it lies inside."""
+    """(n, 1) column of each target in a tile, 0 for those outside, and (n,) whether it lies inside."""
     at = target - columns.start
     inside = (at >= 0) & (at < columns.stop - columns.start)
     return torch.where(inside, at, 0)[:, None], inside

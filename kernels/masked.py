@@ -1,7 +1,8 @@
 """Mean, variance, centring and whitening over the entries that a mask keeps.
 
-The statistics run over the whole tensor, not over rows: PPO whitens advantages over the batch. What lies off the
-mask is replaced before any arithmetic, never multiplied by 0 (0 * NaN is NaN), so it moves no bit of any output.
+The statistics run over the whole tensor, not over rows: PPO whitens advantages over the batch. What lies off
+the mask is replaced before any arithmetic, never multiplied by 0 (0 * NaN is NaN), so it moves no bit of any
+output.
 """
 
 import torch
@@ -17,7 +18,8 @@ def mean(x: Tensor, mask: Tensor) -> Tensor:
 
     x     (...) any number dtype
     mask  (...) bool, True on the entries that count
-    Raises ValueError when shapes differ or mask is not bool. Differentiable: 1/n on each kept entry, 0 elsewhere.
+    returns a scalar, float32 (float64 if x is). Differentiable: 1/n on each kept entry, 0 elsewhere.
+    Raises ValueError when shapes differ or mask is not bool.
     """
     _check(x, mask, "mean")
     pivot, deviation, count = _deviations(x, mask)
@@ -34,7 +36,7 @@ def variance(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def center(x: Tensor, mask: Tensor) -> Tensor:
-    """x minus the mean of its kept entries, (...) like x; 0 off the mask. Arguments and errors as for `mean`."""
+    """x minus the mean of its kept entries, shaped like x, 0 off the mask. Arguments as for `mean`."""
     _check(x, mask, "center")
     return _centred(x, mask)[0]
 
@@ -42,14 +44,14 @@ def center(x: Tensor, mask: Tensor) -> Tensor:
 def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     """Centred and divided by the standard deviation: kept entries have mean 0 and unbiased variance 1.
 
-    x, mask  as for `mean`; returns (...) like x, 0 off the mask
-    eps      the least standard deviation worth dividing by, in units of x: (x - mean) / sqrt(variance + eps^2).
-             Fewer than two kept entries, or equal ones, give zeros.
+    x, mask  as for `mean`; returns a tensor shaped like x, 0 off the mask
+    eps      the least standard deviation worth dividing by, in units of x:
+             (x - mean) / sqrt(variance + eps^2). Fewer than two kept entries, or equal ones, give zeros.
     """
     _check(x, mask, "whiten")
     centred, spread = _centred(x, mask)
-    # eps^2, not eps: variance + 1e-8 would leave rewards of size 1e-4 visibly unwhitened, and the result would
-    # change when somebody counts them in other units. Inside the root, so that the gradient at spread 0 is finite.
+    # eps^2, not eps: variance + 1e-8 would leave rewards of size 1e-4 visibly unwhitened, so that the result
+    # would depend on their unit. Inside the root, so that the gradient at spread 0 is finite.
     return centred * torch.rsqrt(spread + eps * eps)
 
 

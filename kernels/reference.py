@@ -1,6 +1,6 @@
 """Every kernel again, slow and obvious, in float64: the oracle of the tests and the place to start reading.
 
-Nothing here is tiled, shifted, clamped or fused. Arguments and results as in the fast twins; no argument checks.
+Nothing here is tiled, clamped or fused. Arguments and results as in the fast twins; nothing is checked.
 """
 
 import math
@@ -11,9 +11,11 @@ from torch import Tensor
 __all__ = ["center", "entropy", "gae", "linear_logp", "mean", "token_logp", "variance", "whiten"]
 
 
-def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+def gae(
+    reward: Tensor, value: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
     """See kernels.advantage.gae: one row after the other, one step after the other, from the end."""
-    advantage, ret = torch.zeros(reward.shape, dtype=torch.float64), torch.zeros(reward.shape, dtype=torch.float64)
+    advantage, ret = (torch.zeros(reward.shape, dtype=torch.float64) for _ in range(2))
     for b in range(len(reward)):
         next_value = next_advantage = 0.0
         for t in reversed(range(int(mask[b].sum()))):

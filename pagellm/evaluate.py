@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 from pagellm import metrics
 from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Shop, load
-from pagellm.policy import MODES, Policy, RankedPages, score_users
+from pagellm.policy import MODES, Policy, RankedPages, Scorer
 from pagellm.run import Common, Run, atomic, file_id, finished, write_json
-from pagellm.train import pick_device
+from pagellm.train import keyed, pick_device
 
 __all__ = ["COLUMNS", "Config", "LABELS", "popularity_pages", "read_pages", "run", "table", "write_pages"]
 
@@ -36,6 +36,7 @@ COLUMNS = ("Recall@20", "Recall@40", "NDCG@100", "WAS", "PWKT", "WMRD", "DPA", "
 class Config(Common):
     """Write everybody's pages with each policy, score them on held-out items, print the table and some pages."""
 
+    source_run: str = ""         # run whose sft is read; empty: this run (studies share one)
     policies: str = "popularity,sft,ppo"  # which to evaluate, comma-separated
     split: str = "test"          # held-out rows that count as right: test or valid
     k: int = 20                  # slots of a page, decoded one after another
@@ -44,6 +45,7 @@ class Config(Common):
     batch: int = 256             # users decoded at once
     n_boot: int = 1000           # bootstrap draws behind an interval
     examples: int = 3            # users whose pages are printed
+    quiet: bool = False          # write the files, print nothing
 
     def __post_init__(self):
         names = self.policies.split(",")
@@ -107,3 +109,116 @@ def read_pages(path: Path, shop: Shop) -> RankedPages:
     slots = (np.bincount(row, data["page"].to_numpy(zero_copy_only=False)[order], len(users)).astype(np.int64)
              if "page" in data.column_names else count)
     return RankedPages(users, grid, score, slots)
+
+
+def heading(name: str) -> str:
+    """A column's heading: its name and the direction that is better."""
+    return f"{name} {'↑' if metrics.DIRECTION.get(name, 'up') == 'up' else '↓'}"
+
+
+def table(results: dict[str, dict[str, dict]], columns: tuple[str, ...], per_block: int = 6) -> str:
+    """Rows of policies, columns of metrics: the mean, and under it its 95% interval, in blocks of columns.
+
+    results  policy -> metric -> {mean, low, high} as metrics.summary gives; a metric nobody has is left out
+    """
+    columns = tuple(c for c in columns if any(c in scores for scores in results.values()))
+    width = max(20, *(len(LABELS.get(name, name)) + 2 for name in results)) if results else 20
+    lines = []
+    for start in range(0, len(columns), per_block):
+        block = columns[start: start + per_block]
+        lines.append(" " * width + "".join(f"{heading(c):>19}" for c in block))
+        for name, scores in results.items():
+            cells = [scores.get(c, {"mean": None}) for c in block]
+            lines.append(f"{LABELS.get(name, name):<{width}}" + "".join(
+                f"{'–' if c['mean'] is None else format(c['mean'], '.4f'):>19}" for c in cells))
+            lines.append(" " * width + "".join(
+                f"{'' if c['mean'] is None else '[' + format(c['low'], '.4f') + ', ' + format(c['high'], '.4f') + ']':>19}"
+                for c in cells))
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def show_pages(shop: Shop, pages: dict[str, RankedPages], held, history, count: int, k: int, seed: int) -> str:
+    """The pages of a few users as people read them: history, held-out items, then each policy's first k."""
+    if not pages or not count:
+        return ""
+    last = list(pages.values())[-1]
+    chosen = keyed(seed, "examples").permutation(len(last.user))[:count]
+    name_of = [title or item for title, item in zip(shop.catalogue.title, shop.catalogue.ids, strict=True)]
+    leaf = shop.catalogue.leaf
+    lines = []
+    for row in sorted(chosen):
+        user = int(last.user[row])
+        right = set(held.of(user)[0].tolist())
+        liked = [f"{name_of[i]}" + ("" if np.isnan(r) else f" ({r:.0f}★)") for i, r in
+                 zip(*history.of(user), strict=True)]
+        lines += [f"user {shop.user_ids[user]}", "  history   " + "; ".join(liked[-6:]),
+                  "  held out  " + "; ".join(name_of[i] for i in right)]
+        for policy, ranked in pages.items():
+            lines.append(f"  {LABELS.get(policy, policy)}")
+            page = ranked.item[row][: min(k, int(ranked.slots[row]))]
+            lines += [f"   {'✓' if i in right else ' '}{rank:3d}  {name_of[i]}" + (f"  [{leaf[i]}]" if leaf[i] else "")
+                      for rank, i in enumerate(page.tolist(), 1) if i >= 0]
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def run(config: Config) -> dict[str, dict[str, dict]]:
+    """-> policy -> metric -> {mean, low, high, coverage, count}."""
+    where = {"sft": config.stage("sft", config.source_run), "ppo": config.stage("ppo")}
+    names, inputs = config.policies.split(","), {"data": ""}
+    shop = load(config.data_dir)
+    inputs["data"] = file_id(config.data_dir / "source.json")
+    for name in names:
+        if name in where:
+            inputs[name] = finished(where[name], f"{LABELS[name]} policy", config.make(name))["id"]
+    with Run(config.stage("evaluate"), config, inputs, free=("device", "save_every", "batch", "examples", "quiet")) as out:
+        if out.done:
+            if not config.quiet:
+                print((out.path / "table.txt").read_text())
+            return json.loads((out.path / "metrics.json").read_text())
+        device = pick_device(config.device)
+        scorer = Scorer(shop, config.split)
+        history, held = shop.csr("train"), scorer.held
+        seen = shop.csr(("train", "valid") if config.split == "test" else "train", positive=None)
+        users = scorer.users
+        if len(users) == 0:
+            raise PageLLMError(f"{config.data_dir} has no {config.split} rows: nothing to evaluate on")
+        results, pages, rows = {}, {}, {}
+        for name in names:
+            if name == "popularity":
+                ranked = popularity_pages(shop, users, seen, config.k, config.depth)
+            else:
+                policy = Policy.load(where[name], device)
+                ranked = policy.rank(users, history, seen, config.k, config.depth, config.mode, config.batch,
+                                     "" if config.quiet else f"pages of {name}")
+            folder = out.path / name
+            folder.mkdir(exist_ok=True)
+            write_pages(folder / "pages.parquet", ranked)
+            scores = scorer(read_pages(folder / "pages.parquet", shop), config.k)
+            with atomic(folder / "per_user.parquet") as beside:
+                pq.write_table(pa.table({"user": ranked.user, **scores}), beside)
+            results[name] = {metric: metrics.summary(values, config.seed, config.n_boot)
+                             for metric, values in scores.items() if not np.isnan(values).all()}
+            pages[name], rows[name] = ranked, scores
+        text = table(results, COLUMNS)
+        if "sft" in rows and "ppo" in rows:
+            results["ppo - sft"] = {metric: metrics.paired(rows["ppo"][metric], rows["sft"][metric], config.seed,
+                                                           config.n_boot) for metric in results["ppo"]}
+            text = table(results, (*COLUMNS, "energy", "true_energy"))
+        short = int((pages[names[-1]].slots < config.k).sum())
+        text = (f"{config.dataset}: {len(users):,} users, {shop.n_items:,} items, {config.split} split, pages of "
+                f"{config.k}; mean over users and its 95% bootstrap interval\n\n{text}\n"
+                + (f"\n{short} pages are shorter than {config.k}: no more legal items\n" if short else "")
+                + "\n" + show_pages(shop, pages, held, history, config.examples, config.k, config.seed) + "\n")
+        write_json(out.path / "metrics.json", results)
+        with atomic(out.path / "table.txt") as beside:
+            beside.write_text(text)
+        out.finish(users=len(users))
+        if not config.quiet:
+            print(text)
+        return results
+
+
+if __name__ == "__main__":
+    sys.exit(main(Config, run, "pagellm.evaluate"))

@@ -8,12 +8,12 @@ diversity    the only item of a category gives way to one of a category that the
 redundancy   an item gives way to a near-duplicate of one above it
 
 Both pages are equally long. Train rows only. A pair whose second page has not the lower energy E is dropped.
-The paper swaps positions for all of the last three. A swap cannot change the set on the page, so that only the
-order above a slot tells about diversity or redundancy; literal_swaps=True does it the paper's way.
+The paper swaps positions for the last three alike. A swap cannot change the set on the page, so that only the
+order tells about diversity or redundancy; literal_swaps=True does it the paper's way all the same.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -53,7 +53,7 @@ class Pair:
     rejected: list[int]
     mask: list[bool]             # edited positions; none for preference
     delta_E: float               # E(chosen) - E(rejected)
-    source: str                  # how the second page was made: swap, replacement, rated, sampled, rated+sampled
+    source: str                  # of the rejected page: swap, replacement, rated, sampled or rated+sampled
     seed: int                    # of the generator that drew the split and the edit
 
 
@@ -83,41 +83,40 @@ class Stock:
 
 
 @dataclass(frozen=True)
-class Side:
-    """One user's split and the page made from it: what a kind of pair edits."""
+class Buyer:
+    """What the train rows say about one user."""
 
     user: int
+    items: np.ndarray            # liked, oldest first
+    ratings: np.ndarray          # of the liked ones; NaN where unknown
+    disliked: np.ndarray         # items rated below 3
+    gain: dict[int, float]       # of every train item, liked or not
+    free: np.ndarray             # (N,) bool: no train item of the user, whatever the rating
+
+
+@dataclass(frozen=True)
+class Side:
+    """One split of a buyer's liked items and the page made from it: what a kind of pair edits."""
+
+    buyer: Buyer
     history: list[int]
     history_rating: list[float]
     page: list[int]
     level: np.ndarray            # (K,) rating of each slot, -inf where unknown
-    gain: dict[int, float]       # of every train item of the user
-    free: np.ndarray             # (N,) bool: not in the user's train rows, whatever the rating
-    disliked: np.ndarray         # items the user rated below 3
-
-    def energy(self, page: Sequence[int], stock: Stock) -> float:
-        return energy(page, [self.gain.get(item, 0.0) for item in page], stock.catalogue.leaf_id, stock.near)
-
-    def pair(self, stock: Stock, kind: str, rejected: list[int], edited: Sequence[int], source: str,
-             seed: int) -> Pair:
-        mask = [k in edited for k in range(len(self.page))]
-        delta = self.energy(self.page, stock) - self.energy(rejected, stock)
-        return Pair(self.user, kind, self.history, self.history_rating, self.page, rejected, mask, delta,
-                    source, seed)
 
 
-# What a kind of pair gives back: the rejected page, the edited positions, how it was made; None where impossible.
+# What a kind of pair gives back: the rejected page, its edited positions, how it was made. None: impossible.
 Edit = tuple[list[int], list[int], str]
 
 
 def preference(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None:
-    """The user's disliked items in random order, filled up with unseen ones drawn in proportion to pop^0.75."""
+    """The user's disliked items in random order, filled up with unseen ones drawn by popularity^0.75."""
     length = len(side.page)
-    bad = rng.permutation(side.disliked)[:length]
+    bad = rng.permutation(side.buyer.disliked)[:length]
     fill = length - len(bad)
     if fill:
         # An exponential race: the first `fill` arrivals are a weighted draw without replacement.
-        eligible = np.flatnonzero(side.free & (stock.weight > 0))
+        eligible = np.flatnonzero(side.buyer.free & (stock.weight > 0))
         if len(eligible) < fill:
             return None
         arrival = rng.standard_exponential(len(eligible)) / stock.weight[eligible]
@@ -157,8 +156,8 @@ def lonely(leaf: np.ndarray) -> np.ndarray:
 def diversity(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None:
     """Replace the only item of a category by an unseen one of a category that is already on the page.
 
-    It is drawn from the MATCHES nearest in popularity rank and s_i, so that neither gives the edit away; never a
-    near-duplicate of an item on the page, which would make it a redundancy pair.
+    It is drawn from the MATCHES nearest in popularity rank and s_i, so that neither gives the edit away;
+    never a near-duplicate of an item on the page, which would make it a redundancy pair.
     """
     leaf = stock.catalogue.leaf_id[side.page]
     slots = np.flatnonzero(lonely(leaf))
@@ -170,7 +169,7 @@ def diversity(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None
         return None
     pool = np.concatenate([stock.by_leaf[category] for category in sorted(others)])
     near = np.concatenate([stock.near.of(item) for item in side.page])
-    pool = pool[side.free[pool] & ~np.isin(pool, near)]
+    pool = pool[side.buyer.free[pool] & ~np.isin(pool, near)]
     if len(pool) == 0:
         return None
     distance = np.abs(stock.coordinate[pool] - stock.coordinate[side.page[slot]]).sum(1)
@@ -180,7 +179,7 @@ def diversity(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None
 def redundancy(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None:
     """Replace the item at b by an unseen near-duplicate of an item above b."""
     copies = [(a, copy) for a, item in enumerate(side.page[:-1])
-              for copy in stock.near.of(item).tolist() if side.free[copy]]
+              for copy in stock.near.of(item).tolist() if side.buyer.free[copy]]
     if not copies:
         return None
     a, copy = copies[rng.integers(len(copies))]
@@ -199,7 +198,7 @@ def swapped_diversity(side: Side, stock: Stock, rng: np.random.Generator) -> Edi
 
 
 def swapped_redundancy(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None:
-    """The paper's way: an item moves up, nearer to one of its own category, in exchange for another category."""
+    """The paper's way: an item changes places with a higher one, nearer to another of its own category."""
     leaf = stock.catalogue.leaf_id[side.page]
     same = (leaf[:, None] == leaf) & (leaf >= 0)
     alike_above = np.cumsum(same, axis=0) - same > 0         # [a, b]: a slot above a has the category of b
@@ -219,8 +218,9 @@ def pair_seed(seed: int, user: int, kind: str, draw: int) -> int:
 
 
 def make_pairs(shop: Shop, seed: int = 0, kinds: Sequence[str] = KINDS, per_kind: int = 4,
-               label_share: float = 0.5, *, k: int = 20, literal_swaps: bool = False, neutral: str = "exclude", margin: float = 1e-6,
-               shrink: float = 0.0, implicit_gain: float = 1.0, near: Near | None = None,
+               label_share: float = 0.5, *, k: int = 20, literal_swaps: bool = False,
+               neutral: str = "exclude", margin: float = 1e-6, shrink: float = 0.0,
+               implicit_gain: float = 1.0, near: Near | None = None,
                users: Sequence[int] | None = None) -> tuple[list[Pair], dict[str, dict]]:
     """Pairs of every user with two liked train items or more, by user, kind and draw.
 
@@ -230,8 +230,9 @@ def make_pairs(shop: Shop, seed: int = 0, kinds: Sequence[str] = KINDS, per_kind
     margin       least E(chosen) - E(rejected) of a pair that is kept
     near         near-duplicates to use; default the rule on titles alone
     users        default all
-    returns the pairs, and for every kind how many draws were tried, impossible (the page does not allow this
-    kind), rejected (by the margin) and emitted, with the share of emitted ones whose rejected page has lower E
+    returns the pairs, and for every kind how many draws were tried, impossible (the page does not allow
+    it), rejected (by the margin) and emitted; lower_energy is the share of emitted ones with the better page
+    on the right side, by a second computation
 
     Raises ValueError on an unknown kind or neutral, per_kind or k below 1.
     """
@@ -241,51 +242,66 @@ def make_pairs(shop: Shop, seed: int = 0, kinds: Sequence[str] = KINDS, per_kind
         raise ValueError(f"make_pairs: neutral={neutral!r}, per_kind={per_kind}, k={k}: want neutral one of "
                          f"{', '.join(NEUTRAL)}, the others 1 or more")
     stock, make = Stock.of(shop, near, shrink), makers(literal_swaps)
-    liked, disliked = shop.csr("train"), shop.csr("train", positive=False)
     pairs: list[Pair] = []
     counts = {kind: dict.fromkeys(("tried", "impossible", "rejected", "emitted"), 0) for kind in kinds}
-    for user in range(shop.n_users) if users is None else users:
-        items, ratings = liked.of(user)
-        if len(items) < 2:
-            continue
-        other, other_rating = disliked.of(user)
-        bad = other[other_rating < 3] if neutral == "exclude" else other[other_rating <= 3]
-        seen = np.concatenate([items, other])
-        worth = gain(np.concatenate([ratings, other_rating]), stock.s[seen], implicit_gain)
-        gain_of = dict(zip(seen.tolist(), worth.tolist(), strict=True))
-        free = np.ones(shop.n_items, dtype=bool)
-        free[seen] = False
+    for buyer in buyers(shop, stock, neutral, implicit_gain, users):
         for kind in kinds:
             for draw in range(per_kind):
-                own = pair_seed(seed, user, kind, draw)
+                own = pair_seed(seed, buyer.user, kind, draw)
                 rng = np.random.Generator(np.random.PCG64(own))
-                side = draw_side(user, items, ratings, gain_of, free, bad, stock, label_share, k, rng)
-                edit = make[kind](side, stock, rng) if kind == "preference" or len(side.page) > 1 else None
+                side = draw_side(buyer, stock, label_share, k, rng)
+                # One slot has nothing to swap with and nothing above it.
+                edit = make[kind](side, stock, rng) if len(side.page) > 1 or kind == "preference" else None
+                pair = edit and finish(side, stock, kind, edit, own)
+                outcome = "impossible" if not pair else "rejected" if pair.delta_E < margin else "emitted"
                 counts[kind]["tried"] += 1
-                if edit is None:
-                    counts[kind]["impossible"] += 1
-                    continue
-                pair = side.pair(stock, kind, *edit, own)
-                if pair.delta_E < margin:
-                    counts[kind]["rejected"] += 1
-                    continue
-                counts[kind]["emitted"] += 1
-                pairs.append(pair)
+                counts[kind][outcome] += 1
+                if outcome == "emitted":
+                    pairs.append(pair)
     check_energy(pairs, counts, shop, stock, implicit_gain)
     return pairs, counts
 
 
-def draw_side(user: int, items: np.ndarray, ratings: np.ndarray, gain_of: dict[int, float], free: np.ndarray,
-              disliked: np.ndarray, stock: Stock, label_share: float, k: int, rng: np.random.Generator) -> Side:
+def buyers(shop: Shop, stock: Stock, neutral: str, implicit_gain: float,
+           users: Sequence[int] | None) -> Iterator[Buyer]:
+    """Users with two liked train items or more: one for the history, one for the page."""
+    liked, others = shop.csr("train"), shop.csr("train", positive=False)
+    for user in range(shop.n_users) if users is None else users:
+        items, ratings = liked.of(user)
+        if len(items) < 2:
+            continue
+        rest, stars = others.of(user)
+        bad = rest[stars < 3] if neutral == "exclude" else rest[stars <= 3]
+        seen = np.concatenate([items, rest])
+        worth = gain(np.concatenate([ratings, stars]), stock.s[seen], implicit_gain)
+        free = np.ones(shop.n_items, dtype=bool)
+        free[seen] = False
+        gain_of = dict(zip(seen.tolist(), worth.tolist(), strict=True))
+        yield Buyer(int(user), items, ratings, bad, gain_of, free)
+
+
+def draw_side(buyer: Buyer, stock: Stock, label_share: float, k: int, rng: np.random.Generator) -> Side:
     """Split one user's liked items and make the ground-truth page of the labels, cut at k slots."""
+    items, ratings = buyer.items, buyer.ratings
     given, label = split_history(items, ratings, label_share, rng)
-    page = ground_truth_page(items[label], ratings[label], stock.catalogue, stock.s, stock.near)[0][:k].tolist()
+    page, _ = ground_truth_page(items[label], ratings[label], stock.catalogue, stock.s, stock.near)
     level = dict(zip(items.tolist(), rating_levels(ratings).tolist(), strict=True))
-    return Side(user, items[given].tolist(), ratings[given].tolist(), page, np.array([level[i] for i in page]),
-                gain_of, free, disliked)
+    page = page[:k].tolist()
+    return Side(buyer, items[given].tolist(), ratings[given].tolist(), page,
+                np.array([level[item] for item in page]))
 
 
-def check_energy(pairs: list[Pair], counts: dict[str, dict], shop: Shop, stock: Stock, implicit_gain: float) -> None:
+def finish(side: Side, stock: Stock, kind: str, edit: Edit, seed: int) -> Pair:
+    rejected, edited, source = edit
+    of, leaf = side.buyer.gain, stock.catalogue.leaf_id
+    value = [energy(page, [of.get(item, 0.0) for item in page], leaf, stock.near)
+             for page in (side.page, rejected)]
+    return Pair(side.buyer.user, kind, side.history, side.history_rating, side.page, rejected,
+                [slot in edited for slot in range(len(side.page))], value[0] - value[1], source, seed)
+
+
+def check_energy(pairs: list[Pair], counts: dict[str, dict], shop: Shop, stock: Stock,
+                 implicit_gain: float) -> None:
     """Score all pairs again by another road (in one batch) and note for each kind how many come out right."""
     rows, leaf = shop.csr("train", positive=None), stock.catalogue.leaf_id
     users = np.array([pair.user for pair in pairs], dtype=np.int64)
@@ -297,7 +313,7 @@ def check_energy(pairs: list[Pair], counts: dict[str, dict], shop: Shop, stock: 
         worth = gains(users, item, rows, stock.s, implicit_gain)
         values.append(page_energy(item, item >= 0, worth, leaf, stock.near))
     right = values[0] > values[1]
-    assert len(pairs) == 0 or right.mean() >= 0.99, f"only {right.mean():.4f} of the pairs have E(chosen) higher"
+    assert not pairs or right.mean() >= 0.99, f"only {right.mean():.4f} of the pairs have E(chosen) higher"
     for kind, count in counts.items():
         mine = right[np.array([pair.kind == kind for pair in pairs], dtype=bool)]
         count["lower_energy"] = round(float(mine.mean()), 4) if len(mine) else None
@@ -305,13 +321,14 @@ def check_energy(pairs: list[Pair], counts: dict[str, dict], shop: Shop, stock: 
 
 SCHEMA = pa.schema([("user", pa.int32()), ("kind", pa.string()), ("history", pa.list_(pa.int32())),
                     ("history_rating", pa.list_(pa.float32())), ("chosen", pa.list_(pa.int32())),
-                    ("rejected", pa.list_(pa.int32())), ("mask", pa.list_(pa.bool_())), ("delta_E", pa.float64()),
-                    ("source", pa.string()), ("seed", pa.int64())])
+                    ("rejected", pa.list_(pa.int32())), ("mask", pa.list_(pa.bool_())),
+                    ("delta_E", pa.float64()), ("source", pa.string()), ("seed", pa.int64())])
 
 
 def to_table(pairs: Sequence[Pair]) -> pa.Table:
     """One row a pair; ratings as float32."""
-    return pa.Table.from_pylist([asdict(pair) for pair in pairs], schema=SCHEMA)
+    columns = {name: [getattr(pair, name) for pair in pairs] for name in SCHEMA.names}
+    return pa.table(columns, schema=SCHEMA)
 
 
 def from_table(table: pa.Table) -> list[Pair]:

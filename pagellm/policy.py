@@ -15,12 +15,13 @@ from pagellm.config import PageLLMError
 from pagellm.data.shop import Rows, Shop
 from pagellm.decode import Pages, Unseen, beam, greedy, one_shot, ranking
 from pagellm.gpt2 import GPT2, from_state, to_state
-from pagellm.lists import item_scores
+from pagellm.lists import gain, gains, item_scores, near_duplicates, page_energy
 from pagellm.prompts import Prompts, left_pad
 from pagellm.run import load_model_file
+from pagellm.train import keyed
 from pagellm.vocab import Vocab
 
-__all__ = ["MODES", "Policy", "PromptStyle", "RankedPages", "references", "validate"]
+__all__ = ["MODES", "Policy", "PromptStyle", "RankedPages", "Scorer", "Validation"]
 
 MODES = ("greedy", "beam", "one_shot")
 
@@ -101,7 +102,7 @@ class Policy:
         was_training = self.model.training
         self.model.eval()
         items, scores, slots = [], [], []
-        bar = tqdm(total=len(users), desc=progress, unit="page", disable=not progress)
+        bar = tqdm(total=len(users), desc=progress, unit="page", disable=not progress, mininterval=1.0)
         for start in range(0, len(users), batch):
             some = users[start: start + batch]
             pages, legal = self.write(some, history, seen, k, mode)
@@ -113,3 +114,72 @@ class Policy:
         bar.close()
         self.model.train(was_training)
         return RankedPages(users, torch.cat(items).numpy(), torch.cat(scores).numpy(), torch.cat(slots).numpy())
+
+
+class Scorer:
+    """Held-out truth of a shop, and the scores of ranked pages against it: metrics.py and the page energy.
+
+    The order of a user's labels is by rating, then s_i; labels equal in both share a rank (SPEC 8). On a shop whose
+    true utilities are known, `true_energy` is the energy with every slot's true rating.
+    """
+
+    def __init__(self, shop: Shop, split: str):
+        self.shop, self.held = shop, shop.csr(split)
+        self.s, self.near = item_scores(shop), near_duplicates(shop.catalogue)
+        self.users = np.flatnonzero(self.held.counts() > 0)
+        user = np.repeat(np.arange(shop.n_users), self.held.counts())
+        self.refs = (user, self.held.items, label_ranks(user, self.held.ratings, self.s[self.held.items]))
+
+    def __call__(self, ranked: RankedPages, k: int) -> dict[str, np.ndarray]:
+        """name -> (U,) float64 aligned with ranked.user (rising), NaN where undefined."""
+        kept = ranked.item >= 0
+        user = np.broadcast_to(ranked.user[:, None], kept.shape)[kept]
+        rank = np.broadcast_to(np.arange(1, kept.shape[1] + 1), kept.shape)[kept]
+        scores = metrics.score_pages(ranked.user, (user, rank, ranked.item[kept]), self.refs,
+                                     self.shop.catalogue.categories, page_k=k, group=self.near.group)
+        page, mask, leaf = ranked.item[:, :k], kept[:, :k], self.shop.catalogue.leaf_id
+        known = gains(ranked.user, page, self.held, self.s)
+        scores["energy"] = page_energy(page, mask, known, leaf, self.near)
+        if self.shop.truth is not None:
+            worth = gain(self.shop.truth[ranked.user[:, None], np.maximum(page, 0)], self.s[page])
+            scores["true_energy"] = page_energy(page, mask, worth, leaf, self.near)
+        return scores
+
+
+def label_ranks(user: np.ndarray, rating: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """(R,) ranks 1..n of each user's labels, best first by (rating, s_i); equals share their average rank."""
+    worth = np.stack([np.nan_to_num(x, nan=-1.0) for x in (rating, s)])
+    order = np.lexsort((-worth[1], -worth[0], user))
+    start = np.searchsorted(user[order], user[order])                       # where this user's labels begin
+    place = np.arange(len(user)) - start + 1.0
+    new = np.ones(len(user), dtype=bool)
+    new[1:] = (user[order][1:] != user[order][:-1]) | (worth[:, order][:, 1:] != worth[:, order][:, :-1]).any(0)
+    group = np.cumsum(new) - 1
+    mean = np.bincount(group, place) / np.maximum(np.bincount(group), 1) if len(group) else place
+    ranks = np.empty(len(user))
+    ranks[order] = mean[group]
+    return ranks
+
+
+class Validation:
+    """The same users' pages, written and scored again and again while a policy learns.
+
+    limit  users, drawn once for good from those with held-out items; 0: all
+    """
+
+    def __init__(self, shop: Shop, split: str, k: int, mode: str, limit: int, seed: int, depth: int = 100):
+        self.scorer, self.k, self.mode = Scorer(shop, split), k, mode
+        self.depth = max(depth, k)
+        self.history, self.seen = shop.csr("train"), shop.csr("train", positive=None)
+        users = self.scorer.users[self.history.counts()[self.scorer.users] > 0]
+        if len(users) == 0:
+            raise PageLLMError(f"no user has both train and {split} items: nothing to validate on")
+        if 0 < limit < len(users):
+            users = np.sort(keyed(seed, "validation", split).permutation(users)[:limit])
+        self.users = users
+
+    def __call__(self, policy: Policy) -> dict[str, float]:
+        """name -> mean over the users for whom it is defined; left out where it is for nobody."""
+        ranked = policy.rank(self.users, self.history, self.seen, self.k, self.depth, self.mode)
+        scores = self.scorer(ranked, self.k)
+        return {name: float(np.nanmean(v)) for name, v in scores.items() if not np.isnan(v).all()}

@@ -36,7 +36,7 @@ from pagellm.gpt2 import GPT2, from_state
 from pagellm.policy import MODES, Policy, Validation
 from pagellm.reward import RewardModel
 from pagellm.run import Common, Run, finished, load_model_file
-from pagellm.train import Guard, batch_at, keyed, lr_at, optimiser, pick_device, set_lr
+from pagellm.train import Guard, batch_at, keyed, lr_at, optimiser, pick_device, progress, set_lr
 
 __all__ = ["AdaptiveKL", "Config", "Critic", "RunningMoments", "alarms", "kl_k1", "kl_k2", "kl_k3", "policy_loss",
            "run", "step_reward", "value_loss"]
@@ -46,7 +46,8 @@ __all__ = ["AdaptiveKL", "Config", "Critic", "RunningMoments", "alarms", "kl_k1"
 class Config(Common):
     """Improve the SFT policy by PPO against the reward model, at a price per nat of drift."""
 
-    source_run: str = ""         # run whose sft and reward are read; empty: this run (ablations share one)
+    source_run: str = ""         # run whose sft is read; empty: this run (studies share one)
+    reward_run: str = ""         # run whose reward model is read; empty: the same as source_run
     algo: str = "ppo"            # ppo; reinforce (Eq. 11 with the batch mean as baseline); rloo (the user's other pages)
     epochs: float = 2.0          # passes over the users (the paper: 5)
     rollout: int = 64            # pages sampled in a step
@@ -503,7 +504,8 @@ def gate(config: Config, record: dict, where) -> None:
 
 
 def run(config: Config) -> None:
-    sft_dir, reward_dir = (config.stage(verb, config.source_run) for verb in ("sft", "reward"))
+    sft_dir = config.stage("sft", config.source_run)
+    reward_dir = config.stage("reward", config.reward_run or config.source_run)
     sft = finished(sft_dir, "SFT policy", config.make("sft"))
     judged = finished(reward_dir, "reward model", config.make("reward") + "\n  PPO needs one to score pages.")
     shop = load(config.data_dir)
@@ -550,7 +552,7 @@ def run(config: Config) -> None:
             best = keep_best(config, best, scores, 0, policy)
         log = out.read_log()
         raised = {text for row in log for text in row.get("alarms", [])}
-        bar = tqdm(range(start, total), initial=start, total=total, desc="ppo", unit="step")
+        bar = progress(start, total, "ppo")
         for step in bar:
             began = time.time()
             some = users[batch_at(step, len(users), per_step, config.seed, "ppo")[1]].repeat(config.samples)

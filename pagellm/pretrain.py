@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from kernels.logprob import linear_logp
 from pagellm.config import PageLLMError, check, main
@@ -24,7 +23,7 @@ from pagellm.data.shop import Shop, load, source
 from pagellm.gpt2 import GPT2, SIZES, load_published, to_state
 from pagellm.prompts import Example, Prompts, right_pad
 from pagellm.run import Common, Run, file_id
-from pagellm.train import Guard, keyed, lr_at, optimiser, pick_device, seed_torch, set_lr
+from pagellm.train import Guard, keyed, lr_at, optimiser, pick_device, progress, seed_torch, set_lr
 from pagellm.vocab import Vocab
 
 __all__ = ["Config", "Corpus", "RatingHead", "next_token_loss", "run", "spectral_rows"]
@@ -246,7 +245,7 @@ def run(config: Config) -> None:
             both.load_state_dict(state["both"])
             opt.load_state_dict(state["opt"])
         both.train()
-        bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="pretrain", unit="step")
+        bar = progress(start, config.steps, "pretrain")
         for step in bar:
             rng = keyed(config.seed, "pretrain", step)
             seed_torch(config.seed, "pretrain", "dropout", step)

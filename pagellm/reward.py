@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import load
@@ -28,7 +27,7 @@ from pagellm.pairs import KINDS, Pair, make_pairs, to_table
 from pagellm.policy import Policy
 from pagellm.prompts import pad_ids
 from pagellm.run import Common, Run, atomic, file_id, finished, load_model_file
-from pagellm.train import Guard, batch_at, key, keyed, lr_at, optimiser, pick_device, set_lr
+from pagellm.train import Guard, batch_at, key, keyed, lr_at, optimiser, pick_device, progress, set_lr
 
 __all__ = ["Config", "RewardModel", "page_loss", "pair_loss", "run", "sequence_loss", "token_loss"]
 
@@ -37,6 +36,7 @@ __all__ = ["Config", "RewardModel", "page_loss", "pair_loss", "run", "sequence_l
 class Config(Common):
     """Fit the two-headed reward model to preference pairs made from ratings."""
 
+    source_run: str = ""         # run whose sft is read; empty: this run (studies share one)
     kinds: str = "preference,ranked,diversity,redundancy"   # kinds of pair to learn from, comma-separated
     leave_out: str = ""          # a kind kept out of training, whose accuracy is still measured
     shuffle_labels: bool = False # control: chosen and rejected swapped at random; accuracy must then be near 0.5
@@ -268,7 +268,7 @@ def centre(model: RewardModel, pairs: list[Pair], policy: Policy) -> None:
 
 
 def run(config: Config) -> None:
-    before = config.stage("sft")
+    before = config.stage("sft", config.source_run)
     record = finished(before, "SFT policy", config.make("sft"))
     shop = load(config.data_dir)
     inputs = {"data": file_id(config.data_dir / "source.json"), "sft": record["id"]}
@@ -301,7 +301,7 @@ def run(config: Config) -> None:
             start = state["step"]
             model.load_state_dict(state["model"])
             opt.load_state_dict(state["opt"])
-        bar = tqdm(range(start, total), initial=start, total=total, desc="reward", unit="step")
+        bar = progress(start, total, "reward")
         for step in bar:
             _, index = batch_at(step, len(learn), config.batch, config.seed, "reward")
             set_lr(opt, lr_at(step, total, config.lr, config.warmup))

@@ -14,18 +14,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from kernels.logprob import linear_logp
 from pagellm.config import PageLLMError, check, main
-from pagellm.data.shop import Rows, Shop, load, source
+from pagellm.data.shop import Shop, load
 from pagellm.decode import page_logp, slot_states
 from pagellm.gpt2 import GPT2, from_state
-from pagellm.lists import ground_truth_page, item_scores, near_duplicates, split_history
-from pagellm.policy import MODES, Policy, PromptStyle, validate, validation_users
+from pagellm.lists import ground_truth_page, item_scores, near_duplicates, single_level, split_history
+from pagellm.policy import MODES, Policy, PromptStyle, Validation
 from pagellm.prompts import pad_ids
 from pagellm.run import Common, Run, file_id, finished, load_model_file
-from pagellm.train import Guard, batch_at, keyed, lr_at, optimiser, pick_device, seed_torch, set_lr
+from pagellm.train import Guard, batch_at, keyed, lr_at, optimiser, pick_device, progress, seed_torch, set_lr
 from pagellm.vocab import Vocab
 
 __all__ = ["Config", "PageMaker", "run", "sft_loss"]
@@ -81,6 +80,12 @@ class PageMaker:
         given, label = split_history(items, ratings, share, rng)
         page, _ = ground_truth_page(items[label], ratings[label], self.catalogue, self.s, self.near)
         return (items[given], ratings[given]), page
+
+    def single_level_share(self, share: float, seed: int) -> float:
+        """Share of users with a rating level on one side of the split only (SPEC 2.2 step 2), over one draw."""
+        alone = [single_level(self.train.of(u)[1], *split_history(*self.train.of(u), share, keyed(seed, "levels", u)))
+                 for u in self.users]
+        return float(np.mean(alone))
 
 
 @dataclass
@@ -144,7 +149,7 @@ def run(config: Config) -> None:
             start, best = state["step"], state["best"]
             model.load_state_dict(state["model"])
             opt.load_state_dict(state["opt"])
-        bar = tqdm(range(start, total), initial=start, total=total, desc="sft", unit="step")
+        bar = progress(start, total, "sft")
         for step in bar:
             model.train()
             epoch, index = batch_at(step, len(maker.users), config.batch, config.seed, "sft")

@@ -6,15 +6,17 @@ uninterrupted one would have drawn, and a draw does not depend on how the batch 
 
 import hashlib
 import math
+import sys
 from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from pagellm.config import PageLLMError
 
-__all__ = ["Guard", "batch_at", "key", "keyed", "lr_at", "optimiser", "pick_device", "seed_torch", "set_lr"]
+__all__ = ["Guard", "batch_at", "key", "keyed", "lr_at", "optimiser", "pick_device", "progress", "seed_torch", "set_lr"]
 
 
 def key(*parts) -> int:
@@ -112,3 +114,9 @@ def pick_device(name: str) -> torch.device:
         raise PageLLMError(f"device={name!r} is not usable here ({str(error).splitlines()[0]}); "
                            "use cpu or auto") from None
     return device
+
+
+def progress(start: int, total: int, name: str, unit: str = "step") -> tqdm:
+    """A bar over range(start, total) with rate and remaining time; in a log file one line in ten seconds."""
+    return tqdm(range(start, total), initial=start, total=total, desc=name, unit=unit, dynamic_ncols=True,
+                mininterval=0.2 if sys.stderr.isatty() else 10.0, miniters=1)

@@ -15,13 +15,23 @@ import json
 import re
 import warnings
 
-from pagellm.data.records import Broken, Item, Review, clean, identifier, opinion, price, rating_in, time_seconds
+from pagellm.data.records import (
+    Broken,
+    Item,
+    Review,
+    clean,
+    identifier,
+    opinion,
+    price,
+    rating_in,
+    time_seconds,
+)
 
 __all__ = ["is_items", "is_reviews", "json_object", "mapping", "parse_item", "parse_review"]
 
 LITERAL_LIMIT = 1_000_000      # characters of a Python literal: parsing one takes a hundred times its memory
 NAME_LIMIT = 100               # characters of a category or brand; longer ones are pieces of the page
-SCRIPT = re.compile(r"function\s*\(|aPageStart|getTime\(|<script|\.css|</?(span|div|a|style)\b", re.IGNORECASE)
+SCRIPT = re.compile(r"function\s*\(|aPageStart|getTime\(|</?(script|span|div|a|style)\b", re.IGNORECASE)
 
 
 def json_object(text: str) -> dict:
@@ -38,7 +48,7 @@ def json_object(text: str) -> dict:
 
 
 def mapping(text: str) -> dict:
-    """One object in JSON or as a Python literal, as the 2014 files have it. Never evaluated. Raises Broken."""
+    """One object, in JSON or as a Python literal, which is read and never evaluated. Raises Broken."""
     if not text.startswith("{'"):
         return json_object(text)
     if len(text) > LITERAL_LIMIT:
@@ -59,7 +69,8 @@ def mapping(text: str) -> dict:
 def is_reviews(fields: set[str]) -> str:
     """"2014", "2018" or "2023" if these fields are of a review, else ""."""
     if {"reviewerID", "asin"} <= fields:
-        return "2014" if "helpful" in fields or not fields & {"verified", "vote", "style", "image"} else "2018"
+        newer = fields & {"verified", "vote", "style", "image"} and "helpful" not in fields
+        return "2018" if newer else "2014"
     return "2023" if {"user_id", "parent_asin", "timestamp"} <= fields else ""
 
 

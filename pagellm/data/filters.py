@@ -57,8 +57,8 @@ def k_core(user, item, k: int) -> tuple[np.ndarray, list[dict]]:
     while True:
         per_user = np.bincount(user[keep], minlength=user.max(initial=-1) + 1)
         per_item = np.bincount(item[keep], minlength=item.max(initial=-1) + 1)
-        left = {"users": int((per_user > 0).sum()), "items": int((per_item > 0).sum()), "rows": int(keep.sum())}
-        rounds.append(left)
+        rounds.append({"users": int((per_user > 0).sum()), "items": int((per_item > 0).sum()),
+                       "rows": int(keep.sum())})
         if len(rounds) > 1 and rounds[-1] == rounds[-2]:
             return keep, rounds
         keep &= (per_user[user] >= k) & (per_item[item] >= k)
@@ -83,7 +83,7 @@ def random_keys(seed: int, user, item, user_ids: Sequence[str], item_ids: Sequen
 
 
 def group_rank(group, *keys) -> tuple[np.ndarray, np.ndarray]:
-    """Place of each row within its group, in the order of keys (the first key counts most), and the group's size.
+    """Place of each row within its group in the order of keys, the first counting most; the group's size.
 
     group (R,) int >= 0; keys: (R,) columns. Returns rank, size: (R,) int64.
     """

@@ -8,6 +8,7 @@ in order: `user item item ...`.
 import csv
 import json
 import re
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from pagellm.data.records import (
     Tally,
     clean,
     identifier,
-    lines,
     opinion,
     parsed,
     price,
@@ -38,10 +38,10 @@ __all__ = ["ITEM_COLUMNS", "LOG_COLUMNS", "delimiter_of", "item_words", "match",
 
 # Role -> spellings, the first that is there is taken. Compared without case, spaces and punctuation.
 LOG_COLUMNS = {
-    "user": ("user", "userid", "reviewerid", "uid", "customerid", "customer", "visitorid", "memberid", "accountid",
-             "buyerid", "clientid", "username"),
-    "item": ("item", "itemid", "parentasin", "asin", "productid", "product", "iid", "sku", "movieid", "articleid",
-             "goodsid", "listingid"),
+    "user": ("user", "userid", "reviewerid", "uid", "customerid", "customer", "visitorid", "memberid",
+             "accountid", "buyerid", "clientid", "username"),
+    "item": ("item", "itemid", "parentasin", "asin", "productid", "product", "iid", "sku", "movieid",
+             "articleid", "goodsid", "listingid"),
     "rating": ("rating", "overall", "stars", "starrating", "score"),
     "event": ("event", "eventtype", "action", "behavior", "behaviour", "interactiontype"),
     "time": ("timestamp", "time", "unixreviewtime", "eventtime", "datetime", "date", "createdat", "ts"),
@@ -60,7 +60,7 @@ ITEM_COLUMNS = {
 SPLIT_NAMES = {"train": "train", "training": "train", "valid": "valid", "val": "valid", "validation": "valid",
                "dev": "valid", "test": "test", "testing": "test", "unused": "unused", "": ""}
 PATH_MARK = re.compile(r"\s*[>|]\s*")        # between the names of a category path in a text column
-RECORD_LINES = 1000                          # most lines that one quoted CSV record may span
+RECORD_LINES = 200                           # most lines that one quoted CSV record may span
 BATCH = 16_384                               # rows of a Parquet file held at once
 
 
@@ -168,50 +168,47 @@ def chosen_values(record: dict, columns: dict[str, str]) -> dict:
 
 
 def delimiter_of(header: str) -> str:
-    """The mark between the columns of a CSV file: the most frequent of tab, comma, semicolon, bar in its header."""
+    """The mark between the columns of a CSV file: the commonest of tab comma ; | in its header."""
     return max("\t,;|", key=header.count)
 
 
 def csv_rows(path: Path, columns: dict[str, str], tally: Tally) -> Iterator[tuple[int, dict]]:
     """(line, role -> text) of a CSV file with a header. A record may span lines inside quotes.
 
-    A quote that never closes costs its own line only, not the rest of the file.
+    A quote that never closes costs its own line at most, not the rest of the file.
     """
-    stream = text_lines(path, tally)
-    _, header = next(stream)
-    tally.read -= 1                       # the header is no record
+    stream = text_lines(path, tally, keep_empty=True)
+    header = next(stream, (0, ""))[1]
+    tally.read -= 1                             # the header is no record
     mark = delimiter_of(header)
-    names = next(csv.reader([header], delimiter=mark))
+    names = next(csv.reader([header], delimiter=mark), [])
     places = {role: names.index(column) for role, column in columns.items()}
-    waiting: list[tuple[int, str]] = []   # lines to look at before the stream goes on
-    while entry := (waiting.pop(0) if waiting else next(stream, None)):
-        at, text = entry
-        span = [entry]
-        try:
-            while (fields := csv_fields([line for _, line in span], mark)) is None:
-                following = waiting.pop(0) if waiting else next(stream, None)
-                if following is None or len(span) == RECORD_LINES:
-                    waiting = span[1:] + ([following] if following else []) + waiting
-                    span = span[:1]
-                    raise Broken("unclosed quote")
-                span.append(following)
-            tally.read -= len(span) - 1   # several lines, one record
-            if len(fields) != len(names):
-                raise Broken("wrong number of fields")
-        except Broken as broken:
-            tally.note(str(broken), path, at)
+    waiting: deque[tuple[int, str]] = deque()   # lines to look at before the stream goes on
+    while entry := (waiting.popleft() if waiting else next(stream, None)):
+        span, fields = [entry], csv_fields([entry[1]], mark)
+        while fields is None and len(span) < RECORD_LINES:
+            following = waiting.popleft() if waiting else next(stream, None)
+            if following is None:
+                break
+            span.append(following)
+            if '"' in following[1]:
+                fields = csv_fields([line for _, line in span], mark)
+        if fields is None or len(fields) != len(names):
+            waiting.extendleft(reversed(span[1:]))
+            span, fields = [entry], entry[1].split(mark)      # a file that never meant its quotes
+        tally.read -= len(span) - 1             # several lines, one record
+        if len(fields) == len(names):
+            yield entry[0], {role: fields[place] for role, place in places.items()}
         else:
-            yield at, {role: fields[place] for role, place in places.items()}
+            tally.note("wrong number of fields" if entry[1] else "empty line", path, entry[0])
 
 
 def csv_fields(record: list[str], mark: str) -> list[str] | None:
-    """The fields of one record, None if it ends inside quotes. Raises Broken."""
+    """The fields of one record of some lines; None if it ends inside quotes; [] if the quoting is wrong."""
     try:
         return next(csv.reader((line + "\n" for line in record), delimiter=mark, strict=True))
     except csv.Error as error:
-        if "unexpected end" in str(error):
-            return None
-        raise Broken("bad CSV") from None
+        return None if "unexpected end" in str(error) else []
 
 
 def parquet_rows(path: Path, columns: dict[str, str], tally: Tally) -> Iterator[tuple[int, dict]]:
@@ -219,11 +216,13 @@ def parquet_rows(path: Path, columns: dict[str, str], tally: Tally) -> Iterator[
     try:
         file = pq.ParquetFile(path)
         with progress(range(file.metadata.num_rows), path) as bar:
+            at = 0
             for batch in file.iter_batches(batch_size=BATCH, columns=sorted(set(columns.values()))):
                 values = {role: plain(batch[column]) for role, column in columns.items()}
                 for row in zip(*values.values(), strict=True):
                     tally.read += 1
-                    yield tally.read, dict(zip(values, row, strict=True))
+                    at += 1
+                    yield at, dict(zip(values, row, strict=True))
                 bar.update(len(batch))
     except (pa.ArrowException, OSError) as error:
         raise PageLLMError(f"{path} cannot be read as Parquet: {error}") from error

@@ -1,7 +1,7 @@
 """Raw files -> data/<dataset>/: duplicates out, k-core, dense ids, a split. The first stage.
 
     python -m pagellm.data.prepare                                   the synthetic shop, seconds
-    python -m pagellm.data.prepare --dataset toys                    data/raw/toys, downloaded if it is not there
+    python -m pagellm.data.prepare --dataset toys                    data/raw/toys; if need be downloaded
     python -m pagellm.data.prepare --dataset myshop --raw ~/exports  any shop's own log
 
 Writes, all or nothing:
@@ -39,8 +39,9 @@ from pagellm.data.records import NO_TIME, Item, Tally
 
 __all__ = ["Config", "run"]
 
-PLACES = ("raw", "data", "reviews", "items", "train", "valid", "test")   # where files lie; sha256 says which they are
-SYNTHETIC_ONLY = ("users_made", "items_made")
+# Where files lie: their sha256 says what they are.
+PLACES = ("raw", "data", "review_files", "item_files", "train", "valid", "test")
+SYNTHETIC_ONLY = ("users", "items")
 SPLIT_NAMES = ("train", "valid", "test", "unused")
 
 
@@ -48,21 +49,20 @@ SPLIT_NAMES = ("train", "valid", "test", "unused")
 class Config(Options):
     """Read raw files, filter, split, and write data/<dataset>/."""
 
-    k_core: int = 5              # every user and item keeps at least so many positives; 0: all stay. Not with split=given
+    k_core: int = 5              # positives that every user and item needs; split=given filters nothing
     positive_above: float = 3.0  # rating above which a row is positive; rows without a rating are positive
-    split: str = "random"        # random (80/10/10 per user) | temporal | leave_one_out | given
     seed: int = 0                # of the random split and of the synthetic shop
     max_broken: float = 0.01     # share of broken lines above which reading stops with an error
-    users_made: int = 2000       # users of the synthetic shop
-    items_made: int = 1000       # items of the synthetic shop
+    users: int = 2000       # users of the synthetic shop
+    items: int = 1000       # items of the synthetic shop
 
     def __post_init__(self):
         super().__post_init__()
         check(self, k_core=(self.k_core >= 0, "0 or more"),
-              split=(self.split in ("random", "temporal", "leave_one_out", "given"),
-                     "random, temporal, leave_one_out or given"),
               positive_above=(math.isfinite(self.positive_above), "a finite number"),
-              max_broken=(0 <= self.max_broken <= 1, "a share between 0 and 1"))
+              max_broken=(0 <= self.max_broken <= 1, "a share between 0 and 1"),
+              users=(self.dataset == "synthetic" or self.users == 2000, "no number: the raw files decide"),
+              items=(self.dataset == "synthetic" or self.items == 1000, "no number: the raw files decide"))
 
     @property
     def target(self) -> Path:
@@ -95,21 +95,24 @@ def already(config: Config, raw: Raw | None) -> bool:
     path = config.target / "source.json"
     if not path.exists():
         if config.target.exists() and any(config.target.iterdir()):
-            raise PageLLMError(f"{config.target} holds files but no source.json: it is not a prepared data set.\n"
+            raise PageLLMError(f"{config.target} holds files but no source.json, so no prepared data.\n"
                                "  Move it away, or choose another --dataset name.")
         return False
     try:
         before = json.loads(path.read_text())
         then, files = before["config"], before["files"]
     except (ValueError, KeyError) as error:
-        raise PageLLMError(f"{path} cannot be read ({error}); delete {config.target} and prepare again") from error
+        raise PageLLMError(f"{path} cannot be read ({error})\n"
+                           f"  Delete {config.target} and prepare again.") from error
     now = recorded(config)
     differing = [f"{name} was {then.get(name)!r}, now {now.get(name)!r}"
                  for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
     if raw is not None:
-        hashes = {entry["name"]: entry["sha256"] for entry in files}
-        differing += [f"raw file {entry['name']} differs" if entry["name"] in hashes else f"raw file {entry['name']} is new"
-                      for entry in raw.described() if hashes.get(entry["name"]) != entry["sha256"]]
+        old = {(entry["role"], entry["name"]): entry["sha256"] for entry in files}
+        new = {(entry["role"], entry["name"]): entry["sha256"] for entry in raw.described()}
+        differing += [f"{key[0]} file {key[1]} " + ("is new" if key not in old else
+                                                    "is gone" if key not in new else "has other bytes")
+                      for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if differing:
         raise PageLLMError(f"{config.target} was prepared differently: {'; '.join(differing)}.\n"
                            f"  Delete {config.target} to prepare again, or choose another --dataset name.")
@@ -141,8 +144,9 @@ def filtered(columns: spool.Columns, config: Config, graded: bool) -> tuple[Tabl
         core, counts["k_core"] = filters.k_core(user[positive], item[positive], config.k_core)
         keep = (np.isin(user, user[positive][core]) & np.isin(item, item[positive][core]))
     if not keep.any():
-        raise PageLLMError(f"nothing is left of {len(rows):,} rows ({counts['positives']:,} of them positive): no users "
-                           f"and items have {config.k_core} positives each.\n  Lower --k_core or --positive_above.")
+        raise PageLLMError(f"none is left of {len(rows):,} rows, {counts['positives']:,} of them positive:\n"
+                           f"  no users and items have {config.k_core} positives each among themselves.\n"
+                           "  Lower --k_core or --positive_above.")
     user_numbers, user = np.unique(user[keep], return_inverse=True)
     item_numbers, item = np.unique(item[keep], return_inverse=True)
     user_ids, item_ids = [c.user_ids[n] for n in user_numbers], [c.item_ids[n] for n in item_numbers]
@@ -150,9 +154,12 @@ def filtered(columns: spool.Columns, config: Config, graded: bool) -> tuple[Tabl
 
     order = np.lexsort((item, time, user))
     user, item, rating, time, positive, rows = (x[order] for x in (user, item, rating, time, positive, rows))
-    split = c.split[rows] if config.split == "given" else split_of(config, user, item, time, positive, user_ids, item_ids)
-    table = Table(user.astype(np.int32), item.astype(np.int32), rating, time, positive, split, c.tie[rows] > 0, rows,
-                  user_ids, item_ids)
+    if config.split == "given":
+        split = np.where(c.split[rows] < 0, filters.UNUSED, c.split[rows]).astype(np.int8)
+    else:
+        split = split_of(config, user, item, time, positive, user_ids, item_ids)
+    table = Table(user.astype(np.int32), item.astype(np.int32), rating, time, positive, split,
+                  c.tie[rows] > 0, rows, user_ids, item_ids)
     counts |= {"users": len(user_ids), "items": len(item_ids), "interactions": len(user)}
     counts["rows"] = {name: {"positive": int((positive & (split == code)).sum()),
                              "other": int((~positive & (split == code)).sum())}
@@ -166,8 +173,8 @@ def split_of(config: Config, user, item, time, positive, user_ids, item_ids) -> 
         keys = filters.random_keys(config.seed, user, item, user_ids, item_ids)
         return filters.split_random(user, item, positive, keys)
     if (time == NO_TIME).all():
-        raise PageLLMError(f"split={config.split} needs times, and no row has one. Name the column with --time_column, "
-                           "or use --split random.")
+        raise PageLLMError(f"split={config.split} needs times, and no row has one\n"
+                           "  Name their column with --time_column, or use --split random.")
     return filters.split_by_time(user, item, time, positive, config.split == "leave_one_out")
 
 
@@ -184,14 +191,20 @@ def catalogue(items: Iterator[Item], item_ids: list[str], max_text: int) -> dict
         if at is None:
             continue
         before = found.get(at, item)
-        found[at] = Item(*(new if old in ("", ()) or old != old else old for old, new in zip(before, item, strict=True)))
+        found[at] = Item(*(new if is_unknown(old) else old for old, new in zip(before, item, strict=True)))
     rows = [found.get(n, Item(name)) for n, name in enumerate(item_ids)]
     root = common_root(row.paths for row in rows)
     below = [[path[path[:1] == (root,):] for path in row.paths] for row in rows]
     return {"title": [row.title for row in rows], "brand": [row.brand for row in rows],
             "categories": [list(dict.fromkeys(name for path in paths for name in path)) for paths in below],
             "leaf": [next((path[-1] for path in paths if path), "") for paths in below],
-            "price": [row.price for row in rows], "description": [row.description[:max_text].rstrip() for row in rows]}
+            "price": [row.price for row in rows],
+            "description": [row.description[:max_text].rstrip() for row in rows]}
+
+
+def is_unknown(value) -> bool:
+    """Whether a field of an Item is empty: "", (), NaN."""
+    return math.isnan(value) if isinstance(value, float) else not value
 
 
 def common_root(all_paths) -> str | None:
@@ -209,10 +222,11 @@ def missing_shares(table: Table, items: dict[str, list]) -> dict[str, float]:
     """Share of rows without rating, time or text, and of items without each field."""
     def share(absent):
         return round(float(np.mean(absent)), 6)
-    return {"rating": share(np.isnan(table.rating)), "time": share(table.time == NO_TIME), "text": share(~table.has_text),
-            "title": share([not x for x in items["title"]]), "brand": share([not x for x in items["brand"]]),
-            "categories": share([not x for x in items["categories"]]), "price": share(np.isnan(items["price"])),
-            "description": share([not x for x in items["description"]])}
+    shares = {"rating": share(np.isnan(table.rating)), "time": share(table.time == NO_TIME),
+              "text": share(~table.has_text)}
+    for name in ("title", "brand", "categories", "price", "description"):
+        shares[name] = share([is_unknown(value) for value in items[name]])
+    return shares
 
 
 def write_tables(folder: Path, table: Table, items: dict[str, list]) -> None:
@@ -225,10 +239,14 @@ def write_tables(folder: Path, table: Table, items: dict[str, list]) -> None:
     pq.write_table(pa.table(columns), folder / "interactions.parquet", compression="zstd")
     price = np.array(items["price"], dtype=np.float32)
     columns = {
-        "item": pa.array(np.arange(len(table.item_ids), dtype=np.int32)), "id": pa.array(table.item_ids, pa.string()),
-        "title": pa.array(items["title"], pa.string()), "brand": pa.array(items["brand"], pa.string()),
-        "categories": pa.array(items["categories"], pa.list_(pa.string())), "leaf": pa.array(items["leaf"], pa.string()),
-        "price": pa.array(price, mask=np.isnan(price)), "description": pa.array(items["description"], pa.string())}
+        "item": pa.array(np.arange(len(table.item_ids), dtype=np.int32)),
+        "id": pa.array(table.item_ids, pa.string()),
+        "title": pa.array(items["title"], pa.string()),
+        "brand": pa.array(items["brand"], pa.string()),
+        "categories": pa.array(items["categories"], pa.list_(pa.string())),
+        "leaf": pa.array(items["leaf"], pa.string()),
+        "price": pa.array(price, mask=np.isnan(price)),
+        "description": pa.array(items["description"], pa.string())}
     pq.write_table(pa.table(columns), folder / "items.parquet", compression="zstd")
     columns = {"user": pa.array(np.arange(len(table.user_ids), dtype=np.int32)),
                "id": pa.array(table.user_ids, pa.string())}
@@ -245,7 +263,7 @@ def write_truth(folder: Path, shop: synthetic.SyntheticShop, table: Table) -> No
 
 @contextmanager
 def building(target: Path):
-    """Yield a temporary directory beside target, which becomes target if all goes well and vanishes if not."""
+    """Yield a temporary directory beside target; it becomes target if all goes well, and vanishes if not."""
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
@@ -267,7 +285,7 @@ def run(config: Config) -> Path:
 
     Raises PageLLMError if the directory holds another one, or raw files are missing, ambiguous or broken.
     """
-    shop = synthetic.make(config.users_made, config.items_made, config.seed) if config.dataset == "synthetic" else None
+    shop = synthetic.make(config.users, config.items, config.seed) if config.dataset == "synthetic" else None
     raw = None if shop or moved_away(config) else find(config)
     if already(config, raw):
         print(f"{config.target} is already prepared", flush=True)
@@ -308,8 +326,9 @@ def counted(records, tally: Tally) -> Iterator:
 
 def summary(config: Config, counts: dict) -> str:
     rows = {name: parts["positive"] for name, parts in counts["rows"].items()}
-    return (f"{config.target}: {counts['users']:,} users, {counts['items']:,} items, {counts['interactions']:,} rows; "
-            f"positives {rows['train']:,} train, {rows['valid']:,} valid, {rows['test']:,} test "
+    return (f"{config.target}: {counts['users']:,} users, {counts['items']:,} items, "
+            f"{counts['interactions']:,} rows; positives {rows['train']:,} train, {rows['valid']:,} valid, "
+            f"{rows['test']:,} test "
             f"({counts['duplicates']:,} duplicates out of {counts['records']:,} records)")
 
 

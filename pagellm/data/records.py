@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from pagellm.config import PageLLMError
 
-__all__ = ["NO_TIME", "Broken", "Item", "Review", "Tally", "clean", "identifier", "lines", "number", "opinion",
-           "parsed", "price", "progress", "rating_in", "text_lines", "time_seconds"]
+__all__ = ["NO_TIME", "Broken", "Item", "Review", "Tally", "clean", "decoded", "identifier", "lines",
+           "number", "opinion", "parsed", "price", "progress", "rating_in", "text_lines", "time_seconds"]
 
 NO_TIME = -1                       # an unknown time; real ones are never negative
 LINE_LIMIT = 10_000_000            # bytes; a longer line is broken, and read in pieces of this size
@@ -32,7 +32,7 @@ EXAMPLES = 5                       # broken records shown with file and line
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 LINE_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
-PRICE = re.compile(r"\$?\s*(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?\s*")
+PRICE = re.compile(r"\$?\s*(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?\s*", re.ASCII)
 
 
 class Review(NamedTuple):
@@ -90,8 +90,8 @@ class Tally:
         shown = "".join(f"\n    {example}" for example in self.examples)
         message = f"{total:,} of {self.read:,} {what} lines are broken ({reasons}); the first:{shown}"
         if total > max_broken * self.read:
-            raise PageLLMError(f"{message}\n  More than --max_broken {max_broken:g} of them. If the file is whole and "
-                               "the columns are the right ones, raise --max_broken.")
+            raise PageLLMError(f"{message}\n  That is more than --max_broken {max_broken:g}. If the file is\n"
+                               "  whole and its columns are the right ones, raise --max_broken.")
         print(f"  {message}", flush=True)
 
 
@@ -114,7 +114,7 @@ def lines(path: Path) -> Iterator[bytes | None]:
                 else:
                     yield line.rstrip(b"\r\n")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise PageLLMError(f"{path} is damaged or cut short ({error}); remove it and fetch it again") from error
+        raise PageLLMError(f"{path} is damaged or cut short ({error})\n  Fetch it again.") from error
     except OSError as error:
         raise PageLLMError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -130,14 +130,19 @@ def progress(stream: Iterable, path: Path) -> Iterable:
     return tqdm(stream, desc=f"  {path.name}", unit=" lines", unit_scale=True, delay=1, mininterval=0.5)
 
 
-def text_lines(path: Path, tally: Tally) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text) of every line that is text; the others are counted. Counts what is read."""
+def text_lines(path: Path, tally: Tally, keep_empty: bool = False) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text) of every line that is text; the others are counted. Counts what is read.
+
+    keep_empty  yield "" for an empty line instead of counting it as broken
+    """
     for at, raw in enumerate(progress(lines(path), path), 1):
         tally.read += 1
         try:
-            yield at, decoded(raw)
+            text = "" if keep_empty and raw == b"" else decoded(raw)
         except Broken as broken:
             tally.note(str(broken), path, at)
+        else:
+            yield at, text
 
 
 def decoded(raw: bytes | None) -> str:
@@ -234,7 +239,7 @@ def is_number(text: str) -> bool:
 
 
 def clean(value) -> str:
-    """One line of readable text: entities unescaped, line breaks, control characters and runs of space one space.
+    """One line of readable text: entities unescaped; line breaks, controls, runs of space one space.
 
     value  a string, None, or a list of strings (joined). Raises Broken for anything else.
     """
@@ -259,7 +264,7 @@ def opinion(summary, text) -> str:
 
 
 def rating_in(value, low: float = 1.0, high: float = 5.0) -> float:
-    """A rating on the scale low..high, brought to 1..5; NaN where missing. Raises Broken when off the scale."""
+    """A rating on the scale low..high, brought to 1..5; NaN where missing. Raises Broken off the scale."""
     rating = number(value, "rating")
     if rating < low or rating > high:
         raise Broken(f"rating outside {low:g}..{high:g}")
@@ -267,7 +272,7 @@ def rating_in(value, low: float = 1.0, high: float = 5.0) -> float:
 
 
 def price(value) -> float:
-    """"$40.00", "1,299.5", 40.0 -> a number above 0; NaN for all else: ranges, pieces of page script, nothing."""
+    """"$40.00", "1,299.5", 40.0 -> a number above 0; NaN for all else: ranges, page script, nothing."""
     if isinstance(value, str):
         match = PRICE.fullmatch(value.strip()[:40])
         value = float("".join(match.groups("")).replace(",", "")) if match else math.nan

@@ -6,14 +6,13 @@
 
 An item has a place in a two-level category tree, a brand, a price, a quality, and a position along six styles
 (rustic or modern, quiet or bold, ...). A user likes some styles, some categories and some brands, and minds
-prices more or less. What people buy follows popularity and taste; titles, descriptions and reviews speak of both.
+prices more or less. What people buy follows popularity and taste; titles, descriptions and reviews tell it.
 """
 
 import csv
 import gzip
 import html
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,34 +44,53 @@ STYLES = (
     (("Plain", "Simple", "Basic", "Honest"), ("Ornate", "Fancy", "Elegant", "Gilded")),
     (("Natural", "Wooden", "Organic", "Woven"), ("Electric", "Digital", "Smart", "Wireless")),
 )
-TREE = {
-    "Kitchen & Dining": {"Cookware": ("Skillet", "Saucepan", "Wok"), "Knives": ("Cleaver", "Paring Knife", "Slicer"),
-                         "Coffee & Tea": ("Kettle", "Grinder", "Teapot"), "Bakeware": ("Loaf Pan", "Whisk", "Mold"),
-                         "Food Storage": ("Jar", "Lunch Box", "Canister")},
-    "Garden": {"Pots & Planters": ("Planter", "Flower Pot", "Trough"), "Hand Tools": ("Trowel", "Pruner", "Rake"),
-               "Watering": ("Hose", "Sprinkler", "Watering Can"), "Outdoor Seats": ("Bench", "Hammock", "Stool"),
-               "Bird Care": ("Feeder", "Bird Bath", "Nest Box")},
-    "Music": {"Guitars": ("Guitar", "Ukulele", "Bass"), "Drums": ("Snare", "Cymbal", "Bongos"),
-              "Microphones": ("Microphone", "Mic Stand", "Pop Filter"), "Keyboards": ("Piano", "Synth", "Organ"),
-              "Wind": ("Flute", "Clarinet", "Harmonica")},
-    "Toys & Games": {"Puzzles": ("Puzzle", "Maze", "Brain Teaser"), "Board Games": ("Board Game", "Chess Set", "Dice"),
-                     "Building Sets": ("Blocks", "Marble Run", "Robot Kit"), "Dolls": ("Doll", "Puppet", "Teddy"),
-                     "Vehicles": ("Race Car", "Train", "Kite")},
-    "Sports": {"Yoga": ("Yoga Mat", "Foam Roller", "Strap"), "Cycling": ("Helmet", "Pedals", "Saddle"),
-               "Camping": ("Tent", "Lantern", "Sleeping Bag"), "Running": ("Shoes", "Armband", "Vest"),
-               "Fishing": ("Reel", "Rod", "Tackle Box")},
-    "Beauty": {"Skin Care": ("Face Cream", "Serum", "Cleanser"), "Hair Care": ("Shampoo", "Brush", "Hair Oil"),
-               "Makeup": ("Lipstick", "Mascara", "Palette"), "Fragrance": ("Perfume", "Cologne", "Mist"),
-               "Bath": ("Soap", "Bath Bomb", "Sponge")},
-    "Office": {"Notebooks": ("Notebook", "Planner", "Sketchbook"), "Writing": ("Fountain Pen", "Pencil", "Marker"),
-               "Desks": ("Desk", "Desk Pad", "Riser"), "Lamps": ("Lamp", "Task Light", "Clip Light"),
-               "Filing": ("Binder", "Folder", "Letter Tray")},
-    "Pets": {"Beds": ("Pet Bed", "Crate", "Blanket"), "Walking": ("Leash", "Collar", "Harness"),
-             "Feeding": ("Bowl", "Fountain", "Treat Jar"), "Pet Toys": ("Chew Toy", "Ball", "Feather Wand"),
-             "Grooming": ("Comb", "Nail Clipper", "Pet Towel")},
-}
-LEAVES = tuple((top, leaf, nouns) for top, leaves in TREE.items() for leaf, nouns in leaves.items())
-SYLLABLES = ("nor", "vik", "al", "mo", "ra", "ten", "sol", "ber", "lin", "ka", "zu", "dor", "fe", "mar", "qui", "tos")
+# Department / leaf category / what is sold there.
+TREE = """
+    Kitchen & Dining / Cookware / Skillet, Saucepan, Wok
+    Kitchen & Dining / Knives / Cleaver, Paring Knife, Slicer
+    Kitchen & Dining / Coffee & Tea / Kettle, Grinder, Teapot
+    Kitchen & Dining / Bakeware / Loaf Pan, Whisk, Mold
+    Kitchen & Dining / Food Storage / Jar, Lunch Box, Canister
+    Garden / Pots & Planters / Planter, Flower Pot, Trough
+    Garden / Hand Tools / Trowel, Pruner, Rake
+    Garden / Watering / Hose, Sprinkler, Watering Can
+    Garden / Outdoor Seats / Bench, Hammock, Stool
+    Garden / Bird Care / Feeder, Bird Bath, Nest Box
+    Music / Guitars / Guitar, Ukulele, Bass
+    Music / Drums / Snare, Cymbal, Bongos
+    Music / Microphones / Microphone, Mic Stand, Pop Filter
+    Music / Keyboards / Piano, Synth, Organ
+    Music / Wind / Flute, Clarinet, Harmonica
+    Toys & Games / Puzzles / Puzzle, Maze, Brain Teaser
+    Toys & Games / Board Games / Board Game, Chess Set, Dice
+    Toys & Games / Building Sets / Blocks, Marble Run, Robot Kit
+    Toys & Games / Dolls / Doll, Puppet, Teddy
+    Toys & Games / Vehicles / Race Car, Train, Kite
+    Sports / Yoga / Yoga Mat, Foam Roller, Strap
+    Sports / Cycling / Helmet, Pedals, Saddle
+    Sports / Camping / Tent, Lantern, Sleeping Bag
+    Sports / Running / Shoes, Armband, Vest
+    Sports / Fishing / Reel, Rod, Tackle Box
+    Beauty / Skin Care / Face Cream, Serum, Cleanser
+    Beauty / Hair Care / Shampoo, Brush, Hair Oil
+    Beauty / Makeup / Lipstick, Mascara, Palette
+    Beauty / Fragrance / Perfume, Cologne, Mist
+    Beauty / Bath / Soap, Bath Bomb, Sponge
+    Office / Notebooks / Notebook, Planner, Sketchbook
+    Office / Writing / Fountain Pen, Pencil, Marker
+    Office / Desks / Desk, Desk Pad, Riser
+    Office / Lamps / Lamp, Task Light, Clip Light
+    Office / Filing / Binder, Folder, Letter Tray
+    Pets / Beds / Pet Bed, Crate, Blanket
+    Pets / Walking / Leash, Collar, Harness
+    Pets / Feeding / Bowl, Fountain, Treat Jar
+    Pets / Pet Toys / Chew Toy, Ball, Feather Wand
+    Pets / Grooming / Comb, Nail Clipper, Pet Towel
+"""
+LEAVES = tuple(tuple(line.strip().split(" / ")) for line in TREE.strip().split("\n"))
+TOPS = tuple(dict.fromkeys(top for top, _, _ in LEAVES))
+TOP_OF_LEAF = np.array([TOPS.index(top) for top, _, _ in LEAVES])
+SYLLABLES = "nor vik al mo ra ten sol ber lin ka zu dor fe mar qui tos".split()
 COLOURS = ("Red", "Blue", "Green", "Black", "White", "Yellow")
 SUMMARIES = ("Waste of money", "Not for me", "It is okay", "Good buy", "Love it")
 VERDICTS = ("I sent it back.", "I would not buy it again.", "It does the job.", "I am glad I bought it.",
@@ -81,7 +99,7 @@ VERDICTS = ("I sent it back.", "I would not buy it again.", "It does the job.", 
 
 @dataclass(frozen=True)
 class SyntheticShop:
-    """The shop: items, ratings in columns of R rows, and the truth. Users and items count in no special order."""
+    """The shop: items, ratings in columns of R rows, and the truth. Users and items are in no order."""
 
     user_ids: list[str]
     items: list[Item]
@@ -98,9 +116,8 @@ class SyntheticShop:
     def reviews(self) -> Iterator[Review]:
         """Every rating as a record, by user and then time."""
         draws = np.random.default_rng([self.seed, 2]).integers(0, 4, size=(len(self.user), 2))
-        rows = zip(self.user.tolist(), self.item.tolist(), self.rating.tolist(), self.time.tolist(), draws.tolist(),
-                   strict=True)
-        for user, item, rating, time, words in rows:
+        columns = (self.user, self.item, self.rating, self.time, draws)
+        for user, item, rating, time, words in zip(*(c.tolist() for c in columns), strict=True):
             yield Review(self.user_ids[user], self.items[item].id, float(rating), time,
                          self.review_text(user, item, rating, words))
 
@@ -124,19 +141,18 @@ def make(users: int = 2000, items: int = 1000, seed: int = 0) -> SyntheticShop:
     catalogue = describe(rng, leaf, brand, style, price, copies, brand_names)
 
     taste = rng.normal(size=(users, len(STYLES))) * rng.choice([0.3, 1.0, 1.7], size=(users, len(STYLES)))
-    tops = np.array([list(TREE).index(top) for top, _, _ in LEAVES])
-    likes_top = rng.gumbel(size=(users, len(TREE)))
+    likes_top = rng.gumbel(size=(users, len(TOPS)))
     likes_leaf = rng.normal(size=(users, len(LEAVES)))
     likes_brand = rng.normal(size=(users, n_brands)) * 0.5
     thrift = rng.gamma(2.0, 0.25, size=users)
-    amount = np.clip(RATINGS_PER_USER * rng.lognormal(-0.125, 0.5, size=users), 8, None)
+    amount = np.clip(RATINGS_PER_USER * rng.lognormal(-0.125, 0.5, size=users), 12, None)
     amount = np.minimum(amount, 0.6 * items).astype(int)
     dearness = np.log(price) - np.log(price).mean()
 
     truth = np.empty((users, items), dtype=np.float32)
     bought = []
     for u in range(users):
-        utility = (0.55 * style @ taste[u] + 0.8 * likes_top[u, tops[leaf]] + 0.6 * likes_leaf[u, leaf]
+        utility = (0.55 * style @ taste[u] + 0.8 * likes_top[u, TOP_OF_LEAF[leaf]] + 0.6 * likes_leaf[u, leaf]
                    + likes_brand[u, brand] + 0.7 * quality - thrift[u] * dearness)
         # Rounded, so that the last bit of a machine's arithmetic decides no rating.
         truth[u] = np.round(1 + 4 / (1 + np.exp(-0.75 * (utility - UTILITY_AT_3))), 4)
@@ -151,24 +167,23 @@ def make(users: int = 2000, items: int = 1000, seed: int = 0) -> SyntheticShop:
     names = np.array([entry.id for entry in catalogue])
     order = np.lexsort((names[item], time, user))
     user_ids = [f"U{n:07d}" for n in rng.permutation(users) * 13 + 1000]
-    return SyntheticShop(user_ids, catalogue, truth, user[order], item[order], rating[order], time[order], copies,
-                         style, taste, seed)
+    return SyntheticShop(user_ids, catalogue, truth, user[order], item[order], rating[order], time[order],
+                         copies, style, taste, seed)
 
 
 def draw_items(rng: np.random.Generator, n: int):
-    """leaf, brand, style (n, 6), quality, price, fame, copies of n items; the last 8% nearly repeat others."""
+    """leaf, brand, style (n, 6), quality, price, fame, copies of n items; the last 8% nearly repeat some."""
     n_brands = max(6, n // 20)
-    home = rng.integers(0, len(TREE), size=n_brands)                  # a brand lives in one department
+    home = rng.integers(0, len(TOPS), size=n_brands)                  # a brand lives in one department
     lean = rng.normal(size=(n_brands, len(STYLES))) * 0.6             # and has a style of its own
-    tops = np.array([list(TREE).index(top) for top, _, _ in LEAVES])
     leaf = rng.integers(0, len(LEAVES), size=n)
-    at_home = [np.flatnonzero(home == top) for top in range(len(TREE))]
-    anyone = np.arange(n_brands)
-    brand = np.array([rng.choice(at_home[tops[i]] if len(at_home[tops[i]]) else anyone) for i in leaf])
+    at_home = [np.flatnonzero(home == top) for top in range(len(TOPS))]
+    brand = np.array([rng.choice(makers if len(makers) else n_brands)
+                      for makers in (at_home[TOP_OF_LEAF[i]] for i in leaf)])
     style = lean[brand] + rng.normal(size=(n, len(STYLES)))
     quality = rng.normal(size=n)
     price = np.exp(rng.normal(3.0, 0.7, size=n) + 0.2 * quality)
-    fame = rng.normal(size=n) * 1.1
+    fame = rng.normal(size=n) * 0.9
     copies = np.full(n, -1)
     last = np.arange(n - int(NEAR_DUPLICATES * n), n)
     source = rng.permutation(last[0] if len(last) else n)[:len(last)]
@@ -192,17 +207,19 @@ def describe(rng: np.random.Generator, leaf, brand, style, price, copies, brand_
     """The items as a shop lists them. A copy's title is its original's and a colour."""
     ids = rng.permutation(len(leaf)) * 7 + 1000
     words = rng.integers(0, 4, size=(len(leaf), 4))
+    noun_of = [rng.choice(LEAVES[at][2].split(", ")) for at in leaf]
     items: list[Item] = []
     for n, (ident, at) in enumerate(zip(ids.tolist(), leaf.tolist(), strict=True)):
-        top, name, nouns = LEAVES[at]
-        noun = nouns[words[n, 0] % len(nouns)]
+        top, name, _ = LEAVES[at]
+        noun = noun_of[n if copies[n] < 0 else copies[n]]
         first, second = (adjective(style[n], place, words[n, place + 1]) for place in (0, 1))
         maker = brand_names[brand[n]]
         title = f"{maker} {first} {second} {noun} M{ident}"
         if copies[n] >= 0:
             title = f"{items[copies[n]].title} {COLOURS[words[n, 3] % len(COLOURS)]}"
-        text = (f"By design {first.lower()} and {second.lower()} {noun.lower()} by {maker}, for those who like "
-                f"{adjective(style[n], 0, words[n, 3]).lower()} things. From {top}, {name}.")
+        also = adjective(style[n], 0, words[n, 3])
+        looks = f"{first} and {second}, for those who like {also} things".lower()
+        text = f"{noun} by {maker}: {looks}. From {top}, {name}."
         items.append(Item(f"B{ident:07d}", title, maker, ((ROOT, top, name),), float(price[n]), text))
     return items
 
@@ -274,14 +291,14 @@ def write_csv(file, rows: Iterator[dict]) -> None:
 def log_rows(shop: SyntheticShop) -> Iterator[dict]:
     for review in shop.reviews():
         summary, text = review.text.split("\n")
-        yield {"user_id": review.user, "item_id": review.item, "rating": review.rating, "timestamp": review.time,
-               "summary": summary, "text": text}
+        yield {"user_id": review.user, "item_id": review.item, "rating": review.rating,
+               "timestamp": review.time, "summary": summary, "text": text}
 
 
 def item_rows(shop: SyntheticShop) -> Iterator[dict]:
     for item in shop.items:
-        yield {"item_id": item.id, "title": item.title, "brand": item.brand, "categories": list(item.paths[0]),
-               "price": None if math.isnan(item.price) else item.price, "description": item.description}
+        yield {"item_id": item.id, "title": item.title, "brand": item.brand,
+               "categories": list(item.paths[0]), "price": item.price, "description": item.description}
 
 
 def sequence_lines(shop: SyntheticShop) -> Iterator[str]:
@@ -315,5 +332,5 @@ def amazon_items(shop: SyntheticShop, spelling: str) -> Iterator[dict]:
             yield {"category": path, "description": [text], "title": title, "brand": brand,
                    "price": f"${item.price:,.2f}", "asin": item.id}
         else:
-            yield {"main_category": ROOT, "title": title, "description": [text], "price": item.price, "store": brand,
-                   "categories": path, "details": {}, "parent_asin": item.id}
+            yield {"main_category": ROOT, "title": title, "description": [text], "price": item.price,
+                   "store": brand, "categories": path, "details": {}, "parent_asin": item.id}

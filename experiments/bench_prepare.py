@@ -1,0 +1,86 @@
+"""How fast and in how much memory `prepare` reads a large review file.
+
+    python -m experiments.bench_prepare --lines 5000000        minutes; 4 GB of temporary disk
+
+Writes a 2018-style review file with text of realistic length, prepares it in a child process, and prints the
+lines a second and the child's peak memory, then one line of JSON.
+"""
+
+import json
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pagellm.config import check, main
+
+__all__ = ["Config", "run"]
+
+SENTENCES = 2000          # different sentences that texts are made of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Generate a review file, prepare it, report speed and peak memory."""
+
+    lines: int = 200_000      # review lines to generate
+    characters: int = 450     # mean length of a review text
+    folder: str = ""          # where the file is generated; empty: the system's temporary directory
+    seed: int = 0             # of the generated file
+
+    def __post_init__(self):
+        check(self, lines=(self.lines >= 1000, "1000 or more"), characters=(self.characters >= 1, "1 or more"))
+
+
+def write_reviews(path: Path, config: Config) -> None:
+    """About 10 reviews a user and 50 an item, both skewed; lengths exponential, as real reviews' are."""
+    draw = random.Random(config.seed)
+    words = ("great the sound of this pedal is not what I expected but works with my old amplifier and "
+             "a little &#34;patience&#34; price quality").split()
+    sentences = [" ".join(draw.choices(words, k=draw.randint(4, 20))) + ". " for _ in range(SENTENCES)]
+    mean = sum(map(len, sentences)) / SENTENCES
+    users, items = max(50, config.lines // 10), max(20, config.lines // 50)
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in tqdm(range(config.lines), desc="  writing", unit=" lines", unit_scale=True):
+            length = 1 + int(draw.expovariate(mean / config.characters))
+            text = "".join(draw.choices(sentences, k=length))
+            user, item = int(users * draw.random() ** 1.5), int(items * draw.random() ** 2)
+            rating, day = draw.choices((1, 2, 3, 4, 5), (5, 5, 10, 20, 60))[0], draw.randint(12_000, 17_700)
+            file.write(f'{{"overall": {rating}.0, "verified": true, "reviewerID": "A{user:012d}", '
+                       f'"asin": "B{item:09d}", "reviewText": "{text}", "summary": "{text[:30]}", '
+                       f'"unixReviewTime": {86_400 * day}}}\n')
+
+
+def run(config: Config) -> dict:
+    """Returns and prints lines, bytes, seconds, lines a second, peak memory in MiB."""
+    with tempfile.TemporaryDirectory(dir=config.folder or None) as folder:
+        raw = Path(folder) / "raw" / "bench"
+        raw.mkdir(parents=True)
+        write_reviews(raw / "bench_5.json", config)
+        started = time.perf_counter()
+        command = [sys.executable, "-m", "pagellm.data.prepare", "--dataset", "bench", "--data", folder]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        seconds = time.perf_counter() - started
+        # The largest resident set that any child reached; KiB on Linux, bytes on a Mac.
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        peak /= 1 << 20 if sys.platform == "darwin" else 1 << 10
+        size = (raw / "bench_5.json").stat().st_size
+    result = {"bench": "prepare", "lines": config.lines, "bytes": size, "seconds": round(seconds, 1),
+              "lines_per_second": round(config.lines / seconds), "peak_mib": round(peak),
+              "python": platform.python_version(), "cpus": os.cpu_count()}
+    print(f"{config.lines:,} lines, {size / 1e9:.2f} GB: {seconds:.1f} s, "
+          f"{result['lines_per_second']:,} lines/s, peak {peak:,.0f} MiB")
+    print(json.dumps(result))
+    return result
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Config, run, "experiments.bench_prepare"))

@@ -1,0 +1,200 @@
+"""Laws of duplicates, k-core and splits; each against a slow statement of itself where there is one."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pagellm.data.filters import (
+    TEST,
+    TRAIN,
+    VALID,
+    group_rank,
+    highest,
+    k_core,
+    latest,
+    random_keys,
+    split_by_time,
+    split_random,
+)
+
+few = settings(deadline=None, max_examples=80)
+cell = st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(-1, 3),
+                 st.sampled_from([math.nan, 1.0, 3.0, 5.0]), st.integers(0, 9))
+rows_with_repeats = st.lists(cell, max_size=14, unique_by=lambda row: row[:2] + row[4:])
+pairs = st.sets(st.tuples(st.integers(0, 5), st.integers(0, 6)), max_size=24).map(sorted)
+
+
+def columns(rows, dtypes=(int, int, int, float, int)):
+    return [np.array([row[n] for row in rows], dtype=dtype) for n, dtype in enumerate(dtypes)]
+
+
+@few
+@given(rows_with_repeats, st.randoms(use_true_random=False))
+def test_latest_keeps_one_row_a_pair_whatever_the_order(rows, random):
+    """Of each (user, item) the largest (time, rating with NaN lowest, tie) stays; shuffling rows moves nothing."""
+    def kept(rows):
+        return [rows[n] for n in latest(*columns(rows))]
+
+    best = {}
+    for row in rows:
+        key = (row[2], -math.inf if math.isnan(row[3]) else row[3], row[4])
+        if row[:2] not in best or key > best[row[:2]][0]:
+            best[row[:2]] = key, row
+    expected = [best[pair][1] for pair in sorted(best)]
+    shuffled = random.sample(rows, len(rows))
+    assert repr(kept(rows)) == repr(kept(shuffled)) == repr(expected)
+
+
+@few
+@given(rows_with_repeats)
+def test_highest_keeps_the_best_grade_and_the_latest_time(rows):
+    index, time = highest(*columns(rows))
+    best = {}
+    for row in rows:
+        key = (-math.inf if math.isnan(row[3]) else row[3], row[2], row[4])
+        best[row[:2]] = max(best.get(row[:2], key), key)
+    assert [rows[n][:2] for n in index] == sorted(best)
+    assert [rows[n][4] for n in index] == [best[pair][2] for pair in sorted(best)]
+    assert time.tolist() == [max(row[2] for row in rows if row[:2] == pair) for pair in sorted(best)]
+
+
+@few
+@given(pairs, st.integers(0, 4), st.randoms(use_true_random=False))
+def test_k_core_is_what_is_left_when_rows_are_taken_out_one_by_one(rows, k, random):
+    """Removing rows of any too rare user or item, in any order, ends in the same largest set."""
+    left = list(rows)
+    while True:
+        rare = [row for row in left if sum(r[0] == row[0] for r in left) < k or sum(r[1] == row[1] for r in left) < k]
+        if not rare:
+            break
+        left.remove(random.choice(rare))
+    user, item = columns(rows, (int, int))
+    keep, rounds = k_core(user, item, k)
+    assert [row for row, stays in zip(rows, keep, strict=True) if stays] == left
+    assert rounds[0] == {"users": len(set(user)), "items": len(set(item)), "rows": len(rows)}
+    assert rounds[-1] == {"users": len({u for u, _ in left}), "items": len({i for _, i in left}), "rows": len(left)}
+    assert len(rounds) >= 2 and rounds[-1] == rounds[-2]
+
+
+@few
+@given(pairs, st.integers(0, 3))
+def test_a_draw_depends_on_seed_user_and_item_alone(rows, seed):
+    users, items = [f"u{n}" for n in range(6)], [f"i{n}" for n in range(7)]
+    user, item = columns(rows, (int, int))
+    keys = random_keys(seed, user, item, users, items)
+    alone = [random_keys(seed, np.array([u]), np.array([i]), users, items)[0] for u, i in rows]
+    assert keys.tolist() == [int(key) for key in alone] and len(set(keys.tolist())) == len(rows)
+    other = random_keys(seed + 1, user, item, users, items)
+    assert not np.any(keys == other)
+
+
+def test_draws_are_these_on_every_machine():
+    """SHA-256 of "seed NUL user NUL item": its first eight bytes, most significant first."""
+    keys = random_keys(7, np.array([0, 0, 1]), np.array([0, 1, 0]), ["A1", "Ä2"], ["B1", "B2"])
+    assert keys.tolist() == GOLDEN
+
+
+GOLDEN = [10208337298201646828, 14749945107494703517, 10026376581150917219]
+
+
+@few
+@given(pairs)
+def test_rank_counts_the_smaller_rows_of_the_group(rows):
+    group, key = columns(rows, (int, int))
+    coarse = key // 3
+    rank, size = group_rank(group, coarse, -key)
+    for n in range(len(rows)):
+        same = [m for m in range(len(rows)) if group[m] == group[n]]
+        assert size[n] == len(same)
+        assert rank[n] == sum((coarse[m], -key[m]) < (coarse[n], -key[n]) for m in same)
+
+
+def held_out(n):
+    return max(1, n // 10) if n >= 3 else 0
+
+
+@st.composite
+def tables(draw, users=3, most=34):
+    """user, item, time, positive: one row a pair, users with few and many rows, days with many rows."""
+    user, item, time, positive = [], [], [], []
+    for u in range(users):
+        count = draw(st.one_of(st.integers(0, 6), st.integers(0, most)))
+        user += [u] * count
+        item += draw(st.permutations(range(count)))
+        time += draw(st.lists(st.integers(-1, 5), min_size=count, max_size=count))
+        positive += draw(st.lists(st.sampled_from([True, True, False]), min_size=count, max_size=count))
+    return np.array(user, int), np.array(item, int), np.array(time, int), np.array(positive, bool)
+
+
+@few
+@given(tables(), st.integers(0, 99))
+def test_a_random_split_holds_out_the_papers_shares(table, seed):
+    """valid = test = max(1, floor(n/10)) of n >= 3 positives, none of fewer; floor(m/10) of m other rows."""
+    user, item, _, positive = table
+    keys = random_keys(seed, user, item, ["a", "b", "c"], [str(n) for n in range(40)])
+    split = split_random(user, item, positive, keys)
+    for u in range(3):
+        mine = (user == u) & positive
+        others = (user == u) & ~positive
+        assert sum(split[mine] == TEST) == sum(split[mine] == VALID) == held_out(mine.sum())
+        assert sum(split[others] == TEST) == sum(split[others] == VALID) == others.sum() // 10
+        for rows in (mine, others):         # by the draws: test first, then validation
+            by_draw = split[rows][np.argsort(keys[rows])]
+            assert by_draw.tolist() == sorted(by_draw.tolist(), reverse=True)
+    assert set(split.tolist()) <= {TRAIN, VALID, TEST} and split.dtype == np.int8
+
+
+@few
+@given(tables(), st.booleans())
+def test_a_split_by_time_never_looks_back(table, leave_one_out):
+    """Within a user the split only moves forward in (time, item), and holds out the stated number of positives."""
+    user, item, time, positive = table
+    split = split_by_time(user, item, time, positive, leave_one_out)
+    for u in range(3):
+        mine = np.flatnonzero(user == u)
+        order = sorted(mine, key=lambda n: (time[n], item[n]))
+        assert [split[n] for n in order] == sorted(split[n] for n in order)
+        n_positive = positive[mine].sum()
+        expected = (1 if n_positive >= 3 else 0) if leave_one_out else held_out(n_positive)
+        for part in (TEST, VALID):
+            assert sum(split[n] == part for n in mine if positive[n]) == expected
+            if expected:                    # the first row of a held-out part is a positive
+                assert positive[next(n for n in order if split[n] == part)]
+
+
+@few
+@given(tables(), st.integers(0, 9), st.randoms(use_true_random=False))
+def test_splits_follow_the_rows_when_they_are_shuffled(table, seed, random):
+    user, item, time, positive = table
+    order = np.array(random.sample(range(len(user)), len(user)), dtype=int)
+    ids = ["a", "b", "c"], [str(n) for n in range(40)]
+
+    def both(user, item, time, positive):
+        return [split_random(user, item, positive, random_keys(seed, user, item, *ids)),
+                split_by_time(user, item, time, positive, False)]
+
+    shuffled = both(*(column[order] for column in table))
+    for before, after in zip(both(*table), shuffled, strict=True):
+        assert np.array_equal(before[order], after)
+
+
+def test_the_random_split_differs_between_seeds_and_users():
+    user, item = np.repeat(np.arange(2), 30), np.tile(np.arange(30), 2)
+    positive = np.ones(60, bool)
+    splits = {seed: split_random(user, item, positive, random_keys(seed, user, item, ["a", "b"],
+                                                                   [str(n) for n in range(30)])) for seed in (0, 1)}
+    assert not np.array_equal(splits[0], splits[1])
+    assert not np.array_equal(splits[0][:30], splits[0][30:])
+
+
+@pytest.mark.parametrize("split", [
+    lambda user, item, positive: split_random(user, item, positive, np.zeros(0, np.uint64)),
+    lambda user, item, positive: split_by_time(user, item, user, positive, False)])
+def test_no_rows_no_split(split):
+    empty = np.zeros(0, int)
+    assert len(split(empty, empty, np.zeros(0, bool))) == 0
+    assert len(latest(empty, empty, empty, np.zeros(0), empty)) == 0
+    assert k_core(empty, empty, 5)[0].shape == (0,)

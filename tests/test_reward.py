@@ -1,0 +1,204 @@
+"""The reward model's losses: Bradley-Terry's laws, and what each head is taught by."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from pagellm.gpt2 import GPT2, Shape
+from pagellm.reward import (
+    Config,
+    PairBatch,
+    RewardModel,
+    calibration,
+    correlation,
+    mean_reward,
+    page_loss,
+    pair_loss,
+    sequence_loss,
+    token_loss,
+)
+
+
+@st.composite
+def pairs(draw):
+    B, K = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    lengths = [draw(st.lists(st.integers(1, K), min_size=B, max_size=B)) for _ in range(2)]
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    masks = [torch.arange(K) < torch.tensor(n)[:, None] for n in lengths]
+    return [torch.randn(B, K, generator=g, dtype=torch.float64) for _ in range(2)], masks
+
+
+@settings(deadline=None)
+@given(pairs())
+def test_eq_8_is_a_probability_of_the_better_page(batch):
+    """exp(-loss of one pair) = p(i > j), p(i > j) + p(j > i) = 1, and p = sigma(mean_i - mean_j)."""
+    (a, b), (ma, mb) = batch
+    for row in range(len(a)):
+        one = [x[row:row + 1] for x in (a, ma, b, mb)]
+        p = math.exp(-sequence_loss(*one))
+        q = math.exp(-sequence_loss(one[2], one[3], one[0], one[1]))
+        assert p + q == pytest.approx(1.0)
+        gap = a[row][ma[row]].mean() - b[row][mb[row]].mean()
+        assert p == pytest.approx(1 / (1 + math.exp(-gap.item())))
+    rows = [sequence_loss(*(x[r:r + 1] for x in (a, ma, b, mb))) for r in range(len(a))]
+    assert_close(sequence_loss(a, ma, b, mb), torch.stack(rows).mean())
+
+
+@settings(deadline=None)
+@given(pairs(), st.floats(-5, 5), st.integers(2, 3))
+def test_shifting_all_and_repeating_every_reward_change_nothing(batch, shift, times):
+    (a, b), (ma, mb) = batch
+    base = sequence_loss(a, ma, b, mb)
+    assert_close(sequence_loss(a + shift, ma, b + shift, mb), base)
+    longer = [x.repeat_interleave(times, 1) for x in (a, ma, b, mb)]
+    assert_close(sequence_loss(*longer), base)
+
+
+@settings(deadline=None)
+@given(pairs(), st.sampled_from([math.nan, math.inf, -math.inf]))
+def test_garbage_off_the_mask_changes_nothing(batch, junk):
+    (a, b), (ma, mb) = batch
+    x, y = torch.where(ma, a, junk).requires_grad_(), torch.where(mb, b, junk).requires_grad_()
+    loss = sequence_loss(x, ma, y, mb)
+    assert torch.equal(loss, sequence_loss(a, ma, b, mb))
+    loss.backward()
+    assert x.grad.isfinite().all() and (x.grad[~ma] == 0).all()
+    edit = ma & mb
+    x, y = torch.where(edit, a, junk).requires_grad_(), torch.where(edit, b, junk).requires_grad_()
+    loss = token_loss(x, y, edit)
+    assert torch.equal(loss, token_loss(a, b, edit))
+    loss.backward()
+    assert x.grad.isfinite().all() and (x.grad[~edit] == 0).all()
+
+
+@settings(deadline=None)
+@given(pairs(), st.data())
+def test_token_loss_is_the_mean_over_edited_slots(batch, data):
+    (a, b), _ = batch
+    edit = torch.tensor([[data.draw(st.booleans()) for _ in row] for row in a.tolist()])
+    loss = token_loss(a, b, edit)
+    if not edit.any():
+        assert loss == 0
+        return
+    slots = [math.log1p(math.exp(-(x - y))) for x, y, m in
+             zip(a.flatten().tolist(), b.flatten().tolist(), edit.flatten().tolist(), strict=True) if m]
+    assert loss.item() == pytest.approx(sum(slots) / len(slots))
+
+
+def test_losses_are_finite_at_huge_margins():
+    m = torch.ones(1, 1, dtype=torch.bool)
+    big, small = torch.tensor([[800.0]]), torch.tensor([[-800.0]])
+    for loss, want in ((sequence_loss(big, m, small, m), 0.0), (sequence_loss(small, m, big, m), 1600.0),
+                       (token_loss(small, big, m), 1600.0), (page_loss(small[0], big[0]), 1600.0)):
+        assert loss.item() == pytest.approx(want)
+
+
+def test_shapes_are_checked():
+    x, m = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="sequence_loss"):
+        sequence_loss(x, m[:, :2], x, m)
+    with pytest.raises(ValueError, match="token_loss"):
+        token_loss(x, x[:, :2], m)
+
+
+def test_preference_pairs_teach_the_page_head_alone():
+    m = torch.ones(2, 3, dtype=torch.bool)
+    zero = torch.zeros(2, 3, dtype=torch.long)
+    tokens = [torch.randn(2, 3, requires_grad=True) for _ in range(2)]
+    pages = [torch.randn(2, requires_grad=True) for _ in range(2)]
+    config = Config(shrink=0.0)
+    batch = PairBatch(zero, m, zero, zero, m, m, detail=torch.tensor([False, False]))
+    pair_loss(config, batch, *tokens, *pages).backward()
+    assert all(t.grad is None for t in tokens) and all(p.grad.abs().min() > 0 for p in pages)
+    batch.detail = torch.tensor([False, True])
+    pair_loss(config, batch, *tokens, *pages).backward()
+    assert all((t.grad[0] == 0).all() and (t.grad[1] != 0).all() for t in tokens)
+
+
+def test_weights_switch_their_part_off():
+    m = torch.ones(1, 2, dtype=torch.bool)
+    batch = PairBatch(m, m, m, m, m, m, detail=torch.tensor([True]))
+    t, u = torch.randn(1, 2), torch.randn(1, 2)
+    g, h = torch.randn(1), torch.randn(1)
+    off = {"page": 0.0, "sequence": 0.0, "token": 0.0, "shrink": 0.0}
+    parts = {"page": page_loss(g, h), "sequence": sequence_loss(t, m, u, m), "token": token_loss(t, u, m)}
+    for name, want in parts.items():
+        assert_close(pair_loss(Config(**(off | {name: 2.0})), batch, t, u, g, h), 2 * want)
+    shrink = pair_loss(Config(**(off | {"shrink": 1.0})), batch, t, u, g, h)
+    assert_close(shrink, 0.5 * (g.square() + h.square() + t.square().mean() + u.square().mean())[0])
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    trunk = GPT2(Shape(2, 2, 8, 20), 5, 2, 7, dropout=0.3)
+    with torch.no_grad():
+        for weight in trunk.parameters():
+            weight.add_(torch.randn_like(weight) * 0.3)
+    return RewardModel(trunk).eval()
+
+
+def test_rewards_ignore_padding_and_neighbours(model):
+    prompt = torch.tensor([[4, 5, 1, 2], [0, 0, 6, 3]])
+    valid = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]).bool()
+    item, mask = torch.tensor([[3, 1, 2], [6, 0, -1]]), torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
+    with torch.no_grad():
+        token, page = model(prompt, valid, item, mask)
+        alone = model(prompt[1:, 2:], valid[1:, 2:], item[1:, :2], mask[1:, :2])
+    assert_close(token[1:, :2], alone[0], atol=1e-5, rtol=1e-5)
+    assert_close(page[1:], alone[1], atol=1e-5, rtol=1e-5)
+    assert token[1, 2] == 0
+
+
+def test_a_token_reward_reads_its_own_item_but_not_later_ones(model):
+    prompt, valid = torch.tensor([[5, 1]]), torch.ones(1, 2, dtype=torch.bool)
+    m = torch.ones(1, 3, dtype=torch.bool)
+    with torch.no_grad():
+        a, _ = model(prompt, valid, torch.tensor([[3, 1, 2]]), m)
+        b, _ = model(prompt, valid, torch.tensor([[3, 4, 2]]), m)
+    assert a[0, 0] == b[0, 0] and a[0, 1] != b[0, 1]
+
+
+def test_the_page_head_sees_order_and_user(model):
+    prompt, valid = torch.tensor([[5, 1]]), torch.ones(1, 2, dtype=torch.bool)
+    m = torch.ones(1, 2, dtype=torch.bool)
+    with torch.no_grad():
+        scores = [model(p, valid, torch.tensor([i]), m)[1].item() for p, i in
+                  ((prompt, [3, 1]), (prompt, [1, 3]), (torch.tensor([[6, 1]]), [3, 1]))]
+    assert len(set(scores)) == 3
+
+
+def test_save_and_load(model, tmp_path):
+    model.page_mean.fill_(0.25)
+    torch.save(model.state(), tmp_path / "model.pt")
+    again = RewardModel.load(tmp_path)
+    prompt, valid = torch.tensor([[5, 1]]), torch.ones(1, 2, dtype=torch.bool)
+    args = prompt, valid, torch.tensor([[3, 1]]), torch.ones(1, 2, dtype=torch.bool)
+    for x, y in zip(model(*args), again(*args), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_mean_reward_counts_own_slots():
+    r = torch.tensor([[1.0, 3.0, 99.0], [5.0, 5.0, 5.0], [7.0, 7.0, 7.0]])
+    m = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0]]).bool()
+    assert mean_reward(r, m).tolist() == [2.0, 5.0, 0.0]
+
+
+def test_correlation_and_calibration():
+    x = np.arange(10.0)
+    assert correlation(x, x ** 3) == pytest.approx(1.0) and correlation(x, -x) == pytest.approx(-1.0)
+    assert correlation(x, np.ones(10)) is None
+    ties = correlation(np.array([1.0, 1, 2, 2]), np.array([1.0, 2, 3, 4]))
+    assert ties == pytest.approx(0.8944, abs=1e-4)
+    rng = np.random.default_rng(0)
+    margin = rng.normal(0, 2, 20_000)
+    truth = rng.random(20_000) < 1 / (1 + np.exp(-np.abs(margin)))
+    honest = np.where(truth, np.abs(margin), -np.abs(margin))
+    assert calibration(honest) < 0.02
+    assert calibration(honest * 5) > 0.1
+    assert calibration(np.zeros(0)) is None
