@@ -37,7 +37,8 @@ class Config:
     seed: int = 0             # of the generated file
 
     def __post_init__(self):
-        check(self, lines=(self.lines >= 1000, "1000 or more"), characters=(self.characters >= 1, "1 or more"))
+        check(self, lines=(self.lines >= 1000, "1000 or more"),
+              characters=(self.characters >= 1, "1 or more"))
 
 
 def write_reviews(path: Path, config: Config) -> None:

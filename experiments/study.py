@@ -68,8 +68,8 @@ def run_variant(name: str, dataset: str, variant: Variant, seed: int, stages: St
                                  **stages.reward | variant.reward))
         own = f"{base}-{slug(variant.name)}"
         ppo.run(ppo.Config(run=own, source_run=base, reward_run=judge, **common, **stages.ppo | variant.ppo))
-    evaluate.run(evaluate.Config(run=own, source_run=base, policies=variant.policy, examples=0, quiet=True, **common,
-                                 **stages.evaluate))
+    scoring = {"examples": 0, "quiet": True} | stages.evaluate
+    evaluate.run(evaluate.Config(run=own, source_run=base, policies=variant.policy, **common, **scoring))
     return Path(stages.runs) / own / "evaluate" / variant.policy / "per_user.parquet"
 
 

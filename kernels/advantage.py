@@ -15,8 +15,8 @@ __all__ = ["gae"]
 
 BLOCK = 32    # steps of a block: sqrt(T) at T = 1,024. Fixed, because the partition decides the rounding.
 
-# Entries of the rows taken at a time on CPU, 2 MB in float32. Rows are independent, so this moves no bit; taking
-# them all makes every temporary fresh memory from the system, which costs more than the arithmetic.
+# Entries of the rows taken at a time on CPU, 2 MB in float32. Rows are independent, so this moves no bit; with
+# all rows at once every temporary is fresh memory from the system, which costs more than the sums.
 ENTRIES = 2 ** 19
 
 
@@ -48,14 +48,13 @@ def gae(
     # A hole would join two pages into one return, and nothing downstream could tell.
     require(mask[:, 1:] <= mask[:, :-1], "gae: mask has a hole at (row, step) {row}; want True, then False")
 
-    if mask.is_cuda or torch.is_grad_enabled() and (reward.requires_grad or value.requires_grad):
+    if mask.is_cuda:
         return unchecked_gae(reward, value, mask, gamma, gamma * lam)
-    advantage, ret = (torch.empty(mask.shape, dtype=compute_dtype(reward, value)) for _ in range(2))
+    advantage, ret = (torch.empty_like(mask, dtype=compute_dtype(reward, value)) for _ in range(2))
     size = max(ENTRIES // max(mask.shape[1], 1), 1)
-    for out_a, out_r, *rows in zip(*(x.split(size) for x in (advantage, ret, reward, value, mask)), strict=True):
-        some_a, some_r = unchecked_gae(*rows, gamma, gamma * lam)
-        out_a.copy_(some_a)
-        out_r.copy_(some_r)
+    for start in range(0, len(mask), size):
+        rows = slice(start, start + size)
+        advantage[rows], ret[rows] = unchecked_gae(reward[rows], value[rows], mask[rows], gamma, gamma * lam)
     return advantage, ret
 
 

@@ -32,7 +32,7 @@ HEADER = ("kernel", "shape", "plain ms", "ours ms", "x", "floor ms", "share", "p
 
 @dataclass(frozen=True)
 class Case:
-    """One row. The callables take nothing; plain, ours and exact return the same tensors in the same order."""
+    """One row. The callables take nothing; plain, ours and exact return the same tensors in one order."""
     kernel: str
     shape: str
     plain: Callable[[], list[Tensor]]
@@ -119,7 +119,7 @@ def linear_case(
         return [*(torch.cat(x) for x in zip(*parts, strict=True)), torch.cat(grad_hidden), grad_head]
 
     def floor() -> None:
-        # What no tiling avoids: the products for the logits, forward and again backward, and for two gradients.
+        # What no tiling avoids: products for the logits, forward and again backward, and for two gradients.
         head = weight[:rows or V]
         for some in logprob.even_slices(len(head), max(1, 2 ** 21 // N)):
             for _ in range(2):
@@ -171,8 +171,8 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
     yield linear_case(2048, 768, 24_000, device, dtype=torch.bfloat16)
     yield linear_case(1280, 64, 1_000, device)                               # SFT on the synthetic shop
     yield linear_case(1280, 64, 12_000, device)                              # SFT on a real one
-    yield linear_case(1280, 64, 12_000, device, n_excluded=70, with_entropy=True)   # PPO: history and page
-    yield linear_case(320, 64, 12_000, device, rows=1_000)                          # items only, mask afterwards
+    yield linear_case(1280, 64, 12_000, device, n_excluded=70, with_entropy=True)  # PPO: history, page
+    yield linear_case(320, 64, 12_000, device, rows=1_000)                         # items, mask afterwards
     yield gae_case(64, 20, device)
     yield gae_case(4096, 1024, device)
     yield whiten_case(4096, 1024, device)
@@ -211,7 +211,7 @@ def synchronise(device: str) -> None:
 def peak_megabytes(function: Callable, device: str) -> float | None:
     """Most memory in use during function() beyond what was in use before, in MB; None where nothing tells.
 
-    On CUDA torch counts; on Linux the kernel keeps the high-water mark of resident memory, which can be reset.
+    On CUDA torch counts; Linux keeps a high-water mark of resident memory, which can be reset.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table and the JSON line. Options: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="kernels.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, seconds: shows that it runs, no more")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: shows that it runs, no more")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each version (default: 5)")
     options = parser.parse_args(argv)
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():

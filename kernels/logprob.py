@@ -10,7 +10,7 @@ hand linear_logp the item rows alone; the cost is then items times positions and
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from kernels.checks import compute_dtype, require, require_temperature
 
@@ -89,7 +89,7 @@ def linear_logp(
     returns      logp (N,), and with return_entropy also the entropy (N,) of the choice, in nats; float32
                  (float64 if an input is). logp is -inf, with gradient 0, where the target is excluded.
 
-    Differentiable once in hidden and weight, through either output; a second time is refused by autograd.
+    Differentiable once in hidden and weight, through either output; create_graph is refused.
     Memory beyond inputs and gradients: (N,) statistics and scratch of TILE entries, twice that with entropy.
     Half precision is widened, so logits and sums are float32; only on CUDA do bf16 operands stay bf16, with
     float32 sums. Raises ValueError on unequal shapes, ids out of range, a row with nothing left to choose
@@ -164,10 +164,14 @@ class LinearLogp(torch.autograd.Function):
         return chosen - m - log_s, log_s - u if with_entropy else None
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: FunctionCtx, grad_logp: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        # Autograd's own once_differentiable notices only when the incoming gradient has a graph; a gradient
+        # penalty would silently lose its term.
+        if torch.is_grad_enabled():
+            raise NotImplementedError("linear_logp has no second derivative: leave create_graph out, or use "
+                                      "token_logp(hidden @ weight.T, target), which holds all the logits")
         hidden, weight, target, excluded, m, s, u, legal = ctx.saved_tensors
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         tiles = Tiles(hidden, weight, excluded, ctx.temperature)

@@ -28,6 +28,7 @@ from pagellm.train import keyed, pick_device
 __all__ = ["COLUMNS", "Config", "LABELS", "popularity_pages", "read_pages", "run", "table", "write_pages"]
 
 LABELS = {"popularity": "popularity", "sft": 'SFT = "w/o reward"', "ppo": "PageLLM"}
+DIFFERENCE = "PageLLM - SFT"     # the paired row of the table
 COLUMNS = ("Recall@20", "Recall@40", "NDCG@100", "WAS", "PWKT", "WMRD", "DPA", "ILD", "entropy", "redundancy",
            "duplicate_rate")
 
@@ -126,14 +127,14 @@ def table(results: dict[str, dict[str, dict]], columns: tuple[str, ...], per_blo
     lines = []
     for start in range(0, len(columns), per_block):
         block = columns[start: start + per_block]
-        lines.append(" " * width + "".join(f"{heading(c):>19}" for c in block))
+        lines.append(" " * width + "".join(f"{heading(c):>20}" for c in block))
         for name, scores in results.items():
             cells = [scores.get(c, {"mean": None}) for c in block]
-            lines.append(f"{LABELS.get(name, name):<{width}}" + "".join(
-                f"{'–' if c['mean'] is None else format(c['mean'], '.4f'):>19}" for c in cells))
-            lines.append(" " * width + "".join(
-                f"{'' if c['mean'] is None else '[' + format(c['low'], '.4f') + ', ' + format(c['high'], '.4f') + ']':>19}"
-                for c in cells))
+            sign = "+" if name == DIFFERENCE else ""
+            means = ["–" if c["mean"] is None else f"{c['mean']:{sign}.4f}" for c in cells]
+            spans = ["" if c["mean"] is None else f"[{c['low']:{sign}.4f}, {c['high']:{sign}.4f}]" for c in cells]
+            lines.append(f"{LABELS.get(name, name):<{width}}" + "".join(f"{cell:>20}" for cell in means))
+            lines.append(" " * width + "".join(f"{cell:>20}" for cell in spans))
         lines.append("")
     return "\n".join(lines[:-1])
 
@@ -166,13 +167,13 @@ def show_pages(shop: Shop, pages: dict[str, RankedPages], held, history, count: 
 def run(config: Config) -> dict[str, dict[str, dict]]:
     """-> policy -> metric -> {mean, low, high, coverage, count}."""
     where = {"sft": config.stage("sft", config.source_run), "ppo": config.stage("ppo")}
-    names, inputs = config.policies.split(","), {"data": ""}
     shop = load(config.data_dir)
-    inputs["data"] = file_id(config.data_dir / "source.json")
+    names, inputs = config.policies.split(","), {"data": file_id(config.data_dir / "source.json")}
     for name in names:
         if name in where:
             inputs[name] = finished(where[name], f"{LABELS[name]} policy", config.make(name))["id"]
-    with Run(config.stage("evaluate"), config, inputs, free=("device", "save_every", "batch", "examples", "quiet")) as out:
+    free = ("device", "save_every", "batch", "examples", "quiet")
+    with Run(config.stage("evaluate"), config, inputs, free) as out:
         if out.done:
             if not config.quiet:
                 print((out.path / "table.txt").read_text())
@@ -203,7 +204,7 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
             pages[name], rows[name] = ranked, scores
         text = table(results, COLUMNS)
         if "sft" in rows and "ppo" in rows:
-            results["ppo - sft"] = {metric: metrics.paired(rows["ppo"][metric], rows["sft"][metric], config.seed,
+            results[DIFFERENCE] = {metric: metrics.paired(rows["ppo"][metric], rows["sft"][metric], config.seed,
                                                            config.n_boot) for metric in results["ppo"]}
             text = table(results, (*COLUMNS, "energy", "true_energy"))
         short = int((pages[names[-1]].slots < config.k).sum())

@@ -80,9 +80,8 @@ def split_history(items: np.ndarray, ratings: np.ndarray, share: float,
     chosen = np.zeros(len(items), dtype=bool)
     for value in np.unique(level):
         members = np.flatnonzero(level == value)
-        if len(members) > 1:
-            count = min(max(1, math.floor(share * len(members) + 0.5)), len(members) - 1)
-            chosen[rng.permutation(members)[:count]] = True
+        count = min(max(1, math.floor(share * len(members) + 0.5)), len(members) - 1)
+        chosen[rng.permutation(members)[:count]] = True
     if not chosen.any():
         chosen[rng.integers(len(items))] = True
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)

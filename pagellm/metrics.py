@@ -31,6 +31,7 @@ DIRECTION = {"Recall@20": "up", "Recall@40": "up", "NDCG@100": "up",
              "duplicate_rate": "down", "near_duplicate_pairs": "down", "unknown_rate": "down"}
 
 MISSING = ("worst", "append", "skip")
+BLOCK = 2_000_000        # numbers in the largest arrays held at once
 PAPER_SHIFT = 100.0      # max_shift that reproduces the paper's tables (SPEC 9)
 
 Items = Sequence[Hashable]
@@ -481,7 +482,7 @@ def order_scores(n_users: int, row: np.ndarray, real: np.ndarray, place: np.ndar
     begin = np.cumsum(count) - count
     for n in np.unique(count[count > 0]):
         members = np.flatnonzero(count == n)
-        step = max(1, 2_000_000 // n ** 2)               # pwkt holds a few (users, n, n) arrays
+        step = max(1, BLOCK // n ** 2)                   # pwkt holds (users, n, n)
         for some in (members[at: at + step] for at in range(0, len(members), step)):
             index = begin[some][:, None] + np.arange(n)
             a = align(real[index], place[index], length[some], missing, paper)
@@ -509,8 +510,11 @@ def category_scores(n_users: int, page: Lists, length: np.ndarray, categories: C
 
 
 def category_table(items: list, categories: Categories) -> tuple[np.ndarray, np.ndarray]:
-    """Category numbers (M, m) of the given items, -1 behind the last; how many each has (M,)."""
-    sets = [names_of(categories, item) for item in items]
+    """Category numbers (M+1, m) of the given items, -1 behind the last; how many each has (M+1,).
+
+    The last row stands for an empty slot of a page, which index -1 finds.
+    """
+    sets = [names_of(categories, item) for item in items] + [frozenset()]
     number = {name: i for i, name in enumerate(dict.fromkeys(name for names in sets for name in names))}
     size = np.array([len(names) for names in sets], dtype=np.int64)
     table = np.full((len(sets), size.max(initial=1)), -1, dtype=np.int32)
@@ -533,16 +537,15 @@ def category_entropy(n_users: int, row: np.ndarray, table: np.ndarray, size: np.
 
 def jaccard_diversity(n_users: int, page: Lists, index: np.ndarray, table: np.ndarray,
                       size: np.ndarray) -> np.ndarray:
-    """ILD (U,) by category sets: page entries point into table (M, m) and size (M,) by index."""
+    """ILD (U,) by category sets: page entries point into table and size (M+1) by index."""
     width = int(page.order.max(initial=1))
     grid = np.full((n_users, width), -1, dtype=np.int64)
     grid[page.row, page.order - 1] = index
     score = np.full(n_users, np.nan)
-    step = max(1, 2_000_000 // width ** 2)
+    step = max(1, BLOCK // width ** 2)
     for begin in range(0, n_users, step):
         some = grid[begin: begin + step]
-        held = some >= 0
-        names, count = np.where(held[..., None], table[some], -1), np.where(held, size[some], 0)
+        names, count = table[some], size[some]
         both = np.zeros((len(some), width, width), dtype=np.int32)
         for a in range(table.shape[1]):
             mine = np.where(names[..., a] < 0, -2, names[..., a])        # -2: padding equals no padding
@@ -550,7 +553,7 @@ def jaccard_diversity(n_users: int, page: Lists, index: np.ndarray, table: np.nd
                 both += mine[:, :, None] == names[:, None, :, b]
         either = count[:, :, None] + count[:, None, :] - both
         similar = np.triu(both / np.maximum(either, 1), 1).sum((-2, -1))
-        n = held.sum(1)
+        n = (some >= 0).sum(1)
         score[begin: begin + step] = 1.0 - ratio(similar, n * (n - 1) // 2)
     return score
 
@@ -570,7 +573,8 @@ def group_pairs(n_users: int, page: Lists, group: np.ndarray) -> np.ndarray:
     """Pairs in one near-duplicate group, (U,)."""
     base = group.max(initial=0) + 1
     code, count = np.unique(page.row * base + group[page.item], return_counts=True)
-    return np.bincount(code // base, weights=count * (count - 1) // 2, minlength=n_users)
+    pairs = np.bincount(code // base, weights=count * (count - 1) // 2, minlength=n_users)
+    return pairs.astype(np.float64)                      # bincount of nothing counts in whole numbers
 
 
 def paper_scale(users: np.ndarray, pages: tuple, refs: tuple, leaf: Sequence | None = None,
@@ -611,7 +615,7 @@ def summary(values: np.ndarray, seed: int, n_boot: int = 1000) -> dict[str, floa
     if len(kept) == 0:
         return {"mean": None, "low": None, "high": None, "coverage": 0.0, "count": 0}
     rng = np.random.Generator(np.random.PCG64(seed))
-    step = max(1, 2_000_000 // len(kept))            # draws held at once: memory does not grow with n_boot
+    step = max(1, BLOCK // len(kept))
     means = np.concatenate([
         kept[rng.integers(len(kept), size=(min(step, n_boot - at), len(kept)), dtype=np.int32)].mean(1)
         for at in range(0, n_boot, step)])

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from kernels import masked
 from kernels.advantage import gae
+from pagellm import metrics
 from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Rows, Shop, load
 from pagellm.decode import Unseen, page_logp, sample, slot_states
@@ -48,7 +49,7 @@ class Config(Common):
 
     source_run: str = ""         # run whose sft is read; empty: this run (studies share one)
     reward_run: str = ""         # run whose reward model is read; empty: the same as source_run
-    algo: str = "ppo"            # ppo; reinforce (Eq. 11 with the batch mean as baseline); rloo (the user's other pages)
+    algo: str = "ppo"            # ppo, reinforce (Eq. 11 minus the batch mean), rloo (minus the user's other pages)
     epochs: float = 2.0          # passes over the users (the paper: 5)
     rollout: int = 64            # pages sampled in a step
     samples: int = 1             # pages of one user among them; rloo wants 2 or more
@@ -334,13 +335,13 @@ def advantages(config: Config, r: Rollout, reward: Tensor) -> tuple[Tensor, Tens
     return torch.where(r.mask, advantage[:, None], 0.0), r.value
 
 
-def update(config: Config, policy: Policy, critic: Critic, policy_step: Guard, critic_step: Guard, r: Rollout,
+def inner_epoch(config: Config, policy: Policy, critic: Critic, policy_step: Guard, critic_step: Guard, r: Rollout,
            advantage: Tensor, ret: Tensor, order: np.ndarray, learn_policy: bool, where: str) -> dict[str, float]:
     """One inner epoch over a rollout. -> what to log; "stopped" 1.0 if the policy had already moved too far.
 
     Each loss is a mean over the kept slots of the minibatch; a micro-batch adds its share of that mean.
     """
-    device, seen = r.item.device, []
+    device, seen, first = r.item.device, [], {}
     for mini in torch.from_numpy(order).to(device).split(config.minibatch):
         slots = r.mask[mini].sum().clamp(min=1)
         parts = []
@@ -365,16 +366,18 @@ def update(config: Config, policy: Policy, critic: Critic, policy_step: Guard, c
             (loss * share).backward()
             parts.append(row)
         total = pool(parts)
+        first = first or {"first_logratio": total.pop("max_logratio", 0.0)}
+        if learn_policy:
+            total["policy/ratio_var"] = total.pop("ratio_sq") - total["policy/ratio_mean"] ** 2
         if learn_policy and total["policy/approxkl_k3"] > config.max_kl:
             for guard in (policy_step, critic_step):
                 guard.opt.zero_grad(set_to_none=True)
-            return pool(seen, "share") | {"stopped": 1.0} if seen else total | {"stopped": 1.0}
+            return (pool(seen) if seen else total) | first | {"stopped": 1.0}
         total["val/grad_norm"] = critic_step.step(where)
         if learn_policy:
             total["policy/grad_norm"] = policy_step.step(where)
-        seen.append({k: torch.tensor(v) for k, v in total.items()} | {"share": torch.tensor(1.0 / config.rollout
-                                                                                           * len(mini))})
-    return pool(seen) | {"stopped": 0.0}
+        seen.append(total | {"share": len(mini) / len(order)})
+    return pool(seen) | first | {"stopped": 0.0}
 
 
 def policy_row(logp: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, clip: float) -> dict[str, Tensor]:
@@ -386,7 +389,7 @@ def policy_row(logp: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, clip:
             "policy/approxkl_k3": masked.mean(kl_k3(old, logp), mask),
             "policy/clipfrac_low": masked.mean(low.float(), mask),
             "policy/clipfrac_high": masked.mean(high.float(), mask),
-            "policy/ratio_mean": masked.mean(ratio, mask), "policy/ratio_sq": masked.mean(ratio.square(), mask),
+            "policy/ratio_mean": masked.mean(ratio, mask), "ratio_sq": masked.mean(ratio.square(), mask),
             "policy/ratio_max": ratio.max(), "max_logratio": (ratio.log()).abs().max()}
 
 
@@ -431,6 +434,17 @@ def rollout_row(r: Rollout, reward: Tensor, advantage: Tensor, ret: Tensor, mome
             "rollout/short": int((~r.mask).any(1).sum()), "rollout/gen_vs_train_logp_diff": r.drift,
             "list/coverage": len(set(flat.tolist())), "list/top1_item_share": top,
             "list/distinct": len({tuple(page) for page in pages}) / len(pages)}
+
+
+def page_row(pages: Tensor, categories: list) -> dict[str, float]:
+    """Mean ILD and category entropy of sampled pages (B, K)."""
+    page, slot = np.nonzero(pages.cpu().numpy() >= 0)
+    none = np.zeros(0, dtype=np.int64)
+    scores = metrics.score_pages(np.arange(len(pages)), (page, slot + 1, pages.cpu().numpy()[page, slot]),
+                                 (none, none, none), categories, page_k=pages.shape[1])
+    return {name: float(np.nanmean(scores[key])) for name, key in (("list/ILD", "ILD"),
+                                                                   ("list/category_entropy", "entropy"))
+            if not np.isnan(scores[key]).all()}
 
 
 def alarms(log: list[dict], warmup: int, kl_target: float = 0.0) -> list[str]:
@@ -483,8 +497,8 @@ def hacking(log: list[dict], reward_before: float) -> list[str]:
     for name in ("energy", "NDCG@100", "ILD", "entropy"):
         old, new = first.get(f"valid/{name}"), now.get(f"valid/{name}")
         if old is not None and new is not None and new < old - 0.05 * abs(old):
-            found.append(f"reward rose from {reward_before:.3f} to "
-                         f"{now['objective/reward_total']:.3f} while validation {name} fell from {old:.4f} to {new:.4f}")
+            found.append(f"reward rose from {reward_before:.3f} to {now['objective/reward_total']:.3f} while "
+                         f"validation {name} fell from {old:.4f} to {new:.4f}")
     return found
 
 
@@ -572,15 +586,15 @@ def run(config: Config) -> None:
             for group, peak in ((opt, config.lr), (critic_opt, config.critic_lr)):
                 set_lr(group, lr_at(step, total, peak, shape="linear"))
             row = {"learning": learning, "kl_coef": kl_coef, "lr": opt.param_groups[0]["lr"],
-                   **rollout_row(r, rewards, advantage, ret, moments)}
+                   **rollout_row(r, rewards, advantage, ret, moments), **page_row(r.item, shop.catalogue.categories)}
             for epoch in range(config.inner_epochs):
                 order = (np.arange(len(r)) if config.minibatch >= len(r)
                          else keyed(config.seed, "ppo", "minibatches", step, epoch).permutation(len(r)))
-                seen_row = update(config, policy, critic, policy_step, critic_step, r, advantage, ret, order,
+                seen_row = inner_epoch(config, policy, critic, policy_step, critic_step, r, advantage, ret, order,
                                   learning, f"ppo step {step}")
-                first = seen_row.pop("max_logratio", 0.0)
-                if epoch == 0 and config.minibatch >= len(r):
-                    row["rollout/first_epoch_max_abs_logratio"] = first
+                moved = seen_row.pop("first_logratio")
+                if epoch == 0:      # before the first update of the step: the ratio must still be 1
+                    row["rollout/first_epoch_max_abs_logratio"] = moved
                 row |= seen_row
                 row["inner_epochs"] = epoch + 1
                 if seen_row.get("stopped"):
@@ -608,7 +622,8 @@ def run(config: Config) -> None:
             if (step + 1) % config.save_every == 0 and step + 1 < total:
                 out.save({"step": step + 1, "best": best, "policy": policy.model.state_dict(),
                           "critic": critic.state_dict(), "opt": opt.state_dict(),
-                          "critic_opt": critic_opt.state_dict(), "moments": moments.state_dict(), "kl_coef": steer.coef if steer else kl_coef})
+                          "critic_opt": critic_opt.state_dict(), "moments": moments.state_dict(),
+                          "kl_coef": steer.coef if steer else kl_coef})
         policy.model.load_state_dict(best["weights"])
         out.finish(policy.state(), step=best["step"], score=best["score"], steps=total, alarms=sorted(raised))
         print(f"ppo: {out.path}, step {best['step']} of {total}, validation {config.select} {best['score']:.4f}")

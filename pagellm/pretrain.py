@@ -37,9 +37,9 @@ class Config(Common):
 
     size: str = "tiny"           # shape of the network: nano, tiny, mini, small, gpt2, gpt2-medium, -large, -xl
     weights: str = ""            # published GPT-2 weights: a file, a directory or a name on the hub; empty: none
-    bpe: str = ""                # directory with GPT-2's encoder.json and vocab.bpe; empty: train words on the shop's text
+    bpe: str = ""                # directory with GPT-2's encoder.json and vocab.bpe; empty: words learnt from the shop
     words: int = 2048            # words to learn when bpe is empty, at least 256
-    rows: str = "spectral"       # start of the user and item rows: spectral (factors of the train matrix) or random
+    rows: str = "spectral"       # start of user and item rows: spectral (factors of the train matrix) or random
     steps: int = 240             # optimiser steps
     batch: int = 64              # examples of text or items in a step
     rating_batch: int = 128      # (user, item) pairs in a step whose rating is predicted
@@ -155,7 +155,7 @@ def spectral_rows(shop: Shop, n_embd: int, seed: int) -> tuple[Tensor, Tensor]:
     degree_i = np.maximum(np.bincount(train.items, minlength=shop.n_items), 1)
     value = 1.0 / np.sqrt(degree_u[user] * degree_i[train.items])
     matrix = torch.sparse_coo_tensor(np.stack([user, train.items]), torch.from_numpy(value).float(),
-                                     (shop.n_users, shop.n_items)).coalesce()
+                                     (shop.n_users, shop.n_items), check_invariants=True).coalesce()
     rank = min(n_embd, *matrix.shape)
     seed_torch(seed, "pretrain", "rows")
     u, s, v = torch.svd_lowrank(matrix, q=min(rank + 8, *matrix.shape), niter=4)

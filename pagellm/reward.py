@@ -293,6 +293,7 @@ def run(config: Config) -> None:
 
         torch.manual_seed(key(config.seed, "reward", "heads") % (1 << 63))
         model = RewardModel(from_state(load_model_file(before / "model.pt"))).to(device)
+        lengths = tuple(2 * len(p.history) + len(p.chosen) for p in learn)
         total = max(1, round(config.epochs * -(-len(learn) // config.batch)))
         opt = optimiser(model, config.lr, config.weight_decay)
         guard = Guard(opt, model.parameters(), config.grad_clip)
@@ -303,7 +304,7 @@ def run(config: Config) -> None:
             opt.load_state_dict(state["opt"])
         bar = progress(start, total, "reward")
         for step in bar:
-            _, index = batch_at(step, len(learn), config.batch, config.seed, "reward")
+            _, index = batch_at(step, len(learn), config.batch, config.seed, "reward", length=lengths)
             set_lr(opt, lr_at(step, total, config.lr, config.warmup))
             b = collate([learn[i] for i in index], policy, device)
             scores = rewards_of(model, b)

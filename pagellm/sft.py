@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.logprob import linear_logp
 from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Shop, load
-from pagellm.decode import page_logp, slot_states
+from pagellm.decode import Unseen, page_logp, slot_states
 from pagellm.gpt2 import GPT2, from_state
 from pagellm.lists import ground_truth_page, item_scores, near_duplicates, single_level, split_history
 from pagellm.policy import MODES, Policy, PromptStyle, Validation
@@ -30,19 +29,23 @@ from pagellm.vocab import Vocab
 __all__ = ["Config", "PageMaker", "run", "sft_loss"]
 
 
+OBJECTIVES = ("list", "multinomial", "both")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
     """Teach the pre-trained model to write the ground-truth page behind a user's history."""
 
-    label_share: float = 0.2     # share of a user's train items that become the page; the rest is the history
+    label_share: float = 0.5     # share of a user's train items that become the page; the rest is the history
     label_share_max: float = 0.0 # if above label_share, the share is drawn between the two for every example
     fresh_split: bool = True     # draw the input/label split anew each epoch; off: one split for good
-    objective: str = "list"      # list (Eq. 4, slot by slot) or multinomial (all labels from the first slot's state)
+    objective: str = "both"      # list (Eq. 4, slot by slot), multinomial (all labels from the first state), or both
+    max_page: int = 40           # longest page learnt; what a very active user has beyond it is left out
     shrink: float = 0.0          # m of s_i: pull item means towards the mean of all, worth m ratings
     max_history: int = 24        # items of history in the prompt
     use_ratings: bool = True     # show the rating behind each item of the history
     use_user: bool = True        # show the user's own token; off: <user_unk> for all
-    epochs: int = 20             # passes over the users
+    epochs: int = 15             # passes over the users
     batch: int = 64              # users in a step
     lr: float = 2e-3             # peak learning rate
     warmup: int = 20             # steps of linear warm-up
@@ -58,7 +61,7 @@ class Config(Common):
     def __post_init__(self):
         check(self, label_share=(0 < self.label_share < 1, "between 0 and 1"),
               label_share_max=(0 <= self.label_share_max < 1, "0 or more, below 1"),
-              objective=(self.objective in ("list", "multinomial"), "list or multinomial"),
+              objective=(self.objective in OBJECTIVES, ", ".join(OBJECTIVES)),
               max_history=(self.max_history > 0, "1 or more"), epochs=(self.epochs > 0, "1 or more"),
               batch=(self.batch > 0, "1 or more"), lr=(self.lr > 0, "above 0"), k=(self.k > 0, "1 or more"),
               dropout=(0 <= self.dropout < 1, "0 or more, below 1"), mode=(self.mode in MODES, ", ".join(MODES)),
@@ -74,12 +77,12 @@ class PageMaker:
         self.near = near_duplicates(shop.catalogue)
         self.users = np.flatnonzero(self.train.counts() > 1)      # one for the history, one for the page
 
-    def example(self, user: int, share: float, rng: np.random.Generator):
-        """-> (items, ratings) of the history, and the page (item ids, best first)."""
+    def example(self, user: int, share: float, rng: np.random.Generator, longest: int | None = None):
+        """-> (items, ratings) of the history, and the page (item ids, best first, at most `longest`)."""
         items, ratings = self.train.of(user)
         given, label = split_history(items, ratings, share, rng)
         page, _ = ground_truth_page(items[label], ratings[label], self.catalogue, self.s, self.near)
-        return (items[given], ratings[given]), page
+        return (items[given], ratings[given]), page[:longest]
 
     def single_level_share(self, share: float, seed: int) -> float:
         """Share of users with a rating level on one side of the split only (SPEC 2.2 step 2), over one draw."""
@@ -110,14 +113,19 @@ def collate(policy: Policy, users, examples) -> Batch:
 def sft_loss(model: GPT2, b: Batch, objective: str = "list") -> Tensor:
     """Eq. 4 as the mean over the batch's slots: -log p(i_k | q, i_<k) over the legal items.
 
-    multinomial: every label is scored by the state before the first slot, none excludes another.
+    multinomial  every label is scored by the state before the first slot, none excludes another: what the ranks
+                 behind the page are read from
+    both         the sum of the two
     """
     states = slot_states(model, b.prompt, b.valid, b.item, b.mask)
-    if objective == "list":
-        return -page_logp(states, model.item, b.item, b.mask, b.excluded).sum() / b.mask.sum()
-    first = states[:, :1].expand(-1, b.item.shape[1], -1)
-    gone = b.excluded[:, None].expand(-1, b.item.shape[1], -1)
-    return -linear_logp(first[b.mask], model.item, b.item[b.mask], gone[b.mask]).mean()
+    loss = states.new_zeros((), dtype=torch.float32)
+    if objective in ("list", "both"):
+        loss = loss - page_logp(states, model.item, b.item, b.mask, b.excluded).sum() / b.mask.sum()
+    if objective in ("multinomial", "both"):
+        legal = Unseen(b.excluded, model.n_items).legal
+        logp = torch.where(legal, model.item_logits(states[:, 0]), -torch.inf).log_softmax(1)       # (B, N)
+        loss = loss - logp.gather(1, b.item.clamp(min=0))[b.mask].mean()
+    return loss
 
 
 def run(config: Config) -> None:
@@ -137,8 +145,9 @@ def run(config: Config) -> None:
         maker = PageMaker(shop, config.shrink)
         if len(maker.users) == 0:
             raise PageLLMError(f"no user of {config.data_dir} has two train items: there is no page to learn")
+        lengths = tuple(maker.train.counts()[maker.users].tolist())
         longest = max(1, int(maker.train.counts().max()))
-        policy.check_room(max(config.k, min(longest, round(longest * max(config.label_share, config.label_share_max)) + 5)))
+        policy.check_room(max(config.k, min(longest, config.max_page)))
         validation = Validation(shop, "valid", config.k, config.mode, config.eval_users, config.seed)
         total = config.epochs * -(-len(maker.users) // config.batch)
         opt = optimiser(model, config.lr, config.weight_decay, config.row_decay)
@@ -152,9 +161,9 @@ def run(config: Config) -> None:
         bar = progress(start, total, "sft")
         for step in bar:
             model.train()
-            epoch, index = batch_at(step, len(maker.users), config.batch, config.seed, "sft")
+            epoch, index = batch_at(step, len(maker.users), config.batch, config.seed, "sft", length=lengths)
             users = maker.users[index]
-            examples = [maker.example(u, *draw(config, epoch, int(u))) for u in users]
+            examples = [maker.example(u, *draw(config, epoch, int(u)), config.max_page) for u in users]
             seed_torch(config.seed, "sft", "dropout", step)
             set_lr(opt, lr_at(step, total, config.lr, config.warmup))
             loss = sft_loss(model, collate(policy, users, examples), config.objective)

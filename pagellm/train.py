@@ -8,6 +8,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -35,15 +36,30 @@ def seed_torch(*parts) -> None:
     torch.manual_seed(key(*parts) % (1 << 63))
 
 
-def batch_at(step: int, n: int, batch: int, *parts) -> tuple[int, np.ndarray]:
+def batch_at(step: int, n: int, batch: int, *parts, length: tuple[int, ...] | None = None
+             ) -> tuple[int, np.ndarray]:
     """Which examples step `step` (from 0) sees: epochs of a keyed permutation, an uneven last batch.
 
-    returns epoch, index (at most `batch`,)
+    length   of every example: batches then hold examples of like length (sorted within pools of 16 batches, batches
+             in random order), so that little is spent on padding
+    returns  epoch, index (at most `batch`,)
     """
     per_epoch = max(1, math.ceil(n / batch))
     epoch, at = divmod(step, per_epoch)
-    order = keyed(*parts, "order", epoch).permutation(n)
-    return epoch, order[at * batch: (at + 1) * batch]
+    return epoch, epoch_batches(n, batch, parts, epoch, length)[at]
+
+
+@lru_cache(maxsize=4)
+def epoch_batches(n: int, batch: int, parts: tuple, epoch: int, length: tuple[int, ...] | None) -> list[np.ndarray]:
+    rng = keyed(*parts, "order", epoch)
+    order = rng.permutation(n)
+    if length is None:
+        return [order[i: i + batch] for i in range(0, max(n, 1), batch)]
+    size = np.asarray(length)
+    pools = [order[i: i + 16 * batch] for i in range(0, n, 16 * batch)]
+    batches = [pool[np.argsort(size[pool], kind="stable")][i: i + batch]
+               for pool in pools for i in range(0, len(pool), batch)]
+    return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def optimiser(model: nn.Module, lr: float, weight_decay: float = 0.0, row_decay: float = 0.0, eps: float = 1e-8,

@@ -162,8 +162,9 @@ def small_catalogues(draw):
     title = [" ".join(draw(st.one_of(st.just(base), st.lists(words, max_size=6), st.just([*base, "xy"]))))
              for _ in range(n)]
     title = [t.upper() if draw(st.booleans()) else t + " -" for t in title]
-    return catalogue_of([draw(st.sampled_from(["", "x", "y"])) for _ in range(n)], title,
-                        [draw(st.sampled_from(["", "p", "q"])) for _ in range(n)])
+    kinds = "xxxxxxy"                                    # mostly one shelf, else little can be near
+    return catalogue_of([draw(st.sampled_from(["", *kinds])) for _ in range(n)], title,
+                        [draw(st.sampled_from(["", *kinds])) for _ in range(n)])
 
 
 @law
@@ -214,8 +215,10 @@ def test_near_duplicates_join_both_rules_and_refuse_wrong_embeddings():
     for wrong in (e[:2], np.array([1.0, 2, 3]), np.where(e > 1, np.nan, e)):
         with pytest.raises(ValueError, match="embedding"):
             near_duplicates(c, wrong)
-    with pytest.raises(ValueError, match="above 0"):
-        near_duplicates(c, jaccard=0.0)
+    for wrong in ({"jaccard": 0.0}, {"jaccard": 1.5}, {"cosine": 0.0}, {"cosine": 1.5}):
+        with pytest.raises(ValueError, match="above 0"):
+            near_duplicates(c, e, **wrong)
+    assert near_duplicates(c, e, jaccard=1.0, cosine=1.0).of(1).tolist() == [0, 2]      # 1 counts as near
 
 
 @law

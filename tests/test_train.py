@@ -23,6 +23,19 @@ def test_an_epoch_sees_every_example_once(n, batch, epoch):
     assert all(len(index) <= batch for _, index in got)
 
 
+@settings(deadline=None)
+@given(st.integers(1, 200), st.integers(1, 5), st.integers(0, 3))
+def test_bucketed_batches_see_everything_once_and_pad_less(n, batch, epoch):
+    length = tuple(int(x) for x in keyed(n, "length").integers(1, 50, n))
+    per_epoch = -(-n // batch)
+    got = [batch_at(epoch * per_epoch + i, n, batch, 7, length=length)[1] for i in range(per_epoch)]
+    assert sorted(np.concatenate(got)) == list(range(n))
+    plain = [batch_at(epoch * per_epoch + i, n, batch, 7)[1] for i in range(per_epoch)]
+    cost = [sum(len(b) * max(length[i] for i in b) for b in batches) for batches in (got, plain)]
+    if n >= 10 * batch and batch > 1:
+        assert cost[0] < cost[1]
+
+
 def test_draws_depend_on_their_key_alone():
     assert keyed(1, "a", 2).random() == keyed(1, "a", 2).random()
     values = {keyed(*parts).random() for parts in ((1, "a", 2), (2, "a", 2), (1, "b", 2), (1, "a", 3), (1, "a2"))}

@@ -134,7 +134,7 @@ def fetch(url: str, path: Path) -> None:
         begun = f"; {part.name} is kept, and the same command goes on from there" if part.exists() else ""
         raise PageLLMError(f"cannot fetch {path.name}: {trouble}{begun}\n{by_hand}")
     if not is_whole_gzip(part):
-        part.unlink()
+        part.unlink(missing_ok=True)
         raise PageLLMError(f"{url}: not a whole gzip file came; it was removed. Try again, or\n{by_hand}")
     os.replace(part, path)
 

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+from tqdm import tqdm
 
 __all__ = ["TEST", "TRAIN", "UNUSED", "VALID", "group_rank", "highest", "k_core", "latest", "random_keys",
            "split_by_time", "split_random"]
@@ -73,7 +74,9 @@ def random_keys(seed: int, user, item, user_ids: Sequence[str], item_ids: Sequen
     keys = np.empty(len(user), dtype=np.uint64)
     item_bytes = [name.encode() for name in item_ids]
     prefix, prefix_of = None, -1
-    for row, (u, i) in enumerate(zip(user.tolist(), item.tolist(), strict=True)):
+    pairs = tqdm(zip(user.tolist(), item.tolist(), strict=True), "  drawing the split", len(user),
+                 unit=" rows", unit_scale=True, delay=2)
+    for row, (u, i) in enumerate(pairs):
         if u != prefix_of:
             prefix, prefix_of = hashlib.sha256(f"{seed}\0{user_ids[u]}\0".encode()), u
         draw = prefix.copy()

@@ -273,9 +273,13 @@ def building(target: Path):
         for path in beside.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        if target.exists():
-            target.rmdir()       # empty, or `already` would have spoken; a full one is never replaced
-        os.replace(beside, target)
+        try:
+            if target.exists():
+                target.rmdir()       # empty, or `already` would have spoken; a full one is never replaced
+            os.replace(beside, target)
+        except OSError as error:
+            raise PageLLMError(f"{target} appeared while it was being prepared ({error.strerror}); "
+                               "it was left as it is") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

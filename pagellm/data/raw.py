@@ -114,7 +114,8 @@ class RawFile(NamedTuple):
     split: str = ""               # of all its rows, if the file is of one split
 
     def __str__(self) -> str:
-        what = ", ".join(f"{role} = {column}" for role, column in self.columns.items())
+        roles = ", ".join(f"{role} = {column}" for role, column in self.columns.items())
+        what = roles or ", ".join(self.names)
         form = f"{self.spelling} {self.kind}".strip()
         return f"{self.path.name}: {form} ({what})" if what else f"{self.path.name}: {form}"
 
@@ -210,7 +211,8 @@ def check_columns(roles: dict, files: list[RawFile], options: Options) -> None:
     """Raise PageLLMError for a column that is named by option and in none of the files."""
     for role, name in options.chosen(roles).items():
         if not any(name in file.names for file in files):
-            there = "".join(f"\n    {file.path.name}: {', '.join(file.names) or 'no table'}" for file in files)
+            there = "".join(f"\n    {file.path.name}: {', '.join(file.names) or 'no table'}"
+                            for file in files)
             raise PageLLMError(f"--{role}_column: no column {name!r} in{there or ' any item table'}")
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from pagellm.data.records import Review
 
@@ -125,7 +127,7 @@ def write_reviews(spool_path: Path, position: np.ndarray, user, item, path: Path
     deal(spool_path, position, width, parts)
     written = 0
     with pq.ParquetWriter(path, REVIEWS, compression="zstd") as writer:
-        for part in parts:
+        for part in tqdm(parts, "  writing reviews", unit=f" x {width} rows", delay=2):
             with pa.OSFile(str(part)) as file:
                 table = pa.ipc.open_stream(file).read_all().sort_by("position")
             part.unlink()
@@ -140,10 +142,11 @@ def deal(spool_path: Path, position: np.ndarray, width: int, parts: list[Path]) 
     """One pass over the spool: the row that belongs at position p goes to parts[p // width]."""
     writers = [pa.ipc.new_stream(str(part), DEALT) for part in parts]
     start = 0
+    bar = tqdm(total=len(position), desc="  sorting reviews", unit=" rows", unit_scale=True, delay=2)
     for batch in pq.ParquetFile(spool_path).iter_batches(batch_size=GROUP_ROWS):
         at = position[start:start + len(batch)]
         start += len(batch)
-        keep = np.flatnonzero((at >= 0) & (pa.compute.binary_length(batch["text"]).to_numpy() > 0))
+        keep = np.flatnonzero((at >= 0) & (pc.binary_length(batch["text"]).to_numpy() > 0))
         keep = keep[np.argsort(at[keep] // width, kind="stable")]
         bucket = at[keep] // width
         edges = np.flatnonzero(np.diff(bucket, prepend=-1, append=-1))
@@ -151,5 +154,7 @@ def deal(spool_path: Path, position: np.ndarray, width: int, parts: list[Path]) 
             rows = keep[first:last]
             writers[bucket[first]].write_batch(pa.record_batch(
                 [pa.array(at[rows], pa.int64()), batch["text"].take(pa.array(rows))], schema=DEALT))
+        bar.update(len(batch))
+    bar.close()
     for writer in writers:
         writer.close()

@@ -30,8 +30,8 @@ FORMATS = ("amazon2014", "amazon2018", "amazon2023", "sequences", "csv", "parque
 ROOT = "Everything"          # on every item's path, as a real shop's department is
 NEAR_DUPLICATES = 0.08       # share of items that copy another one
 RATINGS_PER_USER = 36.0      # mean
-NOISE = 0.6                  # standard deviation of a rating about its expectation
-UTILITY_AT_3 = 2.6          # so that about five in eight ratings are above 3
+NOISE = 0.3                  # standard deviation of a rating about its expectation
+LIKED = 0.65                 # share of what people buy that they are expected to rate above 3
 DAY = 86_400
 FIRST_DAY = 14_610           # 1 January 2010, in days since 1970
 
@@ -146,20 +146,24 @@ def make(users: int = 2000, items: int = 1000, seed: int = 0) -> SyntheticShop:
     likes_brand = rng.normal(size=(users, n_brands)) * 0.5
     thrift = rng.gamma(2.0, 0.25, size=users)
     amount = np.clip(RATINGS_PER_USER * rng.lognormal(-0.125, 0.5, size=users), 12, None)
-    amount = np.minimum(amount, 0.6 * items).astype(int)
+    amount = np.minimum(amount, 0.5 * items).astype(int)
     dearness = np.log(price) - np.log(price).mean()
 
-    truth = np.empty((users, items), dtype=np.float32)
+    utility = np.empty((users, items))
     bought = []
     for u in range(users):
-        utility = (0.55 * style @ taste[u] + 0.8 * likes_top[u, TOP_OF_LEAF[leaf]] + 0.6 * likes_leaf[u, leaf]
-                   + likes_brand[u, brand] + 0.7 * quality - thrift[u] * dearness)
-        # Rounded, so that the last bit of a machine's arithmetic decides no rating.
-        truth[u] = np.round(1 + 4 / (1 + np.exp(-0.75 * (utility - UTILITY_AT_3))), 4)
-        wanted = fame + 1.3 * utility + rng.gumbel(size=items) * 1.2
+        utility[u] = (0.55 * style @ taste[u] + 0.8 * likes_top[u, TOP_OF_LEAF[leaf]]
+                      + 0.6 * likes_leaf[u, leaf] + likes_brand[u, brand]
+                      + 1.1 * quality - thrift[u] * dearness)
+        wanted = fame + 1.3 * utility[u] + rng.gumbel(size=items) * 1.2
         bought.append(np.sort(np.argsort(-wanted, kind="stable")[:amount[u]]))
     user = np.repeat(np.arange(users), amount)
     item = np.concatenate(bought)
+    # Of what is bought, LIKED is worth more than 3.5 stars, from where ratings round to 4.
+    worth_more = np.quantile(utility[user, item], 1 - LIKED)
+    stars = 1 + 4 / (1 + np.exp(-0.75 * (utility - worth_more)) * 3 / 5)
+    # Rounded, so that the last bit of a machine's arithmetic decides no rating.
+    truth = np.round(stars, 4).astype(np.float32)
     noise = rng.normal(size=len(user)) * NOISE
     rating = np.clip(np.rint(truth[user, item] + noise), 1, 5).astype(np.int64)
     time = draw_times(rng, user, users)

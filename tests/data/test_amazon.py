@@ -13,8 +13,11 @@ from pagellm.data.records import NO_TIME, Broken, Item, Review
 
 few = settings(deadline=None, max_examples=60)
 plain = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8)
-values = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | plain, lambda inner:
-                      st.lists(inner, max_size=3) | st.dictionaries(plain, inner, max_size=3), max_leaves=6)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | plain,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(plain, inner, max_size=3),
+    max_leaves=6,
+)
 
 
 @few
@@ -34,13 +37,29 @@ def test_any_line_is_a_mapping_or_broken(text):
             pass
 
 
-@pytest.mark.parametrize("text, reason", [
-    ("[" * 100_000, "nested too deeply|bad JSON"), ('{"a": ' * 100_000, "nested too deeply"),
-    ("{'a': " * 100_000, "nested too deeply|bad Python"), ("{'a': " + "(" * 50_000, "nested too deeply|bad Python"),
-    ("{'a': " + "-" * 500_000 + "1}", "nested too deeply|bad Python"), ("[1]", "not an object"), ("7", "not an object"),
-    ("{'a', 'b'}", "not an object"), ("{'a': __import__('os').getcwd()}", "bad Python"), ("{'a': [] * 9}", "bad Python"),
-    ("{'a': f'{1}'}", "bad Python"), ("{'a': {}: 1}", "bad Python"), ("{'a': {[]: 1}}", "bad Python"), ("{", "bad JSON"),
-    ('{"a": 1', "bad JSON"), ("{'a': 1", "bad Python"), ('{"a": "\\ud8"}', "bad JSON"), ("", "bad JSON")])
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("[" * 100_000, "nested too deeply|bad JSON"),
+        ('{"a": ' * 100_000, "nested too deeply"),
+        ("{'a': " * 100_000, "nested too deeply|bad Python"),
+        ("{'a': " + "(" * 50_000, "nested too deeply|bad Python"),
+        ("{'a': " + "-" * 500_000 + "1}", "nested too deeply|bad Python"),
+        ("[1]", "not an object"),
+        ("7", "not an object"),
+        ("{'a', 'b'}", "not an object"),
+        ("{'a': __import__('os').getcwd()}", "bad Python"),
+        ("{'a': [] * 9}", "bad Python"),
+        ("{'a': f'{1}'}", "bad Python"),
+        ("{'a': {}: 1}", "bad Python"),
+        ("{'a': {[]: 1}}", "bad Python"),
+        ("{", "bad JSON"),
+        ('{"a": 1', "bad JSON"),
+        ("{'a': 1", "bad Python"),
+        ('{"a": "\\ud8"}', "bad JSON"),
+        ("", "bad JSON"),
+    ],
+)
 def test_broken_lines(text, reason):
     with pytest.raises(Broken, match=reason):
         mapping(text)
@@ -56,12 +75,27 @@ def test_a_python_literal_has_a_limit(monkeypatch):
 @few
 @given(st.integers(1, 5), st.integers(0, 2_000_000_000), plain, plain)
 def test_one_review_in_three_spellings(rating, time, user, item):
-    old = {"reviewerID": user, "asin": item, "overall": float(rating), "unixReviewTime": time, "summary": "It &amp; I",
-           "reviewText": "Good  one"}
-    new = {"user_id": user, "parent_asin": item, "asin": "variant", "rating": rating, "timestamp": time * 1000 + 999,
-           "title": "It &amp; I", "text": "Good<br />one"}
+    old = {
+        "reviewerID": user,
+        "asin": item,
+        "overall": float(rating),
+        "unixReviewTime": time,
+        "summary": "It &amp; I",
+        "reviewText": "Good  one",
+    }
+    new = {
+        "user_id": user,
+        "parent_asin": item,
+        "asin": "variant",
+        "rating": rating,
+        "timestamp": time * 1000 + 999,
+        "title": "It &amp; I",
+        "text": "Good<br />one",
+    }
     expected = Review(user, item, rating, time, "It & I\nGood one")
-    assert parse_review(json.dumps(old)) == parse_review(repr(old)) == parse_review(json.dumps(new)) == expected
+    assert (
+        parse_review(json.dumps(old)) == parse_review(repr(old)) == parse_review(json.dumps(new)) == expected
+    )
 
 
 def test_what_a_review_may_lack():
@@ -70,13 +104,21 @@ def test_what_a_review_may_lack():
     assert parse_review('{"user_id": "u", "asin": "i", "rating": 3}').item == "i"
 
 
-@pytest.mark.parametrize("record, reason", [
-    ({"asin": "i", "overall": 5.0}, "no user"), ({"reviewerID": "u", "overall": 5.0}, "no item"),
-    ({"reviewerID": "u", "asin": ["i"]}, "item of a wrong type"), ({"reviewerID": "u", "asin": "i", "overall": 9}, "1..5"),
-    ({"reviewerID": "u", "asin": "i", "overall": "x"}, "rating of a wrong type"),
-    ({"reviewerID": "u", "asin": "i", "unixReviewTime": -5}, "absurd time"),
-    ({"reviewerID": "u", "asin": "i", "reviewText": 7}, "text of a wrong type"),
-    ({"user_id": "u", "parent_asin": "i", "rating": 0}, "1..5"), ({"user_id": "u"}, "no item"), ({}, "no user")])
+@pytest.mark.parametrize(
+    "record, reason",
+    [
+        ({"asin": "i", "overall": 5.0}, "no user"),
+        ({"reviewerID": "u", "overall": 5.0}, "no item"),
+        ({"reviewerID": "u", "asin": ["i"]}, "item of a wrong type"),
+        ({"reviewerID": "u", "asin": "i", "overall": 9}, "1..5"),
+        ({"reviewerID": "u", "asin": "i", "overall": "x"}, "rating of a wrong type"),
+        ({"reviewerID": "u", "asin": "i", "unixReviewTime": -5}, "absurd time"),
+        ({"reviewerID": "u", "asin": "i", "reviewText": 7}, "text of a wrong type"),
+        ({"user_id": "u", "parent_asin": "i", "rating": 0}, "1..5"),
+        ({"user_id": "u"}, "no item"),
+        ({}, "no user"),
+    ],
+)
 def test_broken_reviews(record, reason):
     with pytest.raises(Broken, match=reason):
         parse_review(json.dumps(record))
@@ -85,20 +127,59 @@ def test_broken_reviews(record, reason):
 def test_one_item_in_three_spellings():
     expected = Item("i", 'A "B" & c', "Maker", (("Music", "Drums & Co"),), 1040.5, "Loud. Very.")
     spelled = [
-        repr({"asin": "i", "title": "A &quot;B&quot; &amp; c", "brand": "Maker", "price": 1040.5, "salesRank": {"x": 1},
-              "categories": [["Music", "Drums &amp; Co"]], "description": "Loud. Very."}),
-        json.dumps({"asin": "i", "title": "A &#34;B&#34; & c", "brand": "Maker", "price": "$1,040.50",
-                    "category": ["Music", "Drums &amp; Co"], "description": ["Loud.", "", "Very."]}),
-        json.dumps({"parent_asin": "i", "asin": "v", "title": 'A "B" & c', "store": "Maker", "price": 1040.5,
-                    "categories": ["Music", "Drums & Co"], "description": ["Loud.", "Very."], "details": {}})]
+        repr(
+            {
+                "asin": "i",
+                "title": "A &quot;B&quot; &amp; c",
+                "brand": "Maker",
+                "price": 1040.5,
+                "salesRank": {"x": 1},
+                "categories": [["Music", "Drums &amp; Co"]],
+                "description": "Loud. Very.",
+            }
+        ),
+        json.dumps(
+            {
+                "asin": "i",
+                "title": "A &#34;B&#34; & c",
+                "brand": "Maker",
+                "price": "$1,040.50",
+                "category": ["Music", "Drums &amp; Co"],
+                "description": ["Loud.", "", "Very."],
+            }
+        ),
+        json.dumps(
+            {
+                "parent_asin": "i",
+                "asin": "v",
+                "title": 'A "B" & c',
+                "store": "Maker",
+                "price": 1040.5,
+                "categories": ["Music", "Drums & Co"],
+                "description": ["Loud.", "Very."],
+                "details": {},
+            }
+        ),
+    ]
     assert [parse_item(line) for line in spelled] == [expected] * 3
 
 
 def test_pieces_of_page_script_are_unknown():
-    item = parse_item(json.dumps({
-        "asin": "i", "title": "var aPageStart = (new Date()).getTime();", "brand": "x" * 101, "price": ".a{b:c}",
-        "category": ["Music", "Drums", "</span></span></span>", "Made of wood"], "description": "<script>no"}))
-    assert item[:4] == ("i", "", "", (("Music", "Drums"),)) and math.isnan(item.price) and item.description == ""
+    item = parse_item(
+        json.dumps(
+            {
+                "asin": "i",
+                "title": "var aPageStart = (new Date()).getTime();",
+                "brand": "x" * 101,
+                "price": ".a{b:c}",
+                "category": ["Music", "Drums", "</span></span></span>", "Made of wood"],
+                "description": "<script>no",
+            }
+        )
+    )
+    assert (
+        item[:4] == ("i", "", "", (("Music", "Drums"),)) and math.isnan(item.price) and item.description == ""
+    )
     assert parse_item('{"asin": "i", "brand": "%s"}' % ("x" * 100)).brand == "x" * 100
     assert parse_item('{"asin": "i", "category": ["%s", "b"]}' % ("x" * 101)).paths == ()
 
@@ -109,9 +190,19 @@ def test_brand_may_hide_in_the_details():
     assert parse_item('{"parent_asin": "i", "details": "none"}').brand == ""
 
 
-@pytest.mark.parametrize("value, paths", [
-    ([["a", "b"], ["c"]], (("a", "b"), ("c",))), (["a", "b"], (("a", "b"),)), ([["a"], []], (("a",),)), ([], ()),
-    (None, ()), ("a", (("a",),)), ([[]], ()), (["a", "", "b"], (("a",),))])
+@pytest.mark.parametrize(
+    "value, paths",
+    [
+        ([["a", "b"], ["c"]], (("a", "b"), ("c",))),
+        (["a", "b"], (("a", "b"),)),
+        ([["a"], []], (("a",),)),
+        ([], ()),
+        (None, ()),
+        ("a", (("a",),)),
+        ([[]], ()),
+        (["a", "", "b"], (("a",),)),
+    ],
+)
 def test_category_paths(value, paths):
     assert category_paths(value) == paths
 

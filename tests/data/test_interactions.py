@@ -1,4 +1,4 @@
-"""A shop's own log in every form, item tables, sequence files; good rows survive whatever lies between them."""
+"""A shop's own log in every form, item tables, sequence files; good rows survive what lies between."""
 
 import csv
 import io
@@ -30,9 +30,12 @@ few = settings(deadline=None, max_examples=60)
 GRADES = {"view": 1.0, "cart": 4.0}
 COLUMNS = {"user": "user_id", "item": "item_id", "rating": "stars", "time": "ts", "text": "comment"}
 word = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=6)
-prose = st.text(st.sampled_from('ab ,;\t"|\'é'), max_size=12)
-rows = st.lists(st.tuples(word, word, st.sampled_from([None, 1.0, 2.5, 5.0]), st.none() | st.integers(0, 10**9), prose),
-                min_size=1, max_size=5)
+prose = st.text(st.sampled_from("ab ,;\t\"|'é"), max_size=12)
+rows = st.lists(
+    st.tuples(word, word, st.sampled_from([None, 1.0, 2.5, 5.0]), st.none() | st.integers(0, 10**9), prose),
+    min_size=1,
+    max_size=5,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +51,14 @@ def log(path, kind, columns=None, scale=(1, 5), split=""):
 
 
 def expected(table):
-    return [Review(u, i, math.nan if r is None else r, NO_TIME if t is None else t, " ".join(c.split()))
-            for u, i, r, t, c in table]
+    return [
+        Review(u, i, math.nan if r is None else r, NO_TIME if t is None else t, " ".join(c.split()))
+        for u, i, r, t, c in table
+    ]
 
 
 def same(found, wanted):
-    return repr(found) == repr(wanted)       # NaN equals itself in writing
+    return repr(found) == repr(wanted)  # NaN equals itself in writing
 
 
 def write_csv(path, table, mark=",", quoting=csv.QUOTE_MINIMAL):
@@ -77,8 +82,15 @@ def test_csv_reads_back(folder, table, mark, quoting):
 def test_json_lines_and_parquet_read_back(folder, table):
     records = [dict(zip(COLUMNS.values(), row, strict=True)) for row in table]
     (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    schema = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("stars", pa.float64()), ("ts", pa.int64()),
-                        ("comment", pa.string())])
+    schema = pa.schema(
+        [
+            ("user_id", pa.string()),
+            ("item_id", pa.string()),
+            ("stars", pa.float64()),
+            ("ts", pa.int64()),
+            ("comment", pa.string()),
+        ]
+    )
     pq.write_table(pa.Table.from_pylist(records, schema), folder / "log.parquet", row_group_size=2)
     for kind in ("jsonl", "parquet"):
         found, tally = log(folder / f"log.{kind}", kind)
@@ -93,7 +105,12 @@ def test_quoted_records_may_span_lines(folder):
 
 
 @few
-@given(rows, st.lists(st.tuples(st.integers(0, 5), st.sampled_from(['"never closed', 'a,b', '"x"y,z', ""])), max_size=3))
+@given(
+    rows,
+    st.lists(
+        st.tuples(st.integers(0, 5), st.sampled_from(['"never closed', "a,b", '"x"y,z', ""])), max_size=3
+    ),
+)
 def test_a_broken_csv_line_costs_itself_only(folder, table, junk):
     table = [(*row[:4], "plain") for row in table]
     write_csv(folder / "log.csv", table)
@@ -106,7 +123,9 @@ def test_a_broken_csv_line_costs_itself_only(folder, table, junk):
 
 
 def test_quotes_that_were_never_meant_as_such(folder):
-    (folder / "log.csv").write_text('user_id\titem_id\tcomment\nu\ti\t"good" one\nv\ti\t"not closed\nw\ti\t5" drum\n')
+    (folder / "log.csv").write_text(
+        'user_id\titem_id\tcomment\nu\ti\t"good" one\nv\ti\t"not closed\nw\ti\t5" drum\n'
+    )
     columns = {role: COLUMNS[role] for role in ("user", "item", "text")}
     found, tally = log(folder / "log.csv", "csv", columns)
     assert [review.text for review in found] == ['"good" one', '"not closed', '5" drum'] and not tally.broken
@@ -116,8 +135,11 @@ def test_broken_bytes_in_csv(folder):
     (folder / "log.csv").write_bytes(b"user_id,item_id\nu,i\n\xff,i\nu,\x00i\nu,i,j\n,i\nu,\nv,j")
     found, tally = log(folder / "log.csv", "csv", {"user": "user_id", "item": "item_id"})
     assert [(r.user, r.item) for r in found] == [("u", "i"), ("v", "j")]
-    assert tally.counts() == {"read": 7, "kept": 2, "broken": {
-        "NUL byte": 1, "no item": 1, "no user": 1, "not UTF-8": 1, "wrong number of fields": 1}}
+    assert tally.counts() == {
+        "read": 7,
+        "kept": 2,
+        "broken": {"NUL byte": 1, "no item": 1, "no user": 1, "not UTF-8": 1, "wrong number of fields": 1},
+    }
     assert tally.examples[0] == "log.csv:3: not UTF-8" and tally.examples[-1] == "log.csv:7: no item"
 
 
@@ -127,21 +149,40 @@ def test_an_empty_csv_has_no_rows(folder):
 
 
 def test_broken_json_lines_are_counted_by_reason(folder):
-    lines = ['{"user_id": "u", "item_id": "i"}', "{", "[]", '{"user_id": 1.5, "item_id": "i"}',
-             '{"user_id": "u", "item_id": "i", "stars": 9}', '{"user_id": "u", "item_id": "i", "ts": "soon"}',
-             '{"user_id": "\\u0000", "item_id": "i"}']
+    lines = [
+        '{"user_id": "u", "item_id": "i"}',
+        "{",
+        "[]",
+        '{"user_id": 1.5, "item_id": "i"}',
+        '{"user_id": "u", "item_id": "i", "stars": 9}',
+        '{"user_id": "u", "item_id": "i", "ts": "soon"}',
+        '{"user_id": "\\u0000", "item_id": "i"}',
+    ]
     (folder / "log.jsonl").write_text("\n".join(lines))
     found, tally = log(folder / "log.jsonl", "jsonl")
     assert len(found) == 1 and tally.read == 7
-    assert tally.broken == {"bad JSON": 1, "not an object": 1, "user of a wrong type": 1, "rating outside 1..5": 1,
-                            "time of a wrong type": 1, "control characters in the user": 1}
+    assert tally.broken == {
+        "bad JSON": 1,
+        "not an object": 1,
+        "user of a wrong type": 1,
+        "rating outside 1..5": 1,
+        "time of a wrong type": 1,
+        "control characters in the user": 1,
+    }
 
 
 def test_parquet_types(folder):
     moment = datetime(2001, 9, 9, 1, 46, 40, tzinfo=UTC)
-    table = pa.table({"user_id": pa.array([7, None]), "item_id": pa.array(["i", "j"]).dictionary_encode(),
-                      "stars": pa.array([Decimal("4.5"), None]), "ts": pa.array([moment, moment], pa.timestamp("us", "UTC")),
-                      "comment": pa.array([None, "x"], pa.string()), "other": [1, 2]})
+    table = pa.table(
+        {
+            "user_id": pa.array([7, None]),
+            "item_id": pa.array(["i", "j"]).dictionary_encode(),
+            "stars": pa.array([Decimal("4.5"), None]),
+            "ts": pa.array([moment, moment], pa.timestamp("us", "UTC")),
+            "comment": pa.array([None, "x"], pa.string()),
+            "other": [1, 2],
+        }
+    )
     pq.write_table(table, folder / "log.parquet")
     found, tally = log(folder / "log.parquet", "parquet")
     assert found == [Review("7", "i", 4.5, 1_000_000_000, "")] and tally.broken == {"no user": 1}
@@ -152,7 +193,9 @@ def test_parquet_types(folder):
 
 
 def test_events_are_graded(folder):
-    (folder / "log.csv").write_text("user_id,item_id,event,stars\nu,i,View,\nu,j,cart,\nu,k,view,2\nu,l,,\nu,m,steal,\n")
+    (folder / "log.csv").write_text(
+        "user_id,item_id,event,stars\nu,i,View,\nu,j,cart,\nu,k,view,2\nu,l,,\nu,m,steal,\n"
+    )
     columns = {"user": "user_id", "item": "item_id", "event": "event", "rating": "stars"}
     found, tally = log(folder / "log.csv", "csv", columns)
     assert [(r.item, r.rating) for r in found] == [("i", 1.0), ("j", 4.0), ("k", 2.0)]
@@ -160,7 +203,9 @@ def test_events_are_graded(folder):
 
 
 def test_scale_and_split(folder):
-    (folder / "log.csv").write_text("user_id,item_id,stars,part\nu,i,10,Train\nu,j,0,dev\nu,k,5,\nu,l,5,extra\n")
+    (folder / "log.csv").write_text(
+        "user_id,item_id,stars,part\nu,i,10,Train\nu,j,0,dev\nu,k,5,\nu,l,5,extra\n"
+    )
     columns = {"user": "user_id", "item": "item_id", "rating": "stars", "split": "part"}
     found, tally = log(folder / "log.csv", "csv", columns, scale=(0, 10))
     assert [(r.rating, r.split) for r in found] == [(5.0, "train"), (1.0, "valid"), (3.0, "")]
@@ -171,8 +216,17 @@ def test_scale_and_split(folder):
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_item_tables(folder, kind):
     paths = [["Music", "Drums"], [["Music", "Drums"], ["Toys"]], None]
-    records = [{"item_id": f"i{n}", "name": "A &amp; B", "Brand": "M", "category": path, "price": 9.5, "about": "text"}
-               for n, path in enumerate(paths)]
+    records = [
+        {
+            "item_id": f"i{n}",
+            "name": "A &amp; B",
+            "Brand": "M",
+            "category": path,
+            "price": 9.5,
+            "about": "text",
+        }
+        for n, path in enumerate(paths)
+    ]
     if kind == "csv":
         texts = ["Music > Drums", json.dumps(paths[1]), ""]
         out = io.StringIO()
@@ -183,16 +237,29 @@ def test_item_tables(folder, kind):
     elif kind == "jsonl":
         (folder / "items.jsonl").write_text("\n".join(map(json.dumps, records)))
     else:
-        records = [{**record, "category": record["category"] and [record["category"]] if n == 0 else record["category"]}
-                   for n, record in enumerate(records)]
+        records = [
+            {
+                **record,
+                "category": record["category"] and [record["category"]] if n == 0 else record["category"],
+            }
+            for n, record in enumerate(records)
+        ]
         pq.write_table(pa.Table.from_pylist(records), folder / "items.parquet")
     columns = match(list(records[0]), ITEM_COLUMNS, {})
-    assert columns == {"id": "item_id", "title": "name", "brand": "Brand", "category": "category", "price": "price",
-                       "description": "about"}
+    assert columns == {
+        "id": "item_id",
+        "title": "name",
+        "brand": "Brand",
+        "category": "category",
+        "price": "price",
+        "description": "about",
+    }
     tally = Tally()
     found = list(read_items(folder / f"items.{kind}", kind, columns, tally))
-    assert found == [Item(f"i{n}", "A & B", "M", path, 9.5, "text") for n, path in
-                     enumerate(((("Music", "Drums"),), (("Music", "Drums"), ("Toys",)), ()))]
+    assert found == [
+        Item(f"i{n}", "A & B", "M", path, 9.5, "text")
+        for n, path in enumerate(((("Music", "Drums"),), (("Music", "Drums"), ("Toys",)), ()))
+    ]
     assert tally.read == 3 and not tally.broken
 
 
@@ -206,12 +273,16 @@ def test_a_broken_category_costs_its_line(folder):
 
 def test_columns_are_matched_by_name_or_by_spelling():
     names = ["User-ID", "asin", "parent_asin", "Rating:float", "junk", "timestamp"]
-    assert match(names, LOG_COLUMNS, {}) == {"user": "User-ID", "item": "parent_asin", "rating": "Rating:float",
-                                             "time": "timestamp"}
+    assert match(names, LOG_COLUMNS, {}) == {
+        "user": "User-ID",
+        "item": "parent_asin",
+        "rating": "Rating:float",
+        "time": "timestamp",
+    }
     assert match(names, LOG_COLUMNS, {"item": "junk"})["item"] == "junk"
     with pytest.raises(PageLLMError, match=r"no column 'usr' for user; there are User-ID, asin"):
         match(names, LOG_COLUMNS, {"user": "usr"})
-    for roles in (LOG_COLUMNS, ITEM_COLUMNS):      # a spelling stands for one role, written as it is compared
+    for roles in (LOG_COLUMNS, ITEM_COLUMNS):  # a spelling stands for one role, written as it is compared
         spellings = [s for those in roles.values() for s in those]
         assert len(set(spellings)) == len(spellings) and all(s.isalnum() and s.islower() for s in spellings)
 
@@ -225,15 +296,20 @@ def test_delimiters(header, mark):
 @given(st.dictionaries(word, st.lists(word, min_size=1, max_size=4), min_size=1, max_size=4))
 def test_sequences_read_back_with_their_order_as_time(folder, sequences):
     path = folder / "x.sequences.txt"
-    path.write_text("".join(" ".join([user, *items]) + "\n" for user, items in sequences.items()), encoding="utf-8")
+    path.write_text(
+        "".join(" ".join([user, *items]) + "\n" for user, items in sequences.items()), encoding="utf-8"
+    )
     tally, positions = Tally(), {}
     found = list(read_sequences(path, tally, positions))
     assert [(r.user, r.item, r.time) for r in found] == [
-        (user, item, n) for user, items in sequences.items() for n, item in enumerate(items)]
+        (user, item, n) for user, items in sequences.items() for n, item in enumerate(items)
+    ]
     assert all(math.isnan(r.rating) and r.text == r.split == "" for r in found)
     assert tally.read == len(sequences) and not tally.broken
-    more = list(read_sequences(path, tally, positions, "test"))      # another split's file goes on from there
-    assert [r.time for r in more] == [len(sequences[r.user]) + f.time for r, f in zip(more, found, strict=True)]
+    more = list(read_sequences(path, tally, positions, "test"))  # another split's file goes on from there
+    assert [r.time for r in more] == [
+        len(sequences[r.user]) + f.time for r, f in zip(more, found, strict=True)
+    ]
     assert {r.split for r in more} == {"test"}
 
 
@@ -242,11 +318,18 @@ def test_broken_sequences(folder):
     path.write_text("u i j\nv\nu k\n\nw \x01 i\nx i\n")
     tally = Tally()
     assert [(r.user, r.item) for r in read_sequences(path, tally, {})] == [("u", "i"), ("u", "j"), ("x", "i")]
-    assert tally.broken == {"no item": 1, "user on two lines": 1, "empty line": 1, "control characters in the item": 1}
+    assert tally.broken == {
+        "no item": 1,
+        "user on two lines": 1,
+        "empty line": 1,
+        "control characters in the item": 1,
+    }
 
 
 def test_item_words(folder):
     (folder / "words.txt").write_text("i red &amp; big\nj\n\x01 k\n")
     tally = Tally()
     found = list(item_words(folder / "words.txt", tally))
-    assert same(found, [Item("i", "red & big"), Item("j")]) and tally.broken == {"control characters in the item": 1}
+    assert same(found, [Item("i", "red & big"), Item("j")]) and tally.broken == {
+        "control characters in the item": 1
+    }

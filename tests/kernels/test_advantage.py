@@ -1,0 +1,187 @@
+"""Laws of generalised advantage estimation; both scans are held to them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from kernels import advantage, reference
+from kernels.advantage import BLOCK, by_blocks, by_doubling, gae
+from tests.strategies import garbage, pages, prefix_mask, seeds, unit
+
+SCANS = [by_blocks, by_doubling]
+# Around the ends of a block, and past BLOCK ** 2, where the blocks' sums need blocks of their own.
+LENGTHS = [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK - 1, BLOCK ** 2 + BLOCK + 3]
+
+
+def randn(*shape, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+@given(pages(), unit, unit)
+@settings(deadline=None)
+def test_equals_the_definition(page, gamma, lam):
+    reward, value, mask = page
+    assert_close(gae(reward, value, mask, gamma, lam), reference.gae(*page, gamma, lam))
+
+
+def test_gamma_and_lam_default_to_1_and_95_percent():
+    page = randn(2, 4), randn(2, 4), prefix_mask([4, 2], 4)
+    for ours, given_ in zip(gae(*page), gae(*page, gamma=1.0, lam=0.95), strict=True):
+        assert torch.equal(ours, given_)
+
+
+@given(pages())
+@settings(deadline=None)
+def test_undiscounted_return_is_the_reward_still_to_come(page):
+    """gamma = lam = 1 telescopes:  A_t + V_t = sum_{s >= t} r_s."""
+    reward, value, mask = page
+    to_come = (reward * mask).flip(1).cumsum(1).flip(1) * mask
+    result, ret = gae(reward, value, mask, gamma=1.0, lam=1.0)
+    assert_close(ret, to_come)
+    assert_close(result, to_come - value * mask)
+
+
+@given(pages(), unit)
+@settings(deadline=None)
+def test_lam_zero_is_the_one_step_error(page, gamma):
+    """A_t = r_t + gamma V_{t+1} - V_t, and V after the last kept token is 0."""
+    reward, value, mask = page
+    next_value = torch.cat([(value * mask)[:, 1:], torch.zeros(len(value), 1)], 1)
+    result, _ = gae(reward, value, mask, gamma, lam=0.0)
+    assert_close(result, (reward + gamma * next_value - value) * mask)
+
+
+@given(pages(dtype=torch.float32), garbage, unit, unit)
+@settings(deadline=None)
+def test_garbage_in_the_padding_moves_no_bit(page, junk, gamma, lam):
+    reward, value, mask = page
+    clean = gae(torch.where(mask, reward, 0.0), torch.where(mask, value, 0.0), mask, gamma, lam)
+    dirty = gae(torch.where(mask, reward, junk), torch.where(mask, value, junk), mask, gamma, lam)
+    for a, b in zip(clean, dirty, strict=True):
+        assert torch.equal(a, b)
+        assert not b[~mask].any()
+
+
+@given(pages(dtype=torch.float32), st.integers(1, 2 * BLOCK), garbage, unit, unit)
+@settings(deadline=None)
+def test_a_padded_row_equals_the_row_alone_bit_for_bit(page, extra, junk, gamma, lam):
+    reward, value, mask = page
+    B, T = mask.shape
+    wide_mask = torch.cat([mask, torch.zeros(B, extra, dtype=torch.bool)], 1)
+    padding = torch.full((B, extra), junk)
+    wide = gae(torch.cat([reward, padding], 1), torch.cat([value, padding], 1), wide_mask, gamma, lam)
+    for b, n in enumerate(mask.sum(1).tolist()):
+        alone = gae(reward[b:b + 1, :n], value[b:b + 1, :n], mask[b:b + 1, :n], gamma, lam)
+        for x, y in zip(wide, alone, strict=True):
+            assert torch.equal(x[b, :n], y[0])
+            assert not x[b, n:].any()
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.99, 1.0])
+def test_both_scans_equal_the_recurrence_at_block_edges(scan, T, ratio):
+    x = randn(3, T)
+    expected, carry = torch.zeros_like(x), torch.zeros(3, dtype=x.dtype)
+    for t in reversed(range(T)):
+        expected[:, t] = carry = x[:, t] + ratio * carry
+    before = x.clone()
+    assert_close(scan(x, ratio), expected, rtol=1e-12, atol=1e-11)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("T", LENGTHS)
+def test_neither_neighbours_nor_padding_move_a_bit_of_a_scan(scan, T):
+    x = randn(3, T, dtype=torch.float32)
+    padded = torch.cat([x, torch.zeros(3, 2 * BLOCK + 1)], 1)
+    assert torch.equal(scan(padded, 0.97)[:, :T], scan(x, 0.97))
+    assert torch.equal(scan(x[1:2], 0.97), scan(x, 0.97)[1:2])
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("shape", [(0, 0), (0, 3), (3, 0)])
+def test_scans_of_nothing(scan, shape):
+    assert scan(torch.zeros(shape), 0.9).shape == shape
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("shape", [(0, 0), (0, 3), (3, 0), (2, 3)])
+def test_nothing_kept_gives_zeros(shape, requires_grad):
+    reward, value = (torch.full(shape, float("nan"), requires_grad=requires_grad) for _ in range(2))
+    for x in gae(reward, value, torch.zeros(shape, dtype=torch.bool)):
+        assert torch.equal(x, torch.zeros(shape))
+
+
+def test_float32_stays_near_float64_over_a_thousand_steps():
+    reward, value, mask = randn(4, 1024), randn(4, 1024) * 10, prefix_mask([1024, 1000, 33, 1], 1024)
+    page = reward.float(), value.float(), mask
+    for ours, exact in zip(gae(*page, 1.0, 0.99), reference.gae(*page, 1.0, 0.99), strict=True):
+        assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("dtypes, expected", [
+    ((torch.bfloat16, torch.bfloat16), torch.float32), ((torch.float16, torch.float32), torch.float32),
+    ((torch.float32, torch.float64), torch.float64), ((torch.int64, torch.float32), torch.float32),
+])
+def test_dtypes_widen(dtypes, expected):
+    """The result is that of the widened inputs: no sum is kept in half precision."""
+    reward, value = ((randn(2, 5) * 4).to(dtype) for dtype in dtypes)
+    mask = prefix_mask([5, 3], 5)
+    for x, y in zip(gae(reward, value, mask), gae(reward.to(expected), value.to(expected), mask), strict=True):
+        assert x.dtype == expected and torch.equal(x, y)
+
+
+@given(pages(max_length=4), unit, unit)
+@settings(deadline=None, max_examples=20)
+def test_gradients_flow_to_reward_and_value_and_not_from_padding(page, gamma, lam):
+    reward, value, mask = page
+    reward, value = (torch.where(mask, x, float("nan")).requires_grad_() for x in (reward, value))
+    result = gae(reward, value, mask, gamma, lam)
+    for grad in torch.autograd.grad(sum((x * randn(*x.shape)).sum() for x in result), (reward, value)):
+        assert grad.isfinite().all() and not grad[~mask].any()
+
+
+@pytest.mark.parametrize("entries", [16, 2 ** 19])
+def test_gradients_equal_finite_differences_also_twice(monkeypatch, entries):
+    monkeypatch.setattr(advantage, "BLOCK", 3)
+    monkeypatch.setattr(advantage, "ENTRIES", entries)
+    reward, value = (randn(2, 8).requires_grad_() for _ in range(2))
+    mask = prefix_mask([8, 5], 8)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda r, v: gae(r, v, mask, 0.9, 0.8), (reward, value))
+
+
+@pytest.mark.parametrize("entries", [1, 20, 1000])
+def test_rows_taken_at_a_time_move_no_bit(monkeypatch, entries):
+    reward, value = (randn(7, 10, dtype=torch.float32) for _ in range(2))
+    page = reward, value, prefix_mask([10, 0, 3, 9, 1, 10, 5], 10)
+    whole = advantage.unchecked_gae(*page, 1.0, 0.95)
+    monkeypatch.setattr(advantage, "ENTRIES", entries)
+    for a, b in zip(gae(*page), whole, strict=True):
+        assert torch.equal(a, b)
+
+
+@given(seeds)
+@settings(deadline=None, max_examples=20)
+def test_a_hole_in_the_mask_is_refused_and_named(seed):
+    generator = torch.Generator().manual_seed(seed)
+    mask = prefix_mask([4, 4, 2], 4)
+    row, step = (int(torch.randint(n, (1,), generator=generator)) for n in (2, 3))
+    mask[row, step] = False
+    with pytest.raises(ValueError, match=rf"hole at \(row, step\) \({row}, {step}\)"):
+        gae(torch.zeros(3, 4), torch.zeros(3, 4), mask)
+
+
+def test_wrong_calls_are_refused():
+    x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    for wrong in [(x[:1], x, mask), (x, x[:, :2], mask), (x, x, mask[:, :2]), (x, x, mask.float()),
+                  (x[0], x[0], mask[0])]:
+        with pytest.raises(ValueError, match="gae: reward"):
+            gae(*wrong)
+    for wrong in (1.1, -0.1, float("nan")):
+        for rates in ({"gamma": wrong}, {"lam": wrong}):
+            with pytest.raises(ValueError, match="gamma"):
+                gae(x, x, mask, **rates)

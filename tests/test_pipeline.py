@@ -1,0 +1,273 @@
+"""Every stage on a tiny shop: from raw reviews to one served page; resume, refusals, and the studies on top."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from experiments import ablation
+from pagellm import evaluate, ppo, pretrain, reward, sft
+from pagellm.config import PageLLMError
+from pagellm.data import prepare
+from pagellm.data.shop import load
+from pagellm.decode import Unseen, greedy
+from pagellm.policy import Policy, Validation, label_ranks
+from pagellm.reward import RewardModel
+
+SMALL = {"pretrain": {"size": "nano", "steps": 6, "batch": 8, "rating_batch": 8, "words": 300, "warmup": 2},
+         "sft": {"epochs": 2, "batch": 16, "eval_every": 4, "max_history": 8, "warmup": 2, "k": 6},
+         "reward": {"per_kind": 1, "epochs": 1, "batch": 32, "warmup": 2},
+         "ppo": {"epochs": 1.0, "rollout": 16, "minibatch": 8, "micro": 4, "inner_epochs": 2, "k": 6, "eval_every": 2,
+                 "critic_warmup": 4, "lr": 1e-3},
+         "evaluate": {"k": 6, "depth": 40, "n_boot": 50, "examples": 1}}
+STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "evaluate": evaluate}
+
+
+def config(root, stage, run="base", **more):
+    return STAGES[stage].Config(run=run, data=str(root / "data"), runs=str(root / "runs"), device="cpu",
+                                **SMALL[stage] | {"save_every": 2} | more)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A shop of 60 users and 50 items, and one run through all stages."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("pipeline")
+    prepare.run(prepare.Config(data=str(root / "data"), users=80, items=60))
+    for stage in STAGES:
+        STAGES[stage].run(config(root, stage))
+    return root
+
+
+def test_every_stage_leaves_what_the_next_one_reads(root):
+    runs = root / "runs" / "base"
+    for stage in STAGES:
+        assert json.loads((runs / stage / "done").read_text())["seconds"] >= 0
+        assert not list((runs / stage).glob("**/.*")) and not list((runs / stage).glob("step-*"))
+    log = [json.loads(line) for line in open(runs / "ppo" / "log.jsonl")]
+    assert [row["step"] for row in log] == list(range(len(log)))
+    assert pq.read_table(runs / "reward" / "pairs.parquet").num_rows > 0
+    assert (runs / "evaluate" / "table.txt").read_text().count("Recall@20") == 1
+    assert sum(1 for _ in open(runs / "ppo" / "samples.jsonl")) > 0
+
+
+def test_ppo_logs_what_the_recipe_names(root):
+    row = json.loads(open(root / "runs" / "base" / "ppo" / "log.jsonl").readlines()[-1])
+    for name in ("objective/kl_seq_sum", "objective/kl_exact_per_item", "objective/entropy", "objective/reward_total",
+                 "objective/reward_page", "objective/reward_token", "objective/rlhf_reward", "policy/approxkl_k1",
+                 "policy/approxkl_k2", "policy/approxkl_k3", "policy/clipfrac", "policy/clipfrac_low",
+                 "policy/clipfrac_high", "policy/ratio_mean", "policy/ratio_var", "policy/ratio_max", "policy/entropy",
+                 "policy/grad_norm", "val/loss", "val/clipfrac", "val/explained_var", "val/mean", "returns/mean",
+                 "returns/std", "returns/min", "returns/max", "advantages/mean", "advantages/std", "rnorm/mean",
+                 "rnorm/std", "rnorm/count", "kl_coef", "lr", "rollout/invalid", "rollout/duplicate",
+                 "rollout/gen_vs_train_logp_diff", "rollout/first_epoch_max_abs_logratio", "list/ILD",
+                 "list/category_entropy", "list/coverage", "list/top1_item_share", "list/distinct",
+                 "valid/Recall@20", "valid/NDCG@100", "valid/energy", "alarms"):
+        assert name in row, name
+    assert row["rollout/invalid"] == row["rollout/duplicate"] == 0
+    assert row["rollout/first_epoch_max_abs_logratio"] < 1e-5 and row["rollout/gen_vs_train_logp_diff"] < 1e-4
+    assert row["advantages/mean"] == pytest.approx(0, abs=1e-5) and row["advantages/std"] == pytest.approx(1, abs=1e-4)
+    sample = json.loads(open(root / "runs" / "base" / "ppo" / "samples.jsonl").readline())
+    assert len(sample["page"]) == len(sample["token_reward"]) == len(sample["kl"])
+
+
+def test_pages_are_legal_and_scored_from_the_file(root):
+    shop = load(root / "data" / "synthetic")
+    train = shop.csr(("train", "valid"), positive=None)
+    for policy in ("popularity", "sft", "ppo"):
+        folder = root / "runs" / "base" / "evaluate" / policy
+        pages = pq.read_table(folder / "pages.parquet").to_pydict()
+        seen = set()
+        for user, item in zip(pages["user"], pages["item"], strict=True):
+            assert (user, item) not in seen and item not in train.of(user)[0]
+            seen.add((user, item))
+        scores = pq.read_table(folder / "per_user.parquet")
+        assert scores.num_rows == len(set(pages["user"])) and "true_energy" in scores.column_names
+    results = json.loads((root / "runs" / "base" / "evaluate" / "metrics.json").read_text())
+    mean = results["ppo"]["NDCG@100"]["mean"] - results["sft"]["NDCG@100"]["mean"]
+    assert results[evaluate.DIFFERENCE]["NDCG@100"]["mean"] == pytest.approx(mean)
+
+
+def test_one_page_served_from_memory(root):
+    """A user the model has never met, a history typed by hand: one legal page."""
+    policy = Policy.load(root / "runs" / "base" / "ppo")
+    prompt, valid = policy.prompt([None], [(np.array([3, 5]), np.array([5.0, np.nan]))])
+    pages = greedy(policy.model, prompt, valid, Unseen(torch.tensor([[3, 5]]), policy.model.n_items), 6)
+    assert pages.mask.all() and len(set(pages.item[0].tolist()) | {3, 5}) == 8
+    judge = RewardModel.load(root / "runs" / "base" / "reward")
+    with torch.no_grad():
+        token, page = judge(prompt, valid, pages.item, pages.mask)
+    assert token.isfinite().all() and page.isfinite().all()
+
+
+class Unplugged(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"])
+def test_a_run_that_was_cut_short_ends_bit_identical(root, tmp_path, monkeypatch, stage):
+    """Pull the plug after the first checkpoint; the same command ends with the same bytes."""
+    shutil.copytree(root / "data", tmp_path / "data")
+    whole = root / "runs" / "base"
+    (tmp_path / "runs" / "base").mkdir(parents=True)
+    for earlier in STAGES:
+        if earlier == stage:
+            break
+        shutil.copytree(whole / earlier, tmp_path / "runs" / "base" / earlier)
+    from pagellm.run import Run
+    save = Run.save
+
+    def save_and_die(self, state):
+        save(self, state)
+        self.log(state["step"] + 1, loss=0.0)      # a line past the checkpoint, to be cut
+        raise Unplugged
+
+    monkeypatch.setattr(Run, "save", save_and_die)
+    with pytest.raises(Unplugged):
+        STAGES[stage].run(config(tmp_path, stage))
+    monkeypatch.setattr(Run, "save", save)
+    assert not (tmp_path / "runs" / "base" / stage / "done").exists()
+    STAGES[stage].run(config(tmp_path, stage))
+    for name in ("model.pt", "log.jsonl", "samples.jsonl"):
+        if (whole / stage / name).exists():
+            assert (whole / stage / name).read_bytes() == (tmp_path / "runs" / "base" / stage / name).read_bytes(), name
+
+
+def test_done_stages_are_not_run_again(root, capsys):
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        before = (root / "runs" / "base" / stage / "done").stat().st_mtime_ns
+        STAGES[stage].run(config(root, stage))
+        assert f"{stage}: already done" in capsys.readouterr().out
+        assert (root / "runs" / "base" / stage / "done").stat().st_mtime_ns == before
+    evaluate.run(config(root, "evaluate"))
+    assert "Recall@20" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage, missing", [("sft", "pre-trained model"), ("reward", "SFT policy"),
+                                            ("ppo", "SFT policy"), ("evaluate", "policy")])
+def test_a_missing_stage_is_named_with_its_command(root, stage, missing):
+    with pytest.raises(PageLLMError, match=f"(?s){missing}.*Make it with: make "):
+        STAGES[stage].run(config(root, stage, run="nobody"))
+
+
+def test_changed_options_are_refused_and_missing_data_named(root, tmp_path):
+    with pytest.raises(PageLLMError, match="kl_coef=0.05, now kl_coef=0.5"):
+        ppo.run(config(root, "ppo", kl_coef=0.5))
+    with pytest.raises(PageLLMError, match="no prepared data in .*\n.*make prepare DATASET=toys"):
+        pretrain.run(config(tmp_path, "pretrain", dataset="toys"))
+    with pytest.raises(PageLLMError, match="tokens, the context has 256"):
+        own = config(root, "ppo", run="long", source_run="base", k=237)
+        ppo.run(own)
+
+
+@pytest.mark.parametrize("algo, more", [("reinforce", {"inner_epochs": 1}), ("rloo", {"samples": 4})])
+def test_other_algorithms_run(root, algo, more):
+    own = config(root, "ppo", run=f"base-{algo}", source_run="base", algo=algo, kl_target=2.0, **more)
+    ppo.run(own)
+    assert (root / "runs" / f"base-{algo}" / "ppo" / "done").exists()
+
+
+def test_micro_batches_move_nothing(root):
+    for micro in (3, 16):
+        ppo.run(config(root, "ppo", run=f"micro-{micro}", source_run="base", micro=micro, epochs=0.5, critic_warmup=0))
+    a, b = (torch.load(root / "runs" / f"micro-{m}" / "ppo" / "model.pt", weights_only=True)["weights"] for m in (3, 16))
+    start = torch.load(root / "runs" / "base" / "sft" / "model.pt", weights_only=True)["weights"]
+    moved = max((a[n] - start[n]).abs().max() for n in a)
+    apart = max((a[n] - b[n]).abs().max() for n in a)
+    assert apart < 0.05 * moved or moved == 0
+
+
+def test_one_head_switched_off_has_no_say(root):
+    """Item-only and page-only: what the other head says changes nothing."""
+    from pagellm.ppo import RunningMoments, normalise_reward
+    token, page, mask = torch.randn(3, 4), torch.randn(3), torch.ones(3, 4, dtype=torch.bool)
+    t, p = normalise_reward(token, page, mask, RunningMoments(), 0.0, 1.0)
+    u, q = normalise_reward(torch.randn(3, 4), page, mask, RunningMoments(), 0.0, 1.0)
+    assert torch.equal(t, u) and torch.equal(p, q) and (t == 0).all()
+    _, p = normalise_reward(token, page, mask, RunningMoments(), 1.0, 0.0)
+    _, q = normalise_reward(token, torch.randn(3), mask, RunningMoments(), 1.0, 0.0)
+    assert torch.equal(p, q) and p.std() == 0
+
+
+def test_weak_reward_model_warns_and_strict_stops(root, tmp_path, capsys):
+    weak = {"held_out": {"ranked": {"accuracy": 0.55}, "pairs": 3, "preference": {"accuracy": 0.99}}}
+    ppo.gate(config(root, "ppo"), weak, tmp_path)
+    said = capsys.readouterr().err
+    assert "ranked 0.550" in said and "pairs.parquet" in said and "preference" not in said
+    with pytest.raises(PageLLMError, match="ranked 0.550"):
+        ppo.gate(config(root, "ppo", strict=True), weak, tmp_path)
+
+
+def test_sft_learns_exact_pages_by_heart(root):
+    """32 users, one fixed split: the loss falls until decoding returns the ground-truth pages themselves."""
+    shop = load(root / "data" / "synthetic")
+    policy = Policy.load(root / "runs" / "base" / "sft")
+    maker = sft.PageMaker(shop)
+    users = maker.users[:32]
+    examples = [maker.example(u, 0.3, np.random.default_rng(int(u)), 6) for u in users]
+    batch = sft.collate(policy, users, examples)
+    opt = torch.optim.Adam(policy.model.parameters(), lr=3e-3)
+    for _ in range(300):
+        loss = sft.sft_loss(policy.model, batch)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    pages = greedy(policy.model, batch.prompt, batch.valid, Unseen(batch.excluded, shop.n_items), batch.item.shape[1])
+    assert loss < 0.1
+    assert torch.equal(pages.item[batch.mask], batch.item[batch.mask])
+
+
+def test_prompt_tokens_do_not_choose_the_targets(root):
+    """Label-only loss: another history moves the loss, never which tokens are scored."""
+    shop = load(root / "data" / "synthetic")
+    policy, maker = Policy.load(root / "runs" / "base" / "sft"), sft.PageMaker(shop)
+    examples = [maker.example(u, 0.3, np.random.default_rng(0)) for u in maker.users[:3]]
+    batch = sft.collate(policy, maker.users[:3], examples)
+    other = sft.collate(policy, maker.users[3:6], examples)
+    assert torch.equal(batch.item, other.item) and torch.equal(batch.mask, other.mask)
+    assert sft.sft_loss(policy.model, batch) != sft.sft_loss(policy.model, other)
+
+
+def test_labels_never_reach_their_own_prompt(root):
+    shop = load(root / "data" / "synthetic")
+    maker = sft.PageMaker(shop)
+    train = shop.csr("train")
+    for user in maker.users[:20]:
+        (items, _), page = maker.example(user, 0.5, np.random.default_rng(int(user)))
+        assert not set(items) & set(page) and set(items) | set(page) <= set(train.of(user)[0])
+
+
+def test_label_ranks_share_a_rank_where_labels_are_equal():
+    ranks = label_ranks(np.array([0, 0, 0, 1, 1, 1]), np.array([4, 5, 4, np.nan, np.nan, 5]),
+                        np.array([3.0, 1, 3, np.nan, 2, 1]))
+    assert ranks.tolist() == [2.5, 1.0, 2.5, 3.0, 2.0, 1.0]
+
+
+def test_validation_users_do_not_change(root):
+    shop = load(root / "data" / "synthetic")
+    a, b = (Validation(shop, "valid", 6, "greedy", 10, seed=3).users for _ in range(2))
+    assert np.array_equal(a, b) and len(a) == 10
+    policy = Policy.load(root / "runs" / "base" / "sft")
+    v = Validation(shop, "valid", 6, "greedy", 10, seed=3)
+    assert v(policy) == v(policy)
+
+
+def test_the_ablation_runs_its_rows_once(root, capsys):
+    own = ablation.Config(data=str(root / "data"), runs=str(root / "runs"), seeds=2,
+                          **{s: " ".join(f"--{k} {v}" for k, v in (SMALL[s] | {"device": "cpu"}).items())
+                             for s in STAGES})
+    records = ablation.run(own)
+    assert {r["variant"] for r in records} == {"mixed", "item-only", "page-only", "without reward"}
+    table = pq.read_table(root / "runs" / "ablation" / "synthetic-table5.parquet").to_pylist()
+    assert len(table) == len(records) and all(r["difference"] == 0 for r in table if r["variant"] == "mixed")
+    stamp = {p: p.stat().st_mtime_ns for p in (root / "runs" / "ablation").glob("**/done")}
+    assert len(stamp) == 2 * (3 + 1 + 3 * 2)
+    ablation.run(own)
+    assert all(p.stat().st_mtime_ns == at for p, at in stamp.items())
+    assert "item-only" in capsys.readouterr().out
+    with pytest.raises(PageLLMError, match="--ppo must not set seed"):
+        ablation.run(dataclasses.replace(own, ppo="--seed 4"))
