@@ -15,8 +15,8 @@ __all__ = ["gae"]
 
 BLOCK = 32    # steps of a block: sqrt(T) at T = 1,024. Fixed, because the partition decides the rounding.
 
-# Entries of the rows taken at a time on CPU, 2 MB in float32. Rows are independent, so this moves no bit; with
-# all rows at once every temporary is fresh memory from the system, which costs more than the sums.
+# Entries of the rows taken at a time on CPU, 2 MB in float32. Rows are independent, so this moves no bit;
+# with all rows at once every temporary is fresh memory from the system, which costs more than the sums.
 ENTRIES = 2 ** 19
 
 

@@ -3,7 +3,7 @@
 For each row: medians of both, their ratio, the floor (what the arithmetic or the memory traffic alone costs,
 timed here too) and floor / ours, the peak memory of both beyond their inputs, and the largest difference of
 values and gradients from the float64 reference, relative to the reference's largest entry. Then all of it as
-one line of JSON. MINUTES on two CPU cores, seconds with --quick. Only ratios within one run mean anything.
+one line of JSON. Minutes on two CPU cores, seconds with --quick. Only ratios within one run mean anything.
 """
 
 import argparse
@@ -266,13 +266,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kernels.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: shows that it runs, no more")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each version (default: 5)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each version (default: 3)")
     options = parser.parse_args(argv)
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here; leave the option out to run on the CPU")
     if options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: want at least 1")
-    print(f"{HEADER[0]:<22}{HEADER[1]:<24}" + "".join(f"{name:>11}" for name in HEADER[2:]))
+    print(f"{HEADER[0]:<22}{HEADER[1]:<24}" + "".join(f"{name:>11}" for name in HEADER[2:]), flush=True)
     rows = []
     for case in cases(options.device, options.quick):
         rows.append(measure(case, options.device, options.repeats))

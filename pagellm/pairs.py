@@ -201,7 +201,7 @@ def swapped_redundancy(side: Side, stock: Stock, rng: np.random.Generator) -> Ed
     """The paper's way: an item changes places with a higher one, nearer to another of its own category."""
     leaf = stock.catalogue.leaf_id[side.page]
     same = (leaf[:, None] == leaf) & (leaf >= 0)
-    alike_above = np.cumsum(same, axis=0) - same > 0         # [a, b]: a slot above a has the category of b
+    alike_above = np.cumsum(same, axis=0) > 0            # [a, b]: a slot down to a has the category of b
     return swap(side.page, alike_above & ~same, rng, most=1)
 
 
@@ -219,7 +219,7 @@ def pair_seed(seed: int, user: int, kind: str, draw: int) -> int:
 
 def make_pairs(shop: Shop, seed: int = 0, kinds: Sequence[str] = KINDS, per_kind: int = 4,
                label_share: float = 0.5, *, k: int = 20, literal_swaps: bool = False,
-               neutral: str = "exclude", margin: float = 1e-6, shrink: float = 0.0,
+               neutral: str = "exclude", margin: float = 1e-6, ranked_margin: float = 1e-6, shrink: float = 0.0,
                implicit_gain: float = 1.0, near: Near | None = None,
                users: Sequence[int] | None = None) -> tuple[list[Pair], dict[str, dict]]:
     """Pairs of every user with two liked train items or more, by user, kind and draw.
@@ -228,6 +228,7 @@ def make_pairs(shop: Shop, seed: int = 0, kinds: Sequence[str] = KINDS, per_kind
     label_share  share of the user's liked train items that become the page; its first k slots are used
     neutral      exclude: a rating of 3 is neither liked nor disliked; weak_negative: it is disliked
     margin       least E(chosen) - E(rejected) of a pair that is kept
+    ranked_margin  the same for ranked pairs, whose two orders may differ by less than a rating's noise
     near         near-duplicates to use; default the rule on titles alone
     users        default all
     returns the pairs, and for every kind how many draws were tried, impossible (the page does not allow
@@ -250,10 +251,10 @@ def make_pairs(shop: Shop, seed: int = 0, kinds: Sequence[str] = KINDS, per_kind
                 own = pair_seed(seed, buyer.user, kind, draw)
                 rng = np.random.Generator(np.random.PCG64(own))
                 side = draw_side(buyer, stock, label_share, k, rng)
-                # One slot has nothing to swap with and nothing above it.
-                edit = make[kind](side, stock, rng) if len(side.page) > 1 or kind == "preference" else None
+                edit = make[kind](side, stock, rng)
                 pair = edit and finish(side, stock, kind, edit, own)
-                outcome = "impossible" if not pair else "rejected" if pair.delta_E < margin else "emitted"
+                least = ranked_margin if kind == "ranked" else margin
+                outcome = "impossible" if not pair else "rejected" if pair.delta_E < least else "emitted"
                 counts[kind]["tried"] += 1
                 counts[kind][outcome] += 1
                 if outcome == "emitted":
@@ -313,6 +314,7 @@ def check_energy(pairs: list[Pair], counts: dict[str, dict], shop: Shop, stock: 
         worth = gains(users, item, rows, stock.s, implicit_gain)
         values.append(page_energy(item, item >= 0, worth, leaf, stock.near))
     right = values[0] > values[1]
+    assert np.allclose(values[0] - values[1], [pair.delta_E for pair in pairs]), "two ways to E disagree"
     assert not pairs or right.mean() >= 0.99, f"only {right.mean():.4f} of the pairs have E(chosen) higher"
     for kind, count in counts.items():
         mine = right[np.array([pair.kind == kind for pair in pairs], dtype=bool)]

@@ -50,15 +50,15 @@ class Config(Common):
     source_run: str = ""         # run whose sft is read; empty: this run (studies share one)
     reward_run: str = ""         # run whose reward model is read; empty: the same as source_run
     algo: str = "ppo"            # ppo, reinforce (Eq. 11 minus the batch mean), rloo (minus the user's other pages)
-    epochs: float = 2.0          # passes over the users (the paper: 5)
+    epochs: float = 1.5          # passes over the users (the paper: 5)
     rollout: int = 64            # pages sampled in a step
     samples: int = 1             # pages of one user among them; rloo wants 2 or more
     minibatch: int = 64          # pages in one optimiser update; divides rollout
     micro: int = 64              # pages in one forward pass: buys memory, moves no gradient
     inner_epochs: int = 4        # passes over a rollout; 1 makes reinforce exactly Eq. 11
     k: int = 20                  # slots of a page
-    temperature: float = 1.0     # of sampling and of every log-probability alike
-    lr: float = 1e-4             # peak learning rate of the policy, linear to 0 (the paper: 1e-5 at 124M parameters)
+    temperature: float = 0.3     # of sampling and of every log-probability alike; low: near the greedy page shown
+    lr: float = 2e-4             # peak learning rate of the policy, linear to 0 (the paper: 1e-5 at 124M parameters)
     critic_lr: float = 3e-4      # peak learning rate of the critic, linear to 0
     clip: float = 0.2            # epsilon of the ratio, arXiv 1707.06347 eq. 7
     value_clip: float = 0.2      # how far a new value may leave the old one, in units of normalised reward
@@ -66,7 +66,7 @@ class Config(Common):
     entropy_coef: float = 0.0    # bonus for a nat of entropy of a slot
     gamma: float = 1.0           # discount; a page is judged whole, so 1
     lam: float = 0.95            # lambda of GAE
-    kl_coef: float = 0.05        # price of one nat of KL to the SFT policy, per slot, in normalised reward
+    kl_coef: float = 0.1         # price of one nat of KL to the SFT policy, per slot, in normalised reward
     kl_target: float = 0.0       # nats a page; above 0 kl_coef adapts towards it (Ziegler et al. 2019)
     kl_horizon: float = 10000.0  # pages over which the adaptive coefficient moves
     w_token: float = 1.0         # weight of the mean token reward; 0: page-only

@@ -40,6 +40,7 @@ class Config(Common):
     bpe: str = ""                # directory with GPT-2's encoder.json and vocab.bpe; empty: words learnt from the shop
     words: int = 2048            # words to learn when bpe is empty, at least 256
     rows: str = "spectral"       # start of user and item rows: spectral (factors of the train matrix) or random
+    facts: float = 0.5           # weight of category and brand beside users in spectral rows
     steps: int = 240             # optimiser steps
     batch: int = 64              # examples of text or items in a step
     rating_batch: int = 128      # (user, item) pairs in a step whose rating is predicted
@@ -142,27 +143,37 @@ def next_token_loss(model: GPT2, examples: list[Example], pad: int, n_words: int
     return total / kept.sum().clamp(min=1)
 
 
-def spectral_rows(shop: Shop, n_embd: int, seed: int) -> tuple[Tensor, Tensor]:
-    """User and item rows from a truncated SVD of the train matrix, each entry / sqrt(user count * item count).
+def spectral_rows(shop: Shop, n_embd: int, seed: int, facts: float = 0.5) -> tuple[Tensor, Tensor]:
+    """User and item rows from a truncated SVD of what the train rows and the catalogue link items to.
 
-    Not in the paper. Collaborative structure that second-order prompts would have to teach is there from the
-    start; scaled to GPT-2's 0.02. Columns past the matrix's rank stay random.
+    Not in the paper. One sparse matrix: a row for every user, category and brand, a column for every item, each
+    entry / sqrt(row count * column count), categories and brands times `facts`. Structure that second-order prompts
+    would have to teach is there from the start. Scaled to GPT-2's 0.02; columns past the rank stay random.
+
     returns (U, n_embd), (N, n_embd) float32
     """
-    train = shop.csr("train")
-    user = np.repeat(np.arange(shop.n_users), train.counts())
-    degree_u = np.maximum(train.counts(), 1)
-    degree_i = np.maximum(np.bincount(train.items, minlength=shop.n_items), 1)
-    value = 1.0 / np.sqrt(degree_u[user] * degree_i[train.items])
-    matrix = torch.sparse_coo_tensor(np.stack([user, train.items]), torch.from_numpy(value).float(),
-                                     (shop.n_users, shop.n_items), check_invariants=True).coalesce()
+    c, train = shop.catalogue, shop.csr("train")
+    leaf, brand = np.flatnonzero(c.leaf_id >= 0), np.flatnonzero(c.brand_id >= 0)
+    links = [(np.repeat(np.arange(shop.n_users), train.counts()), train.items, 1.0), (c.leaf_id[leaf], leaf, facts),
+             (c.brand_id[brand], brand, facts)]
+    rows, columns, values, first = [], [], [], 0
+    for row, item, weight in links:
+        n = int(row.max(initial=-1)) + 1 if rows else shop.n_users
+        degree = np.maximum(np.bincount(row, minlength=n), 1)[row] * np.maximum(np.bincount(item), 1)[item]
+        rows.append(row + first)
+        columns.append(item)
+        values.append(weight / np.sqrt(degree))
+        first += n
+    matrix = torch.sparse_coo_tensor(np.stack([np.concatenate(rows), np.concatenate(columns)]),
+                                     torch.from_numpy(np.concatenate(values)).float(), (first, shop.n_items),
+                                     check_invariants=True).coalesce()
     rank = min(n_embd, *matrix.shape)
     seed_torch(seed, "pretrain", "rows")
     u, s, v = torch.svd_lowrank(matrix, q=min(rank + 8, *matrix.shape), niter=4)
     users, items = torch.randn(shop.n_users, n_embd), torch.randn(shop.n_items, n_embd)
-    for rows, factor in ((users, u), (items, v)):
+    for table, factor in ((users, u[: shop.n_users]), (items, v)):
         scaled = factor[:, :rank] * s[:rank].sqrt()
-        rows[:, :rank] = scaled / scaled.std().clamp(min=1e-12)
+        table[:, :rank] = scaled / scaled.std().clamp(min=1e-12)
     return users * 0.02, items * 0.02
 
 
@@ -206,7 +217,7 @@ def build(config: Config, shop: Shop) -> tuple[GPT2, RatingHead, Vocab]:
     model = GPT2(SIZES[config.size], vocab.n_words + vocab.n_specials, shop.n_users, shop.n_items, config.dropout)
     head = RatingHead(model.shape.n_embd)
     if config.rows == "spectral":
-        users, items = spectral_rows(shop, model.shape.n_embd, config.seed)
+        users, items = spectral_rows(shop, model.shape.n_embd, config.seed, config.facts)
         with torch.no_grad():
             model.user.copy_(users)
             model.item.copy_(items)

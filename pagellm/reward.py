@@ -40,13 +40,15 @@ class Config(Common):
     kinds: str = "preference,ranked,diversity,redundancy"   # kinds of pair to learn from, comma-separated
     leave_out: str = ""          # a kind kept out of training, whose accuracy is still measured
     shuffle_labels: bool = False # control: chosen and rejected swapped at random; accuracy must then be near 0.5
-    per_kind: int = 4            # pairs of each kind tried for each user
+    per_kind: int = 10           # pairs of each kind tried for each user
     label_share: float = 0.5     # share of a user's train items that make the better page
+    ranked_margin: float = 0.2   # least energy gap of a ranked pair; smaller ones differ by less than ratings' noise
     literal_swaps: bool = False  # the paper's diversity and redundancy pairs: swaps instead of replacements
+    soften: float = 0.5          # soft labels sigma(energy gap / soften), so that rewards keep the energy's scale; 0: hard
     held_out: float = 0.15       # share of users whose pairs are only measured on
-    epochs: float = 3.0          # passes over the training pairs
+    epochs: float = 1.0          # passes over the training pairs
     batch: int = 64              # pairs in a step
-    lr: float = 1e-3             # peak learning rate
+    lr: float = 2e-3             # peak learning rate
     warmup: int = 20             # steps of linear warm-up
     weight_decay: float = 0.01   # of the matrices
     grad_clip: float = 1.0       # largest gradient norm
@@ -59,7 +61,7 @@ class Config(Common):
         kinds = self.kinds.split(",")
         check(self, kinds=(set(kinds) <= set(KINDS) and kinds, f"some of {','.join(KINDS)}"),
               leave_out=(self.leave_out in ("", *kinds), f"empty or one of {self.kinds}"),
-              per_kind=(self.per_kind > 0, "1 or more"), label_share=(0 < self.label_share < 1, "between 0 and 1"),
+              per_kind=(self.per_kind > 0, "1 or more"), label_share=(0 < self.label_share < 1, "between 0 and 1"), ranked_margin=(self.ranked_margin >= 0, "0 or more"),
               held_out=(0 < self.held_out < 1, "between 0 and 1"), epochs=(self.epochs > 0, "above 0"),
               batch=(self.batch > 0, "1 or more"), lr=(self.lr > 0, "above 0"),
               **{w: (getattr(self, w) >= 0, "0 or more") for w in ("page", "sequence", "token", "shrink")})
@@ -114,21 +116,29 @@ def mean_reward(token_reward: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, token_reward, 0.0).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def page_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Eq. 7 on page rewards (B,): -mean log sigma(g+ - g-). Finite for any margin."""
-    return -F.logsigmoid(chosen - rejected).mean()
+def page_loss(chosen: Tensor, rejected: Tensor, target: Tensor | None = None) -> Tensor:
+    """Eq. 7 on page rewards (B,): -mean log sigma(g+ - g-). Finite for any margin.
+
+    target  (B,) probability that the chosen page is the better one; None: 1, the paper's hard label
+    """
+    margin = chosen - rejected
+    if target is None:
+        return -F.logsigmoid(margin).mean()
+    return -(target * F.logsigmoid(margin) + (1 - target) * F.logsigmoid(-margin)).mean()
 
 
-def sequence_loss(chosen: Tensor, chosen_mask: Tensor, rejected: Tensor, rejected_mask: Tensor) -> Tensor:
+def sequence_loss(chosen: Tensor, chosen_mask: Tensor, rejected: Tensor, rejected_mask: Tensor,
+                  target: Tensor | None = None) -> Tensor:
     """Eq. 8: -mean log sigma(R_f+ - R_f-), R_f the mean token reward of a page.
 
-    chosen, rejected (B, T) token rewards with their masks (B, T) bool; the two T may differ. Scalar out.
+    chosen, rejected (B, T) token rewards with their masks (B, T) bool; the two T may differ. target as in page_loss.
+    Scalar out.
     Raises ValueError on unequal shapes.
     """
     if chosen.shape != chosen_mask.shape or rejected.shape != rejected_mask.shape or len(chosen) != len(rejected):
         raise ValueError(f"sequence_loss: chosen {tuple(chosen.shape)} mask {tuple(chosen_mask.shape)}, rejected "
                          f"{tuple(rejected.shape)} mask {tuple(rejected_mask.shape)}: want (B, T) and its mask, twice")
-    return page_loss(mean_reward(chosen, chosen_mask), mean_reward(rejected, rejected_mask))
+    return page_loss(mean_reward(chosen, chosen_mask), mean_reward(rejected, rejected_mask), target)
 
 
 def token_loss(chosen: Tensor, rejected: Tensor, edit_mask: Tensor) -> Tensor:
@@ -146,7 +156,8 @@ def token_loss(chosen: Tensor, rejected: Tensor, edit_mask: Tensor) -> Tensor:
 
 @dataclass
 class PairBatch:
-    """prompt, valid (B, P); chosen, rejected, mask (B, K); edited (B, K); detail (B,): not a preference pair."""
+    """prompt, valid (B, P); chosen, rejected, mask (B, K); edited (B, K); detail (B,): not a preference pair;
+    gap (B,): E(chosen) - E(rejected)."""
 
     prompt: Tensor
     valid: Tensor
@@ -155,6 +166,7 @@ class PairBatch:
     mask: Tensor
     edited: Tensor
     detail: Tensor
+    gap: Tensor
 
 
 def collate(pairs: list[Pair], policy: Policy, device) -> PairBatch:
@@ -163,7 +175,8 @@ def collate(pairs: list[Pair], policy: Policy, device) -> PairBatch:
     rejected = torch.from_numpy(pad_ids([p.rejected for p in pairs], -1)).to(device)
     edited = torch.from_numpy(pad_ids([p.mask for p in pairs], 0)).bool().to(device)
     detail = torch.tensor([p.kind != "preference" for p in pairs], device=device)
-    return PairBatch(prompt, valid, chosen, rejected, chosen >= 0, edited, detail)
+    gap = torch.tensor([p.delta_E for p in pairs], dtype=torch.float32, device=device)
+    return PairBatch(prompt, valid, chosen, rejected, chosen >= 0, edited, detail, gap)
 
 
 def rewards_of(model: RewardModel, b: PairBatch):
@@ -176,10 +189,12 @@ def rewards_of(model: RewardModel, b: PairBatch):
 def pair_loss(config: Config, b: PairBatch, token_chosen: Tensor, token_rejected: Tensor, page_chosen: Tensor,
               page_rejected: Tensor) -> Tensor:
     """SPEC 5's total. Preference pairs teach the page head alone: they name no slot that is better."""
-    loss = config.page * page_loss(page_chosen, page_rejected)
+    target = torch.sigmoid(b.gap / config.soften) if config.soften else None
+    loss = config.page * page_loss(page_chosen, page_rejected, target)
     d = b.detail
     if d.any():
-        loss = loss + config.sequence * sequence_loss(token_chosen[d], b.mask[d], token_rejected[d], b.mask[d])
+        loss = loss + config.sequence * sequence_loss(token_chosen[d], b.mask[d], token_rejected[d], b.mask[d],
+                                                      None if target is None else target[d])
         loss = loss + config.token * token_loss(token_chosen[d], token_rejected[d], b.edited[d])
     squares = (page_chosen.square().mean() + page_rejected.square().mean()
                + (token_chosen.square().sum() + token_rejected.square().sum()) / b.mask.sum().clamp(min=1))
@@ -280,7 +295,7 @@ def run(config: Config) -> None:
         policy = Policy.load(before, device)
         policy.vocab.save(out.path)
         pairs, counts = make_pairs(shop, config.seed, config.kinds.split(","), config.per_kind, config.label_share,
-                                   literal_swaps=config.literal_swaps)
+                                   ranked_margin=config.ranked_margin, literal_swaps=config.literal_swaps)
         if not pairs:
             raise PageLLMError(f"no pairs could be made from {config.data_dir}: {counts}")
         with atomic(out.path / "pairs.parquet") as beside:

@@ -145,6 +145,10 @@ def test_item_scores_are_shrunken_means_of_train_ratings(rows, shrink):
     assert popularity(shop).tolist() == [sum(j == i for j, _ in train) for i in range(5)]
 
 
+def test_scores_do_not_shrink_unless_asked():
+    assert item_scores(shop_of([(0, 0, 5.0, "train"), (0, 1, 1.0, "train")], 1, 2)).tolist() == [5.0, 1.0]
+
+
 def test_shrink_is_not_negative():
     with pytest.raises(ValueError, match="shrink"):
         item_scores(shop_of([(0, 0, 5.0, "train")], 1, 1), -1.0)

@@ -1,6 +1,7 @@
 """Scores of pages: SPEC 8, 13.9."""
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -40,7 +41,8 @@ refs = st.lists(item, min_size=1, max_size=5, unique=True)
 pages = st.lists(item, max_size=8)                       # repeats allowed
 clean = st.lists(item, min_size=1, max_size=8, unique=True)
 names = st.frozensets(st.sampled_from("pqrs"), max_size=3)
-catalogues = st.lists(names, min_size=N, max_size=N)
+known = st.frozensets(st.sampled_from("pqrs"), min_size=1, max_size=3)
+catalogues = st.one_of(st.lists(names, min_size=N, max_size=N), st.lists(known, min_size=N, max_size=N))
 cuts = st.one_of(st.none(), st.integers(1, 9))
 modes = st.sampled_from(["worst", "append", "skip"])
 
@@ -313,6 +315,9 @@ def test_set_scores_by_hand():
     assert redundancy("ac", categories, n_categories=8) == 0     # three categories of two items: at the cap
     assert redundancy("bb", categories) is None and redundancy("bc", categories, n_categories=1) is None
     assert redundancy("aa", {"a": "x"}) is None
+    assert redundancy(range(4), "xyxy") == 0                                     # C = 2, K = 4
+    third = entropy(range(3), "xyx") / math.log(3)
+    assert redundancy(range(3), ["x", "y", "x", ()]) == pytest.approx(1 - third)
 
 
 def test_categories_may_be_one_name_or_number():
@@ -375,6 +380,25 @@ def columns(table, *more):
 @law
 @given(populations(), catalogues, st.integers(1, 9), st.integers(1, 9), st.booleans(), modes, st.randoms())
 def test_score_pages_equals_the_one_user_functions(population, categories, page_k, k, flag, missing, random):
+    check_agreement(population, categories, page_k, k, flag, missing, random)
+
+
+@pytest.mark.parametrize("flag", [False, True])
+@pytest.mark.parametrize("missing", ["worst", "append", "skip"])
+def test_score_pages_equals_the_one_user_functions_on_many_users(flag, missing):
+    """Enough users that every case occurs: ties, repeats, equal and disjoint category sets, short pages."""
+    rng = np.random.default_rng(1)
+    everyone = range(0, 200, 2)
+    gen = {u: rng.integers(0, N, rng.integers(0, 11)).tolist() for u in everyone}
+    ref = {u: rng.permutation(N)[: rng.integers(0, 6)].tolist() for u in everyone}
+    rel = {u: rng.integers(0, 4, len(ref[u])).tolist() for u in everyone}
+    rank = {u: average_ranks(rel[u]).tolist() for u in everyone}
+    categories = [tuple(rng.permutation(list("pqr"))[: rng.integers(not flag, 3)]) for _ in range(N)]
+    users = np.array(list(everyone))[10:]
+    check_agreement((users, gen, ref, rank, rel), categories, 6, 4, flag, missing, random.Random(0))
+
+
+def check_agreement(population, categories, page_k, k, flag, missing, random):
     users, gen, ref, rank, rel = population
     place = {u: range(1, len(gen[u]) + 1) for u in gen}
     user, shown, at = columns(gen, place)

@@ -26,7 +26,7 @@ from pagellm.pairs import (
     to_table,
 )
 
-law = settings(deadline=None, max_examples=12)
+law = settings(deadline=None, max_examples=40)
 TRAIN, VALID, TEST = (SPLITS.index(name) for name in ("train", "valid", "test"))
 
 
@@ -145,6 +145,13 @@ def test_literal_swaps_carry_their_signal_in_the_order():
             assert page[b] < 0 or page.count(page[b]) > 1
         else:
             assert page[b] in page[:a] and page[b] >= 0 and page[a] != page[b]
+    close = [pair for pair in pairs if pair.delta_E < 0.01]
+    assert close and min(pair.delta_E for pair in close) >= 1e-6                 # the default margin
+    assert any([int(leaf[i]) for i in p.chosen[:a]].count(int(leaf[p.chosen[b]])) == 1
+               for p in pairs if p.kind == "redundancy" for a, b in [np.flatnonzero(p.mask)])
+    for kind, place in (("diversity", 0), ("redundancy", 1)):                    # no category is left out
+        moved = {p.chosen[np.flatnonzero(p.mask)[place]] for p in pairs if p.kind == kind}
+        assert {int(leaf[i]) for i in moved} == set(range(6))
 
 
 # Each kind
@@ -170,7 +177,31 @@ def test_ranked_pairs_swap_true_inversions(shop, seed):
 
 def test_ranked_pairs_swap_one_to_three():
     pairs, _ = make_pairs(shop_of(1, n_users=30, n_items=80, per_user=40), 0, ("ranked",))
-    assert {sum(pair.mask) // 2 for pair in pairs} == {1, 2, 3}
+    assert {sum(pair.mask) for pair in pairs} == {2, 4, 6}
+    assert any(p.chosen[a] == p.rejected[a + 1] and p.chosen[a + 1] == p.rejected[a]         # neighbours too
+               for p in pairs for a in range(len(p.chosen) - 1))
+    for pair in pairs:                                   # disjoint: whoever moved changed places with one
+        for a, item in enumerate(pair.chosen):
+            assert pair.rejected[pair.chosen.index(pair.rejected[a])] == item
+
+
+def test_ranked_pairs_need_no_second_rating():
+    """Within one rating level s_i decides; without ratings nothing does."""
+    shop = shop_of(1)
+    one = replace(shop, rating=np.where(shop.rating > 3, 5.0, shop.rating).astype(np.float32))
+    assert len(make_pairs(one, 0, ("ranked",))[0]) > 20
+    assert make_pairs(shop_of(1, implicit=True), 0, ("ranked",))[0] == []
+
+
+def test_two_liked_items_make_a_pair_and_one_does_not():
+    shop = shop_of(0, n_users=3, per_user=3)
+    row = np.array([0, 0, 1])
+    shop = replace(shop, user=row, item=np.array([1, 2, 5]), rating=np.full(3, 5, np.float32),
+                   time=np.zeros(3, np.int64), positive=np.ones(3, bool), split=np.zeros(3, np.int8))
+    pairs, counts = make_pairs(shop, 0, ("preference",), per_kind=2)
+    # Only items 1, 2 and 5 were ever bought, so 5 is all there is to fill a page with.
+    assert [(pair.user, len(pair.history), pair.rejected) for pair in pairs] == [(0, 1, [5])] * 2
+    assert counts["preference"]["tried"] == 2
 
 
 @law
@@ -198,7 +229,7 @@ def test_diversity_matches_popularity_and_score():
     s = np.where(np.isnan(s), np.nanmean(s), s)
     np.testing.assert_allclose(stock.coordinate, np.stack([rank, (s - 1) / 4], 1))
     train, near, leaf = by_user(shop), near_duplicates(shop.catalogue), shop.catalogue.leaf_id
-    ranks = Counter()
+    ranks, near_by = Counter(), set()
     for pair in make_pairs(shop, 0, ("diversity",), per_kind=6)[0]:
         slot, = np.flatnonzero(pair.mask)
         allowed = set(leaf[pair.chosen].tolist()) - {-1, int(leaf[pair.chosen[slot]])}
@@ -207,7 +238,9 @@ def test_diversity_matches_popularity_and_score():
         distance = np.abs(stock.coordinate[pool] - stock.coordinate[pair.chosen[slot]]).sum(1)
         got = distance[pool.index(pair.rejected[slot])]
         ranks[int((distance < got - 1e-12).sum())] += 1
+        near_by.add(pair.rejected[slot])
     assert max(ranks) == 4 and len(ranks) == 5
+    assert {int(leaf[i]) for i in near_by} == set(range(4))
 
 
 @law
@@ -240,6 +273,8 @@ def test_preference_takes_disliked_items_first():
             assert pair.source == want
             sources.add(want)
     assert sources == {"rated", "rated+sampled", "sampled"}
+    pairs, _ = make_pairs(shop, 0, ("preference",), per_kind=40, k=1, users=[1])         # each gets its turn
+    assert {pair.rejected[0] for pair in pairs} == {i for i, r in train[1].items() if r < 3}
     pairs, _ = make_pairs(shop_of(5, implicit=True), 0, ("preference",))
     assert pairs and all(pair.source == "sampled" for pair in pairs)
 
@@ -252,11 +287,13 @@ def side_of(shop, user=0, share=0.5, seed=0, neutral="exclude"):
 
 def test_fill_is_drawn_by_popularity():
     """First place of the fill falls on item i with probability proportional to pop_i ^ 0.75."""
-    side, stock = side_of(shop_of(4, n_items=12, per_user=6, implicit=True))
+    shop = shop_of(4, n_items=12, per_user=6, implicit=True)
+    count = popularity(shop)
+    side, stock = side_of(shop)
+    assert len(set(count.tolist())) > 4 and stock.weight ** 4 == pytest.approx(count ** 3)
     side = replace(side, page=side.page[:1])
     drawn = Counter(preference(side, stock, np.random.default_rng(n))[0][0] for n in range(4000))
-    weight = {i: popularity(shop_of(4, n_items=12, per_user=6, implicit=True))[i] ** 0.75
-              for i in np.flatnonzero(side.buyer.free)}
+    weight = {i: count[i] ** 0.75 for i in np.flatnonzero(side.buyer.free)}
     for item, w in weight.items():
         share = w / sum(weight.values())
         assert abs(drawn[item] / 4000 - share) < 4 * math.sqrt(share / 4000) + 1e-9
@@ -334,6 +371,8 @@ def test_label_share_sets_the_page():
     for share, sign in ((0.2, 1), (0.8, -1)):
         pairs, _ = make_pairs(shop_of(9, per_user=40), 0, ("preference",), label_share=share)
         assert all(sign * (len(pair.history) - len(pair.chosen)) > 0 for pair in pairs)
+    pairs, _ = make_pairs(shop_of(9, n_items=200, per_user=120), 0, ("preference",), label_share=0.8)
+    assert {len(pair.chosen) for pair in pairs} == {20}
 
 
 @pytest.mark.parametrize("wrong", [{"kinds": ("preference", "prefer")}, {"neutral": "maybe"}, {"per_kind": 0},

@@ -155,7 +155,7 @@ def test_a_missing_stage_is_named_with_its_command(root, stage, missing):
 
 
 def test_changed_options_are_refused_and_missing_data_named(root, tmp_path):
-    with pytest.raises(PageLLMError, match="kl_coef=0.05, now kl_coef=0.5"):
+    with pytest.raises(PageLLMError, match="kl_coef=0.1, now kl_coef=0.5"):
         ppo.run(config(root, "ppo", kl_coef=0.5))
     with pytest.raises(PageLLMError, match="no prepared data in .*\n.*make prepare DATASET=toys"):
         pretrain.run(config(tmp_path, "pretrain", dataset="toys"))

@@ -111,8 +111,8 @@ def test_preference_pairs_teach_the_page_head_alone():
     zero = torch.zeros(2, 3, dtype=torch.long)
     tokens = [torch.randn(2, 3, requires_grad=True) for _ in range(2)]
     pages = [torch.randn(2, requires_grad=True) for _ in range(2)]
-    config = Config(shrink=0.0)
-    batch = PairBatch(zero, m, zero, zero, m, m, detail=torch.tensor([False, False]))
+    config = Config(shrink=0.0, soften=0.0)
+    batch = PairBatch(zero, m, zero, zero, m, m, detail=torch.tensor([False, False]), gap=torch.ones(2))
     pair_loss(config, batch, *tokens, *pages).backward()
     assert all((t.grad == 0).all() for t in tokens) and all(p.grad.abs().min() > 0 for p in pages)
     batch.detail = torch.tensor([False, True])
@@ -122,10 +122,10 @@ def test_preference_pairs_teach_the_page_head_alone():
 
 def test_weights_switch_their_part_off():
     m = torch.ones(1, 2, dtype=torch.bool)
-    batch = PairBatch(m, m, m, m, m, m, detail=torch.tensor([True]))
+    batch = PairBatch(m, m, m, m, m, m, detail=torch.tensor([True]), gap=torch.ones(1))
     t, u = torch.randn(1, 2), torch.randn(1, 2)
     g, h = torch.randn(1), torch.randn(1)
-    off = {"page": 0.0, "sequence": 0.0, "token": 0.0, "shrink": 0.0}
+    off = {"page": 0.0, "sequence": 0.0, "token": 0.0, "shrink": 0.0, "soften": 0.0}
     parts = {"page": page_loss(g, h), "sequence": sequence_loss(t, m, u, m), "token": token_loss(t, u, m)}
     for name, want in parts.items():
         assert_close(pair_loss(Config(**(off | {name: 2.0})), batch, t, u, g, h), 2 * want)

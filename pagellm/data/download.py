@@ -63,8 +63,8 @@ SHORT_NAMES = {
     "gift_cards": ("Gift_Cards", "2018"), "all_beauty": ("All_Beauty", "2018"),
 }
 BLOCK = 1 << 20
-ATTEMPTS = 4          # connections tried for one file before giving up
-TIMEOUT = 60.0        # seconds without a byte
+ATTEMPTS = 4          # connections made for one file before giving up
+TIMEOUT = 30.0        # seconds without a byte
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,17 +120,21 @@ def fetch(url: str, path: Path) -> None:
         return
     part = path.with_name(path.name + ".part")
     by_hand = f"  Fetch {url}\n  on a machine that can, and put {path.name} into {path.parent}"
-    trouble = ""
+    whole, trouble = False, ""
     for _ in range(ATTEMPTS):
         try:
-            if transfer(url, part):
-                break
+            whole = transfer(url, part)
             trouble = "the connection was cut"
         except urllib.error.HTTPError as error:
             raise PageLLMError(f"{url}: the server says {error.code} {error.reason}\n{by_hand}") from error
+        except urllib.error.URLError as error:
+            trouble = str(error.reason)
+            break                    # no connection at all: waiting for three more timeouts helps nobody
         except (OSError, http.client.HTTPException) as error:
-            trouble = str(getattr(error, "reason", None) or error) or type(error).__name__
-    else:
+            trouble = str(error) or type(error).__name__
+        if whole:
+            break
+    if not whole:
         begun = f"; {part.name} is kept, and the same command goes on from there" if part.exists() else ""
         raise PageLLMError(f"cannot fetch {path.name}: {trouble}{begun}\n{by_hand}")
     if not is_whole_gzip(part):
@@ -155,9 +159,11 @@ def transfer(url: str, part: Path) -> bool:
         part.unlink()                            # longer than the file: begin again
         return False
     with response:
-        sent = response.headers.get("Content-Range") or ""
-        if response.status != 206 or not sent.startswith(f"bytes {have}-"):
+        if response.status != 206:
             have = 0                             # the server sends the whole file, whatever was asked for
+        elif not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
+            part.unlink()                        # another piece than the one asked for: begin again
+            return False
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
         bar = tqdm(desc=f"  {part.stem}", total=total, initial=have, unit="B", unit_scale=True, delay=1)

@@ -14,7 +14,6 @@ __all__ = ["TEST", "TRAIN", "UNUSED", "VALID", "group_rank", "highest", "k_core"
            "split_by_time", "split_random"]
 
 TRAIN, VALID, TEST, UNUSED = range(4)
-SHARE = 0.1           # of a user's positives, each for validation and test: the paper's
 
 
 def latest(user, item, time, rating, tie) -> np.ndarray:

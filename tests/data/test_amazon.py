@@ -65,6 +65,11 @@ def test_broken_lines(text, reason):
         mapping(text)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_backslash_that_escapes_nothing_is_no_warning():
+    assert mapping(r"{'a': 'C:\d'}") == {"a": r"C:\d"}
+
+
 def test_a_python_literal_has_a_limit(monkeypatch):
     monkeypatch.setattr(amazon, "LITERAL_LIMIT", 12)
     assert mapping("{'a': 'bcd'}") == {"a": "bcd"}

@@ -14,7 +14,7 @@ BODY = gzip.compress(bytes(range(256)) * 400, compresslevel=0)
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """/NAME.gz: `plan` holds what to do at each: "ok", "cut", "no length", "ignore range", a status."""
+    """/NAME.gz: `plan` holds what to do at each: "ok", "cut", "ignore range", "wrong piece", a status."""
 
     files: dict[str, bytes]
     plan: list
@@ -37,6 +37,8 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
+        if step == "wrong piece" and start:
+            start += 7
         part = body[start:]
         self.send_response(206 if start else 200)
         if start:
@@ -68,6 +70,7 @@ def server():
         ["cut", "ok"],
         ["cut", "cut", "ok"],
         ["cut", "ignore range"],
+        ["cut", "wrong piece", "ok"],
         ["cut", "cut", "cut", "ok"],
     ],
 )

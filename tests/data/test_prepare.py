@@ -779,3 +779,46 @@ def test_a_data_set_that_appears_meanwhile_is_left_alone(tmp_path, monkeypatch):
         prepared(tmp_path, dense())
     assert (tmp_path / "shop" / "source.json").read_text() == "the other's"
     assert sorted(os.listdir(tmp_path)) == ["raw", "shop"]
+
+
+def test_words_about_items_are_titles_only_when_asked_for(tmp_path):
+    lines = [" ".join([f"u{u}", *(f"i{i}" for i in range(6))]) for u in range(6)]
+    write_lines(tmp_path / "raw/shop/x.sequences.txt", lines)
+    write_lines(tmp_path / "raw/shop/x.item_keyphrases.txt", [f"i{i} red {i}" for i in range(6)])
+    path = run(Config(dataset="shop", data=str(tmp_path)))
+    raw, words = str(tmp_path / "raw/shop"), "x.item_keyphrases.txt"
+    assert load(path).catalogue.title == [""] * 6 and source(path)["unused_files"] == [words]
+    asked = run(Config(dataset="two", data=str(tmp_path), raw=raw, item_files=words))
+    assert load(asked).catalogue.title == [f"red {i}" for i in range(6)] and not source(asked)["unused_files"]
+
+
+def test_hidden_files_half_files_and_lists_are_passed_over(tmp_path):
+    for name in (".hidden.json", "other.json.part"):
+        write_lines(tmp_path / "raw/shop" / name, dense())
+    write_lines(tmp_path / "raw/shop/words.txt", ["one", "word", "a", "line"])
+    write_lines(tmp_path / "raw/shop/list.txt", ["[1, 2]", "[3, 4]"])
+    (tmp_path / "raw/shop/folder.json").mkdir()
+    path = prepared(tmp_path, dense())
+    assert source(path)["unused_files"] == ["list.txt", "words.txt"]
+
+
+def test_a_given_split_without_training_rows_is_no_split(tmp_path):
+    for split in ("valid", "test"):
+        write_lines(tmp_path / f"raw/shop/x_{split}.csv", log_lines([("u", "i")], "user_id,item_id"))
+    with pytest.raises(PageLLMError, match="several sets of interactions"):
+        run(Config(dataset="shop", data=str(tmp_path), split="given"))
+
+
+def test_ratings_from_one_to_five_and_the_shortest_texts_stay_by_default(tmp_path):
+    rows = [{"user_id": f"u{u}", "item_id": f"i{i}", "rating": 1 + (u + i) % 5, "text": "x"} for u in range(6)
+            for i in range(6)]
+    write_lines(tmp_path / "raw/shop/log.jsonl", rows)
+    path = run(Config(dataset="shop", data=str(tmp_path), k_core=1))
+    assert sorted({row["rating"] for row in table(path)}) == [1, 2, 3, 4, 5]
+    assert {row["text"] for row in table(path, "reviews")} == {"x"} and source(path)["counts"]["reviews"] > 20
+
+
+def test_the_synthetic_shop_is_counted_like_any_other(tmp_path):
+    counts = source(run(Config(data=str(tmp_path), users=60, items=50)))["counts"]
+    assert counts["lines"] == {"read": counts["records"], "kept": counts["records"], "broken": {}}
+    assert counts["item_lines"]["read"] == 50 and counts["duplicates"] == 0

@@ -63,6 +63,19 @@ def test_texts_are_cut_and_short_ones_left_out(folder):
     assert pq.read_table(folder / "texts.parquet")["text"].to_pylist() == ["", "abc", "abc", "abc"]
 
 
+def test_no_more_text_is_held_than_a_group(folder, monkeypatch):
+    """Groups end after GROUP_CHARACTERS characters or GROUP_ROWS rows, whichever comes first."""
+    def groups(texts):
+        spool.collect([Review("u", "i", text=text) for text in texts], folder / "texts.parquet")
+        file = pq.ParquetFile(folder / "texts.parquet")
+        return [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+
+    monkeypatch.setattr(spool, "GROUP_CHARACTERS", 20)
+    monkeypatch.setattr(spool, "GROUP_ROWS", 5)
+    assert groups(["x" * 10] * 6) == [2, 2, 2] and groups(["x" * 30] * 3) == [1, 1, 1]
+    assert groups(["x" * 19, "x", "x" * 19, "x"]) == [2, 2] and groups(["x"] * 12) == [5, 5, 2]
+
+
 @few
 @given(st.data(), reviews, st.integers(1, 5), st.integers(1, 5), st.integers(1, 4), st.integers(1, 30))
 def test_reviews_come_out_in_the_order_asked_for(folder, data, records, bucket, group, buckets, characters):

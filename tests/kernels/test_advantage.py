@@ -130,7 +130,8 @@ def test_dtypes_widen(dtypes, expected):
     """The result is that of the widened inputs: no sum is kept in half precision."""
     reward, value = ((randn(2, 5) * 4).to(dtype) for dtype in dtypes)
     mask = prefix_mask([5, 3], 5)
-    for x, y in zip(gae(reward, value, mask), gae(reward.to(expected), value.to(expected), mask), strict=True):
+    widened = gae(reward.to(expected), value.to(expected), mask)
+    for x, y in zip(gae(reward, value, mask), widened, strict=True):
         assert x.dtype == expected and torch.equal(x, y)
 
 
@@ -185,3 +186,10 @@ def test_wrong_calls_are_refused():
         for rates in ({"gamma": wrong}, {"lam": wrong}):
             with pytest.raises(ValueError, match="gamma"):
                 gae(x, x, mask, **rates)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gives_the_same():
+    page = randn(5, 200), randn(5, 200), prefix_mask([200, 0, 1, 33, 150], 200)
+    there = [x.cuda() for x in page]
+    assert_close([x.cpu() for x in gae(*there, 0.99, 0.9)], list(gae(*page, 0.99, 0.9)))

@@ -162,6 +162,13 @@ def test_any_number_of_leading_dimensions(shape):
         assert out.shape == shape[:-1]
 
 
+def test_ids_may_be_short_integers():
+    logits, legal = randn(2, 3), torch.ones(2, 3) > 0
+    for out in (None, legal):
+        assert torch.equal(token_logp(logits, torch.tensor([2, 0], dtype=torch.int32), out),
+                           token_logp(logits, torch.tensor([2, 0]), out))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_widened_first(dtype):
     logits, ids = randn(3, 50).to(dtype), torch.tensor([0, 1, 2])
@@ -472,3 +479,21 @@ def test_wrong_calls_of_the_linear_form(tiling):
     for temperature in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="temperature"):
             linear_logp(hidden, weight, target, None, temperature)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype, rtol",
+                         [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_a_gpu_gives_the_same(monkeypatch, dtype, rtol):
+    monkeypatch.setitem(logprob.TILE, "other", 5000)
+    monkeypatch.setattr(logprob, "TILE_ROWS", 50)
+    hidden, weight = (randn(n, 16, seed=n).to(dtype) for n in (90, 400))
+    rest = torch.arange(90), torch.arange(100, 110).expand(90, -1)
+    results = []
+    for device in ("cpu", "cuda"):
+        h, w = (x.to(device).requires_grad_() for x in (hidden, weight))
+        out = linear_logp(h, w, *(x.to(device) for x in rest), 0.7, return_entropy=True)
+        grads = torch.autograd.grad(sum(x.mean() for x in out), (h, w))
+        results.append([x.detach().double().cpu() for x in (*out, *grads)])
+    for x, y in zip(*results, strict=True):
+        assert_close(y, x, rtol=rtol, atol=rtol * x.abs().max().item())
