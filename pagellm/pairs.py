@@ -219,7 +219,7 @@ def pair_seed(seed: int, user: int, kind: str, draw: int) -> int:
 
 def make_pairs(shop: Shop, seed: int = 0, kinds: Sequence[str] = KINDS, per_kind: int = 4,
                label_share: float = 0.5, *, k: int = 20, literal_swaps: bool = False,
-               neutral: str = "exclude", margin: float = 1e-6, ranked_margin: float = 1e-6, shrink: float = 0.0,
+               neutral: str = "exclude", margin: float = 1e-6, ranked_margin: float = 0.0, shrink: float = 0.0,
                implicit_gain: float = 1.0, near: Near | None = None,
                users: Sequence[int] | None = None) -> tuple[list[Pair], dict[str, dict]]:
     """Pairs of every user with two liked train items or more, by user, kind and draw.
@@ -228,7 +228,7 @@ def make_pairs(shop: Shop, seed: int = 0, kinds: Sequence[str] = KINDS, per_kind
     label_share  share of the user's liked train items that become the page; its first k slots are used
     neutral      exclude: a rating of 3 is neither liked nor disliked; weak_negative: it is disliked
     margin       least E(chosen) - E(rejected) of a pair that is kept
-    ranked_margin  the same for ranked pairs, whose two orders may differ by less than a rating's noise
+    ranked_margin  more than that for ranked pairs, whose two orders may differ by less than a rating's noise
     near         near-duplicates to use; default the rule on titles alone
     users        default all
     returns the pairs, and for every kind how many draws were tried, impossible (the page does not allow
@@ -253,7 +253,7 @@ def make_pairs(shop: Shop, seed: int = 0, kinds: Sequence[str] = KINDS, per_kind
                 side = draw_side(buyer, stock, label_share, k, rng)
                 edit = make[kind](side, stock, rng)
                 pair = edit and finish(side, stock, kind, edit, own)
-                least = ranked_margin if kind == "ranked" else margin
+                least = max(margin, ranked_margin) if kind == "ranked" else margin
                 outcome = "impossible" if not pair else "rejected" if pair.delta_E < least else "emitted"
                 counts[kind]["tried"] += 1
                 counts[kind][outcome] += 1

@@ -397,3 +397,11 @@ def test_shops_without_pairs():
     pairs, counts = make_pairs(shop_of(0, per_user=1), 0)
     assert pairs == [] and to_table(pairs).num_rows == 0
     assert all(count["tried"] == 0 for count in counts.values())
+
+
+def test_the_ranked_margin_drops_ranked_pairs_alone():
+    shop = shop_of(8)
+    whole, _ = make_pairs(shop, 0)
+    some, _ = make_pairs(shop, 0, ranked_margin=0.3)
+    assert some == [pair for pair in whole if pair.kind != "ranked" or pair.delta_E >= 0.3]
+    assert len(some) < len(whole)
