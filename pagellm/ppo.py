@@ -51,6 +51,7 @@ class Config(Common):
     reward_run: str = ""         # run whose reward model is read; empty: the same as source_run
     algo: str = "ppo"            # ppo, reinforce (Eq. 11 minus the batch mean), rloo (minus the user's other pages)
     epochs: float = 1.5          # passes over the users (the paper: 5)
+    min_steps: int = 45          # at least this many steps, however few the users
     rollout: int = 64            # pages sampled in a step
     samples: int = 1             # pages of one user among them; rloo wants 2 or more
     minibatch: int = 64          # pages in one optimiser update; divides rollout
@@ -540,7 +541,7 @@ def run(config: Config) -> None:
         history, seen = shop.csr("train"), shop.csr("train", positive=None)
         users = np.flatnonzero(history.counts() > 0)
         per_step = config.rollout // config.samples
-        total = max(1, round(config.epochs * len(users) / per_step))
+        total = max(config.min_steps, round(config.epochs * len(users) / per_step))
         frozen = -(-config.critic_warmup // (config.inner_epochs * (config.rollout // config.minibatch)))
         opt = optimiser(policy.model, config.lr, eps=1e-5, betas=(0.9, 0.999))
         critic_opt = optimiser(critic, config.critic_lr, eps=1e-5, betas=(0.9, 0.999))

@@ -44,7 +44,7 @@ class Config(Common):
     label_share: float = 0.5     # share of a user's train items that make the better page
     ranked_margin: float = 0.2   # least energy gap of a ranked pair; smaller ones differ by less than ratings' noise
     literal_swaps: bool = False  # the paper's diversity and redundancy pairs: swaps instead of replacements
-    soften: float = 0.5          # soft labels sigma(energy gap / soften), so that rewards keep the energy's scale; 0: hard
+    soften: float = 0.5          # labels sigma(energy gap / soften) keep rewards on the energy's scale; 0: hard labels
     held_out: float = 0.15       # share of users whose pairs are only measured on
     epochs: float = 1.0          # passes over the training pairs
     batch: int = 64              # pairs in a step
@@ -61,7 +61,8 @@ class Config(Common):
         kinds = self.kinds.split(",")
         check(self, kinds=(set(kinds) <= set(KINDS) and kinds, f"some of {','.join(KINDS)}"),
               leave_out=(self.leave_out in ("", *kinds), f"empty or one of {self.kinds}"),
-              per_kind=(self.per_kind > 0, "1 or more"), label_share=(0 < self.label_share < 1, "between 0 and 1"), ranked_margin=(self.ranked_margin >= 0, "0 or more"),
+              per_kind=(self.per_kind > 0, "1 or more"), label_share=(0 < self.label_share < 1, "between 0 and 1"),
+              ranked_margin=(self.ranked_margin >= 0, "0 or more"), soften=(self.soften >= 0, "0 or more"),
               held_out=(0 < self.held_out < 1, "between 0 and 1"), epochs=(self.epochs > 0, "above 0"),
               batch=(self.batch > 0, "1 or more"), lr=(self.lr > 0, "above 0"),
               **{w: (getattr(self, w) >= 0, "0 or more") for w in ("page", "sequence", "token", "shrink")})

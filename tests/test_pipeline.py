@@ -22,7 +22,7 @@ SMALL = {"pretrain": {"size": "nano", "steps": 6, "batch": 8, "rating_batch": 8,
          "sft": {"epochs": 2, "batch": 16, "eval_every": 4, "max_history": 8, "warmup": 2, "k": 6},
          "reward": {"per_kind": 1, "epochs": 1, "batch": 32, "warmup": 2},
          "ppo": {"epochs": 1.0, "rollout": 16, "minibatch": 8, "micro": 4, "inner_epochs": 2, "k": 6, "eval_every": 2,
-                 "critic_warmup": 4, "lr": 1e-3},
+                 "critic_warmup": 4, "lr": 1e-3, "min_steps": 1},
          "evaluate": {"k": 6, "depth": 40, "n_boot": 50, "examples": 1}}
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "evaluate": evaluate}
 
