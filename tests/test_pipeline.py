@@ -174,7 +174,8 @@ def test_other_algorithms_run(root, algo, more):
 def test_micro_batches_move_nothing(root):
     for micro in (3, 16):
         ppo.run(config(root, "ppo", run=f"micro-{micro}", source_run="base", micro=micro, epochs=0.5, critic_warmup=0))
-    a, b = (torch.load(root / "runs" / f"micro-{m}" / "ppo" / "model.pt", weights_only=True)["weights"] for m in (3, 16))
+    files = [root / "runs" / f"micro-{m}" / "ppo" / "model.pt" for m in (3, 16)]
+    a, b = (torch.load(file, weights_only=True)["weights"] for file in files)
     start = torch.load(root / "runs" / "base" / "sft" / "model.pt", weights_only=True)["weights"]
     moved = max((a[n] - start[n]).abs().max() for n in a)
     apart = max((a[n] - b[n]).abs().max() for n in a)
