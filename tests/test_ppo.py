@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from kernels import masked
 from kernels.advantage import gae
+from pagellm.alarms import alarms
 from pagellm.config import PageLLMError
 from pagellm.ppo import (
     AdaptiveKL,
@@ -18,7 +19,6 @@ from pagellm.ppo import (
     Rollout,
     RunningMoments,
     advantages,
-    alarms,
     kl_k1,
     kl_k2,
     kl_k3,
