@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+from tqdm import tqdm
 
 from pagellm.data.shop import Catalogue, Shop
 from pagellm.lists import (
@@ -221,7 +222,7 @@ def make_pairs(shop: Shop, seed: int = 0, kinds: Sequence[str] = KINDS, per_kind
                label_share: float = 0.5, *, k: int = 20, literal_swaps: bool = False,
                neutral: str = "exclude", margin: float = 1e-6, ranked_margin: float = 0.0, shrink: float = 0.0,
                implicit_gain: float = 1.0, near: Near | None = None,
-               users: Sequence[int] | None = None) -> tuple[list[Pair], dict[str, dict]]:
+               users: Sequence[int] | None = None, progress: bool = False) -> tuple[list[Pair], dict[str, dict]]:
     """Pairs of every user with two liked train items or more, by user, kind and draw.
 
     per_kind     draws of each kind a user; every draw makes its own input/label split
@@ -231,6 +232,7 @@ def make_pairs(shop: Shop, seed: int = 0, kinds: Sequence[str] = KINDS, per_kind
     ranked_margin  more than that for ranked pairs, whose two orders may differ by less than a rating's noise
     near         near-duplicates to use; default the rule on titles alone
     users        default all
+    progress     show a bar
     returns the pairs, and for every kind how many draws were tried, impossible (the page does not allow
     it), rejected (by the margin) and emitted; lower_energy is the share of emitted ones with the better page
     on the right side, by a second computation
@@ -245,7 +247,9 @@ def make_pairs(shop: Shop, seed: int = 0, kinds: Sequence[str] = KINDS, per_kind
     stock, make = Stock.of(shop, near, shrink), makers(literal_swaps)
     pairs: list[Pair] = []
     counts = {kind: dict.fromkeys(("tried", "impossible", "rejected", "emitted"), 0) for kind in kinds}
-    for buyer in buyers(shop, stock, neutral, implicit_gain, users):
+    wait = tqdm(buyers(shop, stock, neutral, implicit_gain, users), "pairs", disable=not progress, unit="user",
+                total=shop.n_users if users is None else len(users), mininterval=1.0)
+    for buyer in wait:
         for kind in kinds:
             for draw in range(per_kind):
                 own = pair_seed(seed, buyer.user, kind, draw)

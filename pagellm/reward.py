@@ -296,7 +296,8 @@ def run(config: Config) -> None:
         policy = Policy.load(before, device)
         policy.vocab.save(out.path)
         pairs, counts = make_pairs(shop, config.seed, config.kinds.split(","), config.per_kind, config.label_share,
-                                   ranked_margin=config.ranked_margin, literal_swaps=config.literal_swaps)
+                                   ranked_margin=config.ranked_margin, literal_swaps=config.literal_swaps,
+                                   progress=True)
         if not pairs:
             raise PageLLMError(f"no pairs could be made from {config.data_dir}: {counts}")
         with atomic(out.path / "pairs.parquet") as beside:
