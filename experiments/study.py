@@ -140,7 +140,7 @@ def print_table(records: list[dict]) -> str:
     metrics_shown = list(dict.fromkeys(r["metric"] for r in records))
     at = {(r["variant"], r["metric"]): r for r in records}
     arrow = {"up": "↑", "down": "↓"}
-    width = max(24, *(len(n) + 2 for n in names))
+    width = max(28, *(len(n) + 2 for n in names))
     lines = [" " * 18 + "".join(f"{n:>{width}}" for n in names)]
     for metric in metrics_shown:
         cells, under = [], []
