@@ -40,6 +40,7 @@ class Config(Common):
     kinds: str = "preference,ranked,diversity,redundancy"   # kinds of pair to learn from, comma-separated
     leave_out: str = ""          # a kind kept out of training, whose accuracy is still measured
     shuffle_labels: bool = False # control: chosen and rejected swapped at random; accuracy must then be near 0.5
+    compare: bool = True         # let the heads see how much a slot's item resembles those above; off: the paper's
     per_kind: int = 10           # pairs of each kind tried for each user
     label_share: float = 0.5     # share of a user's train items that make the better page
     ranked_margin: float = 0.2   # least energy gap of a ranked pair; smaller ones differ by less than ratings' noise
@@ -68,20 +69,52 @@ class Config(Common):
               **{w: (getattr(self, w) >= 0, "0 or more") for w in ("page", "sequence", "token", "shrink")})
 
 
-class RewardModel(nn.Module):
-    """Token head (Eq. 6): r_t = v.h_t, h_t read after item t. Page head (Eq. 5): MLP([h_end; mean_t h_t; e_u])."""
+class Compare(nn.Module):
+    """How much the item of each slot resembles the nearest one above it, by several learnt measures.
 
-    def __init__(self, trunk: GPT2):
+    Not in the paper. Novelty and redundancy are statements about two items of a page; a small trunk answers them
+    by relevance and never learns to look them up (experiments/LOG.md). A measure is the cosine of the two item rows
+    after a linear map of its own; the largest over the slots above counts, -1 for the first slot.
+    """
+
+    def __init__(self, n_embd: int, measures: int = 4, features: int = 16):
+        super().__init__()
+        self.measures = measures
+        self.project = nn.Linear(n_embd, measures * (n_embd // 2), bias=False)
+        self.features = nn.Linear(measures, features)
+        for one in self.project.weight.chunk(measures):
+            nn.init.orthogonal_(one)
+        nn.init.normal_(self.features.weight)
+        nn.init.normal_(self.features.bias)
+
+    def forward(self, rows: Tensor, mask: Tensor) -> Tensor:
+        """rows (B, K, C) of the items, mask (B, K) bool -> (B, K, features) float32; off the mask anything finite."""
+        B, K, _ = rows.shape
+        x = F.normalize(self.project(rows).view(B, K, self.measures, -1).transpose(1, 2), dim=-1)
+        above = torch.ones(K, K, dtype=torch.bool, device=rows.device).tril(-1) & mask[:, None, None, :]
+        nearest = torch.where(above, x @ x.transpose(2, 3), -1.0).amax(3)               # (B, measures, K)
+        return F.gelu(self.features(nearest.transpose(1, 2).float()), approximate="tanh")
+
+
+class RewardModel(nn.Module):
+    """Token head (Eq. 6): r_t = v.h_t, h_t read after item t. Page head (Eq. 5): MLP([h_end; mean_t h_t; e_u]).
+
+    compare  both heads also read how much the items resemble those above them (`Compare`); off: the paper's heads
+    """
+
+    def __init__(self, trunk: GPT2, compare: bool = True):
         super().__init__()
         C = trunk.shape.n_embd
         self.trunk = trunk
-        self.token_head = nn.Linear(C, 1, bias=False)
-        self.page_head = nn.Sequential(nn.Linear(3 * C, C), nn.GELU(approximate="tanh"), nn.Linear(C, 1))
+        self.compare = Compare(C) if compare else None
+        more = self.compare.features.out_features if compare else 0
+        self.token_head = nn.Linear(C + more, 1, bias=False)
+        self.page_head = nn.Sequential(nn.Linear(3 * C + more, C), nn.GELU(approximate="tanh"), nn.Linear(C, 1))
         # Mean rewards of ground-truth pages, taken off after training: a score above 0 beats the average gold page.
         self.register_buffer("token_mean", torch.zeros(()))
         self.register_buffer("page_mean", torch.zeros(()))
         for head in (self.token_head, self.page_head[2]):
-            nn.init.normal_(head.weight, std=1.0 / math.sqrt(C + 1))
+            nn.init.normal_(head.weight, std=1.0 / math.sqrt(head.in_features + 1))
         nn.init.zeros_(self.page_head[2].bias)
 
     def forward(self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,9 +124,11 @@ class RewardModel(nn.Module):
         returns token_reward (B, K) float32, 0 off the mask; page_reward (B,) float32
         """
         after = slot_states(self.trunk, prompt, valid, item, mask)[:, 1:].float()
-        token = torch.where(mask, self.token_head(after)[..., 0] - self.token_mean, 0.0)
         count = mask.sum(1).clamp(min=1)
         end = after[torch.arange(len(after), device=after.device), count - 1]
+        if self.compare is not None:
+            after = torch.cat([after, self.compare(F.embedding(item.clamp(min=0), self.trunk.item), mask)], 2)
+        token = torch.where(mask, self.token_head(after)[..., 0] - self.token_mean, 0.0)
         mean = torch.where(mask[..., None], after, 0.0).sum(1) / count[:, None]
         first = prompt.gather(1, (prompt.shape[1] - valid.sum(1))[:, None])      # a prompt begins with its user
         user = self.trunk.embed(first)[:, 0].float()
@@ -102,12 +137,12 @@ class RewardModel(nn.Module):
 
     def state(self) -> dict:
         heads = {name: w.cpu() for name, w in self.state_dict().items() if not name.startswith("trunk.")}
-        return {**to_state(self.trunk), "heads": heads}
+        return {**to_state(self.trunk), "heads": heads, "compare": self.compare is not None}
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "RewardModel":
         state = load_model_file(Path(path) / "model.pt")
-        model = cls(from_state(state))
+        model = cls(from_state(state), state["compare"])
         model.load_state_dict(state["heads"], strict=False)
         return model.to(device).eval()
 
@@ -309,7 +344,7 @@ def run(config: Config) -> None:
         learn = [swapped(p, config.seed, i) for i, p in enumerate(train)] if config.shuffle_labels else train
 
         torch.manual_seed(key(config.seed, "reward", "heads") % (1 << 63))
-        model = RewardModel(from_state(load_model_file(before / "model.pt"))).to(device)
+        model = RewardModel(from_state(load_model_file(before / "model.pt")), config.compare).to(device)
         lengths = tuple(2 * len(p.history) + len(p.chosen) for p in learn)
         total = max(1, round(config.epochs * -(-len(learn) // config.batch)))
         opt = optimiser(model, config.lr, config.weight_decay)

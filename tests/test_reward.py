@@ -5,12 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from pagellm.gpt2 import GPT2, Shape
 from pagellm.reward import (
+    Compare,
     Config,
     PairBatch,
     RewardModel,
@@ -133,14 +135,56 @@ def test_weights_switch_their_part_off():
     assert_close(shrink, 0.5 * (g.square() + h.square() + t.square().mean() + u.square().mean())[0])
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture(scope="module", params=[True, False], ids=["compare", "paper's heads"])
+def model(request):
     torch.manual_seed(0)
     trunk = GPT2(Shape(2, 2, 8, 20), 5, 2, 7, dropout=0.3)
     with torch.no_grad():
         for weight in trunk.parameters():
             weight.add_(torch.randn_like(weight) * 0.3)
-    return RewardModel(trunk).eval()
+    return RewardModel(trunk, compare=request.param).eval()
+
+
+def test_compare_reads_the_nearest_item_above():
+    """Against the definition in a loop: the largest cosine to a slot above, -1 where there is none."""
+    torch.manual_seed(0)
+    compare, rows = Compare(6, measures=2, features=3).requires_grad_(False), torch.randn(2, 4, 6)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    got = compare(rows, mask)
+    for b, t in mask.nonzero().tolist():
+        near = []
+        for map_ in compare.project.weight.chunk(2):
+            x = [map_ @ rows[b, s] for s in range(t + 1)]
+            near.append(max((float(F.cosine_similarity(x[t], x[s], 0)) for s in range(t)), default=-1.0))
+        want = F.gelu(compare.features(torch.tensor(near)), approximate="tanh")
+        assert_close(got[b, t], want, atol=1e-5, rtol=1e-5)
+    other = rows.clone()
+    other[:, 2:] = torch.randn(2, 2, 6)
+    assert torch.equal(compare(other, mask)[:, :2], got[:, :2])         # no slot sees a later one
+    assert got.isfinite().all()
+
+
+def test_compare_learns_to_tell_a_repeat_on_users_and_pages_it_has_not_seen():
+    """What a plain head cannot do in so few steps: the second slot is, or is not, a near copy of the first."""
+    torch.manual_seed(0)
+    trunk = GPT2(Shape(1, 2, 16, 20), 5, 2, 40)
+    with torch.no_grad():
+        trunk.item[20:] = trunk.item[:20] + 0.002 * torch.randn(20, 16)     # item 20 + i nearly repeats i
+    model = RewardModel(trunk)
+    opt = torch.optim.Adam(model.parameters(), 1e-2)
+    prompt, valid, m = torch.tensor([[5, 1]]).expand(64, 2), torch.ones(64, 2).bool(), torch.ones(64, 2).bool()
+
+    def margin(first, last):
+        at = torch.randint(first, last, (64,))
+        other = first + (at - first + torch.randint(1, last - first, (64,))) % (last - first)
+        good, bad = torch.stack([at, other + 20], 1), torch.stack([at, at + 20], 1)
+        return model(prompt, valid, good, m)[0][:, 1] - model(prompt, valid, bad, m)[0][:, 1]
+
+    for _ in range(60):
+        opt.zero_grad()
+        F.softplus(-margin(0, 10)).mean().backward()
+        opt.step()
+    assert (margin(10, 20) > 0).float().mean() > 0.95                       # items of no training pair
 
 
 def test_rewards_ignore_padding_and_neighbours(model):

@@ -30,7 +30,7 @@ FORMATS = ("amazon2014", "amazon2018", "amazon2023", "sequences", "csv", "parque
 ROOT = "Everything"          # on every item's path, as a real shop's department is
 NEAR_DUPLICATES = 0.08       # share of items that copy another one
 RATINGS_PER_USER = 36.0      # mean
-NOISE = 0.3                  # standard deviation of a rating about its expectation
+NOISE = 0.2                  # standard deviation of a rating about its expectation
 LIKED = 0.65                 # share of what people buy that they are expected to rate above 3
 DAY = 86_400
 FIRST_DAY = 14_610           # 1 January 2010, in days since 1970
@@ -143,7 +143,7 @@ def make(users: int = 2000, items: int = 1000, seed: int = 0) -> SyntheticShop:
     taste = rng.normal(size=(users, len(STYLES))) * rng.choice([0.3, 1.0, 1.7], size=(users, len(STYLES)))
     likes_top = rng.gumbel(size=(users, len(TOPS)))
     likes_leaf = rng.normal(size=(users, len(LEAVES)))
-    likes_brand = rng.normal(size=(users, n_brands)) * 0.5
+    likes_brand = rng.normal(size=(users, n_brands)) * 0.25
     thrift = rng.gamma(2.0, 0.25, size=users)
     amount = np.clip(RATINGS_PER_USER * rng.lognormal(-0.125, 0.5, size=users), 12, None)
     amount = np.minimum(amount, 0.5 * items).astype(int)
@@ -153,8 +153,8 @@ def make(users: int = 2000, items: int = 1000, seed: int = 0) -> SyntheticShop:
     bought = []
     for u in range(users):
         utility[u] = (0.55 * style @ taste[u] + 0.8 * likes_top[u, TOP_OF_LEAF[leaf]]
-                      + 0.6 * likes_leaf[u, leaf] + likes_brand[u, brand]
-                      + 1.1 * quality - thrift[u] * dearness)
+                      + 0.3 * likes_leaf[u, leaf] + likes_brand[u, brand]
+                      + 1.2 * quality - thrift[u] * dearness)
         wanted = fame + 1.3 * utility[u] + rng.gumbel(size=items) * 1.2
         bought.append(np.sort(np.argsort(-wanted, kind="stable")[:amount[u]]))
     user = np.repeat(np.arange(users), amount)
