@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # A module imports only kernels and what stands before it.
-ORDER = ["config", "run", "data.records", "data.amazon", "data.interactions", "data.download", "data.filters",
+ORDER = ["config", "dist", "run", "data.records", "data.amazon", "data.interactions", "data.download", "data.filters",
          "data.spool", "data.synthetic", "data.raw", "data.prepare", "data.shop", "vocab", "prompts", "lists", "pairs",
          "gpt2", "decode", "metrics", "train", "policy", "pretrain", "sft", "reward", "alarms",
          "ppo", "evaluate", "__main__"]
