@@ -21,7 +21,7 @@ DONE := runs/$(RUN)
 PREPARED := data/$(DATASET)/source.json
 RAW_ARG := $(if $(RAW),--raw $(RAW))
 
-.PHONY: all help install test lint bench clean $(STAGES)
+.PHONY: all help install test lint ablation bench torture clean $(STAGES)
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
@@ -76,6 +76,9 @@ evaluate: $(DONE)/ppo/done  ## pages and the results table: popularity, SFT, Pag
 
 ablation: $(VENV)/installed  ## the paper's Table 5 over several seeds
 	$(PY) -m experiments.ablation --dataset $(DATASET) $(ARGS)
+
+torture: $(VENV)/installed  ## pull the plug, fill the disk, feed rubbish: about 15 minutes, ends with counts
+	$(PY) -m experiments.torture $(ARGS)
 
 bench: $(VENV)/installed  ## kernels: plain against ours
 	$(PY) -m kernels.bench $(ARGS)

@@ -203,6 +203,8 @@ def explain(error: Exception, cls) -> str | None:
                  if name in names]
         return "out of memory" + (f"; lower {', '.join(lower)}" if lower else "") + (
             ". The same command carries on from the last checkpoint; a changed option may need RUN=another.")
+    while not isinstance(error, OSError) and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__        # torch.save wraps what its file said
     if isinstance(error, OSError) and error.errno is not None:
         where = f" ({error.filename})" if error.filename else ""
         if error.errno in FULL:

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pagellm.config import PageLLMError
 
-__all__ = ["MODES", "any_rank", "barrier", "everybody", "gather", "is_main", "last_backward", "load_optimiser",
+__all__ = ["MODES", "any_rank", "barrier", "everybody", "gather", "idle", "is_main", "last_backward", "load_optimiser",
            "load_weights", "optimiser_state", "part", "pick_device", "rank", "start", "stop", "total", "weights",
            "whole", "world", "wrap"]
 
@@ -127,21 +127,25 @@ def gather(mine: np.ndarray) -> np.ndarray:
     return out
 
 
-def wrap(module: nn.Module, mode: str, skips: bool = False) -> nn.Module:
+def wrap(module: nn.Module, mode: str) -> nn.Module:
     """The module whose backward leaves the same gradient on every process: the mean of all (so a loss is a share of
     the whole batch's, times `world`).
 
     ddp   every process holds everything        fsdp  parameters, gradients and moments are cut among processes
     (FSDP2's fully_shard, changed in place); alone: the module itself
-
-    skips   some forward passes leave some parameters out
+    Every forward must use every parameter: see `idle`.
     """
     if world() == 1:
         return module
     if mode == "fsdp":
         from torch.distributed.fsdp import fully_shard
         return fully_shard(module, reshard_after_forward=False)
-    return DistributedDataParallel(module, gradient_as_bucket_view=True, find_unused_parameters=skips)
+    return DistributedDataParallel(module, gradient_as_bucket_view=True)
+
+
+def idle(module: nn.Module) -> Tensor | float:
+    """0, with a gradient of 0 for every parameter of a module that a forward pass leaves out."""
+    return 0.0 if world() == 1 else 0.0 * sum(p.sum() for p in module.parameters())
 
 
 @contextmanager

@@ -351,7 +351,7 @@ def minibatch_loss(learner: Objective, config: Config, r: Rollout, rows: Tensor,
     value = learner.critic(r.prompt[rows], r.valid[rows], x, mask)
     v_loss, row["val/clipfrac"] = value_loss(value, r.value[rows], ret[rows], mask, config.value_clip)
     row["val/loss"] = v_loss.detach()
-    loss = config.vf_coef * v_loss
+    loss = config.vf_coef * v_loss + (0.0 if learn_policy else dist.idle(learner.policy))
     if learn_policy:
         states = slot_states(learner.policy, r.prompt[rows], r.valid[rows], x, mask)
         logp, entropy = page_logp(states, learner.policy.item, x, mask, r.excluded[rows], config.temperature,
@@ -512,8 +512,7 @@ def run(config: Config) -> None:
         per_step = config.rollout // config.samples
         total = max(config.min_steps, round(config.epochs * len(users) / per_step))
         frozen = -(-config.critic_warmup // (config.inner_epochs * (config.rollout // config.minibatch)))
-        learner = dist.wrap(objective := Objective(minibatch_loss, policy=policy.model, critic=critic), config.parallel,
-                            skips=frozen > 0)
+        learner = dist.wrap(objective := Objective(minibatch_loss, policy=policy.model, critic=critic), config.parallel)
         opt = optimiser(policy.model, config.lr, eps=1e-5, betas=(0.9, 0.999))
         critic_opt = optimiser(critic, config.critic_lr, eps=1e-5, betas=(0.9, 0.999))
         policy_step = Guard(opt, policy.model.parameters(), config.grad_clip)
@@ -559,6 +558,11 @@ def run(config: Config) -> None:
             with dist.whole(objective):
                 r = roll_out(config, policy, ref, reward, critic, prompt, valid, excluded,
                              torch.from_numpy(uniform).to(device))
+            if not all(x.isfinite().all() for x in (r.old_logp, r.ref_logp, r.value, r.token, r.page)):
+                kept = out.keep_for_replay(step, {**state_at(step), "rollout": vars(r)})
+                raise PageLLMError(f"ppo step {step}: log-probabilities, values or rewards are not finite; lower the "
+                                   f"learning rate (RUN=another, or remove {out.path})\n"
+                                   f"  The rollout, weights and moments are in {kept} for a closer look.")
             kl_coef = steer.coef if steer else config.kl_coef
             token, page = normalise_reward(r.token, r.page, r.mask, moments, config.w_token, config.w_page)
             # The weights are inside `token` and `page` already: normalisation needs the weighted sum.

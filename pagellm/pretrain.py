@@ -228,7 +228,7 @@ def pretrain_loss(both: Objective, prompts: Prompts, examples: list[Example], so
     loss = next_token_loss(both.model, examples, vocab.pad, vocab.n_words)
     loss, = shared_means([(loss, sum(sum(e.mask) for e in examples))], some_text)
     if rated is None:
-        return loss, loss.new_zeros(())
+        return loss, loss.new_zeros(()) + dist.idle(both.head)
     users, items, stars, reviews = rated
     error = F.mse_loss(predict(both.model, both.head, prompts, users, items, reviews), stars)
     return loss, shared_means([(error, len(stars))], some_rated)[0]
@@ -279,7 +279,7 @@ def run(config: Config) -> None:
         text_of = dict(zip(zip(*shop.reviews()[:2], strict=True), shop.reviews()[2], strict=True)) \
             if config.use_review else {}
         with_rating = config.rating > 0 and len(users) > 0
-        learner = dist.wrap(both, config.parallel, skips=not with_rating)
+        learner = dist.wrap(both, config.parallel)
         opt = optimiser(both, config.lr, config.weight_decay)
         guard = Guard(opt, both.parameters(), config.grad_clip)
 

@@ -158,7 +158,7 @@ class RewardModel(nn.Module):
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "RewardModel":
         state = load_model_file(Path(path) / "model.pt")
         model = cls(from_state(state), state["compare"])
-        model.load_state_dict(state["heads"], strict=False)
+        dist.load_weights(model, {**model.state_dict(), **state["heads"]})
         return model.to(device).eval()
 
 

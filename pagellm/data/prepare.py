@@ -13,11 +13,13 @@ Writes, all or nothing:
     items.parquet         item, id, title, brand, categories, leaf, price, description
     users.parquet         user, id
     truth.npy             synthetic only: (U, N) float32 expected ratings
-    source.json           release, files with sha256, counts before and after each filter, this Config
+    source.json           release, files with sha256, counts before and after each filter, this Config, and the
+                          hashes of what was written: `load` refuses anything else
 
 Dense ids are ranks of the sorted identifiers. The bytes depend on the raw files and the Config alone.
 """
 
+import glob
 import json
 import math
 import os
@@ -36,6 +38,7 @@ from pagellm.config import PageLLMError, check, main
 from pagellm.data import filters, spool, synthetic
 from pagellm.data.raw import Options, Raw, find
 from pagellm.data.records import NO_TIME, Item, Tally
+from pagellm.run import file_id
 
 __all__ = ["Config", "run"]
 
@@ -261,10 +264,24 @@ def write_truth(folder: Path, shop: synthetic.SyntheticShop, table: Table) -> No
     np.save(folder / "truth.npy", shop.truth[np.ix_(rows, columns)], allow_pickle=False)
 
 
+def is_running(pid: str) -> bool:
+    """Whether a process of this number is alive; what a dead one left behind is nobody's."""
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 @contextmanager
 def building(target: Path):
     """Yield a temporary directory beside target; it becomes target if all goes well, and vanishes if not."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        if not is_running(left.name.split(".")[-2]):
+            shutil.rmtree(left, ignore_errors=True)
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
@@ -316,6 +333,7 @@ def run(config: Config) -> Path:
         source = {"dataset": config.dataset, "release": raw.release if raw else "synthetic",
                   "files": raw.described() if raw else [], "unused_files": raw.unused if raw else [],
                   "config": recorded(config), "missing": missing_shares(table, items),
+                  "written": {path.name: file_id(path) for path in sorted(folder.iterdir())},
                   "counts": {"lines": tally.counts(), "item_lines": item_tally.counts(), **counts}}
         (folder / "source.json").write_text(json.dumps(source, indent=1, sort_keys=True) + "\n")
     print(summary(config, counts), flush=True)
