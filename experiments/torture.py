@@ -508,7 +508,7 @@ class Bench:
             bomb(lambda path, many=many: path.write_bytes(b"{'b': " + many + b"\n" + many))
 
 
-PIECES = [b"\0", b"\xff", b"\xc3(", b"\xed\xa0\x80", "\u2028".encode(), "\u202e".encode(), "\u0430".encode(),
+PIECES = [b"\0", b"\xff", b"\xc3(", b"\xed\xa0\x80", b"\xe2\x80\xa8", b"\xe2\x80\xae", b"\xd0\xb0",
           b'"', b"'", b"\\", b",", b"\t", b"\r", b" ", b"", b"\xef\xbb\xbf", b"[" * 50, b"{" * 50, b"(" * 50, b"NaN",
           b"Infinity", b"-1", b"1e999", b"9" * 400, b"null", b"true", b"\\ud800", b"&lt;", b"&#0;", b"&#xD800;", b"<br>",
           b"__import__('os')"]

@@ -377,15 +377,18 @@ def inner_epoch(config: Config, learner: nn.Module, policy_step: Guard, critic_s
     for mini in torch.from_numpy(order).to(device).split(config.minibatch):
         slots = r.mask[mini].sum().clamp(min=1)
         mine, busy = dist.part(mini)
-        parts, micros = [], mine.split(config.micro)
-        for at, rows in enumerate(micros):
-            share = busy * r.mask[rows].sum() / slots
-            with dist.last_backward(learner, at + 1 == len(micros)):
+        parts, micros = [], mine.split(config.micro) if busy else ()
+        passes = -(-(-(-len(mini) // dist.world())) // config.micro)     # as many as the process with most rows makes
+        for at in range(passes):
+            rows, weight = (micros[at], 1.0) if at < len(micros) else (mine[:1], 0.0)
+            share = weight * r.mask[rows].sum() / slots
+            with dist.last_backward(learner, at + 1 == passes):
                 loss, row = learner(config, r, rows, advantage, ret, learn_policy)
                 (loss * share * dist.world()).backward()
-            parts.append(row | {"share": share})
+            if weight:
+                parts.append(row | {"share": share})
         if dist.world() > 1:
-            parts = [{name: float(value) for name, value in row.items()} for row in parts if busy]
+            parts = [{name: float(value) for name, value in row.items()} for row in parts]
             parts = [row for rows in dist.everybody(parts) for row in rows]
         total = pool(parts)
         first = first or {"first_logratio": total.pop("max_logratio", 0.0)}
