@@ -21,7 +21,7 @@ DONE := runs/$(RUN)
 PREPARED := data/$(DATASET)/source.json
 RAW_ARG := $(if $(RAW),--raw $(RAW))
 
-.PHONY: all help install test lint ablation bench torture clean $(STAGES)
+.PHONY: all help install test lint serve recommend ablation bench torture clean $(STAGES)
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
@@ -74,6 +74,12 @@ $(DONE)/ppo/done: | $(DONE)/reward/done
 evaluate: $(DONE)/ppo/done  ## pages and the results table: popularity, SFT, PageLLM
 	$(STAGE) pagellm.evaluate $(BASE) $(ARGS)
 
+serve: $(VENV)/serve $(DONE)/ppo/done  ## the pages in a browser and over HTTP: http://127.0.0.1:8000/
+	$(PY) -m pagellm.serve $(BASE) $(ARGS)
+
+recommend: $(DONE)/ppo/done  ## one page in the terminal: ARGS="--user ID"; everybody's: ARGS="--all --out pages.parquet"
+	$(STAGE) pagellm.recommend $(BASE) $(ARGS)
+
 ablation: $(VENV)/installed  ## the paper's Table 5 over several seeds
 	$(PY) -m experiments.ablation --dataset $(DATASET) $(ARGS)
 
@@ -91,6 +97,10 @@ lint: $(VENV)/dev  ## ruff
 
 $(VENV)/dev: $(VENV)/installed
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/serve: $(VENV)/installed
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[serve]'
 	touch $@
 
 clean:  ## remove runs of RUN (prepared data and other runs stay)
