@@ -510,8 +510,8 @@ class Bench:
 
 PIECES = [b"\0", b"\xff", b"\xc3(", b"\xed\xa0\x80", b"\xe2\x80\xa8", b"\xe2\x80\xae", b"\xd0\xb0",
           b'"', b"'", b"\\", b",", b"\t", b"\r", b" ", b"", b"\xef\xbb\xbf", b"[" * 50, b"{" * 50, b"(" * 50, b"NaN",
-          b"Infinity", b"-1", b"1e999", b"9" * 400, b"null", b"true", b"\\ud800", b"&lt;", b"&#0;", b"&#xD800;", b"<br>",
-          b"__import__('os')"]
+          b"Infinity", b"-1", b"1e999", b"9" * 400, b"null", b"true", b"\\ud800", b"&lt;", b"&#0;", b"&#xD800;",
+          b"<br>", b"__import__('os')"]
 LOG_FIELDS = ["user_id", "item_id", "rating", "timestamp", "summary", "text"]
 ITEM_FIELDS = ["item_id", "title", "brand", "categories", "price", "description"]
 VALUES = [None, True, -1, 0, 6, 1e308, 10 ** 30, -(10 ** 30), "", " ", "a\nb", "x" * 300, [], {}, [[]], [None],

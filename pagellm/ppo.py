@@ -378,7 +378,8 @@ def inner_epoch(config: Config, learner: nn.Module, policy_step: Guard, critic_s
         slots = r.mask[mini].sum().clamp(min=1)
         mine, busy = dist.part(mini)
         parts, micros = [], mine.split(config.micro) if busy else ()
-        passes = -(-(-(-len(mini) // dist.world())) // config.micro)     # as many as the process with most rows makes
+        most = math.ceil(len(mini) / dist.world())                      # rows of the first process
+        passes = math.ceil(most / config.micro)                         # everybody makes as many, if need be idle ones
         for at in range(passes):
             rows, weight = (micros[at], 1.0) if at < len(micros) else (mine[:1], 0.0)
             share = weight * r.mask[rows].sum() / slots
