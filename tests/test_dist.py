@@ -168,8 +168,8 @@ def test_one_process_carries_on_what_two_began(folder, monkeypatch):
     (source / "sft").rmdir()
     os.symlink(folder / "runs" / "alone" / "pretrain", source / "pretrain")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    str(script)], env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, check=True, timeout=200,
-                   capture_output=True)
+                    str(script)], env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, check=True,
+                   timeout=200, capture_output=True)
     assert (source / "sft" / "LAST").read_text().startswith("step-00000004") and run.exists()
     sft.run(sft.Config(run="carried", **options))
     got = log_of(folder, "carried", "sft")
