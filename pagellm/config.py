@@ -21,7 +21,8 @@ import tokenize
 from collections.abc import Callable
 from contextlib import contextmanager
 
-__all__ = ["Interrupted", "PageLLMError", "Waiting", "check", "deferred_signals", "help_text", "main", "parse"]
+__all__ = ["Interrupted", "PageLLMError", "Waiting", "check", "check_numbers", "deferred_signals", "help_text", "main",
+           "parse"]
 
 
 class PageLLMError(Exception):
@@ -36,6 +37,16 @@ def check(config, **rules: tuple[bool, str]) -> None:
     for field, (holds, wanted) in rules.items():
         if not holds:
             raise PageLLMError(f"{field}={getattr(config, field)!r}: want {wanted}")
+
+
+def check_numbers(config, negative: tuple[str, ...] = (), infinite: tuple[str, ...] = ()) -> None:
+    """Raise for a number below 0 (fields in `negative` may be) or not finite (fields in `infinite` may be)."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        check(config, **{f.name: (f.name in infinite or math.isfinite(value), "a finite number")})
+        check(config, **{f.name: (f.name in negative or value >= 0, "0 or more")})
 
 
 def field_comments(cls) -> dict[str, str]:

@@ -62,7 +62,7 @@ class Config(Common):
     warmup: int = 20             # steps of linear warm-up
     weight_decay: float = 0.01   # of the matrices
     dropout: float = 0.1         # in embedding, attention and residual
-    grad_clip: float = 1.0       # largest gradient norm
+    grad_clip: float = 1.0       # largest gradient norm; inf: no limit
     contents: float = 1.0        # weight of "item -> title, brand, category, description"
     first_order: float = 1.0     # weight of "user on item -> review"
     second_order: float = 1.0    # weight of "category or brand <-> its items"

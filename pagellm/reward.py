@@ -65,7 +65,7 @@ class Config(Common):
     lr: float = 2e-3             # peak learning rate
     warmup: int = 20             # steps of linear warm-up
     weight_decay: float = 0.01   # of the matrices
-    grad_clip: float = 1.0       # largest gradient norm
+    grad_clip: float = 1.0       # largest gradient norm; inf: no limit
     page: float = 1.0            # weight of the page head's loss (Eq. 7)
     sequence: float = 1.0        # weight of the loss on mean token rewards (Eq. 8); preference pairs excepted
     token: float = 0.5           # weight of the loss on edited slots; preference pairs excepted

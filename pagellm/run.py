@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from pagellm import __version__, dist
-from pagellm.config import Interrupted, PageLLMError, Waiting, check, deferred_signals
+from pagellm.config import Interrupted, PageLLMError, Waiting, check, check_numbers, deferred_signals
 
 __all__ = ["Common", "Run", "atomic", "digest", "file_id", "finished", "load_model_file", "read_json", "write_json"]
 
@@ -46,6 +46,9 @@ class Common:
     parallel: str = "ddp"        # with several processes: ddp (each holds everything) or fsdp (weights and moments cut)
 
     def __post_init__(self):
+        check_numbers(self, infinite=("grad_clip", "max_kl", "value_clip"))      # infinity: no limit
+        if hasattr(self, "grad_clip"):
+            check(self, grad_clip=(self.grad_clip > 0, "above 0, or inf for no limit"))
         check(self, save_every=(self.save_every > 0, "1 or more"),
               parallel=(self.parallel in dist.MODES, " or ".join(dist.MODES)))
 

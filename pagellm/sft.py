@@ -65,7 +65,7 @@ class Config(Common):
     weight_decay: float = 0.05   # of the matrices
     row_decay: float = 0.0       # weight decay of user and item rows
     dropout: float = 0.1         # in embedding, attention and residual
-    grad_clip: float = 1.0       # largest gradient norm
+    grad_clip: float = 1.0       # largest gradient norm; inf: no limit
     k: int = 20                  # slots of a page in validation
     mode: str = "greedy"         # decoding in validation: greedy, beam or one_shot
     eval_every: int = 60         # steps between validations

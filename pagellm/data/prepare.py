@@ -34,16 +34,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pagellm.config import PageLLMError, check, main
-from pagellm.data import filters, spool, synthetic
+from pagellm.config import PageLLMError, check, check_numbers, main
+from pagellm.data import filters, parallel, spool, synthetic
 from pagellm.data.raw import Options, Raw, find
 from pagellm.data.records import NO_TIME, Item, Tally
 from pagellm.run import file_id
 
 __all__ = ["Config", "run"]
 
-# Where files lie: their sha256 says what they are.
-PLACES = ("raw", "data", "review_files", "item_files", "train", "valid", "test")
+# What moves no byte: where files lie (their sha256 says what they are), how many processes read them.
+PLACES = ("raw", "data", "review_files", "item_files", "train", "valid", "test", "processes")
 SYNTHETIC_ONLY = ("users", "items")
 SPLIT_NAMES = ("train", "valid", "test", "unused")
 
@@ -58,9 +58,11 @@ class Config(Options):
     max_broken: float = 0.01     # share of broken lines above which reading stops with an error
     users: int = 2000       # users of the synthetic shop
     items: int = 1000       # items of the synthetic shop
+    processes: int = 0           # that read a log of several files, one file each; 0: as many as cores
 
     def __post_init__(self):
         super().__post_init__()
+        check_numbers(self, negative=("rating_min", "rating_max", "positive_above"))
         check(self, k_core=(self.k_core >= 0, "0 or more"),
               positive_above=(math.isfinite(self.positive_above), "a finite number"),
               max_broken=(0 <= self.max_broken <= 1, "a share between 0 and 1"),
@@ -314,8 +316,8 @@ def run(config: Config) -> Path:
     tally, item_tally = Tally(), Tally()
     with building(config.target) as folder:
         spooled = folder / "texts.parquet"
-        columns = spool.collect(raw.reviews(tally) if raw else counted(shop.reviews(), tally), spooled,
-                                config.min_text, config.max_text)
+        read = parallel.reviews(raw, tally, config.processes, folder) if raw else counted(shop.reviews(), tally)
+        columns = spool.collect(read, spooled, config.min_text, config.max_text)
         tally.check("review", config.max_broken)
         table, counts = filtered(columns, config, graded=bool(raw and raw.graded))
         position = np.full(len(columns.user), -1, dtype=np.int64)
