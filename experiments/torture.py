@@ -127,11 +127,12 @@ def forked(folder: Path, action: Callable[[], int], arm: Callable[[], None] | No
     return Outcome(code, text, done, time.time() - began, usage.ru_maxrss / 1024)
 
 
-watchers: list[Callable[[int], None]] = []
+watchers: list[Callable[[int, str], None]] = []
 
 
 def operations() -> list[int]:
-    """Count this process's openings, renames and removals below data/ and runs/; `watchers` hear of each."""
+    """Count this process's openings, renames and removals below data/ and runs/; `watchers` hear of each: its number
+    and "event path"."""
     count = [0]
 
     def hook(event: str, args: tuple) -> None:
@@ -140,7 +141,7 @@ def operations() -> list[int]:
             if "runs/" in path or path.startswith("data"):
                 count[0] += 1
                 for watch in watchers:
-                    watch(count[0])
+                    watch(count[0], f"{event} {path}")
 
     sys.addaudithook(hook)
     return count
@@ -148,11 +149,28 @@ def operations() -> list[int]:
 
 def die_at(operation: int, delay: float | None) -> Callable[[], None]:
     """Arms a child: SIGKILL at its n-th file operation, or `delay` seconds after it (an alarm nobody handles)."""
-    def watch(n: int) -> None:
+    def watch(n: int, _what: str) -> None:
         if n == operation:
-            if delay is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            signal.setitimer(signal.ITIMER_REAL, delay)
+            die(delay)
+    return lambda: watchers.append(watch)
+
+
+def die(delay: float | None) -> None:
+    """Now, or by an alarm in so many seconds: nothing of this process runs after it either way."""
+    if delay is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.setitimer(signal.ITIMER_REAL, delay)
+
+
+def die_where(words: str, nth: int, delay: float | None) -> Callable[[], None]:
+    """The same at the n-th operation whose description holds these words."""
+    seen = [0]
+
+    def watch(_n: int, what: str) -> None:
+        if words in what:
+            seen[0] += 1
+            if seen[0] == nth:
+                die(delay)
     return lambda: watchers.append(watch)
 
 
@@ -239,10 +257,21 @@ class Bench:
     # The suites.
 
     def kill(self, verb: str) -> None:
-        """One SIGKILL at a random file operation or time, now and then a second one during the resumed run."""
+        """One SIGKILL at a random file operation or time, or where it hurts most; now and then a second one during the
+        resumed run."""
         folder, whole = self.trial(verb), self.whole[verb]
         for round_ in range(1 + (self.random.random() < 0.3)):
-            if self.random.random() < 0.6:
+            dice = self.random.random()
+            if verb in ("pretrain", "sft", "reward", "ppo") and dice < 0.4:
+                place, delay = self.random.choice([
+                    ("open runs/synthetic/" + verb + "/.step-", 10 ** self.random.uniform(-5, -3)),   # being written
+                    ("open runs/synthetic/" + verb + "/.LAST", None),       # renamed, LAST still names the one before
+                    ("os.remove runs/synthetic/" + verb + "/step-", None),  # LAST written, old ones not yet gone
+                    ("open runs/synthetic/" + verb + "/.done", None)])      # model.pt written, not yet done
+                nth = self.random.randint(1, 2)
+                arm, what = die_where(place, nth, delay), f"killed at {place} ({nth}), round {round_}"
+                self.counts[f"of them at '{place.split('/')[0].split()[0]} {place.rsplit('/', 1)[1]}'"] += 1
+            elif dice < 0.7:
                 at = self.random.randint(1, max(1, whole.operations))
                 delay = self.random.choice([None, None, 10 ** self.random.uniform(-5, -2.5)])
                 arm, what = die_at(at, delay), f"killed at file operation {at}, round {round_}"
@@ -317,7 +346,7 @@ class Bench:
                 place = self.place(folder, verb)
                 last = [0]
 
-                def watch(_n: int, place=place, last=last) -> None:
+                def watch(_n: int, _what: str, place=place, last=last) -> None:
                     if len(list(place.glob("step-*.pt"))) == 2 and (place / "LAST").exists():
                         last[0] += 1
                         if last[0] == 8:
@@ -486,6 +515,7 @@ class Bench:
                 self.counts["rows broken"] += counted["broken"]
         bar.close()
         self.directories(sources, max(3, lines // 5000))
+        self.odd_shops()
         self.bombs()
 
     def directories(self, sources: dict, count: int) -> None:
@@ -508,6 +538,35 @@ class Bench:
             self.expect(ended.code in (0, 2) and "Traceback" not in ended.text, f"prepare: exit {ended.code}", ended)
             left = [p.name for p in (folder / "data").glob(".*")] if (folder / "data").exists() else []
             self.expect(not left, f"prepare left {left}")
+
+    def odd_shops(self) -> None:
+        """Shops at the edge of sense, through all stages: each ends, or stops with one clear message."""
+        rows = {"nothing": [], "one user, one item": [("u", "i")], "one user": [("u", f"i{n}") for n in range(30)],
+                "one item": [(f"u{n}", "i") for n in range(30)],
+                "everybody has everything": [(f"u{n}", f"i{m}") for n in range(12) for m in range(9)],
+                "two of each": [(f"u{n}", f"i{m}") for n in range(2) for m in range(2)],
+                "ids that look alike": [(u, i) for u in ("a", "\u0430", "A", "a ", "\u212b", "\u00c5")
+                                        for i in "xyzvw"]}
+        for name, pairs in rows.items():
+            for ratings in ("", "5", "mixed"):
+                folder = self.root / "fuzz"
+                shutil.rmtree(folder, ignore_errors=True)
+                (folder / "raw").mkdir(parents=True)
+                lines = ["user_id,item_id" + (",rating" if ratings else "")]
+                lines += [f"{u},{i}" + (f",{ratings if ratings == '5' else 1 + n % 5}" if ratings else "")
+                          for n, (u, i) in enumerate(pairs)]
+                (folder / "raw" / "log.csv").write_text("\n".join(lines) + "\n")
+                for verb, module in VERBS.items():
+                    words = merged(SMALL[verb], "--dataset odd")
+                    if verb == "prepare":
+                        words = ["--dataset", "odd", "--raw", "raw", "--k_core", "0"]
+                    ended = forked(folder, lambda m=module, v=verb, w=words: main(m.Config, m.run, f"pagellm.{v}", w),
+                                   arm=lambda: signal.alarm(120))
+                    self.expect(ended.code in (0, 2) and "Traceback" not in ended.text,
+                                f"{name}, ratings {ratings or 'none'}: {verb} exit {ended.code}", ended)
+                    if ended.code:
+                        break
+                self.counts["odd shops: all stages" if ended.code == 0 else "odd shops: refused"] += 1
 
     def bombs(self) -> None:
         """A gigabyte of nothing in a megabyte of gzip, a line of 100 MB, brackets without end."""
