@@ -18,7 +18,7 @@ DONE := runs/$(RUN)
 PREPARED := data/$(DATASET)/source.json
 RAW_ARG := $(if $(RAW),--raw $(RAW))
 
-.PHONY: all help install test lint bench clean $(STAGES)
+.PHONY: all help install test lint bench clean ablation baselines coldstart $(STAGES)
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
@@ -73,6 +73,12 @@ evaluate: $(DONE)/ppo/done  ## pages and the results table: popularity, SFT, Pag
 
 ablation: $(VENV)/installed  ## the paper's Table 5 over several seeds
 	$(PY) -m experiments.ablation --dataset $(DATASET) $(ARGS)
+
+baselines: | $(PREPARED)  ## popularity, ItemKNN, EASE, ALS: chosen on validation, refitted, one table
+	$(PY) -m experiments.baselines $(BASE) --refit $(ARGS)
+
+coldstart: $(VENV)/installed  ## half of the training interactions; users by how many they have
+	$(PY) -m experiments.coldstart --dataset $(DATASET) $(RAW_ARG) $(ARGS)
 
 bench: $(VENV)/installed  ## kernels: plain against ours
 	$(PY) -m kernels.bench $(ARGS)

@@ -89,13 +89,13 @@ def read_run(path: Path, shop: Shop, users: np.ndarray, seen: Rows, k: int, dept
              ) -> tuple[RankedPages, str]:
     """Lists (U, depth) of exactly `users`, free of what they have seen; and what was done to the file, in words.
 
-    Equal scores go by a seeded shuffle. A rank is a score the other way round. Raises PageLLMError for unknown
-    identifiers, repeated (user, item) or scores that are not numbers.
+    Equal scores go by a seeded shuffle. With ranks, scores are not looked at: a page's slots need not fall in score.
+    Raises PageLLMError for unknown identifiers, repeated (user, item) or scores that are not numbers.
     """
     data = read_table(path)
     user = numbers(data["user"], shop.user_ids, "user", path)
     item = numbers(data["item"], shop.catalogue.ids, "item", path)
-    score = (data["score"] if "score" in data.column_names else pc.negate(data["rank"])).to_numpy().astype(np.float32)
+    score = (pc.negate(data["rank"]) if "rank" in data.column_names else data["score"]).to_numpy().astype(np.float32)
     if not np.isfinite(score).all():
         raise PageLLMError(f"{path}: {int((~np.isfinite(score)).sum()):,} scores are not finite numbers")
     if len(np.unique(user * shop.n_items + item)) < len(user):

@@ -37,7 +37,7 @@ from pagellm.data import filters, spool, synthetic
 from pagellm.data.raw import Options, Raw, find
 from pagellm.data.records import NO_TIME, Item, Tally
 
-__all__ = ["Config", "run"]
+__all__ = ["Config", "building", "run"]
 
 # Where files lie: their sha256 says what they are.
 PLACES = ("raw", "data", "review_files", "item_files", "train", "valid", "test")
