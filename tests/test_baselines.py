@@ -67,14 +67,14 @@ def permuted(source, target, splits, seed=0):
     pq.write_table(table, target / "interactions.parquet")
 
 
-def artefacts(data, root, name):
+def artefacts(data, root, settings_file, name):
     """Everything the baselines learn from `data`, and the pages they write under the train mask, as bytes."""
     shop = load(data / "synthetic")
     found = {}
     for model, chosen in SETTINGS.items():
         fitted = fit(model, shop.csr("train"), shop.n_users, shop.n_items, chosen)
         found |= {f"{model} {what}": array.numpy().tobytes() for what, array in fitted.learned.items()}
-    run(config(root, data=str(data), run=name, mask="train"))
+    run(config(root, data=str(data), run=name, mask="train", settings=str(settings_file)))
     folder = root / "runs" / name / "baselines"
     return found | {str(path.relative_to(folder)): path.read_bytes()
                     for path in [*folder.glob("*/pages.parquet"), folder / "settings.json"]}
@@ -85,13 +85,13 @@ def test_held_out_rows_move_no_byte_of_what_is_trained(root, tmp_path):
     source = root / "data" / "synthetic"
     permuted(source, tmp_path / "held" / "synthetic", ["valid", "test"])
     permuted(source, tmp_path / "train" / "synthetic", ["train"])
-    before = artefacts(root / "data", tmp_path, "before")
+    chosen = root / "settings.json"
+    before = artefacts(root / "data", tmp_path, chosen, "before")
     assert len(before) == 5 + 4 + 1
-    held = artefacts(tmp_path / "held", tmp_path, "held")
+    held = artefacts(tmp_path / "held", tmp_path, chosen, "held")
     assert {name for name in before if before[name] != held[name]} == set()
-    train = artefacts(tmp_path / "train", tmp_path, "train")
-    # Trading items leaves each item's count alone.
-    assert {name for name in before if before[name] == train[name]} == {"settings.json", "popularity count"}
+    train = artefacts(tmp_path / "train", tmp_path, chosen, "train")
+    assert {name for name in before if before[name] == train[name]} == {"settings.json"}
 
 
 def test_test_rows_move_no_byte_of_a_search(root, tmp_path, searched):
