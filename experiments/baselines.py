@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from experiments.models import GRIDS, Fitted, fit, gram_matrix
+from experiments.models import GRIDS, Fitted, fit, gram_matrix, grid_of
 from experiments.study import per_user
 from experiments.tables import compare, save
 from pagellm import metrics
@@ -56,7 +56,7 @@ class Config(Common):
     """Choose settings on validation, fit, write pages, score them on the test split, print the table."""
 
     models: str = ",".join(GRIDS)  # which, comma-separated
-    trials: int = 12             # settings tried for each model on validation; fewer where none is better nearby
+    trials: int = 24             # settings tried for each model on validation; fewer where none is better nearby
     settings: str = ""           # settings.json of an earlier search, used instead of searching
     refit: bool = False          # also fit each model to train + validation with the chosen settings
     mask: str = "train+valid"    # splits whose items no page may hold; "train": as some papers do
@@ -75,11 +75,13 @@ class Config(Common):
 
 
 def climb(grid: dict[str, tuple], value: Callable[[dict], float], trials: int) -> tuple[dict, float, int]:
-    """Walk uphill on a grid of settings: one step in one setting, further the same way while it gains.
+    """Walk uphill on a grid: one setting at a time, further the same way while it gains (Hooke and Jeeves, 1961).
 
-    Starts in the middle; ends where no neighbour is better or after `trials` values. Returns settings, value, tries.
+    Starts in the middle with strides of a quarter of each range, halved where no step gains; ends where no neighbour
+    is better, or after `trials` values. Returns settings, value, tries.
     """
     at = {name: len(values) // 2 for name, values in grid.items()}
+    stride = {name: max(1, round(len(values) / 4)) for name, values in grid.items()}
     seen: dict[tuple, float] = {}
 
     def settings(place: dict) -> dict:
@@ -87,9 +89,13 @@ def climb(grid: dict[str, tuple], value: Callable[[dict], float], trials: int) -
 
     best = seen[tuple(at.values())] = value(settings(at))
     moves, failed = deque((name, step) for name in grid for step in (1, -1)), 0
-    while failed < len(moves):
+    while moves:
+        if failed == len(moves):
+            if max(stride.values()) == 1:
+                break
+            stride, failed = {name: max(1, n // 2) for name, n in stride.items()}, 0
         name, step = moves[0]
-        to = at | {name: at[name] + step}
+        to = at | {name: at[name] + step * stride[name]}
         found = -np.inf
         if 0 <= to[name] < len(grid[name]):
             place = tuple(to.values())
@@ -154,10 +160,12 @@ class Bench:
                 print(f"  {key}: {tried[key]:.5f}, {time.perf_counter() - started:.0f} s", flush=True)
             return tried[key]
 
-        settings, found, tries = climb(GRIDS[name], value, self.config.trials)
+        grid = grid_of(name, self.shop.n_items)
+        settings, found, tries = climb(grid, value, self.config.trials)
         print(f"{name}: {settings or 'nothing to choose'}, validation {GOAL} {found:.4f}, {tries} tried", flush=True)
         fitted = best[2] if best[1] == settings else self.fit(name, settings)
-        return {"settings": settings, f"valid {GOAL}": found, "tried": tries, "grid": GRIDS[name]}, fitted
+        tested = {what: " ".join(f"{v:g}" for v in values) for what, values in grid.items()}
+        return {"settings": settings, f"valid {GOAL}": found, "tried": tries, "grid": tested}, fitted
 
 
 def score_row(folder: Path, name: str, ranked: RankedPages, shop: Shop, scorer: Scorer, seen: Rows, config

@@ -52,7 +52,7 @@ class Config:
     share: float = 0.5           # of each user's train rows that stay, rounded up
     seeds: int = 3               # seeds 0, 1, ...; each draws its own half
     models: str = ",".join(GRIDS)  # baselines, comma-separated
-    trials: int = 12             # settings tried for each on the full data
+    trials: int = 24             # settings tried for each on the full data
     settings: str = ""           # settings.json of an earlier search, used instead
     policies: str = ""           # our rows: sft, ppo, or both, comma-separated; trained on full and on each half
     bins: str = "4,8,16"         # users by full train rows: up to 4, 5 to 8, 9 to 16, more

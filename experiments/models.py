@@ -19,18 +19,25 @@ from pagellm.config import PageLLMError
 from pagellm.data.shop import Rows
 from pagellm.train import keyed
 
-__all__ = ["GRIDS", "Fitted", "als", "als_side", "ease_weights", "fit", "gram_matrix", "knn_weights", "sum_rows"]
+__all__ = ["GRIDS", "Fitted", "als", "als_side", "ease_weights", "fit", "gram_matrix", "grid_of", "knn_weights",
+           "sum_rows"]
 
 LARGEST = 40_000         # items for which N x N float32 (6.4 GB) is still worth trying
 
-# Values to try, in order; the middle one of each is tried first. Search steps to a neighbour in one of them.
+# Values to try, in order; a search starts in the middle of each.
 GRIDS: dict[str, dict[str, tuple]] = {
     "popularity": {},
     "ItemKNN": {"neighbours": (10, 20, 50, 100, 200, 500, 1000, 2000, 5000),
                 "shrink": (0.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0)},
     "EASE": {"ridge": (10.0, 20.0, 50.0, 100.0, 200.0, 350.0, 500.0, 1000.0, 2000.0)},
-    "ALS": {"factors": (8, 16, 32, 64, 128, 256, 512, 1024), "alpha0": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
-            "reg": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3), "nu": (0.0, 0.5, 1.0)}}
+    "ALS": {"factors": (8, 32, 64, 128, 256, 512), "alpha0": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
+            "reg": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0), "nu": (0.0, 0.5, 1.0)}}
+
+
+def grid_of(name: str, n_items: int) -> dict[str, tuple]:
+    """GRIDS[name] without numbers of factors or neighbours that the catalogue is too small for."""
+    return {what: tuple(v for v in values if v < n_items) or values[:1] if what in ("factors", "neighbours") else values
+            for what, values in GRIDS[name].items()}
 
 
 class Fitted(NamedTuple):

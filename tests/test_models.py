@@ -139,6 +139,11 @@ def test_a_user_without_rows_gets_finite_scores(name):
     assert fit(name, rows_of(matrix), *matrix.shape, SETTINGS[name]).score(np.array([5, 6])).isfinite().all()
 
 
+def test_grids_stay_within_the_catalogue():
+    assert models.grid_of("ALS", 100)["factors"] == (8, 32, 64) and models.grid_of("ALS", 2)["factors"] == (8,)
+    assert models.grid_of("ItemKNN", 11)["neighbours"] == (10,) and models.grid_of("EASE", 5) == models.GRIDS["EASE"]
+
+
 def test_als_draws_from_its_seed_alone():
     a, b, c = (fit("ALS", rows_of(BIG), *BIG.shape, SETTINGS["ALS"], seed).learned["items"] for seed in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
