@@ -39,6 +39,7 @@ __all__ = ["Config", "groups", "run", "thin"]
 
 MASK = "train+valid+unused"
 METRICS = ("Recall@20", "Recall@40", "NDCG@100")
+FIXED = {"dataset", "run", "data", "runs", "seed", "source_run", "settings", "trials", "models", "mask"}
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "evaluate": evaluate}
 
 
@@ -122,10 +123,13 @@ def run(config: Config) -> list[dict]:
     if not (data / config.dataset / "source.json").exists():
         prepare.run(prepare.Config(dataset=config.dataset, raw=config.raw, data=config.data))
     options = {name: overrides(module, getattr(config, name)) for name, module in STAGES.items()}
+    plainly = overrides(baselines, config.baselines)
+    for name, chosen in (*options.items(), ("baselines", plainly)):
+        if FIXED & set(chosen):
+            raise PageLLMError(f"--{name} must not set {', '.join(sorted(FIXED & set(chosen)))}: the study does")
     options["evaluate"]["mask"] = MASK
     stages = Stages(config.data, config.runs, config.raw, **options)
-    shared = {"data": config.data, "runs": config.runs, "mask": MASK, "models": config.models,
-              **overrides(baselines, config.baselines)}
+    shared = {"data": config.data, "runs": config.runs, "mask": MASK, "models": config.models, **plainly}
     halves = [f"{config.dataset}-half-s{seed}" for seed in range(config.seeds)]
     for seed, half in enumerate(halves):
         thin(data / config.dataset, data / half, config.share, seed)

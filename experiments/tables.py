@@ -41,7 +41,8 @@ def compare(results: dict[str, list[dict[str, np.ndarray]]], columns: Sequence[s
             if not all(metric in scores and not np.isnan(scores[metric]).all() for scores in seeds):
                 continue
             record = {"variant": name, "metric": metric, "direction": metrics.DIRECTION.get(metric, "up"),
-                      "seeds": len(seeds), "mean": float(np.mean([np.nanmean(s[metric]) for s in seeds])),
+                      "seeds": len(seeds), "users": int((~np.isnan(seeds[0][metric])).sum()),
+                      "mean": float(np.mean([np.nanmean(s[metric]) for s in seeds])),
                       "versus": versus, "difference": 0.0, "low": 0.0, "high": 0.0, "effect": 0.0}
             first = [scores[metric] for scores in results[versus] if metric in scores]
             if name != versus and len(first) == len(seeds):
@@ -59,18 +60,19 @@ def compare(results: dict[str, list[dict[str, np.ndarray]]], columns: Sequence[s
 
 
 def grid(records: list[dict]) -> tuple[list[str], list[str], dict, dict]:
-    """Row names, metrics, {(row, metric): record} and {metric: the row that is best}."""
+    """Row names, metrics, {(row, metric): record} and {metric: the best mean}; none where all rows are equal."""
     names, columns = (list(dict.fromkeys(r[key] for r in records)) for key in ("variant", "metric"))
     at = {(r["variant"], r["metric"]): r for r in records}
     best = {}
     for metric in columns:
-        sign = 1 if next(r["direction"] for r in records if r["metric"] == metric) == "up" else -1
-        best[metric] = max((n for n in names if (n, metric) in at), key=lambda n: sign * at[n, metric]["mean"])
+        some = [r for r in records if r["metric"] == metric]
+        low, high = (pick(r["mean"] for r in some) for pick in (min, max))
+        best[metric] = None if low == high else high if some[0]["direction"] == "up" else low
     return names, columns, at, best
 
 
 def markdown(records: list[dict]) -> str:
-    """Rows down, metrics across; the best mean of a column is bold."""
+    """Rows down, metrics across; the best mean of a column is bold, and so is any that equals it."""
     names, columns, at, best = grid(records)
     direction = {r["metric"]: ARROW[r["direction"]] for r in records}
     lines = ["| | " + " | ".join(f"{c} {direction[c]}" for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -78,7 +80,8 @@ def markdown(records: list[dict]) -> str:
         cells = []
         for metric in columns:
             r = at.get((name, metric))
-            cells.append("–" if r is None else f"**{r['mean']:.4f}**" if best[metric] == name else f"{r['mean']:.4f}")
+            value = "–" if r is None else f"{r['mean']:.4f}"
+            cells.append(f"**{value}**" if r is not None and best[metric] == r["mean"] else value)
             if r is not None and name != r["versus"]:
                 cells[-1] += f" ({r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}], d {r['effect']:+.2f})"
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -96,7 +99,7 @@ def latex(records: list[dict]) -> str:
         for metric in columns:
             r = at.get((name, metric))
             value = "--" if r is None else f"{r['mean']:.4f}"
-            means.append(rf"\textbf{{{value}}}" if best[metric] == name else value)
+            means.append(rf"\textbf{{{value}}}" if r is not None and best[metric] == r["mean"] else value)
             under.append("" if r is None or name == r["versus"] else
                          rf"{{\scriptsize ${r['difference']:+.4f}$ [${r['low']:+.4f}$, ${r['high']:+.4f}$]}}")
         lines.append(" & ".join(means) + r" \\")

@@ -102,6 +102,12 @@ def test_the_study_compares_full_and_half_for_baselines_and_ours(root, tmp_path,
     assert ours["config"]["mask"] == coldstart.MASK
 
 
+def test_what_the_study_sets_cannot_be_set(root):
+    for stage, option in (("baselines", "--seed 3"), ("evaluate", "--mask train"), ("sft", "--run x")):
+        with pytest.raises(PageLLMError, match=f"--{stage} must not set {option[2:].split()[0]}"):
+            coldstart.run(coldstart.Config(data=str(root / "data"), **{stage: option}))
+
+
 def test_wrong_options_say_what_is_wanted():
     for bad in ({"share": 1.0}, {"policies": "sft,gpt"}, {"bins": "8,4"}, {"bins": "a"}, {"seeds": 0}):
         with pytest.raises(PageLLMError, match=f"{next(iter(bad))}="):

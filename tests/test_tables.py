@@ -43,6 +43,7 @@ def test_seeds_are_paired_with_seeds():
 def test_users_without_a_score_are_left_out_and_so_are_metrics_without_users():
     records = compare(ROWS, ("Recall@20", "WMRD", "absent"), "EASE")
     assert at(records, "none", "Recall@20")["difference"] == 0.0
+    assert [at(records, row, "Recall@20")["users"] for row in ("EASE", "none")] == [200, 100]
     assert {r["metric"] for r in records if r["variant"] == "none"} == {"Recall@20"}
     assert {r["metric"] for r in records} == {"Recall@20", "WMRD"}
 
@@ -56,6 +57,12 @@ def test_best_is_bold_by_the_metrics_direction():
     assert "Recall@20 ↑" in text and "WMRD ↓" in text and "d +" in text
     widths = {line.count("|") for line in text.splitlines()}
     assert widths == {4} and all(line.count(" & ") == 2 for line in tex.splitlines() if line.endswith(r"\\"))
+
+
+def test_equal_bests_are_all_bold_and_equal_columns_not_at_all():
+    same = {"a": [{"m": BASE, "n": BASE}], "b": [{"m": BASE, "n": BASE}], "c": [{"m": BASE - 1, "n": BASE}]}
+    records = compare(same, ("m", "n"), "a")
+    assert markdown(records).count("**") == 4 and latex(records).count(r"\textbf") == 2
 
 
 def test_save_writes_all_three(tmp_path):
