@@ -40,6 +40,7 @@ from pagellm.evaluate import (
     read_pages,
     seen_rows,
     table,
+    with_users,
     write_pages,
 )
 from pagellm.policy import RankedPages, Scorer
@@ -182,15 +183,6 @@ def score_row(folder: Path, name: str, ranked: RankedPages, shop: Shop, scorer: 
         pq.write_table(pa.table({"user": scorer.users, **scores}), beside)
     return scores, {m: metrics.summary(v, config.seed, config.n_boot) for m, v in scores.items()
                     if not np.isnan(v).all()}
-
-
-def with_users(ranked: RankedPages, users: np.ndarray) -> RankedPages:
-    """The same lists with an empty one for each of `users` (rising) that a file cannot hold, having no row."""
-    at = np.searchsorted(users, ranked.user)
-    item = np.full((len(users), ranked.item.shape[1]), -1, np.int64)
-    score, slots = np.full(item.shape, -np.inf, np.float32), np.zeros(len(users), np.int64)
-    item[at], score[at], slots[at] = ranked.item, ranked.score, ranked.slots
-    return RankedPages(users, item, score, slots)
 
 
 def split_record(config: Config, shop: Shop) -> dict:

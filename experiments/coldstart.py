@@ -129,7 +129,8 @@ def run(config: Config) -> list[dict]:
             raise PageLLMError(f"--{name} must not set {', '.join(sorted(FIXED & set(chosen)))}: the study does")
     options["evaluate"]["mask"] = MASK
     stages = Stages(config.data, config.runs, config.raw, **options)
-    shared = {"data": config.data, "runs": config.runs, "mask": MASK, "models": config.models, **plainly}
+    shared = {"data": config.data, "runs": config.runs, "mask": MASK, "models": config.models,
+              "versus": config.models.split(",")[0], **plainly}
     halves = [f"{config.dataset}-half-s{seed}" for seed in range(config.seeds)]
     for seed, half in enumerate(halves):
         thin(data / config.dataset, data / half, config.share, seed)

@@ -31,7 +31,8 @@ from pagellm.run import Common, Run, atomic, file_id, finished, write_json
 from pagellm.train import keyed, pick_device
 
 __all__ = ["COLUMNS", "Config", "LABELS", "audience", "check_leak", "check_mask", "check_pages", "popularity_pages",
-           "rank_all", "read_pages", "run", "seen_rows", "table", "top_items", "write_pages"]
+           "rank_all", "read_pages", "run", "seen_rows", "table", "top_items",
+           "with_users", "write_pages"]
 
 LABELS = {"popularity": "popularity", "sft": 'SFT = "w/o reward"', "ppo": "PageLLM"}
 DIFFERENCE = "PageLLM - SFT"     # the paired row of the table
@@ -206,6 +207,15 @@ def read_pages(path: Path, shop: Shop) -> RankedPages:
     return RankedPages(users, grid, score, slots)
 
 
+def with_users(ranked: RankedPages, users: np.ndarray) -> RankedPages:
+    """The same lists with an empty one for each of `users` (rising) that a file cannot hold, having no row."""
+    at = np.searchsorted(users, ranked.user)
+    item = np.full((len(users), ranked.item.shape[1]), -1, np.int64)
+    score, slots = np.full(item.shape, -np.inf, np.float32), np.zeros(len(users), np.int64)
+    item[at], score[at], slots[at] = ranked.item, ranked.score, ranked.slots
+    return RankedPages(users, item, score, slots)
+
+
 def heading(name: str) -> str:
     """A column's heading: its name and the direction that is better."""
     return f"{name} {'↑' if metrics.DIRECTION.get(name, 'up') == 'up' else '↓'}"
@@ -292,7 +302,7 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
             folder.mkdir(exist_ok=True)
             write_pages(folder / "pages.parquet", ranked)
             check_pages(name, ranked, users, seen)
-            scores = scorer(read_pages(folder / "pages.parquet", shop), config.k)
+            scores = scorer(with_users(read_pages(folder / "pages.parquet", shop), users), config.k)
             check_leak(name, scores, scorer.held.counts()[users], baselines.get("EASE"))
             with atomic(folder / "per_user.parquet") as beside:
                 pq.write_table(pa.table({"user": ranked.user, **scores}), beside)

@@ -109,6 +109,21 @@ def test_masked_items_and_missing_users_are_refused(shop):
         check_pages("x", RankedPages(users, item, good.score, good.slots), users, seen)
 
 
+def test_a_user_without_any_legal_item_still_counts(shop, tmp_path):
+    """A file holds no row of such a user; the score is 0, not one user fewer."""
+    scorer = Scorer(shop, "test")
+    good = evaluate.popularity_pages(shop, scorer.users, seen_rows(shop, "test", "train"), 5, 20)
+    good.item[2] = -1
+    evaluate.write_pages(tmp_path / "pages.parquet", good)
+    back = evaluate.read_pages(tmp_path / "pages.parquet", shop)
+    assert len(back.user) == len(scorer.users) - 1
+    scores = scorer(evaluate.with_users(back, scorer.users), 5)
+    assert scores["Recall@20"][2] == scores["NDCG@100"][2] == 0 and len(scores["Recall@20"]) == len(scorer.users)
+    want = scorer(good, 5)
+    for name in ("Recall@20", "NDCG@100", "ILD"):
+        np.testing.assert_array_equal(scores[name], want[name])
+
+
 def test_masks_take_out_what_they_name(shop):
     assert check_mask("train+valid+unused")[0] and check_mask("train")[0]
     assert not any(check_mask(bad)[0] for bad in ("", "valid", "train+test", "train+train", "train+tset"))
