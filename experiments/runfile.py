@@ -41,6 +41,8 @@ class Config(Common):
 
     name: str = ""               # name of the row
     file: str = ""               # run file: user, item, and score or rank
+    ids: str = "auto"            # what user and item are: shop (its own identifiers), dense (the numbers of
+                                 # interactions.parquet and pages.parquet), or auto: whichever fits all
     mask: str = "train+valid"    # splits whose items are taken out; as the baselines were made
     k: int = 20                  # slots of a page
     depth: int = 100             # ranks in all
@@ -50,7 +52,8 @@ class Config(Common):
     def __post_init__(self):
         check(self, name=(self.name.replace(" ", "").isprintable() and self.name.strip() != "" and "/" not in self.name,
                           "a name for the row"),
-              file=(Path(self.file).is_file(), "an existing run file"), mask=check_mask(self.mask),
+              file=(Path(self.file).is_file(), "an existing run file"),
+              ids=(self.ids in ("auto", "shop", "dense"), "auto, shop or dense"), mask=check_mask(self.mask),
               k=(self.k > 0, "1 or more"), depth=(self.depth >= self.k, f"k={self.k} or more"),
               n_boot=(self.n_boot > 1, "2 or more"))
 
@@ -62,7 +65,10 @@ def read_table(path: Path) -> pa.Table:
             data = pq.read_table(path)
         else:
             delimiter = "," if ".csv" in path.suffixes else "\t"
-            data = pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter))
+            # As text: an identifier such as 0439893577 must keep its zero.
+            kinds = pyarrow.csv.ConvertOptions(column_types={"user": pa.string(), "item": pa.string()})
+            data = pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter),
+                                        convert_options=kinds)
     except pa.ArrowInvalid as error:
         raise PageLLMError(f"{path} cannot be read ({error})\n  Want .parquet, .csv or .tsv.") from error
     missing = {"user", "item"} - set(data.column_names)
@@ -71,30 +77,37 @@ def read_table(path: Path) -> pa.Table:
     return data
 
 
-def numbers(column: pa.ChunkedArray, ids: list[str], what: str, path: Path) -> np.ndarray:
-    """Dense numbers of a column that holds either those or the shop's own identifiers."""
-    found = pc.index_in(column.cast(pa.string()), pa.array(ids, pa.string()))
-    if found.null_count and pa.types.is_integer(column.type) and not column.null_count:
-        dense = column.to_numpy().astype(np.int64)
-        if 0 <= dense.min(initial=0) and dense.max(initial=0) < len(ids):
-            return dense
-    if found.null_count:
-        strange = column.filter(pc.is_null(found))[0].as_py()
-        raise PageLLMError(f"{path}: {what} {strange!r} is neither one of the shop's identifiers nor a number in "
-                           f"0..{len(ids) - 1}")
-    return found.to_numpy().astype(np.int64)
+def numbers(column: pa.ChunkedArray, own: list[str], what: str, path: Path, ids: str) -> np.ndarray:
+    """Dense numbers of a column that holds either those or the shop's own identifiers: see Config.ids.
+
+    Raises PageLLMError for a value that is neither, and in auto where it might be both.
+    """
+    text = column.cast(pa.string())
+    found = {"shop": pc.index_in(text, pa.array(own, pa.string())),
+             "dense": pc.index_in(text, pa.array(list(map(str, range(len(own))))))}
+    fits = [name for name, number in found.items() if ids in ("auto", name) and not number.null_count]
+    if not fits:
+        strange = text.filter(pc.is_null(found["dense" if ids == "dense" else "shop"]))[0].as_py()
+        raise PageLLMError(f"{path}: {what} {strange!r} is not "
+                           + {"auto": f"one of the shop's identifiers, nor are all numbers in 0..{len(own) - 1}",
+                              "shop": "one of the shop's identifiers", "dense": f"in 0..{len(own) - 1}"}[ids])
+    chosen = [found[name].to_numpy().astype(np.int64) for name in fits]
+    if len(fits) > 1 and (chosen[0] != chosen[1]).any():
+        raise PageLLMError(f"{path}: column {what} can be read as the shop's own identifiers and as the numbers of "
+                           "interactions.parquet\n  Say which with --ids shop or --ids dense.")
+    return chosen[0]
 
 
-def read_run(path: Path, shop: Shop, users: np.ndarray, seen: Rows, k: int, depth: int, seed: int = 0
-             ) -> tuple[RankedPages, str]:
+def read_run(path: Path, shop: Shop, users: np.ndarray, seen: Rows, k: int, depth: int, seed: int = 0,
+             ids: str = "auto") -> tuple[RankedPages, str]:
     """Lists (U, depth) of exactly `users`, free of what they have seen; and what was done to the file, in words.
 
     Equal scores go by a seeded shuffle. With ranks, scores are not looked at: a page's slots need not fall in score.
     Raises PageLLMError for unknown identifiers, repeated (user, item) or scores that are not numbers.
     """
     data = read_table(path)
-    user = numbers(data["user"], shop.user_ids, "user", path)
-    item = numbers(data["item"], shop.catalogue.ids, "item", path)
+    user = numbers(data["user"], shop.user_ids, "user", path, ids)
+    item = numbers(data["item"], shop.catalogue.ids, "item", path, ids)
     score = (pc.negate(data["rank"]) if "rank" in data.column_names else data["score"]).to_numpy().astype(np.float32)
     if not np.isfinite(score).all():
         raise PageLLMError(f"{path}: {int((~np.isfinite(score)).sum()):,} scores are not finite numbers")
@@ -143,7 +156,8 @@ def run(config: Config) -> dict:
             raise PageLLMError(f"{baselines} was made with mask={made['mask']} and rows {', '.join(rows)}; want the "
                                f"same mask and another name than {config.name!r}")
         seen = seen_rows(shop, "test", config.mask)
-        ranked, notes = read_run(Path(config.file), shop, scorer.users, seen, config.k, config.depth, config.seed)
+        ranked, notes = read_run(Path(config.file), shop, scorer.users, seen, config.k, config.depth, config.seed,
+                                 config.ids)
         rows[config.name], result = score_row(out.path, config.name, ranked, shop, scorer, seen, config)
         check_leak(config.name, rows[config.name], scorer.held.counts()[scorer.users],
                    json.loads((baselines / "metrics.json").read_text()).get("EASE"))

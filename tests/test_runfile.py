@@ -1,5 +1,6 @@
 """Anybody's run file: read in every spelling, mended in the open, refused where it cannot be."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -104,12 +105,33 @@ def test_short_lists_and_strangers_are_reported(shop, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (lambda u, i, s: (u, i + 1, s), "item .* is neither one of the shop's identifiers nor a number in 0.."),
+    (lambda u, i, s: (u, i + 1, s), "item '0|1' is not one of the shop's identifiers, nor are all numbers in 0.."),
     (lambda u, i, s: (u, i, s * np.nan), "scores are not finite"),
     (lambda u, i, s: (np.append(u, u[0]), np.append(i, i[0]), np.append(s, s[0])), "repeats an item")])
 def test_broken_files_are_refused(shop, tmp_path, change, words):
     with pytest.raises(PageLLMError, match=words):
         read(write(tmp_path / "x.parquet", *change(*everything(shop))), shop)
+
+
+def test_numbers_that_could_be_both_must_be_named(shop, tmp_path):
+    """A shop whose own identifiers are numbers, in another order than the dense ones; zeros in front are kept."""
+    users, items = ([str(i) for i in range(n)][::-1] for n in (shop.n_users, shop.n_items))
+    numeric = dataclasses.replace(shop, user_ids=users, catalogue=dataclasses.replace(shop.catalogue, ids=items))
+    user, item, score = everything(shop)
+    path, seen = write(tmp_path / "x.csv", user, item, score), seen_rows(shop, "test", "train+valid")
+    users = Scorer(shop, "test").users
+    with pytest.raises(PageLLMError, match="--ids shop or --ids dense"):
+        runfile.read_run(path, numeric, users, seen, 10, 15)
+    dense, own = (runfile.read_run(path, numeric, users, seen, 10, 15, ids=ids)[0] for ids in ("dense", "shop"))
+    np.testing.assert_array_equal(dense.item, read(path, shop)[0].item)
+    other = write(tmp_path / "y.parquet", shop.n_users - 1 - user, shop.n_items - 1 - item, score)
+    np.testing.assert_array_equal(own.item, read(other, shop)[0].item)
+    padded = dataclasses.replace(shop.catalogue, ids=[f"{i:05d}" for i in range(shop.n_items)])
+    path = write(tmp_path / "z.csv", user, np.array(padded.ids)[item], score)
+    again = runfile.read_run(path, dataclasses.replace(shop, catalogue=padded), users, seen, 10, 15)[0]
+    np.testing.assert_array_equal(again.item, dense.item)
+    with pytest.raises(PageLLMError, match="is not in 0.."):
+        runfile.read_run(path, shop, users, seen, 10, 15, ids="dense")
 
 
 def test_files_of_another_kind_are_refused(shop, tmp_path):
