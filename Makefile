@@ -1,6 +1,6 @@
 # PageLLM. `make` runs everything on the synthetic shop; `make help` lists the rest.
 #
-#   make ppo DATASET=toys RAW=path/to/files [RUN=name] [ARGS="--kl_coef 0.02"]
+#   make ppo DATASET=toys RAW=path/to/files [RUN=name] [ARGS="--kl_coef 0.02"] [NPROC=2]
 #
 # A stage makes what it needs first. ARGS reach only the stage asked for.
 
@@ -8,24 +8,27 @@ DATASET ?= synthetic
 RUN ?= $(DATASET)
 RAW ?=
 ARGS ?=
+NPROC ?= 1
 PYTHON ?= python3
 VENV ?= .venv
 
 PY := $(VENV)/bin/python
+# NPROC processes share a stage (torchrun); "--" keeps torchrun from reading a stage's options as its own.
+STAGE := $(if $(filter-out 1,$(NPROC)),$(VENV)/bin/torchrun --standalone --nproc_per_node $(NPROC) -m --,$(PY) -m)
 STAGES := prepare pretrain sft reward ppo evaluate
 BASE := --dataset $(DATASET) --run $(RUN)
 DONE := runs/$(RUN)
 PREPARED := data/$(DATASET)/source.json
 RAW_ARG := $(if $(RAW),--raw $(RAW))
 
-.PHONY: all help install test lint bench clean ablation baselines coldstart $(STAGES)
+.PHONY: all help install test lint serve recommend ablation baselines coldstart bench torture clean $(STAGES)
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
 all: evaluate  ## the whole pipeline: prepare, pretrain, sft, reward, ppo, evaluate; prints table and pages
 
 help:  ## this list
-	@echo "make [target] [DATASET=synthetic] [RUN=<dataset>] [RAW=directory of raw files] [ARGS=\"--field value\"]"
+	@echo "make [target] [DATASET=synthetic] [RUN=<dataset>] [RAW=directory of raw files] [ARGS=\"--field value\"] [NPROC=1]"
 	@awk -F ':.*## ' '/^[a-z][a-z ]*:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  fields of a stage: $(PY) -m pagellm.<stage> --help   (prepare: pagellm.data.prepare)"
 
@@ -45,31 +48,37 @@ $(PREPARED): | $(VENV)/installed
 	$(PY) -m pagellm.data.prepare --dataset $(DATASET) $(RAW_ARG)
 
 pretrain: $(PREPARED)  ## next token and rating prediction on what the shop knows
-	$(PY) -m pagellm.pretrain $(BASE) $(ARGS)
+	$(STAGE) pagellm.pretrain $(BASE) $(ARGS)
 
 $(DONE)/pretrain/done: | $(PREPARED)
-	$(PY) -m pagellm.pretrain $(BASE)
+	$(STAGE) pagellm.pretrain $(BASE)
 
 sft: $(DONE)/pretrain/done  ## supervised fine-tuning on ground-truth pages
-	$(PY) -m pagellm.sft $(BASE) $(ARGS)
+	$(STAGE) pagellm.sft $(BASE) $(ARGS)
 
 $(DONE)/sft/done: | $(DONE)/pretrain/done
-	$(PY) -m pagellm.sft $(BASE)
+	$(STAGE) pagellm.sft $(BASE)
 
 reward: $(DONE)/sft/done  ## reward model from preference pairs
-	$(PY) -m pagellm.reward $(BASE) $(ARGS)
+	$(STAGE) pagellm.reward $(BASE) $(ARGS)
 
 $(DONE)/reward/done: | $(DONE)/sft/done
-	$(PY) -m pagellm.reward $(BASE)
+	$(STAGE) pagellm.reward $(BASE)
 
 ppo: $(DONE)/reward/done  ## PPO against the reward model
-	$(PY) -m pagellm.ppo $(BASE) $(ARGS)
+	$(STAGE) pagellm.ppo $(BASE) $(ARGS)
 
 $(DONE)/ppo/done: | $(DONE)/reward/done
-	$(PY) -m pagellm.ppo $(BASE)
+	$(STAGE) pagellm.ppo $(BASE)
 
 evaluate: $(DONE)/ppo/done  ## pages and the results table: popularity, SFT, PageLLM
-	$(PY) -m pagellm.evaluate $(BASE) $(ARGS)
+	$(STAGE) pagellm.evaluate $(BASE) $(ARGS)
+
+serve: $(VENV)/serve $(DONE)/ppo/done  ## the pages in a browser and over HTTP: http://127.0.0.1:8000/
+	$(PY) -m pagellm.serve $(BASE) $(ARGS)
+
+recommend: $(DONE)/ppo/done  ## one page in the terminal: ARGS="--user ID"; everybody's: ARGS="--all --out pages.parquet"
+	$(STAGE) pagellm.recommend $(BASE) $(ARGS)
 
 ablation: $(VENV)/installed  ## the paper's Table 5 over several seeds
 	$(PY) -m experiments.ablation --dataset $(DATASET) $(ARGS)
@@ -79,6 +88,9 @@ baselines: | $(PREPARED)  ## popularity, ItemKNN, EASE, ALS: chosen on validatio
 
 coldstart: $(VENV)/installed  ## half of the training interactions; users by how many they have
 	$(PY) -m experiments.coldstart --dataset $(DATASET) $(RAW_ARG) $(ARGS)
+
+torture: $(VENV)/installed  ## pull the plug, fill the disk, feed rubbish: about 15 minutes, ends with counts
+	$(PY) -m experiments.torture $(ARGS)
 
 bench: $(VENV)/installed  ## kernels: plain against ours
 	$(PY) -m kernels.bench $(ARGS)
@@ -91,6 +103,10 @@ lint: $(VENV)/dev  ## ruff
 
 $(VENV)/dev: $(VENV)/installed
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/serve: $(VENV)/installed
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[serve]'
 	touch $@
 
 clean:  ## remove runs of RUN (prepared data and other runs stay)

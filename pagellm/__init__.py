@@ -12,6 +12,7 @@ What they share, from the ground up:
     lists, pairs         ground-truth pages, page energy; preference pairs
     gpt2, decode         the network; sampling, greedy, beam, one-shot under a constraint
     metrics, train       scores of pages; optimiser, schedule, keyed randomness
+    recommender          pages on request, for `pagellm recommend` (terminal, files) and `pagellm serve` (HTTP)
 
 This file imports nothing, so that `python -m pagellm.ppo` loads ppo once.
 """

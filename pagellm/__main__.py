@@ -10,7 +10,8 @@ from pagellm.config import main as run_main
 __all__ = ["main"]
 
 VERBS = {"prepare": "pagellm.data.prepare", "download": "pagellm.data.download", "pretrain": "pagellm.pretrain",
-         "sft": "pagellm.sft", "reward": "pagellm.reward", "ppo": "pagellm.ppo", "evaluate": "pagellm.evaluate"}
+         "sft": "pagellm.sft", "reward": "pagellm.reward", "ppo": "pagellm.ppo", "evaluate": "pagellm.evaluate",
+         "recommend": "pagellm.recommend", "serve": "pagellm.serve"}
 
 
 def main() -> int:

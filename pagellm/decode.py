@@ -76,19 +76,28 @@ def prefill(model: GPT2, prompt: Tensor, valid: Tensor, k: int) -> tuple[KVCache
     return cache, model(prompt, valid, cache)[:, -1]
 
 
+def started(model: GPT2, prompt: Tensor, valid: Tensor, k: int, start) -> tuple[KVCache, Tensor]:
+    """`start`, or the prompt read now; a service that has read it before hands in what it kept."""
+    return prefill(model, prompt, valid, k) if start is None else start
+
+
 def item_tokens(model: GPT2, item: Tensor, pad: int) -> Tensor:
     return torch.where(item >= 0, item + model.n_words + model.n_users, pad)
 
 
 @torch.no_grad()
 def generate(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int,
-             pick: Callable[[Tensor, int], Tensor], temperature: float = 1.0) -> Pages:
-    """Fill k slots one after another. pick(logp (B, N), slot) -> item (B,), read on rows that have a legal item."""
+             pick: Callable[[Tensor, int], Tensor], temperature: float = 1.0,
+             start: tuple[KVCache, Tensor] | None = None) -> Pages:
+    """Fill k slots one after another. pick(logp (B, N), slot) -> item (B,), read on rows that have a legal item.
+
+    start  the prompt already read: a cache with room for k more columns, and the last hidden state (B, C)
+    """
     B, device = len(prompt), prompt.device
     item = torch.full((B, k), -1, dtype=torch.long, device=device)
     logp = torch.zeros(B, k, device=device)
     mask = torch.zeros(B, k, dtype=torch.bool, device=device)
-    cache, hidden = prefill(model, prompt, valid, k)
+    cache, hidden = started(model, prompt, valid, k, start)
     first = model.item_logits(hidden)
     logits = first
     for slot in range(k):
@@ -103,9 +112,10 @@ def generate(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, k: 
     return Pages(item, logp, mask, first)
 
 
-def greedy(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int) -> Pages:
-    """The likeliest legal item in every slot. Ties go to the smaller id."""
-    return generate(model, prompt, valid, constraint, k, lambda logp, slot: logp.argmax(1))
+def greedy(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int,
+           start: tuple[KVCache, Tensor] | None = None) -> Pages:
+    """The likeliest legal item in every slot. Ties go to the smaller id. start as in `generate`."""
+    return generate(model, prompt, valid, constraint, k, lambda logp, slot: logp.argmax(1), start=start)
 
 
 def sample(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, uniform: Tensor,
@@ -125,10 +135,14 @@ def sample(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, unifo
 
 
 @torch.no_grad()
-def beam(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int, width: int = 4) -> Pages:
-    """The page of highest total log-probability among those a beam of `width` pages a user keeps."""
+def beam(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int, width: int = 4,
+         start: tuple[KVCache, Tensor] | None = None) -> Pages:
+    """The page of highest total log-probability among those a beam of `width` pages a user keeps.
+
+    start as in `generate`; its cache is spent afterwards.
+    """
     B, N, device = len(prompt), model.n_items, prompt.device
-    cache, hidden = prefill(model, prompt, valid, k)
+    cache, hidden = started(model, prompt, valid, k, start)
     first = model.item_logits(hidden)
     rows = torch.arange(B, device=device).repeat_interleave(width)
     cache.select(rows)
@@ -165,9 +179,10 @@ def beam(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int,
 
 
 @torch.no_grad()
-def one_shot(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int) -> Pages:
-    """Rank by the first slot's distribution alone: one pass, no slot sees another."""
-    first = model.item_logits(model(prompt, valid)[:, -1])
+def one_shot(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int,
+             start: tuple[KVCache, Tensor] | None = None) -> Pages:
+    """Rank by the first slot's distribution alone: one pass, no slot sees another. start as in `generate`."""
+    first = model.item_logits(model(prompt, valid)[:, -1] if start is None else start[1])
     logp, _ = legal_logp(first, constraint.legal, 1.0)
     top = logp.topk(min(k, logp.shape[1]), dim=1)
     mask = top.values.isfinite()

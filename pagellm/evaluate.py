@@ -23,12 +23,12 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pagellm import metrics
+from pagellm import dist, metrics
 from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import SPLITS, Rows, Shop, load
 from pagellm.policy import MODES, Policy, RankedPages, Scorer
 from pagellm.run import Common, Run, atomic, file_id, finished, write_json
-from pagellm.train import keyed, pick_device
+from pagellm.train import keyed
 
 __all__ = ["COLUMNS", "Config", "LABELS", "audience", "check_leak", "check_mask", "check_pages", "popularity_pages",
            "rank_all", "read_pages", "run", "seen_rows", "table", "top_items",
@@ -59,6 +59,7 @@ class Config(Common):
     quiet: bool = False          # write the files, print nothing
 
     def __post_init__(self):
+        super().__post_init__()
         names = self.policies.split(",")
         check(self, policies=(set(names) <= set(LABELS) and len(set(names)) == len(names),
                               f"some of {','.join(LABELS)}"),
@@ -269,20 +270,20 @@ def show_pages(shop: Shop, pages: dict[str, RankedPages], held, history, count: 
 
 
 def run(config: Config) -> dict[str, dict[str, dict]]:
-    """-> policy -> metric -> {mean, low, high, coverage, count}."""
+    """-> policy -> metric -> {mean, low, high, coverage, count}; {} elsewhere than in the main process."""
     where = {"sft": config.stage("sft", config.source_run), "ppo": config.stage("ppo")}
     shop = load(config.data_dir)
     names, inputs = config.policies.split(","), {"data": file_id(config.data_dir / "source.json")}
     for name in names:
         if name in where:
             inputs[name] = finished(where[name], f"{LABELS[name]} policy", config.make(name))["id"]
-    free = ("device", "save_every", "batch", "examples", "quiet")
+    free = ("batch", "examples", "quiet")
+    device = dist.start(config.device)
     with Run(config.stage("evaluate"), config, inputs, free) as out:
         if out.done:
-            if not config.quiet:
+            if dist.is_main() and not config.quiet:
                 print((out.path / "table.txt").read_text())
             return json.loads((out.path / "metrics.json").read_text())
-        device = pick_device(config.device)
         scorer = Scorer(shop, config.split)
         history, held = shop.csr("train"), scorer.held
         seen = seen_rows(shop, config.split, config.mask)
@@ -299,6 +300,8 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
                 ranked = policy.rank(users, history, seen, config.k, config.depth, config.mode, config.batch,
                                      "" if config.quiet else f"pages of {name}")
             folder = out.path / name
+            if not dist.is_main():          # it has done its share of the pages; the main process scores and writes
+                continue
             folder.mkdir(exist_ok=True)
             write_pages(folder / "pages.parquet", ranked)
             check_pages(name, ranked, users, seen)
@@ -309,6 +312,9 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
             results[name] = {metric: metrics.summary(values, config.seed, config.n_boot)
                              for metric, values in scores.items() if not np.isnan(values).all()}
             pages[name], rows[name] = ranked, scores
+        if not dist.is_main():
+            dist.barrier()
+            return {}
         text = table(results, COLUMNS)
         if "sft" in rows and "ppo" in rows:
             results[DIFFERENCE] = {metric: metrics.paired(rows["ppo"][metric], rows["sft"][metric], config.seed,

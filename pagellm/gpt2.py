@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pagellm import dist
 from pagellm.config import PageLLMError
 from pagellm.run import load_model_file
 
@@ -210,9 +211,9 @@ def attention_mask(valid: Tensor | None, past: int, T: int, device) -> Tensor | 
 
 
 def to_state(model: GPT2) -> dict:
-    """Plain values and tensors that `from_state` turns back into the model."""
+    """Plain values and whole tensors that `from_state` turns back into the model. Ask on every process."""
     return {"shape": asdict(model.shape), "rows": [model.n_words, model.n_users, model.n_items],
-            "weights": {name: w.detach().cpu().clone() for name, w in model.state_dict().items()}}
+            "weights": dist.weights(model)}
 
 
 def from_state(state: dict, dropout: float = 0.0) -> GPT2:

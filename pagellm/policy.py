@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pagellm import metrics
+from pagellm import dist, metrics
 from pagellm.config import PageLLMError
 from pagellm.data.shop import Rows, Shop
 from pagellm.decode import Pages, Unseen, beam, greedy, one_shot, ranking
@@ -94,7 +94,7 @@ class Policy:
 
     def rank(self, users: np.ndarray, history: Rows, seen: Rows, k: int, depth: int, mode: str = "greedy",
              batch: int = 256, progress: str = "") -> RankedPages:
-        """Page of k and the ranks behind it for every user, `batch` users at once.
+        """Page of k and the ranks behind it for every user, `batch` at once; several processes share the users.
 
         history  what the prompts show        seen  what no page may hold
         """
@@ -102,9 +102,11 @@ class Policy:
         was_training = self.model.training
         self.model.eval()
         items, scores, slots = [], [], []
-        bar = tqdm(total=len(users), desc=progress, unit="page", disable=not progress, mininterval=1.0)
-        for start in range(0, len(users), batch):
-            some = users[start: start + batch]
+        mine, busy = dist.part(users)
+        bar = tqdm(total=len(mine), desc=progress, unit="page", disable=not progress or not dist.is_main(),
+                   mininterval=1.0)
+        for start in range(0, len(mine), batch):
+            some = mine[start: start + batch]
             pages, legal = self.write(some, history, seen, k, mode)
             item, score = ranking(pages, legal, max(depth, k))
             items.append(item.cpu())
@@ -113,7 +115,8 @@ class Policy:
             bar.update(len(some))
         bar.close()
         self.model.train(was_training)
-        return RankedPages(users, torch.cat(items).numpy(), torch.cat(scores).numpy(), torch.cat(slots).numpy())
+        return RankedPages(users, *(dist.gather(torch.cat(column).numpy()[:None if busy else 0])
+                                    for column in (items, scores, slots)))
 
 
 class Scorer:

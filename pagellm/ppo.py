@@ -20,7 +20,9 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ from tqdm import tqdm
 
 from kernels import masked
 from kernels.advantage import gae
-from pagellm import metrics
+from pagellm import dist, metrics
 from pagellm.alarms import alarms
 from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Rows, Shop, load
@@ -37,8 +39,8 @@ from pagellm.decode import Unseen, page_logp, sample, slot_states
 from pagellm.gpt2 import GPT2, from_state
 from pagellm.policy import MODES, Policy, Validation
 from pagellm.reward import RewardModel
-from pagellm.run import Common, Run, finished, load_model_file
-from pagellm.train import Guard, batch_at, keyed, lr_at, optimiser, pick_device, progress, set_lr
+from pagellm.run import Common, Run, file_id, finished, load_model_file
+from pagellm.train import Guard, Objective, batch_at, keyed, lr_at, optimiser, progress, set_lr
 
 __all__ = ["AdaptiveKL", "Config", "Critic", "RunningMoments", "kl_k1", "kl_k2", "kl_k3", "policy_loss",
            "run", "step_reward", "value_loss"]
@@ -84,6 +86,7 @@ class Config(Common):
     strict: bool = False         # stop instead of warning: low reward accuracy, any alarm
 
     def __post_init__(self):
+        super().__post_init__()
         positive = {f: (getattr(self, f) > 0, "above 0") for f in
                     ("epochs", "rollout", "samples", "minibatch", "micro", "inner_epochs", "k", "temperature", "lr",
                      "critic_lr", "grad_clip", "max_kl", "value_clip", "eval_every", "kl_horizon")}
@@ -292,16 +295,17 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
 @torch.no_grad()
 def roll_out(config: Config, policy: Policy, ref: GPT2, reward: RewardModel, critic: Critic, prompt: Tensor,
              valid: Tensor, excluded: Tensor, uniform: Tensor) -> Rollout:
-    """Sample pages, then score them: one pass each of policy, reference, reward model and critic.
+    """Sample pages, then score them: one pass each of policy, reference, reward model and critic. Several processes
+    deal the pages out and then share all results.
 
     old_logp comes from the same pass over the finished page that the updates make, not from the cached generation,
     so that the ratio starts at 1 to the last bit of that pass.
     """
     parts = []
-    for at in range(0, len(prompt), config.micro):
-        p, v, x = (t[at: at + config.micro] for t in (prompt, valid, excluded))
-        pages = sample(policy.model, p, v, Unseen(x, policy.model.n_items), uniform[at: at + config.micro],
-                       config.temperature)
+    mine, busy = dist.part(np.arange(len(prompt)))
+    for rows in torch.from_numpy(mine).to(prompt.device).split(config.micro):
+        p, v, x = prompt[rows], valid[rows], excluded[rows]
+        pages = sample(policy.model, p, v, Unseen(x, policy.model.n_items), uniform[rows], config.temperature)
         states = slot_states(policy.model, p, v, pages.item, pages.mask)
         ref_states = slot_states(ref, p, v, pages.item, pages.mask)
         old, entropy = page_logp(states, policy.model.item, pages.item, pages.mask, x, config.temperature,
@@ -313,7 +317,10 @@ def roll_out(config: Config, policy: Policy, ref: GPT2, reward: RewardModel, cri
         value = critic(p, v, pages.item, pages.mask)
         parts.append((pages.item, pages.mask, old, old_ref, value, token, page, entropy, exact,
                       (pages.logp - old).abs()))
-    *columns, drift = (torch.cat(column) for column in zip(*parts, strict=True))
+    columns = [torch.cat(column)[: None if busy else 0] for column in zip(*parts, strict=True)]
+    if dist.world() > 1:
+        columns = [torch.from_numpy(dist.gather(column.cpu().numpy())).to(prompt.device) for column in columns]
+    *columns, drift = columns
     return Rollout(prompt, valid, excluded, *columns, drift=float(drift.max()))
 
 
@@ -337,36 +344,53 @@ def advantages(config: Config, r: Rollout, reward: Tensor) -> tuple[Tensor, Tens
     return torch.where(r.mask, advantage[:, None], 0.0), r.value
 
 
-def inner_epoch(config: Config, policy: Policy, critic: Critic, policy_step: Guard, critic_step: Guard, r: Rollout,
-           advantage: Tensor, ret: Tensor, order: np.ndarray, learn_policy: bool, where: str) -> dict[str, float]:
+def minibatch_loss(learner: Objective, config: Config, r: Rollout, rows: Tensor, advantage: Tensor, ret: Tensor,
+              learn_policy: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Policy and value loss over some pages of a rollout, each a mean over kept slots, and what to log of them."""
+    x, mask, row = r.item[rows], r.mask[rows], {}
+    value = learner.critic(r.prompt[rows], r.valid[rows], x, mask)
+    v_loss, row["val/clipfrac"] = value_loss(value, r.value[rows], ret[rows], mask, config.value_clip)
+    row["val/loss"] = v_loss.detach()
+    loss = config.vf_coef * v_loss + (0.0 if learn_policy else dist.idle(learner.policy))
+    if learn_policy:
+        states = slot_states(learner.policy, r.prompt[rows], r.valid[rows], x, mask)
+        logp, entropy = page_logp(states, learner.policy.item, x, mask, r.excluded[rows], config.temperature,
+                                  with_entropy=True)
+        old, A = r.old_logp[rows], advantage[rows]
+        p_loss, row["policy/clipfrac"] = policy_loss(logp, old, A, mask, config.clip)
+        bonus = masked.mean(entropy, mask)
+        loss = loss + p_loss - config.entropy_coef * bonus
+        row |= policy_row(logp.detach(), old, A, mask, config.clip)
+        row |= {"policy/loss": p_loss.detach(), "policy/entropy": bonus.detach()}
+    return loss, row
+
+
+def inner_epoch(config: Config, learner: nn.Module, policy_step: Guard, critic_step: Guard, r: Rollout,
+                advantage: Tensor, ret: Tensor, order: np.ndarray, learn_policy: bool, where: str,
+                keep: Callable[[], Path] | None = None) -> dict[str, float]:
     """One inner epoch over a rollout. -> what to log; "stopped" 1.0 if the policy had already moved too far.
 
-    Each loss is a mean over the kept slots of the minibatch; a micro-batch adds its share of that mean.
+    Each loss is a mean over the kept slots of the minibatch; a micro-batch adds its share of that mean, whichever
+    process it is on (gradients are averaged over processes, hence the factor).
     """
     device, seen, first = r.item.device, [], {}
     for mini in torch.from_numpy(order).to(device).split(config.minibatch):
         slots = r.mask[mini].sum().clamp(min=1)
-        parts = []
-        for rows in mini.split(config.micro):
-            x, mask = r.item[rows], r.mask[rows]
-            share = mask.sum() / slots
-            row = {"share": share}
-            value = critic(r.prompt[rows], r.valid[rows], x, mask)
-            v_loss, row["val/clipfrac"] = value_loss(value, r.value[rows], ret[rows], mask, config.value_clip)
-            row["val/loss"] = v_loss.detach()
-            loss = config.vf_coef * v_loss
-            if learn_policy:
-                states = slot_states(policy.model, r.prompt[rows], r.valid[rows], x, mask)
-                logp, entropy = page_logp(states, policy.model.item, x, mask, r.excluded[rows], config.temperature,
-                                          with_entropy=True)
-                old, A = r.old_logp[rows], advantage[rows]
-                p_loss, row["policy/clipfrac"] = policy_loss(logp, old, A, mask, config.clip)
-                bonus = masked.mean(entropy, mask)
-                loss = loss + p_loss - config.entropy_coef * bonus
-                row |= policy_row(logp.detach(), old, A, mask, config.clip)
-                row |= {"policy/loss": p_loss.detach(), "policy/entropy": bonus.detach()}
-            (loss * share).backward()
-            parts.append(row)
+        mine, busy = dist.part(mini)
+        parts, micros = [], mine.split(config.micro) if busy else ()
+        most = math.ceil(len(mini) / dist.world())                      # rows of the first process
+        passes = math.ceil(most / config.micro)                         # everybody makes as many, if need be idle ones
+        for at in range(passes):
+            rows, weight = (micros[at], 1.0) if at < len(micros) else (mine[:1], 0.0)
+            share = weight * r.mask[rows].sum() / slots
+            with dist.last_backward(learner, at + 1 == passes):
+                loss, row = learner(config, r, rows, advantage, ret, learn_policy)
+                (loss * share * dist.world()).backward()
+            if weight:
+                parts.append(row | {"share": share})
+        if dist.world() > 1:
+            parts = [{name: float(value) for name, value in row.items()} for row in parts]
+            parts = [row for rows in dist.everybody(parts) for row in rows]
         total = pool(parts)
         first = first or {"first_logratio": total.pop("max_logratio", 0.0)}
         if learn_policy:
@@ -375,9 +399,9 @@ def inner_epoch(config: Config, policy: Policy, critic: Critic, policy_step: Gua
             for guard in (policy_step, critic_step):
                 guard.opt.zero_grad(set_to_none=True)
             return (pool(seen) if seen else total) | first | {"stopped": 1.0}
-        total["val/grad_norm"] = critic_step.step(where)
+        total["val/grad_norm"] = critic_step.step(where, keep)
         if learn_policy:
-            total["policy/grad_norm"] = policy_step.step(where)
+            total["policy/grad_norm"] = policy_step.step(where, keep)
         seen.append(total | {"share": len(mini) / len(order)})
     return pool(seen) | first | {"stopped": 0.0}
 
@@ -461,7 +485,8 @@ def gate(config: Config, record: dict, where) -> None:
             "\n  Usual causes: too few pairs (raise per_kind or epochs of reward), a weak SFT policy, no categories.")
     if config.strict:
         raise PageLLMError(text)
-    tqdm.write(f"WARNING {text}", file=sys.stderr)
+    if dist.is_main():
+        tqdm.write(f"WARNING {text}", file=sys.stderr)
 
 
 def run(config: Config) -> None:
@@ -470,16 +495,18 @@ def run(config: Config) -> None:
     sft = finished(sft_dir, "SFT policy", config.make("sft"))
     judged = finished(reward_dir, "reward model", config.make("reward") + "\n  PPO needs one to score pages.")
     shop = load(config.data_dir)
-    with Run(config.stage("ppo"), config, {"sft": sft["id"], "reward": judged["id"]},
-             free=("device", "save_every", "micro")) as out:
+    device = dist.start(config.device)
+    inputs = {"data": file_id(config.data_dir / "source.json"), "sft": sft["id"], "reward": judged["id"]}
+    with Run(config.stage("ppo"), config, inputs, free=("micro",)) as out:
         if out.done:
-            print(f"ppo: already done in {out.path}")
+            if dist.is_main():
+                print(f"ppo: already done in {out.path}")
             return
         gate(config, judged, reward_dir)
-        device = pick_device(config.device)
         policy = Policy.load(sft_dir, device)
         policy.check_room(config.k)
-        policy.vocab.save(out.path)
+        if dist.is_main():
+            policy.vocab.save(out.path)
         ref = from_state(load_model_file(sft_dir / "model.pt")).to(device).eval().requires_grad_(False)
         reward = RewardModel.load(reward_dir, device).requires_grad_(False)
         critic = Critic(from_state(load_model_file(reward_dir / "model.pt"))).to(device).eval()
@@ -489,6 +516,7 @@ def run(config: Config) -> None:
         per_step = config.rollout // config.samples
         total = max(config.min_steps, round(config.epochs * len(users) / per_step))
         frozen = -(-config.critic_warmup // (config.inner_epochs * (config.rollout // config.minibatch)))
+        learner = dist.wrap(objective := Objective(minibatch_loss, policy=policy.model, critic=critic), config.parallel)
         opt = optimiser(policy.model, config.lr, eps=1e-5, betas=(0.9, 0.999))
         critic_opt = optimiser(critic, config.critic_lr, eps=1e-5, betas=(0.9, 0.999))
         policy_step = Guard(opt, policy.model.parameters(), config.grad_clip)
@@ -501,28 +529,44 @@ def run(config: Config) -> None:
         start, best = 0, {"score": -math.inf, "step": 0, "weights": None}
         if state := out.load():
             start, best = state["step"], state["best"]
-            policy.model.load_state_dict(state["policy"])
-            critic.load_state_dict(state["critic"])
-            opt.load_state_dict(state["opt"])
-            critic_opt.load_state_dict(state["critic_opt"])
+            dist.load_weights(policy.model, state["policy"])
+            dist.load_weights(critic, state["critic"])
+            dist.load_optimiser(policy.model, opt, state["opt"])
+            dist.load_optimiser(critic, critic_opt, state["critic_opt"])
             moments.load_state_dict(state["moments"])
             if steer:
                 steer.coef = state["kl_coef"]
         else:
-            out.log(0, **valid_row(scores := validation(policy)))
+            with dist.whole(objective):
+                scores = validation(policy)
+            out.log(0, **valid_row(scores))
             best = keep_best(config, best, scores, 0, policy)
+        dist.barrier()
         log = out.read_log()
-        raised = {text for row in log for text in row.get("alarms", [])}
+        raised = {text.split(":")[0] for row in log for text in row.get("alarms", [])}
+
+        def state_at(step: int) -> dict:
+            return {"step": step, "best": best, "policy": dist.weights(policy.model), "critic": dist.weights(critic),
+                    "opt": dist.optimiser_state(policy.model, opt),
+                    "critic_opt": dist.optimiser_state(critic, critic_opt), "moments": moments.state_dict(),
+                    "kl_coef": steer.coef if steer else config.kl_coef}
+
         bar = progress(start, total, "ppo")
-        for step in bar:
+        for step in out.steps(bar):
             began = time.time()
             some = users[batch_at(step, len(users), per_step, config.seed, "ppo")[1]].repeat(config.samples)
             prompt, valid = policy.prompt(some, [history.of(u) for u in some])
             excluded = torch.from_numpy(seen.padded(some)).to(device)
             uniform = np.stack([keyed(config.seed, "ppo", "sample", step, int(u), i % config.samples).random(config.k)
                                 for i, u in enumerate(some)])
-            r = roll_out(config, policy, ref, reward, critic, prompt, valid, excluded,
-                         torch.from_numpy(uniform).to(device))
+            with dist.whole(objective):
+                r = roll_out(config, policy, ref, reward, critic, prompt, valid, excluded,
+                             torch.from_numpy(uniform).to(device))
+            if not all(x.isfinite().all() for x in (r.old_logp, r.ref_logp, r.value, r.token, r.page)):
+                kept = out.keep_for_replay(step, {**state_at(step), "rollout": vars(r)})
+                raise PageLLMError(f"ppo step {step}: log-probabilities, values or rewards are not finite; lower the "
+                                   f"learning rate (RUN=another, or remove {out.path})\n"
+                                   f"  The rollout, weights and moments are in {kept} for a closer look.")
             kl_coef = steer.coef if steer else config.kl_coef
             token, page = normalise_reward(r.token, r.page, r.mask, moments, config.w_token, config.w_page)
             # The weights are inside `token` and `page` already: normalisation needs the weighted sum.
@@ -537,8 +581,9 @@ def run(config: Config) -> None:
             for epoch in range(config.inner_epochs):
                 order = (np.arange(len(r)) if config.minibatch >= len(r)
                          else keyed(config.seed, "ppo", "minibatches", step, epoch).permutation(len(r)))
-                seen_row = inner_epoch(config, policy, critic, policy_step, critic_step, r, advantage, ret, order,
-                                  learning, f"ppo step {step}")
+                seen_row = inner_epoch(config, learner, policy_step, critic_step, r, advantage, ret, order, learning,
+                                       f"ppo step {step}", lambda step=step, r=r: out.keep_for_replay(
+                                           step, {**state_at(step), "rollout": vars(r)}))
                 moved = seen_row.pop("first_logratio")
                 if epoch == 0:      # before the first update of the step: the ratio must still be 1
                     row["rollout/first_epoch_max_abs_logratio"] = moved
@@ -550,7 +595,8 @@ def run(config: Config) -> None:
                 steer.update(row["objective/kl_seq_sum"], len(r))
 
             if (step + 1) % config.eval_every == 0 or step + 1 == total:
-                scores = validation(policy)
+                with dist.whole(objective):
+                    scores = validation(policy)
                 row |= valid_row(scores)
                 best = keep_best(config, best, scores, step + 1, policy)
                 log_samples(out, step + 1, shop, some[:3], r, history)
@@ -558,22 +604,22 @@ def run(config: Config) -> None:
             log.append({"step": step + 1, **{k: float(v) if isinstance(v, torch.Tensor) else v
                                              for k, v in row.items()}})
             fresh = [text for text in alarms(log, frozen, config.kl_target) if text.split(":")[0] not in raised]
-            for text in fresh:
-                raised.add(text.split(":")[0])
+            raised |= {text.split(":")[0] for text in fresh}
+            for text in fresh if dist.is_main() else ():
                 tqdm.write(f"ALARM at step {step + 1}: {text}", file=sys.stderr)
             out.log(step + 1, **row, alarms=fresh)
             if fresh and config.strict:
                 raise PageLLMError(f"stopped at step {step + 1}: {fresh[0]}")
             bar.set_postfix_str(f"reward {log[-1]['objective/reward_total']:.3f}, KL "
-                                f"{log[-1]['objective/kl_seq_sum']:.2f}, best {config.select} {best['score']:.4f}")
-            if (step + 1) % config.save_every == 0 and step + 1 < total:
-                out.save({"step": step + 1, "best": best, "policy": policy.model.state_dict(),
-                          "critic": critic.state_dict(), "opt": opt.state_dict(),
-                          "critic_opt": critic_opt.state_dict(), "moments": moments.state_dict(),
-                          "kl_coef": steer.coef if steer else kl_coef})
-        policy.model.load_state_dict(best["weights"])
-        out.finish(policy.state(), step=best["step"], score=best["score"], steps=total, alarms=sorted(raised))
-        print(f"ppo: {out.path}, step {best['step']} of {total}, validation {config.select} {best['score']:.4f}")
+                                f"{log[-1]['objective/kl_seq_sum']:.2f}, best {config.select} {best['score']:.4f}",
+                                refresh=False)
+            if out.due(step + 1, total):
+                out.save(state_at(step + 1))
+        final = state_at(total)
+        dist.load_weights(policy.model, best["weights"])
+        out.finish(policy.state(), final, step=best["step"], score=best["score"], steps=total, alarms=sorted(raised))
+        if dist.is_main():
+            print(f"ppo: {out.path}, step {best['step']} of {total}, validation {config.select} {best['score']:.4f}")
 
 
 def valid_row(scores: dict[str, float]) -> dict[str, float]:
@@ -585,8 +631,7 @@ def keep_best(config: Config, best: dict, scores: dict[str, float], step: int, p
     score = {"energy": scores["energy"], "ndcg": scores["NDCG@100"], "last": float(step)}[config.select]
     if not score > best["score"]:
         return best
-    weights = {name: w.detach().cpu().clone() for name, w in policy.model.state_dict().items()}
-    return {"score": score, "step": step, "weights": weights}
+    return {"score": score, "step": step, "weights": dist.weights(policy.model)}
 
 
 def peak_memory(device: torch.device) -> float:
@@ -598,6 +643,8 @@ def peak_memory(device: torch.device) -> float:
 
 def log_samples(out: Run, step: int, shop: Shop, users, r: Rollout, history: Rows) -> None:
     """The first pages of a rollout as people read them: history, gold, page, rewards and KL of every slot."""
+    if not dist.is_main():
+        return
     title, held = shop.catalogue.title, shop.csr("valid")
     for i, user in enumerate(users):
         kept = r.mask[i]

@@ -18,12 +18,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.logprob import linear_logp
+from pagellm import dist
 from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Shop, load, source
 from pagellm.gpt2 import GPT2, SIZES, load_published, to_state
 from pagellm.prompts import Example, Prompts, right_pad
 from pagellm.run import Common, Run, file_id
-from pagellm.train import Guard, keyed, lr_at, optimiser, pick_device, progress, seed_torch, set_lr
+from pagellm.train import (
+    Guard,
+    Objective,
+    keyed,
+    logged,
+    lr_at,
+    optimiser,
+    progress,
+    seed_dropout,
+    seed_torch,
+    set_lr,
+    shared_means,
+)
 from pagellm.vocab import Vocab
 
 __all__ = ["Config", "Corpus", "RatingHead", "next_token_loss", "run", "spectral_rows"]
@@ -49,7 +62,7 @@ class Config(Common):
     warmup: int = 20             # steps of linear warm-up
     weight_decay: float = 0.01   # of the matrices
     dropout: float = 0.1         # in embedding, attention and residual
-    grad_clip: float = 1.0       # largest gradient norm
+    grad_clip: float = 1.0       # largest gradient norm; inf: no limit
     contents: float = 1.0        # weight of "item -> title, brand, category, description"
     first_order: float = 1.0     # weight of "user on item -> review"
     second_order: float = 1.0    # weight of "category or brand <-> its items"
@@ -58,6 +71,7 @@ class Config(Common):
     use_review: bool = False     # show the review in the rating prompt; it then reads sentiment, not taste
 
     def __post_init__(self):
+        super().__post_init__()
         check(self, size=(self.size in SIZES, f"one of {', '.join(SIZES)}"),
               rows=(self.rows in ("spectral", "random"), "spectral or random"),
               words=(self.words >= 256, "at least 256"), steps=(self.steps >= 0, "0 or more"),
@@ -204,6 +218,22 @@ def rmse(model: GPT2, head: RatingHead, prompts: Prompts, rows, limit: int = 409
     return float(error.square().mean().sqrt())
 
 
+def pretrain_loss(both: Objective, prompts: Prompts, examples: list[Example], some_text: bool, rated: tuple | None,
+                  some_rated: bool) -> tuple[Tensor, Tensor]:
+    """Eq. 3 and Eq. 2 as this process's shares of the batch's means (train.shared_means).
+
+    some_text, some_rated   False: the one row is a stand-in      rated   users, items, stars (R,), reviews or None
+    """
+    vocab = prompts.vocab
+    loss = next_token_loss(both.model, examples, vocab.pad, vocab.n_words)
+    loss, = shared_means([(loss, sum(sum(e.mask) for e in examples))], some_text)
+    if rated is None:
+        return loss, loss.new_zeros(()) + dist.idle(both.head)
+    users, items, stars, reviews = rated
+    error = F.mse_loss(predict(both.model, both.head, prompts, users, items, reviews), stars)
+    return loss, shared_means([(error, len(stars))], some_rated)[0]
+
+
 def build(config: Config, shop: Shop) -> tuple[GPT2, RatingHead, Vocab]:
     """The vocabulary and the network before its first step."""
     if config.bpe:
@@ -229,14 +259,16 @@ def build(config: Config, shop: Shop) -> tuple[GPT2, RatingHead, Vocab]:
 def run(config: Config) -> None:
     shop = load(config.data_dir)
     inputs = {"data": file_id(config.data_dir / "source.json")}
-    with Run(config.stage("pretrain"), config, inputs, free=("device", "save_every")) as out:
+    device = dist.start(config.device)
+    with Run(config.stage("pretrain"), config, inputs) as out:
         if out.done:
-            print(f"pretrain: already done in {out.path}")
+            if dist.is_main():
+                print(f"pretrain: already done in {out.path}")
             return
-        device = pick_device(config.device)
         model, head, vocab = build(config, shop)
-        vocab.save(out.path)
-        both = nn.ModuleDict({"model": model, "head": head}).to(device)
+        if dist.is_main():
+            vocab.save(out.path)
+        both = Objective(pretrain_loss, model=model, head=head).to(device)
         prompts = Prompts(vocab, config.max_tokens)
         corpus = Corpus(shop, prompts, ordered=source(config.data_dir)["config"].get("split") == "temporal")
         weights = np.array([getattr(config, kind) * (corpus.sizes[kind] > 0) for kind in KINDS])
@@ -247,45 +279,56 @@ def run(config: Config) -> None:
         text_of = dict(zip(zip(*shop.reviews()[:2], strict=True), shop.reviews()[2], strict=True)) \
             if config.use_review else {}
         with_rating = config.rating > 0 and len(users) > 0
+        learner = dist.wrap(both, config.parallel)
         opt = optimiser(both, config.lr, config.weight_decay)
         guard = Guard(opt, both.parameters(), config.grad_clip)
 
         start = 0
         if state := out.load():
             start = state["step"]
-            both.load_state_dict(state["both"])
-            opt.load_state_dict(state["opt"])
+            dist.load_weights(both, state["both"])
+            dist.load_optimiser(both, opt, state["opt"])
         both.train()
+
+        def state_at(step: int) -> dict:
+            return {"step": step, "both": dist.weights(both), "opt": dist.optimiser_state(both, opt)}
+
         bar = progress(start, config.steps, "pretrain")
-        for step in bar:
+        for step in out.steps(bar):
             rng = keyed(config.seed, "pretrain", step)
-            seed_torch(config.seed, "pretrain", "dropout", step)
+            seed_dropout(config.seed, "pretrain", step)
             set_lr(opt, lr_at(step, config.steps, config.lr, config.warmup))
             kind = KINDS[rng.choice(len(KINDS), p=weights / weights.sum())]
-            examples = [corpus.draw(kind, rng) for _ in range(config.batch)]
-            loss = next_token_loss(model, examples, vocab.pad, vocab.n_words)
-            rating_loss = loss.new_zeros(())
+            drawn = np.empty(config.batch, dtype=object)
+            drawn[:] = [corpus.draw(kind, rng) for _ in range(config.batch)]
+            examples, some_text = dist.part(drawn)
+            rated, some_rated = None, True
             if with_rating:
-                rows = rng.integers(len(users), size=config.rating_batch)
+                rows, some_rated = dist.part(rng.integers(len(users), size=config.rating_batch))
                 reviews = [text_of.get((users[r], items[r]), "") for r in rows] if text_of else None
-                guess = predict(model, head, prompts, users[rows], items[rows], reviews)
-                rating_loss = F.mse_loss(guess, torch.from_numpy(ratings[rows]).to(device))
+                rated = users[rows], items[rows], torch.from_numpy(ratings[rows]).to(device), reviews
+            loss, rating_loss = learner(prompts, examples.tolist(), some_text, rated, some_rated)
             (loss + config.rating * rating_loss).backward()
-            norm = guard.step(f"pretrain step {step}")
+            norm = guard.step(f"pretrain step {step}", lambda step=step, kept=examples, rows=rated: out.keep_for_replay(
+                step, {**state_at(step), "examples": [[e.ids, e.mask, e.over] for e in kept],
+                       "rated": None if rows is None else [torch.as_tensor(x) for x in rows[:3]]}))
+            loss, rating_loss = logged(loss), logged(rating_loss)
             out.log(step + 1, kind=kind, loss=loss, rating_loss=rating_loss, grad_norm=norm,
                     lr=opt.param_groups[0]["lr"])
-            bar.set_postfix_str(f"{kind} {loss.item():.3f}" + (f", rating {rating_loss.item():.3f}" if with_rating
-                                                               else ""))
-            if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
-                out.save({"step": step + 1, "both": both.state_dict(), "opt": opt.state_dict()})
+            bar.set_postfix_str(f"{kind} {loss:.3f}" + (f", rating {rating_loss:.3f}" if with_rating else ""),
+                                refresh=False)
+            if out.due(step + 1, config.steps):
+                out.save(state_at(step + 1))
         result = {"steps": config.steps, "prompts": corpus.sizes}
         if with_rating:
             held = rating_rows(shop, "valid")
-            result["valid_rmse"] = rmse(model, head, prompts, held)
+            with dist.whole(both):
+                result["valid_rmse"] = rmse(model, head, prompts, held)
             result["valid_rmse_of_the_mean"] = (math.sqrt(np.mean((held[2] - ratings.mean()) ** 2))
                                                 if len(held[2]) else None)
-        out.finish({**to_state(model), "rating_head": head.state_dict()}, **result)
-        print(f"pretrain: {out.path} {result}")
+        out.finish({**to_state(model), "rating_head": dist.weights(head)}, state_at(config.steps), **result)
+        if dist.is_main():
+            print(f"pretrain: {out.path} {result}")
 
 
 if __name__ == "__main__":

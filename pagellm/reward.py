@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pagellm import dist
 from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import load
 from pagellm.decode import slot_states
@@ -27,7 +28,19 @@ from pagellm.pairs import KINDS, Pair, make_pairs, to_table
 from pagellm.policy import Policy
 from pagellm.prompts import pad_ids
 from pagellm.run import Common, Run, atomic, file_id, finished, load_model_file
-from pagellm.train import Guard, batch_at, key, keyed, lr_at, optimiser, pick_device, progress, set_lr
+from pagellm.train import (
+    Guard,
+    Objective,
+    batch_at,
+    key,
+    keyed,
+    logged,
+    lr_at,
+    optimiser,
+    progress,
+    set_lr,
+    shared_means,
+)
 
 __all__ = ["Config", "RewardModel", "page_loss", "pair_loss", "run", "sequence_loss", "token_loss"]
 
@@ -52,13 +65,14 @@ class Config(Common):
     lr: float = 2e-3             # peak learning rate
     warmup: int = 20             # steps of linear warm-up
     weight_decay: float = 0.01   # of the matrices
-    grad_clip: float = 1.0       # largest gradient norm
+    grad_clip: float = 1.0       # largest gradient norm; inf: no limit
     page: float = 1.0            # weight of the page head's loss (Eq. 7)
     sequence: float = 1.0        # weight of the loss on mean token rewards (Eq. 8); preference pairs excepted
     token: float = 0.5           # weight of the loss on edited slots; preference pairs excepted
     shrink: float = 1e-3         # weight of the squared rewards
 
     def __post_init__(self):
+        super().__post_init__()
         kinds = self.kinds.split(",")
         check(self, kinds=(set(kinds) <= set(KINDS) and kinds, f"some of {','.join(KINDS)}"),
               leave_out=(self.leave_out in ("", *kinds), f"empty or one of {self.kinds}"),
@@ -136,14 +150,15 @@ class RewardModel(nn.Module):
         return token, page
 
     def state(self) -> dict:
-        heads = {name: w.cpu() for name, w in self.state_dict().items() if not name.startswith("trunk.")}
+        """What `load` reads. Ask on every process."""
+        heads = {name: w for name, w in dist.weights(self).items() if not name.startswith("trunk.")}
         return {**to_state(self.trunk), "heads": heads, "compare": self.compare is not None}
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "RewardModel":
         state = load_model_file(Path(path) / "model.pt")
         model = cls(from_state(state), state["compare"])
-        model.load_state_dict(state["heads"], strict=False)
+        dist.load_weights(model, {**model.state_dict(), **state["heads"]})
         return model.to(device).eval()
 
 
@@ -223,32 +238,47 @@ def rewards_of(model: RewardModel, b: PairBatch):
 
 
 def pair_loss(config: Config, b: PairBatch, token_chosen: Tensor, token_rejected: Tensor, page_chosen: Tensor,
-              page_rejected: Tensor) -> Tensor:
-    """SPEC 5's total. Preference pairs teach the page head alone: they name no slot that is better."""
+              page_rejected: Tensor, busy: bool = True) -> Tensor:
+    """SPEC 5's total, or this process's share of it (train.shared_means; busy as there).
+
+    Preference pairs teach the page head alone: they name no slot that is better.
+    """
     target = torch.sigmoid(b.gap / config.soften) if config.soften else None
-    loss = config.page * page_loss(page_chosen, page_rejected, target)
-    d = b.detail
+    d, slots = b.detail, b.mask.sum()
+    terms = [(page_loss(page_chosen, page_rejected, target), len(b.gap)),
+             (page_chosen.square().mean() + page_rejected.square().mean(), len(b.gap)),
+             ((token_chosen.square().sum() + token_rejected.square().sum()) / slots.clamp(min=1), slots)]
+    weights = [config.page, 0.5 * config.shrink, 0.5 * config.shrink]
     if d.any():
-        loss = loss + config.sequence * sequence_loss(token_chosen[d], b.mask[d], token_rejected[d], b.mask[d],
-                                                      None if target is None else target[d])
-        loss = loss + config.token * token_loss(token_chosen[d], token_rejected[d], b.edited[d])
-    squares = (page_chosen.square().mean() + page_rejected.square().mean()
-               + (token_chosen.square().sum() + token_rejected.square().sum()) / b.mask.sum().clamp(min=1))
-    return loss + config.shrink * 0.5 * squares
+        terms += [(sequence_loss(token_chosen[d], b.mask[d], token_rejected[d], b.mask[d],
+                                 None if target is None else target[d]), d.sum()),
+                  (token_loss(token_chosen[d], token_rejected[d], b.edited[d]), b.edited[d].sum())]
+    else:
+        terms += [(0.0 * token_chosen.sum(), 0)] * 2        # another process may have such pairs
+    weights += [config.sequence, config.token]
+    return sum(w * mean for w, mean in zip(weights, shared_means(terms, busy), strict=True))
+
+
+def learn_pairs(learner: Objective, config: Config, b: PairBatch, busy: bool) -> tuple[Tensor, Tensor]:
+    """Loss, and how often the better page scores higher: this process's shares."""
+    scores = rewards_of(learner.model, b)
+    with torch.no_grad():
+        right = scores[2] + mean_reward(scores[0], b.mask) > scores[3] + mean_reward(scores[1], b.mask)
+    return pair_loss(config, b, *scores, busy), shared_means([(right.float().mean(), len(right))], busy)[0]
 
 
 @torch.no_grad()
 def score_pairs(model: RewardModel, pairs: list[Pair], policy: Policy, batch: int = 256) -> dict[str, np.ndarray]:
     """page and token (mean) reward of both pages of every pair, (n, 2) each: column 0 chosen, 1 rejected."""
-    page, token = np.zeros((len(pairs), 2)), np.zeros((len(pairs), 2))
     device = model.token_mean.device
-    for start in range(0, len(pairs), batch):
-        b = collate(pairs[start: start + batch], policy, device)
+    mine, busy = dist.part(np.arange(len(pairs)))
+    found = [np.zeros((0, 4))]
+    for start in range(0, len(mine) if busy else 0, batch):
+        b = collate([pairs[i] for i in mine[start: start + batch]], policy, device)
         tc, tr, pc, pr = rewards_of(model, b)
-        rows = slice(start, start + len(pc))
-        page[rows] = torch.stack([pc, pr], 1).cpu().numpy()
-        token[rows] = torch.stack([mean_reward(tc, b.mask), mean_reward(tr, b.mask)], 1).cpu().numpy()
-    return {"page": page, "token": token}
+        found.append(torch.stack([pc, pr, mean_reward(tc, b.mask), mean_reward(tr, b.mask)], 1).cpu().double().numpy())
+    scores = dist.gather(np.concatenate(found))
+    return {"page": scores[:, :2], "token": scores[:, 2:]}
 
 
 def rank(x: np.ndarray) -> np.ndarray:
@@ -323,20 +353,23 @@ def run(config: Config) -> None:
     record = finished(before, "SFT policy", config.make("sft"))
     shop = load(config.data_dir)
     inputs = {"data": file_id(config.data_dir / "source.json"), "sft": record["id"]}
-    with Run(config.stage("reward"), config, inputs, free=("device", "save_every")) as out:
+    device = dist.start(config.device)
+    with Run(config.stage("reward"), config, inputs) as out:
         if out.done:
-            print(f"reward: already done in {out.path}")
+            if dist.is_main():
+                print(f"reward: already done in {out.path}")
             return
-        device = pick_device(config.device)
         policy = Policy.load(before, device)
-        policy.vocab.save(out.path)
+        if dist.is_main():
+            policy.vocab.save(out.path)
         pairs, counts = make_pairs(shop, config.seed, config.kinds.split(","), config.per_kind, config.label_share,
                                    ranked_margin=config.ranked_margin, literal_swaps=config.literal_swaps,
-                                   progress=True)
+                                   progress=dist.is_main())
         if not pairs:
             raise PageLLMError(f"no pairs could be made from {config.data_dir}: {counts}")
-        with atomic(out.path / "pairs.parquet") as beside:
-            pq.write_table(to_table(pairs), beside)
+        if dist.is_main():
+            with atomic(out.path / "pairs.parquet") as beside:
+                pq.write_table(to_table(pairs), beside)
         held = [p for p in pairs if is_held_out(p.user, config)]
         train = [p for p in pairs if not is_held_out(p.user, config) and p.kind != config.leave_out]
         if not train:
@@ -347,34 +380,43 @@ def run(config: Config) -> None:
         model = RewardModel(from_state(load_model_file(before / "model.pt")), config.compare).to(device)
         lengths = tuple(2 * len(p.history) + len(p.chosen) for p in learn)
         total = max(1, round(config.epochs * -(-len(learn) // config.batch)))
+        learner = dist.wrap(objective := Objective(learn_pairs, model=model), config.parallel)
         opt = optimiser(model, config.lr, config.weight_decay)
         guard = Guard(opt, model.parameters(), config.grad_clip)
         start = 0
         if state := out.load():
             start = state["step"]
-            model.load_state_dict(state["model"])
-            opt.load_state_dict(state["opt"])
+            dist.load_weights(model, state["model"])
+            dist.load_optimiser(model, opt, state["opt"])
+
+        def state_at(step: int) -> dict:
+            return {"step": step, "model": dist.weights(model), "opt": dist.optimiser_state(model, opt)}
+
         bar = progress(start, total, "reward")
-        for step in bar:
+        for step in out.steps(bar):
             _, index = batch_at(step, len(learn), config.batch, config.seed, "reward", length=lengths)
             set_lr(opt, lr_at(step, total, config.lr, config.warmup))
-            b = collate([learn[i] for i in index], policy, device)
-            scores = rewards_of(model, b)
-            loss = pair_loss(config, b, *scores)
+            mine, busy = dist.part(index)
+            b = collate([learn[i] for i in mine], policy, device)
+            loss, right = learner(config, b, busy)
             loss.backward()
-            norm = guard.step(f"reward step {step}")
-            right = (scores[2] + mean_reward(scores[0], b.mask) > scores[3] + mean_reward(scores[1], b.mask))
-            out.log(step + 1, loss=loss, accuracy=right.float().mean(), grad_norm=norm, lr=opt.param_groups[0]["lr"])
-            bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {right.float().mean().item():.2f}")
-            if (step + 1) % config.save_every == 0 and step + 1 < total:
-                out.save({"step": step + 1, "model": model.state_dict(), "opt": opt.state_dict()})
+            norm = guard.step(f"reward step {step}", lambda step=step, b=b: out.keep_for_replay(
+                step, {**state_at(step), "batch": vars(b)}))
+            loss, right = logged(loss), logged(right)
+            out.log(step + 1, loss=loss, accuracy=right, grad_norm=norm, lr=opt.param_groups[0]["lr"])
+            bar.set_postfix_str(f"loss {loss:.3f}, accuracy {right:.2f}", refresh=False)
+            if out.due(step + 1, total):
+                out.save(state_at(step + 1))
         model.eval()
-        centre(model, train, policy)
-        result = {"held_out": report(model, held, policy), "made": counts}
-        out.finish(model.state(), **result)
-        print(f"reward: {out.path}, held-out accuracy " +
-              ", ".join(f"{kind} {result['held_out'][kind]['accuracy']:.3f}" for kind in KINDS
-                        if kind in result["held_out"]))
+        final = state_at(total)
+        with dist.whole(objective):
+            centre(model, train, policy)
+            result = {"held_out": report(model, held, policy), "made": counts}
+        out.finish(model.state(), final, **result)
+        if dist.is_main():
+            print(f"reward: {out.path}, held-out accuracy " +
+                  ", ".join(f"{kind} {result['held_out'][kind]['accuracy']:.3f}" for kind in KINDS
+                            if kind in result["held_out"]))
 
 
 if __name__ == "__main__":

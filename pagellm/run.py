@@ -2,11 +2,12 @@
 
     config.json    the stage's whole Config, the ids of the stages it read, and versions
     log.jsonl      one line a step; other .jsonl files likewise
-    step-000120.pt a checkpoint, written beside, synced, renamed; LAST names the newest whole one
+    step-000120.pt a checkpoint, written beside, synced, renamed; LAST names the two newest and their checksums
     model.pt       what the next stage reads
     done           written last: the id of this stage's result, and what it cost
 
-The same command again carries on from LAST. Nothing that is pickled is ever loaded.
+The same command again carries on from LAST; a damaged checkpoint is passed over for the one before. Nothing that is
+pickled is ever loaded. Of several processes only the main one writes.
 """
 
 import fcntl
@@ -14,17 +15,21 @@ import hashlib
 import json
 import os
 import platform
+import signal
+import sys
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from pagellm import __version__
-from pagellm.config import PageLLMError
+from pagellm import __version__, dist
+from pagellm.config import Interrupted, PageLLMError, Waiting, check, check_numbers, deferred_signals
 
-__all__ = ["Common", "Run", "atomic", "file_id", "finished", "load_model_file", "write_json"]
+__all__ = ["Common", "Run", "atomic", "digest", "file_id", "finished", "load_model_file", "read_json", "write_json"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,14 @@ class Common:
     seed: int = 0                # of every random draw in this stage
     device: str = "auto"         # cpu, cuda, cuda:1; auto takes cuda where there is one
     save_every: int = 50         # steps between checkpoints
+    parallel: str = "ddp"        # with several processes: ddp (each holds everything) or fsdp (weights and moments cut)
+
+    def __post_init__(self):
+        check_numbers(self, infinite=("grad_clip", "max_kl", "value_clip"))      # infinity: no limit
+        if hasattr(self, "grad_clip"):
+            check(self, grad_clip=(self.grad_clip > 0, "above 0, or inf for no limit"))
+        check(self, save_every=(self.save_every > 0, "1 or more"),
+              parallel=(self.parallel in dist.MODES, " or ".join(dist.MODES)))
 
     @property
     def data_dir(self) -> Path:
@@ -69,6 +82,43 @@ def atomic(path: str | Path):
         beside.unlink(missing_ok=True)
 
 
+def save_tensors(state, path: Path) -> None:
+    """torch.save through a plain file, so that a full disk is an OSError like everywhere else."""
+    with open(path, "wb") as file:
+        torch.save(state, file)
+
+
+def digest(state) -> str:
+    """A hash of nested dicts, lists, tensors and plain values: equal if and only if every bit is (16 hex digits)."""
+    hashed = hashlib.sha256()
+
+    def add(value) -> None:
+        if isinstance(value, torch.Tensor):
+            hashed.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            hashed.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                hashed.update(f"{key}:".encode())
+                add(value[key])
+        elif isinstance(value, list | tuple):
+            hashed.update(f"[{len(value)}".encode())
+            for part in value:
+                add(part)
+        else:
+            hashed.update(repr(value).encode())
+
+    add(state)
+    return hashed.hexdigest()[:16]
+
+
+def read_json(path: Path) -> dict:
+    """Raises PageLLMError if the file is damaged; FileNotFoundError if there is none."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise PageLLMError(f"{path} is damaged ({error}); remove {path.parent} and make it again") from None
+
+
 def write_json(path: str | Path, value) -> None:
     with atomic(path) as beside:
         beside.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
@@ -86,14 +136,22 @@ def finished(path: str | Path, need: str, make: str) -> dict:
     """The `done` record of an earlier stage. Raises PageLLMError saying what is missing and how to make it."""
     path = Path(path)
     try:
-        return json.loads((path / "done").read_text())
+        return read_json(path / "done")
     except FileNotFoundError:
         half = " (begun, not finished)" if (path / "config.json").exists() else ""
         raise PageLLMError(f"no {need} in {path}{half}\n  Make it with: {make}") from None
 
 
 def load_model_file(path: str | Path) -> dict:
-    """torch.load with weights_only: tensors and plain values, never a pickle."""
+    """torch.load with weights_only: tensors and plain values, never a pickle.
+
+    A stage's model.pt must still be what its `done` says. Raises PageLLMError for a file that is gone or damaged.
+    """
+    path = Path(path)
+    record = path.parent / "done"
+    if path.name == "model.pt" and path.exists() and record.exists() and file_id(path) != read_json(record)["id"]:
+        raise PageLLMError(f"{path} is not what its stage wrote: changed or damaged since\n"
+                           f"  Remove {path.parent} and make it again.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -103,17 +161,29 @@ def load_model_file(path: str | Path) -> dict:
                            f"remove {Path(path).parent} and make it again") from error
 
 
+FREE = ("device", "save_every", "parallel")
+
+
 class Run:
     """One stage's directory, locked while this object lives.
 
     config   the stage's Config (a dataclass)
     inputs   name -> id of everything it reads; a changed input is refused like a changed option
-    free     fields that may differ when a run is carried on (they move no number)
+    free     fields that may differ when a run is carried on (they move no number), beside FREE
     """
 
     def __init__(self, path: str | Path, config, inputs: dict[str, str], free: tuple[str, ...] = ()):
         self.path = Path(path)
         self.started = time.time()
+        self.save_every = getattr(config, "save_every", 0)
+        self._logs: dict = {}
+        self._lock = None
+        self._waiting = Waiting()
+        if dist.is_main():
+            self._open(asdict(config), inputs, free)
+        dist.barrier()
+
+    def _open(self, config: dict, inputs: dict, free: tuple[str, ...]) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / "lock", "w")
@@ -124,15 +194,16 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise PageLLMError(f"another process works in {self.path}; wait for it, or use RUN=another") from None
-        for left in self.path.glob(".*.tmp"):
+        for left in self.path.rglob(".*.tmp"):
             left.unlink(missing_ok=True)
-        self._check(asdict(config), inputs, free)
-        self._logs: dict = {}
+        if self.done:
+            self._drop_checkpoints()
+        self._check(config, inputs, (*FREE, *free))
 
     def _check(self, config: dict, inputs: dict, free: tuple[str, ...]) -> None:
         path = self.path / "config.json"
         if path.exists():
-            before = json.loads(path.read_text())
+            before = read_json(path)
             for name in sorted(set(before["config"]) | set(config)):
                 old, new = before["config"].get(name), config.get(name)
                 if old != new and name not in free:
@@ -153,30 +224,45 @@ class Run:
         return (self.path / "done").exists()
 
     def load(self) -> dict | None:
-        """The newest whole checkpoint, log.jsonl cut back to it; None at the start of a run."""
+        """The newest whole checkpoint, log.jsonl cut back to it; None at the start of a run.
+
+        A checkpoint whose checksum differs is passed over, which is said on stderr. The run then repeats the steps
+        since the one before, and ends the same.
+        """
         last = self.path / "LAST"
         state = None
-        if last.exists():
-            state = load_model_file(self.path / last.read_text().strip())
-        for path in self.path.glob("*.jsonl"):
-            self._cut(path, state["step"] if state else -1)
+        for line in last.read_text().splitlines() if last.exists() else ():
+            name, _, checksum = line.partition(" ")
+            path = self.path / name
+            if path.exists() and file_id(path) == checksum:
+                state = load_model_file(path)
+                break
+            if dist.is_main():
+                tqdm.write(f"{path} is {'damaged' if path.exists() else 'gone'}; going on from the one before",
+                           file=sys.stderr)
+        dist.barrier()          # everybody has read before the main process writes
+        if dist.is_main():
+            for path in self.path.glob("*.jsonl"):
+                self._cut(path, state["step"] if state else -1)
         return state
 
     @staticmethod
     def _cut(path: Path, step: int) -> None:
         """Drop lines past the checkpoint: they are about to be written again, identically."""
         kept = []
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError):
                 break           # a line that a dying process left half-written
         with atomic(path) as beside:
             beside.write_text("".join(kept))
 
     def log(self, step: int, file: str = "log", **values) -> None:
         """Append one line to <file>.jsonl. Numbers are written so that they read back exactly."""
+        if not dist.is_main():
+            return
         if file not in self._logs:
             self._logs[file] = open(self.path / f"{file}.jsonl", "a")
         self._logs[file].write(json.dumps({"step": step, **{k: plain(v) for k, v in values.items()}}) + "\n")
@@ -186,35 +272,87 @@ class Run:
         path = self.path / "log.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
+    def steps(self, bar: Iterable[int]) -> Iterator[int]:
+        """The steps of a loop. SIGINT and SIGTERM wait for the end of a step, where `due` says to save and `save`
+        stops; a second signal stops at once."""
+        with deferred_signals() as self._waiting:
+            yield from bar
+
+    def due(self, step: int, total: int) -> bool:
+        """Whether a checkpoint is to be written after `step` of `total`: every save_every, or on a signal to any of
+        the processes."""
+        if dist.any_rank(self._waiting.signum is not None):
+            self._waiting.signum = self._waiting.signum or signal.SIGTERM
+            return step < total
+        return step % self.save_every == 0 and step < total
+
     def save(self, state: dict) -> None:
-        """Write a checkpoint (state["step"] is its number), then LAST, then drop all but the last two."""
+        """Write a checkpoint (state["step"] is its number), then LAST, then drop all but the last two.
+
+        Raises Interrupted, everything written, if a signal waits for the end of the step.
+        """
+        if dist.is_main():
+            self._write_checkpoint(state)
+        dist.barrier()
+        if self._waiting.signum is not None:
+            raise Interrupted(self._waiting.signum, f"{self.path} holds the checkpoint of step {state['step']}")
+
+    def _write_checkpoint(self, state: dict) -> None:
         name = f"step-{state['step']:08d}.pt"
         for file in self._logs.values():
             os.fsync(file.fileno())
         with atomic(self.path / name) as beside:
-            torch.save(state, beside)
-        with atomic(self.path / "LAST") as beside:
-            beside.write_text(name + "\n")
-        for old in sorted(self.path.glob("step-*.pt"))[:-2]:
-            old.unlink(missing_ok=True)
+            save_tensors(state, beside)
+            checksum = file_id(beside)
+        last = self.path / "LAST"
+        before = [line for line in last.read_text().splitlines() if not line.startswith(name)] if last.exists() else []
+        lines = [f"{name} {checksum}", *before[:1]]
+        with atomic(last) as beside:
+            beside.write_text("".join(line + "\n" for line in lines))
+        kept = {line.partition(" ")[0] for line in lines}
+        for old in self.path.glob("step-*.pt"):
+            if old.name not in kept:
+                old.unlink(missing_ok=True)
 
-    def finish(self, model: dict | None = None, **result) -> None:
-        """Write model.pt and `done`; the checkpoints are no longer needed."""
-        identity = None
-        if model is not None:
-            with atomic(self.path / "model.pt") as beside:
-                torch.save(model, beside)
-            identity = file_id(self.path / "model.pt")
-        write_json(self.path / "done", {"id": identity, "seconds": round(time.time() - self.started, 1), **result})
+    def _drop_checkpoints(self) -> None:
         (self.path / "LAST").unlink(missing_ok=True)
         for old in self.path.glob("step-*.pt"):
             old.unlink(missing_ok=True)
+
+    def keep_for_replay(self, step: int, state: dict) -> Path:
+        """bad-<step>.pt: what made a step go wrong, to be looked at; -> its path."""
+        path = self.path / f"bad-{step:08d}.pt"
+        if dist.is_main():
+            with atomic(path) as beside:
+                save_tensors(state, beside)
+        return path
+
+    def finish(self, model: dict | None = None, state=None, **result) -> None:
+        """Write model.pt and `done`; the checkpoints are no longer needed.
+
+        state  weights, moments and whatever else a checkpoint would hold; its digest goes into `done`, so that two
+               runs can be compared to the last bit
+        """
+        if dist.is_main():
+            identity = None
+            for file in self._logs.values():
+                os.fsync(file.fileno())
+            if model is not None:
+                with atomic(self.path / "model.pt") as beside:
+                    save_tensors(model, beside)
+                identity = file_id(self.path / "model.pt")
+            if state is not None:
+                result["state"] = digest(state)
+            write_json(self.path / "done", {"id": identity, "seconds": round(time.time() - self.started, 1), **result})
+            self._drop_checkpoints()
+        dist.barrier()
 
     def close(self) -> None:
         for file in self._logs.values():
             file.close()
         self._logs.clear()
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def __enter__(self) -> "Run":
         return self

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pagellm import dist
 from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Shop, load
 from pagellm.decode import Unseen, page_logp, slot_states
@@ -23,7 +24,19 @@ from pagellm.lists import ground_truth_page, item_scores, near_duplicates, singl
 from pagellm.policy import MODES, Policy, PromptStyle, Validation
 from pagellm.prompts import pad_ids
 from pagellm.run import Common, Run, file_id, finished, load_model_file
-from pagellm.train import Guard, batch_at, keyed, lr_at, optimiser, pick_device, progress, seed_torch, set_lr
+from pagellm.train import (
+    Guard,
+    Objective,
+    batch_at,
+    keyed,
+    logged,
+    lr_at,
+    optimiser,
+    progress,
+    seed_dropout,
+    set_lr,
+    shared_means,
+)
 from pagellm.vocab import Vocab
 
 __all__ = ["Config", "PageMaker", "run", "sft_loss"]
@@ -52,13 +65,14 @@ class Config(Common):
     weight_decay: float = 0.05   # of the matrices
     row_decay: float = 0.0       # weight decay of user and item rows
     dropout: float = 0.1         # in embedding, attention and residual
-    grad_clip: float = 1.0       # largest gradient norm
+    grad_clip: float = 1.0       # largest gradient norm; inf: no limit
     k: int = 20                  # slots of a page in validation
     mode: str = "greedy"         # decoding in validation: greedy, beam or one_shot
     eval_every: int = 60         # steps between validations
     eval_users: int = 500        # users in a validation; 0: all that have validation items
 
     def __post_init__(self):
+        super().__post_init__()
         check(self, label_share=(0 < self.label_share < 1, "between 0 and 1"),
               label_share_max=(0 <= self.label_share_max < 1, "0 or more, below 1"),
               objective=(self.objective in OBJECTIVES, ", ".join(OBJECTIVES)),
@@ -128,18 +142,25 @@ def sft_loss(model: GPT2, b: Batch, objective: str = "list") -> Tensor:
     return loss
 
 
+def batch_loss(learner: Objective, b: Batch, objective: str, busy: bool) -> Tensor:
+    """This process's share of `sft_loss` over the whole batch (train.shared_means)."""
+    return shared_means([(sft_loss(learner.model, b, objective), b.mask.sum())], busy)[0]
+
+
 def run(config: Config) -> None:
     before = config.stage("pretrain")
     record = finished(before, "pre-trained model", config.make("pretrain"))
     shop = load(config.data_dir)
     inputs = {"data": file_id(config.data_dir / "source.json"), "pretrain": record["id"]}
-    with Run(config.stage("sft"), config, inputs, free=("device", "save_every")) as out:
+    device = dist.start(config.device)
+    with Run(config.stage("sft"), config, inputs) as out:
         if out.done:
-            print(f"sft: already done in {out.path}")
+            if dist.is_main():
+                print(f"sft: already done in {out.path}")
             return
-        device = pick_device(config.device)
         vocab = Vocab.load(before)
-        vocab.save(out.path)
+        if dist.is_main():
+            vocab.save(out.path)
         model = from_state(load_model_file(before / "model.pt"), config.dropout).to(device)
         policy = Policy(model, vocab, PromptStyle(config.max_history, config.use_ratings, config.use_user))
         maker = PageMaker(shop, config.shrink)
@@ -150,40 +171,49 @@ def run(config: Config) -> None:
         policy.check_room(max(config.k, min(longest, config.max_page)))
         validation = Validation(shop, "valid", config.k, config.mode, config.eval_users, config.seed)
         total = config.epochs * -(-len(maker.users) // config.batch)
+        learner = dist.wrap(objective := Objective(batch_loss, model=model), config.parallel)
         opt = optimiser(model, config.lr, config.weight_decay, config.row_decay)
         guard = Guard(opt, model.parameters(), config.grad_clip)
 
         start, best = 0, {"score": -np.inf, "step": 0, "weights": None}
         if state := out.load():
             start, best = state["step"], state["best"]
-            model.load_state_dict(state["model"])
-            opt.load_state_dict(state["opt"])
+            dist.load_weights(model, state["model"])
+            dist.load_optimiser(model, opt, state["opt"])
+
+        def state_at(step: int) -> dict:
+            return {"step": step, "model": dist.weights(model), "opt": dist.optimiser_state(model, opt), "best": best}
+
         bar = progress(start, total, "sft")
-        for step in bar:
+        for step in out.steps(bar):
             model.train()
             epoch, index = batch_at(step, len(maker.users), config.batch, config.seed, "sft", length=lengths)
-            users = maker.users[index]
+            users, busy = dist.part(maker.users[index])
             examples = [maker.example(u, *draw(config, epoch, int(u)), config.max_page) for u in users]
-            seed_torch(config.seed, "sft", "dropout", step)
+            seed_dropout(config.seed, "sft", step)
             set_lr(opt, lr_at(step, total, config.lr, config.warmup))
-            loss = sft_loss(model, collate(policy, users, examples), config.objective)
+            b = collate(policy, users, examples)
+            loss = learner(b, config.objective, busy)
             loss.backward()
-            row = {"loss": loss, "grad_norm": guard.step(f"sft step {step}"), "lr": opt.param_groups[0]["lr"]}
-            bar.set_postfix_str(f"loss {loss.item():.3f}, best NDCG {best['score']:.4f}"
-                                if best["weights"] else f"loss {loss.item():.3f}")
+            norm = guard.step(f"sft step {step}", lambda step=step, b=b: out.keep_for_replay(
+                step, {**state_at(step), "batch": vars(b)}))
+            row = {"loss": logged(loss), "grad_norm": norm, "lr": opt.param_groups[0]["lr"]}
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, best NDCG {best['score']:.4f}", refresh=False)
             if (step + 1) % config.eval_every == 0 or step + 1 == total:
-                scores = validation(policy)
+                with dist.whole(objective):
+                    scores = validation(policy)
                 row |= {f"valid/{name}": value for name, value in scores.items()}
                 if scores["NDCG@100"] > best["score"]:
-                    weights = {name: w.detach().cpu().clone() for name, w in model.state_dict().items()}
-                    best = {"score": scores["NDCG@100"], "step": step + 1, "weights": weights}
+                    best = {"score": scores["NDCG@100"], "step": step + 1, "weights": dist.weights(model)}
             out.log(step + 1, **row)
-            if (step + 1) % config.save_every == 0 and step + 1 < total:
-                out.save({"step": step + 1, "model": model.state_dict(), "opt": opt.state_dict(), "best": best})
-        model.load_state_dict(best["weights"])
-        out.finish(policy.state(), step=best["step"], valid_ndcg=best["score"],
+            if out.due(step + 1, total):
+                out.save(state_at(step + 1))
+        final = state_at(total)
+        dist.load_weights(model, best["weights"])
+        out.finish(policy.state(), final, step=best["step"], valid_ndcg=best["score"],
                    single_level=maker.single_level_share(config.label_share, config.seed))
-        print(f"sft: {out.path}, step {best['step']} of {total}, validation NDCG@100 {best['score']:.4f}")
+        if dist.is_main():
+            print(f"sft: {out.path}, step {best['step']} of {total}, validation NDCG@100 {best['score']:.4f}")
 
 
 def draw(config: Config, epoch: int, user: int) -> tuple[float, np.random.Generator]:

@@ -7,17 +7,21 @@ uninterrupted one would have drawn, and a draw does not depend on how the batch 
 import hashlib
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from pagellm import dist
 from pagellm.config import PageLLMError
 
-__all__ = ["Guard", "batch_at", "key", "keyed", "lr_at", "optimiser", "pick_device", "progress", "seed_torch", "set_lr"]
+__all__ = ["Guard", "Objective", "batch_at", "key", "keyed", "logged", "lr_at", "optimiser", "progress", "seed_dropout",
+           "seed_torch", "set_lr", "shared_means"]
 
 
 def key(*parts) -> int:
@@ -34,6 +38,11 @@ def keyed(*parts) -> np.random.Generator:
 def seed_torch(*parts) -> None:
     """Dropout and initialisation: torch's global generator, seeded anew (once a step, so resume needs no state)."""
     torch.manual_seed(key(*parts) % (1 << 63))
+
+
+def seed_dropout(seed: int, verb: str, step: int) -> None:
+    """Dropout of one step, another in every process."""
+    seed_torch(seed, verb, "dropout", step, *([dist.rank()] if dist.rank() else []))
 
 
 def batch_at(step: int, n: int, batch: int, *parts, length: tuple[int, ...] | None = None
@@ -104,35 +113,65 @@ class Guard:
         self.opt, self.parameters = opt, [p for p in parameters if p.requires_grad]
         self.max_norm, self.patience, self.bad = max_norm, patience, 0
 
-    def step(self, where: str) -> float:
-        """-> the gradient norm before clipping. Raises PageLLMError after `patience` non-finite ones in a row."""
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.max_norm))
+    def step(self, where: str, keep: Callable[[], Path] | None = None) -> float:
+        """-> the gradient norm before clipping, which is not finite where the step was skipped.
+
+        keep   writes what made the last of the bad steps and says where
+        Raises PageLLMError after `patience` non-finite norms in a row.
+        """
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if math.isfinite(norm):
             self.bad = 0
             self.opt.step()
         else:
             self.bad += 1
             if self.bad >= self.patience:
-                raise PageLLMError(f"{where}: the gradient was not finite {self.bad} times in a row; "
-                                   "lower the learning rate")
+                kept = f"\n  Its batch, weights and moments are in {keep()} for a closer look." if keep else ""
+                raise PageLLMError(f"{where}: the gradient was not finite {self.bad} times in a row; lower the "
+                                   f"learning rate (RUN=another, or remove this stage's directory){kept}")
         self.opt.zero_grad(set_to_none=True)
         return norm
 
 
-def pick_device(name: str) -> torch.device:
-    """"auto" is cuda where there is one, else cpu. Raises PageLLMError for a device that is not here."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise PageLLMError(f"device={name!r} is not usable here ({str(error).splitlines()[0]}); "
-                           "use cpu or auto") from None
-    return device
+class Objective(nn.Module):
+    """Modules that learn together and the loss that teaches them, in one forward: what `dist.wrap` takes.
+
+    Gradients meet when a backward pass through this forward ends, so everything differentiable happens inside.
+    """
+
+    def __init__(self, loss: Callable, **modules: nn.Module):
+        super().__init__()
+        self.loss = loss
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, *args):
+        return self.loss(self, *args)
+
+
+def shared_means(terms: list[tuple[Tensor, Tensor | float]], busy: bool = True) -> list[Tensor]:
+    """Means over a batch that several processes share, from each one's own.
+
+    terms    (mean over this process's elements, how many these are)
+    busy     False: this process has only a stand-in row, which weighs nothing
+    returns  scalars whose averages over the processes, gradients included, are the means over all elements. In one
+             process: the means themselves
+    """
+    if dist.world() == 1:
+        return [mean for mean, _ in terms]
+    counts = torch.stack([torch.as_tensor(count, dtype=torch.float64, device=mean.device) for mean, count in terms])
+    counts = counts * busy
+    shares = counts / dist.total(counts).clamp(min=1.0) * dist.world()
+    return [mean * share.to(mean.dtype) for (mean, _), share in zip(terms, shares, strict=True)]
+
+
+def logged(value: Tensor) -> float:
+    """The average over the processes of what `shared_means` gave each: the whole batch's number."""
+    return float(dist.total(value.detach())) / dist.world()
 
 
 def progress(start: int, total: int, name: str, unit: str = "step") -> tqdm:
     """A bar over range(start, total) with rate and remaining time; in a log file one line in ten seconds."""
     return tqdm(range(start, total), initial=start, total=total, desc=name, unit=unit, dynamic_ncols=True,
-                mininterval=0.2 if sys.stderr.isatty() else 10.0, miniters=1)
+                mininterval=0.2 if sys.stderr.isatty() else 10.0, miniters=1, disable=not dist.is_main())

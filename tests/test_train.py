@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagellm.config import PageLLMError
+from pagellm.dist import pick_device
 from pagellm.gpt2 import GPT2, Shape
-from pagellm.train import Guard, batch_at, key, keyed, lr_at, optimiser, pick_device
+from pagellm.train import Guard, batch_at, key, keyed, lr_at, optimiser
 
 
 @settings(deadline=None)

@@ -13,11 +13,13 @@ Writes, all or nothing:
     items.parquet         item, id, title, brand, categories, leaf, price, description
     users.parquet         user, id
     truth.npy             synthetic only: (U, N) float32 expected ratings
-    source.json           release, files with sha256, counts before and after each filter, this Config
+    source.json           release, files with sha256, counts before and after each filter, this Config, and the
+                          hashes of what was written: `load` refuses anything else
 
 Dense ids are ranks of the sorted identifiers. The bytes depend on the raw files and the Config alone.
 """
 
+import glob
 import json
 import math
 import os
@@ -32,15 +34,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pagellm.config import PageLLMError, check, main
-from pagellm.data import filters, spool, synthetic
+from pagellm.config import PageLLMError, check, check_numbers, main
+from pagellm.data import filters, parallel, spool, synthetic
 from pagellm.data.raw import Options, Raw, find
 from pagellm.data.records import NO_TIME, Item, Tally
+from pagellm.run import file_id
 
 __all__ = ["Config", "building", "run"]
 
-# Where files lie: their sha256 says what they are.
-PLACES = ("raw", "data", "review_files", "item_files", "train", "valid", "test")
+# What moves no byte: where files lie (their sha256 says what they are), how many processes read them.
+PLACES = ("raw", "data", "review_files", "item_files", "train", "valid", "test", "processes")
 SYNTHETIC_ONLY = ("users", "items")
 SPLIT_NAMES = ("train", "valid", "test", "unused")
 
@@ -55,9 +58,11 @@ class Config(Options):
     max_broken: float = 0.01     # share of broken lines above which reading stops with an error
     users: int = 2000       # users of the synthetic shop
     items: int = 1000       # items of the synthetic shop
+    processes: int = 0           # that read a log of several files, one file each; 0: as many as cores
 
     def __post_init__(self):
         super().__post_init__()
+        check_numbers(self, negative=("rating_min", "rating_max", "positive_above"))
         check(self, k_core=(self.k_core >= 0, "0 or more"),
               positive_above=(math.isfinite(self.positive_above), "a finite number"),
               max_broken=(0 <= self.max_broken <= 1, "a share between 0 and 1"),
@@ -261,10 +266,24 @@ def write_truth(folder: Path, shop: synthetic.SyntheticShop, table: Table) -> No
     np.save(folder / "truth.npy", shop.truth[np.ix_(rows, columns)], allow_pickle=False)
 
 
+def is_running(pid: str) -> bool:
+    """Whether a process of this number is alive; what a dead one left behind is nobody's."""
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 @contextmanager
 def building(target: Path):
     """Yield a temporary directory beside target; it becomes target if all goes well, and vanishes if not."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        if not is_running(left.name.split(".")[-2]):
+            shutil.rmtree(left, ignore_errors=True)
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
@@ -297,8 +316,8 @@ def run(config: Config) -> Path:
     tally, item_tally = Tally(), Tally()
     with building(config.target) as folder:
         spooled = folder / "texts.parquet"
-        columns = spool.collect(raw.reviews(tally) if raw else counted(shop.reviews(), tally), spooled,
-                                config.min_text, config.max_text)
+        read = parallel.reviews(raw, tally, config.processes, folder) if raw else counted(shop.reviews(), tally)
+        columns = spool.collect(read, spooled, config.min_text, config.max_text)
         tally.check("review", config.max_broken)
         table, counts = filtered(columns, config, graded=bool(raw and raw.graded))
         position = np.full(len(columns.user), -1, dtype=np.int64)
@@ -316,6 +335,7 @@ def run(config: Config) -> Path:
         source = {"dataset": config.dataset, "release": raw.release if raw else "synthetic",
                   "files": raw.described() if raw else [], "unused_files": raw.unused if raw else [],
                   "config": recorded(config), "missing": missing_shares(table, items),
+                  "written": {path.name: file_id(path) for path in sorted(folder.iterdir())},
                   "counts": {"lines": tally.counts(), "item_lines": item_tally.counts(), **counts}}
         (folder / "source.json").write_text(json.dumps(source, indent=1, sort_keys=True) + "\n")
     print(summary(config, counts), flush=True)

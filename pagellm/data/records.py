@@ -153,9 +153,12 @@ def decoded(raw: bytes | None) -> str:
     if b"\0" in raw:
         raise Broken("NUL byte")
     try:
-        return raw.decode("utf-8")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError:
         raise Broken("not UTF-8") from None
+    if text.isspace():                  # spaces that only text knows, such as U+001F or U+3000
+        raise Broken("empty line")
+    return text
 
 
 def parsed(path: Path, parse, tally: Tally) -> Iterator:

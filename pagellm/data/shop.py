@@ -6,7 +6,6 @@
     indptr, items, ratings = shop.csr("train")        # positives of user u: items[indptr[u]:indptr[u + 1]]
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pagellm.config import PageLLMError
+from pagellm.run import file_id, read_json
 
 __all__ = ["SPLITS", "Catalogue", "Rows", "Shop", "load", "source"]
 
@@ -120,11 +120,16 @@ class Shop:
 
 
 def load(path: str | Path) -> Shop:
-    """Read a directory that `prepare` wrote. Raises PageLLMError if it is not there."""
+    """Read a directory that `prepare` wrote. Raises PageLLMError if it is not there, or not as it was written."""
     path = Path(path)
     if not (path / "source.json").exists():
         raise PageLLMError(f"no prepared data in {path}\n"
                            f"  Make it with: make prepare DATASET={path.name} [RAW=directory of the raw files]")
+    for name, written in source(path).get("written", {}).items():
+        if not (path / name).exists() or file_id(path / name) != written:
+            state = "is gone" if not (path / name).exists() else "has changed since it was written"
+            raise PageLLMError(f"{path / name} {state}\n  Remove {path} and prepare it again: "
+                               f"make prepare DATASET={path.name} [RAW=directory of the raw files]")
     rows = pq.read_table(path / "interactions.parquet")
     items = pq.read_table(path / "items.parquet").to_pydict()
     users = pq.read_table(path / "users.parquet", columns=["id"])["id"].to_pylist()
@@ -147,4 +152,4 @@ def load(path: str | Path) -> Shop:
 
 def source(path: str | Path) -> dict:
     """What prepare noted about the raw files and the counts before and after each filter."""
-    return json.loads((Path(path) / "source.json").read_text())
+    return read_json(Path(path) / "source.json")

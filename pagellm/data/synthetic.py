@@ -154,7 +154,7 @@ def make(users: int = 2000, items: int = 1000, seed: int = 0) -> SyntheticShop:
     for u in range(users):
         utility[u] = (0.55 * style @ taste[u] + 0.8 * likes_top[u, TOP_OF_LEAF[leaf]]
                       + 0.3 * likes_leaf[u, leaf] + likes_brand[u, brand]
-                      + 1.2 * quality - thrift[u] * dearness)
+                      + 1.4 * quality - thrift[u] * dearness)
         wanted = fame + 1.3 * utility[u] + rng.gumbel(size=items) * 1.2
         bought.append(np.sort(np.argsort(-wanted, kind="stable")[:amount[u]]))
     user = np.repeat(np.arange(users), amount)

@@ -105,7 +105,7 @@ def test_read_is_kept_plus_broken_by_reason(folder, content):
     reasons = {"empty line": 0, "not UTF-8": 0, "NUL byte": 0, "not a number": 0, "line over 10 MB": 0}
     for line in content:
         for reason, those in (
-            ("empty line", (b"", b"  ")),
+            ("empty line", (b"", b"  ", b"\x1f", "\u3000\x85".encode())),
             ("not UTF-8", (b"\xff",)),
             ("NUL byte", (b"1\x002",)),
             ("not a number", (b"x",)),

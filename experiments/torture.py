@@ -1,0 +1,647 @@
+"""Pull the plug, fill the disk, flip bytes, feed rubbish: what the stages must survive, in one command.
+
+    make torture                            python -m experiments.torture --suites kill,signal,fault,input
+
+kill    SIGKILL at random moments and at random file operations (also while a checkpoint is being written, and
+        between its rename and LAST); the same command must end with the same bytes as a run left in peace
+signal  SIGTERM and SIGINT: exit 143 and 130, one line, and the same bytes in the end
+fault   full disk, read-only directory, damaged checkpoints, lost or changed inputs, NaN, too little memory
+ranks   two processes under torchrun: one is killed, the job ends, one process carries it on
+input   mutated lines of every spelling, gzip bombs, endless lines: no crash, read = kept + broken
+
+Every trial runs in a forked child. Prints what was tried; exits 1 and says what broke, if anything did.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from pagellm import evaluate, ppo, pretrain, reward, sft
+from pagellm.config import check, main
+from pagellm.data import prepare, synthetic
+from pagellm.data.amazon import parse_item, parse_review
+from pagellm.data.interactions import ITEM_COLUMNS, LOG_COLUMNS, match, read_items, read_log, read_sequences
+from pagellm.data.records import Tally, parsed
+
+__all__ = ["Bench", "Config", "fuzzed_line", "run"]
+
+SUITES = ("kill", "signal", "fault", "ranks", "input")
+VERBS = {"prepare": prepare, "pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "evaluate": evaluate}
+SMALL = {"prepare": "--users 60 --items 40",
+         "pretrain": "--size nano --steps 8 --batch 8 --rating_batch 8 --words 300 --warmup 2 --save_every 2",
+         "sft": "--epochs 2 --batch 16 --eval_every 3 --max_history 8 --warmup 2 --k 6 --save_every 2",
+         "reward": "--per_kind 1 --batch 16 --warmup 2 --save_every 2",
+         "ppo": "--epochs 1 --rollout 16 --minibatch 8 --micro 4 --inner_epochs 2 --k 6 --eval_every 2 "
+               "--critic_warmup 4 --lr 1e-3 --min_steps 8 --save_every 2",
+         "evaluate": "--k 6 --depth 40 --n_boot 50 --examples 1"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Break things on purpose and count what survives."""
+
+    suites: str = "kill,signal,fault,ranks,input"   # which, comma-separated
+    moments: int = 20            # kills of each stage; signals are half as many
+    inputs: int = 100_000        # mutated lines
+    seed: int = 0                # of all choices; another seed, other moments
+
+    def __post_init__(self):
+        names = self.suites.split(",")
+        check(self, suites=(set(names) <= set(SUITES), f"some of {','.join(SUITES)}"),
+              moments=(self.moments > 0, "1 or more"), inputs=(self.inputs >= 0, "0 or more"))
+
+
+@dataclass
+class Outcome:
+    """How a child ended: its exit code, or minus the signal that ended it; what it printed; its file operations."""
+
+    code: int
+    text: str
+    operations: int
+    seconds: float
+    peak_mb: float
+
+
+def forked(folder: Path, action: Callable[[], int], arm: Callable[[], None] | None = None,
+           signum: int = 0, after: float = 0.0) -> Outcome:
+    """Run action() in a child whose working directory is `folder`.
+
+    arm            called in the child first      signum, after  sent by the parent after so many seconds
+    """
+    out, count = folder / ".out", folder / ".operations"
+    began = time.time()
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            os.chdir(folder)
+            handle = os.open(".out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(handle, 1)
+            os.dup2(handle, 2)
+            sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
+            torch.set_num_threads(1)
+            counted = operations()
+            if arm:
+                arm()
+            code = action()
+            with contextlib.suppress(OSError):          # a child without the right, or the room, to write
+                Path(".operations").write_text(str(counted[0]))
+        except BaseException as error:          # what `main` lets through is a crash: show it
+            import traceback
+            traceback.print_exception(error)
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    if signum:
+        time.sleep(after)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signum)
+    _, status, usage = os.wait4(child, 0)
+    text = out.read_text(errors="replace") if out.exists() else ""
+    done = int(count.read_text()) if count.exists() else 0
+    for path in (out, count):
+        path.unlink(missing_ok=True)
+    code = os.waitstatus_to_exitcode(status)
+    return Outcome(code, text, done, time.time() - began, usage.ru_maxrss / 1024)
+
+
+watchers: list[Callable[[int], None]] = []
+
+
+def operations() -> list[int]:
+    """Count this process's openings, renames and removals below data/ and runs/; `watchers` hear of each."""
+    count = [0]
+
+    def hook(event: str, args: tuple) -> None:
+        if event in ("open", "os.rename", "os.remove", "os.mkdir") and isinstance(args[0], str | bytes | os.PathLike):
+            path = os.fsdecode(args[0])
+            if "runs/" in path or path.startswith("data"):
+                count[0] += 1
+                for watch in watchers:
+                    watch(count[0])
+
+    sys.addaudithook(hook)
+    return count
+
+
+def die_at(operation: int, delay: float | None) -> Callable[[], None]:
+    """Arms a child: SIGKILL at its n-th file operation, or `delay` seconds after it (an alarm nobody handles)."""
+    def watch(n: int) -> None:
+        if n == operation:
+            if delay is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            signal.setitimer(signal.ITIMER_REAL, delay)
+    return lambda: watchers.append(watch)
+
+
+def die_after(seconds: float) -> Callable[[], None]:
+    return lambda: signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Relative path -> hash of every file that a finished stage leaves; times of day and of work left out."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_dir() or name in ("lock", "timing.jsonl"):
+            continue
+        data = path.read_bytes()
+        if path.name == "done":
+            data = json.dumps({k: v for k, v in json.loads(data).items() if k != "seconds"}).encode()
+        found[name] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+def merged(options: str, more: str) -> list[str]:
+    """"--a 1 --b 2" and "--b 3" -> the words of "--a 1 --b 3"."""
+    words = f"{options} {more}".split()
+    last = dict(zip(words[::2], words[1::2], strict=True))
+    return [word for option in last.items() for word in option]
+
+
+class Bench:
+    """A reference run of all stages on a tiny shop, and trials beside it."""
+
+    def __init__(self, root: Path, seed: int = 0):
+        self.root, self.random, self.counts = root, random.Random(seed), Counter()
+        self.failures: list[str] = []
+        self.reference = root / "reference"
+        self.reference.mkdir(parents=True)
+        self.whole: dict[str, Outcome] = {}
+        for verb in VERBS:
+            self.whole[verb] = outcome = self.stage(self.reference, verb)
+            if outcome.code:
+                raise RuntimeError(f"{verb} fails when left in peace:\n{outcome.text}")
+
+    @staticmethod
+    def place(folder: Path, verb: str) -> Path:
+        """Where a stage writes."""
+        return folder / ("data/synthetic" if verb == "prepare" else f"runs/synthetic/{verb}")
+
+    def stage(self, folder: Path, verb: str, more: str = "", **how) -> Outcome:
+        """The stage's own command line in a child."""
+        module, options = VERBS[verb], merged(SMALL[verb], more)
+        return forked(folder, lambda: main(module.Config, module.run, f"pagellm.{verb}", options), **how)
+
+    def trial(self, verb: str) -> Path:
+        """A new directory with everything that comes before a stage."""
+        folder = self.root / "trial"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        if verb != "prepare":
+            shutil.copytree(self.reference / "data", folder / "data")
+        for before in list(VERBS)[1: list(VERBS).index(verb)]:
+            shutil.copytree(self.place(self.reference, before), self.place(folder, before))
+        return folder
+
+    def expect(self, holds: bool, what: str, outcome: Outcome | None = None) -> None:
+        if not holds:
+            tail = "\n    ".join(outcome.text.strip().splitlines()[-6:]) if outcome else ""
+            self.failures.append(f"{what}\n    {tail}")
+
+    def same(self, folder: Path, verb: str, what: str) -> None:
+        """The stage's directory must hold what the reference holds, and nothing that was meant to go."""
+        mine, reference = snapshot(self.place(folder, verb)), snapshot(self.place(self.reference, verb))
+        odd = sorted(name for name in set(mine) | set(reference) if mine.get(name) != reference.get(name))
+        self.expect(not odd, f"{verb}, {what}: {', '.join(odd[:4])} differ from the undisturbed run")
+        left = [str(p.relative_to(folder)) for p in folder.rglob(".*") if p.name.endswith(".tmp")]
+        self.expect(not left, f"{verb}, {what}: left behind {left[:3]}")
+
+    def carry_on(self, folder: Path, verb: str, what: str, **how) -> Outcome:
+        outcome = self.stage(folder, verb, **how)
+        self.expect(outcome.code == 0, f"{verb}, {what}: the same command did not carry on", outcome)
+        if outcome.code == 0:
+            self.same(folder, verb, what)
+        return outcome
+
+    # The suites.
+
+    def kill(self, verb: str) -> None:
+        """One SIGKILL at a random file operation or time, now and then a second one during the resumed run."""
+        folder, whole = self.trial(verb), self.whole[verb]
+        for round_ in range(1 + (self.random.random() < 0.3)):
+            if self.random.random() < 0.6:
+                at = self.random.randint(1, max(1, whole.operations))
+                delay = self.random.choice([None, None, 10 ** self.random.uniform(-5, -2.5)])
+                arm, what = die_at(at, delay), f"killed at file operation {at}, round {round_}"
+            else:
+                seconds = self.random.uniform(0.01, whole.seconds)
+                arm, what = die_after(seconds), f"killed after {seconds:.3f} s, round {round_}"
+            ended = self.stage(folder, verb, arm=arm)
+            self.counts["killed" if ended.code in (-signal.SIGKILL, -signal.SIGALRM) else "finished before"] += 1
+            self.expect(ended.code in (0, -signal.SIGKILL, -signal.SIGALRM), f"{verb}, {what}: exit {ended.code}",
+                        ended)
+        self.carry_on(folder, verb, what)
+
+    def signal(self, verb: str, signum: int) -> None:
+        folder = self.trial(verb)
+        after = self.random.uniform(0.05, max(0.1, self.whole[verb].seconds))
+        ended = self.stage(folder, verb, signum=signum, after=after)
+        what = f"{signal.Signals(signum).name} after {after:.3f} s"
+        said = [line for line in ended.text.splitlines() if "stopped by" in line]
+        if ended.code == 0:
+            self.counts["finished before the signal"] += 1
+        elif ended.code == -signum and not ended.text.strip():
+            self.counts["before the stage had begun"] += 1
+        else:
+            self.counts["stopped by a signal"] += 1
+            self.expect(ended.code == 128 + signum and len(said) == 1 and "carries on" in said[0],
+                        f"{verb}, {what}: exit {ended.code}", ended)
+        self.carry_on(folder, verb, what)
+
+    def faults(self) -> None:
+        for fault in (self.full_disk, self.no_rights, self.damaged_checkpoints, self.lost_input, self.changed_data,
+                      self.changed_option, self.two_at_once, self.not_a_number, self.little_memory):
+            fault()
+
+    def refused(self, outcome: Outcome, what: str, *words: str) -> None:
+        """Exit code 2 and one message with these words, without a traceback."""
+        self.counts["faults"] += 1
+        self.expect(outcome.code == 2 and "Traceback" not in outcome.text and all(w in outcome.text for w in words),
+                    f"{what}: exit {outcome.code}, wanted 2 and {words}", outcome)
+
+    def full_disk(self) -> None:
+        """A file-size limit stands for a full disk everywhere; where mounting is allowed, a small tmpfs is one."""
+        for verb in ("prepare", "pretrain", "sft", "reward", "ppo", "evaluate"):
+            largest = max(p.stat().st_size for p in self.place(self.reference, verb).rglob("*") if p.is_file())
+            folder, limit = self.trial(verb), max(600, int(largest * self.random.uniform(0.2, 0.9)))
+            full = self.stage(folder, verb, arm=lambda limit=limit: limited_files(limit))
+            self.refused(full, f"{verb} on a full disk", "too large")
+            self.carry_on(folder, verb, "after a full disk")
+        folder = self.trial("sft")
+        with small_disk(folder / "runs", 64 << 20) as mounted:
+            if not mounted:
+                self.counts["skipped: no right to mount a tmpfs"] += 1
+                return
+            shutil.copytree(self.place(self.reference, "pretrain"), self.place(folder, "pretrain"))
+            room = os.statvfs(folder / "runs")
+            (folder / "runs" / "ballast").write_bytes(b"\1" * (room.f_bavail * room.f_frsize - 150_000))
+            full = self.stage(folder, "sft")
+            self.refused(full, "sft on a full tmpfs", "disk is full")
+            (folder / "runs" / "ballast").unlink()
+            self.carry_on(folder, "sft", "after a full tmpfs")
+
+    def no_rights(self) -> None:
+        folder = self.trial("sft")
+        os.chmod(folder / "runs" / "synthetic", 0o555)
+        self.refused(self.stage(folder, "sft", arm=nobody), "sft in a read-only directory", "cannot write")
+        os.chmod(folder / "runs" / "synthetic", 0o755)
+        self.carry_on(folder, "sft", "after a read-only directory")
+
+    def damaged_checkpoints(self) -> None:
+        for verb in ("pretrain", "sft", "reward", "ppo"):
+            for harm in ("flip", "cut", "both"):
+                folder = self.trial(verb)
+                place = self.place(folder, verb)
+                last = [0]
+
+                def watch(_n: int, place=place, last=last) -> None:
+                    if len(list(place.glob("step-*.pt"))) == 2 and (place / "LAST").exists():
+                        last[0] += 1
+                        if last[0] == 8:
+                            os.kill(os.getpid(), signal.SIGKILL)
+                self.stage(folder, verb, arm=lambda watch=watch: watchers.append(watch))
+                names = [line.split()[0] for line in (place / "LAST").read_text().splitlines()]
+                for name in names[: 2 if harm == "both" else 1]:
+                    data = bytearray((place / name).read_bytes())
+                    if harm == "cut":
+                        data = data[: self.random.randrange(len(data))]
+                    else:
+                        data[self.random.randrange(len(data))] ^= 1 << self.random.randrange(8)
+                    (place / name).write_bytes(data)
+                again = self.carry_on(folder, verb, f"checkpoint damaged ({harm})")
+                self.counts["faults"] += 1
+                self.expect("is damaged" in again.text, f"{verb}: a damaged checkpoint ({harm}) went unnoticed", again)
+
+    def lost_input(self) -> None:
+        for verb, before in (("sft", "pretrain"), ("reward", "sft"), ("ppo", "reward"), ("evaluate", "ppo")):
+            folder = self.trial(verb)
+            model = self.place(folder, before) / "model.pt"
+            data = bytearray(model.read_bytes())
+            data[self.random.randrange(len(data))] ^= 1
+            model.write_bytes(data)
+            self.refused(self.stage(folder, verb), f"{verb} with a changed {before}", "model.pt")
+            model.unlink()
+            self.refused(self.stage(folder, verb), f"{verb} without {before}'s model", "model.pt")
+            shutil.rmtree(self.place(folder, before))
+            self.refused(self.stage(folder, verb), f"{verb} without {before}", f"make {before}")
+
+    def changed_data(self) -> None:
+        for verb in ("pretrain", "sft", "reward", "ppo", "evaluate"):
+            folder = self.trial(verb)
+            self.stage(folder, verb, arm=die_after(self.whole[verb].seconds * 0.8))
+            path = folder / "data/synthetic/interactions.parquet"
+            path.write_bytes(path.read_bytes() + b" ")
+            self.refused(self.stage(folder, verb), f"{verb} on changed data", "interactions.parquet", "changed")
+
+    def changed_option(self) -> None:
+        for verb in ("pretrain", "sft", "reward", "ppo"):
+            folder = self.trial(verb)
+            self.stage(folder, verb, arm=die_after(self.whole[verb].seconds * 0.8))
+            if (self.place(folder, verb) / "config.json").exists():
+                self.refused(self.stage(folder, verb, "--lr 0.5" if verb != "ppo" else "--kl_coef 0.5"),
+                             f"{verb} with another option", "0.5", "RUN=")
+                self.carry_on(folder, verb, "after a refused option")
+
+    def two_at_once(self) -> None:
+        folder = self.trial("sft")
+        place = self.place(folder, "sft")
+
+        def both() -> int:
+            child = os.fork()
+            if child == 0:
+                os._exit(main(sft.Config, sft.run, "pagellm.sft", SMALL["sft"].split()))
+            while not (place / "config.json").exists():
+                time.sleep(0.002)
+            second = main(sft.Config, sft.run, "pagellm.sft", SMALL["sft"].split())
+            first = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            return second if first == 0 else 98
+
+        self.refused(forked(folder, both), "two runs in one directory", "another process")
+        self.carry_on(folder, "sft", "after two at once")
+
+    def not_a_number(self) -> None:
+        for verb in ("pretrain", "sft", "reward", "ppo"):
+            folder = self.trial(verb)
+            ended = self.stage(folder, verb, {"pretrain": "--lr 1e30 --warmup 0 --steps 40",
+                                              "ppo": "--lr 1e30 --critic_warmup 0 --max_kl 1e30"}.get(
+                                                  verb, "--lr 1e30 --warmup 0 --epochs 40"))
+            self.refused(ended, f"{verb} with an absurd learning rate", "not finite", "bad-")
+            kept = list(self.place(folder, verb).glob("bad-*.pt"))
+            self.expect(len(kept) == 1 and len(torch.load(kept[0], weights_only=True)) > 3,
+                        f"{verb}: no batch kept for a closer look", ended)
+
+    def little_memory(self) -> None:
+        folder = self.trial("sft")
+        ended = self.stage(folder, "sft", arm=little_memory)
+        self.refused(ended, "sft with too little memory", "out of memory", "--batch")
+        self.carry_on(folder, "sft", "after too little memory")
+
+    def ranks(self) -> None:
+        """Two processes; one is killed in mid-training; the job must end soon, and one process carries it on."""
+        folder, more = self.trial("sft"), "--epochs 60 --dropout 0"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "--",
+                   "pagellm.sft", *merged(SMALL["sft"], more)]
+        path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+        job = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+        place = self.place(folder, "sft")
+        deadline = time.time() + 120
+        while time.time() < deadline and job.poll() is None and not (place / "LAST").exists():
+            time.sleep(0.05)
+        workers = [int(pid) for pid in children_of(job.pid)]
+        began = time.time()
+        if workers:
+            os.kill(self.random.choice(workers), signal.SIGKILL)
+        try:
+            job.communicate(timeout=90)
+        except subprocess.TimeoutExpired:
+            os.killpg(job.pid, signal.SIGKILL)
+        self.counts["ranks killed"] += 1
+        self.counts["seconds until the job had ended"] += round(time.time() - began)
+        self.expect(bool(workers) and job.returncode not in (0, None, -9), "the job outlived its rank")
+        resumed = self.stage(folder, "sft", more)
+        self.expect(resumed.code == 0 and (place / "done").exists(), "one process did not carry on for two", resumed)
+        log = [json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]
+        alone = self.trial("sft")
+        self.stage(alone, "sft", more)
+        want = [json.loads(line) for line in (self.place(alone, "sft") / "log.jsonl").read_text().splitlines()]
+        close = len(log) == len(want) and all(abs(a["loss"] - b["loss"]) < 1e-3 * abs(b["loss"])
+                                              for a, b in zip(log, want, strict=True))
+        self.expect(close, "two processes, then one, do not train like one throughout")
+
+    def input(self, lines: int) -> None:
+        """Mutated lines through every reader; whole directories of them through prepare; bombs."""
+        shop = synthetic.make(30, 20, seed=1)
+        sources = {}
+        for spelling in ("amazon2014", "amazon2018", "amazon2023", "sequences", "csv", "jsonl"):
+            folder = self.root / "spellings" / spelling
+            synthetic.write(shop, folder, spelling, compress=False)
+            sources[spelling] = {path.name: path.read_bytes().split(b"\n")[:-1] for path in sorted(folder.iterdir())}
+        bar = tqdm(total=lines, desc="inputs", unit="line", mininterval=1.0)
+        while self.counts["inputs"] < lines:
+            spelling = self.random.choice(list(sources))
+            name, source = self.random.choice(list(sources[spelling].items()))
+            header = source[:1] if spelling == "csv" else []
+            batch = [fuzzed_line(self.random, source[len(header):]) for _ in range(1000)]
+            folder = self.root / "fuzz"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            (folder / "input").write_bytes(b"\n".join(header + batch) + b"\n")
+            ended = forked(folder, lambda name=name, spelling=spelling: read_everything(spelling, name),
+                           arm=lambda: signal.alarm(60))
+            self.counts["inputs"] += len(batch)
+            bar.update(len(batch))
+            self.expect(ended.code == 0 and ended.peak_mb < 2000,
+                        f"{spelling} {name}: exit {ended.code}, {ended.peak_mb:.0f} MB", ended)
+            if ended.code:
+                keep = self.root / f"failed-{len(self.failures)}"
+                keep.write_bytes((folder / "input").read_bytes())
+            else:
+                counted = json.loads(ended.text.splitlines()[-1])
+                self.counts["rows read"] += counted["read"]
+                self.counts["rows kept"] += counted["kept"]
+                self.counts["rows broken"] += counted["broken"]
+        bar.close()
+        self.directories(sources, max(3, lines // 5000))
+        self.bombs()
+
+    def directories(self, sources: dict, count: int) -> None:
+        """prepare over whole directories in which some lines, or all, are rubbish: done, or one clear message."""
+        for _ in range(count):
+            folder = self.root / "fuzz"
+            shutil.rmtree(folder, ignore_errors=True)
+            (folder / "raw").mkdir(parents=True)
+            spelling = self.random.choice(list(sources))
+            share = self.random.choice([0.0, 0.005, 0.3, 1.0])
+            for name, source in sources[spelling].items():
+                rows = [line if self.random.random() >= share else fuzzed_line(self.random, source) for line in source]
+                (folder / "raw" / name).write_bytes(b"\n".join(rows))
+            options = ["--dataset", "shop", "--raw", "raw"]
+            if self.random.random() < 0.5:
+                options += ["--max_broken", "1"]
+            ended = forked(folder, lambda words=options: main(prepare.Config, prepare.run, "pagellm.prepare", words),
+                           arm=lambda: signal.alarm(60))
+            self.counts["directories prepared" if ended.code == 0 else "directories refused"] += 1
+            self.expect(ended.code in (0, 2) and "Traceback" not in ended.text, f"prepare: exit {ended.code}", ended)
+            left = [p.name for p in (folder / "data").glob(".*")] if (folder / "data").exists() else []
+            self.expect(not left, f"prepare left {left}")
+
+    def bombs(self) -> None:
+        """A gigabyte of nothing in a megabyte of gzip, a line of 100 MB, brackets without end."""
+        def bomb(write: Callable) -> None:
+            folder = self.root / "fuzz"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            write(folder / "input")
+            ended = forked(folder, lambda: read_everything("amazon2018", "reviews"), arm=lambda: signal.alarm(120))
+            self.counts["bombs"] += 1
+            self.expect(ended.code == 0 and ended.peak_mb < 1500, f"bomb: exit {ended.code}, {ended.peak_mb:.0f} MB",
+                        ended)
+
+        def zeros(path: Path) -> None:
+            with gzip.open(path, "wb", compresslevel=1) as file:
+                for _ in range(1024):
+                    file.write(bytes(1 << 20))
+
+        bomb(zeros)
+        bomb(lambda path: path.write_bytes(b'{"reviewerID": "' + b"a" * 100_000_000 + b'"}\n'))
+        for piece in (b"[", b'{"a":', b"{'a': (", b"-", b"{'a': " + b"-" * 1000, b'"\\u', b"\xff\xfe", b"{'a':not "):
+            many = piece * (900_000 // len(piece))
+            bomb(lambda path, many=many: path.write_bytes(b"{'b': " + many + b"\n" + many))
+
+
+PIECES = [b"\0", b"\xff", b"\xc3(", b"\xed\xa0\x80", b"\xe2\x80\xa8", b"\xe2\x80\xae", b"\xd0\xb0",
+          b'"', b"'", b"\\", b",", b"\t", b"\r", b" ", b"", b"\xef\xbb\xbf", b"[" * 50, b"{" * 50, b"(" * 50, b"NaN",
+          b"Infinity", b"-1", b"1e999", b"9" * 400, b"null", b"true", b"\\ud800", b"&lt;", b"&#0;", b"&#xD800;",
+          b"<br>", b"__import__('os')"]
+LOG_FIELDS = ["user_id", "item_id", "rating", "timestamp", "summary", "text"]
+ITEM_FIELDS = ["item_id", "title", "brand", "categories", "price", "description"]
+VALUES = [None, True, -1, 0, 6, 1e308, 10 ** 30, -(10 ** 30), "", " ", "a\nb", "x" * 300, [], {}, [[]], [None],
+          {"a": {}}, "5", "five", 4.5, "\u0000", "\ud800", ["a", ["b"]]]
+
+
+def fuzzed_line(draw: random.Random, source: list[bytes]) -> bytes:
+    """A line of the file with something wrong: bytes, structure, types, or two lines spliced. Never a line break."""
+    line = draw.choice(source)
+    for _ in range(draw.randint(1, 3)):
+        kind = draw.randrange(6)
+        at = draw.randrange(len(line) + 1)
+        if kind == 0 and line:
+            line = line[:at] + bytes([draw.randrange(256)]) + line[at + 1:]
+        elif kind == 1:
+            line = line[:at] + draw.choice(PIECES) + line[at:]
+        elif kind == 2:
+            line = line[:at] + line[min(len(line), at + draw.randint(1, 30)):]
+        elif kind == 3:
+            other = draw.choice(source)
+            line = line[:at] + other[draw.randrange(len(other) + 1):]
+        elif kind == 4:
+            line = line[:at]
+        else:
+            try:
+                record = json.loads(line)
+                record[draw.choice(list(record))] = draw.choice(VALUES)
+                line = json.dumps(record).encode()
+            except (ValueError, TypeError, IndexError, AttributeError):
+                line = line[:at] + draw.choice(PIECES) * draw.randint(1, 5) + line[at:]
+    return line.replace(b"\n", b" ")
+
+
+def read_everything(spelling: str, name: str) -> int:
+    """Read ./input as the file `name` of a spelling; prints the counts; 0 if they add up."""
+    path, tally = Path("input"), Tally()
+    is_items = name.startswith(("meta", "items"))
+    if spelling == "sequences" and not is_items:
+        records = read_sequences(path, tally, {})
+    elif spelling in ("csv", "jsonl"):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            first = file.readline().strip()
+        names = first.split(",") if spelling == "csv" else ITEM_FIELDS if is_items else LOG_FIELDS
+        columns = match(names, ITEM_COLUMNS if is_items else LOG_COLUMNS, {})
+        records = (read_items(path, spelling, columns, tally) if is_items
+                   else read_log(path, spelling, columns, tally, {}, (1.0, 5.0)))
+    else:
+        records = parsed(path, parse_item if is_items else parse_review, tally)
+    found = sum(1 for _ in records)
+    print()
+    print(json.dumps({"read": tally.read, "kept": tally.kept, "broken": tally.broken.total()}))
+    adds_up = tally.read == tally.kept + tally.broken.total()
+    if spelling != "sequences" or is_items:     # a sequence is several records
+        adds_up = adds_up and found == tally.kept
+    data = path.read_bytes() if path.stat().st_size < 1e7 else b""
+    if data and spelling != "csv" and data[:2] != b"\x1f\x8b":       # a CSV record may span lines
+        adds_up = adds_up and tally.read == data.count(b"\n") + (not data.endswith(b"\n"))
+    return 0 if adds_up else 1
+
+
+def limited_files(size: int) -> None:
+    """No file of this process may grow beyond `size` bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def little_memory() -> None:
+    """Room for a few more megabytes than the process has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + (24 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def nobody() -> None:
+    """Give up root's rights, to which a read-only directory is none."""
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int):
+    """A tmpfs of so many bytes at `folder`; yields False where this process may not mount one."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    try:
+        yield made.returncode == 0
+    finally:
+        if made.returncode == 0:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+def children_of(pid: int) -> list[str]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += (task / "children").read_text().split()
+    return found
+
+
+def run(config: Config) -> list[str]:
+    """-> what broke."""
+    began, wanted = time.time(), config.suites.split(",")
+    with tempfile.TemporaryDirectory(prefix="torture-") as folder:
+        bench = Bench(Path(folder), config.seed)
+        if "kill" in wanted:
+            for verb in tqdm([v for v in VERBS for _ in range(config.moments)], "kill", unit="moment"):
+                bench.kill(verb)
+        if "signal" in wanted:
+            moments = [(v, s) for v in VERBS for s in (signal.SIGTERM, signal.SIGINT)
+                       for _ in range(-(-config.moments // 4))]
+            for verb, signum in tqdm(moments, "signal", unit="moment"):
+                bench.signal(verb, signum)
+        if "fault" in wanted:
+            bench.faults()
+        if "ranks" in wanted:
+            bench.ranks()
+        if "input" in wanted:
+            bench.input(config.inputs)
+    print(f"\n{time.time() - began:.0f} s")
+    for what, count in sorted(bench.counts.items()):
+        print(f"  {count:>9,}  {what}")
+    for failure in bench.failures:
+        print(f"  BROKEN  {failure}")
+    print("nothing broke" if not bench.failures else f"{len(bench.failures)} broke")
+    if bench.failures:
+        raise SystemExit(1)
+    return bench.failures
+
+
+if __name__ == "__main__":
+    sys.exit(main(Config, run, "experiments.torture"))

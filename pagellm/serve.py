@@ -1,0 +1,247 @@
+"""Serve: pages over HTTP, and a page in the browser that people can look at. Needs the extra [serve].
+
+Reads   data/<dataset>, runs/<run>/sft, runs/<run>/ppo, runs/<run>/reward
+
+    make serve                              python -m pagellm.serve --dataset synthetic --port 8000
+    curl -d '{"user": "U0001000", "k": 5}' -H 'content-type: application/json' http://127.0.0.1:8000/v1/page
+
+Requests that wait together are written together. A stage that is trained anew is taken up while serving: whole, between
+two batches, so that every answer comes from one model, the one whose hash it names. api.py has the HTTP side.
+"""
+
+import asyncio
+import json
+import logging
+import math
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+
+from pagellm.config import Interrupted, PageLLMError, check, main
+from pagellm.recommender import POLICIES, Ask, Cache, Recommender, Sources, nothing
+from pagellm.run import file_id
+
+__all__ = ["Config", "Service", "run"]
+
+log = logging.getLogger("pagellm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Sources):
+    """Serve pages over HTTP until stopped. There is no log-in: think before binding to more than loopback."""
+
+    host: str = "127.0.0.1"      # address to listen on
+    port: int = 8000             # TCP port; 0 takes a free one and says which
+    batch: int = 32              # pages written at once
+    queue: int = 256             # requests that may wait; more are refused with 503
+    timeout: float = 10.0        # seconds a request may take to arrive, and again to be answered
+    max_body: int = 4 << 20      # bytes of a request
+    max_k: int = 100             # slots of a page; the model's context may allow fewer
+    width: int = 4               # pages a beam keeps
+    cache_mb: int = 128          # MiB of prompt columns and user states
+    reload: float = 2.0          # seconds between looks for new weights; 0: never
+    drain: int = 30              # seconds for requests under way when stopped
+    threads: int = 0             # CPU threads of a batch; 0: torch's choice
+    log: str = "info"            # least level that is logged: debug, info, warning, error
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, port=(0 <= self.port < 65536, "0 to 65535"), batch=(self.batch > 0, "1 or more"),
+              queue=(self.queue > 0, "1 or more"), timeout=(0 < self.timeout < math.inf, "seconds above 0"),
+              max_body=(self.max_body > 0, "1 or more"), max_k=(self.max_k > 0, "1 or more"),
+              width=(self.width > 0, "1 or more"), cache_mb=(self.cache_mb >= 0, "0 or more"),
+              reload=(0 <= self.reload < math.inf, "0 or more"), drain=(self.drain >= 0, "0 or more"),
+              threads=(self.threads >= 0, "0 or more"),
+              log=(self.log in ("debug", "info", "warning", "error"), "debug, info, warning or error"))
+
+
+@dataclass
+class Job:
+    ask: Ask
+    future: Future
+
+
+class Service:
+    """Asks in, answers out: one thread writes batches, another looks for new weights.
+
+    observe  called with (event, value): "batch" with its pages, stages with seconds, "swap", "swap_failed", ...
+    """
+
+    def __init__(self, config: Config, observe: Callable[[str, float], None] = nothing):
+        self.config, self.observe = config, observe
+        self.cache = Cache(config.cache_mb << 20)
+        self.recommender = self.load()
+        self.jobs: deque[Job] = deque()
+        self.change = threading.Condition()
+        self.closed = threading.Event()
+        self.threads: list[threading.Thread] = []
+        self.told: str | None = None
+
+    def load(self) -> Recommender:
+        return Recommender.load(self.config, cache=self.cache, width=self.config.width,
+                                observe=lambda stage, seconds: self.observe(stage, seconds))
+
+    def start(self) -> None:
+        work = [self.work] + ([self.watch] if self.config.reload else [])
+        self.threads = [threading.Thread(target=f, name=f.__name__, daemon=True) for f in work]
+        for thread in self.threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Answer what waits, then stop."""
+        self.closed.set()
+        with self.change:
+            self.change.notify_all()
+        for thread in self.threads:
+            thread.join()
+
+    def ready(self) -> bool:
+        return bool(self.threads) and self.threads[0].is_alive() and not self.closed.is_set()
+
+    def waiting(self) -> int:
+        return len(self.jobs)
+
+    async def answer(self, ask: Ask) -> dict:
+        """Raises PageLLMError for an ask that cannot be met, api.Busy, api.TooSlow."""
+        from pagellm.api import Busy, TooSlow
+        future: Future = Future()
+        with self.change:
+            if self.closed.is_set() or len(self.jobs) >= self.config.queue:
+                self.observe("busy", 1)
+                raise Busy
+            self.jobs.append(Job(ask, future))
+            self.change.notify()
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), self.config.timeout)
+        except TimeoutError:
+            self.observe("timeout", 1)
+            raise TooSlow from None
+
+    def take(self) -> list[Job]:
+        """The oldest job and those that can go with it, in order; [] when closed and nothing waits."""
+        with self.change:
+            while not self.jobs and not self.closed.is_set():
+                self.change.wait()
+            if not self.jobs:
+                return []
+            group = self.recommender.group(self.jobs[0].ask)
+            taken, left = [], deque()
+            for job in self.jobs:
+                fits = len(taken) < self.config.batch and self.recommender.group(job.ask) == group
+                (taken if fits else left).append(job)
+            self.jobs = left
+            return taken
+
+    def work(self) -> None:
+        while jobs := self.take():
+            # False: its client has timed out or left, and the future was cancelled.
+            jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
+            if jobs:
+                self.observe("batch", len(jobs))
+                self.settle(self.recommender, jobs)
+
+    def settle(self, recommender: Recommender, jobs: list[Job]) -> None:
+        """Answer all jobs from one model. If a batch fails its jobs go one by one: one cannot fail the others."""
+        try:
+            answers = recommender.answers([job.ask for job in jobs])
+        except Exception as error:
+            if len(jobs) > 1:
+                for job in jobs:
+                    self.settle(recommender, [job])
+                return
+            answers = [error]
+        for job, answer in zip(jobs, answers, strict=True):
+            if isinstance(answer, Exception):
+                job.future.set_exception(answer)
+            else:
+                job.future.set_result(answer)
+
+    def on_disk(self) -> dict[str, str] | None:
+        """The ids of what is on disk now; None while a stage is missing or unfinished."""
+        try:
+            found = {name: json.loads((self.config.where(name) / "done").read_text())["id"]
+                     for name in (*POLICIES, "reward")}
+            return found | {"data": file_id(self.config.data_dir / "source.json")}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def watch(self) -> None:
+        while not self.closed.wait(self.config.reload):
+            self.look()
+
+    def look(self) -> bool:
+        """Take up new weights if there are any: load and try them here, then swap. True if swapped."""
+        found = self.on_disk()
+        if found is None or found == self.recommender.hashes:
+            return False
+        try:
+            fresh = self.load()
+            fresh.answers([Ask(k=1)])
+        except Exception as error:
+            # Still being copied, or broken: the old model goes on. Tried again at the next look, said once.
+            if self.told != (told := str(found)):
+                self.told = told
+                self.observe("swap_failed", 1)
+                log.error("swap_failed", extra={"fields": {"type": type(error).__name__, "why": str(error)[:300]}})
+            return False
+        self.recommender = fresh
+        self.observe("swap", 1)
+        log.info("swap", extra={"fields": {"models": fresh.hashes}})
+        return True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A TCP socket that listens. Raises PageLLMError if it cannot."""
+    # The protocol is named because asyncio switches Nagle's delay off only then: without it an answer waits 40 ms.
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(1024)
+    except OSError as error:
+        sock.close()
+        raise PageLLMError(f"cannot listen on {host}:{port} ({error.strerror or error}); "
+                           "take another with --port, or --port 0 for any free one") from None
+    return sock
+
+
+def run(config: Config) -> None:
+    """Serve until SIGINT or SIGTERM; requests under way are answered first."""
+    try:
+        import uvicorn
+
+        from pagellm.api import Http, json_logs, make_app
+    except ImportError as error:
+        raise PageLLMError(f"serving needs {error.name}, which is not installed\n"
+                           "  Make it work with: pip install 'pagellm[serve]'   (make serve does)") from None
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    started = time.perf_counter()
+    service = Service(config)
+    sock = listen(config.host, config.port)
+    json_logs(config.log)
+    host, port = sock.getsockname()[:2]
+    if not host.startswith("127.") and host != "::1":
+        log.warning("open", extra={"fields": {"why": f"listens on {host}, not loopback, and has no log-in"}})
+    log.info("serve", extra={"fields": {"models": service.recommender.hashes,
+                                        "seconds": round(time.perf_counter() - started, 2)}})
+    print(f"PageLLM: http://{f'[{host}]' if ':' in host else host}:{port}/   (Ctrl+C stops)", flush=True)
+    http = type("Http", (Http,), {"patience": config.timeout})
+    server = uvicorn.Server(uvicorn.Config(
+        make_app(service), http=http, ws="none", log_config=None, access_log=False, server_header=False,
+        timeout_keep_alive=5, timeout_graceful_shutdown=config.drain, h11_max_incomplete_event_size=64 << 10))
+    try:
+        server.run(sockets=[sock])
+    except (Interrupted, KeyboardInterrupt):
+        pass                     # uvicorn has answered what was under way, and raises the signal again: a clean end
+
+
+if __name__ == "__main__":
+    sys.exit(main(Config, run, "pagellm.serve"))

@@ -1,0 +1,105 @@
+"""Pages in the terminal and in files: interrupted, resumed and shared runs end the same."""
+
+import math
+import re
+
+import pyarrow.parquet as pq
+import pytest
+
+from pagellm import recommend
+from pagellm.config import PageLLMError
+from pagellm.evaluate import read_pages
+from pagellm.recommend import Config, parse_history
+
+
+def config(root, **more):
+    return Config(run="base", data=str(root / "data"), runs=str(root / "runs"), device="cpu", **more)
+
+
+def test_histories_from_the_command_line():
+    assert parse_history("a:5,b:3.5")[1] == ("b", 3.5)
+    (name, rating), = parse_history("a")
+    assert name == "a" and math.isnan(rating)
+    assert parse_history("a:b:4") == (("a:b", 4.0),)
+    (name, rating), = parse_history("a:2", known={"a:2": 0})
+    assert name == "a:2" and math.isnan(rating)
+    for wrong in ("a:6", "a:0", "a:x", "a:", ":3", "", "a,,b", "a:inf"):
+        with pytest.raises(PageLLMError, match="rating from 1 to 5"):
+            parse_history(wrong)
+
+
+def test_a_page_in_the_terminal(served, rec, capsys):
+    item = rec.shop.catalogue.ids[0]
+    recommend.run(config(served, user=rec.shop.user_ids[0], history=f"{item}:5,what", k=4, categories="Nope"))
+    text = capsys.readouterr().out
+    assert "unknown items: what" in text and "unknown categories: Nope" in text and "0 of 4 slots" in text
+    recommend.run(config(served, user="never met", k=4))
+    text = capsys.readouterr().out
+    assert "has not met" in text and len(re.findall(r"^ +\d+  ", text, re.M)) == 4
+
+
+@pytest.mark.parametrize("wrong", [{}, {"user": "a", "all": True, "out": "x"}, {"all": True}, {"out": "x", "user": "a"},
+                                   {"user": "a", "k": 0}, {"user": "a", "mode": "best"}, {"user": "a", "policy": "x"},
+                                   {"user": "a", "price_min": 5.0, "price_max": 1.0}, {"user": "a", "k": 5, "depth": 3},
+                                   {"user": "a", "split": "train"}])
+def test_options_that_cannot_be(served, wrong):
+    with pytest.raises(PageLLMError):
+        config(served, **wrong)
+
+
+def rows(path):
+    return pq.read_table(path).sort_by([("user", "ascending"), ("rank", "ascending")]).to_pydict()
+
+
+def test_everybodys_pages_whole_resumed_and_shared_are_the_same(served, rec, tmp_path, monkeypatch, capsys):
+    def options(name, **more):
+        return config(served, all=True, out=str(tmp_path / name), k=6, part=16, depth=10, **more)
+
+    recommend.run(options("whole.parquet"))
+    whole = rows(tmp_path / "whole.parquet")
+    assert "pages/s" in capsys.readouterr().out
+    ranked = read_pages(tmp_path / "whole.parquet", rec.shop)
+    assert len(ranked.user) == rec.shop.n_users and (ranked.slots == 6).all() and ranked.item.shape[1] == 10
+    assert whole["user_id"] == [rec.shop.user_ids[u] for u in whole["user"]]
+    assert whole["item_id"] == [rec.shop.catalogue.ids[i] for i in whole["item"]]
+
+    plain, made = recommend.file_rows, []
+
+    def unplugged(recommender, options, users):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(users)
+        return plain(recommender, options, users)
+
+    with monkeypatch.context() as m:
+        m.setattr(recommend, "file_rows", unplugged)
+        with pytest.raises(KeyboardInterrupt):
+            recommend.run(options("cut.parquet"))
+    assert not (tmp_path / "cut.parquet").exists() and len(made) == 2
+    with pytest.raises(PageLLMError, match="another mode"):
+        recommend.run(options("cut.parquet", mode="one_shot"))
+    made.clear()
+    with monkeypatch.context() as m:
+        m.setattr(recommend, "file_rows", lambda *a: made.append(a[2]) or plain(*a))
+        recommend.run(options("cut.parquet"))
+        left = len(made)
+        recommend.run(options("cut.parquet"))
+    assert rows(tmp_path / "cut.parquet") == whole
+    assert left == len(made) == -(-rec.shop.n_users // 16) - 2
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        assert not (tmp_path / "shared.parquet").exists()
+        monkeypatch.setenv("RANK", rank)
+        recommend.run(options("shared.parquet"))
+    assert rows(tmp_path / "shared.parquet") == whole and not list(tmp_path.glob("*.parts"))
+    with pytest.raises(PageLLMError, match="another"):
+        recommend.run(options("shared.parquet", exclude=rec.shop.catalogue.ids[0]))
+
+
+def test_filters_hold_in_the_file_too(served, rec, tmp_path):
+    (tmp_path / "stock").write_text("\n".join(rec.shop.catalogue.ids[:9]))
+    recommend.run(config(served, all=True, out=str(tmp_path / "p.parquet"), k=6, in_stock=f"@{tmp_path / 'stock'}"))
+    assert set(rows(tmp_path / "p.parquet")["item_id"]) <= set(rec.shop.catalogue.ids[:9])
+    with pytest.raises(PageLLMError, match="cannot be read"):
+        recommend.run(config(served, user="x", in_stock=f"@{tmp_path / 'nothing'}"))
