@@ -105,7 +105,8 @@ def thin(source: Path, target: Path, share: float, seed: int) -> None:
             code = (reviews["user"].to_numpy().astype(np.int64) * shop.n_items + reviews["item"].to_numpy())
             pq.write_table(reviews.filter(pa.array(~np.isin(code, gone))), folder / "reviews.parquet",
                            compression="zstd")
-        about = json.loads((source / "source.json").read_text()) | {"thinned": record}
+        written = {path.name: file_id(path) for path in sorted(folder.iterdir()) if path.name != "source.json"}
+        about = json.loads((source / "source.json").read_text()) | {"thinned": record, "written": written}
         (folder / "source.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
 
 

@@ -15,6 +15,7 @@ from experiments.models import GRIDS, Fitted, fit
 from pagellm.config import PageLLMError
 from pagellm.data import prepare
 from pagellm.data.shop import load
+from pagellm.run import file_id
 
 SETTINGS = {"popularity": {}, "ItemKNN": {"neighbours": 10, "shrink": 2.0}, "EASE": {"ridge": 20.0},
             "ALS": {"factors": 4, "alpha0": 0.1, "reg": 0.01, "nu": 0.5}}
@@ -65,6 +66,9 @@ def permuted(source, target, splits, seed=0):
     for name, column in columns.items():
         table = table.set_column(table.column_names.index(name), name, column)
     pq.write_table(table, target / "interactions.parquet")
+    about = json.loads((target / "source.json").read_text())
+    about["written"]["interactions.parquet"] = file_id(target / "interactions.parquet")
+    (target / "source.json").write_text(json.dumps(about))
 
 
 def artefacts(data, root, settings_file, name):
