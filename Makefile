@@ -21,7 +21,7 @@ DONE := runs/$(RUN)
 PREPARED := data/$(DATASET)/source.json
 RAW_ARG := $(if $(RAW),--raw $(RAW))
 
-.PHONY: all help install test lint serve recommend ablation baselines coldstart bench torture clean $(STAGES)
+.PHONY: all help install test lint serve recommend ablation baselines coldstart bench torture soak clean $(STAGES)
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
@@ -91,6 +91,9 @@ coldstart: $(VENV)/installed  ## half of the training interactions; users by how
 
 torture: $(VENV)/installed  ## pull the plug, fill the disk, feed rubbish: about 15 minutes, ends with counts
 	$(PY) -m experiments.torture $(ARGS)
+
+soak: $(VENV)/installed  ## all stages in a loop for half an hour: does anything grow?
+	$(PY) -m experiments.torture --suites soak $(ARGS)
 
 bench: $(VENV)/installed  ## kernels: plain against ours
 	$(PY) -m kernels.bench $(ARGS)

@@ -8,11 +8,14 @@ signal  SIGTERM and SIGINT: exit 143 and 130, one line, and the same bytes in th
 fault   full disk, read-only directory, damaged checkpoints, lost or changed inputs, NaN, too little memory
 ranks   two processes under torchrun: one is killed, the job ends, one process carries it on
 input   mutated lines of every spelling, gzip bombs, endless lines: no crash, read = kept + broken
+soak    all stages again and again in one process for `minutes`: no growth of memory, open files, threads or
+        temporary files (make soak)
 
 Every trial runs in a forked child. Prints what was tried; exits 1 and says what broke, if anything did.
 """
 
 import contextlib
+import gc
 import gzip
 import hashlib
 import json
@@ -42,7 +45,7 @@ from pagellm.data.records import Tally, parsed
 
 __all__ = ["Bench", "Config", "fuzzed_line", "run"]
 
-SUITES = ("kill", "signal", "fault", "ranks", "input")
+SUITES = ("kill", "signal", "fault", "ranks", "input", "soak")
 VERBS = {"prepare": prepare, "pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "evaluate": evaluate}
 SMALL = {"prepare": "--users 60 --items 40",
          "pretrain": "--size nano --steps 8 --batch 8 --rating_batch 8 --words 300 --warmup 2 --save_every 2",
@@ -60,12 +63,14 @@ class Config:
     suites: str = "kill,signal,fault,ranks,input"   # which, comma-separated
     moments: int = 20            # kills of each stage; signals are half as many
     inputs: int = 100_000        # mutated lines
+    minutes: float = 30.0        # of soak
     seed: int = 0                # of all choices; another seed, other moments
 
     def __post_init__(self):
         names = self.suites.split(",")
         check(self, suites=(set(names) <= set(SUITES), f"some of {','.join(SUITES)}"),
-              moments=(self.moments > 0, "1 or more"), inputs=(self.inputs >= 0, "0 or more"))
+              moments=(self.moments > 0, "1 or more"), inputs=(self.inputs >= 0, "0 or more"),
+              minutes=(0 < self.minutes < 1e6, "above 0"))
 
 
 @dataclass
@@ -427,6 +432,26 @@ class Bench:
                                               for a, b in zip(log, want, strict=True))
         self.expect(close, "two processes, then one, do not train like one throughout")
 
+    def soak(self, minutes: float) -> None:
+        """The pipeline in a loop, in one process; what it holds after each round must not grow."""
+        folder = self.root / "soak"
+        folder.mkdir()
+        ended = forked(folder, lambda: rounds(minutes * 60))
+        lines = [line for line in ended.text.splitlines() if line.startswith('{"memory_mb"')]
+        self.expect(ended.code == 0 and len(lines) >= 4, f"soak: exit {ended.code} after {len(lines)} rounds", ended)
+        if len(lines) < 4:
+            return
+        held = [json.loads(line) for line in lines]
+        quarter = len(held) // 4
+        early, late = held[quarter: 2 * quarter + 1], held[-quarter - 1:]
+        for what in held[0]:
+            before, after = (sum(row[what] for row in some) / len(some) for some in (early, late))
+            self.counts[f"soak: {what}, second quarter"] = round(before)
+            self.counts[f"soak: {what}, last quarter"] = round(after)
+            room = 0.05 * before + 4 if what == "memory_mb" else 0.0
+            self.expect(after <= before + room, f"soak: {what} grew from {before:.1f} to {after:.1f}")
+        self.counts["soak: rounds"] = len(held)
+
     def input(self, lines: int) -> None:
         """Mutated lines through every reader; whole directories of them through prepare; bombs."""
         shop = synthetic.make(30, 20, seed=1)
@@ -572,6 +597,25 @@ def read_everything(spelling: str, name: str) -> int:
     return 0 if adds_up else 1
 
 
+def rounds(seconds: float) -> int:
+    """All stages over and over for so long; after each round one line of JSON: what this process holds."""
+    end = time.time() + seconds
+    while time.time() < end:
+        for verb, module in VERBS.items():
+            code = main(module.Config, module.run, f"pagellm.{verb}", SMALL[verb].split())
+            if code:
+                return code
+        left = sum(1 for path in Path(".").rglob(".*") if path.name.endswith(".tmp"))
+        shutil.rmtree("data")
+        shutil.rmtree("runs")
+        gc.collect()
+        memory = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+        held = {"memory_mb": memory, "open_files": len(os.listdir("/proc/self/fd")),
+                "threads": len(os.listdir("/proc/self/task")), "temporary_files": left + len(os.listdir("."))}
+        print("\n" + json.dumps(held), flush=True)
+    return 0
+
+
 def limited_files(size: int) -> None:
     """No file of this process may grow beyond `size` bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -632,6 +676,8 @@ def run(config: Config) -> list[str]:
             bench.ranks()
         if "input" in wanted:
             bench.input(config.inputs)
+        if "soak" in wanted:
+            bench.soak(config.minutes)
     print(f"\n{time.time() - began:.0f} s")
     for what, count in sorted(bench.counts.items()):
         print(f"  {count:>9,}  {what}")

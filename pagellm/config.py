@@ -202,6 +202,7 @@ def handled_signals():
 
 FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up",
         errno.EFBIG: "the file is too large"}
+LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "NCCL error", "Broken pipe")
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 
 
@@ -214,6 +215,8 @@ def explain(error: Exception, cls) -> str | None:
                  if name in names]
         return "out of memory" + (f"; lower {', '.join(lower)}" if lower else "") + (
             ". The same command carries on from the last checkpoint; a changed option may need RUN=another.")
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PROCESS):
+        return "another process of this job has ended; the same command carries on from the last checkpoint"
     while not isinstance(error, OSError) and (error.__cause__ or error.__context__):
         error = error.__cause__ or error.__context__        # torch.save wraps what its file said
     if isinstance(error, OSError) and error.errno is not None:
@@ -229,8 +232,10 @@ def explain(error: Exception, cls) -> str | None:
 
 def main(cls, run: Callable, prog: str, argv: list[str] | None = None) -> int:
     """Parse the command line and run the stage. -> exit code: 0; 2 with one message for what a person can mend;
-    130 or 143 after Ctrl-C or SIGTERM."""
+    130 or 143 after Ctrl-C or SIGTERM. Of several processes (torchrun) those beside the first name their rank."""
     argv = sys.argv[1:] if argv is None else argv
+    rank = os.environ.get("RANK", "0")
+    who = prog if rank == "0" else f"{prog} (rank {rank})"
     try:
         if any(word in ("--help", "-h") for word in argv):
             print(help_text(cls, prog), flush=True)
@@ -239,13 +244,14 @@ def main(cls, run: Callable, prog: str, argv: list[str] | None = None) -> int:
             run(parse(cls, argv, prog))
             sys.stdout.flush()
     except PageLLMError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(f"{who}: {error}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
         signum = getattr(error, "signum", signal.SIGINT)
         saved = getattr(error, "saved", "") or "nothing is half-written"
-        print(f"\n{prog}: stopped by {signal.Signals(signum).name}; {saved}. The same command carries on.",
-              file=sys.stderr)
+        if rank == "0":
+            print(f"\n{prog}: stopped by {signal.Signals(signum).name}; {saved}. The same command carries on.",
+                  file=sys.stderr)
         return 128 + signum
     except BrokenPipeError:
         # Whoever read our output has gone (`| head`): no message, and none at exit either.
@@ -255,6 +261,6 @@ def main(cls, run: Callable, prog: str, argv: list[str] | None = None) -> int:
         text = explain(error, cls)
         if text is None:
             raise
-        print(f"{prog}: {text}", file=sys.stderr)
+        print(f"{who}: {text}", file=sys.stderr)
         return 2
     return 0

@@ -1,12 +1,27 @@
 """Command lines: every field reachable, every mistake named."""
 
+import errno
+import math
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagellm.config import PageLLMError, check, field_comments, help_text, main, parse
+from pagellm.config import (
+    PageLLMError,
+    check,
+    check_numbers,
+    deferred_signals,
+    field_comments,
+    help_text,
+    main,
+    parse,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,3 +110,91 @@ def test_exit_codes(capsys):
     assert main(Config, fail, "p", ["--nope"]) == 2
     assert main(Config, stop, "p", []) == 130
     assert main(Config, fail, "p", ["--help"]) == 0
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A stage."""
+
+    batch: int = 1      # pages
+    lr: float = 1.0     # rate
+    clip: float = 1.0   # limit
+    low: float = 0.0    # offset
+    flag: bool = False  # switch
+
+    def __post_init__(self):
+        check_numbers(self, negative=("low",), infinite=("clip",))
+
+
+def test_numbers_are_finite_and_not_negative_unless_said():
+    Numbers(low=-1.0, clip=math.inf)
+    for field, value, want in (("batch", -1, "0 or more"), ("lr", math.inf, "finite"), ("low", -math.inf, "finite"),
+                               ("lr", -0.1, "0 or more")):
+        with pytest.raises(PageLLMError, match=f"{field}={value!r}: want .*{want}".replace("(", r"\(")):
+            Numbers(**{field: value})
+
+
+@pytest.mark.parametrize("error, words", [
+    (OSError(errno.ENOSPC, "x", "runs/a"), ("disk is full", "runs/a", "carries on")),
+    (OSError(errno.EROFS, "x", "runs/a"), ("cannot write", "runs/a")),
+    (MemoryError(), ("out of memory", "--batch")),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), ("out of memory",)),
+    (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer"), ("another process", "carries on"))])
+def test_faults_of_the_machine_are_explained(error, words, capsys):
+    def run(config):
+        raise error
+
+    assert main(Numbers, run, "stage", []) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("stage: ") and said.count("\n") == 1 and all(w in said for w in words)
+
+
+def test_what_torch_wraps_is_still_a_full_disk(capsys):
+    def run(config):
+        try:
+            raise OSError(errno.ENOSPC, "x")
+        except OSError:
+            raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos") from None
+
+    assert main(Numbers, run, "stage", []) == 2 and "disk is full" in capsys.readouterr().err
+
+
+def test_any_other_error_keeps_its_traceback():
+    def run(config):
+        raise KeyError("a mistake of ours")
+
+    with pytest.raises(KeyError):
+        main(Numbers, run, "stage", [])
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_end_of_a_deferred_block(signum, capsys):
+    done = []
+
+    def run(config):
+        with deferred_signals() as waiting:
+            os.kill(os.getpid(), signum)
+            done.append(waiting.signum)
+        done.append("never")
+
+    before = signal.getsignal(signum)
+    assert main(Numbers, run, "stage", []) == 128 + signum
+    assert done == [signum] and capsys.readouterr().err.count("stopped by") == 1
+    assert signal.getsignal(signum) is before
+
+
+def test_a_second_signal_does_not_wait(capsys):
+    def run(config):
+        with deferred_signals():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("still here")
+
+    assert main(Numbers, run, "stage", []) == 143
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    """`pagellm ppo --help | head -1`"""
+    command = f"{sys.executable} -m pagellm.ppo --help | head -1; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100)
+    assert ended.stderr == "" and ended.stdout.startswith("usage: pagellm.ppo")

@@ -1,13 +1,15 @@
 """Run directories: nothing half-written, nothing mixed up, the same command carries on."""
 
 import json
+import os
+import signal
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from pagellm.config import PageLLMError
-from pagellm.run import Common, Run, atomic, finished, load_model_file
+from pagellm.config import PageLLMError, main
+from pagellm.run import Common, Run, atomic, digest, finished, load_model_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,3 +103,81 @@ def test_paths_of_stages():
     assert str(Config(dataset="toys").stage("ppo")) == "runs/toys/ppo"
     assert str(Config(dataset="toys", run="a").stage("sft", "b")) == "runs/b/sft"
     assert str(Config(run="a").stage("sft")) == "runs/a/sft"
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, capsys):
+    with Run(tmp_path / "r", Config(), {}) as run:
+        for step in (2, 4):
+            run.log(step, loss=step)
+            run.save({"step": step, "w": torch.full((50,), float(step))})
+    newest = tmp_path / "r" / "step-00000004.pt"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 4
+    newest.write_bytes(data)
+    with Run(tmp_path / "r", Config(), {}) as run:
+        state = run.load()
+        assert state["step"] == 2 and [row["step"] for row in run.read_log()] == [2]
+        assert "step-00000004.pt is damaged" in capsys.readouterr().err
+        run.save({"step": 4, "w": torch.zeros(1)})
+        assert run.load()["step"] == 4          # written anew under the same name
+        (tmp_path / "r" / "step-00000004.pt").write_bytes(b"")
+        (tmp_path / "r" / "step-00000002.pt").unlink()
+        assert run.load() is None and "is gone" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_what_its_stage_wrote_is_refused(tmp_path):
+    with Run(tmp_path / "r", Config(), {}) as run:
+        run.finish({"w": torch.zeros(4)})
+    path = tmp_path / "r" / "model.pt"
+    assert torch.equal(load_model_file(path)["w"], torch.zeros(4))
+    torch.save({"w": torch.ones(4)}, path)
+    with pytest.raises(PageLLMError, match="not what its stage wrote"):
+        load_model_file(path)
+
+
+def test_a_finished_run_keeps_no_checkpoint_whenever_it_was_killed(tmp_path):
+    with Run(tmp_path / "r", Config(), {}) as run:
+        run.save({"step": 1})
+        leftover = (tmp_path / "r" / "step-00000001.pt").read_bytes()
+        run.finish({"w": torch.zeros(1)})
+    (tmp_path / "r" / "step-00000001.pt").write_bytes(leftover)        # killed between `done` and the clearing up
+    (tmp_path / "r" / "LAST").write_text("step-00000001.pt 0\n")
+    (tmp_path / "r" / "sub").mkdir()
+    (tmp_path / "r" / "sub" / ".x.1.tmp").write_text("")
+    Run(tmp_path / "r", Config(), {}).close()
+    assert sorted(p.name for p in (tmp_path / "r").rglob("*")) == ["config.json", "done", "lock", "model.pt", "sub"]
+
+
+def test_due_is_every_so_often_and_never_at_the_end(tmp_path):
+    with Run(tmp_path / "r", Config(save_every=3), {}) as run:
+        assert [step for step in range(1, 10) if run.due(step, 9)] == [3, 6]
+
+
+def test_a_waiting_signal_saves_and_stops(tmp_path):
+    def stage(config):
+        with Run(tmp_path / "r", config, {}) as run:
+            for step in run.steps(range(5)):
+                if step == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                if run.due(step + 1, 5):
+                    run.save({"step": step + 1})
+
+    assert main(Config, stage, "stage", ["--save_every", "100"]) == 143
+    with Run(tmp_path / "r", Config(save_every=100), {}) as run:
+        assert run.load()["step"] == 2
+
+
+def test_digest_sees_every_bit():
+    state = {"a": torch.tensor([1.0, 2.0]), "b": [1, {"c": torch.zeros(2, dtype=torch.bfloat16)}]}
+    same = {"b": [1, {"c": torch.zeros(2, dtype=torch.bfloat16)}], "a": torch.tensor([1.0, 2.0])}
+    assert digest(state) == digest(same)
+    for other in ({**state, "a": torch.tensor([1.0, 2.0000002])}, {**state, "a": torch.tensor([[1.0, 2.0]])},
+                  {**state, "b": [1, {"c": torch.zeros(2)}]}, {**state, "b": [2, {"c": torch.zeros(2)}]}):
+        assert digest(other) != digest(state)
+    assert digest({"a": torch.tensor(0.0)}) != digest({"a": torch.tensor(-0.0)})
+
+
+def test_a_damaged_record_is_refused(tmp_path):
+    (tmp_path / "done").write_text("{half")
+    with pytest.raises(PageLLMError, match="damaged"):
+        finished(tmp_path, "thing", "make thing")

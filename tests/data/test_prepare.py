@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -822,3 +823,29 @@ def test_the_synthetic_shop_is_counted_like_any_other(tmp_path):
     counts = source(run(Config(data=str(tmp_path), users=60, items=50)))["counts"]
     assert counts["lines"] == {"read": counts["records"], "kept": counts["records"], "broken": {}}
     assert counts["item_lines"]["read"] == 50 and counts["duplicates"] == 0
+
+
+def test_what_was_written_is_what_is_loaded(tmp_path):
+    path = run(Config(data=str(tmp_path), users=60, items=40))
+    load(path)
+    for name in ("interactions.parquet", "truth.npy"):
+        whole = (path / name).read_bytes()
+        (path / name).write_bytes(whole + b"\0")
+        with pytest.raises(PageLLMError, match=f"{name} has changed since it was written\n.*make prepare"):
+            load(path)
+        (path / name).unlink()
+        with pytest.raises(PageLLMError, match=f"{name} is gone"):
+            load(path)
+        (path / name).write_bytes(whole)
+    load(path)
+
+
+def test_what_a_killed_prepare_left_is_cleared_away_and_a_living_ones_is_not(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for pid in (dead.pid, os.getppid()):
+        (tmp_path / f".synthetic.{pid}.tmp").mkdir()
+    (tmp_path / f".other.{dead.pid}.tmp").mkdir()
+    run(Config(data=str(tmp_path), users=60, items=40))
+    assert sorted(p.name for p in tmp_path.glob(".*")) == sorted([f".synthetic.{os.getppid()}.tmp",
+                                                                  f".other.{dead.pid}.tmp"])
