@@ -15,7 +15,7 @@ from experiments.study import Stages, Variant, print_table, rows_of, study, writ
 from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.config import PageLLMError, check, main, parse
 
-__all__ = ["Config", "PAIRS", "TABLE5", "run"]
+__all__ = ["Config", "PAIRS", "TABLE5", "overrides", "run"]
 
 TABLE5 = [Variant("mixed"), Variant("item-only", ppo={"w_page": 0.0}), Variant("page-only", ppo={"w_token": 0.0}),
           Variant("without reward", policy="sft")]

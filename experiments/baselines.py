@@ -1,115 +1,257 @@
 """Plain baselines, scored by the same code as our policies: pages.parquet -> metrics.
 
-    python -m experiments.baselines --dataset synthetic
+    make baselines DATASET=toys             python -m experiments.baselines --dataset toys --refit
 
-Popularity and EASE (Steck, WWW 2019). EASE has one number to choose, the ridge; it is chosen on validation NDCG@100.
-Writes runs/<run>/baselines/<name>/pages.parquet and per_user.parquet, and metrics.json. Seconds for 1,000 items; the
-inverse of N x N takes about two minutes and 2 GB at 12,000 items.
+Popularity, ItemKNN, EASE and implicit ALS (experiments/models.py). Each is fitted to train rows only; its settings are
+the best of `trials` on validation NDCG@100, searched the same way for all; the test rows are looked at once. --refit
+adds each model fitted to train + validation with those settings. --settings takes the settings of an earlier search.
+
+Writes runs/<run>/baselines/  settings.json (chosen, searched grid, validation score), trials.json, split.json,
+                              metrics.json, table.{txt,md,tex,parquet}, <model>/{pages,per_user}.parquet
+
+Seconds for 1,000 items. Minutes for 12,000, where one EASE is an inverse of N x N (a minute, 2 GB, on one core).
 """
 
+import json
 import sys
+import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
+from experiments.models import GRIDS, Fitted, fit, gram_matrix, grid_of
+from experiments.study import per_user
+from experiments.tables import compare, save
 from pagellm import metrics
 from pagellm.config import PageLLMError, check, main
-from pagellm.data.shop import Rows, Shop, load
-from pagellm.evaluate import COLUMNS, popularity_pages, read_pages, table, write_pages
+from pagellm.data.shop import SPLITS, Rows, Shop, load
+from pagellm.evaluate import (
+    COLUMNS,
+    audience,
+    check_leak,
+    check_mask,
+    check_pages,
+    rank_all,
+    read_pages,
+    seen_rows,
+    table,
+    with_users,
+    write_pages,
+)
 from pagellm.policy import RankedPages, Scorer
-from pagellm.run import Common, Run, atomic, file_id, write_json
+from pagellm.run import Common, Run, atomic, file_id, finished, write_json
 
-__all__ = ["Config", "ease_weights", "rank_rows", "run"]
+__all__ = ["Config", "SHOWN", "climb", "read_rows", "run", "score_row", "slug"]
+
+SHOWN = (*COLUMNS, "energy", "true_energy")
+GOAL = "NDCG@100"            # what settings are chosen by, on validation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
-    """Score popularity and EASE on the test split."""
+    """Choose settings on validation, fit, write pages, score them on the test split, print the table."""
 
-    ridges: str = "50,100,200,500,1000"   # EASE's L2 penalties to try on validation, comma-separated
+    models: str = ",".join(GRIDS)  # which, comma-separated
+    trials: int = 24             # settings tried for each model on validation; fewer where none is better nearby
+    settings: str = ""           # settings.json of an earlier search, used instead of searching
+    refit: bool = False          # also fit each model to train + validation with the chosen settings
+    mask: str = "train+valid"    # splits whose items no page may hold; "train": as some papers do
+    versus: str = "EASE"         # row that differences are taken to
     k: int = 20                  # slots of a page
     depth: int = 100             # ranks in all
     n_boot: int = 1000           # bootstrap draws behind an interval
 
     def __post_init__(self):
-        try:
-            good = all(float(r) > 0 for r in self.ridges.split(","))
-        except ValueError:
-            good = False
-        check(self, ridges=(good, "numbers above 0, comma-separated"), k=(self.k > 0, "1 or more"),
-              depth=(self.depth >= self.k, f"k={self.k} or more"))
+        names = self.models.split(",")
+        check(self, models=(set(names) <= set(GRIDS) and len(set(names)) == len(names), f"some of {','.join(GRIDS)}"),
+              trials=(self.trials > 0, "1 or more"), mask=check_mask(self.mask), k=(self.k > 0, "1 or more"),
+              versus=(self.versus in [*names, *(f"{n}, refit" for n in names if self.refit)], "one of the rows"),
+              settings=(not self.settings or Path(self.settings).is_file(), "a settings.json, or empty"),
+              depth=(self.depth >= self.k, f"k={self.k} or more"), n_boot=(self.n_boot > 1, "2 or more"))
 
 
-def ease_weights(gram: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Item-item weights B (N, N), zero diagonal: argmin |X - XB|^2 + ridge |B|^2, from the Gram matrix X'X (N, N)."""
-    P = torch.linalg.inv(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
-    B = -P / P.diagonal()
-    return B.fill_diagonal_(0.0)
+def climb(grid: dict[str, tuple], value: Callable[[dict], float], trials: int) -> tuple[dict, float, int]:
+    """Walk uphill on a grid: one setting at a time, further the same way while it gains (Hooke and Jeeves, 1961).
+
+    Starts in the middle with strides of a quarter of each range, halved where no step gains; ends where no neighbour
+    is better, or after `trials` values. Returns settings, value, tries.
+    """
+    at = {name: len(values) // 2 for name, values in grid.items()}
+    stride = {name: max(1, round(len(values) / 4)) for name, values in grid.items()}
+    seen: dict[tuple, float] = {}
+
+    def settings(place: dict) -> dict:
+        return {name: grid[name][i] for name, i in place.items()}
+
+    best = seen[tuple(at.values())] = value(settings(at))
+    moves, failed = deque((name, step) for name in grid for step in (1, -1)), 0
+    while moves:
+        if failed == len(moves):
+            if max(stride.values()) == 1:
+                break
+            stride, failed = {name: max(1, n // 2) for name, n in stride.items()}, 0
+        name, step = moves[0]
+        to = at | {name: at[name] + step * stride[name]}
+        found = -np.inf
+        if 0 <= to[name] < len(grid[name]):
+            place = tuple(to.values())
+            if place not in seen:
+                if len(seen) >= trials:
+                    break
+                seen[place] = value(settings(to))
+            found = seen[place]
+        if found > best:
+            at, best, failed = to, found, 0
+        else:
+            moves.rotate(-1)
+            failed += 1
+    return settings(at), best, len(seen)
 
 
-def history_matrix(rows: Rows, users: np.ndarray, n_items: int) -> torch.Tensor:
-    """(len(users), N) float32: 1 where a user has the item."""
-    padded = torch.from_numpy(rows.padded(users))
-    X = torch.zeros(len(users), n_items + 1)
-    X.scatter_(1, torch.where(padded < 0, n_items, padded), 1.0)
-    return X[:, :n_items]
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
 
 
-def rank_rows(shop: Shop, users: np.ndarray, B: torch.Tensor, seen: Rows, k: int, depth: int,
-              block: int = 1024) -> RankedPages:
-    """Top `depth` unseen items of every user by x_u B."""
-    train, items, scores = shop.csr("train"), [], []
-    for at in range(0, len(users), block):
-        some = users[at: at + block]
-        score = history_matrix(train, some, shop.n_items) @ B
-        score[history_matrix(seen, some, shop.n_items).bool()] = -torch.inf
-        top = score.topk(min(depth, shop.n_items), dim=1)
-        items.append(torch.where(top.values.isfinite(), top.indices, -1))
-        scores.append(top.values)
-    item = torch.cat(items).numpy()
-    return RankedPages(users, item, torch.cat(scores).numpy(), np.minimum((item >= 0).sum(1), k))
+class Bench:
+    """What all models share: data, scorers, the N x N Gram matrix of the rows last asked for."""
+
+    def __init__(self, config: Config):
+        self.config, self.shop = config, load(config.data_dir)
+        self.test, self.valid = Scorer(self.shop, "test"), Scorer(self.shop, "valid")
+        if len(self.test.users) == 0 or len(self.valid.users) == 0:
+            raise PageLLMError(f"{config.data_dir} has no validation or no test rows: nothing to choose or score by")
+        self._gram: tuple = (None, None)
+
+    def fit(self, name: str, settings: dict, splits: tuple[str, ...] = ("train",)) -> Fitted:
+        shop, rows, gram = self.shop, self.shop.csr(splits), None
+        if name in ("ItemKNN", "EASE"):
+            if self._gram[0] != splits:
+                self._gram = (splits, gram_matrix(rows, shop.n_items))
+            gram = self._gram[1]
+        return fit(name, rows, shop.n_users, shop.n_items, settings, self.config.seed, gram)
+
+    def rank(self, fitted: Fitted, users: np.ndarray, seen: Rows) -> RankedPages:
+        return rank_all(fitted.score, users, seen, self.config.k, self.config.depth, self.config.seed)
+
+    def validate(self, fitted: Fitted) -> float:
+        """Mean validation NDCG@100."""
+        ranked = self.rank(fitted, self.valid.users, seen_rows(self.shop, "valid", "train"))
+        return float(np.mean(self.valid(ranked, self.config.k)[GOAL]))
+
+    def choose(self, name: str, path: Path) -> tuple[dict, Fitted]:
+        """The best settings on validation, and the model fitted with them; what was tried is kept in `path`."""
+        tried = json.loads(path.read_text()) if path.exists() else {}
+        best: tuple = (-np.inf, None, None)
+        started = time.perf_counter()
+
+        def value(settings: dict) -> float:
+            nonlocal best
+            key = f"{name} {json.dumps(settings)}"
+            if key not in tried:
+                fitted = self.fit(name, settings)
+                tried[key] = self.validate(fitted)
+                write_json(path, tried)
+                if tried[key] > best[0]:
+                    best = (tried[key], settings, fitted)
+                print(f"  {key}: {tried[key]:.5f}, {time.perf_counter() - started:.0f} s", flush=True)
+            return tried[key]
+
+        grid = grid_of(name, self.shop.n_items)
+        settings, found, tries = climb(grid, value, self.config.trials)
+        print(f"{name}: {settings or 'nothing to choose'}, validation {GOAL} {found:.4f}, {tries} tried", flush=True)
+        fitted = best[2] if best[1] == settings else self.fit(name, settings)
+        tested = {what: " ".join(f"{v:g}" for v in values) for what, values in grid.items()}
+        return {"settings": settings, f"valid {GOAL}": found, "tried": tries, "grid": tested}, fitted
 
 
-def run(config: Config) -> dict:
-    shop = load(config.data_dir)
-    with Run(config.stage("baselines"), config, {"data": file_id(config.data_dir / "source.json")}) as out:
+def score_row(folder: Path, name: str, ranked: RankedPages, shop: Shop, scorer: Scorer, seen: Rows, config
+              ) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
+    """Write pages.parquet, read it back, check it, score it, write per_user.parquet. Returns scores and summary.
+
+    config  has k, seed, n_boot
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    check_pages(name, ranked, scorer.users, seen)
+    write_pages(folder / "pages.parquet", ranked)
+    scores = scorer(with_users(read_pages(folder / "pages.parquet", shop), scorer.users), config.k)
+    with atomic(folder / "per_user.parquet") as beside:
+        pq.write_table(pa.table({"user": scorer.users, **scores}), beside)
+    return scores, {m: metrics.summary(v, config.seed, config.n_boot) for m, v in scores.items()
+                    if not np.isnan(v).all()}
+
+
+def split_record(config: Config, shop: Shop) -> dict:
+    """Hash of the split file and rows of each split."""
+    return {"file": "interactions.parquet", "id": file_id(config.data_dir / "interactions.parquet"),
+            "rows": {name: {"positive": int(shop.rows(name).sum()), "other": int(shop.rows(name, False).sum())}
+                     for name in SPLITS}}
+
+
+def stored(path: Path, names: list[str]) -> dict[str, dict]:
+    """Settings of an earlier search. Raises PageLLMError if a model is missing."""
+    try:
+        found = {name: {"settings": json.loads(path.read_text())[name]["settings"], "from": path.name}
+                 for name in names}
+    except (ValueError, KeyError, TypeError) as error:
+        raise PageLLMError(f"{path} has no settings of {', '.join(names)} ({error})\n"
+                           "  Take a settings.json that this command wrote, or leave --settings out.") from error
+    return found
+
+
+def read_rows(folder: Path) -> tuple[dict[str, dict[str, np.ndarray]], dict]:
+    """name -> per-user scores of finished baselines, in the table's order; and the Config they were made with."""
+    names = finished(folder, "baselines", "make baselines")["rows"]
+    return ({name: per_user(folder / slug(name) / "per_user.parquet") for name in names},
+            json.loads((folder / "config.json").read_text())["config"])
+
+
+def run(config: Config) -> dict[str, dict[str, dict]]:
+    """-> row -> metric -> {mean, low, high, coverage, count}."""
+    inputs = {"data": file_id(config.data_dir / "source.json")} if config.data_dir.exists() else {}
+    if config.settings:
+        inputs["settings"] = file_id(config.settings)
+    with Run(config.stage("baselines"), config, inputs, ("device", "save_every", "settings")) as out:
         if out.done:
             print((out.path / "table.txt").read_text())
-            return {}
-        test, valid = Scorer(shop, "test"), Scorer(shop, "valid")
-        if len(test.users) == 0 or len(valid.users) == 0:
-            raise PageLLMError(f"{config.data_dir} has no held-out rows")
-        gram = torch.zeros(shop.n_items, shop.n_items)
-        for at in range(0, shop.n_users, 4096):
-            X = history_matrix(shop.csr("train"), np.arange(at, min(at + 4096, shop.n_users)), shop.n_items)
-            gram += X.T @ X
-        best = (-1.0, 0.0)
-        seen = shop.csr("train", positive=None)
-        for ridge in map(float, config.ridges.split(",")):
-            ranked = rank_rows(shop, valid.users, ease_weights(gram, ridge), seen, config.k, config.depth)
-            best = max(best, (float(np.nanmean(valid(ranked, config.k)["NDCG@100"])), ridge))
-        seen = shop.csr(("train", "valid"), positive=None)
-        pages = {"popularity": popularity_pages(shop, test.users, seen, config.k, config.depth),
-                 f"EASE, ridge {best[1]:g}": rank_rows(shop, test.users, ease_weights(gram, best[1]), seen, config.k,
-                                                       config.depth)}
-        results = {}
-        for name, ranked in pages.items():
-            folder = out.path / name.split(",")[0].lower()
-            folder.mkdir(exist_ok=True)
-            write_pages(folder / "pages.parquet", ranked)
-            scores = test(read_pages(folder / "pages.parquet", shop), config.k)
-            with atomic(folder / "per_user.parquet") as beside:
-                pq.write_table(pa.table({"user": ranked.user, **scores}), beside)
-            results[name] = {m: metrics.summary(v, config.seed, config.n_boot) for m, v in scores.items()
-                             if not np.isnan(v).all()}
+            return json.loads((out.path / "metrics.json").read_text())
+        bench = Bench(config)
+        shop, scorer = bench.shop, bench.test
+        seen = seen_rows(shop, "test", config.mask)
+        names = config.models.split(",")
+        chosen = stored(Path(config.settings), names) if config.settings else {}
+        results, rows = {}, {}
+
+        def add(name: str, fitted: Fitted) -> None:
+            rows[name], results[name] = score_row(out.path / slug(name), name, bench.rank(fitted, scorer.users, seen),
+                                                  shop, scorer, seen, config)
+
+        for name in names:
+            if name in chosen:
+                fitted = bench.fit(name, chosen[name]["settings"])
+            else:
+                chosen[name], fitted = bench.choose(name, out.path / "trials.json")
+            add(name, fitted)
+        write_json(out.path / "settings.json", chosen)
+        write_json(out.path / "split.json", split_record(config, shop))
+        for name in names if config.refit else ():
+            add(f"{name}, refit", bench.fit(name, chosen[name]["settings"], ("train", "valid")))
+        for name, scores in rows.items():
+            check_leak(name, scores, scorer.held.counts()[scorer.users], results.get("EASE"))
         write_json(out.path / "metrics.json", results)
-        text = table(results, (*COLUMNS, "energy", "true_energy"))
+        heading = f"{config.dataset}: {audience(shop, scorer, config.mask)}"
+        text = (f"{heading}; pages of {config.k}, mean over users and its 95% bootstrap interval\n\n"
+                f"{table(results, SHOWN)}\n\n"
+                + "\n".join(f"{name}: {json.dumps(chosen[name]['settings'])}" for name in names if GRIDS[name]) + "\n")
         with atomic(out.path / "table.txt") as beside:
-            beside.write_text(text + "\n")
-        out.finish(ridge=best[1])
+            beside.write_text(text)
+        save(out.path, compare({name: [scores] for name, scores in rows.items()}, SHOWN, config.versus, config.seed,
+                               config.n_boot), heading)
+        out.finish(rows=list(rows))
         print(text)
         return results
 

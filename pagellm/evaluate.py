@@ -6,31 +6,39 @@ Writes  runs/<run>/evaluate                 <policy>/pages.parquet (user, rank, 
 
     make evaluate                           python -m pagellm.evaluate --dataset synthetic --policies popularity,sft
 
-Seconds for the synthetic shop on two CPU cores.
+Every ranking is over the whole catalogue less what the mask takes out, and every test user counts. Equal scores go by
+a seeded shuffle. Where runs/<dataset>/baselines lies, its rows are printed below, and a policy beyond three times
+EASE stops as a suspected leak. Seconds for the synthetic shop on two CPU cores.
 """
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from pagellm import dist, metrics
 from pagellm.config import PageLLMError, check, main
-from pagellm.data.shop import Shop, load
+from pagellm.data.shop import SPLITS, Rows, Shop, load
 from pagellm.policy import MODES, Policy, RankedPages, Scorer
 from pagellm.run import Common, Run, atomic, file_id, finished, write_json
 from pagellm.train import keyed
 
-__all__ = ["COLUMNS", "Config", "LABELS", "popularity_pages", "read_pages", "run", "table", "write_pages"]
+__all__ = ["COLUMNS", "Config", "LABELS", "audience", "check_leak", "check_mask", "check_pages", "popularity_pages",
+           "rank_all", "read_pages", "run", "seen_rows", "table", "top_items",
+           "with_users", "write_pages"]
 
 LABELS = {"popularity": "popularity", "sft": 'SFT = "w/o reward"', "ppo": "PageLLM"}
 DIFFERENCE = "PageLLM - SFT"     # the paired row of the table
 COLUMNS = ("Recall@20", "Recall@40", "NDCG@100", "WAS", "PWKT", "WMRD", "DPA", "ILD", "entropy", "redundancy",
            "duplicate_rate")
+SUSPECT = 3.0                    # times EASE: more than any honest recommender gains on it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +48,8 @@ class Config(Common):
     source_run: str = ""         # run whose sft is read; empty: this run (studies share one)
     policies: str = "popularity,sft,ppo"  # which to evaluate, comma-separated
     split: str = "test"          # held-out rows that count as right: test or valid
+    mask: str = "train+valid"    # splits whose items no page may hold; "train": as some papers do. With
+                                 # split=valid always train
     k: int = 20                  # slots of a page, decoded one after another
     depth: int = 100             # ranks in all; past the page by the first slot's logits
     mode: str = "greedy"         # greedy, beam, or one_shot (all ranks by the first slot's logits)
@@ -53,24 +63,109 @@ class Config(Common):
         names = self.policies.split(",")
         check(self, policies=(set(names) <= set(LABELS) and len(set(names)) == len(names),
                               f"some of {','.join(LABELS)}"),
-              split=(self.split in ("test", "valid"), "test or valid"), k=(self.k > 0, "1 or more"),
+              split=(self.split in ("test", "valid"), "test or valid"), mask=check_mask(self.mask),
+              k=(self.k > 0, "1 or more"),
               depth=(self.depth >= self.k, f"k={self.k} or more"), mode=(self.mode in MODES, ", ".join(MODES)),
               batch=(self.batch > 0, "1 or more"), n_boot=(self.n_boot > 1, "2 or more"),
               examples=(self.examples >= 0, "0 or more"))
 
 
-def popularity_pages(shop: Shop, users: np.ndarray, seen, k: int, depth: int) -> RankedPages:
-    """The most bought train items that a user has not seen; ties by id."""
-    count = np.bincount(shop.csr("train").items, minlength=shop.n_items)
-    order = np.lexsort((np.arange(shop.n_items), -count))
-    item = np.full((len(users), depth), -1, dtype=np.int64)
-    for row, user in enumerate(users):
-        gone = seen.of(user)[0]
-        top = order[: depth + len(gone)]
-        top = top[~np.isin(top, gone)][:depth]
-        item[row, : len(top)] = top
-    score = np.where(item >= 0, count[item], -np.inf).astype(np.float32)
-    return RankedPages(users, item, score, np.minimum((item >= 0).sum(1), k))
+def check_mask(mask: str) -> tuple[bool, str]:
+    """Whether a Config's mask is one, and what would be: a rule for config.check."""
+    names = mask.split("+")
+    return ("train" in names and set(names) <= set(SPLITS) - {"test"} and len(set(names)) == len(names),
+            "train, train+valid or train+valid+unused")
+
+
+def seen_rows(shop: Shop, split: str, mask: str) -> Rows:
+    """What no page may hold when `split` is scored: rows of the mask's splits, liked or not; for valid, train's."""
+    return shop.csr(tuple(mask.split("+")) if split == "test" else "train", positive=None)
+
+
+def top_items(score: Tensor, users: np.ndarray, seen: Rows, depth: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The best `depth` items of each user that are not in `seen`, over the whole catalogue.
+
+    score (B, N) float, users (B,). Returns item (B, depth) int64, -1 past the end, and score (B, depth) float32.
+    Equal scores: i goes before j for half of the users, whatever their numbers: by shuffled[i] xor drawn[user].
+    Raises ValueError on a NaN.
+    """
+    score = score.float()
+    if score.isnan().any():
+        raise ValueError("top_items: a score is NaN")
+    N = score.shape[1]
+    shuffled = torch.from_numpy(keyed(seed, "ties", "items").permutation(N))
+    drawn = keyed(seed, "ties", "users").integers(1 << max(1, (N - 1).bit_length()), size=len(seen.indptr) - 1)
+    bits = (score + 0.0).view(torch.int32)                             # + 0: -0 equals 0
+    key = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32   # integers in the order of the floats
+    key |= shuffled ^ torch.from_numpy(drawn[users])[:, None]
+    gone = torch.from_numpy(seen.padded(users))
+    row, column = (gone >= 0).nonzero(as_tuple=True)
+    lowest = torch.iinfo(torch.int64).min
+    key[row, gone[row, column]] = lowest
+    best, item = key.topk(min(depth, N), dim=1)
+    value = score.gather(1, item)
+    legal = (best > lowest) & (value > -torch.inf)
+    return torch.where(legal, item, -1), torch.where(legal, value, -torch.inf)
+
+
+def rank_all(score: Callable[[np.ndarray], Tensor], users: np.ndarray, seen: Rows, k: int, depth: int, seed: int = 0,
+             block: int = 512) -> RankedPages:
+    """`top_items` of many users, `block` at once; score: users (B,) -> (B, N)."""
+    parts = [top_items(score(some), some, seen, depth, seed)
+             for some in (users[at: at + block] for at in range(0, len(users), block))]
+    item, value = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    return RankedPages(users, item, value, np.minimum((item >= 0).sum(1), k))
+
+
+def popularity_pages(shop: Shop, users: np.ndarray, seen: Rows, k: int, depth: int, seed: int = 0) -> RankedPages:
+    """The most bought train items that a user has not seen."""
+    count = torch.from_numpy(np.bincount(shop.csr("train").items, minlength=shop.n_items)).float()
+    return rank_all(lambda some: count.expand(len(some), -1), users, seen, k, depth, seed)
+
+
+def check_pages(name: str, ranked: RankedPages, users: np.ndarray, seen: Rows) -> None:
+    """Raise PageLLMError unless these are lists of exactly these users (rising), free of masked items."""
+    if not np.array_equal(ranked.user, users):
+        raise PageLLMError(f"{name}: lists of {len(ranked.user):,} users, where {len(users):,} have held-out "
+                           "items: every one of them must count\n  Write a list, if an empty one, for each.")
+    base = max(int(seen.items.max(initial=0)), int(ranked.item.max(initial=0))) + 1
+    masked = np.repeat(np.arange(len(seen.indptr) - 1), seen.counts()) * base + seen.items
+    shown = (ranked.user[:, None] * base + ranked.item)[ranked.item >= 0]
+    bad = np.isin(shown, masked)
+    if bad.any():
+        user, item = divmod(int(shown[bad][0]), base)
+        raise PageLLMError(f"{name}: {int(bad.sum()):,} listed items are masked, first item {item} of user "
+                           f"{user}\n  Leave out what the mask takes out before ranking.")
+
+
+def check_leak(name: str, scores: dict[str, np.ndarray], n_labels: np.ndarray,
+               ease: dict[str, dict] | None = None) -> None:
+    """Raise PageLLMError for scores that no honest run has.
+
+    scores    as Scorer gives them        n_labels (U,) held-out items of each user
+    ease      metric -> {"mean": ...} of EASE on the same users: more than SUSPECT times that is a suspected leak
+    """
+    bound = metrics.ndcg_bound(n_labels, {20: scores["Recall@20"], 40: scores["Recall@40"]})
+    above = scores["NDCG@100"] > bound + 1e-9
+    if above.any():
+        raise PageLLMError(f"{name}: NDCG@100 of {int(above.sum()):,} users exceeds what their recall allows: "
+                           "suspected leak or broken metric\n  Look at how these lists were scored.")
+    for metric in ("Recall@20", "Recall@40", "NDCG@100"):
+        mean, plain = float(np.nanmean(scores[metric])), (ease or {}).get(metric, {}).get("mean", np.inf)
+        if mean > SUSPECT * plain > 0:
+            raise PageLLMError(f"{name}: {metric} {mean:.4f} is more than {SUSPECT:g} times EASE's {plain:.4f}: "
+                               "suspected leak\n  Look for held-out rows in what it was fitted to, or for ranking "
+                               "among a few candidates.")
+
+
+def audience(shop: Shop, scorer: Scorer, mask: str, split: str = "test") -> str:
+    """One sentence on who and what is scored: users, cold users, cold held-out items, mask, candidates."""
+    users, held = scorer.users, scorer.held
+    cold = int((shop.csr("train").counts()[users] == 0).sum())
+    trained = np.bincount(shop.csr("train").items, minlength=shop.n_items) > 0
+    return (f"{len(users):,} users, all counted, {cold:,} of them cold (no train row); {len(held.items):,} held-out "
+            f"items, {int((~trained[held.items]).sum()):,} of them cold; ranked: all {shop.n_items:,} items less the "
+            f"user's {mask if split == 'test' else 'train'} rows")
 
 
 def write_pages(path: Path, ranked: RankedPages) -> None:
@@ -111,6 +206,15 @@ def read_pages(path: Path, shop: Shop) -> RankedPages:
     slots = (np.bincount(row, data["page"].to_numpy(zero_copy_only=False)[order], len(users)).astype(np.int64)
              if "page" in data.column_names else count)
     return RankedPages(users, grid, score, slots)
+
+
+def with_users(ranked: RankedPages, users: np.ndarray) -> RankedPages:
+    """The same lists with an empty one for each of `users` (rising) that a file cannot hold, having no row."""
+    at = np.searchsorted(users, ranked.user)
+    item = np.full((len(users), ranked.item.shape[1]), -1, np.int64)
+    score, slots = np.full(item.shape, -np.inf, np.float32), np.zeros(len(users), np.int64)
+    item[at], score[at], slots[at] = ranked.item, ranked.score, ranked.slots
+    return RankedPages(users, item, score, slots)
 
 
 def heading(name: str) -> str:
@@ -182,14 +286,15 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
             return json.loads((out.path / "metrics.json").read_text())
         scorer = Scorer(shop, config.split)
         history, held = shop.csr("train"), scorer.held
-        seen = shop.csr(("train", "valid") if config.split == "test" else "train", positive=None)
+        seen = seen_rows(shop, config.split, config.mask)
+        baselines = baselines_of(config)
         users = scorer.users
         if len(users) == 0:
             raise PageLLMError(f"{config.data_dir} has no {config.split} rows: nothing to evaluate on")
         results, pages, rows = {}, {}, {}
         for name in names:
             if name == "popularity":
-                ranked = popularity_pages(shop, users, seen, config.k, config.depth)
+                ranked = popularity_pages(shop, users, seen, config.k, config.depth, config.seed)
             else:
                 policy = Policy.load(where[name], device)
                 ranked = policy.rank(users, history, seen, config.k, config.depth, config.mode, config.batch,
@@ -199,7 +304,9 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
                 continue
             folder.mkdir(exist_ok=True)
             write_pages(folder / "pages.parquet", ranked)
-            scores = scorer(read_pages(folder / "pages.parquet", shop), config.k)
+            check_pages(name, ranked, users, seen)
+            scores = scorer(with_users(read_pages(folder / "pages.parquet", shop), users), config.k)
+            check_leak(name, scores, scorer.held.counts()[users], baselines.get("EASE"))
             with atomic(folder / "per_user.parquet") as beside:
                 pq.write_table(pa.table({"user": ranked.user, **scores}), beside)
             results[name] = {metric: metrics.summary(values, config.seed, config.n_boot)
@@ -215,7 +322,8 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
             text = table(results, (*COLUMNS, "energy", "true_energy"))
         short = int((pages[names[-1]].slots < config.k).sum())
         text = (f"{config.dataset}: {len(users):,} users, {shop.n_items:,} items, {config.split} split, pages of "
-                f"{config.k}; mean over users and its 95% bootstrap interval\n\n{text}\n"
+                f"{config.k}; mean over users and its 95% bootstrap interval\n"
+                f"{audience(shop, scorer, config.mask, config.split)}\n\n{text}\n"
                 + (f"\n{short} pages are shorter than {config.k}: no more legal items\n" if short else "")
                 + "\n" + show_pages(shop, pages, held, history, config.examples, config.k, config.seed) + "\n")
         write_json(out.path / "metrics.json", results)
@@ -224,7 +332,20 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
         out.finish(users=len(users))
         if not config.quiet:
             print(text)
+            print(f"beside: runs of make baselines DATASET={config.dataset}\n\n{table(baselines, COLUMNS[:3])}"
+                  if baselines else f"plain baselines beside this: make baselines DATASET={config.dataset}")
         return results
+
+
+def baselines_of(config: Config) -> dict[str, dict[str, dict]]:
+    """The baselines' scores of this data set, if they are there and were made on the same split under the same mask."""
+    folder = Path(config.runs) / config.dataset / "baselines"
+    if config.split != "test" or not (folder / "done").exists():
+        return {}
+    made = json.loads((folder / "config.json").read_text())
+    if made["config"]["mask"] != config.mask or made["inputs"]["data"] != file_id(config.data_dir / "source.json"):
+        return {}
+    return json.loads((folder / "metrics.json").read_text())
 
 
 if __name__ == "__main__":

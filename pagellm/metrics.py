@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 __all__ = ["DIRECTION", "average_ranks", "balance", "dpa", "duplicate_rate", "entropy", "ild", "ndcg",
-           "near_duplicate_pairs", "paired", "paper_scale", "pwkt", "recall", "redundancy", "score_pages",
+           "ndcg_bound", "near_duplicate_pairs", "paired", "paper_scale", "pwkt", "recall", "redundancy", "score_pages",
            "summary", "unknown_rate", "was", "wmrd"]
 
 # Which way is better, for every name that score_pages may return ("Recall@5" and the like go up too).
@@ -80,6 +80,23 @@ def ndcg(ref: Items, gen: Items, k: int | None = None, rel: Sequence[float] | No
 
 def dcg(gains: Sequence[float]) -> float:
     return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, start=1))
+
+
+def ndcg_bound(n: np.ndarray, recalls: Mapping[int, np.ndarray], k: int = 100) -> np.ndarray:
+    """The most that binary NDCG@k can be beside these recalls: hits lead their band, the rest follow the last cut.
+
+    n        (U,) labels of each user        recalls  cut -> (U,) Recall@cut, cuts up to k
+    returns  (U,), NaN without labels. A score above it was not computed from the same lists.
+    """
+    n = np.asarray(n, dtype=np.int64)
+    gained = np.concatenate([[0.0], np.cumsum(1.0 / np.log2(np.arange(k) + 2.0))])     # by the first j ranks
+    total, found, start = np.zeros(len(n)), np.zeros(len(n), dtype=np.int64), 0
+    for cut, recall_at in sorted(recalls.items()):
+        hits = np.rint(np.nan_to_num(recall_at) * n).astype(np.int64)
+        total += gained[np.minimum(start + hits - found, k)] - gained[start]
+        found, start = hits, cut
+    total += gained[np.minimum(start + n - found, k)] - gained[start]
+    return np.where(n > 0, total / np.where(n > 0, gained[np.minimum(n, k)], 1.0), np.nan)
 
 
 class Aligned(NamedTuple):

@@ -1,39 +1,210 @@
-"""EASE: the closed form solves its own problem, and never recommends what was seen."""
+"""Baselines from data to table: what they may see, what they leave out, and that a search is a search."""
+
+import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from experiments import baselines
+from experiments.baselines import climb, read_rows, run
+from experiments.models import GRIDS, Fitted, fit
 from pagellm.config import PageLLMError
 from pagellm.data import prepare
 from pagellm.data.shop import load
+from pagellm.run import file_id
+
+SETTINGS = {"popularity": {}, "ItemKNN": {"neighbours": 10, "shrink": 2.0}, "EASE": {"ridge": 20.0},
+            "ALS": {"factors": 4, "alpha0": 0.1, "reg": 0.01, "nu": 0.5}}
 
 
-def test_the_closed_form_is_a_minimum_under_a_zero_diagonal():
-    X = (torch.rand(30, 6, generator=torch.Generator().manual_seed(0)) < 0.4).double()
-    B = baselines.ease_weights(X.T @ X, 2.0)
-    assert torch.equal(B.diagonal(), torch.zeros(6, dtype=torch.float64))
-
-    def cost(W):
-        return (X - X @ W).square().sum() + 2.0 * W.square().sum()
-
-    B = B.clone().requires_grad_()
-    grad = torch.autograd.grad(cost(B), B)[0]
-    assert grad[~torch.eye(6, dtype=torch.bool)].abs().max() < 1e-9
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("baselines")
+    prepare.run(prepare.Config(data=str(root / "data"), users=80, items=60))
+    (root / "settings.json").write_text(json.dumps({name: {"settings": s} for name, s in SETTINGS.items()}))
+    return root
 
 
-def test_baselines_run_and_leave_seen_items_out(tmp_path, capsys):
-    prepare.run(prepare.Config(data=str(tmp_path / "data"), users=80, items=60))
-    config = baselines.Config(data=str(tmp_path / "data"), runs=str(tmp_path / "runs"), ridges="10,100", n_boot=20)
-    results = baselines.run(config)
-    assert list(results)[0] == "popularity" and list(results)[1].startswith("EASE, ridge 10")
-    shop = load(tmp_path / "data" / "synthetic")
+def config(root, **more):
+    return baselines.Config(**{"data": str(root / "data"), "runs": str(root / "runs"), "n_boot": 20,
+                               "settings": str(root / "settings.json")} | more)
+
+
+@pytest.fixture(scope="module")
+def searched(root):
+    made = config(root, run="searched", settings="", trials=3, refit=True)
+    run(made)
+    return made.stage("baselines")
+
+
+def permuted(source, target, splits, seed=0):
+    """A copy of a prepared data set in which rows of `splits` have traded items, and valid and test their names."""
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    shop, table = load(source), pq.read_table(source / "interactions.parquet")
+    item, rng = shop.item.copy(), np.random.default_rng(seed)
+    have = set(zip(shop.user.tolist(), item.tolist(), strict=True))
+    rows = np.flatnonzero(np.isin(table["split"].to_pylist(), splits))
+    moved = 0
+    for _ in range(20 * len(rows)):
+        a, b = rng.choice(rows, 2)
+        (ua, ia), (ub, ib) = (shop.user[a], item[a]), (shop.user[b], item[b])
+        if not {(ua, ib), (ub, ia)} & have:                     # one row for each (user, item)
+            have -= {(ua, ia), (ub, ib)}
+            have |= {(ua, ib), (ub, ia)}
+            item[a], item[b], moved = ib, ia, moved + 1
+    assert moved > len(rows) / 2
+    names = np.array(table["split"].to_pylist(), dtype=object)
+    if splits == ["valid", "test"]:
+        names = np.where(names == "valid", "test", np.where(names == "test", "valid", names))
+    columns = {"item": pa.array(item, pa.int32()), "split": pa.array(names.tolist()).dictionary_encode()}
+    for name, column in columns.items():
+        table = table.set_column(table.column_names.index(name), name, column)
+    pq.write_table(table, target / "interactions.parquet")
+    about = json.loads((target / "source.json").read_text())
+    about["written"]["interactions.parquet"] = file_id(target / "interactions.parquet")
+    (target / "source.json").write_text(json.dumps(about))
+
+
+def artefacts(data, root, settings_file, name):
+    """Everything the baselines learn from `data`, and the pages they write under the train mask, as bytes."""
+    shop = load(data / "synthetic")
+    found = {}
+    for model, chosen in SETTINGS.items():
+        fitted = fit(model, shop.csr("train"), shop.n_users, shop.n_items, chosen)
+        found |= {f"{model} {what}": array.numpy().tobytes() for what, array in fitted.learned.items()}
+    run(config(root, data=str(data), run=name, mask="train", settings=str(settings_file)))
+    folder = root / "runs" / name / "baselines"
+    return found | {str(path.relative_to(folder)): path.read_bytes()
+                    for path in [*folder.glob("*/pages.parquet"), folder / "settings.json"]}
+
+
+def test_held_out_rows_move_no_byte_of_what_is_trained(root, tmp_path):
+    """Validation and test rows trade items and places: weights, factors, counts and pages stay. Train rows' do not."""
+    source = root / "data" / "synthetic"
+    permuted(source, tmp_path / "held" / "synthetic", ["valid", "test"])
+    permuted(source, tmp_path / "train" / "synthetic", ["train"])
+    chosen = root / "settings.json"
+    before = artefacts(root / "data", tmp_path, chosen, "before")
+    assert len(before) == 5 + 4 + 1
+    held = artefacts(tmp_path / "held", tmp_path, chosen, "held")
+    assert {name for name in before if before[name] != held[name]} == set()
+    train = artefacts(tmp_path / "train", tmp_path, chosen, "train")
+    assert {name for name in before if before[name] == train[name]} == {"settings.json"}
+
+
+def test_test_rows_move_no_byte_of_a_search(root, tmp_path, searched):
+    """Settings are chosen on validation: the test rows' items may be anybody's."""
+    permuted(root / "data" / "synthetic", tmp_path / "synthetic", ["test"])
+    made = config(root, data=str(tmp_path), runs=str(tmp_path / "runs"), settings="", trials=3)
+    run(made)
+    for name in ("settings.json", "trials.json"):
+        assert (made.stage("baselines") / name).read_bytes() == (searched / name).read_bytes()
+
+
+def test_a_run_leaves_everything_that_its_docstring_names(searched, root, capsys):
+    names = [*GRIDS, *(f"{name}, refit" for name in GRIDS)]
+    rows, made = read_rows(searched)
+    assert list(rows) == names and made["mask"] == "train+valid"
+    results = json.loads((searched / "metrics.json").read_text())
+    shop = load(root / "data" / "synthetic")
     seen = shop.csr(("train", "valid"), positive=None)
-    ranked = baselines.rank_rows(shop, np.arange(shop.n_users), torch.eye(shop.n_items), seen, 20, 30)
-    for user, items in zip(ranked.user, ranked.item, strict=True):
-        assert not set(items[items >= 0]) & set(seen.of(user)[0])
-    baselines.run(config)
-    assert "EASE" in capsys.readouterr().out
-    with pytest.raises(PageLLMError, match="ridges="):
-        baselines.Config(ridges="a")
+    for name in names:
+        assert results[name]["NDCG@100"]["mean"] == pytest.approx(np.mean(rows[name]["NDCG@100"]))
+        assert results[name]["NDCG@100"]["count"] == len(np.unique(shop.user[shop.rows("test")]))
+        table = pq.read_table(searched / baselines.slug(name) / "pages.parquet").to_pydict()
+        for user, item in zip(table["user"], table["item"], strict=True):
+            assert item not in seen.of(user)[0]
+    split = json.loads((searched / "split.json").read_text())
+    assert split["rows"]["test"]["positive"] == int(shop.rows("test").sum())
+    assert split["id"] == baselines.file_id(shop.path / "interactions.parquet")
+    settings_found = json.loads((searched / "settings.json").read_text())
+    assert all(settings_found[name]["settings"].keys() == GRIDS[name].keys() for name in GRIDS)
+    run(config(root, run="searched", settings="", trials=3, refit=True))
+    printed = capsys.readouterr().out
+    assert "EASE, refit" in printed and f"{shop.n_users} users, all counted" in printed
+    for table in ("table.md", "table.tex"):
+        assert "EASE, refit" in (searched / table).read_text()
+
+
+def test_refitting_sees_validation_rows_and_plain_fitting_does_not(searched, root):
+    shop, chosen = load(root / "data" / "synthetic"), json.loads((searched / "settings.json").read_text())
+    for splits, name in ((("train",), "ease"), (("train", "valid"), "ease--refit")):
+        fitted = fit("EASE", shop.csr(splits), shop.n_users, shop.n_items, chosen["EASE"]["settings"])
+        table = pq.read_table(searched / name / "pages.parquet").to_pydict()
+        score = fitted.score(np.array(table["user"]))
+        got = score[np.arange(len(score)), table["item"]]
+        np.testing.assert_allclose(got, table["score"], atol=1e-5)
+
+
+def test_an_unfinished_search_carries_on(root, searched, monkeypatch):
+    """Values already found are not looked for again, and the result is the same."""
+    made = config(root, run="again", settings="", trials=3, refit=True)
+    folder = made.stage("baselines")
+    folder.mkdir(parents=True)
+    kept = dict(list(json.loads((searched / "trials.json").read_text()).items())[:-1])
+    (folder / "trials.json").write_text(json.dumps(kept))
+    calls, plain = [], baselines.Bench.validate
+    monkeypatch.setattr(baselines.Bench, "validate", lambda self, f: calls.append(1) or plain(self, f))
+    run(made)
+    assert len(calls) == 1
+    for name in ("settings.json", "trials.json", "metrics.json"):
+        assert (folder / name).read_bytes() == (searched / name).read_bytes()
+
+
+def test_a_model_fitted_to_test_rows_is_stopped(root, monkeypatch):
+    """A recommender that knows the test items; EASE beside it is honest and made weak."""
+    plain = baselines.fit
+
+    def leaky(name, rows, n_users, n_items, chosen, seed, gram):
+        if name == "ALS":
+            rows = load(root / "data" / "synthetic").csr("test")
+            chosen = chosen | {"factors": 32, "alpha0": 0.001, "reg": 0.0003}
+        elif name == "EASE":
+            fitted = plain(name, rows, n_users, n_items, chosen, seed, gram)
+            return Fitted(lambda users: -fitted.score(users), fitted.learned)
+        return plain(name, rows, n_users, n_items, chosen, seed, gram)
+
+    monkeypatch.setattr(baselines, "fit", leaky)
+    made = config(root, run="leak", models="EASE,ALS")
+    with pytest.raises(PageLLMError, match="ALS: .* times EASE's .*: suspected leak"):
+        run(made)
+    assert not (made.stage("baselines") / "done").exists()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 6), min_size=0, max_size=3), st.integers(0, 10 ** 6), st.integers(1, 40))
+def test_climb_keeps_its_budget_and_ends_on_a_peak(sizes, seed, trials):
+    """Never a worse value than any tried; with budget left, no neighbour is better."""
+    grid = {f"x{i}": tuple(range(n)) for i, n in enumerate(sizes)}
+    surface = np.random.default_rng(seed).random(sizes or 1)
+    tried = []
+
+    def value(chosen):
+        tried.append(tuple(chosen.values()))
+        return float(surface[tried[-1] or 0])
+
+    chosen, best, tries = climb(grid, value, trials)
+    assert tries == len(tried) == len(set(tried)) <= trials
+    assert best == max(float(surface[t or 0]) for t in tried) == float(surface[tuple(chosen.values()) or 0])
+    if tries < trials:
+        for i, n in enumerate(sizes):
+            for step in (-1, 1):
+                to = list(chosen.values())
+                to[i] += step
+                assert not 0 <= to[i] < n or surface[tuple(to)] <= best
+
+
+def test_wrong_options_say_what_is_wanted(root, tmp_path):
+    for bad in ({"models": "EASE,SLIM"}, {"mask": "valid"}, {"versus": "EASE, refit"}, {"settings": "nowhere.json"},
+                {"trials": 0}):
+        with pytest.raises(PageLLMError, match=f"{next(iter(bad))}="):
+            baselines.Config(**bad)
+    (tmp_path / "half.json").write_text(json.dumps({"EASE": {"settings": {"ridge": 1.0}}}))
+    with pytest.raises(PageLLMError, match="has no settings of popularity"):
+        run(config(root, run="half", settings=str(tmp_path / "half.json")))

@@ -1,0 +1,198 @@
+"""Cold start (the paper's appendix F): half of the training interactions; users by how many they have.
+
+    make coldstart DATASET=toys             python -m experiments.coldstart --dataset toys --seeds 3
+    python -m experiments.coldstart --policies sft,ppo       our rows beside the baselines'
+
+Each seed draws which half of every user's train rows stays, rounded up, so that nobody is left without. The others
+become `unused`: unknown to every model, and kept off every page (mask train+valid+unused), so that full and half are
+ranked among the same items and nobody pays for recommending what was taken away. Validation and test rows stay.
+Settings are chosen on the full data and kept for the halves.
+
+Writes data/<dataset>-half-s<seed>/, runs/<study>/..., and runs/<study>/<dataset>.{parquet,md}
+"""
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from experiments import baselines
+from experiments.ablation import overrides
+from experiments.models import GRIDS
+from experiments.study import Stages, Variant, difference, per_user, run_variant, write_table
+from pagellm import evaluate, ppo, pretrain, reward, sft
+from pagellm.config import PageLLMError, check, main
+from pagellm.data import prepare
+from pagellm.data.filters import group_rank
+from pagellm.data.shop import Shop, load
+from pagellm.run import atomic, file_id
+from pagellm.train import keyed
+
+__all__ = ["Config", "groups", "run", "thin"]
+
+MASK = "train+valid+unused"
+METRICS = ("Recall@20", "Recall@40", "NDCG@100")
+FIXED = {"dataset", "run", "data", "runs", "seed", "source_run", "settings", "trials", "models", "mask"}
+STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "evaluate": evaluate}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What half of the training interactions costs each recommender, for users with few and with many."""
+
+    dataset: str = "synthetic"   # name of the data set
+    raw: str = ""                # directory of its raw files, if it is not prepared yet
+    study: str = "coldstart"     # name of the study: results lie in <runs>/<study>
+    share: float = 0.5           # of each user's train rows that stay, rounded up
+    seeds: int = 3               # seeds 0, 1, ...; each draws its own half
+    models: str = ",".join(GRIDS)  # baselines, comma-separated
+    trials: int = 24             # settings tried for each on the full data
+    settings: str = ""           # settings.json of an earlier search, used instead
+    policies: str = ""           # our rows: sft, ppo, or both, comma-separated; trained on full and on each half
+    bins: str = "4,8,16"         # users by full train rows: up to 4, 5 to 8, 9 to 16, more
+    data: str = "data"           # directory of prepared data sets
+    runs: str = "runs"           # directory of runs
+    pretrain: str = ""           # options for that stage of our rows, as on its command line
+    sft: str = ""                # options for sft
+    reward: str = ""             # options for reward
+    ppo: str = ""                # options for ppo
+    evaluate: str = ""           # options for evaluate
+    baselines: str = ""          # options for baselines
+
+    def __post_init__(self):
+        edges = [int(e) if e.isdigit() else -1 for e in self.bins.split(",")]
+        rising = edges[0] >= 0 and all(a < b for a, b in zip(edges, edges[1:], strict=False))
+        check(self, share=(0 < self.share < 1, "between 0 and 1"), seeds=(self.seeds > 0, "1 or more"),
+              policies=(set(filter(None, self.policies.split(","))) <= {"sft", "ppo"}, "sft, ppo or both"),
+              bins=(rising, "rising whole numbers, comma-separated"))
+
+
+def thin(source: Path, target: Path, share: float, seed: int) -> None:
+    """Copy a prepared data set with only `share` of each user's train rows, rounded up; the others become unused.
+
+    Rows that were liked and rows that were not are thinned apart. Review text of dropped rows goes too. Does nothing
+    where the same copy is there; raises PageLLMError where another is.
+    """
+    record = {"from": file_id(source / "interactions.parquet"), "share": share, "seed": seed}
+    if (target / "source.json").exists():
+        if json.loads((target / "source.json").read_text()).get("thinned") != record:
+            raise PageLLMError(f"{target} was thinned differently\n  Remove it to make it anew.")
+        return
+    shop = load(source)
+    train = np.flatnonzero(shop.rows("train", None))
+    draw = keyed(seed, "thin").random(len(train))
+    rank, size = group_rank(shop.user[train] * 2 + shop.positive[train], draw)
+    dropped = train[rank >= np.ceil(share * size)]
+    with prepare.building(target) as folder:
+        for path in source.iterdir():
+            shutil.copyfile(path, folder / path.name)
+        table = pq.read_table(source / "interactions.parquet")
+        split = np.asarray(table["split"].cast("string").to_pylist(), dtype=object)
+        split[dropped] = "unused"
+        at = table.column_names.index("split")
+        pq.write_table(table.set_column(at, "split", pa.array(split.tolist(), pa.string()).dictionary_encode()),
+                       folder / "interactions.parquet", compression="zstd")
+        if (source / "reviews.parquet").exists():
+            reviews = pq.read_table(source / "reviews.parquet")
+            gone = shop.user[dropped] * shop.n_items + shop.item[dropped]
+            code = (reviews["user"].to_numpy().astype(np.int64) * shop.n_items + reviews["item"].to_numpy())
+            pq.write_table(reviews.filter(pa.array(~np.isin(code, gone))), folder / "reviews.parquet",
+                           compression="zstd")
+        written = {path.name: file_id(path) for path in sorted(folder.iterdir()) if path.name != "source.json"}
+        about = json.loads((source / "source.json").read_text()) | {"thinned": record, "written": written}
+        (folder / "source.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+
+
+def groups(shop: Shop, users: np.ndarray, edges: Iterable[int]) -> dict[str, np.ndarray]:
+    """name -> (U,) bool: all users, and users by their train positives: up to each edge, more than the last."""
+    count, low, found = shop.csr("train").counts()[users], 0, {"all": np.ones(len(users), dtype=bool)}
+    for edge in edges:
+        found[f"{low}–{edge}"] = (low <= count) & (count <= edge)
+        low = edge + 1
+    return found | {f"{low}+": count >= low}
+
+
+def run(config: Config) -> list[dict]:
+    data = Path(config.data)
+    if not (data / config.dataset / "source.json").exists():
+        prepare.run(prepare.Config(dataset=config.dataset, raw=config.raw, data=config.data))
+    options = {name: overrides(module, getattr(config, name)) for name, module in STAGES.items()}
+    plainly = overrides(baselines, config.baselines)
+    for name, chosen in (*options.items(), ("baselines", plainly)):
+        if FIXED & set(chosen):
+            raise PageLLMError(f"--{name} must not set {', '.join(sorted(FIXED & set(chosen)))}: the study does")
+    options["evaluate"]["mask"] = MASK
+    stages = Stages(config.data, config.runs, config.raw, **options)
+    shared = {"data": config.data, "runs": config.runs, "mask": MASK, "models": config.models,
+              "versus": config.models.split(",")[0], **plainly}
+    halves = [f"{config.dataset}-half-s{seed}" for seed in range(config.seeds)]
+    for seed, half in enumerate(halves):
+        thin(data / config.dataset, data / half, config.share, seed)
+
+    def plain(dataset: str, settings: str, seed: int) -> dict[str, dict[str, np.ndarray]]:
+        made = baselines.Config(dataset=dataset, run=f"{config.study}/{dataset}", settings=settings, seed=seed,
+                                trials=config.trials, **shared)
+        baselines.run(made)
+        return baselines.read_rows(made.stage("baselines"))[0]
+
+    full = plain(config.dataset, config.settings, 0)
+    chosen = str(Path(config.runs) / config.study / config.dataset / "baselines" / "settings.json")
+    thinned = [plain(half, chosen, seed) for seed, half in enumerate(halves)]
+    rows = {name: ([full[name]] * config.seeds, [half[name] for half in thinned]) for name in full}
+    for policy in filter(None, config.policies.split(",")):
+        variant = Variant(policy, policy=policy)
+        rows[evaluate.LABELS[policy]] = tuple(
+            [per_user(run_variant(config.study, dataset, variant, seed, stages)) for seed, dataset in enumerate(names)]
+            for names in ([config.dataset] * config.seeds, halves))
+    shop = load(data / config.dataset)
+    users = next(iter(full.values()))["user"]
+    records = drops(rows, groups(shop, users, map(int, config.bins.split(","))))
+    folder = Path(config.runs) / config.study
+    write_table(folder / f"{config.dataset}.parquet", records)
+    text = (f"{config.dataset}: {config.share:g} of each user's train rows, {config.seeds} draws; mean on full, on the "
+            f"thinned data, drop in percent; difference with its 95% interval (bootstrap over seeds and users)\n\n"
+            f"{show(records)}\n")
+    with atomic(folder / f"{config.dataset}.md") as beside:
+        beside.write_text(text)
+    print(text)
+    return records
+
+
+def drops(rows: dict[str, tuple[list, list]], members: dict[str, np.ndarray]) -> list[dict]:
+    """One record for each row, metric and group of users. rows: name -> (full, thinned), one per-user dict a seed."""
+    records = []
+    for name, (full, thinned) in rows.items():
+        for group, mine in members.items():
+            if not mine.any():
+                continue
+            for metric in METRICS:
+                before, after = ([scores[metric][mine] for scores in seeds] for seeds in (full, thinned))
+                change, low, high = difference(after, before, draws=1000)
+                mean = float(np.nanmean(before))
+                records.append({"variant": name, "users": group, "count": int(mine.sum()), "metric": metric,
+                                "full": mean, "thinned": float(np.nanmean(after)), "difference": change, "low": low,
+                                "high": high, "drop": -100 * change / mean if mean else math.nan})
+    return records
+
+
+def show(records: list[dict]) -> str:
+    """Markdown: rows and groups down, metrics across."""
+    lines = ["| | users | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
+    for first in range(0, len(records), len(METRICS)):
+        some = records[first: first + len(METRICS)]
+        cells = [f"{r['full']:.4f} → {r['thinned']:.4f}, {-r['drop']:+.1f}% ({r['difference']:+.4f} "
+                 f"[{r['low']:+.4f}, {r['high']:+.4f}])" for r in some]
+        who = f"{some[0]['users']} ({some[0]['count']:,})"
+        lines.append(f"| {some[0]['variant']} | {who} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Config, run, "experiments.coldstart"))

@@ -1,0 +1,186 @@
+"""Plain recommenders, exact and small: popularity, ItemKNN, EASE, implicit ALS. Train rows in, scores out.
+
+    fitted = fit("EASE", shop.csr("train"), shop.n_users, shop.n_items, {"ridge": 200.0}, seed=0)
+    fitted.score(users)                     (B, N) float32, higher is better; unseen and seen items alike
+
+Nothing here sees a validation or test row: `rows` is all there is. ItemKNN and EASE hold N x N float32 (570 MB at
+12,000 items; EASE three of them for a moment).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pagellm.config import PageLLMError
+from pagellm.data.shop import Rows
+from pagellm.train import keyed
+
+__all__ = ["GRIDS", "Fitted", "als", "als_side", "ease_weights", "fit", "gram_matrix", "grid_of", "knn_weights",
+           "sum_rows"]
+
+LARGEST = 40_000         # items for which N x N float32 (6.4 GB) is still worth trying
+
+# Values to try, in order; a search starts in the middle of each.
+GRIDS: dict[str, dict[str, tuple]] = {
+    "popularity": {},
+    "ItemKNN": {"neighbours": (10, 20, 50, 100, 200, 500, 1000, 2000, 5000),
+                "shrink": (0.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0)},
+    "EASE": {"ridge": (10.0, 20.0, 50.0, 100.0, 200.0, 350.0, 500.0, 1000.0, 2000.0)},
+    "ALS": {"factors": (8, 32, 64, 128, 256, 512), "alpha0": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
+            "reg": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0), "nu": (0.0, 0.5, 1.0)}}
+
+
+def grid_of(name: str, n_items: int) -> dict[str, tuple]:
+    """GRIDS[name] without numbers of factors or neighbours that the catalogue is too small for."""
+    return {what: tuple(v for v in values if v < n_items) or values[:1] if what in ("factors", "neighbours") else values
+            for what, values in GRIDS[name].items()}
+
+
+class Fitted(NamedTuple):
+    """A fitted recommender: how it scores, and every array it learned (what a leak would have to show in)."""
+
+    score: Callable[[np.ndarray], Tensor]       # users (B,) int64 -> (B, N) float32
+    learned: dict[str, Tensor]
+
+
+def fit(name: str, rows: Rows, n_users: int, n_items: int, settings: dict, seed: int = 0,
+        gram: Tensor | None = None) -> Fitted:
+    """Fit one of GRIDS to the positives `rows` of n_users users.
+
+    settings  values for that model's names in GRIDS        gram  (N, N), if it is at hand already
+    Raises PageLLMError for an unknown model, other settings than its own, or too many items for N x N.
+    """
+    if name not in GRIDS or set(settings) != set(GRIDS[name]):
+        raise PageLLMError(f"{name} with settings {settings}: want one of "
+                           + "; ".join(f"{model}: {', '.join(grid) or 'none'}" for model, grid in GRIDS.items()))
+    if name == "popularity":
+        count = torch.from_numpy(np.bincount(rows.items, minlength=n_items)).float()
+        return Fitted(lambda users: count.expand(len(users), -1), {"count": count})
+    if name == "ALS":
+        X, Y = als(rows, n_users, n_items, **settings, seed=seed)
+        return Fitted(lambda users: X[torch.from_numpy(users)] @ Y.T, {"users": X, "items": Y})
+    gram = gram_matrix(rows, n_items) if gram is None else gram
+    W = (knn_weights if name == "ItemKNN" else ease_weights)(gram, **settings)
+    return Fitted(lambda users: sum_rows(W, rows, users), {"weights": W})
+
+
+def gram_matrix(rows: Rows, n_items: int, block: int = 4_000_000) -> Tensor:
+    """X'X (N, N) float32: how many users have both items; the diagonal counts an item's users.
+
+    Sums over pairs of each user's items, `block` pairs at once. Raises PageLLMError where N x N is too large.
+    """
+    if n_items > LARGEST:
+        raise PageLLMError(f"{n_items:,} items: N x N float32 takes {4e-9 * n_items ** 2:.0f} GB, more than we try "
+                           f"({LARGEST:,} items)\n  Leave ItemKNN and EASE out: --models popularity,ALS")
+    gram = torch.zeros(n_items * n_items)
+    counts = rows.counts()
+    width = np.repeat(counts, counts)                               # of each row: partners, itself included
+    start = np.repeat(rows.indptr[:-1], counts)                     # of each row: where its user's items begin
+    ends = np.cumsum(width)
+    at = 0
+    while at < len(width):
+        to = max(at + 1, int(np.searchsorted(ends, (ends[at - 1] if at else 0) + block, side="right")))
+        w = width[at: to]
+        within = np.arange(w.sum()) - np.repeat(np.cumsum(w) - w, w)
+        code = np.repeat(rows.items[at: to], w) * n_items + rows.items[np.repeat(start[at: to], w) + within]
+        gram.index_add_(0, torch.from_numpy(code), torch.ones(len(code)))
+        at = to
+    return gram.view(n_items, n_items)
+
+
+def sum_rows(W: Tensor, rows: Rows, users: np.ndarray) -> Tensor:
+    """x_u W (B, M): the sum of the rows of W (N, M) that a user has; 0 for a user without any."""
+    counts = rows.counts()[users]
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    items = torch.from_numpy(rows.items[np.repeat(rows.indptr[users], counts) + within])
+    return F.embedding_bag(items, W, torch.from_numpy(np.cumsum(counts) - counts), mode="sum")
+
+
+def knn_weights(gram: Tensor, neighbours: int, shrink: float) -> Tensor:
+    """Cosine of item columns, g_ij / (sqrt(g_ii g_jj) + shrink), each row cut to its nearest; (N, N).
+
+    Every item tied with the last neighbour stays: a cut by item number would decide otherwise. The diagonal is 0.
+    """
+    size = gram.diagonal().sqrt()
+    S = gram / (torch.outer(size, size) + shrink).clamp_min(torch.finfo(gram.dtype).tiny)
+    S.fill_diagonal_(0.0)
+    last = torch.cat([part.topk(min(neighbours, len(S)), dim=1).values[:, -1:] for part in S.split(1024)])
+    return S.mul_(last <= S)
+
+
+def ease_weights(gram: Tensor, ridge: float) -> Tensor:
+    """EASE (Steck, WWW 2019): B (N, N), zero diagonal, argmin |X - XB|^2 + ridge |B|^2, from X'X (N, N).
+
+    With P = (X'X + ridge I)^-1:  B_ij = -P_ij / P_jj off the diagonal.
+    """
+    A = gram.clone()
+    A.diagonal().add_(ridge)
+    P = torch.cholesky_inverse(torch.linalg.cholesky(A))
+    return P.div_(-P.diagonal().clone()).fill_diagonal_(0.0)
+
+
+def als(rows: Rows, n_users: int, n_items: int, factors: int, alpha0: float, reg: float, nu: float, seed: int = 0,
+        iterations: int = 15) -> tuple[Tensor, Tensor]:
+    """Implicit ALS (Hu et al., ICDM 2008) with Rendle et al.'s (RecSys 2022) regularisation. X (U, d), Y (N, d).
+
+        sum_seen (1 - x_u.y_i)^2 + alpha0 sum_all (x_u.y_i)^2 + sum_u reg_u |x_u|^2 + sum_i reg_i |y_i|^2
+
+    reg_u = reg * c * (n_u + alpha0 N)^nu, likewise reg_i with (n_i + alpha0 U); c keeps the sum of all reg what it is
+    at nu = 1. nu = 0 is one penalty for all. Each half step is solved exactly, users last.
+    """
+    by_item = transpose(rows, n_items)
+    size_u, size_i = (torch.from_numpy(r.counts()).double() + alpha0 * n
+                      for r, n in ((rows, n_items), (by_item, n_users)))
+    c = (size_u.sum() + size_i.sum()) / (size_u.pow(nu).sum() + size_i.pow(nu).sum())
+    reg_u, reg_i = (reg * c * size.pow(nu) for size in (size_u, size_i))
+    start = keyed(seed, "als").standard_normal((n_items, factors), dtype=np.float32)
+    Y = torch.from_numpy(start) * (0.1 / factors ** 0.5)
+    for _ in range(iterations):
+        X = als_side(Y, rows, alpha0, reg_u.float())
+        Y = als_side(X, by_item, alpha0, reg_i.float())
+    return als_side(Y, rows, alpha0, reg_u.float()), Y
+
+
+def transpose(rows: Rows, n_items: int) -> Rows:
+    """Users of every item, in place of items of every user."""
+    user = np.repeat(np.arange(len(rows.indptr) - 1), rows.counts())
+    indptr = np.zeros(n_items + 1, np.int64)
+    np.cumsum(np.bincount(rows.items, minlength=n_items), out=indptr[1:])
+    order = np.argsort(rows.items, kind="stable")
+    return Rows(indptr, user[order], rows.ratings[order])
+
+
+def als_side(Y: Tensor, rows: Rows, alpha0: float, reg: Tensor, block: int = 4_000_000) -> Tensor:
+    """The best x_u for fixed Y (N, d), all u at once: (Y_u'Y_u + alpha0 Y'Y + reg_u I) x_u = Y_u'1. Returns (U, d).
+
+    Y_u (n, d) holds the rows of Y that u has; reg (U,). Users with equally many rows share a batch. In the basis Q
+    where Y'Y = Q diag(e) Q' is diagonal, H = alpha0 e + reg_u is too, so that few rows need only an n x n system:
+
+        x_u = Q H^-1 W' (I + W H^-1 W')^-1 1,   W = Y_u Q          (push-through identity)
+    """
+    e, Q = torch.linalg.eigh((Y.T @ Y).double())
+    Q, e = Q.to(Y.dtype), e.clamp_min(0.0).to(Y.dtype)
+    V, d = Y @ Q, Y.shape[1]
+    out = Y.new_zeros(len(rows.indptr) - 1, d)
+    counts = rows.counts()
+    for n in np.unique(counts[counts > 0]):
+        members = np.flatnonzero(counts == n)
+        step = max(1, int(block // (n * d + min(n, d) ** 2)))
+        for some in (members[at: at + step] for at in range(0, len(members), step)):
+            W = V[torch.from_numpy(rows.items[rows.indptr[some][:, None] + np.arange(n)])]      # (B, n, d)
+            H = alpha0 * e + reg[torch.from_numpy(some), None]                                  # (B, d)
+            if n <= d:
+                WH = W / H[:, None]
+                K = WH @ W.mT
+                K.diagonal(dim1=1, dim2=2).add_(1.0)
+                z = torch.cholesky_solve(W.new_ones(len(some), n, 1), torch.linalg.cholesky(K))
+                x = (WH.mT @ z)[..., 0]
+            else:
+                A = W.mT @ W + torch.diag_embed(H)
+                x = torch.cholesky_solve(W.sum(1)[..., None], torch.linalg.cholesky(A))[..., 0]
+            out[torch.from_numpy(some)] = x @ Q.T
+    return out
