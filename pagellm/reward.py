@@ -52,7 +52,8 @@ class Config(Common):
     source_run: str = ""         # run whose sft is read; empty: this run (studies share one)
     kinds: str = "preference,ranked,diversity,redundancy"   # kinds of pair to learn from, comma-separated
     leave_out: str = ""          # a kind kept out of training, whose accuracy is still measured
-    shuffle_labels: bool = False # control: chosen and rejected swapped at random; accuracy must then be near 0.5
+    shuffle_labels: bool = False # control: chosen and rejected swapped at random in all pairs, the held-out ones too;
+                                 # accuracy must then be near 0.5, or labels leak
     compare: bool = True         # let the heads see how much a slot's item resembles those above; off: the paper's
     per_kind: int = 10           # pairs of each kind tried for each user
     label_share: float = 0.5     # share of a user's train items that make the better page
@@ -329,9 +330,13 @@ def report(model: RewardModel, pairs: list[Pair], policy: Policy) -> dict:
     return out
 
 
-def swapped(pair: Pair, seed: int, index: int) -> Pair:
-    """The control: chosen and rejected change places for half of the pairs, drawn once for good."""
-    if keyed(seed, "reward", "shuffle", index).random() < 0.5:
+def swapped(pair: Pair, seed: int) -> Pair:
+    """The control: chosen and rejected change places for half of the pairs, drawn once for good.
+
+    Held-out pairs are swapped as well. All pairs of a kind differ in the same way, so a model that learnt nothing
+    still leans to one side of it, and against true labels would be right in nearly all of a kind or nearly none.
+    """
+    if keyed(seed, "reward", "shuffle", pair.seed).random() < 0.5:
         return pair
     return replace(pair, chosen=pair.rejected, rejected=pair.chosen)
 
@@ -372,14 +377,15 @@ def run(config: Config) -> None:
                 pq.write_table(to_table(pairs), beside)
         held = [p for p in pairs if is_held_out(p.user, config)]
         train = [p for p in pairs if not is_held_out(p.user, config) and p.kind != config.leave_out]
+        if config.shuffle_labels:
+            held, train = ([swapped(p, config.seed) for p in some] for some in (held, train))
         if not train:
             raise PageLLMError(f"all {len(pairs)} pairs are held out; lower held_out or take more users")
-        learn = [swapped(p, config.seed, i) for i, p in enumerate(train)] if config.shuffle_labels else train
 
         torch.manual_seed(key(config.seed, "reward", "heads") % (1 << 63))
         model = RewardModel(from_state(load_model_file(before / "model.pt")), config.compare).to(device)
-        lengths = tuple(2 * len(p.history) + len(p.chosen) for p in learn)
-        total = max(1, round(config.epochs * -(-len(learn) // config.batch)))
+        lengths = tuple(2 * len(p.history) + len(p.chosen) for p in train)
+        total = max(1, round(config.epochs * -(-len(train) // config.batch)))
         learner = dist.wrap(objective := Objective(learn_pairs, model=model), config.parallel)
         opt = optimiser(model, config.lr, config.weight_decay)
         guard = Guard(opt, model.parameters(), config.grad_clip)
@@ -394,10 +400,10 @@ def run(config: Config) -> None:
 
         bar = progress(start, total, "reward")
         for step in out.steps(bar):
-            _, index = batch_at(step, len(learn), config.batch, config.seed, "reward", length=lengths)
+            _, index = batch_at(step, len(train), config.batch, config.seed, "reward", length=lengths)
             set_lr(opt, lr_at(step, total, config.lr, config.warmup))
             mine, busy = dist.part(index)
-            b = collate([learn[i] for i in mine], policy, device)
+            b = collate([train[i] for i in mine], policy, device)
             loss, right = learner(config, b, busy)
             loss.backward()
             norm = guard.step(f"reward step {step}", lambda step=step, b=b: out.keep_for_replay(

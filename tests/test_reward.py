@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from pagellm.gpt2 import GPT2, Shape
+from pagellm.pairs import Pair
 from pagellm.reward import (
     Compare,
     Config,
@@ -22,6 +23,7 @@ from pagellm.reward import (
     page_loss,
     pair_loss,
     sequence_loss,
+    swapped,
     token_loss,
 )
 
@@ -246,3 +248,13 @@ def test_correlation_and_calibration():
     assert calibration(honest) < 0.02
     assert calibration(honest * 5) > 0.1
     assert calibration(np.zeros(0)) is None
+
+
+def test_the_control_swaps_half_of_the_pairs_and_nothing_else():
+    pairs = [Pair(0, "ranked", [1], [5.0], [2, 3], [3, 2], [True, True], 1.0, "swap", seed) for seed in range(2000)]
+    first, second = ([swapped(p, seed) for p in pairs] for seed in (0, 1))
+    assert first == [swapped(p, 0) for p in pairs] and first != second
+    for some in (first, second):
+        share = np.mean([p.chosen == [3, 2] for p in some])
+        assert 0.45 < share < 0.55
+    assert all({tuple(p.chosen), tuple(p.rejected)} == {(2, 3), (3, 2)} and p.kind == "ranked" for p in first)
