@@ -11,7 +11,8 @@ input   mutated lines of every spelling, gzip bombs, endless lines: no crash, re
 soak    all stages again and again in one process for `minutes`: no growth of memory, open files, threads or
         temporary files (make soak)
 
-Every trial runs in a forked child. Prints what was tried; exits 1 and says what broke, if anything did.
+Every trial runs in a forked child, so this process must have no threads but its own: run it as a command. Prints
+what was tried; exits 1 and says what broke, if anything did.
 """
 
 import contextlib
@@ -84,11 +85,15 @@ class Outcome:
     peak_mb: float
 
 
+TRIAL_SECONDS = 180          # a trial that takes longer hangs
+
+
 def forked(folder: Path, action: Callable[[], int], arm: Callable[[], None] | None = None,
-           signum: int = 0, after: float = 0.0) -> Outcome:
+           signum: int = 0, after: float = 0.0, patience: bool = True) -> Outcome:
     """Run action() in a child whose working directory is `folder`.
 
     arm            called in the child first      signum, after  sent by the parent after so many seconds
+    patience       False: wait however long it takes
     """
     out, count = folder / ".out", folder / ".operations"
     began = time.time()
@@ -118,7 +123,12 @@ def forked(folder: Path, action: Callable[[], int], arm: Callable[[], None] | No
         time.sleep(after)
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signum)
-    _, status, usage = os.wait4(child, 0)
+    deadline = time.time() + TRIAL_SECONDS + after
+    while not (ended := os.wait4(child, os.WNOHANG))[0]:
+        if time.time() > deadline and patience:
+            os.kill(child, signal.SIGQUIT)          # its end is then reported as any other's
+        time.sleep(0.002)
+    _, status, usage = ended
     text = out.read_text(errors="replace") if out.exists() else ""
     done = int(count.read_text()) if count.exists() else 0
     for path in (out, count):
@@ -423,10 +433,11 @@ class Bench:
                         f"{verb}: no batch kept for a closer look", ended)
 
     def little_memory(self) -> None:
-        folder = self.trial("sft")
-        ended = self.stage(folder, "sft", arm=little_memory)
-        self.refused(ended, "sft with too little memory", "out of memory", "--batch")
-        self.carry_on(folder, "sft", "after too little memory")
+        folder, more = self.trial("pretrain"), "--size small"
+        ended = self.stage(folder, "pretrain", more, arm=little_memory)
+        self.refused(ended, "pretrain with too little memory", "out of memory", "--batch")
+        again = self.stage(folder, "pretrain", more)
+        self.expect(again.code == 0, "pretrain after too little memory", again)
 
     def ranks(self) -> None:
         """Two processes; one is killed in mid-training; the job must end soon, and one process carries it on."""
@@ -465,7 +476,7 @@ class Bench:
         """The pipeline in a loop, in one process; what it holds after each round must not grow."""
         folder = self.root / "soak"
         folder.mkdir()
-        ended = forked(folder, lambda: rounds(minutes * 60))
+        ended = forked(folder, lambda: rounds(minutes * 60), patience=False)
         lines = [line for line in ended.text.splitlines() if line.startswith('{"memory_mb"')]
         self.expect(ended.code == 0 and len(lines) >= 4, f"soak: exit {ended.code} after {len(lines)} rounds", ended)
         if len(lines) < 4:
@@ -516,7 +527,7 @@ class Bench:
         bar.close()
         self.directories(sources, max(3, lines // 5000))
         self.odd_shops()
-        self.bombs()
+        self.bombs(large=lines >= 50_000)
 
     def directories(self, sources: dict, count: int) -> None:
         """prepare over whole directories in which some lines, or all, are rubbish: done, or one clear message."""
@@ -568,7 +579,7 @@ class Bench:
                         break
                 self.counts["odd shops: all stages" if ended.code == 0 else "odd shops: refused"] += 1
 
-    def bombs(self) -> None:
+    def bombs(self, large: bool) -> None:
         """A gigabyte of nothing in a megabyte of gzip, a line of 100 MB, brackets without end."""
         def bomb(write: Callable) -> None:
             folder = self.root / "fuzz"
@@ -585,8 +596,9 @@ class Bench:
                 for _ in range(1024):
                     file.write(bytes(1 << 20))
 
-        bomb(zeros)
-        bomb(lambda path: path.write_bytes(b'{"reviewerID": "' + b"a" * 100_000_000 + b'"}\n'))
+        if large:
+            bomb(zeros)
+            bomb(lambda path: path.write_bytes(b'{"reviewerID": "' + b"a" * 100_000_000 + b'"}\n'))
         for piece in (b"[", b'{"a":', b"{'a': (", b"-", b"{'a': " + b"-" * 1000, b'"\\u', b"\xff\xfe", b"{'a':not "):
             many = piece * (900_000 // len(piece))
             bomb(lambda path, many=many: path.write_bytes(b"{'b': " + many + b"\n" + many))
@@ -656,10 +668,11 @@ def read_everything(spelling: str, name: str) -> int:
     return 0 if adds_up else 1
 
 
-def rounds(seconds: float) -> int:
+def rounds(seconds: float, least: int = 8) -> int:
     """All stages over and over for so long; after each round one line of JSON: what this process holds."""
     end = time.time() + seconds
-    while time.time() < end:
+    while time.time() < end or least > 0:
+        least -= 1
         for verb, module in VERBS.items():
             code = main(module.Config, module.run, f"pagellm.{verb}", SMALL[verb].split())
             if code:
@@ -718,6 +731,7 @@ def children_of(pid: int) -> list[str]:
 
 def run(config: Config) -> list[str]:
     """-> what broke."""
+    tqdm.monitor_interval = 0           # its thread could hold a lock at the moment of a fork
     began, wanted = time.time(), config.suites.split(",")
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
         bench = Bench(Path(folder), config.seed)

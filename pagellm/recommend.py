@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +39,8 @@ __all__ = ["Config", "parse_history", "run"]
 @dataclass(frozen=True, kw_only=True)
 class Config(Sources):
     """Print one person's page (--user, --history), or write everybody's to a file (--all --out pages.parquet)."""
+
+    INFINITE: ClassVar[tuple[str, ...]] = ("price_max",)
 
     user: str = ""               # whose page, by the shop's own id; a stranger is served from the history alone
     history: str = ""            # items and ratings 1 to 5, oldest first: id:rating,id:rating; a bare id has no rating

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from tqdm import tqdm
@@ -36,6 +37,8 @@ __all__ = ["Common", "Run", "atomic", "digest", "file_id", "finished", "load_mod
 class Common:
     """Fields that every stage has."""
 
+    INFINITE: ClassVar[tuple[str, ...]] = ("grad_clip", "max_kl", "value_clip")     # infinity: no limit
+
     dataset: str = "synthetic"   # name of the data set: prepared data lie in <data>/<dataset>
     run: str = ""                # name of the run: results lie in <runs>/<run>/<stage>; empty: the data set's name
     data: str = "data"           # directory of prepared data sets
@@ -46,7 +49,7 @@ class Common:
     parallel: str = "ddp"        # with several processes: ddp (each holds everything) or fsdp (weights and moments cut)
 
     def __post_init__(self):
-        check_numbers(self, infinite=("grad_clip", "max_kl", "value_clip"))      # infinity: no limit
+        check_numbers(self, infinite=self.INFINITE)
         if hasattr(self, "grad_clip"):
             check(self, grad_clip=(self.grad_clip > 0, "above 0, or inf for no limit"))
         check(self, save_every=(self.save_every > 0, "1 or more"),

@@ -39,7 +39,7 @@ from pagellm.train import (
 )
 from pagellm.vocab import Vocab
 
-__all__ = ["Config", "PageMaker", "run", "sft_loss"]
+__all__ = ["Batch", "Config", "PageMaker", "run", "sft_loss"]
 
 
 OBJECTIVES = ("list", "multinomial", "both")

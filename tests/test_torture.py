@@ -1,79 +1,65 @@
-"""The short form of `make torture`: a few of each kind of harm, by the same code."""
+"""The short form of `make torture`: a few of each kind of harm, by the same command, which forks and so wants a process
+of its own."""
 
-import json
+import os
 import random
-import signal
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from experiments.torture import VERBS, Bench, Config, fuzzed_line, merged
+from experiments.torture import Config, fuzzed_line, merged
 from pagellm.config import PageLLMError
 
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory):
-    return Bench(tmp_path_factory.mktemp("torture") / "bench", seed=1)
+ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True)
-def nothing_broke(request):
-    yield
-    if "bench" in request.fixturenames:
-        bench = request.getfixturevalue("bench")
-        broken, bench.failures = bench.failures, []
-        assert not broken, "\n".join(broken)
+def python(*words):
+    """A Python of its own; -> exit code and all it said."""
+    ended = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           text=True, timeout=800, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return ended.returncode, ended.stdout
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_killed_stage_carries_on_and_ends_with_the_same_bytes(bench, verb):
-    bench.kill(verb)
-    assert bench.counts["killed"] + bench.counts["finished before"] > 0
+@pytest.mark.parametrize("suite, more, counted, least", [
+    ("kill", ["--moments", "1"], "killed", 3), ("signal", ["--moments", "1"], "stopped by a signal", 3),
+    ("fault", [], "faults", 40), ("ranks", [], "ranks killed", 1), ("input", ["--inputs", "5000"], "inputs", 5000),
+    ("soak", ["--minutes", "0.01"], "soak: rounds", 8)])
+def test_nothing_breaks(suite, more, counted, least):
+    code, said = python("-m", "experiments.torture", "--suites", suite, "--seed", "1", *more)
+    assert code == 0 and "nothing broke" in said, said[-3000:]
+    counts = {what: int(n.replace(",", "")) for n, what in re.findall(r"^ +([0-9,]+)  (.+)$", said, re.MULTILINE)}
+    assert counts[counted] >= least, counts
+    if suite == "input":
+        assert counts["rows read"] == counts["rows kept"] + counts["rows broken"] > 4000
+    if suite == "ranks":
+        assert counts["seconds until the job had ended"] < 60
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_first_and_says_how_to_go_on(bench, signum):
-    bench.signal("pretrain", signum)
-
-
-def test_a_signal_in_the_middle_leaves_a_checkpoint(bench):
-    """save_every is far away, so the checkpoint can only come from the signal."""
-    folder, place = bench.trial("sft"), bench.place(bench.root / "trial", "sft")
-    more = "--save_every 1000 --epochs 200"
-    ended = bench.stage(folder, "sft", more, signum=signal.SIGTERM, after=1.5)
-    if ended.code == -signal.SIGTERM:
-        pytest.skip("the child had not begun after 1.5 seconds: a very busy machine")
-    assert ended.code == 143 and ended.text.count("stopped by SIGTERM") == 1, ended.text
-    if (place / "log.jsonl").exists():      # training had begun
-        step = json.loads((place / "log.jsonl").read_text().splitlines()[-1])["step"]
-        assert (place / f"step-{step:08d}.pt").exists() and f"step {step}" in ended.text
-
-
-@pytest.mark.parametrize("fault", ["full_disk", "no_rights", "lost_input", "two_at_once", "not_a_number",
-                                   "little_memory"])
-def test_faults_are_refused_in_one_message(bench, fault):
-    getattr(bench, fault)()
-
-
-def test_two_ranks(bench):
-    bench.ranks()
-    assert bench.counts["seconds until the job had ended"] < 60
-
-
-def test_rubbish(bench):
-    bench.input(5000)
-    assert bench.counts["inputs"] >= 5000
-    assert bench.counts["rows read"] == bench.counts["rows kept"] + bench.counts["rows broken"] > 4000
-
-
-def test_the_bench_notices_a_difference(bench):
-    """Or no other test here would mean anything."""
+NOTICE = """
+import sys, tempfile
+from pathlib import Path
+from experiments.torture import Bench
+with tempfile.TemporaryDirectory() as root:
+    bench = Bench(Path(root) / "bench", 0)
     folder = bench.trial("sft")
     assert bench.stage(folder, "sft", "--seed 1").code == 0
     bench.same(folder, "sft", "with another seed")
     (folder / "runs" / ".x.tmp").write_text("")
     bench.same(folder, "sft", "with something left behind")
-    found, bench.failures = bench.failures, []
-    assert len(found) == 3 and "model.pt" in found[0] and "left behind" in found[2]
+    bench.expect(bench.stage(folder, "sft", "--seed 2").code == 0, "a changed seed was refused")
+print(*bench.failures, sep="\\n")
+"""
+
+
+def test_it_would_notice():
+    """Or no other test here would mean anything: other bytes, leftovers, a failing command."""
+    code, said = python("-c", NOTICE)
+    assert code == 0, said
+    for words in ("model.pt", "left behind", "a changed seed was refused"):
+        assert words in said
 
 
 def test_fuzzed_lines_are_seeded_and_stay_lines():
