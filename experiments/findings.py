@@ -1,0 +1,329 @@
+"""What a run has left on disk, read for the report: stages, results, pages, studies; and what follows from them.
+
+    found = read("runs", "synthetic", "data")
+    found.stages["ppo"].log, found.results["PageLLM"]["ILD"]["mean"], found.pages["ppo"].item
+
+Nothing here is trained or changed. A stage that is missing is said by `Missing`, with the command that makes it.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pagellm import metrics
+from pagellm.config import PageLLMError
+from pagellm.data.shop import Shop, load, source
+from pagellm.evaluate import LABELS, read_pages
+from pagellm.pairs import KINDS, Pair, from_table
+from pagellm.policy import Policy, RankedPages, Scorer
+from pagellm.prompts import pad_ids
+from pagellm.recommender import Ask, Recommender, Sources
+from pagellm.reward import RewardModel, is_held_out, score_pairs
+from pagellm.run import file_id, read_json
+from pagellm.train import keyed
+
+__all__ = ["Found", "Judged", "Missing", "STAGES", "Stage", "bins_of", "hits", "judge", "margins", "page_items", "read",
+           "spearman", "wilson"]
+
+STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
+
+
+class Missing(Exception):
+    """A section cannot be made: what is missing, and the command that makes it ("" if none does)."""
+
+    def __init__(self, what: str, command: str = ""):
+        super().__init__(what, command)
+        self.what, self.command = what, command
+
+
+@dataclass
+class Stage:
+    """One stage's directory. done, recorded ({config, inputs, versions}): {} where the file is not there."""
+
+    name: str
+    path: Path
+    command: str
+    done: dict
+    recorded: dict
+    log: list[dict]
+
+    def need(self, *fields: str) -> list[dict]:
+        """The log, if the stage has run and has a line with one of these fields. Raises Missing."""
+        if not any(name in row for row in self.log for name in fields):
+            raise Missing(f"no {self.name} log in {self.path}", self.command)
+        return self.log
+
+    def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """step, value of the log's lines that have this field as a finite number."""
+        rows = [(row["step"], row[name]) for row in self.log
+                if isinstance(row.get(name), int | float) and np.isfinite(row[name])]
+        return np.array([r[0] for r in rows]), np.array([r[1] for r in rows], dtype=float)
+
+
+@dataclass
+class Found:
+    """A run as it lies on disk.
+
+    results   row of the table -> metric -> {mean, low, high, coverage, count}; the metrics.json of evaluate and of
+              baselines as they are, and whatever other pages.parquet lies below the run, scored here
+    pages     row's key -> RankedPages        per_user  row's key -> {"user": (U,), metric: (U,)}
+    studies   file -> records of experiments.study.rows_of
+    notes     what was found but could not be used, and why
+    kept      results that several sections share
+    """
+
+    run: str
+    dataset: str
+    stages: dict[str, Stage]
+    split: str = "test"
+    k: int = 20
+    shop: Shop | None = None
+    source: dict = field(default_factory=dict)
+    scorer: Scorer | None = None
+    results: dict[str, dict] = field(default_factory=dict)
+    pages: dict[str, RankedPages] = field(default_factory=dict)
+    per_user: dict[str, dict] = field(default_factory=dict)
+    studies: dict[str, list[dict]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    kept: dict = field(default_factory=dict)
+
+    def both(self, what: str) -> tuple[RankedPages, RankedPages]:
+        """SFT's and PageLLM's pages of the same users. Raises Missing."""
+        for name in ("sft", "ppo"):
+            if name not in self.pages:
+                why = f"; {self.notes[0]}" if self.notes else ""
+                raise Missing(f"{what} needs the pages of {LABELS[name]}{why}", self.stages["evaluate"].command)
+        return self.pages["sft"], self.pages["ppo"]
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log.jsonl; a last line that a dying process left half-written is passed over."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows
+
+
+def read_stage(name: str, path: Path, command: str) -> Stage:
+    done, recorded = ({} if not (path / f).exists() else read_json(path / f) for f in ("done", "config.json"))
+    return Stage(name, path, command, done, recorded, read_log(path / "log.jsonl"))
+
+
+def read(runs: str, run: str, data: str, dataset: str = "") -> Found:
+    """Everything about one run. dataset empty: the one its stages name.
+
+    Raises PageLLMError if the run has no stage at all, or a file is damaged.
+    """
+    root = Path(runs) / run
+    near = {name: read_stage(name, root / name, "") for name in STAGES}
+    recorded = [s.recorded["config"] for s in near.values() if s.recorded]
+    if not recorded:
+        raise PageLLMError(f"no stage in {root}: nothing to report\n"
+                           f"  Make one with: make evaluate DATASET={dataset or run} RUN={run}")
+    dataset = dataset or recorded[0]["dataset"]
+    of = {key: next((c[key] for c in reversed(recorded) if c.get(key)), "") for key in ("source_run", "reward_run")}
+    place = {"pretrain": of["source_run"], "sft": of["source_run"], "reward": of["reward_run"] or of["source_run"]}
+    found = Found(run, dataset, {
+        name: read_stage(name, Path(runs) / (place.get(name) or run) / name,
+                         f"make {name} DATASET={dataset} RUN={place.get(name) or run}") for name in STAGES})
+    config = found.stages["evaluate"].recorded.get("config", {})
+    found.split, found.k = config.get("split", "test"), config.get("k", 20)
+    if (Path(data) / dataset / "source.json").exists():
+        found.source = source(Path(data) / dataset)
+        wanted = found.stages["evaluate"].recorded.get("inputs", {}).get("data")
+        if wanted in (None, file_id(Path(data) / dataset / "source.json")):
+            found.shop = load(Path(data) / dataset)
+            found.scorer = Scorer(found.shop, found.split)
+        else:
+            found.notes.append(f"{Path(data) / dataset} has changed since these pages were evaluated")
+    else:
+        found.notes.append(f"no prepared data in {Path(data) / dataset}")
+    read_results(found, root)
+    read_studies(found, Path(runs))
+    return found
+
+
+def read_results(found: Found, root: Path) -> None:
+    """metrics.json and pages of evaluate and baselines; other pages.parquet below the run are scored."""
+    keys, skipped, wanted = {}, [], found.stages["evaluate"].recorded.get("inputs", {}).get("data")
+    for folder in ("evaluate", "baselines"):
+        if not (root / folder / "done").exists():
+            continue
+        if wanted not in (None, read_json(root / folder / "config.json")["inputs"]["data"]):
+            found.notes.append(f"{root / folder} was made from other data than evaluate: left out")
+            skipped.append(folder)
+            continue
+        for name, scores in read_json(root / folder / "metrics.json").items():
+            key = name.split(",")[0].lower() if folder == "baselines" else name
+            if key not in keys:
+                keys[key] = LABELS.get(name, name)
+                found.results[keys[key]] = scores
+            path = root / folder / key / "per_user.parquet"
+            if path.exists() and key not in found.per_user:
+                table = pq.read_table(path)
+                found.per_user[key] = {c: table[c].to_numpy() for c in table.column_names}
+    if found.shop is None:
+        return
+    for path in sorted(root.rglob("pages.parquet")):
+        key = path.parent.name
+        if key in found.pages or path.relative_to(root).parts[0] in skipped:
+            continue
+        try:
+            found.pages[key] = ranked = read_pages(path, found.shop)
+        except (PageLLMError, pa.ArrowException) as error:
+            found.notes.append(str(error))
+            continue
+        if key not in keys:
+            scores = found.scorer(ranked, found.k)
+            found.per_user[key] = {"user": ranked.user, **scores}
+            found.results[key] = {m: metrics.summary(v, 0) for m, v in scores.items() if not np.isnan(v).all()}
+
+
+def read_studies(found: Found, runs: Path) -> None:
+    """<runs>/<study>/<dataset>-*.parquet with the columns that a study writes."""
+    for path in sorted(runs.glob("*/*.parquet")):
+        if not path.name.startswith((f"{found.dataset}-", f"{found.dataset}.")):
+            continue
+        try:
+            records = pq.read_table(path).to_pylist()
+        except pa.ArrowException as error:
+            found.notes.append(f"{path}: {error}")
+            continue
+        if records and {"variant", "metric", "mean", "difference", "low", "high", "versus"} <= set(records[0]):
+            found.studies[str(path.relative_to(runs))] = records
+        else:
+            found.notes.append(f"{path} is no table of a study: want variant, metric, mean, difference, low, high")
+
+
+def hits(pages: RankedPages, scorer: Scorer, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """(U, k) bool: the slot holds a held-out item of its user; (U, k) bool: another item of such an item's category."""
+    item, shop = page_items(pages, k), scorer.shop
+    user = np.repeat(np.arange(shop.n_users), scorer.held.counts())
+    exact = np.isin(pages.user[:, None] * shop.n_items + item, user * shop.n_items + scorer.held.items) & (item >= 0)
+    leaf, n_leaf = shop.catalogue.leaf_id, len(shop.catalogue.leaf_names) + 1
+    held_leaf = leaf[scorer.held.items]
+    wanted = (user * n_leaf + held_leaf)[held_leaf >= 0]
+    have = np.where(item >= 0, leaf[np.maximum(item, 0)], -1)
+    same = (have >= 0) & np.isin(pages.user[:, None] * n_leaf + have, wanted)
+    return exact, same & ~exact
+
+
+def page_items(pages: RankedPages, k: int) -> np.ndarray:
+    """(U, k) items of the pages' own slots, -1 past the end."""
+    item = np.full((len(pages.user), k), -1, dtype=np.int64)
+    width = min(k, pages.item.shape[1])
+    item[:, :width] = np.where(np.arange(width) < pages.slots[:, None], pages.item[:, :width], -1)
+    return item
+
+
+@dataclass
+class Judged:
+    """Rewards of the pages of some users, drawn once for good; columns: without reward, with it.
+
+    user (n,)    row (n,) their rows in the pages    token (2, n, k) NaN past the end    total (2, n)
+    """
+
+    user: np.ndarray
+    row: np.ndarray
+    token: np.ndarray
+    total: np.ndarray
+
+
+@torch.no_grad()
+def judge(found: Found, config, limit: int, batch: int = 128) -> Judged:
+    """What the reward model says of both policies' pages. Raises Missing."""
+    both = found.both("scoring pages")
+    for name in ("sft", "reward"):
+        if not found.stages[name].done:
+            raise Missing(f"no {name} model in {found.stages[name].path}", found.stages[name].command)
+    if not np.array_equal(both[0].user, both[1].user):
+        raise Missing("the two policies' pages are for different users", found.stages["evaluate"].command)
+    of = {name: found.stages[name].path.parent.name for name in ("sft", "reward")}
+    rec = Recommender.load(Sources(dataset=found.dataset, run=found.run, data=config.data, runs=config.runs,
+                                   source_run=of["sft"], reward_run=of["reward"], split=found.split,
+                                   device=config.device), policies=("sft",))
+    n = len(both[0].user)
+    row = np.sort(keyed(config.seed, "report", "judged").permutation(n)[:limit])
+    token, total = np.full((2, len(row), found.k), np.nan), np.zeros((2, len(row)))
+    for side, pages in enumerate(both):
+        items = page_items(pages, found.k)[row]
+        for at in range(0, len(row), batch):
+            some, users = items[at: at + batch], pages.user[row[at: at + batch]]
+            cases = [rec.case(Ask(user=found.shop.user_ids[u], policy="sft", k=1)) for u in users]
+            item = torch.from_numpy(pad_ids([i[i >= 0] for i in some], -1, found.k))
+            slots, page = rec.judge(cases, item, item >= 0)
+            kept = (item >= 0).numpy()
+            token[side, at: at + batch] = np.where(kept, slots.numpy(), np.nan)
+            total[side, at: at + batch] = page.numpy() + np.where(kept, slots.numpy(), 0).sum(1) / kept.sum(1).clip(1)
+    return Judged(both[0].user[row], row, token, total)
+
+
+def margins(found: Found, config, per_kind: int) -> dict[str, np.ndarray]:
+    """kind -> (n, 2): margin of the reward (chosen minus rejected) and of the energy, on held-out users' pairs.
+
+    At most per_kind of a kind, drawn once for good. Raises Missing.
+    """
+    stage = found.stages["reward"]
+    if not stage.done or not (stage.path / "pairs.parquet").exists():
+        raise Missing(f"no reward model in {stage.path}", stage.command)
+    if found.shop is None:
+        raise Missing(found.notes[0], f"make prepare DATASET={found.dataset}")
+    before = SimpleNamespace(**stage.recorded["config"])
+    table = pq.read_table(stage.path / "pairs.parquet")
+    users, back = np.unique(table["user"].to_numpy(), return_inverse=True)
+    held = np.array([is_held_out(int(u), before) for u in users])[back]
+    kind = np.array(table["kind"].to_pylist())
+    policy = Policy.load(found.stages["sft"].path, "cpu")
+    model = RewardModel.load(stage.path, "cpu")
+    out = {}
+    for name in KINDS:
+        rows = np.flatnonzero(held & (kind == name))
+        if not len(rows):
+            continue
+        rows = np.sort(keyed(config.seed, "report", "pairs", name).permutation(rows)[:per_kind])
+        pairs: list[Pair] = from_table(table.take(rows))
+        scores = score_pairs(model, pairs, policy)
+        total = scores["page"] + scores["token"]
+        out[name] = np.stack([total[:, 0] - total[:, 1], [p.delta_E for p in pairs]], 1)
+    return out
+
+
+def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float, float]:
+    """A share and its 95% Wilson interval. right: how many of n (may be half ones)."""
+    if n == 0:
+        return (float("nan"),) * 3
+    p = right / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return p, min(p, float(middle - half)), max(p, float(middle + half))
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Rank correlation, ties sharing a rank; None where one side does not vary."""
+    ranks = []
+    for x in (a, b):
+        _, inverse, count = np.unique(x, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(count) - (count + 1) / 2)[inverse])
+    if len(a) < 2 or min(r.std() for r in ranks) == 0:
+        return None
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def bins_of(values: np.ndarray, n: int) -> list[np.ndarray]:
+    """Up to n groups of rows with rising values and about equally many rows; equal values stay together."""
+    if not len(values):
+        return []
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, n + 1)[1:-1], method="higher"))
+    index = np.searchsorted(edges, values, side="right")
+    return [rows for g in range(len(edges) + 1) if len(rows := np.flatnonzero(index == g))]
