@@ -21,7 +21,7 @@ DONE := runs/$(RUN)
 PREPARED := data/$(DATASET)/source.json
 RAW_ARG := $(if $(RAW),--raw $(RAW))
 
-.PHONY: all help install test lint serve recommend ablation baselines coldstart bench torture soak clean $(STAGES)
+.PHONY: all help install test lint serve recommend report ablation baselines coldstart bench torture soak clean $(STAGES)
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
@@ -80,6 +80,10 @@ serve: $(VENV)/serve $(DONE)/ppo/done  ## the pages in a browser and over HTTP: 
 recommend: $(DONE)/ppo/done  ## one page in the terminal: ARGS="--user ID"; everybody's: ARGS="--all --out pages.parquet"
 	$(STAGE) pagellm.recommend $(BASE) $(ARGS)
 
+# It shows what is there and names what is missing, so it needs no stage; DATASET only if it is given.
+report: $(VENV)/report  ## everything about RUN in one HTML file: runs/<run>/report.html
+	$(PY) -m experiments.report --run $(RUN) $(if $(filter file,$(origin DATASET)),,--dataset $(DATASET)) $(ARGS)
+
 ablation: $(VENV)/installed  ## the paper's Table 5 over several seeds
 	$(PY) -m experiments.ablation --dataset $(DATASET) $(ARGS)
 
@@ -110,6 +114,10 @@ $(VENV)/dev: $(VENV)/installed
 
 $(VENV)/serve: $(VENV)/installed
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[serve]'
+	touch $@
+
+$(VENV)/report: $(VENV)/installed
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[report]'
 	touch $@
 
 clean:  ## remove runs of RUN (prepared data and other runs stay)

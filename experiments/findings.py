@@ -149,6 +149,10 @@ def read(runs: str, run: str, data: str, dataset: str = "") -> Found:
             found.notes.append(f"{Path(data) / dataset} has changed since these pages were evaluated")
     else:
         found.notes.append(f"no prepared data in {Path(data) / dataset}")
+    for name in ("sft", "ppo"):
+        seen = found.stages["evaluate"].recorded.get("inputs", {}).get(name)
+        if seen is not None and seen != found.stages[name].done.get("id"):
+            found.notes.append(f"{found.stages[name].path} is not what was evaluated: made again, or gone, since")
     read_results(found, root)
     read_studies(found, Path(runs))
     return found

@@ -114,6 +114,9 @@ def lines(curves: dict[str, Curve], x_label: str, y_label: str, alt: str, level:
         axes.axhline(level[1], color=INK, linewidth=0.8, linestyle=(0, (2, 2)), label=clean(level[0]))
     if x_names is not None:
         axes.set_xticks(range(len(x_names)), [clean(n) for n in x_names])
+    else:
+        whole = all(np.issubdtype(np.asarray(x).dtype, np.integer) for x, *_ in curves.values())
+        axes.locator_params(axis="x", nbins=7, **({"integer": True} if whole else {}))
     axes.set_xlabel(clean(x_label))
     axes.set_ylabel(clean(y_label))
     legend(figure, axes)
@@ -127,7 +130,7 @@ def dots(names: list[str], series: dict[str, list[tuple | None]], x_label: str, 
     level  x of a vertical line to compare with, such as 0 for differences
     """
     n = max(1, len(series))
-    figure, axes = canvas(0.9 + (0.16 + 0.13 * n) * len(names))
+    figure, axes = canvas(0.85 + (0.13 + 0.09 * n) * len(names))
     for i, (label, values) in enumerate(series.items()):
         at = [(row, v) for row, v in enumerate(values) if v is not None]
         y = np.array([row for row, _ in at]) + (i - (n - 1) / 2) * 0.7 / n
@@ -139,6 +142,7 @@ def dots(names: list[str], series: dict[str, list[tuple | None]], x_label: str, 
     axes.set_yticks(range(len(names)), [short(clean(name)) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel(clean(x_label))
+    axes.locator_params(axis="x", nbins=5)
     axes.grid(axis="y", visible=False)
     legend(figure, axes)
     return inline(figure, alt)

@@ -77,9 +77,11 @@ def table(head: list, rows: list[list], caption: str = "") -> str:
     cells = ["".join(c if isinstance(c, Html) and c.startswith("<td") else f"<td>{esc(c)}</td>" for c in row[1:])
              for row in rows]
     body = "".join(f'<tr><th scope="row">{esc(row[0])}</th>{c}</tr>' for row, c in zip(rows, cells, strict=True))
-    return ('<div class="scroll" tabindex="0"><table>' + (f"<caption>{esc(caption)}</caption>" if caption else "")
-            + "<thead><tr>" + "".join(f'<th scope="col">{esc(h)}</th>' for h in head)
-            + f"</tr></thead><tbody>{body}</tbody></table></div>")
+    columns = "".join(f'<th scope="col">{esc(h)}</th>' for h in head)
+    label = f' aria-label="{esc(caption)}"' if caption else ""
+    return ((f'<p class="quiet">{esc(caption)}</p>' if caption else "")
+            + f'<div class="scroll" tabindex="0"><table{label}>'
+            f"<thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table></div>")
 
 
 def figure(svg: str, caption: str) -> str:
@@ -103,7 +105,9 @@ def heading(metric: str) -> str:
 
 
 def verdict(metric: str, low: float, high: float) -> str:
-    """What a difference's interval says: better, worse, or within noise."""
+    """What a difference's interval says: better, worse, within noise, or equal."""
+    if low == high == 0:
+        return "equal"
     if low <= 0 <= high:
         return "within noise"
     return "better" if (low > 0) == up(metric) else "worse"
@@ -217,10 +221,13 @@ def curve(found: Found, stage: str, columns: dict[str, str], y_label: str, capti
 
 
 def or_missing(make: Callable[[], str]) -> str:
+    """What `make` returns; where something is missing or damaged, what it is and what to do."""
     try:
         return make()
     except Missing as missing:
         return missing_note(missing)
+    except PageLLMError as error:
+        return missing_note(Missing(str(error)))
 
 
 def missing_note(missing: Missing) -> str:
@@ -322,8 +329,8 @@ def reliability(found: Found, config: Config) -> str:
     other = {"margin": (e, m, m - half, m + half)}
     return (figure(lines(curves, "confidence, σ(|margin|)", "share right", f"Calibration: {story(curves)}",
                          diagonal=True, markers=True),
-                   f"Calibration on {len(both):,} held-out pairs, with Wilson intervals. Above the line: surer than it "
-                   "says it is.")
+                   f"Calibration on {len(both):,} held-out pairs, with Wilson intervals. Above the line: right "
+                   "more often than it says.")
             + figure(lines(other, "energy gap of the pair", "margin of the reward",
                            f"Reward margin by energy gap: {story(other)}", markers=True),
                      "Does the margin grow with the energy gap? Tenths of the pairs, 95% intervals."))
@@ -421,18 +428,19 @@ def popularity(found: Found, config: Config) -> str:
 
 
 def categories(shown: dict[str, np.ndarray], leaf: np.ndarray, names: list[str], most: int = 14) -> str:
-    """Share of slots of the largest categories, and what the others hold together."""
+    """Share of slots of the largest categories; in the caption what the others hold together."""
     share = {name: np.bincount(leaf[x][leaf[x] >= 0], minlength=len(names)) / max(1, len(x))
              for name, x in shown.items()}
     top = np.argsort(-sum(share.values()), kind="stable")[:most]
-    rest = len(names) > most
-    series = {name: [(v, v, v) for v in [*s[top], *([s.sum() - s[top].sum()] if rest else [])]]
-              for name, s in share.items()}
-    labels = [names[i] for i in top] + (["all others"] if rest else [])
+    series = {name: [(v, v, v) for v in s[top]] for name, s in share.items()}
+    labels = [names[i] for i in top]
+    rest = "" if len(names) <= most else f" The {len(names) - most} others hold " + ", ".join(
+        f"{s.sum() - s[top].sum():.1%} ({name})" for name, s in share.items()) + "."
     alt = "Share of slots by category: " + "; ".join(
         f"{label} " + ", ".join(f"{name} {series[name][i][0]:.1%}" for name in series)
         for i, label in enumerate(labels))
-    return figure(dots(labels, series, "share of slots", alt), "Categories of what stands on the pages.")
+    return figure(dots(labels, series, "share of slots", alt),
+                  "Categories of what stands on the pages." + rest)
 
 
 def history_length(found: Found, config: Config) -> str:
@@ -549,9 +557,9 @@ def examples(found: Found, config: Config) -> str:
     token = None
     if judged is not None:
         token = judged.token[:, np.searchsorted(judged.row, chosen)]
-        low, high = float(np.nanmin(token)), float(np.nanmax(token))
-        note += text(f"Heat: token reward, from {low:.2f} (palest) to {high:.2f} (strongest) over all pages shown.")
-        heat = 100 * (token - low) / max(high - low, 1e-9)
+        low, high = (f(token, axis=(0, 2), keepdims=True) for f in (np.nanmin, np.nanmax))
+        heat = 100 * (token - low) / np.maximum(high - low, 1e-9)
+        note += text("Heat: token reward, from the lowest (palest) to the highest (strongest) of a user's two pages.")
     out = [text("Drawn at random, not picked. ✓ a held-out item; ≈ not held out, but of a held-out item's category."),
            note]
     for at, row in enumerate(chosen):
@@ -689,6 +697,8 @@ def the_judged(found: Found, config: Config) -> Judged:
             found.kept["judged"] = judge(found, config, config.judged)
         except Missing as missing:
             found.kept["judged"] = missing
+        except PageLLMError as error:
+            found.kept["judged"] = Missing(str(error))
     if isinstance(found.kept["judged"], Missing):
         raise found.kept["judged"]
     return found.kept["judged"]

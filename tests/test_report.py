@@ -1,0 +1,359 @@
+"""The report: complete, true to metrics.json, self-contained, escaped, honest about what is missing."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("matplotlib", reason="needs the extra: pip install 'pagellm[report]'")
+
+from experiments import findings, plots, report  # noqa: E402
+from experiments.study import write_table  # noqa: E402
+from pagellm import evaluate  # noqa: E402
+from pagellm.config import PageLLMError  # noqa: E402
+from pagellm.policy import RankedPages  # noqa: E402
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+EVIL = "</script><script>alert('1')</script><img src=x onerror=\"a\"> $\\frac{1}{0}$ & \x00\n`{{7*7}}` http://evil.example/"
+
+
+class Page(HTMLParser):
+    """tags: (name, attributes) in order; text of each section; cells of each table, row by row."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.open, self.sections, self.tables, self.css = [], [], {}, [], ""
+        self.section = None
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "section":
+            self.section = dict(attrs)["id"]
+            self.sections[self.section] = ""
+        elif tag == "table":
+            self.tables.append((self.section, []))
+        elif tag == "tr":
+            self.tables[-1][1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][1][-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes what was not opened last"
+        if tag == "section":
+            self.section = None
+
+    def handle_data(self, data):
+        if self.section:
+            self.sections[self.section] += data
+        if "style" in self.open:
+            self.css += data
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][1][-1][-1] += data + " "
+
+
+@pytest.fixture(scope="module")
+def root(served, tmp_path_factory):
+    """`served` with an evaluation and one study."""
+    root = tmp_path_factory.mktemp("report") / "root"
+    shutil.copytree(served, root)
+    common = {"run": "base", "data": str(root / "data"), "runs": str(root / "runs"), "device": "cpu"}
+    evaluate.run(evaluate.Config(k=6, depth=40, n_boot=50, quiet=True, **common))
+    write_table(root / "runs" / "ablation" / "synthetic-table5.parquet", [
+        {"variant": v, "metric": "ILD", "direction": "up", "seeds": 2, "mean": 0.5 + d, "sd_over_seeds": 0.01,
+         "versus": "mixed", "difference": d, "low": d - 0.1, "high": d + 0.1}
+        for v, d in (("mixed", 0.0), ("item <only>", 0.0625))])
+    return root
+
+
+def config(root, **more):
+    return report.Config(**{"run": "base", "data": str(root / "data"), "runs": str(root / "runs"), "device": "cpu",
+                            "examples": 5, "judged": 30, "pairs": 40} | more)
+
+
+@pytest.fixture(scope="module")
+def text(root):
+    return report.run(config(root)).read_text()
+
+
+@pytest.fixture(scope="module")
+def page(text):
+    return Page(text)
+
+
+def test_every_section_is_there_and_has_content(page):
+    assert list(page.sections) == list(report.SECTIONS)
+    for name, words in page.sections.items():
+        assert "Missing" not in words, f"{name}: {words[:300]}"
+        assert len(words) > 40 or name == "alarms", name
+    assert not page.open
+    inside = {name: 0 for name in page.sections}
+    now = None
+    for tag, attrs in page.tags:
+        now = attrs["id"] if tag == "section" else now
+        inside[now] = inside.get(now, 0) + (tag == "figure")
+    for name, least in {"results": 1, "learning": 12, "reward": 3, "truth": 2, "positions": 3, "popularity": 2,
+                        "history": 4, "energy": 2, "studies": 1}.items():
+        assert inside[name] >= least, f"{name}: {inside[name]} figures"
+
+
+def test_every_figure_says_what_it_shows(page):
+    pictures = [attrs for tag, attrs in page.tags if tag == "svg" or attrs.get("role") == "img"]
+    assert len(pictures) > 35
+    for attrs in pictures:
+        assert attrs["role"] == "img" and len(attrs["aria-label"]) > 20 and re.search(r"\d", attrs["aria-label"])
+    assert sum(tag == "figure" for tag, _ in page.tags) == sum(tag == "figcaption" for tag, _ in page.tags)
+
+
+def test_nothing_is_asked_of_the_network(page):
+    for tag, attrs in page.tags:
+        assert tag not in {"script", "link", "img", "iframe", "object", "embed", "image", "base", "form"}, tag
+        for name, value in attrs.items():
+            assert not name.startswith(("on", "xmlns", "xlink")), (tag, name)
+            if name in ("href", "src", "srcset", "action"):
+                assert value.startswith("#"), (tag, name, value)
+            for target in re.findall(r"url\(([^)]*)\)", value or ""):
+                assert target.startswith("#"), (tag, name, value)
+    assert page.css and "url(" not in page.css and "@import" not in page.css
+
+
+def test_ids_are_unique_and_what_is_referred_to_exists(page):
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    wanted = {value[1:] for _, attrs in page.tags for name, value in attrs.items() if name == "href"}
+    wanted |= {m for _, attrs in page.tags for v in attrs.values() for m in re.findall(r"url\(#([^)]*)\)", v or "")}
+    assert wanted and wanted <= set(ids)
+
+
+def test_light_and_dark(text, page):
+    assert "prefers-color-scheme: dark" in page.css and "color-scheme: light dark" in page.css
+    light, dark = page.css.split("prefers-color-scheme: dark", 1)
+    drawing = "".join(text.split("<svg")[1:])
+    used = set(re.findall(r"var\((--\w+)\)", drawing))
+    assert {"--s0", "--s1", "--grid"} <= used and "currentColor" in drawing
+    for name in used | {"--ink", "--paper"}:
+        assert f"{name}:" in light and (f"{name}:" in dark or name == "--v"), name
+    assert not re.search(r"(fill|stroke): ?#(?!fff)", drawing), "a colour that no theme can change"
+
+
+def test_numbers_are_those_of_metrics_json(root, page):
+    stored = json.loads((root / "runs" / "base" / "evaluate" / "metrics.json").read_text())
+    first, versus = [rows for section, rows in page.tables if section == "results"][:2]
+    named = {evaluate.LABELS.get(name, name): scores for name, scores in stored.items()}
+    head = [h.strip() for h in first[0]]
+    assert head[1:] == ["popularity", 'SFT = "w/o reward"', "PageLLM"]
+    seen = 0
+    for row in first[1:]:
+        metric = row[0].split()[0]
+        for name, cell in zip(head[1:], row[1:], strict=True):
+            s = named[name][metric]
+            assert cell.split() == [f"{s['mean']:.4f}", f"[{s['low']:.4f},", f"{s['high']:.4f}]"], (metric, name)
+            seen += 1
+    assert seen >= 3 * 10
+    at = [h.strip() for h in versus[0]].index('SFT = "w/o reward"')
+    for row in versus[1:]:
+        s = stored["PageLLM - SFT"][row[0].split()[0]]
+        words = row[at].split()
+        assert words[0] == f"{s['mean']:+.4f}" and words[-2:] == [f"[{s['low']:+.4f},", f"{s['high']:+.4f}]"]
+        assert (" ".join(words[1:-2]) == "within noise") == (s["low"] <= 0 <= s["high"] and s["low"] < s["high"])
+
+
+def test_reward_accuracy_and_options_are_those_on_disk(root, page):
+    done = json.loads((root / "runs" / "base" / "reward" / "done").read_text())["held_out"]
+    rows = next(rows for section, rows in page.tables if section == "reward")
+    assert {row[0].strip(): row[2].strip() for row in rows[1:]} == {
+        kind: f"{v['accuracy']:.4f}" for kind, v in done.items() if isinstance(v, dict)}
+    words = page.sections["provenance"]
+    for stage in findings.STAGES:
+        recorded = json.loads((root / "runs" / "base" / stage / "config.json").read_text())
+        assert recorded["versions"]["torch"] in words and all(option in words for option in recorded["config"])
+    assert "0.0625" in page.sections["studies"] and "item <only>" in page.sections["studies"]
+
+
+def test_examples_mark_exactly_the_hits(root, page):
+    """The summaries count what the pages mark, and the pages count what the held-out rows say."""
+    found = findings.read(str(root / "runs"), "base", str(root / "data"))
+    told = re.findall(r"user (\S+): (\d+) held-out items found without reward, (\d+) with", page.sections["examples"])
+    assert len(told) == 5
+    for name, *counts in told:
+        user = found.shop.user_ids.index(name)
+        held = set(found.scorer.held.of(user)[0].tolist())
+        for policy, count in zip(("sft", "ppo"), counts, strict=True):
+            pages = found.pages[policy]
+            row = int(np.flatnonzero(pages.user == user)[0])
+            assert int(count) == len(held & set(pages.item[row, : pages.slots[row]].tolist()))
+    assert page.sections["examples"].count("Ground truth") == 5
+    lists = [attrs for tag, attrs in page.tags if tag == "ol"]
+    strips = [attrs["aria-label"] for tag, attrs in page.tags if attrs.get("class") == "strip"]
+    assert len(lists) == len(strips) == 10
+    marked = sum(label.count("✓") for label in strips)
+    assert marked == sum(int(n) for _, *counts in told for n in counts)
+
+
+def test_the_same_files_give_the_same_bytes(root, text):
+    again = report.run(config(root, out=str(root / "again.html")))
+    assert again.read_text() == text
+
+
+def test_hostile_titles_stay_text(root):
+    found = findings.read(str(root / "runs"), "base", str(root / "data"))
+    c = found.shop.catalogue
+    c.title[:] = [f"{EVIL}{i}" for i in range(len(c))]
+    c.leaf[:] = [EVIL] * len(c)
+    c.leaf_names[:] = [f"{i}{EVIL}" for i in range(len(c.leaf_names))]
+    found.run = EVIL
+    found.source["files"] = [{"name": EVIL, "role": EVIL, "bytes": 1, "sha256": EVIL}]
+    found.studies = {EVIL: [r | {"variant": r["variant"] + EVIL, "versus": "mixed" + EVIL}
+                            for r in next(iter(found.studies.values()))]}
+    found.stages["ppo"].log[-1]["alarms"] = [EVIL]
+    found.notes.append(EVIL)
+    hostile = Page(report.build(found, config(root)))
+    test_nothing_is_asked_of_the_network(hostile)
+    assert not hostile.open and list(hostile.sections) == list(report.SECTIONS)
+    assert "</script><script>" in hostile.sections["popularity"]
+    for section in ("examples", "studies", "data", "alarms", "provenance"):
+        assert "<script>alert('1')" in hostile.sections[section], section      # shown as it is written
+    assert all("\x00" not in words for words in hostile.sections.values())
+
+
+@pytest.mark.parametrize("gone, section, command", [
+    (("evaluate",), "results", "make evaluate DATASET=synthetic RUN=base"),
+    (("evaluate", "ppo"), "alarms", "make ppo DATASET=synthetic RUN=base"),
+    (("reward", "ppo"), "reward", "make reward DATASET=synthetic RUN=base"),
+    (("reward",), "truth", "make reward DATASET=synthetic RUN=base"),
+    (("pretrain",), "learning", "make pretrain DATASET=synthetic RUN=base"),
+    (("sft", "reward", "ppo", "evaluate"), "learning", "make sft DATASET=synthetic RUN=base")])
+def test_a_missing_stage_is_named_with_its_command(root, tmp_path, gone, section, command):
+    shutil.copytree(root, tmp_path / "root")
+    for stage in gone:
+        shutil.rmtree(tmp_path / "root" / "runs" / "base" / stage)
+    missing = Page(report.run(config(tmp_path / "root")).read_text())
+    assert list(missing.sections) == list(report.SECTIONS)
+    assert "Missing" in missing.sections[section] and command in missing.sections[section]
+    assert command in missing.sections["provenance"]
+
+
+def test_missing_data_studies_and_runs(root, tmp_path):
+    shutil.copytree(root, tmp_path / "root")
+    shutil.rmtree(tmp_path / "root" / "data")
+    shutil.rmtree(tmp_path / "root" / "runs" / "ablation")
+    bare = Page(report.run(config(tmp_path / "root")).read_text())
+    assert "make prepare DATASET=synthetic" in bare.sections["data"]
+    assert "make ablation DATASET=synthetic" in bare.sections["studies"]
+    assert "Missing" not in bare.sections["results"] and "no prepared data" in bare.sections["examples"]
+    with pytest.raises(PageLLMError, match="make evaluate DATASET=nobody RUN=nobody"):
+        report.run(config(root, run="nobody"))
+    with pytest.raises(PageLLMError, match="examples=-1"):
+        config(root, examples=-1)
+
+
+def test_without_matplotlib_it_says_how_to_get_it(root, monkeypatch):
+    monkeypatch.setattr(report, "available", lambda: False)
+    with pytest.raises(PageLLMError, match=r"pagellm\[report\]"):
+        report.run(config(root))
+
+
+def test_damage_is_told_not_hidden(root, tmp_path):
+    shutil.copytree(root, tmp_path / "root")
+    runs = tmp_path / "root" / "runs"
+    with open(runs / "base" / "ppo" / "log.jsonl", "a") as file:
+        file.write('{"step": 99, "objec')                           # a process died here
+    (runs / "base" / "reward" / "model.pt").write_bytes(b"no model")
+    pq.write_table(pa.table({"a": [1]}), runs / "ablation" / "synthetic-other.parquet")
+    found = findings.read(str(runs), "base", str(tmp_path / "root" / "data"))
+    assert found.stages["ppo"].log[-1]["step"] < 99
+    hurt = Page(report.build(found, config(tmp_path / "root")))
+    for section in ("reward", "truth", "positions", "examples"):
+        assert "model.pt" in hurt.sections[section] and "changed or damaged" in hurt.sections[section], section
+    assert "synthetic-other.parquet is no table of a study" in hurt.sections["provenance"]
+
+
+def test_pages_of_another_library_are_scored_like_ours(root, tmp_path):
+    shutil.copytree(root, tmp_path / "root")
+    base = tmp_path / "root" / "runs" / "base"
+    (base / "other" / "mylib").mkdir(parents=True)
+    shutil.copy(base / "evaluate" / "sft" / "pages.parquet", base / "other" / "mylib")
+    found = findings.read(str(base.parent), "base", str(tmp_path / "root" / "data"))
+    theirs, ours = found.results["mylib"], found.results['SFT = "w/o reward"']
+    assert set(theirs) == set(ours)
+    assert all(theirs[m]["mean"] == ours[m]["mean"] for m in ours)
+
+
+def test_pages_of_changed_data_are_not_shown(root, tmp_path):
+    shutil.copytree(root, tmp_path / "root")
+    path = tmp_path / "root" / "data" / "synthetic" / "source.json"
+    path.write_text(path.read_text() + "\n")
+    changed = Page(report.run(config(tmp_path / "root")).read_text())
+    for section in ("positions", "examples", "provenance"):
+        assert "has changed since these pages were evaluated" in changed.sections[section]
+
+
+def test_hits_agree_with_a_plain_loop(root):
+    found = findings.read(str(root / "runs"), "base", str(root / "data"))
+    pages, shop = found.pages["ppo"], found.shop
+    rng = np.random.default_rng(0)
+    mixed = RankedPages(pages.user, rng.integers(0, shop.n_items, (len(pages.user), 9)), None,
+                        rng.integers(0, 10, len(pages.user)))
+    for some in (pages, mixed):
+        exact, same = findings.hits(some, found.scorer, 6)
+        assert exact.any() and same.any() and not (exact & same).any()
+        for row, user in enumerate(some.user):
+            held = set(found.scorer.held.of(user)[0].tolist())
+            leaves = {shop.catalogue.leaf[i] for i in held} - {""}
+            for slot in range(6):
+                on = slot < min(some.slots[row], 6)
+                item = int(some.item[row, slot])
+                assert exact[row, slot] == (on and item in held)
+                assert same[row, slot] == (on and item not in held and shop.catalogue.leaf[item] in leaves)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 9), max_size=40), st.integers(1, 8))
+def test_bins_are_a_partition_in_rising_order(values, n):
+    values = np.array(values)
+    groups = findings.bins_of(values, n)
+    assert sorted(np.concatenate(groups).tolist() if groups else []) == list(range(len(values)))
+    assert len(groups) <= n and all(len(g) for g in groups)
+    assert all(values[a].max() < values[b].min() for a, b in zip(groups, groups[1:], strict=False))
+
+
+@given(st.integers(1, 500), st.data())
+def test_wilson_holds_the_share_and_stays_a_share(n, data):
+    right = data.draw(st.integers(0, n))
+    share, low, high = findings.wilson(right, n)
+    assert -1e-9 <= low <= share <= high <= 1 + 1e-9 and low < high
+    mirrored = findings.wilson(n - right, n)
+    assert np.allclose([1 - mirrored[2], 1 - mirrored[1]], [low, high])
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=3, max_size=20))
+def test_spearman_knows_order_only(points):
+    a, b = np.array(points).T
+    rho = findings.spearman(a, b)
+    if rho is None:
+        assert len(set(a)) == 1 or len(set(b)) == 1
+    else:
+        assert -1 - 1e-9 <= rho <= 1 + 1e-9
+        assert findings.spearman(a, a) == pytest.approx(1) and findings.spearman(a, -a) == pytest.approx(-1)
+        assert findings.spearman(b, a) == pytest.approx(rho)
+
+
+def test_series_differ_without_colour():
+    x = np.arange(4.0)
+    drawn = plots.lines({f"s{i}": (x, x + i) for i in range(6)}, "x", "y", "six lines from 0 to 8")
+    strokes = re.findall(r'<path d="M[^"]*"[^>]*style="fill: none; (stroke-dasharray: [^;]*)?[^"]*var\(--s\d\)', drawn)
+    assert len({*plots.STYLES[:4]}) == 4 and len(set(plots.MARKERS)) == 6
+    assert len(set(strokes)) == 6, strokes
