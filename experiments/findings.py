@@ -19,7 +19,7 @@ import torch
 from pagellm import metrics
 from pagellm.config import PageLLMError
 from pagellm.data.shop import Shop, load, source
-from pagellm.evaluate import LABELS, read_pages
+from pagellm.evaluate import LABELS, read_pages, with_users
 from pagellm.pairs import KINDS, Pair, from_table
 from pagellm.policy import Policy, RankedPages, Scorer
 from pagellm.prompts import pad_ids
@@ -72,8 +72,9 @@ class Found:
 
     results   row of the table -> metric -> {mean, low, high, coverage, count}; the metrics.json of evaluate and of
               baselines as they are, and whatever other pages.parquet lies below the run, scored here
-    pages     row's key -> RankedPages        per_user  row's key -> {"user": (U,), metric: (U,)}
-    studies   file -> records of experiments.study.rows_of
+    labels    key -> row of the table: "ppo" -> "PageLLM"
+    pages     key -> RankedPages        per_user  key -> {"user": (U,), metric: (U,)}
+    studies   file -> records of experiments.study.rows_of        cold  the same of experiments.coldstart.drops
     notes     what was found but could not be used, and why
     kept      results that several sections share
     """
@@ -87,11 +88,22 @@ class Found:
     source: dict = field(default_factory=dict)
     scorer: Scorer | None = None
     results: dict[str, dict] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
     pages: dict[str, RankedPages] = field(default_factory=dict)
     per_user: dict[str, dict] = field(default_factory=dict)
     studies: dict[str, list[dict]] = field(default_factory=dict)
+    cold: dict[str, list[dict]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     kept: dict = field(default_factory=dict)
+
+    def add(self, key: str, label: str, per_user: dict[str, np.ndarray], place: Path) -> None:
+        """A row of the table with its users' scores, and its pages where they can be read."""
+        self.labels[key], self.per_user[key] = label, per_user
+        if self.shop is not None and (place / "pages.parquet").exists():
+            try:
+                self.pages[key] = with_users(read_pages(place / "pages.parquet", self.shop), per_user["user"])
+            except (PageLLMError, pa.ArrowException) as error:
+                self.notes.append(f"{place / 'pages.parquet'}: {error}")
 
     def both(self, what: str) -> tuple[RankedPages, RankedPages]:
         """SFT's and PageLLM's pages of the same users. Raises Missing."""
@@ -100,6 +112,11 @@ class Found:
                 why = f"; {self.notes[0]}" if self.notes else ""
                 raise Missing(f"{what} needs the pages of {LABELS[name]}{why}", self.stages["evaluate"].command)
         return self.pages["sft"], self.pages["ppo"]
+
+
+def slug(name: str) -> str:
+    """A row's name as baselines and run files spell it in a path."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
 
 
 def read_log(path: Path) -> list[dict]:
@@ -153,45 +170,55 @@ def read(runs: str, run: str, data: str, dataset: str = "") -> Found:
         seen = found.stages["evaluate"].recorded.get("inputs", {}).get(name)
         if seen is not None and seen != found.stages[name].done.get("id"):
             found.notes.append(f"{found.stages[name].path} is not what was evaluated: made again, or gone, since")
-    read_results(found, root)
+    read_results(found, Path(runs))
     read_studies(found, Path(runs))
     return found
 
 
-def read_results(found: Found, root: Path) -> None:
-    """metrics.json and pages of evaluate and baselines; other pages.parquet below the run are scored."""
-    keys, skipped, wanted = {}, [], found.stages["evaluate"].recorded.get("inputs", {}).get("data")
-    for folder in ("evaluate", "baselines"):
-        if not (root / folder / "done").exists():
+def read_results(found: Found, runs: Path) -> None:
+    """metrics.json and pages of evaluate, of baselines and run files of this run or its data set; other pages.parquet
+    below the run are scored."""
+    root, base = runs / found.run, runs / found.dataset
+    made = found.stages["evaluate"].recorded
+    used = set()
+    folders = {folder.name: folder for place in (base, root) for pattern in ("baselines", "runfile-*")
+               for folder in sorted(place.glob(pattern))}           # the run's own come last, and so count
+    for folder in (root / "evaluate", *folders.values()):
+        if not (folder / "done").exists() or not (folder / "metrics.json").exists():
             continue
-        if wanted not in (None, read_json(root / folder / "config.json")["inputs"]["data"]):
-            found.notes.append(f"{root / folder} was made from other data than evaluate: left out")
-            skipped.append(folder)
+        used.add(folder)
+        theirs = read_json(folder / "config.json")
+        differs = [what for what, a, b in (("data", made.get("inputs", {}), theirs["inputs"]),
+                                           ("mask", made.get("config", {}), theirs["config"]))
+                   if what in a and what in b and a[what] != b[what]]
+        if differs:
+            found.notes.append(f"{folder} was made with another {differs[0]} than evaluate: left out")
             continue
-        for name, scores in read_json(root / folder / "metrics.json").items():
-            key = name.split(",")[0].lower() if folder == "baselines" else name
-            if key not in keys:
-                keys[key] = LABELS.get(name, name)
-                found.results[keys[key]] = scores
-            path = root / folder / key / "per_user.parquet"
-            if path.exists() and key not in found.per_user:
-                table = pq.read_table(path)
-                found.per_user[key] = {c: table[c].to_numpy() for c in table.column_names}
+        for name, scores in read_json(folder / "metrics.json").items():
+            label = LABELS.get(name, name)
+            if label in found.results:
+                continue
+            found.results[label] = scores
+            place = next((p for p in (folder / name, folder / slug(name), folder / slug(name.split(",")[0]), folder)
+                          if (p / "per_user.parquet").exists()), None)
+            if place is None:
+                continue                     # a difference: it has no pages
+            table = pq.read_table(place / "per_user.parquet")
+            found.add(name, label, {c: table[c].to_numpy() for c in table.column_names}, place)
     if found.shop is None:
         return
     for path in sorted(root.rglob("pages.parquet")):
-        key = path.parent.name
-        if key in found.pages or path.relative_to(root).parts[0] in skipped:
+        if used & {*path.parents}:
             continue
         try:
-            found.pages[key] = ranked = read_pages(path, found.shop)
-        except (PageLLMError, pa.ArrowException) as error:
-            found.notes.append(str(error))
+            ranked = with_users(read_pages(path, found.shop), found.scorer.users)
+        except (PageLLMError, pa.ArrowException, IndexError) as error:
+            found.notes.append(f"{path}: {error}")
             continue
-        if key not in keys:
-            scores = found.scorer(ranked, found.k)
-            found.per_user[key] = {"user": ranked.user, **scores}
-            found.results[key] = {m: metrics.summary(v, 0) for m, v in scores.items() if not np.isnan(v).all()}
+        name = str(path.parent.relative_to(root))
+        scores = found.scorer(ranked, found.k)
+        found.results[name] = {m: metrics.summary(v, 0) for m, v in scores.items() if not np.isnan(v).all()}
+        found.add(name, name, {"user": ranked.user, **scores}, path.parent)
 
 
 def read_studies(found: Found, runs: Path) -> None:
@@ -204,8 +231,11 @@ def read_studies(found: Found, runs: Path) -> None:
         except pa.ArrowException as error:
             found.notes.append(f"{path}: {error}")
             continue
-        if records and {"variant", "metric", "mean", "difference", "low", "high", "versus"} <= set(records[0]):
-            found.studies[str(path.relative_to(runs))] = records
+        name, columns = str(path.relative_to(runs)), set(records[0]) if records else set()
+        if {"variant", "metric", "mean", "difference", "low", "high", "versus"} <= columns:
+            found.studies[name] = records
+        elif {"variant", "users", "count", "metric", "full", "thinned", "difference", "low", "high"} <= columns:
+            found.cold[name] = records
         else:
             found.notes.append(f"{path} is no table of a study: want variant, metric, mean, difference, low, high")
 

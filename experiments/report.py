@@ -145,8 +145,11 @@ def competitors(found: Found) -> list[str]:
 
 
 def results(found: Found, config: Config) -> str:
+    evaluation = found.stages["evaluate"]
+    out = "" if evaluation.done else missing_note(
+        Missing(f"no evaluation in {evaluation.path}: these policies' pages have not been scored", evaluation.command))
     if not found.results:
-        raise Missing("no evaluation: pages have not been scored", found.stages["evaluate"].command)
+        return out
     names, shown = competitors(found), shown_metrics(found)
     rows = []
     for metric in shown:
@@ -157,9 +160,12 @@ def results(found: Found, config: Config) -> str:
             "–" if c["mean"] is None else
             Html(f'<td{" class=best" if c["mean"] == best and len(set(means)) > 1 else ""}>{c["mean"]:.4f}'
                  f"<small>{span(c['low'], c['high'])}</small></td>") for c in cells.values()])
-    out = table(["", *names], rows, f"{found.split} split, pages of {found.k}: mean over users and its 95% bootstrap "
-                                    "interval; bold: best mean of the row")
-    return out + versus(found, names, shown)
+    out += table(["", *names], rows, f"{found.split} split, pages of {found.k}: mean over users and its 95% bootstrap "
+                                     "interval; bold: best mean of the row")
+    out += versus(found, names, shown)
+    if not set(found.labels.values()) - set(LABELS.values()):
+        out += missing_note(Missing("stronger baselines to stand beside", f"make baselines DATASET={found.dataset}"))
+    return out
 
 
 def versus(found: Found, names: list[str], shown: list[str]) -> str:
@@ -170,7 +176,7 @@ def versus(found: Found, names: list[str], shown: list[str]) -> str:
     for key, theirs in sorted(found.per_user.items(), key=lambda kv: (kv[0] == "sft", kv[0])):
         if key == "ppo" or not np.array_equal(theirs["user"], mine["user"]):
             continue
-        head.append(next((n for n in names if n.split(",")[0].lower() == key), LABELS.get(key, key)))
+        head.append(found.labels[key])
         for metric in shown:
             d = found.results.get(DIFFERENCE, {}).get(metric) if key == "sft" else None
             if d is None and metric in mine and metric in theirs:
@@ -504,10 +510,15 @@ def alarms(found: Found, config: Config) -> str:
 
 
 def studies(found: Found, config: Config) -> str:
+    out = "".join(f"<h3>{esc(name)}</h3>" + one_study(records) for name, records in found.studies.items())
+    out += "".join(f"<h3>{esc(name)}</h3>" + cold_start(records) for name, records in found.cold.items())
     if not found.studies:
-        raise Missing(f"no study of {found.dataset} below {config.runs}",
-                      f"make ablation DATASET={found.dataset} ARGS=\"--seeds 3\"")
-    return "".join(f"<h3>{esc(name)}</h3>" + one_study(records) for name, records in found.studies.items())
+        out += missing_note(Missing(f"no ablation of {found.dataset} below {config.runs}",
+                                    f"make ablation DATASET={found.dataset} ARGS=\"--seeds 3\""))
+    if not found.cold:
+        out += missing_note(Missing(f"no cold start study of {found.dataset} below {config.runs}",
+                                    f"make coldstart DATASET={found.dataset}"))
+    return out
 
 
 def one_study(records: list[dict]) -> str:
@@ -539,6 +550,31 @@ def one_study(records: list[dict]) -> str:
     seeds = max(r["seeds"] for r in records if "seeds" in r) if any("seeds" in r for r in records) else "?"
     return table(["", *names], rows, f"mean ± standard deviation over {seeds} seeds; below it the paired difference to "
                                      f"{first} with its 95% interval") + figures(parts)
+
+
+def cold_start(records: list[dict]) -> str:
+    """What thinned training data cost each recommender, for users with few and with many rows."""
+    shown, groups = (list(dict.fromkeys(r[c] for r in records)) for c in ("metric", "users"))
+    names = list(dict.fromkeys(r["variant"] for r in records))
+    at = {(r["variant"], r["users"], r["metric"]): r for r in records}
+    count = {r["users"]: r["count"] for r in records}
+    rows = [[f"{name}: {group} ({count[group]:,})"] + [
+        "–" if (r := at.get((name, group, metric))) is None else Html(
+            f"<td>{r['full']:.4f} → {r['thinned']:.4f}<small>{r['difference']:+.4f} {span(r['low'], r['high'], '+')}"
+            "</small></td>") for metric in shown] for name in names for group in groups]
+    parts = []
+    for metric in shown:
+        series = {name: [None if (r := at.get((name, group, metric))) is None or not np.isfinite(r["difference"]) else
+                         (r["difference"], r["low"], r["high"]) for group in groups] for name in names[:6]}
+        alt = f"{metric}, thinned minus full: " + "; ".join(
+            f"{name} " + ", ".join(f"{g} {v[0]:+.4f}" for g, v in zip(groups, values, strict=True) if v)
+            for name, values in series.items())
+        parts.append(figure(dots([f"{g} train rows" if g != "all" else "all users" for g in groups], series,
+                                 f"{metric}: thinned minus full", alt, level=0.0),
+                            f"{metric}: what the thinned training data cost, 95% intervals."))
+    return table(["recommender: train rows (users)", *map(heading, shown)], rows,
+                 "mean on full → on thinned training data; below it the paired difference with its 95% interval") \
+        + figures(parts)
 
 
 def examples(found: Found, config: Config) -> str:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("matplotlib", reason="needs the extra: pip install 'pagellm[report]'")
 
-from experiments import findings, plots, report  # noqa: E402
+from experiments import baselines, findings, plots, report  # noqa: E402
 from experiments.study import write_table  # noqa: E402
 from pagellm import evaluate  # noqa: E402
 from pagellm.config import PageLLMError  # noqa: E402
@@ -67,15 +67,20 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def root(served, tmp_path_factory):
-    """`served` with an evaluation and one study."""
+    """`served` with an evaluation, baselines, and two studies."""
     root = tmp_path_factory.mktemp("report") / "root"
     shutil.copytree(served, root)
     common = {"run": "base", "data": str(root / "data"), "runs": str(root / "runs"), "device": "cpu"}
     evaluate.run(evaluate.Config(k=6, depth=40, n_boot=50, quiet=True, **common))
+    baselines.run(baselines.Config(models="popularity,EASE", trials=2, refit=True, k=6, depth=40, n_boot=50, **common))
     write_table(root / "runs" / "ablation" / "synthetic-table5.parquet", [
         {"variant": v, "metric": "ILD", "direction": "up", "seeds": 2, "mean": 0.5 + d, "sd_over_seeds": 0.01,
          "versus": "mixed", "difference": d, "low": d - 0.1, "high": d + 0.1}
         for v, d in (("mixed", 0.0), ("item <only>", 0.0625))])
+    write_table(root / "runs" / "coldstart" / "synthetic.parquet", [
+        {"variant": v, "users": u, "count": 7, "metric": "NDCG@100", "full": 0.25, "thinned": 0.25 + d,
+         "difference": d, "low": d - 0.1, "high": d + 0.1, "drop": -400 * d}
+        for v, d in (("EASE", -0.03125), ("PageLLM", -0.015625)) for u in ("all", "0–4", "5+")])
     return root
 
 
@@ -154,7 +159,9 @@ def test_numbers_are_those_of_metrics_json(root, page):
     first, versus = [rows for section, rows in page.tables if section == "results"][:2]
     named = {evaluate.LABELS.get(name, name): scores for name, scores in stored.items()}
     head = [h.strip() for h in first[0]]
-    assert head[1:] == ["popularity", 'SFT = "w/o reward"', "PageLLM"]
+    assert head[1:] == ["EASE", "EASE, refit", "popularity", "popularity, refit", 'SFT = "w/o reward"', "PageLLM"]
+    plain = json.loads((root / "runs" / "base" / "baselines" / "metrics.json").read_text())
+    named = plain | named
     seen = 0
     for row in first[1:]:
         metric = row[0].split()[0]
@@ -162,7 +169,7 @@ def test_numbers_are_those_of_metrics_json(root, page):
             s = named[name][metric]
             assert cell.split() == [f"{s['mean']:.4f}", f"[{s['low']:.4f},", f"{s['high']:.4f}]"], (metric, name)
             seen += 1
-    assert seen >= 3 * 10
+    assert seen >= 6 * 10
     at = [h.strip() for h in versus[0]].index('SFT = "w/o reward"')
     for row in versus[1:]:
         s = stored["PageLLM - SFT"][row[0].split()[0]]
@@ -180,7 +187,8 @@ def test_reward_accuracy_and_options_are_those_on_disk(root, page):
     for stage in findings.STAGES:
         recorded = json.loads((root / "runs" / "base" / stage / "config.json").read_text())
         assert recorded["versions"]["torch"] in words and all(option in words for option in recorded["config"])
-    assert "0.0625" in page.sections["studies"] and "item <only>" in page.sections["studies"]
+    words = page.sections["studies"]
+    assert "+0.0625" in words and "item <only>" in words and "-0.0156" in words and "0.2500 → 0.2188" in words
 
 
 def test_examples_mark_exactly_the_hits(root, page):
@@ -253,7 +261,14 @@ def test_missing_data_studies_and_runs(root, tmp_path):
     bare = Page(report.run(config(tmp_path / "root")).read_text())
     assert "make prepare DATASET=synthetic" in bare.sections["data"]
     assert "make ablation DATASET=synthetic" in bare.sections["studies"]
-    assert "Missing" not in bare.sections["results"] and "no prepared data" in bare.sections["examples"]
+    assert "make coldstart DATASET=synthetic" not in bare.sections["studies"]
+    assert "Missing" not in bare.sections["results"] and "EASE" in bare.sections["results"]
+    assert "no prepared data" in bare.sections["examples"]
+    shutil.rmtree(tmp_path / "root" / "runs" / "base" / "baselines")
+    shutil.rmtree(tmp_path / "root" / "runs" / "coldstart")
+    bare = Page(report.run(config(tmp_path / "root")).read_text())
+    assert "make baselines DATASET=synthetic" in bare.sections["results"]
+    assert "make coldstart DATASET=synthetic" in bare.sections["studies"]
     with pytest.raises(PageLLMError, match="make evaluate DATASET=nobody RUN=nobody"):
         report.run(config(root, run="nobody"))
     with pytest.raises(PageLLMError, match="examples=-1"):
@@ -287,9 +302,26 @@ def test_pages_of_another_library_are_scored_like_ours(root, tmp_path):
     (base / "other" / "mylib").mkdir(parents=True)
     shutil.copy(base / "evaluate" / "sft" / "pages.parquet", base / "other" / "mylib")
     found = findings.read(str(base.parent), "base", str(tmp_path / "root" / "data"))
-    theirs, ours = found.results["mylib"], found.results['SFT = "w/o reward"']
+    theirs, ours = found.results["other/mylib"], found.results['SFT = "w/o reward"']
     assert set(theirs) == set(ours)
     assert all(theirs[m]["mean"] == ours[m]["mean"] for m in ours)
+
+
+def test_baselines_of_the_data_set_count_unless_the_mask_differs(root, tmp_path):
+    shutil.copytree(root, tmp_path / "root")
+    runs = tmp_path / "root" / "runs"
+    (runs / "synthetic").mkdir()
+    (runs / "base" / "baselines").rename(runs / "synthetic" / "baselines")
+
+    def read():
+        return findings.read(str(runs), "base", str(tmp_path / "root" / "data"))
+
+    assert {"EASE", "EASE, refit"} <= set(read().results) and set(read().per_user) > {"EASE, refit", "ppo"}
+    path = runs / "synthetic" / "baselines" / "config.json"
+    made = json.loads(path.read_text())
+    made["config"]["mask"] = "train"
+    path.write_text(json.dumps(made))
+    assert "EASE" not in read().results and any("another mask" in note for note in read().notes)
 
 
 def test_pages_of_changed_data_are_not_shown(root, tmp_path):
