@@ -418,10 +418,9 @@ def popularity(found: Found, config: Config) -> str:
              for name, x in shown.items()}
     rows = []
     for name, x in shown.items():
-        times = np.sort(np.bincount(x, minlength=shop.n_items))
-        gini = 1 - 2 * (np.cumsum(times) / max(1, times.sum())).mean() + 1 / shop.n_items
+        times = np.bincount(x, minlength=shop.n_items)
         rows.append([name, f"{(times > 0).sum():,} ({(times > 0).mean():.1%})", f"{share[name][1][0]:.1%}",
-                     f"{count[x].mean() if len(x) else 0:.1f}", f"{gini:.3f}"])
+                     f"{count[x].mean() if len(x) else 0:.1f}", f"{gini(times):.3f}"])
     out = table(["", "different items", "slots held by the most popular tenth", "mean train count of a slot", "Gini"],
                 rows, f"{shop.n_items:,} items in the catalogue")
     parts = [figure(lines(share, "tenth of the catalogue, most popular first", "share of slots",
@@ -431,6 +430,11 @@ def popularity(found: Found, config: Config) -> str:
         return out + figures(parts) + missing_note(Missing("categories: this data set has none"))
     parts.append(categories(shown, leaf, names))
     return out + figures(parts)
+
+
+def gini(times: np.ndarray) -> float:
+    """How unequally n items are shown: 0 all alike, 1 - 1/n one alone."""
+    return float(1 - 2 * (np.cumsum(np.sort(times)) / max(1, times.sum())).mean() + 1 / len(times))
 
 
 def categories(shown: dict[str, np.ndarray], leaf: np.ndarray, names: list[str], most: int = 14) -> str:

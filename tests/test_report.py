@@ -19,6 +19,7 @@ from experiments.study import write_table  # noqa: E402
 from pagellm import evaluate  # noqa: E402
 from pagellm.config import PageLLMError  # noqa: E402
 from pagellm.policy import RankedPages  # noqa: E402
+from pagellm.recommender import Ask  # noqa: E402
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 EVIL = "</script><script>alert('1')</script><img src=x onerror=\"a\"> $\\frac{1}{0}$ & \x00\n`{{7*7}}` http://evil.example/"
@@ -30,7 +31,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
         self.tags, self.open, self.sections, self.tables, self.css = [], [], {}, [], ""
-        self.section = None
+        self.section, self.best = None, set()
         self.feed(text)
         self.close()
 
@@ -47,6 +48,8 @@ class Page(HTMLParser):
             self.tables[-1][1].append([])
         elif tag in ("td", "th"):
             self.tables[-1][1][-1].append("")
+            if dict(attrs).get("class") == "best":
+                self.best.add((self.tables[-1][1][-1][0].split()[0], len(self.tables[-1][1][-1]) - 1))
 
     def handle_startendtag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -169,6 +172,10 @@ def test_numbers_are_those_of_metrics_json(root, page):
             s = named[name][metric]
             assert cell.split() == [f"{s['mean']:.4f}", f"[{s['low']:.4f},", f"{s['high']:.4f}]"], (metric, name)
             seen += 1
+        best = (max if "↑" in row[0] else min)(named[name][metric]["mean"] for name in head[1:])
+        same = len({named[name][metric]["mean"] for name in head[1:]}) == 1
+        assert {at for m, at in page.best if m == metric} == {
+            at for at, name in enumerate(head) if at and named[name][metric]["mean"] == best and not same}, metric
     assert seen >= 6 * 10
     at = [h.strip() for h in versus[0]].index('SFT = "w/o reward"')
     for row in versus[1:]:
@@ -209,6 +216,73 @@ def test_examples_mark_exactly_the_hits(root, page):
     assert len(lists) == len(strips) == 10
     marked = sum(label.count("✓") for label in strips)
     assert marked == sum(int(n) for _, *counts in told for n in counts)
+
+
+def test_rewards_are_those_of_the_recommender(root, page, rec):
+    """Every strip says what Recommender.answers gives for the same page; judge adds the page's reward."""
+    found = findings.read(str(root / "runs"), "base", str(root / "data"))
+    judged = findings.judge(found, config(root), 30)
+    strips = [attrs["aria-label"] for tag, attrs in page.tags if attrs.get("class") == "strip"]
+    users = re.findall(r"user (\S+): \d+ held-out", page.sections["examples"])
+    for at, name in enumerate(users):
+        row = np.flatnonzero(judged.user == found.shop.user_ids.index(name))[0]
+        for side, policy in enumerate(("sft", "ppo")):
+            pages = found.pages[policy]
+            own = np.flatnonzero(pages.user == judged.user[row])[0]
+            ids = tuple(found.shop.catalogue.ids[i] for i in pages.item[own, : pages.slots[own]])
+            answer, = rec.answers([Ask(user=name, policy="sft", page=ids)])
+            token = [slot["token_reward"] for slot in answer["items"]]
+            told = [float(x) for x in re.findall(r"\d+: (-?\d+\.\d\d)", strips[2 * at + side])]
+            assert np.allclose(told, token, atol=0.006) and np.ptp(token) > 0
+            assert judged.total[side, row] == pytest.approx(answer["page_reward"] + np.mean(token), abs=1e-4)
+
+
+def test_relative_gains_point_right_where_pagellm_is_better(root, page):
+    stored = json.loads((root / "runs" / "base" / "evaluate" / "metrics.json").read_text())
+    label = next(a["aria-label"] for t, a in page.tags if t == "svg" and "percent of SFT" in a["aria-label"])
+    told = re.findall(r"(\S+) ([↑↓]) ([+-][\d.]+) \[", label)
+    assert len(told) > 5 and {arrow for _, arrow, _ in told} == {"↑", "↓"}
+    for metric, arrow, value in told:
+        want = 100 * stored["PageLLM - SFT"][metric]["mean"] / abs(stored["sft"][metric]["mean"])
+        assert float(value) == pytest.approx(want if arrow == "↑" else -want, abs=0.051), metric
+
+
+def test_curves_are_the_log(root):
+    stage = findings.read(str(root / "runs"), "base", str(root / "data")).stages["reward"]
+    lines = [json.loads(line) for line in (stage.path / "log.jsonl").read_text().splitlines()]
+    step, loss = stage.column("loss")
+    assert step.tolist() == [row["step"] for row in lines] and loss.tolist() == [row["loss"] for row in lines]
+    with pytest.raises(findings.Missing):
+        stage.need("nothing")
+    stage.log[1]["loss"] = None
+    stage.log[2]["loss"] = float("nan")
+    assert len(stage.column("loss")[0]) == len(lines) - 2
+
+
+@given(st.lists(st.floats(-9, 9), min_size=1, max_size=700))
+def test_thinned_curves_keep_mean_and_range(values):
+    x, y = report.thin(np.arange(len(values)), np.array(values))
+    assert len(x) == len(y) == min(len(values), report.POINTS)
+    assert min(values) - 1e-9 <= y.min() and y.max() <= max(values) + 1e-9
+    if len(values) % report.POINTS == 0:
+        assert y.mean() == pytest.approx(np.mean(values), abs=1e-6)
+
+
+@given(st.integers(2, 50), st.floats(-3, 3), st.floats(0.1, 3))
+def test_bands(n, shift, scale):
+    """The interval moves with the data, stretches with it, and ignores what is past a page's end."""
+    x = np.random.default_rng(n).normal(size=(n, 3))
+    mean, low, high = report.band(x)
+    assert np.allclose(high - mean, 1.96 * x.std(0, ddof=1) / np.sqrt(n))
+    assert np.allclose(report.band(shift + scale * x), [shift + scale * v for v in (mean, low, high)])
+    assert np.allclose(report.band(np.vstack([x, np.full((4, 3), np.nan)])), (mean, low, high))
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30).filter(any))
+def test_gini(times):
+    times = np.array(times)
+    pairs = np.abs(times[:, None] - times).mean() / (2 * times.mean())       # half the relative mean difference
+    assert report.gini(times) == pytest.approx(pairs, abs=1e-9)
 
 
 def test_the_same_files_give_the_same_bytes(root, text):
