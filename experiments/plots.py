@@ -69,7 +69,7 @@ def inline(figure, alt: str) -> str:
     file = io.StringIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")              # glyphs that our font lacks: the reader's has them
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(file, format="svg", transparent=True)
     svg = file.getvalue()
     svg = svg[svg.index("<svg"):]
     svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.S)

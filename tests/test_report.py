@@ -157,6 +157,19 @@ def test_light_and_dark(text, page):
     assert not re.search(r"(fill|stroke): ?#(?!fff)", drawing), "a colour that no theme can change"
 
 
+def said(heading, low, high):
+    """First word of the verdict on a difference."""
+    if low <= 0 <= high:
+        return "equal" if low == high else "within"
+    return "better" if (high < 0) == ("↓" in heading) else "worse"
+
+
+def test_verdicts():
+    for metric, arrow in (("ILD", "↑"), ("WMRD", "↓")):
+        for low, high in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1), (0.0, 0.0), (0.0, 0.1)):
+            assert report.verdict(metric, low, high).split()[0] == said(arrow, low, high)
+
+
 def test_numbers_are_those_of_metrics_json(root, page):
     stored = json.loads((root / "runs" / "base" / "evaluate" / "metrics.json").read_text())
     first, versus = [rows for section, rows in page.tables if section == "results"][:2]
@@ -182,7 +195,7 @@ def test_numbers_are_those_of_metrics_json(root, page):
         s = stored["PageLLM - SFT"][row[0].split()[0]]
         words = row[at].split()
         assert words[0] == f"{s['mean']:+.4f}" and words[-2:] == [f"[{s['low']:+.4f},", f"{s['high']:+.4f}]"]
-        assert (" ".join(words[1:-2]) == "within noise") == (s["low"] <= 0 <= s["high"] and s["low"] < s["high"])
+        assert words[1] == said(row[0], s["low"], s["high"])
 
 
 def test_reward_accuracy_and_options_are_those_on_disk(root, page):
@@ -455,6 +468,12 @@ def test_spearman_knows_order_only(points):
         assert -1 - 1e-9 <= rho <= 1 + 1e-9
         assert findings.spearman(a, a) == pytest.approx(1) and findings.spearman(a, -a) == pytest.approx(-1)
         assert findings.spearman(b, a) == pytest.approx(rho)
+
+
+def test_dollars_in_names_are_no_formula():
+    drawn = plots.dots(["$a_b$ $"], {"$x^2$": [(0, 0, 1)], "b": [None]}, r"$\frac{", "one dot at 0 of $x^2$")
+    words = "".join(re.findall(r">([^<]+)</text>", drawn))
+    assert "$a_b$ $" in words and "$x^2$" in words and r"$\frac{" in words
 
 
 def test_series_differ_without_colour():
