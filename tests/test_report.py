@@ -196,6 +196,11 @@ def test_numbers_are_those_of_metrics_json(root, page):
         words = row[at].split()
         assert words[0] == f"{s['mean']:+.4f}" and words[-2:] == [f"[{s['low']:+.4f},", f"{s['high']:+.4f}]"]
         assert words[1] == said(row[0], s["low"], s["high"])
+    for other in ("popularity", "EASE"):            # everybody has a Recall@20, so means may be subtracted
+        row = next(row for row in versus if row[0].startswith("Recall@20"))
+        cell = row[[h.strip() for h in versus[0]].index(other)]
+        want = stored["ppo"]["Recall@20"]["mean"] - named[other]["Recall@20"]["mean"]
+        assert float(cell.split()[0]) == pytest.approx(want, abs=6e-5)
 
 
 def test_reward_accuracy_and_options_are_those_on_disk(root, page):
