@@ -21,7 +21,7 @@ DONE := runs/$(RUN)
 PREPARED := data/$(DATASET)/source.json
 RAW_ARG := $(if $(RAW),--raw $(RAW))
 
-.PHONY: all help install test lint serve recommend ablation baselines coldstart bench torture soak clean $(STAGES)
+.PHONY: all help install test lint serve recommend ablation abtest baselines coldstart bench torture soak clean $(STAGES)
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
@@ -74,6 +74,9 @@ $(DONE)/ppo/done: | $(DONE)/reward/done
 evaluate: $(DONE)/ppo/done  ## pages and the results table: popularity, SFT, PageLLM
 	$(STAGE) pagellm.evaluate $(BASE) $(ARGS)
 
+$(DONE)/evaluate/done: | $(DONE)/ppo/done
+	$(STAGE) pagellm.evaluate $(BASE)
+
 serve: $(VENV)/serve $(DONE)/ppo/done  ## the pages in a browser and over HTTP: http://127.0.0.1:8000/
 	$(PY) -m pagellm.serve $(BASE) $(ARGS)
 
@@ -88,6 +91,9 @@ baselines: | $(PREPARED)  ## popularity, ItemKNN, EASE, ALS: chosen on validatio
 
 coldstart: $(VENV)/installed  ## half of the training interactions; users by how many they have
 	$(PY) -m experiments.coldstart --dataset $(DATASET) $(RAW_ARG) $(ARGS)
+
+abtest: $(DONE)/evaluate/done  ## SIMULATED online test of SFT against PPO; your own log: ARGS="--log log.csv --control a"
+	$(PY) -m $(if $(findstring --log,$(ARGS)),experiments.abtest,experiments.simulator $(BASE)) $(ARGS)
 
 torture: $(VENV)/installed  ## pull the plug, fill the disk, feed rubbish: about 15 minutes, ends with counts
 	$(PY) -m experiments.torture $(ARGS)
