@@ -21,7 +21,7 @@ DONE := runs/$(RUN)
 PREPARED := data/$(DATASET)/source.json
 RAW_ARG := $(if $(RAW),--raw $(RAW))
 
-.PHONY: all help install test lint serve recommend ablation abtest baselines coldstart bench torture soak clean $(STAGES)
+.PHONY: all help install test lint serve recommend ablation abtest ope baselines coldstart bench torture soak clean $(STAGES)
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
@@ -92,8 +92,11 @@ baselines: | $(PREPARED)  ## popularity, ItemKNN, EASE, ALS: chosen on validatio
 coldstart: $(VENV)/installed  ## half of the training interactions; users by how many they have
 	$(PY) -m experiments.coldstart --dataset $(DATASET) $(RAW_ARG) $(ARGS)
 
-abtest: $(DONE)/evaluate/done  ## SIMULATED online test of SFT against PPO; your own log: ARGS="--log log.csv --control a"
+abtest: $(if $(findstring --log,$(ARGS)),$(VENV)/installed,$(DONE)/evaluate/done)  ## SIMULATED online test of SFT against PPO; your own log: ARGS="--log log.csv --control a"
 	$(PY) -m $(if $(findstring --log,$(ARGS)),experiments.abtest,experiments.simulator $(BASE)) $(ARGS)
+
+ope: $(if $(findstring --log,$(ARGS)),$(VENV)/installed,$(DONE)/evaluate/done)  ## what PPO would earn, from SFT's SIMULATED log; ARGS="--log sessions.parquet"
+	$(PY) -m experiments.ope $(BASE) $(ARGS)
 
 torture: $(VENV)/installed  ## pull the plug, fill the disk, feed rubbish: about 15 minutes, ends with counts
 	$(PY) -m experiments.torture $(ARGS)
