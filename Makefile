@@ -21,7 +21,7 @@ DONE := runs/$(RUN)
 PREPARED := data/$(DATASET)/source.json
 RAW_ARG := $(if $(RAW),--raw $(RAW))
 
-.PHONY: all help install test lint serve recommend ablation abtest ope baselines coldstart bench torture soak clean $(STAGES)
+.PHONY: all help install test lint serve recommend ablation abtest ope judge baselines coldstart bench torture soak clean $(STAGES)
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
@@ -97,6 +97,9 @@ abtest: $(if $(findstring --log,$(ARGS)),$(VENV)/installed,$(DONE)/evaluate/done
 
 ope: $(if $(findstring --log,$(ARGS)),$(VENV)/installed,$(DONE)/evaluate/done)  ## what PPO would earn, from SFT's SIMULATED log; ARGS="--log sessions.parquet"
 	$(PY) -m experiments.ope $(BASE) $(ARGS)
+
+judge: $(DONE)/evaluate/done  ## SFT's pages against PPO's, judged by rules; ARGS="--backend reward", http, replay
+	$(PY) -m experiments.judge $(BASE) $(ARGS)
 
 torture: $(VENV)/installed  ## pull the plug, fill the disk, feed rubbish: about 15 minutes, ends with counts
 	$(PY) -m experiments.torture $(ARGS)
