@@ -21,7 +21,7 @@ DONE := runs/$(RUN)
 PREPARED := data/$(DATASET)/source.json
 RAW_ARG := $(if $(RAW),--raw $(RAW))
 
-.PHONY: all help install test lint serve recommend ablation abtest ope judge baselines coldstart bench torture soak clean $(STAGES)
+.PHONY: all help install test lint serve recommend export ablation abtest ope judge baselines coldstart bench torture soak clean $(STAGES)
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
@@ -82,6 +82,9 @@ serve: $(VENV)/serve $(DONE)/ppo/done  ## the pages in a browser and over HTTP: 
 
 recommend: $(DONE)/ppo/done  ## one page in the terminal: ARGS="--user ID"; everybody's: ARGS="--all --out pages.parquet"
 	$(STAGE) pagellm.recommend $(BASE) $(ARGS)
+
+export: $(DONE)/ppo/done  ## embeddings of items and users as .npy for a ranker of your own: ARGS="--dtype int8 --pca 32"
+	$(PY) -m pagellm.export $(BASE) $(ARGS)
 
 ablation: $(VENV)/installed  ## the paper's Table 5 over several seeds
 	$(PY) -m experiments.ablation --dataset $(DATASET) $(ARGS)

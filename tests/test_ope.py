@@ -72,6 +72,15 @@ def test_intervals_cover_the_truth_and_doubly_robust_is_steadier_than_ips():
     assert spread["pseudo-inverse"] < spread["IPS"]
 
 
+def test_cascade_dr_of_a_certain_reward_has_no_spread():
+    """Where every slot brings r, fitted values are exact: each contribution is K r, whatever its weight."""
+    world, users, candidates, logging, target = setting()
+    log = ope.simulated_log(world, users, candidates, logging, target, K, 200)
+    log.reward[:] = 0.25
+    assert ope.cascade_dr(log) == pytest.approx(np.full(200, 0.25 * K))
+    assert log.weights().std() > 0.1
+
+
 def test_equal_policies_give_the_logged_mean():
     world, users, candidates, logging, _ = setting()
     log = ope.simulated_log(world, users, candidates, logging, logging, K, 400)
