@@ -34,7 +34,7 @@ from pagellm.config import PageLLMError, check, check_numbers, main
 from pagellm.run import write_json
 
 __all__ = ["COLUMNS", "Config", "Estimate", "METRICS", "Test", "always_valid", "compare", "days_needed", "detectable",
-           "estimate", "holm", "read_log", "run", "sample_ratio", "t_sf", "users_needed", "welch"]
+           "estimate", "finite", "holm", "read_log", "run", "sample_ratio", "t_sf", "users_needed", "welch"]
 
 COLUMNS = ("impressions", "clicks", "sessions", "failed_sessions", "purchase_sessions", "purchases", "gmv")
 METRICS = {"GMV per user": ("gmv", ""), "CTR": ("clicks", "impressions"), "purchases per user": ("purchases", ""),
@@ -317,6 +317,15 @@ def sequence(log: dict, config: Config, metric: str) -> dict:
             "high": differences[-1] + float(half[-1]), "stopped_on_day": days[stop[0]] if len(stop) else None}
 
 
+def finite(value):
+    """Nested dicts and lists with None for NaN and infinity, which JSON does not know."""
+    if isinstance(value, dict):
+        return {name: finite(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def table(result: dict, config: Config) -> str:
     shown = f"{100 * (1 - config.alpha):g}%"
     lines = [f"{result['users'][0]:,} users in {result['control']}, {result['users'][1]:,} in {result['treatment']}; "
@@ -370,7 +379,7 @@ def run(config: Config) -> dict:
     result = {"log": config.log, "control": config.control, "treatment": other, "users": counts,
               "sample_ratio_p": ratio, "metrics": found}
     path = Path(config.out or Path(config.log).with_name("abtest.json"))
-    write_json(path, result)
+    write_json(path, finite(result))
     print(f"{table(result, config)}\n{path}")
     return result
 

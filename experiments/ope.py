@@ -362,7 +362,7 @@ def run(config: Config) -> dict[str, Value]:
     if all(v.refused for v in found.values()):
         raise PageLLMError(f"every estimate is refused, the best with {max(v.ess for v in found.values()):.1f} "
                            f"effective sessions of {len(log.user):,}; log more, explore more, or take a nearer target")
-    write_json(out, {"truth": truth, "estimates": {n: vars(v) for n, v in found.items()}})
+    write_json(out, abtest.finite({"truth": truth, "estimates": {n: vars(v) for n, v in found.items()}}))
     print(out)
     return found
 

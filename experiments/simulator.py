@@ -221,7 +221,7 @@ def run(config: Config) -> dict:
             result["truth"][metric] = {"control": a, "treatment": b, "relative": b / a - 1}
         print("\nclosed form, the same visitors without chance: " + ", ".join(
             f"{metric} {t['relative']:+.2%}" for metric, t in result["truth"].items()))
-        out.finish(simulated=True, **result)
+        out.finish(simulated=True, **abtest.finite(result))
     return result
 
 

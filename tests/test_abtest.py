@@ -197,3 +197,18 @@ def test_edges():
         abtest.always_valid([1.0], [1.0], 0.0)
     with pytest.raises(PageLLMError, match="no log"):
         abtest.run(abtest.Config())
+
+
+def test_a_metric_of_zeros_is_reported_as_undefined(tmp_path):
+    """Nobody bought: no relative change, no planner, no sequential test, and the file is JSON that anybody reads."""
+    log = draw_log(1000)
+    for name in ("gmv", "purchases", "purchase_sessions"):
+        log[name] = np.zeros(1000)
+    abtest.run(abtest.Config(log=save(log, tmp_path / "log.parquet"), control="a", daily=100))
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    m = json.loads((tmp_path / "abtest.json").read_text(), parse_constant=refuse)["metrics"]
+    assert m["GMV per user"]["relative"] is None and m["GMV per user"]["sequential"] == {}
+    assert m["GMV per user"]["p"] == 1.0 and m["CTR"]["relative"] is not None

@@ -70,6 +70,7 @@ def test_int8_is_within_half_a_step(rows):
     x = np.array(rows, np.float32)
     q, scale = quantise(x)
     assert q.dtype == np.int8 and (np.abs(dequantise(q, scale) - x) <= scale[:, None] * 0.5001 + 1e-30).all()
+    assert (np.abs(q).max(1) == 127)[np.abs(x).max(1) > 1e-30].all()         # the whole range is used
 
 
 def test_the_loader_needs_numpy_alone(common, served):
