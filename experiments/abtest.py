@@ -241,9 +241,9 @@ def always_valid(difference, var, tau: float, alpha: float = 0.05) -> tuple[np.n
 
 def read_log(path: str | Path) -> dict[str, np.ndarray]:
     """Column -> (U,) array, checked. Raises PageLLMError saying which column or user is wrong."""
-    path = Path(path)
+    given, path = str(path), Path(path)
     if not path.is_file():
-        raise PageLLMError(f"no log {str(path)!r}; give one with --log (columns: user, arm, {', '.join(COLUMNS)})")
+        raise PageLLMError(f"no log {given!r}; give one with --log (columns: user, arm, {', '.join(COLUMNS)})")
     try:
         table = pyarrow.csv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
     except pa.ArrowInvalid as error:

@@ -254,7 +254,7 @@ def question_key(context: Context, first: Sequence[int], second: Sequence[int]) 
 def read_opinions(path: Path) -> dict[tuple[str, str], Opinion]:
     """(backend, question) -> Opinion. A last line that a dying process left half-written is passed over."""
     found = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text().splitlines() if path.is_file() else ():
         try:
             entry = json.loads(line)
             found[entry["backend"], entry["key"]] = Opinion(entry["winner"], entry["confidence"],
@@ -291,6 +291,8 @@ class Replay:
 
     def __init__(self, path: str | Path):
         self.path, found = Path(path), read_opinions(Path(path))
+        if not self.path.is_file():
+            raise PageLLMError(f"no opinions {str(path)!r}; give the opinions.jsonl of an earlier judgement by --opinions")
         names = {name for name, _ in found}
         if len(names) != 1:
             raise PageLLMError(f"{path} holds opinions of {', '.join(sorted(names)) or 'nobody'}; want one backend's")
@@ -346,7 +348,10 @@ def read_labels(path: str | Path, policies: tuple[str, str]) -> dict[str, str]:
     path = Path(path)
     if not path.is_file():
         raise PageLLMError(f"no labels {str(path)!r}; want a CSV or Parquet file with columns user, winner")
-    table = pyarrow.csv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
+    try:
+        table = pyarrow.csv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise PageLLMError(f"{path} cannot be read: {error}; want CSV or Parquet with columns user, winner") from None
     if not {"user", "winner"} <= set(table.column_names):
         raise PageLLMError(f"{path} has {', '.join(table.column_names)}; want columns user, winner")
     name = {policies[0]: "a", policies[1]: "b", "tie": "tie"}

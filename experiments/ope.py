@@ -229,9 +229,9 @@ def check_log(log: Log) -> None:
 
 def read_log(path: str | Path) -> Log:
     """Raises PageLLMError for missing columns or lists of unequal length."""
-    path = Path(path)
+    given, path = str(path), Path(path)
     if not path.is_file():
-        raise PageLLMError(f"no log {str(path)!r}; see python -m pydoc experiments.ope for its columns")
+        raise PageLLMError(f"no log {given!r}; see python -m pydoc experiments.ope for its columns")
     try:
         table = pq.read_table(path)
     except pa.ArrowInvalid as error:

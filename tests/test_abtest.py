@@ -195,7 +195,7 @@ def test_edges():
         abtest.estimate(np.ones(1))
     with pytest.raises(PageLLMError, match="tau"):
         abtest.always_valid([1.0], [1.0], 0.0)
-    with pytest.raises(PageLLMError, match="no log"):
+    with pytest.raises(PageLLMError, match="no log ''"):
         abtest.run(abtest.Config())
 
 

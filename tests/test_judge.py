@@ -190,8 +190,10 @@ def test_a_line_half_written_is_asked_again(tmp_path):
     kept.ask(WHO, [1], [2])
     kept.ask(WHO, [2], [1])
     assert stub.asked == 3 and len(judge.read_opinions(path)) == 2
-    with pytest.raises(PageLLMError, match="holds opinions of nobody"):
-        judge.Replay(tmp_path / "none")
+    (tmp_path / "empty").write_text("")
+    for name, said in (("empty", "holds opinions of nobody"), ("none", "no opinions"), ("", "no opinions")):
+        with pytest.raises(PageLLMError, match=said):
+            judge.Replay(tmp_path / name)
 
 
 def test_the_reward_judge_says_where_it_is_circular(common, served, capsys):
@@ -215,6 +217,9 @@ def test_people(common, tmp_path, shop, capsys):
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "wrong.parquet")
         with pytest.raises(PageLLMError, match=message):
             judge.run(judge.Config(**common, users=20, labels=str(tmp_path / "wrong.parquet")))
+    (tmp_path / "wrong.parquet").write_text("user")
+    with pytest.raises(PageLLMError, match="cannot be read"):
+        judge.read_labels(tmp_path / "wrong.parquet", ("sft", "ppo"))
 
 
 def test_kappa():
