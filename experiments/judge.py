@@ -292,7 +292,7 @@ class Replay:
     def __init__(self, path: str | Path):
         self.path, found = Path(path), read_opinions(Path(path))
         if not self.path.is_file():
-            raise PageLLMError(f"no opinions {str(path)!r}; give the opinions.jsonl of an earlier judgement by --opinions")
+            raise PageLLMError(f"no opinions {str(path)!r}; give an earlier judgement's opinions.jsonl by --opinions")
         names = {name for name, _ in found}
         if len(names) != 1:
             raise PageLLMError(f"{path} holds opinions of {', '.join(sorted(names)) or 'nobody'}; want one backend's")

@@ -90,6 +90,19 @@ def test_a_simulated_effect_is_found_and_none_is_not():
     assert set(log) == {"user", "arm", "day", *abtest.COLUMNS, *(f"pre_{c}" for c in abtest.COLUMNS)}
 
 
+@pytest.mark.parametrize("metric", list(abtest.METRICS))
+def test_p_values_of_simulated_a_against_a_are_uniform(metric):
+    """200 new coins for the same visitors: Kolmogorov's distance below its 0.0001 quantile, 2.23 / sqrt(n)."""
+    world, users = small_world(simulator.Behaviour(columns=3), users=20, items=30), np.arange(20)
+    page = np.argsort(-world.click, axis=1)[:, :6]
+    log = simulator.online_log(world, {"a": (users, page), "b": (users, page)}, 1500, 5, 2.0)
+    p = []
+    for split in range(200):
+        log["arm"] = np.where(np.random.default_rng(split).random(1500) < 0.5, "a", "b")
+        p.append(abtest.compare(log, "a", metric)[0].p)
+    assert np.abs(np.sort(p) - (np.arange(200) + 0.5) / 200).max() + 0.5 / 200 < 2.23 / np.sqrt(200)
+
+
 def test_sft_against_ppo_end_to_end(served, tmp_path, capsys):
     common = {"run": "base", "data": str(served / "data"), "runs": str(served / "runs")}
     evaluate.run(evaluate.Config(**common, k=6, depth=20, policies="sft,ppo", quiet=True, n_boot=10))
