@@ -21,7 +21,8 @@ DONE := runs/$(RUN)
 PREPARED := data/$(DATASET)/source.json
 RAW_ARG := $(if $(RAW),--raw $(RAW))
 
-.PHONY: all help install test lint serve recommend report ablation baselines coldstart bench torture soak clean $(STAGES)
+.PHONY: all help install test lint serve recommend report export ablation abtest ope judge baselines coldstart \
+	bench torture soak clean $(STAGES)
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
@@ -74,6 +75,9 @@ $(DONE)/ppo/done: | $(DONE)/reward/done
 evaluate: $(DONE)/ppo/done  ## pages and the results table: popularity, SFT, PageLLM
 	$(STAGE) pagellm.evaluate $(BASE) $(ARGS)
 
+$(DONE)/evaluate/done: | $(DONE)/ppo/done
+	$(STAGE) pagellm.evaluate $(BASE)
+
 serve: $(VENV)/serve $(DONE)/ppo/done  ## the pages in a browser and over HTTP: http://127.0.0.1:8000/
 	$(PY) -m pagellm.serve $(BASE) $(ARGS)
 
@@ -84,6 +88,9 @@ recommend: $(DONE)/ppo/done  ## one page in the terminal: ARGS="--user ID"; ever
 report: $(VENV)/report  ## everything about RUN in one HTML file: runs/<run>/report.html
 	$(PY) -m experiments.report --run $(RUN) $(if $(filter file,$(origin DATASET)),,--dataset $(DATASET)) $(ARGS)
 
+export: $(DONE)/ppo/done  ## embeddings of items and users as .npy for a ranker of your own: ARGS="--dtype int8 --pca 32"
+	$(PY) -m pagellm.export $(BASE) $(ARGS)
+
 ablation: $(VENV)/installed  ## the paper's Table 5 over several seeds
 	$(PY) -m experiments.ablation --dataset $(DATASET) $(ARGS)
 
@@ -92,6 +99,15 @@ baselines: | $(PREPARED)  ## popularity, ItemKNN, EASE, ALS: chosen on validatio
 
 coldstart: $(VENV)/installed  ## half of the training interactions; users by how many they have
 	$(PY) -m experiments.coldstart --dataset $(DATASET) $(RAW_ARG) $(ARGS)
+
+abtest: $(if $(findstring --log,$(ARGS)),$(VENV)/installed,$(DONE)/evaluate/done)  ## SIMULATED online test of SFT against PPO; your own log: ARGS="--log log.csv --control a"
+	$(PY) -m $(if $(findstring --log,$(ARGS)),experiments.abtest,experiments.simulator $(BASE)) $(ARGS)
+
+ope: $(if $(findstring --log,$(ARGS)),$(VENV)/installed,$(DONE)/evaluate/done)  ## what PPO would earn, from SFT's SIMULATED log; ARGS="--log sessions.parquet"
+	$(PY) -m experiments.ope $(BASE) $(ARGS)
+
+judge: $(DONE)/evaluate/done  ## SFT's pages against PPO's, judged by rules; ARGS="--backend reward", http, replay
+	$(PY) -m experiments.judge $(BASE) $(ARGS)
 
 torture: $(VENV)/installed  ## pull the plug, fill the disk, feed rubbish: about 15 minutes, ends with counts
 	$(PY) -m experiments.torture $(ARGS)

@@ -13,6 +13,7 @@ What they share, from the ground up:
     gpt2, decode         the network; sampling, greedy, beam, one-shot under a constraint
     metrics, train       scores of pages; optimiser, schedule, keyed randomness
     recommender          pages on request, for `pagellm recommend` (terminal, files) and `pagellm serve` (HTTP)
+    export, embeddings   rows and states as .npy files; their loader, which needs numpy alone
 
 This file imports nothing, so that `python -m pagellm.ppo` loads ppo once.
 """

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 from hypothesis import given, settings
@@ -93,7 +93,7 @@ def test_every_field_of_every_stage_is_explained():
     for module in VERBS.values():
         config = importlib.import_module(module).Config
         comments = field_comments(config)
-        missing = [name for name in config.__dataclass_fields__ if not comments.get(name)]
+        missing = [field.name for field in fields(config) if not comments.get(field.name)]
         assert not missing, f"{module}: no comment on {missing}"
 
 

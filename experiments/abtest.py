@@ -1,0 +1,388 @@
+"""Online test of two arms from a user-level log (the paper's RQ5, Table 4).
+
+Reads   a Parquet or CSV file, one line a user; columns below
+Writes  abtest.json beside it, and prints the table
+
+    python -m experiments.abtest --log log.parquet --control sft
+
+    user               identifier, at most once in the file
+    arm                name of the arm the user was sent to; exactly two
+    impressions, clicks, sessions, purchases      counts over the test
+    failed_sessions    sessions that were abandoned: no click and no purchase
+    purchase_sessions  sessions with a purchase
+    gmv                gross merchandise value, in the shop's money
+    day                optional: whole number, the user's first day in the test; gives one look a day
+    pre_<column>       optional: the same column over a period before the test, for CUPED
+
+A metric is a ratio of sums over users, sum x / sum y; GMV and purchases have y = 1. Users are drawn, not sessions, so
+that the delta method is applied to users. Seconds for a million users.
+"""
+
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import torch
+
+from pagellm.config import PageLLMError, check, check_numbers, main
+from pagellm.run import write_json
+
+__all__ = ["COLUMNS", "Config", "Estimate", "METRICS", "Test", "always_valid", "compare", "days_needed", "detectable",
+           "estimate", "finite", "holm", "read_log", "run", "sample_ratio", "t_sf", "users_needed", "welch"]
+
+COLUMNS = ("impressions", "clicks", "sessions", "failed_sessions", "purchase_sessions", "purchases", "gmv")
+METRICS = {"GMV per user": ("gmv", ""), "CTR": ("clicks", "impressions"), "purchases per user": ("purchases", ""),
+           "session failure": ("failed_sessions", "sessions"), "session purchase": ("purchase_sessions", "sessions")}
+NORMAL = NormalDist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Compare two arms of an online test."""
+
+    log: str = ""                # Parquet or CSV file, one line a user (python -m pydoc experiments.abtest: columns)
+    control: str = "control"     # name of the arm that the other is compared with
+    alpha: float = 0.01          # error rate over all metrics together (Holm)
+    power: float = 0.8           # of the planner
+    mde: float = 0.02            # smallest relative change worth finding: the planner's, and the sequential mixture's
+    share: float = 0.5           # share of users meant to be in the treatment
+    srm_alpha: float = 0.001     # a sample ratio with p below this refuses the test; 0: show the numbers all the same
+    daily: float = 0.0           # new users a day, both arms; 0: no duration is planned
+    cuped: bool = True           # use pre_<column> where there are such columns
+    out: str = ""                # result file; empty: abtest.json beside the log
+
+    def __post_init__(self):
+        check_numbers(self)
+        check(self, alpha=(0 < self.alpha < 1, "between 0 and 1"), power=(0 < self.power < 1, "between 0 and 1"),
+              share=(0 < self.share < 1, "between 0 and 1"), mde=(self.mde > 0, "above 0"),
+              srm_alpha=(self.srm_alpha < 1, "below 1"))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One arm's ratio of sums: its value, squared standard error and number of users."""
+
+    value: float
+    var: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Test:
+    """Treatment against control on one metric. low, high: interval of the difference at 1 - alpha; p two-sided."""
+
+    control: float
+    treatment: float
+    difference: float
+    se: float
+    low: float
+    high: float
+    relative: float
+    relative_low: float
+    relative_high: float
+    df: float
+    p: float
+
+
+def estimate(x: np.ndarray, y: np.ndarray | None = None, pre: np.ndarray | None = None, theta: float = 0.0) -> Estimate:
+    """sum x / sum y over the users of an arm, with the delta method's variance, clustered by user.
+
+        R = sum x / sum y      z_i = (x_i - R y_i) / mean(y)      Var(R) = Var(z) / n
+
+    x, y   (n,) per user; y None: 1 for everybody, and R is the plain mean
+    pre    (n,) CUPED covariate with mean 0 over both arms; theta its coefficient: R - theta mean(pre)
+    Raises PageLLMError for fewer than 2 users or a denominator of 0.
+    Source: Deng, Knoblich, Lu, KDD 2018, section 3; CUPED: Deng et al., WSDM 2013.
+    """
+    n = len(x)
+    y = np.ones(n) if y is None else y
+    if n < 2 or y.sum() <= 0:
+        raise PageLLMError(f"an arm with {n} users and a denominator of {y.sum():g}: want 2 users or more, and above 0")
+    value = x.sum() / y.sum()
+    z = (x - value * y) / y.mean()
+    if pre is not None:
+        value, z = value - theta * pre.mean(), z - theta * (pre - pre.mean())
+    return Estimate(float(value), float(z.var(ddof=1) / n), n)
+
+
+def linear(x: np.ndarray, y: np.ndarray | None) -> np.ndarray:
+    """Each user's pull on the ratio of sums, (n,), mean 0."""
+    y = np.ones(len(x)) if y is None else y
+    return (x - x.sum() / y.sum() * y) / y.mean() if y.sum() > 0 else np.zeros(len(x))
+
+
+def welch(control: Estimate, treatment: Estimate, alpha: float = 0.05) -> Test:
+    """Welch's test of two independent estimates, degrees of freedom by Satterthwaite.
+
+    The relative change's interval is the delta method's; NaN where the control's value is 0. Equal and without any
+    spread: p = 1; different without any spread: p = 0.
+    """
+    difference, var = treatment.value - control.value, control.var + treatment.var
+    se = math.sqrt(var)
+    df = var ** 2 / (control.var ** 2 / (control.n - 1) + treatment.var ** 2 / (treatment.n - 1)) if var else math.inf
+    p = 2 * t_sf(abs(difference) / se, df) if se else float(difference == 0)
+    half = se * t_quantile(1 - alpha / 2, df)
+    relative = spread = math.nan
+    if control.value:
+        relative = difference / control.value
+        spread = NORMAL.inv_cdf(1 - alpha / 2) * math.sqrt(
+            treatment.var + (treatment.value / control.value) ** 2 * control.var) / abs(control.value)
+    return Test(control.value, treatment.value, difference, se, difference - half, difference + half, relative,
+                relative - spread, relative + spread, df, p)
+
+
+def t_sf(t: float, df: float) -> float:
+    """P(T > t) of Student's t, t any number, df > 0 (infinity: normal)."""
+    if math.isinf(df):
+        return 0.5 * math.erfc(t / math.sqrt(2))
+    if t < 0:
+        return 1.0 - t_sf(-t, df)
+    return 0.5 * beta_cdf(df / (df + t * t), df / 2, 0.5)
+
+
+def t_quantile(p: float, df: float) -> float:
+    """t with P(T <= t) = p, by bisection on t_sf; 0.5 <= p < 1."""
+    low, high = 0.0, 1.0
+    while t_sf(high, df) > 1 - p:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_sf(middle, df) > 1 - p else (low, middle)
+    return (low + high) / 2
+
+
+def beta_cdf(x: float, a: float, b: float) -> float:
+    """Regularised incomplete beta I_x(a, b) by its continued fraction (DLMF 8.17.22), evaluated after Lentz."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):
+        return 1.0 - beta_cdf(1 - x, b, a)
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
+    tiny = 1e-300
+    c = 1.0
+    d = f = 1.0 / (1.0 - (a + b) * x / (a + 1) or tiny)
+    for m in range(1, 20_000):
+        for term in (m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+                     -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))):
+            d = 1.0 / (1.0 + term * d or tiny)
+            c = 1.0 + term / c or tiny
+            f *= c * d
+        if abs(c * d - 1.0) < 1e-15:
+            break
+    return front * f
+
+
+def sample_ratio(counts, shares) -> float:
+    """p of Pearson's chi-square: are users spread over the arms as meant? counts, shares: one an arm."""
+    counts, shares = np.asarray(counts, float), np.asarray(shares, float)
+    want = counts.sum() * shares / shares.sum()
+    statistic = float(((counts - want) ** 2 / want).sum())
+    return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2, dtype=torch.float64),
+                                         torch.tensor(statistic / 2, dtype=torch.float64)))
+
+
+def holm(p) -> np.ndarray:
+    """Holm's adjusted p-values, (m,), in the order given: reject below alpha, and the family errs with at most alpha.
+
+    Source: Holm, Scandinavian Journal of Statistics 6, 1979.
+    """
+    p = np.asarray(p, float)
+    order = np.argsort(p)
+    adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    out = np.empty(len(p))
+    out[order] = np.minimum(adjusted, 1.0)
+    return out
+
+
+def users_needed(sd: float, effect: float, alpha: float = 0.05, power: float = 0.8, share: float = 0.5) -> float:
+    """Users in both arms together so that a two-sided normal test finds `effect` (absolute) with `power`.
+
+    sd  standard deviation of a user's pull on the metric (z in `estimate`); share  of users in the treatment
+    """
+    if effect == 0:
+        return math.inf
+    z = NORMAL.inv_cdf(1 - alpha / 2) + NORMAL.inv_cdf(power)
+    return (z * sd / effect) ** 2 / (share * (1 - share))
+
+
+def detectable(sd: float, users: float, alpha: float = 0.05, power: float = 0.8, share: float = 0.5) -> float:
+    """The absolute effect that `users` in both arms together find with `power`: the inverse of users_needed."""
+    return math.sqrt(users_needed(sd, 1.0, alpha, power, share) / users)
+
+
+def days_needed(users: float, daily: float) -> int:
+    """Whole days until `users` have come, `daily` new ones a day."""
+    return math.ceil(users / daily)
+
+
+def always_valid(difference, var, tau: float, alpha: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
+    """p-values and half-widths that hold at every look at once: the mixture sequential probability ratio test.
+
+        L = sqrt(V / (V + tau^2)) exp(tau^2 d^2 / (2 V (V + tau^2)))      p = min over looks so far of 1 / L
+
+    difference, var  (looks,) estimate and its squared standard error at each look; infinite before there is any
+    tau              standard deviation of the normal mixture, in the difference's unit; fixed before the test
+    Source: Johari, Pekelis, Walsh, arXiv 1512.04922, section 5.
+    """
+    d, V = np.asarray(difference, float), np.maximum(np.asarray(var, float), 1e-300)
+    if tau <= 0:
+        raise PageLLMError(f"sequential test with tau={tau:g}: want above 0; the control's value is 0, or --mde is")
+    log_ratio = 0.5 * np.log(V / (V + tau ** 2)) + tau ** 2 * d ** 2 / (2 * V * (V + tau ** 2))
+    p = np.minimum.accumulate(np.exp(-np.maximum(log_ratio, 0.0)))
+    half = np.sqrt(V * (V + tau ** 2) / tau ** 2 * (2 * math.log(1 / alpha) + np.log((V + tau ** 2) / V)))
+    return p, half
+
+
+def read_log(path: str | Path) -> dict[str, np.ndarray]:
+    """Column -> (U,) array, checked. Raises PageLLMError saying which column or user is wrong."""
+    given, path = str(path), Path(path)
+    if not path.is_file():
+        raise PageLLMError(f"no log {given!r}; give one with --log (columns: user, arm, {', '.join(COLUMNS)})")
+    try:
+        table = pyarrow.csv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        kind = "CSV" if path.suffix == ".csv" else "Parquet"
+        raise PageLLMError(f"{path} cannot be read as {kind}: {error}") from None
+    missing = [c for c in ("user", "arm", *COLUMNS) if c not in table.column_names]
+    if missing:
+        raise PageLLMError(f"{path} has no column {', '.join(missing)}; there are {', '.join(table.column_names)}")
+    log = {"user": np.array(table["user"].to_pylist()), "arm": np.array([str(a) for a in table["arm"].to_pylist()])}
+    for name in table.column_names:
+        if name in COLUMNS or name == "day" or name.removeprefix("pre_") in COLUMNS:
+            try:
+                log[name] = table[name].to_numpy().astype(np.float64)
+            except (ValueError, TypeError):
+                raise PageLLMError(f"{path}: column {name} is not numbers") from None
+            if not np.isfinite(log[name]).all() or (log[name] < 0).any() and name.removeprefix("pre_") != "gmv":
+                raise PageLLMError(f"{path}: column {name} has values missing, not finite or below 0; mend the log")
+    user, count = np.unique(log["user"], return_counts=True)
+    if (count > 1).any():
+        who = user[count.argmax()]
+        arms = sorted(set(log["arm"][log["user"] == who]))
+        raise PageLLMError(f"{path}: user {who} has {count.max()} lines in arm {' and '.join(arms)}; want one line a "
+                           "user, summed over the test, and nobody in two arms")
+    for part in ("failed_sessions", "purchase_sessions"):
+        if (log[part] > log["sessions"]).any():
+            raise PageLLMError(f"{path}: {part} above sessions for {int((log[part] > log['sessions']).sum())} users")
+    return log
+
+
+def compare(log: dict[str, np.ndarray], control: str, metric: str, alpha: float = 0.05, cuped: bool = True
+            ) -> tuple[Test, float]:
+    """One metric of METRICS, and the share of variance that CUPED took off (0 without pre_ columns)."""
+    top, bottom = METRICS[metric]
+    arms = [log["arm"] == control, log["arm"] != control]
+    x, y = log[top], log[bottom] if bottom else None
+
+    def both(pre=None, theta=0.0) -> Test:
+        return welch(*(estimate(x[a], None if y is None else y[a], None if pre is None else pre[a], theta)
+                       for a in arms), alpha)
+
+    plain = both()
+    needed = [f"pre_{name}" for name in (top, bottom) if name]
+    if not cuped or not all(name in log for name in needed):
+        return plain, 0.0
+    pre = linear(log[needed[0]], log[needed[1]] if bottom else None)
+    z, c = (np.concatenate([v - v.mean() for v in parts]) for parts in
+            ([linear(x[a], None if y is None else y[a]) for a in arms], [pre[a] for a in arms]))
+    if not c.any():
+        return plain, 0.0
+    adjusted = both(pre, float(z @ c / (c @ c)))
+    return adjusted, 1 - adjusted.se ** 2 / plain.se ** 2 if plain.se else 0.0
+
+
+def sequence(log: dict, config: Config, metric: str) -> dict:
+    """Looks at the end of each day, at all users who came so far: the always-valid p and the first day below alpha."""
+    days, differences, variances, tau = [], [], [], 0.0
+    for day in np.unique(log["day"]):
+        so_far = {name: column[log["day"] <= day] for name, column in log.items()}
+        if min((so_far["arm"] == config.control).sum(), (so_far["arm"] != config.control).sum()) < 100:
+            continue                     # the normal approximation wants users in both arms
+        test, _ = compare(so_far, config.control, metric, config.alpha, config.cuped)
+        tau = tau or config.mde * abs(test.control)      # from the first look on, fixed
+        days.append(int(day))
+        differences.append(test.difference)
+        variances.append(test.se ** 2)
+    if not days or not tau:
+        return {}
+    p, half = always_valid(differences, variances, tau, config.alpha)
+    stop = np.flatnonzero(p < config.alpha)
+    return {"looks": len(days), "p": float(p[-1]), "low": differences[-1] - float(half[-1]),
+            "high": differences[-1] + float(half[-1]), "stopped_on_day": days[stop[0]] if len(stop) else None}
+
+
+def finite(value):
+    """Nested dicts and lists with None for NaN and infinity, which JSON does not know."""
+    if isinstance(value, dict):
+        return {name: finite(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table(result: dict, config: Config) -> str:
+    shown = f"{100 * (1 - config.alpha):g}%"
+    lines = [f"{result['users'][0]:,} users in {result['control']}, {result['users'][1]:,} in {result['treatment']}; "
+             f"sample ratio p = {result['sample_ratio_p']:.3f}", "",
+             f"{'':<20}{result['control'][:10]:>11}{result['treatment'][:10]:>11}{'change':>9}   "
+             f"{shown + ' interval':<19}{'p':>8}{'Holm':>8}{'CUPED':>7}{'finds':>8}"
+             f"{'users for ' + format(config.mde, '.1%'):>17}{'sequential p':>14}"]
+    for name, m in result["metrics"].items():
+        span = f"[{m['relative_low']:+.2%}, {m['relative_high']:+.2%}]"
+        lines.append(f"{name:<20}{m['control']:>11.4f}{m['treatment']:>11.4f}{m['relative']:>+9.2%}   {span:<19}"
+                     f"{m['p']:>8.4f}{m['holm']:>8.4f}{-m['variance_saved']:>+7.0%}{m['detectable']:>8.1%}"
+                     f"{m['users_needed']:>17,.0f}" + (f"{m['sequential']['p']:>14.4f}" if m["sequential"] else
+                                                       f"{'–':>14}"))
+    lines += ["", f"change: relative to {result['control']}; interval: for one metric alone; Holm: over all, below "
+              f"{config.alpha:g} is a finding", "CUPED: change of the variance; finds: the relative change that these "
+              f"users find with power {config.power:g}"]
+    most = max((m["users_needed"] for m in result["metrics"].values() if math.isfinite(m["users_needed"])), default=0)
+    if config.daily and most:
+        lines.append(f"all metrics find {config.mde:.1%} after {days_needed(most, config.daily):,} days of "
+                     f"{config.daily:,.0f} new users")
+    return "\n".join(lines)
+
+
+def run(config: Config) -> dict:
+    """-> what abtest.json holds."""
+    log = read_log(config.log)
+    arms = sorted(set(log["arm"]))
+    if len(arms) != 2 or config.control not in arms:
+        raise PageLLMError(f"{config.log} has the arms {', '.join(arms)}; want two, one of them --control "
+                           f"{config.control}")
+    other = next(a for a in arms if a != config.control)
+    counts = [int((log["arm"] == a).sum()) for a in (config.control, other)]
+    ratio = sample_ratio(counts, [1 - config.share, config.share])
+    if ratio < config.srm_alpha:
+        raise PageLLMError(f"sample ratio mismatch: {counts[0]:,} users in {config.control}, {counts[1]:,} in {other}, "
+                           f"meant {1 - config.share:g} to {config.share:g}; p = {ratio:.2g}\n"
+                           "  Users were lost or sent wrongly in one arm, so no difference can be believed: find out "
+                           "why. --srm_alpha 0 shows the numbers all the same.")
+    found = {}
+    for name in METRICS:
+        test, saved = compare(log, config.control, name, config.alpha, config.cuped)
+        users, share = sum(counts), counts[1] / sum(counts)
+        sd = test.se * math.sqrt(users * share * (1 - share))       # of one user's pull, both arms alike
+        found[name] = {**asdict(test), "variance_saved": saved,
+                       "users_needed": users_needed(sd, config.mde * test.control, config.alpha, config.power, share),
+                       "detectable": detectable(sd, users, config.alpha, config.power, share) / abs(test.control)
+                       if test.control else math.nan,
+                       "sequential": sequence(log, config, name) if "day" in log else {}}
+    for m, p in zip(found.values(), holm([m["p"] for m in found.values()]), strict=True):
+        m["holm"] = float(p)
+    result = {"log": config.log, "control": config.control, "treatment": other, "users": counts,
+              "sample_ratio_p": ratio, "metrics": found}
+    path = Path(config.out or Path(config.log).with_name("abtest.json"))
+    write_json(path, finite(result))
+    print(f"{table(result, config)}\n{path}")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main(Config, run, "experiments.abtest"))

@@ -1,0 +1,371 @@
+"""Off-policy evaluation: what a target policy would have earned, from pages that another policy logged.
+
+Reads   a Parquet log, one line a session (columns below); without --log, a SIMULATED one on the synthetic shop
+Writes  ope.json beside the log, or under runs/<run>/ope
+
+    python -m experiments.ope                           python -m experiments.ope --log sessions.parquet
+
+    user                 who saw the page; errors are clustered by user
+    page                 list of K items, in order          reward    list of K numbers: a slot's clicks, money, ...
+    propensity           list of K: P(item | those above) under the policy that logged; above 0
+    target_propensity    list of K: the same under the target policy
+    candidates           optional, list of M items that the page was drawn from, without repeats
+    logging_score, target_score     optional, lists of M: Plackett-Luce scores of both policies
+
+    IPS             sum of rewards, weighted by the ratio of page probabilities
+    SNIPS           the same over the sum of the weights: biased, steadier
+    cascade IPS     slot k weighted by the slots down to k alone: nothing below changes it
+    cascade DR      cascade IPS around a fitted value of the slots to come
+    pseudo-inverse  page weights for rewards that add up over slots, each by item and place alone
+
+The last two need the optional columns. An estimate that rests on few sessions is refused: see `effective`.
+Sources: Swaminathan et al., NeurIPS 2017 (pseudo-inverse); McInerney et al., KDD 2020 (cascade IPS);
+Kiyohara et al., WSDM 2022 (cascade DR). Seconds.
+"""
+
+import itertools
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from experiments import abtest, simulator
+from pagellm.config import PageLLMError, check, main
+from pagellm.data.shop import load
+from pagellm.evaluate import read_pages
+from pagellm.run import Common, Run, atomic, file_id, write_json
+from pagellm.train import keyed
+
+__all__ = ["Config", "Log", "Value", "cascade_dr", "draw_pages", "effective", "estimates", "page_moments",
+           "pl_propensity", "pseudo_inverse_weights", "read_log", "run", "simulated_log", "true_value"]
+
+MOST_PAGES = 5040            # pages that the pseudo-inverse enumerates: 7 candidates in any order
+
+
+@dataclass
+class Log:
+    """S logged sessions, pages of K. user (S,); page, reward, propensity, target (S, K); propensities conditional on
+    the slots above. candidates, logging_score, target_score (S, M) or None: Plackett-Luce policies."""
+
+    user: np.ndarray
+    page: np.ndarray
+    reward: np.ndarray
+    propensity: np.ndarray
+    target: np.ndarray
+    candidates: np.ndarray | None = None
+    logging_score: np.ndarray | None = None
+    target_score: np.ndarray | None = None
+
+    def weights(self) -> np.ndarray:
+        """(S, K): ratio of the probabilities of the first k slots, k = 1..K."""
+        return np.cumprod(self.target / self.propensity, axis=1)
+
+    def place(self) -> np.ndarray:
+        """(S, K) index of every slot's item among its candidates."""
+        return (self.page[:, :, None] == self.candidates[:, None, :]).argmax(2)
+
+
+@dataclass(frozen=True)
+class Value:
+    """An estimate a session with its standard error, clustered by user; ess sessions carry it. refused: why none."""
+
+    value: float
+    se: float
+    ess: float
+    refused: str = ""
+
+
+def effective(weight: np.ndarray) -> float:
+    """Effective sample size (sum w)^2 / sum w^2 of weights (S,); 0 if all are 0. Source: Kish, 1965."""
+    square = float((weight ** 2).sum())
+    return float(weight.sum()) ** 2 / square if square else 0.0
+
+
+def softmax(score: np.ndarray) -> np.ndarray:
+    e = np.exp(score - score.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def rest_of(score: np.ndarray, place: np.ndarray, k: int) -> np.ndarray:
+    """(S, M) P(candidate | slots above k): softmax over those not yet placed."""
+    left = score.copy()
+    np.put_along_axis(left, place[:, :k], -np.inf, axis=1)
+    return softmax(left)
+
+
+def pl_propensity(score: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Plackett-Luce: (S, K) conditional probabilities of the candidates at `place` (S, K), from scores (S, M)."""
+    return np.stack([np.take_along_axis(rest_of(score, place, k), place[:, k: k + 1], 1)[:, 0]
+                     for k in range(place.shape[1])], axis=1)
+
+
+def draw_pages(score: np.ndarray, K: int, rng: np.random.Generator) -> np.ndarray:
+    """One Plackett-Luce page each: (S, K) places among M candidates, by the largest of score + Gumbel noise."""
+    return np.argsort(-(score + rng.gumbel(size=score.shape)), axis=1)[:, :K]
+
+
+def all_pages(M: int, K: int) -> np.ndarray:
+    """(P, K) every page of K of M candidates. Raises PageLLMError above MOST_PAGES."""
+    if math.perm(M, K) > MOST_PAGES:
+        raise PageLLMError(f"{math.perm(M, K):,} pages of {K} slots from {M} candidates; the pseudo-inverse lists at "
+                           f"most {MOST_PAGES:,}: log shorter pages or fewer candidates")
+    return np.array(list(itertools.permutations(range(M), K)))
+
+
+def page_moments(score: np.ndarray, K: int) -> tuple[np.ndarray, np.ndarray]:
+    """E 1_A (C, K M) and E 1_A 1_A' (C, K M, K M) of Plackett-Luce pages; score (C, M); 1_A marks (slot, candidate)."""
+    C, M = score.shape
+    pages = all_pages(M, K)
+    mark = np.zeros((len(pages), K * M))
+    mark[np.arange(len(pages))[:, None], np.arange(K) * M + pages] = 1.0
+    left, p = np.repeat(np.exp(score - score.max(1, keepdims=True))[:, None], len(pages), 1), 1.0
+    for k in range(K):
+        p = p * left[:, np.arange(len(pages)), pages[:, k]] / left.sum(2)
+        left[:, np.arange(len(pages)), pages[:, k]] = 0.0
+    second = np.stack([mark.T @ (row[:, None] * mark) for row in p])
+    return p @ mark, second
+
+
+def pseudo_inverse_weights(log: Log, block: int = 256) -> np.ndarray:
+    """(S,) q' G^+ 1_A: q the target's slot marginals, G the logging policy's second moments, 1_A the logged page.
+
+    Raises PageLLMError where the target shows what the logging policy never does (q outside the range of G).
+    """
+    K, M = log.page.shape[1], log.candidates.shape[1]
+    context, inverse = np.unique(np.hstack([log.logging_score, log.target_score]), axis=0, return_inverse=True)
+    inverse = inverse.ravel()
+    weight = np.empty((len(context), K * M))
+    for at in range(0, len(context), block):
+        some = context[at: at + block]
+        _, G = page_moments(some[:, :M], K)
+        q, _ = page_moments(some[:, M:], K)
+        weight[at: at + block] = (np.linalg.pinv(G, rcond=1e-9, hermitian=True) @ q[..., None])[..., 0]
+        off = np.abs((G @ weight[at: at + block, :, None])[..., 0] - q).max()
+        if off > 1e-6:
+            raise PageLLMError(f"the target shows items where the logging policy never did (off by {off:.2g}); "
+                               "log with a higher temperature")
+    return np.take_along_axis(weight[inverse], np.arange(K) * M + log.place(), axis=1).sum(1)
+
+
+def cascade_dr(log: Log, prior: float = 20.0) -> np.ndarray:
+    """(S,) contributions of the cascade doubly robust estimator; their mean is unbiased for any fitted values.
+
+        sum_k  w_{1:k-1} E_target[Q_k | slots above] + w_{1:k} (r_k - Q_k)
+
+    Q_k: mean reward from slot k on by item, shrunk to the slot's mean as by `prior` sessions; fitted backwards on one
+    half of the users and used on the other.
+    """
+    S, K = log.page.shape
+    place, items = log.place(), int(max(log.candidates.max(), log.page.max())) + 1
+    w = np.hstack([np.ones((S, 1)), log.weights()])
+    fold = np.unique(log.user, return_inverse=True)[1].ravel() % 2
+    out = np.zeros(S)
+    target = [rest_of(log.target_score, place, k) for k in range(K)]
+    for half in (0, 1):
+        fit, use = fold != half, fold == half
+        ahead = np.zeros(S)                       # E_target[Q_{k+1}] given the slots down to k
+        for k in reversed(range(K)):
+            y = log.reward[:, k] + ahead
+            mean = y[fit].mean() if fit.any() else 0.0
+            count, total = (np.bincount(log.page[fit, k], v, items) for v in (None, y[fit]))
+            Q = (total + prior * mean) / (count + prior)
+            ahead = (target[k] * Q[log.candidates]).sum(1)
+            out[use] += (w[:, k] * ahead + w[:, k + 1] * (log.reward[:, k] - Q[log.page[:, k]]))[use]
+    return out
+
+
+def estimates(log: Log, min_ess: float = 100.0) -> dict[str, Value]:
+    """Estimator -> Value a session. Below min_ess effective sessions there is no value, and `refused` says why.
+
+    Raises PageLLMError for a propensity that is not in (0, 1], or that the scores contradict.
+    """
+    check_log(log)
+    w, total = log.weights(), log.reward.sum(1)
+    ones, whole, found = np.ones(len(total)), w[:, -1], {}
+    parts = {"IPS": (whole * total, ones, whole), "SNIPS": (whole * total, whole, whole),
+             "cascade IPS": ((w * log.reward).sum(1), ones, whole)}
+    if log.candidates is not None:
+        parts["cascade DR"] = cascade_dr(log), ones, whole
+        try:
+            pi = pseudo_inverse_weights(log)
+            parts["pseudo-inverse"] = pi * total, ones, pi
+        except PageLLMError as error:
+            found["pseudo-inverse"] = Value(math.nan, math.nan, 0.0, str(error))
+    _, user = np.unique(log.user, return_inverse=True)
+    for name, (x, y, weight) in parts.items():
+        ess = effective(weight)
+        if ess < min_ess:
+            found[name] = Value(math.nan, math.nan, ess, f"{ess:.1f} effective sessions of {len(x):,}, under "
+                                f"{min_ess:g}: the policies differ too much for this log")
+            continue
+        e = abtest.estimate(np.bincount(user.ravel(), x), np.bincount(user.ravel(), y))
+        found[name] = Value(e.value, math.sqrt(e.var), ess)
+    return found
+
+
+def check_log(log: Log) -> None:
+    for name, p, low in (("propensity", log.propensity, "above 0"), ("target_propensity", log.target, "0 or more")):
+        bad = ~np.isfinite(p) | (p > 1 + 1e-6) | ((p <= 0) if low == "above 0" else (p < 0))
+        if bad.any():
+            raise PageLLMError(f"{name} of session {int(np.argwhere(bad)[0, 0])} is {p[bad][0]:g}; want {low}, at most "
+                               "1, as it was when the page was drawn")
+    if not np.isfinite(log.reward).all():
+        raise PageLLMError("a reward is missing or not finite; mend the log")
+    if log.candidates is None:
+        return
+    if not (log.page[:, :, None] == log.candidates[:, None, :]).any(2).all():
+        raise PageLLMError("a page holds an item that is not among its candidates; mend the log")
+    for name, p, score in (("propensity", log.propensity, log.logging_score),
+                           ("target_propensity", log.target, log.target_score)):
+        off = np.abs(pl_propensity(score, log.place()) - p).max(1)
+        if off.max() > 1e-4:
+            raise PageLLMError(f"{name} of session {off.argmax()} is off by {off.max():.2g} from what its scores give; "
+                               "log the scores that the page was drawn from, or leave the score columns out")
+
+
+def read_log(path: str | Path) -> Log:
+    """Raises PageLLMError for missing columns or lists of unequal length."""
+    given, path = str(path), Path(path)
+    if not path.is_file():
+        raise PageLLMError(f"no log {given!r}; see python -m pydoc experiments.ope for its columns")
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise PageLLMError(f"{path} cannot be read as Parquet: {error}") from None
+    need, more = ("page", "reward", "propensity", "target_propensity"), ("candidates", "logging_score", "target_score")
+    names = need + more if all(c in table.column_names for c in more) else need
+    missing = {"user", *need} - set(table.column_names)
+    if missing:
+        raise PageLLMError(f"{path} has no column {', '.join(sorted(missing))}; there are "
+                           f"{', '.join(table.column_names)}")
+    columns = []
+    for name in names:
+        rows = table[name].to_pylist()
+        width = len(rows[0]) if rows else 0
+        if not width or any(row is None or len(row) != width or None in row for row in rows):
+            raise PageLLMError(f"{path}: column {name} wants lists of one length above 0, without gaps")
+        columns.append(np.array(rows, np.int64 if name in ("page", "candidates") else np.float64))
+    if len({c.shape for c in columns[:4]}) > 1:
+        raise PageLLMError(f"{path}: page, reward and propensities want lists of one length")
+    return Log(np.array(table["user"].to_pylist()), *columns)
+
+
+def rank_scores(candidates: np.ndarray, ranked: np.ndarray, temperature: float) -> np.ndarray:
+    """Plackett-Luce scores (U, M): minus the rank a policy gives a candidate, over temperature; unranked ones last."""
+    same = candidates[:, :, None] == ranked[:, None, :]
+    return -np.where(same.any(2), same.argmax(2), ranked.shape[1]) / temperature
+
+
+def simulated_log(world: simulator.World, users: np.ndarray, candidates: np.ndarray, logging: np.ndarray,
+                  target: np.ndarray, K: int, sessions: int, seed: int = 0) -> Log:
+    """Sessions of simulated visitors who see pages drawn by the logging policy; the reward is clicks.
+
+    users (U,) rows of the world; candidates, logging, target (U, M): their items and both policies' scores
+    """
+    rng = keyed(seed, "ope", "log")
+    row = rng.integers(len(users), size=sessions)
+    place = draw_pages(logging[row], K, rng)
+    page = np.take_along_axis(candidates[row], place, 1)
+    reward = simulator.visit(world, users[row], page, rng).clicked.astype(np.float64)
+    return Log(users[row], page, reward, pl_propensity(logging[row], place), pl_propensity(target[row], place),
+               candidates[row], logging[row], target[row])
+
+
+def true_value(world: simulator.World, users: np.ndarray, candidates: np.ndarray, score: np.ndarray, K: int) -> float:
+    """Mean clicks a session under a Plackett-Luce policy, over users and all its pages, without chance."""
+    pages, total = all_pages(candidates.shape[1], K), 0.0
+    for place in pages:
+        p = pl_propensity(score, np.broadcast_to(place, (len(users), K))).prod(1)
+        total += float((p * simulator.expected(world, users, candidates[:, place])["clicks"]).mean())
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Common):
+    """Estimate a target policy's value from another policy's log; without a log, a simulated one with its truth."""
+
+    log: str = ""                # Parquet log of sessions; empty: simulate one on the synthetic shop
+    logging: str = "sft"         # simulated: policy whose first items are candidates and whose ranks are logged
+    target: str = "ppo"          # simulated: policy to be judged
+    candidates: int = 6          # simulated: items a page is drawn from
+    k: int = 3                   # simulated: slots
+    sessions: int = 20000        # simulated: sessions logged
+    logging_temperature: float = 3.0      # simulated: ranks that change a score by 1; higher explores more
+    target_temperature: float = 1.5       # simulated: of the target
+    min_ess: float = 100.0       # effective sessions below which an estimate is refused
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, k=(self.k > 0, "1 or more"), candidates=(self.candidates >= self.k, f"k={self.k} or more"),
+              sessions=(self.sessions >= 2, "2 or more"),
+              logging_temperature=(self.logging_temperature > 0, "above 0"),
+              target_temperature=(self.target_temperature > 0, "above 0"))
+
+
+def simulate(config: Config) -> tuple[Log, float, dict[str, str]]:
+    """-> log, true value of the target, ids of what was read."""
+    shop, ranked, inputs = load(config.data_dir), [], {"data": file_id(config.data_dir / "source.json")}
+    # Rewards must add up over slots for the pseudo-inverse, so a purchase does not end a session here.
+    world = simulator.world_of(shop, simulator.Behaviour(leave_on_purchase=False))
+    for name in dict.fromkeys((config.logging, config.target)):
+        path = config.stage("evaluate") / name / "pages.parquet"
+        if not path.exists():
+            raise PageLLMError(f"no pages of {name} in {path}\n  Make them with: {config.make('evaluate')}")
+        inputs[name] = file_id(path)
+        ranked.append(read_pages(path, shop))
+    first, second = ranked[0], ranked[-1]
+    keep = np.isin(first.user, second.user) & (first.item[:, :config.candidates] >= 0).all(1)
+    if not keep.any():
+        raise PageLLMError(f"nobody has {config.candidates} ranked items in both; lower --candidates")
+    users, items = first.user[keep], first.item[keep, :config.candidates]
+    other = second.item[np.searchsorted(second.user, users)]
+    scores = (rank_scores(items, items, config.logging_temperature),
+              rank_scores(items, other, config.target_temperature))
+    log = simulated_log(world, users, items, *scores, config.k, config.sessions, config.seed)
+    return log, true_value(world, users, items, scores[1], config.k), inputs
+
+
+def report(log: Log, found: dict[str, Value], truth: float | None) -> str:
+    lines = [f"{len(log.user):,} sessions of {len(np.unique(log.user)):,} users, pages of {log.page.shape[1]}; "
+             f"logged reward a session {log.reward.sum(1).mean():.4f}"]
+    if truth is not None:
+        lines = ["SIMULATED visitors: assumptions, not people (experiments/simulator.py)", *lines,
+                 f"target's true value {truth:.4f}"]
+    lines += ["", f"{'estimator':<16}{'value':>9}{'95% interval':>20}{'effective sessions':>20}"]
+    for name, v in found.items():
+        span = f"[{v.value - 1.96 * v.se:.4f}, {v.value + 1.96 * v.se:.4f}]"
+        lines.append(f"{name:<16}" + (f"  refused: {v.refused}" if v.refused else
+                                      f"{v.value:>9.4f}{span:>20}{v.ess:>20,.0f}"))
+    return "\n".join(lines)
+
+
+def run(config: Config) -> dict[str, Value]:
+    """Raises PageLLMError if every estimate is refused."""
+    truth = None
+    if config.log:
+        log, out = read_log(config.log), Path(config.log).with_name("ope.json")
+    else:
+        log, truth, inputs = simulate(config)
+        with Run(config.stage("ope"), config, inputs) as made:
+            columns = {"user": log.user, "page": log.page, "reward": log.reward, "propensity": log.propensity,
+                       "target_propensity": log.target, "candidates": log.candidates,
+                       "logging_score": log.logging_score, "target_score": log.target_score}
+            with atomic(made.path / "log.parquet") as beside:
+                pq.write_table(pa.table({n: c.tolist() for n, c in columns.items()}), beside)
+            out = made.path / "ope.json"
+    found = estimates(log, config.min_ess)
+    print(report(log, found, truth))
+    if all(v.refused for v in found.values()):
+        raise PageLLMError(f"every estimate is refused, the best with {max(v.ess for v in found.values()):.1f} "
+                           f"effective sessions of {len(log.user):,}; log more, explore more, or take a nearer target")
+    write_json(out, abtest.finite({"truth": truth, "estimates": {n: vars(v) for n, v in found.items()}}))
+    print(out)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(Config, run, "experiments.ope"))

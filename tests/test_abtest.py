@@ -1,0 +1,214 @@
+"""Online test: calibrated where nothing happens, right where the answer is known, equal to scipy and statsmodels."""
+
+import json
+import math
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments import abtest
+from pagellm.config import PageLLMError
+
+
+def draw_log(n=4000, seed=0, lift=0.0):
+    """Users with a level of their own, which both periods share; the treatment clicks `lift` more often."""
+    rng = np.random.default_rng(seed)
+    level, arm = rng.gamma(2.0, 0.5, n), np.where(rng.random(n) < 0.5, "a", "b")
+    log = {"user": np.arange(n), "arm": arm, "day": rng.integers(10, size=n)}
+    for prefix in ("pre_", ""):
+        sessions = 1 + rng.poisson(3 * level)
+        impressions = sessions * rng.integers(5, 20, n)
+        more = 1 + lift * ((arm == "b") & (prefix == ""))
+        clicks = rng.binomial(impressions, np.minimum(0.9, 0.1 * level * more))
+        bought = rng.binomial(sessions, np.minimum(0.9, 0.2 * level))
+        gmv = bought * rng.lognormal(2, 0.5, n)
+        values = (impressions, clicks, sessions, rng.binomial(sessions - bought, 0.4), bought, bought, gmv)
+        log |= {prefix + name: v.astype(float) for name, v in zip(abtest.COLUMNS, values, strict=True)}
+    return log
+
+
+def save(log, path):
+    pq.write_table(pa.table({k: v.tolist() for k, v in log.items()}), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("cuped", [False, True])
+@pytest.mark.parametrize("metric", list(abtest.METRICS))
+def test_p_values_of_a_against_a_are_uniform(metric, cuped):
+    """Kolmogorov's distance of 400 p-values to the uniform stays below its 0.0001 quantile, 2.23 / sqrt(n)."""
+    log, p = draw_log(1500), []
+    for split in range(400):
+        log["arm"] = np.where(np.random.default_rng(split).random(1500) < 0.5, "a", "b")
+        p.append(abtest.compare(log, "a", metric, cuped=cuped)[0].p)
+    p = np.sort(p)
+    distance = np.abs(p - (np.arange(400) + 0.5) / 400).max() + 0.5 / 400
+    assert distance < 2.23 / math.sqrt(400)
+
+
+def test_clusters_matter_to_ctr():
+    """A binomial standard error over impressions would be far too small: users differ."""
+    log = draw_log()
+    a = log["arm"] == "a"
+    e = abtest.estimate(log["clicks"][a], log["impressions"][a])
+    naive = e.value * (1 - e.value) / log["impressions"][a].sum()
+    assert e.value == log["clicks"][a].sum() / log["impressions"][a].sum()
+    assert e.var > 3 * naive
+
+
+def test_the_delta_method_has_the_spread_that_resampling_users_shows():
+    log, rng = draw_log(1000), np.random.default_rng(1)
+    x, y = log["clicks"], log["impressions"]
+    again = [x[i].sum() / y[i].sum() for i in (rng.integers(1000, size=1000) for _ in range(3000))]
+    assert abtest.estimate(x, y).var == pytest.approx(np.var(again), rel=0.12)
+
+
+def test_cuped_saves_variance_and_keeps_the_effect():
+    log, plain, adjusted = draw_log(20_000, lift=0.1), [], []
+    test, none = abtest.compare(log, "a", "CTR", cuped=False)
+    better, saved = abtest.compare(log, "a", "CTR")
+    assert none == 0.0 and saved > 0.3 and better.se < 0.85 * test.se
+    assert abs(better.difference - test.difference) < 3 * test.se
+    for seed in range(60):           # the adjusted estimate is centred where the plain one is
+        log = draw_log(1000, seed, lift=0.1)
+        for out, cuped in ((plain, False), (adjusted, True)):
+            out.append(abtest.compare(log, "a", "CTR", cuped=cuped)[0].difference)
+    assert np.std(adjusted) < np.std(plain)
+    assert abs(np.mean(adjusted) - np.mean(plain)) < 3.5 * np.std(plain) / math.sqrt(60)
+
+
+def test_peeking_at_welch_errs_often_and_the_sequential_test_does_not():
+    rng, wrong_p, wrong_fixed, covered = np.random.default_rng(0), 0, 0, 0
+    looks = np.arange(50, 2001, 50)
+    for _ in range(400):
+        d = np.cumsum(rng.normal(size=2000))[looks - 1] / looks
+        p, half = abtest.always_valid(d, 1 / looks, tau=0.1, alpha=0.05)
+        assert (np.diff(p) <= 0).all()
+        wrong_p += p[-1] < 0.05
+        covered += (np.abs(d) <= half).all()
+        wrong_fixed += (np.abs(d) * np.sqrt(looks) > 1.96).any()
+    assert wrong_p <= 400 * 0.05 and covered >= 400 * 0.95 and wrong_fixed > 400 * 0.2
+
+
+def test_the_sequential_interval_and_p_agree():
+    """0 is outside the interval exactly where 1 / L is below alpha."""
+    for d in np.linspace(0, 0.5, 60):
+        p, half = abtest.always_valid([d], [0.01], 0.2, 0.05)
+        assert (abs(d) > half[0]) == (p[0] < 0.05)
+
+
+def test_power_is_what_the_planner_promised():
+    n = round(abtest.users_needed(2.0, 0.5, alpha=0.05, power=0.8) / 2)
+    rng = np.random.default_rng(0)
+    found = sum(abtest.welch(abtest.estimate(rng.normal(0, 2, n)), abtest.estimate(rng.normal(0.5, 2, n))).p < 0.05
+                for _ in range(1000))
+    assert abs(found / 1000 - 0.8) < 0.05
+    assert abtest.detectable(2.0, 2 * n) == pytest.approx(0.5, rel=0.01)
+    assert abtest.days_needed(101, 10) == 11
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_is_the_step_down_procedure(p):
+    """Adjusted p below alpha exactly where every p up to it in size is below alpha / (number not yet rejected)."""
+    alpha, adjusted = 0.05, abtest.holm(p)
+    rejected, order = set(), np.argsort(p, kind="stable")
+    for step, i in enumerate(order):
+        if p[i] * (len(p) - step) >= alpha:
+            break
+        rejected.add(int(i))
+    assert set(np.flatnonzero(adjusted < alpha).tolist()) == rejected
+    assert (adjusted >= np.array(p)).all()
+
+
+def test_equal_to_scipy():
+    stats = pytest.importorskip("scipy.stats", reason="scipy is in the extra dev")
+    rng = np.random.default_rng(0)
+    for a, b in ((30, 45), (2, 3), (500, 20)):
+        x, y = rng.normal(1, 2, a), rng.gamma(1, 1, b)
+        ours, theirs = abtest.welch(abtest.estimate(x), abtest.estimate(y)), stats.ttest_ind(y, x, equal_var=False)
+        assert (ours.p, ours.df) == pytest.approx((theirs.pvalue, theirs.df), rel=1e-9)
+        assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)), rel=1e-9)
+    for df in (1, 2.5, 30, 1e6, math.inf):
+        for t in (-3.0, 0.0, 1e-3, 1.0, 6.0, 25.0):
+            assert abtest.t_sf(t, df) == pytest.approx(stats.t.sf(t, df), rel=1e-7, abs=1e-300)
+    for counts in ((100, 130), (5000, 5000), (10, 30)):
+        assert abtest.sample_ratio(counts, (0.4, 0.6)) == pytest.approx(
+            stats.chisquare(counts, np.array([0.4, 0.6]) * sum(counts)).pvalue, rel=1e-9)
+
+
+def test_equal_to_statsmodels():
+    multitest = pytest.importorskip("statsmodels.stats.multitest", reason="statsmodels is in the extra dev")
+    power = pytest.importorskip("statsmodels.stats.power", reason="statsmodels is in the extra dev")
+    p = np.random.default_rng(0).random(20) ** 3
+    assert abtest.holm(p) == pytest.approx(multitest.multipletests(p, method="holm")[1])
+    one = power.NormalIndPower().solve_power(0.1, power=0.9, alpha=0.01, ratio=1.0)
+    assert abtest.users_needed(3.0, 0.3, 0.01, 0.9) == pytest.approx(2 * one, rel=1e-6)
+
+
+def test_a_log_is_read_tested_and_written(tmp_path, capsys):
+    log = draw_log(6000, lift=0.15)
+    result = abtest.run(abtest.Config(log=save(log, tmp_path / "log.parquet"), control="a", daily=600))
+    m = result["metrics"]["CTR"]
+    assert m["holm"] < 0.01 and m["relative_low"] < 0.15 < m["relative_high"]
+    assert m["sequential"]["looks"] == 10 and m["sequential"]["stopped_on_day"] is not None
+    assert m["sequential"]["high"] - m["sequential"]["low"] > m["high"] - m["low"]       # looking often has its price
+    assert result["metrics"]["session failure"]["p"] > 1e-3
+    assert json.loads((tmp_path / "abtest.json").read_text()) == json.loads(json.dumps(result))
+    assert "days of 600 new users" in capsys.readouterr().out
+    pyarrow.csv.write_csv(pq.read_table(tmp_path / "log.parquet"), tmp_path / "log.csv")
+    again = abtest.run(abtest.Config(log=str(tmp_path / "log.csv"), control="a", daily=600))
+    assert again["metrics"]["CTR"]["p"] == pytest.approx(m["p"], rel=1e-6)
+
+
+def test_a_sample_ratio_mismatch_is_refused(tmp_path):
+    log = draw_log(2000)
+    keep = (log["arm"] == "a") | (np.arange(2000) % 4 > 0)
+    path = save({k: v[keep] for k, v in log.items()}, tmp_path / "log.parquet")
+    with pytest.raises(PageLLMError, match="sample ratio mismatch"):
+        abtest.run(abtest.Config(log=path, control="a"))
+    assert abtest.run(abtest.Config(log=path, control="a", srm_alpha=0))["sample_ratio_p"] < 1e-3
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda log: log.pop("clicks"), "no column clicks"),
+    (lambda log: log["user"].__setitem__(1, 0), "user 0 has 2 lines"),
+    (lambda log: log["gmv"].__setitem__(1, np.nan), "column gmv"),
+    (lambda log: log["clicks"].__setitem__(1, -1), "column clicks"),
+    (lambda log: log["failed_sessions"].__setitem__(1, 1e6), "failed_sessions above sessions for 1 "),
+    (lambda log: log.__setitem__("arm", np.full(200, "a")), "has the arms a; want two")])
+def test_a_wrong_log_is_named(tmp_path, change, said):
+    log = draw_log(200)
+    change(log)
+    with pytest.raises(PageLLMError, match=said):
+        abtest.run(abtest.Config(log=save(log, tmp_path / "log.parquet"), control="a"))
+
+
+def test_edges():
+    one = abtest.Estimate(1.0, 0.0, 5)
+    assert abtest.welch(one, one).p == 1.0 and abtest.welch(one, abtest.Estimate(2.0, 0.0, 5)).p == 0.0
+    assert math.isnan(abtest.welch(abtest.Estimate(0.0, 0.1, 5), one).relative)
+    with pytest.raises(PageLLMError, match="1 users"):
+        abtest.estimate(np.ones(1))
+    with pytest.raises(PageLLMError, match="tau"):
+        abtest.always_valid([1.0], [1.0], 0.0)
+    with pytest.raises(PageLLMError, match="no log ''"):
+        abtest.run(abtest.Config())
+
+
+def test_a_metric_of_zeros_is_reported_as_undefined(tmp_path):
+    """Nobody bought: no relative change, no planner, no sequential test, and the file is JSON that anybody reads."""
+    log = draw_log(1000)
+    for name in ("gmv", "purchases", "purchase_sessions"):
+        log[name] = np.zeros(1000)
+    abtest.run(abtest.Config(log=save(log, tmp_path / "log.parquet"), control="a", daily=100))
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    m = json.loads((tmp_path / "abtest.json").read_text(), parse_constant=refuse)["metrics"]
+    assert m["GMV per user"]["relative"] is None and m["GMV per user"]["sequential"] == {}
+    assert m["GMV per user"]["p"] == 1.0 and m["CTR"]["relative"] is not None

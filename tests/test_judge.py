@@ -1,0 +1,263 @@
+"""The judge: swapping pages swaps the verdict, a server that misbehaves costs retries and no answer, counts add up."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments import judge
+from pagellm import evaluate
+from pagellm.config import PageLLMError
+from pagellm.data.shop import load
+
+WHO = judge.Context(3, np.array([0, 1, 2]), np.array([5.0, 4.0, np.nan], np.float32))
+
+
+@pytest.fixture(scope="module")
+def shop(served):
+    return load(served / "data" / "synthetic")
+
+
+@pytest.fixture(scope="module")
+def common(served):
+    common = {"run": "base", "data": str(served / "data"), "runs": str(served / "runs")}
+    evaluate.run(evaluate.Config(**common, k=6, depth=20, policies="sft,ppo", quiet=True, n_boot=10))
+    return common
+
+
+class Server:
+    """A chat server on this machine. script: for each request a status, or an answer's content; then always `last`."""
+
+    def __init__(self, script=(), last='{"winner": "first", "confidence": 0.9, "reasons": ["ok"]}', headers=()):
+        self.script, self.last, self.seen, outer = list(script), last, [], self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.seen.append((self.path, self.headers.get("Authorization"), body))
+                step = outer.script.pop(0) if outer.script else outer.last
+                text = "no" if isinstance(step, int) else json.dumps({"choices": [{"message": {"content": step}}]})
+                self.send_response(step if isinstance(step, int) else 200)
+                for name, value in headers:
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.thread.join()
+        self.http.server_close()
+
+
+class Stub:
+    """Prefers by a rule on the two pages."""
+
+    name = "stub"
+
+    def __init__(self, rule):
+        self.rule, self.asked = rule, 0
+
+    def ask(self, context, first, second):
+        self.asked += 1
+        return judge.Opinion(self.rule(first, second), 0.8, ("because",))
+
+
+def test_both_orders_must_agree():
+    larger = judge.Judge(Stub(lambda a, b: "first" if sum(a) > sum(b) else "second"))
+    assert larger.compare(WHO, [1], [2]).winner == "b" and larger.compare(WHO, [2], [1]).winner == "a"
+    assert larger.compare(WHO, [1], [2]).confidence == 0.8
+    biased = judge.Judge(Stub(lambda a, b: "first")).compare(WHO, [1], [2])
+    assert (biased.winner, biased.confidence, biased.consistent) == ("tie", 0.0, False)
+    half = judge.Judge(Stub(lambda a, b: "tie" if a == [1] else "first")).compare(WHO, [1], [2])
+    assert half.winner == "tie" and not half.consistent
+    stub = Stub(lambda a, b: "first")
+    assert judge.Judge(stub).compare(WHO, [4, 5], [4, 5]).consistent and stub.asked == 0
+
+
+@given(st.data())
+def test_swapping_the_pages_swaps_the_verdict(data):
+    """For any backend, however odd: compare(a, b) and compare(b, a) name the same page."""
+    taste = data.draw(st.dictionaries(st.tuples(st.integers(0, 3), st.integers(0, 3)), st.sampled_from(judge.WINNERS)))
+    j = judge.Judge(Stub(lambda a, b: taste.get((a[0], b[0]), "first")))
+    a, b = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
+    one, other = j.compare(WHO, [a], [b]), j.compare(WHO, [b], [a])
+    assert one.winner == {"a": "b", "b": "a", "tie": "tie"}[other.winner]
+    assert one.consistent == other.consistent and one.confidence == other.confidence
+
+
+def test_rules_prefer_what_they_say(shop):
+    rules, c = judge.Rules(shop), shop.catalogue
+    liked = np.flatnonzero(c.leaf_id == c.leaf_id[0])
+    context = judge.Context(0, liked[:1], np.full(1, 5.0, np.float32))
+    strange = np.flatnonzero((c.leaf_id != c.leaf_id[0]) & (c.brand_id != c.brand_id[0]))
+    page = [int(liked[-1]), *strange[:3].tolist()]
+    assert judge.Judge(rules).compare(context, page, page[1:] + page[:1]).winner == "a"          # order
+    assert rules.scores(context, page)["relevance"] > rules.scores(context, strange[:4])["relevance"]
+    double = next(i for i in range(shop.n_items) if len(rules.near.of(i)))
+    twin = int(rules.near.of(double)[0])
+    assert rules.scores(context, [double, twin])["redundancy"] == -0.5
+    assert rules.scores(context, page)["redundancy"] == 0
+    one_leaf, many = liked[:2].tolist(), strange[np.unique(c.leaf_id[strange], return_index=True)[1]][:2].tolist()
+    assert rules.scores(context, many)["diversity"] > rules.scores(context, one_leaf)["diversity"]
+    assert rules.scores(context, [])["relevance"] == 0
+    verdict = judge.Judge(rules).compare(context, page, strange[:4])
+    assert verdict.consistent and verdict.reasons
+
+
+def test_http_asks_as_documented_and_retries(shop):
+    answer = '{"winner": "second", "confidence": 1, "reasons": []}'
+    slept = []
+    with Server([503, "not json", '{"winner": "both", "confidence": 1, "reasons": []}', 429, answer]) as server:
+        backend = judge.Http(shop, server.url, "m", key="secret", sleep=slept.append)
+        assert backend.ask(WHO, [1, 2], [3]) == judge.Opinion("second", 1.0)
+        assert slept == [1, 2, 4, 8] and backend.sent == 5
+        path, key, body = server.seen[0]
+    assert (path, key) == ("/v1/chat/completions", "Bearer secret")
+    assert body["temperature"] == 0 and body["response_format"]["json_schema"]["schema"] == judge.SCHEMA
+    question = json.loads(body["messages"][1]["content"])
+    assert [x["title"] for x in question["first"]] == [shop.catalogue.title[i] for i in (1, 2)]
+    assert question["liked"][0]["rating"] == 5 and "rating" not in question["liked"][2]
+
+
+def test_http_honours_retry_after_and_gives_up_with_a_reason(shop):
+    slept = []
+    with Server([429], headers=[("Retry-After", "7")]) as server:
+        judge.Http(shop, server.url, "m", sleep=slept.append).ask(WHO, [1], [2])
+    assert slept == [7]
+    with Server(last=500) as server:
+        with pytest.raises(PageLLMError, match="no answer in 3 attempts; the last said: 500 no"):
+            judge.Http(shop, server.url, "m", retries=2, sleep=slept.append).ask(WHO, [1], [2])
+        assert len(server.seen) == 3
+    with Server(last=401) as server, pytest.raises(PageLLMError, match="refuses: 401"):
+        judge.Http(shop, server.url, "m", sleep=slept.append).ask(WHO, [1], [2])
+    with pytest.raises(PageLLMError, match="no answer in 1 attempts"):         # nobody listens there any more
+        judge.Http(shop, server.url, "m", retries=0, timeout=5).ask(WHO, [1], [2])
+    with pytest.raises(PageLLMError, match="address of a chat server"):
+        judge.Http(shop, "file:///etc", "m")
+
+
+def test_http_keeps_answers_within_the_budget_and_carries_on(common, capsys):
+    with Server() as server:
+        config = {**common, "backend": "http", "url": server.url, "model": "m", "users": 6, "key_env": "NO_SUCH_KEY"}
+        with pytest.raises(PageLLMError, match="budget of 5 requests is used up"):
+            judge.run(judge.Config(**config, budget=5))
+        found = judge.run(judge.Config(**config, budget=100))
+        asked = len(server.seen)
+        again = judge.run(judge.Config(**config, budget=0))
+        assert len(server.seen) == asked and again == found          # all from the file
+    assert asked == 2 * found["pairs"] - 2 * sum(x == "the pages are equal" for x in first_reasons(common, "http"))
+    assert found["tie"] == found["pairs"] and found["win_rate"] == 0.5          # this server always says "first"
+    assert found["first_rate"] == 1.0 and found["inconsistent"] > 0
+    opinions = f"{common['runs']}/base/judge-http/opinions.jsonl"
+    replay = judge.Config(**common, backend="replay", opinions=opinions, users=6)
+    assert judge.run(replay) == found
+    assert "replay of http m" in capsys.readouterr().out
+    with pytest.raises(PageLLMError, match="no opinion on these pages"):
+        judge.Replay(opinions).ask(WHO, [1], [2])
+
+
+def first_reasons(common, backend):
+    reasons = pq.read_table(f"{common['runs']}/base/judge-{backend}/verdicts.parquet")["reasons"].to_pylist()
+    return [r[0] if r else "" for r in reasons]
+
+
+def test_a_line_half_written_is_asked_again(tmp_path):
+    path, stub = tmp_path / "o.jsonl", Stub(lambda a, b: "first")
+    kept = judge.Kept(stub, path)
+    kept.ask(WHO, [1], [2])
+    kept.ask(WHO, [1], [2])
+    assert (stub.asked, kept.hits) == (1, 1)
+    kept.ask(WHO, [2], [1])
+    path.write_text(path.read_text()[:-20])
+    kept = judge.Kept(stub, path)
+    kept.ask(WHO, [1], [2])
+    kept.ask(WHO, [2], [1])
+    assert stub.asked == 3 and len(judge.read_opinions(path)) == 2
+    (tmp_path / "empty").write_text("")
+    for name, said in (("empty", "holds opinions of nobody"), ("none", "no opinions"), ("", "no opinions")):
+        with pytest.raises(PageLLMError, match=said):
+            judge.Replay(tmp_path / name)
+
+
+def test_the_reward_judge_says_where_it_is_circular(common, served, capsys):
+    found = judge.run(judge.Config(**common, backend="reward", users=20))
+    assert found["circular"] == ["ppo"] and "CIRCULAR: ppo" in capsys.readouterr().out
+    assert found["inconsistent"] == 0 and found["a"] + found["b"] + found["tie"] == found["pairs"] == 20
+    rules = judge.run(judge.Config(**common, backend="rules", users=20))
+    assert rules["circular"] == [] and "CIRCULAR" not in capsys.readouterr().out
+
+
+def test_people(common, tmp_path, shop, capsys):
+    judge.run(judge.Config(**common, users=20))
+    verdicts = pq.read_table(f"{common['runs']}/base/judge-rules/verdicts.parquet").to_pylist()
+    said = [{"user": v["user"], "winner": {"a": "sft", "b": "ppo", "tie": "tie"}[v["winner"]]} for v in verdicts]
+    pq.write_table(pa.Table.from_pylist(said), tmp_path / "people.parquet")
+    found = judge.run(judge.Config(**common, users=20, labels=str(tmp_path / "people.parquet")))
+    assert found["people"]["agreement"] == 1.0 and found["people"]["pairs"] == 20
+    assert "agreement with people on 20 pairs" in capsys.readouterr().out
+    for rows, message in (([{"user": "nobody", "winner": "sft"}], "names none"),
+                          ([{"user": "x", "winner": "neither"}], "want each user once"), ([{"user": "x"}], "columns")):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "wrong.parquet")
+        with pytest.raises(PageLLMError, match=message):
+            judge.run(judge.Config(**common, users=20, labels=str(tmp_path / "wrong.parquet")))
+    (tmp_path / "wrong.parquet").write_text("user")
+    with pytest.raises(PageLLMError, match="cannot be read"):
+        judge.read_labels(tmp_path / "wrong.parquet", ("sft", "ppo"))
+
+
+def test_kappa():
+    """Cohen's own measure: 1 for equal, 0 where agreement is chance, known value for a table of 20, 5, 10, 15."""
+    ours = ["a"] * 25 + ["b"] * 25
+    people = ["a"] * 20 + ["b"] * 5 + ["a"] * 10 + ["b"] * 15
+    assert judge.agreement(ours, people)["kappa"] == pytest.approx(0.4)
+    assert judge.agreement(ours, ours)["kappa"] == 1.0
+    assert judge.agreement(["a", "a", "b", "b"], ["a", "b", "a", "b"])["kappa"] == 0.0
+    assert judge.agreement(["a"], ["a"])["kappa"] is None and judge.agreement([], [])["agreement"] is None
+    with pytest.raises(ValueError, match="against"):
+        judge.agreement(["a"], [])
+
+
+@given(st.integers(1, 500), st.floats(0, 1))
+def test_wilson_holds_the_shares_its_normal_test_accepts(n, share):
+    """At either end p0 the share lies exactly z standard errors, of p0, away."""
+    wins = share * n
+    low, high = judge.wilson(wins, n)
+    assert 0 <= low <= wins / n + 1e-12 and wins / n - 1e-12 <= high <= 1
+    for end in (low, high):
+        if 1e-9 < end < 1 - 1e-9:
+            assert (wins / n - end) ** 2 == pytest.approx(1.959964 ** 2 * end * (1 - end) / n, rel=1e-4, abs=1e-12)
+
+
+def test_wilson_equals_statsmodels():
+    proportion = pytest.importorskip("statsmodels.stats.proportion", reason="statsmodels is in the extra dev")
+    for wins, n in ((0, 10), (3, 10), (60.5, 200), (10, 10)):
+        assert judge.wilson(wins, n) == pytest.approx(proportion.proportion_confint(wins, n, method="wilson"), abs=1e-9)
+    assert judge.wilson(0, 0) == (0.0, 1.0)
+
+
+def test_position_bias_is_seen():
+    j = judge.Judge(Stub(lambda a, b: "first" if sum(a) % 3 else "second"))
+    verdicts = [j.compare(WHO, [a], [b]) for a in range(12) for b in range(a)]
+    found = judge.summarise(verdicts)
+    said = [o.winner for v in verdicts for o in (v.forward, v.backward)]
+    assert found["first_rate"] == said.count("first") / len(said) != 0.5
+    assert found["inconsistent"] == sum(not v.consistent for v in verdicts) / len(verdicts) > 0
+    assert found["a"] + found["b"] + found["tie"] == found["pairs"] == 66
+    assert judge.summarise([])["win_rate"] is None
