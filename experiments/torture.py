@@ -488,7 +488,8 @@ class Bench:
             before, after = (sum(row[what] for row in some) / len(some) for some in (early, late))
             self.counts[f"soak: {what}, second quarter"] = round(before)
             self.counts[f"soak: {what}, last quarter"] = round(after)
-            room = 0.05 * before + 4 if what == "memory_mb" else 0.0
+            # Pools start a thread or two late; one that is left behind in every round soon makes more.
+            room = {"memory_mb": 0.05 * before + 4, "threads": 2.0}.get(what, 0.0)
             self.expect(after <= before + room, f"soak: {what} grew from {before:.1f} to {after:.1f}")
         self.counts["soak: rounds"] = len(held)
 
