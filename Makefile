@@ -20,6 +20,8 @@ BASE := --dataset $(DATASET) --run $(RUN)
 DONE := runs/$(RUN)
 PREPARED := data/$(DATASET)/source.json
 RAW_ARG := $(if $(RAW),--raw $(RAW))
+# presets/<dataset>/<stage> holds options found to fit a data set and two cores; ARGS override them.
+PRESET = $(addprefix @,$(wildcard presets/$(DATASET)/$(1)))
 
 .PHONY: all help install test lint serve recommend report export ablation abtest ope judge baselines coldstart \
 	bench torture soak clean $(STAGES)
@@ -49,28 +51,28 @@ $(PREPARED): | $(VENV)/installed
 	$(PY) -m pagellm.data.prepare --dataset $(DATASET) $(RAW_ARG)
 
 pretrain: $(PREPARED)  ## next token and rating prediction on what the shop knows
-	$(STAGE) pagellm.pretrain $(BASE) $(ARGS)
+	$(STAGE) pagellm.pretrain $(BASE) $(call PRESET,pretrain) $(ARGS)
 
 $(DONE)/pretrain/done: | $(PREPARED)
-	$(STAGE) pagellm.pretrain $(BASE)
+	$(STAGE) pagellm.pretrain $(BASE) $(call PRESET,pretrain)
 
 sft: $(DONE)/pretrain/done  ## supervised fine-tuning on ground-truth pages
-	$(STAGE) pagellm.sft $(BASE) $(ARGS)
+	$(STAGE) pagellm.sft $(BASE) $(call PRESET,sft) $(ARGS)
 
 $(DONE)/sft/done: | $(DONE)/pretrain/done
-	$(STAGE) pagellm.sft $(BASE)
+	$(STAGE) pagellm.sft $(BASE) $(call PRESET,sft)
 
 reward: $(DONE)/sft/done  ## reward model from preference pairs
-	$(STAGE) pagellm.reward $(BASE) $(ARGS)
+	$(STAGE) pagellm.reward $(BASE) $(call PRESET,reward) $(ARGS)
 
 $(DONE)/reward/done: | $(DONE)/sft/done
-	$(STAGE) pagellm.reward $(BASE)
+	$(STAGE) pagellm.reward $(BASE) $(call PRESET,reward)
 
 ppo: $(DONE)/reward/done  ## PPO against the reward model
-	$(STAGE) pagellm.ppo $(BASE) $(ARGS)
+	$(STAGE) pagellm.ppo $(BASE) $(call PRESET,ppo) $(ARGS)
 
 $(DONE)/ppo/done: | $(DONE)/reward/done
-	$(STAGE) pagellm.ppo $(BASE)
+	$(STAGE) pagellm.ppo $(BASE) $(call PRESET,ppo)
 
 evaluate: $(DONE)/ppo/done  ## pages and the results table: popularity, SFT, PageLLM
 	$(STAGE) pagellm.evaluate $(BASE) $(ARGS)

@@ -130,7 +130,7 @@ def forked(folder: Path, action: Callable[[], int], arm: Callable[[], None] | No
         time.sleep(0.002)
     _, status, usage = ended
     text = out.read_text(errors="replace") if out.exists() else ""
-    done = int(count.read_text()) if count.exists() else 0
+    done = int(count.read_text() or 0) if count.exists() else 0       # empty: killed while it wrote this
     for path in (out, count):
         path.unlink(missing_ok=True)
     code = os.waitstatus_to_exitcode(status)

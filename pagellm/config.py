@@ -13,6 +13,7 @@ import inspect
 import io
 import math
 import os
+import shlex
 import signal
 import sys
 import textwrap
@@ -110,10 +111,25 @@ def read_value(field: dataclasses.Field, text: str):
 
 
 def parse(cls, argv: list[str], prog: str = "pagellm"):
-    """argv -> an instance of the dataclass `cls`. Accepts --name value, --name=value, --flag, --no-flag.
+    """argv -> an instance of the dataclass `cls`. Accepts --name value, --name=value, --flag, --no-flag, and @file: a
+    preset, a text file of such options, which others on the command line override.
 
     Raises PageLLMError for an option that is unknown (naming the nearest), repeated, without a value, or wrong.
     """
+    presets = [word[1:] for word in argv if word.startswith("@")]
+    values = options(cls, [word for word in argv if not word.startswith("@")], prog)
+    for path in presets:
+        try:
+            with open(path, encoding="utf-8") as file:
+                words = shlex.split(file.read(), comments=True)
+        except (OSError, ValueError) as error:
+            raise PageLLMError(f"preset {path} cannot be read: {error}") from None
+        values = options(cls, words, f"{prog}: preset {path}") | values
+    return cls(**values)
+
+
+def options(cls, argv: list[str], prog: str) -> dict[str, object]:
+    """Field -> value of the options in argv."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     values: dict[str, object] = {}
     rest = list(argv)
@@ -144,7 +160,7 @@ def parse(cls, argv: list[str], prog: str = "pagellm"):
                 raise PageLLMError(f"--{name} needs a value")
             text = rest.pop(0)
         values[name] = read_value(fields[name], text)
-    return cls(**values)
+    return values
 
 
 class Interrupted(BaseException):

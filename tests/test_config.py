@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -198,3 +199,26 @@ def test_a_reader_that_goes_away_is_no_error():
     command = f"{sys.executable} -m pagellm.ppo --help | head -1; exit ${{PIPESTATUS[0]}}"
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100)
     assert ended.stderr == "" and ended.stdout.startswith("usage: pagellm.ppo")
+
+
+def test_a_preset_is_overridden_by_the_command_line(tmp_path):
+    preset = tmp_path / "preset"
+    preset.write_text("# why\n--batch 3 --lr 0.5\n")
+    made = parse(Numbers, [f"@{preset}", "--lr", "0.25"])
+    assert (made.batch, made.lr) == (3, 0.25)
+    assert parse(Numbers, ["--lr=0.25", f"@{preset}"]) == made
+    preset.write_text("--bach 3")
+    with pytest.raises(PageLLMError, match="did you mean --batch"):
+        parse(Numbers, [f"@{preset}"])
+    with pytest.raises(PageLLMError, match="preset .*none cannot be read"):
+        parse(Numbers, [f"@{tmp_path / 'none'}"])
+
+
+def test_every_preset_of_the_repository_is_understood():
+    import importlib
+
+    from pagellm.__main__ import VERBS
+    found = sorted((Path(__file__).parent.parent / "presets").glob("*/*"))
+    assert found
+    for path in found:
+        parse(importlib.import_module(VERBS[path.name]).Config, [f"@{path}"])
