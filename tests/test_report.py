@@ -73,6 +73,7 @@ def root(served, tmp_path_factory):
     """`served` with an evaluation, baselines, and two studies."""
     root = tmp_path_factory.mktemp("report") / "root"
     shutil.copytree(served, root)
+    shutil.rmtree(root / "runs" / "base" / "evaluate", ignore_errors=True)      # another test's, made elsewhere
     common = {"run": "base", "data": str(root / "data"), "runs": str(root / "runs"), "device": "cpu"}
     evaluate.run(evaluate.Config(k=6, depth=40, n_boot=50, quiet=True, **common))
     baselines.run(baselines.Config(models="popularity,EASE", trials=2, refit=True, k=6, depth=40, n_boot=50, **common))
