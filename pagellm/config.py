@@ -233,8 +233,8 @@ def explain(error: Exception, cls) -> str | None:
             ". The same command carries on from the last checkpoint; a changed option may need RUN=another.")
     if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PROCESS):
         return "another process of this job has ended; the same command carries on from the last checkpoint"
-    while not isinstance(error, OSError) and (error.__cause__ or error.__context__):
-        error = error.__cause__ or error.__context__        # torch.save wraps what its file said
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        error = error.__context__           # torch.save wraps what its file said; any other mistake keeps its traceback
     if isinstance(error, OSError) and error.errno is not None:
         where = f" ({error.filename})" if error.filename else ""
         if error.errno in FULL:

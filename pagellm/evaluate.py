@@ -31,8 +31,7 @@ from pagellm.run import Common, Run, atomic, file_id, finished, write_json
 from pagellm.train import keyed
 
 __all__ = ["COLUMNS", "Config", "LABELS", "audience", "check_leak", "check_mask", "check_pages", "popularity_pages",
-           "rank_all", "read_pages", "run", "seen_rows", "table", "top_items",
-           "with_users", "write_pages"]
+           "rank_all", "read_pages", "run", "seen_rows", "table", "top_items", "with_users", "write_pages"]
 
 LABELS = {"popularity": "popularity", "sft": 'SFT = "w/o reward"', "ppo": "PageLLM"}
 DIFFERENCE = "PageLLM - SFT"     # the paired row of the table

@@ -345,7 +345,7 @@ def advantages(config: Config, r: Rollout, reward: Tensor) -> tuple[Tensor, Tens
 
 
 def minibatch_loss(learner: Objective, config: Config, r: Rollout, rows: Tensor, advantage: Tensor, ret: Tensor,
-              learn_policy: bool) -> tuple[Tensor, dict[str, Tensor]]:
+                   learn_policy: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Policy and value loss over some pages of a rollout, each a mean over kept slots, and what to log of them."""
     x, mask, row = r.item[rows], r.mask[rows], {}
     value = learner.critic(r.prompt[rows], r.valid[rows], x, mask)

@@ -222,3 +222,14 @@ def test_every_preset_of_the_repository_is_understood():
     assert found
     for path in found:
         parse(importlib.import_module(VERBS[path.name]).Config, [f"@{path}"])
+
+
+def test_a_mistake_made_while_handling_a_fault_keeps_its_traceback():
+    def run(config):
+        try:
+            raise OSError(errno.EACCES, "x", "runs/a")
+        except OSError:
+            {}["a mistake of ours"]
+
+    with pytest.raises(KeyError):
+        main(Numbers, run, "stage", [])
