@@ -57,6 +57,11 @@ SMALL = {"prepare": "--users 60 --items 40",
          "evaluate": "--k 6 --depth 40 --n_boot 50 --examples 1"}
 
 
+# Where a kill hurts most: the file operation that comes next, as `operations` describes it.
+SPOTS = {"while a checkpoint is written": ("open", ".step-"), "between its rename and LAST": ("open", ".LAST"),
+         "before old checkpoints are gone": ("os.remove", "step-"), "between model.pt and done": ("open", ".done")}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Break things on purpose and count what survives."""
@@ -273,14 +278,12 @@ class Bench:
         for round_ in range(1 + (self.random.random() < 0.3)):
             dice = self.random.random()
             if verb in ("pretrain", "sft", "reward", "ppo") and dice < 0.4:
-                place, delay = self.random.choice([
-                    ("open runs/synthetic/" + verb + "/.step-", 10 ** self.random.uniform(-5, -3)),   # being written
-                    ("open runs/synthetic/" + verb + "/.LAST", None),       # renamed, LAST still names the one before
-                    ("os.remove runs/synthetic/" + verb + "/step-", None),  # LAST written, old ones not yet gone
-                    ("open runs/synthetic/" + verb + "/.done", None)])      # model.pt written, not yet done
-                nth = self.random.randint(1, 2)
-                arm, what = die_where(place, nth, delay), f"killed at {place} ({nth}), round {round_}"
-                self.counts[f"of them at '{place.split('/')[0].split()[0]} {place.rsplit('/', 1)[1]}'"] += 1
+                spot, nth = self.random.choice(list(SPOTS)), self.random.randint(1, 2)
+                event, name = SPOTS[spot]
+                delay = 10 ** self.random.uniform(-5, -3) if name == ".step-" else None      # in the middle of it
+                arm = die_where(f"{event} runs/synthetic/{verb}/{name}", nth, delay)
+                what = f"killed {spot} ({nth}), round {round_}"
+                self.counts[f"aimed {spot}"] += 1
             elif dice < 0.7:
                 at = self.random.randint(1, max(1, whole.operations))
                 delay = self.random.choice([None, None, 10 ** self.random.uniform(-5, -2.5)])
