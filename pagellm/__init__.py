@@ -10,7 +10,8 @@ What they share, from the ground up:
     data.*               raw files of many spellings -> one data set; data.shop loads it
     vocab, prompts       text and ids -> token ids; every template
     lists, pairs         ground-truth pages, page energy; preference pairs
-    gpt2, decode         the network; sampling, greedy, beam, one-shot under a constraint
+    backbone, networks   the networks' surface; gpt2 and llama behind it, lora beside, weights from published files
+    decode               sampling, greedy, beam, one-shot under a constraint
     metrics, train       scores of pages; optimiser, schedule, keyed randomness
     recommender          pages on request, for `pagellm recommend` (terminal, files) and `pagellm serve` (HTTP)
     export, embeddings   rows and states as .npy files; their loader, which needs numpy alone

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.logprob import linear_logp
-from pagellm.gpt2 import GPT2, KVCache
+from pagellm.backbone import Backbone, KVCache
 
 __all__ = ["Pages", "Unseen", "beam", "greedy", "one_shot", "page_logp", "ranking", "sample", "slot_states"]
 
@@ -71,22 +71,22 @@ def legal_logp(logits: Tensor, legal: Tensor, temperature: float) -> tuple[Tenso
     return torch.where(legal, logp, -torch.inf), alive
 
 
-def prefill(model: GPT2, prompt: Tensor, valid: Tensor, k: int) -> tuple[KVCache, Tensor]:
-    cache = KVCache(model.shape, len(prompt), prompt.shape[1] + k, model.wpe)
+def prefill(model: Backbone, prompt: Tensor, valid: Tensor, k: int) -> tuple[KVCache, Tensor]:
+    cache = KVCache(model.shape, len(prompt), prompt.shape[1] + k, model.word)
     return cache, model(prompt, valid, cache)[:, -1]
 
 
-def started(model: GPT2, prompt: Tensor, valid: Tensor, k: int, start) -> tuple[KVCache, Tensor]:
+def started(model: Backbone, prompt: Tensor, valid: Tensor, k: int, start) -> tuple[KVCache, Tensor]:
     """`start`, or the prompt read now; a service that has read it before hands in what it kept."""
     return prefill(model, prompt, valid, k) if start is None else start
 
 
-def item_tokens(model: GPT2, item: Tensor, pad: int) -> Tensor:
+def item_tokens(model: Backbone, item: Tensor, pad: int) -> Tensor:
     return torch.where(item >= 0, item + model.n_words + model.n_users, pad)
 
 
 @torch.no_grad()
-def generate(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int,
+def generate(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int,
              pick: Callable[[Tensor, int], Tensor], temperature: float = 1.0,
              start: tuple[KVCache, Tensor] | None = None) -> Pages:
     """Fill k slots one after another. pick(logp (B, N), slot) -> item (B,), read on rows that have a legal item.
@@ -112,13 +112,13 @@ def generate(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, k: 
     return Pages(item, logp, mask, first)
 
 
-def greedy(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int,
+def greedy(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int,
            start: tuple[KVCache, Tensor] | None = None) -> Pages:
     """The likeliest legal item in every slot. Ties go to the smaller id. start as in `generate`."""
     return generate(model, prompt, valid, constraint, k, lambda logp, slot: logp.argmax(1), start=start)
 
 
-def sample(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, uniform: Tensor,
+def sample(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, uniform: Tensor,
            temperature: float = 1.0) -> Pages:
     """Draw every slot from its legal distribution: Plackett-Luce given the prefix, never a repeat.
 
@@ -135,7 +135,7 @@ def sample(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, unifo
 
 
 @torch.no_grad()
-def beam(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int, width: int = 4,
+def beam(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int, width: int = 4,
          start: tuple[KVCache, Tensor] | None = None) -> Pages:
     """The page of highest total log-probability among those a beam of `width` pages a user keeps.
 
@@ -179,7 +179,7 @@ def beam(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int,
 
 
 @torch.no_grad()
-def one_shot(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int,
+def one_shot(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int,
              start: tuple[KVCache, Tensor] | None = None) -> Pages:
     """Rank by the first slot's distribution alone: one pass, no slot sees another. start as in `generate`."""
     first = model.item_logits(model(prompt, valid)[:, -1] if start is None else start[1])
@@ -210,7 +210,7 @@ def ranking(pages: Pages, legal: Tensor, depth: int) -> tuple[Tensor, Tensor]:
             F.pad(torch.where(kept, top.values, -torch.inf), pad, value=-torch.inf))
 
 
-def slot_states(model: GPT2, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor) -> Tensor:
+def slot_states(model: Backbone, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor) -> Tensor:
     """Hidden states around the slots of given pages, in one pass: (B, K + 1, C).
 
     Column t is the state before slot t is drawn; column t + 1 the state after its item was read.

@@ -14,6 +14,7 @@ batch holds, and each takes its share.
 import atexit
 import gc
 import os
+import resource
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -27,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from pagellm.config import PageLLMError
 
 __all__ = ["MODES", "any_rank", "barrier", "everybody", "gather", "idle", "is_main", "last_backward", "load_optimiser",
-           "load_weights", "optimiser_state", "part", "pick_device", "rank", "start", "stop", "total", "weights",
-           "whole", "world", "wrap"]
+           "load_weights", "optimiser_state", "part", "peak_memory", "pick_device", "rank", "start", "stop", "total",
+           "weights", "whole", "world", "wrap"]
 
 MODES = ("ddp", "fsdp")
 TIMEOUT = timedelta(minutes=30)      # the main process may make pairs or validate for long while the others wait
@@ -66,6 +67,13 @@ def stop() -> None:
     if td.is_initialized():
         gc.collect()
         td.destroy_process_group()
+
+
+def peak_memory() -> float:
+    """Largest memory so far in MB: allocated on the GPU that has most, where one is in use; else this process's."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def rank() -> int:

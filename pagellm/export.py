@@ -55,7 +55,7 @@ class Config(Common):
 @torch.no_grad()
 def states(policy: Policy, rows: list[list[int]], batch: int, mean: bool) -> np.ndarray:
     """(len(rows), C) float32: the last token's state of each row of ids, or the mean over its tokens."""
-    out, device = [], policy.model.wpe.device
+    out, device = [], policy.model.word.device
     for at in range(0, len(rows), batch):
         ids, valid = (x.to(device) for x in left_pad(rows[at: at + batch], policy.vocab.pad))
         hidden = policy.model(ids, valid).float()

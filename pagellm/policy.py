@@ -11,11 +11,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pagellm import dist, metrics
+from pagellm.backbone import Backbone
 from pagellm.config import PageLLMError
 from pagellm.data.shop import Rows, Shop
 from pagellm.decode import Pages, Unseen, beam, greedy, one_shot, ranking
-from pagellm.gpt2 import GPT2, from_state, to_state
 from pagellm.lists import gain, gains, item_scores, near_duplicates, page_energy
+from pagellm.networks import from_state, to_state
 from pagellm.prompts import Prompts, left_pad
 from pagellm.run import load_model_file
 from pagellm.train import keyed
@@ -49,7 +50,7 @@ class RankedPages:
 
 
 class Policy:
-    def __init__(self, model: GPT2, vocab: Vocab, style: PromptStyle):
+    def __init__(self, model: Backbone, vocab: Vocab, style: PromptStyle):
         self.model, self.vocab, self.style = model, vocab, style
         self.prompts = Prompts(vocab, model.shape.n_ctx, style.max_history, style.use_ratings)
 
@@ -75,7 +76,7 @@ class Policy:
         rows = [self.prompts.page(int(u) if self.style.use_user and u is not None else None, *history)
                 for u, history in zip(users, histories, strict=True)]
         ids, valid = left_pad(rows, self.vocab.pad)
-        device = self.model.wpe.device
+        device = self.model.word.device
         return ids.to(device), valid.to(device)
 
     def write(self, users: np.ndarray, history: Rows, seen: Rows, k: int, mode: str = "greedy",

@@ -17,7 +17,6 @@ No dropout anywhere in here: the ratio must be 1 before the first update.
 """
 
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -33,10 +32,11 @@ from kernels import masked
 from kernels.advantage import gae
 from pagellm import dist, metrics
 from pagellm.alarms import alarms
+from pagellm.backbone import Backbone
 from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Rows, Shop, load
 from pagellm.decode import Unseen, page_logp, sample, slot_states
-from pagellm.gpt2 import GPT2, from_state
+from pagellm.networks import from_state
 from pagellm.policy import MODES, Policy, Validation
 from pagellm.reward import RewardModel
 from pagellm.run import Common, Run, file_id, finished, load_model_file
@@ -237,7 +237,7 @@ def normalise_reward(token_reward: Tensor, page_reward: Tensor, mask: Tensor, mo
 class Critic(nn.Module):
     """V_t, the reward still to come before slot t is drawn. Its own trunk (the reward model's), head at zero."""
 
-    def __init__(self, trunk: GPT2):
+    def __init__(self, trunk: Backbone):
         super().__init__()
         self.trunk = trunk
         self.head = nn.Linear(trunk.shape.n_embd, 1)
@@ -272,7 +272,7 @@ class Rollout:
         return len(self.item)
 
 
-def legal_logits(states: Tensor, model: GPT2, item: Tensor, excluded: Tensor) -> Tensor:
+def legal_logits(states: Tensor, model: Backbone, item: Tensor, excluded: Tensor) -> Tensor:
     """(B, K, N) item logits with -inf on whatever slot k may not hold. For exact KL on a micro-batch only."""
     B, K = item.shape
     logits = model.item_logits(states[:, :K])
@@ -293,7 +293,7 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def roll_out(config: Config, policy: Policy, ref: GPT2, reward: RewardModel, critic: Critic, prompt: Tensor,
+def roll_out(config: Config, policy: Policy, ref: Backbone, reward: RewardModel, critic: Critic, prompt: Tensor,
              valid: Tensor, excluded: Tensor, uniform: Tensor) -> Rollout:
     """Sample pages, then score them: one pass each of policy, reference, reward model and critic. Several processes
     deal the pages out and then share all results.
@@ -510,6 +510,7 @@ def run(config: Config) -> None:
         ref = from_state(load_model_file(sft_dir / "model.pt")).to(device).eval().requires_grad_(False)
         reward = RewardModel.load(reward_dir, device).requires_grad_(False)
         critic = Critic(from_state(load_model_file(reward_dir / "model.pt"))).to(device).eval()
+        policy.model.checkpoint_blocks = critic.trunk.checkpoint_blocks = config.checkpoint_blocks
 
         history, seen = shop.csr("train"), shop.csr("train", positive=None)
         users = np.flatnonzero(history.counts() > 0)
@@ -600,7 +601,7 @@ def run(config: Config) -> None:
                 row |= valid_row(scores)
                 best = keep_best(config, best, scores, step + 1, policy)
                 log_samples(out, step + 1, shop, some[:3], r, history)
-            out.log(step + 1, "timing", seconds=round(time.time() - began, 3), peak_mb=peak_memory(device))
+            out.log(step + 1, "timing", seconds=round(time.time() - began, 3), peak_mb=dist.peak_memory())
             log.append({"step": step + 1, **{k: float(v) if isinstance(v, torch.Tensor) else v
                                              for k, v in row.items()}})
             fresh = [text for text in alarms(log, frozen, config.kl_target) if text.split(":")[0] not in raised]
@@ -632,13 +633,6 @@ def keep_best(config: Config, best: dict, scores: dict[str, float], step: int, p
     if not score > best["score"]:
         return best
     return {"score": score, "step": step, "weights": dist.weights(policy.model)}
-
-
-def peak_memory(device: torch.device) -> float:
-    """Largest memory so far in MB: of the device on a GPU, of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def log_samples(out: Run, step: int, shop: Shop, users, r: Rollout, history: Rows) -> None:

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.logprob import linear_logp
-from pagellm import dist
+from pagellm import dist, lora, networks
+from pagellm.backbone import Backbone
 from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Shop, load, source
-from pagellm.gpt2 import GPT2, SIZES, load_published, to_state
+from pagellm.networks import SIZES, load_published, to_state
 from pagellm.prompts import Example, Prompts, right_pad
 from pagellm.run import Common, Run, file_id
 from pagellm.train import (
@@ -48,9 +49,11 @@ KINDS = ("contents", "first_order", "second_order", "interaction")
 class Config(Common):
     """Pre-train the language model on what the shop knows about items, opinions and choices."""
 
-    size: str = "tiny"           # shape of the network: nano, tiny, mini, small, gpt2, gpt2-medium, -large, -xl
-    weights: str = ""            # published GPT-2 weights: a file, a directory or a name on the hub; empty: none
-    bpe: str = ""                # directory with GPT-2's encoder.json and vocab.bpe; empty: words learnt from the shop
+    size: str = "tiny"           # shape of the network: nano, tiny, mini, small, gpt2, gpt2-medium, -large, -xl;
+                                 # Llama: llama-nano, -tiny, -mini, -small, llama-3.2-1b, llama-3.2-3b
+    weights: str = ""            # published weights: a file, a directory (shards too) or a name on the hub; empty: none
+    bpe: str = ""                # the words published with them: a tokenizer.json, or a directory with it or with
+                                 # GPT-2's encoder.json and vocab.bpe; empty: words learnt from the shop
     words: int = 2048            # words to learn when bpe is empty, at least 256
     rows: str = "spectral"       # start of user and item rows: spectral (factors of the train matrix) or random
     facts: float = 0.5           # weight of category and brand beside users in spectral rows
@@ -62,6 +65,9 @@ class Config(Common):
     warmup: int = 20             # steps of linear warm-up
     weight_decay: float = 0.01   # of the matrices
     dropout: float = 0.1         # in embedding, attention and residual
+    lora_rank: int = 0           # rank of adapters beside a frozen published trunk, in all stages; 0: everything learns
+    lora_alpha: float = 16.0     # their scale is lora_alpha / lora_rank
+    lora_targets: str = "q,v"    # which matrices of a block have one: q,k,v,o,up,down; Llama also gate
     grad_clip: float = 1.0       # largest gradient norm; inf: no limit
     contents: float = 1.0        # weight of "item -> title, brand, category, description"
     first_order: float = 1.0     # weight of "user on item -> review"
@@ -78,8 +84,12 @@ class Config(Common):
               batch=(self.batch > 0, "1 or more"), rating_batch=(self.rating_batch > 0, "1 or more"),
               max_tokens=(16 <= self.max_tokens <= SIZES.get(self.size, SIZES["tiny"]).n_ctx,
                           f"16 to {SIZES.get(self.size, SIZES['tiny']).n_ctx}, the context of {self.size}"),
-              lr=(self.lr > 0, "above 0"), dropout=(0 <= self.dropout < 1, "0 or more, below 1"),
+              lr=(self.lr > 0, "above 0"), lora_alpha=(self.lora_alpha > 0, "above 0"),
+              lora_rank=(self.lora_rank >= 0 and (self.lora_rank == 0 or self.weights != ""),
+                         "0, or published weights beside it: adapters need a trunk that knows something"),
+              dropout=(0 <= self.dropout < 1, "0 or more, below 1"),
               **{kind: (getattr(self, kind) >= 0, "0 or more") for kind in (*KINDS, "rating")})
+        lora.parse_targets(self.lora_targets, networks.trunk_of(SIZES[self.size]).TARGETS)
 
 
 class Corpus:
@@ -138,7 +148,7 @@ class RatingHead(nn.Module):
         return 1.0 + 4.0 * torch.sigmoid(self.out(hidden)[..., 0])
 
 
-def next_token_loss(model: GPT2, examples: list[Example], pad: int, n_words: int) -> Tensor:
+def next_token_loss(model: Backbone, examples: list[Example], pad: int, n_words: int) -> Tensor:
     """Eq. 3 as the mean over target tokens; words against words, items against items.
 
     The state at t scores token t + 1. `n_words` leaves the special tokens out of the word softmax.
@@ -146,7 +156,7 @@ def next_token_loss(model: GPT2, examples: list[Example], pad: int, n_words: int
     ids = right_pad([e.ids for e in examples], pad)
     mask = right_pad([e.mask for e in examples], 0).bool()
     items = torch.tensor([e.over == "items" for e in examples])
-    device = model.wpe.device
+    device = model.word.device
     ids, mask, items = ids.to(device), mask.to(device), items.to(device)
     hidden, target, kept = model(ids)[:, :-1], ids[:, 1:], mask[:, 1:]
     total = hidden.new_zeros((), dtype=torch.float32)
@@ -196,17 +206,17 @@ def rating_rows(shop: Shop, split: str) -> tuple[np.ndarray, np.ndarray, np.ndar
     return shop.user[keep], shop.item[keep], shop.rating[keep]
 
 
-def predict(model: GPT2, head: RatingHead, prompts: Prompts, users, items, reviews=None) -> Tensor:
+def predict(model: Backbone, head: RatingHead, prompts: Prompts, users, items, reviews=None) -> Tensor:
     """Predicted stars of (user, item) pairs."""
     text = reviews or [""] * len(users)
     rows = [prompts.rating(int(u), int(i), t) for u, i, t in zip(users, items, text, strict=True)]
-    ids = right_pad(rows, prompts.vocab.pad).to(model.wpe.device)
+    ids = right_pad(rows, prompts.vocab.pad).to(model.word.device)
     last = torch.tensor([len(row) - 1 for row in rows], device=ids.device)
     return head(model(ids)[torch.arange(len(rows), device=ids.device), last].float())
 
 
 @torch.no_grad()
-def rmse(model: GPT2, head: RatingHead, prompts: Prompts, rows, limit: int = 4096) -> float | None:
+def rmse(model: Backbone, head: RatingHead, prompts: Prompts, rows, limit: int = 4096) -> float | None:
     """Root mean squared error in stars over (at most `limit` of) these rows; None where there are none."""
     users, items, ratings = (column[:limit] for column in rows)
     if len(users) == 0:
@@ -234,17 +244,19 @@ def pretrain_loss(both: Objective, prompts: Prompts, examples: list[Example], so
     return loss, shared_means([(error, len(stars))], some_rated)[0]
 
 
-def build(config: Config, shop: Shop) -> tuple[GPT2, RatingHead, Vocab]:
+def build(config: Config, shop: Shop) -> tuple[Backbone, RatingHead, Vocab]:
     """The vocabulary and the network before its first step."""
     if config.bpe:
-        vocab = Vocab.gpt2(config.bpe, shop.n_users, shop.n_items)
+        vocab = Vocab.published(config.bpe, shop.n_users, shop.n_items)
     else:
         empty = Corpus(shop, None, ordered=False)
         vocab = Vocab.train(empty.texts(), shop.n_users, shop.n_items, config.words)
     if config.weights and not config.bpe:
-        raise PageLLMError("published weights know GPT-2's own words only: give --bpe <directory> with --weights")
+        raise PageLLMError("published weights know their own words only: give --bpe <tokenizer.json or directory> with "
+                           "--weights")
     seed_torch(config.seed, "pretrain", "start")
-    model = GPT2(SIZES[config.size], vocab.n_words + vocab.n_specials, shop.n_users, shop.n_items, config.dropout)
+    model = networks.build(config.size, vocab.n_words + vocab.n_specials, shop.n_users, shop.n_items, config.dropout)
+    model.checkpoint_blocks = config.checkpoint_blocks
     head = RatingHead(model.shape.n_embd)
     if config.rows == "spectral":
         users, items = spectral_rows(shop, model.shape.n_embd, config.seed, config.facts)
@@ -252,7 +264,9 @@ def build(config: Config, shop: Shop) -> tuple[GPT2, RatingHead, Vocab]:
             model.user.copy_(users)
             model.item.copy_(items)
     if config.weights:
-        load_published(model, config.weights)
+        load_published(model, config.weights, vocab.n_words)
+    if config.lora_rank:
+        lora.adapt(model, config.lora_rank, config.lora_alpha, config.lora_targets, vocab.n_specials)
     return model, head, vocab
 
 
@@ -319,7 +333,7 @@ def run(config: Config) -> None:
                                 refresh=False)
             if out.due(step + 1, config.steps):
                 out.save(state_at(step + 1))
-        result = {"steps": config.steps, "prompts": corpus.sizes}
+        result = {"steps": config.steps, "prompts": corpus.sizes, **lora.counts(model)}
         if with_rating:
             held = rating_rows(shop, "valid")
             with dist.whole(both):

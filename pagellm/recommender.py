@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagellm import metrics
+from pagellm import lora, metrics
+from pagellm.backbone import KVCache
 from pagellm.config import PageLLMError, check
 from pagellm.data.shop import Rows, Shop, load, source
 from pagellm.decode import Pages, Unseen, beam, greedy, one_shot
 from pagellm.dist import pick_device
-from pagellm.gpt2 import KVCache
 from pagellm.lists import gain, item_scores, near_duplicates, page_energy
 from pagellm.policy import Policy
 from pagellm.prompts import left_pad, pad_ids
@@ -193,6 +193,7 @@ class Recommender:
         loaded = {name: Policy.load(config.where(name), device) for name in policies}
         for policy in loaded.values():
             policy.model.requires_grad_(False)
+            lora.merge(policy.model)
         judge = RewardModel.load(config.where("reward"), device).requires_grad_(False) if reward else None
         # load_model_file has checked each file against its `done`; this, that it is still the `done` read above.
         for name in names:
@@ -288,8 +289,8 @@ class Recommender:
         fresh = [key for key, columns in kept.items() if columns is None]
         if fresh:
             ids, valid = left_pad([list(key[2]) for key in fresh], self.policies[name].vocab.pad)
-            ids, valid = ids.to(model.wpe.device), valid.to(model.wpe.device)
-            cache = KVCache(model.shape, len(fresh), ids.shape[1], model.wpe)
+            ids, valid = ids.to(model.word.device), valid.to(model.word.device)
+            cache = KVCache(model.shape, len(fresh), ids.shape[1], model.word)
             hidden = model(ids, valid, cache)[:, -1]
             kv = torch.stack([torch.stack(cache.keys), torch.stack(cache.values)])       # (2, L, B, H, P, D)
             for row, key in enumerate(fresh):
@@ -297,13 +298,13 @@ class Recommender:
                 kept[key] = columns
                 self.cache.put(key, columns, sum(x.nbytes for x in columns) + 16 * len(key[2]) + 400)
         ids, valid = left_pad(rows, self.policies[name].vocab.pad)
-        ids, valid = ids.to(model.wpe.device), valid.to(model.wpe.device)
+        ids, valid = ids.to(model.word.device), valid.to(model.word.device)
         P, shape = ids.shape[1], model.shape
         # Zeros, not empty: attention multiplies padding by a weight of 0, and 0 times NaN is NaN.
-        kv = model.wpe.new_zeros(2, shape.n_layer, len(rows), shape.n_head, P + k, shape.n_embd // shape.n_head)
+        kv = model.word.new_zeros(2, shape.n_layer, len(rows), shape.n_kv_head, P + k, shape.head_dim)
         for row, key in enumerate(keys):
             kv[:, :, row, :, P - len(key[2]):P] = kept[key][0]
-        cache = KVCache(shape, 0, 0, model.wpe)
+        cache = KVCache(shape, 0, 0, model.word)
         cache.keys, cache.values, cache.length = list(kv[0]), list(kv[1]), P
         return ids, valid, (cache, torch.stack([kept[key][1] for key in keys]))
 

@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pagellm import dist
+from pagellm.backbone import Backbone
 from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import load
 from pagellm.decode import slot_states
-from pagellm.gpt2 import GPT2, from_state, to_state
+from pagellm.networks import from_state, to_state
 from pagellm.pairs import KINDS, Pair, make_pairs, to_table
 from pagellm.policy import Policy
 from pagellm.prompts import pad_ids
@@ -118,7 +119,7 @@ class RewardModel(nn.Module):
     compare  both heads also read how much the items resemble those above them (`Compare`); off: the paper's heads
     """
 
-    def __init__(self, trunk: GPT2, compare: bool = True):
+    def __init__(self, trunk: Backbone, compare: bool = True):
         super().__init__()
         C = trunk.shape.n_embd
         self.trunk = trunk
@@ -385,6 +386,7 @@ def run(config: Config) -> None:
 
         torch.manual_seed(key(config.seed, "reward", "heads") % (1 << 63))
         model = RewardModel(from_state(load_model_file(before / "model.pt")), config.compare).to(device)
+        model.trunk.checkpoint_blocks = config.checkpoint_blocks
         lengths = tuple(2 * len(p.history) + len(p.chosen) for p in train)
         total = max(1, round(config.epochs * -(-len(train) // config.batch)))
         learner = dist.wrap(objective := Objective(learn_pairs, model=model), config.parallel)

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
@@ -47,6 +47,7 @@ class Common:
     device: str = "auto"         # cpu, cuda, cuda:1; auto takes cuda where there is one
     save_every: int = 50         # steps between checkpoints
     parallel: str = "ddp"        # with several processes: ddp (each holds everything) or fsdp (weights and moments cut)
+    checkpoint_blocks: bool = False # training computes a block's insides again instead of keeping them: less memory
 
     def __post_init__(self):
         check_numbers(self, infinite=self.INFINITE)
@@ -164,7 +165,7 @@ def load_model_file(path: str | Path) -> dict:
                            f"remove {Path(path).parent} and make it again") from error
 
 
-FREE = ("device", "save_every", "parallel")
+FREE = ("device", "save_every", "parallel", "checkpoint_blocks")
 
 
 class Run:
@@ -183,10 +184,10 @@ class Run:
         self._lock = None
         self._waiting = Waiting()
         if dist.is_main():
-            self._open(asdict(config), inputs, free)
+            self._open(config, inputs, free)
         dist.barrier()
 
-    def _open(self, config: dict, inputs: dict, free: tuple[str, ...]) -> None:
+    def _open(self, config, inputs: dict, free: tuple[str, ...]) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / "lock", "w")
@@ -203,12 +204,14 @@ class Run:
             self._drop_checkpoints()
         self._check(config, inputs, (*FREE, *free))
 
-    def _check(self, config: dict, inputs: dict, free: tuple[str, ...]) -> None:
+    def _check(self, dataclass, inputs: dict, free: tuple[str, ...]) -> None:
+        config, default = asdict(dataclass), {f.name: f.default for f in fields(dataclass)}
         path = self.path / "config.json"
         if path.exists():
             before = read_json(path)
             for name in sorted(set(before["config"]) | set(config)):
-                old, new = before["config"].get(name), config.get(name)
+                # A field that came later is as if it had had its default: what the stage did before there was one.
+                old, new = before["config"].get(name, default.get(name)), config.get(name)
                 if old != new and name not in free:
                     raise PageLLMError(
                         f"{self.path} was made with {name}={old!r}, now {name}={new!r}\n"
@@ -346,7 +349,8 @@ class Run:
                 identity = file_id(self.path / "model.pt")
             if state is not None:
                 result["state"] = digest(state)
-            write_json(self.path / "done", {"id": identity, "seconds": round(time.time() - self.started, 1), **result})
+            write_json(self.path / "done", {"id": identity, "seconds": round(time.time() - self.started, 1),
+                                             "peak_mb": round(dist.peak_memory(), 1), **result})
             self._drop_checkpoints()
         dist.barrier()
 

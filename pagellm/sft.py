@@ -9,6 +9,7 @@ About a minute for the synthetic shop on two CPU cores.
 """
 
 import sys
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor
 
 from pagellm import dist
+from pagellm.backbone import Backbone
 from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Shop, load
 from pagellm.decode import Unseen, page_logp, slot_states
-from pagellm.gpt2 import GPT2, from_state
 from pagellm.lists import ground_truth_page, item_scores, near_duplicates, single_level, split_history
+from pagellm.networks import from_state
 from pagellm.policy import MODES, Policy, PromptStyle, Validation
 from pagellm.prompts import pad_ids
 from pagellm.run import Common, Run, file_id, finished, load_model_file
@@ -124,7 +126,7 @@ def collate(policy: Policy, users, examples) -> Batch:
     return Batch(prompt, valid, item, item >= 0, excluded)
 
 
-def sft_loss(model: GPT2, b: Batch, objective: str = "list") -> Tensor:
+def sft_loss(model: Backbone, b: Batch, objective: str = "list") -> Tensor:
     """Eq. 4 as the mean over the batch's slots: -log p(i_k | q, i_<k) over the legal items.
 
     multinomial  every label is scored by the state before the first slot, none excludes another: what the ranks
@@ -162,6 +164,7 @@ def run(config: Config) -> None:
         if dist.is_main():
             vocab.save(out.path)
         model = from_state(load_model_file(before / "model.pt"), config.dropout).to(device)
+        model.checkpoint_blocks = config.checkpoint_blocks
         policy = Policy(model, vocab, PromptStyle(config.max_history, config.use_ratings, config.use_user))
         maker = PageMaker(shop, config.shrink)
         if len(maker.users) == 0:
@@ -186,6 +189,7 @@ def run(config: Config) -> None:
 
         bar = progress(start, total, "sft")
         for step in out.steps(bar):
+            began = time.time()
             model.train()
             epoch, index = batch_at(step, len(maker.users), config.batch, config.seed, "sft", length=lengths)
             users, busy = dist.part(maker.users[index])
@@ -197,6 +201,7 @@ def run(config: Config) -> None:
             loss.backward()
             norm = guard.step(f"sft step {step}", lambda step=step, b=b: out.keep_for_replay(
                 step, {**state_at(step), "batch": vars(b)}))
+            out.log(step + 1, "timing", seconds=round(time.time() - began, 4))
             row = {"loss": logged(loss), "grad_norm": norm, "lr": opt.param_groups[0]["lr"]}
             bar.set_postfix_str(f"loss {row['loss']:.3f}, best NDCG {best['score']:.4f}", refresh=False)
             if (step + 1) % config.eval_every == 0 or step + 1 == total:

@@ -81,7 +81,7 @@ def optimiser(model: nn.Module, lr: float, weight_decay: float = 0.0, row_decay:
         last = name.rsplit(".", 1)[-1]
         if last in ("user", "item"):
             rows.append(weight)
-        elif weight.ndim >= 2 and last not in ("wpe", "word"):
+        elif weight.ndim >= 2 and last not in ("wpe", "word", "special"):
             matrices.append(weight)
         else:
             rest.append(weight)

@@ -1,10 +1,10 @@
 """One id space in four runs: words | specials | users | items (SPEC 3).
 
-Words are GPT-2's byte-level BPE, from its two published files, or the same kind of tokeniser trained on the
-shop's own text. Byte-level means that no text is unknown: every byte has a token.
+Words are a published model's byte-level BPE (GPT-2's two files, or a tokenizer.json such as Llama's), or the same kind
+of tokeniser trained on the shop's own text. Byte-level means that no text is unknown: every byte has a token.
 
     vocab = Vocab.train(texts, n_users=2000, n_items=1000, size=2048)
-    vocab = Vocab.gpt2("data/gpt2", n_users=2000, n_items=1000)     # encoder.json, vocab.bpe
+    vocab = Vocab.published("data/gpt2", n_users=2000, n_items=1000)
     vocab.words("Blue drum"), vocab.item(12), vocab.rating(4.0), vocab.page
 """
 
@@ -23,6 +23,7 @@ __all__ = ["SPECIALS", "Vocab"]
 
 # <r?> is "liked, level unknown": implicit feedback has no rating and none is invented for it.
 SPECIALS = ("<pad>", "<page>", "<user_unk>", "<r?>", "<r1>", "<r2>", "<r3>", "<r4>", "<r5>")
+TWO_FILES = ("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -32,6 +33,7 @@ class Vocab:
 
     def __init__(self, tokenizer: Tokenizer, n_users: int, n_items: int):
         self.tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True       # a review that says "<|end_of_text|>" is text like any other
         self.n_words = tokenizer.get_vocab_size()
         self.n_specials = len(SPECIALS)
         self.n_users, self.n_items = n_users, n_items
@@ -58,7 +60,7 @@ class Vocab:
     def gpt2(cls, path: str | Path, n_users: int, n_items: int) -> "Vocab":
         """GPT-2's words from encoder.json and vocab.bpe (or vocab.json and merges.txt) in `path`."""
         path = Path(path)
-        for words, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
+        for words, merges in TWO_FILES:
             if (path / words).exists() and (path / merges).exists():
                 index = json.loads((path / words).read_text(encoding="utf-8"))
                 lines = (path / merges).read_text(encoding="utf-8").split("\n")
@@ -68,6 +70,32 @@ class Vocab:
                 return cls(tokenizer, n_users, n_items)
         raise PageLLMError(f"no GPT-2 word files in {path}\n  Want encoder.json and vocab.bpe "
                            "(or vocab.json and merges.txt), as published with GPT-2.")
+
+    @classmethod
+    def published(cls, path: str | Path, n_users: int, n_items: int) -> "Vocab":
+        """The words of a published model: a tokenizer.json, or a directory with it or with GPT-2's two files.
+
+        Its own special tokens stay words, and nothing is put before or behind a text. Raises PageLLMError for files
+        that are not there or cannot be read, and for ids with gaps.
+        """
+        path = Path(path)
+        two = any(all((path / name).exists() for name in pair) for pair in TWO_FILES)
+        if path.is_dir() and (two or not (path / "tokenizer.json").exists()):
+            return cls.gpt2(path, n_users, n_items)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.exists():
+            raise PageLLMError(f"no {path}\n  Want a model's tokenizer.json, or a directory with it or with GPT-2's "
+                               "encoder.json and vocab.bpe.")
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:      # the reader raises plain Exception
+            raise PageLLMError(f"{path} is no tokenizer.json of the tokenizers package ({error})") from None
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        if tokenizer.get_vocab_size() != max(tokenizer.get_vocab().values(), default=-1) + 1:
+            raise PageLLMError(f"{path}: {tokenizer.get_vocab_size()} words, but ids up to "
+                               f"{max(tokenizer.get_vocab().values(), default=-1)}; want ids without gaps")
+        return cls(tokenizer, n_users, n_items)
 
     def special(self, name: str) -> int:
         return self.n_words + SPECIALS.index(name)
@@ -88,10 +116,10 @@ class Vocab:
         return self.special(f"<r{min(5, max(1, round(float(rating))))}>")
 
     def words(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text).ids
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def words_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Readable text of any ids: words as they were, the rest as <user 3>, <item 12>, <page>."""

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from pagellm.backbone import KVCache
 from pagellm.config import PageLLMError
-from pagellm.gpt2 import GPT2, SIZES, KVCache, Shape, from_state, load_published, to_state
+from pagellm.gpt2 import GPT2, SIZES, Shape
+from pagellm.networks import from_state, load_published, to_state
 
 SHAPE = Shape(n_layer=3, n_head=2, n_embd=16, n_ctx=24)
 
@@ -146,10 +148,15 @@ def test_published_weights_load_from_a_local_path(tmp_path, form):
     with torch.no_grad():
         assert_close(model.word_logits(model(ids))[..., :9], other(ids).logits, atol=1e-4, rtol=1e-4)
     assert torch.equal(model.user, users)
-    with pytest.raises(PageLLMError, match="missing|do not fit|is \\("):
+    with pytest.raises(PageLLMError, match="n_layer=3, this size 2"):
         load_published(GPT2(Shape(2, 2, 16, 24), 11, 1, 1), tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(PageLLMError, match="not a gpt2 of this size: missing \\[\\], unknown .*h.2"):
+        load_published(GPT2(Shape(2, 2, 16, 24), 11, 1, 1), tmp_path)
+    with pytest.raises(PageLLMError, match="9 word rows, the tokeniser knows 8"):
+        load_published(model, tmp_path, n_words=8)
     with pytest.raises(PageLLMError, match="do not fit"):
         load_published(GPT2(SHAPE, 5, 1, 1), tmp_path)
-    with pytest.raises(PageLLMError, match="no GPT-2 weights"):
+    with pytest.raises(PageLLMError, match="no weights"):
         (tmp_path / "empty").mkdir()
         load_published(model, tmp_path / "empty")

@@ -68,6 +68,17 @@ def test_a_changed_option_or_input_is_refused_by_name(tmp_path):
         Run(tmp_path / "r", Config(), {"sft": "b"}, free=("device",))
 
 
+def test_a_run_from_before_a_field_existed_goes_on_with_its_default(tmp_path):
+    Run(tmp_path / "r", Config(), {}).close()
+    path = tmp_path / "r" / "config.json"
+    record = json.loads(path.read_text())
+    del record["config"]["lr"]
+    path.write_text(json.dumps(record))
+    Run(tmp_path / "r", Config(), {}).close()
+    with pytest.raises(PageLLMError, match="lr=1.0, now lr=2.0"):
+        Run(tmp_path / "r", Config(lr=2.0), {})
+
+
 def test_two_processes_cannot_share_a_run_and_a_stale_lock_is_no_obstacle(tmp_path):
     first = Run(tmp_path / "r", Config(), {})
     with pytest.raises(PageLLMError, match="another process"):

@@ -1,10 +1,12 @@
 """One id space: every id has one meaning, every meaning one id, no text is unknown."""
 
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from pagellm.config import PageLLMError
 from pagellm.vocab import SPECIALS, Vocab
@@ -70,6 +72,54 @@ def test_published_words():
     # Ids that GPT-2's published tokeniser gives.
     assert v.words("Hello world") == [15496, 995] and v.words(" drums") == [24730]
     assert v.decode(v.words("naïve ☃ text\n")) == "naïve ☃ text\n"
+
+
+def like_llama(path):
+    """A tokenizer.json of Llama 3's kind: digits in threes, special tokens behind the words, one put before a text."""
+    tokenizer = Tokenizer(models.BPE())
+    split = Regex(r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, "isolated"),
+                                                       pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(["a small blue drum 1234"] * 3, trainers.BpeTrainer(
+        vocab_size=280, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>"])
+    first = tokenizer.token_to_id("<|begin_of_text|>")
+    tokenizer.post_processor = processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[
+        ("<|begin_of_text|>", first)])
+    tokenizer.enable_truncation(5)
+    tokenizer.save(str(path))
+    return tokenizer, first
+
+
+def test_a_published_tokenizer_file(tmp_path):
+    other, first = like_llama(tmp_path / "tokenizer.json")
+    assert other.encode("a drum").ids[0] == first
+    (tmp_path / "run").mkdir()
+    v = Vocab.published(tmp_path, 3, 4)
+    v.save(tmp_path / "run")
+    text = "a small blue drum 1234 for <|end_of_text|> children"
+    for again in (v, Vocab.published(tmp_path / "tokenizer.json", 3, 4), Vocab.load(tmp_path / "run")):
+        assert again.n_words == other.get_vocab_size() == first + 2
+        assert again.words("a drum") == other.encode("a drum").ids[1:] == again.words_batch(["a drum"])[0]
+        # What a review says is text: no special token, nothing put before, nothing cut.
+        assert again.decode(again.words(text)) == text and not {first, first + 1} & set(again.words(text))
+
+
+def test_a_broken_tokenizer_file_is_named(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(PageLLMError, match="no .*tokenizer.json"):
+        Vocab.published(path, 1, 1)
+    path.write_text("{}")
+    with pytest.raises(PageLLMError, match="no tokenizer.json of the tokenizers package"):
+        Vocab.published(path, 1, 1)
+    like_llama(path)
+    gap = json.loads(path.read_text())
+    words = gap["model"]["vocab"]
+    words[max(words, key=words.get)] += 5
+    path.write_text(json.dumps(gap))
+    with pytest.raises(PageLLMError, match="without gaps"):
+        Vocab.published(tmp_path, 1, 1)
 
 
 def test_missing_word_files_are_named(tmp_path):

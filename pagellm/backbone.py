@@ -1,0 +1,164 @@
+"""What every backbone offers, whatever its blocks: rows for words, users and items, one forward pass, item logits.
+
+    hidden = model(ids, valid, cache)                # (B, T, C), after the last norm
+    logits = model.item_logits(hidden)               # (B, T, N): item rows only, tied to the item embedding
+
+`gpt2.GPT2` and `llama.Llama` are the two; `networks` makes either from a size, a saved state or published weights.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["Backbone", "KVCache", "attention_mask"]
+
+
+class KVCache:
+    """Keys and values of every layer, in buffers made once: (B, H, room, D), H key heads. Only for inference."""
+
+    def __init__(self, shape, batch: int, room: int, like: Tensor):
+        size = (batch, shape.n_kv_head, room, shape.head_dim)
+        self.keys = [like.new_empty(size) for _ in range(shape.n_layer)]
+        self.values = [like.new_empty(size) for _ in range(shape.n_layer)]
+        self.length = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new columns of one layer; return all columns so far. k, v (B, H, T, D)."""
+        end = self.length + k.shape[2]
+        if end > self.keys[layer].shape[2]:
+            raise ValueError(f"KVCache: {end} columns do not fit in {self.keys[layer].shape[2]}")
+        self.keys[layer][:, :, self.length:end] = k
+        self.values[layer][:, :, self.length:end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (and repeat) these rows of the batch: beams move, samples of one prompt share its columns."""
+        self.keys = [k[rows] for k in self.keys]
+        self.values = [v[rows] for v in self.values]
+
+
+class Backbone(nn.Module):
+    """Three tables of rows in one id space, and the blocks `h` that a trunk brings: words and specials, users, items.
+
+    n_words counts words and specials together; ids n_words.. are users, then items (vocab.Vocab has the map).
+    A trunk sets KIND (its name in a saved state), the constants below, makes `drop`, `h` and `ln_f`, calls `reset`,
+    and has `enter`.
+    """
+
+    KIND = ""
+    RESIDUAL: tuple[str, ...] = ()                # projections back into the residual
+    TARGETS: dict[str, tuple[str, int, int]] = {} # adapter target -> (module in a block, part, of how many equal parts)
+    PREFIX = ""                                   # of all names in a published file but lm_head
+    TRANSPOSED: tuple[str, ...] = ()              # what published files store as (in, out)
+    UNUSED: tuple[str, ...] = ()                  # ends of names that published files hold besides weights
+
+    def __init__(self, shape, n_words: int, n_users: int, n_items: int):
+        super().__init__()
+        self.shape = shape
+        self.n_words, self.n_users, self.n_items = n_words, n_users, n_items
+        self.word = nn.Parameter(torch.empty(n_words, shape.n_embd))
+        self.register_parameter("special", None)  # the last rows of `word`, once these are frozen (lora.adapt)
+        self.user = nn.Parameter(torch.empty(n_users, shape.n_embd))
+        self.item = nn.Parameter(torch.empty(n_items, shape.n_embd))
+        self.lora: dict | None = None             # what lora.adapt was called with
+        self.checkpoint_blocks = False            # backward computes each block anew instead of keeping its insides
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """GPT-2's initialisation: normal 0.02; projections back into the residual scaled by 1/sqrt(2 layers)."""
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"):
+                weight.zero_()
+            elif ".ln_" in f".{name}":
+                weight.fill_(1.0)
+            else:
+                residual = any(part in name for part in self.RESIDUAL)
+                std = 0.02 / math.sqrt(2 * self.shape.n_layer) if residual else 0.02
+                weight.normal_(0.0, std, generator=generator)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids (...) -> rows (..., C). A gather and a selection a table: the tables are never joined in memory."""
+        user, item = ids - self.n_words, ids - self.n_words - self.n_users
+        rows = F.embedding(ids.clamp(max=len(self.word) - 1), self.word)
+        if self.special is not None:
+            special = ids - len(self.word)
+            known = F.embedding(special.clamp(0, len(self.special) - 1), self.special)
+            rows = torch.where((special >= 0)[..., None], known, rows)
+        if self.n_users:
+            known = F.embedding(user.clamp(0, self.n_users - 1), self.user)
+            rows = torch.where((user >= 0)[..., None], known, rows)
+        if self.n_items:
+            known = F.embedding(item.clamp(0, self.n_items - 1), self.item)
+            rows = torch.where((item >= 0)[..., None], known, rows)
+        return rows
+
+    def enter(self, ids: Tensor, position: Tensor) -> tuple[Tensor, tuple]:
+        """What the first block reads (B, T, C), and what every block is told besides. ids, position (B, T)."""
+        raise NotImplementedError
+
+    def forward(self, ids: Tensor, valid: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Hidden states after the last norm.
+
+        ids     (B, T) int64
+        valid   (B, S) bool, S = cache.length + T: False on padding, left or right; None: no padding on the left.
+                Positions count valid tokens only, so a left-padded row equals the row alone.
+        cache   columns already computed; the new ones are added
+        returns (B, T, C)
+
+        Without `valid` and cache the causal mask alone is used, and padding on the right is harmless: no kept
+        token can see it.
+        """
+        B, T = ids.shape
+        past = cache.length if cache is not None else 0
+        if past + T > self.shape.n_ctx:
+            raise ValueError(f"{past + T} tokens do not fit in a context of {self.shape.n_ctx}")
+        if valid is None:
+            position = torch.arange(past, past + T, device=ids.device).expand(B, T)
+        else:
+            position = (valid.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+        x, told = self.enter(ids, position)
+        allowed = attention_mask(valid, past, T, ids.device)
+        anew = self.checkpoint_blocks and cache is None and torch.is_grad_enabled()
+        for layer, block in enumerate(self.h):
+            # Dropout is drawn again from the same state, so gradients are the same to the last bit.
+            x = (checkpoint(block, x, allowed, cache, layer, *told, use_reentrant=False) if anew
+                 else block(x, allowed, cache, layer, *told))
+        if cache is not None:
+            cache.length += T
+        return self.ln_f(x)
+
+    def item_logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., N) in float32, against the item rows only."""
+        return hidden.float() @ self.item.float().T
+
+    def word_logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., n_words) in float32, against words and specials."""
+        rows = self.word if self.special is None else torch.cat([self.word, self.special])
+        return hidden.float() @ rows.float().T
+
+    @staticmethod
+    def published_name(name: str) -> str:
+        """What a published file calls a parameter of ours, without PREFIX."""
+        raise NotImplementedError
+
+    @staticmethod
+    def published_config(shape) -> dict:
+        """Fields of a published config.json and the values they must have for this shape."""
+        raise NotImplementedError
+
+
+def attention_mask(valid: Tensor | None, past: int, T: int, device) -> Tensor | None:
+    """(B or 1, 1, T, S) bool, True where a query may look; None where plain causal attention does."""
+    if valid is None and past == 0:
+        return None
+    S = past + T
+    query = torch.arange(past, S, device=device)[:, None]
+    key = torch.arange(S, device=device)[None, :]
+    allowed = (key <= query)[None, None]
+    if valid is None:
+        return allowed
+    # A padding query sees itself, so that its softmax is not empty; nobody reads its output.
+    return allowed & (valid[:, None, None, :] | (key == query)[None, None])

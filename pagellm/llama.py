@@ -1,0 +1,198 @@
+"""Llama 3.2 by hand, with rows for users and items beside the words: the other backbone of the paper's Table 3.
+
+    model = Llama(SIZES["llama-tiny"], n_words=2057, n_users=2000, n_items=1000)
+
+The surface is backbone.Backbone's, the same as GPT-2's. Root mean square norm, rotary positions with Llama 3's
+scaling, grouped-query attention, SwiGLU, no biases, tied embeddings. Published weights drop in, one file or shards
+(`networks.load_published`).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pagellm.backbone import Backbone, KVCache
+
+__all__ = ["Llama", "RMSNorm", "SIZES", "Shape", "frequencies", "rotate"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """n_kv_head heads of keys and values serve n_head heads of queries; n_hidden is the width inside the MLP.
+
+    theta    base of the rotary frequencies
+    scaling  (factor, low, high, original context) as in `frequencies`; None: none
+    """
+
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    n_hidden: int
+    n_ctx: int
+    theta: float = 10_000.0
+    scaling: tuple[float, float, float, int] | None = None
+    eps: float = 1e-5
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head or self.n_head % self.n_kv_head or self.head_dim % 2:
+            raise ValueError(f"n_embd={self.n_embd}, n_head={self.n_head}, n_kv_head={self.n_kv_head}: want each a "
+                             "multiple of the next, and an even width of a head")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+
+LLAMA3 = {"theta": 500_000.0, "scaling": (32.0, 1.0, 4.0, 8192)}
+
+SIZES = {
+    "llama-nano": Shape(2, 2, 1, 32, 88, 256),
+    "llama-tiny": Shape(2, 4, 2, 64, 176, 256),         # the MLP holds about as much as GPT-2's: 3 C x 8/3 C
+    "llama-mini": Shape(2, 4, 2, 128, 344, 512),
+    "llama-small": Shape(4, 4, 2, 256, 688, 512),
+    "llama-3.2-1b": Shape(16, 32, 8, 2048, 8192, 131_072, **LLAMA3),
+    "llama-3.2-3b": Shape(28, 24, 8, 3072, 8192, 131_072, **LLAMA3),
+}
+
+
+def frequencies(head_dim: int, theta: float, scaling: tuple[float, float, float, int] | None = None) -> Tensor:
+    """Radians a position of each pair of channels, (D / 2,) float32: theta^(-2 i / D).
+
+    scaling  (factor, low, high, original): waves longer than original / low are slowed by factor, those shorter than
+             original / high stay, those between are blended. Source: the Llama 3.1 release.
+    """
+    plain = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    if scaling is None:
+        return plain
+    factor, low, high, original = scaling
+    turns = original * plain / (2 * math.pi)                # of each wave over the original context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * plain + (1 - keep) * plain / factor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channel pairs (i, i + D / 2) by their angles. x (B, H, T, D); cos, sin (B, 1, T, D / 2)."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) in float32, times a weight a channel."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: Shape, dropout: float):
+        super().__init__()
+        self.groups, self.head_dim, self.p = shape.n_head // shape.n_kv_head, shape.head_dim, dropout
+        C, narrow = shape.n_embd, shape.n_kv_head * shape.head_dim
+        self.q_proj = nn.Linear(C, C, bias=False)
+        self.k_proj = nn.Linear(C, narrow, bias=False)
+        self.v_proj = nn.Linear(C, narrow, bias=False)
+        self.o_proj = nn.Linear(C, C, bias=False)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int, cos: Tensor, sin: Tensor
+                ) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (of(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+                   for of in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        # Each head of keys stands beside the queries it serves; the fast attention kernels want equally many.
+        k, v = (z.repeat_interleave(self.groups, dim=1) for z in (k, v))
+        p = self.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p, is_causal=allowed is None)
+        return self.drop(self.o_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, shape: Shape, dropout: float):
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.n_embd, shape.n_hidden, bias=False)
+        self.up_proj = nn.Linear(shape.n_embd, shape.n_hidden, bias=False)
+        self.down_proj = nn.Linear(shape.n_hidden, shape.n_embd, bias=False)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, shape: Shape, dropout: float):
+        super().__init__()
+        self.ln_1 = RMSNorm(shape.n_embd, shape.eps)
+        self.attn = Attention(shape, dropout)
+        self.ln_2 = RMSNorm(shape.n_embd, shape.eps)
+        self.mlp = MLP(shape, dropout)
+
+    def forward(self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int, cos: Tensor, sin: Tensor
+                ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), allowed, cache, layer, cos, sin)
+        return x + self.mlp(self.ln_2(x))
+
+
+PUBLISHED = {"word": "embed_tokens.weight", "ln_f.weight": "norm.weight"}
+INSIDE = {"attn.": "self_attn.", "ln_1.": "input_layernorm.", "ln_2.": "post_attention_layernorm."}
+
+
+class Llama(Backbone):
+    """Dropout is ours, at the places where GPT-2 has it; the published models were trained without."""
+
+    KIND = "llama"
+    RESIDUAL = ("o_proj", "down_proj")
+    TARGETS = {name: (f"attn.{name}_proj", 0, 1) for name in ("q", "k", "v", "o")} | {
+        name: (f"mlp.{name}_proj", 0, 1) for name in ("gate", "up", "down")}
+    PREFIX = "model."
+    UNUSED = ("rotary_emb.inv_freq",)
+
+    def __init__(self, shape: Shape, n_words: int, n_users: int, n_items: int, dropout: float = 0.1,
+                 generator: torch.Generator | None = None):
+        super().__init__(shape, n_words, n_users, n_items)
+        self.drop = nn.Dropout(dropout)
+        self.h = nn.ModuleList(Block(shape, dropout) for _ in range(shape.n_layer))
+        self.ln_f = RMSNorm(shape.n_embd, shape.eps)
+        self.register_buffer("frequency", frequencies(shape.head_dim, shape.theta, shape.scaling), persistent=False)
+        self.reset(generator)
+
+    def enter(self, ids: Tensor, position: Tensor) -> tuple[Tensor, tuple]:
+        angle = position[:, None, :, None].float() * self.frequency.float()           # (B, 1, T, D / 2)
+        return self.drop(self.embed(ids)), (angle.cos(), angle.sin())
+
+    @staticmethod
+    def published_name(name: str) -> str:
+        name = PUBLISHED.get(name, name)
+        if name.startswith("h."):
+            name = "layers" + name[1:]
+        for ours, theirs in INSIDE.items():
+            name = name.replace(f".{ours}", f".{theirs}")
+        return name
+
+    @staticmethod
+    def published_config(shape: Shape) -> dict:
+        scaling = None
+        if shape.scaling is not None:
+            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            scaling = {"rope_type": "llama3", **dict(zip(names, shape.scaling, strict=True))}
+        return {"model_type": "llama", "num_hidden_layers": shape.n_layer, "num_attention_heads": shape.n_head,
+                "num_key_value_heads": shape.n_kv_head, "hidden_size": shape.n_embd, "head_dim": shape.head_dim,
+                "intermediate_size": shape.n_hidden, "max_position_embeddings": shape.n_ctx,
+                "rope_theta": shape.theta, "rope_scaling": scaling, "rms_norm_eps": shape.eps,
+                "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True}

@@ -1,0 +1,129 @@
+"""Low-rank adapters by hand: a published trunk stays as it is, a few small matrices beside it learn.
+
+    adapt(model, rank=8, alpha=16.0, targets="q,v", n_specials=9)
+    merge(model); unmerge(model)                     # for inference at the trunk's own speed, and back to the bit
+
+W x becomes W x + (alpha / rank) B A x, A (rank, in) random, B (out, rank) zero, so that a new adapter changes
+nothing. Trunk and words are frozen; what no published model knows learns beside them: special tokens, user and item
+rows. Source: Hu et al., arXiv 2106.09685.
+"""
+
+import difflib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pagellm.backbone import Backbone
+from pagellm.config import PageLLMError
+
+__all__ = ["LowRank", "adapt", "counts", "is_merged", "merge", "parse_targets", "unmerge"]
+
+
+class LowRank(nn.Module):
+    """A linear layer with an adapter on some of its output's equal parts (GPT-2 has q, k, v in one matrix).
+
+    parts  which parts      of  how many there are
+    """
+
+    def __init__(self, linear: nn.Linear, parts: tuple[int, ...], of: int, rank: int, alpha: float):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.of, self.scale = of, alpha / rank
+        wide, narrow = self.weight.shape[1], self.weight.shape[0] // of
+        like = {"device": self.weight.device, "dtype": self.weight.dtype}
+        self.lora_a = nn.Parameter(torch.randn(len(parts), rank, wide, **like) / math.sqrt(wide))
+        self.lora_b = nn.Parameter(torch.zeros(len(parts), narrow, rank, **like))
+        self.register_buffer("parts", torch.tensor(parts, device=self.weight.device), persistent=False)
+        self.kept: Tensor | None = None              # the weight without its adapter, while they are merged
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if self.kept is not None:
+            return y
+        low = F.linear(x, self.lora_a.flatten(0, 1)).unflatten(-1, self.lora_a.shape[:2])        # (..., parts, rank)
+        more = torch.einsum("...pr,por->...po", low, self.lora_b) * self.scale
+        return y.unflatten(-1, (self.of, -1)).index_add(-2, self.parts, more.to(y.dtype)).flatten(-2)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        if self.kept is None:
+            self.kept = self.weight.detach().clone()
+            self.weight.unflatten(0, (self.of, -1)).index_add_(0, self.parts, self.lora_b @ self.lora_a * self.scale)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        if self.kept is not None:
+            self.weight.copy_(self.kept)             # subtracting would leave rounding behind
+            self.kept = None
+
+
+def parse_targets(text: str, known: dict) -> list[str]:
+    """"q,v" -> ["q", "v"]. Raises PageLLMError for a name that is not in `known`, repeated, or for none at all."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise PageLLMError(f"lora_targets={text!r}: no {name!r} in this backbone{hint} (it has {','.join(known)})")
+    if not names or len(set(names)) < len(names):
+        raise PageLLMError(f"lora_targets={text!r}: want some of {','.join(known)}, each once")
+    return names
+
+
+def adapt(model: Backbone, rank: int, alpha: float, targets: str, n_specials: int) -> None:
+    """Freeze trunk and words of a model and put adapters beside `targets` in every block. Draws from torch's generator.
+
+    targets     comma-separated names from model.TARGETS
+    n_specials  the last rows of `word`; they become `special` and learn, as user and item rows do
+    Raises PageLLMError for an unknown target or a rank that is not below the widths of a matrix it adapts.
+    """
+    if model.lora is not None:
+        raise ValueError("adapt: this model has adapters already")
+    of: dict[str, list[str]] = {}
+    for name in parse_targets(targets, model.TARGETS):
+        of.setdefault(model.TARGETS[name][0], []).append(name)
+    model.requires_grad_(False)
+    word = model.word.detach()
+    if n_specials:
+        model.word = nn.Parameter(word[:-n_specials].clone(), requires_grad=False)
+        model.special = nn.Parameter(word[-n_specials:].clone())
+    for block in model.h:
+        for path, names in of.items():
+            folder, last = path.split(".")
+            linear, pieces = getattr(getattr(block, folder), last), model.TARGETS[names[0]][2]
+            if rank >= min(linear.in_features, linear.out_features // pieces):
+                raise PageLLMError(f"lora_rank={rank}: {path} is {linear.out_features // pieces} x "
+                                   f"{linear.in_features}; a low rank is below both")
+            parts = tuple(model.TARGETS[name][1] for name in names)
+            setattr(getattr(block, folder), last, LowRank(linear, parts, pieces, rank, alpha))
+    model.user.requires_grad_(True)
+    model.item.requires_grad_(True)
+    model.lora = {"rank": rank, "alpha": alpha, "targets": targets, "n_specials": n_specials}
+
+
+def adapters(model: nn.Module) -> list[LowRank]:
+    return [module for module in model.modules() if isinstance(module, LowRank)]
+
+
+def merge(model: nn.Module) -> None:
+    """Add every adapter to its matrix, for inference; the matrices as they were are kept in memory."""
+    for module in adapters(model):
+        module.merge()
+
+
+def unmerge(model: nn.Module) -> None:
+    """Every matrix as it was, to the last bit."""
+    for module in adapters(model):
+        module.unmerge()
+
+
+def is_merged(model: nn.Module) -> bool:
+    return any(module.kept is not None for module in adapters(model))
+
+
+def counts(model: nn.Module) -> dict[str, int]:
+    """parameters: all of a model's numbers; trainable: those that learn."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return {"parameters": sum(n for n, _ in sizes), "trainable": sum(n for n, learns in sizes if learns)}
