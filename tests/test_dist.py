@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from pagellm import dist, sft
 from pagellm.config import PageLLMError
 from pagellm.data import prepare
+from pagellm.networks import build, save_published
 from pagellm.train import shared_means
 from tests import two_processes
 
@@ -104,10 +105,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def launch(folder, mode, processes=2):
+def launch(folder, mode, processes=2, run="", more="{}"):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                           str(processes), str(ROOT / "tests" / "two_processes.py"), str(folder), mode, mode],
+                           str(processes), str(ROOT / "tests" / "two_processes.py"), str(folder), run or mode, mode,
+                           more],
                           env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=150)
 
 
@@ -133,6 +135,26 @@ def test_two_processes_end_with_the_metrics_of_one(folder, mode):
     for policy in results[0]:
         for metric, row in results[0][policy].items():
             assert results[1][policy][metric]["mean"] == pytest.approx(row["mean"], abs=1e-6), (policy, metric)
+
+
+@pytest.mark.parametrize("mode", dist.MODES)
+def test_two_processes_learn_adapters_as_one_does(folder, mode):
+    """Llama with a frozen trunk and words, adapters, and blocks computed anew: every stage, as by one process."""
+    source = build("llama-nano", 300, 0, 0)
+    save_published(source, folder / "llama", 300)
+    more = json.dumps({"size": "llama-nano", "weights": str(folder / "llama"), "lora_rank": 2, "lora_targets": "q,down",
+                       "bpe": str(folder / "runs" / "alone" / "pretrain"), "checkpoint_blocks": True})
+    two_processes.main(str(folder), f"{mode}-lora-one", "ddp", more)
+    done = launch(folder, mode, run=f"{mode}-lora-two", more=more)
+    assert done.returncode == 0, done.stdout[-3000:]
+    for stage in STAGES:
+        for one, two in zip(log_of(folder, f"{mode}-lora-one", stage), log_of(folder, f"{mode}-lora-two", stage),
+                            strict=True):
+            for name in one:
+                if isinstance(one[name], float) and name != "advantages/mean":
+                    assert two[name] == pytest.approx(one[name], rel=2e-3, abs=2e-5), (stage, one["step"], name)
+    state = torch.load(folder / "runs" / f"{mode}-lora-two" / "ppo" / "model.pt", weights_only=True)
+    assert torch.equal(state["weights"]["word"], source.word)
 
 
 def test_the_same_number_of_processes_gives_the_same_bytes(folder):

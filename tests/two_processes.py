@@ -1,8 +1,11 @@
 """All training stages by whatever number of processes started this file: run by tests/test_dist.py.
 
-    python tests/two_processes.py FOLDER RUN MODE           torchrun --nproc_per_node 2 tests/two_processes.py ...
+    python tests/two_processes.py FOLDER RUN MODE [OPTIONS]     torchrun --nproc_per_node 2 tests/two_processes.py ...
+
+OPTIONS is a JSON table of pretrain's fields.
 """
 
+import json
 import sys
 
 import torch
@@ -18,12 +21,12 @@ SMALL = {pretrain: {"size": "nano", "steps": 4, "batch": 7, "rating_batch": 5, "
          evaluate: {"k": 6, "depth": 30, "n_boot": 20, "quiet": True}}
 
 
-def main(folder: str, run: str, mode: str) -> None:
+def main(folder: str, run: str, mode: str, more: str = "{}") -> None:
     torch.set_num_threads(1)
     common = {"data": f"{folder}/data", "runs": f"{folder}/runs", "run": run, "device": "cpu", "parallel": mode,
               "save_every": 2}
     for stage, options in SMALL.items():
-        stage.run(stage.Config(**common, **options))
+        stage.run(stage.Config(**common, **options | (json.loads(more) if stage is pretrain else {})))
 
 
 if __name__ == "__main__":
