@@ -23,7 +23,7 @@ RAW_ARG := $(if $(RAW),--raw $(RAW))
 # presets/<dataset>/<stage> holds options found to fit a data set and two cores; ARGS override them.
 PRESET = $(addprefix @,$(wildcard presets/$(DATASET)/$(1)))
 
-.PHONY: all help install test lint serve recommend report export ablation abtest ope judge baselines coldstart \
+.PHONY: all help install test lint serve recommend report export ablation abtest ope judge backbones baselines coldstart \
 	bench torture soak clean $(STAGES)
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
@@ -95,6 +95,9 @@ export: $(DONE)/ppo/done  ## embeddings of items and users as .npy for a ranker 
 
 ablation: $(VENV)/installed  ## the paper's Table 5 over several seeds
 	$(PY) -m experiments.ablation --dataset $(DATASET) $(ARGS)
+
+backbones: $(VENV)/installed  ## GPT-2, Llama and Llama with adapters side by side: the paper's Table 3
+	$(PY) -m experiments.backbones --dataset $(DATASET) $(RAW_ARG) $(ARGS)
 
 baselines: | $(PREPARED)  ## popularity, ItemKNN, EASE, ALS: chosen on validation, refitted, one table
 	$(PY) -m experiments.baselines $(BASE) --refit $(ARGS)
