@@ -236,7 +236,8 @@ def run(config: Config) -> list[dict]:
     origin = {name: "published weights" if getattr(config, f"{name}_weights") else "pre-trained on another shop"
               for name in starts}
     heading = (f"{config.dataset}, {config.policy}, {config.seeds} seeds. GPT-2: {config.gpt2}, {origin['gpt2']}; "
-               f"Llama: {config.llama}, {origin['llama']}; adapters of rank {config.lora_rank} on {config.lora_targets}")
+               f"Llama: {config.llama}, {origin['llama']}; adapters of rank {config.lora_rank} on "
+               f"{config.lora_targets}")
     text = f"{heading}\n\n{markdown(records)}\n"
     with atomic(config.folder / f"{config.dataset}.md") as beside:
         beside.write_text(text)

@@ -201,21 +201,28 @@ def like(value, parameter: Tensor):
     return value.clone()
 
 
-def weights(module: nn.Module) -> dict[str, Tensor]:
-    """Plain names -> whole tensors of a module, before or after `wrap`."""
+def weights(module: nn.Module, frozen: bool = True) -> dict[str, Tensor]:
+    """Plain names -> whole tensors of a module, before or after `wrap`; frozen=False: without parameters that do not
+    learn, as a checkpoint keeps them."""
     module = getattr(module, "module", module)
-    return {name: full(value) for name, value in module.state_dict().items()}
+    left = set() if frozen else still(module)
+    return {name: full(value) for name, value in module.state_dict().items() if name not in left}
+
+
+def still(module: nn.Module) -> set[str]:
+    return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
 
 
 @torch.no_grad()
 def load_weights(module: nn.Module, values: dict[str, Tensor]) -> None:
-    """The inverse of `weights`, into any number of processes. Raises PageLLMError for another set of names."""
+    """The inverse of `weights`, into any number of processes: frozen parameters may be absent and stay as they are.
+    Raises PageLLMError for another set of names."""
     module = getattr(module, "module", module)
     own = module.state_dict()
-    if set(own) != set(values):
-        raise PageLLMError(f"the checkpoint's weights are not this model's: {sorted(set(own) ^ set(values))[:3]}")
-    for name, value in own.items():
-        value.copy_(like(values[name], value))
+    if strange := (set(own) ^ set(values)) - (still(module) - set(values)):
+        raise PageLLMError(f"the checkpoint's weights are not this model's: {sorted(strange)[:3]}")
+    for name, value in values.items():
+        own[name].copy_(like(value, own[name]))
 
 
 def optimiser_state(module: nn.Module, opt: torch.optim.Optimizer) -> dict[str, dict]:

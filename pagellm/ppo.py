@@ -547,7 +547,8 @@ def run(config: Config) -> None:
         raised = {text.split(":")[0] for row in log for text in row.get("alarms", [])}
 
         def state_at(step: int) -> dict:
-            return {"step": step, "best": best, "policy": dist.weights(policy.model), "critic": dist.weights(critic),
+            return {"step": step, "best": best, "policy": dist.weights(policy.model, frozen=False),
+                    "critic": dist.weights(critic, frozen=False),
                     "opt": dist.optimiser_state(policy.model, opt),
                     "critic_opt": dist.optimiser_state(critic, critic_opt), "moments": moments.state_dict(),
                     "kl_coef": steer.coef if steer else config.kl_coef}
@@ -632,7 +633,7 @@ def keep_best(config: Config, best: dict, scores: dict[str, float], step: int, p
     score = {"energy": scores["energy"], "ndcg": scores["NDCG@100"], "last": float(step)}[config.select]
     if not score > best["score"]:
         return best
-    return {"score": score, "step": step, "weights": dist.weights(policy.model)}
+    return {"score": score, "step": step, "weights": dist.weights(policy.model, frozen=False)}
 
 
 def log_samples(out: Run, step: int, shop: Shop, users, r: Rollout, history: Rows) -> None:

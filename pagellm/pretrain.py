@@ -305,7 +305,7 @@ def run(config: Config) -> None:
         both.train()
 
         def state_at(step: int) -> dict:
-            return {"step": step, "both": dist.weights(both), "opt": dist.optimiser_state(both, opt)}
+            return {"step": step, "both": dist.weights(both, frozen=False), "opt": dist.optimiser_state(both, opt)}
 
         bar = progress(start, config.steps, "pretrain")
         for step in out.steps(bar):

@@ -399,7 +399,7 @@ def run(config: Config) -> None:
             dist.load_optimiser(model, opt, state["opt"])
 
         def state_at(step: int) -> dict:
-            return {"step": step, "model": dist.weights(model), "opt": dist.optimiser_state(model, opt)}
+            return {"step": step, "model": dist.weights(model, frozen=False), "opt": dist.optimiser_state(model, opt)}
 
         bar = progress(start, total, "reward")
         for step in out.steps(bar):

@@ -185,7 +185,8 @@ def run(config: Config) -> None:
             dist.load_optimiser(model, opt, state["opt"])
 
         def state_at(step: int) -> dict:
-            return {"step": step, "model": dist.weights(model), "opt": dist.optimiser_state(model, opt), "best": best}
+            return {"step": step, "model": dist.weights(model, frozen=False), "best": best,
+                    "opt": dist.optimiser_state(model, opt)}
 
         bar = progress(start, total, "sft")
         for step in out.steps(bar):
@@ -209,7 +210,8 @@ def run(config: Config) -> None:
                     scores = validation(policy)
                 row |= {f"valid/{name}": value for name, value in scores.items()}
                 if scores["NDCG@100"] > best["score"]:
-                    best = {"score": scores["NDCG@100"], "step": step + 1, "weights": dist.weights(model)}
+                    best = {"score": scores["NDCG@100"], "step": step + 1,
+                            "weights": dist.weights(model, frozen=False)}
             out.log(step + 1, **row)
             if out.due(step + 1, total):
                 out.save(state_at(step + 1))

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from kernels import bench
+from pagellm import gpt2
 from pagellm.backbone import KVCache
 from pagellm.config import PageLLMError
 from pagellm.llama import LLAMA3, SIZES, Llama, RMSNorm, Shape, frequencies, rotate
-from pagellm.networks import build, from_state, load_published, save_published, to_state
+from pagellm.networks import build, from_state, load_published, save_published, to_state, trunk_of
 from pagellm.weights import read_safetensors, write_safetensors
 
 # A context of 16 before scaling puts some waves below, some above and some between the two bounds.
@@ -242,3 +244,17 @@ def test_checkpointed_blocks_give_the_same_gradients_to_the_bit(size, dropout):
         found.append([p.grad.clone() for p in model.parameters()] + [torch.rand(1)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert found[0][0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("shape", [gpt2.Shape(6, 4, 128, 128), Shape(6, 4, 2, 128, 344, 128)])
+def test_checkpointed_blocks_take_less_memory(shape):
+    """Six layers keep their inputs and one layer's insides instead of six: well below half."""
+    model = trunk_of(shape)(shape, 300, 0, 20, 0.1).train()
+    ids = torch.randint(0, 300, (12, 128))
+    peak = []
+    for model.checkpoint_blocks in (False, True):
+        model(ids).sum().backward()                    # gradients have their memory before the measurement
+        peak.append(bench.peak_megabytes(lambda: model(ids).sum().backward(), "cpu"))
+    if None in peak:
+        pytest.skip("this system keeps no resettable high-water mark")
+    assert peak[1] < 0.5 * peak[0], peak

@@ -226,6 +226,11 @@ def test_a_stage_that_was_stopped_ends_with_the_same_bytes(root, stage, monkeypa
         patch.setattr(module.Run, "save", save)
         with pytest.raises(Stopped):
             module.run(config(root, stage, size, run))
+    held = torch.load(root / "runs" / run / stage / "step-00000002.pt", weights_only=True)
+    kept = {name.removeprefix("model.") for name in held[{"pretrain": "both", "ppo": "policy"}.get(stage, "model")]}
+    # A checkpoint holds what learns; the published trunk and its words are where they were read from.
+    assert {"user", "item", "special"} < kept and "word" not in kept and not any("mlp.up_proj.w" in n for n in kept)
+    assert not any(n.endswith(("c_attn.weight", "q_proj.weight")) for n in kept)
     module.run(config(root, stage, size, run, checkpoint_blocks=True))
     done = [json.loads((root / "runs" / r / stage / "done").read_text()) for r in ("base", run)]
     assert done[0]["id"] == done[1]["id"] and done[0]["state"] == done[1]["state"]
