@@ -246,6 +246,18 @@ def test_checkpointed_blocks_give_the_same_gradients_to_the_bit(size, dropout):
     assert found[0][0].abs().sum() > 0
 
 
+def test_a_cache_is_filled_once_also_where_blocks_are_checkpointed():
+    """Computing a block again would write its columns again, behind the first."""
+    model = make()
+    model.checkpoint_blocks = True
+    ids = torch.randint(0, 22, (2, 6), generator=torch.Generator().manual_seed(0))
+    cache = KVCache(SHAPE, 2, 6, model.word.detach())
+    hidden = model(ids, None, cache)
+    assert_close(hidden, model(ids), atol=1e-5, rtol=1e-5)
+    hidden.sum().backward()
+    assert cache.length == 6
+
+
 @pytest.mark.parametrize("shape", [gpt2.Shape(6, 4, 128, 128), Shape(6, 4, 2, 128, 344, 128)])
 def test_checkpointed_blocks_take_less_memory(shape):
     """Six layers keep their inputs and one layer's insides instead of six: well below half."""

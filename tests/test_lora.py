@@ -107,6 +107,8 @@ def test_only_adapters_and_new_rows_learn(size):
     moved = {name for name, w in model.named_parameters() if not torch.equal(w, before[name])}
     learns = {name for name in before if name in ("user", "item", "special") or ".lora_" in name}
     assert moved == learns == {name for name, w in model.named_parameters() if w.requires_grad}
+    decayed = [w for group in opt.param_groups if group["weight_decay"] for w in group["params"]]
+    assert {id(w) for w in decayed} == {id(w) for name, w in model.named_parameters() if ".lora_" in name}
     # Frozen weights have no moments: that is the memory saved.
     assert sum(len(group["params"]) for group in opt.param_groups) == len(learns) == len(opt.state)
     frozen = {name: w for name, w in model.named_parameters() if name not in learns}
