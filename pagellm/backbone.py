@@ -63,6 +63,7 @@ class Backbone(nn.Module):
         self.register_parameter("special", None)  # the last rows of `word`, once these are frozen (lora.adapt)
         self.user = nn.Parameter(torch.empty(n_users, shape.n_embd))
         self.item = nn.Parameter(torch.empty(n_items, shape.n_embd))
+        self.register_parameter("gate", None)     # how loud items of the page are (`add_gate`); None: as all
         self.lora: dict | None = None             # what lora.adapt was called with
         self.checkpoint_blocks = False            # backward computes each block anew instead of keeping its insides
 
@@ -95,17 +96,31 @@ class Backbone(nn.Module):
             rows = torch.where((item >= 0)[..., None], known, rows)
         return rows
 
-    def enter(self, ids: Tensor, position: Tensor) -> tuple[Tensor, tuple]:
-        """What the first block reads (B, T, C), and what every block is told besides. ids, position (B, T)."""
+    def add_gate(self, value: float = 0.0) -> None:
+        """Let items placed on the page be read times `gate`, which learns; at 0 a page's states do not see them."""
+        self.gate = nn.Parameter(torch.full_like(self.item[0], value) if self.n_items else torch.full(
+            (self.shape.n_embd,), value))
+
+    def read(self, ids: Tensor, placed: int | None) -> Tensor:
+        """Rows (B, T, C) of ids (B, T), of which those from column `placed` on are items of the page."""
+        rows = self.embed(ids)
+        if placed is None or self.gate is None:
+            return rows
+        return torch.cat([rows[:, :placed], rows[:, placed:] * self.gate], 1)
+
+    def enter(self, rows: Tensor, position: Tensor) -> tuple[Tensor, tuple]:
+        """What the first block reads (B, T, C), and what every block is told. rows (B, T, C), position (B, T)."""
         raise NotImplementedError
 
-    def forward(self, ids: Tensor, valid: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, ids: Tensor, valid: Tensor | None = None, cache: KVCache | None = None,
+                placed: int | None = None) -> Tensor:
         """Hidden states after the last norm.
 
         ids     (B, T) int64
         valid   (B, S) bool, S = cache.length + T: False on padding, left or right; None: no padding on the left.
                 Positions count valid tokens only, so a left-padded row equals the row alone.
         cache   columns already computed; the new ones are added
+        placed  column of ids from which on they are items of the page, for `gate`; None: none are
         returns (B, T, C)
 
         Without `valid` and cache the causal mask alone is used, and padding on the right is harmless: no kept
@@ -119,7 +134,7 @@ class Backbone(nn.Module):
             position = torch.arange(past, past + T, device=ids.device).expand(B, T)
         else:
             position = (valid.long().cumsum(1) - 1).clamp(min=0)[:, past:]
-        x, told = self.enter(ids, position)
+        x, told = self.enter(self.read(ids, placed), position)
         allowed = attention_mask(valid, past, T, ids.device)
         anew = self.checkpoint_blocks and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.h):

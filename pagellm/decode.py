@@ -108,7 +108,7 @@ def generate(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen,
         constraint.place(chosen)
         if slot + 1 < k:
             valid = torch.cat([valid, alive[:, None]], 1)
-            logits = model.item_logits(model(item_tokens(model, chosen, 0)[:, None], valid, cache)[:, -1])
+            logits = model.item_logits(model(item_tokens(model, chosen, 0)[:, None], valid, cache, placed=0)[:, -1])
     return Pages(item, logp, mask, first)
 
 
@@ -173,7 +173,7 @@ def beam(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, k: 
         constraint.place(chosen)
         if slot + 1 < k:
             valid = torch.cat([valid, live[:, None]], 1)
-            logits = model.item_logits(model(item_tokens(model, chosen, 0)[:, None], valid, cache)[:, -1])
+            logits = model.item_logits(model(item_tokens(model, chosen, 0)[:, None], valid, cache, placed=0)[:, -1])
     top = torch.arange(B, device=device) * width
     return Pages(item[top], logp[top], mask[top], first)
 
@@ -217,7 +217,7 @@ def slot_states(model: Backbone, prompt: Tensor, valid: Tensor, item: Tensor, ma
     """
     P = prompt.shape[1]
     ids = torch.cat([prompt, item_tokens(model, item, 0)], 1)
-    return model(ids, torch.cat([valid, mask], 1))[:, P - 1:]
+    return model(ids, torch.cat([valid, mask], 1), placed=P)[:, P - 1:]
 
 
 def page_logp(states: Tensor, rows: Tensor, item: Tensor, mask: Tensor, excluded: Tensor,

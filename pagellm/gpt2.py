@@ -42,6 +42,7 @@ SIZES = {
     "nano": Shape(2, 2, 32, 256),
     "tiny": Shape(2, 4, 64, 256),
     "mini": Shape(2, 4, 128, 512),
+    "wide": Shape(2, 4, 256, 512),
     "small": Shape(4, 4, 256, 512),
     "gpt2": Shape(12, 12, 768, 1024),
     "gpt2-medium": Shape(24, 16, 1024, 1024),
@@ -114,8 +115,27 @@ class GPT2(Backbone):
         self.ln_f = nn.LayerNorm(shape.n_embd, eps=1e-5)
         self.reset(generator)
 
-    def enter(self, ids: Tensor, position: Tensor) -> tuple[Tensor, tuple]:
-        return self.drop(self.embed(ids) + F.embedding(position, self.wpe)), ()
+    def enter(self, rows: Tensor, position: Tensor) -> tuple[Tensor, tuple]:
+        return self.drop(rows + F.embedding(position, self.wpe)), ()
+
+    @torch.no_grad()
+    def pool(self, loud: float = 1e-4) -> None:
+        """Start so that the state before every slot is, nearly, the mean of the history's item rows.
+
+        In the first block values and their projection are the identity and queries meet keys at random, so attention
+        averages; what follows adds nothing yet; words, specials and positions are too quiet (`loud`) to be heard over
+        the items, and items placed on the page are gated off (`add_gate`). Item logits are then a history's mean row
+        times item rows, the scores of the factorisation the rows come from. Everything learns on from there.
+        """
+        C, first = self.shape.n_embd, self.h[0].attn
+        for block in self.h:
+            block.attn.c_proj.weight.zero_()
+            block.mlp.c_proj.weight.zero_()
+        first.c_attn.weight[2 * C:] = torch.eye(C)
+        first.c_proj.weight.copy_(torch.eye(C))
+        for rows in (self.word, self.wpe):
+            rows.mul_(loud / rows.std())
+        self.add_gate()
 
     @staticmethod
     def published_name(name: str) -> str:

@@ -172,9 +172,9 @@ class Llama(Backbone):
         self.register_buffer("frequency", frequencies(shape.head_dim, shape.theta, shape.scaling), persistent=False)
         self.reset(generator)
 
-    def enter(self, ids: Tensor, position: Tensor) -> tuple[Tensor, tuple]:
+    def enter(self, rows: Tensor, position: Tensor) -> tuple[Tensor, tuple]:
         angle = position[:, None, :, None].float() * self.frequency.float()           # (B, 1, T, D / 2)
-        return self.drop(self.embed(ids)), (angle.cos(), angle.sin())
+        return self.drop(rows), (angle.cos(), angle.sin())
 
     @staticmethod
     def published_name(name: str) -> str:

@@ -100,6 +100,8 @@ def adapt(model: Backbone, rank: int, alpha: float, targets: str, n_specials: in
             setattr(getattr(block, folder), last, LowRank(linear, parts, pieces, rank, alpha))
     model.user.requires_grad_(True)
     model.item.requires_grad_(True)
+    if model.gate is not None:
+        model.gate.requires_grad_(True)
     model.lora = {"rank": rank, "alpha": alpha, "targets": targets, "n_specials": n_specials}
 
 

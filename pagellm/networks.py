@@ -44,6 +44,8 @@ def to_state(model: Backbone) -> dict:
              "weights": dist.weights(model)}
     if model.KIND != "gpt2":            # states from when there was one backbone do not name it
         state["trunk"] = model.KIND
+    if model.gate is not None:
+        state["gated"] = True
     return state if model.lora is None else {**state, "lora": dict(model.lora)}
 
 
@@ -54,6 +56,8 @@ def from_state(state: dict, dropout: float = 0.0) -> Backbone:
         raise PageLLMError(f"a model of the kind {kind!r}; this version knows {', '.join(TRUNKS)}")
     trunk, shape = TRUNKS[kind]
     model = trunk(shape(**state["shape"]), *state["rows"], dropout=dropout)
+    if state.get("gated"):
+        model.add_gate()
     if "lora" in state:
         adapt(model, **state["lora"])
     model.load_state_dict(state["weights"])
@@ -63,7 +67,7 @@ def from_state(state: dict, dropout: float = 0.0) -> Backbone:
 def published(model: Backbone) -> dict[str, Tensor]:
     """Published name -> parameter, of trunk and words."""
     return {model.PREFIX + model.published_name(name): weight for name, weight in model.named_parameters()
-            if name not in ("user", "item", "special") and ".lora_" not in name}
+            if name not in ("user", "item", "special", "gate") and ".lora_" not in name}
 
 
 @torch.no_grad()

@@ -63,6 +63,7 @@ class Config(Common):
     k: int = 20                  # slots of a page
     temperature: float = 0.3     # of sampling and of every log-probability alike; low: near the greedy page shown
     lr: float = 2e-4             # peak learning rate of the policy, linear to 0 (the paper: 1e-5 at 124M parameters)
+    row_lr: float = 1.0          # learning rate of rows (users, items, words, positions) as a share of lr
     critic_lr: float = 3e-4      # peak learning rate of the critic, linear to 0
     clip: float = 0.2            # epsilon of the ratio, arXiv 1707.06347 eq. 7
     value_clip: float = 0.2      # how far a new value may leave the old one, in units of normalised reward
@@ -518,7 +519,7 @@ def run(config: Config) -> None:
         total = max(config.min_steps, round(config.epochs * len(users) / per_step))
         frozen = -(-config.critic_warmup // (config.inner_epochs * (config.rollout // config.minibatch)))
         learner = dist.wrap(objective := Objective(minibatch_loss, policy=policy.model, critic=critic), config.parallel)
-        opt = optimiser(policy.model, config.lr, eps=1e-5, betas=(0.9, 0.999))
+        opt = optimiser(policy.model, config.lr, eps=1e-5, betas=(0.9, 0.999), row_lr=config.row_lr)
         critic_opt = optimiser(critic, config.critic_lr, eps=1e-5, betas=(0.9, 0.999))
         policy_step = Guard(opt, policy.model.parameters(), config.grad_clip)
         critic_step = Guard(critic_opt, critic.parameters(), config.grad_clip)

@@ -9,6 +9,7 @@ About a minute for the synthetic shop on two CPU cores.
 """
 
 import math
+import re
 import sys
 from dataclasses import dataclass
 
@@ -18,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.logprob import linear_logp
-from pagellm import dist, lora, networks
+from pagellm import dist, gpt2, lora, networks
+from pagellm.als import als
 from pagellm.backbone import Backbone
 from pagellm.config import PageLLMError, check, main
-from pagellm.data.shop import Shop, load, source
+from pagellm.data.shop import Rows, Shop, load, source
 from pagellm.networks import SIZES, load_published, to_state
 from pagellm.prompts import Example, Prompts, right_pad
 from pagellm.run import Common, Run, file_id
@@ -49,19 +51,25 @@ KINDS = ("contents", "first_order", "second_order", "interaction")
 class Config(Common):
     """Pre-train the language model on what the shop knows about items, opinions and choices."""
 
-    size: str = "tiny"           # shape of the network: nano, tiny, mini, small, gpt2, gpt2-medium, -large, -xl;
+    size: str = "tiny"           # shape of the network: nano, tiny, mini, wide, small, gpt2, gpt2-medium, -large, -xl;
                                  # Llama: llama-nano, -tiny, -mini, -small, llama-3.2-1b, llama-3.2-3b
     weights: str = ""            # published weights: a file, a directory (shards too) or a name on the hub; empty: none
     bpe: str = ""                # the words published with them: a tokenizer.json, or a directory with it or with
                                  # GPT-2's encoder.json and vocab.bpe; empty: words learnt from the shop
     words: int = 2048            # words to learn when bpe is empty, at least 256
-    rows: str = "spectral"       # start of user and item rows: spectral (factors of the train matrix) or random
-    facts: float = 0.5           # weight of category and brand beside users in spectral rows
+    rows: str = "spectral"       # start of user and item rows: spectral (factors of the train matrix), als or random
+    facts: float = 0.5           # weight of category and brand beside users in spectral rows; als: above 0, they and
+                                 # the words of titles count as users of their items
+    alpha0: float = 0.01         # als: weight of what nobody chose
+    reg: float = 0.01            # als: regularisation
+    row_scale: float = 0.1       # als: standard deviation of item rows; more makes the first pages more certain
+    pool: bool = False           # begin as the mean of the history's rows (gpt2.GPT2.pool)
     steps: int = 240             # optimiser steps
     batch: int = 64              # examples of text or items in a step
     rating_batch: int = 128      # (user, item) pairs in a step whose rating is predicted
     max_tokens: int = 64         # longest example; the end of an over-long target is cut
     lr: float = 2e-3             # peak learning rate
+    row_lr: float = 1.0          # learning rate of rows (users, items, words, positions) as a share of lr
     warmup: int = 20             # steps of linear warm-up
     weight_decay: float = 0.01   # of the matrices
     dropout: float = 0.1         # in embedding, attention and residual
@@ -79,7 +87,11 @@ class Config(Common):
     def __post_init__(self):
         super().__post_init__()
         check(self, size=(self.size in SIZES, f"one of {', '.join(SIZES)}"),
-              rows=(self.rows in ("spectral", "random"), "spectral or random"),
+              rows=(self.rows in ("spectral", "als", "random"), "spectral, als or random"),
+              alpha0=(self.alpha0 > 0, "above 0"), reg=(self.reg > 0, "above 0"),
+              row_scale=(self.row_scale > 0, "above 0"), row_lr=(self.row_lr > 0, "above 0"),
+              pool=(not self.pool or (self.size in gpt2.SIZES and not self.weights),
+                    "off for Llama and for published weights"),
               words=(self.words >= 256, "at least 256"), steps=(self.steps >= 0, "0 or more"),
               batch=(self.batch > 0, "1 or more"), rating_batch=(self.rating_batch > 0, "1 or more"),
               max_tokens=(16 <= self.max_tokens <= SIZES.get(self.size, SIZES["tiny"]).n_ctx,
@@ -201,6 +213,39 @@ def spectral_rows(shop: Shop, n_embd: int, seed: int, facts: float = 0.5) -> tup
     return users * 0.02, items * 0.02
 
 
+def als_rows(shop: Shop, n_embd: int, config: Config) -> tuple[Tensor, Tensor]:
+    """User and item rows from implicit ALS (als.py) over the train rows and what the catalogue says.
+
+    Not in the paper. Every category, brand and title word of 2 to WIDEST items joins as one more user, who has chosen
+    these items: an item's row then also says what it is, and an item nobody bought has a row.
+
+    returns (U, n_embd), (N, n_embd) float32, items with standard deviation row_scale; columns past the rank are 0
+    """
+    train = shop.csr("train")
+    sets = [train.of(u)[0] for u in range(shop.n_users)] + (facts_of(shop) if config.facts > 0 else [])
+    indptr = np.cumsum([0, *map(len, sets)], dtype=np.int64)
+    rows = Rows(indptr, np.concatenate(sets), np.full(indptr[-1], np.nan, np.float32))
+    rank = min(n_embd, shop.n_items, len(sets))
+    X, Y = als(rows, len(sets), shop.n_items, rank, config.alpha0, config.reg, 1.0, config.seed)
+    scale = config.row_scale / Y.std().clamp(min=1e-12)
+    return tuple(F.pad(factors * scale, (0, n_embd - rank)) for factors in (X[: shop.n_users], Y))
+
+
+WIDEST = 1000        # items of a category, brand or title word; wider ones say little and cost much
+
+
+def facts_of(shop: Shop) -> list[np.ndarray]:
+    """Items (rising) of every category, brand and title word that 2 to WIDEST of them share."""
+    c, groups = shop.catalogue, {}
+    for item in range(len(c)):
+        names = {("category", name) for name in c.categories[item]} | {("brand", c.brand[item])}
+        names |= {("word", word) for word in re.findall(r"\w+", c.title[item].lower())}
+        for name in names:
+            if name[1]:
+                groups.setdefault(name, []).append(item)
+    return [np.array(items) for _, items in sorted(groups.items()) if 2 <= len(items) <= WIDEST]
+
+
 def rating_rows(shop: Shop, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     keep = shop.rows(split, positive=None) & ~np.isnan(shop.rating)
     return shop.user[keep], shop.item[keep], shop.rating[keep]
@@ -258,11 +303,14 @@ def build(config: Config, shop: Shop) -> tuple[Backbone, RatingHead, Vocab]:
     model = networks.build(config.size, vocab.n_words + vocab.n_specials, shop.n_users, shop.n_items, config.dropout)
     model.checkpoint_blocks = config.checkpoint_blocks
     head = RatingHead(model.shape.n_embd)
-    if config.rows == "spectral":
-        users, items = spectral_rows(shop, model.shape.n_embd, config.seed, config.facts)
+    if config.rows != "random":
+        users, items = (als_rows(shop, model.shape.n_embd, config) if config.rows == "als" else
+                        spectral_rows(shop, model.shape.n_embd, config.seed, config.facts))
         with torch.no_grad():
             model.user.copy_(users)
             model.item.copy_(items)
+    if config.pool:
+        model.pool()
     if config.weights:
         load_published(model, config.weights, vocab.n_words)
     if config.lora_rank:
@@ -294,7 +342,7 @@ def run(config: Config) -> None:
             if config.use_review else {}
         with_rating = config.rating > 0 and len(users) > 0
         learner = dist.wrap(both, config.parallel)
-        opt = optimiser(both, config.lr, config.weight_decay)
+        opt = optimiser(both, config.lr, config.weight_decay, row_lr=config.row_lr)
         guard = Guard(opt, both.parameters(), config.grad_clip)
 
         start = 0

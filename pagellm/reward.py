@@ -386,6 +386,8 @@ def run(config: Config) -> None:
 
         torch.manual_seed(key(config.seed, "reward", "heads") % (1 << 63))
         model = RewardModel(from_state(load_model_file(before / "model.pt")), config.compare).to(device)
+        if model.trunk.gate is not None:
+            nn.init.ones_(model.trunk.gate)          # to judge a page is to see its items
         model.trunk.checkpoint_blocks = config.checkpoint_blocks
         lengths = tuple(2 * len(p.history) + len(p.chosen) for p in train)
         total = max(1, round(config.epochs * -(-len(train) // config.batch)))

@@ -66,6 +66,7 @@ class Config(Common):
     warmup: int = 20             # steps of linear warm-up
     weight_decay: float = 0.05   # of the matrices
     row_decay: float = 0.0       # weight decay of user and item rows
+    row_lr: float = 1.0          # learning rate of rows (users, items, words, positions) as a share of lr
     dropout: float = 0.1         # in embedding, attention and residual
     grad_clip: float = 1.0       # largest gradient norm; inf: no limit
     k: int = 20                  # slots of a page in validation
@@ -175,7 +176,7 @@ def run(config: Config) -> None:
         validation = Validation(shop, "valid", config.k, config.mode, config.eval_users, config.seed)
         total = config.epochs * -(-len(maker.users) // config.batch)
         learner = dist.wrap(objective := Objective(batch_loss, model=model), config.parallel)
-        opt = optimiser(model, config.lr, config.weight_decay, config.row_decay)
+        opt = optimiser(model, config.lr, config.weight_decay, config.row_decay, row_lr=config.row_lr)
         guard = Guard(opt, model.parameters(), config.grad_clip)
 
         start, best = 0, {"score": -np.inf, "step": 0, "weights": None}
@@ -183,6 +184,11 @@ def run(config: Config) -> None:
             start, best = state["step"], state["best"]
             dist.load_weights(model, state["model"])
             dist.load_optimiser(model, opt, state["opt"])
+        else:
+            with dist.whole(objective):
+                scores = validation(policy)
+            out.log(0, **{f"valid/{name}": value for name, value in scores.items()})
+            best = {"score": scores["NDCG@100"], "step": 0, "weights": dist.weights(model, frozen=False)}
 
         def state_at(step: int) -> dict:
             return {"step": step, "model": dist.weights(model, frozen=False), "best": best,

@@ -72,8 +72,11 @@ def epoch_batches(n: int, batch: int, parts: tuple, epoch: int, length: tuple[in
 
 
 def optimiser(model: nn.Module, lr: float, weight_decay: float = 0.0, row_decay: float = 0.0, eps: float = 1e-8,
-              betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.AdamW:
-    """AdamW in three groups: matrices (weight_decay), user and item rows (row_decay), the rest (none)."""
+              betas: tuple[float, float] = (0.9, 0.95), row_lr: float = 1.0) -> torch.optim.AdamW:
+    """AdamW in groups: matrices (weight_decay), user and item rows (row_decay), the rest (none).
+
+    row_lr   learning rate of everything that is looked up (users, items, words, positions, gate) / that of the rest
+    """
     rows, matrices, rest = [], [], []
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
@@ -85,8 +88,12 @@ def optimiser(model: nn.Module, lr: float, weight_decay: float = 0.0, row_decay:
             matrices.append(weight)
         else:
             rest.append(weight)
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rows, "weight_decay": row_decay},
-              {"params": rest, "weight_decay": 0.0}]
+    looked_up = [] if row_lr == 1.0 else [w for name, w in model.named_parameters() if w.requires_grad and
+                                          name.rsplit(".", 1)[-1] in ("wpe", "word", "special", "gate")]
+    rest = [w for w in rest if not any(w is other for other in looked_up)]
+    groups = [{"params": matrices, "weight_decay": weight_decay},
+              {"params": rows, "weight_decay": row_decay, "share": row_lr}, {"params": rest, "weight_decay": 0.0},
+              {"params": looked_up, "weight_decay": 0.0, "share": row_lr}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, foreach=True)
 
 
@@ -102,7 +109,7 @@ def lr_at(step: int, total: int, lr: float, warmup: int = 0, shape: str = "cosin
 
 def set_lr(opt: torch.optim.Optimizer, lr: float) -> None:
     for group in opt.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("share", 1.0)
 
 
 class Guard:

@@ -15,8 +15,10 @@ N, WORDS, USERS = 7, 5, 2
 SHAPE = Shape(n_layer=2, n_head=2, n_embd=8, n_ctx=24)
 
 
-def make_model(seed=0):
+def make_model(seed=0, gated=False):
     model = GPT2(SHAPE, WORDS, USERS, N, dropout=0.5).eval()
+    if gated:
+        model.add_gate()
     with torch.no_grad():
         for i, (name, weight) in enumerate(model.named_parameters()):
             if ".ln_" not in f".{name}":
@@ -24,7 +26,7 @@ def make_model(seed=0):
     return model
 
 
-MODEL = make_model()
+MODEL, GATED = make_model(), make_model(gated=True)
 
 
 @st.composite
@@ -65,18 +67,35 @@ def test_pages_are_legal_distinct_and_as_long_as_they_can_be(batch, k, seed):
 
 
 @settings(deadline=None, max_examples=40)
-@given(prompts(), st.integers(1, 9), st.integers(0, 1000), st.sampled_from([1.0, 0.5, 2.0]))
-def test_generation_and_update_give_one_log_probability(batch, k, seed, temperature):
+@given(prompts(), st.integers(1, 9), st.integers(0, 1000), st.sampled_from([1.0, 0.5, 2.0]),
+       st.sampled_from([MODEL, GATED]))
+def test_generation_and_update_give_one_log_probability(batch, k, seed, temperature, model):
     """Cached generation under the constraint equals the full pass over the finished page."""
     ids, valid, excluded, _ = batch
     uniform = torch.rand(len(ids), k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    pages = sample(MODEL, ids, valid, Unseen(excluded, N), uniform, temperature)
+    pages = sample(model, ids, valid, Unseen(excluded, N), uniform, temperature)
     with torch.no_grad():
-        states = slot_states(MODEL, ids, valid, pages.item, pages.mask)
-        logp, entropy = page_logp(states, MODEL.item, pages.item, pages.mask, excluded, temperature, with_entropy=True)
+        states = slot_states(model, ids, valid, pages.item, pages.mask)
+        logp, entropy = page_logp(states, model.item, pages.item, pages.mask, excluded, temperature, with_entropy=True)
     assert_close(logp, pages.logp, atol=1e-5, rtol=1e-5)
     assert states.shape == (len(ids), k + 1, 8)
     assert (entropy >= -1e-6).all() and (logp[~pages.mask] == 0).all() and (entropy[~pages.mask] == 0).all()
+
+
+def test_the_gate_says_how_loud_placed_items_are():
+    """At 1 they are read like any item; at 0 which items stand on the page makes no difference to its states."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, WORDS + USERS + N, (3, 4), generator=g)
+    valid, mask = torch.ones(3, 4, dtype=torch.bool), torch.ones(3, 5, dtype=torch.bool)
+    pages = [torch.stack([torch.randperm(N, generator=g)[:5] for _ in range(3)]) for _ in range(2)]
+    gated, plain = make_model(gated=True), make_model(gated=True)
+    plain.gate = None
+    with torch.no_grad():
+        gated.gate.fill_(1.0)
+        assert_close(slot_states(gated, ids, valid, pages[0], mask), slot_states(plain, ids, valid, pages[0], mask))
+        gated.gate.zero_()
+        assert_close(*(slot_states(gated, ids, valid, page, mask) for page in pages))
+        assert not torch.allclose(*(slot_states(plain, ids, valid, page, mask) for page in pages))
 
 
 @settings(deadline=None, max_examples=15)

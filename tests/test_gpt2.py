@@ -160,3 +160,23 @@ def test_published_weights_load_from_a_local_path(tmp_path, form):
     with pytest.raises(PageLLMError, match="no weights"):
         (tmp_path / "empty").mkdir()
         load_published(model, tmp_path / "empty")
+
+
+def test_pool_starts_as_the_mean_of_the_history():
+    """Before every slot: item rows against the mean of the history's normalised rows, whatever is on the page."""
+    model = GPT2(Shape(2, 2, 16, 24), 11, 4, 30, generator=torch.Generator().manual_seed(0)).eval()
+    with torch.no_grad():
+        model.item.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    model.pool()
+    history, page = torch.tensor([[3, 8, 21]]), torch.tensor([[4, 9, 2]])
+    prompt = torch.cat([torch.tensor([[1, 2]]), 15 + history, torch.tensor([[5]])], 1)
+    with torch.no_grad():
+        states = model(torch.cat([prompt, 15 + page], 1), placed=6)[0, 5:]
+        mean = torch.nn.functional.layer_norm(model.item[history[0]], (16,)).mean(0)
+        want = torch.nn.functional.layer_norm(mean, (16,))
+    assert_close(states, want.expand(4, 16), atol=0.2, rtol=0)
+    again = from_state(to_state(model))
+    assert torch.equal(again.gate, model.gate)
+    with torch.no_grad():
+        model.gate.fill_(1.0)
+        assert (model(torch.cat([prompt, 15 + page], 1), placed=6)[0, 6:] - want).abs().max() > 0.3

@@ -272,3 +272,22 @@ def test_the_ablation_runs_its_rows_once(root, capsys):
     assert "item-only" in capsys.readouterr().out
     with pytest.raises(PageLLMError, match="--ppo must not set seed"):
         ablation.run(dataclasses.replace(own, ppo="--seed 4"))
+
+
+def test_pages_begin_as_the_factorisation_and_learn_on(root):
+    """rows=als with pool, through all stages; before any step SFT ranks as mean rows do, and beats random rows."""
+    more = {"rows": "als", "pool": True, "steps": 0}
+    STAGES["pretrain"].run(config(root, "pretrain", "pooled", **more))
+    for stage in ("sft", "reward", "ppo", "evaluate"):
+        slow = {"row_lr": 0.1} if stage in ("sft", "ppo") else {}
+        STAGES[stage].run(config(root, stage, "pooled", **slow))
+    first = json.loads(open(root / "runs" / "pooled" / "sft" / "log.jsonl").readline())
+    assert first["step"] == 0
+    STAGES["pretrain"].run(config(root, "pretrain", "random", rows="random", steps=0))
+    STAGES["sft"].run(config(root, "sft", "random", epochs=1))
+    other = json.loads(open(root / "runs" / "random" / "sft" / "log.jsonl").readline())
+    assert first["valid/NDCG@100"] > 1.2 * other["valid/NDCG@100"]
+    trunk = RewardModel.load(root / "runs" / "pooled" / "reward").trunk
+    assert trunk.gate.mean() > 0.9
+    with pytest.raises(PageLLMError, match="pool"):
+        config(root, "pretrain", "llama", size="llama-nano", pool=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pagellm.config import PageLLMError
 from pagellm.dist import pick_device
 from pagellm.gpt2 import GPT2, Shape
-from pagellm.train import Guard, batch_at, key, keyed, lr_at, optimiser
+from pagellm.train import Guard, batch_at, key, keyed, lr_at, optimiser, set_lr
 
 
 @settings(deadline=None)
@@ -83,3 +83,21 @@ def test_devices():
     for name in ("gpu", "cuda:99"):
         with pytest.raises(PageLLMError, match="not usable here"):
             pick_device(name)
+
+
+def test_rows_may_learn_slower_than_the_rest():
+    """row_lr scales the step of everything that is looked up, at any later learning rate, and nothing else."""
+    def moved(row_lr):
+        model = GPT2(Shape(1, 1, 8, 8), 5, 3, 4, dropout=0.0, generator=torch.Generator().manual_seed(0))
+        model.add_gate(1.0)
+        before = {name: w.detach().clone() for name, w in model.named_parameters()}
+        opt = optimiser(model, 1e-3, row_lr=row_lr)
+        set_lr(opt, 1e-2)
+        sum(w.sum() for w in model.parameters()).backward()
+        opt.step()
+        return {name: float((w.detach() - before[name]).abs().max()) for name, w in model.named_parameters()}
+
+    plain, slow = moved(1.0), moved(0.1)
+    for name, step in plain.items():
+        looked_up = name in ("user", "item", "word", "wpe", "gate")
+        assert slow[name] == pytest.approx(step * (0.1 if looked_up else 1.0), rel=1e-3), name

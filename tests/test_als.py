@@ -1,0 +1,59 @@
+"""Implicit ALS: each half step exact, the whole at a minimum of its objective, equal to a well-kept implementation."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pagellm.als import als, als_side
+from tests.strategies import purchases, rows_of, seeds
+
+STEADY = settings(deadline=None, max_examples=40)
+BIG = np.random.default_rng(0).random((40, 25)) < 0.25
+
+
+def dense(matrix):
+    return torch.from_numpy(matrix.astype(np.float64))
+
+
+@STEADY
+@given(purchases(), st.floats(0.01, 2), st.floats(0.01, 2), st.integers(1, 6), seeds, st.integers(1, 300))
+def test_als_half_step_solves_each_users_normal_equations(matrix, alpha0, reg, d, seed, block):
+    """(Y_u'Y_u + alpha0 Y'Y + reg_u I) x_u = Y_u'1, with more and with fewer rows than factors."""
+    Y = torch.randn(matrix.shape[1], d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    regs = reg * (1 + torch.arange(len(matrix), dtype=torch.float64))
+    X = als_side(Y, rows_of(matrix), alpha0, regs, block)
+    for u, mine in enumerate(matrix):
+        A = Y[mine].T @ Y[mine] + alpha0 * Y.T @ Y + regs[u] * torch.eye(d, dtype=torch.float64)
+        torch.testing.assert_close(X[u], torch.linalg.solve(A, Y[mine].sum(0)), atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("nu", [0.0, 0.5, 1.0])
+def test_als_converges_to_a_minimum_of_its_objective(nu):
+    """After many exact half steps no small change of X or Y lowers the documented sum; nor is it the zero solution."""
+    U, N, alpha0, reg = *BIG.shape, 0.2, 0.01
+    X, Y = (m.double().requires_grad_() for m in als(rows_of(BIG), U, N, 3, alpha0, reg, nu, iterations=300))
+    M = dense(BIG)
+    size_u, size_i = M.sum(1) + alpha0 * N, M.sum(0) + alpha0 * U
+    c = (size_u.sum() + size_i.sum()) / (size_u.pow(nu).sum() + size_i.pow(nu).sum())
+    score = X @ Y.T
+    cost = ((M * (1 - score) ** 2).sum() + alpha0 * score.square().sum()
+            + reg * c * ((size_u.pow(nu) * X.square().sum(1)).sum() + (size_i.pow(nu) * Y.square().sum(1)).sum()))
+    assert cost < 0.9 * M.sum()
+    for grad in torch.autograd.grad(cost, (X, Y)):
+        assert grad.abs().max() < 2e-2
+
+
+def test_als_half_step_equals_implicits():
+    """implicit: confidence alpha on what was bought, 1 elsewhere, penalty lambda. Ours, scaled by alpha - 1."""
+    library = pytest.importorskip("implicit.als", reason="the dev extra is not installed")
+    sparse = pytest.importorskip("scipy.sparse")
+    alpha, penalty, d = 5.0, 0.7, 6
+    Y = np.random.default_rng(1).standard_normal((BIG.shape[1], d)).astype(np.float32)
+    theirs = library.AlternatingLeastSquares(factors=d, regularization=penalty, alpha=alpha, use_cg=False,
+                                             use_native=False)
+    theirs.item_factors, theirs.user_factors = Y, np.zeros((len(BIG), d), np.float32)
+    X = theirs.recalculate_user(np.arange(len(BIG)), sparse.csr_matrix(BIG.astype(np.float32)))
+    ours = als_side(torch.from_numpy(Y), rows_of(BIG), 1 / (alpha - 1), torch.full((len(BIG),), penalty / (alpha - 1)))
+    np.testing.assert_allclose(ours.numpy() * alpha / (alpha - 1), X, atol=2e-6)
