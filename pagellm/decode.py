@@ -18,7 +18,8 @@ from torch import Tensor
 from kernels.logprob import linear_logp
 from pagellm.gpt2 import GPT2, KVCache
 
-__all__ = ["Pages", "Unseen", "beam", "greedy", "one_shot", "page_logp", "ranking", "sample", "slot_states"]
+__all__ = ["Pages", "Unseen", "beam", "greedy", "one_shot", "page_logp", "ranking", "sample", "shared_start",
+           "slot_states"]
 
 
 @dataclass
@@ -76,6 +77,17 @@ def prefill(model: GPT2, prompt: Tensor, valid: Tensor, k: int) -> tuple[KVCache
     return cache, model(prompt, valid, cache)[:, -1]
 
 
+@torch.no_grad()
+def shared_start(model: GPT2, prompt: Tensor, valid: Tensor, k: int, group: Tensor) -> tuple[KVCache, Tensor]:
+    """Prompts read once for several pages each: what `sample`, `greedy` and `slot_states` take as `start`.
+
+    prompt, valid  (U, P)    group  (B,) int64, which of the prompts each page goes on from
+    """
+    cache, hidden = prefill(model, prompt, valid, k)
+    cache.select(group)
+    return cache, hidden[group]
+
+
 def started(model: GPT2, prompt: Tensor, valid: Tensor, k: int, start) -> tuple[KVCache, Tensor]:
     """`start`, or the prompt read now; a service that has read it before hands in what it kept."""
     return prefill(model, prompt, valid, k) if start is None else start
@@ -119,11 +131,12 @@ def greedy(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, k: in
 
 
 def sample(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, uniform: Tensor,
-           temperature: float = 1.0) -> Pages:
+           temperature: float = 1.0, start: tuple[KVCache, Tensor] | None = None) -> Pages:
     """Draw every slot from its legal distribution: Plackett-Luce given the prefix, never a repeat.
 
     uniform  (B, K) float64 in [0, 1): one number a slot turns the distribution into a choice (inverse of the
              cumulative sum), so a page depends on its own numbers alone, not on its neighbours in the batch
+    start    as in `generate`
     """
     def pick(logp: Tensor, slot: int) -> Tensor:
         total = logp.double().exp().cumsum(1)
@@ -131,7 +144,7 @@ def sample(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, unifo
         point = uniform[:, slot, None] * total[:, -1:]
         return torch.searchsorted(total, point, right=True)[:, 0].clamp(max=logp.shape[1] - 1)
 
-    return generate(model, prompt, valid, constraint, uniform.shape[1], pick, temperature)
+    return generate(model, prompt, valid, constraint, uniform.shape[1], pick, temperature, start)
 
 
 @torch.no_grad()
@@ -210,11 +223,17 @@ def ranking(pages: Pages, legal: Tensor, depth: int) -> tuple[Tensor, Tensor]:
             F.pad(torch.where(kept, top.values, -torch.inf), pad, value=-torch.inf))
 
 
-def slot_states(model: GPT2, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor) -> Tensor:
+def slot_states(model: GPT2, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor,
+                start: tuple[KVCache, Tensor] | None = None) -> Tensor:
     """Hidden states around the slots of given pages, in one pass: (B, K + 1, C).
 
-    Column t is the state before slot t is drawn; column t + 1 the state after its item was read.
+    Column t is the state before slot t is drawn; column t + 1 the state after its item was read. With `start` (see
+    shared_start; spent afterwards) the prompt is not read again; no gradient then.
     """
+    if start is not None:
+        with torch.no_grad():
+            after = model(item_tokens(model, item, 0), torch.cat([valid, mask], 1), start[0])
+            return torch.cat([start[1][:, None], after], 1)
     P = prompt.shape[1]
     ids = torch.cat([prompt, item_tokens(model, item, 0)], 1)
     return model(ids, torch.cat([valid, mask], 1))[:, P - 1:]

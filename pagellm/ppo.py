@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from pagellm import dist, metrics
 from pagellm.alarms import alarms
 from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Rows, Shop, load
-from pagellm.decode import Unseen, page_logp, sample, slot_states
+from pagellm.decode import Unseen, page_logp, sample, shared_start, slot_states
 from pagellm.gpt2 import GPT2, from_state
 from pagellm.policy import MODES, Policy, Validation
 from pagellm.reward import RewardModel
@@ -244,9 +245,9 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor) -> Tensor:
-        """(B, K) float32, 0 off the mask."""
-        before = slot_states(self.trunk, prompt, valid, item, mask)[:, :-1].float()
+    def forward(self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor, start: tuple | None = None) -> Tensor:
+        """(B, K) float32, 0 off the mask. start as in decode.slot_states."""
+        before = slot_states(self.trunk, prompt, valid, item, mask, start)[:, :-1].float()
         return torch.where(mask, self.head(before)[..., 0], 0.0)
 
 
@@ -292,6 +293,15 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, torch.where(logp.isfinite(), logp.exp() * (logp - ref), 0.0).sum(-1), 0.0)
 
 
+def share_prompts(prompt: Tensor, valid: Tensor, k: int, user: np.ndarray, model: GPT2) -> tuple | None:
+    """decode.shared_start for pages of which neighbours may be of one user; None if all are of different ones."""
+    _, first, group = np.unique(user, return_index=True, return_inverse=True)
+    if len(first) == len(user):
+        return None
+    first, group = (torch.from_numpy(x).to(prompt.device) for x in (first, group))
+    return shared_start(model, prompt[first], valid[first], k, group)
+
+
 @torch.no_grad()
 def roll_out(config: Config, policy: Policy, ref: GPT2, reward: RewardModel, critic: Critic, prompt: Tensor,
              valid: Tensor, excluded: Tensor, uniform: Tensor) -> Rollout:
@@ -299,22 +309,26 @@ def roll_out(config: Config, policy: Policy, ref: GPT2, reward: RewardModel, cri
     deal the pages out and then share all results.
 
     old_logp comes from the same pass over the finished page that the updates make, not from the cached generation,
-    so that the ratio starts at 1 to the last bit of that pass.
+    so that the ratio starts at 1 to the last bit of that pass. Everything else reads a user's prompt once for all
+    pages of that user.
     """
     parts = []
     mine, busy = dist.part(np.arange(len(prompt)))
-    for rows in torch.from_numpy(mine).to(prompt.device).split(config.micro):
+    for index in np.split(mine, range(config.micro, len(mine), config.micro)):
+        rows = torch.from_numpy(index).to(prompt.device)
         p, v, x = prompt[rows], valid[rows], excluded[rows]
-        pages = sample(policy.model, p, v, Unseen(x, policy.model.n_items), uniform[rows], config.temperature)
+        start = partial(share_prompts, p, v, config.k, index // config.samples)
+        pages = sample(policy.model, p, v, Unseen(x, policy.model.n_items), uniform[rows], config.temperature,
+                       start(policy.model))
         states = slot_states(policy.model, p, v, pages.item, pages.mask)
-        ref_states = slot_states(ref, p, v, pages.item, pages.mask)
+        ref_states = slot_states(ref, p, v, pages.item, pages.mask, start(ref))
         old, entropy = page_logp(states, policy.model.item, pages.item, pages.mask, x, config.temperature,
                                  with_entropy=True)
         old_ref = page_logp(ref_states, ref.item, pages.item, pages.mask, x, config.temperature)
         exact = exact_kl(legal_logits(states, policy.model, pages.item, x) / config.temperature,
                          legal_logits(ref_states, ref, pages.item, x) / config.temperature, pages.mask)
-        token, page = reward(p, v, pages.item, pages.mask)
-        value = critic(p, v, pages.item, pages.mask)
+        token, page = reward(p, v, pages.item, pages.mask, start(reward.trunk))
+        value = critic(p, v, pages.item, pages.mask, start(critic.trunk))
         parts.append((pages.item, pages.mask, old, old_ref, value, token, page, entropy, exact,
                       (pages.logp - old).abs()))
     columns = [torch.cat(column)[: None if busy else 0] for column in zip(*parts, strict=True)]

@@ -133,13 +133,14 @@ class RewardModel(nn.Module):
             nn.init.normal_(head.weight, std=1.0 / math.sqrt(head.in_features + 1))
         nn.init.zeros_(self.page_head[2].bias)
 
-    def forward(self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Rewards of given pages.
+    def forward(self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor, start: tuple | None = None
+                ) -> tuple[Tensor, Tensor]:
+        """Rewards of given pages. start as in decode.slot_states, of this model's trunk.
 
         prompt, valid (B, P): left-padded page prompts      item, mask (B, K) as in decode.Pages
         returns token_reward (B, K) float32, 0 off the mask; page_reward (B,) float32
         """
-        after = slot_states(self.trunk, prompt, valid, item, mask)[:, 1:].float()
+        after = slot_states(self.trunk, prompt, valid, item, mask, start)[:, 1:].float()
         count = mask.sum(1).clamp(min=1)
         end = after[torch.arange(len(after), device=after.device), count - 1]
         if self.compare is not None:

@@ -10,6 +10,7 @@ shop's own text. Byte-level means that no text is unknown: every byte has a toke
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,6 +25,11 @@ __all__ = ["SPECIALS", "Vocab"]
 # <r?> is "liked, level unknown": implicit feedback has no rating and none is invented for it.
 SPECIALS = ("<pad>", "<page>", "<user_unk>", "<r?>", "<r1>", "<r2>", "<r3>", "<r4>", "<r5>")
 
+# How a byte-level BPE cuts ASCII text into words before it merges: GPT-2's pattern with letters and digits spelled out.
+WORD = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
+CACHED_WORDS = 100_000       # words whose tokens are remembered
+LONGEST_WORD = 64            # characters of a word worth remembering
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
@@ -32,6 +38,7 @@ class Vocab:
 
     def __init__(self, tokenizer: Tokenizer, n_users: int, n_items: int):
         self.tokenizer = tokenizer
+        self._tokens: dict[str, list[int]] = {}      # of words seen before
         self.n_words = tokenizer.get_vocab_size()
         self.n_specials = len(SPECIALS)
         self.n_users, self.n_items = n_users, n_items
@@ -88,7 +95,18 @@ class Vocab:
         return self.special(f"<r{min(5, max(1, round(float(rating))))}>")
 
     def words(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text).ids
+        """Token ids of a text. No merge crosses words, so that the words of ASCII text are looked up one by one."""
+        if not text.isascii():
+            return self.tokenizer.encode(text).ids
+        tokens, known = [], self._tokens
+        for word in WORD.findall(text):
+            found = known.get(word)
+            if found is None:
+                found = self.tokenizer.encode(word).ids
+                if len(word) <= LONGEST_WORD and len(known) < CACHED_WORDS:
+                    known[word] = found
+            tokens += found
+        return tokens
 
     def words_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
