@@ -20,7 +20,8 @@ def test_any_text_round_trips(text):
     assert all(token < TRAINED.n_words for token in TRAINED.words(text))
 
 
-SNIPPETS = st.sampled_from(["'s", "'", "'ll", "don't", " a", "  ", "\n", " \n ", "\t", "\x0b", "\x1c", "\x85", "\x00", "12", "x1",
+SNIPPETS = st.sampled_from(["'s", "'", "'ll", "don't",
+                            " a", "  ", "\n", " \n ", "\t", "\x0b", "\x1c", "\x85", "\x00", "12", "x1",
                             "_", "!?", " --", "é", " ☃", "small", " drum", "blue"])
 
 
