@@ -22,6 +22,9 @@ __all__ = ["Pages", "Unseen", "beam", "greedy", "one_shot", "page_logp", "rankin
            "slot_states"]
 
 
+WHOLE = ("cuda",)      # devices on which finding the kept slots (a wait for the GPU) costs more than the empty ones
+
+
 @dataclass
 class Pages:
     """A batch of pages.
@@ -250,8 +253,15 @@ def page_logp(states: Tensor, rows: Tensor, item: Tensor, mask: Tensor, excluded
     B, K = item.shape
     before = torch.ones(K, K, dtype=torch.bool, device=item.device).tril(-1)        # slot t sees slots < t
     placed = torch.where(before, item[:, None, :], -1)                              # (B, K, K)
-    illegal = torch.cat([excluded[:, None, :].expand(B, K, -1), placed], 2)[mask]   # (n, E + K)
-    out = linear_logp(states[:, :K][mask], rows, item[mask], illegal, temperature, return_entropy=with_entropy)
-    spread = [torch.zeros(B, K, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
-              for x in (out if with_entropy else (out,))]
+    illegal = torch.cat([excluded[:, None, :].expand(B, K, -1), placed], 2)         # (B, K, E + K)
+    if mask.device.type in WHOLE:       # empty slots choose freely, and what they choose is dropped
+        out = linear_logp(states[:, :K].flatten(0, 1), rows, item.clamp(min=0).flatten(),
+                          torch.where(mask[..., None], illegal, -1).flatten(0, 1), temperature,
+                          return_entropy=with_entropy)
+        spread = [torch.where(mask, x.view(B, K), 0.0) for x in (out if with_entropy else (out,))]
+    else:
+        out = linear_logp(states[:, :K][mask], rows, item[mask], illegal[mask], temperature,
+                          return_entropy=with_entropy)
+        spread = [torch.zeros(B, K, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
+                  for x in (out if with_entropy else (out,))]
     return tuple(spread) if with_entropy else spread[0]
