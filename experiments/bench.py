@@ -171,7 +171,7 @@ def train_case(config: Config, page_only: bool) -> Case:
 
 @torch.no_grad()
 def copy_weights(peer, ours: GPT2) -> None:
-    """The same weights in transformers' model: its linear layers hold (in, out), its rows are ours one after another."""
+    """The same weights in transformers' model: its layers hold (in, out), its rows are ours one after another."""
     for name, weight in ours.named_parameters():
         if name.startswith(("h.", "ln_f.")):
             other = peer.transformer.get_parameter(name)

@@ -91,11 +91,12 @@ class DiscountedSum(torch.autograd.Function):
 
 
 def by_blocks(x: Tensor, ratio: float, out: Tensor | None = None) -> Tensor:
-    """The scan of x (B, T) -> (B, T), into `out` if given, as running sums of weighted steps, block by block from the right.
+    """The scan of x (B, T) -> (B, T), into `out` if given: running sums of weighted steps, block by block from the
+    right.
 
     y_t = ratio^-t sum_{s >= t} ratio^s x_s within a block. Summed from its end the small weights come first, so
     that nothing cancels; torch's running sum on a CPU is taken in float64, one row after another. 5 passes over
-    memory, and launches by the block, of which ratio = 0.95 needs one for 864 steps.
+    memory, and launches by the block, of which ratio = 0.95 needs one for 865 steps.
     """
     T = x.shape[1]
     length = max(T, 1) if ratio == 1 else int(RANGE / -math.log2(ratio)) + 1 if ratio > 2.0 ** -RANGE else 1

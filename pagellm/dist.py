@@ -26,9 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pagellm.config import PageLLMError
 
-__all__ = ["MODES", "Fetch", "any_rank", "barrier", "everybody", "gather", "idle", "is_main", "last_backward", "load_optimiser",
-           "load_weights", "optimiser_state", "part", "pick_device", "rank", "send", "start", "stop", "total", "weights",
-           "whole", "world", "wrap"]
+__all__ = ["MODES", "Fetch", "any_rank", "barrier", "everybody", "gather", "idle", "is_main", "last_backward",
+           "load_optimiser", "load_weights", "optimiser_state", "part", "pick_device", "rank", "send", "start", "stop",
+           "total", "weights", "whole", "world", "wrap"]
 
 MODES = ("ddp", "fsdp")
 TIMEOUT = timedelta(minutes=30)      # the main process may make pairs or validate for long while the others wait
@@ -128,7 +128,7 @@ def any_rank(flag: bool) -> bool:
 
 
 class Fetch:
-    """Scalars (float, one device) on their way to the host. `read` waits for them alone, not for what was queued since."""
+    """Scalars (float, of one device) on their way to the host. `read` waits for them, not for what was queued since."""
 
     def __init__(self, scalars: list[Tensor]):
         values = torch.stack([x.detach().double() for x in scalars]) if scalars else torch.zeros(0)

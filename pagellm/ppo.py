@@ -403,8 +403,7 @@ def inner_epoch(config: Config, learner: nn.Module, policy_step: Guard, critic_s
             if weight:
                 parts.append(row | {"share": share})
         if dist.world() > 1:
-            parts = [{name: float(value) for name, value in row.items()} for row in parts]
-            parts = [row for rows in dist.everybody(parts) for row in rows]
+            parts = [row for rows in dist.everybody(settled(parts)) for row in rows]
         total = pool(parts)
         first = first or {"first_logratio": total.pop("max_logratio", 0.0)}
         if learn_policy:
@@ -437,18 +436,27 @@ def pool(rows: list[dict], weight: str = "share") -> dict[str, float]:
     """Share-weighted means of micro-batches or minibatches; "max" keys take the maximum."""
     if not rows:
         return {}
-    total = sum(float(row[weight]) for row in rows) or 1.0
-    return {name: max(float(row[name]) for row in rows) if "max" in name
-            else sum(float(row[name]) * float(row[weight]) for row in rows) / total
-            for name in rows[0] if name != weight}
+    rows = settled(rows)
+    total = sum(row[weight] for row in rows) or 1.0
+    return {name: max(row[name] for row in rows) if "max" in name
+            else sum(row[name] * row[weight] for row in rows) / total for name in rows[0] if name != weight}
+
+
+def settled(rows: list[dict]) -> list[dict]:
+    """The same rows with every scalar tensor a number, all fetched from the device at once."""
+    at = [(i, name) for i, row in enumerate(rows) for name, value in row.items() if isinstance(value, Tensor)]
+    rows = [dict(row) for row in rows]
+    for (i, name), value in zip(at, dist.Fetch([rows[i][name] for i, name in at]).read(), strict=True):
+        rows[i][name] = value
+    return rows
 
 
 def describe(values: Tensor, mask: Tensor, name: str) -> dict[str, float]:
     kept = values[mask]
     if kept.numel() == 0:
         return {}
-    return {f"{name}/mean": kept.mean().item(), f"{name}/std": masked.variance(values, mask).sqrt().item(),
-            f"{name}/min": kept.min().item(), f"{name}/max": kept.max().item()}
+    return {f"{name}/mean": kept.mean(), f"{name}/std": masked.variance(values, mask).sqrt(),
+            f"{name}/min": kept.min(), f"{name}/max": kept.max()}
 
 
 def rollout_row(r: Rollout, reward: Tensor, advantage: Tensor, ret: Tensor, moments: RunningMoments) -> dict:
@@ -576,7 +584,7 @@ def run(config: Config) -> None:
             with dist.whole(objective):
                 r = roll_out(config, policy, ref, reward, critic, prompt, valid, excluded,
                              torch.from_numpy(uniform).to(device))
-            if not all(x.isfinite().all() for x in (r.old_logp, r.ref_logp, r.value, r.token, r.page)):
+            if not torch.stack([x.isfinite().all() for x in (r.old_logp, r.ref_logp, r.value, r.token, r.page)]).all():
                 kept = out.keep_for_replay(step, {**state_at(step), "rollout": vars(r)})
                 raise PageLLMError(f"ppo step {step}: log-probabilities, values or rewards are not finite; lower the "
                                    f"learning rate (RUN=another, or remove {out.path})\n"
@@ -591,7 +599,8 @@ def run(config: Config) -> None:
             for group, peak in ((opt, config.lr), (critic_opt, config.critic_lr)):
                 set_lr(group, lr_at(step, total, peak, shape="linear"))
             row = {"learning": learning, "kl_coef": kl_coef, "lr": opt.param_groups[0]["lr"],
-                   **rollout_row(r, rewards, advantage, ret, moments), **page_row(r.item, shop.catalogue.categories)}
+                   **settled([rollout_row(r, rewards, advantage, ret, moments)])[0],
+                   **page_row(r.item, shop.catalogue.categories)}
             for epoch in range(config.inner_epochs):
                 order = (np.arange(len(r)) if config.minibatch >= len(r)
                          else keyed(config.seed, "ppo", "minibatches", step, epoch).permutation(len(r)))

@@ -27,6 +27,7 @@ from pagellm.run import Common, Run, file_id
 from pagellm.train import (
     Guard,
     Objective,
+    ahead,
     keyed,
     logged,
     lr_at,
@@ -153,11 +154,11 @@ def next_token_loss(model: GPT2, examples: list[Example], pad: int, n_words: int
     for rows, first, chosen in ((model.word[:n_words], 0, kept & ~items[:, None]),
                                 (model.item, model.n_words + model.n_users, kept & items[:, None])):
         # Which positions count is found on the host, which would have to wait for a GPU to tell.
-        at = chosen.flatten().nonzero()[:, 0]
+        at = torch.from_numpy(np.flatnonzero(chosen.numpy()))
         if len(at):
             wanted = dist.send(target[at] - first, device)
             total = total - linear_logp(hidden[dist.send(at, device)], rows, wanted).sum()
-    return total / max(int(kept.sum()), 1)
+    return total / max(sum(sum(e.mask[1:]) for e in examples), 1)
 
 
 def spectral_rows(shop: Shop, n_embd: int, seed: int, facts: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -296,11 +297,8 @@ def run(config: Config) -> None:
         def state_at(step: int) -> dict:
             return {"step": step, "both": dist.weights(both), "opt": dist.optimiser_state(both, opt)}
 
-        bar = progress(start, config.steps, "pretrain")
-        for step in out.steps(bar):
+        def batch(step: int) -> tuple:
             rng = keyed(config.seed, "pretrain", step)
-            seed_dropout(config.seed, "pretrain", step)
-            set_lr(opt, lr_at(step, config.steps, config.lr, config.warmup))
             kind = KINDS[rng.choice(len(KINDS), p=weights / weights.sum())]
             drawn = np.empty(config.batch, dtype=object)
             drawn[:] = [corpus.draw(kind, rng) for _ in range(config.batch)]
@@ -310,7 +308,13 @@ def run(config: Config) -> None:
                 rows, some_rated = dist.part(rng.integers(len(users), size=config.rating_batch))
                 reviews = [text_of.get((users[r], items[r]), "") for r in rows] if text_of else None
                 rated = users[rows], items[rows], dist.send(torch.from_numpy(ratings[rows]), device), reviews
-            loss, rating_loss = learner(prompts, examples.tolist(), some_text, rated, some_rated)
+            return kind, examples.tolist(), some_text, rated, some_rated
+
+        bar = progress(start, config.steps, "pretrain")
+        for step, (kind, examples, some_text, rated, some_rated) in ahead(out.steps(bar), config.steps, batch):
+            seed_dropout(config.seed, "pretrain", step)
+            set_lr(opt, lr_at(step, config.steps, config.lr, config.warmup))
+            loss, rating_loss = learner(prompts, examples, some_text, rated, some_rated)
             (loss + config.rating * rating_loss).backward()
             norm = guard.step(f"pretrain step {step}", lambda step=step, kept=examples, rows=rated: out.keep_for_replay(
                 step, {**state_at(step), "examples": [[e.ids, e.mask, e.over] for e in kept],

@@ -212,7 +212,7 @@ def token_loss(chosen: Tensor, rejected: Tensor, edit_mask: Tensor) -> Tensor:
 @dataclass
 class PairBatch:
     """prompt, valid (B, P); chosen, rejected, mask (B, K); edited (B, K); gap (B,): E(chosen) - E(rejected);
-    detail (B,) bool on the host: not a preference pair."""
+    detail (n,) int64: the rows that are not preference pairs."""
 
     prompt: Tensor
     valid: Tensor
@@ -229,7 +229,8 @@ def collate(pairs: list[Pair], policy: Policy, device) -> PairBatch:
     chosen, rejected, edited = (dist.send(torch.from_numpy(pad_ids(rows, fill)), device) for rows, fill in (
         ([p.chosen for p in pairs], -1), ([p.rejected for p in pairs], -1), ([p.mask for p in pairs], 0)))
     edited = edited.bool()
-    detail = torch.tensor([p.kind != "preference" for p in pairs])
+    detail = dist.send(torch.tensor([i for i, p in enumerate(pairs) if p.kind != "preference"], dtype=torch.long),
+                       device)
     gap = dist.send(torch.tensor([p.delta_E for p in pairs], dtype=torch.float32), device)
     return PairBatch(prompt, valid, chosen, rejected, chosen >= 0, edited, detail, gap)
 
@@ -248,7 +249,7 @@ def pair_loss(config: Config, b: PairBatch, token_chosen: Tensor, token_rejected
     Preference pairs teach the page head alone: they name no slot that is better.
     """
     target = torch.sigmoid(b.gap / config.soften) if config.soften else None
-    d, slots = dist.send(b.detail.nonzero()[:, 0], b.mask.device), b.mask.sum()
+    d, slots = b.detail, b.mask.sum()
     terms = [(page_loss(page_chosen, page_rejected, target), len(b.gap)),
              (page_chosen.square().mean() + page_rejected.square().mean(), len(b.gap)),
              ((token_chosen.square().sum() + token_rejected.square().sum()) / slots.clamp(min=1), slots)]

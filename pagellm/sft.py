@@ -208,7 +208,8 @@ def run(config: Config) -> None:
                 if scores["NDCG@100"] > best["score"]:
                     best = {"score": scores["NDCG@100"], "step": step + 1, "weights": dist.weights(model)}
             out.log(step + 1, **row)
-            bar.set_postfix_str(f"loss {out.last.get('loss', np.nan):.3f}, best NDCG {best['score']:.4f}", refresh=False)
+            bar.set_postfix_str(f"loss {out.last.get('loss', np.nan):.3f}, best NDCG {best['score']:.4f}",
+                                refresh=False)
             if out.due(step + 1, total):
                 out.save(state_at(step + 1))
         final = state_at(total)

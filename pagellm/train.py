@@ -21,8 +21,8 @@ from tqdm import tqdm
 from pagellm import dist
 from pagellm.config import PageLLMError
 
-__all__ = ["Guard", "Objective", "ahead", "batch_at", "key", "keyed", "logged", "lr_at", "optimiser", "progress", "seed_dropout",
-           "seed_torch", "set_lr", "shared_means"]
+__all__ = ["Guard", "Objective", "ahead", "batch_at", "key", "keyed", "logged", "lr_at", "optimiser", "progress",
+           "seed_dropout", "seed_torch", "set_lr", "shared_means"]
 
 
 FUSED = ("cuda",)      # devices whose optimiser steps in one launch, and skips a bad step without asking the host

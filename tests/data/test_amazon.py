@@ -239,8 +239,10 @@ def test_files_are_told_apart_by_their_fields():
 
 # What may stand in a field of a review, from plain to hostile: JSON as text.
 VALUES = st.sampled_from([
-    '"A1"', '"B2"', '"a  b"', '" lead"', '"trail "', '"&amp; &#34;x&#34;"', '"&#34;x&quot;  y"', '"&amp;#34;"', '"&lt&#39;"', '"& &#34"', '"a<br />b"', '"caf\\u00e9 \\u2603"', '"é"', '""',
-    '" "', '"\\ud83d\\ude00"', '"\\ud800"', '"\\n"', '"tab\\t"', '"\t"', "null", "true", "5", "5.0", "1", "0", "5.5", "1e400",
+    '"A1"', '"B2"', '"a  b"', '" lead"', '"trail "', '"&amp; &#34;x&#34;"',
+    '"&#34;x&quot;  y"', '"&amp;#34;"', '"&lt&#39;"', '"& &#34"', '"a<br />b"', '"caf\\u00e9 \\u2603"', '"é"', '""',
+    '" "', '"\\ud83d\\ude00"', '"\\ud800"', '"\\n"', '"tab\\t"', '"\t"', "null", "true", "5", "5.0", "1", "0",
+    "5.5", "1e400",
     "-0", "1e2", "NaN", "Infinity", '"4"', "1400000000", "1400000000000", "5000000000", "-1", "1.4e9", '"1400000000"',
     "[]", '["a"]', "{}", '{"reviewerID": "x"}', "[" * 600 + "]" * 600, "01", "1.", "99999999999999999999"])
 FIELDS = ("reviewerID", "asin", "overall", "unixReviewTime", "summary", "reviewText", "verified", "style", "helpful")
@@ -256,8 +258,8 @@ def review_lines(draw):
     line = "{" + ", ".join(f'"{name}": {value}' for name, value in fields) + "}"
     return draw(st.sampled_from([
         *[line] * 12, line + line, line + " ", " " + line, line[:-1], line[1:], "", " ", line + "\r", "{'asin': 'B2'}",
-        '{"a":', '{"b": 1}}', line.replace("Good", "Go\x00od"), line.replace("Good", "G\udcff"), line + "{}", "{}", "[]",
-        line[:40]]))
+        '{"a":', '{"b": 1}}', line.replace("Good", "Go\x00od"), line.replace("Good", "G\udcff"), line + "{}", "{}",
+        "[]", line[:40]]))
 
 
 @settings(deadline=None, max_examples=400)
