@@ -69,8 +69,10 @@ def legal_logp(logits: Tensor, legal: Tensor, temperature: float) -> tuple[Tenso
 
     A row without one comes back as all -inf instead of NaN.
     """
-    alive = legal.any(1)
-    masked = torch.where(legal, logits / temperature, -torch.inf)
+    alive = legal.view(torch.uint8).amax(1) > 0          # any() of bools takes 20 times as long on a CPU
+    masked = torch.where(legal, logits if temperature == 1 else logits / temperature, -torch.inf)
+    if masked.device.type == "cpu" and alive.all():      # the usual case; a GPU is not asked
+        return F.log_softmax(masked, dim=1), alive
     logp = F.log_softmax(torch.where(alive[:, None], masked, 0.0), dim=1)
     return torch.where(legal, logp, -torch.inf), alive
 
@@ -142,7 +144,7 @@ def sample(model: GPT2, prompt: Tensor, valid: Tensor, constraint: Unseen, unifo
     start    as in `generate`
     """
     def pick(logp: Tensor, slot: int) -> Tensor:
-        total = logp.double().exp().cumsum(1)
+        total = logp.exp().cumsum(1, dtype=torch.float64)
         # An item of probability 0 adds nothing to the sum, so the first sum above the threshold is never its own.
         point = uniform[:, slot, None] * total[:, -1:]
         return torch.searchsorted(total, point, right=True)[:, 0].clamp(max=logp.shape[1] - 1)
