@@ -13,7 +13,7 @@ For each row: medians of both (they take turns), their ratio, the floor where on
 beyond their inputs, and the largest difference between the results: absolute for losses and scores, 0 where lists,
 tables and tokens are the same. Then one line of JSON. The kernels have a bench of their own: python -m kernels.bench.
 
-    python -m experiments.bench --base <commit>      both benches here and at another commit, by turns; exit 1 if a
+    python -m experiments.bench --base <commit>      both benches here and at another commit, by turns; exit 2 if a
                                                      row of ours became slower than its noise explains
 
 Rows with a peer need the extra [dev] and are left out, by name, without it. Only ratios within one run mean anything.
@@ -440,7 +440,11 @@ def compare(config: Config) -> dict:
     if made.returncode:
         raise PageLLMError(f"base={config.base!r}: {made.stderr.strip().splitlines()[-1]}")
     try:
-        pairs = [[ours_at(place, config, here) for place in (folder, here)] for _ in range(config.repeats)]
+        pairs = []
+        for turn in range(config.repeats):      # who comes first changes: a machine that slows down favours none
+            order = (folder, here) if turn % 2 == 0 else (here, folder)
+            found = {place: ours_at(place, config, here) for place in order}
+            pairs.append([found[folder], found[here]])
     finally:
         subprocess.run([*git, "remove", "--force", str(folder)], capture_output=True)
         shutil.rmtree(folder.parent, ignore_errors=True)
