@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 # NPROC processes share a stage (torchrun); "--" keeps torchrun from reading a stage's options as its own.
 STAGE := $(if $(filter-out 1,$(NPROC)),$(VENV)/bin/torchrun --standalone --nproc_per_node $(NPROC) -m --,$(PY) -m)
 STAGES := prepare pretrain sft reward ppo evaluate
-BASE := --dataset $(DATASET) --run $(RUN)
+COMMON := --dataset $(DATASET) --run $(RUN)
 DONE := runs/$(RUN)
 PREPARED := data/$(DATASET)/source.json
 RAW_ARG := $(if $(RAW),--raw $(RAW))
@@ -51,47 +51,47 @@ $(PREPARED): | $(VENV)/installed
 	$(PY) -m pagellm.data.prepare --dataset $(DATASET) $(RAW_ARG)
 
 pretrain: $(PREPARED)  ## next token and rating prediction on what the shop knows
-	$(STAGE) pagellm.pretrain $(BASE) $(call PRESET,pretrain) $(ARGS)
+	$(STAGE) pagellm.pretrain $(COMMON) $(call PRESET,pretrain) $(ARGS)
 
 $(DONE)/pretrain/done: | $(PREPARED)
-	$(STAGE) pagellm.pretrain $(BASE) $(call PRESET,pretrain)
+	$(STAGE) pagellm.pretrain $(COMMON) $(call PRESET,pretrain)
 
 sft: $(DONE)/pretrain/done  ## supervised fine-tuning on ground-truth pages
-	$(STAGE) pagellm.sft $(BASE) $(call PRESET,sft) $(ARGS)
+	$(STAGE) pagellm.sft $(COMMON) $(call PRESET,sft) $(ARGS)
 
 $(DONE)/sft/done: | $(DONE)/pretrain/done
-	$(STAGE) pagellm.sft $(BASE) $(call PRESET,sft)
+	$(STAGE) pagellm.sft $(COMMON) $(call PRESET,sft)
 
 reward: $(DONE)/sft/done  ## reward model from preference pairs
-	$(STAGE) pagellm.reward $(BASE) $(call PRESET,reward) $(ARGS)
+	$(STAGE) pagellm.reward $(COMMON) $(call PRESET,reward) $(ARGS)
 
 $(DONE)/reward/done: | $(DONE)/sft/done
-	$(STAGE) pagellm.reward $(BASE) $(call PRESET,reward)
+	$(STAGE) pagellm.reward $(COMMON) $(call PRESET,reward)
 
 ppo: $(DONE)/reward/done  ## PPO against the reward model
-	$(STAGE) pagellm.ppo $(BASE) $(call PRESET,ppo) $(ARGS)
+	$(STAGE) pagellm.ppo $(COMMON) $(call PRESET,ppo) $(ARGS)
 
 $(DONE)/ppo/done: | $(DONE)/reward/done
-	$(STAGE) pagellm.ppo $(BASE) $(call PRESET,ppo)
+	$(STAGE) pagellm.ppo $(COMMON) $(call PRESET,ppo)
 
 evaluate: $(DONE)/ppo/done  ## pages and the results table: popularity, SFT, PageLLM
-	$(STAGE) pagellm.evaluate $(BASE) $(ARGS)
+	$(STAGE) pagellm.evaluate $(COMMON) $(ARGS)
 
 $(DONE)/evaluate/done: | $(DONE)/ppo/done
-	$(STAGE) pagellm.evaluate $(BASE)
+	$(STAGE) pagellm.evaluate $(COMMON)
 
 serve: $(VENV)/serve $(DONE)/ppo/done  ## the pages in a browser and over HTTP: http://127.0.0.1:8000/
-	$(PY) -m pagellm.serve $(BASE) $(ARGS)
+	$(PY) -m pagellm.serve $(COMMON) $(ARGS)
 
 recommend: $(DONE)/ppo/done  ## one page in the terminal: ARGS="--user ID"; everybody's: ARGS="--all --out pages.parquet"
-	$(STAGE) pagellm.recommend $(BASE) $(ARGS)
+	$(STAGE) pagellm.recommend $(COMMON) $(ARGS)
 
 # It shows what is there and names what is missing, so it needs no stage; DATASET only if it is given.
 report: $(VENV)/report  ## everything about RUN in one HTML file: runs/<run>/report.html
 	$(PY) -m experiments.report --run $(RUN) $(if $(filter file,$(origin DATASET)),,--dataset $(DATASET)) $(ARGS)
 
 export: $(DONE)/ppo/done  ## embeddings of items and users as .npy for a ranker of your own: ARGS="--dtype int8 --pca 32"
-	$(PY) -m pagellm.export $(BASE) $(ARGS)
+	$(PY) -m pagellm.export $(COMMON) $(ARGS)
 
 ablation: $(VENV)/installed  ## the paper's Table 5 over several seeds
 	$(PY) -m experiments.ablation --dataset $(DATASET) $(ARGS)
@@ -100,19 +100,19 @@ backbones: $(VENV)/installed  ## GPT-2, Llama and Llama with adapters side by si
 	$(PY) -m experiments.backbones --dataset $(DATASET) $(RAW_ARG) $(ARGS)
 
 baselines: | $(PREPARED)  ## popularity, ItemKNN, EASE, ALS: chosen on validation, refitted, one table
-	$(PY) -m experiments.baselines $(BASE) --refit $(ARGS)
+	$(PY) -m experiments.baselines $(COMMON) --refit $(ARGS)
 
 coldstart: $(VENV)/installed  ## half of the training interactions; users by how many they have
 	$(PY) -m experiments.coldstart --dataset $(DATASET) $(RAW_ARG) $(ARGS)
 
 abtest: $(if $(findstring --log,$(ARGS)),$(VENV)/installed,$(DONE)/evaluate/done)  ## SIMULATED online test of SFT against PPO; your own log: ARGS="--log log.csv --control a"
-	$(PY) -m $(if $(findstring --log,$(ARGS)),experiments.abtest,experiments.simulator $(BASE)) $(ARGS)
+	$(PY) -m $(if $(findstring --log,$(ARGS)),experiments.abtest,experiments.simulator $(COMMON)) $(ARGS)
 
 ope: $(if $(findstring --log,$(ARGS)),$(VENV)/installed,$(DONE)/evaluate/done)  ## what PPO would earn, from SFT's SIMULATED log; ARGS="--log sessions.parquet"
-	$(PY) -m experiments.ope $(BASE) $(ARGS)
+	$(PY) -m experiments.ope $(COMMON) $(ARGS)
 
 judge: $(DONE)/evaluate/done  ## SFT's pages against PPO's, judged by rules; ARGS="--backend reward", http, replay
-	$(PY) -m experiments.judge $(BASE) $(ARGS)
+	$(PY) -m experiments.judge $(COMMON) $(ARGS)
 
 torture: $(VENV)/installed  ## pull the plug, fill the disk, feed rubbish: about five minutes, ends with counts
 	$(PY) -m experiments.torture $(ARGS)
@@ -120,8 +120,9 @@ torture: $(VENV)/installed  ## pull the plug, fill the disk, feed rubbish: about
 soak: $(VENV)/installed  ## all stages in a loop for half an hour: does anything grow?
 	$(PY) -m experiments.torture --suites soak $(ARGS)
 
-bench: $(VENV)/installed  ## kernels: plain against ours
-	$(PY) -m kernels.bench $(ARGS)
+bench: $(VENV)/dev  ## every hot path beside a peer; BASE=<commit>: this commit against another, by turns
+	$(if $(BASE),,$(PY) -m kernels.bench $(filter --quick,$(ARGS)))
+	$(PY) -m experiments.bench $(if $(BASE),--base $(BASE)) $(ARGS)
 
 test: $(VENV)/installed  ## all tests
 	$(PY) -m pytest $(ARGS)

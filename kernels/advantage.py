@@ -1,22 +1,26 @@
 """Generalised advantage estimation over a batch of right-padded rows, without a Python loop over T.
 
-The recurrence A_t = delta_t + ratio * A_{t+1} is a scan. Two forms of it, both of separate element-wise
-products and sums, so that a row's bits depend neither on its neighbours nor on how far it is padded. (One
-matrix product per block is faster still on CPU, but how it rounds depends on the shape of the batch.)
+The recurrence A_t = delta_t + ratio * A_{t+1} is a scan. Two forms of it, one for each kind of device, both of
+separate element-wise products and sums, so that a row's bits depend neither on its neighbours nor on how far it
+is padded. (Matrix products would be as fast on a CPU, but how they round depends on the shape of the batch.)
 """
+
+import math
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from kernels.checks import compute_dtype, require
+from kernels.checks import compute_dtype, kept, require
 
 __all__ = ["gae"]
 
-BLOCK = 32    # steps of a block: sqrt(T) at T = 1,024. Fixed, because the partition decides the rounding.
+# Weights ratio^t of a block of steps reach down to 2^-RANGE. A float32 has all its digits from 2^-126 on, so entries
+# above 2^-62 = 2e-19 keep theirs. Blocks depend on the ratio alone, because the partition decides the rounding.
+RANGE = 64
 
-# Entries of the rows taken at a time on CPU, 2 MB in float32. Rows are independent, so this moves no bit;
-# with all rows at once every temporary is fresh memory from the system, which costs more than the sums.
+# Entries of the rows taken at a time on CPU, 2 MB in float32: what is made of them stays in the cache. Rows are
+# independent, so this moves no bit.
 ENTRIES = 2 ** 19
 
 
@@ -48,27 +52,27 @@ def gae(
     # A hole would join two pages into one return, and nothing downstream could tell.
     require(mask[:, 1:] <= mask[:, :-1], "gae: mask has a hole at (row, step) {row}; want True, then False")
 
-    if mask.is_cuda:
-        return unchecked_gae(reward, value, mask, gamma, gamma * lam)
-    advantage, ret = (torch.empty_like(mask, dtype=compute_dtype(reward, value)) for _ in range(2))
+    dtype, ratio = compute_dtype(reward, value), gamma * lam
+    if mask.is_cuda or torch.is_grad_enabled() and (reward.requires_grad or value.requires_grad):
+        advantage = DiscountedSum.apply(step_error(reward, value, mask, gamma, dtype), ratio)
+        return advantage, advantage + kept(value.to(dtype), mask)
+    advantage, ret = (torch.empty_like(mask, dtype=dtype) for _ in range(2))
     size = max(ENTRIES // max(mask.shape[1], 1), 1)
-    for start in range(0, len(mask), size):
-        rows = slice(start, start + size)
-        advantage[rows], ret[rows] = unchecked_gae(reward[rows], value[rows], mask[rows], gamma, gamma * lam)
+    for some in (slice(start, start + size) for start in range(0, len(mask), size)):
+        delta = step_error(reward[some], value[some], mask[some], gamma, dtype, kept_value=ret[some])
+        by_blocks(delta, ratio, out=advantage[some])
+        ret[some] += advantage[some]
     return advantage, ret
 
 
-def unchecked_gae(
-    reward: Tensor, value: Tensor, mask: Tensor, gamma: float, ratio: float
-) -> tuple[Tensor, Tensor]:
-    """gae of some rows; ratio = gamma * lam."""
-    dtype = compute_dtype(reward, value)
-    reward, value = (torch.where(mask, x.to(dtype), 0.0) for x in (reward, value))
-    delta = reward - value
+def step_error(
+    reward: Tensor, value: Tensor, mask: Tensor, gamma: float, dtype: torch.dtype, kept_value: Tensor | None = None
+) -> Tensor:
+    """delta_t of gae (B, T), 0 off the mask. kept_value  where to leave the value, 0 off the mask."""
+    value = kept(value.to(dtype), mask, out=kept_value)
+    delta = kept(reward.to(dtype), mask).sub_(value)
     delta[:, :-1] += value[:, 1:] if gamma == 1 else gamma * value[:, 1:]     # the usual 1 saves a pass
-    # Off the mask delta is 0 and so is everything to its right: the advantage needs no second mask.
-    advantage = DiscountedSum.apply(delta, ratio)
-    return advantage, advantage + value
+    return delta
 
 
 class DiscountedSum(torch.autograd.Function):
@@ -86,33 +90,26 @@ class DiscountedSum(torch.autograd.Function):
         return DiscountedSum.apply(grad.flip(1), ctx.ratio).flip(1), None
 
 
-def by_blocks(x: Tensor, ratio: float) -> Tensor:
-    """The scan of x (B, T) -> (B, T), time-major, all blocks of BLOCK steps abreast: 2 passes over memory.
+def by_blocks(x: Tensor, ratio: float, out: Tensor | None = None) -> Tensor:
+    """The scan of x (B, T) -> (B, T), into `out` if given: running sums of weighted steps, block by block from the
+    right.
 
-    A first sweep finds what each block hands to the one before it, a second fills the blocks in. Between them
-    the blocks' own sums are a shorter scan of the same kind. Blocks start at t = 0, so that more padding only
-    appends zeros.
+    y_t = ratio^-t sum_{s >= t} ratio^s x_s within a block. Summed from its end the small weights come first, so
+    that nothing cancels; torch's running sum on a CPU is taken in float64, one row after another. 5 passes over
+    memory, and launches by the block, of which ratio = 0.95 needs one for 865 steps.
     """
-    B, T = x.shape
-    length = min(BLOCK, T)
-    if length == 0 or B == 0:
-        return x.clone()
-    count = -(-T // length)
-    steps = x.new_empty(count * length, B)
-    steps[:T].copy_(x.t())
-    steps[T:] = 0
-    steps = steps.view(count, length, B)
-
-    carry = x.new_zeros(count, B)       # A at the first step after each block
-    if count > 1:
-        head = steps[1:, -1].clone()
-        for i in range(length - 2, -1, -1):
-            head.mul_(ratio).add_(steps[1:, i])
-        carry[:-1] = by_blocks(head.t(), ratio ** length).t()
-    for i in range(length - 1, -1, -1):
-        steps[:, i].add_(carry.mul_(ratio))
-        carry.copy_(steps[:, i])
-    return steps.view(count * length, B)[:T].t().contiguous()
+    T = x.shape[1]
+    length = max(T, 1) if ratio == 1 else int(RANGE / -math.log2(ratio)) + 1 if ratio > 2.0 ** -RANGE else 1
+    y = torch.empty_like(x) if out is None else out
+    power = ratio ** torch.arange(min(length, T), dtype=torch.float64, device=x.device)
+    weight, inverse = (w.to(x.dtype) for w in (power, 1 / power))
+    for start in reversed(range(0, T, length)):
+        end = min(start + length, T)
+        weighted = x[:, start:end] * weight[:end - start]
+        if end < T:     # what the next block hands on joins the last step
+            weighted[:, -1] += y[:, end] * (ratio * weight[end - start - 1])
+        torch.mul(weighted.flip(1).cumsum_(1).flip(1), inverse[:end - start], out=y[:, start:end])
+    return y
 
 
 def by_doubling(x: Tensor, ratio: float) -> Tensor:

@@ -121,10 +121,14 @@ def linear_case(
     def floor() -> None:
         # What no tiling avoids: products for the logits, forward and again backward, and for two gradients.
         head = weight[:rows or V]
-        for some in logprob.even_slices(len(head), max(1, 2 ** 21 // N)):
+        tiles = logprob.even_slices(len(head), max(1, 2 ** 21 // N))
+        z, to_hidden, to_head = (hidden.new_empty(shape) for shape in ((N, tiles[0].stop), (N, C), (tiles[0].stop, C)))
+        for some in tiles:
+            w = head[some]
             for _ in range(2):
-                z = hidden @ head[some].t()
-            z @ head[some], z.t() @ hidden
+                torch.mm(hidden, w.t(), out=z[:, :len(w)])
+            torch.mm(z[:, :len(w)], w, out=to_hidden)
+            torch.mm(z[:, :len(w)].t(), hidden, out=to_head[:len(w)])
 
     kind = "linear_logp" + ("+entropy" if with_entropy else "") + (" bf16" if dtype == torch.bfloat16 else "")
     choice = f"{rows} of {V}" if rows else f"{V}"

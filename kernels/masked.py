@@ -8,7 +8,7 @@ output.
 import torch
 from torch import Tensor
 
-from kernels.checks import compute_dtype
+from kernels.checks import compute_dtype, kept
 
 __all__ = ["center", "mean", "variance", "whiten"]
 
@@ -52,24 +52,33 @@ def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     centred, spread = _centred(x, mask)
     # eps^2, not eps: variance + 1e-8 would leave rewards of size 1e-4 visibly unwhitened, so that the result
     # would depend on their unit. Inside the root, so that the gradient at spread 0 is finite.
-    return centred * torch.rsqrt(spread + eps * eps)
+    scale = torch.rsqrt(spread + eps * eps)
+    return centred * scale if centred.requires_grad else centred.mul_(scale)
 
 
 def _deviations(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A rounded mean (scalar, no gradient), x minus it (0 off the mask), and the number of kept entries."""
     x = x.to(compute_dtype(x))
     count = mask.sum()
-    pivot = torch.where(mask, x, 0.0).detach().sum() / count.clamp(min=1)
+    first = kept(x.detach(), mask)
+    pivot = first.sum() / count.clamp(min=1)
     # The subtraction is exact for entries near the pivot, so a large common offset costs no digits later on.
-    return pivot, torch.where(mask, x - pivot, 0.0), count
+    return pivot, _minus(x, pivot, mask, first), count
 
 
 def _centred(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """x minus its mean (0 off the mask), and the unbiased variance (scalar)."""
     _, deviation, count = _deviations(x, mask)
     # The pivot is rounded; taking off what is left of the mean makes equal entries exactly 0, not one ulp.
-    centred = torch.where(mask, deviation - deviation.sum() / count.clamp(min=1), 0.0)
+    centred = _minus(deviation, deviation.sum() / count.clamp(min=1), mask, deviation)
     return centred, centred.square().sum() / (count - 1).clamp(min=1)
+
+
+def _minus(x: Tensor, middle: Tensor, mask: Tensor, spare: Tensor) -> Tensor:
+    """x - middle, 0 off the mask: in the memory of `spare` unless autograd must remember x."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return kept(x - middle, mask)
+    return kept(torch.sub(x, middle, out=spare), mask, out=spare)
 
 
 def _check(x: Tensor, mask: Tensor, where: str) -> None:

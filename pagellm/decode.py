@@ -18,7 +18,11 @@ from torch import Tensor
 from kernels.logprob import linear_logp
 from pagellm.backbone import Backbone, KVCache
 
-__all__ = ["Pages", "Unseen", "beam", "greedy", "one_shot", "page_logp", "ranking", "sample", "slot_states"]
+__all__ = ["Pages", "Unseen", "beam", "greedy", "one_shot", "page_logp", "ranking", "sample", "shared_start",
+           "slot_states"]
+
+
+WHOLE = ("cuda",)      # devices on which finding the kept slots (a wait for the GPU) costs more than the empty ones
 
 
 @dataclass
@@ -65,8 +69,10 @@ def legal_logp(logits: Tensor, legal: Tensor, temperature: float) -> tuple[Tenso
 
     A row without one comes back as all -inf instead of NaN.
     """
-    alive = legal.any(1)
-    masked = torch.where(legal, logits / temperature, -torch.inf)
+    alive = legal.view(torch.uint8).amax(1) > 0          # any() of bools takes 20 times as long on a CPU
+    masked = torch.where(legal, logits if temperature == 1 else logits / temperature, -torch.inf)
+    if masked.device.type == "cpu" and alive.all():      # the usual case; a GPU is not asked
+        return F.log_softmax(masked, dim=1), alive
     logp = F.log_softmax(torch.where(alive[:, None], masked, 0.0), dim=1)
     return torch.where(legal, logp, -torch.inf), alive
 
@@ -74,6 +80,17 @@ def legal_logp(logits: Tensor, legal: Tensor, temperature: float) -> tuple[Tenso
 def prefill(model: Backbone, prompt: Tensor, valid: Tensor, k: int) -> tuple[KVCache, Tensor]:
     cache = KVCache(model.shape, len(prompt), prompt.shape[1] + k, model.word)
     return cache, model(prompt, valid, cache)[:, -1]
+
+
+@torch.no_grad()
+def shared_start(model: Backbone, prompt: Tensor, valid: Tensor, k: int, group: Tensor) -> tuple[KVCache, Tensor]:
+    """Prompts read once for several pages each: what `sample`, `greedy` and `slot_states` take as `start`.
+
+    prompt, valid  (U, P)    group  (B,) int64, which of the prompts each page goes on from
+    """
+    cache, hidden = prefill(model, prompt, valid, k)
+    cache.select(group)
+    return cache, hidden[group]
 
 
 def started(model: Backbone, prompt: Tensor, valid: Tensor, k: int, start) -> tuple[KVCache, Tensor]:
@@ -119,19 +136,20 @@ def greedy(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, k
 
 
 def sample(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, uniform: Tensor,
-           temperature: float = 1.0) -> Pages:
+           temperature: float = 1.0, start: tuple[KVCache, Tensor] | None = None) -> Pages:
     """Draw every slot from its legal distribution: Plackett-Luce given the prefix, never a repeat.
 
     uniform  (B, K) float64 in [0, 1): one number a slot turns the distribution into a choice (inverse of the
              cumulative sum), so a page depends on its own numbers alone, not on its neighbours in the batch
+    start    as in `generate`
     """
     def pick(logp: Tensor, slot: int) -> Tensor:
-        total = logp.double().exp().cumsum(1)
+        total = logp.exp().cumsum(1, dtype=torch.float64)
         # An item of probability 0 adds nothing to the sum, so the first sum above the threshold is never its own.
         point = uniform[:, slot, None] * total[:, -1:]
         return torch.searchsorted(total, point, right=True)[:, 0].clamp(max=logp.shape[1] - 1)
 
-    return generate(model, prompt, valid, constraint, uniform.shape[1], pick, temperature)
+    return generate(model, prompt, valid, constraint, uniform.shape[1], pick, temperature, start)
 
 
 @torch.no_grad()
@@ -210,11 +228,17 @@ def ranking(pages: Pages, legal: Tensor, depth: int) -> tuple[Tensor, Tensor]:
             F.pad(torch.where(kept, top.values, -torch.inf), pad, value=-torch.inf))
 
 
-def slot_states(model: Backbone, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor) -> Tensor:
+def slot_states(model: Backbone, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor,
+                start: tuple[KVCache, Tensor] | None = None) -> Tensor:
     """Hidden states around the slots of given pages, in one pass: (B, K + 1, C).
 
-    Column t is the state before slot t is drawn; column t + 1 the state after its item was read.
+    Column t is the state before slot t is drawn; column t + 1 the state after its item was read. With `start` (see
+    shared_start; spent afterwards) the prompt is not read again; no gradient then.
     """
+    if start is not None:
+        with torch.no_grad():
+            after = model(item_tokens(model, item, 0), torch.cat([valid, mask], 1), start[0], placed=0)
+            return torch.cat([start[1][:, None], after], 1)
     P = prompt.shape[1]
     ids = torch.cat([prompt, item_tokens(model, item, 0)], 1)
     return model(ids, torch.cat([valid, mask], 1), placed=P)[:, P - 1:]
@@ -231,8 +255,15 @@ def page_logp(states: Tensor, rows: Tensor, item: Tensor, mask: Tensor, excluded
     B, K = item.shape
     before = torch.ones(K, K, dtype=torch.bool, device=item.device).tril(-1)        # slot t sees slots < t
     placed = torch.where(before, item[:, None, :], -1)                              # (B, K, K)
-    illegal = torch.cat([excluded[:, None, :].expand(B, K, -1), placed], 2)[mask]   # (n, E + K)
-    out = linear_logp(states[:, :K][mask], rows, item[mask], illegal, temperature, return_entropy=with_entropy)
-    spread = [torch.zeros(B, K, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
-              for x in (out if with_entropy else (out,))]
+    illegal = torch.cat([excluded[:, None, :].expand(B, K, -1), placed], 2)         # (B, K, E + K)
+    if mask.device.type in WHOLE:       # empty slots choose freely, and what they choose is dropped
+        out = linear_logp(states[:, :K].flatten(0, 1), rows, item.clamp(min=0).flatten(),
+                          torch.where(mask[..., None], illegal, -1).flatten(0, 1), temperature,
+                          return_entropy=with_entropy)
+        spread = [torch.where(mask, x.view(B, K), 0.0) for x in (out if with_entropy else (out,))]
+    else:
+        out = linear_logp(states[:, :K][mask], rows, item[mask], illegal[mask], temperature,
+                          return_entropy=with_entropy)
+        spread = [torch.zeros(B, K, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
+                  for x in (out if with_entropy else (out,))]
     return tuple(spread) if with_entropy else spread[0]

@@ -27,9 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pagellm.config import PageLLMError
 
-__all__ = ["MODES", "any_rank", "barrier", "everybody", "gather", "idle", "is_main", "last_backward", "load_optimiser",
-           "load_weights", "optimiser_state", "part", "peak_memory", "pick_device", "rank", "start", "stop", "total",
-           "weights", "whole", "world", "wrap"]
+__all__ = ["MODES", "Fetch", "any_rank", "barrier", "everybody", "gather", "idle", "is_main", "last_backward",
+           "load_optimiser", "load_weights", "optimiser_state", "part", "peak_memory", "pick_device", "rank", "send",
+           "start", "stop", "total", "weights", "whole", "world", "wrap"]
 
 MODES = ("ddp", "fsdp")
 TIMEOUT = timedelta(minutes=30)      # the main process may make pairs or validate for long while the others wait
@@ -48,6 +48,12 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """x on the device. To a GPU it goes from pinned memory, and nobody waits for it."""
+    device = torch.device(device)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def start(name: str) -> torch.device:
     """Join the processes of torchrun (gloo on CPUs, nccl on GPUs) if it started this one; -> the device to work on."""
     device = pick_device(name)
@@ -57,7 +63,8 @@ def start(name: str) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not td.is_initialized():
-        td.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        # gloo beside nccl: what processes tell each other about themselves is on the host and stays there.
+        td.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
         atexit.register(stop)
     return device
 
@@ -120,8 +127,32 @@ def everybody(value) -> list:
 
 
 def any_rank(flag: bool) -> bool:
-    """True on every process if it is True on one."""
-    return any(everybody(flag))
+    """True on every process if it is True on one: one number from host to host, so cheap enough for every step."""
+    if world() == 1:
+        return flag
+    x = torch.tensor(int(flag), dtype=torch.int32)
+    td.all_reduce(x, td.ReduceOp.MAX)
+    return bool(x)
+
+
+class Fetch:
+    """Scalars (float, of one device) on their way to the host. `read` waits for them, not for what was queued since."""
+
+    def __init__(self, scalars: list[Tensor]):
+        values = torch.stack([x.detach().double() for x in scalars]) if scalars else torch.zeros(0)
+        self.event = None
+        if values.is_cuda:
+            self.host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self.host.copy_(values, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        else:
+            self.host = values
+
+    def read(self) -> list[float]:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host.tolist()
 
 
 def gather(mine: np.ndarray) -> np.ndarray:
@@ -236,3 +267,5 @@ def load_optimiser(module: nn.Module, opt: torch.optim.Optimizer, state: dict[st
     parameters = dict(getattr(module, "module", module).named_parameters())
     for name, moments in state.items():
         opt.state[parameters[name]] = {key: like(value, parameters[name]) for key, value in moments.items()}
+        if opt.defaults["fused"]:       # counts its steps where its parameters are
+            opt.state[parameters[name]]["step"] = moments["step"].to(parameters[name].device)

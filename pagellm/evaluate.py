@@ -89,22 +89,35 @@ def top_items(score: Tensor, users: np.ndarray, seen: Rows, depth: int, seed: in
     Raises ValueError on a NaN.
     """
     score = score.float()
-    if score.isnan().any():
+    if score.amax(1).isnan().any():         # one NaN makes the row's largest NaN
         raise ValueError("top_items: a score is NaN")
     N = score.shape[1]
+    gone = torch.from_numpy(seen.padded(users))
+    score = torch.cat([score, score.new_empty(len(score), 1)], 1)       # the last column takes the padding
+    score.scatter_(1, torch.where(gone >= 0, gone, N), -torch.inf)
+    score = score[:, :N]
+
     shuffled = torch.from_numpy(keyed(seed, "ties", "items").permutation(N))
     drawn = keyed(seed, "ties", "users").integers(1 << max(1, (N - 1).bit_length()), size=len(seen.indptr) - 1)
-    bits = (score + 0.0).view(torch.int32)                             # + 0: -0 equals 0
-    key = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32   # integers in the order of the floats
-    key |= shuffled ^ torch.from_numpy(drawn[users])[:, None]
-    gone = torch.from_numpy(seen.padded(users))
-    row, column = (gone >= 0).nonzero(as_tuple=True)
-    lowest = torch.iinfo(torch.int64).min
-    key[row, gone[row, column]] = lowest
-    best, item = key.topk(min(depth, N), dim=1)
-    value = score.gather(1, item)
-    legal = (best > lowest) & (value > -torch.inf)
-    return torch.where(legal, item, -1), torch.where(legal, value, -torch.inf)
+    drawn = torch.from_numpy(drawn[users])[:, None]
+    value, item = score.topk(min(depth + 1, N), dim=1)
+    # Where the last place is contested, only the whole row can tell who has it.
+    tied = torch.zeros(len(score), dtype=torch.bool)
+    if depth < N:
+        tied = (value[:, depth - 1] == value[:, depth]) & (value[:, depth] > -torch.inf)
+        value, item = value[:, :depth], item[:, :depth]
+    order = tie_key(value, shuffled[item] ^ drawn).argsort(1, descending=True)
+    value, item = value.gather(1, order), item.gather(1, order)
+    if tied.any():
+        item[tied] = tie_key(score[tied], shuffled ^ drawn[tied]).topk(item.shape[1], dim=1)[1]
+        value = score.gather(1, item)
+    return torch.where(value > -torch.inf, item, -1), value
+
+
+def tie_key(score: Tensor, rank: Tensor) -> Tensor:
+    """int64 in the order of (score, rank); scores are float32 without NaN, ranks 0 or more and below 2^32."""
+    bits = (score + 0.0).contiguous().view(torch.int32)                     # + 0: -0 equals 0
+    return (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32) | rank
 
 
 def rank_all(score: Callable[[np.ndarray], Tensor], users: np.ndarray, seen: Rows, k: int, depth: int, seed: int = 0,

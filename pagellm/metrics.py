@@ -380,8 +380,10 @@ def ranked_lists(users: np.ndarray, user: np.ndarray, rank: np.ndarray, item: np
     """Sort entries into Lists, leaving out users that are not among `users`."""
     row, kept = rows_among(users, user)
     row, rank, item = row[kept], rank[kept], item[kept]
-    by_rank = np.lexsort((rank, row))
-    row, item = row[by_rank], item[by_rank]
+    step = np.diff(row)
+    if not ((step > 0) | ((step == 0) & (np.diff(rank) >= 0))).all():       # most come sorted
+        by_rank = np.lexsort((rank, row))
+        row, item = row[by_rank], item[by_rank]
     place = within_rows(row, len(users)) + 1
     first = np.zeros(len(row), dtype=bool)
     first[np.unique(row * (item.max(initial=0) + 1) + item, return_index=True)[1]] = True

@@ -77,7 +77,7 @@ class Policy:
                 for u, history in zip(users, histories, strict=True)]
         ids, valid = left_pad(rows, self.vocab.pad)
         device = self.model.word.device
-        return ids.to(device), valid.to(device)
+        return dist.send(ids, device), dist.send(valid, device)
 
     def write(self, users: np.ndarray, history: Rows, seen: Rows, k: int, mode: str = "greedy",
               width: int = 4) -> tuple[Pages, Tensor]:

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from pagellm.alarms import alarms
 from pagellm.backbone import Backbone
 from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Rows, Shop, load
-from pagellm.decode import Unseen, page_logp, sample, slot_states
+from pagellm.decode import Unseen, page_logp, sample, shared_start, slot_states
 from pagellm.networks import from_state
 from pagellm.policy import MODES, Policy, Validation
 from pagellm.reward import RewardModel
@@ -245,9 +246,9 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor) -> Tensor:
-        """(B, K) float32, 0 off the mask."""
-        before = slot_states(self.trunk, prompt, valid, item, mask)[:, :-1].float()
+    def forward(self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor, start: tuple | None = None) -> Tensor:
+        """(B, K) float32, 0 off the mask. start as in decode.slot_states."""
+        before = slot_states(self.trunk, prompt, valid, item, mask, start)[:, :-1].float()
         return torch.where(mask, self.head(before)[..., 0], 0.0)
 
 
@@ -293,6 +294,15 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, torch.where(logp.isfinite(), logp.exp() * (logp - ref), 0.0).sum(-1), 0.0)
 
 
+def share_prompts(prompt: Tensor, valid: Tensor, k: int, user: np.ndarray, model: Backbone) -> tuple | None:
+    """decode.shared_start for pages of which neighbours may be of one user; None if all are of different ones."""
+    _, first, group = np.unique(user, return_index=True, return_inverse=True)
+    if len(first) == len(user):
+        return None
+    first, group = (torch.from_numpy(x).to(prompt.device) for x in (first, group))
+    return shared_start(model, prompt[first], valid[first], k, group)
+
+
 @torch.no_grad()
 def roll_out(config: Config, policy: Policy, ref: Backbone, reward: RewardModel, critic: Critic, prompt: Tensor,
              valid: Tensor, excluded: Tensor, uniform: Tensor) -> Rollout:
@@ -300,22 +310,26 @@ def roll_out(config: Config, policy: Policy, ref: Backbone, reward: RewardModel,
     deal the pages out and then share all results.
 
     old_logp comes from the same pass over the finished page that the updates make, not from the cached generation,
-    so that the ratio starts at 1 to the last bit of that pass.
+    so that the ratio starts at 1 to the last bit of that pass. Everything else reads a user's prompt once for all
+    pages of that user.
     """
     parts = []
     mine, busy = dist.part(np.arange(len(prompt)))
-    for rows in torch.from_numpy(mine).to(prompt.device).split(config.micro):
+    for index in np.split(mine, range(config.micro, len(mine), config.micro)):
+        rows = torch.from_numpy(index).to(prompt.device)
         p, v, x = prompt[rows], valid[rows], excluded[rows]
-        pages = sample(policy.model, p, v, Unseen(x, policy.model.n_items), uniform[rows], config.temperature)
+        start = partial(share_prompts, p, v, config.k, index // config.samples)
+        pages = sample(policy.model, p, v, Unseen(x, policy.model.n_items), uniform[rows], config.temperature,
+                       start(policy.model))
         states = slot_states(policy.model, p, v, pages.item, pages.mask)
-        ref_states = slot_states(ref, p, v, pages.item, pages.mask)
+        ref_states = slot_states(ref, p, v, pages.item, pages.mask, start(ref))
         old, entropy = page_logp(states, policy.model.item, pages.item, pages.mask, x, config.temperature,
                                  with_entropy=True)
         old_ref = page_logp(ref_states, ref.item, pages.item, pages.mask, x, config.temperature)
         exact = exact_kl(legal_logits(states, policy.model, pages.item, x) / config.temperature,
                          legal_logits(ref_states, ref, pages.item, x) / config.temperature, pages.mask)
-        token, page = reward(p, v, pages.item, pages.mask)
-        value = critic(p, v, pages.item, pages.mask)
+        token, page = reward(p, v, pages.item, pages.mask, start(reward.trunk))
+        value = critic(p, v, pages.item, pages.mask, start(critic.trunk))
         parts.append((pages.item, pages.mask, old, old_ref, value, token, page, entropy, exact,
                       (pages.logp - old).abs()))
     columns = [torch.cat(column)[: None if busy else 0] for column in zip(*parts, strict=True)]
@@ -390,8 +404,7 @@ def inner_epoch(config: Config, learner: nn.Module, policy_step: Guard, critic_s
             if weight:
                 parts.append(row | {"share": share})
         if dist.world() > 1:
-            parts = [{name: float(value) for name, value in row.items()} for row in parts]
-            parts = [row for rows in dist.everybody(parts) for row in rows]
+            parts = [row for rows in dist.everybody(settled(parts)) for row in rows]
         total = pool(parts)
         first = first or {"first_logratio": total.pop("max_logratio", 0.0)}
         if learn_policy:
@@ -424,18 +437,27 @@ def pool(rows: list[dict], weight: str = "share") -> dict[str, float]:
     """Share-weighted means of micro-batches or minibatches; "max" keys take the maximum."""
     if not rows:
         return {}
-    total = sum(float(row[weight]) for row in rows) or 1.0
-    return {name: max(float(row[name]) for row in rows) if "max" in name
-            else sum(float(row[name]) * float(row[weight]) for row in rows) / total
-            for name in rows[0] if name != weight}
+    rows = settled(rows)
+    total = sum(row[weight] for row in rows) or 1.0
+    return {name: max(row[name] for row in rows) if "max" in name
+            else sum(row[name] * row[weight] for row in rows) / total for name in rows[0] if name != weight}
+
+
+def settled(rows: list[dict]) -> list[dict]:
+    """The same rows with every scalar tensor a number, all fetched from the device at once."""
+    at = [(i, name) for i, row in enumerate(rows) for name, value in row.items() if isinstance(value, Tensor)]
+    rows = [dict(row) for row in rows]
+    for (i, name), value in zip(at, dist.Fetch([rows[i][name] for i, name in at]).read(), strict=True):
+        rows[i][name] = value
+    return rows
 
 
 def describe(values: Tensor, mask: Tensor, name: str) -> dict[str, float]:
     kept = values[mask]
     if kept.numel() == 0:
         return {}
-    return {f"{name}/mean": kept.mean().item(), f"{name}/std": masked.variance(values, mask).sqrt().item(),
-            f"{name}/min": kept.min().item(), f"{name}/max": kept.max().item()}
+    return {f"{name}/mean": kept.mean(), f"{name}/std": masked.variance(values, mask).sqrt(),
+            f"{name}/min": kept.min(), f"{name}/max": kept.max()}
 
 
 def rollout_row(r: Rollout, reward: Tensor, advantage: Tensor, ret: Tensor, moments: RunningMoments) -> dict:
@@ -565,7 +587,7 @@ def run(config: Config) -> None:
             with dist.whole(objective):
                 r = roll_out(config, policy, ref, reward, critic, prompt, valid, excluded,
                              torch.from_numpy(uniform).to(device))
-            if not all(x.isfinite().all() for x in (r.old_logp, r.ref_logp, r.value, r.token, r.page)):
+            if not torch.stack([x.isfinite().all() for x in (r.old_logp, r.ref_logp, r.value, r.token, r.page)]).all():
                 kept = out.keep_for_replay(step, {**state_at(step), "rollout": vars(r)})
                 raise PageLLMError(f"ppo step {step}: log-probabilities, values or rewards are not finite; lower the "
                                    f"learning rate (RUN=another, or remove {out.path})\n"
@@ -580,7 +602,8 @@ def run(config: Config) -> None:
             for group, peak in ((opt, config.lr), (critic_opt, config.critic_lr)):
                 set_lr(group, lr_at(step, total, peak, shape="linear"))
             row = {"learning": learning, "kl_coef": kl_coef, "lr": opt.param_groups[0]["lr"],
-                   **rollout_row(r, rewards, advantage, ret, moments), **page_row(r.item, shop.catalogue.categories)}
+                   **settled([rollout_row(r, rewards, advantage, ret, moments)])[0],
+                   **page_row(r.item, shop.catalogue.categories)}
             for epoch in range(config.inner_epochs):
                 order = (np.arange(len(r)) if config.minibatch >= len(r)
                          else keyed(config.seed, "ppo", "minibatches", step, epoch).permutation(len(r)))

@@ -30,6 +30,7 @@ from pagellm.run import Common, Run, file_id
 from pagellm.train import (
     Guard,
     Objective,
+    ahead,
     keyed,
     logged,
     lr_at,
@@ -169,14 +170,17 @@ def next_token_loss(model: Backbone, examples: list[Example], pad: int, n_words:
     mask = right_pad([e.mask for e in examples], 0).bool()
     items = torch.tensor([e.over == "items" for e in examples])
     device = model.word.device
-    ids, mask, items = ids.to(device), mask.to(device), items.to(device)
-    hidden, target, kept = model(ids)[:, :-1], ids[:, 1:], mask[:, 1:]
+    kept, target = mask[:, 1:], ids[:, 1:].flatten()
+    hidden = model(dist.send(ids, device))[:, :-1].flatten(0, 1)
     total = hidden.new_zeros((), dtype=torch.float32)
     for rows, first, chosen in ((model.word[:n_words], 0, kept & ~items[:, None]),
                                 (model.item, model.n_words + model.n_users, kept & items[:, None])):
-        if chosen.any():
-            total = total - linear_logp(hidden[chosen], rows, target[chosen] - first).sum()
-    return total / kept.sum().clamp(min=1)
+        # Which positions count is found on the host, which would have to wait for a GPU to tell.
+        at = torch.from_numpy(np.flatnonzero(chosen.numpy()))
+        if len(at):
+            wanted = dist.send(target[at] - first, device)
+            total = total - linear_logp(hidden[dist.send(at, device)], rows, wanted).sum()
+    return total / max(sum(sum(e.mask[1:]) for e in examples), 1)
 
 
 def spectral_rows(shop: Shop, n_embd: int, seed: int, facts: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -255,8 +259,8 @@ def predict(model: Backbone, head: RatingHead, prompts: Prompts, users, items, r
     """Predicted stars of (user, item) pairs."""
     text = reviews or [""] * len(users)
     rows = [prompts.rating(int(u), int(i), t) for u, i, t in zip(users, items, text, strict=True)]
-    ids = right_pad(rows, prompts.vocab.pad).to(model.word.device)
-    last = torch.tensor([len(row) - 1 for row in rows], device=ids.device)
+    ids = dist.send(right_pad(rows, prompts.vocab.pad), model.word.device)
+    last = dist.send(torch.tensor([len(row) - 1 for row in rows]), ids.device)
     return head(model(ids)[torch.arange(len(rows), device=ids.device), last].float())
 
 
@@ -355,11 +359,8 @@ def run(config: Config) -> None:
         def state_at(step: int) -> dict:
             return {"step": step, "both": dist.weights(both, frozen=False), "opt": dist.optimiser_state(both, opt)}
 
-        bar = progress(start, config.steps, "pretrain")
-        for step in out.steps(bar):
+        def batch(step: int) -> tuple:
             rng = keyed(config.seed, "pretrain", step)
-            seed_dropout(config.seed, "pretrain", step)
-            set_lr(opt, lr_at(step, config.steps, config.lr, config.warmup))
             kind = KINDS[rng.choice(len(KINDS), p=weights / weights.sum())]
             drawn = np.empty(config.batch, dtype=object)
             drawn[:] = [corpus.draw(kind, rng) for _ in range(config.batch)]
@@ -368,16 +369,23 @@ def run(config: Config) -> None:
             if with_rating:
                 rows, some_rated = dist.part(rng.integers(len(users), size=config.rating_batch))
                 reviews = [text_of.get((users[r], items[r]), "") for r in rows] if text_of else None
-                rated = users[rows], items[rows], torch.from_numpy(ratings[rows]).to(device), reviews
-            loss, rating_loss = learner(prompts, examples.tolist(), some_text, rated, some_rated)
+                rated = users[rows], items[rows], dist.send(torch.from_numpy(ratings[rows]), device), reviews
+            return kind, examples.tolist(), some_text, rated, some_rated
+
+        bar = progress(start, config.steps, "pretrain")
+        for step, (kind, examples, some_text, rated, some_rated) in ahead(out.steps(bar), config.steps, batch):
+            seed_dropout(config.seed, "pretrain", step)
+            set_lr(opt, lr_at(step, config.steps, config.lr, config.warmup))
+            loss, rating_loss = learner(prompts, examples, some_text, rated, some_rated)
             (loss + config.rating * rating_loss).backward()
             norm = guard.step(f"pretrain step {step}", lambda step=step, kept=examples, rows=rated: out.keep_for_replay(
                 step, {**state_at(step), "examples": [[e.ids, e.mask, e.over] for e in kept],
                        "rated": None if rows is None else [torch.as_tensor(x) for x in rows[:3]]}))
-            loss, rating_loss = logged(loss), logged(rating_loss)
+            loss, rating_loss = logged(loss, rating_loss)
             out.log(step + 1, kind=kind, loss=loss, rating_loss=rating_loss, grad_norm=norm,
                     lr=opt.param_groups[0]["lr"])
-            bar.set_postfix_str(f"{kind} {loss:.3f}" + (f", rating {rating_loss:.3f}" if with_rating else ""),
+            shown = out.last.get("loss", math.nan), out.last.get("rating_loss", math.nan)
+            bar.set_postfix_str(f"{kind} {shown[0]:.3f}" + (f", rating {shown[1]:.3f}" if with_rating else ""),
                                 refresh=False)
             if out.due(step + 1, config.steps):
                 out.save(state_at(step + 1))

@@ -32,6 +32,7 @@ from pagellm.run import Common, Run, atomic, file_id, finished, load_model_file
 from pagellm.train import (
     Guard,
     Objective,
+    ahead,
     batch_at,
     key,
     keyed,
@@ -134,13 +135,14 @@ class RewardModel(nn.Module):
             nn.init.normal_(head.weight, std=1.0 / math.sqrt(head.in_features + 1))
         nn.init.zeros_(self.page_head[2].bias)
 
-    def forward(self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Rewards of given pages.
+    def forward(self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor, start: tuple | None = None
+                ) -> tuple[Tensor, Tensor]:
+        """Rewards of given pages. start as in decode.slot_states, of this model's trunk.
 
         prompt, valid (B, P): left-padded page prompts      item, mask (B, K) as in decode.Pages
         returns token_reward (B, K) float32, 0 off the mask; page_reward (B,) float32
         """
-        after = slot_states(self.trunk, prompt, valid, item, mask)[:, 1:].float()
+        after = slot_states(self.trunk, prompt, valid, item, mask, start)[:, 1:].float()
         count = mask.sum(1).clamp(min=1)
         end = after[torch.arange(len(after), device=after.device), count - 1]
         if self.compare is not None:
@@ -210,8 +212,8 @@ def token_loss(chosen: Tensor, rejected: Tensor, edit_mask: Tensor) -> Tensor:
 
 @dataclass
 class PairBatch:
-    """prompt, valid (B, P); chosen, rejected, mask (B, K); edited (B, K); detail (B,): not a preference pair;
-    gap (B,): E(chosen) - E(rejected)."""
+    """prompt, valid (B, P); chosen, rejected, mask (B, K); edited (B, K); gap (B,): E(chosen) - E(rejected);
+    detail (n,) int64: the rows that are not preference pairs."""
 
     prompt: Tensor
     valid: Tensor
@@ -225,11 +227,12 @@ class PairBatch:
 
 def collate(pairs: list[Pair], policy: Policy, device) -> PairBatch:
     prompt, valid = policy.prompt([p.user for p in pairs], [(p.history, p.history_rating) for p in pairs])
-    chosen = torch.from_numpy(pad_ids([p.chosen for p in pairs], -1)).to(device)
-    rejected = torch.from_numpy(pad_ids([p.rejected for p in pairs], -1)).to(device)
-    edited = torch.from_numpy(pad_ids([p.mask for p in pairs], 0)).bool().to(device)
-    detail = torch.tensor([p.kind != "preference" for p in pairs], device=device)
-    gap = torch.tensor([p.delta_E for p in pairs], dtype=torch.float32, device=device)
+    chosen, rejected, edited = (dist.send(torch.from_numpy(pad_ids(rows, fill)), device) for rows, fill in (
+        ([p.chosen for p in pairs], -1), ([p.rejected for p in pairs], -1), ([p.mask for p in pairs], 0)))
+    edited = edited.bool()
+    detail = dist.send(torch.tensor([i for i, p in enumerate(pairs) if p.kind != "preference"], dtype=torch.long),
+                       device)
+    gap = dist.send(torch.tensor([p.delta_E for p in pairs], dtype=torch.float32), device)
     return PairBatch(prompt, valid, chosen, rejected, chosen >= 0, edited, detail, gap)
 
 
@@ -252,9 +255,9 @@ def pair_loss(config: Config, b: PairBatch, token_chosen: Tensor, token_rejected
              (page_chosen.square().mean() + page_rejected.square().mean(), len(b.gap)),
              ((token_chosen.square().sum() + token_rejected.square().sum()) / slots.clamp(min=1), slots)]
     weights = [config.page, 0.5 * config.shrink, 0.5 * config.shrink]
-    if d.any():
+    if len(d):
         terms += [(sequence_loss(token_chosen[d], b.mask[d], token_rejected[d], b.mask[d],
-                                 None if target is None else target[d]), d.sum()),
+                                 None if target is None else target[d]), len(d)),
                   (token_loss(token_chosen[d], token_rejected[d], b.edited[d]), b.edited[d].sum())]
     else:
         terms += [(0.0 * token_chosen.sum(), 0)] * 2        # another process may have such pairs
@@ -403,19 +406,22 @@ def run(config: Config) -> None:
         def state_at(step: int) -> dict:
             return {"step": step, "model": dist.weights(model, frozen=False), "opt": dist.optimiser_state(model, opt)}
 
-        bar = progress(start, total, "reward")
-        for step in out.steps(bar):
+        def batch(step: int) -> tuple[PairBatch, bool]:
             _, index = batch_at(step, len(train), config.batch, config.seed, "reward", length=lengths)
-            set_lr(opt, lr_at(step, total, config.lr, config.warmup))
             mine, busy = dist.part(index)
-            b = collate([train[i] for i in mine], policy, device)
+            return collate([train[i] for i in mine], policy, device), busy
+
+        bar = progress(start, total, "reward")
+        for step, (b, busy) in ahead(out.steps(bar), total, batch):
+            set_lr(opt, lr_at(step, total, config.lr, config.warmup))
             loss, right = learner(config, b, busy)
             loss.backward()
             norm = guard.step(f"reward step {step}", lambda step=step, b=b: out.keep_for_replay(
                 step, {**state_at(step), "batch": vars(b)}))
-            loss, right = logged(loss), logged(right)
+            loss, right = logged(loss, right)
             out.log(step + 1, loss=loss, accuracy=right, grad_norm=norm, lr=opt.param_groups[0]["lr"])
-            bar.set_postfix_str(f"loss {loss:.3f}, accuracy {right:.2f}", refresh=False)
+            bar.set_postfix_str(f"loss {out.last.get('loss', math.nan):.3f}, accuracy "
+                                f"{out.last.get('accuracy', math.nan):.2f}", refresh=False)
             if out.due(step + 1, total):
                 out.save(state_at(step + 1))
         model.eval()

@@ -181,6 +181,8 @@ class Run:
         self.started = time.time()
         self.save_every = getattr(config, "save_every", 0)
         self._logs: dict = {}
+        self._queue: list[tuple] = []   # lines whose numbers may still be on the GPU
+        self.last: dict = {}            # the newest line of log.jsonl that was written
         self._lock = None
         self._waiting = Waiting()
         if dist.is_main():
@@ -266,15 +268,32 @@ class Run:
             beside.write_text("".join(kept))
 
     def log(self, step: int, file: str = "log", **values) -> None:
-        """Append one line to <file>.jsonl. Numbers are written so that they read back exactly."""
+        """Append one line to <file>.jsonl. Numbers are written so that they read back exactly.
+
+        A line of numbers on a GPU is written with the next step's, or by `flush`: nobody waits for the GPU.
+        """
         if not dist.is_main():
             return
-        if file not in self._logs:
-            self._logs[file] = open(self.path / f"{file}.jsonl", "a")
-        self._logs[file].write(json.dumps({"step": step, **{k: plain(v) for k, v in values.items()}}) + "\n")
-        self._logs[file].flush()
+        scalars = {k: v for k, v in values.items()
+                   if isinstance(v, torch.Tensor) and v.ndim == 0 and v.is_floating_point()}
+        self._queue.append((file, step, values, [*scalars], dist.Fetch([*scalars.values()])))
+        self.flush(before=step if any(v.is_cuda for v in scalars.values()) else None)
+
+    def flush(self, before: int | None = None) -> None:
+        """Write the lines that wait: all, or those of earlier steps."""
+        while self._queue and (before is None or self._queue[0][1] < before):
+            file, step, values, names, fetch = self._queue.pop(0)
+            numbers = dict(zip(names, fetch.read(), strict=True))
+            row = {"step": step, **{k: numbers[k] if k in numbers else plain(v) for k, v in values.items()}}
+            if file == "log":
+                self.last = row
+            if file not in self._logs:
+                self._logs[file] = open(self.path / f"{file}.jsonl", "a")
+            self._logs[file].write(json.dumps(row) + "\n")
+            self._logs[file].flush()
 
     def read_log(self) -> list[dict]:
+        self.flush()
         path = self.path / "log.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -305,6 +324,7 @@ class Run:
 
     def _write_checkpoint(self, state: dict) -> None:
         name = f"step-{state['step']:08d}.pt"
+        self.flush()
         for file in self._logs.values():
             os.fsync(file.fileno())
         with atomic(self.path / name) as beside:
@@ -341,6 +361,7 @@ class Run:
         """
         if dist.is_main():
             identity = None
+            self.flush()
             for file in self._logs.values():
                 os.fsync(file.fileno())
             if model is not None:
@@ -355,6 +376,7 @@ class Run:
         dist.barrier()
 
     def close(self) -> None:
+        self.flush()
         for file in self._logs.values():
             file.close()
         self._logs.clear()

@@ -29,6 +29,7 @@ from pagellm.run import Common, Run, file_id, finished, load_model_file
 from pagellm.train import (
     Guard,
     Objective,
+    ahead,
     batch_at,
     keyed,
     logged,
@@ -122,8 +123,8 @@ class Batch:
 def collate(policy: Policy, users, examples) -> Batch:
     histories = [history for history, _ in examples]
     prompt, valid = policy.prompt(users, histories)
-    item = torch.from_numpy(pad_ids([page for _, page in examples], -1)).to(prompt.device)
-    excluded = torch.from_numpy(pad_ids([items for items, _ in histories], -1)).to(prompt.device)
+    item = dist.send(torch.from_numpy(pad_ids([page for _, page in examples], -1)), prompt.device)
+    excluded = dist.send(torch.from_numpy(pad_ids([items for items, _ in histories], -1)), prompt.device)
     return Batch(prompt, valid, item, item >= 0, excluded)
 
 
@@ -141,7 +142,7 @@ def sft_loss(model: Backbone, b: Batch, objective: str = "list") -> Tensor:
     if objective in ("multinomial", "both"):
         legal = Unseen(b.excluded, model.n_items).legal
         logp = torch.where(legal, model.item_logits(states[:, 0]), -torch.inf).log_softmax(1)       # (B, N)
-        loss = loss - logp.gather(1, b.item.clamp(min=0))[b.mask].mean()
+        loss = loss - torch.where(b.mask, logp.gather(1, b.item.clamp(min=0)), 0.0).sum() / b.mask.sum()
     return loss
 
 
@@ -194,23 +195,24 @@ def run(config: Config) -> None:
             return {"step": step, "model": dist.weights(model, frozen=False), "best": best,
                     "opt": dist.optimiser_state(model, opt)}
 
-        bar = progress(start, total, "sft")
-        for step in out.steps(bar):
-            began = time.time()
-            model.train()
+        def batch(step: int) -> tuple[Batch, bool]:
             epoch, index = batch_at(step, len(maker.users), config.batch, config.seed, "sft", length=lengths)
             users, busy = dist.part(maker.users[index])
             examples = [maker.example(u, *draw(config, epoch, int(u)), config.max_page) for u in users]
+            return collate(policy, users, examples), busy
+
+        bar = progress(start, total, "sft")
+        for step, (b, busy) in ahead(out.steps(bar), total, batch):
+            began = time.time()
+            model.train()
             seed_dropout(config.seed, "sft", step)
             set_lr(opt, lr_at(step, total, config.lr, config.warmup))
-            b = collate(policy, users, examples)
             loss = learner(b, config.objective, busy)
             loss.backward()
             norm = guard.step(f"sft step {step}", lambda step=step, b=b: out.keep_for_replay(
                 step, {**state_at(step), "batch": vars(b)}))
+            row = {"loss": logged(loss)[0], "grad_norm": norm, "lr": opt.param_groups[0]["lr"]}
             out.log(step + 1, "timing", seconds=round(time.time() - began, 4))
-            row = {"loss": logged(loss), "grad_norm": norm, "lr": opt.param_groups[0]["lr"]}
-            bar.set_postfix_str(f"loss {row['loss']:.3f}, best NDCG {best['score']:.4f}", refresh=False)
             if (step + 1) % config.eval_every == 0 or step + 1 == total:
                 with dist.whole(objective):
                     scores = validation(policy)
@@ -219,6 +221,8 @@ def run(config: Config) -> None:
                     best = {"score": scores["NDCG@100"], "step": step + 1,
                             "weights": dist.weights(model, frozen=False)}
             out.log(step + 1, **row)
+            bar.set_postfix_str(f"loss {out.last.get('loss', np.nan):.3f}, best NDCG {best['score']:.4f}",
+                                refresh=False)
             if out.due(step + 1, total):
                 out.save(state_at(step + 1))
         final = state_at(total)

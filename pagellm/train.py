@@ -7,7 +7,8 @@ uninterrupted one would have drawn, and a draw does not depend on how the batch 
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,8 +21,11 @@ from tqdm import tqdm
 from pagellm import dist
 from pagellm.config import PageLLMError
 
-__all__ = ["Guard", "Objective", "batch_at", "key", "keyed", "logged", "lr_at", "optimiser", "progress", "seed_dropout",
-           "seed_torch", "set_lr", "shared_means"]
+__all__ = ["Guard", "Objective", "ahead", "batch_at", "key", "keyed", "logged", "lr_at", "optimiser", "progress",
+           "seed_dropout", "seed_torch", "set_lr", "shared_means"]
+
+
+FUSED = ("cuda",)      # devices whose optimiser steps in one launch, and skips a bad step without asking the host
 
 
 def key(*parts) -> int:
@@ -71,6 +75,19 @@ def epoch_batches(n: int, batch: int, parts: tuple, epoch: int, length: tuple[in
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def ahead(steps: Iterable[int], total: int, make: Callable[[int], object]) -> Iterator[tuple[int, object]]:
+    """(step, make(step)); the next step's is made in the background meanwhile.
+
+    make   a function of the step alone, so that nothing depends on who is first; steps rise by one up to `total`
+    """
+    with ThreadPoolExecutor(1, "batches") as pool:
+        coming = None
+        for step in steps:
+            made = (coming or pool.submit(make, step)).result()
+            coming = pool.submit(make, step + 1) if step + 1 < total else None
+            yield step, made
+
+
 def optimiser(model: nn.Module, lr: float, weight_decay: float = 0.0, row_decay: float = 0.0, eps: float = 1e-8,
               betas: tuple[float, float] = (0.9, 0.95), row_lr: float = 1.0) -> torch.optim.AdamW:
     """AdamW in groups: matrices (weight_decay), user and item rows (row_decay), the rest (none).
@@ -94,7 +111,9 @@ def optimiser(model: nn.Module, lr: float, weight_decay: float = 0.0, row_decay:
     groups = [{"params": matrices, "weight_decay": weight_decay},
               {"params": rows, "weight_decay": row_decay, "share": row_lr}, {"params": rest, "weight_decay": 0.0},
               {"params": looked_up, "weight_decay": 0.0, "share": row_lr}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, foreach=True)
+    fused = all(p.device.type in FUSED for group in groups for p in group["params"])
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=fused,
+                             foreach=not fused)
 
 
 def lr_at(step: int, total: int, lr: float, warmup: int = 0, shape: str = "cosine", floor: float = 0.1) -> float:
@@ -113,30 +132,42 @@ def set_lr(opt: torch.optim.Optimizer, lr: float) -> None:
 
 
 class Guard:
-    """Take an optimiser step unless a gradient is not finite; give up after `patience` such steps in a row."""
+    """Take an optimiser step unless a gradient is not finite; give up after `patience` such steps in a row.
+
+    With a fused optimiser (`optimiser` on a GPU) the host is never waited for: the GPU leaves a bad step out by
+    itself, and giving up comes one step later than elsewhere.
+    """
 
     def __init__(self, opt: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], max_norm: float,
                  patience: int = 5):
         self.opt, self.parameters = opt, [p for p in parameters if p.requires_grad]
         self.max_norm, self.patience, self.bad = max_norm, patience, 0
+        self.fused, self.fetch = opt.defaults["fused"], None
 
-    def step(self, where: str, keep: Callable[[], Path] | None = None) -> float:
+    def step(self, where: str, keep: Callable[[], Path] | None = None) -> float | Tensor:
         """-> the gradient norm before clipping, which is not finite where the step was skipped.
 
         keep   writes what made the last of the bad steps and says where
         Raises PageLLMError after `patience` non-finite norms in a row.
         """
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if math.isfinite(norm):
-            self.bad = 0
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.fused:
+            bad = ~norm.isfinite()
+            self.opt.found_inf = bad.float()
             self.opt.step()
+            self.bad = torch.where(bad, self.bad + 1.0, 0.0)
+            before, self.fetch = self.fetch, dist.Fetch([self.bad])
+            count = int(before.read()[0]) if before else 0
         else:
-            self.bad += 1
-            if self.bad >= self.patience:
-                kept = f"\n  Its batch, weights and moments are in {keep()} for a closer look." if keep else ""
-                raise PageLLMError(f"{where}: the gradient was not finite {self.bad} times in a row; lower the "
-                                   f"learning rate (RUN=another, or remove this stage's directory){kept}")
+            norm = float(norm)
+            self.bad = count = 0 if math.isfinite(norm) else self.bad + 1
+            if not count:
+                self.opt.step()
+        if count >= self.patience:
+            kept = f"\n  Its batch, weights and moments are in {keep()} for a closer look." if keep else ""
+            raise PageLLMError(f"{where}: the gradient was not finite {count} times in a row; lower the "
+                               f"learning rate (RUN=another, or remove this stage's directory){kept}")
         self.opt.zero_grad(set_to_none=True)
         return norm
 
@@ -173,9 +204,11 @@ def shared_means(terms: list[tuple[Tensor, Tensor | float]], busy: bool = True) 
     return [mean * share.to(mean.dtype) for (mean, _), share in zip(terms, shares, strict=True)]
 
 
-def logged(value: Tensor) -> float:
-    """The average over the processes of what `shared_means` gave each: the whole batch's number."""
-    return float(dist.total(value.detach())) / dist.world()
+def logged(*values: Tensor) -> list[Tensor]:
+    """Averages over the processes of what `shared_means` gave each: the whole batch's numbers, still on the device."""
+    if dist.world() == 1:
+        return [value.detach() for value in values]
+    return list((dist.total(torch.stack([value.detach() for value in values])) / dist.world()).unbind())
 
 
 def progress(start: int, total: int, name: str, unit: str = "step") -> tqdm:

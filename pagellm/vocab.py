@@ -10,6 +10,7 @@ of tokeniser trained on the shop's own text. Byte-level means that no text is un
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,7 +26,20 @@ __all__ = ["SPECIALS", "Vocab"]
 SPECIALS = ("<pad>", "<page>", "<user_unk>", "<r?>", "<r1>", "<r2>", "<r3>", "<r4>", "<r5>")
 TWO_FILES = ("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")
 
+# How a byte-level BPE cuts ASCII text into words before it merges: GPT-2's pattern with letters and digits spelled out.
+WORD = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
+CACHED_WORDS = 100_000       # words whose tokens are remembered
+LONGEST_WORD = 64            # characters of a word worth remembering
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def plain_words(tokenizer: Tokenizer) -> bool:
+    """Whether a tokeniser cuts text as GPT-2 does and merges within words alone, so that each may be looked up."""
+    form = json.loads(tokenizer.to_str())
+    cut = form["pre_tokenizer"] or {}
+    return (cut.get("type") == "ByteLevel" and cut.get("use_regex", True) and not cut.get("add_prefix_space")
+            and form["normalizer"] is None and not form["added_tokens"])
 
 
 class Vocab:
@@ -34,6 +48,7 @@ class Vocab:
     def __init__(self, tokenizer: Tokenizer, n_users: int, n_items: int):
         self.tokenizer = tokenizer
         tokenizer.encode_special_tokens = True       # a review that says "<|end_of_text|>" is text like any other
+        self._tokens: dict[str, list[int]] | None = {} if plain_words(tokenizer) else None   # of words seen before
         self.n_words = tokenizer.get_vocab_size()
         self.n_specials = len(SPECIALS)
         self.n_users, self.n_items = n_users, n_items
@@ -116,7 +131,18 @@ class Vocab:
         return self.special(f"<r{min(5, max(1, round(float(rating))))}>")
 
     def words(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        """Token ids of a text. GPT-2 merges nothing across words, so those of ASCII text are looked up one by one."""
+        if self._tokens is None or not text.isascii():
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        tokens, known = [], self._tokens
+        for word in WORD.findall(text):
+            found = known.get(word)
+            if found is None:
+                found = self.tokenizer.encode(word, add_special_tokens=False).ids
+                if len(word) <= LONGEST_WORD and len(known) < CACHED_WORDS:
+                    known[word] = found
+            tokens += found
+        return tokens
 
     def words_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from pagellm.decode import Unseen, beam, greedy, one_shot, page_logp, ranking, sample, slot_states
+from pagellm.decode import Unseen, beam, greedy, one_shot, page_logp, ranking, sample, shared_start, slot_states
 from pagellm.gpt2 import GPT2, Shape
 
 N, WORDS, USERS = 7, 5, 2
@@ -96,6 +96,27 @@ def test_the_gate_says_how_loud_placed_items_are():
         gated.gate.zero_()
         assert_close(*(slot_states(gated, ids, valid, page, mask) for page in pages))
         assert not torch.allclose(*(slot_states(plain, ids, valid, page, mask) for page in pages))
+
+
+@settings(deadline=None, max_examples=30)
+@given(prompts(), st.lists(st.integers(0, 2), min_size=1, max_size=6), st.integers(1, 6), st.integers(0, 1000))
+def test_prompts_read_once_for_several_pages_change_nothing(batch, owners, k, seed):
+    ids, valid, excluded, _ = batch
+    group = torch.tensor([owner % len(ids) for owner in owners])
+    prompt, seen, gone = ids[group], valid[group], excluded[group]
+    uniform = torch.rand(len(group), k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    start = lambda: shared_start(MODEL, ids, valid, k, group)      # noqa: E731
+    for alone, together in (
+            (greedy(MODEL, prompt, seen, Unseen(gone, N), k), greedy(MODEL, prompt, seen, Unseen(gone, N), k, start())),
+            (sample(MODEL, prompt, seen, Unseen(gone, N), uniform),
+             sample(MODEL, prompt, seen, Unseen(gone, N), uniform, start=start()))):
+        assert torch.equal(alone.item, together.item) and torch.equal(alone.mask, together.mask)
+        assert_close(alone.logp, together.logp, atol=1e-5, rtol=1e-5)
+        with torch.no_grad():
+            states = slot_states(MODEL, prompt, seen, alone.item, alone.mask)
+        shared = slot_states(MODEL, prompt, seen, alone.item, alone.mask, start())
+        assert_close(shared[:, 1:][alone.mask], states[:, 1:][alone.mask], atol=1e-5, rtol=1e-5)
+        assert_close(shared[:, 0], states[:, 0], atol=1e-5, rtol=1e-5)
 
 
 @settings(deadline=None, max_examples=15)

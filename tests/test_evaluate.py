@@ -16,6 +16,7 @@ from pagellm.data import prepare
 from pagellm.data.shop import Rows, load
 from pagellm.evaluate import audience, check_leak, check_mask, check_pages, rank_all, seen_rows, top_items
 from pagellm.policy import RankedPages, Scorer
+from pagellm.train import keyed
 from tests.strategies import purchases, rows_of, seeds
 
 STEADY = settings(deadline=None, max_examples=40)
@@ -57,6 +58,27 @@ def test_ties_are_shuffled_by_seed_and_user_not_by_item_or_block():
     blocks = rank_all(lambda some: flat[some], users, seen, 8, 8, seed=0, block=7)
     np.testing.assert_array_equal(blocks.item, order.numpy())
     assert not torch.equal(top_items(flat, users, seen, 8, seed=1)[0], order)
+
+
+@given(seeds, st.integers(1, 5), st.integers(1, 12), st.integers(1, 14))
+@settings(deadline=None)
+def test_the_order_among_equal_scores_is_that_of_the_shuffle_wherever_the_list_ends(seed, U, N, depth):
+    """i goes before j if its score is higher, or equal and its rank in the user's shuffle is higher."""
+    rng = np.random.default_rng(seed)
+    score = torch.from_numpy(rng.integers(-2, 2, (U, N)).astype(np.float32)) * 0.5
+    score[torch.from_numpy(rng.random((U, N)) < 0.2)] = -math.inf
+    score[torch.from_numpy(rng.random((U, N)) < 0.2)] = -0.0
+    gone = [rng.permutation(N)[: rng.integers(0, N + 1)] for _ in range(U)]
+    seen = Rows(np.cumsum([0, *map(len, gone)]), np.concatenate(gone).astype(np.int64),
+                np.zeros(sum(map(len, gone)), np.float32))
+    item, value = top_items(score, np.arange(U), seen, depth, seed)
+    shuffled = keyed(seed, "ties", "items").permutation(N)
+    drawn = keyed(seed, "ties", "users").integers(1 << max(1, (N - 1).bit_length()), size=U)
+    for u in range(U):
+        legal = [i for i in range(N) if i not in gone[u] and score[u, i] > -math.inf]
+        want = sorted(legal, key=lambda i: (-float(score[u, i]), -(int(shuffled[i]) ^ int(drawn[u]))))[:depth]
+        assert item[u].tolist() == want + [-1] * (min(depth, N) - len(want))
+        assert value[u][: len(want)].tolist() == [float(score[u, i]) for i in want]
 
 
 def test_top_items_refuses_nan_and_drops_minus_infinity():

@@ -22,6 +22,26 @@ def test_any_text_round_trips(text):
     assert all(token < TRAINED.n_words for token in TRAINED.words(text))
 
 
+SNIPPETS = st.sampled_from(["'s", "'", "'ll", "don't",
+                            " a", "  ", "\n", " \n ", "\t", "\x0b", "\x1c", "\x85", "\x00", "12", "x1",
+                            "_", "!?", " --", "é", " ☃", "small", " drum", "blue"])
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.one_of(st.text(), st.text(st.characters(max_codepoint=127)), st.lists(SNIPPETS).map("".join)))
+def test_words_looked_up_one_by_one_are_what_the_tokeniser_makes_of_the_whole_text(text):
+    text = text.encode("utf-8", "ignore").decode()
+    assert TRAINED.words(text) == TRAINED.tokenizer.encode(text).ids == TRAINED.words(text)
+
+
+def test_the_memory_for_words_is_bounded(monkeypatch):
+    monkeypatch.setattr("pagellm.vocab.CACHED_WORDS", 3)
+    v = Vocab(TRAINED.tokenizer, 3, 4)
+    text = "one two three four five " + "x" * 100
+    assert v.words(text) == v.words(text) == v.tokenizer.encode(text).ids
+    assert len(v._tokens) == 3
+
+
 def test_the_four_runs_tile_the_id_space():
     v = TRAINED
     ids = (list(range(v.n_words)) + [v.special(s) for s in SPECIALS] + [v.user(u) for u in range(3)]

@@ -12,10 +12,19 @@
 
 import ast
 import json
+import math
 import re
 import warnings
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json as paj
+
 from pagellm.data.records import (
+    COLUMNS,
+    LATEST_TIME,
+    NO_TIME,
     Broken,
     Item,
     Review,
@@ -27,7 +36,7 @@ from pagellm.data.records import (
     time_seconds,
 )
 
-__all__ = ["is_items", "is_reviews", "json_object", "mapping", "parse_item", "parse_review"]
+__all__ = ["is_items", "is_reviews", "json_object", "mapping", "parse_item", "parse_review", "review_table"]
 
 LITERAL_LIMIT = 1_000_000      # characters of a Python literal: parsing one takes a hundred times its memory
 NAME_LIMIT = 100               # characters of a category or brand; longer ones are pieces of the page
@@ -96,6 +105,59 @@ def parse_review(text: str) -> Review:
                   identifier(record.get("parent_asin") or record.get("asin"), "item"),
                   rating_in(record.get("rating")), time_seconds(record.get("timestamp"), milliseconds=True),
                   opinion(record.get("title"), record.get("text")))
+
+
+REVIEW_FIELDS = pa.schema([("reviewerID", pa.string()), ("asin", pa.string()), ("overall", pa.float64()),
+                           ("unixReviewTime", pa.int64()), ("summary", pa.string()), ("reviewText", pa.string())])
+PLAIN_ID = r"^[\x21-\x7e]{1,256}$"
+UNCLEAN = r"[^\x20-\x7e]|[&<]"                # what `clean` might change, beside entities of quotes and spaces
+DEEPEST = 500                                 # brackets in a line that json.loads is sure to follow
+
+
+def review_table(raw: list[bytes]) -> pa.Table | None:
+    """Lines of 2014 or 2018 reviews -> a table of COLUMNS, row for row what `parse_review` makes of them.
+
+    None as soon as anything is not as in nearly all lines: those are for `parse_review`.
+    """
+    data = b"\n".join(raw)
+    # An object that begins and ends its line can neither hold a line end nor share the line with another one
+    # without changing the number of rows. Any other byte below 32 is an error that Arrow might not see.
+    if (not all(line.startswith(b"{") and line.endswith(b"}") for line in raw)
+            or (np.frombuffer(data, np.uint8) < 32).sum() != len(raw) - 1
+            or any(line.count(b"{") + line.count(b"[") > DEEPEST for line in raw)):
+        return None
+    try:
+        data.decode("utf-8")
+        options = paj.ParseOptions(explicit_schema=REVIEW_FIELDS, unexpected_field_behavior="ignore")
+        table = paj.read_json(pa.BufferReader(data), paj.ReadOptions(use_threads=False, block_size=len(data) + 1),
+                              options)
+        table.validate(full=True)
+    except (UnicodeDecodeError, pa.ArrowException):
+        return None
+    user, item, rating, time, summary, body = (table[name].combine_chunks() for name in REVIEW_FIELDS.names)
+    if len(user) != len(raw) or user.null_count or item.null_count:
+        return None
+    rating, time = rating.fill_null(math.nan), time.fill_null(NO_TIME)
+    stars, seconds = rating.to_numpy(), time.to_numpy()
+    given = table["unixReviewTime"].is_valid().to_numpy()
+    if not (all(pc.all(pc.match_substring_regex(ids, PLAIN_ID)).as_py() for ids in (user, item))
+            and not ((stars < 1) | (stars > 5)).any()
+            and not ((seconds[given] < 0) | (seconds[given] > LATEST_TIME)).any()):
+        return None
+    summary, body = cleaned(summary), cleaned(body)
+    both = pc.binary_join_element_wise(summary, body, "\n")
+    text = pc.if_else(pc.equal(summary, ""), body, pc.if_else(pc.equal(body, ""), summary, both))
+    return pa.table([user, item, rating, time, text, pa.array([""] * len(raw))], COLUMNS)
+
+
+def cleaned(text: pa.StringArray) -> pa.StringArray:
+    """`clean` of every text; "" for null."""
+    text = plain = text.fill_null("")
+    for entity, quote in (("&#34;", '"'), ("&#39;", "'"), ("&quot;", '"')):
+        plain = pc.replace_substring(plain, entity, quote)
+    plain = pc.ascii_trim(pc.replace_substring_regex(plain, "  +", " "), " ")
+    unclean = pc.match_substring_regex(plain, UNCLEAN)
+    return pc.replace_with_mask(plain, unclean, pa.array(map(clean, text.filter(unclean).to_pylist()), pa.string()))
 
 
 def parse_item(text: str) -> Item:

@@ -1,6 +1,6 @@
 """Many raw files read by several processes at once; the records come out as if one had read them in order.
 
-Each process parses one file into a temporary Parquet file; this one deals the records on, file after file. What is
+Each process parses one file into a temporary Parquet file; this one hands its tables on, file after file. What is
 broken is counted per file and added up, so that nothing depends on the number of processes.
 """
 
@@ -16,17 +16,12 @@ import pyarrow.parquet as pq
 
 from pagellm.config import PageLLMError
 from pagellm.data.raw import Raw
-from pagellm.data.records import EXAMPLES, Review, Tally
+from pagellm.data.records import BATCH_ROWS, COLUMNS, EXAMPLES, Tally
 
-__all__ = ["reviews"]
+__all__ = ["batches"]
 
-SCHEMA = pa.schema([("user", pa.string()), ("item", pa.string()), ("rating", pa.float64()), ("time", pa.int64()),
-                    ("text", pa.string()), ("split", pa.string())])
-ROWS = 20_000                # records that a process holds before they go to disk
-
-
-def reviews(raw: Raw, tally: Tally, processes: int, folder: Path) -> Iterator[Review]:
-    """Every interaction of every file, by up to `processes` processes.
+def batches(raw: Raw, tally: Tally, processes: int, folder: Path) -> Iterator[pa.Table]:
+    """Every interaction of every file as tables of records.COLUMNS, by up to `processes` processes.
 
     processes  0: one a core. One file, or sequence files, whose users may go on in the next, are read here
     folder     for temporary files, which are gone afterwards
@@ -34,7 +29,7 @@ def reviews(raw: Raw, tally: Tally, processes: int, folder: Path) -> Iterator[Re
     """
     processes = min(processes or os.cpu_count() or 1, len(raw.review_files))
     if processes < 2 or any(file.kind == "sequences" for file in raw.review_files):
-        yield from raw.reviews(tally)
+        yield from raw.batches(tally)
         return
     parts = [folder / f"part-{number}.parquet" for number in range(len(raw.review_files))]
     # Started afresh, not forked: a fork would take over locks that other threads hold.
@@ -43,8 +38,8 @@ def reviews(raw: Raw, tally: Tally, processes: int, folder: Path) -> Iterator[Re
         try:
             for job, part in zip(jobs, parts, strict=True):
                 add(tally, job.result())
-                for batch in pq.ParquetFile(part).iter_batches(ROWS):
-                    yield from map(Review, *(column.to_pylist() for column in batch.columns))
+                for batch in pq.ParquetFile(part).iter_batches(BATCH_ROWS):
+                    yield pa.Table.from_batches([batch])
                 part.unlink()
         except BrokenProcessPool:
             raise PageLLMError("a process that read raw files died, perhaps of too little memory; "
@@ -56,19 +51,11 @@ def reviews(raw: Raw, tally: Tally, processes: int, folder: Path) -> Iterator[Re
 
 def parse(raw: Raw, number: int, path: Path) -> Tally:
     """Parse one of the files into a Parquet file of records, in a process of its own."""
-    tally, rows = Tally(), []
+    tally = Tally()
     one = Raw([raw.review_files[number]], [], [], raw.options)
-    with pq.ParquetWriter(path, SCHEMA, compression="lz4") as writer:
-        def flush() -> None:
-            writer.write_table(pa.table(dict(zip(SCHEMA.names, zip(*rows, strict=True), strict=True)), SCHEMA))
-            rows.clear()
-
-        for review in one.reviews(tally):
-            rows.append(review)
-            if len(rows) == ROWS:
-                flush()
-        if rows:
-            flush()
+    with pq.ParquetWriter(path, COLUMNS, compression="lz4") as writer:
+        for table in one.batches(tally):
+            writer.write_table(table)
     return tally
 
 

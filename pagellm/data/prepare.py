@@ -37,7 +37,7 @@ import pyarrow.parquet as pq
 from pagellm.config import PageLLMError, check, check_numbers, main
 from pagellm.data import filters, parallel, spool, synthetic
 from pagellm.data.raw import Options, Raw, find
-from pagellm.data.records import NO_TIME, Item, Tally
+from pagellm.data.records import NO_TIME, Item, Tally, batched
 from pagellm.run import file_id
 
 __all__ = ["Config", "building", "run"]
@@ -157,7 +157,7 @@ def filtered(columns: spool.Columns, config: Config, graded: bool) -> tuple[Tabl
     user_ids, item_ids = [c.user_ids[n] for n in user_numbers], [c.item_ids[n] for n in item_numbers]
     rating, time, positive, rows = rating[keep], time[keep], positive[keep], rows[keep]
 
-    order = np.lexsort((item, time, user))
+    order = spool.by_time(user, time, item)
     user, item, rating, time, positive, rows = (x[order] for x in (user, item, rating, time, positive, rows))
     if config.split == "given":
         split = np.where(c.split[rows] < 0, filters.UNUSED, c.split[rows]).astype(np.int8)
@@ -316,7 +316,8 @@ def run(config: Config) -> Path:
     tally, item_tally = Tally(), Tally()
     with building(config.target) as folder:
         spooled = folder / "texts.parquet"
-        read = parallel.reviews(raw, tally, config.processes, folder) if raw else counted(shop.reviews(), tally)
+        read = (parallel.batches(raw, tally, config.processes, folder) if raw
+                else batched(counted(shop.reviews(), tally)))
         columns = spool.collect(read, spooled, config.min_text, config.max_text)
         tally.check("review", config.max_broken)
         table, counts = filtered(columns, config, graded=bool(raw and raw.graded))

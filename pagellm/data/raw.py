@@ -21,7 +21,18 @@ import pyarrow.parquet as pq
 from pagellm.config import PageLLMError, check
 from pagellm.data import amazon, interactions
 from pagellm.data.download import download, official
-from pagellm.data.records import Broken, Item, Review, Tally, decoded, lines, parsed
+from pagellm.data.records import (
+    COLUMNS,
+    Broken,
+    Item,
+    Review,
+    Tally,
+    batched,
+    decoded,
+    lines,
+    parsed,
+    parsed_batches,
+)
 
 __all__ = ["Options", "Raw", "find"]
 
@@ -154,6 +165,19 @@ class Raw:
             else:
                 for review in parsed(file.path, amazon.parse_review, tally):
                     yield review._replace(split=file.split) if file.split else review
+
+    def batches(self, tally: Tally) -> Iterator[pa.Table]:
+        """`reviews` as tables of records.COLUMNS; many lines at once where the format allows it."""
+        if any(file.kind == "sequences" for file in self.review_files):      # whose users go on in the next file
+            yield from batched(self.reviews(tally))
+            return
+        for file in self.review_files:
+            if file.kind == "amazon reviews" and file.spelling in ("2014", "2018"):
+                for table in parsed_batches(file.path, amazon.parse_review, amazon.review_table, tally):
+                    yield (table.set_column(5, COLUMNS.field("split"), pa.array([file.split] * len(table), pa.string()))
+                           if file.split else table)
+            else:
+                yield from batched(Raw([file], [], [], self.options).reviews(tally))
 
     def items(self, tally: Tally) -> Iterator[Item]:
         """Every line of every item table; what is broken goes to the tally."""

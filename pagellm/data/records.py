@@ -16,18 +16,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
 from tqdm import tqdm
 
 from pagellm.config import PageLLMError
 
-__all__ = ["NO_TIME", "Broken", "Item", "Review", "Tally", "clean", "decoded", "identifier", "lines",
-           "number", "opinion", "parsed", "price", "progress", "rating_in", "text_lines", "time_seconds"]
+__all__ = ["COLUMNS", "LATEST_TIME", "NO_TIME", "Broken", "Item", "Review", "Tally", "batched", "clean", "decoded",
+           "identifier", "lines", "number", "opinion", "parsed", "parsed_batches", "price", "progress", "rating_in",
+           "text_lines", "time_seconds"]
 
 NO_TIME = -1                       # an unknown time; real ones are never negative
 LINE_LIMIT = 10_000_000            # bytes; a longer line is broken, and read in pieces of this size
 ID_LIMIT = 256                     # characters
 LATEST_TIME = 4_102_444_800        # 1 January 2100, in seconds: later dates are mistakes
 PRICE_LIMIT = 1e7
+CHUNK = 4_000_000                  # bytes of lines parsed at once
 EXAMPLES = 5                       # broken records shown with file and line
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
@@ -44,6 +47,12 @@ class Review(NamedTuple):
     time: int = NO_TIME           # seconds since 1970; in sequence files the position 0, 1, 2 ...
     text: str = ""                # summary, newline, text; entities unescaped
     split: str = ""               # train, valid, test or unused where somebody else made the split
+
+
+COLUMNS = pa.schema([("user", pa.string()), ("item", pa.string()), ("rating", pa.float64()), ("time", pa.int64()),
+                     ("text", pa.string()), ("split", pa.string())])      # a batch of Review
+BATCH_ROWS = 20_000                # records in a batch, at most
+BATCH_CHARACTERS = 16_000_000      # characters of text after which a batch ends
 
 
 class Item(NamedTuple):
@@ -135,7 +144,12 @@ def text_lines(path: Path, tally: Tally, keep_empty: bool = False) -> Iterator[t
 
     keep_empty  yield "" for an empty line instead of counting it as broken
     """
-    for at, raw in enumerate(progress(lines(path), path), 1):
+    return texts(enumerate(progress(lines(path), path), 1), path, tally, keep_empty)
+
+
+def texts(numbered: Iterable[tuple[int, bytes | None]], path: Path, tally: Tally, keep_empty: bool = False
+          ) -> Iterator[tuple[int, str]]:
+    for at, raw in numbered:
         tally.read += 1
         try:
             text = "" if keep_empty and raw == b"" else decoded(raw)
@@ -163,13 +177,65 @@ def decoded(raw: bytes | None) -> str:
 
 def parsed(path: Path, parse, tally: Tally) -> Iterator:
     """parse(text) of every line; lines for which it raises Broken are counted and left out."""
-    for at, text in text_lines(path, tally):
+    return parsed_lines(enumerate(progress(lines(path), path), 1), path, parse, tally)
+
+
+def parsed_lines(numbered: Iterable[tuple[int, bytes | None]], path: Path, parse, tally: Tally) -> Iterator:
+    for at, text in texts(numbered, path, tally):
         try:
             record = parse(text)
         except Broken as broken:
             tally.note(str(broken), path, at)
         else:
             yield record
+
+
+def batched(reviews: Iterable[Review]) -> Iterator[pa.Table]:
+    """The same records as tables of COLUMNS, as many at once as memory bears."""
+    rows, characters = [], 0
+    for review in reviews:
+        rows.append(review)
+        characters += len(review.text)
+        if len(rows) == BATCH_ROWS or characters >= BATCH_CHARACTERS:
+            yield as_table(rows)
+            rows, characters = [], 0
+    if rows:
+        yield as_table(rows)
+
+
+def as_table(rows: list[Review]) -> pa.Table:
+    columns = zip(*rows, strict=True) if rows else [()] * len(COLUMNS)
+    return pa.table([pa.array(column, field.type) for column, field in zip(columns, COLUMNS, strict=True)], COLUMNS)
+
+
+def parsed_batches(path: Path, parse, quick, tally: Tally) -> Iterator[pa.Table]:
+    """`parsed`, with many lines at once where all of them are plain.
+
+    quick   lines (bytes, without their ends) -> a table of COLUMNS with one row a line, equal to what `parse` makes
+            of them; None for lines that `parse` must look at one by one
+    """
+    with tqdm(desc=f"  {path.name}", unit=" lines", unit_scale=True, delay=1, mininterval=0.5) as bar:
+        for first, raw in chunks(path):
+            table = None if None in raw else quick(raw)
+            if table is not None:
+                tally.read += len(raw)
+                yield table
+            else:
+                yield from batched(parsed_lines(enumerate(raw, first), path, parse, tally))
+            bar.update(len(raw))
+
+
+def chunks(path: Path) -> Iterator[tuple[int, list[bytes | None]]]:
+    """(number of the first line, lines), a few MB at once."""
+    first, raw, size = 1, [], 0
+    for line in lines(path):
+        raw.append(line)
+        size += len(line or b"")
+        if size >= CHUNK or len(raw) == BATCH_ROWS:
+            yield first, raw
+            first, raw, size = first + len(raw), [], 0
+    if raw:
+        yield first, raw
 
 
 def identifier(value, role: str) -> str:
@@ -253,7 +319,8 @@ def clean(value) -> str:
     if not isinstance(value, str):
         raise Broken("text of a wrong type")
     if "&" in value:
-        value = html.unescape(value)
+        quoted = value.replace("&#34;", '"').replace("&#39;", "'").replace("&quot;", '"')    # nearly all there are
+        value = html.unescape(value) if "&" in quoted else quoted
     if "<" in value:
         value = LINE_BREAK.sub(" ", value)
     if not value.isprintable():

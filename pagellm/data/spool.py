@@ -7,7 +7,6 @@ enough to hold, is put in order and written.
 
 import hashlib
 import math
-from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from pagellm.data.records import Review
-
-__all__ = ["REVIEWS", "SPLIT_CODES", "Columns", "Spool", "collect", "write_reviews"]
+__all__ = ["REVIEWS", "SPLIT_CODES", "Columns", "Numbers", "Spool", "by_time", "collect", "write_reviews"]
 
 SPLIT_CODES = {"": -1, "train": 0, "valid": 1, "test": 2, "unused": 3}
 REVIEWS = pa.schema([("user", pa.int32()), ("item", pa.int32()), ("text", pa.string())])
@@ -71,48 +68,78 @@ class Spool:
         self._writer.close()
 
 
-def collect(reviews: Iterable[Review], spool_path: Path, min_text: int = 1, max_text: int = 2000) -> Columns:
+class Numbers:
+    """Identifiers numbered in order of arrival, a column at once."""
+
+    def __init__(self):
+        self._number: dict[str, int] = {}
+
+    def add(self, names: pa.StringArray) -> np.ndarray:
+        """(n,) int32, the number of each name."""
+        coded = names.dictionary_encode()
+        number = self._number
+        new = [number.setdefault(name, len(number)) for name in coded.dictionary.to_pylist()]
+        return np.array(new, dtype=np.int32)[coded.indices.to_numpy()]
+
+    def ranked(self) -> tuple[list[str], np.ndarray]:
+        """Identifiers in order, and for each number its place in that order."""
+        ordered = sorted(self._number)
+        rank = np.empty(len(ordered), dtype=np.int32)
+        rank[[self._number[name] for name in ordered]] = np.arange(len(ordered), dtype=np.int32)
+        return ordered, rank
+
+
+def collect(batches: Iterable[pa.Table], spool_path: Path, min_text: int = 1, max_text: int = 2000) -> Columns:
     """Read every record: numbers into columns, texts into a Spool at spool_path.
 
+    batches             tables of records.COLUMNS
     min_text, max_text  characters: a shorter text is left out, a longer one cut
     """
-    users: dict[str, int] = {}
-    items: dict[str, int] = {}
-    user, item, rating, time, tie, split = (array(code) for code in "iifqQb")
+    users, items = Numbers(), Numbers()
+    parts: list[list[np.ndarray]] = []
     spool = Spool(spool_path)
-    for review in reviews:
-        user.append(users.setdefault(review.user, len(users)))
-        item.append(items.setdefault(review.item, len(items)))
-        rating.append(review.rating)
-        time.append(review.time)
-        split.append(SPLIT_CODES[review.split])
-        text = review.text[:max_text].rstrip() if len(review.text) >= min_text else ""
-        tie.append(digest(text))
-        spool.add(text)
+    for batch in batches:
+        user, item, rating, time, text, split = (batch[i].combine_chunks() for i in range(6))
+        texts = [value[:max_text].rstrip() if len(value) >= min_text else "" for value in text.to_pylist()]
+        code = split.dictionary_encode()
+        codes = np.array([SPLIT_CODES[name] for name in code.dictionary.to_pylist()], dtype=np.int8)
+        parts.append([users.add(user), items.add(item), rating.to_numpy(zero_copy_only=False).astype(np.float32),
+                      time.to_numpy(), np.array([*map(digest, texts)], dtype=np.uint64),
+                      codes[code.indices.to_numpy()]])
+        for value in texts:
+            spool.add(value)
     spool.close()
-    user_ids, user_rank = ranked(users)
-    item_ids, item_rank = ranked(items)
-    return Columns(user_ids, item_ids, user_rank[view(user)], item_rank[view(item)], view(rating), view(time),
-                   view(tie), view(split))
+    kinds = (np.int32, np.int32, np.float32, np.int64, np.uint64, np.int8)
+    user, item, rating, time, tie, split = ([np.concatenate(column) for column in zip(*parts, strict=True)] if parts
+                                            else [np.zeros(0, kind) for kind in kinds])
+    user_ids, user_rank = users.ranked()
+    item_ids, item_rank = items.ranked()
+    return Columns(user_ids, item_ids, user_rank[user], item_rank[item], rating, time, tie, split)
+
+
+def by_time(user: np.ndarray, time: np.ndarray, item: np.ndarray) -> np.ndarray:
+    """(R,) int64: the rows in the order of user, then time, then item, as np.lexsort((item, time, user)) has them.
+
+    All three are integers. One sort of numbers that hold all three, where 63 bits are enough for that.
+    """
+    codes, room = [], 1
+    for column in (user, time, item):
+        low = int(column.min(initial=0))
+        size = int(column.max(initial=0)) - low + 1
+        codes.append((column.astype(np.int64) - low, size))
+        room *= size
+    if room >= 1 << 63:
+        return np.lexsort((item, time, user))
+    code = np.zeros(len(user), dtype=np.int64)
+    for column, size in codes:
+        code *= size
+        code += column
+    return np.argsort(code, kind="stable")
 
 
 def digest(text: str) -> int:
     """64 bits of the text, to break ties without regard to the order of lines; 0 for no text."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") | 1 if text else 0
-
-
-def ranked(names: dict[str, int]) -> tuple[list[str], np.ndarray]:
-    """Identifiers in order, and for each arrival number its place in that order."""
-    ordered = sorted(names)
-    rank = np.empty(len(names), dtype=np.int32)
-    for place, name in enumerate(ordered):
-        rank[names[name]] = place
-    return ordered, rank
-
-
-def view(column: array) -> np.ndarray:
-    """The array's memory as numpy sees it; (0,) of the same type when empty."""
-    return np.frombuffer(column, dtype=column.typecode) if column else np.zeros(0, dtype=column.typecode)
 
 
 def write_reviews(spool_path: Path, position: np.ndarray, user, item, path: Path) -> int:

@@ -8,8 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagellm.data import amazon
-from pagellm.data.amazon import category_paths, is_items, is_reviews, mapping, parse_item, parse_review
-from pagellm.data.records import NO_TIME, Broken, Item, Review
+from pagellm.data.amazon import (
+    category_paths,
+    is_items,
+    is_reviews,
+    mapping,
+    parse_item,
+    parse_review,
+    review_table,
+)
+from pagellm.data.records import NO_TIME, Broken, Item, Review, Tally, parsed, parsed_batches
 
 few = settings(deadline=None, max_examples=60)
 plain = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8)
@@ -227,3 +235,51 @@ def test_files_are_told_apart_by_their_fields():
     assert is_items({"asin", "title", "categories"}) == "2014" and is_items({"asin", "category"}) == "2018"
     assert is_items({"parent_asin", "title"}) == "2023"
     assert is_items(old) == is_items({"user_id", "parent_asin"}) == is_items({"title"}) == ""
+
+
+# What may stand in a field of a review, from plain to hostile: JSON as text.
+VALUES = st.sampled_from([
+    '"A1"', '"B2"', '"a  b"', '" lead"', '"trail "', '"&amp; &#34;x&#34;"',
+    '"&#34;x&quot;  y"', '"&amp;#34;"', '"&lt&#39;"', '"& &#34"', '"a<br />b"', '"caf\\u00e9 \\u2603"', '"é"', '""',
+    '" "', '"\\ud83d\\ude00"', '"\\ud800"', '"\\n"', '"tab\\t"', '"\t"', "null", "true", "5", "5.0", "1", "0",
+    "5.5", "1e400",
+    "-0", "1e2", "NaN", "Infinity", '"4"', "1400000000", "1400000000000", "5000000000", "-1", "1.4e9", '"1400000000"',
+    "[]", '["a"]', "{}", '{"reviewerID": "x"}', "[" * 600 + "]" * 600, "01", "1.", "99999999999999999999"])
+FIELDS = ("reviewerID", "asin", "overall", "unixReviewTime", "summary", "reviewText", "verified", "style", "helpful")
+PLAIN = {"reviewerID": '"A1"', "asin": '"B2"', "overall": "5.0", "unixReviewTime": "1400000000",
+         "summary": '"Fine"', "reviewText": '"Good sound."'}
+
+
+@st.composite
+def review_lines(draw):
+    changed = draw(st.lists(st.tuples(st.sampled_from(FIELDS), VALUES), max_size=2))
+    gone = draw(st.sets(st.sampled_from(FIELDS), max_size=1))
+    fields = [(name, value) for name, value in PLAIN.items() if name not in gone] + changed
+    line = "{" + ", ".join(f'"{name}": {value}' for name, value in fields) + "}"
+    return draw(st.sampled_from([
+        *[line] * 12, line + line, line + " ", " " + line, line[:-1], line[1:], "", " ", line + "\r", "{'asin': 'B2'}",
+        '{"a":', '{"b": 1}}', line.replace("Good", "Go\x00od"), line.replace("Good", "G\udcff"), line + "{}", "{}",
+        "[]", line[:40]]))
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.lists(review_lines(), min_size=1, max_size=4), st.sampled_from(["\n", "\n\n"]), st.booleans())
+def test_many_lines_at_once_are_what_they_are_one_by_one(tmp_path_factory, rows, end, last):
+    path = tmp_path_factory.getbasetemp() / "lines.json"
+    path.write_bytes((end.join(rows) + end * last).encode("utf-8", "surrogateescape"))
+    slow, fast = Tally(), Tally()
+    records = list(parsed(path, parse_review, slow))
+    tables = list(parsed_batches(path, parse_review, review_table, fast))
+    found = [Review(*row.values()) for table in tables for row in table.to_pylist()]
+    assert repr(found) == repr(records)
+    assert (slow.read, slow.broken, slow.examples) == (fast.read, fast.broken, fast.examples)
+
+
+def test_plain_lines_need_no_second_look():
+    line = "{" + ", ".join(f'"{name}": {value}' for name, value in PLAIN.items())
+    lines = [(line + more + "}").encode() for more in ("", ', "verified": true', ', "style": {"Size:": " L"}',
+                                                       ', "vote": null', ', "helpful": [0, 1]')]
+    table = review_table(lines)
+    assert [Review(*row.values()) for row in table.to_pylist()] == [parse_review(x.decode()) for x in lines]
+    sparse = b'{"reviewerID": "A1", "asin": "B2"}'
+    assert repr(Review(*review_table([sparse]).to_pylist()[0].values())) == repr(parse_review(sparse.decode()))

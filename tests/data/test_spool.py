@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagellm.data import spool
-from pagellm.data.records import NO_TIME, Review
+from pagellm.data.records import NO_TIME, Review, batched
 
 few = settings(deadline=None, max_examples=50)
 reviews = st.lists(
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 @few
 @given(reviews)
 def test_columns_hold_every_record_in_order(folder, records):
-    columns = spool.collect(records, folder / "texts.parquet")
+    columns = spool.collect(batched(records), folder / "texts.parquet")
     assert columns.user_ids == sorted({r.user for r in records}) and columns.item_ids == sorted(
         {r.item for r in records}
     )
@@ -59,14 +59,14 @@ def test_columns_hold_every_record_in_order(folder, records):
 
 def test_texts_are_cut_and_short_ones_left_out(folder):
     records = [Review("u", "i", text=text) for text in ("ab", "abc", "abc defgh", "abc d")]
-    spool.collect(records, folder / "texts.parquet", min_text=3, max_text=4)
+    spool.collect(batched(records), folder / "texts.parquet", min_text=3, max_text=4)
     assert pq.read_table(folder / "texts.parquet")["text"].to_pylist() == ["", "abc", "abc", "abc"]
 
 
 def test_no_more_text_is_held_than_a_group(folder, monkeypatch):
     """Groups end after GROUP_CHARACTERS characters or GROUP_ROWS rows, whichever comes first."""
     def groups(texts):
-        spool.collect([Review("u", "i", text=text) for text in texts], folder / "texts.parquet")
+        spool.collect(batched(Review("u", "i", text=text) for text in texts), folder / "texts.parquet")
         file = pq.ParquetFile(folder / "texts.parquet")
         return [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
 
@@ -91,7 +91,7 @@ def test_reviews_come_out_in_the_order_asked_for(folder, data, records, bucket, 
             ("GROUP_CHARACTERS", characters),
         ):
             patch.setattr(spool, name, value)
-        columns = spool.collect(records, folder / "texts.parquet")
+        columns = spool.collect(batched(records), folder / "texts.parquet")
         assert pq.ParquetFile(folder / "texts.parquet").num_row_groups >= math.ceil(len(records) / group)
         written = spool.write_reviews(
             folder / "texts.parquet",

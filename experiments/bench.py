@@ -1,0 +1,490 @@
+"""Every hot path beside its plain version or a peer, in one run: python -m experiments.bench [--only row] [--quick]
+
+    train            one step of AdamW, every position scored         peer: transformers' GPT2LMHeadModel
+    train-page       the same, page positions against item rows       peer: the same, its labels masked
+    rollout          pages of 20 different items, 2 a user            peer: transformers' generate, logits processor
+    evaluate         top 100 of a catalogue and every metric          plain: one user after another
+    top              the ranking of `evaluate` alone                  floor: matrix product and topk
+    reviews          review lines to Parquet, checked and cleaned     plain: json.loads, line by line
+    histories        identifiers to dense ids, rows by user and time  plain: dicts and lists
+    tokens           texts to tokens                                  plain: the tokeniser, text by text
+
+For each row: medians of both (they take turns), their ratio, the floor where one can be timed, peak memory of both
+beyond their inputs, and the largest difference between the results: absolute for losses and scores, 0 where lists,
+tables and tokens are the same. Then one line of JSON. The kernels have a bench of their own: python -m kernels.bench.
+
+    python -m experiments.bench --base <commit>      both benches here and at another commit, by turns; exit 2 if a
+                                                     row of ours became slower than its noise explains
+
+Rows with a peer need the extra [dev] and are left out, by name, without it. Only ratios within one run mean anything.
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+
+from experiments.bench_prepare import Config as Lines
+from experiments.bench_prepare import write_reviews
+from kernels.bench import machine, milliseconds, peak_megabytes
+from kernels.logprob import linear_logp
+from pagellm import metrics
+from pagellm.config import PageLLMError, check, main
+from pagellm.data import amazon, records, spool
+from pagellm.data.shop import Rows
+from pagellm.decode import Unseen, greedy, page_logp, sample, shared_start, slot_states
+from pagellm.dist import pick_device
+from pagellm.evaluate import rank_all
+from pagellm.gpt2 import GPT2, SIZES
+from pagellm.train import optimiser
+from pagellm.vocab import Vocab
+
+__all__ = ["Case", "Config", "cases", "compare", "measure", "run"]
+
+ROWS = ("train", "train-page", "rollout", "evaluate", "top", "reviews", "histories", "tokens")
+HEADER = ("row", "shape", "plain ms", "ours ms", "x", "floor ms", "share", "plain MB", "ours MB", "|diff|")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Time every hot path beside a plain version or a peer."""
+
+    only: str = ""               # rows, comma-separated; empty: all
+    size: str = "gpt2"           # network of the training rows: one of gpt2.SIZES; gpt2 has 124M parameters
+    quick: bool = False          # tiny shapes: shows that it runs, no more
+    device: str = "cpu"          # cpu or cuda, for the rows that train, write pages or rank
+    repeats: int = 3             # timed runs of each version
+    base: str = ""               # commit to compare with; empty: none
+    slack: float = 0.1           # a row counts as slower beyond this share and beyond its noise
+
+    def __post_init__(self):
+        check(self, only=(set(filter(None, self.only.split(","))) <= set(ROWS), f"some of {','.join(ROWS)}"),
+              size=(self.size in SIZES, f"one of {', '.join(SIZES)}"), repeats=(self.repeats >= 1, "1 or more"),
+              slack=(self.slack >= 0, "0 or more"))
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        return tuple(self.only.split(",")) if self.only else ROWS
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row. plain, ours and floor take nothing; differ gets what plain and ours returned.
+
+    scale   how much more ours does than plain was timed on: plain's time is multiplied by it (plain_mb is as it was)
+    """
+
+    name: str
+    shape: str
+    plain: Callable[[], object]
+    ours: Callable[[], object]
+    differ: Callable[[object, object], float]
+    floor: Callable[[], object] | None = None
+    scale: float = 1.0
+    close: Callable[[], None] = field(default=lambda: None)
+
+
+def measure(case: Case, device: str, repeats: int) -> dict:
+    """One row of the table. The versions take turns, so that a busy moment of the machine hits all."""
+    difference = float(case.differ(case.plain(), case.ours()))
+    times: dict[str, list[float]] = {"plain": [], "ours": [], "floor": []}
+    for _ in range(repeats):
+        for name, spent in times.items():
+            if function := getattr(case, name):
+                spent.append(milliseconds(function, device))
+    plain, ours = statistics.median(times["plain"]) * case.scale, statistics.median(times["ours"])
+    floor = statistics.median(times["floor"]) if times["floor"] else None
+    return {"row": case.name, "shape": case.shape, "plain_ms": plain, "ours_ms": ours, "x": plain / ours,
+            "floor_ms": floor, "share": floor and floor / ours, "max_diff": difference,
+            "plain_mb": peak_megabytes(case.plain, device), "ours_mb": peak_megabytes(case.ours, device)}
+
+
+def train_case(config: Config, page_only: bool) -> Case:
+    """A training step on 4 pages of 20 slots behind prompts of 64 tokens: words, users and items in one vocabulary."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    device, generator = torch.device(config.device), torch.Generator().manual_seed(0)
+    shape = SIZES["nano" if config.quick else config.size]
+    words, items, B, P, K = (500, 200, 2, 16, 5) if config.quick else (50_257, 12_000, 4, 64, 20)
+    torch.manual_seed(0)
+    peer = GPT2LMHeadModel(GPT2Config(vocab_size=words + items, n_positions=shape.n_ctx, n_embd=shape.n_embd,
+                                      n_layer=shape.n_layer, n_head=shape.n_head, resid_pdrop=0.0, embd_pdrop=0.0,
+                                      attn_pdrop=0.0, use_cache=False, tie_word_embeddings=True)).to(device)
+    ours = GPT2(shape, words, 0, items, dropout=0.0).to(device)
+    copy_weights(peer, ours)
+    ids = torch.randint(0, words, (B, P + K), generator=generator)
+    ids[:, P:] = words + torch.stack([torch.randperm(items, generator=generator)[:K] for _ in range(B)])
+    ids = ids.to(device)
+    label = ids.clone()
+    if page_only:
+        label[:, :P] = -100
+    page, mask = ids[:, P:] - words, torch.ones(B, K, dtype=torch.bool, device=device)
+    valid, none = torch.ones(B, P, dtype=torch.bool, device=device), torch.full((B, 1), -1, device=device)
+
+    def our_loss() -> torch.Tensor:
+        if page_only:
+            states = slot_states(ours, ids[:, :P], valid, page, mask)
+            return -page_logp(states, ours.item, page, mask, none).mean()
+        hidden = ours(ids)[:, :-1].flatten(0, 1)
+        return -linear_logp(hidden, torch.cat([ours.word, ours.item]), ids[:, 1:].flatten()).mean()
+
+    def peer_loss() -> torch.Tensor:
+        if not page_only:
+            return peer(input_ids=ids, labels=label).loss
+        # What our page loss means: items only, none of them twice on a page.
+        logits = peer(input_ids=ids).logits[:, P - 1: -1].float()
+        legal = torch.ones_like(logits, dtype=torch.bool)
+        legal[..., :words] = False
+        for slot in range(1, K):
+            legal[:, slot].scatter_(1, ids[:, P: P + slot], False)
+        return F.cross_entropy(logits.masked_fill(~legal, -torch.inf).flatten(0, 1), ids[:, P:].flatten())
+
+    def stepper(model: torch.nn.Module, loss_of: Callable) -> Callable[[], float]:
+        opt = optimiser(model, lr=1e-5)
+
+        def step() -> float:
+            loss = loss_of()
+            loss.backward()
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+            return loss.detach()
+        return step
+
+    plain, mine = stepper(peer, peer_loss), stepper(ours, our_loss)
+    size = sum(p.numel() for p in ours.parameters()) / 1e6
+    return Case("train-page" if page_only else "train", f"{B} x {P + K}, {size:.0f}M", plain, mine,
+                lambda a, b: abs(float(a) - float(b)))
+
+
+@torch.no_grad()
+def copy_weights(peer, ours: GPT2) -> None:
+    """The same weights in transformers' model: its layers hold (in, out), its rows are ours one after another."""
+    for name, weight in ours.named_parameters():
+        if name.startswith(("h.", "ln_f.")):
+            other = peer.transformer.get_parameter(name)
+            other.copy_(weight.T if weight.shape != other.shape or
+                        name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else weight)
+    peer.transformer.wpe.weight.copy_(ours.wpe)
+    peer.transformer.wte.weight.copy_(torch.cat([ours.word, ours.user, ours.item]))
+
+
+def rollout_case(config: Config) -> Case:
+    """G = 2 sampled pages of K = 20 different items for each of 32 users; greedy pages must be the same."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList
+    device, generator = torch.device(config.device), torch.Generator().manual_seed(0)
+    words, items, B, P, K, G = (100, 60, 3, 8, 5, 2) if config.quick else (2_057, 12_000, 32, 48, 20, 2)
+    shape = SIZES["nano" if config.quick else "mini"]
+    ours = GPT2(shape, words, 0, items, dropout=0.0).to(device).eval()
+    peer = GPT2LMHeadModel(GPT2Config(vocab_size=words + items, n_positions=shape.n_ctx, n_embd=shape.n_embd,
+                                      n_layer=shape.n_layer, n_head=shape.n_head, bos_token_id=None,
+                                      eos_token_id=None, pad_token_id=0)).to(device).eval()
+    with torch.no_grad():
+        ours.item.normal_(0, 0.3, generator=torch.Generator(device).manual_seed(1))
+    copy_weights(peer, ours)
+    ids = torch.randint(0, words + items, (B, P), generator=generator).to(device)
+    length = torch.randint(P // 2, P + 1, (B, 1), generator=generator).to(device)
+    valid = torch.arange(P, device=device) >= P - length
+    excluded = torch.randint(0, items, (B, P // 2), generator=generator).to(device)
+
+    class Distinct(LogitsProcessor):
+        """Items only, none of the history, none twice."""
+
+        def __init__(self, copies: int):
+            self.gone = torch.zeros(B * copies, words + items, dtype=torch.bool, device=device)
+            self.gone[:, :words] = True
+            self.gone.scatter_(1, words + excluded.repeat_interleave(copies, 0), True)
+
+        def __call__(self, input_ids, scores):
+            placed = input_ids[:, P:]
+            return scores.masked_fill(self.gone.scatter(1, placed, True), -torch.inf)
+
+    def generate(copies: int, **options) -> torch.Tensor:
+        out = peer.generate(input_ids=ids, attention_mask=valid.long(), max_new_tokens=K, min_new_tokens=K,
+                            logits_processor=LogitsProcessorList([Distinct(copies)]), pad_token_id=0, **options)
+        return out[:, P:] - words
+
+    def ours_greedy() -> torch.Tensor:
+        return greedy(ours, ids, valid, Unseen(excluded, items), K).item
+
+    group = torch.arange(B, device=device).repeat_interleave(G)
+    uniform = torch.rand(B * G, K, dtype=torch.float64, generator=generator).to(device)
+
+    def write() -> torch.Tensor:
+        start = shared_start(ours, ids, valid, K, group)
+        return sample(ours, ids[group], valid[group], Unseen(excluded[group], items), uniform, start=start).item
+
+    def differ(theirs: torch.Tensor, mine: torch.Tensor) -> float:
+        """Slots of greedy pages that differ, beside the check that sampled pages are legal."""
+        for pages in (theirs, mine):
+            assert all(len(set(page)) == K for page in pages.tolist()), "a page holds an item twice"
+            assert not (pages[:, :, None] == excluded[group][:, None]).any(), "a page holds an item of the history"
+        return float((generate(1, do_sample=False) != ours_greedy()).sum())
+
+    return Case("rollout", f"{B} users x {G}, K {K}, N {items}",
+                lambda: generate(G, do_sample=True, top_k=0, num_return_sequences=G), write, differ)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Users with factors, items with factors and categories, what users have seen and what is held out."""
+
+    user: torch.Tensor           # (U, C)
+    item: torch.Tensor           # (N, C)
+    seen: Rows
+    refs: tuple                  # (user, item, rank), as metrics.score_pages wants them
+    categories: list
+
+
+def make_ranking(U: int, N: int) -> Ranking:
+    rng = np.random.default_rng(0)
+    picked = np.stack([rng.permutation(N)[:20] for _ in range(U)])           # 15 seen, 5 held out
+    seen = Rows(np.arange(0, 15 * U + 1, 15), picked[:, :15].reshape(-1), np.full(15 * U, 5.0, np.float32))
+    refs = np.repeat(np.arange(U), 5), picked[:, 15:].reshape(-1), np.tile(np.arange(1.0, 6.0), U)
+    names = [f"category {n}" for n in range(60)]
+    categories = [tuple(rng.choice(names, size=rng.integers(1, 4), replace=False)) for _ in range(N)]
+    generator = torch.Generator().manual_seed(0)
+    return Ranking(torch.randn(U, 64, generator=generator), torch.randn(N, 64, generator=generator), seen, refs,
+                   categories)
+
+
+def evaluate_case(config: Config) -> Iterator[Case]:
+    """Rows `evaluate` and `top`. The plain version is timed on a tenth of the users."""
+    U, N = (60, 300) if config.quick else (4_000, 12_000)
+    some = U // 10
+    r = make_ranking(U, N)
+    users = np.arange(U)
+
+    def rank(block: int = 512):
+        return rank_all(lambda rows: r.user[rows] @ r.item.T, users, r.seen, 20, 100, block=block)
+
+    def ours() -> dict[str, np.ndarray]:
+        ranked = rank()
+        place = np.broadcast_to(np.arange(1, ranked.item.shape[1] + 1), ranked.item.shape)
+        kept = ranked.item >= 0
+        user = np.broadcast_to(users[:, None], kept.shape)
+        return metrics.score_pages(users, (user[kept], place[kept], ranked.item[kept]), r.refs, r.categories)
+
+    def plain() -> dict[str, list]:
+        scores: dict[str, list] = {}
+        score_of = r.user[:some].numpy() @ r.item.T.numpy()
+        for u in range(some):
+            score = score_of[u].copy()
+            score[r.seen.of(u)[0]] = -np.inf
+            top = np.argsort(-score, kind="stable")[:100].tolist()
+            ref, page = r.refs[1][5 * u: 5 * u + 5].tolist(), top[:20]
+            row = {"Recall@20": metrics.recall(ref, top, 20), "Recall@40": metrics.recall(ref, top, 40),
+                   "NDCG@100": metrics.ndcg(ref, top, 100), "WAS": metrics.was(ref, page),
+                   "PWKT": metrics.pwkt(ref, page), "WMRD": metrics.wmrd(ref, page), "DPA": metrics.dpa(ref, page),
+                   "ILD": metrics.ild(page, r.categories), "entropy": metrics.entropy(page, r.categories),
+                   "redundancy": metrics.redundancy(page, r.categories, 60),
+                   "duplicate_rate": metrics.duplicate_rate(page),
+                   "unknown_rate": metrics.unknown_rate(page, r.categories)}
+            for name, value in row.items():
+                scores.setdefault(name, []).append(math.nan if value is None else value)
+        return scores
+
+    def differ(a: dict, b: dict) -> float:
+        return max(float(np.nanmax(np.abs(np.array(a[name]) - b[name][:some]), initial=0.0)) for name in a)
+
+    def floor(block: int = 512) -> list:
+        return [(r.user[at: at + block] @ r.item.T).topk(min(100, N), dim=1) for at in range(0, U, block)]
+
+    if "evaluate" in config.rows:
+        yield Case("evaluate", f"{U} users x {N}, top 100", plain, ours, differ, floor, scale=U / some)
+    if "top" in config.rows:
+        def lists_differ(a, b) -> float:
+            return float(np.abs(np.sort(a.score, 1) - np.sort(b.score, 1)).max())
+        yield Case("top", f"{U} users x {N}, top 100", lambda: rank(block=U), rank, lists_differ, floor)
+
+
+def reviews_case(config: Config) -> Case:
+    lines = 1_000 if config.quick else 100_000
+    folder = Path(tempfile.mkdtemp())
+    raw = folder / "reviews.json"
+    write_reviews(raw, Lines(lines=lines))
+
+    def to_parquet(name: str, tables: Callable) -> pa.Table:
+        tally = records.Tally()
+        with pq.ParquetWriter(folder / name, records.COLUMNS, compression="lz4") as writer:
+            for table in tables(tally):
+                writer.write_table(table)
+        return folder / name
+
+    return Case("reviews", f"{lines} lines, {raw.stat().st_size / 1e6:.0f} MB",
+                lambda: to_parquet("plain", lambda tally: records.batched(
+                    records.parsed(raw, amazon.parse_review, tally))),
+                lambda: to_parquet("ours", lambda tally: records.parsed_batches(
+                    raw, amazon.parse_review, amazon.review_table, tally)),
+                lambda a, b: float(not pq.read_table(a).equals(pq.read_table(b))),
+                close=lambda: shutil.rmtree(folder))
+
+
+def histories_case(config: Config) -> Case:
+    """Rows of (user, item, time) -> dense ids by rank of the identifier, rows by user, time and item."""
+    R = 2_000 if config.quick else 1_000_000
+    draw = random.Random(0)
+    user = [f"A{int(R / 10 * draw.random() ** 1.5):012d}" for _ in range(R)]
+    item = [f"B{int(R / 50 * draw.random() ** 2):09d}" for _ in range(R)]
+    time = [86_400 * draw.randint(12_000, 17_700) for _ in range(R)]
+    columns = pa.array(user), pa.array(item), pa.array(time)
+
+    def plain() -> list:
+        user_id, item_id = ({name: n for n, name in enumerate(sorted(set(names)))} for names in (user, item))
+        rows: dict[int, list] = {}
+        for u, i, t in zip(user, item, time, strict=True):
+            rows.setdefault(user_id[u], []).append((t, item_id[i]))
+        return [sorted(rows[u]) for u in range(len(rows))]
+
+    def ours() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        dense = []
+        for names in columns[:2]:
+            numbers = spool.Numbers()
+            number = numbers.add(names)
+            dense.append(numbers.ranked()[1][number])
+        order = spool.by_time(dense[0], columns[2].to_numpy(), dense[1])
+        return dense[0][order], columns[2].to_numpy()[order], dense[1][order]
+
+    def differ(lists: list, arrays: tuple) -> float:
+        flat = [(u, t, i) for u, row in enumerate(lists) for t, i in row]
+        return float((np.array(flat) != np.stack(arrays, 1)).any(1).sum())
+
+    return Case("histories", f"{R} rows", plain, ours, differ)
+
+
+def tokens_case(config: Config) -> Case:
+    draw = random.Random(0)
+    stems = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(5_000)]
+    popular = [stems[int(len(stems) * draw.random() ** 3)] for _ in range(200_000)]
+    at = iter(popular * 3)
+    texts = [" ".join(next(at) for _ in range(draw.randint(5, 40))).capitalize() + draw.choice(". ! ?".split())
+             for _ in range(200 if config.quick else 20_000)]
+    vocab = Vocab.train(texts[:2_000], 1, 1, 300 if config.quick else 8_000)
+
+    def ours() -> list[list[int]]:
+        return [fresh.words(text) for fresh in [Vocab(vocab.tokenizer, 1, 1)] for text in texts]
+
+    return Case("tokens", f"{len(texts)} texts", lambda: [vocab.tokenizer.encode(text).ids for text in texts], ours,
+                lambda a, b: float(sum(x != y for x, y in zip(a, b, strict=True))))
+
+
+def cases(config: Config) -> Iterator[Case]:
+    """The rows asked for, one at a time. A row whose peer is not installed is named on stderr and left out."""
+    try:
+        import transformers
+        transformers.logging.set_verbosity_error()
+    except ImportError:
+        transformers = None
+    for name in config.rows:
+        if name in ("train", "train-page", "rollout") and transformers is None:
+            print(f"{name}: left out, transformers is not installed (pip install 'pagellm[dev]')", file=sys.stderr)
+        elif name == "rollout":
+            yield rollout_case(config)
+        elif name.startswith("train"):
+            yield train_case(config, page_only=name == "train-page")
+        elif name in ("reviews", "histories", "tokens"):
+            yield {"reviews": reviews_case, "histories": histories_case, "tokens": tokens_case}[name](config)
+        elif name == "evaluate" or "evaluate" not in config.rows:
+            yield from evaluate_case(config)
+
+
+def line(row: dict) -> str:
+    """One row as text, in columns under HEADER."""
+    def text(value, form: str) -> str:
+        return "–" if value is None else format(value, form)
+    numbers = [text(row["plain_ms"], ".1f"), text(row["ours_ms"], ".1f"), text(row["x"], ".2f"),
+               text(row["floor_ms"], ".1f"), text(row["share"], ".0%"), text(row["plain_mb"], ".0f"),
+               text(row["ours_mb"], ".0f"), text(row["max_diff"], ".1e")]
+    return f"{row['row']:<12}{row['shape']:<30}" + "".join(f"{number:>11}" for number in numbers)
+
+
+def run(config: Config) -> dict:
+    """Print the table and the JSON line. Raises PageLLMError if a row became slower than at --base."""
+    pick_device(config.device)
+    if config.base:
+        return compare(config)
+    print(f"{HEADER[0]:<12}{HEADER[1]:<30}" + "".join(f"{name:>11}" for name in HEADER[2:]), flush=True)
+    rows = []
+    for case in cases(config):
+        try:
+            rows.append(measure(case, config.device, config.repeats))
+        finally:
+            case.close()
+        print(line(rows[-1]), flush=True)
+    found = {**machine(config.device), "rows": rows}
+    print(json.dumps(found))
+    return found
+
+
+def compare(config: Config) -> dict:
+    """Both benches at --base and here, by turns; the ratio of our times in each pair of runs, row by row.
+
+    Raises PageLLMError naming the rows that are slower: by more than `slack` in the median, and in every pair.
+    """
+    here = Path(__file__).parent.parent
+    folder = Path(tempfile.mkdtemp()) / "base"
+    git = ["git", "-C", str(here), "worktree"]
+    made = subprocess.run([*git, "add", "--detach", str(folder), config.base], capture_output=True, text=True)
+    if made.returncode:
+        raise PageLLMError(f"base={config.base!r}: {made.stderr.strip().splitlines()[-1]}")
+    try:
+        pairs = []
+        for turn in range(config.repeats):      # who comes first changes: a machine that slows down favours none
+            order = (folder, here) if turn % 2 == 0 else (here, folder)
+            found = {place: ours_at(place, config, here) for place in order}
+            pairs.append([found[folder], found[here]])
+    finally:
+        subprocess.run([*git, "remove", "--force", str(folder)], capture_output=True)
+        shutil.rmtree(folder.parent, ignore_errors=True)
+    slower, rows = [], []
+    print(f"{'row':<60}{'base ms':>11}{'here ms':>11}{'here/base':>11}{'least':>9}{'most':>9}")
+    for name in pairs[0][1]:
+        ratios = sorted(new[name] / old[name] for old, new in pairs if name in old)
+        if not ratios:
+            print(f"{name:<60}{'new':>11}{pairs[0][1][name]:>11.1f}")
+            continue
+        old, new = (statistics.median(pair[i][name] for pair in pairs) for i in (0, 1))
+        middle = statistics.median(ratios)
+        rows.append({"row": name, "base_ms": old, "here_ms": new, "ratio": middle, "ratios": ratios})
+        print(f"{name:<60}{old:>11.2f}{new:>11.2f}{middle:>11.2f}{ratios[0]:>9.2f}{ratios[-1]:>9.2f}", flush=True)
+        if middle > 1 + config.slack and ratios[0] > 1:
+            slower.append(f"{name}: {middle:.2f} times")
+    found = {**machine(config.device), "base": config.base, "rows": rows}
+    print(json.dumps(found))
+    if slower:
+        raise PageLLMError(f"slower than at {config.base}: " + "; ".join(slower))
+    return found
+
+
+def ours_at(place: Path, config: Config, here: Path) -> dict[str, float]:
+    """Row -> ms of ours, both benches run once by the code at `place`; a bench it does not have is left out."""
+    options = ["--device", config.device, "--repeats", "1", *(["--quick"] if config.quick else [])]
+    extra = ["--size", config.size, *(["--only", config.only] if config.only else [])]
+    found = {}
+    for module, more in (("kernels.bench", []), ("experiments.bench", extra)):
+        if not (place / (module.replace(".", "/") + ".py")).exists() or (config.only and module == "kernels.bench"):
+            continue
+        done = subprocess.run([sys.executable, "-m", module, *options, *more], cwd=place, capture_output=True,
+                              text=True, env={**os.environ, "PYTHONPATH": str(place)})
+        if done.returncode:
+            raise PageLLMError(f"{module} failed at {'the base' if place != here else 'this commit'}:\n  "
+                               + "\n  ".join(done.stderr.strip().splitlines()[-3:]))
+        for row in json.loads(done.stdout.splitlines()[-1])["rows"]:
+            found[f"{row.get('kernel') or row['row']} ({row['shape']})"] = row["ours_ms"]
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Config, run, "experiments.bench"))

@@ -1,0 +1,131 @@
+"""A step of training asks the device for nothing: on a GPU every answer would be waited for.
+
+What a GPU would do is done on a CPU here: the optimiser that steps in one launch, and positions not picked by a mask.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pagellm import decode, pretrain, reward, sft, train
+from pagellm.config import PageLLMError
+from pagellm.data import prepare
+from pagellm.gpt2 import GPT2, Shape
+from pagellm.train import Guard, ahead, optimiser
+
+ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "equal.default", "is_nonzero")
+
+
+class Questions(TorchDispatchMode):
+    """Every operation whose result, or its shape, the host must wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        masks = function is torch.ops.aten.index.Tensor and any(
+            x is not None and x.dtype == torch.bool for x in args[1])
+        if masks or any(name in str(function) for name in ASKING):
+            self.asked.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("waits")
+    prepare.run(prepare.Config(data=str(root / "data"), users=60, items=40, k_core=3))
+    return root
+
+
+def test_no_step_waits_for_the_device(root, monkeypatch):
+    monkeypatch.setattr(train, "FUSED", ("cpu",))
+    monkeypatch.setattr(decode, "WHOLE", ("cpu",))
+    monkeypatch.setattr("kernels.logprob.require", lambda ok, message: None)      # asserts on the device on a GPU
+    questions, steps = Questions(), []
+
+    def watched(all_steps, total, make):
+        for step, made in ahead(all_steps, total, make):
+            if step + 1 == total:               # the last one validates
+                yield step, made
+                continue
+            steps.append(step)
+            with questions:
+                yield step, made
+
+    common = {"data": str(root / "data"), "runs": str(root / "runs"), "save_every": 1000}
+    for stage, more in ((pretrain, {"size": "nano", "steps": 12, "batch": 8, "rating_batch": 8}),
+                        (sft, {"epochs": 3, "batch": 16, "eval_every": 1000, "k": 5}),
+                        (reward, {"per_kind": 2, "batch": 16})):
+        monkeypatch.setattr(stage, "ahead", watched)
+        before = len(steps)
+        stage.run(stage.Config(**common, **more))
+        assert len(steps) > before + 2, f"{stage.__name__}: nothing was watched"
+        assert not questions.asked, f"{stage.__name__} asks: {set(questions.asked)}"
+
+
+def test_a_question_would_be_noticed():
+    x = torch.arange(3.0)
+    with Questions() as questions:
+        x.sum().item()
+        x[x > 1]
+        bool(x.any())
+    assert len(questions.asked) >= 3
+
+
+def small_model():
+    return GPT2(Shape(1, 1, 4, 8), 5, 2, 3, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_fused_step_leaves_a_bad_gradient_out_and_gives_up_one_step_later(monkeypatch):
+    monkeypatch.setattr(train, "FUSED", ("cpu",))
+    model = small_model()
+    guard = Guard(optimiser(model, 0.1), model.parameters(), 1.0, patience=3)
+    assert guard.fused
+
+    def step(value):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, value)
+        before = [p.detach().clone() for p in model.parameters()]
+        norm = guard.step("here")
+        return float(norm), any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+    assert step(1.0)[1]
+    for _ in range(2):
+        norm, moved = step(float("nan"))
+        assert norm != norm and not moved
+    assert step(1.0)[1]                             # two in a row are forgiven
+    for _ in range(3):
+        assert not step(float("inf"))[1]
+    with pytest.raises(PageLLMError, match="not finite 3 times in a row"):
+        step(1.0)
+
+
+def test_fused_and_plain_steps_agree(monkeypatch):
+    moved = []
+    for devices in ((), ("cpu",)):
+        monkeypatch.setattr(train, "FUSED", devices)
+        model = small_model()
+        guard = Guard(optimiser(model, 0.01, weight_decay=0.1), model.parameters(), 1.0)
+        for k in range(5):
+            for i, p in enumerate(model.parameters()):
+                p.grad = torch.full_like(p, 0.1 * (i - k))
+            guard.step("here")
+        moved.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*moved, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_batches_made_ahead_are_those_of_their_steps():
+    made = []
+
+    def make(step):
+        made.append(step)
+        if step == 6:
+            raise PageLLMError("no batch 6")
+        return step * step
+
+    assert list(ahead(range(2, 5), 5, make)) == [(2, 4), (3, 9), (4, 16)] and made == [2, 3, 4]
+    with pytest.raises(PageLLMError, match="no batch 6"):
+        list(ahead(range(5, 9), 9, make))
+    assert list(ahead(range(0), 0, make)) == []
