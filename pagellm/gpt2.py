@@ -8,6 +8,7 @@ Published GPT-2 weights drop into the trunk and the word rows (`load_published`)
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -118,7 +119,12 @@ class GPT2(nn.Module):
     """The trunk and three tables of rows: words and specials, users, items, in one id space.
 
     n_words counts words and specials together; ids n_words.. are users, then items (vocab.Vocab has the map).
+    bf16 (attribute, False)  the blocks' matrix products and attention read bfloat16 and sum in float32. Weights, what
+    is added up along the blocks, the norms and both softmax heads stay float32, and so does decoding with a cache.
+    lazy (attribute, False)  gradients of user and item rows are sparse: only the rows that were read (train.RowAdamW)
     """
+
+    bf16 = lazy = False
 
     def __init__(self, shape: Shape, n_words: int, n_users: int, n_items: int, dropout: float = 0.1,
                  generator: torch.Generator | None = None):
@@ -152,12 +158,16 @@ class GPT2(nn.Module):
         user, item = ids - self.n_words, ids - self.n_words - self.n_users
         rows = F.embedding(ids.clamp(max=self.n_words - 1), self.word)
         if self.n_users:
-            known = F.embedding(user.clamp(0, self.n_users - 1), self.user)
+            known = F.embedding(user.clamp(0, self.n_users - 1), self.user, sparse=self.lazy)
             rows = torch.where((user >= 0)[..., None], known, rows)
         if self.n_items:
-            known = F.embedding(item.clamp(0, self.n_items - 1), self.item)
+            known = self.item_rows(item.clamp(0, self.n_items - 1))
             rows = torch.where((item >= 0)[..., None], known, rows)
         return rows
+
+    def item_rows(self, item: Tensor) -> Tensor:
+        """Dense item ids (...) in 0..N-1 -> their rows (..., C)."""
+        return F.embedding(item, self.item, sparse=self.lazy)
 
     def forward(self, ids: Tensor, valid: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Hidden states after the last layer norm.
@@ -181,8 +191,10 @@ class GPT2(nn.Module):
             position = (valid.long().cumsum(1) - 1).clamp(min=0)[:, past:]
         x = self.drop(self.embed(ids) + F.embedding(position, self.wpe))
         allowed = attention_mask(valid, past, T, ids.device)
-        for layer, block in enumerate(self.h):
-            x = block(x, allowed, cache, layer)
+        low = self.bf16 and cache is None
+        with torch.autocast(x.device.type, torch.bfloat16) if low else nullcontext():
+            for layer, block in enumerate(self.h):
+                x = block(x, allowed, cache, layer)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
