@@ -24,7 +24,7 @@ RAW_ARG := $(if $(RAW),--raw $(RAW))
 PRESET = $(addprefix @,$(wildcard presets/$(DATASET)/$(1)))
 
 .PHONY: all help install test lint serve recommend report export ablation abtest ope judge baselines coldstart \
-	bench torture soak clean $(STAGES)
+	bench scaling torture soak clean $(STAGES)
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
@@ -119,6 +119,9 @@ soak: $(VENV)/installed  ## all stages in a loop for half an hour: does anything
 
 bench: $(VENV)/installed  ## kernels: plain against ours
 	$(PY) -m kernels.bench $(ARGS)
+
+scaling: $(VENV)/report  ## time and memory of every stage as users, items, pages, histories grow: half an hour
+	$(PY) -m experiments.scaling $(ARGS)
 
 test: $(VENV)/installed  ## all tests
 	$(PY) -m pytest $(ARGS)
