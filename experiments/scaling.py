@@ -71,7 +71,7 @@ class Config:
         check_numbers(self)
         check(self, sweeps=(set(self.sweeps.split(",")) <= set(SWEEPS), f"some of {','.join(SWEEPS)}"),
               stages=(set(self.stages.split(",")) <= set(STAGES), f"some of {','.join(STAGES)}"),
-              size=(self.size in SIZES, f"one of {', '.join(SIZES)}"), steps=(self.steps >= 4, "4 or more"),
+              size=(self.size in SIZES, f"one of {', '.join(SIZES)}"), steps=(self.steps >= 3, "3 or more"),
               **{name: (getattr(self, name) > 0, "above 0") for name in
                  ("users", "items", "page", "history", "sampled_items", "limit_gb", "minutes")})
 
@@ -207,8 +207,8 @@ def stage_config(stage: str, config: Config, point: Point):
         return reward.Config(per_kind=2, label_share=share, **rows, **common)
     if stage == "ppo":
         # What a micro-batch holds for the exact KL is micro x slots x items, several times over.
-        micro = max(1, min(32, 2 ** 25 // (point.page * point.items)))
-        return ppo.Config(rollout=32, minibatch=32, micro=micro, k=point.page, min_steps=config.steps, eval_users=16,
+        micro = max(1, min(16, 2 ** 25 // (point.page * point.items)))
+        return ppo.Config(rollout=16, minibatch=16, micro=micro, k=point.page, min_steps=config.steps, eval_users=16,
                           critic_warmup=0, min_accuracy=0.0, **common)
     return evaluate.Config(k=point.page, n_boot=10, quiet=True, examples=0, **common)
 
