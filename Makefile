@@ -120,7 +120,7 @@ soak: $(VENV)/installed  ## all stages in a loop for half an hour: does anything
 bench: $(VENV)/installed  ## kernels: plain against ours
 	$(PY) -m kernels.bench $(ARGS)
 
-scaling: $(VENV)/report  ## time and memory of every stage as users, items, pages, histories grow: half an hour
+scaling: $(VENV)/report  ## time and memory of every stage as users, items, pages, histories grow: table, figure
 	$(PY) -m experiments.scaling $(ARGS)
 
 test: $(VENV)/installed  ## all tests

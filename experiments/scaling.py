@@ -46,8 +46,8 @@ WORDS = "red blue green soft hard quick calm bold small large plain fancy warm c
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Measure what each stage costs while one size grows and the others stay. Half an hour on one core; the row of a
-    million items takes a third of that and 5 GB."""
+    """Measure what each stage costs while one size grows and the others stay. A million items take 5 GB and most of
+    the time; --most 100000 leaves them out."""
 
     sweeps: str = "users,items,page,history"    # what grows, comma-separated
     most: int = 1_000_000        # leave out users and items beyond
@@ -362,7 +362,7 @@ def figure(records: list[dict], path: Path) -> None:
     looks = dict(zip(STAGES, zip(("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#000000"), "os^Dv*",
                                  strict=True), strict=True))
     sweeps = list(dict.fromkeys(r["sweep"] for r in records))
-    drawn, axes = pyplot.subplots(2, len(sweeps), figsize=(3.3 * len(sweeps), 6), squeeze=False, sharey="row")
+    drawn, axes = pyplot.subplots(2, len(sweeps), figsize=(max(6.6, 3.3 * len(sweeps)), 6.4), squeeze=False, sharey="row")
     for column, sweep in enumerate(sweeps):
         for stage, (colour, marker) in looks.items():
             for sampled in (False, True):
@@ -383,8 +383,8 @@ def figure(records: list[dict], path: Path) -> None:
     handles = [pyplot.Line2D([], [], color=c, marker=m, label=stage) for stage, (c, m) in looks.items()]
     handles.append(pyplot.Line2D([], [], color="grey", linestyle="--", marker="o", markerfacecolor="none",
                                  label="sampled softmax, lazy rows"))
-    drawn.legend(handles=handles, loc="upper center", ncol=len(handles), frameon=False, fontsize=9)
-    drawn.tight_layout(rect=(0, 0, 1, 0.95))
+    drawn.legend(handles=handles, loc="upper center", ncol=4, frameon=False, fontsize=9)
+    drawn.tight_layout(rect=(0, 0, 1, 0.9))
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path, dpi=110)
     pyplot.close(drawn)
