@@ -362,7 +362,8 @@ def figure(records: list[dict], path: Path) -> None:
     looks = dict(zip(STAGES, zip(("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#000000"), "os^Dv*",
                                  strict=True), strict=True))
     sweeps = list(dict.fromkeys(r["sweep"] for r in records))
-    drawn, axes = pyplot.subplots(2, len(sweeps), figsize=(max(6.6, 3.3 * len(sweeps)), 6.4), squeeze=False, sharey="row")
+    size = max(6.6, 3.3 * len(sweeps)), 6.4
+    drawn, axes = pyplot.subplots(2, len(sweeps), figsize=size, squeeze=False, sharey="row")
     for column, sweep in enumerate(sweeps):
         for stage, (colour, marker) in looks.items():
             for sampled in (False, True):
@@ -370,9 +371,9 @@ def figure(records: list[dict], path: Path) -> None:
                                and "failed" not in r), key=lambda r, sweep=sweep: r[sweep])
                 style = {"color": colour, "marker": marker, "linestyle": "--" if sampled else "-", "markersize": 5,
                          "markerfacecolor": "none" if sampled else colour}
-                size = [r[sweep] for r in some]
-                axes[0, column].plot(size, [r.get("step_s", r["seconds"]) for r in some], **style)
-                axes[1, column].plot(size, [r["peak_gb"] for r in some], **style)
+                place = [r[sweep] for r in some]
+                axes[0, column].plot(place, [r.get("step_s", r["seconds"]) for r in some], **style)
+                axes[1, column].plot(place, [r["peak_gb"] for r in some], **style)
         axes[1, column].set_xlabel({"page": "slots of a page", "history": "items in a prompt"}.get(sweep, sweep))
     for axis in axes.flat:
         axis.set_xscale("log")
