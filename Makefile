@@ -24,7 +24,7 @@ RAW_ARG := $(if $(RAW),--raw $(RAW))
 PRESET = $(addprefix @,$(wildcard presets/$(DATASET)/$(1)))
 
 .PHONY: all help install test lint serve recommend report export ablation abtest ope judge backbones baselines coldstart \
-	bench torture soak clean $(STAGES)
+	bench scaling torture soak clean $(STAGES)
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
@@ -123,6 +123,9 @@ soak: $(VENV)/installed  ## all stages in a loop for half an hour: does anything
 bench: $(VENV)/dev  ## every hot path beside a peer; BASE=<commit>: this commit against another, by turns
 	$(if $(BASE),,$(PY) -m kernels.bench $(filter --quick,$(ARGS)))
 	$(PY) -m experiments.bench $(if $(BASE),--base $(BASE)) $(ARGS)
+
+scaling: $(VENV)/report  ## time and memory of every stage as users, items, pages, histories grow: table, figure
+	$(PY) -m experiments.scaling $(ARGS)
 
 test: $(VENV)/installed  ## all tests
 	$(PY) -m pytest $(ARGS)

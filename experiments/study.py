@@ -22,7 +22,7 @@ from pagellm.data import prepare
 from pagellm.metrics import DIRECTION
 from pagellm.run import atomic
 
-__all__ = ["Stages", "Variant", "difference", "per_user", "print_table", "run_variant", "slug", "study",
+__all__ = ["Stages", "Variant", "difference", "per_user", "print_table", "rows_of", "run_variant", "slug", "study",
            "write_table"]
 
 

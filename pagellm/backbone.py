@@ -7,6 +7,7 @@
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,12 @@ class Backbone(nn.Module):
     n_words counts words and specials together; ids n_words.. are users, then items (vocab.Vocab has the map).
     A trunk sets KIND (its name in a saved state), the constants below, makes `drop`, `h` and `ln_f`, calls `reset`,
     and has `enter`.
+    bf16 (attribute, False)  the blocks' matrix products and attention read bfloat16 and sum in float32. Weights, what
+    is added up along the blocks, the norms and both softmax heads stay float32, and so does decoding with a cache.
+    lazy (attribute, False)  gradients of user and item rows are sparse: only the rows that were read (train.RowAdamW)
     """
+
+    bf16 = lazy = False
 
     KIND = ""
     RESIDUAL: tuple[str, ...] = ()                # projections back into the residual
@@ -89,12 +95,16 @@ class Backbone(nn.Module):
             known = F.embedding(special.clamp(0, len(self.special) - 1), self.special)
             rows = torch.where((special >= 0)[..., None], known, rows)
         if self.n_users:
-            known = F.embedding(user.clamp(0, self.n_users - 1), self.user)
+            known = F.embedding(user.clamp(0, self.n_users - 1), self.user, sparse=self.lazy)
             rows = torch.where((user >= 0)[..., None], known, rows)
         if self.n_items:
-            known = F.embedding(item.clamp(0, self.n_items - 1), self.item)
+            known = self.item_rows(item.clamp(0, self.n_items - 1))
             rows = torch.where((item >= 0)[..., None], known, rows)
         return rows
+
+    def item_rows(self, item: Tensor) -> Tensor:
+        """Dense item ids (...) in 0..N-1 -> their rows (..., C)."""
+        return F.embedding(item, self.item, sparse=self.lazy)
 
     def add_gate(self, value: float = 0.0) -> None:
         """Let items placed on the page be read times `gate`, which learns; at 0 a page's states do not see them."""
@@ -137,10 +147,12 @@ class Backbone(nn.Module):
         x, told = self.enter(self.read(ids, placed), position)
         allowed = attention_mask(valid, past, T, ids.device)
         anew = self.checkpoint_blocks and cache is None and torch.is_grad_enabled()
-        for layer, block in enumerate(self.h):
-            # Dropout is drawn again from the same state, so gradients are the same to the last bit.
-            x = (checkpoint(block, x, allowed, cache, layer, *told, use_reentrant=False) if anew
-                 else block(x, allowed, cache, layer, *told))
+        low = self.bf16 and cache is None
+        with torch.autocast(x.device.type, torch.bfloat16) if low else nullcontext():
+            for layer, block in enumerate(self.h):
+                # Dropout is drawn again from the same state, so gradients are the same to the last bit.
+                x = (checkpoint(block, x, allowed, cache, layer, *told, use_reentrant=False) if anew
+                     else block(x, allowed, cache, layer, *told))
         if cache is not None:
             cache.length += T
         return self.ln_f(x)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels.logprob import linear_logp
 from pagellm.backbone import Backbone, KVCache
+from pagellm.sampled import Candidates, sampled_logp
 
 __all__ = ["Pages", "Unseen", "beam", "greedy", "one_shot", "page_logp", "ranking", "sample", "shared_start",
            "slot_states"]
@@ -245,17 +246,22 @@ def slot_states(model: Backbone, prompt: Tensor, valid: Tensor, item: Tensor, ma
 
 
 def page_logp(states: Tensor, rows: Tensor, item: Tensor, mask: Tensor, excluded: Tensor,
-              temperature: float = 1.0, with_entropy: bool = False):
+              temperature: float = 1.0, with_entropy: bool = False, candidates: Candidates | None = None):
     """Log-probability of every slot under its legal set, without a tensor of slots x items.
 
     states    (B, K or K + 1, C) from slot_states      rows      (N, C) item rows
     item      (B, K), mask (B, K) as in Pages          excluded  (B, E) int64, padded with -1
+    candidates  items that stand for all in the softmax (sampled.py); `rows` (S, C) are then theirs, and temperature 1
+                without entropy is all there is
     returns   logp (B, K) float32, 0 off the mask [, entropy (B, K) of the legal distribution]
     """
     B, K = item.shape
     before = torch.ones(K, K, dtype=torch.bool, device=item.device).tril(-1)        # slot t sees slots < t
     placed = torch.where(before, item[:, None, :], -1)                              # (B, K, K)
     illegal = torch.cat([excluded[:, None, :].expand(B, K, -1), placed], 2)         # (B, K, E + K)
+    if candidates is not None:
+        logp = sampled_logp(states[:, :K][mask], rows, candidates, item[mask], illegal[mask])
+        return torch.zeros(B, K, device=item.device).masked_scatter(mask, logp)
     if mask.device.type in WHOLE:       # empty slots choose freely, and what they choose is dropped
         out = linear_logp(states[:, :K].flatten(0, 1), rows, item.clamp(min=0).flatten(),
                           torch.where(mask[..., None], illegal, -1).flatten(0, 1), temperature,

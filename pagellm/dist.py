@@ -27,11 +27,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pagellm.config import PageLLMError
 
-__all__ = ["MODES", "Fetch", "any_rank", "barrier", "everybody", "gather", "idle", "is_main", "last_backward",
-           "load_optimiser", "load_weights", "optimiser_state", "part", "peak_memory", "pick_device", "rank", "send",
-           "start", "stop", "total", "weights", "whole", "world", "wrap"]
+__all__ = ["MODES", "PRECISIONS", "Fetch", "any_rank", "barrier", "everybody", "gather", "idle", "is_main",
+           "last_backward", "load_optimiser", "load_weights", "multiplies_bf16", "optimiser_state", "part",
+           "peak_memory", "pick_device", "pick_precision", "rank", "send", "start", "stop", "total", "weights", "whole",
+           "world", "wrap"]
 
 MODES = ("ddp", "fsdp")
+PRECISIONS = ("auto", "float32", "bfloat16")
+# Columns from which bfloat16 was measured to pay on a CPU (experiments/precision.py); below, casts eat the gain.
+BF16_WIDTH = 128
 TIMEOUT = timedelta(minutes=30)      # the main process may make pairs or validate for long while the others wait
 
 
@@ -52,6 +56,25 @@ def send(x: Tensor, device: torch.device | str) -> Tensor:
     """x on the device. To a GPU it goes from pinned memory, and nobody waits for it."""
     device = torch.device(device)
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def pick_precision(name: str, device: torch.device, width: int) -> str:
+    """"auto" is bfloat16 where the processor multiplies it and the trunk is `width` >= BF16_WIDTH columns wide, else
+    float32. By capability, not by a stopwatch: the same machine must choose alike whatever else it is doing.
+
+    CPUs with AMX or AVX512-BF16, GPUs from compute capability 8.0. -> "float32" or "bfloat16"
+    """
+    if name != "auto":
+        return name
+    return "bfloat16" if multiplies_bf16(device) and width >= BF16_WIDTH else "float32"
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the processor has instructions for bfloat16 products; others emulate them, slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    tests = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return device.type == "cpu" and any(test() for test in tests if test)
 
 
 def start(name: str) -> torch.device:

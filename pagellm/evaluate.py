@@ -26,7 +26,7 @@ from torch import Tensor
 from pagellm import dist, metrics
 from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import SPLITS, Rows, Shop, load
-from pagellm.policy import MODES, Policy, RankedPages, Scorer
+from pagellm.policy import BLOCK, MODES, Policy, RankedPages, Scorer
 from pagellm.run import Common, Run, atomic, file_id, finished, write_json
 from pagellm.train import keyed
 
@@ -132,7 +132,8 @@ def rank_all(score: Callable[[np.ndarray], Tensor], users: np.ndarray, seen: Row
 def popularity_pages(shop: Shop, users: np.ndarray, seen: Rows, k: int, depth: int, seed: int = 0) -> RankedPages:
     """The most bought train items that a user has not seen."""
     count = torch.from_numpy(np.bincount(shop.csr("train").items, minlength=shop.n_items)).float()
-    return rank_all(lambda some: count.expand(len(some), -1), users, seen, k, depth, seed)
+    block = max(1, min(512, BLOCK // max(1, shop.n_items)))
+    return rank_all(lambda some: count.expand(len(some), -1), users, seen, k, depth, seed, block)
 
 
 def check_pages(name: str, ranked: RankedPages, users: np.ndarray, seen: Rows) -> None:

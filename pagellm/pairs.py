@@ -121,7 +121,8 @@ def preference(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | Non
         if len(eligible) < fill:
             return None
         arrival = rng.standard_exponential(len(eligible)) / stock.weight[eligible]
-        bad = rng.permutation(np.concatenate([bad, eligible[np.argsort(arrival)[:fill]]]))
+        first = np.argpartition(arrival, fill - 1)[:fill]       # not sorted whole: there may be millions
+        bad = rng.permutation(np.concatenate([bad, eligible[first[np.argsort(arrival[first])]]]))
     source = "rated" if fill == 0 else "sampled" if fill == length else "rated+sampled"
     return bad.tolist(), [], source
 

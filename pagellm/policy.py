@@ -22,9 +22,10 @@ from pagellm.run import load_model_file
 from pagellm.train import keyed
 from pagellm.vocab import Vocab
 
-__all__ = ["MODES", "Policy", "PromptStyle", "RankedPages", "Scorer", "Validation"]
+__all__ = ["BLOCK", "MODES", "Policy", "PromptStyle", "RankedPages", "Scorer", "Validation"]
 
 MODES = ("greedy", "beam", "one_shot")
+BLOCK = 2 ** 25      # logits held at once, 128 MB in float32: 256 users of 131,000 items, 32 of a million
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,11 @@ class Policy:
         """Page of k and the ranks behind it for every user, `batch` at once; several processes share the users.
 
         history  what the prompts show        seen  what no page may hold
+        Of a catalogue so large that logits of `batch` users exceed BLOCK numbers, fewer users at once.
         """
         self.check_room(k)
-        was_training = self.model.training
+        batch = max(1, min(batch, BLOCK // max(1, self.model.n_items)))
+        was_training, self.model.bf16, low = self.model.training, False, self.model.bf16
         self.model.eval()
         items, scores, slots = [], [], []
         mine, busy = dist.part(users)
@@ -116,6 +119,7 @@ class Policy:
             bar.update(len(some))
         bar.close()
         self.model.train(was_training)
+        self.model.bf16 = low
         return RankedPages(users, *(dist.gather(torch.cat(column).numpy()[:None if busy else 0])
                                     for column in (items, scores, slots)))
 

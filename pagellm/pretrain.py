@@ -11,7 +11,9 @@ About a minute for the synthetic shop on two CPU cores.
 import math
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,7 +28,8 @@ from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Rows, Shop, load, source
 from pagellm.networks import SIZES, load_published, to_state
 from pagellm.prompts import Example, Prompts, right_pad
-from pagellm.run import Common, Run, file_id
+from pagellm.run import Learning, Run, file_id
+from pagellm.sampled import Candidates, Proposal, sampled_logp
 from pagellm.train import (
     Guard,
     Objective,
@@ -49,7 +52,7 @@ KINDS = ("contents", "first_order", "second_order", "interaction")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
+class Config(Learning):
     """Pre-train the language model on what the shop knows about items, opinions and choices."""
 
     size: str = "tiny"           # shape of the network: nano, tiny, mini, wide, small, gpt2, gpt2-medium, -large, -xl;
@@ -83,6 +86,8 @@ class Config(Common):
     second_order: float = 1.0    # weight of "category or brand <-> its items"
     interaction: float = 1.0     # weight of "user -> items chosen"
     rating: float = 1.0          # weight of the rating loss beside the next-token loss
+    sampled_items: int = 0       # items drawn for a step's softmax, beside the batch's own; 0: all items, exactly
+    lazy_rows: bool = False      # user and item rows move only in steps that read them; for large catalogues
     use_review: bool = False     # show the review in the rating prompt; it then reads sentiment, not taste
 
     def __post_init__(self):
@@ -161,10 +166,12 @@ class RatingHead(nn.Module):
         return 1.0 + 4.0 * torch.sigmoid(self.out(hidden)[..., 0])
 
 
-def next_token_loss(model: Backbone, examples: list[Example], pad: int, n_words: int) -> Tensor:
+def next_token_loss(model: Backbone, examples: list[Example], pad: int, n_words: int,
+                    draw: Callable[[Tensor], Candidates] | None = None) -> Tensor:
     """Eq. 3 as the mean over target tokens; words against words, items against items.
 
-    The state at t scores token t + 1. `n_words` leaves the special tokens out of the word softmax.
+    The state at t scores token t + 1. `n_words` leaves the special tokens out of the word softmax. draw: target items
+    -> the items that stand for all in the softmax (sampled.py); None: all do.
     """
     ids = right_pad([e.ids for e in examples], pad)
     mask = right_pad([e.mask for e in examples], 0).bool()
@@ -177,9 +184,15 @@ def next_token_loss(model: Backbone, examples: list[Example], pad: int, n_words:
                                 (model.item, model.n_words + model.n_users, kept & items[:, None])):
         # Which positions count is found on the host, which would have to wait for a GPU to tell.
         at = torch.from_numpy(np.flatnonzero(chosen.numpy()))
-        if len(at):
-            wanted = dist.send(target[at] - first, device)
-            total = total - linear_logp(hidden[dist.send(at, device)], rows, wanted).sum()
+        if not len(at):
+            continue
+        states, wanted = hidden[dist.send(at, device)], dist.send(target[at] - first, device)
+        if rows is model.item and draw:
+            candidates = draw(wanted)
+            logp = sampled_logp(states, model.item_rows(candidates[0]), candidates, wanted)
+        else:
+            logp = linear_logp(states, rows, wanted)
+        total = total - logp.sum()
     return total / max(sum(sum(e.mask[1:]) for e in examples), 1)
 
 
@@ -278,13 +291,13 @@ def rmse(model: Backbone, head: RatingHead, prompts: Prompts, rows, limit: int =
 
 
 def pretrain_loss(both: Objective, prompts: Prompts, examples: list[Example], some_text: bool, rated: tuple | None,
-                  some_rated: bool) -> tuple[Tensor, Tensor]:
+                  some_rated: bool, draw: Callable[[Tensor], Candidates] | None) -> tuple[Tensor, Tensor]:
     """Eq. 3 and Eq. 2 as this process's shares of the batch's means (train.shared_means).
 
     some_text, some_rated   False: the one row is a stand-in      rated   users, items, stars (R,), reviews or None
     """
     vocab = prompts.vocab
-    loss = next_token_loss(both.model, examples, vocab.pad, vocab.n_words)
+    loss = next_token_loss(both.model, examples, vocab.pad, vocab.n_words, draw)
     loss, = shared_means([(loss, sum(sum(e.mask) for e in examples))], some_text)
     if rated is None:
         return loss, loss.new_zeros(()) + dist.idle(both.head)
@@ -346,7 +359,8 @@ def run(config: Config) -> None:
             if config.use_review else {}
         with_rating = config.rating > 0 and len(users) > 0
         learner = dist.wrap(both, config.parallel)
-        opt = optimiser(both, config.lr, config.weight_decay, row_lr=config.row_lr)
+        opt = optimiser(both, config.lr, config.weight_decay, lazy=config.lazy_rows, row_lr=config.row_lr)
+        proposal = Proposal(corpus.train.items, shop.n_items)
         guard = Guard(opt, both.parameters(), config.grad_clip)
 
         start = 0
@@ -355,6 +369,7 @@ def run(config: Config) -> None:
             dist.load_weights(both, state["both"])
             dist.load_optimiser(both, opt, state["opt"])
         both.train()
+        model.bf16 = out.precision(config.precision, device, model.shape.n_embd) == "bfloat16"
 
         def state_at(step: int) -> dict:
             return {"step": step, "both": dist.weights(both, frozen=False), "opt": dist.optimiser_state(both, opt)}
@@ -376,7 +391,9 @@ def run(config: Config) -> None:
         for step, (kind, examples, some_text, rated, some_rated) in ahead(out.steps(bar), config.steps, batch):
             seed_dropout(config.seed, "pretrain", step)
             set_lr(opt, lr_at(step, config.steps, config.lr, config.warmup))
-            loss, rating_loss = learner(prompts, examples, some_text, rated, some_rated)
+            draw = partial(proposal.draw, n=config.sampled_items, rng=keyed(config.seed, "pretrain", "items", step)) \
+                if config.sampled_items else None
+            loss, rating_loss = learner(prompts, examples, some_text, rated, some_rated, draw)
             (loss + config.rating * rating_loss).backward()
             norm = guard.step(f"pretrain step {step}", lambda step=step, kept=examples, rows=rated: out.keep_for_replay(
                 step, {**state_at(step), "examples": [[e.ids, e.mask, e.over] for e in kept],
@@ -389,6 +406,7 @@ def run(config: Config) -> None:
                                 refresh=False)
             if out.due(step + 1, config.steps):
                 out.save(state_at(step + 1))
+        model.bf16 = False
         result = {"steps": config.steps, "prompts": corpus.sizes, **lora.counts(model)}
         if with_rating:
             held = rating_rows(shop, "valid")

@@ -28,7 +28,7 @@ from pagellm.networks import from_state, to_state
 from pagellm.pairs import KINDS, Pair, make_pairs, to_table
 from pagellm.policy import Policy
 from pagellm.prompts import pad_ids
-from pagellm.run import Common, Run, atomic, file_id, finished, load_model_file
+from pagellm.run import Learning, Run, atomic, file_id, finished, load_model_file
 from pagellm.train import (
     Guard,
     Objective,
@@ -49,7 +49,7 @@ __all__ = ["Config", "RewardModel", "is_held_out", "page_loss", "pair_loss", "ru
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
+class Config(Learning):
     """Fit the two-headed reward model to preference pairs made from ratings."""
 
     source_run: str = ""         # run whose sft is read; empty: this run (studies share one)
@@ -69,6 +69,7 @@ class Config(Common):
     lr: float = 2e-3             # peak learning rate
     warmup: int = 20             # steps of linear warm-up
     weight_decay: float = 0.01   # of the matrices
+    lazy_rows: bool = False      # user and item rows move only in steps that read them; for large catalogues
     grad_clip: float = 1.0       # largest gradient norm; inf: no limit
     page: float = 1.0            # weight of the page head's loss (Eq. 7)
     sequence: float = 1.0        # weight of the loss on mean token rewards (Eq. 8); preference pairs excepted
@@ -146,7 +147,7 @@ class RewardModel(nn.Module):
         count = mask.sum(1).clamp(min=1)
         end = after[torch.arange(len(after), device=after.device), count - 1]
         if self.compare is not None:
-            after = torch.cat([after, self.compare(F.embedding(item.clamp(min=0), self.trunk.item), mask)], 2)
+            after = torch.cat([after, self.compare(self.trunk.item_rows(item.clamp(min=0)), mask)], 2)
         token = torch.where(mask, self.token_head(after)[..., 0] - self.token_mean, 0.0)
         mean = torch.where(mask[..., None], after, 0.0).sum(1) / count[:, None]
         first = prompt.gather(1, (prompt.shape[1] - valid.sum(1))[:, None])      # a prompt begins with its user
@@ -395,8 +396,9 @@ def run(config: Config) -> None:
         lengths = tuple(2 * len(p.history) + len(p.chosen) for p in train)
         total = max(1, round(config.epochs * -(-len(train) // config.batch)))
         learner = dist.wrap(objective := Objective(learn_pairs, model=model), config.parallel)
-        opt = optimiser(model, config.lr, config.weight_decay)
+        opt = optimiser(model, config.lr, config.weight_decay, lazy=config.lazy_rows)
         guard = Guard(opt, model.parameters(), config.grad_clip)
+        model.trunk.bf16 = out.precision(config.precision, device, model.trunk.shape.n_embd) == "bfloat16"
         start = 0
         if state := out.load():
             start = state["step"]
@@ -425,6 +427,7 @@ def run(config: Config) -> None:
             if out.due(step + 1, total):
                 out.save(state_at(step + 1))
         model.eval()
+        model.trunk.bf16 = False
         final = state_at(total)
         with dist.whole(objective):
             centre(model, train, policy)

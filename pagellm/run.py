@@ -30,7 +30,8 @@ from tqdm import tqdm
 from pagellm import __version__, dist
 from pagellm.config import Interrupted, PageLLMError, Waiting, check, check_numbers, deferred_signals
 
-__all__ = ["Common", "Run", "atomic", "digest", "file_id", "finished", "load_model_file", "read_json", "write_json"]
+__all__ = ["Common", "Learning", "Run", "atomic", "digest", "file_id", "finished", "load_model_file", "read_json",
+           "write_json"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,18 @@ class Common:
     def make(self, target: str) -> str:
         """The command that makes an earlier stage."""
         return f"make {target} DATASET={self.dataset}" + (f" RUN={self.run}" if self.run else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning(Common):
+    """Fields of every stage that trains."""
+
+    precision: str = "auto"      # of the trunk's matrix products in training: float32, bfloat16, or auto: bfloat16
+                                 # where the processor has it and the trunk is wide enough to gain. Kept over a resume
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, precision=(self.precision in dist.PRECISIONS, ", ".join(dist.PRECISIONS)))
 
 
 @contextmanager
@@ -214,6 +227,10 @@ class Run:
             for name in sorted(set(before["config"]) | set(config)):
                 # A field that came later is as if it had had its default: what the stage did before there was one.
                 old, new = before["config"].get(name, default.get(name)), config.get(name)
+                if name == "precision":
+                    # "auto" takes what was chosen at the start; runs from before there was a choice are float32.
+                    old = before.get("precision", old if old in dist.PRECISIONS[1:] else "float32")
+                    new = old if new in ("auto", None) else new
                 if old != new and name not in free:
                     raise PageLLMError(
                         f"{self.path} was made with {name}={old!r}, now {name}={new!r}\n"
@@ -226,6 +243,19 @@ class Run:
             write_json(path, {"config": config, "inputs": inputs,
                               "versions": {"pagellm": __version__, "torch": torch.__version__,
                                            "python": platform.python_version(), "machine": platform.machine()}})
+
+    def precision(self, name: str, device: torch.device, width: int) -> str:
+        """What the trunk multiplies in: decided at the start of a run (dist.pick_precision), kept in config.json, and
+        the same whenever and wherever the run is carried on. Ask on every process. -> "float32" or "bfloat16"
+        """
+        chosen = None
+        if dist.is_main():
+            record = read_json(self.path / "config.json")
+            begun = "float32" if (self.path / "LAST").exists() else dist.pick_precision(name, device, width)
+            chosen = record.get("precision", begun)
+            if "precision" not in record:
+                write_json(self.path / "config.json", record | {"precision": chosen})
+        return dist.everybody(chosen)[0]
 
     @property
     def done(self) -> bool:

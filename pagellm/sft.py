@@ -25,7 +25,8 @@ from pagellm.lists import ground_truth_page, item_scores, near_duplicates, singl
 from pagellm.networks import from_state
 from pagellm.policy import MODES, Policy, PromptStyle, Validation
 from pagellm.prompts import pad_ids
-from pagellm.run import Common, Run, file_id, finished, load_model_file
+from pagellm.run import Learning, Run, file_id, finished, load_model_file
+from pagellm.sampled import Candidates, Proposal, locate, sampled_logits
 from pagellm.train import (
     Guard,
     Objective,
@@ -49,7 +50,7 @@ OBJECTIVES = ("list", "multinomial", "both")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
+class Config(Learning):
     """Teach the pre-trained model to write the ground-truth page behind a user's history."""
 
     label_share: float = 0.5     # share of a user's train items that become the page; the rest is the history
@@ -68,6 +69,9 @@ class Config(Common):
     weight_decay: float = 0.05   # of the matrices
     row_decay: float = 0.0       # weight decay of user and item rows
     row_lr: float = 1.0          # learning rate of rows (users, items, words, positions) as a share of lr
+    sampled_items: int = 0       # items drawn for a step's softmax, beside the batch's own; 0: all items, exactly
+    lazy_rows: bool = False      # user and item rows move only in steps that read them; for large catalogues, with
+                                 # sampled_items, where moving all rows costs more than learning
     dropout: float = 0.1         # in embedding, attention and residual
     grad_clip: float = 1.0       # largest gradient norm; inf: no limit
     k: int = 20                  # slots of a page in validation
@@ -111,13 +115,15 @@ class PageMaker:
 
 @dataclass
 class Batch:
-    """prompt, valid (B, P); page item ids and mask (B, K); excluded (B, E), padded with -1."""
+    """prompt, valid (B, P); page item ids and mask (B, K); excluded (B, E), padded with -1; candidates: items that
+    stand for all in the softmax (sampled.py)."""
 
     prompt: Tensor
     valid: Tensor
     item: Tensor
     mask: Tensor
     excluded: Tensor
+    candidates: Candidates | None = None
 
 
 def collate(policy: Policy, users, examples) -> Batch:
@@ -136,13 +142,21 @@ def sft_loss(model: Backbone, b: Batch, objective: str = "list") -> Tensor:
     both         the sum of the two
     """
     states = slot_states(model, b.prompt, b.valid, b.item, b.mask)
+    rows = model.item if b.candidates is None else model.item_rows(b.candidates[0])
     loss = states.new_zeros((), dtype=torch.float32)
     if objective in ("list", "both"):
-        loss = loss - page_logp(states, model.item, b.item, b.mask, b.excluded).sum() / b.mask.sum()
+        logp = page_logp(states, rows, b.item, b.mask, b.excluded, candidates=b.candidates)
+        loss = loss - logp.sum() / b.mask.sum()
     if objective in ("multinomial", "both"):
-        legal = Unseen(b.excluded, model.n_items).legal
-        logp = torch.where(legal, model.item_logits(states[:, 0]), -torch.inf).log_softmax(1)       # (B, N)
-        loss = loss - torch.where(b.mask, logp.gather(1, b.item.clamp(min=0)), 0.0).sum() / b.mask.sum()
+        item, excluded = b.item, b.excluded
+        if b.candidates is None:
+            logits = model.item_logits(states[:, 0])                                                # (B, N)
+        else:
+            item, excluded = (locate(b.candidates, x) for x in (item, excluded))
+            logits = sampled_logits(states[:, 0], rows, b.candidates)                               # (B, S)
+        legal = Unseen(excluded, logits.shape[1]).legal
+        logp = torch.where(legal, logits, -torch.inf).log_softmax(1)
+        loss = loss - torch.where(b.mask, logp.gather(1, item.clamp(min=0)), 0.0).sum() / b.mask.sum()
     return loss
 
 
@@ -177,8 +191,12 @@ def run(config: Config) -> None:
         validation = Validation(shop, "valid", config.k, config.mode, config.eval_users, config.seed)
         total = config.epochs * -(-len(maker.users) // config.batch)
         learner = dist.wrap(objective := Objective(batch_loss, model=model), config.parallel)
-        opt = optimiser(model, config.lr, config.weight_decay, config.row_decay, row_lr=config.row_lr)
+        opt = optimiser(model, config.lr, config.weight_decay, config.row_decay, lazy=config.lazy_rows,
+                        row_lr=config.row_lr)
+        proposal = Proposal(maker.train.items, shop.n_items)
         guard = Guard(opt, model.parameters(), config.grad_clip)
+
+        model.bf16 = out.precision(config.precision, device, model.shape.n_embd) == "bfloat16"
 
         start, best = 0, {"score": -np.inf, "step": 0, "weights": None}
         if state := out.load():
@@ -207,6 +225,8 @@ def run(config: Config) -> None:
             model.train()
             seed_dropout(config.seed, "sft", step)
             set_lr(opt, lr_at(step, total, config.lr, config.warmup))
+            if config.sampled_items:
+                b.candidates = proposal.draw(b.item, config.sampled_items, keyed(config.seed, "sft", "items", step))
             loss = learner(b, config.objective, busy)
             loss.backward()
             norm = guard.step(f"sft step {step}", lambda step=step, b=b: out.keep_for_replay(

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from pagellm import dist
 from pagellm.config import PageLLMError
 
-__all__ = ["Guard", "Objective", "ahead", "batch_at", "key", "keyed", "logged", "lr_at", "optimiser", "progress",
-           "seed_dropout", "seed_torch", "set_lr", "shared_means"]
+__all__ = ["Guard", "Objective", "RowAdamW", "ahead", "batch_at", "key", "keyed", "logged", "lr_at", "optimiser",
+           "progress", "seed_dropout", "seed_torch", "set_lr", "shared_means"]
 
 
 FUSED = ("cuda",)      # devices whose optimiser steps in one launch, and skips a bad step without asking the host
@@ -88,12 +88,62 @@ def ahead(steps: Iterable[int], total: int, make: Callable[[int], object]) -> It
             yield step, made
 
 
+class RowAdamW(torch.optim.AdamW):
+    """AdamW; of the parameters in groups with lazy=True only rows whose gradient is not zero are touched, at all.
+
+    A row's weight, moments and own count of steps stay as they are until it is next met: each row goes as plain AdamW
+    would with that row's gradients alone. Plain AdamW on the whole table differs: between two meetings it lets a
+    row's moments decay, moves the row on by them, decays its weight, and counts the steps for the correction of
+    the bias. Where every row is met in every step the two are the same. Gradients may be sparse or dense.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        lazy = [(group, p, p.grad) for group in self.param_groups if group.get("lazy")
+                for p in group["params"] if p.grad is not None]
+        for _, p, _ in lazy:
+            p.grad = None
+        super().step()
+        for group, p, grad in lazy:
+            self.step_rows(group, p, grad)
+            p.grad = grad
+
+    def step_rows(self, group: dict, p: nn.Parameter, grad: Tensor) -> None:
+        (b1, b2), lr, state = group["betas"], group["lr"], self.state[p]
+        if not state:
+            state["step"] = torch.zeros(len(p), dtype=torch.int32, device=p.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        if grad.is_sparse:
+            grad = grad.coalesce()
+            rows, grad = grad.indices()[0], grad.values()
+        else:
+            rows = torch.arange(len(p), device=p.device)
+        met = (grad != 0).any(1)
+        rows, grad = rows[met], grad[met]
+        step, m, v = (state[name][rows] for name in ("step", "exp_avg", "exp_avg_sq"))
+        step += 1
+        m.lerp_(grad, 1 - b1)
+        v.mul_(b2).addcmul_(grad, grad, value=1 - b2)
+        for name, value in (("step", step), ("exp_avg", m), ("exp_avg_sq", v)):
+            state[name].index_copy_(0, rows, value)
+        t = step[:, None].double()
+        rate, spread = (lr / (1 - b1 ** t)).to(p.dtype), (1 - b2 ** t).sqrt().to(p.dtype)
+        move = rate * m / (v.sqrt() / spread + group["eps"])
+        p.index_copy_(0, rows, p[rows] * (1 - lr * group["weight_decay"]) - move)
+
+
 def optimiser(model: nn.Module, lr: float, weight_decay: float = 0.0, row_decay: float = 0.0, eps: float = 1e-8,
-              betas: tuple[float, float] = (0.9, 0.95), row_lr: float = 1.0) -> torch.optim.AdamW:
+              betas: tuple[float, float] = (0.9, 0.95), lazy: bool = False, row_lr: float = 1.0) -> torch.optim.AdamW:
     """AdamW in groups: matrices (weight_decay), user and item rows (row_decay), the rest (none).
 
+    lazy     the rows by RowAdamW, with sparse gradients where a backbone can give them. One process only: PageLLMError
     row_lr   learning rate of everything that is looked up (users, items, words, positions, gate) / that of the rest
     """
+    if lazy and dist.world() > 1:
+        raise PageLLMError("lazy_rows works in one process only: leave it out, or NPROC")
+    for module in model.modules():
+        if hasattr(module, "lazy"):
+            module.lazy = lazy
     rows, matrices, rest = [], [], []
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
@@ -111,9 +161,10 @@ def optimiser(model: nn.Module, lr: float, weight_decay: float = 0.0, row_decay:
     groups = [{"params": matrices, "weight_decay": weight_decay},
               {"params": rows, "weight_decay": row_decay, "share": row_lr}, {"params": rest, "weight_decay": 0.0},
               {"params": looked_up, "weight_decay": 0.0, "share": row_lr}]
-    fused = all(p.device.type in FUSED for group in groups for p in group["params"])
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=fused,
-                             foreach=not fused)
+    kind, fused = torch.optim.AdamW, all(p.device.type in FUSED for group in groups for p in group["params"])
+    if lazy:
+        kind, groups[1]["lazy"], fused = RowAdamW, True, False
+    return kind([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=fused, foreach=not fused)
 
 
 def lr_at(step: int, total: int, lr: float, warmup: int = 0, shape: str = "cosine", floor: float = 0.1) -> float:
@@ -129,6 +180,19 @@ def lr_at(step: int, total: int, lr: float, warmup: int = 0, shape: str = "cosin
 def set_lr(opt: torch.optim.Optimizer, lr: float) -> None:
     for group in opt.param_groups:
         group["lr"] = lr * group.get("share", 1.0)
+
+
+def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """torch's clip_grad_norm_, which knows no sparse gradients; these are coalesced on the way."""
+    for p in parameters:
+        if p.grad is not None and p.grad.is_sparse:
+            p.grad = p.grad.coalesce()
+    if not any(p.grad is not None and p.grad.is_sparse for p in parameters):
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+    grads = [p.grad.values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(grads)
+    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 class Guard:
@@ -150,7 +214,7 @@ class Guard:
         keep   writes what made the last of the bad steps and says where
         Raises PageLLMError after `patience` non-finite norms in a row.
         """
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        norm = clip_grad_norm(self.parameters, self.max_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if self.fused:
             bad = ~norm.isfinite()

@@ -291,3 +291,46 @@ def test_pages_begin_as_the_factorisation_and_learn_on(root):
     assert trunk.gate.mean() > 0.9
     with pytest.raises(PageLLMError, match="pool"):
         config(root, "pretrain", "llama", size="llama-nano", pool=True)
+
+
+def test_a_large_catalogue_is_ranked_in_smaller_blocks_to_the_same_pages(root, monkeypatch):
+    shop, policy = load(root / "data" / "synthetic"), Policy.load(root / "runs" / "base" / "sft")
+    history, seen, users = shop.csr("train"), shop.csr("train", positive=None), np.arange(shop.n_users)
+
+    def both():
+        return (policy.rank(users, history, seen, 6, 20).item,
+                evaluate.popularity_pages(shop, users, seen, 6, 20).item)
+
+    whole, batches = both(), []
+    write = policy.write
+    monkeypatch.setattr(policy, "write", lambda some, *rest: batches.append(len(some)) or write(some, *rest))
+    for module in ("policy", "evaluate"):
+        monkeypatch.setattr(f"pagellm.{module}.BLOCK", 7 * shop.n_items)
+    blocks = both()
+    assert max(batches) == 7 and all(np.array_equal(a, b) for a, b in zip(whole, blocks, strict=True))
+
+
+def test_a_run_with_drawn_items_and_lazy_rows_goes_on_to_the_same_bits(root):
+    """Draws are keyed by step and a row's own count of steps is in the checkpoint."""
+    lean = {"sampled_items": 12, "lazy_rows": True}
+    for stage, more in (("pretrain", lean), ("sft", lean), ("reward", {"lazy_rows": True})):
+        module, runs = STAGES[stage], root / "runs"
+        for name in ("lean", "lean2"):
+            one = config(root, stage, name, **more)
+            if name == "lean":
+                module.run(one)
+                continue
+            with pytest.MonkeyPatch.context() as patch:
+                save = module.Run.save
+
+                def stop(self, state, save=save):
+                    save(self, state)
+                    raise KeyboardInterrupt
+
+                patch.setattr(module.Run, "save", stop)
+                with pytest.raises(KeyboardInterrupt):
+                    module.run(one)
+            module.run(one)
+        states = [json.loads((runs / name / stage / "done").read_text())["state"] for name in ("lean", "lean2")]
+        assert states[0] == states[1], stage
+        assert states[0] != json.loads((runs / "base" / stage / "done").read_text())["state"]

@@ -10,9 +10,9 @@ ROOT = Path(__file__).parent.parent
 # A module imports only kernels and what stands before it.
 ORDER = ["config", "embeddings", "dist", "run", "data.records", "data.amazon", "data.interactions", "data.download",
          "data.filters", "data.spool", "data.synthetic", "data.raw", "data.parallel", "data.prepare", "data.shop",
-         "vocab", "prompts", "lists", "pairs", "weights", "backbone", "gpt2", "llama", "lora",
-         "networks", "decode", "metrics", "train", "als", "policy", "pretrain", "sft",
-         "reward", "alarms", "ppo", "evaluate", "export", "recommender", "recommend", "api", "serve", "__main__"]
+         "vocab", "prompts", "lists", "pairs", "weights", "backbone", "gpt2", "llama", "lora", "networks", "sampled",
+         "decode", "metrics", "train", "als", "policy", "pretrain", "sft", "reward", "alarms", "ppo", "evaluate",
+         "export", "recommender", "recommend", "api", "serve", "__main__"]
 BASE = {"torch", "tokenizers", "numpy", "pyarrow", "tqdm"}
 EXTRAS = {"huggingface_hub", "uvicorn"}                         # imported inside functions only
 LEAVES = {"api": {"fastapi", "starlette", "pydantic", "prometheus_client", "uvicorn", "h11"}}     # need an extra

@@ -40,7 +40,7 @@ from pagellm.data.raw import Options, Raw, find
 from pagellm.data.records import NO_TIME, Item, Tally, batched
 from pagellm.run import file_id
 
-__all__ = ["Config", "building", "run"]
+__all__ = ["Config", "Table", "building", "run", "write_tables"]
 
 # What moves no byte: where files lie (their sha256 says what they are), how many processes read them.
 PLACES = ("raw", "data", "review_files", "item_files", "train", "valid", "test", "processes")

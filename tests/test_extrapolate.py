@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.scale import Config, Parts, estimate, measure
+from experiments.extrapolate import Config, Parts, estimate, measure
 from pagellm.config import PageLLMError
 
 

@@ -1,0 +1,61 @@
+"""The item softmax over drawn items against all items: what it costs in quality, over seeds.
+
+    python -m experiments.sampled --dataset synthetic --sampled_items 64 --seeds 3
+
+Pretrain and SFT with the full softmax, with --sampled_items, and with --lazy_rows beside it; SFT's pages scored on the
+validation split, the paired difference to the full softmax over seeds and users. Rows already done are not run again.
+Writes <runs>/sampled/<dataset>-<sampled_items>.parquet and prints it. Two minutes a row and seed on the synthetic shop.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.ablation import overrides
+from experiments.study import Stages, Variant, per_user, print_table, rows_of, run_variant, write_table
+from pagellm import evaluate, pretrain, sft
+from pagellm.config import check, check_numbers, main
+
+__all__ = ["Config", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Does a softmax over a few items learn what the full one learns?"""
+
+    dataset: str = "synthetic"   # name of the data set
+    raw: str = ""                # directory of its raw files, if it is not prepared yet
+    sampled_items: int = 64      # drawn items of a step, beside the batch's own
+    seeds: int = 3               # seeds 0, 1, ...
+    pretrain: str = ""           # options for that stage in every row, as on its command line
+    sft: str = ""                # likewise
+    data: str = "data"           # directory of prepared data sets
+    runs: str = "runs"           # directory of runs
+
+    def __post_init__(self):
+        check_numbers(self)
+        check(self, sampled_items=(self.sampled_items > 0, "1 or more"), seeds=(self.seeds > 0, "1 or more"))
+
+
+def run(config: Config) -> list[dict]:
+    """-> one record for every row and metric, as study.rows_of makes them."""
+    drawn = {"sampled_items": config.sampled_items}
+    ways = {"full": {}, f"{config.sampled_items} drawn": drawn,
+            f"{config.sampled_items} drawn, lazy rows": drawn | {"lazy_rows": True}}
+    results: dict[str, list] = {name: [] for name in ways}
+    for seed in range(config.seeds):
+        for at, (name, own) in enumerate(ways.items()):
+            stages = Stages(config.data, config.runs, config.raw, pretrain=overrides(pretrain, config.pretrain) | own,
+                            sft=overrides(sft, config.sft) | own, evaluate={"split": "valid", "mask": "train"})
+            folder = f"sampled/{('full', 'drawn', 'lazy')[at]}" + (f"-{config.sampled_items}" if at else "")
+            results[name].append(per_user(run_variant(folder, config.dataset, Variant(name, "sft"), seed, stages)))
+    records = rows_of(results, (*evaluate.COLUMNS[:3], "ILD", "energy"))
+    path = Path(config.runs) / "sampled" / f"{config.dataset}-{config.sampled_items}.parquet"
+    write_table(path, records)
+    print(f"{print_table(records)}\n\n{config.seeds} seeds, validation; below each mean the paired difference to the "
+          f"full softmax with its 95% interval (bootstrap over seeds and users)\n{path}")
+    return records
+
+
+if __name__ == "__main__":
+    sys.exit(main(Config, run, "experiments.sampled"))
