@@ -23,7 +23,7 @@ RAW_ARG := $(if $(RAW),--raw $(RAW))
 # presets/<dataset>/<stage> holds options found to fit a data set and two cores; ARGS override them.
 PRESET = $(addprefix @,$(wildcard presets/$(DATASET)/$(1)))
 
-.PHONY: all help install test lint serve recommend report export ablation abtest ope judge baselines coldstart \
+.PHONY: all help install test lint serve recommend report export ablation abtest ope judge baselines coldstart casestudy \
 	bench torture soak clean $(STAGES)
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
@@ -110,6 +110,9 @@ ope: $(if $(findstring --log,$(ARGS)),$(VENV)/installed,$(DONE)/evaluate/done)  
 
 judge: $(DONE)/evaluate/done  ## SFT's pages against PPO's, judged by rules; ARGS="--backend reward", http, replay
 	$(PY) -m experiments.judge $(BASE) $(ARGS)
+
+casestudy: $(DONE)/evaluate/done  ## prompt, true page, pages, hits and rewards slot by slot: ARGS="--user ID" (appendix H)
+	$(PY) -m experiments.casestudy --run $(RUN) $(ARGS)
 
 torture: $(VENV)/installed  ## pull the plug, fill the disk, feed rubbish: about five minutes, ends with counts
 	$(PY) -m experiments.torture $(ARGS)
