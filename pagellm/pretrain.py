@@ -52,6 +52,7 @@ class Config(Common):
     weights: str = ""            # published GPT-2 weights: a file, a directory or a name on the hub; empty: none
     bpe: str = ""                # directory with GPT-2's encoder.json and vocab.bpe; empty: words learnt from the shop
     words: int = 2048            # words to learn when bpe is empty, at least 256
+    times: int = 0               # time tokens: page prompts then show which of so many periods it is; 0: none
     rows: str = "spectral"       # start of user and item rows: spectral (factors of the train matrix) or random
     facts: float = 0.5           # weight of category and brand beside users in spectral rows
     steps: int = 240             # optimiser steps
@@ -75,6 +76,7 @@ class Config(Common):
         check(self, size=(self.size in SIZES, f"one of {', '.join(SIZES)}"),
               rows=(self.rows in ("spectral", "random"), "spectral or random"),
               words=(self.words >= 256, "at least 256"), steps=(self.steps >= 0, "0 or more"),
+              times=(self.times >= 0, "0 or more"),
               batch=(self.batch > 0, "1 or more"), rating_batch=(self.rating_batch > 0, "1 or more"),
               max_tokens=(16 <= self.max_tokens <= SIZES.get(self.size, SIZES["tiny"]).n_ctx,
                           f"16 to {SIZES.get(self.size, SIZES['tiny']).n_ctx}, the context of {self.size}"),
@@ -237,10 +239,10 @@ def pretrain_loss(both: Objective, prompts: Prompts, examples: list[Example], so
 def build(config: Config, shop: Shop) -> tuple[GPT2, RatingHead, Vocab]:
     """The vocabulary and the network before its first step."""
     if config.bpe:
-        vocab = Vocab.gpt2(config.bpe, shop.n_users, shop.n_items)
+        vocab = Vocab.gpt2(config.bpe, shop.n_users, shop.n_items, config.times)
     else:
         empty = Corpus(shop, None, ordered=False)
-        vocab = Vocab.train(empty.texts(), shop.n_users, shop.n_items, config.words)
+        vocab = Vocab.train(empty.texts(), shop.n_users, shop.n_items, config.words, config.times)
     if config.weights and not config.bpe:
         raise PageLLMError("published weights know GPT-2's own words only: give --bpe <directory> with --weights")
     seed_torch(config.seed, "pretrain", "start")
