@@ -11,9 +11,10 @@ ROOT = Path(__file__).parent.parent
 ORDER = ["config", "embeddings", "dist", "run", "data.records", "data.amazon", "data.interactions", "data.download",
          "data.filters", "data.spool", "data.synthetic", "data.raw", "data.parallel", "data.prepare", "data.shop",
          "vocab", "prompts", "lists", "pairs", "gpt2", "decode", "metrics", "train", "policy", "pretrain", "sft",
-         "reward", "alarms", "ppo", "evaluate", "export", "recommender", "recommend", "api", "serve", "__main__"]
+         "reward", "alarms", "ppo", "evaluate", "export", "search", "recommender", "recommend", "features", "api",
+         "serve", "__main__"]
 BASE = {"torch", "tokenizers", "numpy", "pyarrow", "tqdm"}
-EXTRAS = {"huggingface_hub", "safetensors", "uvicorn"}          # imported inside functions only
+EXTRAS = {"faiss", "huggingface_hub", "safetensors", "uvicorn"}  # imported inside functions only
 LEAVES = {"api": {"fastapi", "starlette", "pydantic", "prometheus_client", "uvicorn", "h11"}}     # need an extra
 
 
