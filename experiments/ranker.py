@@ -6,9 +6,9 @@ Writes  runs/<run>/ranker/                  table.{md,tex,parquet}, {valid,test}
     make ranker                             python -m experiments.ranker --dataset synthetic
 
 EASE, fitted to train rows, proposes each user's candidates; LightGBM (lambdarank) orders them. It learns from the
-validation labels of four users in five, stops by the fifth's, and is scored once on the test labels; no feature reads
-a held-out row. (PageLLM chose its own step on validation, so its features look a little better where the ranker learns
-than where it is scored: that can cost them, not flatter them.)
+validation labels and is scored once on the test labels; no feature reads a held-out row. (PageLLM chose its own step on
+validation, so its features look a little better where the ranker learns than where it is scored: that can cost them,
+not flatter them.)
 
     plain      popularity, item mean rating, price, price less the user's usual, affinity to category, department and
                brand, history length
@@ -63,8 +63,8 @@ class Config(Common):
     ridge: float = 100.0         # of EASE, the first stage
     k: int = 20                  # slots of a page
     mode: str = "greedy"         # how the page behind the marginal reward is decoded
-    seeds: int = 5               # rankers: each draws its own users to stop by, rows and columns of trees
-    trees: int = 400             # at most; fewer where the users to stop by gain no more
+    seeds: int = 5               # rankers: each draws its own rows and columns for its trees
+    trees: int = 100             # of a ranker
     leaves: int = 15             # of a tree
     lr: float = 0.05             # of the boosting
 
@@ -150,29 +150,35 @@ def kept(path: Path, make: Callable[[], Candidates]) -> Candidates:
     return Candidates(found.pop("user"), found.pop("item"), found.pop("label"), found)
 
 
+def dealt(found: Candidates, seed: int) -> Candidates:
+    """The same candidates in random places: their order would tell a tree's ties what the first stage thinks."""
+    place = np.argsort(keyed(seed, "ranker", "places").random(found.item.shape), axis=1)
+    item, label = (np.take_along_axis(x, place, 1) for x in (found.item, found.label))
+    return Candidates(found.user, item, label,
+                      {name: np.take_along_axis(x, place, 1) for name, x in found.features.items()})
+
+
 def learn(found: Candidates, names, config: Config, seed: int):
-    """A LightGBM booster for these features, fitted to `found`; four users in five teach it, the fifth stops it."""
+    """A LightGBM booster for these features, fitted to `found`."""
     import lightgbm
-    drawn = keyed(seed, "ranker").permutation(len(found.user))
-    stop, teach = np.sort(drawn[: len(drawn) // 5]), np.sort(drawn[len(drawn) // 5:])
-    if not found.label[stop].any() or not found.label[teach].any():
+    if not found.label.any():
         raise PageLLMError(f"the first stage found no held-out item of {len(found.user):,} users: nothing to learn\n"
                            "  Raise --candidates.")
-    data = [lightgbm.Dataset(x, y, group=group, params={"verbose": -1})
-            for x, y, group in (found.rows(names, users) for users in (teach, stop))]
-    params = {"objective": "lambdarank", "metric": "ndcg", "eval_at": [20], "num_leaves": config.leaves,
-              "learning_rate": config.lr, "min_data_in_leaf": 50, "bagging_fraction": 0.8, "bagging_freq": 1,
-              "feature_fraction": 0.8, "seed": seed, "deterministic": True, "force_row_wise": True, "num_threads": 1,
-              "verbose": -1}
-    return lightgbm.train(params, data[0], config.trees, valid_sets=[data[1]],
-                          callbacks=[lightgbm.early_stopping(40, verbose=False)])
+    x, y, group = found.rows(names, np.arange(len(found.user)))
+    params = {"objective": "lambdarank", "num_leaves": config.leaves, "learning_rate": config.lr,
+              "min_data_in_leaf": 50, "bagging_fraction": 0.8, "bagging_freq": 1, "feature_fraction": 0.8,
+              "seed": seed, "deterministic": True, "force_row_wise": True, "num_threads": 1, "verbose": -1}
+    return lightgbm.train(params, lightgbm.Dataset(x, y, group=group, params={"verbose": -1}), config.trees)
 
 
 def order(found: Candidates, names, booster, k: int) -> RankedPages:
-    """The candidates by the booster's score; equal scores keep the first stage's order."""
-    x, _, _ = found.rows(names, np.arange(len(found.user)))
+    """The candidates by the booster's score; equal scores keep their order. booster None: by the first stage."""
     score = np.full(found.item.shape, -np.inf, np.float32)
-    score[found.item >= 0] = booster.predict(x, num_threads=1)
+    kept = found.item >= 0
+    if booster is None:
+        score[kept] = found.features["first"][kept]
+    else:
+        score[kept] = booster.predict(found.rows(names, np.arange(len(found.user)))[0], num_threads=1)
     best = np.argsort(-score, axis=1, kind="stable")
     item = np.take_along_axis(found.item, best, 1)
     return RankedPages(found.user, item, np.take_along_axis(score, best, 1), np.minimum((item >= 0).sum(1), k))
@@ -194,35 +200,32 @@ def run(config: Config) -> list[dict]:
             return []
         policy = Policy.load(where[config.policy], device)
         reward = RewardModel.load(where["reward"], device).requires_grad_(False)
-        valid, test = (kept(out.path / f"{split}.npz",
-                            lambda split=split: candidates(shop, split, policy, reward, config))
+        valid, test = (dealt(kept(out.path / f"{split}.npz",
+                                  lambda split=split: candidates(shop, split, policy, reward, config)), config.seed)
                        for split in ("valid", "test"))
         scorer = Scorer(shop, "test")
         seen = seen_rows(shop, "test", MASK)
-        first = RankedPages(test.user, test.item, test.features["first"], np.minimum((test.item >= 0).sum(1), config.k))
-        results = {"EASE": [scorer(first, config.k)] * config.seeds}
-        trees, gain = {}, {}
+        results, gain = {"EASE": [scorer(order(test, (), None, config.k), config.k)] * config.seeds}, {}
         for name, features in ROWS.items():
-            results[name], trees[name], gain[name] = [], [], []
+            results[name], gain[name] = [], []
             for seed in range(config.seeds):
                 booster = learn(valid, features, config, config.seed + seed)
                 ranked = order(test, features, booster, config.k)
                 check_pages(name, ranked, scorer.users, seen)
                 results[name].append(scorer(ranked, config.k))
-                trees[name].append(booster.best_iteration)
                 share = booster.feature_importance("gain")
                 gain[name].append(share / max(share.sum(), 1e-12))
         records = compare(results, SHOWN, "plain")
         save(out.path, records, "LightGBM with and without our features")
-        text = report(records, results, trees, gain, test, config)
+        text = report(records, results, gain, test)
         with atomic(out.path / "table.md") as beside:
             beside.write_text(text + "\n")
-        out.finish(trees={name: [int(n) for n in counts] for name, counts in trees.items()})
+        out.finish()
         print(f"{config.dataset}: {len(test.user):,} users, {config.seeds} rankers\n\n{text}\n\n{out.path}")
     return records
 
 
-def report(records, results, trees, gain, test: Candidates, config: Config) -> str:
+def report(records, results, gain, test: Candidates) -> str:
     """The table against "plain", the pairs that answer the question with EASE's score beside them, and gains."""
     lines = [markdown(records), ""]
     for more in ("dot", "marginal", "both"):
@@ -237,7 +240,6 @@ def report(records, results, trees, gain, test: Candidates, config: Config) -> s
     share = np.mean(gain["plain + first + both"], axis=0)
     lines += ["", "share of the trees' gain, plain + first + both: "
               + ", ".join(f"{names[i]} {share[i]:.0%}" for i in np.argsort(-share)),
-              f"trees: {', '.join(f'{name} {np.mean(n):.0f}' for name, n in trees.items())}",
               f"the candidates hold {test.label.sum():,} held-out items, those of {test.label.any(1).mean():.1%} of "
               "the users at least one"]
     return "\n".join(lines)

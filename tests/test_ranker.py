@@ -66,6 +66,10 @@ def test_a_ranker_finds_a_feature_that_says_it_all(shop, served):
         item = ranker.order(found, names, booster, 6).item[:, :3]
         hits[names] = np.take_along_axis(label, item, 1).mean()
         assert np.array_equal(np.sort(ranker.order(found, names, booster, 6).item, 1), found.item)
+    same = ranker.dealt(found, 0)
+    at = np.argsort(same.item, axis=1)
+    assert not np.array_equal(same.item, found.item) and np.array_equal(np.take_along_axis(same.label, at, 1), label)
+    assert np.array_equal(np.take_along_axis(same.features["told"], at, 1), found.features["told"])
     assert hits["noise", "told"] > 2 * hits["noise",]
     nothing = dataclasses.replace(found, label=np.zeros_like(label))
     with pytest.raises(PageLLMError, match="found no held-out item"):
