@@ -17,7 +17,7 @@ either side, drawn anew for each seed.
     trained there   the same two stages on the target's own train rows
 
 Writes data/<dataset>-<side>-s<seed>/, runs/<study>/..., runs/<study>/<dataset>-to-<target>.parquet
-About a minute and a half a seed for the synthetic shop on two cores.
+About a minute a seed for the synthetic shop on one core.
 """
 
 import json

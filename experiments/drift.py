@@ -9,7 +9,7 @@ Each user's latest tenth is the test split, the tenth before it validation, in `
     random cuts         SFT as it is: histories and pages mix past and future
     time cuts           what comes after a moment is the page (--cut time)
     time cuts, token    and a token shows which of `times` periods it is (pretrain --times)
-    ... token, shuffled   the same policy, told the moments of other users: does it listen?
+    ... token, told the first   the same policy, told that it is the first period: does it listen?
 
 and, on the same users, SFT and popularity under the paper's random split: what the split itself hides. --planted gives
 the synthetic shop's rows other moments: a fashion moves through the departments, the same for everybody. Time then says
@@ -134,14 +134,14 @@ def trained(config: Config, data: str, dataset: str, name: str, seed: int, times
     return Policy.load(made.stage("sft"))
 
 
-def scored(shop: Shop, policy: Policy | None, seed: int, recent: float = 0.0, shuffle: bool = False
+def scored(shop: Shop, policy: Policy | None, seed: int, recent: float = 0.0, first: bool = False
            ) -> dict[str, np.ndarray]:
-    """Per-user scores (all users of the shop, NaN without test rows) of a policy, or of popularity where it is None."""
+    """Per-user scores (all users of the shop, NaN without test rows) of a policy, or of popularity where it is None.
+
+    first  tell the policy that every page is shown in the first period        recent  as in recent_pages; 0: all rows
+    """
     scorer, seen = Scorer(shop, "test"), seen_rows(shop, "test", MASK)
-    when = shop.moments("test")
-    if shuffle:
-        when = when.copy()
-        when[scorer.users] = keyed(seed, "drift", "moments").permutation(when[scorer.users])
+    when = np.full(shop.n_users, shop.time.min()) if first else shop.moments("test")
     if policy is not None:
         ranked = policy.rank(scorer.users, shop.csr("train"), seen, K, DEPTH, when=when)
     elif recent:
@@ -181,7 +181,7 @@ def run(config: Config) -> list[dict]:
         token = trained(config, later, name, "token", seed, config.times, "time")
         for row, scores in {
                 "time cuts": scored(shop, cuts, seed), "time cuts, token": scored(shop, token, seed),
-                "time cuts, token, shuffled": scored(shop, token, seed, shuffle=True),
+                "time cuts, token, told the first": scored(shop, token, seed, first=True),
                 "random cuts": scored(shop, plain, seed), "popularity": scored(shop, None, seed),
                 "recent popularity": scored(shop, None, seed, config.recent)}.items():
             results.setdefault(row, []).append(scores)

@@ -15,7 +15,7 @@ not flatter them.)
     dot        h_u . e_i           marginal  change of the page's reward (pagellm/features.py)
     first      EASE's score of the candidate
 
-About two minutes for the synthetic shop on two cores. Needs the extra [ranker].
+About three minutes for the synthetic shop on one core. Needs the extra [ranker].
 """
 
 import sys
