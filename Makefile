@@ -24,7 +24,7 @@ RAW_ARG := $(if $(RAW),--raw $(RAW))
 PRESET = $(addprefix @,$(wildcard presets/$(DATASET)/$(1)))
 
 .PHONY: all help install test lint serve recommend report export ablation abtest ope judge backbones baselines coldstart \
-	bench scaling torture soak clean $(STAGES)
+	casestudy ranker search caches crossdomain drift bench scaling torture soak clean $(STAGES)
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
@@ -114,6 +114,27 @@ ope: $(if $(findstring --log,$(ARGS)),$(VENV)/installed,$(DONE)/evaluate/done)  
 judge: $(DONE)/evaluate/done  ## SFT's pages against PPO's, judged by rules; ARGS="--backend reward", http, replay
 	$(PY) -m experiments.judge $(COMMON) $(ARGS)
 
+casestudy: $(DONE)/evaluate/done  ## prompt, true page, pages, hits and rewards slot by slot: ARGS="--user ID" (appendix H)
+	$(PY) -m experiments.casestudy --run $(RUN) $(ARGS)
+
+ranker: $(VENV)/ranker $(DONE)/ppo/done  ## what dot(h_u, e_i) and the marginal page reward add to LightGBM, on held-out rows
+	$(PY) -m experiments.ranker $(BASE) $(ARGS)
+
+search: $(VENV)/search $(DONE)/export-ppo/done  ## HNSW over the item rows: recall, queries a second, size; ARGS="--copies 30"
+	$(PY) -m pagellm.search $(BASE) $(ARGS)
+
+$(DONE)/export-ppo/done: | $(DONE)/ppo/done
+	$(PY) -m pagellm.export $(BASE)
+
+caches: $(DONE)/ppo/done  ## requests that come back: hits of the prompt and user caches, seconds with and without
+	$(PY) -m experiments.caches $(BASE) $(ARGS)
+
+crossdomain: $(VENV)/installed  ## trained on half of the departments, tested on the others through rows made of words
+	$(PY) -m experiments.crossdomain --dataset $(DATASET) $(RAW_ARG) $(ARGS)
+
+drift: $(VENV)/installed  ## trained on the past, tested on what came after; with and without a time token
+	$(PY) -m experiments.drift --dataset $(DATASET) $(RAW_ARG) $(ARGS)
+
 torture: $(VENV)/installed  ## pull the plug, fill the disk, feed rubbish: about five minutes, ends with counts
 	$(PY) -m experiments.torture $(ARGS)
 
@@ -143,6 +164,14 @@ $(VENV)/serve: $(VENV)/installed
 
 $(VENV)/report: $(VENV)/installed
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[report]'
+	touch $@
+
+$(VENV)/ranker: $(VENV)/installed
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ranker]'
+	touch $@
+
+$(VENV)/search: $(VENV)/installed
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[search]'
 	touch $@
 
 clean:  ## remove runs of RUN (prepared data and other runs stay)

@@ -28,8 +28,8 @@ from pagellm.reward import RewardModel, is_held_out, score_pairs
 from pagellm.run import file_id, read_json
 from pagellm.train import keyed
 
-__all__ = ["Found", "Judged", "Missing", "STAGES", "Stage", "bins_of", "hits", "judge", "margins", "page_items", "read",
-           "spearman", "wilson"]
+__all__ = ["Found", "Judged", "Missing", "STAGES", "Stage", "bins_of", "brand_hits", "hits", "judge", "judge_rows",
+           "margins", "page_items", "prompt_text", "read", "spearman", "trace", "wilson"]
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
@@ -245,12 +245,21 @@ def hits(pages: RankedPages, scorer: Scorer, k: int) -> tuple[np.ndarray, np.nda
     item, shop = page_items(pages, k), scorer.shop
     user = np.repeat(np.arange(shop.n_users), scorer.held.counts())
     exact = np.isin(pages.user[:, None] * shop.n_items + item, user * shop.n_items + scorer.held.items) & (item >= 0)
-    leaf, n_leaf = shop.catalogue.leaf_id, len(shop.catalogue.leaf_names) + 1
-    held_leaf = leaf[scorer.held.items]
-    wanted = (user * n_leaf + held_leaf)[held_leaf >= 0]
-    have = np.where(item >= 0, leaf[np.maximum(item, 0)], -1)
-    same = (have >= 0) & np.isin(pages.user[:, None] * n_leaf + have, wanted)
-    return exact, same & ~exact
+    return exact, shared(pages.user, item, scorer, shop.catalogue.leaf_id) & ~exact
+
+
+def brand_hits(pages: RankedPages, scorer: Scorer, k: int) -> np.ndarray:
+    """(U, k) bool: the slot holds an item, not itself held out, of the brand of a held-out item of its user."""
+    item = page_items(pages, k)
+    return shared(pages.user, item, scorer, scorer.shop.catalogue.brand_id) & ~hits(pages, scorer, k)[0]
+
+
+def shared(users: np.ndarray, item: np.ndarray, scorer: Scorer, group: np.ndarray) -> np.ndarray:
+    """(U, k) bool: the group (N,) of the slot's item, -1 where unknown, is that of a held-out item of its user."""
+    n, owner = int(group.max(initial=-1)) + 2, np.repeat(np.arange(scorer.shop.n_users), scorer.held.counts())
+    held = group[scorer.held.items]
+    have = np.where(item >= 0, group[np.maximum(item, 0)], -1)
+    return (have >= 0) & np.isin(users[:, None] * n + have, (owner * n + held)[held >= 0])
 
 
 def page_items(pages: RankedPages, k: int) -> np.ndarray:
@@ -274,9 +283,15 @@ class Judged:
     total: np.ndarray
 
 
-@torch.no_grad()
 def judge(found: Found, config, limit: int, batch: int = 128) -> Judged:
-    """What the reward model says of both policies' pages. Raises Missing."""
+    """What the reward model says of both policies' pages of at most `limit` users, drawn at random. Raises Missing."""
+    n = len(found.both("scoring pages")[0].user)
+    return judge_rows(found, config, np.sort(keyed(config.seed, "report", "judged").permutation(n)[:limit]), batch)
+
+
+@torch.no_grad()
+def judge_rows(found: Found, config, row: np.ndarray, batch: int = 128) -> Judged:
+    """`judge` for these rows (n,) of the pages."""
     both = found.both("scoring pages")
     for name in ("sft", "reward"):
         if not found.stages[name].done:
@@ -287,8 +302,6 @@ def judge(found: Found, config, limit: int, batch: int = 128) -> Judged:
     rec = Recommender.load(Sources(dataset=found.dataset, run=found.run, data=config.data, runs=config.runs,
                                    source_run=of["sft"], reward_run=of["reward"], split=found.split,
                                    device=config.device), policies=("sft",))
-    n = len(both[0].user)
-    row = np.sort(keyed(config.seed, "report", "judged").permutation(n)[:limit])
     token, total = np.full((2, len(row), found.k), np.nan), np.zeros((2, len(row)))
     for side, pages in enumerate(both):
         items = page_items(pages, found.k)[row]
@@ -301,6 +314,24 @@ def judge(found: Found, config, limit: int, batch: int = 128) -> Judged:
             token[side, at: at + batch] = np.where(kept, slots.numpy(), np.nan)
             total[side, at: at + batch] = page.numpy() + np.where(kept, slots.numpy(), 0).sum(1) / kept.sum(1).clip(1)
     return Judged(both[0].user[row], row, token, total)
+
+
+def trace(token: np.ndarray) -> np.ndarray:
+    """(..., K) rewards of slots, NaN past the end -> the part of Eq. 6's R_f that the slots down to k have brought,
+    sum_{t <= k} r_t / T; the last one is R_f itself."""
+    kept = ~np.isnan(token)
+    total = np.cumsum(np.where(kept, token, 0.0), axis=-1) / np.maximum(kept.sum(-1, keepdims=True), 1)
+    return np.where(kept, total, np.nan)
+
+
+def prompt_text(policy: Policy, found: Found, user: int) -> str:
+    """The prompt that a user's page was written behind, token by token, users and items by the shop's own ids."""
+    history = found.shop.csr("train").of(user)
+    ids = policy.prompts.page(user if policy.style.use_user else None, *history)
+    v, c = policy.vocab, found.shop.catalogue
+    parts = [f"<{found.shop.user_ids[t - v.user0]}>" if v.user0 <= t < v.item0
+             else f" <{c.ids[t - v.item0]}>" if t >= v.item0 else v.decode([t]) for t in ids]
+    return "".join(parts)
 
 
 def margins(found: Found, config, per_kind: int) -> dict[str, np.ndarray]:

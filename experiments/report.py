@@ -24,18 +24,22 @@ from experiments.findings import (
     Judged,
     Missing,
     bins_of,
+    brand_hits,
     hits,
     judge,
     margins,
     page_items,
+    prompt_text,
     read,
     spearman,
+    trace,
     wilson,
 )
 from experiments.plots import available, clean, dots, lines
 from pagellm import metrics
 from pagellm.config import PageLLMError, check, main
 from pagellm.evaluate import COLUMNS, LABELS
+from pagellm.policy import Policy
 from pagellm.run import Common, atomic
 from pagellm.train import keyed
 
@@ -592,25 +596,32 @@ def examples(found: Found, config: Config) -> str:
     except Missing as missing:
         note, among = missing_note(missing), np.arange(len(ppo.user))
     chosen = np.sort(keyed(config.seed, "report", "examples").permutation(among)[: config.examples])
-    marks = [hits(p, found.scorer, found.k) for p in (sft, ppo)]
+    marks = [(*hits(p, found.scorer, found.k), brand_hits(p, found.scorer, found.k)) for p in (sft, ppo)]
     items = [page_items(p, found.k) for p in (sft, ppo)]
     token = None
     if judged is not None:
         token = judged.token[:, np.searchsorted(judged.row, chosen)]
         low, high = (f(token, axis=(0, 2), keepdims=True) for f in (np.nanmin, np.nanmax))
         heat = 100 * (token - low) / np.maximum(high - low, 1e-9)
-        note += text("Heat: token reward, from the lowest (palest) to the highest (strongest) of a user's two pages.")
-    out = [text("Drawn at random, not picked. ✓ a held-out item; ≈ not held out, but of a held-out item's category."),
-           note]
+        note += text("Heat: token reward r_k, from the lowest (palest) to the highest (strongest) of a user's two "
+                     "pages; after it the sum down to this slot over T (Eq. 6), whose last is R_f. R_c: page "
+                     "reward (Eq. 5).")
+    out = [text("Drawn at random, not picked. ✓ a held-out item; ≈ not held out, but of a held-out item's category; "
+                "◇ of a held-out item's brand."), note]
+    policy = None
+    if judged is not None:
+        policy = Policy.load(found.stages["ppo" if found.stages["ppo"].done else "sft"].path)
     for at, row in enumerate(chosen):
         user = int(ppo.user[row])
-        pages = [example_page(found, name, items[side][row], marks[side][0][row], marks[side][1][row],
-                              None if token is None else token[side, at], None if token is None else heat[side, at])
+        pages = [example_page(found, name, items[side][row], *(m[row] for m in marks[side]),
+                              None if token is None else token[side, at], None if token is None else heat[side, at],
+                              None if token is None else judged.total[side, np.searchsorted(judged.row, row)])
                  for side, name in enumerate((f"without reward: {SFT}", f"with reward: {PPO}"))]
         found_of = [f"{int(marks[side][0][row].sum())}" for side in (0, 1)]
         out.append(f"<details{' open' if at < 2 else ''}><summary>user {esc(found.shop.user_ids[user])}: "
                    f"{found_of[0]} held-out items found without reward, {found_of[1]} with</summary>"
-                   f"{known(found, user)}<div class=pages>{''.join(pages)}</div></details>")
+                   + ("" if policy is None else text(f"Prompt: {prompt_text(policy, found, user)}"))
+                   + f"{known(found, user)}<div class=pages>{''.join(pages)}</div></details>")
     return "".join(out)
 
 
@@ -634,24 +645,30 @@ def known(found: Found, user: int, most: int = 12) -> str:
             f"<div><h3>Ground truth: held out</h3>{listing(*found.scorer.held.of(user))}</div></div>")
 
 
-def example_page(found: Found, name: str, items, exact, same, token, heat) -> str:
+def example_page(found: Found, name: str, items, exact, same, brand, token, heat, total) -> str:
     kept = np.flatnonzero(items >= 0)
-    mark = ["✓" if exact[j] else "≈" if same[j] else "" for j in kept]
+    mark = ["✓" if exact[j] else "≈" * int(same[j]) + "◇" * int(brand[j]) for j in kept]
     strip = ""
     if token is not None:
         said = ", ".join(f"{j + 1}: {token[j]:.2f}{' ' + m if m else ''}" for j, m in zip(kept, mark, strict=True))
         strip = f'<div class=strip role=img aria-label="Token reward by slot: {said}">' + "".join(
             f'<span style="--v:{heat[j]:.0f}">{m}</span>' for j, m in zip(kept, mark, strict=True)) + "</div>"
-    leaf = found.shop.catalogue.leaf
-    rows = []
+    leaf, rows = found.shop.catalogue.leaf, []
+    so_far = None if token is None else trace(token)
     for j, m in zip(kept, mark, strict=True):
         i = int(items[j])
-        value = "" if token is None else f'<span class=value style="--v:{heat[j]:.0f}">{token[j]:+.2f}</span> '
-        hit = {"✓": '<span class=exact title="held out">✓</span> ',
-               "≈": '<span class=same title="same category">≈</span> '}.get(m, "")
+        value = "" if token is None else (f'<span class=value style="--v:{heat[j]:.0f}">{token[j]:+.2f}</span> '
+                                          f'<span class=quiet>{so_far[j]:+.2f}</span> ')
+        hit = "".join({"✓": '<span class=exact title="held out">✓</span> ',
+                       "≈": '<span class=same title="same category">≈</span> ',
+                       "◇": '<span class=same title="same brand">◇</span> '}[one] for one in m)
         rows.append(f"<li{' class=exact' if exact[j] else ''}>{value}{hit}{esc(title_of(found, i))}"
                     + (f" <span class=quiet>{esc(leaf[i])}</span>" if leaf[i] else "") + "</li>")
-    return f"<div><h3>Page {esc(name)}</h3>{strip}<ol class=page>{''.join(rows)}</ol></div>"
+    sums = f"{int(exact.sum())} exact, {int(same.sum())} same category, {int(brand.sum())} same brand"
+    if token is not None and len(kept):
+        sums += f"; R_f {so_far[kept[-1]]:+.3f}, R_c {total - so_far[kept[-1]]:+.3f}"
+    return (f"<div><h3>Page {esc(name)}</h3>{strip}<ol class=page>{''.join(rows)}</ol>"
+            f"<p class=quiet>{sums}</p></div>")
 
 
 def data_card(found: Found, config: Config) -> str:

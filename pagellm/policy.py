@@ -35,6 +35,7 @@ class PromptStyle:
     max_history: int = 24      # items
     use_ratings: bool = True
     use_user: bool = True      # False: every prompt begins with <user_unk>
+    clock: tuple[int, ...] = ()  # rising moments, in seconds, where the periods of time tokens end; (): none is shown
 
 
 @dataclass
@@ -53,7 +54,8 @@ class RankedPages:
 class Policy:
     def __init__(self, model: Backbone, vocab: Vocab, style: PromptStyle):
         self.model, self.vocab, self.style = model, vocab, style
-        self.prompts = Prompts(vocab, model.shape.n_ctx, style.max_history, style.use_ratings)
+        self.prompts = Prompts(vocab, model.shape.n_ctx, style.max_history, style.use_ratings,
+                               len(style.clock) if vocab.times else None)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu", dropout: float = 0.0) -> "Policy":
@@ -63,7 +65,14 @@ class Policy:
         return cls(model, Vocab.load(path), PromptStyle(**state["style"]))
 
     def state(self) -> dict:
-        return {**to_state(self.model), "style": asdict(self.style)}
+        style = {name: value for name, value in asdict(self.style).items() if name != "clock" or value}
+        return {**to_state(self.model), "style": style}
+
+    def periods(self, when: np.ndarray | None, n: int) -> list[int | None]:
+        """Period of each of n moments, in seconds; n times None where none is given or there are no time tokens."""
+        if when is None or not self.vocab.times:
+            return [None] * n
+        return np.searchsorted(np.array(self.style.clock), when, side="right").tolist()
 
     def check_room(self, slots: int) -> None:
         """Raise PageLLMError unless the longest prompt and `slots` items fit in the context."""
@@ -72,18 +81,21 @@ class Policy:
             raise PageLLMError(f"a history of {self.style.max_history} items and a page of {slots} need {need} tokens, "
                                f"the context has {room}; lower max_history or k, or take a larger size")
 
-    def prompt(self, users, histories) -> tuple[Tensor, Tensor]:
-        """ids (B, P), valid (B, P), left-padded. histories: (items, ratings) of each user, oldest first."""
-        rows = [self.prompts.page(int(u) if self.style.use_user and u is not None else None, *history)
-                for u, history in zip(users, histories, strict=True)]
+    def prompt(self, users, histories, when: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+        """ids (B, P), valid (B, P), left-padded. histories: (items, ratings) of each user, oldest first.
+
+        when  (B,) seconds: the moment of each page, where the policy has time tokens; None: now, the last period
+        """
+        rows = [self.prompts.page(int(u) if self.style.use_user and u is not None else None, *history, period)
+                for u, history, period in zip(users, histories, self.periods(when, len(users)), strict=True)]
         ids, valid = left_pad(rows, self.vocab.pad)
         device = self.model.word.device
         return dist.send(ids, device), dist.send(valid, device)
 
     def write(self, users: np.ndarray, history: Rows, seen: Rows, k: int, mode: str = "greedy",
-              width: int = 4) -> tuple[Pages, Tensor]:
-        """Pages of one batch of users, and the legal set (B, N) they started from."""
-        prompt, valid = self.prompt(users, [history.of(u) for u in users])
+              width: int = 4, when: np.ndarray | None = None) -> tuple[Pages, Tensor]:
+        """Pages of one batch of users, and the legal set (B, N) they started from. when as in `prompt`."""
+        prompt, valid = self.prompt(users, [history.of(u) for u in users], when)
         constraint = Unseen(torch.from_numpy(seen.padded(users)).to(prompt.device), self.model.n_items)
         legal = constraint.legal.clone()
         if mode == "greedy":
@@ -95,11 +107,12 @@ class Policy:
         raise PageLLMError(f"mode={mode!r}: want one of {', '.join(MODES)}")
 
     def rank(self, users: np.ndarray, history: Rows, seen: Rows, k: int, depth: int, mode: str = "greedy",
-             batch: int = 256, progress: str = "") -> RankedPages:
+             batch: int = 256, progress: str = "", when: np.ndarray | None = None) -> RankedPages:
         """Page of k and the ranks behind it for every user, `batch` at once; several processes share the users.
 
         history  what the prompts show        seen  what no page may hold
         Of a catalogue so large that logits of `batch` users exceed BLOCK numbers, fewer users at once.
+        when     (all users of the shop,) seconds: the moment of each one's page, as in `prompt`
         """
         self.check_room(k)
         batch = max(1, min(batch, BLOCK // max(1, self.model.n_items)))
@@ -111,7 +124,7 @@ class Policy:
                    mininterval=1.0)
         for start in range(0, len(mine), batch):
             some = mine[start: start + batch]
-            pages, legal = self.write(some, history, seen, k, mode)
+            pages, legal = self.write(some, history, seen, k, mode, when=None if when is None else when[some])
             item, score = ranking(pages, legal, max(depth, k))
             items.append(item.cpu())
             scores.append(score.cpu())
@@ -184,10 +197,10 @@ class Validation:
             raise PageLLMError(f"no user has both train and {split} items: nothing to validate on")
         if 0 < limit < len(users):
             users = np.sort(keyed(seed, "validation", split).permutation(users)[:limit])
-        self.users = users
+        self.users, self.when = users, shop.moments(split)
 
     def __call__(self, policy: Policy) -> dict[str, float]:
         """name -> mean over the users for whom it is defined; left out where it is for nobody."""
-        ranked = policy.rank(self.users, self.history, self.seen, self.k, self.depth, self.mode)
+        ranked = policy.rank(self.users, self.history, self.seen, self.k, self.depth, self.mode, when=self.when)
         scores = self.scorer(ranked, self.k)
         return {name: float(np.nanmean(v)) for name, v in scores.items() if not np.isnan(v).all()}

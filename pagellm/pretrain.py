@@ -61,6 +61,7 @@ class Config(Learning):
     bpe: str = ""                # the words published with them: a tokenizer.json, or a directory with it or with
                                  # GPT-2's encoder.json and vocab.bpe; empty: words learnt from the shop
     words: int = 2048            # words to learn when bpe is empty, at least 256
+    times: int = 0               # time tokens: page prompts then show which of so many periods it is; 0: none
     rows: str = "spectral"       # start of user and item rows: spectral (factors of the train matrix), als or random
     facts: float = 0.5           # weight of category and brand beside users in spectral rows; als: above 0, they and
                                  # the words of titles count as users of their items
@@ -99,6 +100,7 @@ class Config(Learning):
               pool=(not self.pool or (self.size in gpt2.SIZES and not self.weights),
                     "off for Llama and for published weights"),
               words=(self.words >= 256, "at least 256"), steps=(self.steps >= 0, "0 or more"),
+              times=(self.times >= 0, "0 or more"),
               batch=(self.batch > 0, "1 or more"), rating_batch=(self.rating_batch > 0, "1 or more"),
               max_tokens=(16 <= self.max_tokens <= SIZES.get(self.size, SIZES["tiny"]).n_ctx,
                           f"16 to {SIZES.get(self.size, SIZES['tiny']).n_ctx}, the context of {self.size}"),
@@ -309,10 +311,10 @@ def pretrain_loss(both: Objective, prompts: Prompts, examples: list[Example], so
 def build(config: Config, shop: Shop) -> tuple[Backbone, RatingHead, Vocab]:
     """The vocabulary and the network before its first step."""
     if config.bpe:
-        vocab = Vocab.published(config.bpe, shop.n_users, shop.n_items)
+        vocab = Vocab.published(config.bpe, shop.n_users, shop.n_items, config.times)
     else:
         empty = Corpus(shop, None, ordered=False)
-        vocab = Vocab.train(empty.texts(), shop.n_users, shop.n_items, config.words)
+        vocab = Vocab.train(empty.texts(), shop.n_users, shop.n_items, config.words, config.times)
     if config.weights and not config.bpe:
         raise PageLLMError("published weights know their own words only: give --bpe <tokenizer.json or directory> with "
                            "--weights")

@@ -8,6 +8,7 @@ those that count in the loss.
     interaction   user_3 " chose:"                           -> item tokens
     rating        user_3 item_12 " rating:"                  -> a number, read at the last token
     page          user_3 " history" item_5 <r5> item_9 <r4> <page>   -> the page, slot by slot
+                  (with time tokens, <t7> before <page>: the period in which it is shown)
 """
 
 from dataclasses import dataclass
@@ -43,10 +44,12 @@ class Prompts:
     room         tokens that fit in the context
     max_history  items of history shown to the page prompt; the oldest are dropped first
     use_ratings  show the rating token behind each item of the history
+    now          period of a page whose moment is not given, where the vocabulary has time tokens
     """
 
-    def __init__(self, vocab: Vocab, room: int, max_history: int = 32, use_ratings: bool = True):
-        self.vocab, self.room = vocab, room
+    def __init__(self, vocab: Vocab, room: int, max_history: int = 32, use_ratings: bool = True,
+                 now: int | None = None):
+        self.vocab, self.room, self.now = vocab, room, now
         self.max_history, self.use_ratings = max_history, use_ratings
         self.words = lru_cache(maxsize=4096)(lambda text: tuple(vocab.words(text)))
 
@@ -75,20 +78,23 @@ class Prompts:
         text = self.vocab.words(f" {review}")[: self.room - 8] if review else []
         return [self.vocab.user(user), self.vocab.item(item), *text, *self.words(" rating:")]
 
-    def page(self, user: int | None, items, ratings) -> list[int]:
-        """Prompt of a page. items, ratings: the history, oldest first; ratings NaN where unknown."""
+    def page(self, user: int | None, items, ratings, period: int | None = None) -> list[int]:
+        """Prompt of a page. items, ratings: the history, oldest first; ratings NaN where unknown. period: which of the
+        vocabulary's time tokens is shown, counted from 0; None: `now`, and where that is None, none."""
         ids = [self.vocab.user(user), *self.words(" history")]
         items, ratings = items[-self.max_history:], ratings[-self.max_history:]
         for item, rating in zip(items, ratings, strict=True):
             ids.append(self.vocab.item(item))
             if self.use_ratings:
                 ids.append(self.vocab.rating(rating))
-        return [*ids, self.vocab.page]
+        period = self.now if period is None else period
+        return [*ids, *([] if period is None else [self.vocab.time(period)]), self.vocab.page]
 
     @property
     def page_room(self) -> int:
         """Tokens of the longest page prompt."""
-        return 2 + len(self.words(" history")) + self.max_history * (2 if self.use_ratings else 1)
+        return (2 + len(self.words(" history")) + self.max_history * (2 if self.use_ratings else 1)
+                + (self.vocab.times > 0))
 
 
 def pad_ids(rows: list[list[int]], fill: int, width: int | None = None) -> np.ndarray:

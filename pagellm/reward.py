@@ -144,6 +144,10 @@ class RewardModel(nn.Module):
         returns token_reward (B, K) float32, 0 off the mask; page_reward (B,) float32
         """
         after = slot_states(self.trunk, prompt, valid, item, mask, start)[:, 1:].float()
+        return self.heads(prompt, valid, item, mask, after)
+
+    def heads(self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` from after (B, K, C) float32, the trunk's states after each slot's item was read."""
         count = mask.sum(1).clamp(min=1)
         end = after[torch.arange(len(after), device=after.device), count - 1]
         if self.compare is not None:

@@ -47,6 +47,7 @@ __all__ = ["Batch", "Config", "PageMaker", "run", "sft_loss"]
 
 
 OBJECTIVES = ("list", "multinomial", "both")
+CUTS = ("random", "time")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,8 @@ class Config(Learning):
 
     label_share: float = 0.5     # share of a user's train items that become the page; the rest is the history
     label_share_max: float = 0.0 # if above label_share, the share is drawn between the two for every example
+    cut: str = "random"          # input/label split: random (by label_share), or time: at a moment drawn anew for every
+                                 # example, what comes after it is the page
     fresh_split: bool = True     # draw the input/label split anew each epoch; off: one split for good
     objective: str = "both"      # list (Eq. 4, slot by slot), multinomial (all labels from the first state), or both
     max_page: int = 40           # longest page learnt; what a very active user has beyond it is left out
@@ -84,6 +87,7 @@ class Config(Learning):
         check(self, label_share=(0 < self.label_share < 1, "between 0 and 1"),
               label_share_max=(0 <= self.label_share_max < 1, "0 or more, below 1"),
               objective=(self.objective in OBJECTIVES, ", ".join(OBJECTIVES)),
+              cut=(self.cut in CUTS, " or ".join(CUTS)),
               max_history=(self.max_history > 0, "1 or more"), epochs=(self.epochs > 0, "1 or more"),
               batch=(self.batch > 0, "1 or more"), lr=(self.lr > 0, "above 0"), k=(self.k > 0, "1 or more"),
               dropout=(0 <= self.dropout < 1, "0 or more, below 1"), mode=(self.mode in MODES, ", ".join(MODES)),
@@ -95,6 +99,7 @@ class PageMaker:
 
     def __init__(self, shop: Shop, shrink: float = 0.0):
         self.catalogue, self.train = shop.catalogue, shop.csr("train")
+        self.time = shop.time[shop.rows("train")]
         self.s = item_scores(shop, shrink)
         self.near = near_duplicates(shop.catalogue)
         self.users = np.flatnonzero(self.train.counts() > 1)      # one for the history, one for the page
@@ -105,6 +110,20 @@ class PageMaker:
         given, label = split_history(items, ratings, share, rng)
         page, _ = ground_truth_page(items[label], ratings[label], self.catalogue, self.s, self.near)
         return (items[given], ratings[given]), page[:longest]
+
+    def later(self, user: int, rng: np.random.Generator, longest: int | None = None):
+        """`example` cut at a moment: what the user had before it, the page of what came after; and the moment (s) of
+        the page's earliest item. Equal moments count in the order of the rows."""
+        items, ratings = self.train.of(user)
+        at = int(rng.integers(1, len(items)))
+        page, _ = ground_truth_page(items[at:], ratings[at:], self.catalogue, self.s, self.near)
+        return (items[:at], ratings[:at]), page[:longest], int(self.time[self.train.indptr[user] + at])
+
+    def clock(self, times: int) -> tuple[int, ...]:
+        """times - 1 rising moments that cut the train rows into about equal parts; fewer where rows share a moment."""
+        if times < 2:
+            return ()
+        return tuple(np.unique(np.quantile(self.time, np.arange(1, times) / times, method="higher")).tolist())
 
     def single_level_share(self, share: float, seed: int) -> float:
         """Share of users with a rating level on one side of the split only (SPEC 2.2 step 2), over one draw."""
@@ -126,9 +145,9 @@ class Batch:
     candidates: Candidates | None = None
 
 
-def collate(policy: Policy, users, examples) -> Batch:
+def collate(policy: Policy, users, examples, when=None) -> Batch:
     histories = [history for history, _ in examples]
-    prompt, valid = policy.prompt(users, histories)
+    prompt, valid = policy.prompt(users, histories, when)
     item = dist.send(torch.from_numpy(pad_ids([page for _, page in examples], -1)), prompt.device)
     excluded = dist.send(torch.from_numpy(pad_ids([items for items, _ in histories], -1)), prompt.device)
     return Batch(prompt, valid, item, item >= 0, excluded)
@@ -181,8 +200,12 @@ def run(config: Config) -> None:
             vocab.save(out.path)
         model = from_state(load_model_file(before / "model.pt"), config.dropout).to(device)
         model.checkpoint_blocks = config.checkpoint_blocks
-        policy = Policy(model, vocab, PromptStyle(config.max_history, config.use_ratings, config.use_user))
         maker = PageMaker(shop, config.shrink)
+        if vocab.times and config.cut != "time":
+            raise PageLLMError("page prompts that show when (pretrain --times) learn from pages that come after their "
+                               "history: give --cut time")
+        policy = Policy(model, vocab, PromptStyle(config.max_history, config.use_ratings, config.use_user,
+                                                  maker.clock(vocab.times)))
         if len(maker.users) == 0:
             raise PageLLMError(f"no user of {config.data_dir} has two train items: there is no page to learn")
         lengths = tuple(maker.train.counts()[maker.users].tolist())
@@ -216,8 +239,13 @@ def run(config: Config) -> None:
         def batch(step: int) -> tuple[Batch, bool]:
             epoch, index = batch_at(step, len(maker.users), config.batch, config.seed, "sft", length=lengths)
             users, busy = dist.part(maker.users[index])
-            examples = [maker.example(u, *draw(config, epoch, int(u)), config.max_page) for u in users]
-            return collate(policy, users, examples), busy
+            when = None
+            if config.cut == "time":
+                cuts = [maker.later(u, draw(config, epoch, int(u))[1], config.max_page) for u in users]
+                examples, when = [cut[:2] for cut in cuts], np.array([cut[2] for cut in cuts])
+            else:
+                examples = [maker.example(u, *draw(config, epoch, int(u)), config.max_page) for u in users]
+            return collate(policy, users, examples, when), busy
 
         bar = progress(start, total, "sft")
         for step, (b, busy) in ahead(out.steps(bar), total, batch):

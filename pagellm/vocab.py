@@ -43,14 +43,18 @@ def plain_words(tokenizer: Tokenizer) -> bool:
 
 
 class Vocab:
-    """words 0..W-1 | specials W..W+S-1 | users | items; every id has one meaning, every meaning one id."""
+    """words 0..W-1 | specials W..W+S-1 | users | items; every id has one meaning, every meaning one id.
 
-    def __init__(self, tokenizer: Tokenizer, n_users: int, n_items: int):
+    times  time tokens <t1>..<t{times}> behind the other specials, for prompts that show when; 0: none
+    """
+
+    def __init__(self, tokenizer: Tokenizer, n_users: int, n_items: int, times: int = 0):
         self.tokenizer = tokenizer
         tokenizer.encode_special_tokens = True       # a review that says "<|end_of_text|>" is text like any other
         self._tokens: dict[str, list[int]] | None = {} if plain_words(tokenizer) else None   # of words seen before
         self.n_words = tokenizer.get_vocab_size()
-        self.n_specials = len(SPECIALS)
+        self.times = times
+        self.n_specials = len(SPECIALS) + times
         self.n_users, self.n_items = n_users, n_items
         self.user0 = self.n_words + self.n_specials
         self.item0 = self.user0 + n_users
@@ -60,7 +64,8 @@ class Vocab:
         self.user_unk = self.special("<user_unk>")
 
     @classmethod
-    def train(cls, texts: Iterable[str], n_users: int, n_items: int, size: int = 2048) -> "Vocab":
+    def train(cls, texts: Iterable[str], n_users: int, n_items: int, size: int = 2048,
+              times: int = 0) -> "Vocab":
         """Byte-level BPE of at most `size` words from `texts`; with no text at all it is the 256 bytes."""
         if size < 256:
             raise PageLLMError(f"words={size}: want at least 256, one for each byte")
@@ -69,10 +74,10 @@ class Vocab:
                                       show_progress=False)
         byte_level(tokenizer)
         tokenizer.train_from_iterator(texts, trainer)
-        return cls(tokenizer, n_users, n_items)
+        return cls(tokenizer, n_users, n_items, times)
 
     @classmethod
-    def gpt2(cls, path: str | Path, n_users: int, n_items: int) -> "Vocab":
+    def gpt2(cls, path: str | Path, n_users: int, n_items: int, times: int = 0) -> "Vocab":
         """GPT-2's words from encoder.json and vocab.bpe (or vocab.json and merges.txt) in `path`."""
         path = Path(path)
         for words, merges in TWO_FILES:
@@ -82,12 +87,12 @@ class Vocab:
                 pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
                 tokenizer = Tokenizer(models.BPE(vocab=index, merges=pairs))
                 byte_level(tokenizer)
-                return cls(tokenizer, n_users, n_items)
+                return cls(tokenizer, n_users, n_items, times)
         raise PageLLMError(f"no GPT-2 word files in {path}\n  Want encoder.json and vocab.bpe "
                            "(or vocab.json and merges.txt), as published with GPT-2.")
 
     @classmethod
-    def published(cls, path: str | Path, n_users: int, n_items: int) -> "Vocab":
+    def published(cls, path: str | Path, n_users: int, n_items: int, times: int = 0) -> "Vocab":
         """The words of a published model: a tokenizer.json, or a directory with it or with GPT-2's two files.
 
         Its own special tokens stay words, and nothing is put before or behind a text. Raises PageLLMError for files
@@ -96,7 +101,7 @@ class Vocab:
         path = Path(path)
         two = any(all((path / name).exists() for name in pair) for pair in TWO_FILES)
         if path.is_dir() and (two or not (path / "tokenizer.json").exists()):
-            return cls.gpt2(path, n_users, n_items)
+            return cls.gpt2(path, n_users, n_items, times)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.exists():
             raise PageLLMError(f"no {path}\n  Want a model's tokenizer.json, or a directory with it or with GPT-2's "
@@ -110,7 +115,7 @@ class Vocab:
         if tokenizer.get_vocab_size() != max(tokenizer.get_vocab().values(), default=-1) + 1:
             raise PageLLMError(f"{path}: {tokenizer.get_vocab_size()} words, but ids up to "
                                f"{max(tokenizer.get_vocab().values(), default=-1)}; want ids without gaps")
-        return cls(tokenizer, n_users, n_items)
+        return cls(tokenizer, n_users, n_items, times)
 
     def special(self, name: str) -> int:
         return self.n_words + SPECIALS.index(name)
@@ -129,6 +134,12 @@ class Vocab:
         if np.isnan(rating):
             return self.special("<r?>")
         return self.special(f"<r{min(5, max(1, round(float(rating))))}>")
+
+    def time(self, period: int) -> int:
+        """<t1>.. of a period counted from 0."""
+        if not 0 <= period < self.times:
+            raise ValueError(f"period {period} is outside 0..{self.times - 1}")
+        return self.n_words + len(SPECIALS) + int(period)
 
     def words(self, text: str) -> list[int]:
         """Token ids of a text. GPT-2 merges nothing across words, so those of ASCII text are looked up one by one."""
@@ -160,7 +171,8 @@ class Vocab:
             if token is None:
                 break
             if token < self.user0:
-                parts.append(SPECIALS[token - self.n_words])
+                place = token - self.n_words
+                parts.append(SPECIALS[place] if place < len(SPECIALS) else f"<t{place - len(SPECIALS) + 1}>")
             elif token < self.item0:
                 parts.append(f"<user {token - self.user0}>")
             elif token < self.size:
@@ -175,14 +187,16 @@ class Vocab:
         with atomic(path / "tokenizer.json") as beside:
             self.tokenizer.save(str(beside))
         with atomic(path / "vocab.json") as beside:
-            beside.write_text(json.dumps({"n_users": self.n_users, "n_items": self.n_items}) + "\n")
+            beside.write_text(json.dumps({"n_users": self.n_users, "n_items": self.n_items}
+                                         | ({"times": self.times} if self.times else {})) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Vocab":
         path = Path(path)
         try:
             sizes = json.loads((path / "vocab.json").read_text())
-            return cls(Tokenizer.from_file(str(path / "tokenizer.json")), sizes["n_users"], sizes["n_items"])
+            return cls(Tokenizer.from_file(str(path / "tokenizer.json")), sizes["n_users"], sizes["n_items"],
+                       sizes.get("times", 0))
         except FileNotFoundError as error:
             raise PageLLMError(f"no vocabulary in {path} ({Path(error.filename or 'tokenizer.json').name} is missing)"
                                ) from None

@@ -235,6 +235,11 @@ def test_examples_mark_exactly_the_hits(root, page):
     assert len(lists) == len(strips) == 10
     marked = sum(label.count("✓") for label in strips)
     assert marked == sum(int(n) for _, *counts in told for n in counts)
+    sums = re.findall(r"(\d+) exact, (\d+) same category, (\d+) same brand", page.sections["examples"])
+    assert len(sums) == 10
+    assert [sum(map(int, column)) for column in zip(*sums, strict=True)] == [
+        sum(label.count(mark) for label in strips) for mark in "✓≈◇"]
+    assert page.sections["examples"].count("<page>") == 5                       # the prompts
 
 
 def test_rewards_are_those_of_the_recommender(root, page, rec):

@@ -12,9 +12,9 @@ ORDER = ["config", "embeddings", "dist", "run", "data.records", "data.amazon", "
          "data.filters", "data.spool", "data.synthetic", "data.raw", "data.parallel", "data.prepare", "data.shop",
          "vocab", "prompts", "lists", "pairs", "weights", "backbone", "gpt2", "llama", "lora", "networks", "sampled",
          "decode", "metrics", "train", "als", "policy", "pretrain", "sft", "reward", "alarms", "ppo", "evaluate",
-         "export", "recommender", "recommend", "api", "serve", "__main__"]
+         "export", "search", "recommender", "recommend", "features", "api", "serve", "__main__"]
 BASE = {"torch", "tokenizers", "numpy", "pyarrow", "tqdm"}
-EXTRAS = {"huggingface_hub", "uvicorn"}                         # imported inside functions only
+EXTRAS = {"faiss", "huggingface_hub", "uvicorn"}                # imported inside functions only
 LEAVES = {"api": {"fastapi", "starlette", "pydantic", "prometheus_client", "uvicorn", "h11"}}     # need an extra
 
 

@@ -110,6 +110,14 @@ class Shop:
         np.cumsum(np.bincount(self.user[keep], minlength=self.n_users), out=indptr[1:])
         return Rows(indptr, self.item[keep], self.rating[keep])
 
+    def moments(self, split: str) -> np.ndarray:
+        """(U,) int64 seconds: each user's first positive of a split, when a page would have been asked for; the last
+        moment of the train rows for users without one."""
+        keep = self.rows(split)
+        first = np.full(self.n_users, np.iinfo(np.int64).max)
+        np.minimum.at(first, self.user[keep], self.time[keep])
+        return np.where(first < np.iinfo(np.int64).max, first, self.time[self.rows("train", None)].max(initial=0))
+
     def reviews(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """user, item, text of the train rows that have a review."""
         if self.path is None or not (self.path / "reviews.parquet").exists():

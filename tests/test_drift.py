@@ -1,0 +1,159 @@
+"""Time: tokens that say when, pages that come after their history, a planted fashion that only they can know."""
+
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from experiments import drift
+from pagellm import pretrain, sft
+from pagellm.config import PageLLMError
+from pagellm.data import prepare
+from pagellm.data.shop import load
+from pagellm.policy import Policy, PromptStyle
+from pagellm.prompts import Prompts
+from pagellm.train import keyed
+from pagellm.vocab import SPECIALS, Vocab
+
+NANO = {"size": "nano", "steps": 4, "batch": 8, "rating_batch": 8, "words": 300}
+SMALL = {"epochs": 1, "batch": 16, "max_history": 8, "k": 6}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A small shop split by time, and a policy whose prompts show four periods."""
+    root = tmp_path_factory.mktemp("drift")
+    prepare.run(prepare.Config(data=str(root / "data"), users=80, items=60, split="temporal"))
+    common = {"data": str(root / "data"), "runs": str(root / "runs"), "device": "cpu", "run": "timed"}
+    pretrain.run(pretrain.Config(**common, **NANO, times=4))
+    sft.run(sft.Config(**common, **SMALL, cut="time"))
+    return root
+
+
+def test_time_tokens_stand_behind_the_other_specials_and_change_nothing_else(tmp_path):
+    plain, timed = (Vocab.train(["a history of words"], 3, 4, 260, times) for times in (0, 5))
+    assert timed.time(0) == timed.n_words + len(SPECIALS) and timed.user0 == plain.user0 + 5
+    assert timed.decode([timed.time(0), timed.page, timed.time(4)]) == "<t1><page><t5>"
+    assert [plain.special(s) for s in SPECIALS] == [timed.special(s) for s in SPECIALS]
+    for vocab, period in ((plain, 0), (timed, 5), (timed, -1)):
+        with pytest.raises(ValueError, match="outside"):
+            vocab.time(period)
+    for vocab in (plain, timed):
+        vocab.save(tmp_path)
+        assert Vocab.load(tmp_path).times == vocab.times and ("times" in (tmp_path / "vocab.json").read_text()) == (
+            vocab.times > 0)
+
+
+def test_the_token_stands_before_the_page_and_only_if_asked():
+    vocab = Vocab.train(["a history of words"], 3, 4, 260, 5)
+    history = [2, 1], [5.0, 4.0]
+    silent, shown = Prompts(vocab, 40), Prompts(vocab, 40, now=4)
+    row = silent.page(1, *history)
+    assert shown.page(1, *history) == [*row[:-1], vocab.time(4), vocab.page]
+    assert silent.page(1, *history, period=0) == [*row[:-1], vocab.time(0), vocab.page]
+    assert silent.page_room == Prompts(Vocab.train(["a history of words"], 3, 4, 260), 40).page_room + 1
+
+
+def test_moments_become_periods_and_no_moment_is_now(root):
+    shop, policy = load(root / "data" / "synthetic"), Policy.load(root / "runs" / "timed" / "sft")
+    clock = policy.style.clock
+    train = np.sort(shop.time[shop.rows("train")])
+    assert len(clock) == 3 and list(clock) == sorted(clock)
+    shares = np.diff([0, *np.searchsorted(train, clock), len(train)]) / len(train)
+    assert shares == pytest.approx(0.25, abs=0.02)
+    when = np.array([clock[0] - 1, clock[0], clock[2], clock[2] + 10 ** 9])
+    assert policy.periods(when, 4) == [0, 1, 3, 3]
+    history = [shop.csr("train").of(0)] * 4
+    ids, _ = policy.prompt([0] * 4, history, when)
+    v = policy.vocab
+    assert ids[:, -2].tolist() == [v.time(p) for p in (0, 1, 3, 3)] and (ids[:, -1] == v.page).all()
+    now, _ = policy.prompt([0], history[:1])
+    assert now[0].tolist() == ids[3].tolist()
+    assert "clock" not in Policy(policy.model, v, PromptStyle()).state()["style"]
+
+
+def test_pages_come_after_their_history(root):
+    shop = load(root / "data" / "synthetic")
+    maker, train = sft.PageMaker(shop), shop.csr("train")
+    place = {(u, i): t for u, i, t in zip(shop.user.tolist(), shop.item.tolist(), shop.time.tolist(), strict=True)}
+    lengths = set()
+    for user in maker.users[:30].tolist():
+        for draw in range(4):
+            (items, ratings), page, when = maker.later(user, keyed(0, user, draw))
+            assert len(items) == len(ratings) > 0 and len(page) and not set(items) & set(page)
+            assert set(items) | set(page) <= set(train.of(user)[0])
+            assert max(place[user, i] for i in items.tolist()) <= when == min(
+                place[user, i] for i in set(train.of(user)[0].tolist()) - set(items.tolist()))
+            lengths.add(len(items))
+    assert len(lengths) > 5
+
+
+def test_a_moment_is_that_of_the_first_held_out_positive(root):
+    shop = load(root / "data" / "synthetic")
+    moments = shop.moments("test")
+    for user in range(20):
+        mine = (shop.user == user) & shop.rows("test")
+        if mine.any():
+            assert moments[user] == shop.time[mine].min() >= shop.time[(shop.user == user) & shop.rows("train")].max()
+    assert (shop.moments("unused") == shop.time[shop.rows("train", None)].max()).all()
+
+
+def test_time_tokens_want_pages_that_come_after_their_history(root, tmp_path):
+    shutil.copytree(root / "runs" / "timed" / "pretrain", tmp_path / "timed" / "pretrain")
+    with pytest.raises(PageLLMError, match="give --cut time"):
+        sft.run(sft.Config(data=str(root / "data"), runs=str(tmp_path), device="cpu", run="timed", **SMALL))
+    with pytest.raises(PageLLMError, match="cut='x'"):
+        sft.Config(cut="x")
+
+
+def test_a_fashion_is_planted_in_time_and_nowhere_else(root, tmp_path):
+    shop = load(root / "data" / "synthetic")
+    drift.plant(shop.path, tmp_path / "planted", 0)
+    drift.plant(shop.path, tmp_path / "planted", 0)
+    got = load(tmp_path / "planted")
+    code = [np.sort(s.user * s.n_items + s.item) for s in (shop, got)]
+    assert np.array_equal(*code)
+    assert (np.diff(got.user) >= 0).all() and (np.diff(got.time)[np.diff(got.user) == 0] >= 0).all()
+    by_item = dict(zip(zip(shop.user.tolist(), shop.item.tolist(), strict=True), shop.rating.tolist(), strict=True))
+    assert all(by_item[u, i] == r for u, i, r in zip(got.user.tolist(), got.item.tolist(), got.rating.tolist(),
+                                                     strict=True))
+    top = np.array([names[0] for names in got.catalogue.categories])[got.item]
+    late = got.time > np.quantile(got.time, 0.9)
+    share = [max(np.mean(x == name) for name in set(top)) for x in (top, top[late])]
+    assert share[1] > 2 * share[0]                               # the latest tenth is of few departments
+    users, items, _ = got.reviews()
+    train = set(zip(*(x[got.rows("train", None)].tolist() for x in (got.user, got.item)), strict=True))
+    assert len(users) and set(zip(users.tolist(), items.tolist(), strict=True)) <= train
+    with pytest.raises(PageLLMError, match="planted differently"):
+        drift.plant(shop.path, tmp_path / "planted", 1)
+
+
+def test_recent_popularity_counts_the_latest_rows(root):
+    shop = load(root / "data" / "synthetic")
+    users, seen = np.arange(5), shop.csr("train", positive=None)
+    rows = np.flatnonzero(shop.rows("train"))
+    late = rows[np.argsort(shop.time[rows], kind="stable")[-round(0.1 * len(rows)):]]
+    count = np.bincount(shop.item[late], minlength=shop.n_items)
+    got = drift.recent_pages(shop, users, seen, 0.1)
+    for row in range(5):
+        shown = got.item[row][got.item[row] >= 0]
+        assert not set(shown) & set(seen.of(row)[0]) and (np.diff(count[shown]) <= 0).all()
+
+
+def test_the_study_runs_and_says_what_it_cannot_do(tmp_path, capsys):
+    data = tmp_path / "data"
+    for split, folder in (("random", data), ("temporal", data / "temporal")):
+        prepare.run(prepare.Config(data=str(folder), users=80, items=60, split=split))
+    base = {"data": str(data), "runs": str(tmp_path / "runs"), "seeds": 1, "times": 4,
+            "pretrain": "--size nano --steps 3 --batch 8 --words 300 --device cpu",
+            "sft": "--epochs 1 --batch 16 --max_history 8 --k 6 --device cpu"}
+    records = drift.run(drift.Config(**base))
+    assert len({r["variant"] for r in records}) == 6
+    assert "random split → temporal split" in capsys.readouterr().out
+    drift.run(drift.Config(**base, planted=True))
+    assert pq.read_table(tmp_path / "runs" / "drift" / "synthetic-planted.parquet").num_rows == len(records)
+    with pytest.raises(PageLLMError, match="--pretrain must not set times"):
+        drift.run(drift.Config(**base | {"pretrain": "--times 3"}))
+    with pytest.raises(PageLLMError, match="for the synthetic shop only"):
+        drift.Config(dataset="toys", planted=True)
