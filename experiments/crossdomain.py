@@ -39,7 +39,7 @@ from pagellm.data import prepare
 from pagellm.data.shop import Shop, load
 from pagellm.evaluate import check_pages, popularity_pages, rank_all, seen_rows
 from pagellm.export import item_content
-from pagellm.gpt2 import from_state, to_state
+from pagellm.networks import from_state, to_state
 from pagellm.policy import Policy, PromptStyle, Scorer
 from pagellm.run import file_id
 from pagellm.train import keyed

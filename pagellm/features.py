@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from pagellm.backbone import KVCache
 from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Rows
 from pagellm.decode import item_tokens
-from pagellm.gpt2 import KVCache
 from pagellm.policy import MODES, Policy
 from pagellm.prompts import pad_ids
 from pagellm.recommender import POLICIES, Recommender, Sources
@@ -110,7 +110,7 @@ def pair_features(policy: Policy, reward: RewardModel, history: Rows, seen: Rows
     history  what the prompts show       seen  what no page may hold
     """
     policy.check_room(k + 1)
-    dots, margins, device = [], [], policy.model.wpe.device
+    dots, margins, device = [], [], policy.model.word.device
     for at in tqdm(range(0, len(users), 64), desc=progress, unit="batch", disable=not progress, mininterval=1.0):
         some, mine = users[at: at + 64], torch.from_numpy(item[at: at + 64]).to(device)
         prompt, valid = policy.prompt(some, [history.of(u) for u in some])
