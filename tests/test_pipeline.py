@@ -303,7 +303,8 @@ def test_a_large_catalogue_is_ranked_in_smaller_blocks_to_the_same_pages(root, m
 
     whole, batches = both(), []
     write = policy.write
-    monkeypatch.setattr(policy, "write", lambda some, *rest, **more: batches.append(len(some)) or write(some, *rest, **more))
+    monkeypatch.setattr(policy, "write",
+                        lambda some, *rest, **more: batches.append(len(some)) or write(some, *rest, **more))
     for module in ("policy", "evaluate"):
         monkeypatch.setattr(f"pagellm.{module}.BLOCK", 7 * shop.n_items)
     blocks = both()
