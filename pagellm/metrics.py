@@ -385,26 +385,41 @@ def ranked_lists(users: np.ndarray, user: np.ndarray, rank: np.ndarray, item: np
         by_rank = np.lexsort((rank, row))
         row, item = row[by_rank], item[by_rank]
     place = within_rows(row, len(users)) + 1
-    first = np.zeros(len(row), dtype=bool)
-    first[np.unique(row * (item.max(initial=0) + 1) + item, return_index=True)[1]] = True
+    first = first_of_each(row.astype(np.int64) * (int(item.max(initial=0)) + 1) + item)
     firsts = np.cumsum(first)
     begin = np.flatnonzero(place == 1)
     before = np.repeat(firsts[begin] - 1, np.diff(np.append(begin, len(row))))
     return Lists(row, item, place, first, firsts - before)
 
 
+def first_of_each(code: np.ndarray) -> np.ndarray:
+    """(n,) bool: not a repeat of an entry before; code (n,) int64, 0 or more."""
+    n, first = max(len(code), 1), np.ones(len(code), dtype=bool)
+    if int(code.max(initial=0)) >= (1 << 63) // n - 1:
+        first[:] = False
+        first[np.unique(code, return_index=True)[1]] = True
+        return first
+    packed = np.sort(code * n + np.arange(len(code)))       # numbers sort several times as fast as their indices
+    again = np.flatnonzero(np.diff(packed // n) == 0) + 1
+    first[packed[again] % n] = False
+    return first
+
+
 def places_of(row: np.ndarray, item: np.ndarray, lists: Lists) -> tuple[np.ndarray, np.ndarray]:
-    """Where each (row, item) stands in the lists: order and place of its first entry, NaN where nowhere."""
-    base = max(item.max(initial=0), lists.item.max(initial=0)) + 1
-    at = np.flatnonzero(lists.first)
-    code = lists.row[at] * base + lists.item[at]
-    by_code = np.argsort(code)
-    want = row * base + item
-    if len(at) == 0:
-        return np.full(len(want), np.nan), np.full(len(want), np.nan)
-    hit = by_code[np.minimum(np.searchsorted(code, want, sorter=by_code), len(at) - 1)]
-    found = code[hit] == want
-    return np.where(found, lists.order[at[hit]], np.nan), np.where(found, lists.place[at[hit]], np.nan)
+    """Where each (row, item), all different, stands in the lists: order and place of its first entry, NaN where
+    nowhere.
+    """
+    order, place = np.full(len(item), np.nan), np.full(len(item), np.nan)
+    if len(item):
+        # Of the two the labels are few, so it is they that are sorted.
+        base = max(item.max(initial=0), lists.item.max(initial=0)) + 1
+        want = row * base + item
+        by_want = np.argsort(want)
+        code = lists.row * base + lists.item
+        hit = by_want[np.minimum(np.searchsorted(want, code, sorter=by_want), len(want) - 1)]
+        found = np.flatnonzero((want[hit] == code) & lists.first)
+        order[hit[found]], place[hit[found]] = lists.order[found], lists.place[found]
+    return order, place
 
 
 def score_pages(users: np.ndarray, pages: tuple, refs: tuple, categories: Categories, *,
