@@ -210,11 +210,15 @@ def ranking(pages: Pages, legal: Tensor, depth: int) -> tuple[Tensor, Tensor]:
             F.pad(torch.where(kept, top.values, -torch.inf), pad, value=-torch.inf))
 
 
-def slot_states(model: GPT2, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor) -> Tensor:
-    """Hidden states around the slots of given pages, in one pass: (B, K + 1, C).
+def slot_states(model: GPT2, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor,
+                start: tuple[KVCache, Tensor] | None = None) -> Tensor:
+    """Hidden states around the slots of given pages, in one pass: (B, K + 1, C). start as in `generate`.
 
     Column t is the state before slot t is drawn; column t + 1 the state after its item was read.
     """
+    if start is not None:
+        cache, hidden = start
+        return torch.cat([hidden[:, None], model(item_tokens(model, item, 0), torch.cat([valid, mask], 1), cache)], 1)
     P = prompt.shape[1]
     ids = torch.cat([prompt, item_tokens(model, item, 0)], 1)
     return model(ids, torch.cat([valid, mask], 1))[:, P - 1:]

@@ -23,7 +23,7 @@ from pagellm import dist
 from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import load
 from pagellm.decode import slot_states
-from pagellm.gpt2 import GPT2, from_state, to_state
+from pagellm.gpt2 import GPT2, KVCache, from_state, to_state
 from pagellm.pairs import KINDS, Pair, make_pairs, to_table
 from pagellm.policy import Policy
 from pagellm.prompts import pad_ids
@@ -133,13 +133,15 @@ class RewardModel(nn.Module):
             nn.init.normal_(head.weight, std=1.0 / math.sqrt(head.in_features + 1))
         nn.init.zeros_(self.page_head[2].bias)
 
-    def forward(self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor,
+                start: tuple[KVCache, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Rewards of given pages.
 
         prompt, valid (B, P): left-padded page prompts      item, mask (B, K) as in decode.Pages
+        start         the prompt already read by the trunk, as in decode.generate
         returns token_reward (B, K) float32, 0 off the mask; page_reward (B,) float32
         """
-        after = slot_states(self.trunk, prompt, valid, item, mask)[:, 1:].float()
+        after = slot_states(self.trunk, prompt, valid, item, mask, start)[:, 1:].float()
         count = mask.sum(1).clamp(min=1)
         end = after[torch.arange(len(after), device=after.device), count - 1]
         if self.compare is not None:
