@@ -10,7 +10,6 @@ The same files give the same bytes. About 20 seconds for the synthetic shop, mos
 """
 
 import html
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from experiments.plots import available, clean, dots, lines
 from pagellm import metrics
 from pagellm.config import PageLLMError, check, main
 from pagellm.evaluate import COLUMNS, LABELS
-from pagellm.run import Common, atomic
+from pagellm.run import Common, atomic, commit
 from pagellm.train import keyed
 
 __all__ = ["Config", "SECTIONS", "build", "run"]
@@ -701,23 +700,13 @@ def provenance(found: Found, config: Config) -> str:
                      v.get("machine", "unknown")])
         opened.append(options(f"options of {name}", stage.recorded["config"]))
     recorded = {s.recorded.get("versions", {}).get("commit") for s in found.stages.values()} - {None}
-    commit = f"commit of the run: {', '.join(sorted(recorded))}; " if recorded else ""
+    began = ", ".join(sorted(recorded)) or "unknown"
     total = sum(s.done.get("seconds", 0) for s in found.stages.values()) / 60
     notes = "".join(f'<p class="missing">{esc(note)}</p>' for note in found.notes)
     return (table(["stage", "directory", "minutes", "weights", "versions", "machine"], rows,
                   "minutes: the stage's last start to its end; one that was interrupted took longer")
-            + text(f"{total:.1f} minutes in all; {commit}report made by commit {head_commit()}.") + notes
-            + "".join(opened))
-
-
-def head_commit() -> str:
-    """Commit of this source tree; "unknown" outside a git checkout."""
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], timeout=20,
-                              cwd=Path(__file__).parent, capture_output=True, text=True)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+            + text(f"{total:.1f} minutes in all; commit of the run: {began}; report made by commit "
+                   f"{commit() or 'unknown'}.") + notes + "".join(opened))
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Found, Config], str]]] = {

@@ -212,7 +212,8 @@ def test_reward_accuracy_and_options_are_those_on_disk(root, page):
     words = page.sections["provenance"]
     for stage in findings.STAGES:
         recorded = json.loads((root / "runs" / "base" / stage / "config.json").read_text())
-        assert recorded["versions"]["torch"] in words and all(option in words for option in recorded["config"])
+        assert all(value is None or value in words for value in recorded["versions"].values())
+        assert recorded["versions"].keys() > {"commit", "machine"} and all(o in words for o in recorded["config"])
     words = page.sections["studies"]
     assert "+0.0625" in words and "item <only>" in words and "-0.0156" in words and "0.2500 → 0.2188" in words
 
