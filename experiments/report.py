@@ -512,8 +512,29 @@ def alarms(found: Found, config: Config) -> str:
     return out + (text("In the final record: " + "; ".join(said) + ".") if said else "")
 
 
+def baselines(found: Found) -> str:
+    """Every row of the results table as a dot with its interval, a figure a metric."""
+    names = competitors(found)
+    if not set(names) - set(LABELS.values()):
+        raise Missing(f"no baselines of {found.dataset}", f"make baselines DATASET={found.dataset}")
+    parts = []
+    for metric in shown_metrics(found):
+        values = [None if (c := found.results[n].get(metric)) is None or c["mean"] is None else
+                  (c["mean"], c["low"], c["high"]) for n in names]
+        if len({v[0] for v in values if v}) < 2:
+            continue                         # nothing to compare
+        alt = f"{metric}: " + "; ".join(f"{n} {v[0]:.4f} {span(v[1], v[2])}" for n, v in
+                                        zip(names, values, strict=True) if v)
+        level = values[-1][0] if names[-1] == PPO and values[-1] else None
+        parts.append(figure(dots(names, {metric: values}, heading(metric), alt, level=level),
+                            f"{heading(metric)}: mean over users, 95% interval"
+                            + ("; the line is PageLLM." if level is not None else ".")))
+    return figures(parts)
+
+
 def studies(found: Found, config: Config) -> str:
-    out = "".join(f"<h3>{esc(name)}</h3>" + one_study(records) for name, records in found.studies.items())
+    out = "<h3>Baselines (their table is under Results)</h3>" + or_missing(lambda: baselines(found))
+    out += "".join(f"<h3>{esc(name)}</h3>" + one_study(records) for name, records in found.studies.items())
     out += "".join(f"<h3>{esc(name)}</h3>" + cold_start(records) for name, records in found.cold.items())
     if not found.studies:
         out += missing_note(Missing(f"no ablation of {found.dataset} below {config.runs}",
