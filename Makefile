@@ -23,8 +23,8 @@ RAW_ARG := $(if $(RAW),--raw $(RAW))
 # presets/<dataset>/<stage> holds options found to fit a data set and two cores; ARGS override them.
 PRESET = $(addprefix @,$(wildcard presets/$(DATASET)/$(1)))
 
-.PHONY: all help install test lint serve recommend report export ablation abtest ope judge backbones baselines coldstart \
-	casestudy ranker search caches crossdomain drift bench scaling torture soak clean $(STAGES)
+.PHONY: all help install test lint serve recommend report load fuzz export ablation abtest ope judge backbones baselines \
+	coldstart casestudy ranker search caches crossdomain drift bench scaling torture soak clean $(STAGES)
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
@@ -82,6 +82,12 @@ $(DONE)/evaluate/done: | $(DONE)/ppo/done
 
 serve: $(VENV)/serve $(DONE)/ppo/done  ## the pages in a browser and over HTTP: http://127.0.0.1:8000/
 	$(PY) -m pagellm.serve $(COMMON) $(ARGS)
+
+load: $(VENV)/load $(DONE)/ppo/done  ## latency and pages a second of serve under 1, 8, 32 clients, cost of each part; ARGS="--soak 10"
+	$(PY) -m experiments.load $(BASE) $(ARGS)
+
+fuzz: $(VENV)/load $(DONE)/ppo/done  ## schemathesis against the OpenAPI document of serve
+	$(PY) -m experiments.fuzz $(BASE) $(ARGS)
 
 recommend: $(DONE)/ppo/done  ## one page in the terminal: ARGS="--user ID"; everybody's: ARGS="--all --out pages.parquet"
 	$(STAGE) pagellm.recommend $(COMMON) $(ARGS)
@@ -160,6 +166,10 @@ $(VENV)/dev: $(VENV)/installed
 
 $(VENV)/serve: $(VENV)/installed
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[serve]'
+	touch $@
+
+$(VENV)/load: $(VENV)/serve
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[serve,load]'
 	touch $@
 
 $(VENV)/report: $(VENV)/installed

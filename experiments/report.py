@@ -10,7 +10,6 @@ The same files give the same bytes. About 20 seconds for the synthetic shop, mos
 """
 
 import html
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from pagellm import metrics
 from pagellm.config import PageLLMError, check, main
 from pagellm.evaluate import COLUMNS, LABELS
 from pagellm.policy import Policy
-from pagellm.run import Common, atomic
+from pagellm.run import Common, atomic, commit
 from pagellm.train import keyed
 
 __all__ = ["Config", "SECTIONS", "build", "run"]
@@ -517,8 +516,29 @@ def alarms(found: Found, config: Config) -> str:
     return out + (text("In the final record: " + "; ".join(said) + ".") if said else "")
 
 
+def baselines(found: Found) -> str:
+    """Every row of the results table as a dot with its interval, a figure a metric."""
+    names = competitors(found)
+    if not set(names) - set(LABELS.values()):
+        raise Missing(f"no baselines of {found.dataset}", f"make baselines DATASET={found.dataset}")
+    parts = []
+    for metric in shown_metrics(found):
+        values = [None if (c := found.results[n].get(metric)) is None or c["mean"] is None else
+                  (c["mean"], c["low"], c["high"]) for n in names]
+        if len({v[0] for v in values if v}) < 2:
+            continue                         # nothing to compare
+        alt = f"{metric}: " + "; ".join(f"{n} {v[0]:.4f} {span(v[1], v[2])}" for n, v in
+                                        zip(names, values, strict=True) if v)
+        level = values[-1][0] if names[-1] == PPO and values[-1] else None
+        parts.append(figure(dots(names, {metric: values}, heading(metric), alt, level=level),
+                            f"{heading(metric)}: mean over users, 95% interval"
+                            + ("; the line is PageLLM." if level is not None else ".")))
+    return figures(parts)
+
+
 def studies(found: Found, config: Config) -> str:
-    out = "".join(f"<h3>{esc(name)}</h3>" + one_study(records) for name, records in found.studies.items())
+    out = "<h3>Baselines (their table is under Results)</h3>" + or_missing(lambda: baselines(found))
+    out += "".join(f"<h3>{esc(name)}</h3>" + one_study(records) for name, records in found.studies.items())
     out += "".join(f"<h3>{esc(name)}</h3>" + cold_start(records) for name, records in found.cold.items())
     if not found.studies:
         out += missing_note(Missing(f"no ablation of {found.dataset} below {config.runs}",
@@ -718,23 +738,13 @@ def provenance(found: Found, config: Config) -> str:
                      v.get("machine", "unknown")])
         opened.append(options(f"options of {name}", stage.recorded["config"]))
     recorded = {s.recorded.get("versions", {}).get("commit") for s in found.stages.values()} - {None}
-    commit = f"commit of the run: {', '.join(sorted(recorded))}; " if recorded else ""
+    began = ", ".join(sorted(recorded)) or "unknown"
     total = sum(s.done.get("seconds", 0) for s in found.stages.values()) / 60
     notes = "".join(f'<p class="missing">{esc(note)}</p>' for note in found.notes)
     return (table(["stage", "directory", "minutes", "weights", "versions", "machine"], rows,
                   "minutes: the stage's last start to its end; one that was interrupted took longer")
-            + text(f"{total:.1f} minutes in all; {commit}report made by commit {head_commit()}.") + notes
-            + "".join(opened))
-
-
-def head_commit() -> str:
-    """Commit of this source tree; "unknown" outside a git checkout."""
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], timeout=20,
-                              cwd=Path(__file__).parent, capture_output=True, text=True)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+            + text(f"{total:.1f} minutes in all; commit of the run: {began}; report made by commit "
+                   f"{commit() or 'unknown'}.") + notes + "".join(opened))
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Found, Config], str]]] = {

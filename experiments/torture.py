@@ -194,15 +194,15 @@ def die_after(seconds: float) -> Callable[[], None]:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Relative path -> hash of every file that a finished stage leaves; times of day and of work left out."""
+    """Relative path -> hash of every file that a finished stage leaves; times, and where it began, left out."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_dir() or name in ("lock", "timing.jsonl"):
             continue
         data = path.read_bytes()
-        if path.name == "done":
-            data = json.dumps({k: v for k, v in json.loads(data).items() if k != "seconds"}).encode()
+        if path.name in ("done", "config.json"):
+            data = json.dumps({k: v for k, v in json.loads(data).items() if k not in ("seconds", "versions")}).encode()
         found[name] = hashlib.sha256(data).hexdigest()
     return found
 

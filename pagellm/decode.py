@@ -237,9 +237,10 @@ def slot_states(model: Backbone, prompt: Tensor, valid: Tensor, item: Tensor, ma
     shared_start; spent afterwards) the prompt is not read again; no gradient then.
     """
     if start is not None:
+        cache, hidden = start
         with torch.no_grad():
-            after = model(item_tokens(model, item, 0), torch.cat([valid, mask], 1), start[0], placed=0)
-            return torch.cat([start[1][:, None], after], 1)
+            after = model(item_tokens(model, item, 0), torch.cat([valid, mask], 1), cache, placed=0)
+            return torch.cat([hidden[:, None], after], 1)
     P = prompt.shape[1]
     ids = torch.cat([prompt, item_tokens(model, item, 0)], 1)
     return model(ids, torch.cat([valid, mask], 1), placed=P)[:, P - 1:]

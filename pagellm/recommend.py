@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -24,9 +23,9 @@ from typing import ClassVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from tqdm import tqdm
 
+from pagellm import dist
 from pagellm.config import PageLLMError, check, main
 from pagellm.decode import ranking
 from pagellm.policy import MODES
@@ -56,7 +55,7 @@ class Config(Sources):
     out: str = ""                # Parquet file: user, rank, item, score, page, user_id, item_id
     depth: int = 0               # ranks a user in the file; past the page by the first slot's logits; 0: k
     batch: int = 256             # users decoded at once
-    part: int = 2048             # users in a part: what an interrupted --all repeats at most
+    part: int = 512              # users in a part: what an interrupted --all repeats at most
 
     def __post_init__(self):
         super().__post_init__()
@@ -171,12 +170,11 @@ def write_all(config: Config) -> None:
 
     Whoever finds all parts there joins them, so a rerun with another number of processes carries on as well.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     out = Path(config.out)
     if not out.parent.is_dir():
         raise PageLLMError(f"--out {out}: there is no directory {out.parent}; make it first")
-    if world > 1 and config.device in ("auto", "cuda") and torch.cuda.is_available():
-        config = replace(config, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    config = replace(config, device=str(dist.start(config.device)))
+    rank, world = dist.rank(), dist.world()
     recommender = Recommender.load(config, (config.policy,), reward=False, cache=Cache(0))
     recommender.policies[config.policy].check_room(config.k)
     names = ("k", "depth", "mode", "policy", "split", "exclude", "categories", "in_stock", "price_min", "price_max",

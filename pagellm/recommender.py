@@ -161,6 +161,7 @@ class Recommender:
         self.shop, self.policies, self.reward, self.hashes = shop, policies, reward, hashes
         self.split, self.width, self.positive_above = split, width, positive_above
         self.cache, self.observe = Cache(64 << 20) if cache is None else cache, observe
+        self.reader = policies.get("sft") or next(iter(policies.values()))      # writes the reward model's prompts
         self.key = ":".join(hashes[name] for name in sorted(hashes))
         c = shop.catalogue
         self.user_of = {name: i for i, name in enumerate(shop.user_ids)}
@@ -281,14 +282,16 @@ class Recommender:
     def read_prompts(self, name: str, rows: list[list[int]], k: int) -> tuple[Tensor, Tensor, tuple[KVCache, Tensor]]:
         """ids (B, P), valid (B, P), and what `decode` starts from; prompts read before come from the cache.
 
+        name  a policy, or "reward" for the reward model's trunk
         Keys and values do not depend on the padding, since positions count valid tokens only.
         """
-        model = self.policies[name].model
+        model, pad = (self.reward.trunk, self.reader.vocab.pad) if name == "reward" else (
+            self.policies[name].model, self.policies[name].vocab.pad)
         keys = [(self.hashes[name], "prompt", tuple(row)) for row in rows]
         kept = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
         fresh = [key for key, columns in kept.items() if columns is None]
         if fresh:
-            ids, valid = left_pad([list(key[2]) for key in fresh], self.policies[name].vocab.pad)
+            ids, valid = left_pad([list(key[2]) for key in fresh], pad)
             ids, valid = ids.to(model.word.device), valid.to(model.word.device)
             cache = KVCache(model.shape, len(fresh), ids.shape[1], model.word)
             hidden = model(ids, valid, cache)[:, -1]
@@ -297,7 +300,7 @@ class Recommender:
                 columns = kv[:, :, row, :, ids.shape[1] - len(key[2]):].clone(), hidden[row].clone()
                 kept[key] = columns
                 self.cache.put(key, columns, sum(x.nbytes for x in columns) + 16 * len(key[2]) + 400)
-        ids, valid = left_pad(rows, self.policies[name].vocab.pad)
+        ids, valid = left_pad(rows, pad)
         ids, valid = ids.to(model.word.device), valid.to(model.word.device)
         P, shape = ids.shape[1], model.shape
         # Zeros, not empty: attention multiplies padding by a weight of 0, and 0 times NaN is NaN.
@@ -313,8 +316,7 @@ class Recommender:
         """Pages of k slots by one policy, and the legal set (B, N) they started from. Filters hold in every slot."""
         p = self.policies[name]
         started = time.perf_counter()
-        rows = [p.prompts.page(c.user if p.style.use_user else None, c.items, c.ratings) for c in cases]
-        ids, valid, start = self.read_prompts(name, rows, k)
+        ids, valid, start = self.read_prompts(name, prompt_rows(p, cases), k)
         self.observe("prompt", time.perf_counter() - started)
         started = time.perf_counter()
         excluded = torch.from_numpy(pad_ids([c.seen for c in cases], -1, max([1, *(len(c.seen) for c in cases)])))
@@ -335,9 +337,8 @@ class Recommender:
     def judge(self, cases: list[Case], item: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """token_reward (B, K), page_reward (B,) of given pages, on the CPU."""
         started = time.perf_counter()
-        reader = self.policies.get("sft") or next(iter(self.policies.values()))
-        prompt, valid = reader.prompt([c.user for c in cases], [(c.items, c.ratings) for c in cases])
-        token, page = self.reward(prompt, valid, item.to(prompt.device), mask.to(prompt.device))
+        prompt, valid, start = self.read_prompts("reward", prompt_rows(self.reader, cases), item.shape[1])
+        token, page = self.reward(prompt, valid, item.to(prompt.device), mask.to(prompt.device), start)
         self.observe("reward", time.perf_counter() - started)
         return token.cpu(), page.cpu()
 
@@ -411,6 +412,11 @@ class Recommender:
         return [[{"item": self.cards[history[j]]["item"], "title": self.cards[history[j]]["title"],
                   "similarity": round(v, 4)} for v, j in zip(value, index, strict=True)]
                 for value, index in zip(close.values.tolist(), close.indices.tolist(), strict=True)]
+
+
+def prompt_rows(policy: Policy, cases: list[Case]) -> list[list[int]]:
+    """The token ids of each case's page prompt, unpadded."""
+    return [policy.prompts.page(c.user if policy.style.use_user else None, c.items, c.ratings) for c in cases]
 
 
 def rounded(value: float | None) -> float | None:

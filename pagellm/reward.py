@@ -138,9 +138,10 @@ class RewardModel(nn.Module):
 
     def forward(self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor, start: tuple | None = None
                 ) -> tuple[Tensor, Tensor]:
-        """Rewards of given pages. start as in decode.slot_states, of this model's trunk.
+        """Rewards of given pages.
 
         prompt, valid (B, P): left-padded page prompts      item, mask (B, K) as in decode.Pages
+        start         the prompt already read by this trunk, as in decode.slot_states
         returns token_reward (B, K) float32, 0 off the mask; page_reward (B,) float32
         """
         after = slot_states(self.trunk, prompt, valid, item, mask, start)[:, 1:].float()

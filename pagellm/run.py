@@ -1,6 +1,6 @@
 """A run directory: runs/<run>/<verb>/. Whatever a stage leaves behind is written through here.
 
-    config.json    the stage's whole Config, the ids of the stages it read, and versions
+    config.json    the stage's whole Config, the ids of the stages it read; versions, commit and machine at its start
     log.jsonl      one line a step; other .jsonl files likewise
     step-000120.pt a checkpoint, written beside, synced, renamed; LAST names the two newest and their checksums
     model.pt       what the next stage reads
@@ -15,12 +15,15 @@ import hashlib
 import json
 import os
 import platform
+import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import ClassVar
 
@@ -30,8 +33,8 @@ from tqdm import tqdm
 from pagellm import __version__, dist
 from pagellm.config import Interrupted, PageLLMError, Waiting, check, check_numbers, deferred_signals
 
-__all__ = ["Common", "Learning", "Run", "atomic", "digest", "file_id", "finished", "load_model_file", "read_json",
-           "write_json"]
+__all__ = ["Common", "Learning", "Run", "atomic", "commit", "digest", "file_id", "finished", "load_model_file",
+           "machine", "read_json", "versions", "write_json"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +181,47 @@ def load_model_file(path: str | Path) -> dict:
                            f"remove {Path(path).parent} and make it again") from error
 
 
+def commit(folder: str | Path = Path(__file__).parent) -> str | None:
+    """The git commit of the source tree that holds run.py in `folder`, "-dirty" behind it if tracked files are changed.
+
+    None without git, and for an installed copy, also one inside somebody else's repository.
+    """
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}   # a hook sets them
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "--no-optional-locks", *words], cwd=folder, env=plain, capture_output=True,
+                              text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "run.py")
+        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def machine(device: str = "cpu") -> str:
+    """Processor, cores this process may use, threads of torch, processes of the job, and a GPU if `device` is one."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    on = dist.pick_device(device)
+    parts = [found[1] if found else platform.processor() or platform.machine(), f"{cores} cores",
+             f"{torch.get_num_threads()} threads", *([f"{dist.world()} processes"] if dist.world() > 1 else []),
+             *([torch.cuda.get_device_name(on)] if on.type == "cuda" else []), platform.system()]
+    return ", ".join(parts)
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a stage depend on beside its options; a package that is not installed is left out."""
+    out = {"pagellm": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("numpy", "pyarrow", "tokenizers"):
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            pass
+    return out
+
+
 FREE = ("device", "save_every", "parallel", "checkpoint_blocks")
 
 
@@ -240,9 +284,9 @@ class Run:
                     raise PageLLMError(f"{self.path} was made from another {name}, which has changed since\n"
                                        f"  Remove {self.path} to make it anew, or use RUN=another.")
         else:
-            write_json(path, {"config": config, "inputs": inputs,
-                              "versions": {"pagellm": __version__, "torch": torch.__version__,
-                                           "python": platform.python_version(), "machine": platform.machine()}})
+            # Never compared: a run may be carried on by another commit or elsewhere, and this says where it began.
+            write_json(path, {"config": config, "inputs": inputs, "versions": versions() | {
+                "commit": commit(), "machine": machine(config.get("device", "cpu"))}})
 
     def precision(self, name: str, device: torch.device, width: int) -> str:
         """What the trunk multiplies in: decided at the start of a run (dist.pick_precision), kept in config.json, and

@@ -10,6 +10,7 @@ two batches, so that every answer comes from one model, the one whose hash it na
 """
 
 import asyncio
+import ctypes
 import json
 import logging
 import math
@@ -42,6 +43,8 @@ class Config(Sources):
     batch: int = 32              # pages written at once
     queue: int = 256             # requests that may wait; more are refused with 503
     timeout: float = 10.0        # seconds a request may take to arrive, and again to be answered
+    keep_alive: int = 75         # seconds an idle connection stays open. Longer than clients and proxies keep theirs
+                                 # (60 is usual), or a request meets a connection that is just being closed, and is lost
     max_body: int = 4 << 20      # bytes of a request
     max_k: int = 100             # slots of a page; the model's context may allow fewer
     width: int = 4               # pages a beam keeps
@@ -55,11 +58,25 @@ class Config(Sources):
         super().__post_init__()
         check(self, port=(0 <= self.port < 65536, "0 to 65535"), batch=(self.batch > 0, "1 or more"),
               queue=(self.queue > 0, "1 or more"), timeout=(0 < self.timeout < math.inf, "seconds above 0"),
+              keep_alive=(self.keep_alive > 0, "1 or more"),
               max_body=(self.max_body > 0, "1 or more"), max_k=(self.max_k > 0, "1 or more"),
               width=(self.width > 0, "1 or more"), cache_mb=(self.cache_mb >= 0, "0 or more"),
               reload=(0 <= self.reload < math.inf, "0 or more"), drain=(self.drain >= 0, "0 or more"),
               threads=(self.threads >= 0, "0 or more"),
               log=(self.log in ("debug", "info", "warning", "error"), "debug, info, warning or error"))
+
+
+TIDY = 10.0              # seconds between two calls of give_back
+
+
+def give_back() -> None:
+    """Hand free memory back to the system (glibc; elsewhere nothing happens).
+
+    A full cache swaps prompts of many lengths for others, and the holes between them grow (experiments/LOG.md).
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @dataclass
@@ -140,12 +157,16 @@ class Service:
             return taken
 
     def work(self) -> None:
+        tidied = time.monotonic()
         while jobs := self.take():
             # False: its client has timed out or left, and the future was cancelled.
             jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
             if jobs:
                 self.observe("batch", len(jobs))
                 self.settle(self.recommender, jobs)
+            if time.monotonic() - tidied > TIDY:
+                give_back()
+                tidied = time.monotonic()
 
     def settle(self, recommender: Recommender, jobs: list[Job]) -> None:
         """Answer all jobs from one model. If a batch fails its jobs go one by one: one cannot fail the others."""
@@ -236,7 +257,8 @@ def run(config: Config) -> None:
     http = type("Http", (Http,), {"patience": config.timeout})
     server = uvicorn.Server(uvicorn.Config(
         make_app(service), http=http, ws="none", log_config=None, access_log=False, server_header=False,
-        timeout_keep_alive=5, timeout_graceful_shutdown=config.drain, h11_max_incomplete_event_size=64 << 10))
+        timeout_keep_alive=config.keep_alive, timeout_graceful_shutdown=config.drain,
+        h11_max_incomplete_event_size=64 << 10))
     try:
         server.run(sockets=[sock])
     except (Interrupted, KeyboardInterrupt):

@@ -6,7 +6,7 @@ import re
 import pyarrow.parquet as pq
 import pytest
 
-from pagellm import recommend
+from pagellm import dist, recommend
 from pagellm.config import PageLLMError
 from pagellm.evaluate import read_pages
 from pagellm.recommend import Config, parse_history
@@ -87,10 +87,10 @@ def test_everybodys_pages_whole_resumed_and_shared_are_the_same(served, rec, tmp
     assert rows(tmp_path / "cut.parquet") == whole
     assert left == len(made) == -(-rec.shop.n_users // 16) - 2
 
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("1", "0"):
+    monkeypatch.setattr(dist, "world", lambda: 2)
+    for rank in (1, 0):
         assert not (tmp_path / "shared.parquet").exists()
-        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
         recommend.run(options("shared.parquet"))
     assert rows(tmp_path / "shared.parquet") == whole and not list(tmp_path.glob("*.parts"))
     with pytest.raises(PageLLMError, match="another"):

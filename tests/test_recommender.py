@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,6 +57,27 @@ def test_caches_and_neighbours_change_no_page(rec, mode):
             assert [s["score"] for s in b["items"]] == pytest.approx([s["score"] for s in a["items"]], abs=1e-4)
             assert b["page_reward"] == pytest.approx(a["page_reward"], abs=1e-4)
     assert kept.cache.hits > 0 and kept.cache.size > 0 and len(plain.cache) == 0
+
+
+def test_rewards_from_kept_prompts_are_those_of_the_model_alone(rec):
+    """RewardModel.forward on prompt and page together knows no cache; the kept prompts go by the reward's hash."""
+    shared = Cache(1 << 24)
+    r = Recommender(rec.shop, rec.policies, rec.reward, rec.hashes, cache=shared)
+    cases = [r.case(ask) for ask in (Ask(user=rec.shop.user_ids[3]), Ask(), Ask(user=rec.shop.user_ids[5]))]
+    item = torch.tensor([[4, 9, 2], [1, 0, 7], [8, 3, -1]])
+    reader = rec.policies["sft"]
+    prompt, valid = reader.prompt([c.user for c in cases], [(c.items, c.ratings) for c in cases])
+    want = rec.reward(prompt, valid, item, item >= 0)
+    for _ in range(2):
+        token, page = r.judge(cases, item, item >= 0)
+        torch.testing.assert_close(token, want[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(page, want[1], atol=1e-5, rtol=1e-5)
+    missed = shared.misses
+    r.judge(cases, item, item >= 0)
+    assert shared.misses == missed
+    Recommender(rec.shop, rec.policies, rec.reward, rec.hashes | {"reward": "other"}, cache=shared).judge(
+        cases, item, item >= 0)
+    assert shared.misses == missed + len(cases)
 
 
 def test_the_cache_is_not_read_under_another_models_hash(rec):

@@ -115,7 +115,7 @@ def test_every_section_is_there_and_has_content(page):
         now = attrs["id"] if tag == "section" else now
         inside[now] = inside.get(now, 0) + (tag == "figure")
     for name, least in {"results": 1, "learning": 12, "reward": 3, "truth": 2, "positions": 3, "popularity": 2,
-                        "history": 4, "energy": 2, "studies": 1}.items():
+                        "history": 4, "energy": 2, "studies": 6}.items():
         assert inside[name] >= least, f"{name}: {inside[name]} figures"
 
 
@@ -212,9 +212,20 @@ def test_reward_accuracy_and_options_are_those_on_disk(root, page):
     words = page.sections["provenance"]
     for stage in findings.STAGES:
         recorded = json.loads((root / "runs" / "base" / stage / "config.json").read_text())
-        assert recorded["versions"]["torch"] in words and all(option in words for option in recorded["config"])
+        assert all(value is None or value in words for value in recorded["versions"].values())
+        assert recorded["versions"].keys() > {"commit", "machine"} and all(o in words for o in recorded["config"])
     words = page.sections["studies"]
     assert "+0.0625" in words and "item <only>" in words and "-0.0156" in words and "0.2500 → 0.2188" in words
+
+
+def test_baselines_are_drawn_with_the_intervals_of_metrics_json(root, page):
+    stored = json.loads((root / "runs" / "base" / "baselines" / "metrics.json").read_text())
+    said = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg" and
+            attrs["aria-label"].startswith("NDCG@100: ")]
+    assert len(said) == 1 and "PageLLM " in said[0]
+    for name, scores in stored.items():
+        v = scores["NDCG@100"]
+        assert f"{name} {v['mean']:.4f} [{v['low']:.4f}, {v['high']:.4f}]" in said[0]
 
 
 def test_examples_mark_exactly_the_hits(root, page):

@@ -2,14 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 from dataclasses import dataclass
 
 import pytest
 import torch
 
 from pagellm.config import PageLLMError, main
-from pagellm.run import Common, Run, atomic, digest, finished, load_model_file
+from pagellm.run import Common, Run, atomic, commit, digest, finished, load_model_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,46 @@ def test_a_run_carries_on_from_its_last_checkpoint(tmp_path):
     assert finished(tmp_path / "r", "thing", "make thing")["score"] == 1.5
     assert [row["step"] for row in map(json.loads, open(tmp_path / "r" / "log.jsonl"))] == [1, 2, 3]
     assert not list((tmp_path / "r").glob("step-*")) and not list((tmp_path / "r").glob(".*"))
+
+
+def test_config_says_where_a_stage_began(tmp_path):
+    def made():
+        Run(tmp_path / "r", Config(), {"data": "a"}).close()
+        return json.loads((tmp_path / "r" / "config.json").read_text())
+
+    began = made()["versions"]
+    assert began["torch"] == torch.__version__ and began["commit"] == commit() and " cores, " in began["machine"]
+    path = tmp_path / "r" / "config.json"
+    elsewhere = json.loads(path.read_text()) | {"versions": {"torch": "1.0", "commit": "another", "machine": "old"}}
+    path.write_text(json.dumps(elsewhere))
+    assert made() == elsewhere               # carried on by other versions, and it still says where it began
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_is_that_of_the_tree_that_holds_the_code(tmp_path, monkeypatch):
+    def git(*words):
+        return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True,
+                              capture_output=True, text=True).stdout.strip()
+
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "run.py").write_text("1")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert commit(code) is None                                  # no repository
+    monkeypatch.delenv("GIT_CEILING_DIRECTORIES")
+    git("init", "-q")
+    (tmp_path / "theirs").write_text("1")
+    git("add", "theirs")
+    git("commit", "-q", "-m", "theirs")
+    assert commit(code) is None                                  # a copy inside somebody else's
+    git("add", "code")
+    git("commit", "-q", "-m", "ours")
+    assert commit(code) == git("rev-parse", "--short=12", "HEAD")
+    monkeypatch.setenv("GIT_DIR", "/nowhere")                    # as a hook of another repository sets it
+    (code / "run.py").write_text("2")
+    assert commit(code).endswith("-dirty")
+    monkeypatch.setenv("PATH", "")
+    assert commit(code) is None
 
 
 def test_only_two_checkpoints_are_kept(tmp_path):

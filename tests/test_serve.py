@@ -227,6 +227,15 @@ def test_requests_that_wait_together_are_written_together(served, some):
     service.close()
 
 
+def test_memory_is_given_back_between_batches(served, monkeypatch):
+    given = []
+    monkeypatch.setattr(serve, "TIDY", 0.0)
+    monkeypatch.setattr(serve, "give_back", lambda plain=serve.give_back: given.append(plain()))
+    with Client(Service(config(served))) as client:
+        assert [client.page(history=[], k=3).status_code for _ in range(3)] == [200] * 3
+    assert len(given) == 3
+
+
 def test_what_waits_is_answered_before_the_service_stops(served):
     service = Service(config(served))
     client = Client(service)
@@ -548,3 +557,10 @@ def test_who_sends_nothing_or_drips_or_raves_is_hung_up_on(served):
         assert b" 413 " in until_closed(connect(), post + b"99999999999\r\n\r\n")[1]
         assert b" 400 " in until_closed(connect(), b"nonsense\r\n\r\n")[1]
         assert b" 400 " in until_closed(connect(), whole[:-4] + b"\r\nx: " + b"a" * 200_000)[1]
+
+
+def test_an_idle_connection_stays_open_for_as_long_as_it_is_said(served):
+    with running(served, "--keep_alive", "1") as (_, port):
+        seconds, said = until_closed(socket.create_connection(("127.0.0.1", port)),
+                                     b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n")
+        assert b" 200 " in said and 0.7 < seconds < 4

@@ -1,6 +1,7 @@
 """The house rules, read off the imports: who may know whom."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -97,6 +98,16 @@ def test_nothing_imports_the_studies():
     for folder in ("pagellm", "kernels"):
         for path in (ROOT / folder).rglob("*.py"):
             assert not [m for m, _ in imports(tree_of(path)) if m.startswith("experiments")], path
+
+
+def test_the_base_alone_imports_every_module_but_the_leaves():
+    """In a process where no extra can be imported."""
+    names = [f"pagellm.{name_of(p)}" for p in MODULES if name_of(p) not in (*LEAVES, "__main__")]
+    others = sorted({*EXTRAS, *set().union(*LEAVES.values()), "matplotlib", "locust", "schemathesis", "scipy",
+                     "transformers", "implicit", "cornac", "httpx", "pandas", "pytest", "hypothesis"})
+    done = subprocess.run([sys.executable, "-c", f"import sys\nsys.modules |= dict.fromkeys({others})\n"
+                           + "\n".join(f"import {name}" for name in names)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_pickle_and_no_eval():
