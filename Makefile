@@ -124,16 +124,16 @@ casestudy: $(DONE)/evaluate/done  ## prompt, true page, pages, hits and rewards 
 	$(PY) -m experiments.casestudy --run $(RUN) $(ARGS)
 
 ranker: $(VENV)/ranker $(DONE)/ppo/done  ## what dot(h_u, e_i) and the marginal page reward add to LightGBM, on held-out rows
-	$(PY) -m experiments.ranker $(BASE) $(ARGS)
+	$(PY) -m experiments.ranker $(COMMON) $(ARGS)
 
 search: $(VENV)/search $(DONE)/export-ppo/done  ## HNSW over the item rows: recall, queries a second, size; ARGS="--copies 30"
-	$(PY) -m pagellm.search $(BASE) $(ARGS)
+	$(PY) -m pagellm.search $(COMMON) $(ARGS)
 
 $(DONE)/export-ppo/done: | $(DONE)/ppo/done
-	$(PY) -m pagellm.export $(BASE)
+	$(PY) -m pagellm.export $(COMMON)
 
 caches: $(DONE)/ppo/done  ## requests that come back: hits of the prompt and user caches, seconds with and without
-	$(PY) -m experiments.caches $(BASE) $(ARGS)
+	$(PY) -m experiments.caches $(COMMON) $(ARGS)
 
 crossdomain: $(VENV)/installed  ## trained on half of the departments, tested on the others through rows made of words
 	$(PY) -m experiments.crossdomain --dataset $(DATASET) $(RAW_ARG) $(ARGS)

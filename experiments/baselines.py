@@ -24,10 +24,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from experiments.models import GRIDS, Fitted, fit, gram_matrix, grid_of
+from experiments.models import GRIDS, PLAIN, Fitted, fit, gram_matrix, grid_of
 from experiments.study import per_user
 from experiments.tables import compare, save
 from pagellm import metrics
+from pagellm.als import facts_of
 from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import SPLITS, Rows, Shop, load
 from pagellm.evaluate import (
@@ -56,7 +57,7 @@ GOAL = "NDCG@100"            # what settings are chosen by, on validation
 class Config(Common):
     """Choose settings on validation, fit, write pages, score them on the test split, print the table."""
 
-    models: str = ",".join(GRIDS)  # which, comma-separated
+    models: str = ",".join(PLAIN)  # which, comma-separated; also ALS+facts, which reads titles and categories too
     trials: int = 24             # settings tried for each model on validation; fewer where none is better nearby
     settings: str = ""           # settings.json of an earlier search, used instead of searching
     refit: bool = False          # also fit each model to train + validation with the chosen settings
@@ -133,7 +134,8 @@ class Bench:
             if self._gram[0] != splits:
                 self._gram = (splits, gram_matrix(rows, shop.n_items))
             gram = self._gram[1]
-        return fit(name, rows, shop.n_users, shop.n_items, settings, self.config.seed, gram)
+        facts = facts_of(shop.catalogue) if name == "ALS+facts" else None
+        return fit(name, rows, shop.n_users, shop.n_items, settings, self.config.seed, gram, facts)
 
     def rank(self, fitted: Fitted, users: np.ndarray, seen: Rows) -> RankedPages:
         return rank_all(fitted.score, users, seen, self.config.k, self.config.depth, self.config.seed)

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from experiments import baselines
 from experiments.ablation import overrides
-from experiments.models import GRIDS
+from experiments.models import PLAIN
 from experiments.study import Stages, Variant, difference, per_user, run_variant, write_table
 from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.config import PageLLMError, check, main
@@ -52,7 +52,7 @@ class Config:
     study: str = "coldstart"     # name of the study: results lie in <runs>/<study>
     share: float = 0.5           # of each user's train rows that stay, rounded up
     seeds: int = 3               # seeds 0, 1, ...; each draws its own half
-    models: str = ",".join(GRIDS)  # baselines, comma-separated
+    models: str = ",".join(PLAIN)  # baselines, comma-separated
     trials: int = 24             # settings tried for each on the full data
     settings: str = ""           # settings.json of an earlier search, used instead
     policies: str = ""           # our rows: sft, ppo, or both, comma-separated; trained on full and on each half

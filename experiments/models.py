@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagellm.als import als
+from pagellm.als import als, with_facts
 from pagellm.config import PageLLMError
 from pagellm.data.shop import Rows
 
-__all__ = ["GRIDS", "Fitted", "ease_weights", "fit", "gram_matrix", "grid_of", "knn_weights", "sum_rows"]
+__all__ = ["GRIDS", "PLAIN", "Fitted", "ease_weights", "fit", "gram_matrix", "grid_of", "knn_weights", "sum_rows"]
 
 LARGEST = 40_000         # items for which N x N float32 (6.4 GB) is still worth trying
 
@@ -31,6 +31,8 @@ GRIDS: dict[str, dict[str, tuple]] = {
     "EASE": {"ridge": (10.0, 20.0, 50.0, 100.0, 200.0, 350.0, 500.0, 1000.0, 2000.0)},
     "ALS": {"factors": (8, 32, 64, 128, 256, 512), "alpha0": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
             "reg": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0), "nu": (0.0, 0.5, 1.0)}}
+PLAIN = tuple(GRIDS)                 # users and items alone; the next reads titles, categories and brands too
+GRIDS["ALS+facts"] = GRIDS["ALS"]
 
 
 def grid_of(name: str, n_items: int) -> dict[str, tuple]:
@@ -47,10 +49,11 @@ class Fitted(NamedTuple):
 
 
 def fit(name: str, rows: Rows, n_users: int, n_items: int, settings: dict, seed: int = 0,
-        gram: Tensor | None = None) -> Fitted:
+        gram: Tensor | None = None, facts: list[np.ndarray] | None = None) -> Fitted:
     """Fit one of GRIDS to the positives `rows` of n_users users.
 
     settings  values for that model's names in GRIDS        gram  (N, N), if it is at hand already
+    facts     als.facts_of, for ALS+facts: categories, brands and title words are then users of their items
     Raises PageLLMError for an unknown model, other settings than its own, or too many items for N x N.
     """
     if name not in GRIDS or set(settings) != set(GRIDS[name]):
@@ -59,8 +62,10 @@ def fit(name: str, rows: Rows, n_users: int, n_items: int, settings: dict, seed:
     if name == "popularity":
         count = torch.from_numpy(np.bincount(rows.items, minlength=n_items)).float()
         return Fitted(lambda users: count.expand(len(users), -1), {"count": count})
-    if name == "ALS":
-        X, Y = als(rows, n_users, n_items, **settings, seed=seed)
+    if name in ("ALS", "ALS+facts"):
+        rows = with_facts(rows, facts or []) if name == "ALS+facts" else rows
+        X, Y = als(rows, len(rows.counts()), n_items, **settings, seed=seed)
+        X = X[:n_users]
         return Fitted(lambda users: X[torch.from_numpy(users)] @ Y.T, {"users": X, "items": Y})
     gram = gram_matrix(rows, n_items) if gram is None else gram
     W = (knn_weights if name == "ItemKNN" else ease_weights)(gram, **settings)

@@ -4,14 +4,18 @@
     X[users] @ Y.T                          (B, N) scores
 """
 
+import re
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from pagellm.data.shop import Rows
+from pagellm.data.shop import Catalogue, Rows
 from pagellm.train import keyed
 
-__all__ = ["als", "als_side"]
+__all__ = ["als", "als_side", "facts_of", "with_facts"]
+
+WIDEST = 1000        # items of a category, brand or title word; wider ones say little and cost much
 
 
 def als(rows: Rows, n_users: int, n_items: int, factors: int, alpha0: float, reg: float, nu: float, seed: int = 0,
@@ -75,3 +79,23 @@ def als_side(Y: Tensor, rows: Rows, alpha0: float, reg: Tensor, block: int = 4_0
                 x = torch.cholesky_solve(W.sum(1)[..., None], torch.linalg.cholesky(A))[..., 0]
             out[torch.from_numpy(some)] = x @ Q.T
     return out
+
+
+def facts_of(catalogue: Catalogue) -> list[np.ndarray]:
+    """Items (rising) of every category, brand and title word that 2 to WIDEST of them share."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for item in range(len(catalogue)):
+        names = {("category", name) for name in catalogue.categories[item]} | {("brand", catalogue.brand[item])}
+        names |= {("word", word) for word in re.findall(r"\w+", catalogue.title[item].lower())}
+        for name in names:
+            if name[1]:
+                groups.setdefault(name, []).append(item)
+    return [np.array(items) for _, items in sorted(groups.items()) if 2 <= len(items) <= WIDEST]
+
+
+def with_facts(rows: Rows, facts: list[np.ndarray]) -> Rows:
+    """`rows` and behind them one more user for every set of items in `facts`, who has chosen these."""
+    sizes = np.array([len(items) for items in facts], np.int64)
+    more = np.concatenate(facts) if facts else rows.items[:0]
+    return Rows(np.concatenate([rows.indptr, rows.indptr[-1] + np.cumsum(sizes)]), np.concatenate([rows.items, more]),
+                np.concatenate([rows.ratings, np.full(len(more), np.nan, np.float32)]))

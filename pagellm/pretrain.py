@@ -9,7 +9,6 @@ About a minute for the synthetic shop on two CPU cores.
 """
 
 import math
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,10 +21,10 @@ from torch import Tensor, nn
 
 from kernels.logprob import linear_logp
 from pagellm import dist, gpt2, lora, networks
-from pagellm.als import als
+from pagellm.als import als, facts_of, with_facts
 from pagellm.backbone import Backbone
 from pagellm.config import PageLLMError, check, main
-from pagellm.data.shop import Rows, Shop, load, source
+from pagellm.data.shop import Shop, load, source
 from pagellm.networks import SIZES, load_published, to_state
 from pagellm.prompts import Example, Prompts, right_pad
 from pagellm.run import Learning, Run, file_id
@@ -235,34 +234,17 @@ def spectral_rows(shop: Shop, n_embd: int, seed: int, facts: float = 0.5) -> tup
 def als_rows(shop: Shop, n_embd: int, config: Config) -> tuple[Tensor, Tensor]:
     """User and item rows from implicit ALS (als.py) over the train rows and what the catalogue says.
 
-    Not in the paper. Every category, brand and title word of 2 to WIDEST items joins as one more user, who has chosen
-    these items: an item's row then also says what it is, and an item nobody bought has a row.
+    Not in the paper. With `facts` every category, brand and title word counts as one more user (als.facts_of): an
+    item's row then also says what it is, and an item nobody bought has a row.
 
     returns (U, n_embd), (N, n_embd) float32, items with standard deviation row_scale; columns past the rank are 0
     """
-    train = shop.csr("train")
-    sets = [train.of(u)[0] for u in range(shop.n_users)] + (facts_of(shop) if config.facts > 0 else [])
-    indptr = np.cumsum([0, *map(len, sets)], dtype=np.int64)
-    rows = Rows(indptr, np.concatenate(sets), np.full(indptr[-1], np.nan, np.float32))
-    rank = min(n_embd, shop.n_items, len(sets))
-    X, Y = als(rows, len(sets), shop.n_items, rank, config.alpha0, config.reg, 1.0, config.seed)
+    rows = shop.csr("train")
+    rows = with_facts(rows, facts_of(shop.catalogue)) if config.facts > 0 else rows
+    rank = min(n_embd, shop.n_items, len(rows.counts()))
+    X, Y = als(rows, len(rows.counts()), shop.n_items, rank, config.alpha0, config.reg, 1.0, config.seed)
     scale = config.row_scale / Y.std().clamp(min=1e-12)
     return tuple(F.pad(factors * scale, (0, n_embd - rank)) for factors in (X[: shop.n_users], Y))
-
-
-WIDEST = 1000        # items of a category, brand or title word; wider ones say little and cost much
-
-
-def facts_of(shop: Shop) -> list[np.ndarray]:
-    """Items (rising) of every category, brand and title word that 2 to WIDEST of them share."""
-    c, groups = shop.catalogue, {}
-    for item in range(len(c)):
-        names = {("category", name) for name in c.categories[item]} | {("brand", c.brand[item])}
-        names |= {("word", word) for word in re.findall(r"\w+", c.title[item].lower())}
-        for name in names:
-            if name[1]:
-                groups.setdefault(name, []).append(item)
-    return [np.array(items) for _, items in sorted(groups.items()) if 2 <= len(items) <= WIDEST]
 
 
 def rating_rows(shop: Shop, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

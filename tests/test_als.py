@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagellm.als import als, als_side
+from pagellm.als import als, als_side, facts_of, with_facts
+from pagellm.data.shop import Catalogue
 from tests.strategies import purchases, rows_of, seeds
 
 STEADY = settings(deadline=None, max_examples=40)
@@ -57,3 +58,31 @@ def test_als_half_step_equals_implicits():
     X = theirs.recalculate_user(np.arange(len(BIG)), sparse.csr_matrix(BIG.astype(np.float32)))
     ours = als_side(torch.from_numpy(Y), rows_of(BIG), 1 / (alpha - 1), torch.full((len(BIG),), penalty / (alpha - 1)))
     np.testing.assert_allclose(ours.numpy() * alpha / (alpha - 1), X, atol=2e-6)
+
+
+def test_facts_are_sets_of_items_that_share_something():
+    c = Catalogue.of(["a", "b", "c"], ["Blue Drum", "blue flute", "Red-drum"], ["X", "", "X"],
+                     [("Music", "Drums"), ("Music",), ("Music", "Drums")], ["Drums", "", "Drums"],
+                     [""] * 3, [np.nan] * 3)
+    # brand X; categories Drums, Music; words blue, drum
+    assert [f.tolist() for f in facts_of(c)] == [[0, 2], [0, 2], [0, 1, 2], [0, 1], [0, 2]]
+
+
+def test_facts_join_as_users_and_leave_the_users_alone():
+    rows = with_facts(rows_of(BIG), [np.array([3, 4]), np.array([0, 7, 9])])
+    assert len(rows.counts()) == len(BIG) + 2
+    assert rows.of(len(BIG))[0].tolist() == [3, 4] and rows.of(len(BIG) + 1)[0].tolist() == [0, 7, 9]
+    for u in range(len(BIG)):
+        assert rows.of(u)[0].tolist() == rows_of(BIG).of(u)[0].tolist()
+    assert with_facts(rows_of(BIG), []).items.tolist() == rows_of(BIG).items.tolist()
+
+
+def test_an_item_nobody_bought_is_near_what_it_shares_words_with():
+    bought = BIG.copy()
+    bought[:, 24] = False
+    with_none, with_some = (als(with_facts(rows_of(bought), facts), len(BIG) + len(facts), 25, 5, 0.1, 0.01, 1.0)[1]
+                            for facts in ([], [np.array([3, 24])]))
+    cosine = torch.nn.functional.cosine_similarity
+    assert with_none[24].norm() < 1e-4
+    others = [i for i in range(24) if i != 3]
+    assert cosine(with_some[24], with_some[3], 0) > cosine(with_some[24][None], with_some[others], 1).max()

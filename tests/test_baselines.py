@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from experiments import baselines
 from experiments.baselines import climb, read_rows, run
-from experiments.models import GRIDS, Fitted, fit
+from experiments.models import GRIDS, PLAIN, Fitted, fit
 from pagellm.config import PageLLMError
 from pagellm.data import prepare
 from pagellm.data.shop import load
@@ -108,7 +108,7 @@ def test_test_rows_move_no_byte_of_a_search(root, tmp_path, searched):
 
 
 def test_a_run_leaves_everything_that_its_docstring_names(searched, root, capsys):
-    names = [*GRIDS, *(f"{name}, refit" for name in GRIDS)]
+    names = [*PLAIN, *(f"{name}, refit" for name in PLAIN)]
     rows, made = read_rows(searched)
     assert list(rows) == names and made["mask"] == "train+valid"
     results = json.loads((searched / "metrics.json").read_text())
@@ -124,7 +124,7 @@ def test_a_run_leaves_everything_that_its_docstring_names(searched, root, capsys
     assert split["rows"]["test"]["positive"] == int(shop.rows("test").sum())
     assert split["id"] == baselines.file_id(shop.path / "interactions.parquet")
     settings_found = json.loads((searched / "settings.json").read_text())
-    assert all(settings_found[name]["settings"].keys() == GRIDS[name].keys() for name in GRIDS)
+    assert all(settings_found[name]["settings"].keys() == GRIDS[name].keys() for name in PLAIN)
     run(config(root, run="searched", settings="", trials=3, refit=True))
     printed = capsys.readouterr().out
     assert "EASE, refit" in printed and f"{shop.n_users} users, all counted" in printed

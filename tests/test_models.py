@@ -115,3 +115,14 @@ def test_wrong_calls_say_what_is_wanted(monkeypatch):
     monkeypatch.setattr(models, "LARGEST", 10)
     with pytest.raises(PageLLMError, match="--models popularity,ALS"):
         fit("EASE", rows_of(BIG), *BIG.shape, {"ridge": 1.0})
+
+
+def test_als_with_facts_ranks_what_nobody_bought():
+    bought = BIG.copy()
+    bought[:, 24] = False
+    plain, told = (fit(name, rows_of(bought), *bought.shape, SETTINGS["ALS"], facts=[np.array([3, 24])])
+                   for name in ("ALS", "ALS+facts"))
+    fans, others = np.flatnonzero(bought[:, 3]), np.flatnonzero(~bought[:, 3])
+    assert plain.score(fans)[:, 24].abs().max() < 1e-4
+    assert told.score(fans)[:, 24].mean() > told.score(others)[:, 24].mean() + 0.01
+    assert told.learned["users"].shape == (len(bought), 3)
