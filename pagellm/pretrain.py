@@ -9,10 +9,13 @@ About a minute for the synthetic shop on two CPU cores.
 """
 
 import math
+import shutil
 import sys
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,10 +27,10 @@ from pagellm import dist, gpt2, lora, networks
 from pagellm.als import als, facts_of, with_facts
 from pagellm.backbone import Backbone
 from pagellm.config import PageLLMError, check, main
-from pagellm.data.shop import Shop, load, source
+from pagellm.data.shop import Catalogue, Shop, load, source
 from pagellm.networks import SIZES, load_published, to_state
 from pagellm.prompts import Example, Prompts, right_pad
-from pagellm.run import Learning, Run, file_id
+from pagellm.run import Learning, Run, atomic, file_id
 from pagellm.sampled import Candidates, Proposal, sampled_logp
 from pagellm.train import (
     Guard,
@@ -111,16 +114,71 @@ class Config(Learning):
         lora.parse_targets(self.lora_targets, networks.trunk_of(SIZES[self.size]).TARGETS)
 
 
-class Corpus:
-    """The four kinds of prompt over one shop; `draw` makes one example from (kind, generator)."""
+def facts(c: Catalogue) -> Iterator[tuple[int, str, str]]:
+    """(item, field, text) of all that the catalogue says."""
+    for item in range(len(c)):
+        for field, text in (("title", c.title[item]), ("brand", c.brand[item]),
+                            ("category", ", ".join(c.categories[item])), ("description", c.description[item])):
+            if text:
+                yield item, field, text
 
-    def __init__(self, shop: Shop, prompts: Prompts, ordered: bool):
+
+def opinions(shop: Shop) -> Iterator[tuple[int, int, str]]:
+    """(user, item, review) of the train rows that have one."""
+    return ((user, item, text) for user, item, text in zip(*shop.reviews(), strict=True) if text)
+
+
+def texts(shop: Shop) -> Iterator[str]:
+    """Everything the words are learnt from."""
+    yield from (text for _, _, text in facts(shop.catalogue))
+    yield from (text for _, _, text in opinions(shop))
+    yield from (f" {word}:" for word in ("title", "brand", "category", "description", "history", "rating"))
+
+
+class Tokens:
+    """Many texts as token ids in two files, which are mapped and not read: `ids` one after another, `start` of each."""
+
+    def __init__(self, path: Path):
+        self.ids, self.start = (np.load(path / f"{name}.npy", mmap_mode="r") for name in ("ids", "start"))
+
+    def __getitem__(self, index: int) -> list[int]:
+        return self.ids[self.start[index]: self.start[index + 1]].tolist()
+
+    @staticmethod
+    def write(path: Path, rows: Iterable[list[int]]) -> None:
+        """`start` comes last: where it is, both are whole."""
+        ids, start = array("i"), array("q", [0])
+        for row in rows:
+            ids.extend(row)
+            start.append(len(ids))
+        ids.append(0)                                    # an empty file cannot be mapped
+        path.mkdir(parents=True, exist_ok=True)
+        for name, values, kind in (("ids", ids, np.int32), ("start", start, np.int64)):
+            with atomic(path / f"{name}.npy") as beside, open(beside, "wb") as file:
+                np.save(file, np.frombuffer(values, kind))
+
+    @staticmethod
+    def remove(path: Path) -> None:
+        (path / "start.npy").unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class Corpus:
+    """The four kinds of prompt over one shop; `draw` makes one example from (kind, generator).
+
+    path   directory for the texts' tokens, read from there ever after; the main process fills it once
+    """
+
+    def __init__(self, shop: Shop, prompts: Prompts, ordered: bool, path: Path):
         self.shop, self.prompts, self.ordered = shop, prompts, ordered
         c = shop.catalogue
-        self.facts = [(item, field, text) for item in range(len(c)) for field, text in
-                      (("title", c.title[item]), ("brand", c.brand[item]),
-                       ("category", ", ".join(c.categories[item])), ("description", c.description[item])) if text]
-        self.opinions = [(u, i, text) for u, i, text in zip(*shop.reviews(), strict=True) if text]
+        if dist.is_main() and not (path / "start.npy").exists():
+            said = (text for source in (facts(c), opinions(shop)) for _, _, text in source)
+            Tokens.write(path, (prompts.tokens(text)[: prompts.room] for text in said))
+        dist.barrier()
+        self.tokens = Tokens(path)
+        self.facts = [(item, field) for item, field, _ in facts(c)]
+        self.opinions = np.array([(user, item) for user, item, _ in opinions(shop)], np.int64).reshape(-1, 2)
         groups: dict[tuple[str, str], list[int]] = {}
         for item in range(len(c)):
             for field, names in (("category", c.categories[item]), ("brand", (c.brand[item],))):
@@ -136,9 +194,9 @@ class Corpus:
     def draw(self, kind: str, rng: np.random.Generator) -> Example:
         index = int(rng.integers(self.sizes[kind]))
         if kind == "contents":
-            return self.prompts.contents(*self.facts[index])
+            return self.prompts.contents(*self.facts[index], self.tokens[index])
         if kind == "first_order":
-            return self.prompts.first_order(*self.opinions[index])
+            return self.prompts.first_order(*self.opinions[index].tolist(), self.tokens[len(self.facts) + index])
         if kind == "second_order":
             field, name, items = self.groups[index]
             chunk = rng.permutation(items)[:32].tolist()
@@ -148,12 +206,6 @@ class Corpus:
         user = int(self.choosers[index])
         items, _ = self.train.of(user)
         return self.prompts.interaction(user, (items if self.ordered else rng.permutation(items)).tolist())
-
-    def texts(self):
-        """Everything the words are learnt from."""
-        yield from (text for _, _, text in self.facts)
-        yield from (text for _, _, text in self.opinions)
-        yield from (f" {word}:" for word in ("title", "brand", "category", "description", "history", "rating"))
 
 
 class RatingHead(nn.Module):
@@ -295,8 +347,7 @@ def build(config: Config, shop: Shop) -> tuple[Backbone, RatingHead, Vocab]:
     if config.bpe:
         vocab = Vocab.published(config.bpe, shop.n_users, shop.n_items, config.times)
     else:
-        empty = Corpus(shop, None, ordered=False)
-        vocab = Vocab.train(empty.texts(), shop.n_users, shop.n_items, config.words, config.times)
+        vocab = Vocab.train(texts(shop), shop.n_users, shop.n_items, config.words, config.times)
     if config.weights and not config.bpe:
         raise PageLLMError("published weights know their own words only: give --bpe <tokenizer.json or directory> with "
                            "--weights")
@@ -333,7 +384,8 @@ def run(config: Config) -> None:
             vocab.save(out.path)
         both = Objective(pretrain_loss, model=model, head=head).to(device)
         prompts = Prompts(vocab, config.max_tokens)
-        corpus = Corpus(shop, prompts, ordered=source(config.data_dir)["config"].get("split") == "temporal")
+        corpus = Corpus(shop, prompts, ordered=source(config.data_dir)["config"].get("split") == "temporal",
+                        path=out.path / "tokens")
         weights = np.array([getattr(config, kind) * (corpus.sizes[kind] > 0) for kind in KINDS])
         if not weights.sum():
             raise PageLLMError(f"{config.data_dir} has nothing for the kinds of prompt that have a weight: "
@@ -398,6 +450,9 @@ def run(config: Config) -> None:
                 result["valid_rmse"] = rmse(model, head, prompts, held)
             result["valid_rmse_of_the_mean"] = (math.sqrt(np.mean((held[2] - ratings.mean()) ** 2))
                                                 if len(held[2]) else None)
+        dist.barrier()
+        if dist.is_main():
+            Tokens.remove(out.path / "tokens")
         out.finish({**to_state(model), "rating_head": dist.weights(head)}, state_at(config.steps), **result)
         if dist.is_main():
             print(f"pretrain: {out.path} {result}")

@@ -53,13 +53,17 @@ class Prompts:
         self.max_history, self.use_ratings = max_history, use_ratings
         self.words = lru_cache(maxsize=4096)(lambda text: tuple(vocab.words(text)))
 
-    def contents(self, item: int, field: str, text: str) -> Example:
-        given = [self.vocab.item(item), *self.words(f" {field}:")]
-        return Example.of(given, self.vocab.words(f" {text}"), "words", self.room)
+    def tokens(self, text: str | list[int]) -> list[int]:
+        """Tokens of a text that follows a prompt; those of a text that has been read already come as they are."""
+        return self.vocab.words(f" {text}") if isinstance(text, str) else text
 
-    def first_order(self, user: int | None, item: int, review: str) -> Example:
+    def contents(self, item: int, field: str, text: str | list[int]) -> Example:
+        given = [self.vocab.item(item), *self.words(f" {field}:")]
+        return Example.of(given, self.tokens(text), "words", self.room)
+
+    def first_order(self, user: int | None, item: int, review: str | list[int]) -> Example:
         given = [self.vocab.user(user), *self.words(" on"), self.vocab.item(item), *self.words(", opinion:")]
-        return Example.of(given, self.vocab.words(f" {review}"), "words", self.room)
+        return Example.of(given, self.tokens(review), "words", self.room)
 
     def second_order(self, field: str, name: str, items: list[int]) -> Example:
         given = self.vocab.words(f"{field} {name} contains:")

@@ -16,7 +16,9 @@ from pagellm.data import prepare
 from pagellm.data.shop import load
 from pagellm.decode import Unseen, greedy
 from pagellm.policy import Policy, Validation, label_ranks
+from pagellm.prompts import Prompts
 from pagellm.reward import RewardModel
+from pagellm.vocab import Vocab
 
 SMALL = {"pretrain": {"size": "nano", "steps": 6, "batch": 8, "rating_batch": 8, "words": 300, "warmup": 2},
          "sft": {"epochs": 2, "batch": 16, "eval_every": 4, "max_history": 8, "warmup": 2, "k": 6},
@@ -335,3 +337,25 @@ def test_a_run_with_drawn_items_and_lazy_rows_goes_on_to_the_same_bits(root):
         states = [json.loads((runs / name / stage / "done").read_text())["state"] for name in ("lean", "lean2")]
         assert states[0] == states[1], stage
         assert states[0] != json.loads((runs / "base" / stage / "done").read_text())["state"]
+
+
+def test_texts_are_read_from_their_tokens_on_disk(root, tmp_path):
+    """Every example is what its text says; a corpus that is there is not written again; none is left behind."""
+    shop = load(root / "data" / "synthetic")
+    vocab = Vocab.load(root / "runs" / "base" / "pretrain")
+    prompts = Prompts(vocab, 64)
+    corpus = pretrain.Corpus(shop, prompts, False, tmp_path / "tokens")
+    said = [(kind, row) for kind, rows in (("contents", pretrain.facts(shop.catalogue)),
+                                           ("first_order", pretrain.opinions(shop))) for row in rows]
+    assert len(said) == len(corpus.facts) + len(corpus.opinions) == len(corpus.tokens.start) - 1 > 100
+    for i, (kind, row) in enumerate(said):
+        got = (prompts.contents(*corpus.facts[i], corpus.tokens[i]) if kind == "contents" else
+               prompts.first_order(*corpus.opinions[i - len(corpus.facts)].tolist(), corpus.tokens[i]))
+        assert got == getattr(prompts, kind)(*row)
+    assert isinstance(corpus.tokens.ids, np.memmap)
+    before = (tmp_path / "tokens" / "ids.npy").stat().st_mtime_ns
+    pretrain.Corpus(shop, prompts, False, tmp_path / "tokens")
+    assert (tmp_path / "tokens" / "ids.npy").stat().st_mtime_ns == before
+    assert not (root / "runs" / "base" / "pretrain" / "tokens").exists()
+    pretrain.Tokens.write(tmp_path / "none", [])
+    assert len(pretrain.Tokens(tmp_path / "none").start) == 1

@@ -18,6 +18,7 @@ def target(example):
 def test_targets_of_each_kind():
     assert VOCAB.decode(target(PROMPTS.contents(3, "title", "Red drum"))) == " Red drum"
     assert VOCAB.decode(target(PROMPTS.first_order(1, 3, "good"))) == " good"
+    assert PROMPTS.first_order(1, 3, PROMPTS.tokens("good")) == PROMPTS.first_order(1, 3, "good")
     assert target(PROMPTS.second_order("brand", "Acme", [4, 2])) == [VOCAB.item(4), VOCAB.item(2)]
     assert VOCAB.decode(target(PROMPTS.second_order_reverse("brand", "Acme", [4, 2]))) == " Acme"
     assert target(PROMPTS.interaction(1, [8, 0])) == [VOCAB.item(8), VOCAB.item(0)]
