@@ -155,7 +155,9 @@ class Tokens:
         path.mkdir(parents=True, exist_ok=True)
         for name, values, kind in (("ids", ids, np.int32), ("start", start, np.int64)):
             with atomic(path / f"{name}.npy") as beside, open(beside, "wb") as file:
-                np.save(file, np.frombuffer(values, kind))
+                table = np.frombuffer(values, kind)      # not np.save: on a full disk its error has no number
+                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(table))
+                file.write(table.data)
 
     @staticmethod
     def remove(path: Path) -> None:
