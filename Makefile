@@ -9,21 +9,24 @@ RUN ?= $(DATASET)
 RAW ?=
 ARGS ?=
 NPROC ?= 1
+SEED ?=
+SEEDS ?= 0 1 2 3 4
 PYTHON ?= python3
 VENV ?= .venv
 
 PY := $(VENV)/bin/python
+comma := ,
 # NPROC processes share a stage (torchrun); "--" keeps torchrun from reading a stage's options as its own.
 STAGE := $(if $(filter-out 1,$(NPROC)),$(VENV)/bin/torchrun --standalone --nproc_per_node $(NPROC) -m --,$(PY) -m)
 STAGES := prepare pretrain sft reward ppo evaluate
-COMMON := --dataset $(DATASET) --run $(RUN)
+COMMON := --dataset $(DATASET) --run $(RUN) $(if $(SEED),--seed $(SEED))
 DONE := runs/$(RUN)
 PREPARED := data/$(DATASET)/source.json
 RAW_ARG := $(if $(RAW),--raw $(RAW))
 # presets/<dataset>/<stage> holds options found to fit a data set and two cores; ARGS override them.
 PRESET = $(addprefix @,$(wildcard presets/$(DATASET)/$(1)))
 
-.PHONY: all help install test lint serve recommend report load fuzz export ablation abtest ope judge backbones baselines \
+.PHONY: all help install test lint serve recommend report load fuzz export ablation abtest ope judge backbones baselines seeds \
 	coldstart casestudy ranker search caches crossdomain drift bench scaling torture soak clean $(STAGES)
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
@@ -31,7 +34,7 @@ PRESET = $(addprefix @,$(wildcard presets/$(DATASET)/$(1)))
 all: evaluate  ## the whole pipeline: prepare, pretrain, sft, reward, ppo, evaluate; prints table and pages
 
 help:  ## this list
-	@echo "make [target] [DATASET=synthetic] [RUN=<dataset>] [RAW=directory of raw files] [ARGS=\"--field value\"] [NPROC=1]"
+	@echo "make [target] [DATASET=synthetic] [RUN=<dataset>] [RAW=directory of raw files] [ARGS=\"--field value\"] [NPROC=1] [SEED=0]"
 	@awk -F ':.*## ' '/^[a-z][a-z ]*:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  fields of a stage: $(PY) -m pagellm.<stage> --help   (prepare: pagellm.data.prepare)"
 
@@ -107,6 +110,10 @@ backbones: $(VENV)/installed  ## GPT-2, Llama and Llama with adapters side by si
 
 baselines: | $(PREPARED)  ## popularity, ItemKNN, EASE, ALS: chosen on validation, refitted, one table
 	$(PY) -m experiments.baselines $(COMMON) --refit $(ARGS)
+
+seeds: | $(PREPARED)  ## the whole pipeline once for each of SEEDS, and one table with the baselines
+	for seed in $(SEEDS); do $(MAKE) $(DONE)-s$$seed/evaluate/done RUN=$(RUN)-s$$seed SEED=$$seed || exit; done
+	$(PY) -m experiments.seeds --dataset $(DATASET) --run $(RUN) --seeds $(subst $(eval) ,$(comma),$(SEEDS)) $(ARGS)
 
 coldstart: $(VENV)/installed  ## half of the training interactions; users by how many they have
 	$(PY) -m experiments.coldstart --dataset $(DATASET) $(RAW_ARG) $(ARGS)

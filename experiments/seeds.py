@@ -1,0 +1,82 @@
+"""One table from runs that differ in their seed: our policies beside the data set's plain baselines.
+
+    make seeds DATASET=instruments RAW=... SEEDS="0 1 2 3 4"
+    python -m experiments.seeds --dataset instruments --seeds 0,1,2,3,4
+
+Reads   runs/<run>-s<seed>/evaluate of every seed, runs/<baselines>/baselines if it is there
+Writes  runs/<run>-seeds/table.{md,tex,parquet}
+
+A cell is the mean over seeds and users, and the paired difference to `versus` with its 95% interval (bootstrap over
+seeds, then users). Baselines were fitted once; they count as the same in every seed.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from experiments.baselines import SHOWN, read_rows
+from experiments.study import per_user
+from experiments.tables import compare, save
+from pagellm.config import PageLLMError, check, main
+from pagellm.run import finished, read_json
+
+__all__ = ["Config", "OURS", "run"]
+
+OURS = {"sft": 'SFT = "w/o reward"', "ppo": "PageLLM"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Put runs of several seeds and the plain baselines into one table."""
+
+    dataset: str = "synthetic"   # name of the data set
+    run: str = ""                # runs are <run>-s<seed>; empty: the data set's name
+    seeds: str = "0,1,2,3,4"     # which, comma-separated
+    baselines: str = ""          # run whose baselines stand beside them; empty: the data set's name
+    versus: str = ""             # row that differences are taken to; empty: SFT
+    n_boot: int = 1000           # bootstrap draws behind an interval
+    runs: str = "runs"           # directory of runs
+
+    def __post_init__(self):
+        names = self.seeds.split(",")
+        check(self, seeds=(all(n.isdigit() for n in names) and len(set(names)) == len(names), "numbers, each once"),
+              n_boot=(self.n_boot > 1, "2 or more"))
+
+
+def run(config: Config) -> list[dict]:
+    """-> one record for each row and metric (tables.compare)."""
+    name, root = config.run or config.dataset, Path(config.runs)
+    seeds, data = config.seeds.split(","), set()
+    results: dict[str, list[dict[str, np.ndarray]]] = {row: [] for row in OURS.values()}
+    for seed in seeds:
+        folder = root / f"{name}-s{seed}" / "evaluate"
+        finished(folder, f"evaluation of seed {seed}",
+                 f"make evaluate DATASET={config.dataset} RUN={name}-s{seed} SEED={seed}")
+        made = read_json(folder / "config.json")
+        if made["config"]["seed"] != int(seed):
+            raise PageLLMError(f"{folder} was made with seed {made['config']['seed']}, not {seed}\n  Make it with: "
+                               f"make evaluate DATASET={config.dataset} RUN={name}-s{seed} SEED={seed}")
+        data.add(made["inputs"]["data"])
+        for policy, row in OURS.items():
+            results[row].append(per_user(folder / policy / "per_user.parquet"))
+    folder = root / (config.baselines or config.dataset) / "baselines"
+    if (folder / "done").exists():
+        data.add(read_json(folder / "config.json")["inputs"]["data"])
+        results |= {row: [scores] * len(seeds) for row, scores in read_rows(folder)[0].items()}
+    elif config.baselines:
+        finished(folder, "baselines", f"make baselines DATASET={config.dataset} RUN={config.baselines}")
+    if len(data) > 1:
+        raise PageLLMError(f"these runs were scored on different data: their source.json have the ids {sorted(data)}\n"
+                           "  Evaluate all on one prepared data set.")
+    records = compare(results, SHOWN, config.versus or OURS["sft"], 0, config.n_boot)
+    out = root / f"{name}-seeds"
+    out.mkdir(parents=True, exist_ok=True)
+    print(save(out, records, f"{config.dataset}: {len(seeds)} seeds ({config.seeds}), test split; difference to "
+                             f"{config.versus or OURS['sft']} with its 95% interval over seeds and users"))
+    return records
+
+
+if __name__ == "__main__":
+    sys.exit(main(Config, run, "experiments.seeds"))
