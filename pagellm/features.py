@@ -68,20 +68,22 @@ def marginal_reward(reward: RewardModel, prompt: Tensor, valid: Tensor, page: Te
     """
     (B, M), K, device, trunk = item.shape, page.shape[1], page.device, reward.trunk
     page = torch.where(mask, page, -1)
-    cache = KVCache(trunk.shape, B, prompt.shape[1] + K + 1, trunk.wpe)
+    cache = KVCache(trunk.shape, B, prompt.shape[1] + K + 1, trunk.word)
     read = torch.cat([valid, mask], 1)
-    after = trunk(torch.cat([prompt, item_tokens(trunk, page, 0)], 1), read, cache)[:, prompt.shape[1]:].float()
+    ids, P = torch.cat([prompt, item_tokens(trunk, page, 0)], 1), prompt.shape[1]
+    after = trunk(ids, read, cache, placed=P)[:, P:].float()
     token, total = reward.heads(prompt, valid, page, mask, after)
     base, out = total + mean_reward(token, mask), torch.full((B, M), torch.nan, device=device)
     there = (page[:, None] == item[..., None]).any(2) & (item >= 0)                     # (B, M)
     for row, column in chunks(~there & (item >= 0), batch):
         # The prompt and the page were read once; only the new item's column is computed for each of them.
-        mine = KVCache(trunk.shape, 0, 0, trunk.wpe)
+        mine = KVCache(trunk.shape, 0, 0, trunk.word)
         mine.keys, mine.values, mine.length = cache.keys, cache.values, cache.length
         mine.select(row)
         one = torch.ones(len(row), 1, dtype=torch.bool, device=device)
         added = item[row, column]
-        state = trunk(item_tokens(trunk, added, 0)[:, None], torch.cat([read[row], one], 1), mine)[:, -1].float()
+        ids = item_tokens(trunk, added, 0)[:, None]
+        state = trunk(ids, torch.cat([read[row], one], 1), mine, placed=0)[:, -1].float()
         longer, states, end = F.pad(page[row], (0, 1), value=-1), F.pad(after[row], (0, 0, 0, 1)), mask[row].sum(1)
         at = torch.arange(len(row), device=device)
         longer[at, end], states[at, end] = added, state

@@ -1,5 +1,7 @@
 """Features of pairs: against rewards computed one page at a time, and through the command."""
 
+import copy
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,9 +31,12 @@ def total(reward, prompt, valid, page: list[int]) -> float:
     return float(whole + mean_reward(token, item >= 0))
 
 
-@pytest.mark.parametrize("batch", [1, 7, 512])
-def test_marginal_reward_is_the_difference_of_two_whole_pages(parts, batch):
+@pytest.mark.parametrize("batch, gated", [(1, False), (7, False), (512, False), (7, True)])
+def test_marginal_reward_is_the_difference_of_two_whole_pages(parts, batch, gated):
     _, reward, prompt, valid, page, mask = parts
+    if gated:
+        reward = copy.deepcopy(reward)
+        reward.trunk.add_gate(0.3)
     N = reward.trunk.n_items
     item = torch.cat([page, torch.from_numpy(np.random.default_rng(0).integers(N, size=(6, 8))),
                       torch.full((6, 1), -1)], 1)
