@@ -36,6 +36,7 @@ def study(served, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbones, "alone", shorter)
+        patch.setenv("OMP_NUM_THREADS", "1")         # a process a stage: threads of several would wait for each other
         records = backbones.run(config)
         started = []
         patch.setattr(subprocess, "Popen", lambda *a, **k: started.append(a))

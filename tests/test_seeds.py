@@ -19,7 +19,7 @@ def runs(served, tmp_path_factory):
     """The one run of `served` as seeds 0 and 1; seed 1's PageLLM finds a quarter more of everything."""
     root = tmp_path_factory.mktemp("seeds")
     (root / "data").symlink_to(served / "data")
-    shutil.copytree(served / "runs" / "base", root / "runs" / "base")
+    shutil.copytree(served / "runs" / "base", root / "runs" / "base", ignore=shutil.ignore_patterns("evaluate"))
     evaluate.run(evaluate.Config(run="base", data=str(root / "data"), runs=str(root / "runs"), device="cpu", k=6,
                                  depth=40, n_boot=20, examples=1))
     for seed in (0, 1):
