@@ -87,10 +87,10 @@ serve: $(VENV)/serve $(DONE)/ppo/done  ## the pages in a browser and over HTTP: 
 	$(PY) -m pagellm.serve $(COMMON) $(ARGS)
 
 load: $(VENV)/load $(DONE)/ppo/done  ## latency and pages a second of serve under 1, 8, 32 clients, cost of each part; ARGS="--soak 10"
-	$(PY) -m experiments.load $(BASE) $(ARGS)
+	$(PY) -m experiments.load $(COMMON) $(ARGS)
 
 fuzz: $(VENV)/load $(DONE)/ppo/done  ## schemathesis against the OpenAPI document of serve
-	$(PY) -m experiments.fuzz $(BASE) $(ARGS)
+	$(PY) -m experiments.fuzz $(COMMON) $(ARGS)
 
 recommend: $(DONE)/ppo/done  ## one page in the terminal: ARGS="--user ID"; everybody's: ARGS="--all --out pages.parquet"
 	$(STAGE) pagellm.recommend $(COMMON) $(ARGS)
