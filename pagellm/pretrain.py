@@ -174,13 +174,13 @@ class Corpus:
     def __init__(self, shop: Shop, prompts: Prompts, ordered: bool, path: Path):
         self.shop, self.prompts, self.ordered = shop, prompts, ordered
         c = shop.catalogue
+        said, heard = list(facts(c)), list(opinions(shop))
         if dist.is_main() and not (path / "start.npy").exists():
-            said = (text for source in (facts(c), opinions(shop)) for _, _, text in source)
-            Tokens.write(path, (prompts.tokens(text)[: prompts.room] for text in said))
+            Tokens.write(path, (prompts.tokens(text)[: prompts.room] for _, _, text in (*said, *heard)))
         dist.barrier()
         self.tokens = Tokens(path)
-        self.facts = [(item, field) for item, field, _ in facts(c)]
-        self.opinions = np.array([(user, item) for user, item, _ in opinions(shop)], np.int64).reshape(-1, 2)
+        self.facts = [(item, field) for item, field, _ in said]
+        self.opinions = np.array([(user, item) for user, item, _ in heard], np.int64).reshape(-1, 2)
         groups: dict[tuple[str, str], list[int]] = {}
         for item in range(len(c)):
             for field, names in (("category", c.categories[item]), ("brand", (c.brand[item],))):

@@ -144,7 +144,7 @@ def optimiser(model: nn.Module, lr: float, weight_decay: float = 0.0, row_decay:
     for module in model.modules():
         if hasattr(module, "lazy"):
             module.lazy = lazy
-    rows, matrices, rest = [], [], []
+    rows, matrices, looked_up, rest = [], [], [], []
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
             continue
@@ -153,11 +153,10 @@ def optimiser(model: nn.Module, lr: float, weight_decay: float = 0.0, row_decay:
             rows.append(weight)
         elif weight.ndim >= 2 and last not in ("wpe", "word", "special"):
             matrices.append(weight)
+        elif row_lr != 1.0 and last in ("wpe", "word", "special", "gate"):
+            looked_up.append(weight)
         else:
             rest.append(weight)
-    looked_up = [] if row_lr == 1.0 else [w for name, w in model.named_parameters() if w.requires_grad and
-                                          name.rsplit(".", 1)[-1] in ("wpe", "word", "special", "gate")]
-    rest = [w for w in rest if not any(w is other for other in looked_up)]
     groups = [{"params": matrices, "weight_decay": weight_decay},
               {"params": rows, "weight_decay": row_decay, "share": row_lr}, {"params": rest, "weight_decay": 0.0},
               {"params": looked_up, "weight_decay": 0.0, "share": row_lr}]
