@@ -41,6 +41,7 @@ from pagellm.networks import from_state
 from pagellm.policy import MODES, Policy, Validation
 from pagellm.reward import RewardModel
 from pagellm.run import Learning, Run, file_id, finished, load_model_file
+from pagellm.sft import Batch, PageMaker, collate, sft_loss
 from pagellm.train import Guard, Objective, batch_at, keyed, lr_at, optimiser, progress, set_lr
 
 __all__ = ["AdaptiveKL", "Config", "Critic", "RunningMoments", "kl_k1", "kl_k2", "kl_k3", "policy_loss",
@@ -77,6 +78,9 @@ class Config(Learning):
     kl_horizon: float = 10000.0  # pages over which the adaptive coefficient moves
     w_token: float = 1.0         # weight of the mean token reward; 0: page-only
     w_page: float = 1.0          # weight of the page reward; 0: item-only
+    w_hit: float = 0.0           # weight of the page's NDCG on train items hidden from its prompt: nothing learnt judges
+    sft_coef: float = 0.0        # weight of SFT's loss on the users of a rollout, nats per slot of their pages
+    label_share: float = 0.2     # share of a user's train items that w_hit and sft_coef hide from the prompt
     critic_warmup: int = 20      # critic updates before the policy's first
     max_kl: float = 0.03         # stop the inner epochs when the new policy is further than this (k3, nats a slot)
     grad_clip: float = 1.0       # largest gradient norm, policy and critic apart
@@ -97,15 +101,16 @@ class Config(Learning):
               gamma=(0 <= self.gamma <= 1, "0 to 1"), mode=(self.mode in MODES, ", ".join(MODES)),
               kl_coef=(self.kl_coef >= 0, "0 or more"), kl_target=(self.kl_target >= 0, "0 or more"),
               select=(self.select in ("energy", "ndcg", "last"), "energy, ndcg or last"),
-              w_token=(self.w_token >= 0, "0 or more"), w_page=(self.w_page >= 0, "0 or more"))
+              label_share=(0 < self.label_share < 1, "between 0 and 1"),
+              **{w: (getattr(self, w) >= 0, "0 or more") for w in ("w_token", "w_page", "w_hit", "sft_coef")})
         if self.rollout % self.minibatch:
             raise PageLLMError(f"rollout={self.rollout} is not a multiple of minibatch={self.minibatch}")
         if self.rollout % self.samples:
             raise PageLLMError(f"rollout={self.rollout} is not a multiple of samples={self.samples}")
         if self.algo == "rloo" and self.samples < 2:
             raise PageLLMError("algo=rloo compares pages of one user: want samples of 2 or more, e.g. --samples 4")
-        if self.w_token == self.w_page == 0:
-            raise PageLLMError("w_token and w_page are both 0: nothing to optimise")
+        if self.w_token == self.w_page == self.w_hit == 0:
+            raise PageLLMError("w_token, w_page and w_hit are all 0: nothing to optimise")
 
 
 def kl_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
@@ -125,11 +130,11 @@ def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def step_reward(token_reward: Tensor, page_reward: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor,
-                w_token: float, w_page: float, kl_coef: float) -> Tensor:
-    """Reward of every slot: w_token token_k / T - kl_coef (logp - ref_logp)_k, + w_page page at a row's last slot.
+                w_token: float, w_page: float, kl_coef: float, hit: Tensor | float = 0.0) -> Tensor:
+    """Reward of every slot: w_token token_k / T + hit_k - kl_coef (logp - ref_logp)_k, + w_page page at the last slot.
 
-    token_reward, logp, ref_logp (B, K) float    page_reward (B,) float    mask (B, K) bool, a prefix of each row
-    returns (B, K), 0 off the mask. Its row sums are w_token mean(token) + w_page page - kl_coef sum(k1).
+    token_reward, logp, ref_logp, hit (B, K) float    page_reward (B,) float    mask (B, K) bool, a prefix of each row
+    returns (B, K), 0 off the mask. Its row sums are w_token mean(token) + w_page page + sum(hit) - kl_coef sum(k1).
     A row without a slot gets nothing. Raises ValueError on unequal shapes.
     """
     if not token_reward.shape == logp.shape == ref_logp.shape == mask.shape or page_reward.shape != mask.shape[:1]:
@@ -138,7 +143,7 @@ def step_reward(token_reward: Tensor, page_reward: Tensor, logp: Tensor, ref_log
                          "want (B, K) four times and (B,)")
     length = mask.sum(1, keepdim=True)
     slot = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    reward = w_token * token_reward / length.clamp(min=1) - kl_coef * (logp - ref_logp)
+    reward = w_token * token_reward / length.clamp(min=1) + hit - kl_coef * (logp - ref_logp)
     reward = reward + torch.where(slot == length, w_page * page_reward[:, None], 0.0)
     return torch.where(mask, reward, 0.0)
 
@@ -221,19 +226,33 @@ class AdaptiveKL:
         return self.coef
 
 
-def normalise_reward(token_reward: Tensor, page_reward: Tensor, mask: Tensor, moments: RunningMoments, w_token: float,
-                     w_page: float, limit: float = 5.0) -> tuple[Tensor, Tensor]:
-    """Running normalisation of the page's whole reward S = w_token mean(token) + w_page page, split over its parts.
+def hit_reward(item: Tensor, mask: Tensor, label: Tensor) -> Tensor:
+    """NDCG@K of every page against the items hidden from its prompt, slot by slot: a hit at slot k is worth
+    1 / log2(k + 1) over the DCG of the best page. Ours: the paper's reward is learnt throughout.
 
-    token part w_token token / sigma, terminal part (w_page page - mu) / sigma, each clipped to +- limit, so that
-    their sum is (S - mu) / sigma. `moments` takes in this batch first. Before KL, which stays in nats.
-    returns token (B, K), page (B,): weights are already inside
+    item, mask (B, K)    label (B, L) item ids, padded with -1    returns (B, K) float32, a row sums to its NDCG; 0
+    for pages without labels
     """
+    discount = 1.0 / torch.arange(2, item.shape[1] + 2, device=item.device).log2()
+    hit = mask & (item[:, :, None] == label.masked_fill(label < 0, -2)[:, None]).any(2)
+    best = discount.cumsum(0)[(label >= 0).sum(1).clamp(1, len(discount)) - 1]
+    return hit * discount / best[:, None]
+
+
+def normalise_reward(token_reward: Tensor, page_reward: Tensor, mask: Tensor, moments: RunningMoments, w_token: float,
+                     w_page: float, limit: float = 5.0, hit: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Running normalisation of the page's whole reward S = w_token mean(token) + w_page page + sum(hit), in its parts.
+
+    token part w_token token / sigma, terminal part (w_page page - mu) / sigma, hits hit / sigma, each clipped to
+    +- limit, so that their sum is (S - mu) / sigma. `moments` takes in this batch first. Before KL: that stays in nats.
+    returns token (B, K), page (B,), hit (B, K): weights are already inside
+    """
+    hit = torch.zeros_like(token_reward) if hit is None else torch.where(mask, hit, 0.0)
     mean = torch.where(mask, token_reward, 0.0).sum(1) / mask.sum(1).clamp(min=1)
-    moments.update(w_token * mean + w_page * page_reward)
+    moments.update(w_token * mean + w_page * page_reward + hit.sum(1))
     sigma = max(moments.std, 1e-6)
     return ((w_token * token_reward / sigma).clamp(-limit, limit),
-            ((w_page * page_reward - moments.mean) / sigma).clamp(-limit, limit))
+            ((w_page * page_reward - moments.mean) / sigma).clamp(-limit, limit), (hit / sigma).clamp(-limit, limit))
 
 
 class Critic(nn.Module):
@@ -269,6 +288,8 @@ class Rollout:
     entropy: Tensor         # of the legal distribution of each slot, nats
     kl_exact: Tensor        # sum over the legal set of pi log(pi / ref)
     drift: float            # largest |sampled logp - old_logp|: cached generation against the full pass
+    hit: Tensor | None = None       # NDCG of the page in its parts, if train items were hidden from its prompt
+    sft: Batch | None = None        # what SFT would teach of the same users
 
     def __len__(self) -> int:
         return len(self.item)
@@ -377,6 +398,10 @@ def minibatch_loss(learner: Objective, config: Config, r: Rollout, rows: Tensor,
         loss = loss + p_loss - config.entropy_coef * bonus
         row |= policy_row(logp.detach(), old, A, mask, config.clip)
         row |= {"policy/loss": p_loss.detach(), "policy/entropy": bonus.detach()}
+        if config.sft_coef:
+            b = r.sft.part(rows)
+            taught = sft_loss(learner.policy, b, "both") * b.mask.sum() / mask.sum()
+            loss, row["policy/sft_loss"] = loss + config.sft_coef * taught, taught.detach()
     return loss, row
 
 
@@ -476,6 +501,7 @@ def rollout_row(r: Rollout, reward: Tensor, advantage: Tensor, ret: Tensor, mome
             "objective/entropy": masked.mean(r.entropy, r.mask), "objective/reward_page": r.page.mean(),
             "objective/reward_token": token.mean(), "objective/reward_total": (r.page + token).mean(),
             "objective/rlhf_reward": reward.sum(1).mean(),
+            **({} if r.hit is None else {"objective/reward_hit": r.hit.sum(1).mean()}),
             "val/explained_var": 1.0 - (unexplained / spread).item() if spread > 0 else 0.0,
             "val/mean": masked.mean(r.value, r.mask), **describe(ret, r.mask, "returns"),
             **describe(advantage, r.mask, "advantages"), "rnorm/mean": moments.mean, "rnorm/std": moments.std,
@@ -536,7 +562,10 @@ def run(config: Config) -> None:
         policy.model.checkpoint_blocks = critic.trunk.checkpoint_blocks = config.checkpoint_blocks
 
         history, seen = shop.csr("train"), shop.csr("train", positive=None)
-        users = np.flatnonzero(history.counts() > 0)
+        users, hides = np.flatnonzero(history.counts() > 0), config.w_hit > 0 or config.sft_coef > 0
+        if hides:
+            maker = PageMaker(shop)
+            users = maker.users
         per_step = config.rollout // config.samples
         total = max(config.min_steps, round(config.epochs * len(users) / per_step))
         frozen = -(-config.critic_warmup // (config.inner_epochs * (config.rollout // config.minibatch)))
@@ -585,8 +614,15 @@ def run(config: Config) -> None:
         for step in out.steps(bar):
             began = time.time()
             some = users[batch_at(step, len(users), per_step, config.seed, "ppo")[1]].repeat(config.samples)
-            prompt, valid = policy.prompt(some, [history.of(u) for u in some])
-            excluded = torch.from_numpy(seen.padded(some)).to(device)
+            taught = None
+            if hides:
+                taught = collate(policy, some, [maker.example(u, config.label_share, keyed(
+                    config.seed, "ppo", "split", step, int(u))) for u in some])
+            if config.w_hit:
+                prompt, valid, excluded = taught.prompt, taught.valid, taught.excluded
+            else:
+                prompt, valid = policy.prompt(some, [history.of(u) for u in some])
+                excluded = torch.from_numpy(seen.padded(some)).to(device)
             uniform = np.stack([keyed(config.seed, "ppo", "sample", step, int(u), i % config.samples).random(config.k)
                                 for i, u in enumerate(some)])
             with dist.whole(objective):
@@ -598,9 +634,13 @@ def run(config: Config) -> None:
                                    f"learning rate (RUN=another, or remove {out.path})\n"
                                    f"  The rollout, weights and moments are in {kept} for a closer look.")
             kl_coef = steer.coef if steer else config.kl_coef
-            token, page = normalise_reward(r.token, r.page, r.mask, moments, config.w_token, config.w_page)
-            # The weights are inside `token` and `page` already: normalisation needs the weighted sum.
-            rewards = step_reward(token, page, r.old_logp, r.ref_logp, r.mask, 1.0, 1.0, kl_coef)
+            if config.w_hit:
+                r.hit = hit_reward(r.item, r.mask, taught.item)
+            r.sft = taught if config.sft_coef else None
+            token, page, hit = normalise_reward(r.token, r.page, r.mask, moments, config.w_token, config.w_page,
+                                                hit=None if r.hit is None else config.w_hit * r.hit)
+            # The weights are inside the parts already: normalisation needs the weighted sum.
+            rewards = step_reward(token, page, r.old_logp, r.ref_logp, r.mask, 1.0, 1.0, kl_coef, hit)
             advantage, ret = advantages(config, r, rewards)
 
             learning = step >= frozen

@@ -144,6 +144,10 @@ class Batch:
     excluded: Tensor
     candidates: Candidates | None = None
 
+    def part(self, rows: Tensor) -> "Batch":
+        """Some rows of it, all items in the softmax."""
+        return Batch(self.prompt[rows], self.valid[rows], self.item[rows], self.mask[rows], self.excluded[rows])
+
 
 def collate(policy: Policy, users, examples, when=None) -> Batch:
     histories = [history for history, _ in examples]

@@ -173,10 +173,12 @@ def test_other_algorithms_run(root, algo, more):
     assert (root / "runs" / f"base-{algo}" / "ppo" / "done").exists()
 
 
-def test_micro_batches_move_nothing(root):
+@pytest.mark.parametrize("more", [{}, {"w_hit": 1.0, "sft_coef": 0.5}], ids=["paper", "hits and SFT"])
+def test_micro_batches_move_nothing(root, more):
     for micro in (3, 16):
-        ppo.run(config(root, "ppo", run=f"micro-{micro}", source_run="base", micro=micro, epochs=0.5, critic_warmup=0))
-    files = [root / "runs" / f"micro-{m}" / "ppo" / "model.pt" for m in (3, 16)]
+        ppo.run(config(root, "ppo", run=f"micro-{micro}-{len(more)}", source_run="base", micro=micro, epochs=0.5,
+                       critic_warmup=0, **more))
+    files = [root / "runs" / f"micro-{m}-{len(more)}" / "ppo" / "model.pt" for m in (3, 16)]
     a, b = (torch.load(file, weights_only=True)["weights"] for file in files)
     start = torch.load(root / "runs" / "base" / "sft" / "model.pt", weights_only=True)["weights"]
     moved = max((a[n] - start[n]).abs().max() for n in a)
@@ -188,12 +190,12 @@ def test_one_head_switched_off_has_no_say(root):
     """Item-only and page-only: what the other head says changes nothing."""
     from pagellm.ppo import RunningMoments, normalise_reward
     token, page, mask = torch.randn(3, 4), torch.randn(3), torch.ones(3, 4, dtype=torch.bool)
-    t, p = normalise_reward(token, page, mask, RunningMoments(), 0.0, 1.0)
-    u, q = normalise_reward(torch.randn(3, 4), page, mask, RunningMoments(), 0.0, 1.0)
+    t, p, _ = normalise_reward(token, page, mask, RunningMoments(), 0.0, 1.0)
+    u, q, _ = normalise_reward(torch.randn(3, 4), page, mask, RunningMoments(), 0.0, 1.0)
     assert torch.equal(t, u) and torch.equal(p, q) and (t == 0).all()
-    _, p = normalise_reward(token, page, mask, RunningMoments(), 1.0, 0.0)
-    _, q = normalise_reward(token, torch.randn(3), mask, RunningMoments(), 1.0, 0.0)
-    assert torch.equal(p, q) and p.std() == 0
+    _, p, _ = normalise_reward(token, page, mask, RunningMoments(), 1.0, 0.0)
+    _, q, _ = normalise_reward(token, torch.randn(3), mask, RunningMoments(), 1.0, 0.0)
+    assert torch.equal(p, q) and (p == p[0]).all()
 
 
 def test_weak_reward_model_warns_and_strict_stops(root, tmp_path, capsys):

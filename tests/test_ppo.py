@@ -13,12 +13,14 @@ from kernels import masked
 from kernels.advantage import gae
 from pagellm.alarms import alarms
 from pagellm.config import PageLLMError
+from pagellm.metrics import ndcg
 from pagellm.ppo import (
     AdaptiveKL,
     Config,
     Rollout,
     RunningMoments,
     advantages,
+    hit_reward,
     kl_k1,
     kl_k2,
     kl_k3,
@@ -47,14 +49,15 @@ def poison(x, mask, value):
 
 
 @settings(deadline=None)
-@given(batches(3, min_slots=1), weight, weight, st.floats(0, 2))
+@given(batches(4, min_slots=1), weight, weight, st.floats(0, 2))
 def test_rewards_of_a_page_add_up(batch, w_token, w_page, kl_coef):
-    """sum_k r_k = w_token mean(token) + w_page page - kl_coef sum(k1), for every length."""
-    mask, token, logp, ref = batch
+    """sum_k r_k = w_token mean(token) + w_page page + sum(hit) - kl_coef sum(k1), for every length."""
+    mask, token, logp, ref, hit = batch
     page = token[:, 0] * 3
-    r = step_reward(token, page, logp, ref, mask, w_token, w_page, kl_coef)
+    r = step_reward(token, page, logp, ref, mask, w_token, w_page, kl_coef, hit)
     n = mask.sum(1)
-    want = (w_token * (token * mask).sum(1) / n + w_page * page - kl_coef * ((logp - ref) * mask).sum(1))
+    want = (w_token * (token * mask).sum(1) / n + w_page * page + (hit * mask).sum(1)
+            - kl_coef * ((logp - ref) * mask).sum(1))
     assert_close(r.sum(1), want)
     assert (r[~mask] == 0).all()
 
@@ -210,18 +213,34 @@ def test_running_moments_at_the_edges():
 
 
 @settings(deadline=None)
-@given(batches(1, min_slots=1), st.floats(0, 3), st.floats(0.1, 3))
+@given(batches(2, min_slots=1), st.floats(0, 3), st.floats(0.1, 3))
 def test_normalised_parts_add_up_to_the_normalised_whole(batch, w_token, w_page):
-    mask, token = batch
+    mask, token, hit = batch
     page = token[:, -1] * 2 + 1
-    moments = RunningMoments()
-    moments.update(torch.tensor([-4.0, 0.0, 5.0]))
-    t, p = normalise_reward(token, page, mask, moments, w_token, w_page, limit=1e9)
-    total = w_token * (token * mask).sum(1) / mask.sum(1) + w_page * page
-    assert_close((t * mask).sum(1) / mask.sum(1) + p, (total - moments.mean) / moments.std)
-    assert moments.count == 3 + len(mask)
-    t, p = normalise_reward(token * 1e6, page * 1e6, mask, moments, w_token, w_page)
-    assert t[mask].abs().max() <= 5 and p.abs().max() <= 5
+    for hits in (None, torch.where(mask, hit, math.nan)):
+        moments = RunningMoments()
+        moments.update(torch.tensor([-4.0, 0.0, 5.0]))
+        t, p, h = normalise_reward(token, page, mask, moments, w_token, w_page, limit=1e9, hit=hits)
+        total = w_token * (token * mask).sum(1) / mask.sum(1) + w_page * page
+        total = total if hits is None else total + (hit * mask).sum(1)
+        assert_close((t * mask).sum(1) / mask.sum(1) + p + h.sum(1), (total - moments.mean) / moments.std)
+        assert moments.count == 3 + len(mask)
+    t, p, h = normalise_reward(token * 1e6, page * 1e6, mask, moments, w_token, w_page, hit=hit * 1e6)
+    assert max(t[mask].abs().max(), p.abs().max(), h.abs().max()) <= 5
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 6), st.integers(0, 8))
+def test_hits_add_up_to_the_ndcg_of_the_page(seed, k, n_labels):
+    random = Random(seed)
+    page, labels = random.sample(range(9), k), random.sample(range(9), n_labels)
+    item, mask = torch.tensor([page + [-1], page + [-1]]), torch.tensor([[True] * k + [False]] * 2)
+    label = torch.tensor([labels + [-1, -1], [-1] * (n_labels + 2)])
+    hit = hit_reward(item, mask, label)
+    want = ndcg(labels, page, k + 1) if labels else 0.0
+    assert hit[0].sum().item() == pytest.approx(want, abs=1e-6)
+    assert (hit[0, :k] > 0).tolist() == [i in labels for i in page]
+    assert (hit[1] == 0).all() and (hit[:, k:] == 0).all()
 
 
 def test_adaptive_kl_follows_ziegler():
@@ -265,6 +284,7 @@ def test_advantages_of_the_three_algorithms(batch):
 @pytest.mark.parametrize("change, message", [
     ({"rollout": 10, "minibatch": 4}, "not a multiple of minibatch"), ({"clip": 1.5}, "clip=1.5"),
     ({"algo": "rloo"}, "samples of 2 or more"), ({"w_token": 0, "w_page": 0}, "nothing to optimise"),
+    ({"sft_coef": -1}, "0 or more"), ({"label_share": 1.0}, "between 0 and 1"),
     ({"algo": "dpo"}, "ppo, reinforce or rloo"), ({"kl_coef": -1}, "0 or more"), ({"select": "x"}, "energy, ndcg"),
 ])
 def test_bad_values_are_named(change, message):
