@@ -214,14 +214,14 @@ def read_rows(folder: Path) -> tuple[dict[str, dict[str, np.ndarray]], dict]:
 
 def run(config: Config) -> dict[str, dict[str, dict]]:
     """-> row -> metric -> {mean, low, high, coverage, count}."""
-    inputs = {"data": file_id(config.data_dir / "source.json")} if config.data_dir.exists() else {}
+    bench = Bench(config)        # before the directory of the run: a shop that cannot be read leaves no trace there
+    inputs = {"data": file_id(config.data_dir / "source.json")}
     if config.settings:
         inputs["settings"] = file_id(config.settings)
     with Run(config.stage("baselines"), config, inputs, ("device", "save_every", "settings")) as out:
         if out.done:
             print((out.path / "table.txt").read_text())
             return json.loads((out.path / "metrics.json").read_text())
-        bench = Bench(config)
         shop, scorer = bench.shop, bench.test
         seen = seen_rows(shop, "test", config.mask)
         names = config.models.split(",")

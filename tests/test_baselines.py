@@ -208,3 +208,10 @@ def test_wrong_options_say_what_is_wanted(root, tmp_path):
     (tmp_path / "half.json").write_text(json.dumps({"EASE": {"settings": {"ridge": 1.0}}}))
     with pytest.raises(PageLLMError, match="has no settings of popularity"):
         run(config(root, run="half", settings=str(tmp_path / "half.json")))
+
+
+def test_a_shop_that_is_not_there_leaves_no_run_behind(root):
+    missing = config(root, dataset="nowhere")
+    with pytest.raises(PageLLMError, match="make prepare"):
+        run(missing)
+    assert not missing.stage("baselines").exists()
