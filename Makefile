@@ -11,6 +11,7 @@ ARGS ?=
 NPROC ?= 1
 SEED ?=
 SEEDS ?= 0 1 2 3 4
+POLICIES ?= popularity,sft,ppo
 PYTHON ?= python3
 VENV ?= .venv
 
@@ -48,10 +49,10 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 # Each stage twice: by name (always asked, with ARGS; it says so if it is already done) and by its `done` file,
 # which a later stage needs (made only if missing, with the defaults).
 prepare: $(VENV)/installed  ## raw files -> data/<dataset>
-	$(PY) -m pagellm.data.prepare --dataset $(DATASET) $(RAW_ARG) $(ARGS)
+	$(PY) -m pagellm.data.prepare --dataset $(DATASET) $(RAW_ARG) $(call PRESET,prepare) $(ARGS)
 
 $(PREPARED): | $(VENV)/installed
-	$(PY) -m pagellm.data.prepare --dataset $(DATASET) $(RAW_ARG)
+	$(PY) -m pagellm.data.prepare --dataset $(DATASET) $(RAW_ARG) $(call PRESET,prepare)
 
 pretrain: $(PREPARED)  ## next token and rating prediction on what the shop knows
 	$(STAGE) pagellm.pretrain $(COMMON) $(call PRESET,pretrain) $(ARGS)
@@ -77,11 +78,14 @@ ppo: $(DONE)/reward/done  ## PPO against the reward model
 $(DONE)/ppo/done: | $(DONE)/reward/done
 	$(STAGE) pagellm.ppo $(COMMON) $(call PRESET,ppo)
 
-evaluate: $(DONE)/ppo/done  ## pages and the results table: popularity, SFT, PageLLM
-	$(STAGE) pagellm.evaluate $(COMMON) $(ARGS)
+# POLICIES=sft stops at SFT.
+POLICIES_ARG = $(if $(filter file,$(origin POLICIES)),,--policies $(POLICIES))
+FIRST := $(DONE)/$(if $(filter ppo,$(subst $(comma), ,$(POLICIES))),ppo,sft)/done
+evaluate: $(FIRST)  ## pages and the results table: popularity, SFT, PageLLM
+	$(STAGE) pagellm.evaluate $(COMMON) $(POLICIES_ARG) $(ARGS)
 
-$(DONE)/evaluate/done: | $(DONE)/ppo/done
-	$(STAGE) pagellm.evaluate $(COMMON)
+$(DONE)/evaluate/done: | $(FIRST)
+	$(STAGE) pagellm.evaluate $(COMMON) $(POLICIES_ARG)
 
 serve: $(VENV)/serve $(DONE)/ppo/done  ## the pages in a browser and over HTTP: http://127.0.0.1:8000/
 	$(PY) -m pagellm.serve $(COMMON) $(ARGS)
@@ -113,7 +117,8 @@ baselines: | $(PREPARED)  ## popularity, ItemKNN, EASE, ALS: chosen on validatio
 
 seeds: | $(PREPARED)  ## the whole pipeline once for each of SEEDS, and one table with the baselines
 	for seed in $(SEEDS); do $(MAKE) $(DONE)-s$$seed/evaluate/done RUN=$(RUN)-s$$seed SEED=$$seed || exit; done
-	$(PY) -m experiments.seeds --dataset $(DATASET) --run $(RUN) --seeds $(subst $(eval) ,$(comma),$(SEEDS)) $(ARGS)
+	$(PY) -m experiments.seeds --dataset $(DATASET) --run $(RUN) --seeds $(subst $(eval) ,$(comma),$(SEEDS)) \
+		$(POLICIES_ARG) $(ARGS)
 
 coldstart: $(VENV)/installed  ## half of the training interactions; users by how many they have
 	$(PY) -m experiments.coldstart --dataset $(DATASET) $(RAW_ARG) $(ARGS)

@@ -34,14 +34,17 @@ class Config:
     dataset: str = "synthetic"   # name of the data set
     run: str = ""                # runs are <run>-s<seed>; empty: the data set's name
     seeds: str = "0,1,2,3,4"     # which, comma-separated
+    policies: str = "sft,ppo"    # rows of ours, comma-separated; popularity comes with the baselines
     baselines: str = ""          # run whose baselines stand beside them; empty: the data set's name
-    versus: str = ""             # row that differences are taken to; empty: SFT
+    versus: str = ""             # row that differences are taken to; empty: the first of policies
     n_boot: int = 1000           # bootstrap draws behind an interval
     runs: str = "runs"           # directory of runs
 
     def __post_init__(self):
         names = self.seeds.split(",")
-        check(self, seeds=(all(n.isdigit() for n in names) and len(set(names)) == len(names), "numbers, each once"),
+        check(self, policies=(set(self.policies.split(",")) & set(OURS) and set(self.policies.split(","))
+                              <= {"popularity", *OURS}, f"some of {','.join(OURS)}"),
+              seeds=(all(n.isdigit() for n in names) and len(set(names)) == len(names), "numbers, each once"),
               n_boot=(self.n_boot > 1, "2 or more"))
 
 
@@ -49,7 +52,8 @@ def run(config: Config) -> list[dict]:
     """-> one record for each row and metric (tables.compare)."""
     name, root = config.run or config.dataset, Path(config.runs)
     seeds, data = config.seeds.split(","), set()
-    results: dict[str, list[dict[str, np.ndarray]]] = {row: [] for row in OURS.values()}
+    ours = {policy: row for policy, row in OURS.items() if policy in config.policies.split(",")}
+    results: dict[str, list[dict[str, np.ndarray]]] = {row: [] for row in ours.values()}
     for seed in seeds:
         folder = root / f"{name}-s{seed}" / "evaluate"
         finished(folder, f"evaluation of seed {seed}",
@@ -59,7 +63,7 @@ def run(config: Config) -> list[dict]:
             raise PageLLMError(f"{folder} was made with seed {made['config']['seed']}, not {seed}\n  Make it with: "
                                f"make evaluate DATASET={config.dataset} RUN={name}-s{seed} SEED={seed}")
         data.add(made["inputs"]["data"])
-        for policy, row in OURS.items():
+        for policy, row in ours.items():
             results[row].append(per_user(folder / policy / "per_user.parquet"))
     folder = root / (config.baselines or config.dataset) / "baselines"
     if (folder / "done").exists():
@@ -70,11 +74,12 @@ def run(config: Config) -> list[dict]:
     if len(data) > 1:
         raise PageLLMError(f"these runs were scored on different data: their source.json have the ids {sorted(data)}\n"
                            "  Evaluate all on one prepared data set.")
-    records = compare(results, SHOWN, config.versus or OURS["sft"], 0, config.n_boot)
+    versus = config.versus or next(iter(ours.values()))
+    records = compare(results, SHOWN, versus, 0, config.n_boot)
     out = root / f"{name}-seeds"
     out.mkdir(parents=True, exist_ok=True)
     print(save(out, records, f"{config.dataset}: {len(seeds)} seeds ({config.seeds}), test split; difference to "
-                             f"{config.versus or OURS['sft']} with its 95% interval over seeds and users"))
+                             f"{versus} with its 95% interval over seeds and users"))
     return records
 
 

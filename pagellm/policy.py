@@ -194,7 +194,8 @@ class Validation:
         self.history, self.seen = shop.csr("train"), shop.csr("train", positive=None)
         users = self.scorer.users[self.history.counts()[self.scorer.users] > 0]
         if len(users) == 0:
-            raise PageLLMError(f"no user has both train and {split} items: nothing to validate on")
+            raise PageLLMError(f"no user has both train and {split} items: nothing to validate on\n"
+                               "  A last fit to all rows (prepare --refit) goes without: sft --select last")
         if 0 < limit < len(users):
             users = np.sort(keyed(seed, "validation", split).permutation(users)[:limit])
         self.users, self.when = users, shop.moments(split)

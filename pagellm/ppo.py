@@ -78,7 +78,7 @@ class Config(Learning):
     kl_horizon: float = 10000.0  # pages over which the adaptive coefficient moves
     w_token: float = 1.0         # weight of the mean token reward; 0: page-only
     w_page: float = 1.0          # weight of the page reward; 0: item-only
-    w_hit: float = 0.0           # weight of the page's NDCG on train items hidden from its prompt: nothing learnt judges
+    w_hit: float = 0.0           # weight of the page's NDCG on train items that its prompt hides; nothing learnt judges
     sft_coef: float = 0.0        # weight of SFT's loss on the users of a rollout, nats per slot of their pages
     label_share: float = 0.2     # share of a user's train items that w_hit and sft_coef hide from the prompt
     critic_warmup: int = 20      # critic updates before the policy's first

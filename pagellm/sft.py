@@ -48,6 +48,7 @@ __all__ = ["Batch", "Config", "PageMaker", "run", "sft_loss"]
 
 OBJECTIVES = ("list", "multinomial", "both")
 CUTS = ("random", "time")
+SELECT = ("ndcg", "last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,8 @@ class Config(Learning):
     mode: str = "greedy"         # decoding in validation: greedy, beam or one_shot
     eval_every: int = 60         # steps between validations
     eval_users: int = 500        # users in a validation; 0: all that have validation items
+    select: str = "ndcg"         # weights kept: ndcg, those with the best validation; last, which needs no validation
+                                 # rows (prepare --refit)
 
     def __post_init__(self):
         super().__post_init__()
@@ -90,7 +93,8 @@ class Config(Learning):
               cut=(self.cut in CUTS, " or ".join(CUTS)),
               max_history=(self.max_history > 0, "1 or more"), epochs=(self.epochs > 0, "1 or more"),
               batch=(self.batch > 0, "1 or more"), lr=(self.lr > 0, "above 0"), k=(self.k > 0, "1 or more"),
-              dropout=(0 <= self.dropout < 1, "0 or more, below 1"), mode=(self.mode in MODES, ", ".join(MODES)),
+              dropout=(0 <= self.dropout < 1, "0 or more, below 1"),
+              select=(self.select in SELECT, " or ".join(SELECT)), mode=(self.mode in MODES, ", ".join(MODES)),
               eval_every=(self.eval_every > 0, "1 or more"), eval_users=(self.eval_users >= 0, "0 or more"))
 
 
@@ -192,6 +196,9 @@ def run(config: Config) -> None:
     before = config.stage("pretrain")
     record = finished(before, "pre-trained model", config.make("pretrain"))
     shop = load(config.data_dir)
+    validation = None
+    if config.select == "ndcg" or shop.rows("valid").any():
+        validation = Validation(shop, "valid", config.k, config.mode, config.eval_users, config.seed)
     inputs = {"data": file_id(config.data_dir / "source.json"), "pretrain": record["id"]}
     device = dist.start(config.device)
     with Run(config.stage("sft"), config, inputs) as out:
@@ -215,7 +222,6 @@ def run(config: Config) -> None:
         lengths = tuple(maker.train.counts()[maker.users].tolist())
         longest = max(1, int(maker.train.counts().max()))
         policy.check_room(max(config.k, min(longest, config.max_page)))
-        validation = Validation(shop, "valid", config.k, config.mode, config.eval_users, config.seed)
         total = config.epochs * -(-len(maker.users) // config.batch)
         learner = dist.wrap(objective := Objective(batch_loss, model=model), config.parallel)
         opt = optimiser(model, config.lr, config.weight_decay, config.row_decay, lazy=config.lazy_rows,
@@ -230,7 +236,7 @@ def run(config: Config) -> None:
             start, best = state["step"], state["best"]
             dist.load_weights(model, state["model"])
             dist.load_optimiser(model, opt, state["opt"])
-        else:
+        elif validation:
             with dist.whole(objective):
                 scores = validation(policy)
             out.log(0, **{f"valid/{name}": value for name, value in scores.items()})
@@ -265,16 +271,17 @@ def run(config: Config) -> None:
                 step, {**state_at(step), "batch": vars(b)}))
             row = {"loss": logged(loss)[0], "grad_norm": norm, "lr": opt.param_groups[0]["lr"]}
             out.log(step + 1, "timing", seconds=round(time.time() - began, 4))
-            if (step + 1) % config.eval_every == 0 or step + 1 == total:
+            scores = {}
+            if validation and ((step + 1) % config.eval_every == 0 or step + 1 == total):
                 with dist.whole(objective):
                     scores = validation(policy)
                 row |= {f"valid/{name}": value for name, value in scores.items()}
-                if scores["NDCG@100"] > best["score"]:
-                    best = {"score": scores["NDCG@100"], "step": step + 1,
-                            "weights": dist.weights(model, frozen=False)}
+            better = scores.get("NDCG@100", -np.inf) > best["score"]
+            if step + 1 == total if config.select == "last" else better:
+                best = {"score": scores.get("NDCG@100"), "step": step + 1,
+                        "weights": dist.weights(model, frozen=False)}
             out.log(step + 1, **row)
-            bar.set_postfix_str(f"loss {out.last.get('loss', np.nan):.3f}, best NDCG {best['score']:.4f}",
-                                refresh=False)
+            bar.set_postfix_str(f"loss {out.last.get('loss', np.nan):.3f}, {said(best)}", refresh=False)
             if out.due(step + 1, total):
                 out.save(state_at(step + 1))
         final = state_at(total)
@@ -282,7 +289,14 @@ def run(config: Config) -> None:
         out.finish(policy.state(), final, step=best["step"], valid_ndcg=best["score"],
                    single_level=maker.single_level_share(config.label_share, config.seed))
         if dist.is_main():
-            print(f"sft: {out.path}, step {best['step']} of {total}, validation NDCG@100 {best['score']:.4f}")
+            print(f"sft: {out.path}, step {best['step']} of {total}, {said(best)}")
+
+
+def said(best: dict) -> str:
+    """What is known of the weights that would be kept."""
+    if best["score"] is None or best["score"] == -np.inf:
+        return "no validation rows"
+    return f"validation NDCG@100 {best['score']:.4f}"
 
 
 def draw(config: Config, epoch: int, user: int) -> tuple[float, np.random.Generator]:

@@ -261,6 +261,31 @@ def test_validation_users_do_not_change(root):
     assert v(policy) == v(policy)
 
 
+def test_a_refit_needs_no_validation_rows_and_keeps_the_last_step(root, tmp_path):
+    prepare.run(prepare.Config(data=str(tmp_path / "data"), users=80, items=60, refit=True))
+    pretrain.run(config(tmp_path, "pretrain"))
+    with pytest.raises(PageLLMError, match="(?s)nothing to validate on.*--select last"):
+        sft.run(config(tmp_path, "sft"))
+    sft.run(config(tmp_path, "sft", select="last"))
+    done = json.loads((tmp_path / "runs" / "base" / "sft" / "done").read_text())
+    log = [json.loads(line) for line in open(tmp_path / "runs" / "base" / "sft" / "log.jsonl")]
+    assert done["step"] == log[-1]["step"] and done["valid_ndcg"] is None
+    assert not any(name.startswith("valid/") for row in log for name in row)
+    evaluate.run(config(tmp_path, "evaluate", policies="sft", quiet=True))
+    mine, plain = (load(r / "data" / "synthetic").csr("test") for r in (tmp_path, root))
+    assert np.array_equal(mine.items, plain.items)
+
+
+def test_the_last_step_is_kept_when_asked_for_however_it_validates(root):
+    shutil.copytree(root / "runs" / "base" / "pretrain", root / "runs" / "last" / "pretrain")
+    # A learning rate that ruins the network: validation would keep step 0.
+    sft.run(config(root, "sft", run="last", select="last", lr=5.0))
+    done = json.loads((root / "runs" / "last" / "sft" / "done").read_text())
+    log = [json.loads(line) for line in open(root / "runs" / "last" / "sft" / "log.jsonl")]
+    scores = [row["valid/NDCG@100"] for row in log if "valid/NDCG@100" in row]
+    assert done["step"] == log[-1]["step"] and done["valid_ndcg"] == scores[-1] < max(scores)
+
+
 def test_the_ablation_runs_its_rows_once(root, capsys):
     own = ablation.Config(data=str(root / "data"), runs=str(root / "runs"), seeds=2,
                           **{s: " ".join(f"--{k} {v}" for k, v in (SMALL[s] | {"device": "cpu"}).items())

@@ -55,6 +55,7 @@ class Config(Options):
     k_core: int = 5              # positives that every user and item needs; split=given filters nothing
     positive_above: float = 3.0  # rating above which a row is positive; rows without a rating are positive
     seed: int = 0                # of the random split and of the synthetic shop
+    refit: bool = False          # validation rows join train: for a last fit with settings that are already chosen
     max_broken: float = 0.01     # share of broken lines above which reading stops with an error
     users: int = 2000       # users of the synthetic shop
     items: int = 1000       # items of the synthetic shop
@@ -105,7 +106,7 @@ def already(config: Config, raw: Raw | None) -> bool:
         return False
     try:
         before = json.loads(path.read_text())
-        then, files = before["config"], before["files"]
+        then, files = recorded(Config(dataset=config.dataset)) | before["config"], before["files"]
     except (ValueError, KeyError) as error:
         raise PageLLMError(f"{path} cannot be read ({error})\n"
                            f"  Delete {config.target} and prepare again.") from error
@@ -163,6 +164,8 @@ def filtered(columns: spool.Columns, config: Config, graded: bool) -> tuple[Tabl
         split = np.where(c.split[rows] < 0, filters.UNUSED, c.split[rows]).astype(np.int8)
     else:
         split = split_of(config, user, item, time, positive, user_ids, item_ids)
+    if config.refit:
+        split = np.where(split == filters.VALID, filters.TRAIN, split).astype(np.int8)
     table = Table(user.astype(np.int32), item.astype(np.int32), rating, time, positive, split,
                   c.tie[rows] > 0, rows, user_ids, item_ids)
     counts |= {"users": len(user_ids), "items": len(item_ids), "interactions": len(user)}

@@ -348,6 +348,26 @@ def test_the_same_again_does_nothing(tmp_path, capsys):
     assert {file: file.stat().st_mtime_ns for file in path.iterdir()} == before
 
 
+def test_an_option_that_is_new_counts_as_its_default_in_older_data_sets(tmp_path):
+    path = prepared(tmp_path, dense())
+    record = json.loads((path / "source.json").read_text())
+    del record["config"]["refit"]
+    (path / "source.json").write_text(json.dumps(record))
+    assert prepared(tmp_path, dense()) == path
+    with pytest.raises(PageLLMError, match="refit was False, now True"):
+        prepared(tmp_path, dense(), refit=True)
+
+
+def test_a_refit_adds_the_validation_rows_to_train_and_moves_nothing_else(tmp_path):
+    plain, whole = prepared(tmp_path, dense()), prepared(tmp_path, dense(), "again", refit=True)
+    before, after = table(plain), table(whole)
+    assert any(row["split"] == "valid" for row in before)
+    assert after == [row | {"split": "train" if row["split"] == "valid" else row["split"]} for row in before]
+    assert len(table(whole, "reviews")) == sum(row["split"] == "train" for row in after)
+    counts = source(whole)["counts"]["rows"]
+    assert counts["valid"] == {"positive": 0, "other": 0}
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
