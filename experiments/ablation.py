@@ -1,4 +1,5 @@
-"""The paper's Table 5: mixed reward, item-only, page-only, without reward; and reward models without a pair kind.
+"""The paper's Table 5: mixed reward, item-only, page-only, without reward; reward models without a pair kind; and
+what is not the paper's: SFT's loss beside PPO's, and hits on hidden train items beside the learnt reward.
 
     python -m experiments.ablation --dataset synthetic --seeds 3
 
@@ -24,7 +25,11 @@ PAIRS = [Variant("mixed"),
          Variant("no ranked pairs", reward={"kinds": "preference,diversity,redundancy"}),
          Variant("no preference pairs", reward={"kinds": "ranked,diversity,redundancy"}),
          Variant("without reward", policy="sft")]
-SETS = {"table5": TABLE5, "pairs": PAIRS}
+KEEP = {"sft_coef": 1.0, "label_share": 0.5}
+HITS = [Variant("without reward", policy="sft"), Variant("mixed"), Variant("mixed, SFT's loss", ppo=KEEP),
+        Variant("mixed, SFT's loss, hits", ppo=KEEP | {"w_hit": 3.0}),
+        Variant("SFT's loss, hits", ppo=KEEP | {"w_hit": 3.0, "w_token": 0.0, "w_page": 0.0})]
+SETS = {"table5": TABLE5, "pairs": PAIRS, "hits": HITS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +39,8 @@ class Config:
     dataset: str = "synthetic"   # name of the data set
     raw: str = ""                # directory of its raw files, if it is not prepared yet
     study: str = "ablation"      # name of the study: results lie in <runs>/<study>
-    rows: str = "table5"         # table5 (the paper's four) or pairs (reward models without a kind of pair)
+    rows: str = "table5"         # table5 (the paper's four), pairs (reward models without a kind of pair) or hits
+                                 # (ours: SFT's loss and hits on hidden train items beside the learnt reward)
     seeds: int = 3               # seeds 0, 1, ...; each trains all stages anew
     data: str = "data"           # directory of prepared data sets
     runs: str = "runs"           # directory of runs
