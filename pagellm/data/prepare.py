@@ -93,6 +93,7 @@ class Table(NamedTuple):
 def recorded(config: Config) -> dict:
     """The Config as source.json keeps it: all that can move a byte."""
     left_out = PLACES if config.dataset == "synthetic" else PLACES + SYNTHETIC_ONLY
+    left_out += () if config.refit else ("refit",)
     return {name: value for name, value in asdict(config).items() if name not in left_out}
 
 
@@ -106,7 +107,7 @@ def already(config: Config, raw: Raw | None) -> bool:
         return False
     try:
         before = json.loads(path.read_text())
-        then, files = recorded(Config(dataset=config.dataset)) | before["config"], before["files"]
+        then, files = before["config"], before["files"]
     except (ValueError, KeyError) as error:
         raise PageLLMError(f"{path} cannot be read ({error})\n"
                            f"  Delete {config.target} and prepare again.") from error

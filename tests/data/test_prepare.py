@@ -244,7 +244,7 @@ def test_source_json_counts_add_up(tmp_path):
         }
     ]
     assert len(info["files"][0]["sha256"]) == 64 and str(tmp_path) not in (path / "source.json").read_text()
-    assert set(info["config"]) | set(prepare.PLACES) | {"users", "items"} == set(Config.__dataclass_fields__)
+    assert set(info["config"]) | set(prepare.PLACES) | {"users", "items", "refit"} == set(Config.__dataclass_fields__)
 
 
 def test_the_same_files_give_the_same_bytes(tmp_path):
@@ -348,16 +348,6 @@ def test_the_same_again_does_nothing(tmp_path, capsys):
     assert {file: file.stat().st_mtime_ns for file in path.iterdir()} == before
 
 
-def test_an_option_that_is_new_counts_as_its_default_in_older_data_sets(tmp_path):
-    path = prepared(tmp_path, dense())
-    record = json.loads((path / "source.json").read_text())
-    del record["config"]["refit"]
-    (path / "source.json").write_text(json.dumps(record))
-    assert prepared(tmp_path, dense()) == path
-    with pytest.raises(PageLLMError, match="refit was False, now True"):
-        prepared(tmp_path, dense(), refit=True)
-
-
 def test_a_refit_adds_the_validation_rows_to_train_and_moves_nothing_else(tmp_path):
     plain, whole = prepared(tmp_path, dense()), prepared(tmp_path, dense(), "again", refit=True)
     before, after = table(plain), table(whole)
@@ -374,6 +364,7 @@ def test_a_refit_adds_the_validation_rows_to_train_and_moves_nothing_else(tmp_pa
         ({"seed": 1}, "seed was 0, now 1"),
         ({"k_core": 4}, "k_core was 5, now 4"),
         ({"split": "temporal"}, "split was 'random', now 'temporal'"),
+        ({"refit": True}, "refit was None, now True"),
     ],
 )
 def test_other_options_are_refused(tmp_path, change, message):
