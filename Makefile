@@ -48,10 +48,10 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 # Each stage twice: by name (always asked, with ARGS; it says so if it is already done) and by its `done` file,
 # which a later stage needs (made only if missing, with the defaults).
 prepare: $(VENV)/installed  ## raw files -> data/<dataset>
-	$(PY) -m pagellm.data.prepare --dataset $(DATASET) $(RAW_ARG) $(ARGS)
+	$(PY) -m pagellm.data.prepare --dataset $(DATASET) $(RAW_ARG) $(call PRESET,prepare) $(ARGS)
 
 $(PREPARED): | $(VENV)/installed
-	$(PY) -m pagellm.data.prepare --dataset $(DATASET) $(RAW_ARG)
+	$(PY) -m pagellm.data.prepare --dataset $(DATASET) $(RAW_ARG) $(call PRESET,prepare)
 
 pretrain: $(PREPARED)  ## next token and rating prediction on what the shop knows
 	$(STAGE) pagellm.pretrain $(COMMON) $(call PRESET,pretrain) $(ARGS)
