@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -161,6 +162,17 @@ def test_a_run_files_row_stands_beside_the_baselines(root, shop, capsys):
         runfile.run(config(root, path, name="EASE"))
     with pytest.raises(PageLLMError, match="want the same mask"):
         runfile.run(config(root, path, name="x", mask="train"))
+    with pytest.raises(PageLLMError, match="was made with k=20, rows popularity, EASE; want the same mask, k"):
+        runfile.run(config(root, path, name="x", k=10))
+
+
+def test_baselines_of_another_split_are_refused(root, tmp_path):
+    """The data are prepared anew with another seed; the baselines beside them are of the old split."""
+    shutil.copytree(root / "runs", tmp_path / "runs")
+    prepare.run(prepare.Config(data=str(tmp_path / "data"), users=80, items=60, seed=1))
+    path = root / "runs" / "synthetic" / "baselines" / "ease" / "pages.parquet"
+    with pytest.raises(PageLLMError, match="was made on another split than .*synthetic holds now"):
+        runfile.run(config(tmp_path, path, name="x"))
 
 
 def test_a_file_made_from_the_test_rows_is_stopped(root, shop, tmp_path):
