@@ -30,7 +30,7 @@ from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Rows, Shop, load
 from pagellm.evaluate import audience, check_leak, check_mask, seen_rows, top_items
 from pagellm.policy import RankedPages, Scorer
-from pagellm.run import Common, Run, file_id, finished, write_json
+from pagellm.run import Common, Run, file_id, finished, read_json, write_json
 
 __all__ = ["Config", "read_run", "run"]
 
@@ -147,14 +147,19 @@ def run(config: Config) -> dict:
     finished(baselines, "baselines", config.make("baselines"))
     inputs = {"data": file_id(config.data_dir / "source.json"), "file": file_id(config.file),
               "baselines": file_id(baselines / "metrics.json")}
+    rows, made = read_rows(baselines)
+    other = [f"{name}={made[name]}" for name in ("mask", "k", "depth") if made[name] != getattr(config, name)]
+    if other or config.name in rows:
+        raise PageLLMError(f"{baselines} was made with {', '.join(other + ['rows ' + ', '.join(rows)])}; want the same "
+                           f"mask, k and depth, and another name than {config.name!r}")
+    if read_json(baselines / "config.json")["inputs"]["data"] != inputs["data"]:
+        raise PageLLMError(f"{baselines} was made on another split than {config.data_dir} holds now\n"
+                           f"  Remove it, then {config.make('baselines')}")
     with Run(config.stage(f"runfile-{slug(config.name)}"), config, inputs, ("file",)) as out:
         if out.done:
             print((out.path / "table.md").read_text())
             return {}
-        scorer, rows, made = Scorer(shop, "test"), *read_rows(baselines)
-        if made["mask"] != config.mask or config.name in rows:
-            raise PageLLMError(f"{baselines} was made with mask={made['mask']} and rows {', '.join(rows)}; want the "
-                               f"same mask and another name than {config.name!r}")
+        scorer = Scorer(shop, "test")
         seen = seen_rows(shop, "test", config.mask)
         ranked, notes = read_run(Path(config.file), shop, scorer.users, seen, config.k, config.depth, config.seed,
                                  config.ids)

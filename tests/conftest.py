@@ -8,18 +8,27 @@ from pagellm.data import prepare
 from pagellm.recommender import Recommender, Sources
 
 
-@pytest.fixture(scope="session")
-def served(tmp_path_factory):
-    """Directory with a small shop under data/ and, under runs/base, the stages that a page needs."""
+def train(data, runs, last="ppo"):
+    """Every stage up to `last` over data/synthetic, in a small way, under runs/base."""
     torch.set_num_threads(1)
-    root = tmp_path_factory.mktemp("served")
-    common = {"run": "base", "data": str(root / "data"), "runs": str(root / "runs"), "device": "cpu"}
-    prepare.run(prepare.Config(data=str(root / "data"), users=80, items=60))
+    common = {"run": "base", "data": str(data), "runs": str(runs), "device": "cpu"}
     pretrain.run(pretrain.Config(size="nano", steps=6, batch=8, rating_batch=8, words=300, warmup=2, **common))
+    if last == "pretrain":
+        return
     sft.run(sft.Config(epochs=2, batch=16, eval_every=4, max_history=8, warmup=2, k=6, **common))
+    if last == "sft":
+        return
     reward.run(reward.Config(per_kind=1, epochs=1, batch=32, warmup=2, **common))
     ppo.run(ppo.Config(epochs=1.0, rollout=16, minibatch=8, micro=4, inner_epochs=2, k=6, eval_every=2, min_steps=1,
                        critic_warmup=4, lr=1e-3, **common))
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """Directory with a small shop under data/ and, under runs/base, the stages that a page needs."""
+    root = tmp_path_factory.mktemp("served")
+    prepare.run(prepare.Config(data=str(root / "data"), users=80, items=60))
+    train(root / "data", root / "runs")
     return root
 
 

@@ -119,6 +119,19 @@ def test_leaks_stop_the_run():
         check_leak("x", perfect, n, {"Recall@20": {"mean": 0.33}})
 
 
+def test_a_leak_stops_where_three_times_ease_is_more_than_all():
+    """EASE misses m of NDCG: who misses less than m / 3 is stopped, who misses a little more is not."""
+    n, ease = np.ones(4, int), {"NDCG@100": {"mean": 0.4}}
+    for value, stops in ((0.79, False), (0.81, True)):
+        scores = {"Recall@20": np.ones(4), "Recall@40": np.ones(4), "NDCG@100": np.full(4, value)}
+        if stops:
+            with pytest.raises(PageLLMError, match="misses less than 1/3 of what EASE's 0.4000 misses"):
+                check_leak("x", scores, n, ease)
+        else:
+            check_leak("x", scores, n, ease)
+    check_leak("x", scores, n)
+
+
 def test_masked_items_and_missing_users_are_refused(shop):
     users, seen = Scorer(shop, "test").users, seen_rows(shop, "test", "train")
     good = evaluate.popularity_pages(shop, users, seen, 5, 20)

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 __all__ = ["TEST", "TRAIN", "UNUSED", "VALID", "group_rank", "highest", "k_core", "latest", "random_keys",
-           "split_by_time", "split_random"]
+           "split_by_time", "split_random", "thin"]
 
 TRAIN, VALID, TEST, UNUSED = range(4)
 
@@ -64,7 +64,31 @@ def k_core(user, item, k: int) -> tuple[np.ndarray, list[dict]]:
         keep &= (per_user[user] >= k) & (per_item[item] >= k)
 
 
-def random_keys(seed: int, user, item, user_ids: Sequence[str], item_ids: Sequence[str]) -> np.ndarray:
+def thin(user, item, counted, keys, k: int, n_users: int) -> np.ndarray:
+    """(R,) bool: as many rows, those of the lowest keys, as leave closest to n_users users with k-core after them.
+
+    user, item (R,) int, one row per pair; counted (R,) bool, the rows that the k-core counts; keys (R,) a random draw.
+    More rows never leave fewer users, since a core only grows with its rows: so the number is found by halving. Of two
+    numbers of users equally far off the larger one. Raises ValueError if even all rows leave fewer than n_users.
+    """
+    order = np.argsort(keys, kind="stable")
+
+    def users(n: int) -> int:
+        rows = order[:n][counted[order[:n]]]
+        return k_core(user[rows], item[rows], k)[1][-1]["users"]
+
+    if users(len(order)) < n_users:
+        raise ValueError(f"all {len(order):,} rows leave {users(len(order)):,} users")
+    few, many = 0, len(order)                       # users(few) < n_users <= users(many)
+    while many - few > 1:
+        middle = (few + many) // 2
+        few, many = (few, middle) if users(middle) >= n_users else (middle, many)
+    keep = np.zeros(len(order), dtype=bool)
+    keep[order[:few if n_users - users(few) < users(many) - n_users else many]] = True
+    return keep
+
+
+def random_keys(seed: int | str, user, item, user_ids: Sequence[str], item_ids: Sequence[str]) -> np.ndarray:
     """(R,) uint64: a draw for each row that depends on the seed and the two identifiers alone.
 
     SHA-256 instead of a generator: the same on every machine, for every order of lines, and for a user

@@ -3,6 +3,7 @@
     python -m pagellm.data.prepare                                   the synthetic shop, seconds
     python -m pagellm.data.prepare --dataset toys                    data/raw/toys; if need be downloaded
     python -m pagellm.data.prepare --dataset myshop --raw ~/exports  any shop's own log
+    python -m pagellm.data.prepare --dataset small --raw data/raw/toys --thin_users 5000     rows left out at random
 
 Writes, all or nothing:
 
@@ -54,7 +55,8 @@ class Config(Options):
 
     k_core: int = 5              # positives that every user and item needs; split=given filters nothing
     positive_above: float = 3.0  # rating above which a row is positive; rows without a rating are positive
-    seed: int = 0                # of the random split and of the synthetic shop
+    thin_users: int = 0          # rows are left out at random until the k-core keeps this many users; 0: all rows stay
+    seed: int = 0                # of the random split, of thinning, and of the synthetic shop
     refit: bool = False          # validation rows join train: for a last fit with settings that are already chosen
     max_broken: float = 0.01     # share of broken lines above which reading stops with an error
     users: int = 2000       # users of the synthetic shop
@@ -65,6 +67,8 @@ class Config(Options):
         super().__post_init__()
         check_numbers(self, negative=("rating_min", "rating_max", "positive_above"))
         check(self, k_core=(self.k_core >= 0, "0 or more"),
+              thin_users=(self.thin_users == 0 or self.thin_users > 0 and self.split != "given",
+                          "0 or more, and 0 with split=given, which filters nothing"),
               positive_above=(math.isfinite(self.positive_above), "a finite number"),
               max_broken=(0 <= self.max_broken <= 1, "a share between 0 and 1"),
               users=(self.dataset == "synthetic" or self.users == 2000, "no number: the raw files decide"),
@@ -93,7 +97,7 @@ class Table(NamedTuple):
 def recorded(config: Config) -> dict:
     """The Config as source.json keeps it: all that can move a byte."""
     left_out = PLACES if config.dataset == "synthetic" else PLACES + SYNTHETIC_ONLY
-    left_out += () if config.refit else ("refit",)
+    left_out += tuple(name for name in ("thin_users", "refit") if not getattr(config, name))
     return {name: value for name, value in asdict(config).items() if name not in left_out}
 
 
@@ -145,6 +149,15 @@ def filtered(columns: spool.Columns, config: Config, graded: bool) -> tuple[Tabl
     user, item, rating = c.user[rows], c.item[rows], c.rating[rows]
     positive = np.isnan(rating) | (rating > config.positive_above)
     counts |= {"duplicates": len(c.user) - len(rows), "distinct": len(rows), "positives": int(positive.sum())}
+
+    if config.thin_users:
+        keys = filters.random_keys(f"{config.seed} thin", user, item, c.user_ids, c.item_ids)
+        try:
+            keep = filters.thin(user, item, positive, keys, config.k_core, config.thin_users)
+        except ValueError as error:
+            raise PageLLMError(f"thin_users={config.thin_users}: {error}\n  Choose at most as many.") from error
+        user, item, rating, time, positive, rows = (x[keep] for x in (user, item, rating, time, positive, rows))
+        counts["thinned"] = {"left_out": int((~keep).sum()), "kept": len(rows), "positives": int(positive.sum())}
 
     keep = np.ones(len(rows), dtype=bool)
     if config.split != "given" and config.k_core > 0:
@@ -355,10 +368,12 @@ def counted(records, tally: Tally) -> Iterator:
 
 def summary(config: Config, counts: dict) -> str:
     rows = {name: parts["positive"] for name, parts in counts["rows"].items()}
+    thinned = (f"; thinned at random to {counts['thinned']['kept']:,} of {counts['distinct']:,} rows for "
+               f"{config.thin_users:,} users" if config.thin_users else "")
     return (f"{config.target}: {counts['users']:,} users, {counts['items']:,} items, "
             f"{counts['interactions']:,} rows; positives {rows['train']:,} train, {rows['valid']:,} valid, "
             f"{rows['test']:,} test "
-            f"({counts['duplicates']:,} duplicates out of {counts['records']:,} records)")
+            f"({counts['duplicates']:,} duplicates out of {counts['records']:,} records{thinned})")
 
 
 if __name__ == "__main__":

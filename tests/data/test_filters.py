@@ -18,6 +18,7 @@ from pagellm.data.filters import (
     random_keys,
     split_by_time,
     split_random,
+    thin,
 )
 
 few = settings(deadline=None, max_examples=80)
@@ -92,6 +93,28 @@ def test_k_core_is_what_is_left_when_rows_are_taken_out_one_by_one(rows, k, rand
     }
     sizes = [r["rows"] for r in rounds]
     assert rounds[-1] == rounds[-2] and sizes[:-1] == sorted(set(sizes), reverse=True)
+
+
+@few
+@given(pairs, st.integers(0, 3), st.integers(0, 7), st.randoms(use_true_random=False))
+def test_thin_keeps_the_lowest_keys_and_comes_as_close_as_any_number_of_rows(rows, k, wanted, random):
+    """Of all prefixes of the rows by key, one whose core's users are nearest to what was asked; fewer users: no."""
+    user, item = columns(rows, (int, int))
+    counted = np.array([random.random() < 0.8 for _ in rows], bool)
+    keys = np.array(random.sample(range(100), len(rows)), np.uint64)
+    order = np.argsort(keys)
+    left = []
+    for n in range(len(rows) + 1):
+        some = order[:n][counted[order[:n]]]
+        left.append(len(set(user[some][k_core(user[some], item[some], k)[0]])))
+    assert left == sorted(left)
+    if left[-1] < wanted:
+        with pytest.raises(ValueError, match=f"leave {left[-1]} users"):
+            thin(user, item, counted, keys, k, wanted)
+        return
+    keep = thin(user, item, counted, keys, k, wanted)
+    assert set(order[: keep.sum()]) == set(np.flatnonzero(keep))
+    assert abs(left[keep.sum()] - wanted) == min(abs(n - wanted) for n in left)
 
 
 @few

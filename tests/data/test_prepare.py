@@ -174,6 +174,37 @@ def test_the_order_of_lines_moves_no_byte(tmp_path_factory, seed, split):
     assert results[0] == results[1]
 
 
+def test_thinning_leaves_the_users_asked_for_whatever_the_order_of_lines(tmp_path, capsys):
+    """Rows go at random, then the k-core: close to the users asked for, the same each time, another draw by seed."""
+    rng = random.Random(0)
+    records = [review(f"u{u}", f"i{i}") for u in range(60) for i in rng.sample(range(25), 9)]
+    full = table(prepared(tmp_path / "full", records, k_core=4))
+    path = prepared(tmp_path / "a", records, k_core=4, thin_users=45)
+    counts = source(path)["counts"]
+    assert abs(counts["users"] - 45) <= 2 and counts["thinned"]["left_out"] + counts["thinned"]["kept"] == len(records)
+    assert f"thinned at random to {counts['thinned']['kept']} of 540 rows for 45 users" in capsys.readouterr().out
+    names = [{(u, i) for u, i in pairs_of(p)} for p in (tmp_path / "full" / "shop", path)]
+    assert names[1] < names[0] and len(full) == len(names[0])
+    assert min(Counter(u for u, _ in names[1]).values()) >= 4 <= min(Counter(i for _, i in names[1]).values())
+    rng.shuffle(records)
+    again, other = (prepared(tmp_path / to, records, k_core=4, thin_users=45, seed=seed)
+                    for to, seed in (("b", 0), ("c", 1)))
+    assert table(again) == table(path) and pairs_of(other) != pairs_of(path)
+    assert "thin_users" not in source(tmp_path / "full" / "shop")["config"]       # as before there was such an option
+    with pytest.raises(PageLLMError, match=r"thin_users=61: all 540 rows leave 60 users"):
+        prepared(tmp_path / "d", records, k_core=4, thin_users=61)
+    with pytest.raises(PageLLMError, match="was prepared differently: thin_users was 45, now 44"):
+        prepared(tmp_path / "a", records, k_core=4, thin_users=44)
+    with pytest.raises(PageLLMError, match="thin_users="):
+        Config(dataset="shop", split="given", thin_users=5)
+
+
+def pairs_of(path):
+    """(user, item) of every row, by the shop's own identifiers."""
+    users, items = ([row["id"] for row in table(path, name)] for name in ("users", "items"))
+    return {(users[row["user"]], items[row["item"]]) for row in table(path)}
+
+
 def test_duplicates_keep_the_latest_and_are_counted(tmp_path):
     extra = [
         review("u0", "i0", 1.0, 9 * 86_400, "new"),
@@ -244,7 +275,7 @@ def test_source_json_counts_add_up(tmp_path):
         }
     ]
     assert len(info["files"][0]["sha256"]) == 64 and str(tmp_path) not in (path / "source.json").read_text()
-    assert set(info["config"]) | set(prepare.PLACES) | {"users", "items", "refit"} == set(Config.__dataclass_fields__)
+    assert set(info["config"]) | set(prepare.PLACES) | {"users", "items", "refit", "thin_users"} == set(Config.__dataclass_fields__)
 
 
 def test_the_same_files_give_the_same_bytes(tmp_path):
