@@ -38,7 +38,7 @@ from pagellm.config import PageLLMError, check, check_numbers, main
 from pagellm.data import filters, parallel, spool, synthetic
 from pagellm.data.raw import Options, Raw, find
 from pagellm.data.records import NO_TIME, Item, Tally, batched
-from pagellm.run import file_id
+from pagellm.files import file_id
 
 __all__ = ["Config", "Table", "building", "run", "write_tables"]
 
