@@ -107,55 +107,86 @@ def parse_review(text: str) -> Review:
                   opinion(record.get("title"), record.get("text")))
 
 
-REVIEW_FIELDS = pa.schema([("reviewerID", pa.string()), ("asin", pa.string()), ("overall", pa.float64()),
-                           ("unixReviewTime", pa.int64()), ("summary", pa.string()), ("reviewText", pa.string())])
+TYPES = {"user": pa.string(), "item": pa.string(), "rating": pa.float64(), "time": pa.int64(),
+         "summary": pa.string(), "body": pa.string()}
+OLD_FIELDS = ("reviewerID", "asin", "overall", "unixReviewTime", "summary", "reviewText")
+FIELDS = {"2014": OLD_FIELDS, "2018": OLD_FIELDS,
+          "2023": ("user_id", "parent_asin", "rating", "timestamp", "title", "text")}
+LETTER = re.compile(rb"\\u00[4-7]")            # of ASCII, written as an escape
 PLAIN_ID = r"^[\x21-\x7e]{1,256}$"
-UNCLEAN = r"[^\x20-\x7e]|[&<]"                # what `clean` might change, beside entities of quotes and spaces
+UNCLEAN = r"[^\x20-\x7e]|[&<]|  "          # what `clean` might change, beside spaces at both ends
 DEEPEST = 500                                 # brackets in a line that json.loads is sure to follow
 
 
-def review_table(raw: list[bytes]) -> pa.Table | None:
-    """Lines of 2014 or 2018 reviews -> a table of COLUMNS, row for row what `parse_review` makes of them.
+def review_table(data: bytes, spelling: str = "2014") -> pa.Table | None:
+    """Lines of reviews, "\\n" between them -> a table of COLUMNS, row for row what `parse_review` makes of them.
 
-    None as soon as anything is not as in nearly all lines: those are for `parse_review`.
+    None as soon as anything is not as in nearly all lines of this spelling: those are for `parse_review`.
     """
-    data = b"\n".join(raw)
-    # An object that begins and ends its line can neither hold a line end nor share the line with another one
-    # without changing the number of rows. Any other byte below 32 is an error that Arrow might not see.
-    if (not all(line.startswith(b"{") and line.endswith(b"}") for line in raw)
-            or (np.frombuffer(data, np.uint8) < 32).sum() != len(raw) - 1
-            or any(line.count(b"{") + line.count(b"[") > DEEPEST for line in raw)):
+    rows = separate_objects(data)
+    newer = spelling == "2023"
+    if not rows or (newer and may_be_older(data)):
         return None
+    names = dict(zip(TYPES, FIELDS[spelling], strict=True))
     try:
-        data.decode("utf-8")
-        options = paj.ParseOptions(explicit_schema=REVIEW_FIELDS, unexpected_field_behavior="ignore")
+        if not data.isascii():
+            data.decode("utf-8")
+        schema = pa.schema([(names[role], kind) for role, kind in TYPES.items()])
+        options = paj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
         table = paj.read_json(pa.BufferReader(data), paj.ReadOptions(use_threads=False, block_size=len(data) + 1),
                               options)
         table.validate(full=True)
     except (UnicodeDecodeError, pa.ArrowException):
         return None
-    user, item, rating, time, summary, body = (table[name].combine_chunks() for name in REVIEW_FIELDS.names)
-    if len(user) != len(raw) or user.null_count or item.null_count:
+    user, item, rating, time, summary, body = (table[names[role]].combine_chunks() for role in TYPES)
+    if len(user) != rows or user.null_count or item.null_count:
         return None
-    rating, time = rating.fill_null(math.nan), time.fill_null(NO_TIME)
-    stars, seconds = rating.to_numpy(), time.to_numpy()
-    given = table["unixReviewTime"].is_valid().to_numpy()
+    stars, moments = rating.drop_null().to_numpy(), time.drop_null().to_numpy()
     if not (all(pc.all(pc.match_substring_regex(ids, PLAIN_ID)).as_py() for ids in (user, item))
             and not ((stars < 1) | (stars > 5)).any()
-            and not ((seconds[given] < 0) | (seconds[given] > LATEST_TIME)).any()):
+            and not ((moments < 0) | (moments > LATEST_TIME * (1000 if newer else 1))).any()):
         return None
-    summary, body = cleaned(summary), cleaned(body)
+    if newer:
+        time = pc.divide(time, 1000)
+    summary, body = cleaned(summary, data), cleaned(body, data)
     both = pc.binary_join_element_wise(summary, body, "\n")
     text = pc.if_else(pc.equal(summary, ""), body, pc.if_else(pc.equal(body, ""), summary, both))
-    return pa.table([user, item, rating, time, text, pa.array([""] * len(raw))], COLUMNS)
+    return pa.table([user, item, rating.fill_null(math.nan), time.fill_null(NO_TIME), text,
+                     pa.repeat(pa.scalar(""), rows)], COLUMNS)
 
 
-def cleaned(text: pa.StringArray) -> pa.StringArray:
-    """`clean` of every text; "" for null."""
+def may_be_older(data: bytes) -> bool:
+    """Whether one of the names may be there that make a line an older review, in plain letters or escaped."""
+    return b'"reviewerID"' in data or b'"overall"' in data or bool(b"\\u00" in data and LETTER.search(data))
+
+
+def separate_objects(data: bytes) -> int:
+    """The number of lines, if each one is as an object without lines within, not too deep; else 0.
+
+    An object that begins and ends its line can neither hold a line end nor share the line with another one
+    without changing the number of rows. Any other byte below 32 is an error that Arrow might not see.
+    """
+    code = np.frombuffer(data, np.uint8)
+    ends = np.flatnonzero(code == ord("\n"))
+    if (not data.startswith(b"{") or not data.endswith(b"}") or np.count_nonzero(code < 32) != len(ends)
+            or (code[ends - 1] != ord("}")).any() or (code[ends + 1] != ord("{")).any()):
+        return 0
+    opening = np.flatnonzero((code & 0xdf) == ord("["))       # [ and {
+    opened = np.searchsorted(opening, ends)
+    deepest = np.diff(opened, prepend=0, append=len(opening)).max()
+    return len(ends) + 1 if deepest <= DEEPEST else 0
+
+
+def cleaned(text: pa.StringArray, data: bytes) -> pa.StringArray:
+    """`clean` of every text; "" for null. data: the bytes they were read from."""
     text = plain = text.fill_null("")
+    # What is not there needs no pass over all texts; written with escapes it is found by UNCLEAN.
     for entity, quote in (("&#34;", '"'), ("&#39;", "'"), ("&quot;", '"')):
-        plain = pc.replace_substring(plain, entity, quote)
-    plain = pc.ascii_trim(pc.replace_substring_regex(plain, "  +", " "), " ")
+        if entity.encode() in data:
+            plain = pc.replace_substring(plain, entity, quote)
+    if b"  " in data:
+        plain = pc.replace_substring_regex(plain, "  +", " ")
+    plain = pc.ascii_trim(plain, " ")
     unclean = pc.match_substring_regex(plain, UNCLEAN)
     return pc.replace_with_mask(plain, unclean, pa.array(map(clean, text.filter(unclean).to_pylist()), pa.string()))
 

@@ -5,7 +5,6 @@ was found and names the option that decides.
 """
 
 import csv
-import hashlib
 import math
 import re
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from pagellm.data.records import (
     parsed,
     parsed_batches,
 )
+from pagellm.files import sha256
 
 __all__ = ["Options", "Raw", "find"]
 
@@ -172,8 +172,9 @@ class Raw:
             yield from batched(self.reviews(tally))
             return
         for file in self.review_files:
-            if file.kind == "amazon reviews" and file.spelling in ("2014", "2018"):
-                for table in parsed_batches(file.path, amazon.parse_review, amazon.review_table, tally):
+            if file.kind == "amazon reviews":
+                quick = partial(amazon.review_table, spelling=file.spelling)
+                for table in parsed_batches(file.path, amazon.parse_review, quick, tally):
                     yield (table.set_column(5, COLUMNS.field("split"), pa.array([file.split] * len(table), pa.string()))
                            if file.split else table)
             else:
@@ -194,10 +195,8 @@ class Raw:
         if not self._described:
             for role, files in (("reviews", self.review_files), ("items", self.item_files)):
                 for file in files:
-                    with open(file.path, "rb") as opened:
-                        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
                     self._described.append({"name": file.path.name, "role": file.split or role,
-                                            "bytes": file.path.stat().st_size, "sha256": sha256})
+                                            "bytes": file.path.stat().st_size, "sha256": sha256(file.path)})
         return self._described
 
 
