@@ -315,18 +315,17 @@ def run(config: Config) -> Path:
         return config.target
     tally, item_tally = Tally(), Tally()
     with building(config.target) as folder:
-        spooled = folder / "texts.parquet"
-        read = (parallel.batches(raw, tally, config.processes, folder) if raw
-                else batched(counted(shop.reviews(), tally)))
-        columns = spool.collect(read, spooled, config.min_text, config.max_text)
+        texts = (config.min_text, config.max_text)
+        stems = (parallel.store(raw, tally, config.processes, folder, *texts) if raw
+                 else [spool.store(batched(counted(shop.reviews(), tally)), folder / "part", *texts)])
+        columns = spool.gather(stems)
         tally.check("review", config.max_broken)
         table, counts = filtered(columns, config, graded=bool(raw and raw.graded))
         position = np.full(len(columns.user), -1, dtype=np.int64)
         train = np.flatnonzero(table.split == filters.TRAIN)
         position[table.source[train]] = np.arange(len(train))
-        counts["reviews"] = spool.write_reviews(spooled, position, table.user[train], table.item[train],
+        counts["reviews"] = spool.write_reviews(stems, position, table.user[train], table.item[train],
                                                 folder / "reviews.parquet")
-        spooled.unlink()
         items = catalogue(raw.items(item_tally) if raw else counted(shop.items, item_tally), table.item_ids,
                           config.max_text)
         item_tally.check("item", config.max_broken)
