@@ -36,7 +36,8 @@ from pagellm.data.records import (
     time_seconds,
 )
 
-__all__ = ["is_items", "is_reviews", "json_object", "mapping", "parse_item", "parse_review", "review_table"]
+__all__ = ["as_review", "is_items", "is_reviews", "json_object", "mapping", "parse_item", "parse_review",
+           "review_table"]
 
 LITERAL_LIMIT = 1_000_000      # characters of a Python literal: parsing one takes a hundred times its memory
 NAME_LIMIT = 100               # characters of a category or brand; longer ones are pieces of the page
@@ -96,7 +97,11 @@ def is_items(fields: set[str]) -> str:
 
 def parse_review(text: str) -> Review:
     """A line of reviews in any of the spellings. Raises Broken."""
-    record = mapping(text)
+    return as_review(mapping(text))
+
+
+def as_review(record: dict) -> Review:
+    """The same of what stands in the line."""
     if "reviewerID" in record or "overall" in record:
         return Review(identifier(record.get("reviewerID"), "user"), identifier(record.get("asin"), "item"),
                       rating_in(record.get("overall")), time_seconds(record.get("unixReviewTime")),
