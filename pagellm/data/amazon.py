@@ -120,6 +120,7 @@ FIELDS = {"2014": OLD_FIELDS, "2018": OLD_FIELDS,
 LETTER = re.compile(rb"\\u00[4-7]")            # of ASCII, written as an escape
 PLAIN_ID = r"^[\x21-\x7e]{1,256}$"
 UNCLEAN = r"[^\x20-\x7e]|[&<]|  "          # what `clean` might change, beside spaces at both ends
+QUOTES = {"&#34;": '"', "&#39;": "'", "&quot;": '"'}
 DEEPEST = 500                                 # brackets in a line that json.loads is sure to follow
 
 
@@ -153,9 +154,11 @@ def review_table(data: bytes, spelling: str = "2014") -> pa.Table | None:
         return None
     if newer:
         time = pc.divide(time, 1000)
-    summary, body = cleaned(summary, data), cleaned(body, data)
-    both = pc.binary_join_element_wise(summary, body, "\n")
-    text = pc.if_else(pc.equal(summary, ""), body, pc.if_else(pc.equal(body, ""), summary, both))
+    there = faults(data)
+    summary, body = cleaned(summary, there), cleaned(body, there)
+    alone = pc.or_(pc.equal(summary, ""), pc.equal(body, ""))
+    text = pc.if_else(alone, pc.binary_join_element_wise(summary, body, ""),
+                      pc.binary_join_element_wise(summary, body, "\n"))
     return pa.table([user, item, rating.fill_null(math.nan), time.fill_null(NO_TIME), text,
                      pa.repeat(pa.scalar(""), rows)], COLUMNS)
 
@@ -182,14 +185,26 @@ def separate_objects(data: bytes) -> int:
     return len(ends) + 1 if deepest <= DEEPEST else 0
 
 
-def cleaned(text: pa.StringArray, data: bytes) -> pa.StringArray:
-    """`clean` of every text; "" for null. data: the bytes they were read from."""
+def faults(data: bytes) -> set[str]:
+    """Which of the entities, by their first letters, and whether two spaces stand among the bytes.
+
+    What is written with JSON's escapes, or ends in the last bytes of all, is not found.
+    """
+    code = np.frombuffer(data, np.uint8)
+    space, at = code == ord(" "), np.flatnonzero(code == ord("&"))
+    at = at[at < len(code) - max(map(len, QUOTES))]
+    after = np.stack([code[at + place] for place in (1, 2, 3)])
+    return ({entity for entity in QUOTES if (after == [[x] for x in entity[1:4].encode()]).all(0).any()}
+            | ({"  "} if (space[1:] & space[:-1]).any() else set()))
+
+
+def cleaned(text: pa.StringArray, there: set[str]) -> pa.StringArray:
+    """`clean` of every text; "" for null. there: `faults` of the bytes they were read from."""
     text = plain = text.fill_null("")
-    # What is not there needs no pass over all texts; written with escapes it is found by UNCLEAN.
-    for entity, quote in (("&#34;", '"'), ("&#39;", "'"), ("&quot;", '"')):
-        if entity.encode() in data:
-            plain = pc.replace_substring(plain, entity, quote)
-    if b"  " in data:
+    # A pass over all texts for each fault that is there; what it missed is UNCLEAN.
+    for entity in QUOTES.keys() & there:
+        plain = pc.replace_substring(plain, entity, QUOTES[entity])
+    if "  " in there:
         plain = pc.replace_substring_regex(plain, "  +", " ")
     plain = pc.ascii_trim(plain, " ")
     unclean = pc.match_substring_regex(plain, UNCLEAN)
