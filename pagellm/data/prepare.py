@@ -58,7 +58,7 @@ class Config(Options):
     max_broken: float = 0.01     # share of broken lines above which reading stops with an error
     users: int = 2000       # users of the synthetic shop
     items: int = 1000       # items of the synthetic shop
-    processes: int = 1           # that read a log of several files, one file each; 0: as many as cores
+    processes: int = 1           # that read several files, or pieces of large plain ones; 0: as many as cores
 
     def __post_init__(self):
         super().__post_init__()
