@@ -5,7 +5,8 @@
     rollout          pages of 20 different items, 2 a user            peer: transformers' generate, logits processor
     evaluate         top 100 of a catalogue and every metric          plain: one user after another
     top              the ranking of `evaluate` alone                  floor: matrix product and topk
-    reviews          review lines to Parquet, checked and cleaned     plain: json.loads, line by line
+    reviews-2018     review lines to Parquet, checked and cleaned     plain: json.loads, line by line
+    orjson-2018      the same; both also for -2014 and -2023          peer: orjson.loads, line by line
     histories        identifiers to dense ids, rows by user and time  plain: dicts and lists
     tokens           texts to tokens                                  plain: the tokeniser, text by text
 
@@ -30,6 +31,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +57,8 @@ from pagellm.vocab import Vocab
 
 __all__ = ["Case", "Config", "cases", "compare", "measure", "run"]
 
-ROWS = ("train", "train-page", "rollout", "evaluate", "top", "reviews", "histories", "tokens")
+REVIEWS = tuple(f"{peer}-{spelling}" for spelling in ("2014", "2018", "2023") for peer in ("reviews", "orjson"))
+ROWS = ("train", "train-page", "rollout", "evaluate", "top", *REVIEWS, "histories", "tokens")
 HEADER = ("row", "shape", "plain ms", "ours ms", "x", "floor ms", "share", "plain MB", "ours MB", "|diff|")
 
 
@@ -310,24 +313,28 @@ def evaluate_case(config: Config) -> Iterator[Case]:
         yield Case("top", f"{U} users x {N}, top 100", lambda: rank(block=U), rank, lists_differ, floor)
 
 
-def reviews_case(config: Config) -> Case:
-    lines = 1_000 if config.quick else 100_000
+def reviews_case(config: Config, spelling: str, loads: Callable) -> Case:
+    """Beside one that reads line after line with `loads`, and checks and cleans them by the same code."""
+    lines = 1_000 if config.quick else 30_000
     folder = Path(tempfile.mkdtemp())
     raw = folder / "reviews.json"
-    write_reviews(raw, Lines(lines=lines))
+    write_reviews(raw, Lines(lines=lines, spelling=spelling))
 
-    def to_parquet(name: str, tables: Callable) -> pa.Table:
+    def to_parquet(name: str, tables: Callable) -> Path:
         tally = records.Tally()
         with pq.ParquetWriter(folder / name, records.COLUMNS, compression="lz4") as writer:
             for table in tables(tally):
                 writer.write_table(table)
+        assert tally.kept == lines, tally.counts()
         return folder / name
 
-    return Case("reviews", f"{lines} lines, {raw.stat().st_size / 1e6:.0f} MB",
+    quick = partial(amazon.review_table, spelling=spelling)
+    return Case(f"{'orjson' if loads is not json.loads else 'reviews'}-{spelling}",
+                f"{lines} lines, {raw.stat().st_size / 1e6:.0f} MB",
                 lambda: to_parquet("plain", lambda tally: records.batched(
-                    records.parsed(raw, amazon.parse_review, tally))),
+                    records.parsed(raw, lambda text: amazon.as_review(loads(text)), tally))),
                 lambda: to_parquet("ours", lambda tally: records.parsed_batches(
-                    raw, amazon.parse_review, amazon.review_table, tally)),
+                    raw, amazon.parse_review, quick, tally)),
                 lambda a, b: float(not pq.read_table(a).equals(pq.read_table(b))),
                 close=lambda: shutil.rmtree(folder))
 
@@ -351,9 +358,9 @@ def histories_case(config: Config) -> Case:
     def ours() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         dense = []
         for names in columns[:2]:
-            numbers = spool.Numbers()
-            number = numbers.add(names)
-            dense.append(numbers.ranked()[1][number])
+            column = spool.Names()
+            column.add(names)
+            dense.append(column.ranked()[1])
         order = spool.by_time(dense[0], columns[2].to_numpy(), dense[1])
         return dense[0][order], columns[2].to_numpy()[order], dense[1][order]
 
@@ -387,15 +394,24 @@ def cases(config: Config) -> Iterator[Case]:
         transformers.logging.set_verbosity_error()
     except ImportError:
         transformers = None
+    try:
+        import orjson
+    except ImportError:
+        orjson = None
     for name in config.rows:
         if name in ("train", "train-page", "rollout") and transformers is None:
             print(f"{name}: left out, transformers is not installed (pip install 'pagellm[dev]')", file=sys.stderr)
+        elif name.startswith("orjson") and orjson is None:
+            print(f"{name}: left out, orjson is not installed (pip install 'pagellm[dev]')", file=sys.stderr)
+        elif name in REVIEWS:
+            peer, spelling = name.split("-")
+            yield reviews_case(config, spelling, json.loads if peer == "reviews" else orjson.loads)
         elif name == "rollout":
             yield rollout_case(config)
         elif name.startswith("train"):
             yield train_case(config, page_only=name == "train-page")
-        elif name in ("reviews", "histories", "tokens"):
-            yield {"reviews": reviews_case, "histories": histories_case, "tokens": tokens_case}[name](config)
+        elif name in ("histories", "tokens"):
+            yield {"histories": histories_case, "tokens": tokens_case}[name](config)
         elif name == "evaluate" or "evaluate" not in config.rows:
             yield from evaluate_case(config)
 

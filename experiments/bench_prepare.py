@@ -1,9 +1,10 @@
 """How fast and in how much memory `prepare` reads a large review file.
 
     python -m experiments.bench_prepare --lines 5000000        minutes; 4 GB of temporary disk
+    python -m experiments.bench_prepare --processes 2 --spelling 2023
 
-Writes a 2018-style review file with text of realistic length, prepares it in a child process, and prints the
-lines a second and the child's peak memory, then one line of JSON.
+Writes a review file with text of realistic length, prepares it in a child process, and prints the lines a second,
+the processor time of all its processes and the peak memory of the largest, then one line of JSON.
 """
 
 import json
@@ -25,6 +26,15 @@ from pagellm.config import check, main
 __all__ = ["Config", "run"]
 
 SENTENCES = 2000          # different sentences that texts are made of
+LINE = {
+    "2014": '{{"reviewerID": "A{user:012d}", "asin": "B{item:09d}", "reviewerName": "J. Doe", "helpful": [0, 2], '
+            '"reviewText": "{text}", "overall": {rating}.0, "summary": "{title}", "unixReviewTime": {time}, '
+            '"reviewTime": "02 28, 2014"}}\n',
+    "2018": '{{"overall": {rating}.0, "verified": true, "reviewerID": "A{user:012d}", "asin": "B{item:09d}", '
+            '"reviewText": "{text}", "summary": "{title}", "unixReviewTime": {time}}}\n',
+    "2023": '{{"rating": {rating}.0, "title": "{title}", "text": "{text}", "images": [], "asin": "B{item:09d}", '
+            '"parent_asin": "B{item:09d}", "user_id": "A{user:027d}", "timestamp": {time}923, "helpful_vote": 0, '
+            '"verified_purchase": true}}\n'}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +45,12 @@ class Config:
     characters: int = 450     # mean length of a review text
     folder: str = ""          # where the file is generated; empty: the system's temporary directory
     seed: int = 0             # of the generated file
+    spelling: str = "2018"    # of the lines: 2014, 2018 or 2023
+    processes: int = 1        # of prepare
 
     def __post_init__(self):
-        check(self, lines=(self.lines >= 1000, "1000 or more"),
+        check(self, spelling=(self.spelling in LINE, ", ".join(LINE)), processes=(self.processes >= 0, "0 or more"),
+              lines=(self.lines >= 1000, "1000 or more"),
               characters=(self.characters >= 1, "1 or more"))
 
 
@@ -48,6 +61,7 @@ def write_reviews(path: Path, config: Config) -> None:
              "a little &#34;patience&#34; price quality").split()
     sentences = [" ".join(draw.choices(words, k=draw.randint(4, 20))) + ". " for _ in range(SENTENCES)]
     mean = sum(map(len, sentences)) / SENTENCES
+    line = LINE[config.spelling]
     users, items = max(50, config.lines // 10), max(20, config.lines // 50)
     with open(path, "w", encoding="utf-8") as file:
         for _ in tqdm(range(config.lines), desc="  writing", unit=" lines", unit_scale=True):
@@ -55,29 +69,31 @@ def write_reviews(path: Path, config: Config) -> None:
             text = "".join(draw.choices(sentences, k=length))
             user, item = int(users * draw.random() ** 1.5), int(items * draw.random() ** 2)
             rating, day = draw.choices((1, 2, 3, 4, 5), (5, 5, 10, 20, 60))[0], draw.randint(12_000, 17_700)
-            file.write(f'{{"overall": {rating}.0, "verified": true, "reviewerID": "A{user:012d}", '
-                       f'"asin": "B{item:09d}", "reviewText": "{text}", "summary": "{text[:30]}", '
-                       f'"unixReviewTime": {86_400 * day}}}\n')
+            file.write(line.format(rating=rating, user=user, item=item, text=text, title=text[:30], time=86_400 * day))
 
 
 def run(config: Config) -> dict:
-    """Returns and prints lines, bytes, seconds, lines a second, peak memory in MiB."""
+    """Returns and prints lines, bytes, seconds, processor seconds, lines a second, peak memory in MiB."""
     with tempfile.TemporaryDirectory(dir=config.folder or None) as folder:
         raw = Path(folder) / "raw" / "bench"
         raw.mkdir(parents=True)
         write_reviews(raw / "bench_5.json", config)
         started = time.perf_counter()
-        command = [sys.executable, "-m", "pagellm.data.prepare", "--dataset", "bench", "--data", folder]
+        command = [sys.executable, "-m", "pagellm.data.prepare", "--dataset", "bench", "--data", folder,
+                   "--processes", str(config.processes)]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         seconds = time.perf_counter() - started
         # The largest resident set that any child reached; KiB on Linux, bytes on a Mac.
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        peak = used.ru_maxrss
         peak /= 1 << 20 if sys.platform == "darwin" else 1 << 10
         size = (raw / "bench_5.json").stat().st_size
-    result = {"bench": "prepare", "lines": config.lines, "bytes": size, "seconds": round(seconds, 1),
+    busy = used.ru_utime + used.ru_stime
+    result = {"bench": "prepare", "lines": config.lines, "spelling": config.spelling, "processes": config.processes,
+              "bytes": size, "seconds": round(seconds, 1), "processor_seconds": round(busy, 1),
               "lines_per_second": round(config.lines / seconds), "peak_mib": round(peak),
               "python": platform.python_version(), "cpus": os.cpu_count()}
-    print(f"{config.lines:,} lines, {size / 1e9:.2f} GB: {seconds:.1f} s, "
+    print(f"{config.lines:,} lines, {size / 1e9:.2f} GB: {seconds:.1f} s ({busy:.1f} of processors), "
           f"{result['lines_per_second']:,} lines/s, peak {peak:,.0f} MiB")
     print(json.dumps(result))
     return result

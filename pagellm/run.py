@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from pagellm import __version__, dist
 from pagellm.config import Interrupted, PageLLMError, Waiting, check, check_numbers, deferred_signals
+from pagellm.files import file_id
 
 __all__ = ["Common", "Learning", "Run", "atomic", "commit", "digest", "file_id", "finished", "load_model_file",
            "machine", "read_json", "versions", "write_json"]
@@ -142,14 +143,6 @@ def read_json(path: Path) -> dict:
 def write_json(path: str | Path, value) -> None:
     with atomic(path) as beside:
         beside.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-
-
-def file_id(path: str | Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
 
 
 def finished(path: str | Path, need: str, make: str) -> dict:

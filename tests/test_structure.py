@@ -9,11 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # A module imports only kernels and what stands before it.
-ORDER = ["config", "embeddings", "dist", "run", "data.records", "data.amazon", "data.interactions", "data.download",
-         "data.filters", "data.spool", "data.synthetic", "data.raw", "data.parallel", "data.prepare", "data.shop",
-         "vocab", "prompts", "lists", "pairs", "weights", "backbone", "gpt2", "llama", "lora", "networks", "sampled",
-         "decode", "metrics", "train", "als", "policy", "pretrain", "sft", "reward", "alarms", "ppo", "evaluate",
-         "export", "search", "recommender", "recommend", "features", "api", "serve", "__main__"]
+ORDER = ["config", "files", "embeddings", "dist", "run", "data.records", "data.amazon", "data.interactions",
+         "data.download", "data.filters", "data.spool", "data.synthetic", "data.raw", "data.parallel", "data.prepare",
+         "data.shop", "vocab", "prompts", "lists", "pairs", "weights", "backbone", "gpt2", "llama", "lora", "networks",
+         "sampled", "decode", "metrics", "train", "als", "policy", "pretrain", "sft", "reward", "alarms", "ppo",
+         "evaluate", "export", "search", "recommender", "recommend", "features", "api", "serve", "__main__"]
 BASE = {"torch", "tokenizers", "numpy", "pyarrow", "tqdm"}
 EXTRAS = {"faiss", "huggingface_hub", "uvicorn"}                # imported inside functions only
 LEAVES = {"api": {"fastapi", "starlette", "pydantic", "prometheus_client", "uvicorn", "h11"}}     # need an extra
@@ -44,6 +44,13 @@ MODULES = [p for p in sorted((ROOT / "pagellm").rglob("*.py")) if p.name != "__i
 
 def name_of(path):
     return ".".join(path.relative_to(ROOT / "pagellm").with_suffix("").parts)
+
+
+def test_reading_raw_files_waits_for_no_torch():
+    """Every process that reads starts afresh: torch would be most of its start and of its memory."""
+    code = "import sys, pagellm.data.prepare; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_the_order_names_every_module():

@@ -36,7 +36,8 @@ from pagellm.data.records import (
     time_seconds,
 )
 
-__all__ = ["is_items", "is_reviews", "json_object", "mapping", "parse_item", "parse_review", "review_table"]
+__all__ = ["as_review", "is_items", "is_reviews", "json_object", "mapping", "parse_item", "parse_review",
+           "review_table"]
 
 LITERAL_LIMIT = 1_000_000      # characters of a Python literal: parsing one takes a hundred times its memory
 NAME_LIMIT = 100               # characters of a category or brand; longer ones are pieces of the page
@@ -96,7 +97,11 @@ def is_items(fields: set[str]) -> str:
 
 def parse_review(text: str) -> Review:
     """A line of reviews in any of the spellings. Raises Broken."""
-    record = mapping(text)
+    return as_review(mapping(text))
+
+
+def as_review(record: dict) -> Review:
+    """The same of what stands in the line."""
     if "reviewerID" in record or "overall" in record:
         return Review(identifier(record.get("reviewerID"), "user"), identifier(record.get("asin"), "item"),
                       rating_in(record.get("overall")), time_seconds(record.get("unixReviewTime")),
@@ -107,55 +112,101 @@ def parse_review(text: str) -> Review:
                   opinion(record.get("title"), record.get("text")))
 
 
-REVIEW_FIELDS = pa.schema([("reviewerID", pa.string()), ("asin", pa.string()), ("overall", pa.float64()),
-                           ("unixReviewTime", pa.int64()), ("summary", pa.string()), ("reviewText", pa.string())])
+TYPES = {"user": pa.string(), "item": pa.string(), "rating": pa.float64(), "time": pa.int64(),
+         "summary": pa.string(), "body": pa.string()}
+OLD_FIELDS = ("reviewerID", "asin", "overall", "unixReviewTime", "summary", "reviewText")
+FIELDS = {"2014": OLD_FIELDS, "2018": OLD_FIELDS,
+          "2023": ("user_id", "parent_asin", "rating", "timestamp", "title", "text")}
+LETTER = re.compile(rb"\\u00[4-7]")            # of ASCII, written as an escape
 PLAIN_ID = r"^[\x21-\x7e]{1,256}$"
-UNCLEAN = r"[^\x20-\x7e]|[&<]"                # what `clean` might change, beside entities of quotes and spaces
+UNCLEAN = r"[^\x20-\x7e]|[&<]|  "          # what `clean` might change, beside spaces at both ends
+QUOTES = {"&#34;": '"', "&#39;": "'", "&quot;": '"'}
 DEEPEST = 500                                 # brackets in a line that json.loads is sure to follow
 
 
-def review_table(raw: list[bytes]) -> pa.Table | None:
-    """Lines of 2014 or 2018 reviews -> a table of COLUMNS, row for row what `parse_review` makes of them.
+def review_table(data: bytes, spelling: str = "2014") -> pa.Table | None:
+    """Lines of reviews, "\\n" between them -> a table of COLUMNS, row for row what `parse_review` makes of them.
 
-    None as soon as anything is not as in nearly all lines: those are for `parse_review`.
+    None as soon as anything is not as in nearly all lines of this spelling: those are for `parse_review`.
     """
-    data = b"\n".join(raw)
-    # An object that begins and ends its line can neither hold a line end nor share the line with another one
-    # without changing the number of rows. Any other byte below 32 is an error that Arrow might not see.
-    if (not all(line.startswith(b"{") and line.endswith(b"}") for line in raw)
-            or (np.frombuffer(data, np.uint8) < 32).sum() != len(raw) - 1
-            or any(line.count(b"{") + line.count(b"[") > DEEPEST for line in raw)):
+    rows = separate_objects(data)
+    newer = spelling == "2023"
+    if not rows or (newer and may_be_older(data)):
         return None
+    names = dict(zip(TYPES, FIELDS[spelling], strict=True))
     try:
-        data.decode("utf-8")
-        options = paj.ParseOptions(explicit_schema=REVIEW_FIELDS, unexpected_field_behavior="ignore")
+        if not data.isascii():
+            data.decode("utf-8")
+        schema = pa.schema([(names[role], kind) for role, kind in TYPES.items()])
+        options = paj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
         table = paj.read_json(pa.BufferReader(data), paj.ReadOptions(use_threads=False, block_size=len(data) + 1),
                               options)
         table.validate(full=True)
     except (UnicodeDecodeError, pa.ArrowException):
         return None
-    user, item, rating, time, summary, body = (table[name].combine_chunks() for name in REVIEW_FIELDS.names)
-    if len(user) != len(raw) or user.null_count or item.null_count:
+    user, item, rating, time, summary, body = (table[names[role]].combine_chunks() for role in TYPES)
+    if len(user) != rows or user.null_count or item.null_count:
         return None
-    rating, time = rating.fill_null(math.nan), time.fill_null(NO_TIME)
-    stars, seconds = rating.to_numpy(), time.to_numpy()
-    given = table["unixReviewTime"].is_valid().to_numpy()
+    stars, moments = rating.drop_null().to_numpy(), time.drop_null().to_numpy()
     if not (all(pc.all(pc.match_substring_regex(ids, PLAIN_ID)).as_py() for ids in (user, item))
             and not ((stars < 1) | (stars > 5)).any()
-            and not ((seconds[given] < 0) | (seconds[given] > LATEST_TIME)).any()):
+            and not ((moments < 0) | (moments > LATEST_TIME * (1000 if newer else 1))).any()):
         return None
-    summary, body = cleaned(summary), cleaned(body)
-    both = pc.binary_join_element_wise(summary, body, "\n")
-    text = pc.if_else(pc.equal(summary, ""), body, pc.if_else(pc.equal(body, ""), summary, both))
-    return pa.table([user, item, rating, time, text, pa.array([""] * len(raw))], COLUMNS)
+    if newer:
+        time = pc.divide(time, 1000)
+    there = faults(data)
+    summary, body = cleaned(summary, there), cleaned(body, there)
+    alone = pc.or_(pc.equal(summary, ""), pc.equal(body, ""))
+    text = pc.if_else(alone, pc.binary_join_element_wise(summary, body, ""),
+                      pc.binary_join_element_wise(summary, body, "\n"))
+    return pa.table([user, item, rating.fill_null(math.nan), time.fill_null(NO_TIME), text,
+                     pa.repeat(pa.scalar(""), rows)], COLUMNS)
 
 
-def cleaned(text: pa.StringArray) -> pa.StringArray:
-    """`clean` of every text; "" for null."""
+def may_be_older(data: bytes) -> bool:
+    """Whether one of the names may be there that make a line an older review, in plain letters or escaped."""
+    return b'"reviewerID"' in data or b'"overall"' in data or bool(b"\\u00" in data and LETTER.search(data))
+
+
+def separate_objects(data: bytes) -> int:
+    """The number of lines, if each one is as an object without lines within, not too deep; else 0.
+
+    An object that begins and ends its line can neither hold a line end nor share the line with another one
+    without changing the number of rows. Any other byte below 32 is an error that Arrow might not see.
+    """
+    code = np.frombuffer(data, np.uint8)
+    ends = np.flatnonzero(code == ord("\n"))
+    if (not data.startswith(b"{") or not data.endswith(b"}") or np.count_nonzero(code < 32) != len(ends)
+            or (code[ends - 1] != ord("}")).any() or (code[ends + 1] != ord("{")).any()):
+        return 0
+    opening = np.flatnonzero((code & 0xdf) == ord("["))       # [ and {
+    opened = np.searchsorted(opening, ends)
+    deepest = np.diff(opened, prepend=0, append=len(opening)).max()
+    return len(ends) + 1 if deepest <= DEEPEST else 0
+
+
+def faults(data: bytes) -> set[str]:
+    """Which of the entities, by their first letters, and whether two spaces stand among the bytes.
+
+    What is written with JSON's escapes, or ends in the last bytes of all, is not found.
+    """
+    code = np.frombuffer(data, np.uint8)
+    space, at = code == ord(" "), np.flatnonzero(code == ord("&"))
+    at = at[at < len(code) - max(map(len, QUOTES))]
+    after = np.stack([code[at + place] for place in (1, 2, 3)])
+    return ({entity for entity in QUOTES if (after == [[x] for x in entity[1:4].encode()]).all(0).any()}
+            | ({"  "} if (space[1:] & space[:-1]).any() else set()))
+
+
+def cleaned(text: pa.StringArray, there: set[str]) -> pa.StringArray:
+    """`clean` of every text; "" for null. there: `faults` of the bytes they were read from."""
     text = plain = text.fill_null("")
-    for entity, quote in (("&#34;", '"'), ("&#39;", "'"), ("&quot;", '"')):
-        plain = pc.replace_substring(plain, entity, quote)
-    plain = pc.ascii_trim(pc.replace_substring_regex(plain, "  +", " "), " ")
+    # A pass over all texts for each fault that is there; what it missed is UNCLEAN.
+    for entity in QUOTES.keys() & there:
+        plain = pc.replace_substring(plain, entity, QUOTES[entity])
+    if "  " in there:
+        plain = pc.replace_substring_regex(plain, "  +", " ")
+    plain = pc.ascii_trim(plain, " ")
     unclean = pc.match_substring_regex(plain, UNCLEAN)
     return pc.replace_with_mask(plain, unclean, pa.array(map(clean, text.filter(unclean).to_pylist()), pa.string()))
 

@@ -18,9 +18,11 @@ import pyarrow.parquet as pq
 from pagellm.config import PageLLMError
 from pagellm.data.amazon import category_paths, json_object
 from pagellm.data.records import (
+    WHOLE,
     Broken,
     Item,
     Review,
+    Span,
     Tally,
     clean,
     identifier,
@@ -87,7 +89,7 @@ def match(columns: list[str], roles: dict[str, tuple[str, ...]], chosen: dict[st
 
 
 def read_log(path: Path, kind: str, columns: dict[str, str], tally: Tally, grades: dict[str, float],
-             scale: tuple[float, float], split: str = "") -> Iterator[Review]:
+             scale: tuple[float, float], split: str = "", span: Span = WHOLE) -> Iterator[Review]:
     """The rows of a log.
 
     kind     "csv", "jsonl" or "parquet"
@@ -95,6 +97,7 @@ def read_log(path: Path, kind: str, columns: dict[str, str], tally: Tally, grade
     grades   event, in small letters -> rating 1..5, used where there is an event column and no rating
     scale    lowest and highest rating in the file, brought to 1..5
     split    of every row, where the file is of one split
+    span     of JSON lines: which of them
     """
     def review(row: dict) -> Review:
         rating = rating_in(row.get("rating"), *scale)
@@ -104,7 +107,7 @@ def read_log(path: Path, kind: str, columns: dict[str, str], tally: Tally, grade
                       time_seconds(row.get("time")), opinion(row.get("summary"), row.get("text")),
                       split or split_name(row.get("split")))
 
-    return read_rows(path, kind, columns, review, tally)
+    return read_rows(path, kind, columns, review, tally, span)
 
 
 def grade(event, grades: dict[str, float]) -> float:
@@ -148,10 +151,10 @@ def category_list(value):
     return [name for name in PATH_MARK.split(value.strip()) if name]
 
 
-def read_rows(path: Path, kind: str, columns: dict[str, str], make, tally: Tally) -> Iterator:
+def read_rows(path: Path, kind: str, columns: dict[str, str], make, tally: Tally, span: Span = WHOLE) -> Iterator:
     """make(role -> value) of every row; rows for which it raises Broken are counted and left out."""
     if kind == "jsonl":
-        yield from parsed(path, lambda text: make(chosen_values(json_object(text), columns)), tally)
+        yield from parsed(path, lambda text: make(chosen_values(json_object(text), columns)), tally, span)
         return
     rows = csv_rows(path, columns, tally) if kind == "csv" else parquet_rows(path, columns, tally)
     for at, row in rows:

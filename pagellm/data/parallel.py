@@ -1,65 +1,117 @@
-"""Many raw files read by several processes at once; the records come out as if one had read them in order.
+"""Raw files read by several processes at once; the records come out as if one had read them in order.
 
-Each process parses one file into a temporary Parquet file; this one hands its tables on, file after file. What is
-broken is counted per file and added up, so that nothing depends on the number of processes.
+Each process takes one piece after another, a file or some of its lines, and stores it in temporary files, from which
+this one takes the numbers; texts are not touched before they are written. What is broken is counted per piece and
+added up in order, so that nothing depends on the number of processes.
 """
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+import shutil
+import signal
+import threading
+import traceback
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from pagellm.config import PageLLMError
+from pagellm.data import spool
 from pagellm.data.raw import Raw
-from pagellm.data.records import BATCH_ROWS, COLUMNS, EXAMPLES, Tally
+from pagellm.data.records import Tally
 
-__all__ = ["batches"]
+__all__ = ["store"]
 
-def batches(raw: Raw, tally: Tally, processes: int, folder: Path) -> Iterator[pa.Table]:
-    """Every interaction of every file as tables of records.COLUMNS, by up to `processes` processes.
+PIECE = 32_000_000       # bytes of a large file that are one piece
 
-    processes  0: one a core. One file, or sequence files, whose users may go on in the next, are read here
-    folder     for temporary files, which are gone afterwards
+
+def store(raw: Raw, tally: Tally, processes: int, folder: Path, min_text: int, max_text: int) -> list[Path]:
+    """Every interaction of every file through spool.store, by up to `processes` processes. Returns the stems, in order.
+
+    processes  0: one a core. What is one piece (a gzip, CSV or Parquet file, all sequence files) is read by one
+    folder     for temporary files; if this process is killed, those that it started remove it
     Raises PageLLMError as a single process would, or if a process dies.
     """
-    processes = min(processes or os.cpu_count() or 1, len(raw.review_files))
-    if processes < 2 or any(file.kind == "sequences" for file in raw.review_files):
-        yield from raw.batches(tally)
-        return
-    parts = [folder / f"part-{number}.parquet" for number in range(len(raw.review_files))]
-    # Started afresh, not forked: a fork would take over locks that other threads hold.
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        jobs = [pool.submit(parse, raw, number, part) for number, part in enumerate(parts)]
-        try:
-            for job, part in zip(jobs, parts, strict=True):
-                add(tally, job.result())
-                for batch in pq.ParquetFile(part).iter_batches(BATCH_ROWS):
-                    yield pa.Table.from_batches([batch])
-                part.unlink()
-        except BrokenProcessPool:
-            raise PageLLMError("a process that read raw files died, perhaps of too little memory; "
-                               "try again with fewer: --processes 1") from None
-        finally:
-            for job in jobs:
-                job.cancel()
+    processes = processes or os.cpu_count() or 1
+    pieces = raw.pieces(PIECE) if processes > 1 else [raw]
+    stems = [folder / f"part-{number}" for number in range(len(pieces))]
+    jobs = [(piece, stem, min_text, max_text) for piece, stem in zip(pieces, stems, strict=True)]
+    if len(pieces) == 1:
+        tally.add(read(*jobs[0]))
+        return stems
+    lines_before: dict[Path, int] = {}
+    for piece, part in zip(pieces, in_processes(jobs, min(processes, len(jobs)), folder), strict=True):
+        path = piece.review_files[0].path
+        before = lines_before.get(path, 0)
+        tally.add(part, before)
+        lines_before[path] = before + part.read
+    return stems
 
 
-def parse(raw: Raw, number: int, path: Path) -> Tally:
-    """Parse one of the files into a Parquet file of records, in a process of its own."""
+def read(raw: Raw, stem: Path, min_text: int, max_text: int) -> Tally:
     tally = Tally()
-    one = Raw([raw.review_files[number]], [], [], raw.options)
-    with pq.ParquetWriter(path, COLUMNS, compression="lz4") as writer:
-        for table in one.batches(tally):
-            writer.write_table(table)
+    spool.store(raw.batches(tally), stem, min_text, max_text)
     return tally
 
 
-def add(total: Tally, part: Tally) -> None:
-    total.read += part.read
-    total.broken.update(part.broken)
-    total.examples += part.examples[: EXAMPLES - len(total.examples)]
+def in_processes(jobs: list[tuple], processes: int, folder: Path) -> list[Tally]:
+    """What `read` returns for each of the jobs. Of several errors the one of the first job is raised."""
+    # Started afresh, not forked: a fork would take over locks that other threads hold.
+    context = get_context("spawn")
+    workers, answers, waiting, doing = {}, {}, list(reversed(range(len(jobs)))), {}
+    try:
+        for _ in range(processes):
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=work, args=(theirs, folder), daemon=True)
+            worker.start()
+            theirs.close()
+            workers[ours] = worker
+        bar = tqdm(total=len(jobs), desc=f"  reading, {processes} processes", unit=" pieces", delay=1)
+        idle = list(workers)
+        while waiting or doing:
+            while idle and waiting:
+                pipe = idle.pop()
+                doing[pipe] = waiting.pop()
+                pipe.send(jobs[doing[pipe]])
+            for pipe in connection.wait(list(doing)):
+                answer = answers[doing.pop(pipe)] = pipe.recv()
+                if isinstance(answer, BaseException):
+                    waiting.clear()          # of those before it all are done or being done
+                idle.append(pipe)
+                bar.update()
+        bar.close()
+    except (EOFError, ConnectionError):
+        raise PageLLMError("a process that read raw files died, perhaps of too little memory; "
+                           "try again with fewer: --processes 1") from None
+    finally:
+        for pipe, worker in workers.items():
+            worker.terminate()
+            worker.join()
+            pipe.close()
+    for number in sorted(answers):
+        if isinstance(answers[number], BaseException):
+            raise answers[number]
+    return [answers[number] for number in range(len(jobs))]
+
+
+def work(pipe, folder: Path) -> None:
+    """Do jobs until there are no more: the life of a process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)         # who started this one stops it
+    threading.Thread(target=outlive, args=(folder,), daemon=True).start()
+    while True:
+        try:
+            answer = read(*pipe.recv())
+        except EOFError:
+            return
+        except BaseException as error:
+            error.add_note(traceback.format_exc())
+            answer = error
+        pipe.send(answer)
+
+
+def outlive(folder: Path) -> None:
+    """Wait until the process that started this one has died, killed or not; remove what it can no longer."""
+    connection.wait([parent_process().sentinel])
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)

@@ -39,7 +39,7 @@ from pagellm.config import PageLLMError, check, check_numbers, main
 from pagellm.data import filters, parallel, spool, synthetic
 from pagellm.data.raw import Options, Raw, find
 from pagellm.data.records import NO_TIME, Item, Tally, batched
-from pagellm.run import file_id
+from pagellm.files import file_id
 
 __all__ = ["Config", "Table", "building", "run", "write_tables"]
 
@@ -61,7 +61,7 @@ class Config(Options):
     max_broken: float = 0.01     # share of broken lines above which reading stops with an error
     users: int = 2000       # users of the synthetic shop
     items: int = 1000       # items of the synthetic shop
-    processes: int = 1           # that read a log of several files, one file each; 0: as many as cores
+    processes: int = 1           # that read several files, or pieces of large plain ones; 0: as many as cores
 
     def __post_init__(self):
         super().__post_init__()
@@ -332,18 +332,17 @@ def run(config: Config) -> Path:
         return config.target
     tally, item_tally = Tally(), Tally()
     with building(config.target) as folder:
-        spooled = folder / "texts.parquet"
-        read = (parallel.batches(raw, tally, config.processes, folder) if raw
-                else batched(counted(shop.reviews(), tally)))
-        columns = spool.collect(read, spooled, config.min_text, config.max_text)
+        texts = (config.min_text, config.max_text)
+        stems = (parallel.store(raw, tally, config.processes, folder, *texts) if raw
+                 else [spool.store(batched(counted(shop.reviews(), tally)), folder / "part", *texts)])
+        columns = spool.gather(stems)
         tally.check("review", config.max_broken)
         table, counts = filtered(columns, config, graded=bool(raw and raw.graded))
         position = np.full(len(columns.user), -1, dtype=np.int64)
         train = np.flatnonzero(table.split == filters.TRAIN)
         position[table.source[train]] = np.arange(len(train))
-        counts["reviews"] = spool.write_reviews(spooled, position, table.user[train], table.item[train],
+        counts["reviews"] = spool.write_reviews(stems, position, table.user[train], table.item[train],
                                                 folder / "reviews.parquet")
-        spooled.unlink()
         items = catalogue(raw.items(item_tally) if raw else counted(shop.items, item_tally), table.item_ids,
                           config.max_text)
         item_tally.check("item", config.max_broken)

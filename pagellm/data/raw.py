@@ -5,7 +5,7 @@ was found and names the option that decides.
 """
 
 import csv
-import hashlib
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -23,16 +23,20 @@ from pagellm.data import amazon, interactions
 from pagellm.data.download import download, official
 from pagellm.data.records import (
     COLUMNS,
+    WHOLE,
     Broken,
     Item,
     Review,
+    Span,
     Tally,
     batched,
     decoded,
+    is_packed,
     lines,
     parsed,
     parsed_batches,
 )
+from pagellm.files import sha256
 
 __all__ = ["Options", "Raw", "find"]
 
@@ -123,6 +127,7 @@ class RawFile(NamedTuple):
     columns: dict[str, str]       # role -> column, of logs and item tables
     names: tuple[str, ...] = ()   # every column
     split: str = ""               # of all its rows, if the file is of one split
+    span: Span = WHOLE            # the lines to read
 
     def __str__(self) -> str:
         roles = ", ".join(f"{role} = {column}" for role, column in self.columns.items())
@@ -161,9 +166,9 @@ class Raw:
             elif file.kind == "log":
                 scale = (options.rating_min, options.rating_max)
                 yield from interactions.read_log(file.path, file.spelling, file.columns, tally,
-                                                 options.grades(), scale, file.split)
+                                                 options.grades(), scale, file.split, file.span)
             else:
-                for review in parsed(file.path, amazon.parse_review, tally):
+                for review in parsed(file.path, amazon.parse_review, tally, file.span):
                     yield review._replace(split=file.split) if file.split else review
 
     def batches(self, tally: Tally) -> Iterator[pa.Table]:
@@ -172,12 +177,25 @@ class Raw:
             yield from batched(self.reviews(tally))
             return
         for file in self.review_files:
-            if file.kind == "amazon reviews" and file.spelling in ("2014", "2018"):
-                for table in parsed_batches(file.path, amazon.parse_review, amazon.review_table, tally):
+            if file.kind == "amazon reviews":
+                quick = partial(amazon.review_table, spelling=file.spelling)
+                for table in parsed_batches(file.path, amazon.parse_review, quick, tally, file.span):
                     yield (table.set_column(5, COLUMNS.field("split"), pa.array([file.split] * len(table), pa.string()))
                            if file.split else table)
             else:
                 yield from batched(Raw([file], [], [], self.options).reviews(tally))
+
+    def pieces(self, size: int) -> list["Raw"]:
+        """The same interactions, in order, in pieces that can be read apart: files, large ones cut.
+
+        size  bytes of a piece, about
+        Only a plain file of which every line is a record can be cut: neither gzip nor CSV nor Parquet. Sequence files
+        are one piece, since a user may go on in the next.
+        """
+        if any(file.kind == "sequences" for file in self.review_files):
+            return [self]
+        return [Raw([file._replace(span=span)], [], [], self.options)
+                for file in self.review_files for span in spans(file, size)]
 
     def items(self, tally: Tally) -> Iterator[Item]:
         """Every line of every item table; what is broken goes to the tally."""
@@ -194,11 +212,18 @@ class Raw:
         if not self._described:
             for role, files in (("reviews", self.review_files), ("items", self.item_files)):
                 for file in files:
-                    with open(file.path, "rb") as opened:
-                        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
                     self._described.append({"name": file.path.name, "role": file.split or role,
-                                            "bytes": file.path.stat().st_size, "sha256": sha256})
+                                            "bytes": file.path.stat().st_size, "sha256": sha256(file.path)})
         return self._described
+
+
+def spans(file: RawFile, size: int) -> list[Span]:
+    """A file in parts of about `size` bytes; as a whole if it cannot be cut."""
+    by_line = file.kind == "amazon reviews" or file.spelling == "jsonl"
+    length = file.path.stat().st_size
+    parts = max(1, round(length / size)) if by_line and not is_packed(file.path) else 1
+    edges = [length * n // parts for n in range(parts)]
+    return [Span(a, b) for a, b in itertools.pairwise([*edges, None])]
 
 
 def find(options: Options) -> Raw:

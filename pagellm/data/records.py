@@ -6,6 +6,8 @@ reader, which counts it in a Tally and goes on: so read = kept + broken, by reas
 
 import gzip
 import html
+import io
+import itertools
 import math
 import re
 import zlib
@@ -13,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,16 +24,19 @@ from tqdm import tqdm
 
 from pagellm.config import PageLLMError
 
-__all__ = ["COLUMNS", "LATEST_TIME", "NO_TIME", "Broken", "Item", "Review", "Tally", "batched", "clean", "decoded",
-           "identifier", "lines", "number", "opinion", "parsed", "parsed_batches", "price", "progress", "rating_in",
-           "text_lines", "time_seconds"]
+__all__ = ["COLUMNS", "LATEST_TIME", "NO_TIME", "WHOLE", "Broken", "Item", "Review", "Span", "Tally", "batched",
+           "blocks", "clean", "decoded", "identifier", "is_packed", "lines", "number", "opinion", "parsed",
+           "parsed_batches", "price", "progress", "rating_in", "text_lines", "time_seconds"]
 
 NO_TIME = -1                       # an unknown time; real ones are never negative
 LINE_LIMIT = 10_000_000            # bytes; a longer line is broken, and read in pieces of this size
 ID_LIMIT = 256                     # characters
 LATEST_TIME = 4_102_444_800        # 1 January 2100, in seconds: later dates are mistakes
 PRICE_LIMIT = 1e7
-CHUNK = 4_000_000                  # bytes of lines parsed at once
+CHUNK = 4_000_000                  # bytes of lines read and parsed at once; of the first ones:
+FIRST_READ = 1 << 16
+MARK = b"\xef\xbb\xbf"             # of byte order, at the start of a file
+PIECES = 16                        # that a chunk is cut into where not all of its lines are plain
 EXAMPLES = 5                       # broken records shown with file and line
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
@@ -76,12 +82,23 @@ class Tally:
 
     read: int = 0
     broken: Counter = field(default_factory=Counter)        # reason -> records
-    examples: list[str] = field(default_factory=list)       # the first few: "file:line: reason"
+    noted: list[tuple[str, int, str]] = field(default_factory=list)     # the first few: file, line, reason
 
     def note(self, reason: str, path: Path, line: int) -> None:
         self.broken[reason] += 1
-        if len(self.examples) < EXAMPLES:
-            self.examples.append(f"{path.name}:{line}: {reason}")
+        if len(self.noted) < EXAMPLES:
+            self.noted.append((path.name, line, reason))
+
+    def add(self, other: "Tally", lines_before: int = 0) -> None:
+        """Count what another one has counted, further down, in a file of which `lines_before` lines came before."""
+        self.read += other.read
+        self.broken.update(other.broken)
+        self.noted += [(name, line + lines_before, reason)
+                       for name, line, reason in other.noted[: EXAMPLES - len(self.noted)]]
+
+    @property
+    def examples(self) -> list[str]:
+        return [f"{name}:{line}: {reason}" for name, line, reason in self.noted]
 
     @property
     def kept(self) -> int:
@@ -104,39 +121,82 @@ class Tally:
         print(f"  {message}", flush=True)
 
 
-def lines(path: Path) -> Iterator[bytes | None]:
+class Span(NamedTuple):
+    """A part of a plain file: the lines whose first byte is one of start ... end - 1."""
+
+    start: int = 0
+    end: int | None = None        # None: the end of the file, as for every packed file
+
+
+WHOLE = Span()
+
+
+def lines(path: Path, span: Span = WHOLE) -> Iterator[bytes | None]:
     """The lines of a plain or gzip file without their ends; None for one of more than LINE_LIMIT bytes.
 
     Memory is bounded by LINE_LIMIT whatever the file holds. Raises PageLLMError for a damaged gzip file:
     a file that is cut short must never pass for a small data set.
     """
+    for block in blocks(path, span):
+        yield from split_lines(block)
+
+
+def split_lines(block: bytes | None) -> list[bytes | None]:
+    """The lines of a block without their ends."""
+    return [None] if block is None else [line.rstrip(b"\r\n") for line in block.removesuffix(b"\n").split(b"\n")]
+
+
+def blocks(path: Path, span: Span = WHOLE) -> Iterator[bytes | None]:
+    """The same lines with their ends, a few MB at once; None for one that is too long. Errors as in `lines`."""
     try:
         with open_bytes(path) as file:
-            first = True
-            while line := file.readline(LINE_LIMIT + 1):
+            at = first_line(file, span.start) if span.start else 0
+            first, size = at == 0, FIRST_READ
+            while data := file.read(size if span.end is None else max(0, min(size, span.end - at))):
+                if not data.endswith(b"\n"):
+                    rest = file.readline(LINE_LIMIT + len(MARK) + 1)
+                    data += rest
+                    while rest and not rest.endswith(b"\n"):
+                        rest = file.readline(LINE_LIMIT)
                 if first:
-                    line, first = line.removeprefix(b"\xef\xbb\xbf"), False
-                if len(line) > LINE_LIMIT and not line.endswith(b"\n"):
-                    while (rest := file.readline(LINE_LIMIT)) and not rest.endswith(b"\n"):
-                        pass
-                    yield None
+                    data, first = data.removeprefix(MARK), False
+                if len(data) <= LINE_LIMIT:
+                    yield data
                 else:
-                    yield line.rstrip(b"\r\n")
+                    for line in io.BytesIO(data):
+                        yield line if len(line.removesuffix(b"\n")) <= LINE_LIMIT else None
+                at, size = file.tell(), min(2 * size, CHUNK)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise PageLLMError(f"{path} is damaged or cut short ({error})\n  Fetch it again.") from error
     except OSError as error:
         raise PageLLMError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def open_bytes(path: Path):
+def first_line(file, start: int) -> int:
+    """Go to where the first line begins that begins at byte `start` or after it; returns that place."""
+    file.seek(start - 1)
+    while (rest := file.readline(LINE_LIMIT)) and not rest.endswith(b"\n"):
+        pass
+    return file.tell()
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a file is gzip, by content: names lie."""
     with open(path, "rb") as file:
-        is_gzip = file.read(2) == b"\x1f\x8b"      # by content: names lie
-    return gzip.open(path, "rb") if is_gzip else open(path, "rb", buffering=1 << 20)
+        return file.read(2) == b"\x1f\x8b"
 
 
-def progress(stream: Iterable, path: Path) -> Iterable:
-    """The same stream with a bar that shows lines a second, once it has taken more than a second."""
-    return tqdm(stream, desc=f"  {path.name}", unit=" lines", unit_scale=True, delay=1, mininterval=0.5)
+def open_bytes(path: Path):
+    return gzip.open(path, "rb") if is_packed(path) else open(path, "rb", buffering=1 << 20)
+
+
+def progress(stream: Iterable | None, path: Path) -> tqdm:
+    """The same stream with a bar that shows lines a second, once it has taken more than a second.
+
+    No bar in a process of its own: who started it shows one for all.
+    """
+    return tqdm(stream, desc=f"  {path.name}", unit=" lines", unit_scale=True, delay=1, mininterval=0.5,
+                disable=parent_process() is not None)
 
 
 def text_lines(path: Path, tally: Tally, keep_empty: bool = False) -> Iterator[tuple[int, str]]:
@@ -175,9 +235,9 @@ def decoded(raw: bytes | None) -> str:
     return text
 
 
-def parsed(path: Path, parse, tally: Tally) -> Iterator:
+def parsed(path: Path, parse, tally: Tally, span: Span = WHOLE) -> Iterator:
     """parse(text) of every line; lines for which it raises Broken are counted and left out."""
-    return parsed_lines(enumerate(progress(lines(path), path), 1), path, parse, tally)
+    return parsed_lines(enumerate(progress(lines(path, span), path), 1), path, parse, tally)
 
 
 def parsed_lines(numbered: Iterable[tuple[int, bytes | None]], path: Path, parse, tally: Tally) -> Iterator:
@@ -208,34 +268,51 @@ def as_table(rows: list[Review]) -> pa.Table:
     return pa.table([pa.array(column, field.type) for column, field in zip(columns, COLUMNS, strict=True)], COLUMNS)
 
 
-def parsed_batches(path: Path, parse, quick, tally: Tally) -> Iterator[pa.Table]:
+def parsed_batches(path: Path, parse, quick, tally: Tally, span: Span = WHOLE) -> Iterator[pa.Table]:
     """`parsed`, with many lines at once where all of them are plain.
 
-    quick   lines (bytes, without their ends) -> a table of COLUMNS with one row a line, equal to what `parse` makes
-            of them; None for lines that `parse` must look at one by one
+    quick   bytes of lines, "\\n" between them -> a table of COLUMNS with one row a line, equal to what `parse`
+            makes of them; None for lines that `parse` must look at one by one
     """
-    with tqdm(desc=f"  {path.name}", unit=" lines", unit_scale=True, delay=1, mininterval=0.5) as bar:
-        for first, raw in chunks(path):
-            table = None if None in raw else quick(raw)
-            if table is not None:
-                tally.read += len(raw)
-                yield table
-            else:
-                yield from batched(parsed_lines(enumerate(raw, first), path, parse, tally))
-            bar.update(len(raw))
+    first = 1
+    with progress(None, path) as bar:
+        for block in blocks(path, span):
+            for part, table in quick_tables(block, quick):
+                raw = split_lines(part) if table is None else ()
+                rows = len(raw) if table is None else len(table)
+                if table is None:
+                    yield from batched(parsed_lines(enumerate(raw, first), path, parse, tally))
+                else:
+                    tally.read += rows
+                    yield table
+                first += rows
+                bar.update(rows)
 
 
-def chunks(path: Path) -> Iterator[tuple[int, list[bytes | None]]]:
-    """(number of the first line, lines), a few MB at once."""
-    first, raw, size = 1, [], 0
-    for line in lines(path):
-        raw.append(line)
-        size += len(line or b"")
-        if size >= CHUNK or len(raw) == BATCH_ROWS:
-            yield first, raw
-            first, raw, size = first + len(raw), [], 0
-    if raw:
-        yield first, raw
+def quick_tables(block: bytes | None, quick) -> Iterator[tuple[bytes | None, pa.Table | None]]:
+    """(lines, quick's table of them) of a block; in pieces if quick will not have it whole."""
+    if (table := quick_table(block, quick)) is not None:
+        yield block, table
+    else:
+        for piece in cut(block):
+            yield piece, quick_table(piece, quick)
+
+
+def quick_table(block: bytes | None, quick) -> pa.Table | None:
+    if block is None:
+        return None
+    return quick(b"\n".join(split_lines(block)) if b"\r" in block else block.removesuffix(b"\n"))
+
+
+def cut(block: bytes | None) -> list[bytes | None]:
+    """A block in PIECES of whole lines: a line that is not plain makes few others slow."""
+    if block is None:
+        return [None]
+    edges = [0]
+    while edges[-1] < len(block):
+        end = block.find(b"\n", min(edges[-1] + len(block) // PIECES, len(block) - 1))
+        edges.append(end + 1 if end >= 0 else len(block))
+    return [block[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def identifier(value, role: str) -> str:

@@ -1,11 +1,13 @@
 """Records to compact columns, their text to disk: memory does not grow with the text of the reviews.
 
-While records are read, their texts go to a temporary Parquet file by row groups. When it is known which rows
-stay and in what order, one pass deals them out into files of neighbouring rows, and each of those, small
-enough to hold, is put in order and written.
+Whoever reads a part of the records stores it in two temporary files: numbers and the identifiers they stand for in
+one, texts in the other. The first are put together; when it is known which rows stay and in what order, one pass
+deals the texts out into files of neighbouring rows, and each of those, small enough to hold, is put in order and
+written.
 """
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,13 +19,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-__all__ = ["REVIEWS", "SPLIT_CODES", "Columns", "Numbers", "Spool", "by_time", "collect", "write_reviews"]
+__all__ = ["REVIEWS", "SPLIT_CODES", "Columns", "Names", "by_time", "gather", "store", "write_reviews"]
 
 SPLIT_CODES = {"": -1, "train": 0, "valid": 1, "test": 2, "unused": 3}
 REVIEWS = pa.schema([("user", pa.int32()), ("item", pa.int32()), ("text", pa.string())])
+NAMES = pa.dictionary(pa.int32(), pa.string())
+NUMBERS = pa.schema([("user", NAMES), ("item", NAMES), ("rating", pa.float32()), ("time", pa.int64()),
+                     ("tie", pa.uint64()), ("split", pa.int8())])
+TEXTS = pa.schema([("text", pa.string())])
 DEALT = pa.schema([("position", pa.int64()), ("text", pa.string())])
-GROUP_CHARACTERS = 16_000_000      # text held before a row group is written
-GROUP_ROWS = 50_000
+PACKED = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
+LOOSE_NAMES = 1_000_000            # names held more than once, at least, before they are unified
 BUCKET_ROWS = 50_000               # rows put in order at once
 BUCKETS = 200                      # files open at once
 
@@ -42,79 +48,105 @@ class Columns:
     split: np.ndarray            # (R,) int8, a value of SPLIT_CODES
 
 
-class Spool:
-    """A temporary Parquet file of texts, in order of arrival."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._schema = pa.schema([("text", pa.string())])
-        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
-        self._texts: list[str] = []
-        self._characters = 0
-
-    def add(self, text: str) -> None:
-        self._texts.append(text)
-        self._characters += len(text)
-        if self._characters >= GROUP_CHARACTERS or len(self._texts) >= GROUP_ROWS:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._texts:
-            self._writer.write_table(pa.table({"text": pa.array(self._texts, pa.string())}, self._schema))
-        self._texts, self._characters = [], 0
-
-    def close(self) -> None:
-        self._flush()
-        self._writer.close()
-
-
-class Numbers:
-    """Identifiers numbered in order of arrival, a column at once."""
+class Names:
+    """Identifiers of many rows, a column at once; each is kept about once."""
 
     def __init__(self):
-        self._number: dict[str, int] = {}
+        self._columns: list[pa.DictionaryArray] = []
+        self._loose = 0
 
-    def add(self, names: pa.StringArray) -> np.ndarray:
-        """(n,) int32, the number of each name."""
-        coded = names.dictionary_encode()
-        number = self._number
-        new = [number.setdefault(name, len(number)) for name in coded.dictionary.to_pylist()]
-        return np.array(new, dtype=np.int32)[coded.indices.to_numpy()]
+    def add(self, names: pa.StringArray | pa.DictionaryArray) -> None:
+        column = (names if pa.types.is_dictionary(names.type) else names.dictionary_encode()).cast(NAMES)
+        self._columns.append(column)
+        self._loose += len(column.dictionary)
+        if self._loose > max(LOOSE_NAMES, 2 * len(self._columns[0].dictionary)):
+            self._columns, self._loose = [self.coded()], 0
+
+    def coded(self) -> pa.DictionaryArray:
+        """All rows so far over one dictionary, in order of arrival."""
+        columns = pa.chunked_array(self._columns, NAMES).unify_dictionaries().chunks
+        if len(columns) == 1:
+            return columns[0]
+        rows = np.concatenate([column.indices.to_numpy() for column in columns] or [np.zeros(0, np.int32)])
+        return pa.DictionaryArray.from_arrays(rows, columns[0].dictionary if columns else pa.array([], pa.string()))
 
     def ranked(self) -> tuple[list[str], np.ndarray]:
-        """Identifiers in order, and for each number its place in that order."""
-        ordered = sorted(self._number)
-        rank = np.empty(len(ordered), dtype=np.int32)
-        rank[[self._number[name] for name in ordered]] = np.arange(len(ordered), dtype=np.int32)
-        return ordered, rank
+        """The different identifiers in order; (rows,) int32: for each row the place of its own in that order."""
+        coded = self.coded()
+        order = pc.array_sort_indices(coded.dictionary)        # of UTF-8 bytes, which is that of characters
+        rank = np.empty(len(order), dtype=np.int32)
+        rank[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
+        return coded.dictionary.take(order).to_pylist(), rank[coded.indices.to_numpy()]
 
 
-def collect(batches: Iterable[pa.Table], spool_path: Path, min_text: int = 1, max_text: int = 2000) -> Columns:
-    """Read every record: numbers into columns, texts into a Spool at spool_path.
+def store(batches: Iterable[pa.Table], stem: Path, min_text: int = 1, max_text: int = 2000) -> Path:
+    """Read every record: numbers to <stem>.numbers, texts to <stem>.texts, for `gather` and `write_reviews`.
 
-    batches             tables of records.COLUMNS
+    batches             tables of records.COLUMNS, whose texts begin and end without spaces
     min_text, max_text  characters: a shorter text is left out, a longer one cut
+    returns stem
     """
-    users, items = Numbers(), Numbers()
+    users, items = Names(), Names()
     parts: list[list[np.ndarray]] = []
-    spool = Spool(spool_path)
-    for batch in batches:
-        user, item, rating, time, text, split = (batch[i].combine_chunks() for i in range(6))
-        texts = [value[:max_text].rstrip() if len(value) >= min_text else "" for value in text.to_pylist()]
-        code = split.dictionary_encode()
-        codes = np.array([SPLIT_CODES[name] for name in code.dictionary.to_pylist()], dtype=np.int8)
-        parts.append([users.add(user), items.add(item), rating.to_numpy(zero_copy_only=False).astype(np.float32),
-                      time.to_numpy(), np.array([*map(digest, texts)], dtype=np.uint64),
-                      codes[code.indices.to_numpy()]])
-        for value in texts:
-            spool.add(value)
-    spool.close()
-    kinds = (np.int32, np.int32, np.float32, np.int64, np.uint64, np.int8)
-    user, item, rating, time, tie, split = ([np.concatenate(column) for column in zip(*parts, strict=True)] if parts
-                                            else [np.zeros(0, kind) for kind in kinds])
-    user_ids, user_rank = users.ranked()
-    item_ids, item_rank = items.ranked()
-    return Columns(user_ids, item_ids, user_rank[user], item_rank[item], rating, time, tie, split)
+    with pa.ipc.new_stream(f"{stem}.texts", TEXTS, options=PACKED) as writer:
+        for batch in batches:
+            user, item, rating, time, text, split = (batch[i].combine_chunks() for i in range(6))
+            users.add(user)
+            items.add(item)
+            text = shortened(text, min_text, max_text)
+            writer.write_batch(pa.record_batch([text], schema=TEXTS))
+            code = split.dictionary_encode()
+            codes = np.array([SPLIT_CODES[name] for name in code.dictionary.to_pylist()], dtype=np.int8)
+            parts.append([rating.to_numpy(zero_copy_only=False).astype(np.float32), time.to_numpy(), digests(text),
+                          codes[code.indices.to_numpy()]])
+    columns = [users.coded(), items.coded(), *joined(parts, NUMBERS.types[2:])]
+    with pa.ipc.new_file(f"{stem}.numbers", NUMBERS) as writer:
+        writer.write_batch(pa.record_batch([pa.array(column) for column in columns], schema=NUMBERS))
+    return stem
+
+
+def joined(parts: list[list[np.ndarray]], kinds: list[pa.DataType]) -> Iterable[np.ndarray]:
+    """Column by column, so that one at a time is held twice; the parts are used up."""
+    for kind in kinds:
+        yield np.concatenate([part.pop(0) for part in parts] or [np.zeros(0, kind.to_pandas_dtype())])
+
+
+def shortened(text: pa.StringArray, low: int, high: int) -> pa.StringArray:
+    """Texts of `low` characters and more, cut after `high`; "" for the others."""
+    length = pc.utf8_length(text)
+    longer = pc.greater(length, high)
+    if pc.any(longer).as_py():
+        cut = [value[:high].rstrip() for value in text.filter(longer).to_pylist()]
+        text = pc.replace_with_mask(text, longer, pa.array(cut, pa.string()))
+    return pc.if_else(pc.less(length, low), "", text) if low > 1 else text
+
+
+def digests(text: pa.StringArray) -> np.ndarray:
+    """(R,) uint64: 64 bits of each text, to break ties without regard to the order of lines; 0 for no text."""
+    if not len(text):
+        return np.zeros(0, np.uint64)
+    _, offsets, data = text.buffers()
+    at = np.frombuffer(offsets, np.int32)[text.offset: text.offset + len(text) + 1]
+    view, blake2b = memoryview(data or b""), hashlib.blake2b
+    made = b"".join([blake2b(view[a:b], digest_size=8).digest() for a, b in itertools.pairwise(at.tolist())])
+    return np.where(np.diff(at) > 0, np.frombuffer(made, ">u8").astype(np.uint64) | np.uint64(1), np.uint64(0))
+
+
+def gather(stems: list[Path]) -> Columns:
+    """The numbers of all parts, one part after the other; their files are used up."""
+    users, items = Names(), Names()
+    parts: list[list[np.ndarray]] = []
+    for stem in stems:
+        path = stem.with_name(f"{stem.name}.numbers")
+        with pa.memory_map(str(path)) as file:
+            user, item, *numbers = pa.ipc.open_file(file).get_batch(0).columns
+        path.unlink()
+        users.add(user)
+        items.add(item)
+        parts.append([column.to_numpy() for column in numbers])
+    user_ids, user = users.ranked()
+    item_ids, item = items.ranked()
+    return Columns(user_ids, item_ids, user, item, *joined(parts, NUMBERS.types[2:]))
 
 
 def by_time(user: np.ndarray, time: np.ndarray, item: np.ndarray) -> np.ndarray:
@@ -137,21 +169,16 @@ def by_time(user: np.ndarray, time: np.ndarray, item: np.ndarray) -> np.ndarray:
     return np.argsort(code, kind="stable")
 
 
-def digest(text: str) -> int:
-    """64 bits of the text, to break ties without regard to the order of lines; 0 for no text."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") | 1 if text else 0
+def write_reviews(stems: list[Path], position: np.ndarray, user, item, path: Path) -> int:
+    """Write reviews.parquet: texts of the rows with position >= 0, in order of position. Their files are used up.
 
-
-def write_reviews(spool_path: Path, position: np.ndarray, user, item, path: Path) -> int:
-    """Write reviews.parquet: texts of the spool's rows with position >= 0, in order of position.
-
-    position (R,) int64   where each spooled row belongs, -1 for nowhere
+    position (R,) int64   where each row of the parts belongs, -1 for nowhere
     user, item (P,) int32 columns by position
     returns how many rows were written: those that have a text
     """
     width = max(BUCKET_ROWS, math.ceil(len(user) / BUCKETS))
-    parts = [path.with_name(f"part-{n:03d}.arrow") for n in range(math.ceil(len(user) / width))]
-    deal(spool_path, position, width, parts)
+    parts = [path.with_name(f"reviews-{n:03d}.arrow") for n in range(math.ceil(len(user) / width))]
+    deal(stems, position, width, parts)
     written = 0
     with pq.ParquetWriter(path, REVIEWS, compression="zstd") as writer:
         for part in tqdm(parts, "  writing reviews", unit=f" x {width} rows", delay=2):
@@ -165,23 +192,27 @@ def write_reviews(spool_path: Path, position: np.ndarray, user, item, path: Path
     return written
 
 
-def deal(spool_path: Path, position: np.ndarray, width: int, parts: list[Path]) -> None:
-    """One pass over the spool: the row that belongs at position p goes to parts[p // width]."""
-    writers = [pa.ipc.new_stream(str(part), DEALT) for part in parts]
+def deal(stems: list[Path], position: np.ndarray, width: int, parts: list[Path]) -> None:
+    """One pass over the texts: the row that belongs at position p goes to parts[p // width]."""
+    writers = [pa.ipc.new_stream(str(part), DEALT, options=PACKED) for part in parts]
     start = 0
     bar = tqdm(total=len(position), desc="  sorting reviews", unit=" rows", unit_scale=True, delay=2)
-    for batch in pq.ParquetFile(spool_path).iter_batches(batch_size=GROUP_ROWS):
-        at = position[start:start + len(batch)]
-        start += len(batch)
-        keep = np.flatnonzero((at >= 0) & (pc.binary_length(batch["text"]).to_numpy() > 0))
-        keep = keep[np.argsort(at[keep] // width, kind="stable")]
-        bucket = at[keep] // width
-        edges = np.flatnonzero(np.diff(bucket, prepend=-1, append=-1))
-        for first, last in zip(edges[:-1], edges[1:], strict=True):
-            rows = keep[first:last]
-            writers[bucket[first]].write_batch(pa.record_batch(
-                [pa.array(at[rows], pa.int64()), batch["text"].take(pa.array(rows))], schema=DEALT))
-        bar.update(len(batch))
+    for stem in stems:
+        path = stem.with_name(f"{stem.name}.texts")
+        with pa.OSFile(str(path)) as file:
+            for batch in pa.ipc.open_stream(file):
+                at = position[start:start + len(batch)]
+                start += len(batch)
+                keep = np.flatnonzero((at >= 0) & (pc.binary_length(batch["text"]).to_numpy() > 0))
+                keep = keep[np.argsort(at[keep] // width, kind="stable")]
+                bucket = at[keep] // width
+                dealt = pa.record_batch([pa.array(at[keep], pa.int64()), batch["text"].take(pa.array(keep))],
+                                        schema=DEALT)
+                edges = np.flatnonzero(np.diff(bucket, prepend=-1, append=-1))
+                for first, last in itertools.pairwise(edges.tolist()):
+                    writers[bucket[first]].write_batch(dealt.slice(first, last - first))
+                bar.update(len(batch))
+        path.unlink()
     bar.close()
     for writer in writers:
         writer.close()

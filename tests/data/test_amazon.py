@@ -2,12 +2,13 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagellm.data import amazon
+from pagellm.data import amazon, records
 from pagellm.data.amazon import (
     category_paths,
     is_items,
@@ -244,42 +245,79 @@ VALUES = st.sampled_from([
     '" "', '"\\ud83d\\ude00"', '"\\ud800"', '"\\n"', '"tab\\t"', '"\t"', "null", "true", "5", "5.0", "1", "0",
     "5.5", "1e400",
     "-0", "1e2", "NaN", "Infinity", '"4"', "1400000000", "1400000000000", "5000000000", "-1", "1.4e9", '"1400000000"',
+    '"a\\u0020\\u0020b"', '"\\u0026#34;"',
     "[]", '["a"]', "{}", '{"reviewerID": "x"}', "[" * 600 + "]" * 600, "01", "1.", "99999999999999999999"])
-FIELDS = ("reviewerID", "asin", "overall", "unixReviewTime", "summary", "reviewText", "verified", "style", "helpful")
-PLAIN = {"reviewerID": '"A1"', "asin": '"B2"', "overall": "5.0", "unixReviewTime": "1400000000",
-         "summary": '"Fine"', "reviewText": '"Good sound."'}
+PLAIN = {
+    "2014": {"reviewerID": '"A1"', "asin": '"B2"', "overall": "5.0", "unixReviewTime": "1400000000",
+             "summary": '"Fine"', "reviewText": '"Good sound."'},
+    "2023": {"user_id": '"AE1"', "parent_asin": '"B2"', "rating": "5.0", "timestamp": "1588687728923",
+             "title": '"Fine"', "text": '"Good sound."', "asin": '"B3"', "images": "[]"}}
+MORE = {"2014": ("verified", "style", "helpful"),
+        "2023": ("verified_purchase", "helpful_vote", "overall", "reviewerID", "\\u006fverall", "r\\u0065viewerID")}
+LINES = {"2014": ("{'asin': 'B2'}",), "2023": ('{"reviewerID": "A1", "asin": "B2"}', '{"user_id": "u", "asin": "B"}')}
 
 
 @st.composite
-def review_lines(draw):
-    changed = draw(st.lists(st.tuples(st.sampled_from(FIELDS), VALUES), max_size=2))
-    gone = draw(st.sets(st.sampled_from(FIELDS), max_size=1))
-    fields = [(name, value) for name, value in PLAIN.items() if name not in gone] + changed
-    line = "{" + ", ".join(f'"{name}": {value}' for name, value in fields) + "}"
+def review_lines(draw, spelling):
+    fields = PLAIN[spelling]
+    changed = draw(st.lists(st.tuples(st.sampled_from([*fields, *MORE[spelling]]), VALUES), max_size=2))
+    gone = draw(st.sets(st.sampled_from(list(fields)), max_size=1))
+    written = [(name, value) for name, value in fields.items() if name not in gone] + changed
+    line = "{" + ", ".join(f'"{name}": {value}' for name, value in written) + "}"
     return draw(st.sampled_from([
-        *[line] * 12, line + line, line + " ", " " + line, line[:-1], line[1:], "", " ", line + "\r", "{'asin': 'B2'}",
+        *[line] * 12, line + line, line + " ", " " + line, line[:-1], line[1:], "", " ", line + "\r",
         '{"a":', '{"b": 1}}', line.replace("Good", "Go\x00od"), line.replace("Good", "G\udcff"), line + "{}", "{}",
-        "[]", line[:40]]))
+        "[]", line[:40], "\ufeff" + line, *LINES[spelling]]))
 
 
+@pytest.mark.parametrize("spelling", ["2014", "2018", "2023"])
 @settings(deadline=None, max_examples=400)
-@given(st.lists(review_lines(), min_size=1, max_size=4), st.sampled_from(["\n", "\n\n"]), st.booleans())
-def test_many_lines_at_once_are_what_they_are_one_by_one(tmp_path_factory, rows, end, last):
+@given(data=st.data(), end=st.sampled_from(["\n", "\n\n", "\r\n"]), last=st.booleans(), first=st.integers(1, 300))
+def test_many_lines_at_once_are_what_they_are_one_by_one(tmp_path_factory, spelling, data, end, last, first):
+    rows = data.draw(st.lists(review_lines("2023" if spelling == "2023" else "2014"), min_size=1, max_size=4))
     path = tmp_path_factory.getbasetemp() / "lines.json"
     path.write_bytes((end.join(rows) + end * last).encode("utf-8", "surrogateescape"))
     slow, fast = Tally(), Tally()
-    records = list(parsed(path, parse_review, slow))
-    tables = list(parsed_batches(path, parse_review, review_table, fast))
-    found = [Review(*row.values()) for table in tables for row in table.to_pylist()]
-    assert repr(found) == repr(records)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "FIRST_READ", first)
+        found = list(parsed(path, parse_review, slow))
+        tables = list(parsed_batches(path, parse_review, partial(review_table, spelling=spelling), fast))
+    quick = [Review(*row.values()) for table in tables for row in table.to_pylist()]
+    assert repr(quick) == repr(found)
     assert (slow.read, slow.broken, slow.examples) == (fast.read, fast.broken, fast.examples)
 
 
-def test_plain_lines_need_no_second_look():
-    line = "{" + ", ".join(f'"{name}": {value}' for name, value in PLAIN.items())
-    lines = [(line + more + "}").encode() for more in ("", ', "verified": true', ', "style": {"Size:": " L"}',
-                                                       ', "vote": null', ', "helpful": [0, 1]')]
-    table = review_table(lines)
-    assert [Review(*row.values()) for row in table.to_pylist()] == [parse_review(x.decode()) for x in lines]
-    sparse = b'{"reviewerID": "A1", "asin": "B2"}'
-    assert repr(Review(*review_table([sparse]).to_pylist()[0].values())) == repr(parse_review(sparse.decode()))
+@pytest.mark.parametrize("spelling, more, least", [
+    ("2014", ', "helpful": [0, 1]', {"reviewerID", "asin"}),
+    ("2018", ', "verified": true, "vote": null, "style": {"Size:": " L"}', {"reviewerID", "asin"}),
+    ("2023", ', "helpful_vote": 0, "verified_purchase": true, "images": [{"small_image_url": "https://x/y.jpg"}]',
+     {"user_id", "parent_asin"})])
+def test_plain_lines_need_no_second_look(spelling, more, least):
+    fields = PLAIN["2023" if spelling == "2023" else "2014"] | {
+        "title" if spelling == "2023" else "summary": '"It  is &#34;fine&quot; &amp; \\u00e9 "'}
+    line = "{" + ", ".join(f'"{name}": {value}' for name, value in fields.items() if name != "images")
+    sparse = "{" + ", ".join(f'"{name}": {value}' for name, value in fields.items() if name in least) + "}"
+    lines = [line + "}", line + more + "}", sparse, line + ', "unknown": 1}']
+    table = review_table("\n".join(lines).encode(), spelling)
+    assert repr([Review(*row.values()) for row in table.to_pylist()]) == repr([*map(parse_review, lines)])
+
+
+def test_what_only_escapes_hold_is_cleaned_too():
+    line = '{"reviewerID": "A", "asin": "B", "summary": "a\\u0020\\u0020b", "reviewText": "\\u0026#34;c"}'
+    found, = review_table(line.encode()).to_pylist()
+    assert found["text"] == 'a b\n"c' == parse_review(line).text
+
+
+def test_one_odd_line_makes_few_others_slow(tmp_path):
+    line = b"{" + b", ".join(f'"{name}": {value}'.encode() for name, value in PLAIN["2023"].items()) + b"}\n"
+    lines = [line] * 320
+    lines[100] = b"{broken\n"
+    (tmp_path / "x.json").write_bytes(b"".join(lines))
+    looked, tally = [], Tally()
+
+    def parse(text):
+        looked.append(text)
+        return parse_review(text)
+
+    tables = list(parsed_batches(tmp_path / "x.json", parse, partial(review_table, spelling="2023"), tally))
+    assert sum(map(len, tables)) == 319 and tally.examples == ["x.json:101: bad JSON"] and 1 < len(looked) < 30

@@ -1,7 +1,10 @@
 """Records to columns and texts to disk and back, for every size of the pieces in between."""
 
+import hashlib
+import itertools
 import math
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -30,10 +33,25 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("spool")
 
 
+def stored(folder, records, pieces=1, **options):
+    """The records in so many parts, each of them in batches of one or two."""
+    edges = [len(records) * n // pieces for n in range(pieces + 1)]
+    stems = []
+    for n, (a, b) in enumerate(itertools.pairwise(edges)):
+        batches = [batch for at in range(a, b, 2) for batch in batched(records[at: min(b, at + 2)])]
+        stems.append(spool.store(batches, folder / f"part-{n}", **options))
+    return stems
+
+
+def texts_of(stems):
+    return [text for stem in stems for text in pa.ipc.open_stream(f"{stem}.texts").read_all()["text"].to_pylist()]
+
+
 @few
-@given(reviews)
-def test_columns_hold_every_record_in_order(folder, records):
-    columns = spool.collect(batched(records), folder / "texts.parquet")
+@given(reviews, st.integers(1, 4))
+def test_columns_hold_every_record_in_order(folder, records, pieces):
+    stems = stored(folder, records, pieces)
+    columns = spool.gather(stems)
     assert columns.user_ids == sorted({r.user for r in records}) and columns.item_ids == sorted(
         {r.item for r in records}
     )
@@ -54,47 +72,56 @@ def test_columns_hold_every_record_in_order(folder, records):
         (a, b, columns.tie[n], columns.tie[m]) for n, a in enumerate(records) for m, b in enumerate(records)
     ):
         assert (tie_a == tie_b) == (a.text == b.text) and (tie_a == 0) == (a.text == "")
-    assert pq.read_table(folder / "texts.parquet")["text"].to_pylist() == [r.text for r in records]
+    assert texts_of(stems) == [r.text for r in records]
+    assert columns.user_ids == sorted(columns.user_ids) and not list(folder.glob("*.numbers"))
+
+
+@few
+@given(st.lists(st.lists(st.sampled_from(["é", "e", "z", "Z", "\U0001f600", "\uffee", "9"]), max_size=5), max_size=5),
+       st.sampled_from([0, 3, 1_000]), st.booleans())
+def test_names_are_ranked_as_python_sorts_them(columns, loose, coded):
+    """However often they are unified in between, and whether they come as text or coded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spool, "LOOSE_NAMES", loose)
+        names = spool.Names()
+        for column in columns:
+            array = pa.array(column, pa.string())
+            names.add(array.dictionary_encode() if coded else array)
+        ordered, rank = names.ranked()
+    rows = [name for column in columns for name in column]
+    assert ordered == sorted(set(rows)) and [ordered[n] for n in rank] == rows
+
+
+@few
+@given(st.lists(st.sampled_from(["", "a", "é", "long text"]), max_size=6), st.integers(0, 3))
+def test_a_digest_is_that_of_the_text_alone(texts, start):
+    array = pa.array(texts, pa.string())
+    expected = [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") | 1 if text else 0
+                for text in texts]
+    assert spool.digests(array).tolist() == expected
+    assert spool.digests(array[start:]).tolist() == expected[start:]
 
 
 def test_texts_are_cut_and_short_ones_left_out(folder):
     records = [Review("u", "i", text=text) for text in ("ab", "abc", "abc defgh", "abc d")]
-    spool.collect(batched(records), folder / "texts.parquet", min_text=3, max_text=4)
-    assert pq.read_table(folder / "texts.parquet")["text"].to_pylist() == ["", "abc", "abc", "abc"]
-
-
-def test_no_more_text_is_held_than_a_group(folder, monkeypatch):
-    """Groups end after GROUP_CHARACTERS characters or GROUP_ROWS rows, whichever comes first."""
-    def groups(texts):
-        spool.collect(batched(Review("u", "i", text=text) for text in texts), folder / "texts.parquet")
-        file = pq.ParquetFile(folder / "texts.parquet")
-        return [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
-
-    monkeypatch.setattr(spool, "GROUP_CHARACTERS", 20)
-    monkeypatch.setattr(spool, "GROUP_ROWS", 5)
-    assert groups(["x" * 10] * 6) == [2, 2, 2] and groups(["x" * 30] * 3) == [1, 1, 1]
-    assert groups(["x" * 19, "x", "x" * 19, "x"]) == [2, 2] and groups(["x"] * 12) == [5, 5, 2]
+    assert texts_of(stored(folder, records, min_text=3, max_text=4)) == ["", "abc", "abc", "abc"]
+    assert texts_of(stored(folder, [Review("u", "i", text=t) for t in ("éé", "é", "")], max_text=1)) == ["é", "é", ""]
 
 
 @few
-@given(st.data(), reviews, st.integers(1, 5), st.integers(1, 5), st.integers(1, 4), st.integers(1, 30))
-def test_reviews_come_out_in_the_order_asked_for(folder, data, records, bucket, group, buckets, characters):
-    """Whatever the sizes of groups and buckets: rows with a position and a text, by position, only."""
+@given(st.data(), reviews, st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
+def test_reviews_come_out_in_the_order_asked_for(folder, data, records, bucket, buckets, pieces):
+    """Whatever the number of parts and the size of buckets: rows with a position and a text, by position, only."""
     keep = data.draw(st.lists(st.sampled_from(range(len(records))), unique=True) if records else st.just([]))
     position = spool.np.full(len(records), -1, dtype=spool.np.int64)
     position[keep] = range(len(keep))
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (
-            ("BUCKET_ROWS", bucket),
-            ("GROUP_ROWS", group),
-            ("BUCKETS", buckets),
-            ("GROUP_CHARACTERS", characters),
-        ):
-            patch.setattr(spool, name, value)
-        columns = spool.collect(batched(records), folder / "texts.parquet")
-        assert pq.ParquetFile(folder / "texts.parquet").num_row_groups >= math.ceil(len(records) / group)
+        patch.setattr(spool, "BUCKET_ROWS", bucket)
+        patch.setattr(spool, "BUCKETS", buckets)
+        stems = stored(folder, records, pieces)
+        columns = spool.gather(stems)
         written = spool.write_reviews(
-            folder / "texts.parquet",
+            stems,
             position,
             columns.user[keep],
             columns.item[keep],
@@ -104,4 +131,5 @@ def test_reviews_come_out_in_the_order_asked_for(folder, data, records, bucket, 
     assert table.schema.equals(spool.REVIEWS)
     wanted = [(columns.user[n], columns.item[n], records[n].text) for n in keep if records[n].text]
     assert list(zip(*(table[name].to_pylist() for name in ("user", "item", "text")), strict=True)) == wanted
-    assert written == len(wanted) and not list(folder.glob("part-*"))
+    left = [*folder.glob("reviews-*"), *(path for stem in stems for path in folder.glob(f"{stem.name}.*"))]
+    assert written == len(wanted) and not left
