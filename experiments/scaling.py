@@ -308,7 +308,7 @@ def measure(stage: str, config: Config, point: Point) -> dict:
     shutil.rmtree(Path(config.runs) / "scaling" / point.name / stage, ignore_errors=True)
     # A server that has imported everything and done nothing: each process starts as clean as a new one, but sooner.
     server, began = multiprocessing.get_context("forkserver"), time.perf_counter()
-    server.set_forkserver_preload(["experiments.scaling"])
+    server.set_forkserver_preload([module.__name__ for module in (evaluate, ppo, prepare, pretrain, reward, sft)])
     ours, theirs = server.Pipe(duplex=False)
     process = server.Process(target=work, args=(stage, config, point, theirs))
     process.start()
