@@ -462,7 +462,7 @@ def figure(records: list[dict], path: Path, clock: str = "wall") -> None:
         print("no figure: pip install 'pagellm[report]'")
         return
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     looks = dict(zip(STAGES, zip(("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#000000"), "os^Dv*",
                                  strict=True), strict=True))
@@ -488,6 +488,9 @@ def figure(records: list[dict], path: Path, clock: str = "wall") -> None:
         axes[2, column].minorticks_off()
     for axis in axes.flat:
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(ticker.NullFormatter())
         axis.grid(alpha=0.3)
     unit = "processor seconds" if clock == "cpu" else "seconds"
     for axis, name in zip(axes[:, 0], (f"{unit} before the first step\n(prepare, evaluate: in all)", f"{unit} a step",
