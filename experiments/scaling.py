@@ -367,8 +367,9 @@ def run(config: Config) -> list[dict]:
     results, records = Results(out / "results.jsonl"), []
     for sweep, point, stages in grid(config):
         records += [{"sweep": sweep, **row} for row in rows_at(point, stages, config, results, out, data, sweep)]
-    text = (f"{table(records, config.clock)}\n\nThe measurements took {took(records):.0f} minutes, "
-            f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}, torch {torch.__version__}.")
+    minutes, busy = took(records)
+    text = (f"{table(records, config.clock)}\n\nThe measurements took {minutes:.0f} minutes, {busy:.0f} of processor "
+            f"time, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}, torch {torch.__version__}.")
     for name, content in (("scaling.json", json.dumps(records, indent=1) + "\n"), ("scaling.md", text + "\n")):
         with atomic(out / name) as beside:
             beside.write_text(content)
@@ -411,10 +412,10 @@ def rows_at(point: Point, stages: tuple[str, ...], config: Config, results: Resu
     return rows
 
 
-def took(records: list[dict]) -> float:
-    """Minutes of all measurements, those that two sweeps share counted once."""
+def took(records: list[dict]) -> tuple[float, float]:
+    """Minutes of all measurements, and the processor minutes of those that succeeded; what sweeps share counts once."""
     distinct = {(*(r[name] for name in ("users", "items", "page", "history", "sampled", "stage")),): r for r in records}
-    return sum(r.get("took_s", 0.0) for r in distinct.values()) / 60
+    return tuple(sum(r.get(name, 0.0) for r in distinct.values()) / 60 for name in ("took_s", "whole_cpu_s"))
 
 
 def seconds(row: dict, clock: str, part: str) -> float | None:
