@@ -7,7 +7,7 @@ Speed is one SFT step (forward, loss, backward, optimiser) at each size, the two
 that whatever else the machine does meets both: the medians' ratio counts. Quality: every stage from pretrain to
 evaluate with --precision float32 and with bfloat16, test split, the paired difference over seeds and users, SFT and
 PPO apart; --policies sft leaves out the reward model and PPO. Writes <runs>/precision/<dataset>-<size>.parquet and
-prints it. Five minutes a seed at size tiny on the synthetic shop, two cores.
+prints it.
 """
 
 import json

@@ -12,7 +12,7 @@ breaks; it is tried again with larger limits, and so is one that failed in anoth
 softmax is drawn (--sampled_items) and rows move only when read (--lazy_rows); what comes after the reward model knows
 neither, and is measured once.
 
-Half an hour on one core, most of it for 1,000,000 items. Writes <runs>/scaling/results.jsonl, scaling.json, scaling.md
+Six processor minutes with --most 100000. Writes <runs>/scaling/results.jsonl, scaling.json, scaling.md
 and, with matplotlib (extra [report]), --figure. What a shop of millions would cost on GPUs is arithmetic from measured
 parts: experiments/extrapolate.py.
 """
