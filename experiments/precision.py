@@ -5,8 +5,9 @@
 
 Speed is one SFT step (forward, loss, backward, optimiser) at each size, the two precisions in turn in one process, so
 that whatever else the machine does meets both: the medians' ratio counts. Quality: every stage from pretrain to
-evaluate with --precision float32 and with bfloat16, the paired difference over seeds and users, SFT and PPO apart.
-Writes <runs>/precision/<dataset>-<size>.parquet and prints it.
+evaluate with --precision float32 and with bfloat16, test split, the paired difference over seeds and users, SFT and
+PPO apart; --policies sft leaves out the reward model and PPO. Writes <runs>/precision/<dataset>-<size>.parquet and
+prints it.
 """
 
 import json
@@ -18,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.study import Stages, Variant, per_user, print_table, rows_of, run_variant, write_table
+from experiments.study import Stages, Variant, per_user, rows_of, run_variant, write_table
+from experiments.tables import spread
 from pagellm import dist, evaluate
 from pagellm.config import check, check_numbers, main
 from pagellm.gpt2 import GPT2, SIZES
@@ -37,10 +39,11 @@ class Config:
 
     sizes: str = "tiny,mini,small,gpt2"     # networks whose step is timed, comma-separated; empty: none
     steps: int = 9               # of each precision, after one to warm up
-    device: str = "auto"         # cpu, cuda; auto takes cuda where there is one
+    device: str = "auto"         # cpu, cuda; auto takes cuda where there is one; of steps and whole runs
     seeds: int = 0               # whole runs for seeds 0, 1, ...; 0: none
     dataset: str = "synthetic"   # of the whole runs
     size: str = "tiny"           # network of the whole runs
+    policies: str = "sft,ppo"    # whose pages are scored in the whole runs, comma-separated
     data: str = "data"           # directory of prepared data sets
     runs: str = "runs"           # directory of runs
 
@@ -48,7 +51,8 @@ class Config:
         check_numbers(self)
         names = [name for name in self.sizes.split(",") if name]
         check(self, sizes=(set(names) <= set(SIZES), f"some of {','.join(SIZES)}"), steps=(self.steps > 0, "1 or more"),
-              size=(self.size in SIZES, f"one of {', '.join(SIZES)}"))
+              size=(self.size in SIZES, f"one of {', '.join(SIZES)}"),
+              policies=(set(self.policies.split(",")) <= {"sft", "ppo"}, "sft, ppo or both"))
 
 
 def speed(size: str, steps: int, device: torch.device) -> dict:
@@ -83,12 +87,13 @@ def wait(device: torch.device) -> None:
 
 def quality(config: Config) -> list[dict]:
     """One record for every policy, precision and metric, as study.rows_of makes them."""
-    found: dict[str, dict[str, list]] = {policy: {name: [] for name in PRECISIONS} for policy in ("sft", "ppo")}
+    found: dict[str, dict[str, list]] = {policy: {name: [] for name in PRECISIONS}
+                                            for policy in config.policies.split(",")}
     for seed in range(config.seeds):
         for name in PRECISIONS:
-            own = {"precision": name}
+            own = {"precision": name, "device": config.device}
             stages = Stages(config.data, config.runs, pretrain=own | {"size": config.size}, sft=own, reward=own,
-                            ppo=own)
+                            ppo=own, evaluate={"device": config.device})
             for policy in found:
                 path = run_variant(f"precision/{config.size}-{name}", config.dataset,
                                    Variant(evaluate.LABELS[policy], policy), seed, stages)
@@ -96,12 +101,12 @@ def quality(config: Config) -> list[dict]:
     records = []
     for policy, results in found.items():
         rows = rows_of(results, (*evaluate.COLUMNS, "energy", "true_energy"))
-        print(f"\n{evaluate.LABELS[policy]}\n{print_table(rows)}")
+        print(f"\n{evaluate.LABELS[policy]}\n{spread(rows)}")
         records += [{"policy": policy, **row} for row in rows]
     path = Path(config.runs) / "precision" / f"{config.dataset}-{config.size}.parquet"
     write_table(path, records)
-    print(f"\n{config.seeds} seeds; below each mean the paired difference to float32 with its 95% interval "
-          f"(bootstrap over seeds and users)\n{path}")
+    print(f"\n{config.seeds} seeds, test split: mean ± standard deviation over seeds; the paired difference to float32 "
+          f"with its 95% interval (bootstrap over seeds and users)\n{path}")
     return records
 
 

@@ -4,7 +4,8 @@
 
 Pretrain and SFT with the full softmax, with --sampled_items, and with --lazy_rows beside it; SFT's pages scored on the
 validation split, the paired difference to the full softmax over seeds and users. Rows already done are not run again.
-Writes <runs>/sampled/<dataset>-<sampled_items>.parquet and prints it. Two minutes a row and seed on the synthetic shop.
+Writes <runs>/sampled/<dataset>-<sampled_items>.parquet and prints it. Two minutes a row and seed on the synthetic shop;
+--pretrain and --sft hold options of those stages, or a preset: "--sft=@presets/toys/sft".
 """
 
 import sys
@@ -12,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.ablation import overrides
-from experiments.study import Stages, Variant, per_user, print_table, rows_of, run_variant, write_table
+from experiments.study import Stages, Variant, per_user, rows_of, run_variant, write_table
+from experiments.tables import spread
 from pagellm import evaluate, pretrain, sft
-from pagellm.config import check, check_numbers, main
+from pagellm.config import PageLLMError, check, check_numbers, main
 
 __all__ = ["Config", "run"]
+
+FIXED = {"dataset", "run", "data", "runs", "seed", "source_run", "sampled_items", "lazy_rows"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,9 @@ class Config:
     def __post_init__(self):
         check_numbers(self)
         check(self, sampled_items=(self.sampled_items > 0, "1 or more"), seeds=(self.seeds > 0, "1 or more"))
+        for stage, module in (("pretrain", pretrain), ("sft", sft)):
+            if fixed := FIXED & set(overrides(module, getattr(self, stage))):
+                raise PageLLMError(f"--{stage} must not set {', '.join(sorted(fixed))}: the study does")
 
 
 def run(config: Config) -> list[dict]:
@@ -52,8 +59,8 @@ def run(config: Config) -> list[dict]:
     records = rows_of(results, (*evaluate.COLUMNS[:3], "ILD", "energy"))
     path = Path(config.runs) / "sampled" / f"{config.dataset}-{config.sampled_items}.parquet"
     write_table(path, records)
-    print(f"{print_table(records)}\n\n{config.seeds} seeds, validation; below each mean the paired difference to the "
-          f"full softmax with its 95% interval (bootstrap over seeds and users)\n{path}")
+    print(f"{spread(records)}\n\n{config.seeds} seeds, validation: mean ± standard deviation over seeds; the paired "
+          f"difference to the full softmax with its 95% interval (bootstrap over seeds and users)\n{path}")
     return records
 
 

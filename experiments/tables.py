@@ -5,7 +5,7 @@
 
 per_user is {metric: (U,) array} of one seed, users in the same order everywhere. A cell holds the mean, and in
 brackets the paired difference to `versus`, its 95% interval and d, the difference over its standard deviation
-among users.
+among users. `spread` puts study.rows_of's records the other way round: metrics down, with the spread over seeds.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from pagellm import metrics
 from pagellm.config import PageLLMError
 from pagellm.run import atomic
 
-__all__ = ["compare", "latex", "markdown", "save"]
+__all__ = ["compare", "latex", "markdown", "save", "spread"]
 
 ARROW = {"up": "↑", "down": "↓"}
 
@@ -85,6 +85,26 @@ def markdown(records: list[dict]) -> str:
             if r is not None and name != r["versus"]:
                 cells[-1] += f" ({r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}], d {r['effect']:+.2f})"
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def spread(records: list[dict]) -> str:
+    """Markdown of study.rows_of's records: metrics down; each variant's mean ± its standard deviation over seeds (none
+    of one seed), then the paired difference to the first variant with its 95% interval."""
+    names, columns, at, _ = grid(records)
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for metric in columns:
+        cells = []
+        for name in names:
+            r = at.get((name, metric))
+            if r is None:
+                cells.append("–")
+                continue
+            cell = f"{r['mean']:.4f}" + ("" if np.isnan(r["sd_over_seeds"]) else f" ± {r['sd_over_seeds']:.4f}")
+            cells.append(cell if name == r["versus"] else
+                         f"{cell}, {r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}]")
+        direction = next(ARROW[r["direction"]] for r in records if r["metric"] == metric)
+        lines.append(f"| {metric} {direction} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -123,3 +123,32 @@ def test_the_study_times_both_in_turn(capsys):
     row, = precision.run(precision.Config(sizes="nano", steps=1, device="cpu"))
     assert row["auto"] == "float32" and row["gain"] == row["float32"] / row["bfloat16"] > 0
     assert "nano" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_study_runs_each_precision_through_the_stages_it_needs(tmp_path, capsys):
+    prepare.run(prepare.Config(data=str(tmp_path / "data"), users=40, items=30))
+    small = {"steps": 3, "batch": 8, "words": 300}
+    with pytest.MonkeyPatch.context() as patch:
+        for module, options in ((pretrain, small), (sft, {"epochs": 1, "k": 6, "batch": 16})):
+            real = module.Config
+            patch.setattr(module, "Config", lambda real=real, options=options, **given: real(**options | given))
+        config = precision.Config(sizes="", seeds=1, size="nano", policies="sft", device="cpu",
+                                  data=str(tmp_path / "data"), runs=str(tmp_path / "runs"))
+        assert precision.run(config) == []
+        shown = capsys.readouterr().out
+        assert "| | float32 | bfloat16 |" in shown and "NDCG@100 ↑" in shown and "PageLLM" not in shown
+        runs = tmp_path / "runs" / "precision"
+        made = {name: runs / f"nano-{name}" / "synthetic-s0" for name in precision.PRECISIONS}
+        for name, folder in made.items():
+            assert {path.name for path in folder.iterdir()} == {"pretrain", "sft", "evaluate"}
+            for stage in ("pretrain", "sft"):
+                assert json.loads((folder / stage / "config.json").read_text())["precision"] == name
+        done = [(folder / "sft" / "done").read_bytes() for folder in made.values()]
+        assert done[0] != done[1]
+        records = precision.quality(config)
+        assert [(folder / "sft" / "done").read_bytes() for folder in made.values()] == done
+    assert {r["policy"] for r in records} == {"sft"}
+    assert all(r["difference"] == 0 for r in records if r["variant"] == "float32")
+    with pytest.raises(PageLLMError, match="policies='popularity'"):
+        precision.Config(policies="popularity")

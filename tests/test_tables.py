@@ -4,7 +4,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.tables import compare, latex, markdown, save
+from experiments.study import rows_of
+from experiments.tables import compare, latex, markdown, save, spread
 from pagellm.config import PageLLMError
 
 rng = np.random.default_rng(0)
@@ -76,3 +77,13 @@ def test_save_writes_all_three(tmp_path):
 def test_an_unknown_reference_is_refused():
     with pytest.raises(PageLLMError, match="no row 'SLIM'"):
         compare(ROWS, ("Recall@20",), "SLIM")
+
+
+def test_spread_over_seeds_stands_beside_the_mean_and_is_left_out_of_one_seed():
+    a, b = [{"WMRD": BASE + s} for s in (0.0, 2.0)], [{"WMRD": BASE + s + 0.5} for s in (0.0, 4.0)]
+    mean = BASE.mean()
+    line = spread(rows_of({"float32": a, "bfloat16": b}, ("WMRD", "absent"))).splitlines()
+    assert line[0] == "| | float32 | bfloat16 |" and len(line) == 3
+    # Seeds differ by 2 and by 4: standard deviations 2 / sqrt 2 and 4 / sqrt 2; the difference is .5 and 2.5.
+    assert line[2] == f"| WMRD ↓ | {mean + 1:.4f} ± 1.4142 | {mean + 2.5:.4f} ± 2.8284, +1.5000 [+0.5000, +2.5000] |"
+    assert "±" not in spread(rows_of({"float32": a[:1], "bfloat16": b[:1]}, ("WMRD",)))
