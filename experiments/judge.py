@@ -180,13 +180,28 @@ class Reward:
         return by_score({"page reward": tuple(page.tolist()), "mean token reward": tuple(token.tolist())}, 1.0)
 
 
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_):
+        return None
+
+
+def opinion_of(answer) -> Opinion:
+    """An answer that fits SCHEMA; ValueError or KeyError for any other, since not every server holds to it."""
+    confidence, reasons = answer["confidence"], answer["reasons"]
+    if type(confidence) not in (int, float) or not isinstance(reasons, list) or not all(
+            isinstance(reason, str) for reason in reasons):
+        raise ValueError(f"confidence {confidence!r}, reasons {reasons!r}: want a number and a list of sentences")
+    return Opinion(answer["winner"], float(confidence), tuple(reasons))
+
+
 class Http:
     """A language model behind <url>/chat/completions: temperature 0, answers bound to SCHEMA.
 
     key      sent as a bearer token; empty: none
     budget   requests this object may send, repeats counted; retries  repeats of one question, after 1, 2, 4 ... seconds
-             or what Retry-After says: for 408, 409, 429, 5xx, a broken connection, or an answer that fits no schema
-    Raises PageLLMError when the budget or the retries are used up, or the server refuses (any other 4xx).
+             or what Retry-After says: for 408, 409, 429, 5xx, a broken connection, or an answer unlike SCHEMA
+    Redirects are not followed, so that the key goes to no other address. Raises PageLLMError when the budget or the
+    retries are used up, or the server refuses (3xx, any other 4xx).
     """
 
     def __init__(self, shop: Shop, url: str, model: str, key: str = "", budget: int = 1000, retries: int = 4,
@@ -240,9 +255,8 @@ class Http:
     def send(self, body: bytes) -> Opinion:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(f"{self.url}/chat/completions", body, headers)
-        with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-            answer = json.loads(json.loads(reply.read(1 << 20))["choices"][0]["message"]["content"])
-        return Opinion(answer["winner"], float(answer["confidence"]), tuple(str(r) for r in answer["reasons"]))
+        with urllib.request.build_opener(NoRedirect).open(request, timeout=self.timeout) as reply:
+            return opinion_of(json.loads(json.loads(reply.read(1 << 20))["choices"][0]["message"]["content"]))
 
 
 def question_key(context: Context, first: Sequence[int], second: Sequence[int]) -> str:
@@ -349,7 +363,9 @@ def read_labels(path: str | Path, policies: tuple[str, str]) -> dict[str, str]:
     if not path.is_file():
         raise PageLLMError(f"no labels {str(path)!r}; want a CSV or Parquet file with columns user, winner")
     try:
-        table = pyarrow.csv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
+        # Names, not numbers: user 007 is not user 7.
+        names = pyarrow.csv.ConvertOptions(column_types={"user": pa.string(), "winner": pa.string()})
+        table = (pyarrow.csv.read_csv(path, convert_options=names) if path.suffix == ".csv" else pq.read_table(path))
     except pa.ArrowInvalid as error:
         raise PageLLMError(f"{path} cannot be read: {error}; want CSV or Parquet with columns user, winner") from None
     if not {"user", "winner"} <= set(table.column_names):
