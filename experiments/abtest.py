@@ -107,8 +107,8 @@ def estimate(x: np.ndarray, y: np.ndarray | None = None, pre: np.ndarray | None 
     n = len(x)
     y = np.ones(n) if y is None else y
     if n < 2 or y.sum() <= 0:
-        raise PageLLMError(f"{n} users with a denominator of {y.sum():g}: a standard error wants 2 users or more, and a "
-                           "denominator above 0")
+        raise PageLLMError(f"{n} users with a denominator of {y.sum():g}: a standard error wants 2 users or more, and "
+                           "a denominator above 0")
     value = x.sum() / y.sum()
     z = (x - value * y) / y.mean()
     if pre is not None:
@@ -286,8 +286,8 @@ def read_log(path: str | Path, arms: bool = True) -> dict[str, np.ndarray]:
     if (count > 1).any():
         twice = user[count.argmax()]
         where = f" in arm {' and '.join(sorted(set(log['arm'][log['user'] == twice])))}" if arms else ""
-        raise PageLLMError(f"{path}: user {twice} has {count.max()} lines{where}; want one line a user, summed over the "
-                           "test, and nobody in two arms")
+        raise PageLLMError(f"{path}: user {twice} has {count.max()} lines{where}; want one line a user, summed over "
+                           "the test, and nobody in two arms")
     for part in ("failed_sessions", "purchase_sessions"):
         if (log[part] > log["sessions"]).any():
             raise PageLLMError(f"{path}: {part} above sessions for {int((log[part] > log['sessions']).sum())} users")
@@ -446,8 +446,8 @@ def run(config: Config) -> dict:
                            "  Users were lost or sent wrongly in one arm, so no difference can be believed: find out "
                            "why. --srm_alpha 0 shows the numbers all the same.")
     if min(counts) < 2:
-        raise PageLLMError(f"{config.log}: {counts[0]:,} users in {config.control}, {counts[1]:,} in {other}; want 2 or "
-                           "more in each")
+        raise PageLLMError(f"{config.log}: {counts[0]:,} users in {config.control}, {counts[1]:,} in {other}; want 2 "
+                           "or more in each")
     found, sides = {}, [log["arm"] == a for a in arms]
     for name in METRICS:
         if not defined(log, name, sides):

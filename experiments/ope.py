@@ -195,8 +195,8 @@ def estimates(log: Log, min_ess: float = 100.0) -> dict[str, Value]:
     """
     check_log(log)
     if len(np.unique(log.user)) < 2:
-        raise PageLLMError(f"all {len(log.user):,} sessions are one user's; errors are clustered by user, so that two or "
-                           "more are wanted")
+        raise PageLLMError(f"all {len(log.user):,} sessions are one user's; errors are clustered by user, so that two "
+                           "or more are wanted")
     w, total = log.weights(), log.reward.sum(1)
     ones, whole, found = np.ones(len(total)), w[:, -1], {}
     parts = {"IPS": (whole * total, ones, whole), "SNIPS": (whole * total, whole, whole),
@@ -231,7 +231,10 @@ def check_log(log: Log) -> None:
     if not np.isfinite(log.reward).all():
         raise PageLLMError("a reward is missing or not finite; mend the log")
     for name, items in (("page", log.page), ("candidates", log.candidates)):
-        if items is not None and (twice := (np.sort(items, axis=1)[:, 1:] == np.sort(items, axis=1)[:, :-1]).any(1)).any():
+        if items is None:
+            continue
+        items = np.sort(items, axis=1)
+        if (twice := (items[:, 1:] == items[:, :-1]).any(1)).any():
             raise PageLLMError(f"{name} of session {int(twice.argmax())} names an item twice; want each once")
     if log.candidates is None:
         return
@@ -263,8 +266,8 @@ def read_log(path: str | Path) -> Log:
         raise PageLLMError(f"{path} has no column {', '.join(sorted(missing))}; there are "
                            f"{', '.join(table.column_names)}")
     if not len(table) or table["user"].null_count:
-        raise PageLLMError(f"{path} has {len(table):,} sessions, {table['user'].null_count:,} of them of nobody; want a "
-                           "user in each, and some sessions")
+        raise PageLLMError(f"{path} has {len(table):,} sessions, {table['user'].null_count:,} of them of nobody; want "
+                           "a user in each, and some sessions")
     columns = []
     for name in names:
         rows = table[name].to_pylist()

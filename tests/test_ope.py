@@ -84,8 +84,8 @@ def test_cascade_dr_of_a_certain_reward_has_no_spread():
 
 
 def test_the_direct_estimate_is_the_fitted_values_alone():
-    """Where a slot's reward depends on its item alone and much is logged, it is nearly right (what follows a slot also depends on
-    the user, which it does not know), and steadier than IPS."""
+    """Where a slot's reward depends on its item alone it is nearly right (what follows a slot also depends on the user,
+    whom fitted values do not know), and steadier than IPS."""
     world, users, candidates, logging, target = setting()
     items, rng = np.random.default_rng(1).uniform(0.1, 0.9, 8), np.random.default_rng(2)
     log = ope.simulated_log(world, users, candidates, logging, target, K, 40_000)
