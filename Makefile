@@ -27,7 +27,7 @@ RAW_ARG := $(if $(RAW),--raw $(RAW))
 PRESET = $(addprefix @,$(wildcard presets/$(DATASET)/$(1)))
 
 .PHONY: all help install test lint serve recommend report load fuzz export ablation abtest ope judge backbones baselines seeds \
-	coldstart casestudy ranker search caches crossdomain drift bench scaling torture soak clean $(STAGES)
+	coldstart casestudy features ranker search caches crossdomain drift bench scaling torture soak clean $(STAGES)
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
@@ -129,6 +129,9 @@ judge: $(DONE)/evaluate/done  ## SFT's pages against PPO's, judged by rules; ARG
 
 casestudy: $(DONE)/evaluate/done  ## prompt, true page, pages, hits and rewards slot by slot: ARGS="--user ID" (appendix H)
 	$(PY) -m experiments.casestudy --run $(RUN) $(ARGS)
+
+features: $(DONE)/ppo/done  ## dot(h_u, e_i) and the marginal page reward of (user, item) pairs: ARGS="--pairs pairs.parquet --out features.parquet"
+	$(PY) -m pagellm.features $(COMMON) $(ARGS)
 
 ranker: $(VENV)/ranker $(DONE)/ppo/done  ## what dot(h_u, e_i) and the marginal page reward add to LightGBM, on held-out rows
 	$(PY) -m experiments.ranker $(COMMON) $(ARGS)
