@@ -133,7 +133,7 @@ def run(config: Config) -> None:
     if not len(pairs):
         raise PageLLMError(f"{config.pairs} has no rows; want one a pair of user_id and item_id")
     if twice := {"dot", "marginal"} & set(pairs.column_names):
-        raise PageLLMError(f"{config.pairs} has a column {' and '.join(sorted(twice))} already; rename it or leave it out")
+        raise PageLLMError(f"{config.pairs} has a column {' and '.join(sorted(twice))} already; rename it")
     rec = Recommender.load(config, (config.policy,))
     dense = []
     for name, known in (("user_id", rec.user_of), ("item_id", rec.item_of)):
