@@ -49,6 +49,7 @@ __all__ = ["Config", "Context", "Http", "Judge", "Kept", "Opinion", "Replay", "R
            "read_labels", "run", "summarise", "wilson"]
 
 WINNERS = ("first", "second", "tie")
+SAME = ("the pages are equal",)
 SCHEMA = {"type": "object", "additionalProperties": False, "required": ["winner", "confidence", "reasons"],
           "properties": {"winner": {"type": "string", "enum": list(WINNERS)},
                          "confidence": {"type": "number", "minimum": 0, "maximum": 1},
@@ -108,7 +109,7 @@ class Judge:
         """Ask in both orders; unless the same page wins twice it is a tie. Equal pages are a tie, unasked."""
         a, b = [int(i) for i in page_a], [int(i) for i in page_b]
         if a == b:
-            same = Opinion("tie", 1.0, ("the pages are equal",))
+            same = Opinion("tie", 1.0, SAME)
             return Verdict("tie", 1.0, same.reasons, same, same)
         forward, backward = self.backend.ask(context, a, b), self.backend.ask(context, b, a)
         winner = {("first", "second"): "a", ("second", "first"): "b"}.get((forward.winner, backward.winner), "tie")
@@ -432,7 +433,8 @@ def circular(config: Config) -> list[str]:
 
 def report(config: Config, name: str, found: dict) -> str:
     low, high = found["interval"]
-    lines = [f"judge: {name}; {found['pairs']} users, each asked in both orders",
+    same = f"; {found['equal']} of them have equal pages, a tie unasked" if found["equal"] else ""
+    lines = [f"judge: {name}; {found['pairs']} users, each asked in both orders{same}",
              f"{config.b} wins {found['b']}, {config.a} wins {found['a']}, ties {found['tie']}",
              f"win rate of {config.b}, ties a half: {found['win_rate']:.3f} [{low:.3f}, {high:.3f}] (Wilson, 95%)",
              f"the orders disagree on {found['inconsistent']:.1%}"]
@@ -499,7 +501,7 @@ def run(config: Config) -> dict:
         for user, a, b in zip(pairs.user, pairs.a, pairs.b, strict=True):
             items, ratings = (x[-config.history:] for x in history.of(user))
             verdicts.append(judge.compare(Context(int(user), items, ratings), a[a >= 0], b[b >= 0]))
-        found = {**summarise(verdicts), "circular": circular(config)}
+        found = {**summarise(verdicts), "equal": sum(v.reasons == SAME for v in verdicts), "circular": circular(config)}
         ids = [shop.user_ids[u] for u in pairs.user]
         both = [(v.winner, labels[u]) for u, v in zip(ids, verdicts, strict=True) if u in labels]
         if labels:

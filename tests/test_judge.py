@@ -219,6 +219,7 @@ def test_the_reward_judge_says_where_it_is_circular(common, served, capsys):
     found = judge.run(judge.Config(**common, backend="reward", users=20))
     assert found["circular"] == ["ppo"] and "CIRCULAR: ppo" in capsys.readouterr().out
     assert found["inconsistent"] == 0 and found["a"] + found["b"] + found["tie"] == found["pairs"] == 20
+    assert found["equal"] == sum(r == "the pages are equal" for r in first_reasons(common, "reward"))
     rules = judge.run(judge.Config(**common, backend="rules", users=20))
     assert rules["circular"] == [] and "CIRCULAR" not in capsys.readouterr().out
 
