@@ -99,7 +99,7 @@ recommend: $(DONE)/ppo/done  ## one page in the terminal: ARGS="--user ID"; ever
 report: $(VENV)/report  ## everything about RUN in one HTML file: runs/<run>/report.html
 	$(PY) -m experiments.report --run $(RUN) $(if $(filter file,$(origin DATASET)),,--dataset $(DATASET)) $(ARGS)
 
-export: $(DONE)/ppo/done  ## embeddings of items and users as .npy for a ranker of your own: ARGS="--dtype int8 --pca 32"
+export: $(DONE)/ppo/done  ## embeddings of items and users as .npy for a ranker of your own: ARGS="--dtype int8 --pca 32 --out export-small"
 	$(PY) -m pagellm.export $(COMMON) $(ARGS)
 
 ablation: $(VENV)/installed  ## the paper's Table 5 over several seeds
