@@ -24,11 +24,13 @@ COMMON := --dataset $(DATASET) --run $(RUN) $(if $(SEED),--seed $(SEED))
 DONE := runs/$(RUN)
 PREPARED := data/$(DATASET)/source.json
 RAW_ARG := $(if $(RAW),--raw $(RAW))
+# A study has several runs: RUN, where it is given, names the study.
+STUDY := $(if $(filter file,$(origin RUN)),,--study $(RUN))
 # presets/<dataset>/<stage> holds options found to fit a data set and two cores; ARGS override them.
 PRESET = $(addprefix @,$(wildcard presets/$(DATASET)/$(1)))
 
 .PHONY: all help install test lint serve recommend report load fuzz export ablation abtest ope judge backbones baselines seeds \
-	coldstart casestudy ranker search caches crossdomain drift bench scaling torture soak clean $(STAGES)
+	coldstart casestudy features ranker search caches crossdomain drift bench scaling torture soak clean $(STAGES)
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
@@ -103,14 +105,14 @@ recommend: $(DONE)/ppo/done  ## one page in the terminal: ARGS="--user ID"; ever
 report: $(VENV)/report  ## everything about RUN in one HTML file: runs/<run>/report.html
 	$(PY) -m experiments.report --run $(RUN) $(if $(filter file,$(origin DATASET)),,--dataset $(DATASET)) $(ARGS)
 
-export: $(DONE)/ppo/done  ## embeddings of items and users as .npy for a ranker of your own: ARGS="--dtype int8 --pca 32"
+export: $(DONE)/ppo/done  ## embeddings of items and users as .npy for a ranker of your own: ARGS="--dtype int8 --pca 32 --out export-small"
 	$(PY) -m pagellm.export $(COMMON) $(ARGS)
 
 ablation: $(VENV)/installed  ## the paper's Table 5 over several seeds
-	$(PY) -m experiments.ablation --dataset $(DATASET) $(ARGS)
+	$(PY) -m experiments.ablation --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(ARGS)
 
 backbones: $(VENV)/installed  ## GPT-2, Llama and Llama with adapters side by side: the paper's Table 3
-	$(PY) -m experiments.backbones --dataset $(DATASET) $(RAW_ARG) $(ARGS)
+	$(PY) -m experiments.backbones --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(ARGS)
 
 baselines: | $(PREPARED)  ## popularity, ItemKNN, EASE, ALS: chosen on validation, refitted, one table
 	$(PY) -m experiments.baselines $(COMMON) --refit $(ARGS)
@@ -121,7 +123,7 @@ seeds: | $(PREPARED)  ## the whole pipeline once for each of SEEDS, and one tabl
 		$(POLICIES_ARG) $(ARGS)
 
 coldstart: $(VENV)/installed  ## half of the training interactions; users by how many they have
-	$(PY) -m experiments.coldstart --dataset $(DATASET) $(RAW_ARG) $(ARGS)
+	$(PY) -m experiments.coldstart --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(ARGS)
 
 abtest: $(if $(findstring --log,$(ARGS)),$(VENV)/installed,$(DONE)/evaluate/done)  ## SIMULATED online test of SFT against PPO; your own log: ARGS="--log log.csv --control a"
 	$(PY) -m $(if $(findstring --log,$(ARGS)),experiments.abtest,experiments.simulator $(COMMON)) $(ARGS)
@@ -134,6 +136,9 @@ judge: $(DONE)/evaluate/done  ## SFT's pages against PPO's, judged by rules; ARG
 
 casestudy: $(DONE)/evaluate/done  ## prompt, true page, pages, hits and rewards slot by slot: ARGS="--user ID" (appendix H)
 	$(PY) -m experiments.casestudy --run $(RUN) $(ARGS)
+
+features: $(DONE)/ppo/done  ## dot(h_u, e_i) and the marginal page reward of (user, item) pairs: ARGS="--pairs pairs.parquet --out features.parquet"
+	$(PY) -m pagellm.features $(COMMON) $(ARGS)
 
 ranker: $(VENV)/ranker $(DONE)/ppo/done  ## what dot(h_u, e_i) and the marginal page reward add to LightGBM, on held-out rows
 	$(PY) -m experiments.ranker $(COMMON) $(ARGS)
@@ -148,10 +153,10 @@ caches: $(DONE)/ppo/done  ## requests that come back: hits of the prompt and use
 	$(PY) -m experiments.caches $(COMMON) $(ARGS)
 
 crossdomain: $(VENV)/installed  ## trained on half of the departments, tested on the others through rows made of words
-	$(PY) -m experiments.crossdomain --dataset $(DATASET) $(RAW_ARG) $(ARGS)
+	$(PY) -m experiments.crossdomain --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(ARGS)
 
 drift: $(VENV)/installed  ## trained on the past, tested on what came after; with and without a time token
-	$(PY) -m experiments.drift --dataset $(DATASET) $(RAW_ARG) $(ARGS)
+	$(PY) -m experiments.drift --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(ARGS)
 
 torture: $(VENV)/installed  ## pull the plug, fill the disk, feed rubbish: about five minutes, ends with counts
 	$(PY) -m experiments.torture $(ARGS)

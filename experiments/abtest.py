@@ -4,18 +4,20 @@ Reads   a Parquet or CSV file, one line a user; columns below
 Writes  abtest.json beside it, and prints the table
 
     python -m experiments.abtest --log log.parquet --control sft
+    python -m experiments.abtest --log past.parquet --plan --mde 0.02 --daily 5000      # before there is a test
 
     user               identifier, at most once in the file
-    arm                name of the arm the user was sent to; exactly two
+    arm                name of the arm the user was sent to; exactly two; --plan needs none
     impressions, clicks, sessions, purchases      counts over the test
     failed_sessions    sessions that were abandoned: no click and no purchase
     purchase_sessions  sessions with a purchase
     gmv                gross merchandise value, in the shop's money
     day                optional: whole number, the user's first day in the test; gives one look a day
-    pre_<column>       optional: the same column over a period before the test, for CUPED
+    pre_<column>       optional: the same column over a period before the test, for CUPED; empty: 0, as of a new user
 
 A metric is a ratio of sums over users, sum x / sum y; GMV and purchases have y = 1. Users are drawn, not sessions, so
-that the delta method is applied to users. Seconds for a million users.
+that the delta method is applied to users. A ratio whose denominator nobody of an arm has is left out, and said so.
+Seconds for a million users.
 """
 
 import math
@@ -34,12 +36,13 @@ from pagellm.config import PageLLMError, check, check_numbers, main
 from pagellm.run import write_json
 
 __all__ = ["COLUMNS", "Config", "Estimate", "METRICS", "Test", "always_valid", "compare", "days_needed", "detectable",
-           "estimate", "finite", "holm", "read_log", "run", "sample_ratio", "t_sf", "users_needed", "welch"]
+           "estimate", "finite", "holm", "plan", "read_log", "run", "sample_ratio", "t_sf", "users_needed", "welch"]
 
 COLUMNS = ("impressions", "clicks", "sessions", "failed_sessions", "purchase_sessions", "purchases", "gmv")
 METRICS = {"GMV per user": ("gmv", ""), "CTR": ("clicks", "impressions"), "purchases per user": ("purchases", ""),
            "session failure": ("failed_sessions", "sessions"), "session purchase": ("purchase_sessions", "sessions")}
 NORMAL = NormalDist()
+LARGEST = 1e15               # of a value: sums and squares stay numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,8 @@ class Config:
     srm_alpha: float = 0.001     # a sample ratio with p below this refuses the test; 0: show the numbers all the same
     daily: float = 0.0           # new users a day, both arms; 0: no duration is planned
     cuped: bool = True           # use pre_<column> where there are such columns
-    out: str = ""                # result file; empty: abtest.json beside the log
+    plan: bool = False           # no test yet: how many users and days would one take, from what users did before
+    out: str = ""                # result file; empty: abtest.json beside the log, plan.json with --plan
 
     def __post_init__(self):
         check_numbers(self)
@@ -103,7 +107,8 @@ def estimate(x: np.ndarray, y: np.ndarray | None = None, pre: np.ndarray | None 
     n = len(x)
     y = np.ones(n) if y is None else y
     if n < 2 or y.sum() <= 0:
-        raise PageLLMError(f"an arm with {n} users and a denominator of {y.sum():g}: want 2 users or more, and above 0")
+        raise PageLLMError(f"{n} users with a denominator of {y.sum():g}: a standard error wants 2 users or more, and "
+                           "a denominator above 0")
     value = x.sum() / y.sum()
     z = (x - value * y) / y.mean()
     if pre is not None:
@@ -120,8 +125,8 @@ def linear(x: np.ndarray, y: np.ndarray | None) -> np.ndarray:
 def welch(control: Estimate, treatment: Estimate, alpha: float = 0.05) -> Test:
     """Welch's test of two independent estimates, degrees of freedom by Satterthwaite.
 
-    The relative change's interval is the delta method's; NaN where the control's value is 0. Equal and without any
-    spread: p = 1; different without any spread: p = 0.
+    The relative change, by the control's size (so that more is positive where returns make it negative), has the delta
+    method's interval; NaN where the control's value is 0. Equal and without any spread: p = 1; different: p = 0.
     """
     difference, var = treatment.value - control.value, control.var + treatment.var
     se = math.sqrt(var)
@@ -130,7 +135,7 @@ def welch(control: Estimate, treatment: Estimate, alpha: float = 0.05) -> Test:
     half = se * t_quantile(1 - alpha / 2, df)
     relative = spread = math.nan
     if control.value:
-        relative = difference / control.value
+        relative = difference / abs(control.value)
         spread = NORMAL.inv_cdf(1 - alpha / 2) * math.sqrt(
             treatment.var + (treatment.value / control.value) ** 2 * control.var) / abs(control.value)
     return Test(control.value, treatment.value, difference, se, difference - half, difference + half, relative,
@@ -239,8 +244,11 @@ def always_valid(difference, var, tau: float, alpha: float = 0.05) -> tuple[np.n
     return p, half
 
 
-def read_log(path: str | Path) -> dict[str, np.ndarray]:
-    """Column -> (U,) array, checked. Raises PageLLMError saying which column or user is wrong."""
+def read_log(path: str | Path, arms: bool = True) -> dict[str, np.ndarray]:
+    """Column -> (U,) array, checked; `arms` False: no column arm is asked for.
+
+    Raises PageLLMError saying which column or user is wrong.
+    """
     given, path = str(path), Path(path)
     if not path.is_file():
         raise PageLLMError(f"no log {given!r}; give one with --log (columns: user, arm, {', '.join(COLUMNS)})")
@@ -249,24 +257,37 @@ def read_log(path: str | Path) -> dict[str, np.ndarray]:
     except pa.ArrowInvalid as error:
         kind = "CSV" if path.suffix == ".csv" else "Parquet"
         raise PageLLMError(f"{path} cannot be read as {kind}: {error}") from None
-    missing = [c for c in ("user", "arm", *COLUMNS) if c not in table.column_names]
+    who = ("user", "arm") if arms else ("user",)
+    missing = [c for c in (*who, *COLUMNS) if c not in table.column_names]
     if missing:
         raise PageLLMError(f"{path} has no column {', '.join(missing)}; there are {', '.join(table.column_names)}")
-    log = {"user": np.array(table["user"].to_pylist()), "arm": np.array([str(a) for a in table["arm"].to_pylist()])}
+    if not len(table):
+        raise PageLLMError(f"{path} has no lines; want one a user")
+    log = {}
+    for name in who:
+        if table[name].null_count:
+            raise PageLLMError(f"{path}: column {name} is empty in {table[name].null_count:,} lines; want one in each")
+        log[name] = np.array([str(value) for value in table[name].to_pylist()])
     for name in table.column_names:
         if name in COLUMNS or name == "day" or name.removeprefix("pre_") in COLUMNS:
             try:
                 log[name] = table[name].to_numpy().astype(np.float64)
             except (ValueError, TypeError):
                 raise PageLLMError(f"{path}: column {name} is not numbers") from None
-            if not np.isfinite(log[name]).all() or (log[name] < 0).any() and name.removeprefix("pre_") != "gmv":
-                raise PageLLMError(f"{path}: column {name} has values missing, not finite or below 0; mend the log")
+            if name.startswith("pre_"):
+                log[name] = np.where(np.isnan(log[name]), 0.0, log[name])
+            wrong = ~(np.abs(log[name]) < LARGEST) | (log[name] < 0) & (name.removeprefix("pre_") != "gmv")
+            if wrong.any():
+                first = int(wrong.argmax())
+                raise PageLLMError(f"{path}: column {name} is {log[name][first]:g} for user {log['user'][first]} "
+                                   f"({int(wrong.sum()):,} such); want numbers, none missing, not finite, below 0 or "
+                                   f"above {LARGEST:g}")
     user, count = np.unique(log["user"], return_counts=True)
     if (count > 1).any():
-        who = user[count.argmax()]
-        arms = sorted(set(log["arm"][log["user"] == who]))
-        raise PageLLMError(f"{path}: user {who} has {count.max()} lines in arm {' and '.join(arms)}; want one line a "
-                           "user, summed over the test, and nobody in two arms")
+        twice = user[count.argmax()]
+        where = f" in arm {' and '.join(sorted(set(log['arm'][log['user'] == twice])))}" if arms else ""
+        raise PageLLMError(f"{path}: user {twice} has {count.max()} lines{where}; want one line a user, summed over "
+                           "the test, and nobody in two arms")
     for part in ("failed_sessions", "purchase_sessions"):
         if (log[part] > log["sessions"]).any():
             raise PageLLMError(f"{path}: {part} above sessions for {int((log[part] > log['sessions']).sum())} users")
@@ -297,6 +318,12 @@ def compare(log: dict[str, np.ndarray], control: str, metric: str, alpha: float 
     return adjusted, 1 - adjusted.se ** 2 / plain.se ** 2 if plain.se else 0.0
 
 
+def defined(log: dict[str, np.ndarray], metric: str, arms: list[np.ndarray]) -> bool:
+    """Whether each of these arms, (U,) bool, has a denominator above 0."""
+    bottom = METRICS[metric][1]
+    return not bottom or all(log[bottom][a].sum() > 0 for a in arms)
+
+
 def sequence(log: dict, config: Config, metric: str) -> dict:
     """Looks at the end of each day, at all users who came so far: the always-valid p and the first day below alpha."""
     days, differences, variances, tau = [], [], [], 0.0
@@ -304,6 +331,8 @@ def sequence(log: dict, config: Config, metric: str) -> dict:
         so_far = {name: column[log["day"] <= day] for name, column in log.items()}
         if min((so_far["arm"] == config.control).sum(), (so_far["arm"] != config.control).sum()) < 100:
             continue                     # the normal approximation wants users in both arms
+        if not defined(so_far, metric, [so_far["arm"] == config.control, so_far["arm"] != config.control]):
+            continue
         test, _ = compare(so_far, config.control, metric, config.alpha, config.cuped)
         tau = tau or config.mde * abs(test.control)      # from the first look on, fixed
         days.append(int(day))
@@ -342,16 +371,68 @@ def table(result: dict, config: Config) -> str:
     lines += ["", f"change: relative to {result['control']}; interval: for one metric alone; Holm: over all, below "
               f"{config.alpha:g} is a finding", "CUPED: change of the variance; finds: the relative change that these "
               f"users find with power {config.power:g}"]
-    most = max((m["users_needed"] for m in result["metrics"].values() if math.isfinite(m["users_needed"])), default=0)
-    if config.daily and most:
-        lines.append(f"all metrics find {config.mde:.1%} after {days_needed(most, config.daily):,} days of "
-                     f"{config.daily:,.0f} new users")
-    return "\n".join(lines)
+    lines += [f"{name}: left out, nobody of an arm has any {METRICS[name][1]}" for name in result["undefined"]]
+    return "\n".join(lines + duration({n: m["users_needed"] for n, m in result["metrics"].items()}, config))
+
+
+def duration(users: dict[str, float], config: Config) -> list[str]:
+    """One line: the days until all of these metrics have as many users as they need; none without --daily."""
+    wanted = {name: n for name, n in users.items() if 0 < n < math.inf}
+    if not config.daily or not wanted:
+        return []
+    names = "all metrics find" if len(wanted) == len(METRICS) else f"{', '.join(wanted)}:"
+    return [f"{names} {config.mde:.1%} after {days_needed(max(wanted.values()), config.daily):,} days of "
+            f"{config.daily:,.0f} new users"]
+
+
+def plan(log: dict[str, np.ndarray], config: Config) -> dict[str, dict]:
+    """Metric -> its value, the spread of a user's pull on it, and the users that --mde takes, of both arms together,
+    plainly and with CUPED (the share of variance that the pre_ columns would save). The log is of users as they were,
+    over as long a period as the test will see of each."""
+    found = {}
+    for name, (top, bottom) in METRICS.items():
+        if not defined(log, name, [np.ones(len(log[top]), bool)]):
+            continue
+        x, y = log[top], log[bottom] if bottom else None
+        e, saved = estimate(x, y), 0.0
+        needed = [f"pre_{part}" for part in (top, bottom) if part]
+        if config.cuped and all(part in log for part in needed):
+            z, c = linear(x, y), linear(log[needed[0]], log[needed[1]] if bottom else None)
+            saved = float(z @ c) ** 2 / float((z @ z) * (c @ c)) if z.any() and c.any() else 0.0
+        sd = math.sqrt(e.var * e.n)
+        plain, cuped = (users_needed(sd * math.sqrt(1 - part), config.mde * e.value, config.alpha, config.power,
+                                     config.share) for part in (0.0, saved))
+        found[name] = {"value": e.value, "sd": sd, "users": plain, "variance_saved": saved, "users_cuped": cuped}
+    return found
+
+
+def plan_table(found: dict[str, dict], users: int, config: Config) -> str:
+    days = "".join(f"{'days':>9}{'with CUPED':>12}" if config.daily else "")
+    lines = [f"{users:,} users; a change of {config.mde:.1%} at {100 * config.alpha:g}%, found with power "
+             f"{config.power:g}, a share of {config.share:g} treated", "",
+             f"{'':<20}{'now':>11}{'spread':>11}{'users':>14}{'CUPED':>7}{'with CUPED':>14}{days}"]
+    for name, m in found.items():
+        line = (f"{name:<20}{m['value']:>11.4f}{m['sd']:>11.4f}{m['users']:>14,.0f}{-m['variance_saved']:>+7.0%}"
+                f"{m['users_cuped']:>14,.0f}")
+        if config.daily:
+            line += "".join(f"{days_needed(m[n], config.daily) if math.isfinite(m[n]) else math.inf:>{wide},}"
+                            for n, wide in (("users", 9), ("users_cuped", 12)))
+        lines.append(line)
+    return "\n".join([*lines, "", "users: of both arms together, for one metric alone; days: whole days of "
+                      f"{config.daily:,.0f} new users" if config.daily else
+                      "users: of both arms together, for one metric alone"])
 
 
 def run(config: Config) -> dict:
-    """-> what abtest.json holds."""
-    log = read_log(config.log)
+    """-> what abtest.json, or plan.json, holds."""
+    log = read_log(config.log, arms=not config.plan)
+    if config.plan:
+        result = {"log": config.log, "users": len(log["user"]), "mde": config.mde, "alpha": config.alpha,
+                  "power": config.power, "metrics": plan(log, config)}
+        path = Path(config.out or Path(config.log).with_name("plan.json"))
+        write_json(path, finite(result))
+        print(f"{plan_table(result['metrics'], len(log['user']), config)}\n{path}")
+        return result
     arms = sorted(set(log["arm"]))
     if len(arms) != 2 or config.control not in arms:
         raise PageLLMError(f"{config.log} has the arms {', '.join(arms)}; want two, one of them --control "
@@ -364,8 +445,13 @@ def run(config: Config) -> dict:
                            f"meant {1 - config.share:g} to {config.share:g}; p = {ratio:.2g}\n"
                            "  Users were lost or sent wrongly in one arm, so no difference can be believed: find out "
                            "why. --srm_alpha 0 shows the numbers all the same.")
-    found = {}
+    if min(counts) < 2:
+        raise PageLLMError(f"{config.log}: {counts[0]:,} users in {config.control}, {counts[1]:,} in {other}; want 2 "
+                           "or more in each")
+    found, sides = {}, [log["arm"] == a for a in arms]
     for name in METRICS:
+        if not defined(log, name, sides):
+            continue
         test, saved = compare(log, config.control, name, config.alpha, config.cuped)
         users, share = sum(counts), counts[1] / sum(counts)
         sd = test.se * math.sqrt(users * share * (1 - share))       # of one user's pull, both arms alike
@@ -377,7 +463,7 @@ def run(config: Config) -> dict:
     for m, p in zip(found.values(), holm([m["p"] for m in found.values()]), strict=True):
         m["holm"] = float(p)
     result = {"log": config.log, "control": config.control, "treatment": other, "users": counts,
-              "sample_ratio_p": ratio, "metrics": found}
+              "sample_ratio_p": ratio, "metrics": found, "undefined": [name for name in METRICS if name not in found]}
     path = Path(config.out or Path(config.log).with_name("abtest.json"))
     write_json(path, finite(result))
     print(f"{table(result, config)}\n{path}")

@@ -89,7 +89,11 @@ def table(found: Found) -> str:
     """Hits a page, mean over users; the paired difference with its 95% interval (bootstrap over users)."""
     sft, ppo = (counts(found, name) for name in ("sft", "ppo"))
     lines = [f"{'slots a page':<16}{'SFT':>9}{'PageLLM':>9}  difference"]
-    for kind, a, b in zip(KINDS, sft, ppo, strict=True):
+    c = found.shop.catalogue
+    for kind, a, b, of in zip(KINDS, sft, ppo, (None, c.leaf_id, c.brand_id), strict=True):
+        if of is not None and not (of >= 0).any():
+            lines.append(f"{kind:<16}{'–':>9}{'–':>9}  no item of {found.shop.path.name} has one")
+            continue
         mean, low, high = difference([b], [a])
         lines.append(f"{kind:<16}{a.mean():9.3f}{b.mean():9.3f}  {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
     return "\n".join(lines)

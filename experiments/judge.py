@@ -49,6 +49,7 @@ __all__ = ["Config", "Context", "Http", "Judge", "Kept", "Opinion", "Replay", "R
            "read_labels", "run", "summarise", "wilson"]
 
 WINNERS = ("first", "second", "tie")
+SAME = ("the pages are equal",)
 SCHEMA = {"type": "object", "additionalProperties": False, "required": ["winner", "confidence", "reasons"],
           "properties": {"winner": {"type": "string", "enum": list(WINNERS)},
                          "confidence": {"type": "number", "minimum": 0, "maximum": 1},
@@ -108,7 +109,7 @@ class Judge:
         """Ask in both orders; unless the same page wins twice it is a tie. Equal pages are a tie, unasked."""
         a, b = [int(i) for i in page_a], [int(i) for i in page_b]
         if a == b:
-            same = Opinion("tie", 1.0, ("the pages are equal",))
+            same = Opinion("tie", 1.0, SAME)
             return Verdict("tie", 1.0, same.reasons, same, same)
         forward, backward = self.backend.ask(context, a, b), self.backend.ask(context, b, a)
         winner = {("first", "second"): "a", ("second", "first"): "b"}.get((forward.winner, backward.winner), "tie")
@@ -180,13 +181,28 @@ class Reward:
         return by_score({"page reward": tuple(page.tolist()), "mean token reward": tuple(token.tolist())}, 1.0)
 
 
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_):
+        return None
+
+
+def opinion_of(answer) -> Opinion:
+    """An answer that fits SCHEMA; ValueError or KeyError for any other, since not every server holds to it."""
+    confidence, reasons = answer["confidence"], answer["reasons"]
+    if type(confidence) not in (int, float) or not isinstance(reasons, list) or not all(
+            isinstance(reason, str) for reason in reasons):
+        raise ValueError(f"confidence {confidence!r}, reasons {reasons!r}: want a number and a list of sentences")
+    return Opinion(answer["winner"], float(confidence), tuple(reasons))
+
+
 class Http:
     """A language model behind <url>/chat/completions: temperature 0, answers bound to SCHEMA.
 
     key      sent as a bearer token; empty: none
     budget   requests this object may send, repeats counted; retries  repeats of one question, after 1, 2, 4 ... seconds
-             or what Retry-After says: for 408, 409, 429, 5xx, a broken connection, or an answer that fits no schema
-    Raises PageLLMError when the budget or the retries are used up, or the server refuses (any other 4xx).
+             or what Retry-After says: for 408, 409, 429, 5xx, a broken connection, or an answer unlike SCHEMA
+    Redirects are not followed, so that the key goes to no other address. Raises PageLLMError when the budget or the
+    retries are used up, or the server refuses (3xx, any other 4xx).
     """
 
     def __init__(self, shop: Shop, url: str, model: str, key: str = "", budget: int = 1000, retries: int = 4,
@@ -240,9 +256,8 @@ class Http:
     def send(self, body: bytes) -> Opinion:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(f"{self.url}/chat/completions", body, headers)
-        with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-            answer = json.loads(json.loads(reply.read(1 << 20))["choices"][0]["message"]["content"])
-        return Opinion(answer["winner"], float(answer["confidence"]), tuple(str(r) for r in answer["reasons"]))
+        with urllib.request.build_opener(NoRedirect).open(request, timeout=self.timeout) as reply:
+            return opinion_of(json.loads(json.loads(reply.read(1 << 20))["choices"][0]["message"]["content"]))
 
 
 def question_key(context: Context, first: Sequence[int], second: Sequence[int]) -> str:
@@ -349,7 +364,9 @@ def read_labels(path: str | Path, policies: tuple[str, str]) -> dict[str, str]:
     if not path.is_file():
         raise PageLLMError(f"no labels {str(path)!r}; want a CSV or Parquet file with columns user, winner")
     try:
-        table = pyarrow.csv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
+        # Names, not numbers: user 007 is not user 7.
+        names = pyarrow.csv.ConvertOptions(column_types={"user": pa.string(), "winner": pa.string()})
+        table = (pyarrow.csv.read_csv(path, convert_options=names) if path.suffix == ".csv" else pq.read_table(path))
     except pa.ArrowInvalid as error:
         raise PageLLMError(f"{path} cannot be read: {error}; want CSV or Parquet with columns user, winner") from None
     if not {"user", "winner"} <= set(table.column_names):
@@ -416,7 +433,8 @@ def circular(config: Config) -> list[str]:
 
 def report(config: Config, name: str, found: dict) -> str:
     low, high = found["interval"]
-    lines = [f"judge: {name}; {found['pairs']} users, each asked in both orders",
+    same = f"; {found['equal']} of them have equal pages, a tie unasked" if found["equal"] else ""
+    lines = [f"judge: {name}; {found['pairs']} users, each asked in both orders{same}",
              f"{config.b} wins {found['b']}, {config.a} wins {found['a']}, ties {found['tie']}",
              f"win rate of {config.b}, ties a half: {found['win_rate']:.3f} [{low:.3f}, {high:.3f}] (Wilson, 95%)",
              f"the orders disagree on {found['inconsistent']:.1%}"]
@@ -483,7 +501,7 @@ def run(config: Config) -> dict:
         for user, a, b in zip(pairs.user, pairs.a, pairs.b, strict=True):
             items, ratings = (x[-config.history:] for x in history.of(user))
             verdicts.append(judge.compare(Context(int(user), items, ratings), a[a >= 0], b[b >= 0]))
-        found = {**summarise(verdicts), "circular": circular(config)}
+        found = {**summarise(verdicts), "equal": sum(v.reasons == SAME for v in verdicts), "circular": circular(config)}
         ids = [shop.user_ids[u] for u in pairs.user]
         both = [(v.winner, labels[u]) for u, v in zip(ids, verdicts, strict=True) if u in labels]
         if labels:

@@ -6,7 +6,8 @@ Writes  ope.json beside the log, or under runs/<run>/ope
     python -m experiments.ope                           python -m experiments.ope --log sessions.parquet
 
     user                 who saw the page; errors are clustered by user
-    page                 list of K items, in order          reward    list of K numbers: a slot's clicks, money, ...
+    page                 list of K items (numbers or names), in order
+    reward               list of K numbers: a slot's clicks, money, ...
     propensity           list of K: P(item | those above) under the policy that logged; above 0
     target_propensity    list of K: the same under the target policy
     candidates           optional, list of M items that the page was drawn from, without repeats
@@ -17,8 +18,9 @@ Writes  ope.json beside the log, or under runs/<run>/ope
     cascade IPS     slot k weighted by the slots down to k alone: nothing below changes it
     cascade DR      cascade IPS around a fitted value of the slots to come
     pseudo-inverse  page weights for rewards that add up over slots, each by item and place alone
+    direct          the fitted values alone: biased, and its interval does not know by how much; refused with IPS
 
-The last two need the optional columns. An estimate that rests on few sessions is refused: see `effective`.
+The last three need the optional columns. An estimate that rests on few sessions is refused: see `effective`.
 Sources: Swaminathan et al., NeurIPS 2017 (pseudo-inverse); McInerney et al., KDD 2020 (cascade IPS);
 Kiyohara et al., WSDM 2022 (cascade DR). Seconds.
 """
@@ -41,7 +43,7 @@ from pagellm.run import Common, Run, atomic, file_id, write_json
 from pagellm.train import keyed
 
 __all__ = ["Config", "Log", "Value", "cascade_dr", "draw_pages", "effective", "estimates", "page_moments",
-           "pl_propensity", "pseudo_inverse_weights", "read_log", "run", "simulated_log", "true_value"]
+           "pl_propensity", "pseudo_inverse_weights", "read_log", "run", "simulated_log", "true_value", "values"]
 
 MOST_PAGES = 5040            # pages that the pseudo-inverse enumerates: 7 candidates in any order
 
@@ -152,7 +154,12 @@ def pseudo_inverse_weights(log: Log, block: int = 256) -> np.ndarray:
 
 
 def cascade_dr(log: Log, prior: float = 20.0) -> np.ndarray:
-    """(S,) contributions of the cascade doubly robust estimator; their mean is unbiased for any fitted values.
+    """(S,) contributions of the cascade doubly robust estimator; their mean is unbiased for any fitted values."""
+    return values(log, prior)[1]
+
+
+def values(log: Log, prior: float = 20.0) -> tuple[np.ndarray, np.ndarray]:
+    """(S,) E_target[Q_1], the direct estimate of every session, and (S,) its doubly robust correction, which is
 
         sum_k  w_{1:k-1} E_target[Q_k | slots above] + w_{1:k} (r_k - Q_k)
 
@@ -160,10 +167,12 @@ def cascade_dr(log: Log, prior: float = 20.0) -> np.ndarray:
     half of the users and used on the other.
     """
     S, K = log.page.shape
-    place, items = log.place(), int(max(log.candidates.max(), log.page.max())) + 1
+    names, candidates = np.unique(log.candidates, return_inverse=True)
+    place, items, candidates = log.place(), len(names), candidates.reshape(S, -1)
+    page = np.take_along_axis(candidates, place, 1)
     w = np.hstack([np.ones((S, 1)), log.weights()])
     fold = np.unique(log.user, return_inverse=True)[1].ravel() % 2
-    out = np.zeros(S)
+    out, direct = np.zeros(S), np.zeros(S)
     target = [rest_of(log.target_score, place, k) for k in range(K)]
     for half in (0, 1):
         fit, use = fold != half, fold == half
@@ -171,34 +180,40 @@ def cascade_dr(log: Log, prior: float = 20.0) -> np.ndarray:
         for k in reversed(range(K)):
             y = log.reward[:, k] + ahead
             mean = y[fit].mean() if fit.any() else 0.0
-            count, total = (np.bincount(log.page[fit, k], v, items) for v in (None, y[fit]))
+            count, total = (np.bincount(page[fit, k], v, items) for v in (None, y[fit]))
             Q = (total + prior * mean) / (count + prior)
-            ahead = (target[k] * Q[log.candidates]).sum(1)
-            out[use] += (w[:, k] * ahead + w[:, k + 1] * (log.reward[:, k] - Q[log.page[:, k]]))[use]
-    return out
+            ahead = (target[k] * Q[candidates]).sum(1)
+            out[use] += (w[:, k] * ahead + w[:, k + 1] * (log.reward[:, k] - Q[page[:, k]]))[use]
+        direct[use] = ahead[use]
+    return direct, out
 
 
 def estimates(log: Log, min_ess: float = 100.0) -> dict[str, Value]:
     """Estimator -> Value a session. Below min_ess effective sessions there is no value, and `refused` says why.
 
-    Raises PageLLMError for a propensity that is not in (0, 1], or that the scores contradict.
+    Raises PageLLMError for a propensity that is not in (0, 1], or that the scores contradict, and for a single user.
     """
     check_log(log)
+    if len(np.unique(log.user)) < 2:
+        raise PageLLMError(f"all {len(log.user):,} sessions are one user's; errors are clustered by user, so that two "
+                           "or more are wanted")
     w, total = log.weights(), log.reward.sum(1)
     ones, whole, found = np.ones(len(total)), w[:, -1], {}
     parts = {"IPS": (whole * total, ones, whole), "SNIPS": (whole * total, whole, whole),
              "cascade IPS": ((w * log.reward).sum(1), ones, whole)}
     if log.candidates is not None:
-        parts["cascade DR"] = cascade_dr(log), ones, whole
+        direct, robust = values(log)
+        parts["cascade DR"] = robust, ones, whole
         try:
             pi = pseudo_inverse_weights(log)
             parts["pseudo-inverse"] = pi * total, ones, pi
         except PageLLMError as error:
             found["pseudo-inverse"] = Value(math.nan, math.nan, 0.0, str(error))
+        parts["direct"] = direct, ones, whole
     _, user = np.unique(log.user, return_inverse=True)
     for name, (x, y, weight) in parts.items():
         ess = effective(weight)
-        if ess < min_ess:
+        if ess < min_ess or ess == 0:
             found[name] = Value(math.nan, math.nan, ess, f"{ess:.1f} effective sessions of {len(x):,}, under "
                                 f"{min_ess:g}: the policies differ too much for this log")
             continue
@@ -215,8 +230,16 @@ def check_log(log: Log) -> None:
                                "1, as it was when the page was drawn")
     if not np.isfinite(log.reward).all():
         raise PageLLMError("a reward is missing or not finite; mend the log")
+    for name, items in (("page", log.page), ("candidates", log.candidates)):
+        if items is None:
+            continue
+        items = np.sort(items, axis=1)
+        if (twice := (items[:, 1:] == items[:, :-1]).any(1)).any():
+            raise PageLLMError(f"{name} of session {int(twice.argmax())} names an item twice; want each once")
     if log.candidates is None:
         return
+    if not np.isfinite(log.logging_score).all() or not np.isfinite(log.target_score).all():
+        raise PageLLMError("a score is missing or not finite; mend the log, or leave the score columns out")
     if not (log.page[:, :, None] == log.candidates[:, None, :]).any(2).all():
         raise PageLLMError("a page holds an item that is not among its candidates; mend the log")
     for name, p, score in (("propensity", log.propensity, log.logging_score),
@@ -242,15 +265,22 @@ def read_log(path: str | Path) -> Log:
     if missing:
         raise PageLLMError(f"{path} has no column {', '.join(sorted(missing))}; there are "
                            f"{', '.join(table.column_names)}")
+    if not len(table) or table["user"].null_count:
+        raise PageLLMError(f"{path} has {len(table):,} sessions, {table['user'].null_count:,} of them of nobody; want "
+                           "a user in each, and some sessions")
     columns = []
     for name in names:
         rows = table[name].to_pylist()
-        width = len(rows[0]) if rows else 0
+        width = len(rows[0]) if isinstance(rows[0], list) else 0
         if not width or any(row is None or len(row) != width or None in row for row in rows):
             raise PageLLMError(f"{path}: column {name} wants lists of one length above 0, without gaps")
-        columns.append(np.array(rows, np.int64 if name in ("page", "candidates") else np.float64))
-    if len({c.shape for c in columns[:4]}) > 1:
-        raise PageLLMError(f"{path}: page, reward and propensities want lists of one length")
+        try:
+            columns.append(np.array(rows) if name in ("page", "candidates") else np.array(rows, np.float64))
+        except (ValueError, TypeError):
+            raise PageLLMError(f"{path}: column {name} wants lists of numbers") from None
+    for some, what in ((columns[:4], "page, reward and propensities"), (columns[4:], "candidates and scores")):
+        if len({c.shape for c in some}) > 1:
+            raise PageLLMError(f"{path}: {what} want lists of one length")
     return Log(np.array(table["user"].to_pylist()), *columns)
 
 

@@ -12,6 +12,9 @@ the end of a row some of the others do. Attraction and purchase follow the shop'
     P(click | seen)    = sigma(c0 + c1 (truth - 3))          truth in 1..5
     P(buy | clicked)   = sigma(b0 + b1 (truth - 3) - b2 log(price / median price))
 
+That is `--reading carousel`. Two plainer readers, slot after slot, go on with probability 0.9: `position` whatever they
+do, `cascade` until they click.
+
 `expected` gives what a session brings on average in closed form, so that samples, tests and estimators can be checked.
 Every coefficient is an assumption: the result tells how the test behaves, not what a real shop would earn. Seconds.
 """
@@ -30,7 +33,7 @@ from pagellm.evaluate import read_pages
 from pagellm.run import Common, Run, atomic, file_id
 from pagellm.train import keyed
 
-__all__ = ["Behaviour", "Config", "Sessions", "World", "expected", "online_log", "run", "visit", "world_of"]
+__all__ = ["Behaviour", "Config", "READERS", "Sessions", "World", "expected", "online_log", "run", "visit", "world_of"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,12 @@ class Behaviour:
     buy_taste: float = 0.8       # b1
     buy_price: float = 0.5       # b2, logits per e-fold of price
     leave_on_purchase: bool = True      # off: slots of a row do not depend on each other, and rewards add up
+    leave_on_click: bool = False        # the first click ends the visit, after the purchase if there is one
+
+
+READERS = {"carousel": Behaviour(),
+           "position": Behaviour(columns=1, glance=1.0, next_row=0.9, leave_on_purchase=False),
+           "cascade": Behaviour(columns=1, glance=1.0, next_row=0.9, leave_on_click=True)}
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,8 @@ def visit(world: World, user: np.ndarray, page: np.ndarray, rng: np.random.Gener
     on = draw[3] < world.stay(K)
     if world.how.leave_on_purchase:
         on &= ~bought
+    if world.how.leave_on_click:
+        on &= ~clicked
     reads = np.ones((S, K), dtype=bool)
     reads[:, 1:] = np.logical_and.accumulate(on, axis=1)[:, :-1]
     return Sessions(seen & reads, clicked & reads, bought & reads)
@@ -121,8 +132,10 @@ def expected(world: World, user: np.ndarray, page: np.ndarray) -> dict[str, np.n
     click probability of every slot, `slots`. (S,) each, slots (S, K); arguments as in `visit`."""
     click, buy = rates(world, user, page)
     sale, stay = click * buy, world.stay(page.shape[1])
-    leave = sale if world.how.leave_on_purchase else np.zeros_like(sale)
-    reads, quiet, unsold = (before(on) for on in ((1 - leave) * stay, (1 - click) * stay, (1 - sale) * stay))
+    how = world.how
+    leave = click if how.leave_on_click else sale if how.leave_on_purchase else np.zeros_like(sale)
+    last = click if how.leave_on_click else sale
+    reads, quiet, unsold = (before((1 - p) * stay) for p in (leave, click, last))
     return {"slots": reads * click, "clicks": (reads * click).sum(1), "purchases": (reads * sale).sum(1),
             "gmv": (reads * sale * world.price[np.maximum(page, 0)]).sum(1),
             "failure": 1 - (quiet * click).sum(1), "purchase": (unsold * sale).sum(1)}
@@ -134,12 +147,13 @@ def before(on: np.ndarray) -> np.ndarray:
 
 
 def online_log(world: World, pages: dict[str, tuple[np.ndarray, np.ndarray]], visitors: int, days: int, sessions: float,
-               seed: int = 0) -> dict[str, np.ndarray]:
+               seed: int = 0, failure: str = "click") -> dict[str, np.ndarray]:
     """A user-level log of a simulated test, as experiments.abtest reads it.
 
     pages     arm -> (users (U,), page (U, K)); the first is the control, which everybody sees before the test
     visitors  each has the taste of a shop user drawn with replacement; half of them, by a coin, go to either arm
     sessions  mean number a visitor in the test, 1 or more; as many before it
+    failure   what an abandoned session lacks: a click (and so a purchase too), or a purchase
     """
     arms = list(pages)
     users = np.intersect1d(*(u for u, _ in pages.values()))
@@ -157,7 +171,7 @@ def online_log(world: World, pages: dict[str, tuple[np.ndarray, np.ndarray]], vi
             for some in np.array_split(who, max(1, len(who) // 50_000)):
                 item = page[row[some]]
                 s = visit(world, taste[some], item, rng)
-                failed = ~s.clicked.any(1) & ~s.bought.any(1)
+                failed = ~(s.clicked if failure == "click" else s.bought).any(1)
                 for name, value in zip(abtest.COLUMNS, (
                         s.seen.sum(1), s.clicked.sum(1), np.ones(len(some)), failed, s.bought.any(1), s.bought.sum(1),
                         (s.bought * world.price[np.maximum(item, 0)]).sum(1)), strict=True):
@@ -176,6 +190,8 @@ class Config(Common):
     days: int = 14               # of the test; visitors come evenly
     sessions: float = 3.0        # mean number of sessions a visitor
     k: int = 20                  # slots shown
+    reading: str = "carousel"    # how a page is read: carousel, position, cascade
+    failure: str = "click"       # what an abandoned session lacks: a click (and so a purchase too), or a purchase
     alpha: float = 0.01          # error rate over all metrics together
     mde: float = 0.02            # relative change that the planner wants to find
     out: str = "simulator"       # directory under the run, so that another test can lie beside
@@ -183,7 +199,9 @@ class Config(Common):
     def __post_init__(self):
         super().__post_init__()
         check(self, visitors=(self.visitors >= 10, "10 or more"), days=(self.days > 0, "1 or more"),
-              sessions=(self.sessions >= 1, "1 or more"), k=(self.k > 0, "1 or more"))
+              sessions=(self.sessions >= 1, "1 or more"), k=(self.k > 0, "1 or more"),
+              reading=(self.reading in READERS, ", ".join(READERS)),
+              failure=(self.failure in ("click", "purchase"), "click or purchase"))
 
     def pages(self, policy: str):
         return self.stage("evaluate") / policy / "pages.parquet" if not policy.endswith(".parquet") else policy
@@ -192,7 +210,7 @@ class Config(Common):
 def run(config: Config) -> dict:
     """-> the result of experiments.abtest, with the closed-form change of every metric beside it as `truth`."""
     shop = load(config.data_dir)
-    world = world_of(shop)
+    world = world_of(shop, READERS[config.reading])
     inputs, pages = {"data": file_id(config.data_dir / "source.json")}, {}
     for arm, policy in (("control", config.control), ("treatment", config.treatment)):
         path = config.pages(policy)
@@ -205,7 +223,8 @@ def run(config: Config) -> dict:
         pages[f"{policy} ({arm})" if config.control == config.treatment else policy] = (
             ranked.user, np.where(on_page, ranked.item, -1)[:, :config.k])
     with Run(config.stage(config.out), config, inputs) as out:
-        log = online_log(world, pages, config.visitors, config.days, config.sessions, config.seed)
+        log = online_log(world, pages, config.visitors, config.days, config.sessions, config.seed,
+                         config.failure)
         with atomic(out.path / "log.parquet") as beside:
             pq.write_table(pa.table(log), beside)
         print(f"SIMULATED visitors of {config.dataset}: assumptions, not people (experiments/simulator.py)\n")
@@ -218,6 +237,8 @@ def run(config: Config) -> dict:
                                     ("purchases per user", "purchases", config.sessions),
                                     ("session failure", "failure", 1), ("session purchase", "purchase", 1)):
             a, b = (float(t[name].mean()) * times for t in true)
+            if name == "failure" and config.failure == "purchase":
+                a, b = (1 - float(t["purchase"].mean()) for t in true)
             result["truth"][metric] = {"control": a, "treatment": b, "relative": b / a - 1}
         print("\nclosed form, the same visitors without chance: " + ", ".join(
             f"{metric} {t['relative']:+.2%}" for metric, t in result["truth"].items()))

@@ -316,7 +316,7 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
             else:
                 policy = Policy.load(where[name], device)
                 ranked = policy.rank(users, history, seen, config.k, config.depth, config.mode, config.batch,
-                                     "" if config.quiet else f"pages of {name}")
+                                     "" if config.quiet else f"pages of {name}", shop.moments(config.split))
             folder = out.path / name
             if not dist.is_main():          # it has done its share of the pages; the main process scores and writes
                 continue

@@ -1,9 +1,9 @@
 """Embeddings for a ranker that serves without this library (the paper's section 6.6).
 
 Reads   data/<dataset>, runs/<run>/ppo or sft
-Writes  runs/<run>/export-<policy>          <name>.npy, item_ids.json, user_ids.json, manifest.json
+Writes  runs/<run>/export-<policy> (--out)  <name>.npy, item_ids.json, user_ids.json, manifest.json
 
-    make export                             python -m pagellm.export --dataset synthetic --dtype int8 --pca 32
+    make export                             python -m pagellm.export --dtype int8 --pca 32 --out export-small
 
     item_token     (N, d) the item rows e_i           item_content   (N, d) mean state over title, brand, category
     user_token     (U, d) the user rows               user_content   (U, d) h_u, state behind the page prompt
@@ -42,6 +42,7 @@ class Config(Common):
     pca: int = 0                 # dimensions kept; 0: all
     split: str = "test"          # held-out rows kept from the prompts of user_content: test, or none for serving
     batch: int = 256             # rows in a forward pass
+    out: str = ""                # directory under the run, so that others can lie beside; empty: export-<policy>
 
     def __post_init__(self):
         super().__post_init__()
@@ -115,7 +116,7 @@ def run(config: Config) -> None:
     record = finished(where, f"{config.policy} policy", config.make(config.policy))
     shop = load(config.data_dir)
     inputs = {"data": file_id(config.data_dir / "source.json"), "policy": record["id"]}
-    with Run(config.stage(f"export-{config.policy}"), config, inputs, ("batch",)) as out:
+    with Run(config.stage(config.out or f"export-{config.policy}"), config, inputs, ("batch",)) as out:
         if out.done:
             print(f"export: already done in {out.path}")
             return

@@ -124,11 +124,16 @@ def pair_features(policy: Policy, reward: RewardModel, history: Rows, seen: Rows
 
 
 def run(config: Config) -> None:
-    """Raises PageLLMError for pairs that cannot be read, lack a column, or name an unknown user or item."""
+    """Raises PageLLMError for pairs that cannot be read, are none, lack a column or have ours, or name an unknown user
+    or item."""
     try:
         pairs = pq.read_table(config.pairs)
     except (OSError, pa.ArrowException) as error:
         raise PageLLMError(f"--pairs {config.pairs} cannot be read ({error})") from None
+    if not len(pairs):
+        raise PageLLMError(f"{config.pairs} has no rows; want one a pair of user_id and item_id")
+    if twice := {"dot", "marginal"} & set(pairs.column_names):
+        raise PageLLMError(f"{config.pairs} has a column {' and '.join(sorted(twice))} already; rename it")
     rec = Recommender.load(config, (config.policy,))
     dense = []
     for name, known in (("user_id", rec.user_of), ("item_id", rec.item_of)):

@@ -177,7 +177,11 @@ def test_a_sample_ratio_mismatch_is_refused(tmp_path):
     (lambda log: log.pop("clicks"), "no column clicks"),
     (lambda log: log["user"].__setitem__(1, 0), "user 0 has 2 lines"),
     (lambda log: log["gmv"].__setitem__(1, np.nan), "column gmv"),
-    (lambda log: log["clicks"].__setitem__(1, -1), "column clicks"),
+    (lambda log: log["clicks"].__setitem__(1, -1), "column clicks is -1 for user 1"),
+    (lambda log: log["gmv"].__setitem__(1, 1e200), "column gmv"),
+    (lambda log: log.__setitem__("user", np.array([None, *map(str, range(199))])), "column user is empty in 1 lines"),
+    (lambda log: log.__setitem__("arm", np.array([None, *log["arm"][1:]])), "column arm is empty in 1 lines"),
+    (lambda log: log.update({k: v[:0] for k, v in log.items()}), "no lines"),
     (lambda log: log["failed_sessions"].__setitem__(1, 1e6), "failed_sessions above sessions for 1 "),
     (lambda log: log.__setitem__("arm", np.full(200, "a")), "has the arms a; want two")])
 def test_a_wrong_log_is_named(tmp_path, change, said):
@@ -185,6 +189,58 @@ def test_a_wrong_log_is_named(tmp_path, change, said):
     change(log)
     with pytest.raises(PageLLMError, match=said):
         abtest.run(abtest.Config(log=save(log, tmp_path / "log.parquet"), control="a"))
+
+
+def test_a_metric_that_nobody_could_have_is_left_out(tmp_path, capsys):
+    """No impressions at all: CTR is undefined, the rest is as if it had never been asked for."""
+    log = draw_log(1000)
+    log["clicks"], log["impressions"] = np.zeros(1000), np.zeros(1000)
+    result = abtest.run(abtest.Config(log=save(log, tmp_path / "log.parquet"), control="a", daily=100))
+    assert result["undefined"] == ["CTR"] and list(result["metrics"]) == [m for m in abtest.METRICS if m != "CTR"]
+    said = capsys.readouterr().out
+    assert "CTR: left out" in said and "all metrics find" not in said
+    p = [m["p"] for m in result["metrics"].values()]
+    assert [m["holm"] for m in result["metrics"].values()] == pytest.approx(abtest.holm(p))
+
+
+def test_users_without_a_past_count_as_zero_there(tmp_path):
+    log = draw_log(1000)
+    gone = dict(log)
+    for name in [n for n in log if n.startswith("pre_")]:
+        log[name] = np.where(np.arange(1000) % 7 == 0, 0.0, log[name])
+        gone[name] = np.where(np.arange(1000) % 7 == 0, np.nan, log[name])
+    both = [abtest.read_log(save(some, tmp_path / "log.parquet")) for some in (log, gone)]
+    assert all((both[0][name] == both[1][name]).all() for name in both[0])
+
+
+def test_an_arm_of_one_user_and_a_loss_that_shrinks(tmp_path):
+    log = draw_log(400)
+    keep = (log["arm"] == "a") | (np.cumsum(log["arm"] == "b") == 1)
+    with pytest.raises(PageLLMError, match="1 in b; want 2 or more"):
+        abtest.run(abtest.Config(log=save({k: v[keep] for k, v in log.items()}, tmp_path / "log.parquet"), control="a",
+                                 srm_alpha=0))
+    worse, better = abtest.Estimate(-2.0, 0.01, 50), abtest.Estimate(-1.0, 0.01, 50)
+    assert abtest.welch(worse, better).relative == 0.5 and abtest.welch(better, worse).relative == -1.0
+
+
+def test_a_plan_promises_what_a_test_then_needs(tmp_path, capsys):
+    """From a log without arms; and its users are those that the test itself asks for when nothing happens."""
+    log = draw_log(20_000)
+    test = abtest.run(abtest.Config(log=save(log, tmp_path / "log.parquet"), control="a"))["metrics"]
+    plain = abtest.run(abtest.Config(log=str(tmp_path / "log.parquet"), control="a", cuped=False))["metrics"]
+    del log["arm"]
+    config = abtest.Config(log=save(log, tmp_path / "past.parquet"), plan=True, daily=1000, mde=0.02)
+    planned = abtest.run(config)["metrics"]
+    said = capsys.readouterr().out
+    assert "20,000 users; a change of 2.0%" in said and json.loads((tmp_path / "plan.json").read_text())
+    assert list(planned) == list(abtest.METRICS)
+    for name, m in planned.items():
+        assert m["users"] == pytest.approx(plain[name]["users_needed"], rel=0.12), name
+        assert m["users_cuped"] == pytest.approx(test[name]["users_needed"], rel=0.12), name
+        assert f"{abtest.days_needed(m['users'], 1000):,}" in said
+    for name in ("clicks", "impressions"):
+        log[name] = np.zeros(20_000)
+    assert "CTR" not in abtest.run(abtest.Config(log=save(log, tmp_path / "past.parquet"), plan=True))["metrics"]
 
 
 def test_edges():

@@ -82,6 +82,19 @@ def test_a_user_is_told_as_the_recommender_sees_them(root, found, rec, capsys):
     assert f"all {len(found.pages['ppo'].user):,} users" in text and "same brand" in text
 
 
+def test_what_no_item_has_is_not_counted_as_never_hit(found):
+    assert "no item" not in casestudy.table(found)
+    brand = found.shop.catalogue.brand_id
+    was = brand.copy()
+    try:
+        brand[:] = -1
+        lines = casestudy.table(found).splitlines()
+    finally:
+        brand[:] = was
+    assert lines[-1].startswith("same brand") and lines[-1].endswith("no item of synthetic has one")
+    assert lines[-2].startswith("same category") and "[" in lines[-2]
+
+
 def test_drawn_users_and_wrong_ones(root, tmp_path):
     assert casestudy.run(config(root, users=3)).count("\nprompt ") == 3
     with pytest.raises(PageLLMError, match="--user nobody: no page of theirs"):

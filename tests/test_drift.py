@@ -5,9 +5,10 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from experiments import drift
-from pagellm import pretrain, sft
+from pagellm import evaluate, export, ppo, pretrain, recommend, reward, sft
 from pagellm.config import PageLLMError
 from pagellm.data import prepare
 from pagellm.data.shop import load
@@ -97,6 +98,37 @@ def test_a_moment_is_that_of_the_first_held_out_positive(root):
         if mine.any():
             assert moments[user] == shop.time[mine].min() >= shop.time[(shop.user == user) & shop.rows("train")].max()
     assert (shop.moments("unused") == shop.time[shop.rows("train", None)].max()).all()
+
+
+def test_every_later_stage_reads_time_tokens(root, capsys):
+    """Reward, PPO and pages on request show the last period, which is now; evaluate each user's own moment, as
+    validation does."""
+    common = {"data": str(root / "data"), "runs": str(root / "runs"), "device": "cpu", "run": "timed"}
+    reward.run(reward.Config(**common, per_kind=1, epochs=1, batch=32, warmup=2))
+    ppo.run(ppo.Config(**common, epochs=1.0, rollout=16, minibatch=8, micro=4, inner_epochs=1, k=6, eval_every=2,
+                       min_steps=1, critic_warmup=2, lr=1e-3))
+    evaluate.run(evaluate.Config(**common, k=6, depth=20, policies="sft,ppo", n_boot=10, quiet=True))
+    shop, where = load(root / "data" / "synthetic"), root / "runs" / "timed"
+    moments, seen = shop.moments("test"), evaluate.seen_rows(shop, "test", "train+valid")
+    for stage in ("sft", "ppo"):
+        policy = Policy.load(where / stage)
+        assert policy.vocab.times == 4 and len(policy.style.clock) == 3
+        got = evaluate.read_pages(where / "evaluate" / stage / "pages.parquet", shop)
+        then, now = (policy.rank(got.user, shop.csr("train"), seen, 6, 20, when=when) for when in (moments, None))
+        earlier = np.array(policy.periods(moments[got.user], len(got.user))) < 3
+        assert earlier.any() and not earlier.all()
+        assert np.array_equal(got.item, then.item) and np.array_equal(got.score, then.score)
+        assert (got.score[earlier] != now.score[earlier]).any(1).all()
+        assert np.array_equal(got.score[~earlier], now.score[~earlier])
+    recommend.run(recommend.Config(**common, user=shop.user_ids[0], k=3, policy="ppo"))
+    assert f"user {shop.user_ids[0]}" in capsys.readouterr().out
+    export.run(export.Config(**common))
+    users = np.load(where / "export-ppo" / "user_content.npy")
+    policy = Policy.load(where / "ppo")
+    prompt, valid = policy.prompt([0], [shop.csr("train").of(0)])
+    assert prompt[0, -2] == policy.vocab.time(3)
+    with torch.no_grad():
+        assert users[0] == pytest.approx(policy.model(prompt, valid)[0, -1].numpy(), abs=5e-3)
 
 
 def test_time_tokens_want_pages_that_come_after_their_history(root, tmp_path):

@@ -73,6 +73,17 @@ def test_int8_is_within_half_a_step(rows):
     assert (np.abs(q).max(1) == 127)[np.abs(x).max(1) > 1e-30].all()         # the whole range is used
 
 
+def test_two_exports_lie_beside_each_other(common, served):
+    small = {**common, "policy": "sft", "dtype": "int8", "pca": 4, "out": "export-small"}
+    export.run(export.Config(**common, policy="sft"))
+    export.run(export.Config(**small))
+    both = [Embeddings(served / "runs" / "base" / name) for name in ("export-sft", "export-small")]
+    assert [rows.manifest["dtype"] for rows in both] == ["float16", "int8"]
+    assert both[1].matrix("item_token").shape[1] == 4 < both[0].matrix("item_token").shape[1]
+    with pytest.raises(PageLLMError, match="was made with pca=4, now pca=0"):
+        export.run(export.Config(**small | {"pca": 0}))
+
+
 def test_the_loader_needs_numpy_alone(common, served):
     export.run(export.Config(**common, dtype="int8", pca=8, names="item_token,user_content"))
     path = served / "runs" / "base" / "export-ppo"

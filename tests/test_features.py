@@ -80,7 +80,11 @@ def test_bad_pairs_are_named(served, tmp_path):
             "out": str(tmp_path / "out.parquet")}
     pq.write_table(pa.table({"user_id": ["x"], "item_id": ["y"]}), tmp_path / "strange.parquet")
     pq.write_table(pa.table({"user": [1]}), tmp_path / "columns.parquet")
-    for name, said in (("strange", "1 rows of column user_id are not in"), ("columns", "no column user_id"),
+    pq.write_table(pa.table({"user_id": ["x"], "item_id": ["y"], "dot": [1.0]}), tmp_path / "twice.parquet")
+    pq.write_table(pa.table({"user_id": pa.array([], pa.string()), "item_id": pa.array([], pa.string())}),
+                   tmp_path / "none.parquet")
+    for name, said in (("twice", "has a column dot already"), ("none", "has no rows"),
+                       ("strange", "1 rows of column user_id are not in"), ("columns", "no column user_id"),
                        ("gone", "cannot be read")):
         with pytest.raises(PageLLMError, match=said):
             features.run(features.Config(**base, pairs=str(tmp_path / f"{name}.parquet")))

@@ -136,6 +136,25 @@ def test_http_asks_as_documented_and_retries(shop):
     assert question["liked"][0]["rating"] == 5 and "rating" not in question["liked"][2]
 
 
+@pytest.mark.parametrize("answer", ['{"winner": "first", "confidence": 0.9}', '{"winner": "first", "confidence": 2, '
+                                    '"reasons": []}', '{"winner": "first", "confidence": "0.9", "reasons": []}',
+                                    '{"winner": "first", "confidence": true, "reasons": []}', '["first"]', "null",
+                                    '{"winner": "first", "confidence": NaN, "reasons": []}', '"first"', "",
+                                    '{"winner": "first", "confidence": 0.9, "reasons": "because"}',
+                                    '{"winner": "first", "confidence": 0.9, "reasons": [1]}', None])
+def test_an_answer_that_does_not_fit_the_schema_is_asked_for_again(shop, answer):
+    with Server([answer]) as server:
+        backend = judge.Http(shop, server.url, "m", sleep=lambda seconds: None)
+        assert backend.ask(WHO, [1], [2]) == judge.Opinion("first", 0.9, ("ok",)) and backend.sent == 2
+
+
+def test_the_key_is_not_taken_to_another_address(shop):
+    with Server() as other, Server(last=302, headers=[("Location", f"{other.url}/chat/completions")]) as server:
+        with pytest.raises(PageLLMError, match="refuses: 302"):
+            judge.Http(shop, server.url, "m", key="secret").ask(WHO, [1], [2])
+        assert len(server.seen) == 1 and not other.seen
+
+
 def test_http_honours_retry_after_and_gives_up_with_a_reason(shop):
     slept = []
     with Server([429], headers=[("Retry-After", "7")]) as server:
@@ -200,6 +219,7 @@ def test_the_reward_judge_says_where_it_is_circular(common, served, capsys):
     found = judge.run(judge.Config(**common, backend="reward", users=20))
     assert found["circular"] == ["ppo"] and "CIRCULAR: ppo" in capsys.readouterr().out
     assert found["inconsistent"] == 0 and found["a"] + found["b"] + found["tie"] == found["pairs"] == 20
+    assert found["equal"] == sum(r == "the pages are equal" for r in first_reasons(common, "reward"))
     rules = judge.run(judge.Config(**common, backend="rules", users=20))
     assert rules["circular"] == [] and "CIRCULAR" not in capsys.readouterr().out
 
@@ -217,6 +237,8 @@ def test_people(common, tmp_path, shop, capsys):
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "wrong.parquet")
         with pytest.raises(PageLLMError, match=message):
             judge.run(judge.Config(**common, users=20, labels=str(tmp_path / "wrong.parquet")))
+    (tmp_path / "numbers.csv").write_text("user,winner\n007,sft\n7,tie\n")
+    assert judge.read_labels(tmp_path / "numbers.csv", ("sft", "ppo")) == {"007": "a", "7": "tie"}
     (tmp_path / "wrong.parquet").write_text("user")
     with pytest.raises(PageLLMError, match="cannot be read"):
         judge.read_labels(tmp_path / "wrong.parquet", ("sft", "ppo"))

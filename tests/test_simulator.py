@@ -36,7 +36,8 @@ def enumerated(world, user, page):
             did.append((fate[k], item))
             end = (k + 1) % world.how.columns == 0
             p *= (world.how.next_row if on[k] else 1 - world.how.next_row) if end else float(on[k])
-            reads = on[k] and not (fate[k] == "bought" and world.how.leave_on_purchase)
+            reads = on[k] and not (fate[k] == "bought" and world.how.leave_on_purchase) and not (
+                fate[k] in ("clicked", "bought") and world.how.leave_on_click)
         bought = [item for f, item in did if f == "bought"]
         clicks = sum(f in ("clicked", "bought") for f, _ in did)
         for name, value in (("clicks", clicks), ("purchases", len(bought)), ("gmv", world.price[bought].sum()),
@@ -45,9 +46,13 @@ def enumerated(world, user, page):
     return out
 
 
-@pytest.mark.parametrize("leave", [True, False])
-def test_the_closed_form_is_the_sum_over_all_courses(leave):
-    world = small_world(simulator.Behaviour(columns=2, leave_on_purchase=leave))
+HOW = {"leaves on purchase": simulator.Behaviour(columns=2), **simulator.READERS,
+       "stays": simulator.Behaviour(columns=2, leave_on_purchase=False)}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_closed_form_is_the_sum_over_all_courses(how):
+    world = small_world(HOW[how])
     page = np.array([[4, 0, 2, 5]])
     got = simulator.expected(world, np.array([1]), page)
     for name, value in enumerated(world, 1, page[0].tolist()).items():
@@ -55,9 +60,9 @@ def test_the_closed_form_is_the_sum_over_all_courses(leave):
     assert got["slots"].sum() == pytest.approx(got["clicks"][0])
 
 
-@pytest.mark.parametrize("leave", [True, False])
-def test_samples_agree_with_the_closed_form(leave):
-    world, n = small_world(simulator.Behaviour(columns=2, leave_on_purchase=leave)), 60_000
+@pytest.mark.parametrize("how", HOW)
+def test_samples_agree_with_the_closed_form(how):
+    world, n = small_world(HOW[how]), 60_000
     user, page = np.full(n, 2), np.tile([3, 1, 5, 0, -1], (n, 1))
     s = simulator.visit(world, user, page, np.random.default_rng(0))
     assert not (s.clicked & ~s.seen).any() and not (s.bought & ~s.clicked).any() and not s.seen[:, 4].any()
@@ -115,6 +120,32 @@ def test_sft_against_ppo_end_to_end(served, tmp_path, capsys):
         assert abs(m["difference"] - (true["treatment"] - true["control"])) < 4.5 * m["se"], metric
     with pytest.raises(PageLLMError, match="no pages of popularity"):
         simulator.run(simulator.Config(**common, control="popularity", out="x"))
+
+
+@pytest.mark.parametrize("reading", simulator.READERS)
+def test_another_reader_and_another_failure(served, reading, capsys):
+    """A session that ends without a purchase may count as failed: then failure and purchase are one less the other."""
+    common = {"run": "base", "data": str(served / "data"), "runs": str(served / "runs")}
+    evaluate.run(evaluate.Config(**common, k=6, depth=20, policies="sft,ppo", quiet=True, n_boot=10))
+    result = simulator.run(simulator.Config(**common, visitors=800, k=6, reading=reading, failure="purchase",
+                                            out=f"by-{reading}"))
+    m, true = result["metrics"], result["truth"]
+    for metric, t in true.items():
+        assert abs(m[metric]["difference"] - (t["treatment"] - t["control"])) < 4.5 * m[metric]["se"], metric
+    assert true["session failure"]["control"] == pytest.approx(1 - true["session purchase"]["control"])
+    with pytest.raises(PageLLMError, match="carousel, position, cascade"):
+        simulator.Config(reading="sideways")
+    with pytest.raises(PageLLMError, match="click or purchase"):
+        simulator.Config(failure="never")
+
+
+def test_a_cascade_has_one_click_at_most_and_positions_do_not_care():
+    world = small_world(simulator.READERS["cascade"])
+    user, page = np.zeros(5000, int), np.tile([3, 1, 5, 0], (5000, 1))
+    assert simulator.visit(world, user, page, np.random.default_rng(0)).clicked.sum(1).max() == 1
+    world = small_world(simulator.READERS["position"])
+    slots = simulator.expected(world, user[:1], page[:1])["slots"][0]
+    assert slots == pytest.approx(0.9 ** np.arange(4) * world.click[0, page[0]])
 
 
 def test_only_a_shop_with_truth_can_be_simulated(served):
