@@ -267,8 +267,8 @@ def evaluate_case(config: Config) -> Iterator[Case]:
     r = make_ranking(U, N)
     users = np.arange(U)
 
-    def rank(block: int = 512):
-        return rank_all(lambda rows: r.user[rows] @ r.item.T, users, r.seen, 20, 100, block=block)
+    def rank(**options):
+        return rank_all(lambda rows: r.user[rows] @ r.item.T, users, r.seen, 20, 100, **options)
 
     def ours() -> dict[str, np.ndarray]:
         ranked = rank()

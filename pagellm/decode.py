@@ -18,6 +18,7 @@ from torch import Tensor
 from kernels.logprob import linear_logp
 from pagellm.backbone import Backbone, KVCache
 from pagellm.sampled import Candidates, sampled_logp
+from pagellm.top import top_k
 
 __all__ = ["Pages", "Unseen", "beam", "greedy", "one_shot", "page_logp", "ranking", "sample", "shared_start",
            "slot_states"]
@@ -178,7 +179,7 @@ def beam(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, k: 
         # A finished page carries itself on through one made-up column of cost 0.
         stay = torch.where(alive, -torch.inf, 0.0)[:, None]
         options = (total.reshape(-1, 1) + torch.cat([scores, stay], 1)).view(B, -1)
-        total, best = options.topk(width, dim=1)
+        total, best = top_k(options, width)
         source = (torch.arange(B, device=device)[:, None] * width + best // (N + 1)).flatten()
         chosen = (best % (N + 1)).flatten()
         step_logp = torch.cat([scores, stay], 1)[source, chosen]
@@ -203,11 +204,11 @@ def one_shot(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen,
     """Rank by the first slot's distribution alone: one pass, no slot sees another. start as in `generate`."""
     first = model.item_logits(model(prompt, valid)[:, -1] if start is None else start[1])
     logp, _ = legal_logp(first, constraint.legal, 1.0)
-    top = logp.topk(min(k, logp.shape[1]), dim=1)
-    mask = top.values.isfinite()
+    value, column = top_k(logp, k)
+    mask = value.isfinite()
     pad = (0, k - mask.shape[1])
-    return Pages(F.pad(torch.where(mask, top.indices, -1), pad, value=-1),
-                 F.pad(torch.where(mask, top.values, 0.0), pad), F.pad(mask, pad), first)
+    return Pages(F.pad(torch.where(mask, column, -1), pad, value=-1), F.pad(torch.where(mask, value, 0.0), pad),
+                 F.pad(mask, pad), first)
 
 
 def ranking(pages: Pages, legal: Tensor, depth: int) -> tuple[Tensor, Tensor]:
@@ -222,11 +223,11 @@ def ranking(pages: Pages, legal: Tensor, depth: int) -> tuple[Tensor, Tensor]:
     above = over + K - torch.arange(K, device=score.device, dtype=score.dtype)
     padded = F.pad(score, (0, 1))                               # the last column takes the empty slots
     padded.scatter_(1, torch.where(pages.mask, pages.item, score.shape[1]), above)
-    top = padded[:, :-1].topk(min(depth, score.shape[1]), dim=1)
-    kept = top.values.isfinite()
+    value, column = top_k(padded[:, :-1], depth)
+    kept = value.isfinite()
     pad = (0, depth - kept.shape[1])
-    return (F.pad(torch.where(kept, top.indices, -1), pad, value=-1),
-            F.pad(torch.where(kept, top.values, -torch.inf), pad, value=-torch.inf))
+    return (F.pad(torch.where(kept, column, -1), pad, value=-1),
+            F.pad(torch.where(kept, value, -torch.inf), pad, value=-torch.inf))
 
 
 def slot_states(model: Backbone, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor,

@@ -485,7 +485,7 @@ def rollout_row(r: Rollout, reward: Tensor, advantage: Tensor, ret: Tensor, mome
             "list/distinct": len({tuple(page) for page in pages}) / len(pages)}
 
 
-def page_row(pages: Tensor, categories: list) -> dict[str, float]:
+def page_row(pages: Tensor, categories: metrics.Described) -> dict[str, float]:
     """Mean ILD and category entropy of sampled pages (B, K)."""
     page, slot = np.nonzero(pages.cpu().numpy() >= 0)
     none = np.zeros(0, dtype=np.int64)
@@ -548,6 +548,7 @@ def run(config: Config) -> None:
         moments, steer = RunningMoments(), None
         if config.kl_target:
             steer = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
+        categories = metrics.described(shop.catalogue.categories)
         validation = Validation(shop, "valid", config.k, config.mode, config.eval_users, config.seed)
 
         # Reward model and critic only. In bfloat16 the policy's pass over a page leaves the log-probabilities the page
@@ -608,7 +609,7 @@ def run(config: Config) -> None:
                 set_lr(group, lr_at(step, total, peak, shape="linear"))
             row = {"learning": learning, "kl_coef": kl_coef, "lr": opt.param_groups[0]["lr"],
                    **settled([rollout_row(r, rewards, advantage, ret, moments)])[0],
-                   **page_row(r.item, shop.catalogue.categories)}
+                   **page_row(r.item, categories)}
             for epoch in range(config.inner_epochs):
                 order = (np.arange(len(r)) if config.minibatch >= len(r)
                          else keyed(config.seed, "ppo", "minibatches", step, epoch).permutation(len(r)))
