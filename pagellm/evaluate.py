@@ -289,14 +289,17 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
         users = scorer.users
         if len(users) == 0:
             raise PageLLMError(f"{config.data_dir} has no {config.split} rows: nothing to evaluate on")
-        results, pages, rows = {}, {}, {}
+        results, pages, rows, written = {}, {}, {}, {}
         for name in names:
             if name == "popularity":
                 ranked = popularity_pages(shop, users, seen, config.k, config.depth, config.seed)
+            elif inputs[name] in written:           # ppo kept sft's weights: its pages are these
+                ranked = written[inputs[name]]
             else:
                 policy = Policy.load(where[name], device)
-                ranked = policy.rank(users, history, seen, config.k, config.depth, config.mode, config.batch,
-                                     "" if config.quiet else f"pages of {name}")
+                ranked = written[inputs[name]] = policy.rank(
+                    users, history, seen, config.k, config.depth, config.mode, config.batch,
+                    "" if config.quiet else f"pages of {name}")
             folder = out.path / name
             if not dist.is_main():          # it has done its share of the pages; the main process scores and writes
                 continue
