@@ -3,6 +3,7 @@
     train            one step of AdamW, every position scored         peer: transformers' GPT2LMHeadModel
     train-page       the same, page positions against item rows       peer: the same, its labels masked
     rollout          pages of 20 different items, 2 a user            peer: transformers' generate, logits processor
+    rollout-8        the same, 8 a user
     evaluate         top 100 of a catalogue and every metric          plain: one user after another
     top              the ranking of `evaluate` alone                  floor: matrix product and topk
     reviews-2018     review lines to Parquet, checked and cleaned     plain: json.loads, line by line
@@ -58,7 +59,7 @@ from pagellm.vocab import Vocab
 __all__ = ["Case", "Config", "cases", "compare", "measure", "run"]
 
 REVIEWS = tuple(f"{peer}-{spelling}" for spelling in ("2014", "2018", "2023") for peer in ("reviews", "orjson"))
-ROWS = ("train", "train-page", "rollout", "evaluate", "top", *REVIEWS, "histories", "tokens")
+ROWS = ("train", "train-page", "rollout", "rollout-8", "evaluate", "top", *REVIEWS, "histories", "tokens")
 HEADER = ("row", "shape", "plain ms", "ours ms", "x", "floor ms", "share", "plain MB", "ours MB", "|diff|")
 
 
@@ -184,11 +185,11 @@ def copy_weights(peer, ours: GPT2) -> None:
     peer.transformer.wte.weight.copy_(torch.cat([ours.word, ours.user, ours.item]))
 
 
-def rollout_case(config: Config) -> Case:
-    """G = 2 sampled pages of K = 20 different items for each of 32 users; greedy pages must be the same."""
+def rollout_case(config: Config, name: str, G: int) -> Case:
+    """G sampled pages of K = 20 different items for each of 32 users; greedy pages must be the same."""
     from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList
     device, generator = torch.device(config.device), torch.Generator().manual_seed(0)
-    words, items, B, P, K, G = (100, 60, 3, 8, 5, 2) if config.quick else (2_057, 12_000, 32, 48, 20, 2)
+    words, items, B, P, K = (100, 60, 3, 8, 5) if config.quick else (2_057, 12_000, 32, 48, 20)
     shape = SIZES["nano" if config.quick else "mini"]
     ours = GPT2(shape, words, 0, items, dropout=0.0).to(device).eval()
     peer = GPT2LMHeadModel(GPT2Config(vocab_size=words + items, n_positions=shape.n_ctx, n_embd=shape.n_embd,
@@ -236,7 +237,7 @@ def rollout_case(config: Config) -> Case:
             assert not (pages[:, :, None] == excluded[group][:, None]).any(), "a page holds an item of the history"
         return float((generate(1, do_sample=False) != ours_greedy()).sum())
 
-    return Case("rollout", f"{B} users x {G}, K {K}, N {items}",
+    return Case(name, f"{B} users x {G}, K {K}, N {items}",
                 lambda: generate(G, do_sample=True, top_k=0, num_return_sequences=G), write, differ)
 
 
@@ -270,8 +271,8 @@ def evaluate_case(config: Config) -> Iterator[Case]:
     r = make_ranking(U, N)
     users = np.arange(U)
 
-    def rank(block: int = 512):
-        return rank_all(lambda rows: r.user[rows] @ r.item.T, users, r.seen, 20, 100, block=block)
+    def rank(**options):
+        return rank_all(lambda rows: r.user[rows] @ r.item.T, users, r.seen, 20, 100, **options)
 
     def ours() -> dict[str, np.ndarray]:
         ranked = rank()
@@ -399,15 +400,15 @@ def cases(config: Config) -> Iterator[Case]:
     except ImportError:
         orjson = None
     for name in config.rows:
-        if name in ("train", "train-page", "rollout") and transformers is None:
+        if name.split("-")[0] in ("train", "rollout") and transformers is None:
             print(f"{name}: left out, transformers is not installed (pip install 'pagellm[dev]')", file=sys.stderr)
         elif name.startswith("orjson") and orjson is None:
             print(f"{name}: left out, orjson is not installed (pip install 'pagellm[dev]')", file=sys.stderr)
         elif name in REVIEWS:
             peer, spelling = name.split("-")
             yield reviews_case(config, spelling, json.loads if peer == "reviews" else orjson.loads)
-        elif name == "rollout":
-            yield rollout_case(config)
+        elif name.startswith("rollout"):
+            yield rollout_case(config, name, 8 if name == "rollout-8" else 2)
         elif name.startswith("train"):
             yield train_case(config, page_only=name == "train-page")
         elif name in ("histories", "tokens"):

@@ -50,7 +50,8 @@ def gae(
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
         raise ValueError(f"gae: gamma {gamma}, lam {lam}: want both in [0, 1]")
     # A hole would join two pages into one return, and nothing downstream could tell.
-    require(mask[:, 1:] <= mask[:, :-1], "gae: mask has a hole at (row, step) {row}; want True, then False")
+    flag = mask.view(torch.uint8)
+    require(flag[:, 1:] <= flag[:, :-1], "gae: mask has a hole at (row, step) {row}; want True, then False")
 
     dtype, ratio = compute_dtype(reward, value), gamma * lam
     if mask.is_cuda or torch.is_grad_enabled() and (reward.requires_grad or value.requires_grad):
@@ -100,16 +101,16 @@ def by_blocks(x: Tensor, ratio: float, out: Tensor | None = None) -> Tensor:
     """
     T = x.shape[1]
     length = max(T, 1) if ratio == 1 else int(RANGE / -math.log2(ratio)) + 1 if ratio > 2.0 ** -RANGE else 1
-    y = torch.empty_like(x) if out is None else out
     power = ratio ** torch.arange(min(length, T), dtype=torch.float64, device=x.device)
-    weight, inverse = (w.to(x.dtype) for w in (power, 1 / power))
+    weight, inverse = (w.to(x.dtype).repeat(-(-T // length))[:T] for w in (power, 1 / power))
+    y = x.flip(1).mul_(weight.flip(0))          # from here on time runs backwards
     for start in reversed(range(0, T, length)):
         end = min(start + length, T)
-        weighted = x[:, start:end] * weight[:end - start]
+        block = y[:, T - end:T - start]
         if end < T:     # what the next block hands on joins the last step
-            weighted[:, -1] += y[:, end] * (ratio * weight[end - start - 1])
-        torch.mul(weighted.flip(1).cumsum_(1).flip(1), inverse[:end - start], out=y[:, start:end])
-    return y
+            block[:, 0] += y[:, T - end - 1] * (ratio * weight[end - 1])
+        block.cumsum_(1)
+    return torch.mul(y.flip(1), inverse, out=out)
 
 
 def by_doubling(x: Tensor, ratio: float) -> Tensor:

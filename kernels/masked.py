@@ -3,7 +3,12 @@
 The statistics run over the whole tensor, not over rows: PPO whitens advantages over the batch. What lies off
 the mask is replaced before any arithmetic, never multiplied by 0 (0 * NaN is NaN), so it moves no bit of any
 output.
+
+A large tensor on a CPU is read from memory once for its statistics, block by block; of each block, which stays in the
+cache, mean and squares about that mean are joined to those before it (Chan, Golub, LeVeque, 1979, eq. 2.1).
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -11,6 +16,8 @@ from torch import Tensor
 from kernels.checks import compute_dtype, kept
 
 __all__ = ["center", "mean", "variance", "whiten"]
+
+BLOCK = 2 ** 16          # entries of a block, 256 kB in float32
 
 
 def mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -22,6 +29,8 @@ def mean(x: Tensor, mask: Tensor) -> Tensor:
     Raises ValueError when shapes differ or mask is not bool.
     """
     _check(x, mask, "mean")
+    if _large(x):
+        return torch.tensor(_moments(x, mask)[0], dtype=compute_dtype(x))
     pivot, deviation, count = _deviations(x, mask)
     return pivot + deviation.sum() / count.clamp(min=1)
 
@@ -32,12 +41,16 @@ def variance(x: Tensor, mask: Tensor) -> Tensor:
     Arguments and errors as for `mean`; 0 when fewer than two entries are kept.
     """
     _check(x, mask, "variance")
+    if _large(x):
+        return torch.tensor(_moments(x, mask)[1], dtype=compute_dtype(x))
     return _centred(x, mask)[1]
 
 
 def center(x: Tensor, mask: Tensor) -> Tensor:
     """x minus the mean of its kept entries, shaped like x, 0 off the mask. Arguments as for `mean`."""
     _check(x, mask, "center")
+    if _large(x):
+        return _scaled(x, mask, _moments(x, mask)[0], 1.0)
     return _centred(x, mask)[0]
 
 
@@ -49,11 +62,57 @@ def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
              (x - mean) / sqrt(variance + eps^2). Fewer than two kept entries, or equal ones, give zeros.
     """
     _check(x, mask, "whiten")
+    if _large(x):
+        middle, spread = _moments(x, mask)
+        return _scaled(x, mask, middle, (spread + eps * eps) ** -0.5 if spread + eps else 0.0)
     centred, spread = _centred(x, mask)
     # eps^2, not eps: variance + 1e-8 would leave rewards of size 1e-4 visibly unwhitened, so that the result
     # would depend on their unit. Inside the root, so that the gradient at spread 0 is finite.
     scale = torch.rsqrt(spread + eps * eps)
     return centred * scale if centred.requires_grad else centred.mul_(scale)
+
+
+def _large(x: Tensor) -> bool:
+    """Whether x is taken by blocks: more than one, on a CPU, without a gradient."""
+    return x.device.type == "cpu" and x.numel() > BLOCK and not (torch.is_grad_enabled() and x.requires_grad)
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(x.reshape(-1).split(BLOCK) for x in tensors), strict=True)
+
+
+def _moments(x: Tensor, mask: Tensor) -> tuple[float, float]:
+    """Mean and unbiased variance of the kept entries, 0 where too few are kept."""
+    dtype, count, middle, squares = compute_dtype(x), 0, 0.0, 0.0
+    spare = torch.empty(BLOCK, dtype=dtype)
+    for part, on in _blocks(x, mask):
+        n = int(on.sum())
+        if n == 0:
+            continue
+        y = kept(part.to(dtype), on, out=spare[:len(part)])
+        pivot = y.sum() / n
+        y = kept(y.sub_(pivot), on, out=y)
+        # The pivot is rounded: what is left of the mean is kept, and its squares are taken off.
+        rest = float(y.sum())
+        own, shift = float(y.mul_(y).sum()) - rest * rest / n, float(pivot) + rest / n - middle
+        squares += own + shift * shift * (count * n / (count + n))
+        count += n
+        middle += shift * (n / count)
+    return middle, max(squares, 0.0) / (count - 1) if count > 1 else 0.0
+
+
+def _scaled(x: Tensor, mask: Tensor, middle: float, scale: float) -> Tensor:
+    """(x - middle) * scale, 0 off the mask. The mean is taken off in two parts, since x's dtype may not hold it."""
+    out = torch.empty(x.shape, dtype=compute_dtype(x))
+    high = float(torch.tensor(middle, dtype=out.dtype))
+    for part, on, into in _blocks(x, mask, out):
+        torch.sub(part.to(out.dtype), high, out=into)
+        if middle != high:
+            into -= middle - high
+        if scale != 1:
+            into *= scale
+        kept(into, on, out=into)
+    return out
 
 
 def _deviations(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

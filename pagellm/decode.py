@@ -8,18 +8,21 @@ and it is the same in sampling and in every log-probability, or PPO's ratio woul
 than K legal items exist the page is as long as there are: `mask` says which slots hold one.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, from_numpy
 
 from kernels.logprob import linear_logp
 from pagellm.backbone import Backbone, KVCache
 from pagellm.sampled import Candidates, sampled_logp
+from pagellm.top import top_k
 
-__all__ = ["Pages", "Unseen", "beam", "greedy", "one_shot", "page_logp", "ranking", "sample", "shared_start",
+__all__ = ["Pages", "Unseen", "beam", "drawn", "greedy", "one_shot", "page_logp", "ranking", "sample", "shared_start",
            "slot_states"]
 
 
@@ -54,15 +57,28 @@ class Unseen:
         self.legal = legal[:, :n_items].contiguous()
         if allowed is not None:
             self.legal &= allowed
+        self.barred: Tensor | None = None
+
+    def bar(self, logits: Tensor) -> Tensor:
+        """logits (B, N) with -inf where an item is not legal, in their memory on a CPU."""
+        if logits.device.type != "cpu":
+            return torch.where(self.legal, logits, -torch.inf)
+        if self.barred is None:         # few entries are illegal, as a rule, and it is these that are written
+            self.barred = from_numpy(np.flatnonzero(~self.legal.numpy()))
+        logits.view(-1).index_fill_(0, self.barred, -torch.inf)
+        return logits
 
     def place(self, item: Tensor) -> None:
         """item (B,) int64: no later slot may hold it; -1 places nothing."""
         held = item >= 0
         index = item.clamp(min=0)[:, None]
         self.legal.scatter_(1, index, self.legal.gather(1, index) & ~held[:, None])
+        if self.barred is not None:
+            flat = torch.arange(len(item)) * self.legal.shape[1] + item
+            self.barred = torch.cat([self.barred, flat[held]])
 
     def select(self, rows: Tensor) -> None:
-        self.legal = self.legal[rows]
+        self.legal, self.barred = self.legal[rows], None
 
 
 def legal_logp(logits: Tensor, legal: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -105,10 +121,12 @@ def item_tokens(model: Backbone, item: Tensor, pad: int) -> Tensor:
 
 @torch.no_grad()
 def generate(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int,
-             pick: Callable[[Tensor, int], Tensor], temperature: float = 1.0,
+             pick: Callable[[Tensor, int], tuple[Tensor, Tensor]], temperature: float = 1.0,
              start: tuple[KVCache, Tensor] | None = None) -> Pages:
-    """Fill k slots one after another. pick(logp (B, N), slot) -> item (B,), read on rows that have a legal item.
+    """Fill k slots one after another.
 
+    pick   (logits (B, N) / temperature, -inf where illegal; slot) -> item (B,), its log-probability (B,); read on rows
+           that have a legal item
     start  the prompt already read: a cache with room for k more columns, and the last hidden state (B, C)
     """
     B, device = len(prompt), prompt.device
@@ -117,12 +135,13 @@ def generate(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen,
     mask = torch.zeros(B, k, dtype=torch.bool, device=device)
     cache, hidden = started(model, prompt, valid, k, start)
     first = model.item_logits(hidden)
-    logits = first
+    logits = first.clone()
     for slot in range(k):
-        scores, alive = legal_logp(logits, constraint.legal, temperature)
-        chosen = torch.where(alive, pick(scores, slot), -1)
-        item[:, slot], mask[:, slot] = chosen, alive
-        logp[:, slot] = torch.where(alive, scores.gather(1, chosen.clamp(min=0)[:, None])[:, 0], 0.0)
+        scores = constraint.bar(logits if temperature == 1 else logits.div_(temperature))
+        alive = scores.amax(1) != -torch.inf
+        best, best_logp = pick(scores, slot)
+        chosen = torch.where(alive, best, -1)
+        item[:, slot], mask[:, slot], logp[:, slot] = chosen, alive, torch.where(alive, best_logp, 0.0)
         constraint.place(chosen)
         if slot + 1 < k:
             valid = torch.cat([valid, alive[:, None]], 1)
@@ -133,7 +152,12 @@ def generate(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen,
 def greedy(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int,
            start: tuple[KVCache, Tensor] | None = None) -> Pages:
     """The likeliest legal item in every slot. Ties go to the smaller id. start as in `generate`."""
-    return generate(model, prompt, valid, constraint, k, lambda logp, slot: logp.argmax(1), start=start)
+    def pick(logits: Tensor, slot: int) -> tuple[Tensor, Tensor]:
+        # numpy's takes a tenth of the time of torch's on a CPU; both take the first of equals there.
+        best = logits.argmax(1) if logits.device.type != "cpu" else from_numpy(logits.numpy().argmax(1))
+        return best, F.softmax(logits, dim=1).gather(1, best[:, None])[:, 0].log()
+
+    return generate(model, prompt, valid, constraint, k, pick, start=start)
 
 
 def sample(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, uniform: Tensor,
@@ -144,13 +168,41 @@ def sample(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, u
              cumulative sum), so a page depends on its own numbers alone, not on its neighbours in the batch
     start    as in `generate`
     """
-    def pick(logp: Tensor, slot: int) -> Tensor:
-        total = logp.exp().cumsum(1, dtype=torch.float64)
-        # An item of probability 0 adds nothing to the sum, so the first sum above the threshold is never its own.
-        point = uniform[:, slot, None] * total[:, -1:]
-        return torch.searchsorted(total, point, right=True)[:, 0].clamp(max=logp.shape[1] - 1)
+    def pick(logits: Tensor, slot: int) -> tuple[Tensor, Tensor]:
+        p = F.softmax(logits, dim=1)
+        best = drawn(p, uniform[:, slot])
+        return best, p.gather(1, best[:, None])[:, 0].log()
 
     return generate(model, prompt, valid, constraint, uniform.shape[1], pick, temperature, start)
+
+
+def drawn(p: Tensor, uniform: Tensor) -> Tensor:
+    """The first column at which the running sum of p (B, N) exceeds uniform (B,) times the whole: (B,) int64.
+
+    First among the sums of pieces of a row, then within one; sums of more than a piece are float64. An entry of 0 is
+    never drawn, as a sum that it ends exceeds no more than the one before it.
+    """
+    N = p.shape[1]
+    size = max(1, math.isqrt(N))
+    even = N - N % size
+    whole = torch.cat([p[:, :even].unflatten(1, (-1, size)).sum(2), p[:, even:].sum(1, keepdim=True)], 1)
+    whole = whole.cumsum(1, dtype=torch.float64)
+    piece, before = first_above(whole, uniform.to(torch.float64) * whole[:, -1])
+    column = piece[:, None] * size + torch.arange(size, device=p.device)
+    inside = torch.where(column < N, p.gather(1, column.clamp(max=N - 1)), 0.0).cumsum(1, dtype=torch.float64)
+    return (piece * size + first_above(inside, before)[0]).clamp(max=N - 1)
+
+
+def first_above(total: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
+    """First column of the running sums (B, M) that exceeds point (B,), and point less the sum before it.
+
+    A point that rounding has lifted to the whole sum is taken as just below it.
+    """
+    last = total[:, -1]
+    point = torch.minimum(point, torch.nextafter(last, torch.zeros_like(last)))
+    column = torch.searchsorted(total, point[:, None], right=True).clamp(max=total.shape[1] - 1)
+    before = F.pad(total, (1, 0)).gather(1, column)[:, 0]
+    return column[:, 0], point - before
 
 
 @torch.no_grad()
@@ -178,7 +230,7 @@ def beam(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, k: 
         # A finished page carries itself on through one made-up column of cost 0.
         stay = torch.where(alive, -torch.inf, 0.0)[:, None]
         options = (total.reshape(-1, 1) + torch.cat([scores, stay], 1)).view(B, -1)
-        total, best = options.topk(width, dim=1)
+        total, best = top_k(options, width)
         source = (torch.arange(B, device=device)[:, None] * width + best // (N + 1)).flatten()
         chosen = (best % (N + 1)).flatten()
         step_logp = torch.cat([scores, stay], 1)[source, chosen]
@@ -203,11 +255,11 @@ def one_shot(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen,
     """Rank by the first slot's distribution alone: one pass, no slot sees another. start as in `generate`."""
     first = model.item_logits(model(prompt, valid)[:, -1] if start is None else start[1])
     logp, _ = legal_logp(first, constraint.legal, 1.0)
-    top = logp.topk(min(k, logp.shape[1]), dim=1)
-    mask = top.values.isfinite()
+    value, column = top_k(logp, k)
+    mask = value.isfinite()
     pad = (0, k - mask.shape[1])
-    return Pages(F.pad(torch.where(mask, top.indices, -1), pad, value=-1),
-                 F.pad(torch.where(mask, top.values, 0.0), pad), F.pad(mask, pad), first)
+    return Pages(F.pad(torch.where(mask, column, -1), pad, value=-1), F.pad(torch.where(mask, value, 0.0), pad),
+                 F.pad(mask, pad), first)
 
 
 def ranking(pages: Pages, legal: Tensor, depth: int) -> tuple[Tensor, Tensor]:
@@ -222,11 +274,11 @@ def ranking(pages: Pages, legal: Tensor, depth: int) -> tuple[Tensor, Tensor]:
     above = over + K - torch.arange(K, device=score.device, dtype=score.dtype)
     padded = F.pad(score, (0, 1))                               # the last column takes the empty slots
     padded.scatter_(1, torch.where(pages.mask, pages.item, score.shape[1]), above)
-    top = padded[:, :-1].topk(min(depth, score.shape[1]), dim=1)
-    kept = top.values.isfinite()
+    value, column = top_k(padded[:, :-1], depth)
+    kept = value.isfinite()
     pad = (0, depth - kept.shape[1])
-    return (F.pad(torch.where(kept, top.indices, -1), pad, value=-1),
-            F.pad(torch.where(kept, top.values, -torch.inf), pad, value=-torch.inf))
+    return (F.pad(torch.where(kept, column, -1), pad, value=-1),
+            F.pad(torch.where(kept, value, -torch.inf), pad, value=-torch.inf))
 
 
 def slot_states(model: Backbone, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor,

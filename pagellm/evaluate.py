@@ -28,6 +28,7 @@ from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import SPLITS, Rows, Shop, load
 from pagellm.policy import BLOCK, MODES, Policy, RankedPages, Scorer
 from pagellm.run import Common, Run, atomic, file_id, finished, write_json
+from pagellm.top import largest
 from pagellm.train import keyed
 
 __all__ = ["COLUMNS", "Config", "LABELS", "audience", "check_leak", "check_mask", "check_pages", "popularity_pages",
@@ -88,40 +89,24 @@ def top_items(score: Tensor, users: np.ndarray, seen: Rows, depth: int, seed: in
     Equal scores: i goes before j for half of the users, whatever their numbers: by shuffled[i] xor drawn[user].
     Raises ValueError on a NaN.
     """
-    score = score.float()
-    if score.amax(1).isnan().any():         # one NaN makes the row's largest NaN
-        raise ValueError("top_items: a score is NaN")
+    score = score.detach().float().contiguous().numpy()
     N = score.shape[1]
-    gone = torch.from_numpy(seen.padded(users))
-    score = torch.cat([score, score.new_empty(len(score), 1)], 1)       # the last column takes the padding
-    score.scatter_(1, torch.where(gone >= 0, gone, N), -torch.inf)
-    score = score[:, :N]
-
-    shuffled = torch.from_numpy(keyed(seed, "ties", "items").permutation(N))
-    drawn = keyed(seed, "ties", "users").integers(1 << max(1, (N - 1).bit_length()), size=len(seen.indptr) - 1)
-    drawn = torch.from_numpy(drawn[users])[:, None]
-    value, item = score.topk(min(depth + 1, N), dim=1)
-    # Where the last place is contested, only the whole row can tell who has it.
-    tied = torch.zeros(len(score), dtype=torch.bool)
-    if depth < N:
-        tied = (value[:, depth - 1] == value[:, depth]) & (value[:, depth] > -torch.inf)
-        value, item = value[:, :depth], item[:, :depth]
-    order = tie_key(value, shuffled[item] ^ drawn).argsort(1, descending=True)
-    value, item = value.gather(1, order), item.gather(1, order)
-    if tied.any():
-        item[tied] = tie_key(score[tied], shuffled ^ drawn[tied]).topk(item.shape[1], dim=1)[1]
-        value = score.gather(1, item)
-    return torch.where(value > -torch.inf, item, -1), value
-
-
-def tie_key(score: Tensor, rank: Tensor) -> Tensor:
-    """int64 in the order of (score, rank); scores are float32 without NaN, ranks 0 or more and below 2^32."""
-    bits = (score + 0.0).contiguous().view(torch.int32)                     # + 0: -0 equals 0
-    return (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32) | rank
+    row, gone = seen.flat(users)
+    before = score[row, gone]
+    if np.isnan(before).any():
+        raise ValueError("top_items: a score is NaN")
+    shuffled = keyed(seed, "ties", "items").permutation(N)
+    drawn = keyed(seed, "ties", "users").integers(1 << max(1, (N - 1).bit_length()), size=len(seen.indptr) - 1)[users]
+    score[row, gone] = -np.inf      # in the caller's memory, and back again: a copy would cost more than all the rest
+    try:
+        item, value = largest(score, depth, lambda row, column: shuffled[column] ^ drawn[row])
+    finally:
+        score[row, gone] = before
+    return torch.from_numpy(item), torch.from_numpy(value)
 
 
 def rank_all(score: Callable[[np.ndarray], Tensor], users: np.ndarray, seen: Rows, k: int, depth: int, seed: int = 0,
-             block: int = 512) -> RankedPages:
+             block: int = 128) -> RankedPages:
     """`top_items` of many users, `block` at once; score: users (B,) -> (B, N)."""
     parts = [top_items(score(some), some, seen, depth, seed)
              for some in (users[at: at + block] for at in range(0, len(users), block))]
@@ -309,14 +294,17 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
         users = scorer.users
         if len(users) == 0:
             raise PageLLMError(f"{config.data_dir} has no {config.split} rows: nothing to evaluate on")
-        results, pages, rows = {}, {}, {}
+        results, pages, rows, written = {}, {}, {}, {}
         for name in names:
             if name == "popularity":
                 ranked = popularity_pages(shop, users, seen, config.k, config.depth, config.seed)
+            elif inputs[name] in written:           # ppo kept sft's weights: its pages are these
+                ranked = written[inputs[name]]
             else:
                 policy = Policy.load(where[name], device)
-                ranked = policy.rank(users, history, seen, config.k, config.depth, config.mode, config.batch,
-                                     "" if config.quiet else f"pages of {name}", shop.moments(config.split))
+                ranked = written[inputs[name]] = policy.rank(
+                    users, history, seen, config.k, config.depth, config.mode, config.batch,
+                    "" if config.quiet else f"pages of {name}", shop.moments(config.split))
             folder = out.path / name
             if not dist.is_main():          # it has done its share of the pages; the main process scores and writes
                 continue

@@ -16,13 +16,14 @@ A page is de-duplicated first; duplicate_rate reports the repeats. Without label
 import math
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["DIRECTION", "average_ranks", "balance", "dpa", "duplicate_rate", "entropy", "ild", "ndcg",
-           "ndcg_bound", "near_duplicate_pairs", "paired", "paper_scale", "pwkt", "recall", "redundancy", "score_pages",
-           "summary", "unknown_rate", "was", "wmrd"]
+__all__ = ["DIRECTION", "Described", "average_ranks", "balance", "described", "dpa", "duplicate_rate", "entropy",
+           "ild", "ndcg", "ndcg_bound", "near_duplicate_pairs", "paired", "paper_scale", "pwkt", "recall", "redundancy",
+           "score_pages", "summary", "unknown_rate", "was", "wmrd"]
 
 # Which way is better, for every name that score_pages may return ("Recall@5" and the like go up too).
 DIRECTION = {"Recall@20": "up", "Recall@40": "up", "NDCG@100": "up",
@@ -376,7 +377,20 @@ def within_rows(row: np.ndarray, n_rows: int) -> np.ndarray:
     return np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
 
 
-def ranked_lists(users: np.ndarray, user: np.ndarray, rank: np.ndarray, item: np.ndarray) -> Lists:
+class Index(NamedTuple):
+    """Where each item of each list stands: `code` (P,) sorted, (row * base + item) * width + place - 1.
+
+    begin (rows,)  where a row's entries begin        ids  items in `code` are positions in these (sorted); None: as is
+    """
+
+    code: np.ndarray
+    base: int
+    width: int
+    begin: np.ndarray
+    ids: np.ndarray | None
+
+
+def ranked_lists(users: np.ndarray, user: np.ndarray, rank: np.ndarray, item: np.ndarray) -> tuple[Lists, Index]:
     """Sort entries into Lists, leaving out users that are not among `users`."""
     row, kept = rows_among(users, user)
     row, rank, item = row[kept], rank[kept], item[kept]
@@ -385,44 +399,60 @@ def ranked_lists(users: np.ndarray, user: np.ndarray, rank: np.ndarray, item: np
         by_rank = np.lexsort((rank, row))
         row, item = row[by_rank], item[by_rank]
     place = within_rows(row, len(users)) + 1
-    first = first_of_each(row.astype(np.int64) * (int(item.max(initial=0)) + 1) + item)
+    index = index_of(row, item, place, len(users))
+    again = 1 + np.flatnonzero(np.diff(index.code // index.width) == 0)
+    if not len(again):
+        return Lists(row, item, place, np.ones(len(row), dtype=bool), place), index
+    first = np.ones(len(row), dtype=bool)
+    first[entries(index, again)] = False
     firsts = np.cumsum(first)
-    begin = np.flatnonzero(place == 1)
-    before = np.repeat(firsts[begin] - 1, np.diff(np.append(begin, len(row))))
-    return Lists(row, item, place, first, firsts - before)
+    return Lists(row, item, place, first, firsts - (firsts - first)[index.begin][row]), index
 
 
-def first_of_each(code: np.ndarray) -> np.ndarray:
-    """(n,) bool: not a repeat of an entry before; code (n,) int64, 0 or more."""
-    n, first = max(len(code), 1), np.ones(len(code), dtype=bool)
-    if int(code.max(initial=0)) >= (1 << 63) // n - 1:
-        first[:] = False
-        first[np.unique(code, return_index=True)[1]] = True
-        return first
-    packed = np.sort(code * n + np.arange(len(code)))       # numbers sort several times as fast as their indices
-    again = np.flatnonzero(np.diff(packed // n) == 0) + 1
-    first[packed[again] % n] = False
-    return first
+def index_of(row: np.ndarray, item: np.ndarray, place: np.ndarray, n_rows: int) -> Index:
+    """`row` rises, and `place` from 1 within each row."""
+    count = np.bincount(row, minlength=n_rows)
+    base, width, ids = int(item.max(initial=0)) + 1, int(place.max(initial=1)), None
+    if n_rows * base * width >= 1 << 62:
+        ids, item = np.unique(item, return_inverse=True)
+        base = len(ids)
+    code = item.astype(np.int64) * width + place - 1
+    if n_rows * width <= 2 * len(row):          # many short sorts take a fraction of the time of a long one
+        table = np.full((n_rows, width), np.iinfo(np.int64).max)
+        table[row, place - 1] = code
+        table.sort(axis=1)
+        code = table[np.arange(width) < count[:, None]] + row * (base * width)
+    else:
+        code = np.sort(code + row * (base * width))
+    begin = np.minimum(np.cumsum(count) - count, max(len(row) - 1, 0))
+    return Index(code, base, width, begin, ids)
 
 
-def places_of(row: np.ndarray, item: np.ndarray, lists: Lists) -> tuple[np.ndarray, np.ndarray]:
+def entries(index: Index, at: np.ndarray) -> np.ndarray:
+    """Entries of the lists that stand at positions `at` of the sorted codes."""
+    code = index.code[at]
+    return index.begin[code // (index.base * index.width)] + code % index.width
+
+
+def places_of(row: np.ndarray, item: np.ndarray, lists: Lists, index: Index) -> tuple[np.ndarray, np.ndarray]:
     """Where each (row, item), all different, stands in the lists: order and place of its first entry, NaN where
     nowhere.
     """
     order, place = np.full(len(item), np.nan), np.full(len(item), np.nan)
-    if len(item):
-        # Of the two the labels are few, so it is they that are sorted.
-        base = max(item.max(initial=0), lists.item.max(initial=0)) + 1
-        want = row * base + item
-        by_want = np.argsort(want)
-        code = lists.row * base + lists.item
-        hit = by_want[np.minimum(np.searchsorted(want, code, sorter=by_want), len(want) - 1)]
-        found = np.flatnonzero((want[hit] == code) & lists.first)
-        order[hit[found]], place[hit[found]] = lists.order[found], lists.place[found]
+    if len(item) and len(index.code):
+        known = item < index.base
+        if index.ids is not None:
+            number = np.minimum(np.searchsorted(index.ids, item), index.base - 1)
+            item, known = number, index.ids[number] == item
+        want = row * index.base + np.where(known, item, 0)
+        at = np.minimum(np.searchsorted(index.code, want * index.width), len(index.code) - 1)
+        found = known & (index.code[at] // index.width == want)
+        entry = entries(index, at[found])
+        order[found], place[found] = lists.order[entry], lists.place[entry]
     return order, place
 
 
-def score_pages(users: np.ndarray, pages: tuple, refs: tuple, categories: Categories, *,
+def score_pages(users: np.ndarray, pages: tuple, refs: tuple, categories: "Categories | Described", *,
                 page_k: int = 20, recall_k: Sequence[int] = (20, 40), ndcg_k: int = 100, cap: bool = False,
                 rel: np.ndarray | None = None, missing: str = "worst", normalize: bool = False,
                 n_categories: int | None = None, group: np.ndarray | None = None,
@@ -432,7 +462,7 @@ def score_pages(users: np.ndarray, pages: tuple, refs: tuple, categories: Catego
     users       (U,) int, rising; other users' entries are left out
     pages       (user, rank, item), (P,) int each: ranked lists, in any order of rows
     refs        (user, item, rank), (R,) each: labels and the ranks they belong at, 1..n or average_ranks
-    categories  item -> its category names; () where unknown
+    categories  item -> its category names, () where unknown; or what `described` made of them, once for many calls
     page_k      entries of a list that are the page: all but Recall and NDCG look at these only
     rel         (R,) grades of the labels, for NDCG
     group       (N,) int near-duplicate group of every item: adds near_duplicate_pairs
@@ -448,9 +478,9 @@ def score_pages(users: np.ndarray, pages: tuple, refs: tuple, categories: Catego
     if missing not in MISSING or min(page_k, ndcg_k, *recall_k) < 1:
         raise ValueError(f"score_pages: missing={missing!r}, page_k={page_k}, recall_k={recall_k}, "
                          f"ndcg_k={ndcg_k}: want missing one of {', '.join(MISSING)}, the others 1 or more")
-    lists = ranked_lists(users, *(np.asarray(column) for column in pages))
+    lists, index = ranked_lists(users, *(np.asarray(column) for column in pages))
     ref_row, ref_item, ref_rank, grade = labels(users, refs, rel)
-    order, place = places_of(ref_row, ref_item, lists)
+    order, place = places_of(ref_row, ref_item, lists, index)
     scores = accuracy_scores(len(users), ref_row, order, grade, recall_k, ndcg_k, cap)
 
     on_page = lists.place <= page_k
@@ -526,70 +556,100 @@ def order_scores(n_users: int, row: np.ndarray, real: np.ndarray, place: np.ndar
     return scores
 
 
-def category_scores(n_users: int, page: Lists, length: np.ndarray, categories: Categories,
+class Described(NamedTuple):
+    """The categories of a catalogue as numbers: what `described` makes.
+
+    table  (N + 1, m) int32 category numbers, -1 behind an item's last; the last row, which index -1 finds, is an
+           empty slot of a page
+    size   (N + 1,) int64 how many each item has
+    known, some_unknown   categories of the whole catalogue; whether some item of it has none
+    """
+
+    table: np.ndarray
+    size: np.ndarray
+    known: int
+    some_unknown: bool
+
+
+def described(categories: Sequence) -> Described:
+    """categories  of every item, 0 to N - 1, its category names, () where unknown; no mapping."""
+    if not all(type(names) is tuple for names in categories):
+        categories = [tuple(names_of(categories, item)) for item in range(len(categories))]
+    number: dict[Hashable, int] = {}
+    size = np.fromiter(map(len, (*categories, ())), np.int64, len(categories) + 1)
+    flat = np.fromiter((number.setdefault(name, len(number)) for name in chain.from_iterable(categories)), np.int32)
+    table = np.full((len(size), size.max()), -1, dtype=np.int32)
+    table[np.arange(table.shape[1]) < size[:, None]] = flat
+    order = np.sort(table, axis=1)
+    if "" in number or ((order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0)).any():       # no name, or one twice
+        return described([tuple(names_of(categories, item)) for item in range(len(categories))])
+    return Described(table, size, len(number), bool((size[:-1] == 0).any()))
+
+
+def category_scores(n_users: int, page: Lists, length: np.ndarray, categories: Categories | Described,
                     n_categories: int | None) -> dict[str, np.ndarray]:
     """ILD, entropy, balance, redundancy and unknown_rate of pages without repeats."""
-    unique, index = np.unique(page.item, return_inverse=True)
-    table, size = category_table(unique.tolist(), categories)
-    unknown = np.bincount(page.row, weights=size[index] == 0, minlength=n_users)
-    h = category_entropy(n_users, page.row, table[index], size[index], length)
-    if n_categories is None:
+    index = page.item
+    if isinstance(categories, Mapping):
+        items, index = np.unique(page.item, return_inverse=True)
         known, some_unknown = count_categories(categories)
+        categories = described([tuple(names_of(categories, item)) for item in items.tolist()])
+        categories = categories._replace(known=known, some_unknown=some_unknown)
+    elif not isinstance(categories, Described):
+        categories = described(categories)
+    table, size, known, some_unknown = categories
+    width = int(page.order.max(initial=1))
+    grid = np.full((n_users, width), -1, dtype=np.int64)
+    grid[page.row, page.order - 1] = index
+    unknown = np.bincount(page.row, weights=size[index] == 0, minlength=n_users)
+    h, diversity = np.empty(n_users), np.empty(n_users)
+    step = max(1, BLOCK // (4 * width * max(width, table.shape[1])))
+    for some in (slice(at, at + step) for at in range(0, n_users, step)):
+        h[some] = category_entropy(grid[some], table, size)
+        diversity[some] = jaccard_diversity(grid[some], table, size)
+    if n_categories is None:
         most = np.minimum(length, known + (some_unknown | (unknown > 0)))
     else:
         most = np.minimum(length, n_categories)
     balance = np.minimum(1.0, h / np.log(np.where(most > 1, most, np.nan)))
-    return {"ILD": jaccard_diversity(n_users, page, index, table, size), "entropy": h, "balance": balance,
-            "redundancy": 1.0 - balance, "unknown_rate": ratio(unknown, length)}
+    return {"ILD": diversity, "entropy": h, "balance": balance, "redundancy": 1.0 - balance,
+            "unknown_rate": ratio(unknown, length)}
 
 
-def category_table(items: list, categories: Categories) -> tuple[np.ndarray, np.ndarray]:
-    """Category numbers (M+1, m) of the given items, -1 behind the last; how many each has (M+1,).
-
-    The last row stands for an empty slot of a page, which index -1 finds.
-    """
-    sets = [names_of(categories, item) for item in items] + [frozenset()]
-    number = {name: i for i, name in enumerate(dict.fromkeys(name for names in sets for name in names))}
-    size = np.array([len(names) for names in sets], dtype=np.int64)
-    table = np.full((len(sets), size.max(initial=1)), -1, dtype=np.int32)
-    for i, names in enumerate(sets):
-        table[i, : len(names)] = [number[name] for name in names]
-    return table, size
-
-
-def category_entropy(n_users: int, row: np.ndarray, table: np.ndarray, size: np.ndarray,
-                     length: np.ndarray) -> np.ndarray:
-    """H (U,); table (S, m) and size (S,) of every slot; an item with none counts for the category -1."""
-    slot, at = np.nonzero((table >= 0) | ((size == 0)[:, None] & (np.arange(table.shape[1]) == 0)))
-    base = table.max(initial=0) + 2
-    code, index = np.unique(row[slot] * base + table[slot, at] + 1, return_inverse=True)
-    weight = 1.0 / np.maximum(size, 1)[slot] / length[row[slot]]
-    share = np.bincount(index, weights=weight, minlength=len(code))
-    h = np.bincount(code // base, weights=-share * np.log(share), minlength=n_users)
+def category_entropy(grid: np.ndarray, table: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """H (U,) of pages (U, K) of items, -1 in empty slots; an item without categories counts for one called unknown."""
+    (U, K), m = grid.shape, table.shape[1]
+    base = m + 2                                                            # above any count
+    names, count, length = table[grid].astype(np.int64), size[grid][..., None], (grid >= 0).sum(1)
+    # One number for each category of each slot, so that a page's entries of one category come to stand together.
+    key = np.where(names >= 0, (names + 1) * base + count, -1)
+    unknown = np.where((grid >= 0)[..., None] & (count == 0), 1, -1)
+    key = np.sort(np.concatenate([key, unknown], 2).reshape(U, K * (m + 1)), axis=1)
+    row, column = np.nonzero(key >= 0)
+    number, count = np.divmod(key[row, column], base)
+    new = np.ones(len(row), dtype=bool)
+    new[1:] = (row[1:] != row[:-1]) | (number[1:] != number[:-1])
+    start = np.flatnonzero(new)
+    share = np.add.reduceat(1.0 / count / length[row], start) if len(start) else np.zeros(0)
+    h = np.bincount(row[start], weights=-share * np.log(share), minlength=U)
     return np.where(length > 0, np.maximum(h, 0.0), np.nan)
 
 
-def jaccard_diversity(n_users: int, page: Lists, index: np.ndarray, table: np.ndarray,
-                      size: np.ndarray) -> np.ndarray:
-    """ILD (U,) by category sets: page entries point into table and size (M+1) by index."""
-    width = int(page.order.max(initial=1))
-    grid = np.full((n_users, width), -1, dtype=np.int64)
-    grid[page.row, page.order - 1] = index
-    score = np.full(n_users, np.nan)
-    step = max(1, BLOCK // width ** 2)
-    for begin in range(0, n_users, step):
-        some = grid[begin: begin + step]
-        names, count = table[some], size[some]
-        both = np.zeros((len(some), width, width), dtype=np.int32)
-        for a in range(table.shape[1]):
-            mine = np.where(names[..., a] < 0, -2, names[..., a])        # -2: padding equals no padding
-            for b in range(table.shape[1]):
-                both += mine[:, :, None] == names[:, None, :, b]
-        either = count[:, :, None] + count[:, None, :] - both
-        similar = np.triu(both / np.maximum(either, 1), 1).sum((-2, -1))
-        n = (some >= 0).sum(1)
-        score[begin: begin + step] = 1.0 - ratio(similar, n * (n - 1) // 2)
-    return score
+def jaccard_diversity(grid: np.ndarray, table: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """ILD (U,) by category sets of pages (U, K) of items, -1 in empty slots."""
+    U, K = grid.shape
+    # Users last: every operation then runs along them, however short the pages.
+    names = np.ascontiguousarray(table[grid.T].transpose(2, 0, 1))          # (m, K, U)
+    mine = np.where(names < 0, -2, names)                                   # padding equals no padding
+    count, similar = size.astype(np.int32)[grid.T], np.zeros(U)
+    for i in range(K - 1):
+        both = np.zeros((K - 1 - i, U), dtype=np.int32)
+        for a in mine[:, i]:
+            for b in names[:, i + 1:]:
+                both += a == b
+        similar += (both / np.maximum(count[i] + count[i + 1:] - both, 1)).sum(0)
+    n = (grid >= 0).sum(1)
+    return 1.0 - ratio(similar, n * (n - 1) // 2)
 
 
 def cosine_diversity(n_users: int, page: Lists, length: np.ndarray, embedding: np.ndarray) -> np.ndarray:
@@ -621,9 +681,9 @@ def paper_scale(users: np.ndarray, pages: tuple, refs: tuple, leaf: Sequence | N
     users, pages, refs as in score_pages    leaf  item -> one category: adds the entropy of 40-item pages
     """
     users = np.asarray(users)
-    lists = ranked_lists(users, *(np.asarray(column) for column in pages))
+    lists, index = ranked_lists(users, *(np.asarray(column) for column in pages))
     row, item, rank, _ = labels(users, refs, None)
-    order, _ = places_of(row, item, lists)
+    order, _ = places_of(row, item, lists, index)
     scores = order_scores(len(users), row, rank, order, np.zeros(len(users), dtype=np.int64), paper=True)
     scores["PWKT"] = np.where(np.isnan(scores["PWKT"]) & ~np.isnan(scores["WAS"]), 0.0, scores["PWKT"])
     if leaf is not None:

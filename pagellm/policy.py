@@ -147,6 +147,7 @@ class Scorer:
     def __init__(self, shop: Shop, split: str):
         self.shop, self.held = shop, shop.csr(split)
         self.s, self.near = item_scores(shop), near_duplicates(shop.catalogue)
+        self.categories = metrics.described(shop.catalogue.categories)
         self.users = np.flatnonzero(self.held.counts() > 0)
         user = np.repeat(np.arange(shop.n_users), self.held.counts())
         self.refs = (user, self.held.items, label_ranks(user, self.held.ratings, self.s[self.held.items]))
@@ -157,7 +158,7 @@ class Scorer:
         user = np.broadcast_to(ranked.user[:, None], kept.shape)[kept]
         rank = np.broadcast_to(np.arange(1, kept.shape[1] + 1), kept.shape)[kept]
         scores = metrics.score_pages(ranked.user, (user, rank, ranked.item[kept]), self.refs,
-                                     self.shop.catalogue.categories, page_k=k, group=self.near.group)
+                                     self.categories, page_k=k, group=self.near.group)
         page, mask, leaf = ranked.item[:, :k], kept[:, :k], self.shop.catalogue.leaf_id
         known = gains(ranked.user, page, self.held, self.s)
         scores["energy"] = page_energy(page, mask, known, leaf, self.near)

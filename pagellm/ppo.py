@@ -42,7 +42,7 @@ from pagellm.policy import MODES, Policy, Validation
 from pagellm.reward import RewardModel
 from pagellm.run import Learning, Run, file_id, finished, load_model_file
 from pagellm.sft import Batch, PageMaker, collate, sft_loss
-from pagellm.train import Guard, Objective, batch_at, keyed, lr_at, optimiser, progress, set_lr
+from pagellm.train import Guard, Objective, ahead, batch_at, keyed, lr_at, optimiser, progress, set_lr
 
 __all__ = ["AdaptiveKL", "Config", "Critic", "RunningMoments", "kl_k1", "kl_k2", "kl_k3", "policy_loss",
            "run", "step_reward", "value_loss"]
@@ -405,44 +405,87 @@ def minibatch_loss(learner: Objective, config: Config, r: Rollout, rows: Tensor,
     return loss, row
 
 
-def inner_epoch(config: Config, learner: nn.Module, policy_step: Guard, critic_step: Guard, r: Rollout,
-                advantage: Tensor, ret: Tensor, order: np.ndarray, learn_policy: bool, where: str,
-                keep: Callable[[], Path] | None = None) -> dict[str, float]:
-    """One inner epoch over a rollout. -> what to log; "stopped" 1.0 if the policy had already moved too far.
+def passes(config: Config, learner: nn.Module, r: Rollout, mini: Tensor, advantage: Tensor, ret: Tensor,
+           learn_policy: bool) -> list[dict]:
+    """Forward and backward over one minibatch; what to log of its micro-batches, on the device.
 
     Each loss is a mean over the kept slots of the minibatch; a micro-batch adds its share of that mean, whichever
     process it is on (gradients are averaged over processes, hence the factor).
     """
-    device, seen, first = r.item.device, [], {}
-    for mini in torch.from_numpy(order).to(device).split(config.minibatch):
-        slots = r.mask[mini].sum().clamp(min=1)
-        mine, busy = dist.part(mini)
-        parts, micros = [], mine.split(config.micro) if busy else ()
-        most = math.ceil(len(mini) / dist.world())                      # rows of the first process
-        passes = math.ceil(most / config.micro)                         # everybody makes as many, if need be idle ones
-        for at in range(passes):
-            rows, weight = (micros[at], 1.0) if at < len(micros) else (mine[:1], 0.0)
-            share = weight * r.mask[rows].sum() / slots
-            with dist.last_backward(learner, at + 1 == passes):
-                loss, row = learner(config, r, rows, advantage, ret, learn_policy)
-                (loss * share * dist.world()).backward()
-            if weight:
-                parts.append(row | {"share": share})
-        if dist.world() > 1:
-            parts = [row for rows in dist.everybody(settled(parts)) for row in rows]
-        total = pool(parts)
-        first = first or {"first_logratio": total.pop("max_logratio", 0.0)}
+    slots = r.mask[mini].sum().clamp(min=1)
+    mine, busy = dist.part(mini)
+    parts, micros = [], mine.split(config.micro) if busy else ()
+    most = math.ceil(len(mini) / dist.world())                      # rows of the first process
+    count = math.ceil(most / config.micro)                          # everybody makes as many, if need be idle ones
+    for at in range(count):
+        rows, weight = (micros[at], 1.0) if at < len(micros) else (mine[:1], 0.0)
+        share = weight * r.mask[rows].sum() / slots
+        with dist.last_backward(learner, at + 1 == count):
+            loss, row = learner(config, r, rows, advantage, ret, learn_policy)
+            (loss * share * dist.world()).backward()
+        if weight:
+            parts.append(row | {"share": share})
+    if dist.world() > 1:
+        parts = [row for rows in dist.everybody(settled(parts)) for row in rows]
+    return parts
+
+
+def learn(config: Config, learner: nn.Module, policy_step: Guard, critic_step: Guard, r: Rollout, advantage: Tensor,
+          ret: Tensor, orders: list[np.ndarray], learn_policy: bool, where: str,
+          keep: Callable[[], Path] | None = None) -> dict[str, float]:
+    """All inner epochs over a rollout, each in its order; ended by the first minibatch that finds the policy moved
+    further than max_kl, which updates nothing any more. -> what to log; "stopped" 1.0 if it came to that.
+
+    Where optimisers step in one launch (a GPU), nobody waits for that KL: from the minibatch on that exceeds it the
+    device leaves every step out by itself, and the host, which hears of it two minibatches later, ends the loop.
+    """
+    late, halt, heard, done = policy_step.fused and dist.world() == 1 and learn_policy, None, [], []
+    minis = [(epoch, mini) for epoch, order in enumerate(orders)
+             for mini in dist.send(torch.from_numpy(order), r.item.device).split(config.minibatch)]
+    for epoch, mini in minis:
+        if len(heard) > 1 and heard[-2].read()[0]:
+            break
+        parts = passes(config, learner, r, mini, advantage, ret, learn_policy)
+        entry = {"epoch": epoch, "parts": parts, "share": len(mini) / len(r), "halted": 0.0}
+        done.append(entry)
+        if late:
+            share = torch.stack([row["share"] for row in parts])
+            moved = (torch.stack([row["policy/approxkl_k3"] for row in parts]) * share).sum() / share.sum()
+            halt = moved > config.max_kl if halt is None else halt | (moved > config.max_kl)
+            entry["halted"] = halt.double()
+            heard.append(dist.Fetch([entry["halted"]]))
+        elif learn_policy:
+            entry["parts"] = settled(parts)
+            if pool(entry["parts"])["policy/approxkl_k3"] > config.max_kl:
+                entry["halted"] = 1.0
+                for guard in (policy_step, critic_step):
+                    guard.opt.zero_grad(set_to_none=True)
+                break
+        entry["val/grad_norm"] = critic_step.step(where, keep, halt)
+        if learn_policy:
+            entry["policy/grad_norm"] = policy_step.step(where, keep, halt)
+    return learnt(done, learn_policy)
+
+
+def learnt(done: list[dict], learn_policy: bool) -> dict[str, float]:
+    """What to log of the minibatches that `learn` has made: the last inner epoch's means."""
+    rows = iter(settled([row for entry in done for row in (entry, *entry["parts"])]))
+    row, seen, epoch = {}, [], -1
+    for entry in rows:
+        total = pool([next(rows) for _ in entry["parts"]])
+        moved = total.pop("max_logratio", 0.0)
+        if entry["epoch"] != epoch:
+            epoch, seen = entry["epoch"], []
+            if epoch == 0:      # before the first update of the step: the ratio must still be 1
+                row["rollout/first_epoch_max_abs_logratio"] = moved
         if learn_policy:
             total["policy/ratio_var"] = total.pop("ratio_sq") - total["policy/ratio_mean"] ** 2
-        if learn_policy and total["policy/approxkl_k3"] > config.max_kl:
-            for guard in (policy_step, critic_step):
-                guard.opt.zero_grad(set_to_none=True)
-            return (pool(seen) if seen else total) | first | {"stopped": 1.0}
-        total["val/grad_norm"] = critic_step.step(where, keep)
-        if learn_policy:
-            total["policy/grad_norm"] = policy_step.step(where, keep)
-        seen.append(total | {"share": len(mini) / len(order)})
-    return pool(seen) | first | {"stopped": 0.0}
+        if entry["halted"]:
+            row |= (pool(seen) if seen else total) | {"stopped": 1.0, "inner_epochs": epoch + 1}
+            break
+        seen.append(total | {name: value for name, value in entry.items() if "/" in name or name == "share"})
+        row |= pool(seen) | {"stopped": 0.0, "inner_epochs": epoch + 1}
+    return row
 
 
 def policy_row(logp: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, clip: float) -> dict[str, Tensor]:
@@ -511,7 +554,7 @@ def rollout_row(r: Rollout, reward: Tensor, advantage: Tensor, ret: Tensor, mome
             "list/distinct": len({tuple(page) for page in pages}) / len(pages)}
 
 
-def page_row(pages: Tensor, categories: list) -> dict[str, float]:
+def page_row(pages: Tensor, categories: metrics.Described) -> dict[str, float]:
     """Mean ILD and category entropy of sampled pages (B, K)."""
     page, slot = np.nonzero(pages.cpu().numpy() >= 0)
     none = np.zeros(0, dtype=np.int64)
@@ -577,6 +620,7 @@ def run(config: Config) -> None:
         moments, steer = RunningMoments(), None
         if config.kl_target:
             steer = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
+        categories = metrics.described(shop.catalogue.categories)
         validation = Validation(shop, "valid", config.k, config.mode, config.eval_users, config.seed)
 
         # Reward model and critic only. In bfloat16 the policy's pass over a page leaves the log-probabilities the page
@@ -610,24 +654,24 @@ def run(config: Config) -> None:
                     "critic_opt": dist.optimiser_state(critic, critic_opt), "moments": moments.state_dict(),
                     "kl_coef": steer.coef if steer else config.kl_coef}
 
-        bar = progress(start, total, "ppo")
-        for step in out.steps(bar):
-            began = time.time()
+        def questions(step: int) -> tuple:
+            """Users, what SFT would teach of them, their prompts, what no page may hold, and the numbers that draw pages."""
             some = users[batch_at(step, len(users), per_step, config.seed, "ppo")[1]].repeat(config.samples)
-            taught = None
-            if hides:
-                taught = collate(policy, some, [maker.example(u, config.label_share, keyed(
-                    config.seed, "ppo", "split", step, int(u))) for u in some])
-            if config.w_hit:
-                prompt, valid, excluded = taught.prompt, taught.valid, taught.excluded
-            else:
-                prompt, valid = policy.prompt(some, [history.of(u) for u in some])
-                excluded = torch.from_numpy(seen.padded(some)).to(device)
+            taught = collate(policy, some, [maker.example(u, config.label_share, keyed(
+                config.seed, "ppo", "split", step, int(u))) for u in some]) if hides else None
             uniform = np.stack([keyed(config.seed, "ppo", "sample", step, int(u), i % config.samples).random(config.k)
                                 for i, u in enumerate(some)])
+            uniform = dist.send(torch.from_numpy(uniform), device)
+            if config.w_hit:
+                return some, taught, taught.prompt, taught.valid, taught.excluded, uniform
+            return (some, taught, *policy.prompt(some, [history.of(u) for u in some]),
+                    dist.send(torch.from_numpy(seen.padded(some)), device), uniform)
+
+        bar = progress(start, total, "ppo")
+        for step, (some, taught, *given) in ahead(out.steps(bar), total, questions):
+            began = time.time()
             with dist.whole(objective):
-                r = roll_out(config, policy, ref, reward, critic, prompt, valid, excluded,
-                             torch.from_numpy(uniform).to(device))
+                r = roll_out(config, policy, ref, reward, critic, *given)
             if not torch.stack([x.isfinite().all() for x in (r.old_logp, r.ref_logp, r.value, r.token, r.page)]).all():
                 kept = out.keep_for_replay(step, {**state_at(step), "rollout": vars(r)})
                 raise PageLLMError(f"ppo step {step}: log-probabilities, values or rewards are not finite; lower the "
@@ -648,20 +692,13 @@ def run(config: Config) -> None:
                 set_lr(group, lr_at(step, total, peak, shape="linear"))
             row = {"learning": learning, "kl_coef": kl_coef, "lr": opt.param_groups[0]["lr"],
                    **settled([rollout_row(r, rewards, advantage, ret, moments)])[0],
-                   **page_row(r.item, shop.catalogue.categories)}
-            for epoch in range(config.inner_epochs):
-                order = (np.arange(len(r)) if config.minibatch >= len(r)
-                         else keyed(config.seed, "ppo", "minibatches", step, epoch).permutation(len(r)))
-                seen_row = inner_epoch(config, learner, policy_step, critic_step, r, advantage, ret, order, learning,
-                                       f"ppo step {step}", lambda step=step, r=r: out.keep_for_replay(
-                                           step, {**state_at(step), "rollout": vars(r)}))
-                moved = seen_row.pop("first_logratio")
-                if epoch == 0:      # before the first update of the step: the ratio must still be 1
-                    row["rollout/first_epoch_max_abs_logratio"] = moved
-                row |= seen_row
-                row["inner_epochs"] = epoch + 1
-                if seen_row.get("stopped"):
-                    break
+                   **page_row(r.item, categories)}
+            orders = [np.arange(len(r)) if config.minibatch >= len(r)
+                      else keyed(config.seed, "ppo", "minibatches", step, epoch).permutation(len(r))
+                      for epoch in range(config.inner_epochs)]
+            row |= learn(config, learner, policy_step, critic_step, r, advantage, ret, orders, learning,
+                         f"ppo step {step}", lambda step=step, r=r: out.keep_for_replay(
+                             step, {**state_at(step), "rollout": vars(r)}))
             if steer:
                 steer.update(row["objective/kl_seq_sum"], len(r))
 

@@ -207,19 +207,21 @@ class Guard:
         self.max_norm, self.patience, self.bad = max_norm, patience, 0
         self.fused, self.fetch = opt.defaults["fused"], None
 
-    def step(self, where: str, keep: Callable[[], Path] | None = None) -> float | Tensor:
+    def step(self, where: str, keep: Callable[[], Path] | None = None, skip: Tensor | None = None) -> float | Tensor:
         """-> the gradient norm before clipping, which is not finite where the step was skipped.
 
         keep   writes what made the last of the bad steps and says where
+        skip   bool, a fused optimiser only: True leaves weights, moments and counts of steps as they are
         Raises PageLLMError after `patience` non-finite norms in a row.
         """
         norm = clip_grad_norm(self.parameters, self.max_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if self.fused:
             bad = ~norm.isfinite()
-            self.opt.found_inf = bad.float()
+            self.opt.found_inf = (bad if skip is None else bad | skip).float()
             self.opt.step()
-            self.bad = torch.where(bad, self.bad + 1.0, 0.0)
+            count = torch.where(bad, self.bad + 1.0, 0.0)
+            self.bad = count if skip is None else torch.where(skip, self.bad, count)
             before, self.fetch = self.fetch, dist.Fetch([self.bad])
             count = int(before.read()[0]) if before else 0
         else:

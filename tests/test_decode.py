@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from pagellm.decode import Unseen, beam, greedy, one_shot, page_logp, ranking, sample, shared_start, slot_states
+from pagellm.decode import Unseen, beam, drawn, greedy, one_shot, page_logp, ranking, sample, shared_start, slot_states
 from pagellm.gpt2 import GPT2, Shape
+from tests.strategies import seeds
 
 N, WORDS, USERS = 7, 5, 2
 SHAPE = Shape(n_layer=2, n_head=2, n_embd=8, n_ctx=24)
@@ -201,3 +202,37 @@ def test_gradient_reaches_legal_rows_only():
     page_logp(states, model.item, item, torch.ones(1, 2, dtype=torch.bool), excluded).sum().backward()
     moved = model.item.grad.abs().sum(1) > 0
     assert moved.tolist() == [False, True, True, True, True, True, False]
+
+
+@given(seeds, st.integers(1, 40), st.integers(1, 6))
+@settings(deadline=None, max_examples=100)
+def test_a_draw_inverts_the_running_sum_and_never_takes_what_cannot_be(seed, N, B):
+    """In eighths, whose sums are exact: the item is the first at which the sum exceeds uniform times the whole."""
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.randint(0, 4, (B, N), generator=generator).float() / 8 * (torch.rand(B, N, generator=generator) < 0.5)
+    p[:, int(torch.randint(N, (1,), generator=generator))] += 0.125
+    for uniform in (torch.rand(B, dtype=torch.float64, generator=generator), torch.zeros(B, dtype=torch.float64),
+                    torch.full((B,), 1 - 2.0 ** -53, dtype=torch.float64)):
+        total = p.double().cumsum(1)
+        want = [next(n for n in range(N) if total[b, n] > uniform[b] * total[b, -1] or n == N - 1) for b in range(B)]
+        found = drawn(p, uniform)
+        assert (p.gather(1, found[:, None]) > 0).all()
+        if uniform[0] < 1 - 2.0 ** -53:         # times the whole that may round to the whole, which nothing exceeds
+            assert found.tolist() == want
+
+
+def test_what_is_barred_is_what_is_not_legal_slot_after_slot():
+    generator = torch.Generator().manual_seed(0)
+    excluded = torch.tensor([[0, 3, -1], [-1, -1, -1], [1, 1, 6]])
+    allowed = torch.rand(3, N, generator=generator) < 0.8
+    one, two = Unseen(excluded, N, allowed), Unseen(excluded, N, allowed)
+    for item in ([2, 4, -1], [5, -1, 2], None, [1, 0, 0]):
+        if item is None:
+            one.select(torch.tensor([1, 1, 0]))
+            two.select(torch.tensor([1, 1, 0]))
+        else:
+            one.place(torch.tensor(item))
+            two.place(torch.tensor(item))
+        logits = torch.randn(3, N, generator=generator)
+        want = torch.where(two.legal, logits, -torch.inf)
+        assert torch.equal(one.bar(logits), want) and torch.equal(one.legal, two.legal)

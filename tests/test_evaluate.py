@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagellm import evaluate, metrics
+from pagellm import evaluate, metrics, pretrain, sft
 from pagellm.config import PageLLMError
 from pagellm.data import prepare
 from pagellm.data.shop import Rows, load
 from pagellm.evaluate import audience, check_leak, check_mask, check_pages, rank_all, seen_rows, top_items
-from pagellm.policy import RankedPages, Scorer
+from pagellm.policy import Policy, RankedPages, Scorer
 from pagellm.train import keyed
 from tests.strategies import purchases, rows_of, seeds
 
@@ -201,3 +202,18 @@ def test_evaluate_reads_the_baselines_beside_it_and_stops_at_a_leak(shop, tmp_pa
         evaluate.run(config)
     other = evaluate.Config(data=str(shop.path.parent), runs=str(tmp_path), mask="train")
     assert evaluate.baselines_of(other) == {}                       # made under another mask
+
+
+def test_pages_of_the_same_weights_are_written_once(tmp_path, monkeypatch):
+    where = {"data": str(tmp_path / "data"), "runs": str(tmp_path / "runs")}
+    prepare.run(prepare.Config(data=where["data"], users=60, items=40, k_core=3))
+    pretrain.run(pretrain.Config(**where, size="nano", steps=2))
+    sft.run(sft.Config(**where, epochs=1, k=5, batch=16))
+    runs = tmp_path / "runs" / "synthetic"
+    shutil.copytree(runs / "sft", runs / "ppo")
+    asked, rank = [], Policy.rank
+    monkeypatch.setattr(Policy, "rank", lambda self, *rest, **more: asked.append(1) or rank(self, *rest, **more))
+    found = evaluate.run(evaluate.Config(**where, k=5, depth=10, policies="sft,ppo", quiet=True))
+    assert len(asked) == 1 and found["sft"] == found["ppo"]
+    assert found[evaluate.DIFFERENCE]["Recall@20"]["mean"] == 0
+    assert (runs / "evaluate/ppo/pages.parquet").read_bytes() == (runs / "evaluate/sft/pages.parquet").read_bytes()

@@ -13,6 +13,7 @@ from pagellm.metrics import (
     DIRECTION,
     average_ranks,
     balance,
+    described,
     dpa,
     duplicate_rate,
     entropy,
@@ -464,6 +465,23 @@ def test_score_pages_cuts_its_blocks(monkeypatch):
     monkeypatch.setattr(metrics, "BLOCK", 80)
     for name, values in score_pages(users, pages, refs, categories).items():
         np.testing.assert_array_equal(values, whole[name])
+
+
+def test_score_pages_takes_any_item_numbers_and_categories_described_before():
+    """Item numbers of 18 digits, and the same scores from what `described` made once."""
+    users = np.arange(6)
+    rng = np.random.default_rng(0)
+    item = np.stack([rng.permutation(30)[:9] for _ in users])
+    item[2, 4] = item[2, 1]
+    refs = np.repeat(users, 2), np.stack([rng.permutation(30)[:2] for _ in users]).reshape(-1), np.tile([1, 2], 6)
+    pages = np.repeat(users, 9), np.tile(np.arange(9), 6), item.reshape(-1)
+    categories = [("a", "b")[: n % 3] for n in range(30)]
+    want = score_pages(users, pages, refs, categories)
+    far = {10 ** 17 * n: names for n, names in enumerate(categories)}
+    for got in (score_pages(users, (*pages[:2], pages[2] * 10 ** 17), (refs[0], refs[1] * 10 ** 17, refs[2]), far),
+                score_pages(users, pages, refs, described(categories))):
+        for name in want:
+            np.testing.assert_array_equal(got[name], want[name], err_msg=name)
 
 
 def test_score_pages_refuses():

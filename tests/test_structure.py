@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = ["config", "files", "embeddings", "dist", "run", "data.records", "data.amazon", "data.interactions",
          "data.download", "data.filters", "data.spool", "data.synthetic", "data.raw", "data.parallel", "data.prepare",
          "data.shop", "vocab", "prompts", "lists", "pairs", "weights", "backbone", "gpt2", "llama", "lora", "networks",
-         "sampled", "decode", "metrics", "train", "als", "policy", "pretrain", "sft", "reward", "alarms", "ppo",
+         "sampled", "top", "decode", "metrics", "train", "als", "policy", "pretrain", "sft", "reward", "alarms", "ppo",
          "evaluate", "export", "search", "recommender", "recommend", "features", "api", "serve", "__main__"]
 BASE = {"torch", "tokenizers", "numpy", "pyarrow", "tqdm"}
 EXTRAS = {"faiss", "huggingface_hub", "uvicorn"}                # imported inside functions only

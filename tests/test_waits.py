@@ -3,11 +3,14 @@
 What a GPU would do is done on a CPU here: the optimiser that steps in one launch, and positions not picked by a mask.
 """
 
+import copy
+import json
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pagellm import decode, pretrain, reward, sft, train
+from pagellm import decode, dist, ppo, pretrain, reward, sft, train
 from pagellm.config import PageLLMError
 from pagellm.data import prepare
 from pagellm.gpt2 import GPT2, Shape
@@ -62,6 +65,87 @@ def test_no_step_waits_for_the_device(root, monkeypatch):
         stage.run(stage.Config(**common, **more))
         assert len(steps) > before + 2, f"{stage.__name__}: nothing was watched"
         assert not questions.asked, f"{stage.__name__} asks: {set(questions.asked)}"
+
+
+def test_ppo_asks_nothing_from_a_rollout_to_its_last_update(root, monkeypatch):
+    """And where the KL stops it, what was learnt and logged is what a host that waits for every answer gets."""
+    where = {"data": str(root / "data"), "runs": str(root / "runs")}
+    common = {**where, "source_run": "ready", "min_steps": 6, "epochs": 0.1, "rollout": 16, "k": 5, "eval_every": 100,
+              "critic_warmup": 1, "minibatch": 4, "lr": 1e-2, "max_kl": 1e-4}
+    pretrain.run(pretrain.Config(**where, run="ready", size="nano", steps=2, batch=8))
+    sft.run(sft.Config(**where, run="ready", epochs=1, k=5, batch=16))
+    reward.run(reward.Config(**where, run="ready", per_kind=2, batch=16))
+    plain, asked, fetches, waits = ppo.learn, [], [], []
+
+    class Fetch(dist.Fetch):
+        """Numbers on their way; to read those sent last is to wait for all that the device has been told to do."""
+
+        def __init__(self, scalars):
+            super().__init__(scalars)
+            if scalars:
+                fetches.append(self)
+
+        def read(self):
+            if self in fetches:
+                waits.append(self is fetches[-1])
+            return super().read()
+
+    def watched(*args):
+        waits.clear()
+        with Questions() as questions:
+            row = plain(*args)
+        asked.extend(questions.asked)
+        assert sum(waits) == 1 and waits[-1], "one wait, for the log, after the last update"
+        return row
+
+    logs, weights = [], []
+    for fused in ((), ("cpu",)):
+        monkeypatch.setattr(train, "FUSED", fused)
+        if fused:
+            monkeypatch.setattr(decode, "WHOLE", ("cpu",))
+            monkeypatch.setattr("kernels.logprob.require", lambda ok, message: None)
+            monkeypatch.setattr(ppo, "learn", watched)
+            monkeypatch.setattr(dist, "Fetch", Fetch)
+        ppo.run(ppo.Config(**common, run=f"fused{len(fused)}", select="last"))
+        folder = root / "runs" / f"fused{len(fused)}" / "ppo"
+        logs.append([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()])
+        weights.append(torch.load(folder / "model.pt", weights_only=True)["weights"])
+    assert not asked, f"ppo asks: {set(asked)}"
+    assert [row.get("inner_epochs") for row in logs[0]] == [row.get("inner_epochs") for row in logs[1]]
+    assert 1.0 in [row.get("stopped") for row in logs[0]] and 0.0 in [row.get("stopped") for row in logs[0]]
+    for row, other in zip(*logs, strict=True):
+        assert row.keys() == other.keys()
+        for name in row:
+            if isinstance(row[name], float):
+                assert row[name] == pytest.approx(other[name], rel=2e-3, abs=2e-4), name
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_skipped_fused_step_leaves_weights_moments_counts_and_patience_as_they_are(monkeypatch):
+    monkeypatch.setattr(train, "FUSED", ("cpu",))
+    model = small_model()
+    guard = Guard(optimiser(model, 0.1), model.parameters(), 1.0, patience=3)
+
+    def step(value, skip):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, value)
+        guard.step("here", skip=torch.tensor(skip))
+        return copy.deepcopy([[p.detach() for p in model.parameters()], guard.opt.state_dict()["state"]])
+
+    def same(a, b):
+        return all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True)) and all(
+            torch.equal(a[1][i][name], b[1][i][name]) for i in a[1] for name in a[1][i])
+
+    first = step(1.0, False)
+    assert same(step(2.0, True), first) and same(step(float("nan"), True), first)
+    assert not same(step(2.0, False), first)
+    for _ in range(2):
+        step(float("nan"), False)
+        step(1.0, True)                             # neither forgives nor counts
+    step(float("nan"), False)
+    with pytest.raises(PageLLMError, match="not finite 3 times in a row"):
+        step(1.0, True)
 
 
 def test_a_question_would_be_noticed():

@@ -79,6 +79,13 @@ class Rows(NamedTuple):
         items = self.items[index] if len(self.items) else np.full(index.shape, fill, np.int64)
         return np.where(column < counts[:, None], items, fill)
 
+    def flat(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """place, item (E,) of all items of these users: an item of users[place]."""
+        counts = self.counts()[users]
+        place = np.repeat(np.arange(len(counts)), counts)
+        within = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return place, self.items[self.indptr[users][place] + within]
+
 
 @dataclass(frozen=True)
 class Shop:

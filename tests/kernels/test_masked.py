@@ -14,6 +14,14 @@ from tests.strategies import garbage, seeds
 FUNCTIONS = ["mean", "variance", "center", "whiten"]
 
 
+@pytest.fixture(scope="module", autouse=True, params=[masked.BLOCK, 1, 5])
+def block(request):
+    """Every law holds for tensors taken whole and for tensors taken by blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masked, "BLOCK", request.param)
+        yield
+
+
 @st.composite
 def masked_tensors(draw, dtype=torch.float64, least=0, most=12):
     """x and a mask of one shape, any pattern, at least `least` entries kept."""
@@ -85,6 +93,24 @@ def test_a_large_offset_costs_no_digits():
     mask = torch.ones(4000, dtype=torch.bool)
     assert_close(masked.variance(x, mask).double(), x.double().var(), rtol=1e-5, atol=0)
     assert_close(masked.center(x, mask).double(), x.double() - x.double().mean(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, -3e6])
+def test_blocks_of_different_levels_join_to_the_variance_of_all(offset, monkeypatch):
+    """What the means of blocks differ by is most of this variance; float64 is the judge."""
+    monkeypatch.setattr(masked, "BLOCK", 5000)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5 * masked.BLOCK + 7, generator=generator) + offset
+    x += (torch.arange(len(x)) // masked.BLOCK) * 30.0
+    mask = torch.rand(len(x), generator=generator) < 0.7
+    mask[masked.BLOCK: 2 * masked.BLOCK] = False
+    exact = x[mask].double()
+    assert_close(masked.mean(x, mask).double(), exact.mean(), rtol=1e-7, atol=1e-6)
+    assert_close(masked.variance(x, mask).double(), exact.var(), rtol=1e-6, atol=0)
+    want = (exact - exact.mean()) / exact.std()
+    assert_close(masked.whiten(x, mask)[mask].double(), want, rtol=0, atol=1e-6)
+    assert_close(masked.center(x, mask)[mask].double(), exact - exact.mean(), rtol=0, atol=3e-5)
+    assert not masked.whiten(x, mask)[~mask].any() and masked.whiten(x, mask).shape == x.shape
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (2, 0), (3,), (2, 2)])
