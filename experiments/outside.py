@@ -11,12 +11,13 @@ Imports nothing of ours, so that a library's pins never meet our environment.
 
 Search: the middle of each grid first, then settings drawn at random, until `minutes` of processor time are over; chosen
 on validation NDCG@100, full catalogue less train items. Networks that learn in epochs are looked at while they learn,
-keep their best epoch, and stop once they learn no more. --settings takes settings and epochs of an earlier search
+keep their best epoch, and stop once they learn no more; when they are looked at hangs on the clock, so that another
+search may end elsewhere. --settings takes settings and epochs of an earlier search
 instead (experiments/settings/<dataset>.json); --refit then fits them to train + validation.
 
-SASRec, BERT4Rec and HSTU read each user's train items in the order of `time`: the reviews' dates, days of equal date
-in order of item, or the place in the sequence where a shop's files hold only that. A random split takes items out of
-the middle of these sequences, as it does in the paper. HSTU goes without its attention to time: with such a split no
+SASRec, BERT4Rec and HSTU read each user's train items in the order of `time`: the reviews' dates, those of one day in
+order of item, or the place in the sequence where a shop's files hold only that. A random split takes items out of the
+middle of these sequences, as it does in the paper. HSTU goes without its attention to time: with such a split no
 moment is known at which a page would be asked for; logits_t divides its cosines, which a softmax could not tell apart.
 
 Writes the run file (user, item, score: the best `depth` of the full catalogue less what the model was fitted to; equal
