@@ -294,6 +294,10 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.item)
 
+    def state(self) -> dict:
+        """All of it as plain tensors."""
+        return vars(self) | {"sft": self.sft and vars(self.sft)}
+
 
 def legal_logits(states: Tensor, model: Backbone, item: Tensor, excluded: Tensor) -> Tensor:
     """(B, K, N) item logits with -inf on whatever slot k may not hold. For exact KL on a micro-batch only."""
@@ -655,7 +659,7 @@ def run(config: Config) -> None:
                     "kl_coef": steer.coef if steer else config.kl_coef}
 
         def questions(step: int) -> tuple:
-            """Users, what SFT would teach of them, their prompts, what no page may hold, and the numbers that draw pages."""
+            """Users, what SFT would teach of them, prompts, what no page may hold, and the numbers that draw pages."""
             some = users[batch_at(step, len(users), per_step, config.seed, "ppo")[1]].repeat(config.samples)
             taught = collate(policy, some, [maker.example(u, config.label_share, keyed(
                 config.seed, "ppo", "split", step, int(u))) for u in some]) if hides else None
@@ -673,7 +677,7 @@ def run(config: Config) -> None:
             with dist.whole(objective):
                 r = roll_out(config, policy, ref, reward, critic, *given)
             if not torch.stack([x.isfinite().all() for x in (r.old_logp, r.ref_logp, r.value, r.token, r.page)]).all():
-                kept = out.keep_for_replay(step, {**state_at(step), "rollout": vars(r)})
+                kept = out.keep_for_replay(step, {**state_at(step), "rollout": r.state()})
                 raise PageLLMError(f"ppo step {step}: log-probabilities, values or rewards are not finite; lower the "
                                    f"learning rate (RUN=another, or remove {out.path})\n"
                                    f"  The rollout, weights and moments are in {kept} for a closer look.")
@@ -698,7 +702,7 @@ def run(config: Config) -> None:
                       for epoch in range(config.inner_epochs)]
             row |= learn(config, learner, policy_step, critic_step, r, advantage, ret, orders, learning,
                          f"ppo step {step}", lambda step=step, r=r: out.keep_for_replay(
-                             step, {**state_at(step), "rollout": vars(r)}))
+                             step, {**state_at(step), "rollout": r.state()}))
             if steer:
                 steer.update(row["objective/kl_seq_sum"], len(r))
 
