@@ -83,8 +83,8 @@ def test_a_result_is_kept_for_its_own_settings_and_a_failure_for_its_own_limits(
     point, path = Point(150, 120, 4, 6, sampled=True), tmp_path / "results.jsonl"
     config = small(tmp_path)
     results = Results(path)
-    results.add(row_of(config, point, failed="more than 2 minutes", limit_gb=20.0, minutes=2.0))
-    results.add(row_of(config, point, "reward", failed="ValueError: nothing there", limit_gb=20.0, minutes=2.0))
+    for stage, why in (("sft", "more than 2 minutes"), ("reward", "ValueError: nothing there")):
+        results.add({**key_of(stage, config, point), "failed": why, "limit_gb": 20.0, "minutes": 2.0})
 
     def find(stage="sft", **more):
         other = small(tmp_path, **more)
