@@ -35,7 +35,7 @@ from pagellm import dist, metrics
 from pagellm.alarms import alarms
 from pagellm.backbone import Backbone
 from pagellm.config import PageLLMError, check, main
-from pagellm.data.shop import Rows, Shop, load
+from pagellm.data.shop import Shop, load
 from pagellm.decode import Unseen, page_logp, sample, shared_start, slot_states
 from pagellm.networks import from_state
 from pagellm.policy import MODES, Policy, Validation
@@ -81,6 +81,7 @@ class Config(Learning):
     w_hit: float = 0.0           # weight of the page's NDCG on train items that its prompt hides; nothing learnt judges
     sft_coef: float = 0.0        # weight of SFT's loss on the users of a rollout, nats per slot of their pages
     label_share: float = 0.2     # share of a user's train items that w_hit and sft_coef hide from the prompt
+    max_page: int = 40           # longest page that SFT's loss reads
     critic_warmup: int = 20      # critic updates before the policy's first
     max_kl: float = 0.03         # stop the inner epochs when the new policy is further than this (k3, nats a slot)
     grad_clip: float = 1.0       # largest gradient norm, policy and critic apart
@@ -94,8 +95,8 @@ class Config(Learning):
     def __post_init__(self):
         super().__post_init__()
         positive = {f: (getattr(self, f) > 0, "above 0") for f in
-                    ("epochs", "rollout", "samples", "minibatch", "micro", "inner_epochs", "k", "temperature", "lr",
-                     "critic_lr", "grad_clip", "max_kl", "value_clip", "eval_every", "kl_horizon")}
+                    ("epochs", "rollout", "samples", "minibatch", "micro", "inner_epochs", "k", "max_page", "temperature",
+                     "lr", "critic_lr", "grad_clip", "max_kl", "value_clip", "eval_every", "kl_horizon")}
         check(self, **positive, algo=(self.algo in ("ppo", "reinforce", "rloo"), "ppo, reinforce or rloo"),
               clip=(0 < self.clip < 1, "between 0 and 1"), lam=(0 <= self.lam <= 1, "0 to 1"),
               gamma=(0 <= self.gamma <= 1, "0 to 1"), mode=(self.mode in MODES, ", ".join(MODES)),
@@ -243,8 +244,9 @@ def normalise_reward(token_reward: Tensor, page_reward: Tensor, mask: Tensor, mo
                      w_page: float, limit: float = 5.0, hit: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Running normalisation of the page's whole reward S = w_token mean(token) + w_page page + sum(hit), in its parts.
 
-    token part w_token token / sigma, terminal part (w_page page - mu) / sigma, hits hit / sigma, each clipped to
-    +- limit, so that their sum is (S - mu) / sigma. `moments` takes in this batch first. Before KL: that stays in nats.
+    token part w_token token / sigma and terminal part (w_page page - mu) / sigma, each clipped to +- limit, and hit /
+    sigma, which is bounded by itself, so that their sum is (S - mu) / sigma. `moments` takes in this batch first.
+    Before KL: that stays in nats.
     returns token (B, K), page (B,), hit (B, K): weights are already inside
     """
     hit = torch.zeros_like(token_reward) if hit is None else torch.where(mask, hit, 0.0)
@@ -252,7 +254,7 @@ def normalise_reward(token_reward: Tensor, page_reward: Tensor, mask: Tensor, mo
     moments.update(w_token * mean + w_page * page_reward + hit.sum(1))
     sigma = max(moments.std, 1e-6)
     return ((w_token * token_reward / sigma).clamp(-limit, limit),
-            ((w_page * page_reward - moments.mean) / sigma).clamp(-limit, limit), (hit / sigma).clamp(-limit, limit))
+            ((w_page * page_reward - moments.mean) / sigma).clamp(-limit, limit), hit / sigma)
 
 
 class Critic(nn.Module):
@@ -404,7 +406,7 @@ def minibatch_loss(learner: Objective, config: Config, r: Rollout, rows: Tensor,
         row |= {"policy/loss": p_loss.detach(), "policy/entropy": bonus.detach()}
         if config.sft_coef:
             b = r.sft.part(rows)
-            taught = sft_loss(learner.policy, b, "both") * b.mask.sum() / mask.sum()
+            taught = sft_loss(learner.policy, b, "both") * b.mask.sum() / mask.sum().clamp(min=1)
             loss, row["policy/sft_loss"] = loss + config.sft_coef * taught, taught.detach()
     return loss, row
 
@@ -611,8 +613,12 @@ def run(config: Config) -> None:
         history, seen = shop.csr("train"), shop.csr("train", positive=None)
         users, hides = np.flatnonzero(history.counts() > 0), config.w_hit > 0 or config.sft_coef > 0
         if hides:
-            maker = PageMaker(shop)
+            if policy.vocab.times:
+                raise PageLLMError("w_hit and sft_coef hide train items at random, and a policy with time tokens has "
+                                   "learnt pages that come after their history: leave both at 0")
+            maker, disliked = PageMaker(shop), shop.csr("train", positive=False)
             users = maker.users
+            longest = min(config.max_page, policy.model.shape.n_ctx - policy.prompts.page_room)
         per_step = config.rollout // config.samples
         total = max(config.min_steps, round(config.epochs * len(users) / per_step))
         frozen = -(-config.critic_warmup // (config.inner_epochs * (config.rollout // config.minibatch)))
@@ -667,7 +673,8 @@ def run(config: Config) -> None:
                                 for i, u in enumerate(some)])
             uniform = dist.send(torch.from_numpy(uniform), device)
             if config.w_hit:
-                return some, taught, taught.prompt, taught.valid, taught.excluded, uniform
+                gone = torch.cat([taught.excluded, dist.send(torch.from_numpy(disliked.padded(some)), device)], 1)
+                return some, taught, taught.prompt, taught.valid, gone, uniform
             return (some, taught, *policy.prompt(some, [history.of(u) for u in some]),
                     dist.send(torch.from_numpy(seen.padded(some)), device), uniform)
 
@@ -684,7 +691,7 @@ def run(config: Config) -> None:
             kl_coef = steer.coef if steer else config.kl_coef
             if config.w_hit:
                 r.hit = hit_reward(r.item, r.mask, taught.item)
-            r.sft = taught if config.sft_coef else None
+            r.sft = taught.head(longest) if config.sft_coef else None
             token, page, hit = normalise_reward(r.token, r.page, r.mask, moments, config.w_token, config.w_page,
                                                 hit=None if r.hit is None else config.w_hit * r.hit)
             # The weights are inside the parts already: normalisation needs the weighted sum.
@@ -711,7 +718,9 @@ def run(config: Config) -> None:
                     scores = validation(policy)
                 row |= valid_row(scores)
                 best = keep_best(config, best, scores, step + 1, policy)
-                log_samples(out, step + 1, shop, some[:3], r, history)
+                rows = range(0, len(r), config.samples)[:3]
+                log_samples(out, step + 1, shop, {i: (int(some[i]), taught.excluded[i] if config.w_hit
+                                                      else history.of(some[i])[0]) for i in rows}, r)
             out.log(step + 1, "timing", seconds=round(time.time() - began, 3), peak_mb=dist.peak_memory())
             log.append({"step": step + 1, **{k: float(v) if isinstance(v, torch.Tensor) else v
                                              for k, v in row.items()}})
@@ -746,14 +755,17 @@ def keep_best(config: Config, best: dict, scores: dict[str, float], step: int, p
     return {"score": score, "step": step, "weights": dist.weights(policy.model, frozen=False)}
 
 
-def log_samples(out: Run, step: int, shop: Shop, users, r: Rollout, history: Rows) -> None:
-    """The first pages of a rollout as people read them: history, gold, page, rewards and KL of every slot."""
+def log_samples(out: Run, step: int, shop: Shop, shown: dict, r: Rollout) -> None:
+    """Pages of a rollout as people read them: history, gold, page, rewards and KL of every slot.
+
+    shown   row of the rollout -> its user, the items whose like the prompt knows
+    """
     if not dist.is_main():
         return
     title, held = shop.catalogue.title, shop.csr("valid")
-    for i, user in enumerate(users):
+    for i, (user, history) in shown.items():
         kept = r.mask[i]
-        out.log(step, "samples", user=shop.user_ids[user], history=[title[j] for j in history.of(user)[0]],
+        out.log(step, "samples", user=shop.user_ids[user], history=[title[j] for j in history.tolist() if j >= 0],
                 gold=[title[j] for j in held.of(user)[0]], page=[title[j] for j in r.item[i][kept].tolist()],
                 page_reward=r.page[i], token_reward=[round(x, 4) for x in r.token[i][kept].tolist()],
                 kl=[round(x, 4) for x in (r.old_logp - r.ref_logp)[i][kept].tolist()])

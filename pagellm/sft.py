@@ -152,6 +152,10 @@ class Batch:
         """Some rows of it, all items in the softmax."""
         return Batch(self.prompt[rows], self.valid[rows], self.item[rows], self.mask[rows], self.excluded[rows])
 
+    def head(self, slots: int) -> "Batch":
+        """The same with no page longer than `slots`."""
+        return Batch(self.prompt, self.valid, self.item[:, :slots], self.mask[:, :slots], self.excluded)
+
 
 def collate(policy: Policy, users, examples, when=None) -> Batch:
     histories = [history for history, _ in examples]

@@ -186,6 +186,42 @@ def test_micro_batches_move_nothing(root, more):
     assert apart < 0.05 * moved or moved == 0
 
 
+def test_hits_and_sfts_loss_keep_to_what_a_page_may_hold(root, monkeypatch):
+    """Hidden items may be on a page, disliked ones not; SFT's pages are cut; a page without a slot ends no run."""
+    disliked = load(root / "data" / "synthetic").csr("train", positive=False)
+    collate, roll_out, asked, seen = ppo.collate, ppo.roll_out, [], []
+
+    def asking(policy, users, examples, when=None):
+        asked.append((np.array(users), [page for _, page in examples]))
+        return collate(policy, users, examples, when)
+
+    def rolling(*args):
+        r = roll_out(*args)
+        r.mask[0], r.item[0] = False, -1                  # as if nothing had been left for this one
+        seen.append(r)
+        return r
+
+    monkeypatch.setattr(ppo, "collate", asking)
+    monkeypatch.setattr(ppo, "roll_out", rolling)
+    ppo.run(config(root, "ppo", run="hits", source_run="base", w_hit=1.0, sft_coef=1.0, label_share=0.5, micro=1,
+                   max_page=2, critic_warmup=0))
+    held = 0
+    for (users, pages), r in zip(asked, seen, strict=False):
+        for row, (user, page) in enumerate(zip(users, pages, strict=True)):
+            excluded = set(r.excluded[row].tolist())
+            assert set(disliked.of(user)[0]) <= excluded and not set(page) & excluded
+            held += len(disliked.of(user)[0])
+        assert r.sft.item.shape[1] <= 2
+    assert held
+    log = [json.loads(line) for line in open(root / "runs" / "hits" / "ppo" / "log.jsonl")]
+    losses = [row["policy/sft_loss"] for row in log if "policy/sft_loss" in row]
+    assert losses and np.isfinite(losses + [row["policy/grad_norm"] for row in log if "policy/grad_norm" in row]).all()
+    samples = [json.loads(line) for line in open(root / "runs" / "hits" / "ppo" / "samples.jsonl")]
+    train = load(root / "data" / "synthetic").csr("train").counts()
+    users = load(root / "data" / "synthetic").user_ids
+    assert all(len(row["history"]) < train[list(users).index(row["user"])] for row in samples)
+
+
 def test_one_head_switched_off_has_no_say(root):
     """Item-only and page-only: what the other head says changes nothing."""
     from pagellm.ppo import RunningMoments, normalise_reward
