@@ -82,6 +82,8 @@ $(DONE)/ppo/done: | $(DONE)/reward/done
 
 # POLICIES=sft stops at SFT.
 POLICIES_ARG = $(if $(filter file,$(origin POLICIES)),,--policies $(POLICIES))
+$(if $(filter-out popularity sft ppo,$(subst $(comma), ,$(POLICIES))),$(error POLICIES=$(POLICIES): want some of \
+popularity,sft,ppo))
 FIRST := $(DONE)/$(if $(filter ppo,$(subst $(comma), ,$(POLICIES))),ppo,sft)/done
 evaluate: $(FIRST)  ## pages and the results table: popularity, SFT, PageLLM
 	$(STAGE) pagellm.evaluate $(COMMON) $(POLICIES_ARG) $(ARGS)

@@ -43,7 +43,7 @@ class Config:
     def __post_init__(self):
         names = self.seeds.split(",")
         check(self, policies=(set(self.policies.split(",")) & set(OURS) and set(self.policies.split(","))
-                              <= {"popularity", *OURS}, f"some of {','.join(OURS)}"),
+                              <= {"popularity", *OURS}, f"some of {','.join(OURS)}, beside popularity if you like"),
               seeds=(all(n.isdigit() for n in names) and len(set(names)) == len(names), "numbers, each once"),
               n_boot=(self.n_boot > 1, "2 or more"))
 

@@ -11,7 +11,8 @@ __all__ = ["main"]
 
 VERBS = {"prepare": "pagellm.data.prepare", "download": "pagellm.data.download", "pretrain": "pagellm.pretrain",
          "sft": "pagellm.sft", "reward": "pagellm.reward", "ppo": "pagellm.ppo", "evaluate": "pagellm.evaluate",
-         "export": "pagellm.export", "recommend": "pagellm.recommend", "serve": "pagellm.serve"}
+         "export": "pagellm.export", "recommend": "pagellm.recommend", "features": "pagellm.features",
+         "serve": "pagellm.serve"}
 
 
 def main() -> int:

@@ -95,8 +95,8 @@ class Config(Learning):
     def __post_init__(self):
         super().__post_init__()
         positive = {f: (getattr(self, f) > 0, "above 0") for f in
-                    ("epochs", "rollout", "samples", "minibatch", "micro", "inner_epochs", "k", "max_page", "temperature",
-                     "lr", "critic_lr", "grad_clip", "max_kl", "value_clip", "eval_every", "kl_horizon")}
+                    ("epochs", "rollout", "samples", "minibatch", "micro", "inner_epochs", "k", "max_page",
+                     "temperature", "lr", "critic_lr", "grad_clip", "max_kl", "value_clip", "eval_every", "kl_horizon")}
         check(self, **positive, algo=(self.algo in ("ppo", "reinforce", "rloo"), "ppo, reinforce or rloo"),
               clip=(0 < self.clip < 1, "between 0 and 1"), lam=(0 <= self.lam <= 1, "0 to 1"),
               gamma=(0 <= self.gamma <= 1, "0 to 1"), mode=(self.mode in MODES, ", ".join(MODES)),
