@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -216,6 +217,12 @@ def test_hits_and_sfts_loss_keep_to_what_a_page_may_hold(root, monkeypatch):
     log = [json.loads(line) for line in open(root / "runs" / "hits" / "ppo" / "log.jsonl")]
     losses = [row["policy/sft_loss"] for row in log if "policy/sft_loss" in row]
     assert losses and np.isfinite(losses + [row["policy/grad_norm"] for row in log if "policy/grad_norm" in row]).all()
+    model, zero = Policy.load(root / "runs" / "base" / "sft").model, torch.zeros(r.mask.shape)
+    learner = SimpleNamespace(policy=model, critic=lambda *_: zero)
+    plain, more = (ppo.minibatch_loss(learner, ppo.Config(sft_coef=c), r, torch.arange(len(r)), zero, zero, True)[0]
+                   for c in (0.0, 3.0))
+    nats = sft.sft_loss(model, r.sft, "both") * r.sft.mask.sum()
+    assert nats > 0 and (more - plain).item() == pytest.approx(3.0 * nats.item() / r.mask.sum().item(), rel=1e-4)
     samples = [json.loads(line) for line in open(root / "runs" / "hits" / "ppo" / "samples.jsonl")]
     train = load(root / "data" / "synthetic").csr("train").counts()
     users = load(root / "data" / "synthetic").user_ids
