@@ -26,8 +26,10 @@ PREPARED := data/$(DATASET)/source.json
 RAW_ARG := $(if $(RAW),--raw $(RAW))
 # A study has several runs: RUN, where it is given, names the study.
 STUDY := $(if $(filter file,$(origin RUN)),,--study $(RUN))
-# presets/<dataset>/<stage> holds options found to fit a data set and two cores; ARGS override them.
+# presets/<dataset>/<stage> holds options found to fit a data set and two cores; ARGS override them. A study hands
+# them to its stages: $(call PRESETS,pretrain sft) is --pretrain=@presets/toys/pretrain --sft=@presets/toys/sft.
 PRESET = $(addprefix @,$(wildcard presets/$(DATASET)/$(1)))
+PRESETS = $(foreach stage,$(1),$(addprefix --$(stage)=,$(call PRESET,$(stage))))
 
 .PHONY: all help install test lint serve recommend report load fuzz export ablation abtest ope judge backbones baselines seeds \
 	coldstart casestudy features ranker search caches crossdomain drift bench scaling torture soak clean $(STAGES)
@@ -110,10 +112,10 @@ report: $(VENV)/report  ## everything about RUN in one HTML file: runs/<run>/rep
 export: $(DONE)/ppo/done  ## embeddings of items and users as .npy for a ranker of your own: ARGS="--dtype int8 --pca 32 --out export-small"
 	$(PY) -m pagellm.export $(COMMON) $(ARGS)
 
-ablation: $(VENV)/installed  ## the paper's Table 5 over several seeds
-	$(PY) -m experiments.ablation --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(ARGS)
+ablation: | $(PREPARED)  ## the paper's Table 5 over several seeds
+	$(PY) -m experiments.ablation --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(call PRESETS,pretrain sft reward ppo) $(ARGS)
 
-backbones: $(VENV)/installed  ## GPT-2, Llama and Llama with adapters side by side: the paper's Table 3
+backbones: | $(PREPARED)  ## GPT-2, Llama and Llama with adapters side by side: the paper's Table 3
 	$(PY) -m experiments.backbones --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(ARGS)
 
 baselines: | $(PREPARED)  ## popularity, ItemKNN, EASE, ALS: chosen on validation, refitted, one table
@@ -124,8 +126,8 @@ seeds: | $(PREPARED)  ## the whole pipeline once for each of SEEDS, and one tabl
 	$(PY) -m experiments.seeds --dataset $(DATASET) --run $(RUN) --seeds $(subst $(eval) ,$(comma),$(SEEDS)) \
 		$(POLICIES_ARG) $(ARGS)
 
-coldstart: $(VENV)/installed  ## half of the training interactions; users by how many they have
-	$(PY) -m experiments.coldstart --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(ARGS)
+coldstart: | $(PREPARED)  ## half of the training interactions; users by how many they have
+	$(PY) -m experiments.coldstart --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(call PRESETS,pretrain sft reward ppo) $(ARGS)
 
 abtest: $(if $(findstring --log,$(ARGS)),$(VENV)/installed,$(DONE)/evaluate/done)  ## SIMULATED online test of SFT against PPO; your own log: ARGS="--log log.csv --control a"
 	$(PY) -m $(if $(findstring --log,$(ARGS)),experiments.abtest,experiments.simulator $(COMMON)) $(ARGS)
@@ -154,11 +156,11 @@ $(DONE)/export-ppo/done: | $(DONE)/ppo/done
 caches: $(DONE)/ppo/done  ## requests that come back: hits of the prompt and user caches, seconds with and without
 	$(PY) -m experiments.caches $(COMMON) $(ARGS)
 
-crossdomain: $(VENV)/installed  ## trained on half of the departments, tested on the others through rows made of words
-	$(PY) -m experiments.crossdomain --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(ARGS)
+crossdomain: | $(PREPARED)  ## trained on half of the departments, tested on the others through rows made of words
+	$(PY) -m experiments.crossdomain --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(call PRESETS,pretrain sft) $(ARGS)
 
-drift: $(VENV)/installed  ## trained on the past, tested on what came after; with and without a time token
-	$(PY) -m experiments.drift --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(ARGS)
+drift: | $(PREPARED)  ## trained on the past, tested on what came after; with and without a time token
+	$(PY) -m experiments.drift --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(call PRESETS,prepare pretrain sft) $(ARGS)
 
 torture: $(VENV)/installed  ## pull the plug, fill the disk, feed rubbish: about five minutes, ends with counts
 	$(PY) -m experiments.torture $(ARGS)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from experiments.study import Stages, Variant, print_table, rows_of, study, write_table
 from pagellm import evaluate, ppo, pretrain, reward, sft
-from pagellm.config import PageLLMError, check, main, parse
+from pagellm.config import Options, PageLLMError, check, main, parse
 
 __all__ = ["Config", "PAIRS", "TABLE5", "overrides", "run"]
 
@@ -44,11 +44,11 @@ class Config:
     seeds: int = 3               # seeds 0, 1, ...; each trains all stages anew
     data: str = "data"           # directory of prepared data sets
     runs: str = "runs"           # directory of runs
-    pretrain: str = ""           # options for that stage in every row, as on its command line
-    sft: str = ""                # options for sft
-    reward: str = ""             # options for reward
-    ppo: str = ""                # options for ppo, e.g. "--epochs 1"
-    evaluate: str = ""           # options for evaluate
+    pretrain: Options = ""       # options for that stage in every row, as on its command line
+    sft: Options = ""            # options for sft
+    reward: Options = ""         # options for reward
+    ppo: Options = ""            # options for ppo, e.g. "--epochs 1"
+    evaluate: Options = ""       # options for evaluate
 
     def __post_init__(self):
         check(self, rows=(self.rows in SETS, f"one of {', '.join(SETS)}"), seeds=(self.seeds > 0, "1 or more"))

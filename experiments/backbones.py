@@ -29,7 +29,7 @@ import numpy as np
 from experiments.ablation import overrides
 from experiments.study import difference, per_user, slug, write_table
 from pagellm import evaluate, ppo, pretrain, reward, sft
-from pagellm.config import PageLLMError, check, check_numbers, deferred_signals, main
+from pagellm.config import Options, PageLLMError, check, check_numbers, deferred_signals, main
 from pagellm.data import prepare
 from pagellm.networks import SIZES, from_state, save_published
 from pagellm.run import atomic, load_model_file, read_json, write_json
@@ -64,11 +64,11 @@ class Config:
     device: str = "auto"         # cpu, cuda, cuda:1; auto takes cuda where there is one
     data: str = "data"           # directory of prepared data sets
     runs: str = "runs"           # directory of runs
-    pretrain: str = ""           # options for that stage in every row, as on its command line
-    sft: str = ""                # options for sft
-    reward: str = ""             # options for reward
-    ppo: str = ""                # options for ppo
-    evaluate: str = ""           # options for evaluate
+    pretrain: Options = ""       # options for that stage in every row, as on its command line
+    sft: Options = ""            # options for sft
+    reward: Options = ""         # options for reward
+    ppo: Options = ""            # options for ppo
+    evaluate: Options = ""       # options for evaluate
 
     def __post_init__(self):
         check_numbers(self)

@@ -28,7 +28,7 @@ from experiments.ablation import overrides
 from experiments.models import PLAIN
 from experiments.study import Stages, Variant, difference, per_user, run_variant, write_table
 from pagellm import evaluate, ppo, pretrain, reward, sft
-from pagellm.config import PageLLMError, check, main
+from pagellm.config import Options, PageLLMError, check, main
 from pagellm.data import prepare
 from pagellm.data.filters import group_rank
 from pagellm.data.shop import Shop, load
@@ -59,12 +59,12 @@ class Config:
     bins: str = "4,8,16"         # users by full train rows: up to 4, 5 to 8, 9 to 16, more
     data: str = "data"           # directory of prepared data sets
     runs: str = "runs"           # directory of runs
-    pretrain: str = ""           # options for that stage of our rows, as on its command line
-    sft: str = ""                # options for sft
-    reward: str = ""             # options for reward
-    ppo: str = ""                # options for ppo
-    evaluate: str = ""           # options for evaluate
-    baselines: str = ""          # options for baselines
+    pretrain: Options = ""       # options for that stage of our rows, as on its command line
+    sft: Options = ""            # options for sft
+    reward: Options = ""         # options for reward
+    ppo: Options = ""            # options for ppo
+    evaluate: Options = ""       # options for evaluate
+    baselines: Options = ""      # options for baselines
 
     def __post_init__(self):
         edges = [int(e) if e.isdigit() else -1 for e in self.bins.split(",")]

@@ -34,7 +34,7 @@ from experiments.ablation import overrides
 from experiments.study import write_table
 from experiments.tables import compare, markdown
 from pagellm import pretrain, sft
-from pagellm.config import PageLLMError, check, main
+from pagellm.config import Options, PageLLMError, check, main
 from pagellm.data import prepare
 from pagellm.data.shop import Shop, load
 from pagellm.evaluate import check_pages, popularity_pages, rank_all, seen_rows
@@ -50,7 +50,7 @@ __all__ = ["Config", "cut", "moved", "predict_rows", "ridge", "run", "words_of"]
 SHOWN = ("Recall@20", "Recall@40", "NDCG@100", "ILD", "true_energy")
 MASK, K, DEPTH = "train+valid", 20, 100
 STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-FIXED = {"dataset", "run", "data", "runs", "seed", "source_run", "use_user"}
+FIXED = {"dataset", "run", "data", "runs", "seed", "source_run"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,8 @@ class Config:
     seeds: int = 3               # seeds 0, 1, ...; each trains anew, and cuts anew where there is no target
     data: str = "data"           # directory of prepared data sets
     runs: str = "runs"           # directory of runs
-    pretrain: str = "--steps 160"  # options for that stage, as on its command line
-    sft: str = "--epochs 10"     # options for sft
+    pretrain: Options = "--steps 160"  # options for that stage, as on its command line
+    sft: Options = "--epochs 10"  # options for sft
 
     def __post_init__(self):
         check(self, seeds=(self.seeds > 0, "1 or more"), target=(self.target != self.dataset, "another than dataset"))
@@ -189,7 +189,7 @@ def trained(config: Config, dataset: str, seed: int) -> Policy:
     common = {"dataset": dataset, "run": f"{config.study}/{dataset}-t{seed}", "seed": seed, "data": config.data,
               "runs": config.runs}
     pretrain.run(pretrain.Config(**common, **overrides(pretrain, config.pretrain)))
-    made = sft.Config(**common, use_user=False, **overrides(sft, config.sft))
+    made = sft.Config(**common, **overrides(sft, config.sft) | {"use_user": False})
     sft.run(made)
     return Policy.load(made.stage("sft"))
 

@@ -34,7 +34,7 @@ from experiments.ablation import overrides
 from experiments.study import difference, write_table
 from experiments.tables import compare, markdown
 from pagellm import pretrain, sft
-from pagellm.config import PageLLMError, check, main
+from pagellm.config import Options, PageLLMError, check, main
 from pagellm.data import prepare
 from pagellm.data.filters import split_by_time
 from pagellm.data.shop import Shop, load
@@ -47,7 +47,7 @@ __all__ = ["Config", "plant", "recent_pages", "run"]
 
 SHOWN = ("Recall@20", "Recall@40", "NDCG@100")
 MASK, K, DEPTH = "train+valid", 20, 100
-FIXED = {"dataset", "run", "data", "runs", "seed", "source_run", "times", "cut"}
+FIXED = {"dataset", "run", "data", "runs", "seed", "source_run", "times", "cut", "raw", "split"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +63,9 @@ class Config:
     recent: float = 0.2          # share of the train rows, the latest, that recent popularity counts
     data: str = "data"           # directory of prepared data sets
     runs: str = "runs"           # directory of runs
-    pretrain: str = "--steps 160"  # options for that stage in every row, as on its command line
-    sft: str = "--epochs 10"     # options for sft
+    prepare: Options = ""        # options for prepare, which splits by time, as on its command line
+    pretrain: Options = "--steps 160"  # options for that stage in every row, as on its command line
+    sft: Options = "--epochs 10"  # options for sft
 
     def __post_init__(self):
         check(self, seeds=(self.seeds > 0, "1 or more"), times=(self.times > 1, "2 or more"),
@@ -157,13 +158,14 @@ def scored(shop: Shop, policy: Policy | None, seed: int, recent: float = 0.0, fi
 
 
 def run(config: Config) -> list[dict]:
-    for stage, module in (("pretrain", pretrain), ("sft", sft)):
+    for stage, module in (("prepare", prepare), ("pretrain", pretrain), ("sft", sft)):
         if fixed := FIXED & set(overrides(module, getattr(config, stage))):
             raise PageLLMError(f"--{stage} must not set {', '.join(sorted(fixed))}: the study does")
     later, name = str(Path(config.data) / "temporal"), config.dataset
     for folder, split in ((config.data, "random"), (later, "temporal")):
         if not (Path(folder) / config.dataset / "source.json").exists():
-            prepare.run(prepare.Config(dataset=config.dataset, raw=config.raw, data=folder, split=split))
+            prepare.run(prepare.Config(dataset=config.dataset, raw=config.raw, data=folder, split=split,
+                                       **overrides(prepare, config.prepare)))
     if config.planted:
         name = f"{config.dataset}-planted"
         plant(Path(later) / config.dataset, Path(later) / name, 0)

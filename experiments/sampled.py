@@ -16,7 +16,7 @@ from experiments.ablation import overrides
 from experiments.study import Stages, Variant, per_user, rows_of, run_variant, write_table
 from experiments.tables import spread
 from pagellm import evaluate, pretrain, sft
-from pagellm.config import PageLLMError, check, check_numbers, main
+from pagellm.config import Options, PageLLMError, check, check_numbers, main
 
 __all__ = ["Config", "run"]
 
@@ -31,8 +31,8 @@ class Config:
     raw: str = ""                # directory of its raw files, if it is not prepared yet
     sampled_items: int = 64      # drawn items of a step, beside the batch's own
     seeds: int = 3               # seeds 0, 1, ...
-    pretrain: str = ""           # options for that stage in every row, as on its command line
-    sft: str = ""                # likewise
+    pretrain: Options = ""       # options for that stage in every row, as on its command line
+    sft: Options = ""            # likewise
     data: str = "data"           # directory of prepared data sets
     runs: str = "runs"           # directory of runs
 

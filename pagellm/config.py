@@ -22,14 +22,21 @@ import tokenize
 from collections.abc import Callable
 from contextlib import contextmanager
 
-__all__ = ["Interrupted", "PageLLMError", "Waiting", "check", "check_numbers", "deferred_signals", "help_text", "main",
-           "parse"]
+__all__ = ["Interrupted", "Options", "PageLLMError", "Waiting", "check", "check_numbers", "deferred_signals",
+           "help_text", "main", "parse"]
 
 
 class PageLLMError(Exception):
     """Something the reader can put right: printed without a traceback, exit code 2.
 
     The message says what happened, what was looked at, and what to do next.
+    """
+
+
+class Options(str):
+    """A field that holds the options of another stage, as on its command line: --sft="--lr 0.1 --epochs 2".
+
+    Given again it adds to what it had, so that a preset may come first: --sft=@presets/toys/sft --sft="--lr 0.1".
     """
 
 
@@ -92,7 +99,7 @@ def help_text(cls, prog: str) -> str:
 
 def read_value(field: dataclasses.Field, text: str):
     kind = field.type if isinstance(field.type, type) else {"int": int, "float": float, "bool": bool,
-                                                            "str": str}[field.type]
+                                                            "str": str, "Options": Options}[field.type]
     if kind is bool:
         lowered = text.lower()
         if lowered in ("1", "true", "yes", "on"):
@@ -112,20 +119,20 @@ def read_value(field: dataclasses.Field, text: str):
 
 def parse(cls, argv: list[str], prog: str = "pagellm"):
     """argv -> an instance of the dataclass `cls`. Accepts --name value, --name=value, --flag, --no-flag, and @file: a
-    preset, a text file of such options, which others on the command line override.
+    preset, a text file of such options, which later presets and options on the command line override.
 
     Raises PageLLMError for an option that is unknown (naming the nearest), repeated, without a value, or wrong.
     """
     presets = [word[1:] for word in argv if word.startswith("@")]
-    values = options(cls, [word for word in argv if not word.startswith("@")], prog)
+    values, preset = options(cls, [word for word in argv if not word.startswith("@")], prog), {}
     for path in presets:
         try:
             with open(path, encoding="utf-8") as file:
                 words = shlex.split(file.read(), comments=True)
         except (OSError, ValueError) as error:
             raise PageLLMError(f"preset {path} cannot be read: {error}") from None
-        values = options(cls, words, f"{prog}: preset {path}") | values
-    return cls(**values)
+        preset |= options(cls, words, f"{prog}: preset {path}")
+    return cls(**preset | values)
 
 
 def options(cls, argv: list[str], prog: str) -> dict[str, object]:
@@ -146,7 +153,8 @@ def options(cls, argv: list[str], prog: str) -> dict[str, object]:
             near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
             hint = f"did you mean --{near[0]}?" if near else f"see {prog} --help"
             raise PageLLMError(f"no option --{word[2:].partition('=')[0]}; {hint}")
-        if name in values:
+        earlier = values.get(name)
+        if earlier is not None and not isinstance(earlier, Options):
             raise PageLLMError(f"--{name} is given twice")
         is_bool = fields[name].type in (bool, "bool")
         if negated:
@@ -159,7 +167,8 @@ def options(cls, argv: list[str], prog: str) -> dict[str, object]:
             if not rest or (rest[0].startswith("--") and len(rest[0]) > 2):
                 raise PageLLMError(f"--{name} needs a value")
             text = rest.pop(0)
-        values[name] = read_value(fields[name], text)
+        value = read_value(fields[name], text)
+        values[name] = value if earlier is None else Options(f"{earlier} {value}")
     return values
 
 

@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagellm.config import (
+    Options,
     PageLLMError,
     check,
     check_numbers,
@@ -213,6 +215,64 @@ def test_a_preset_is_overridden_by_the_command_line(tmp_path):
         parse(Numbers, [f"@{preset}"])
     with pytest.raises(PageLLMError, match="preset .*none cannot be read"):
         parse(Numbers, [f"@{tmp_path / 'none'}"])
+
+
+def test_a_later_preset_overrides_an_earlier_one(tmp_path):
+    """`make sft DATASET=toys ARGS=@mine`: the data set's preset comes first, and mine is what I asked for."""
+    first, mine = tmp_path / "first", tmp_path / "mine"
+    first.write_text("--batch 3 --lr 0.5")
+    mine.write_text("--lr 0.25 --low 2")
+    made = parse(Numbers, [f"@{first}", f"@{mine}", "--low=1"])
+    assert (made.batch, made.lr, made.low) == (3, 0.25, 1)
+
+
+def test_options_of_a_stage_given_after_its_preset_override_it_one_by_one(tmp_path):
+    """`make ablation DATASET=toys ARGS='--sft="--lr 0.25"'`: Makefile gives --sft=@presets/toys/sft before ARGS."""
+    @dataclass(frozen=True)
+    class Study:
+        sft: Options = "--batch 9"
+        seeds: int = 3
+
+    preset = tmp_path / "preset"
+    preset.write_text("--batch 3 --lr 0.5")
+    made = parse(Study, [f"--sft=@{preset}", "--seeds", "1", "--sft=--lr 0.25"])
+    assert made.sft == f"@{preset} --lr 0.25" and made.seeds == 1
+    inner = parse(Numbers, made.sft.split())
+    assert (inner.batch, inner.lr) == (3, 0.25)
+    assert parse(Study, [f"--sft=@{preset}"]).sft == f"@{preset}"          # what a study does by itself is not added
+    with pytest.raises(PageLLMError, match="--seeds is given twice"):
+        parse(Study, ["--seeds=1", "--seeds=1"])
+    assert "--sft Options" in help_text(Study, "study")
+
+
+def make(*words):
+    """What `make -n` would run, line by line."""
+    done = subprocess.run(["make", "-n", "--no-print-directory", *words], cwd=Path(__file__).parent.parent,
+                          capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "presets").glob("*")), ids=lambda p: p.name)
+@pytest.mark.parametrize("study", ["ablation", "coldstart", "crossdomain", "drift"])
+def test_make_hands_the_presets_of_a_data_set_to_the_stages_of_a_study(study, path):
+    """Those that there are, of stages that the study has options for; ARGS come last, so that they override."""
+    import importlib
+
+    module = importlib.import_module(f"experiments.{study}")
+    line, = [x for x in make(study, f"DATASET={path.name}", 'ARGS=--seeds 1 --sft="--lr 0.25"')
+             if f"-m experiments.{study}" in x]
+    config = parse(module.Config, shlex.split(line.split(f"-m experiments.{study}")[1]))
+    assert config.dataset == path.name and config.seeds == 1
+    stages = {f.name for f in fields(config) if f.type is Options} & {p.name for p in path.iterdir()}
+    assert stages
+    for stage in stages:
+        assert getattr(config, stage).startswith(f"@presets/{path.name}/{stage}")
+    assert config.sft.endswith("--lr 0.25")
+
+
+def test_make_runs_a_study_of_a_data_set_without_presets_with_the_defaults_of_the_study():
+    line, = [x for x in make("drift", "DATASET=none") if "-m experiments.drift" in x]
+    assert "@" not in line
 
 
 def test_every_preset_of_the_repository_is_understood():
