@@ -32,7 +32,7 @@ PRESET = $(addprefix @,$(wildcard presets/$(DATASET)/$(1)))
 PRESETS = $(foreach stage,$(1),$(addprefix --$(stage)=,$(call PRESET,$(stage))))
 
 .PHONY: all help install test lint serve recommend report load fuzz export ablation abtest ope judge backbones baselines seeds \
-	coldstart casestudy features ranker search caches crossdomain drift bench scaling torture soak clean $(STAGES)
+	coldstart leaveout casestudy features ranker search caches crossdomain drift bench scaling torture soak clean $(STAGES)
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
@@ -128,6 +128,9 @@ seeds: | $(PREPARED)  ## the whole pipeline once for each of SEEDS, and one tabl
 
 coldstart: | $(PREPARED)  ## half of the training interactions; users by how many they have
 	$(PY) -m experiments.coldstart --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(call PRESETS,pretrain sft reward ppo) $(ARGS)
+
+leaveout: | $(PREPARED)  ## what the reward knows untaught: a kind of pair left out; its scores against held-out truth
+	$(PY) -m experiments.leaveout --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(call PRESETS,pretrain sft reward) $(ARGS)
 
 abtest: $(if $(findstring --log,$(ARGS)),$(VENV)/installed,$(DONE)/evaluate/done)  ## SIMULATED online test of SFT against PPO; your own log: ARGS="--log log.csv --control a"
 	$(PY) -m $(if $(findstring --log,$(ARGS)),experiments.abtest,experiments.simulator $(COMMON)) $(ARGS)
