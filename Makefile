@@ -118,8 +118,10 @@ ablation: | $(PREPARED)  ## the paper's Table 5 over several seeds
 backbones: | $(PREPARED)  ## GPT-2, Llama and Llama with adapters side by side: the paper's Table 3
 	$(PY) -m experiments.backbones --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(ARGS)
 
-baselines: | $(PREPARED)  ## popularity, ItemKNN, EASE, ALS: chosen on validation, refitted, one table
-	$(PY) -m experiments.baselines $(COMMON) --refit $(ARGS)
+# Settings that an earlier search found are in experiments/settings/; ARGS="--settings=" searches anew.
+SETTINGS := $(if $(findstring --settings,$(ARGS)),,$(addprefix --settings ,$(wildcard experiments/settings/$(DATASET).json)))
+baselines: | $(PREPARED)  ## popularity, ItemKNN, EASE, ALS: settings chosen on validation, refitted, one table
+	$(PY) -m experiments.baselines $(COMMON) --refit $(SETTINGS) $(ARGS)
 
 seeds: | $(PREPARED)  ## the whole pipeline once for each of SEEDS, and one table with the baselines
 	for seed in $(SEEDS); do $(MAKE) $(DONE)-s$$seed/evaluate/done RUN=$(RUN)-s$$seed SEED=$$seed || exit; done
