@@ -66,7 +66,7 @@ class Config(Learning):
     max_history: int = 24        # items of history in the prompt
     use_ratings: bool = True     # show the rating behind each item of the history
     use_user: bool = True        # show the user's own token; off: <user_unk> for all
-    epochs: int = 15             # passes over the users
+    epochs: float = 15.0         # passes over the users; a fraction of one ends before everybody was seen
     batch: int = 64              # users in a step
     lr: float = 2e-3             # peak learning rate
     warmup: int = 20             # steps of linear warm-up
@@ -91,7 +91,7 @@ class Config(Learning):
               label_share_max=(0 <= self.label_share_max < 1, "0 or more, below 1"),
               objective=(self.objective in OBJECTIVES, ", ".join(OBJECTIVES)),
               cut=(self.cut in CUTS, " or ".join(CUTS)),
-              max_history=(self.max_history > 0, "1 or more"), epochs=(self.epochs > 0, "1 or more"),
+              max_history=(self.max_history > 0, "1 or more"), epochs=(self.epochs > 0, "above 0"),
               batch=(self.batch > 0, "1 or more"), lr=(self.lr > 0, "above 0"), k=(self.k > 0, "1 or more"),
               dropout=(0 <= self.dropout < 1, "0 or more, below 1"),
               select=(self.select in SELECT, " or ".join(SELECT)), mode=(self.mode in MODES, ", ".join(MODES)),
@@ -226,7 +226,7 @@ def run(config: Config) -> None:
         lengths = tuple(maker.train.counts()[maker.users].tolist())
         longest = max(1, int(maker.train.counts().max()))
         policy.check_room(max(config.k, min(longest, config.max_page)))
-        total = config.epochs * -(-len(maker.users) // config.batch)
+        total = max(1, round(config.epochs * -(-len(maker.users) // config.batch)))
         learner = dist.wrap(objective := Objective(batch_loss, model=model), config.parallel)
         opt = optimiser(model, config.lr, config.weight_decay, config.row_decay, lazy=config.lazy_rows,
                         row_lr=config.row_lr)

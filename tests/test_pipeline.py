@@ -429,3 +429,14 @@ def test_texts_are_read_from_their_tokens_on_disk(root, tmp_path):
     assert not (root / "runs" / "base" / "pretrain" / "tokens").exists()
     pretrain.Tokens.write(tmp_path / "none", [])
     assert len(pretrain.Tokens(tmp_path / "none").start) == 1
+
+
+def test_half_an_epoch_of_sft_is_half_its_steps(served, tmp_path):
+    shutil.copytree(served / "runs" / "base" / "pretrain", tmp_path / "base" / "pretrain")
+    for epochs, name in ((1.0, "whole"), (0.5, "half")):
+        shutil.copytree(tmp_path / "base", tmp_path / name)
+        sft.run(sft.Config(run=name, data=str(served / "data"), runs=str(tmp_path), epochs=epochs, batch=8, k=6,
+                           eval_every=50, device="cpu"))
+    whole, half = (json.loads((tmp_path / name / "sft" / "log.jsonl").read_text().splitlines()[-1])["step"]
+                   for name in ("whole", "half"))
+    assert whole > 4 and half == round(whole / 2)
