@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import bench, parts
+from experiments import bench, bench_prepare, parts
 from pagellm.config import PageLLMError
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +50,12 @@ def test_rows_without_their_peer_are_left_out_by_name(monkeypatch, capsys):
 def test_unknown_rows_are_refused():
     with pytest.raises(PageLLMError, match="only"):
         bench.Config(only="token")
+
+
+def test_prepare_is_timed_with_what_its_first_process_does_alone(capsys):
+    found = bench_prepare.run(bench_prepare.Config(lines=1000, characters=20))
+    assert 0 < found["first_seconds"] <= found["processor_seconds"] + 0.1 and found["lines"] == 1000
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
 
 
 class Slow(torch.autograd.Function):
