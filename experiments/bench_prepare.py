@@ -105,10 +105,12 @@ def run(config: Config) -> dict:
         size, first = (raw / "bench_5.json").stat().st_size, float(told.read_text())
     busy = used.ru_utime + used.ru_stime
     result = {"bench": "prepare", "lines": config.lines, "spelling": config.spelling, "processes": config.processes,
-              "bytes": size, "seconds": round(seconds, 1), "processor_seconds": round(busy, 1), "first_seconds": round(first, 1),
+              "bytes": size, "seconds": round(seconds, 1), "processor_seconds": round(busy, 1),
+              "first_seconds": round(first, 1),
               "lines_per_second": round(config.lines / seconds), "peak_mib": round(peak),
               "python": platform.python_version(), "cpus": os.cpu_count()}
-    print(f"{config.lines:,} lines, {size / 1e9:.2f} GB: {seconds:.1f} s ({busy:.1f} of processors, {first:.1f} of the first), "
+    print(f"{config.lines:,} lines, {size / 1e9:.2f} GB: {seconds:.1f} s ({busy:.1f} of processors, "
+          f"{first:.1f} of the first), "
           f"{result['lines_per_second']:,} lines/s, peak {peak:,.0f} MiB")
     print(json.dumps(result))
     return result
