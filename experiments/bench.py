@@ -44,7 +44,7 @@ import torch.nn.functional as F
 
 from experiments.bench_prepare import Config as Lines
 from experiments.bench_prepare import write_reviews
-from experiments.parts import borders, measure_parts, parts_table, unmarked
+from experiments.parts import CLOCKS, borders, measure_parts, parts_table, unmarked
 from kernels.bench import machine, milliseconds, peak_megabytes
 from kernels.logprob import linear_logp
 from pagellm import metrics
@@ -76,13 +76,15 @@ class Config:
     device: str = "cpu"          # cpu or cuda, for the rows that train, write pages or rank
     repeats: int = 3             # timed runs of each version
     profile: bool = False        # print where the time of train, train-page and evaluate goes instead
+    clock: str = "wall"          # of the profile: wall, or cpu, processor time, for a busy machine
     base: str = ""               # commit to compare with; empty: none
     slack: float = 0.1           # a row counts as slower beyond this share and beyond its noise
 
     def __post_init__(self):
         check(self, only=(set(filter(None, self.only.split(","))) <= set(ROWS), f"some of {','.join(ROWS)}"),
               size=(self.size in SIZES, f"one of {', '.join(SIZES)}"), repeats=(self.repeats >= 1, "1 or more"),
-              slack=(self.slack >= 0, "0 or more"), base=(not (self.base and self.profile), "empty with --profile"))
+              slack=(self.slack >= 0, "0 or more"), base=(not (self.base and self.profile), "empty with --profile"),
+              clock=(self.clock in (CLOCKS if self.profile else ("wall",)), "wall, or with --profile cpu"))
         if self.profile and not set(self.rows) & set(PARTED):
             raise PageLLMError(f"profile: {self.only} has no marks inside; want some of {','.join(PARTED)}")
 
@@ -481,11 +483,11 @@ def profile(config: Config) -> dict:
     rows = []
     for case in cases(replace(config, only=",".join(name for name in config.rows if name in PARTED))):
         try:
-            rows.append(measure_parts(case, config.device, config.repeats))
+            rows.append(measure_parts(case, config.device, config.repeats, config.clock))
         finally:
             case.close()
         print(parts_table(rows[-1]), flush=True)
-    found = {**machine(config.device), "rows": rows}
+    found = {**machine(config.device), "clock": config.clock, "rows": rows}
     print(json.dumps(found))
     return found
 

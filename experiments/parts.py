@@ -16,8 +16,9 @@ from torch import nn
 
 from kernels.bench import synchronise
 
-__all__ = ["Watch", "borders", "measure_parts", "parts_table", "unmarked"]
+__all__ = ["CLOCKS", "Watch", "borders", "measure_parts", "parts_table", "unmarked"]
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 HEADER = ("plain ms", "share", "ours ms", "share")
 
 
@@ -26,16 +27,19 @@ def unmarked(_part: str) -> None:
 
 
 class Watch:
-    """mark(part): all the time since the last mark, or since the watch was made, goes to `part`, in ms."""
+    """mark(part): all the time since the last mark, or since the watch was made, goes to `part`, in ms.
 
-    def __init__(self, device: str):
-        self.device, self.spent = device, {}
+    clock   one of CLOCKS: "wall", or "cpu", those of all threads of this process, which other work disturbs less
+    """
+
+    def __init__(self, device: str, clock: str = "wall"):
+        self.device, self.clock, self.spent = device, CLOCKS[clock], {}
         synchronise(device)
-        self.last = time.perf_counter()
+        self.last = self.clock()
 
     def mark(self, part: str) -> None:
         synchronise(self.device)
-        now = time.perf_counter()
+        now = self.clock()
         self.spent[part] = self.spent.get(part, 0.0) + (now - self.last) * 1e3
         self.last = now
 
@@ -56,12 +60,12 @@ def borders(trunk: nn.Module, mark: Callable[[str], None]) -> list:
     return [trunk.h[0].register_forward_pre_hook(enter), trunk.ln_f.register_forward_hook(leave)]
 
 
-def measure_parts(case, device: str, repeats: int) -> dict:
+def measure_parts(case, device: str, repeats: int, clock: str = "wall") -> dict:
     """Medians of every part of plain and of ours, which take turns after one call each that is not counted."""
     runs: dict[str, list[dict]] = {"plain": [], "ours": []}
     for turn in range(repeats + 1):
         for name, kept in runs.items():
-            watch = Watch(device)
+            watch = Watch(device, clock)
             getattr(case, name)(watch.mark)
             watch.mark("rest")
             if turn:

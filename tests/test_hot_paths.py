@@ -122,9 +122,21 @@ def test_a_profile_names_the_parts_of_both_and_their_sum(name, capsys):
     assert wanted <= set(row["plain_parts"]) & set(row["ours_parts"])
 
 
+def test_processor_time_leaves_out_the_time_that_is_waited():
+    spent = {}
+    for clock in parts.CLOCKS:
+        watch = parts.Watch("cpu", clock)
+        time.sleep(0.05)
+        watch.mark("sleep")
+        spent[clock] = watch.spent["sleep"]
+    assert spent["cpu"] < 20 < 50 <= spent["wall"]
+
+
 def test_rows_without_marks_have_no_profile():
     with pytest.raises(PageLLMError, match="profile: tokens has no marks"):
         bench.Config(only="tokens", profile=True)
+    with pytest.raises(PageLLMError, match="clock='cpu': want wall, or with --profile cpu"):
+        bench.Config(clock="cpu")
 
 
 @pytest.fixture
