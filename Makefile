@@ -173,8 +173,10 @@ torture: $(VENV)/installed  ## pull the plug, fill the disk, feed rubbish: about
 soak: $(VENV)/installed  ## all stages in a loop for half an hour: does anything grow?
 	$(PY) -m experiments.torture --suites soak $(ARGS)
 
-bench: $(VENV)/dev  ## every hot path beside a peer; BASE=<commit>: this commit against another, by turns
-	$(if $(BASE),,$(PY) -m kernels.bench $(filter --quick,$(ARGS)))
+# Rows chosen by --only, and --profile, are of experiments.bench alone.
+bench: $(VENV)/dev  ## every hot path beside a peer; BASE=<commit>: this commit against another, by turns; ARGS=--profile: parts
+	$(if $(BASE)$(filter --only% --profile,$(ARGS)),,$(PY) -m kernels.bench $(filter --quick,$(ARGS)) \
+		$(if $(filter cuda --device=cuda,$(ARGS)),--device cuda))
 	$(PY) -m experiments.bench $(if $(BASE),--base $(BASE)) $(ARGS)
 
 scaling: $(VENV)/report  ## time and memory of every stage as users, items, pages, histories grow: table, figure

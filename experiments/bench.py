@@ -15,6 +15,7 @@ For each row: medians of both (they take turns), their ratio, the floor where on
 beyond their inputs, and the largest difference between the results: absolute for losses and scores, 0 where lists,
 tables and tokens are the same. Then one line of JSON. The kernels have a bench of their own: python -m kernels.bench.
 
+    python -m experiments.bench --profile            the parts of train, train-page, evaluate: which take how long
     python -m experiments.bench --base <commit>      both benches here and at another commit, by turns; exit 2 if a
                                                      row of ours became slower than its noise explains
 
@@ -31,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +44,7 @@ import torch.nn.functional as F
 
 from experiments.bench_prepare import Config as Lines
 from experiments.bench_prepare import write_reviews
+from experiments.parts import CLOCKS, borders, measure_parts, parts_table, unmarked
 from kernels.bench import machine, milliseconds, peak_megabytes
 from kernels.logprob import linear_logp
 from pagellm import metrics
@@ -56,10 +58,11 @@ from pagellm.gpt2 import GPT2, SIZES
 from pagellm.train import optimiser
 from pagellm.vocab import Vocab
 
-__all__ = ["Case", "Config", "cases", "compare", "measure", "run"]
+__all__ = ["Case", "Config", "cases", "compare", "measure", "profile", "run"]
 
 REVIEWS = tuple(f"{peer}-{spelling}" for spelling in ("2014", "2018", "2023") for peer in ("reviews", "orjson"))
 ROWS = ("train", "train-page", "rollout", "rollout-8", "evaluate", "top", *REVIEWS, "histories", "tokens")
+PARTED = ("train", "train-page", "evaluate")     # rows with marks inside, for --profile
 HEADER = ("row", "shape", "plain ms", "ours ms", "x", "floor ms", "share", "plain MB", "ours MB", "|diff|")
 
 
@@ -72,13 +75,18 @@ class Config:
     quick: bool = False          # tiny shapes: shows that it runs, no more
     device: str = "cpu"          # cpu or cuda, for the rows that train, write pages or rank
     repeats: int = 3             # timed runs of each version
+    profile: bool = False        # print where the time of train, train-page and evaluate goes instead
+    clock: str = "wall"          # of the profile: wall, or cpu, processor time, for a busy machine
     base: str = ""               # commit to compare with; empty: none
     slack: float = 0.1           # a row counts as slower beyond this share and beyond its noise
 
     def __post_init__(self):
         check(self, only=(set(filter(None, self.only.split(","))) <= set(ROWS), f"some of {','.join(ROWS)}"),
               size=(self.size in SIZES, f"one of {', '.join(SIZES)}"), repeats=(self.repeats >= 1, "1 or more"),
-              slack=(self.slack >= 0, "0 or more"))
+              slack=(self.slack >= 0, "0 or more"), base=(not (self.base and self.profile), "empty with --profile"),
+              clock=(self.clock in (CLOCKS if self.profile else ("wall",)), "wall, or with --profile cpu"))
+        if self.profile and not set(self.rows) & set(PARTED):
+            raise PageLLMError(f"profile: {self.only} has no marks inside; want some of {','.join(PARTED)}")
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -88,6 +96,8 @@ class Config:
 @dataclass(frozen=True)
 class Case:
     """One row. plain, ours and floor take nothing; differ gets what plain and ours returned.
+
+    In the rows of PARTED plain and ours may be given `mark`, which they call with the name of each part that is done.
 
     scale   how much more ours does than plain was timed on: plain's time is multiplied by it (plain_mb is as it was)
     """
@@ -138,14 +148,16 @@ def train_case(config: Config, page_only: bool) -> Case:
     page, mask = ids[:, P:] - words, torch.ones(B, K, dtype=torch.bool, device=device)
     valid, none = torch.ones(B, P, dtype=torch.bool, device=device), torch.full((B, 1), -1, device=device)
 
-    def our_loss() -> torch.Tensor:
+    def our_loss(mark: Callable) -> torch.Tensor:
         if page_only:
             states = slot_states(ours, ids[:, :P], valid, page, mask)
             return -page_logp(states, ours.item, page, mask, none).mean()
         hidden = ours(ids)[:, :-1].flatten(0, 1)
-        return -linear_logp(hidden, torch.cat([ours.word, ours.item]), ids[:, 1:].flatten()).mean()
+        rows = torch.cat([ours.word, ours.item])
+        mark("word and item rows joined")
+        return -linear_logp(hidden, rows, ids[:, 1:].flatten()).mean()
 
-    def peer_loss() -> torch.Tensor:
+    def peer_loss(mark: Callable) -> torch.Tensor:
         if not page_only:
             return peer(input_ids=ids, labels=label).loss
         # What our page loss means: items only, none of them twice on a page.
@@ -156,18 +168,24 @@ def train_case(config: Config, page_only: bool) -> Case:
             legal[:, slot].scatter_(1, ids[:, P: P + slot], False)
         return F.cross_entropy(logits.masked_fill(~legal, -torch.inf).flatten(0, 1), ids[:, P:].flatten())
 
-    def stepper(model: torch.nn.Module, loss_of: Callable) -> Callable[[], float]:
+    def stepper(model: torch.nn.Module, trunk: torch.nn.Module, loss_of: Callable) -> Callable[..., torch.Tensor]:
         opt = optimiser(model, lr=1e-5)
 
-        def step() -> float:
-            loss = loss_of()
+        def step(mark: Callable = unmarked) -> torch.Tensor:
+            hooks = [] if mark is unmarked else borders(trunk, mark)
+            loss = loss_of(mark)
+            mark("softmax, forward")
             loss.backward()
+            mark("rows, gradient")
             opt.step()
+            mark("AdamW")
             opt.zero_grad(set_to_none=True)
+            for hook in hooks:
+                hook.remove()
             return loss.detach()
         return step
 
-    plain, mine = stepper(peer, peer_loss), stepper(ours, our_loss)
+    plain, mine = stepper(peer, peer.transformer, peer_loss), stepper(ours, ours, our_loss)
     size = sum(p.numel() for p in ours.parameters()) / 1e6
     return Case("train-page" if page_only else "train", f"{B} x {P + K}, {size:.0f}M", plain, mine,
                 lambda a, b: abs(float(a) - float(b)))
@@ -271,23 +289,35 @@ def evaluate_case(config: Config) -> Iterator[Case]:
     r = make_ranking(U, N)
     users = np.arange(U)
 
-    def rank(**options):
-        return rank_all(lambda rows: r.user[rows] @ r.item.T, users, r.seen, 20, 100, **options)
+    def rank(mark: Callable = unmarked, **options):
+        def score(rows: np.ndarray) -> torch.Tensor:
+            mark("top 100")
+            product = r.user[rows] @ r.item.T
+            mark("product")
+            return product
 
-    def ours() -> dict[str, np.ndarray]:
-        ranked = rank()
+        ranked = rank_all(score, users, r.seen, 20, 100, **options)
+        mark("top 100")
+        return ranked
+
+    def ours(mark: Callable = unmarked) -> dict[str, np.ndarray]:
+        ranked = rank(mark)
         place = np.broadcast_to(np.arange(1, ranked.item.shape[1] + 1), ranked.item.shape)
         kept = ranked.item >= 0
         user = np.broadcast_to(users[:, None], kept.shape)
-        return metrics.score_pages(users, (user[kept], place[kept], ranked.item[kept]), r.refs, r.categories)
+        scores = metrics.score_pages(users, (user[kept], place[kept], ranked.item[kept]), r.refs, r.categories)
+        mark("hits and metrics")
+        return scores
 
-    def plain() -> dict[str, list]:
+    def plain(mark: Callable = unmarked) -> dict[str, list]:
         scores: dict[str, list] = {}
         score_of = r.user[:some].numpy() @ r.item.T.numpy()
+        mark("product")
         for u in range(some):
             score = score_of[u].copy()
             score[r.seen.of(u)[0]] = -np.inf
             top = np.argsort(-score, kind="stable")[:100].tolist()
+            mark("top 100")
             ref, page = r.refs[1][5 * u: 5 * u + 5].tolist(), top[:20]
             row = {"Recall@20": metrics.recall(ref, top, 20), "Recall@40": metrics.recall(ref, top, 40),
                    "NDCG@100": metrics.ndcg(ref, top, 100), "WAS": metrics.was(ref, page),
@@ -298,6 +328,7 @@ def evaluate_case(config: Config) -> Iterator[Case]:
                    "unknown_rate": metrics.unknown_rate(page, r.categories)}
             for name, value in row.items():
                 scores.setdefault(name, []).append(math.nan if value is None else value)
+            mark("hits and metrics")
         return scores
 
     def differ(a: dict, b: dict) -> float:
@@ -432,6 +463,8 @@ def run(config: Config) -> dict:
     pick_device(config.device)
     if config.base:
         return compare(config)
+    if config.profile:
+        return profile(config)
     print(f"{HEADER[0]:<12}{HEADER[1]:<30}" + "".join(f"{name:>11}" for name in HEADER[2:]), flush=True)
     rows = []
     for case in cases(config):
@@ -441,6 +474,20 @@ def run(config: Config) -> dict:
             case.close()
         print(line(rows[-1]), flush=True)
     found = {**machine(config.device), "rows": rows}
+    print(json.dumps(found))
+    return found
+
+
+def profile(config: Config) -> dict:
+    """Print the parts of plain and ours in every row of PARTED that is asked for, and the JSON line."""
+    rows = []
+    for case in cases(replace(config, only=",".join(name for name in config.rows if name in PARTED))):
+        try:
+            rows.append(measure_parts(case, config.device, config.repeats, config.clock))
+        finally:
+            case.close()
+        print(parts_table(rows[-1]), flush=True)
+    found = {**machine(config.device), "clock": config.clock, "rows": rows}
     print(json.dumps(found))
     return found
 

@@ -47,7 +47,8 @@ class Config:
 
 @dataclass(frozen=True)
 class Parts:
-    """trunk: FLOP per token and trunk parameter; head: FLOP per slot, item and column, both forward and backward;
+    """trunk: FLOP per token and parameter of a block (the last, which computes a page's columns only, is counted like
+    the others: a little too much); head: FLOP per slot, item and column, both forward and backward;
     state: bytes of weights, gradient and moments per element of a row."""
 
     trunk: float
@@ -78,11 +79,15 @@ class Products(TorchDispatchMode):
 
 
 def measure() -> Parts:
-    """Two shops that differ in items alone separate the head's operations from the trunk's."""
-    shape, counted = Shape(2, 2, 64, 64), []
+    """Two shops that differ in items alone give the head's operations, two networks of one block more those of a block.
+
+    With so many items the softmax's logits are not kept, as they cannot be in a large shop (logprob.KEEP).
+    """
+    counted, fewer, more = [], 20_000, 40_000
     slots, tokens, users = 8, 24, 16
-    for items in (512, 2048):
+    for layers, items in ((2, fewer), (2, more), (3, fewer)):
         torch.manual_seed(0)
+        shape = Shape(layers, 2, 64, 64)
         model = GPT2(shape, 300, 50, items, dropout=0.0)
         item = torch.stack([torch.randperm(items)[:slots] for _ in range(users)])
         prompt = torch.randint(0, 300, (users, tokens - slots))
@@ -91,13 +96,13 @@ def measure() -> Parts:
         with Products() as products:
             sft_loss(model, batch, "list").backward()
         counted.append(products.flop)
-    head = (counted[1] - counted[0]) / (users * slots * (2048 - 512) * shape.n_embd)
-    rest = counted[0] - head * users * slots * 512 * shape.n_embd
+    head = (counted[1] - counted[0]) / (users * slots * (more - fewer) * shape.n_embd)
+    trunk = (counted[2] - counted[0]) / (users * tokens * trunk_parameters(Shape(1, 2, 64, 64)))
     opt = optimiser(model, 1e-3)
     opt.step()
     kept = [model.item, model.item.grad, *(x for x in opt.state[model.item].values() if x.ndim)]
     state = sum(x.numel() * x.element_size() for x in kept) / model.item.numel()
-    return Parts(rest / (users * tokens * trunk_parameters(shape)), head, state)
+    return Parts(trunk, head, state)
 
 
 def estimate(config: Config, parts: Parts, gpus: int) -> dict[str, float]:

@@ -8,6 +8,8 @@ might: as a bool mask beside the logits, or as short lists of excluded ids. To r
 hand linear_logp the item rows alone; the cost is then items times positions and nothing else.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -20,6 +22,10 @@ __all__ = ["entropy", "linear_logp", "token_logp"]
 # GPU launches cost more than memory: 128 MB.
 TILE = {"cpu": 2 ** 21, "other": 2 ** 25}
 TILE_ROWS = 2048
+# Logits of up to so many tiles (128 MB on a CPU, 512 MB on a GPU) are kept for backward, which saves one of four
+# matrix products; more are computed again. From KEEP_FROM columns on: in narrower states a product costs no more than
+# writing and reading what it made, and only a single tile is kept.
+KEEP, KEEP_FROM = {"cpu": 16, "other": 4}, 256
 PITCH = 16       # entries: 64 bytes in float32
 
 # exp(-60) = 9e-27 vanishes beside 1 even in float64, and is still a normal float32. Without the floor the
@@ -91,7 +97,8 @@ def linear_logp(
                  (float64 if an input is). logp is -inf, with gradient 0, where the target is excluded.
 
     Differentiable once in hidden and weight, through either output; create_graph is refused.
-    Memory beyond inputs and gradients: (N,) statistics and scratch of TILE entries, twice that with entropy.
+    Memory beyond inputs and gradients: (N,) statistics and scratch of TILE entries, twice that with entropy; and
+    until backward all logits where these are no more than KEEP tiles.
     Half precision is widened, so logits and sums are float32; only on CUDA do bf16 operands stay bf16, with
     float32 sums. Raises ValueError on unequal shapes, ids out of range, a row with nothing left to choose
     (named), temperature <= 0.
@@ -111,12 +118,13 @@ def linear_logp(
         excluded = excluded.long() if excluded.shape[1] else None
     # Autocast would round the logits to bf16 on their way.
     with torch.autocast(hidden.device.type, enabled=False):
-        logp, spread = LinearLogp.apply(hidden, weight, target.long(), excluded, temperature, return_entropy)
+        logp, spread = LinearLogp.apply(hidden, weight, target.long(), excluded, temperature, return_entropy,
+                                        torch.is_grad_enabled())
     return (logp, spread) if return_entropy else logp
 
 
 class LinearLogp(torch.autograd.Function):
-    """Online softmax statistics forward; backward computes each tile of logits again.
+    """Online softmax statistics forward; backward computes each tile of logits again, unless all were kept.
 
     Per row, with shifted logits L_j = z_j - m and e_j = exp(L_j):
 
@@ -130,10 +138,10 @@ class LinearLogp(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target: Tensor, excluded: Tensor | None,
-        temperature: float, with_entropy: bool,
+        temperature: float, with_entropy: bool, for_backward: bool,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        tiles = Tiles(hidden, weight, excluded, temperature)
+        tiles = Tiles(hidden, weight, excluded, temperature, keep=for_backward and any(ctx.needs_input_grad[:2]))
         lowest = torch.finfo(tiles.dtype).min    # finite: a tile without a legal entry gives no inf - inf
         m = hidden.new_full((len(hidden),), lowest, dtype=tiles.dtype)
         s, u, chosen = (torch.zeros_like(m) for _ in range(3))
@@ -142,12 +150,12 @@ class LinearLogp(torch.autograd.Function):
             w = tiles.head_rows(columns)
             for rows in tiles.rows:
                 z = tiles.logits(rows, columns, w)
-                tiles.strike(rows, columns, -torch.inf)
+                tiles.strike(-torch.inf)
                 at, inside = position(target[rows], columns)
                 chosen[rows] = torch.where(inside, z.gather(1, at)[:, 0], chosen[rows])
 
                 peak = torch.maximum(m[rows], z.amax(1))
-                shifted = z.sub_(peak[:, None]).clamp_(min=FLOOR)
+                shifted = tiles.shift(z, peak)
                 drop = (m[rows] - peak).clamp(min=FLOOR)    # the sums so far are relative to the old peak
                 if with_entropy:
                     e = torch.exp(shifted, out=tiles.second(z))
@@ -161,21 +169,21 @@ class LinearLogp(torch.autograd.Function):
         u /= s
         log_s = s.log()
         ctx.temperature = temperature
-        ctx.save_for_backward(hidden, weight, target, excluded, m, s, u, chosen != -torch.inf)
+        ctx.save_for_backward(hidden, weight, target, excluded, m, s, u, chosen != -torch.inf, *tiles.kept)
         return chosen - m - log_s, log_s - u if with_entropy else None
 
     @staticmethod
     def backward(
         ctx: FunctionCtx, grad_logp: Tensor | None, grad_entropy: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         # Autograd's own once_differentiable notices only when the incoming gradient has a graph; a gradient
         # penalty would silently lose its term.
         if torch.is_grad_enabled():
             raise NotImplementedError("linear_logp has no second derivative: leave create_graph out, or use "
                                       "token_logp(hidden @ weight.T, target), which holds all the logits")
-        hidden, weight, target, excluded, m, s, u, legal = ctx.saved_tensors
+        hidden, weight, target, excluded, m, s, u, legal, *kept = ctx.saved_tensors
         want_hidden, want_weight = ctx.needs_input_grad[:2]
-        tiles = Tiles(hidden, weight, excluded, ctx.temperature)
+        tiles = Tiles(hidden, weight, excluded, ctx.temperature, kept=kept)
         # d loss / d(h . w_j) = hit [j = target] - e_j (flat + slope L_j)
         hit = torch.zeros_like(s)
         if grad_logp is not None:
@@ -191,7 +199,7 @@ class LinearLogp(torch.autograd.Function):
                 # Summed in float32; of a half-precision gradient only one tile is ever held so wide.
                 grad_w = torch.zeros_like(w, dtype=tiles.dtype)
                 for rows in tiles.rows:
-                    shifted = tiles.logits(rows, columns, w).sub_(m[rows, None]).clamp_(min=FLOOR)
+                    shifted = tiles.shift(tiles.logits(rows, columns, w), m[rows])
                     if slope is None:
                         dz = shifted.exp_().mul_(-flat[rows, None])
                     else:
@@ -200,7 +208,7 @@ class LinearLogp(torch.autograd.Function):
                     at, inside = position(target[rows], columns)
                     dz.scatter_add_(1, at, torch.where(inside, hit[rows], 0.0)[:, None])
                     # Last, because exp of an excluded logit may have overflowed; its gradient is exactly 0.
-                    tiles.strike(rows, columns, 0.0)
+                    tiles.strike(0.0)
                     dz = dz.to(tiles.operand)
                     if want_hidden:
                         add_product(grad_hidden[rows], dz, w)
@@ -209,17 +217,19 @@ class LinearLogp(torch.autograd.Function):
                 if want_weight:
                     grad_weight[columns] = grad_w
         grad_hidden = grad_hidden.to(hidden.dtype) if want_hidden else None
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 class Tiles:
-    """The (N, V) logits cut into tiles, computed one at a time into one scratch buffer.
+    """The (N, V) logits cut into tiles, computed one at a time into one scratch buffer or, if few, kept in their own.
 
+    keep     keep the logits, if KEEP allows, in `kept`: one buffer a tile, which a backward pass hands in again
     dtype    of logits, statistics and sums;  operand  what the matrix products read
     rows, columns  slices that cover N and V in even parts; a tile has about TILE entries
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, excluded: Tensor | None, temperature: float):
+    def __init__(self, hidden: Tensor, weight: Tensor, excluded: Tensor | None, temperature: float,
+                 keep: bool = False, kept: Sequence[Tensor] = ()):
         (N, _), V = hidden.shape, len(weight)
         self.dtype = compute_dtype(hidden, weight)
         # Tensor cores multiply bf16 exactly and add in float32. A CPU product would round its output to bf16.
@@ -228,29 +238,45 @@ class Tiles:
         self.hidden, self.weight = hidden.to(self.operand), weight
         self.excluded, self.temperature = excluded, temperature
         self.rows = even_slices(N, TILE_ROWS)
-        height = self.rows[0].stop if N else 0
-        entries = TILE["cpu" if hidden.device.type == "cpu" else "other"]
-        self.columns = even_slices(V, max(1, entries // max(height, 1)))
+        self.height = self.rows[0].stop if N else 0
+        device = "cpu" if hidden.device.type == "cpu" else "other"
+        self.columns = even_slices(V, max(1, TILE[device] // max(self.height, 1)))
         # At least one column more than asked for: ids that lie outside the tile are struck there. Rows begin at
         # multiples of PITCH entries, or a CPU's matrix product takes 1.4 times as long to write them.
         self.pitch = -(-((self.columns[0].stop if V else 0) + 1) // PITCH) * PITCH
-        self.scratch = hidden.new_empty(height * self.pitch, dtype=self.dtype)
+        self.scratch = hidden.new_empty(self.height * self.pitch, dtype=self.dtype)
         self.spare = None
+        self.known, self.kept = bool(kept), list(kept)
+        n_tiles = len(self.rows) * len(self.columns)
+        if keep and n_tiles <= (KEEP[device] if hidden.shape[1] >= KEEP_FROM else 1):
+            self.kept = [torch.empty_like(self.scratch) for _ in range(n_tiles)]
 
     def head_rows(self, columns: slice) -> Tensor:
         return self.weight[columns].to(self.operand)
 
     def logits(self, rows: slice, columns: slice, w: Tensor) -> Tensor:
-        """hidden[rows] @ w.T / temperature, a view of the scratch buffer: good until the next call."""
-        z = self._tile(rows, columns)[:, :-1]
-        return add_product(z, self.hidden[rows], w.t(), scale=1 / self.temperature, keep=False)
+        """hidden[rows] @ w.T / temperature, a view of a buffer: good until the next call, or for ever if kept."""
+        buffer = self.scratch
+        if self.kept:
+            column = columns.start // self.columns[0].stop
+            buffer = self.kept[column * len(self.rows) + rows.start // self.height]
+        self.tile, self.place = self._tile(buffer, rows, columns), (rows, columns)
+        if self.known:
+            return self.tile[:, :-1]
+        return add_product(self.tile[:, :-1], self.hidden[rows], w.t(), scale=1 / self.temperature, keep=False)
 
-    def strike(self, rows: slice, columns: slice, value: float) -> None:
-        """Write `value` over the excluded entries of the tile last computed."""
+    def shift(self, z: Tensor, peak: Tensor) -> Tensor:
+        """z - peak, no less than FLOOR, in the scratch buffer. z (n, v) from `logits`, peak (n,)."""
+        self.tile = self._tile(self.scratch, *self.place)
+        return torch.sub(z, peak[:, None], out=self.tile[:, :-1]).clamp_(min=FLOOR)
+
+    def strike(self, value: float) -> None:
+        """Write `value` over the excluded entries of the tile that was written last."""
         if self.excluded is not None:
+            rows, columns = self.place
             width = columns.stop - columns.start
             at = self.excluded[rows] - columns.start
-            self._tile(rows, columns).scatter_(1, torch.where((at >= 0) & (at < width), at, width), value)
+            self.tile.scatter_(1, torch.where((at >= 0) & (at < width), at, width), value)
 
     def second(self, like: Tensor) -> Tensor:
         """A second scratch tile."""
@@ -258,9 +284,9 @@ class Tiles:
             self.spare = torch.empty_like(self.scratch)
         return self.spare[:len(like) * self.pitch].view(len(like), self.pitch)[:, :like.shape[1]]
 
-    def _tile(self, rows: slice, columns: slice) -> Tensor:
+    def _tile(self, buffer: Tensor, rows: slice, columns: slice) -> Tensor:
         height, width = rows.stop - rows.start, columns.stop - columns.start + 1
-        return self.scratch[:height * self.pitch].view(height, self.pitch)[:, :width]
+        return buffer[:height * self.pitch].view(height, self.pitch)[:, :width]
 
 
 def even_slices(n: int, most: int) -> list[slice]:

@@ -123,7 +123,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def forward(self, ids: Tensor, valid: Tensor | None = None, cache: KVCache | None = None,
-                placed: int | None = None) -> Tensor:
+                placed: int | None = None, first: int = 0) -> Tensor:
         """Hidden states after the last norm.
 
         ids     (B, T) int64
@@ -131,7 +131,8 @@ class Backbone(nn.Module):
                 Positions count valid tokens only, so a left-padded row equals the row alone.
         cache   columns already computed; the new ones are added
         placed  column of ids from which on they are items of the page, for `gate`; None: none are
-        returns (B, T, C)
+        first   column from which on states are wanted; the last block computes no others
+        returns (B, T - first, C)
 
         Without `valid` and cache the causal mask alone is used, and padding on the right is harmless: no kept
         token can see it.
@@ -150,9 +151,12 @@ class Backbone(nn.Module):
         low = self.bf16 and cache is None
         with torch.autocast(x.device.type, torch.bfloat16) if low else nullcontext():
             for layer, block in enumerate(self.h):
+                wanted = {}
+                if first and layer == len(self.h) - 1:
+                    wanted, allowed = {"first": first}, attention_mask(valid, past, T, ids.device, first)
                 # Dropout is drawn again from the same state, so gradients are the same to the last bit.
-                x = (checkpoint(block, x, allowed, cache, layer, *told, use_reentrant=False) if anew
-                     else block(x, allowed, cache, layer, *told))
+                x = (checkpoint(block, x, allowed, cache, layer, *told, use_reentrant=False, **wanted) if anew
+                     else block(x, allowed, cache, layer, *told, **wanted))
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
@@ -177,12 +181,12 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
 
-def attention_mask(valid: Tensor | None, past: int, T: int, device) -> Tensor | None:
-    """(B or 1, 1, T, S) bool, True where a query may look; None where plain causal attention does."""
-    if valid is None and past == 0:
+def attention_mask(valid: Tensor | None, past: int, T: int, device, first: int = 0) -> Tensor | None:
+    """(B or 1, 1, T - first, S) bool, True where a query may look; None where plain causal attention does."""
+    if valid is None and past == first == 0:
         return None
     S = past + T
-    query = torch.arange(past, S, device=device)[:, None]
+    query = torch.arange(past + first, S, device=device)[:, None]
     key = torch.arange(S, device=device)[None, :]
     allowed = (key <= query)[None, None]
     if valid is None:

@@ -299,7 +299,7 @@ def slot_states(model: Backbone, prompt: Tensor, valid: Tensor, item: Tensor, ma
             return torch.cat([hidden[:, None], after], 1)
     P = prompt.shape[1]
     ids = torch.cat([prompt, item_tokens(model, item, 0)], 1)
-    return model(ids, torch.cat([valid, mask], 1), placed=P)[:, P - 1:]
+    return model(ids, torch.cat([valid, mask], 1), placed=P, first=P - 1)
 
 
 def page_logp(states: Tensor, rows: Tensor, item: Tensor, mask: Tensor, excluded: Tensor,

@@ -60,14 +60,16 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(shape.n_embd, shape.n_embd)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int, first: int = 0) -> Tensor:
+        """x (B, T, C) -> (B, T - first, C): what the columns from `first` on see."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)   # each (B, H, T, D)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         p = self.p if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p, is_causal=allowed is None)
-        return self.drop(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        y = F.scaled_dot_product_attention(q[:, :, first:], k, v, attn_mask=allowed, dropout_p=p,
+                                           is_causal=allowed is None)
+        return self.drop(self.c_proj(y.transpose(1, 2).reshape(B, T - first, C)))
 
 
 class MLP(nn.Module):
@@ -91,8 +93,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(shape.n_embd, eps=1e-5)
         self.mlp = MLP(shape, dropout)
 
-    def forward(self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.attn(self.ln_1(x), allowed, cache, layer)
+    def forward(self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int, first: int = 0) -> Tensor:
+        x = x[:, first:] + self.attn(self.ln_1(x), allowed, cache, layer, first)
         return x + self.mlp(self.ln_2(x))
 
 

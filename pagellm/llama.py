@@ -104,19 +104,20 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(C, C, bias=False)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int, cos: Tensor, sin: Tensor
-                ) -> Tensor:
+    def forward(self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int, cos: Tensor, sin: Tensor,
+                first: int = 0) -> Tensor:
+        """x (B, T, C) -> (B, T - first, C): what the columns from `first` on see."""
         B, T, C = x.shape
-        q, k, v = (of(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-                   for of in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = (of(z).view(B, z.shape[1], -1, self.head_dim).transpose(1, 2)
+                   for of, z in ((self.q_proj, x[:, first:]), (self.k_proj, x), (self.v_proj, x)))
+        q, k = rotate(q, cos[:, :, first:], sin[:, :, first:]), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         # Each head of keys stands beside the queries it serves; the fast attention kernels want equally many.
         k, v = (z.repeat_interleave(self.groups, dim=1) for z in (k, v))
         p = self.p if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p, is_causal=allowed is None)
-        return self.drop(self.o_proj(y.transpose(1, 2).reshape(B, T, C)))
+        return self.drop(self.o_proj(y.transpose(1, 2).reshape(B, T - first, C)))
 
 
 class MLP(nn.Module):
@@ -143,9 +144,9 @@ class Block(nn.Module):
         self.ln_2 = RMSNorm(shape.n_embd, shape.eps)
         self.mlp = MLP(shape, dropout)
 
-    def forward(self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int, cos: Tensor, sin: Tensor
-                ) -> Tensor:
-        x = x + self.attn(self.ln_1(x), allowed, cache, layer, cos, sin)
+    def forward(self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int, cos: Tensor, sin: Tensor,
+                first: int = 0) -> Tensor:
+        x = x[:, first:] + self.attn(self.ln_1(x), allowed, cache, layer, cos, sin, first)
         return x + self.mlp(self.ln_2(x))
 
 

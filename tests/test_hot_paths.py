@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from experiments import bench
+from experiments import bench, bench_prepare, parts
 from pagellm.config import PageLLMError
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +50,93 @@ def test_rows_without_their_peer_are_left_out_by_name(monkeypatch, capsys):
 def test_unknown_rows_are_refused():
     with pytest.raises(PageLLMError, match="only"):
         bench.Config(only="token")
+
+
+def test_prepare_is_timed_with_what_its_first_process_does_alone(capsys):
+    found = bench_prepare.run(bench_prepare.Config(lines=1000, characters=20))
+    assert 0 < found["first_seconds"] <= found["processor_seconds"] + 0.1 and found["lines"] == 1000
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+
+
+class Slow(torch.autograd.Function):
+    """x + 0, after waiting so many seconds forward and so many backward."""
+
+    @staticmethod
+    def forward(ctx, x, forward, backward):
+        ctx.backward_seconds = backward
+        time.sleep(forward)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(ctx.backward_seconds)
+        return grad, None, None
+
+
+class Trunk(torch.nn.Module):
+    """Waits as long as it is told before the blocks, in them, and behind the last norm; forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.h, self.ln_f = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]), torch.nn.LayerNorm(2)
+
+    def forward(self, x, waits):
+        x = self.h[0](Slow.apply(x, *waits["rows"]))
+        return Slow.apply(self.ln_f(Slow.apply(self.h[1](x), *waits["blocks"])), *waits["softmax"])
+
+
+@pytest.mark.parametrize("slow", ["rows", "blocks", "softmax"])
+@pytest.mark.parametrize("way", [0, 1])
+def test_time_goes_to_the_part_it_was_spent_in_and_the_parts_are_the_whole(slow, way):
+    trunk, x = Trunk(), torch.ones(1, 2, requires_grad=True)
+    waits = {name: (0.0, 0.0) for name in ("rows", "blocks", "softmax")}
+    waits[slow] = (0.05, 0.0) if way == 0 else (0.0, 0.05)
+    trunk(x, waits).sum().backward()            # the first call of anything is slow
+    watch, began = parts.Watch("cpu"), time.perf_counter()
+    hooks = parts.borders(trunk, watch.mark)
+    loss = trunk(x, waits).sum()
+    watch.mark("softmax, forward")
+    loss.backward()
+    watch.mark("rows, gradient")
+    whole = (time.perf_counter() - began) * 1e3
+    for hook in hooks:
+        hook.remove()
+    where = {"rows": ("rows looked up", "rows, gradient"), "blocks": ("blocks, forward", "blocks, backward"),
+             "softmax": ("softmax, forward", "softmax, backward")}[slow][way]
+    assert watch.spent[where] == max(watch.spent.values()) >= 50
+    assert sum(watch.spent.values()) == pytest.approx(whole, abs=5)
+
+
+@pytest.mark.parametrize("name", bench.PARTED)
+def test_a_profile_names_the_parts_of_both_and_their_sum(name, capsys):
+    if name not in ALONE:
+        pytest.importorskip("transformers", reason="the peer of this row is in the extra [dev]")
+    bench.run(bench.Config(only=name, quick=True, repeats=1, profile=True))
+    *table, last = capsys.readouterr().out.splitlines()
+    row, = json.loads(last)["rows"]
+    assert table[0].startswith(name) and table[-1].split()[0] == "all"
+    for version in ("plain", "ours"):
+        assert sum(row[f"{version}_parts"].values()) == pytest.approx(row[f"{version}_ms"])
+    wanted = {"product", "top 100", "hits and metrics"} if name == "evaluate" else {
+        "rows looked up", "blocks, forward", "softmax, forward", "softmax, backward", "blocks, backward", "AdamW"}
+    assert wanted <= set(row["plain_parts"]) & set(row["ours_parts"])
+
+
+def test_processor_time_leaves_out_the_time_that_is_waited():
+    spent = {}
+    for clock in parts.CLOCKS:
+        watch = parts.Watch("cpu", clock)
+        time.sleep(0.05)
+        watch.mark("sleep")
+        spent[clock] = watch.spent["sleep"]
+    assert spent["cpu"] < 20 < 50 <= spent["wall"]
+
+
+def test_rows_without_marks_have_no_profile():
+    with pytest.raises(PageLLMError, match="profile: tokens has no marks"):
+        bench.Config(only="tokens", profile=True)
+    with pytest.raises(PageLLMError, match="clock='cpu': want wall, or with --profile cpu"):
+        bench.Config(clock="cpu")
 
 
 @pytest.fixture

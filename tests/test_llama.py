@@ -230,6 +230,42 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["tiny", "llama-tiny"])
+@pytest.mark.parametrize("first", [1, 4, 6])
+@pytest.mark.parametrize("padded, past", [(False, 0), (True, 0), (False, 3), (True, 3)])
+def test_states_from_a_column_on_are_those_columns_of_all_states_and_so_are_their_gradients(size, first, padded, past):
+    model = build(size, WORDS, USERS, ITEMS, 0.0)
+    ids = torch.randint(0, 22, (2, past + 7), generator=torch.Generator().manual_seed(1))
+    valid = (torch.arange(past + 7) >= torch.tensor([[0], [2]])) if padded else None
+
+    def states(**options):
+        cache = KVCache(model.shape, 2, past + 7, model.word) if past else None
+        if past:
+            with torch.no_grad():
+                model(ids[:, :past], valid[:, :past] if padded else None, cache)
+        return model(ids[:, past:], valid, cache, **options)
+
+    found = []
+    for hidden in (states()[:, first:], states(first=first)):
+        grads = torch.autograd.grad((hidden * hidden.detach().cos()).sum(), list(model.parameters()), allow_unused=True,
+                                    materialize_grads=True)
+        found.append([hidden, *grads])
+    assert found[1][0].shape == (2, 7 - first, model.shape.n_embd)
+    for x, y in zip(*found, strict=True):
+        assert_close(x, y, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", ["tiny", "llama-tiny"])
+@pytest.mark.parametrize("anew", [False, True])
+def test_the_last_block_computes_only_the_columns_asked_for(size, anew):
+    model, rows = build(size, WORDS, USERS, ITEMS, 0.0), []
+    model.checkpoint_blocks = anew
+    for block in model.h:
+        block.mlp.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
+    model(torch.zeros(1, 9, dtype=torch.long), first=6).sum().backward()
+    assert rows[:len(model.h)] == [9] * (len(model.h) - 1) + [3]
+
+
+@pytest.mark.parametrize("size", ["tiny", "llama-tiny"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_checkpointed_blocks_give_the_same_gradients_to_the_bit(size, dropout):
     ids = torch.randint(0, 70, (4, 19), generator=torch.Generator().manual_seed(0))

@@ -185,19 +185,28 @@ def test_a_fused_step_leaves_a_bad_gradient_out_and_gives_up_one_step_later(monk
         step(1.0)
 
 
-def test_fused_and_plain_steps_agree(monkeypatch):
+def test_steps_in_one_pass_are_those_of_plain_adamw_whoever_asks_about_bad_gradients(monkeypatch):
+    """On a CPU too one pass moves everything, but there the host asks first, as only a GPU need not be waited for."""
     moved = []
-    for devices in ((), ("cpu",)):
+    for devices, fused in (((), True), (("cpu",), True), ((), False)):
         monkeypatch.setattr(train, "FUSED", devices)
         model = small_model()
-        guard = Guard(optimiser(model, 0.01, weight_decay=0.1), model.parameters(), 1.0)
+        opt = optimiser(model, 0.01, weight_decay=0.1)
+        assert opt.defaults["fused"]
+        if not fused:
+            opt = torch.optim.AdamW(opt.param_groups, lr=0.01, betas=(0.9, 0.95), eps=1e-8)
+            for group in opt.param_groups:
+                group["fused"], group["foreach"] = False, False
+        guard = Guard(opt, model.parameters(), 1.0)
+        assert bool(guard.fused) == bool(devices)
         for k in range(5):
             for i, p in enumerate(model.parameters()):
                 p.grad = torch.full_like(p, 0.1 * (i - k))
             guard.step("here")
         moved.append([p.detach() for p in model.parameters()])
-    for a, b in zip(*moved, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for other in moved[:2]:
+        for a, b in zip(other, moved[2], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_batches_made_ahead_are_those_of_their_steps():

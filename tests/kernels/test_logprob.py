@@ -14,7 +14,8 @@ from kernels.logprob import entropy, even_slices, linear_logp, token_logp
 from tests.strategies import garbage, seeds
 
 temperatures = st.sampled_from([0.3, 1.0, 2.5])
-TILINGS = [(1, 1), (7, 3), (12, 2), (40, 2), (2 ** 21, 2048)]      # entries and rows of a tile
+# entries and rows of a tile, tiles that may be kept for backward
+TILINGS = [(1, 1, 0), (7, 3, 0), (7, 3, 99), (12, 2, 0), (40, 2, 99), (2 ** 21, 2048, 0), (2 ** 21, 2048, 1)]
 
 
 # The fixture below only sets two numbers, the same for every example of a test.
@@ -26,6 +27,8 @@ per_tiling = settings(deadline=None, max_examples=30,
 def tiling(request, monkeypatch):
     monkeypatch.setitem(logprob.TILE, "cpu", request.param[0])
     monkeypatch.setattr(logprob, "TILE_ROWS", request.param[1])
+    monkeypatch.setitem(logprob.KEEP, "cpu", request.param[2])
+    monkeypatch.setattr(logprob, "KEEP_FROM", 0)
 
 
 @st.composite
@@ -232,7 +235,7 @@ def test_linear_agrees_with_the_plain_form(tiling, head, temperature):
     assert (logp <= 0).all() and (spread >= -1e-12).all()
 
 
-@pytest.mark.parametrize("tiling", [(7, 3), (2 ** 21, 2048)], indirect=True)
+@pytest.mark.parametrize("tiling", [(7, 3, 0), (7, 3, 99), (2 ** 21, 2048, 1)], indirect=True)
 @pytest.mark.parametrize("excluded", [None, [[0, 1, -1], [4, 4, 2], [-1, -1, -1], [0, 1, 2]]])
 def test_linear_gradients_equal_finite_differences(tiling, excluded):
     excluded = None if excluded is None else torch.tensor(excluded)
@@ -250,7 +253,7 @@ def test_linear_refuses_a_second_derivative():
     assert torch.autograd.grad(loss, hidden)[0].any()
 
 
-@pytest.mark.parametrize("tiling", [(7, 3), (2 ** 21, 2048)], indirect=True)
+@pytest.mark.parametrize("tiling", [(7, 3, 0), (7, 3, 99), (2 ** 21, 2048, 1)], indirect=True)
 def test_each_gradient_alone_and_each_output_alone(tiling):
     """Asking for less gives the same numbers, as does asking twice."""
     hidden, weight = (randn(n, 3, seed=n).requires_grad_() for n in (5, 6))
@@ -360,7 +363,7 @@ def test_float32_agrees_with_float64_to_five_digits():
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
                                     (torch.bfloat16, torch.float32), (torch.float32, torch.float16),
                                     (torch.float32, torch.float64)])
-@pytest.mark.parametrize("tiling", [(40, 2)], indirect=True)
+@pytest.mark.parametrize("tiling", [(40, 2, 0), (40, 2, 99)], indirect=True)
 def test_narrow_inputs_are_widened_and_their_gradients_narrowed(tiling, dtypes):
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
     narrow = [randn(5, 8, seed=i).to(dtype).requires_grad_() for i, dtype in enumerate(dtypes)]
@@ -402,6 +405,54 @@ class Watch(TorchDispatchMode):
                 if any(name in str(function) for name in ("exp", "mul", "mm", "div", "sub")):
                     self.denormal |= bool(((x != 0) & (x.abs() < torch.finfo(x.dtype).tiny)).any())
         return out
+
+
+class Products(TorchDispatchMode):
+    """How many matrix products ran, and what all new tensors together hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.made = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "addmm" in str(function)
+        out = function(*args, **(kwargs or {}))
+        self.made += out.numel() if "empty" in str(function) else 0
+        return out
+
+
+@pytest.mark.parametrize("C, keep, products", [(256, 6, 3), (256, 5, 4), (255, 6, 4)])
+def test_few_logits_of_wide_states_are_kept_and_all_others_computed_again(monkeypatch, C, keep, products):
+    """Kept: forward a product a tile, backward two; computed again: three. Without gradients nothing is kept."""
+    monkeypatch.setitem(logprob.TILE, "cpu", 40)
+    monkeypatch.setattr(logprob, "TILE_ROWS", 4)
+    monkeypatch.setitem(logprob.KEEP, "cpu", keep)
+    hidden, weight, target = randn(8, C).requires_grad_(), randn(30, C, seed=1).requires_grad_(), torch.arange(8)
+    with Products() as seen:
+        linear_logp(hidden, weight, target).sum().backward()
+    assert seen.count == products * 6
+    made = []
+    for inputs in ((hidden, weight), (hidden.detach(), weight.detach())):
+        with torch.no_grad(), Products() as seen:
+            linear_logp(*inputs, target)
+        made.append(seen.made)
+    with Products() as seen:
+        linear_logp(hidden, weight, target)
+    assert made[0] == made[1] and (seen.made > made[0]) == (products == 3)
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_kept_logits_change_no_bit(monkeypatch, with_entropy):
+    hidden, weight = randn(5, 3).float().requires_grad_(), randn(9, 3, seed=1).float().requires_grad_()
+    excluded, found = torch.tensor([[1, -1]] * 5), []
+    monkeypatch.setattr(logprob, "KEEP_FROM", 0)
+    monkeypatch.setitem(logprob.TILE, "cpu", 8)
+    for keep in (0, 99):
+        monkeypatch.setitem(logprob.KEEP, "cpu", keep)
+        out = linear_logp(hidden, weight, torch.tensor([0, 8, 3, 4, 2]), excluded, 0.7, with_entropy)
+        found.append([*(out if with_entropy else (out,)), *gradients(out, (hidden, weight))])
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])
