@@ -27,9 +27,10 @@ RAW_ARG := $(if $(RAW),--raw $(RAW))
 # A study has several runs: RUN, where it is given, names the study.
 STUDY := $(if $(filter file,$(origin RUN)),,--study $(RUN))
 # presets/<dataset>/<stage> holds options found to fit a data set and two cores; ARGS override them. A study hands
-# them to its stages: $(call PRESETS,pretrain sft) is --pretrain=@presets/toys/pretrain --sft=@presets/toys/sft.
+# them to its stages: $(call PRESETS,pretrain sft) is --pretrain=@presets/toys/pretrain --sft=@presets/toys/sft. All
+# rows of backbones begin from a published trunk, where other options fit: presets/<dataset>/backbones/<stage>.
 PRESET = $(addprefix @,$(wildcard presets/$(DATASET)/$(1)))
-PRESETS = $(foreach stage,$(1),$(addprefix --$(stage)=,$(call PRESET,$(stage))))
+PRESETS = $(foreach stage,$(1),$(addprefix --$(stage)=,$(call PRESET,$(2)$(stage))))
 
 .PHONY: all help install test lint serve recommend report load fuzz export ablation abtest ope judge backbones baselines seeds \
 	coldstart leaveout casestudy features ranker search caches crossdomain drift bench scaling torture soak clean $(STAGES)
@@ -116,7 +117,7 @@ ablation: | $(PREPARED)  ## the paper's Table 5 over several seeds
 	$(PY) -m experiments.ablation --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(call PRESETS,pretrain sft reward ppo) $(ARGS)
 
 backbones: | $(PREPARED)  ## GPT-2, Llama and Llama with adapters side by side: the paper's Table 3
-	$(PY) -m experiments.backbones --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(ARGS)
+	$(PY) -m experiments.backbones --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(call PRESETS,pretrain sft reward ppo,backbones/) $(ARGS)
 
 # Settings that an earlier search found are in experiments/settings/; ARGS="--settings=" searches anew.
 SETTINGS := $(if $(findstring --settings,$(ARGS)),,$(addprefix --settings ,$(wildcard experiments/settings/$(DATASET).json)))
@@ -134,10 +135,12 @@ coldstart: | $(PREPARED)  ## half of the training interactions; users by how man
 leaveout: | $(PREPARED)  ## what the reward knows untaught: a kind of pair left out; its scores against held-out truth
 	$(PY) -m experiments.leaveout --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(call PRESETS,pretrain sft reward) $(ARGS)
 
-abtest: $(if $(findstring --log,$(ARGS)),$(VENV)/installed,$(DONE)/evaluate/done)  ## SIMULATED online test of SFT against PPO; your own log: ARGS="--log log.csv --control a"
-	$(PY) -m $(if $(findstring --log,$(ARGS)),experiments.abtest,experiments.simulator $(COMMON)) $(ARGS)
+# A log of one's own needs no run; --logging and its like name no log.
+OWN_LOG = $(filter --log --log=%,$(ARGS))
+abtest: $(if $(OWN_LOG),$(VENV)/installed,$(DONE)/evaluate/done)  ## SIMULATED online test of SFT against PPO; your own log: ARGS="--log log.csv --control a"
+	$(PY) -m $(if $(OWN_LOG),experiments.abtest,experiments.simulator $(COMMON)) $(ARGS)
 
-ope: $(if $(findstring --log,$(ARGS)),$(VENV)/installed,$(DONE)/evaluate/done)  ## what PPO would earn, from SFT's SIMULATED log; ARGS="--log sessions.parquet"
+ope: $(if $(OWN_LOG),$(VENV)/installed,$(DONE)/evaluate/done)  ## what PPO would earn, from SFT's SIMULATED log; ARGS="--log sessions.parquet"
 	$(PY) -m experiments.ope $(COMMON) $(ARGS)
 
 judge: $(DONE)/evaluate/done  ## SFT's pages against PPO's, judged by rules; ARGS="--backend reward", http, replay

@@ -128,15 +128,16 @@ def visit(world: World, user: np.ndarray, page: np.ndarray, rng: np.random.Gener
 
 
 def expected(world: World, user: np.ndarray, page: np.ndarray) -> dict[str, np.ndarray]:
-    """Closed-form means of one session of each (user, page): clicks, purchases, gmv, failure, purchase, and the
-    click probability of every slot, `slots`. (S,) each, slots (S, K); arguments as in `visit`."""
+    """Closed-form means of one session of each (user, page): impressions, clicks, purchases, gmv, failure, purchase,
+    and the click probability of every slot, `slots`. (S,) each, slots (S, K); arguments as in `visit`."""
     click, buy = rates(world, user, page)
     sale, stay = click * buy, world.stay(page.shape[1])
     how = world.how
     leave = click if how.leave_on_click else sale if how.leave_on_purchase else np.zeros_like(sale)
     last = click if how.leave_on_click else sale
     reads, quiet, unsold = (before((1 - p) * stay) for p in (leave, click, last))
-    return {"slots": reads * click, "clicks": (reads * click).sum(1), "purchases": (reads * sale).sum(1),
+    return {"slots": reads * click, "impressions": (reads * world.look(page.shape[1]) * (page >= 0)).sum(1),
+            "clicks": (reads * click).sum(1), "purchases": (reads * sale).sum(1),
             "gmv": (reads * sale * world.price[np.maximum(page, 0)]).sum(1),
             "failure": 1 - (quiet * click).sum(1), "purchase": (unsold * sale).sum(1)}
 
@@ -232,7 +233,8 @@ def run(config: Config) -> dict:
                                           alpha=config.alpha, mde=config.mde, daily=config.visitors / config.days))
         users = np.intersect1d(*(u for u, _ in pages.values()))
         true = [expected(world, users, page[np.searchsorted(owner, users)]) for owner, page in pages.values()]
-        result["truth"] = {}
+        a, b = (float(t["clicks"].sum() / t["impressions"].sum()) for t in true)
+        result["truth"] = {"CTR": {"control": a, "treatment": b, "relative": b / a - 1}}
         for metric, name, times in (("GMV per user", "gmv", config.sessions),
                                     ("purchases per user", "purchases", config.sessions),
                                     ("session failure", "failure", 1), ("session purchase", "purchase", 1)):

@@ -253,7 +253,7 @@ def make(*words):
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "presets").glob("*")), ids=lambda p: p.name)
-@pytest.mark.parametrize("study", ["ablation", "coldstart", "crossdomain", "drift", "leaveout"])
+@pytest.mark.parametrize("study", ["ablation", "backbones", "coldstart", "crossdomain", "drift", "leaveout"])
 def test_make_hands_the_presets_of_a_data_set_to_the_stages_of_a_study(study, path):
     """Those that there are, of stages that the study has options for; ARGS come last, so that they override."""
     import importlib
@@ -263,10 +263,10 @@ def test_make_hands_the_presets_of_a_data_set_to_the_stages_of_a_study(study, pa
              if f"-m experiments.{study}" in x]
     config = parse(module.Config, shlex.split(line.split(f"-m experiments.{study}")[1]))
     assert config.dataset == path.name and config.seeds == 1
-    stages = {f.name for f in fields(config) if f.type is Options} & {p.name for p in path.iterdir()}
-    assert stages
-    for stage in stages:
-        assert getattr(config, stage).startswith(f"@presets/{path.name}/{stage}")
+    folder = path / "backbones" if study == "backbones" else path
+    for stage in [f.name for f in fields(config) if f.type is Options]:
+        preset = f"@presets/{folder.relative_to(path.parent)}/{stage}"
+        assert getattr(config, stage).startswith(preset) == (folder / stage).exists()
     assert config.sft.endswith("--lr 0.25")
 
 
@@ -286,11 +286,20 @@ def test_make_runs_a_study_of_a_data_set_without_presets_with_the_defaults_of_th
     assert "@" not in line
 
 
+def test_make_needs_no_run_for_a_log_of_ones_own():
+    """And does for an option that only begins like --log."""
+    for target in ("abtest", "ope"):
+        for args in ("--log sessions.parquet", "--alpha 0.05 --log=sessions.parquet"):
+            assert not [x for x in make(target, "RUN=none", f"ARGS={args}") if "pagellm.evaluate" in x]
+    for target, args in (("abtest", ""), ("ope", ""), ("ope", "--logging_temperature 2")):
+        assert [x for x in make(target, "RUN=none", f"ARGS={args}") if "pagellm.evaluate" in x]
+
+
 def test_every_preset_of_the_repository_is_understood():
     import importlib
 
     from pagellm.__main__ import VERBS
-    found = sorted((Path(__file__).parent.parent / "presets").glob("*/*"))
+    found = [path for path in (Path(__file__).parent.parent / "presets").rglob("*") if path.is_file()]
     assert found
     for path in found:
         parse(importlib.import_module(VERBS[path.name]).Config, [f"@{path}"])

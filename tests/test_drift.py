@@ -1,5 +1,6 @@
 """Time: tokens that say when, pages that come after their history, a planted fashion that only they can know."""
 
+import json
 import shutil
 
 import numpy as np
@@ -175,14 +176,18 @@ def test_recent_popularity_counts_the_latest_rows(root):
 
 def test_the_study_runs_and_says_what_it_cannot_do(tmp_path, capsys):
     data = tmp_path / "data"
-    for split, folder in (("random", data), ("temporal", data / "temporal")):
-        prepare.run(prepare.Config(data=str(folder), users=80, items=60, split=split))
     base = {"data": str(data), "runs": str(tmp_path / "runs"), "seeds": 1, "times": 4,
+            "prepare": "--users 80 --items 60",
             "pretrain": "--size nano --steps 3 --batch 8 --words 300 --device cpu",
             "sft": "--epochs 1 --batch 16 --max_history 8 --k 6 --device cpu"}
     records = drift.run(drift.Config(**base))
     assert len({r["variant"] for r in records}) == 6
     assert "random split → temporal split" in capsys.readouterr().out
+    for folder, split in ((data, "random"), (data / "temporal", "temporal")):        # what was not there was prepared
+        made = json.loads((folder / "synthetic" / "source.json").read_text())["config"]
+        assert (made["users"], made["items"], made["split"]) == (80, 60, split)
+    with pytest.raises(PageLLMError, match="--prepare must not set split"):
+        drift.run(drift.Config(**base | {"prepare": "--split leave_one_out"}))
     drift.run(drift.Config(**base, planted=True))
     assert pq.read_table(tmp_path / "runs" / "drift" / "synthetic-planted.parquet").num_rows == len(records)
     with pytest.raises(PageLLMError, match="--pretrain must not set times"):

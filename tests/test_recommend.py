@@ -1,7 +1,11 @@
 """Pages in the terminal and in files: interrupted, resumed and shared runs end the same."""
 
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -95,6 +99,22 @@ def test_everybodys_pages_whole_resumed_and_shared_are_the_same(served, rec, tmp
     assert rows(tmp_path / "shared.parquet") == whole and not list(tmp_path.glob("*.parts"))
     with pytest.raises(PageLLMError, match="another"):
         recommend.run(options("shared.parquet", exclude=rec.shop.catalogue.ids[0]))
+
+
+def test_two_processes_write_the_file_that_one_writes(served, tmp_path):
+    """NPROC=2 make recommend: really two, started as the Makefile starts them, whichever is done first."""
+    common = {"run": "base", "data": str(served / "data"), "runs": str(served / "runs"), "device": "cpu", "k": 6,
+              "part": 16}
+    recommend.run(recommend.Config(all=True, out=str(tmp_path / "one.parquet"), **common))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "--",
+         "pagellm.recommend", "--all", "--out", str(tmp_path / "two.parquet"),
+         *(f"--{name}={value}" for name, value in common.items())],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "two.parquet").read_bytes() == (tmp_path / "one.parquet").read_bytes()
+    assert not list(tmp_path.glob("*.parts"))
 
 
 def test_filters_hold_in_the_file_too(served, rec, tmp_path):

@@ -19,7 +19,7 @@ def small_world(how, seed=0, users=3, items=6):
 
 def enumerated(world, user, page):
     """Means of one session, by walking through every course that it can take."""
-    out = dict.fromkeys(("clicks", "purchases", "gmv", "failure", "purchase"), 0.0)
+    out = dict.fromkeys(("impressions", "clicks", "purchases", "gmv", "failure", "purchase"), 0.0)
     K = len(page)
     for course in itertools.product(("unseen", "seen", "clicked", "bought"), (True, False), repeat=K):
         fate, on = course[0::2], course[1::2]
@@ -40,7 +40,8 @@ def enumerated(world, user, page):
                 fate[k] in ("clicked", "bought") and world.how.leave_on_click)
         bought = [item for f, item in did if f == "bought"]
         clicks = sum(f in ("clicked", "bought") for f, _ in did)
-        for name, value in (("clicks", clicks), ("purchases", len(bought)), ("gmv", world.price[bought].sum()),
+        for name, value in (("impressions", sum(f != "unseen" for f, _ in did)), ("clicks", clicks),
+                            ("purchases", len(bought)), ("gmv", world.price[bought].sum()),
                             ("failure", clicks == 0), ("purchase", len(bought) > 0)):
             out[name] += p * value
     return out
@@ -67,7 +68,8 @@ def test_samples_agree_with_the_closed_form(how):
     s = simulator.visit(world, user, page, np.random.default_rng(0))
     assert not (s.clicked & ~s.seen).any() and not (s.bought & ~s.clicked).any() and not s.seen[:, 4].any()
     true = simulator.expected(world, user[:1], page[:1])
-    for name, value in (("clicks", s.clicked.sum(1)), ("purchases", s.bought.sum(1)), ("purchase", s.bought.any(1)),
+    for name, value in (("impressions", s.seen.sum(1)), ("clicks", s.clicked.sum(1)),
+                        ("purchases", s.bought.sum(1)), ("purchase", s.bought.any(1)),
                         ("failure", ~s.clicked.any(1)),
                         ("gmv", (s.bought * world.price[np.maximum(page, 0)]).sum(1))):
         assert abs(value.mean() - true[name][0]) < 4.5 * value.std() / np.sqrt(n), name
@@ -115,6 +117,7 @@ def test_sft_against_ppo_end_to_end(served, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith("SIMULATED") and "closed form" in said
     assert (result["control"], result["treatment"]) == ("sft", "ppo")
+    assert set(result["truth"]) == set(abtest.METRICS)
     for metric, true in result["truth"].items():
         m = result["metrics"][metric]
         assert abs(m["difference"] - (true["treatment"] - true["control"])) < 4.5 * m["se"], metric
