@@ -33,7 +33,7 @@ PRESET = $(addprefix @,$(wildcard presets/$(DATASET)/$(1)))
 PRESETS = $(foreach stage,$(1),$(addprefix --$(stage)=,$(call PRESET,$(2)$(stage))))
 
 .PHONY: all help install test lint serve recommend report load fuzz export ablation abtest ope judge backbones baselines seeds \
-	coldstart casestudy features ranker search caches crossdomain drift bench scaling torture soak clean $(STAGES)
+	coldstart leaveout casestudy features ranker search caches crossdomain drift bench scaling torture soak clean $(STAGES)
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
@@ -119,8 +119,10 @@ ablation: | $(PREPARED)  ## the paper's Table 5 over several seeds
 backbones: | $(PREPARED)  ## GPT-2, Llama and Llama with adapters side by side: the paper's Table 3
 	$(PY) -m experiments.backbones --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(call PRESETS,pretrain sft reward ppo,backbones/) $(ARGS)
 
-baselines: | $(PREPARED)  ## popularity, ItemKNN, EASE, ALS: chosen on validation, refitted, one table
-	$(PY) -m experiments.baselines $(COMMON) --refit $(ARGS)
+# Settings that an earlier search found are in experiments/settings/; ARGS="--settings=" searches anew.
+SETTINGS := $(if $(findstring --settings,$(ARGS)),,$(addprefix --settings ,$(wildcard experiments/settings/$(DATASET).json)))
+baselines: | $(PREPARED)  ## popularity, ItemKNN, EASE, ALS: settings chosen on validation, refitted, one table
+	$(PY) -m experiments.baselines $(COMMON) --refit $(SETTINGS) $(ARGS)
 
 seeds: | $(PREPARED)  ## the whole pipeline once for each of SEEDS, and one table with the baselines
 	for seed in $(SEEDS); do $(MAKE) $(DONE)-s$$seed/evaluate/done RUN=$(RUN)-s$$seed SEED=$$seed || exit; done
@@ -129,6 +131,9 @@ seeds: | $(PREPARED)  ## the whole pipeline once for each of SEEDS, and one tabl
 
 coldstart: | $(PREPARED)  ## half of the training interactions; users by how many they have
 	$(PY) -m experiments.coldstart --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(call PRESETS,pretrain sft reward ppo) $(ARGS)
+
+leaveout: | $(PREPARED)  ## what the reward knows untaught: a kind of pair left out; its scores against held-out truth
+	$(PY) -m experiments.leaveout --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(call PRESETS,pretrain sft reward) $(ARGS)
 
 # A log of one's own needs no run; --logging and its like name no log.
 OWN_LOG = $(filter --log --log=%,$(ARGS))

@@ -3,7 +3,8 @@ what is not the paper's: SFT's loss beside PPO's, and hits on hidden train items
 
     python -m experiments.ablation --dataset synthetic --seeds 3
 
-Writes runs/<study>/<dataset>.parquet and prints it. About six minutes a seed on the synthetic shop with two cores;
+Writes runs/<study>/<dataset>-<rows>.parquet and prints it; the same as Markdown and LaTeX, with effect sizes, in
+runs/<study>/<dataset>-<rows>/table.{md,tex,parquet}. About six minutes a seed on the synthetic shop with two cores;
 rows already done are not run again.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.study import Stages, Variant, print_table, rows_of, study, write_table
+from experiments.tables import compare, save
 from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.config import Options, PageLLMError, check, main, parse
 
@@ -74,9 +76,10 @@ def run(config: Config) -> list[dict]:
     records = rows_of(results, shown)
     path = Path(config.runs) / config.study / f"{config.dataset}-{config.rows}.parquet"
     write_table(path, records)
-    print(print_table(records))
-    print(f"\n{config.seeds} seeds; below each mean the paired difference to {records[0]['variant']!r} with its 95% "
-          f"interval (bootstrap over seeds and users)\n{path}")
+    heading = (f"{config.dataset}: {config.seeds} seeds; paired difference to {records[0]['variant']!r} with its 95% "
+               "interval (bootstrap over seeds and users) and effect size d")
+    save(path.with_suffix(""), compare(results, shown, records[0]["variant"]), heading)
+    print(f"{print_table(records)}\n\n{heading}\n{path}")
     return records
 
 

@@ -2,11 +2,13 @@
 
     make coldstart DATASET=toys             python -m experiments.coldstart --dataset toys --seeds 3
     python -m experiments.coldstart --policies sft,ppo       our rows beside the baselines'
+    python -m experiments.coldstart --seeds 1 --run_files SASRec=full.parquet+half-s0.parquet      an outside library's
 
 Each seed draws which half of every user's train rows stays, rounded up, so that nobody is left without. The others
 become `unused`: unknown to every model, and kept off every page (mask train+valid+unused), so that full and half are
 ranked among the same items and nobody pays for recommending what was taken away. Validation and test rows stay.
-Settings are chosen on the full data and kept for the halves.
+Settings are chosen on the full data and kept for the halves. Whatever learns elsewhere (experiments/outside.py) is
+fitted to data/<dataset> and to each data/<dataset>-half-s<seed>, which an earlier run has made, and given as run files.
 
 Writes data/<dataset>-half-s<seed>/, runs/<study>/..., and runs/<study>/<dataset>.{parquet,md}
 """
@@ -26,12 +28,14 @@ import pyarrow.parquet as pq
 from experiments import baselines
 from experiments.ablation import overrides
 from experiments.models import PLAIN
-from experiments.study import Stages, Variant, difference, per_user, run_variant, write_table
+from experiments.runfile import read_run
+from experiments.study import Stages, Variant, difference, effect, per_user, run_variant, write_table
 from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.config import Options, PageLLMError, check, main
 from pagellm.data import prepare
 from pagellm.data.filters import group_rank
 from pagellm.data.shop import Shop, load
+from pagellm.policy import Scorer
 from pagellm.run import atomic, file_id
 from pagellm.train import keyed
 
@@ -56,6 +60,7 @@ class Config:
     trials: int = 24             # settings tried for each on the full data
     settings: str = ""           # settings.json of an earlier search, used instead
     policies: str = ""           # our rows: sft, ppo, or both, comma-separated; trained on full and on each half
+    run_files: str = ""          # rows of others: NAME=FULL+HALF of seed 0+..., comma-separated (runfile.py)
     bins: str = "4,8,16"         # users by full train rows: up to 4, 5 to 8, 9 to 16, more
     data: str = "data"           # directory of prepared data sets
     runs: str = "runs"           # directory of runs
@@ -71,7 +76,14 @@ class Config:
         rising = edges[0] >= 0 and all(a < b for a, b in zip(edges, edges[1:], strict=False))
         check(self, share=(0 < self.share < 1, "between 0 and 1"), seeds=(self.seeds > 0, "1 or more"),
               policies=(set(filter(None, self.policies.split(","))) <= {"sft", "ppo"}, "sft, ppo or both"),
-              bins=(rising, "rising whole numbers, comma-separated"))
+              bins=(rising, "rising whole numbers, comma-separated"),
+              run_files=(all(len(files) == 1 + self.seeds for files in self.others().values()),
+                         f"NAME= and {1 + self.seeds} files joined by +: of the full data and of each seed's half"))
+
+    def others(self) -> dict[str, list[Path]]:
+        """Row -> its run files: the full data's, then each seed's half's."""
+        named = (text.partition("=") for text in filter(None, self.run_files.split(",")))
+        return {name: [Path(path) for path in paths.split("+") if path] for name, _, paths in named}
 
 
 def thin(source: Path, target: Path, share: float, seed: int) -> None:
@@ -146,6 +158,9 @@ def run(config: Config) -> list[dict]:
     chosen = str(Path(config.runs) / config.study / config.dataset / "baselines" / "settings.json")
     thinned = [plain(half, chosen, seed) for seed, half in enumerate(halves)]
     rows = {name: ([full[name]] * config.seeds, [half[name] for half in thinned]) for name in full}
+    for name, (first, *files) in config.others().items():
+        rows[name] = ([read_scores(data / config.dataset, first)] * config.seeds,
+                      [read_scores(data / half, path) for half, path in zip(halves, files, strict=True)])
     for policy in filter(None, config.policies.split(",")):
         variant = Variant(policy, policy=policy)
         rows[evaluate.LABELS[policy]] = tuple(
@@ -157,12 +172,23 @@ def run(config: Config) -> list[dict]:
     folder = Path(config.runs) / config.study
     write_table(folder / f"{config.dataset}.parquet", records)
     text = (f"{config.dataset}: {config.share:g} of each user's train rows, {config.seeds} draws; mean on full, on the "
-            f"thinned data, drop in percent; difference with its 95% interval (bootstrap over seeds and users)\n\n"
+            f"thinned data, drop in percent; difference with its 95% interval (bootstrap over seeds and users), d\n\n"
             f"{show(records)}\n")
     with atomic(folder / f"{config.dataset}.md") as beside:
         beside.write_text(text)
     print(text)
     return records
+
+
+def read_scores(folder: Path, path: Path) -> dict[str, np.ndarray]:
+    """Per-user scores of a run file for the data prepared in `folder`. Raises PageLLMError if it does not fit."""
+    if not path.is_file():
+        raise PageLLMError(f"no run file {path}\n  Make it from {folder}, for example with experiments/outside.py.")
+    shop, plain = load(folder), baselines.Config()
+    scorer = Scorer(shop, "test")
+    ranked, notes = read_run(path, shop, scorer.users, evaluate.seen_rows(shop, "test", MASK), plain.k, plain.depth)
+    print(f"{path}: {notes}")
+    return {"user": scorer.users, **scorer(ranked, plain.k)}
 
 
 def drops(rows: dict[str, tuple[list, list]], members: dict[str, np.ndarray]) -> list[dict]:
@@ -178,7 +204,8 @@ def drops(rows: dict[str, tuple[list, list]], members: dict[str, np.ndarray]) ->
                 mean = float(np.nanmean(before))
                 records.append({"variant": name, "users": group, "count": int(mine.sum()), "metric": metric,
                                 "full": mean, "thinned": float(np.nanmean(after)), "difference": change, "low": low,
-                                "high": high, "drop": -100 * change / mean if mean else math.nan})
+                                "high": high, "effect": effect(after, before),
+                                "drop": -100 * change / mean if mean else math.nan})
     return records
 
 
@@ -188,7 +215,7 @@ def show(records: list[dict]) -> str:
     for first in range(0, len(records), len(METRICS)):
         some = records[first: first + len(METRICS)]
         cells = [f"{r['full']:.4f} → {r['thinned']:.4f}, {-r['drop']:+.1f}% ({r['difference']:+.4f} "
-                 f"[{r['low']:+.4f}, {r['high']:+.4f}])" for r in some]
+                 f"[{r['low']:+.4f}, {r['high']:+.4f}], d {r['effect']:+.2f})" for r in some]
         who = f"{some[0]['users']} ({some[0]['count']:,})"
         lines.append(f"| {some[0]['variant']} | {who} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

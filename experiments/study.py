@@ -22,8 +22,8 @@ from pagellm.data import prepare
 from pagellm.metrics import DIRECTION
 from pagellm.run import atomic
 
-__all__ = ["Stages", "Variant", "difference", "per_user", "print_table", "rows_of", "run_variant", "slug", "study",
-           "write_table"]
+__all__ = ["Stages", "Variant", "difference", "effect", "per_user", "print_table", "rows_of", "run_variant", "slug",
+           "study", "write_table"]
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,20 @@ def difference(a: list[np.ndarray], b: list[np.ndarray], draws: int = 2000, seed
     return float(filled.sum() / defined.sum()), float(low), float(high)
 
 
+def effect(a: list[np.ndarray], b: list[np.ndarray]) -> float:
+    """Effect size d: mean of a - b over its standard deviation among users; 0 where nothing differs, infinite where
+    all users differ by the same. Arguments as in `difference`."""
+    gap = np.stack(a) - np.stack(b)                                    # (S, U)
+    known = gap[:, ~np.isnan(gap).all(0)]
+    if not known.size or not np.nanmax(np.abs(known)):
+        return 0.0
+    mean, spread = float(np.nanmean(known)), float(np.std(np.nanmean(known, axis=0)))
+    return mean / spread if spread > 1e-9 * abs(mean) else float(np.copysign(np.inf, mean))
+
+
 def rows_of(results, metrics_shown) -> list[dict]:
-    """One record for every variant and metric: mean over seeds, their standard deviation, difference to row one."""
+    """One record for every variant and metric: mean over seeds, their standard deviation; difference to row one with
+    its interval and effect size d."""
     names = list(results)
     records = []
     for name in names:
@@ -125,6 +137,7 @@ def rows_of(results, metrics_shown) -> list[dict]:
                       else float("nan"), "versus": names[0]}
             first = [seed[metric] for seed in results[names[0]]]
             record["difference"], record["low"], record["high"] = difference(values, first)
+            record["effect"] = effect(values, first)
             records.append(record)
     return records
 
@@ -136,12 +149,12 @@ def write_table(path: Path, records: list[dict]) -> None:
 
 
 def print_table(records: list[dict]) -> str:
-    """Metrics down, variants across: mean, and below it the paired difference to the first with its interval."""
+    """Metrics down, variants across: mean, and below it the paired difference to the first, its interval, its d."""
     names = list(dict.fromkeys(r["variant"] for r in records))
     metrics_shown = list(dict.fromkeys(r["metric"] for r in records))
     at = {(r["variant"], r["metric"]): r for r in records}
     arrow = {"up": "↑", "down": "↓"}
-    width = max(28, *(len(n) + 2 for n in names))
+    width = max(37, *(len(n) + 2 for n in names))
     lines = [" " * 18 + "".join(f"{n:>{width}}" for n in names)]
     for metric in metrics_shown:
         cells, under = [], []
@@ -149,7 +162,7 @@ def print_table(records: list[dict]) -> str:
             r = at.get((name, metric))
             cells.append("–" if r is None else f"{r['mean']:.4f}")
             under.append("" if r is None or name == names[0]
-                         else f"{r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}]")
+                         else f"{r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}], d {r['effect']:+.2f}")
         direction = next(r["direction"] for r in records if r["metric"] == metric)
         lines.append(f"{metric + ' ' + arrow[direction]:<18}" + "".join(f"{c:>{width}}" for c in cells))
         lines.append(" " * 18 + "".join(f"{c:>{width}}" for c in under))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.study import difference, write_table
+from experiments.study import difference, effect, write_table
 from pagellm import metrics
 from pagellm.config import PageLLMError
 from pagellm.run import atomic
@@ -51,10 +51,7 @@ def compare(results: dict[str, list[dict[str, np.ndarray]]], columns: Sequence[s
                     found = [metrics.paired(mine[0], first[0], seed, n_boot)[k] for k in ("mean", "low", "high")]
                 else:
                     found = difference(mine, first, n_boot, seed)
-                gap = np.stack(mine) - np.stack(first)                                  # (S, U)
-                spread = float(np.std(np.nanmean(gap[:, ~np.isnan(gap).all(0)], axis=0)))
-                record |= dict(zip(("difference", "low", "high"), found, strict=True))
-                record["effect"] = record["difference"] / spread if spread > 0 else 0.0
+                record |= dict(zip(("difference", "low", "high"), found, strict=True), effect=effect(mine, first))
             records.append(record)
     return records
 
@@ -90,7 +87,7 @@ def markdown(records: list[dict]) -> str:
 
 def spread(records: list[dict]) -> str:
     """Markdown of study.rows_of's records: metrics down; each variant's mean ± its standard deviation over seeds (none
-    of one seed), then the paired difference to the first variant with its 95% interval."""
+    of one seed), then the paired difference to the first variant with its 95% interval and effect size d."""
     names, columns, at, _ = grid(records)
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for metric in columns:
@@ -102,7 +99,7 @@ def spread(records: list[dict]) -> str:
                 continue
             cell = f"{r['mean']:.4f}" + ("" if np.isnan(r["sd_over_seeds"]) else f" ± {r['sd_over_seeds']:.4f}")
             cells.append(cell if name == r["versus"] else
-                         f"{cell}, {r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}]")
+                         f"{cell}, {r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}], d {r['effect']:+.2f}")
         direction = next(ARROW[r["direction"]] for r in records if r["metric"] == metric)
         lines.append(f"| {metric} {direction} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

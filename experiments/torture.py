@@ -16,6 +16,7 @@ what was tried; exits 1 and says what broke, if anything did.
 """
 
 import contextlib
+import faulthandler
 import gc
 import gzip
 import hashlib
@@ -28,6 +29,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -90,7 +92,7 @@ class Outcome:
     peak_mb: float
 
 
-TRIAL_SECONDS = 180          # a trial that takes longer hangs
+TRIAL_SECONDS = 180          # a trial that takes longer hangs: its stack is printed, and it is killed
 
 
 def forked(folder: Path, action: Callable[[], int], arm: Callable[[], None] | None = None,
@@ -111,6 +113,10 @@ def forked(folder: Path, action: Callable[[], int], arm: Callable[[], None] | No
             os.dup2(handle, 1)
             os.dup2(handle, 2)
             sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
+            # tqdm's own lock is a semaphore that forked processes share: who is killed in the middle of drawing a bar
+            # would keep it, and the next bar, in the parent too, would wait for ever.
+            tqdm.set_lock(threading.RLock())
+            faulthandler.register(signal.SIGQUIT)
             torch.set_num_threads(1)
             counted = operations()
             if arm:
@@ -128,10 +134,11 @@ def forked(folder: Path, action: Callable[[], int], arm: Callable[[], None] | No
         time.sleep(after)
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signum)
-    deadline = time.time() + TRIAL_SECONDS + after
+    deadline, asked = time.time() + TRIAL_SECONDS + after, False
     while not (ended := os.wait4(child, os.WNOHANG))[0]:
-        if time.time() > deadline and patience:
-            os.kill(child, signal.SIGQUIT)          # its end is then reported as any other's
+        if time.time() > deadline and patience:     # where it hangs; its end is then reported as any other's
+            os.kill(child, signal.SIGKILL if asked else signal.SIGQUIT)
+            deadline, asked = deadline + 1, True
         time.sleep(0.002)
     _, status, usage = ended
     text = out.read_text(errors="replace") if out.exists() else ""

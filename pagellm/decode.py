@@ -20,7 +20,7 @@ from torch import Tensor, from_numpy
 from kernels.logprob import linear_logp
 from pagellm.backbone import Backbone, KVCache
 from pagellm.sampled import Candidates, sampled_logp
-from pagellm.top import top_k
+from pagellm.top import Rank, argmax, top_k
 
 __all__ = ["Pages", "Unseen", "beam", "drawn", "greedy", "one_shot", "page_logp", "ranking", "sample", "shared_start",
            "slot_states"]
@@ -150,12 +150,14 @@ def generate(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen,
 
 
 def greedy(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int,
-           start: tuple[KVCache, Tensor] | None = None) -> Pages:
-    """The likeliest legal item in every slot. Ties go to the smaller id. start as in `generate`."""
+           start: tuple[KVCache, Tensor] | None = None, rank: Rank | None = None) -> Pages:
+    """The likeliest legal item in every slot; of equals the highest by `rank`, without one the smallest id. start as in
+    `generate`."""
     def pick(logits: Tensor, slot: int) -> tuple[Tensor, Tensor]:
         # numpy's takes a tenth of the time of torch's on a CPU; both take the first of equals there.
-        best = logits.argmax(1) if logits.device.type != "cpu" else from_numpy(logits.numpy().argmax(1))
-        return best, F.softmax(logits, dim=1).gather(1, best[:, None])[:, 0].log()
+        chosen = (logits.argmax(1) if logits.device.type != "cpu" and rank is None
+                  else from_numpy(argmax(logits.cpu().numpy(), rank)).to(logits.device))
+        return chosen, F.softmax(logits, dim=1).gather(1, chosen[:, None])[:, 0].log()
 
     return generate(model, prompt, valid, constraint, k, pick, start=start)
 
@@ -251,21 +253,23 @@ def beam(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, k: 
 
 @torch.no_grad()
 def one_shot(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int,
-             start: tuple[KVCache, Tensor] | None = None) -> Pages:
-    """Rank by the first slot's distribution alone: one pass, no slot sees another. start as in `generate`."""
+             start: tuple[KVCache, Tensor] | None = None, rank: Rank | None = None) -> Pages:
+    """Rank by the first slot's distribution alone: one pass, no slot sees another. start as in `generate`, rank as in
+    `greedy`."""
     first = model.item_logits(model(prompt, valid)[:, -1] if start is None else start[1])
     logp, _ = legal_logp(first, constraint.legal, 1.0)
-    value, column = top_k(logp, k)
+    value, column = top_k(logp, k, rank)
     mask = value.isfinite()
     pad = (0, k - mask.shape[1])
     return Pages(F.pad(torch.where(mask, column, -1), pad, value=-1), F.pad(torch.where(mask, value, 0.0), pad),
                  F.pad(mask, pad), first)
 
 
-def ranking(pages: Pages, legal: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+def ranking(pages: Pages, legal: Tensor, depth: int, rank: Rank | None = None) -> tuple[Tensor, Tensor]:
     """The page, then the remaining legal items by the first slot's logits (SPEC 7: NDCG@100 needs 100 ranks).
 
     legal    (B, N) bool, before any slot was filled
+    rank     as in `greedy`
     returns  item (B, depth) int64, -1 past the end; score (B, depth) float32, falling along each row
     """
     B, K = pages.item.shape
@@ -274,7 +278,7 @@ def ranking(pages: Pages, legal: Tensor, depth: int) -> tuple[Tensor, Tensor]:
     above = over + K - torch.arange(K, device=score.device, dtype=score.dtype)
     padded = F.pad(score, (0, 1))                               # the last column takes the empty slots
     padded.scatter_(1, torch.where(pages.mask, pages.item, score.shape[1]), above)
-    value, column = top_k(padded[:, :-1], depth)
+    value, column = top_k(padded[:, :-1], depth, rank)
     kept = value.isfinite()
     pad = (0, depth - kept.shape[1])
     return (F.pad(torch.where(kept, column, -1), pad, value=-1),

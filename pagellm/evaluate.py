@@ -26,7 +26,7 @@ from torch import Tensor
 from pagellm import dist, metrics
 from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import SPLITS, Rows, Shop, load
-from pagellm.policy import BLOCK, MODES, Policy, RankedPages, Scorer
+from pagellm.policy import BLOCK, MODES, Policy, RankedPages, Scorer, ties
 from pagellm.run import Common, Run, atomic, file_id, finished, write_json
 from pagellm.top import largest
 from pagellm.train import keyed
@@ -86,20 +86,17 @@ def top_items(score: Tensor, users: np.ndarray, seen: Rows, depth: int, seed: in
     """The best `depth` items of each user that are not in `seen`, over the whole catalogue.
 
     score (B, N) float, users (B,). Returns item (B, depth) int64, -1 past the end, and score (B, depth) float32.
-    Equal scores: i goes before j for half of the users, whatever their numbers: by shuffled[i] xor drawn[user].
-    Raises ValueError on a NaN.
+    Equal scores go by policy.ties. Raises ValueError on a NaN.
     """
     score = score.detach().float().contiguous().numpy()
-    N = score.shape[1]
     row, gone = seen.flat(users)
     before = score[row, gone]
     if np.isnan(before).any():
         raise ValueError("top_items: a score is NaN")
-    shuffled = keyed(seed, "ties", "items").permutation(N)
-    drawn = keyed(seed, "ties", "users").integers(1 << max(1, (N - 1).bit_length()), size=len(seen.indptr) - 1)[users]
+    rank = ties(seed, users, len(seen.indptr) - 1, score.shape[1])
     score[row, gone] = -np.inf      # in the caller's memory, and back again: a copy would cost more than all the rest
     try:
-        item, value = largest(score, depth, lambda row, column: shuffled[column] ^ drawn[row])
+        item, value = largest(score, depth, rank)
     finally:
         score[row, gone] = before
     return torch.from_numpy(item), torch.from_numpy(value)
@@ -304,7 +301,7 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
                 policy = Policy.load(where[name], device)
                 ranked = written[inputs[name]] = policy.rank(
                     users, history, seen, config.k, config.depth, config.mode, config.batch,
-                    "" if config.quiet else f"pages of {name}", shop.moments(config.split))
+                    "" if config.quiet else f"pages of {name}", shop.moments(config.split), config.seed)
             folder = out.path / name
             if not dist.is_main():          # it has done its share of the pages; the main process scores and writes
                 continue

@@ -43,6 +43,7 @@ SIZES = {
     "tiny": Shape(2, 4, 64, 256),
     "mini": Shape(2, 4, 128, 512),
     "wide": Shape(2, 4, 256, 512),
+    "wider": Shape(2, 8, 512, 512),
     "small": Shape(4, 4, 256, 512),
     "gpt2": Shape(12, 12, 768, 1024),
     "gpt2-medium": Shape(24, 16, 1024, 1024),

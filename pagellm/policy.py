@@ -19,10 +19,11 @@ from pagellm.lists import gain, gains, item_scores, near_duplicates, page_energy
 from pagellm.networks import from_state, to_state
 from pagellm.prompts import Prompts, left_pad
 from pagellm.run import load_model_file
+from pagellm.top import Rank
 from pagellm.train import keyed
 from pagellm.vocab import Vocab
 
-__all__ = ["BLOCK", "MODES", "Policy", "PromptStyle", "RankedPages", "Scorer", "Validation"]
+__all__ = ["BLOCK", "MODES", "Policy", "PromptStyle", "RankedPages", "Scorer", "Validation", "ties"]
 
 MODES = ("greedy", "beam", "one_shot")
 BLOCK = 2 ** 25      # logits held at once, 128 MB in float32: 256 users of 131,000 items, 32 of a million
@@ -49,6 +50,17 @@ class RankedPages:
     item: np.ndarray
     score: np.ndarray
     slots: np.ndarray
+
+
+def ties(seed: int, users: np.ndarray, n_users: int, n_items: int) -> Rank:
+    """How equal scores go: by a seeded shuffle, never by id. i is before j for half of the users, whatever their
+    numbers.
+
+    users  (B,) of the rows that will be ranked        returns  shuffled[item] xor drawn[user], for top.largest
+    """
+    shuffled = keyed(seed, "ties", "items").permutation(n_items)
+    drawn = keyed(seed, "ties", "users").integers(1 << max(1, (n_items - 1).bit_length()), size=n_users)[users]
+    return lambda row, column: shuffled[column] ^ drawn[row]
 
 
 class Policy:
@@ -93,26 +105,28 @@ class Policy:
         return dist.send(ids, device), dist.send(valid, device)
 
     def write(self, users: np.ndarray, history: Rows, seen: Rows, k: int, mode: str = "greedy",
-              width: int = 4, when: np.ndarray | None = None) -> tuple[Pages, Tensor]:
-        """Pages of one batch of users, and the legal set (B, N) they started from. when as in `prompt`."""
+              width: int = 4, when: np.ndarray | None = None, rank: Rank | None = None) -> tuple[Pages, Tensor]:
+        """Pages of one batch of users, and the legal set (B, N) they started from. when as in `prompt`, rank (not for
+        beam) as in decode.greedy."""
         prompt, valid = self.prompt(users, [history.of(u) for u in users], when)
         constraint = Unseen(torch.from_numpy(seen.padded(users)).to(prompt.device), self.model.n_items)
         legal = constraint.legal.clone()
         if mode == "greedy":
-            return greedy(self.model, prompt, valid, constraint, k), legal
+            return greedy(self.model, prompt, valid, constraint, k, rank=rank), legal
         if mode == "beam":
             return beam(self.model, prompt, valid, constraint, k, width), legal
         if mode == "one_shot":
-            return one_shot(self.model, prompt, valid, constraint, k), legal
+            return one_shot(self.model, prompt, valid, constraint, k, rank=rank), legal
         raise PageLLMError(f"mode={mode!r}: want one of {', '.join(MODES)}")
 
     def rank(self, users: np.ndarray, history: Rows, seen: Rows, k: int, depth: int, mode: str = "greedy",
-             batch: int = 256, progress: str = "", when: np.ndarray | None = None) -> RankedPages:
+             batch: int = 256, progress: str = "", when: np.ndarray | None = None, seed: int = 0) -> RankedPages:
         """Page of k and the ranks behind it for every user, `batch` at once; several processes share the users.
 
         history  what the prompts show        seen  what no page may hold
         Of a catalogue so large that logits of `batch` users exceed BLOCK numbers, fewer users at once.
         when     (all users of the shop,) seconds: the moment of each one's page, as in `prompt`
+        seed     of the order of equal scores (`ties`)
         """
         self.check_room(k)
         batch = max(1, min(batch, BLOCK // max(1, self.model.n_items)))
@@ -124,8 +138,10 @@ class Policy:
                    mininterval=1.0)
         for start in range(0, len(mine), batch):
             some = mine[start: start + batch]
-            pages, legal = self.write(some, history, seen, k, mode, when=None if when is None else when[some])
-            item, score = ranking(pages, legal, max(depth, k))
+            rank = ties(seed, some, len(seen.indptr) - 1, self.model.n_items)
+            pages, legal = self.write(some, history, seen, k, mode, when=None if when is None else when[some],
+                                      rank=rank)
+            item, score = ranking(pages, legal, max(depth, k), rank)
             items.append(item.cpu())
             scores.append(score.cpu())
             slots.append(pages.mask.sum(1).cpu())

@@ -57,8 +57,8 @@ KINDS = ("contents", "first_order", "second_order", "interaction")
 class Config(Learning):
     """Pre-train the language model on what the shop knows about items, opinions and choices."""
 
-    size: str = "tiny"           # shape of the network: nano, tiny, mini, wide, small, gpt2, gpt2-medium, -large, -xl;
-                                 # Llama: llama-nano, -tiny, -mini, -small, llama-3.2-1b, llama-3.2-3b
+    size: str = "tiny"           # shape of the network: nano, tiny, mini, wide, wider, small, gpt2, gpt2-medium,
+                                 # -large, -xl; Llama: llama-nano, -tiny, -mini, -small, llama-3.2-1b, llama-3.2-3b
     weights: str = ""            # published weights: a file, a directory (shards too) or a name on the hub; empty: none
     bpe: str = ""                # the words published with them: a tokenizer.json, or a directory with it or with
                                  # GPT-2's encoder.json and vocab.bpe; empty: words learnt from the shop

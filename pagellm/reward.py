@@ -44,8 +44,8 @@ from pagellm.train import (
     shared_means,
 )
 
-__all__ = ["Config", "RewardModel", "is_held_out", "page_loss", "pair_loss", "run", "score_pairs", "sequence_loss",
-           "token_loss"]
+__all__ = ["Config", "RewardModel", "is_held_out", "mean_reward", "page_loss", "pair_loss", "run", "score_pairs",
+           "sequence_loss", "token_loss"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,10 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor, from_numpy
 
-__all__ = ["largest", "tie_key", "top_k"]
+__all__ = ["Rank", "argmax", "largest", "tie_key", "top_k"]
+
+# (row, column) -> int64, 0 or more, below 2^32, different within a row: of equal entries the higher one goes first
+Rank = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 CHUNK = 32                   # entries of a chunk where a row is long enough
 ENTRIES = 2 ** 20            # of the rows taken at a time, 4 MB: what is made of them stays in the cache
@@ -39,13 +42,11 @@ def contenders(score: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return row, column
 
 
-def largest(score: np.ndarray, k: int, rank: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
-            ) -> tuple[np.ndarray, np.ndarray]:
+def largest(score: np.ndarray, k: int, rank: Rank | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The k largest entries above -inf of every row, falling: column (B, min(k, N)) int64, -1 past the end; value.
 
     score  (B, N) float32, C-contiguous
-    rank   (row, column) -> int64 0 or more, below 2^32, different within a row: of equal entries the higher rank goes
-           first, at the border too. None: the smaller column goes first
+    rank   decides between equals, at the border too. None: the smaller column goes first
     Raises ValueError on a NaN.
     """
     B, N = score.shape
@@ -59,7 +60,7 @@ def largest(score: np.ndarray, k: int, rank: Callable[[np.ndarray, np.ndarray], 
     return item, value
 
 
-def largest_of(score: np.ndarray, k: int, rank: Callable | None) -> tuple[np.ndarray, np.ndarray]:
+def largest_of(score: np.ndarray, k: int, rank: Rank | None) -> tuple[np.ndarray, np.ndarray]:
     """`largest` of a few rows, at least one; k from 1 to N."""
     B, N = score.shape
     row, column = contenders(score, k)
@@ -79,17 +80,31 @@ def tie_key(score: np.ndarray, rank: np.ndarray) -> np.ndarray:
     return np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64) << 32 | rank
 
 
-def top_k(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """torch.topk(score, min(k, N), dim=1) of score (B, N) float32: value, column, falling; equals by rising column.
+def argmax(score: np.ndarray, rank: Rank | None = None) -> np.ndarray:
+    """Column (B,) int64 of the largest entry of every row of score (B, N); of equals the highest by rank, without one
+    the first."""
+    column = score.argmax(1)
+    if rank is None:
+        return column
+    top = np.take_along_axis(score, column[:, None], 1)
+    for row in np.flatnonzero((score == top).sum(1) > 1):
+        equal = np.flatnonzero(score[row] == top[row])
+        column[row] = equal[rank(np.full(len(equal), row), equal).argmax()]
+    return column
 
-    Past the last entry above -inf a row has value -inf and column 0. On a GPU, and where a score is NaN, it is
-    torch.topk itself, with its own order of equals.
+
+def top_k(score: Tensor, k: int, rank: Rank | None = None) -> tuple[Tensor, Tensor]:
+    """torch.topk(score, min(k, N), dim=1) of score (B, N) float32: value, column, falling; equals by rank, without one
+    by rising column.
+
+    Past the last entry above -inf a row has value -inf and column 0. Where a score is NaN, and on a GPU unless a rank
+    is given (then it is done on the CPU), it is torch.topk itself, with its own order of equals.
     """
     k = min(k, score.shape[1])
-    if score.device.type != "cpu":
+    if score.device.type != "cpu" and rank is None:
         return tuple(score.topk(k, dim=1))
     try:
-        item, value = largest(score.detach().contiguous().numpy(), k)
+        item, value = largest(score.detach().cpu().contiguous().numpy(), k, rank)
     except ValueError:
         return tuple(score.topk(k, dim=1))
-    return from_numpy(value), from_numpy(np.maximum(item, 0))
+    return from_numpy(value).to(score.device), from_numpy(np.maximum(item, 0)).to(score.device)

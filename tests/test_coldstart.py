@@ -95,6 +95,14 @@ def test_the_study_compares_full_and_half_for_baselines_and_ours(root, tmp_path,
     assert pq.read_table(folder / "synthetic.parquet").num_rows == len(records)
     full, half = (load(root / "data" / name) for name in ("synthetic", "synthetic-half-s1"))
     pages = pq.read_table(folder / "synthetic-half-s1" / "baselines" / "ease" / "pages.parquet").to_pydict()
+    # EASE's own pages, given as somebody else's run files, make EASE's row.
+    files = "+".join(str(folder / name / "baselines" / "ease" / "pages.parquet")
+                     for name in ("synthetic", "synthetic-half-s0", "synthetic-half-s1"))
+    again = coldstart.run(dataclasses.replace(config, run_files=f"theirs={files}"))
+    same = [{**r, "variant": "theirs"} for r in again if r["variant"] == "EASE"]
+    assert [r for r in again if r["variant"] == "theirs"] == same and len(same) > 3
+    with pytest.raises(PageLLMError, match="no run file"):
+        coldstart.run(dataclasses.replace(config, run_files="theirs=a+b+c"))
     taken = pairs(half, half.rows(("train", "valid", "unused"), None))
     assert taken == pairs(full, full.rows(("train", "valid"), None))
     assert not set(zip(pages["user"], pages["item"], strict=True)) & taken
@@ -109,6 +117,7 @@ def test_what_the_study_sets_cannot_be_set(root):
 
 
 def test_wrong_options_say_what_is_wanted():
-    for bad in ({"share": 1.0}, {"policies": "sft,gpt"}, {"bins": "8,4"}, {"bins": "a"}, {"seeds": 0}):
+    for bad in ({"share": 1.0}, {"policies": "sft,gpt"}, {"bins": "8,4"}, {"bins": "a"}, {"seeds": 0},
+                {"run_files": "x=a+b"}):
         with pytest.raises(PageLLMError, match=f"{next(iter(bad))}="):
             dataclasses.replace(coldstart.Config(), **bad)

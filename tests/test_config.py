@@ -253,7 +253,7 @@ def make(*words):
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "presets").glob("*")), ids=lambda p: p.name)
-@pytest.mark.parametrize("study", ["ablation", "backbones", "coldstart", "crossdomain", "drift"])
+@pytest.mark.parametrize("study", ["ablation", "backbones", "coldstart", "crossdomain", "drift", "leaveout"])
 def test_make_hands_the_presets_of_a_data_set_to_the_stages_of_a_study(study, path):
     """Those that there are, of stages that the study has options for; ARGS come last, so that they override."""
     import importlib
@@ -268,6 +268,17 @@ def test_make_hands_the_presets_of_a_data_set_to_the_stages_of_a_study(study, pa
         preset = f"@presets/{folder.relative_to(path.parent)}/{stage}"
         assert getattr(config, stage).startswith(preset) == (folder / stage).exists()
     assert config.sft.endswith("--lr 0.25")
+
+
+@pytest.mark.parametrize("words, settings", [
+    (["DATASET=toys"], "experiments/settings/toys.json"), (["DATASET=none"], ""),
+    (["DATASET=toys", "ARGS=--settings="], ""), (["DATASET=none", "ARGS=--settings setup.cfg"], "setup.cfg")])
+def test_make_baselines_takes_the_settings_that_a_search_found(words, settings, monkeypatch):
+    from experiments.baselines import Config
+
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    line, = [x for x in make("baselines", *words) if "-m experiments.baselines" in x]
+    assert parse(Config, shlex.split(line.split("-m experiments.baselines")[1])).settings == settings
 
 
 def test_make_runs_a_study_of_a_data_set_without_presets_with_the_defaults_of_the_study():

@@ -82,6 +82,21 @@ def test_the_order_among_equal_scores_is_that_of_the_shuffle_wherever_the_list_e
         assert value[u][: len(want)].tolist() == [float(score[u, i]) for i in want]
 
 
+@pytest.mark.parametrize("mode", ["greedy", "one_shot"])
+def test_a_policy_that_scores_all_items_alike_ranks_them_by_the_same_shuffle(shop, served, mode):
+    """Slot by slot and behind the page, whatever the batch: never by id."""
+    policy = Policy.load(served / "runs" / "base" / "sft")
+    shop = load(served / "data" / "synthetic")
+    with torch.no_grad():
+        policy.model.item[:] = 0.0
+    users, seen = np.arange(0, shop.n_users, 2), shop.csr("train", positive=None)
+    ranked = policy.rank(users, shop.csr("train"), seen, 6, 20, mode, batch=7, seed=3)
+    want, _ = top_items(torch.zeros(len(users), shop.n_items), users, seen, 20, seed=3)
+    np.testing.assert_array_equal(ranked.item, want.numpy())
+    other = policy.rank(users, shop.csr("train"), seen, 6, 20, mode, seed=4)
+    assert (other.item != ranked.item).mean() > 0.5
+
+
 def test_top_items_refuses_nan_and_drops_minus_infinity():
     with pytest.raises(ValueError, match="NaN"):
         top_items(torch.tensor([[0.0, math.nan]]), np.array([0]), EMPTY, 2)

@@ -85,5 +85,6 @@ def test_spread_over_seeds_stands_beside_the_mean_and_is_left_out_of_one_seed():
     line = spread(rows_of({"float32": a, "bfloat16": b}, ("WMRD", "absent"))).splitlines()
     assert line[0] == "| | float32 | bfloat16 |" and len(line) == 3
     # Seeds differ by 2 and by 4: standard deviations 2 / sqrt 2 and 4 / sqrt 2; the difference is .5 and 2.5.
-    assert line[2] == f"| WMRD ↓ | {mean + 1:.4f} ± 1.4142 | {mean + 2.5:.4f} ± 2.8284, +1.5000 [+0.5000, +2.5000] |"
+    assert line[2] == (f"| WMRD ↓ | {mean + 1:.4f} ± 1.4142 | {mean + 2.5:.4f} ± 2.8284, +1.5000 [+0.5000, +2.5000], "
+                       "d +inf |")
     assert "±" not in spread(rows_of({"float32": a[:1], "bfloat16": b[:1]}, ("WMRD",)))

@@ -100,3 +100,14 @@ def test_users_lists_are_exact_where_chunks_are_used_and_scores_come_back_unchan
     for u in range(U):
         legal[u, gone[u]] = -math.inf
     np.testing.assert_array_equal(item, sorted_whole(legal, depth, shuffled ^ drawn[:, None]))
+
+
+@given(seeds, st.integers(1, 5), st.integers(1, 40))
+@settings(deadline=None)
+def test_argmax_is_the_first_of_the_largest(seed, B, N):
+    rng = np.random.default_rng(seed)
+    score, rank = tables(rng, B, N, 2), np.stack([rng.permutation(N) for _ in range(B)])
+    got, first = top.argmax(score, lambda row, column: rank[row, column]), top.argmax(score)
+    for row in range(B):
+        equal = np.flatnonzero(score[row] == score[row].max())
+        assert got[row] == equal[rank[row, equal].argmax()] and first[row] == equal[0]

@@ -4,6 +4,7 @@ of its own."""
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,10 @@ from pagellm.config import PageLLMError
 ROOT = Path(__file__).parent.parent
 
 
-def python(*words):
+def python(*words, seconds=800):
     """A Python of its own; -> exit code and all it said."""
     ended = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                           text=True, timeout=800, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                           text=True, timeout=seconds, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return ended.returncode, ended.stdout
 
 
@@ -60,6 +61,43 @@ def test_it_would_notice():
     assert code == 0, said
     for words in ("model.pt", "left behind", "a changed seed was refused"):
         assert words in said
+
+
+MIDLINE = """
+import os, signal, sys, tempfile
+from pathlib import Path
+from tqdm import tqdm
+from experiments import torture
+torture.TRIAL_SECONDS = 1
+for _ in tqdm(range(1), "before"):
+    pass
+
+def die():
+    tqdm.get_lock().acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def hang():
+    while True:
+        pass
+
+with tempfile.TemporaryDirectory() as folder:
+    print("killed", torture.forked(Path(folder), die).code, flush=True)
+    for _ in tqdm(range(3), "after", mininterval=0):
+        pass
+    hung = torture.forked(Path(folder), hang)
+    print("hung", hung.code, "in hang" in hung.text)
+"""
+
+
+def test_a_trial_killed_while_it_draws_or_hanging_stops_nobody():
+    """Its bar's lock dies with it; one that hangs is shown and killed, whatever signals this process was told to
+    ignore."""
+    before = signal.signal(signal.SIGQUIT, signal.SIG_IGN)       # as a shell's background jobs inherit it
+    try:
+        code, said = python("-c", MIDLINE, seconds=60)
+    finally:
+        signal.signal(signal.SIGQUIT, before)
+    assert code == 0 and "killed -9" in said and "hung -9 True" in said, said
 
 
 def test_fuzzed_lines_are_seeded_and_stay_lines():
