@@ -16,7 +16,7 @@ the synthetic shop's rows other moments: a fashion moves through the departments
 something; in the shop as it is, it does not.
 
 Writes data/temporal/<dataset>[-planted]/, runs/<study>/..., runs/<study>/<dataset>[-planted].parquet
-About two and a half minutes a seed for the synthetic shop on two cores.
+About two and a half minutes a seed for the synthetic shop on two idle cores.
 """
 
 import json
