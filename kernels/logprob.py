@@ -1,7 +1,7 @@
 """Log-probability of chosen tokens and entropy of the choice, in float32 or float64 whatever comes in.
 
     token_logp, entropy   from logits that exist already, e.g. of one decoding step
-    linear_logp           from hidden states and head rows, (N, V) logits never whole: training and scoring
+    linear_logp           from hidden states and head rows, large (N, V) logits never whole: training and scoring
 
 Both take the legal set of the choice, since a policy that may not pick an item must not be scored as if it
 might: as a bool mask beside the logits, or as short lists of excluded ids. To restrict the choice to items,
@@ -87,7 +87,7 @@ def linear_logp(
     hidden: Tensor, weight: Tensor, target: Tensor, excluded: Tensor | None = None, temperature: float = 1.0,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """token_logp(hidden @ weight.T, target) without the (N, V) logits, for N positions at once.
+    """token_logp(hidden @ weight.T, target) without (N, V) logits, unless they are few (KEEP), for N positions at once.
 
     hidden       (N, C) float  states that choose; weight (V, C) float  one row per choice
     target       (N,)   integer, in [0, V)
