@@ -102,7 +102,8 @@ def run(config: Config) -> list[dict]:
         left.append(others)
         truths.append(against_truth(config, shop, policy, RewardModel.load(made.stage("reward"), "cpu"), seed))
     kinds = [kind for kind in KINDS if all(kind in seeds for seeds in taught)]
-    records = compare({TAUGHT: taught, LEFT: left}, kinds, versus=TAUGHT)
+    named = ([{f"{kind} pairs": one[kind] for kind in kinds} for one in seeds] for seeds in (taught, left))
+    records = compare(dict(zip((TAUGHT, LEFT), named, strict=True)), [f"{kind} pairs" for kind in kinds], versus=TAUGHT)
     known = truth_records(truths)
     folder = Path(config.runs) / config.study
     for name, rows in (("leaveout", records), ("truth", known)):

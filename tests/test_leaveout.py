@@ -47,8 +47,8 @@ def test_every_kind_is_left_out_once(served, tmp_path):
     options = dict(SMALL, dataset="synthetic", data=str(served / "data"), runs=str(tmp_path), seeds=1, users=12,
                    pages=3, k=6)
     records = run(Config(**options))
-    kinds = [r["metric"] for r in records if r.get("variant") == LEFT]
-    assert len(kinds) > 1
+    kinds = [r["metric"].removesuffix(" pairs") for r in records if r.get("variant") == LEFT]
+    assert len(kinds) > 1 and all(r["direction"] == "up" for r in records if "direction" in r)
     for kind in kinds:
         config = json.loads((tmp_path / "leaveout" / f"synthetic-s0-no-{kind}" / "reward" / "config.json").read_text())
         assert config["config"]["leave_out"] == kind
