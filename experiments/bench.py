@@ -2,6 +2,7 @@
 
     train            one step of AdamW, every position scored         peer: transformers' GPT2LMHeadModel
     train-page       the same, page positions against item rows       peer: the same, its labels masked
+    pretrain         the loss of 64 texts, in buckets of like length   plain: all padded to the longest
     rollout          pages of 20 different items, 2 a user            peer: transformers' generate, logits processor
     rollout-8        the same, 8 a user
     evaluate         top 100 of a catalogue and every metric          plain: one user after another
@@ -55,13 +56,15 @@ from pagellm.decode import Unseen, greedy, page_logp, sample, shared_start, slot
 from pagellm.dist import pick_device
 from pagellm.evaluate import rank_all
 from pagellm.gpt2 import GPT2, SIZES
+from pagellm.pretrain import BUCKETS, next_token_loss
+from pagellm.prompts import Example
 from pagellm.train import optimiser
 from pagellm.vocab import Vocab
 
 __all__ = ["Case", "Config", "cases", "compare", "measure", "profile", "run"]
 
 REVIEWS = tuple(f"{peer}-{spelling}" for spelling in ("2014", "2018", "2023") for peer in ("reviews", "orjson"))
-ROWS = ("train", "train-page", "rollout", "rollout-8", "evaluate", "top", *REVIEWS, "histories", "tokens")
+ROWS = ("train", "train-page", "pretrain", "rollout", "rollout-8", "evaluate", "top", *REVIEWS, "histories", "tokens")
 PARTED = ("train", "train-page", "evaluate")     # rows with marks inside, for --profile
 HEADER = ("row", "shape", "plain ms", "ours ms", "x", "floor ms", "share", "plain MB", "ours MB", "|diff|")
 
@@ -189,6 +192,22 @@ def train_case(config: Config, page_only: bool) -> Case:
     size = sum(p.numel() for p in ours.parameters()) / 1e6
     return Case("train-page" if page_only else "train", f"{B} x {P + K}, {size:.0f}M", plain, mine,
                 lambda a, b: abs(float(a) - float(b)))
+
+
+def pretrain_case(config: Config) -> Case:
+    """The loss of 64 texts and its gradients: many short, few long, as titles beside descriptions are."""
+    rng, words = np.random.default_rng(0), 300 if config.quick else 8_000
+    model = GPT2(SIZES["nano" if config.quick else "wide"], words, 0, 1, dropout=0.0).to(config.device)
+    length = np.sort(np.clip(4 + rng.exponential(20, size=64), None, 64).astype(int))
+    texts = [Example(rng.integers(words, size=n).tolist(), [False] * 2 + [True] * (n - 2), "words") for n in length]
+
+    def loss(buckets: int) -> torch.Tensor:
+        model.zero_grad()
+        nats = next_token_loss(model, texts, 0, words, buckets=buckets)
+        nats.backward()
+        return nats.detach()
+    return Case("pretrain", f"64 texts, {length.mean():.0f} of {length.max()} tokens", partial(loss, 1),
+                partial(loss, BUCKETS), lambda a, b: abs(float(a) - float(b)))
 
 
 @torch.no_grad()
@@ -440,6 +459,8 @@ def cases(config: Config) -> Iterator[Case]:
             yield reviews_case(config, spelling, json.loads if peer == "reviews" else orjson.loads)
         elif name.startswith("rollout"):
             yield rollout_case(config, name, 8 if name == "rollout-8" else 2)
+        elif name == "pretrain":
+            yield pretrain_case(config)
         elif name.startswith("train"):
             yield train_case(config, page_only=name == "train-page")
         elif name in ("histories", "tokens"):

@@ -48,9 +48,10 @@ from pagellm.train import (
 )
 from pagellm.vocab import Vocab
 
-__all__ = ["Config", "Corpus", "RatingHead", "next_token_loss", "run", "spectral_rows"]
+__all__ = ["BUCKETS", "Config", "Corpus", "RatingHead", "next_token_loss", "run", "spectral_rows"]
 
 KINDS = ("contents", "first_order", "second_order", "interaction")
+BUCKETS = 4                      # parts in which a batch is read: of 2.2 padded tokens a token, 1.25 remain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,33 +223,38 @@ class RatingHead(nn.Module):
 
 
 def next_token_loss(model: Backbone, examples: list[Example], pad: int, n_words: int,
-                    draw: Callable[[Tensor], Candidates] | None = None) -> Tensor:
+                    draw: Callable[[Tensor], Candidates] | None = None, buckets: int = 1) -> Tensor:
     """Eq. 3 as the mean over target tokens; words against words, items against items.
 
     The state at t scores token t + 1. `n_words` leaves the special tokens out of the word softmax. draw: target items
-    -> the items that stand for all in the softmax (sampled.py); None: all do.
+    -> the items that stand for all in the softmax (sampled.py); None: all do. buckets: the trunk reads the examples in
+    so many parts of like length, each padded to its own longest: less to read, the same loss.
     """
-    ids = right_pad([e.ids for e in examples], pad)
-    mask = right_pad([e.mask for e in examples], 0).bool()
-    items = torch.tensor([e.over == "items" for e in examples])
-    device = model.word.device
-    kept, target = mask[:, 1:], ids[:, 1:].flatten()
-    hidden = model(dist.send(ids, device))[:, :-1].flatten(0, 1)
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for rows, first, chosen in ((model.word[:n_words], 0, kept & ~items[:, None]),
-                                (model.item, model.n_words + model.n_users, kept & items[:, None])):
+    device, first = model.word.device, model.n_words + model.n_users
+    order = np.argsort([len(e.ids) for e in examples], kind="stable")
+    states, target, over = [], [], []
+    for part in np.array_split(order, min(buckets, len(order))):
+        ids = right_pad([examples[i].ids for i in part], pad)
+        kept = right_pad([examples[i].mask for i in part], 0).numpy()[:, 1:] > 0
         # Which positions count is found on the host, which would have to wait for a GPU to tell.
-        at = torch.from_numpy(np.flatnonzero(chosen.numpy()))
+        at = torch.from_numpy(np.flatnonzero(kept))
+        states.append(model(dist.send(ids, device))[:, :-1].flatten(0, 1)[dist.send(at, device)])
+        target.append(ids[:, 1:].flatten()[at])
+        over.append(np.repeat([examples[i].over == "items" for i in part], kept.sum(1)))
+    states, target, over = torch.cat(states), torch.cat(target), np.concatenate(over)
+    total = states.new_zeros((), dtype=torch.float32)
+    for rows, begin, chosen in ((model.word[:n_words], 0, ~over), (model.item, first, over)):
+        at = torch.from_numpy(np.flatnonzero(chosen))
         if not len(at):
             continue
-        states, wanted = hidden[dist.send(at, device)], dist.send(target[at] - first, device)
+        hidden, wanted = states[dist.send(at, device)], dist.send(target[at] - begin, device)
         if rows is model.item and draw:
             candidates = draw(wanted)
-            logp = sampled_logp(states, model.item_rows(candidates[0]), candidates, wanted)
+            logp = sampled_logp(hidden, model.item_rows(candidates[0]), candidates, wanted)
         else:
-            logp = linear_logp(states, rows, wanted)
+            logp = linear_logp(hidden, rows, wanted)
         total = total - logp.sum()
-    return total / max(sum(sum(e.mask[1:]) for e in examples), 1)
+    return total / max(len(target), 1)
 
 
 def spectral_rows(shop: Shop, n_embd: int, seed: int, facts: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -329,13 +335,15 @@ def rmse(model: Backbone, head: RatingHead, prompts: Prompts, rows, limit: int =
 
 
 def pretrain_loss(both: Objective, prompts: Prompts, examples: list[Example], some_text: bool, rated: tuple | None,
-                  some_rated: bool, draw: Callable[[Tensor], Candidates] | None) -> tuple[Tensor, Tensor]:
+                  some_rated: bool, draw: Callable[[Tensor], Candidates] | None, buckets: int = 1
+                  ) -> tuple[Tensor, Tensor]:
     """Eq. 3 and Eq. 2 as this process's shares of the batch's means (train.shared_means).
 
+    buckets as in next_token_loss, the same number on every process
     some_text, some_rated   False: the one row is a stand-in      rated   users, items, stars (R,), reviews or None
     """
     vocab = prompts.vocab
-    loss = next_token_loss(both.model, examples, vocab.pad, vocab.n_words, draw)
+    loss = next_token_loss(both.model, examples, vocab.pad, vocab.n_words, draw, buckets)
     loss, = shared_means([(loss, sum(sum(e.mask) for e in examples))], some_text)
     if rated is None:
         return loss, loss.new_zeros(()) + dist.idle(both.head)
@@ -384,7 +392,9 @@ def run(config: Config) -> None:
         model, head, vocab = build(config, shop)
         if dist.is_main():
             vocab.save(out.path)
-        both = Objective(pretrain_loss, model=model, head=head).to(device)
+        # From the whole batch: FSDP wants as many forward passes on every process.
+        buckets = max(1, min(BUCKETS, config.batch // dist.world()))
+        both = Objective(partial(pretrain_loss, buckets=buckets), model=model, head=head).to(device)
         prompts = Prompts(vocab, config.max_tokens)
         corpus = Corpus(shop, prompts, ordered=source(config.data_dir)["config"].get("split") == "temporal",
                         path=out.path / "tokens")
