@@ -307,7 +307,10 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=200, help="items of each user in the run file")
     parser.add_argument("--refit", action="store_true", help="fit the chosen settings to train + validation")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.fix and options.settings:
+        parser.error("--fix holds settings in a search, and --settings takes the place of the search: leave one out")
+    return options
 
 
 def search(options: argparse.Namespace, split: dict[str, Likes], given: tuple[dict, int] | None) -> tuple[dict, Watch]:

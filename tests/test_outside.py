@@ -143,6 +143,23 @@ def test_test_rows_move_no_byte_and_with_given_settings_no_held_out_row_does(sho
     assert written(tmp_path / "held", tmp_path / "f.parquet", *given, "--refit") != before
 
 
+def test_fixed_settings_are_held_and_unknown_ones_named(shop, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(outside.FIT, "bpr", together)
+    monkeypatch.setitem(outside.GRIDS, "bpr", {"power": (0.5, 1.0, 2.0)})
+    written(shop.path, tmp_path / "a.parquet", "--fix", "power=3e0")
+    about = json.loads((tmp_path / "a.json").read_text())["BPR"]
+    assert about["settings"] == {"power": 3.0} and about["tried"] == 1 and about["grid"] == {"power": "3.0"}
+    command = ["--data", str(shop.path), "--model", "bpr", "--out", str(tmp_path / "b.parquet")]
+    assert outside.main([*command, "--fix", "strength=1", "loss=softmax"]) == 2
+    said = capsys.readouterr().err
+    assert "--fix names" in said and "Its own: power" in said and not (tmp_path / "b.parquet").exists()
+    for wrong, why in ((["--fix", "power"], "want NAME=VALUE"), (["--fix", "2=2"], "want NAME=VALUE"),
+                       (["--fix", "power=1", "--settings", str(tmp_path / "a.json")], "leave one out")):
+        with pytest.raises(SystemExit):
+            outside.main([*command, *wrong])
+        assert why in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("model", "library"), PACKAGE.items())
 def test_a_librarys_run_file_is_taken_in(shop, tmp_path, model, library):
     """Also: settings of an earlier search give that run file again, to the byte."""
