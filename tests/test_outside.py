@@ -186,8 +186,9 @@ def test_a_librarys_run_file_is_taken_in(shop, tmp_path, model, library):
 
 @pytest.mark.parametrize("model", outside.GRIDS)
 def test_a_missing_library_is_one_message_that_says_what_to_install(shop, tmp_path, capsys, monkeypatch, model):
-    monkeypatch.setitem(sys.modules, PACKAGE[model], None)              # as if it were not there
-    monkeypatch.setitem(sys.modules, "pandas", None)
+    for name in (PACKAGE[model], "pandas"):                             # as if they were not there
+        for loaded in (name, *(other for other in sys.modules if other.startswith(f"{name}."))):
+            monkeypatch.setitem(sys.modules, loaded, None)
     assert outside.main(["--data", str(shop.path), "--model", model, "--out", str(tmp_path / "x.parquet")]) == 2
     said = capsys.readouterr().err
     assert outside.LIBRARY[model][2] in said and len(said.splitlines()) == 3 and "Traceback" not in said
