@@ -476,7 +476,7 @@ def line(row: dict) -> str:
     numbers = [text(row["plain_ms"], ".1f"), text(row["ours_ms"], ".1f"), text(row["x"], ".2f"),
                text(row["floor_ms"], ".1f"), text(row["share"], ".0%"), text(row["plain_mb"], ".0f"),
                text(row["ours_mb"], ".0f"), text(row["max_diff"], ".1e")]
-    return f"{row['row']:<12}{row['shape']:<30}" + "".join(f"{number:>11}" for number in numbers)
+    return f"{row["row"]:<13}{row['shape']:<30}" + "".join(f"{number:>11}" for number in numbers)
 
 
 def run(config: Config) -> dict:
@@ -486,7 +486,7 @@ def run(config: Config) -> dict:
         return compare(config)
     if config.profile:
         return profile(config)
-    print(f"{HEADER[0]:<12}{HEADER[1]:<30}" + "".join(f"{name:>11}" for name in HEADER[2:]), flush=True)
+    print(f"{HEADER[0]:<13}{HEADER[1]:<30}" + "".join(f"{name:>11}" for name in HEADER[2:]), flush=True)
     rows = []
     for case in cases(config):
         try:

@@ -165,7 +165,10 @@ def review_table(data: bytes, spelling: str = "2014") -> pa.Table | None:
 
 def may_be_older(data: bytes) -> bool:
     """Whether one of the names may be there that make a line an older review, in plain letters or escaped."""
-    return b'"reviewerID"' in data or b'"overall"' in data or bool(b"\\u00" in data and LETTER.search(data))
+    code = np.frombuffer(data, np.uint8)
+    escaped = np.flatnonzero(code[:-1] == ord("\\")) + 1      # a tenth of what it takes bytes to find four in a row
+    return (b'"reviewerID"' in data or b'"overall"' in data
+            or bool((code[escaped] == ord("u")).any() and LETTER.search(data)))
 
 
 def separate_objects(data: bytes) -> int:
