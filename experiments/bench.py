@@ -476,7 +476,7 @@ def line(row: dict) -> str:
     numbers = [text(row["plain_ms"], ".1f"), text(row["ours_ms"], ".1f"), text(row["x"], ".2f"),
                text(row["floor_ms"], ".1f"), text(row["share"], ".0%"), text(row["plain_mb"], ".0f"),
                text(row["ours_mb"], ".0f"), text(row["max_diff"], ".1e")]
-    return f"{row["row"]:<13}{row['shape']:<30}" + "".join(f"{number:>11}" for number in numbers)
+    return f"{row['row']:<13}{row['shape']:<30}" + "".join(f"{number:>11}" for number in numbers)
 
 
 def run(config: Config) -> dict:
