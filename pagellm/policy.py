@@ -134,10 +134,11 @@ class Policy:
         self.model.eval()
         items, scores, slots = [], [], []
         mine, busy = dist.part(users)
+        order = np.argsort(history.counts()[mine], kind="stable")      # batches of like length: little padding to read
         bar = tqdm(total=len(mine), desc=progress, unit="page", disable=not progress or not dist.is_main(),
                    mininterval=1.0)
         for start in range(0, len(mine), batch):
-            some = mine[start: start + batch]
+            some = mine[order[start: start + batch]]
             rank = ties(seed, some, len(seen.indptr) - 1, self.model.n_items)
             pages, legal = self.write(some, history, seen, k, mode, when=None if when is None else when[some],
                                       rank=rank)
@@ -149,8 +150,8 @@ class Policy:
         bar.close()
         self.model.train(was_training)
         self.model.bf16 = low
-        return RankedPages(users, *(dist.gather(torch.cat(column).numpy()[:None if busy else 0])
-                                    for column in (items, scores, slots)))
+        back = np.argsort(order)[:None if busy else 0]
+        return RankedPages(users, *(dist.gather(torch.cat(column).numpy()[back]) for column in (items, scores, slots)))
 
 
 class Scorer:

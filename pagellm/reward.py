@@ -231,6 +231,11 @@ class PairBatch:
     gap: Tensor
 
 
+def tokens_of(pair: Pair) -> int:
+    """About as many tokens as its prompt and one of its pages have."""
+    return 2 * len(pair.history) + len(pair.chosen)
+
+
 def collate(pairs: list[Pair], policy: Policy, device) -> PairBatch:
     prompt, valid = policy.prompt([p.user for p in pairs], [(p.history, p.history_rating) for p in pairs])
     chosen, rejected, edited = (dist.send(torch.from_numpy(pad_ids(rows, fill)), device) for rows, fill in (
@@ -280,17 +285,27 @@ def learn_pairs(learner: Objective, config: Config, b: PairBatch, busy: bool) ->
 
 
 @torch.no_grad()
-def score_pairs(model: RewardModel, pairs: list[Pair], policy: Policy, batch: int = 256) -> dict[str, np.ndarray]:
-    """page and token (mean) reward of both pages of every pair, (n, 2) each: column 0 chosen, 1 rejected."""
-    device = model.token_mean.device
+def score_pairs(model: RewardModel, pairs: list[Pair], policy: Policy, batch: int = 256, rejected: bool = True
+                ) -> dict[str, np.ndarray]:
+    """page and token (mean) reward of both pages of every pair, (n, 2) each: column 0 chosen, 1 rejected.
+
+    rejected   False: of the chosen pages alone, (n, 1) each
+    """
     mine, busy = dist.part(np.arange(len(pairs)))
-    found = [np.zeros((0, 4))]
-    for start in range(0, len(mine) if busy else 0, batch):
-        b = collate([pairs[i] for i in mine[start: start + batch]], policy, device)
-        tc, tr, pc, pr = rewards_of(model, b)
-        found.append(torch.stack([pc, pr, mean_reward(tc, b.mask), mean_reward(tr, b.mask)], 1).cpu().double().numpy())
-    scores = dist.gather(np.concatenate(found))
-    return {"page": scores[:, :2], "token": scores[:, 2:]}
+    some = [pairs[i] for i in mine] if busy else []
+    order = np.argsort([tokens_of(p) for p in some], kind="stable")        # batches of like length: little padding
+    found = [np.zeros((0, 2, 2 if rejected else 1))]
+    for start in range(0, len(some), batch):
+        b = collate([some[i] for i in order[start: start + batch]], policy, model.token_mean.device)
+        if rejected:
+            *token, chosen, other = rewards_of(model, b)
+            page = [chosen, other]
+        else:
+            token, page = ([x] for x in model(b.prompt, b.valid, b.chosen, b.mask))
+        both = torch.stack([torch.stack(page, 1), torch.stack([mean_reward(x, b.mask) for x in token], 1)], 1)
+        found.append(both.cpu().double().numpy())
+    scores = dist.gather(np.concatenate(found)[np.argsort(order)])
+    return {"page": scores[:, 0], "token": scores[:, 1]}
 
 
 def rank(x: np.ndarray) -> np.ndarray:
@@ -359,7 +374,7 @@ def is_held_out(user: int, config: Config) -> bool:
 @torch.no_grad()
 def centre(model: RewardModel, pairs: list[Pair], policy: Policy) -> None:
     """Set the heads' offsets so that the ground-truth pages of these pairs score 0 on average."""
-    scores = score_pairs(model, pairs, policy)
+    scores = score_pairs(model, pairs, policy, rejected=False)
     model.page_mean += float(scores["page"][:, 0].mean())
     model.token_mean += float(scores["token"][:, 0].mean())
 
@@ -398,7 +413,7 @@ def run(config: Config) -> None:
         if model.trunk.gate is not None:
             nn.init.ones_(model.trunk.gate)          # to judge a page is to see its items
         model.trunk.checkpoint_blocks = config.checkpoint_blocks
-        lengths = tuple(2 * len(p.history) + len(p.chosen) for p in train)
+        lengths = tuple(map(tokens_of, train))
         total = max(1, round(config.epochs * -(-len(train) // config.batch)))
         learner = dist.wrap(objective := Objective(learn_pairs, model=model), config.parallel)
         opt = optimiser(model, config.lr, config.weight_decay, lazy=config.lazy_rows)

@@ -97,6 +97,24 @@ def test_a_policy_that_scores_all_items_alike_ranks_them_by_the_same_shuffle(sho
     assert (other.item != ranked.item).mean() > 0.5
 
 
+def test_users_are_read_in_batches_of_like_history_and_come_back_in_their_order(served):
+    policy = Policy.load(served / "runs" / "base" / "sft")
+    shop = load(served / "data" / "synthetic")
+    seen, users, rng = shop.csr("train", positive=None), np.arange(0, shop.n_users, 2), np.random.default_rng(0)
+    start = np.append(0, np.cumsum(rng.integers(1, 9, shop.n_users)))
+    history = Rows(start, rng.integers(shop.n_items, size=start[-1]), np.full(start[-1], 4.0, np.float32))
+    read = []
+    hook = policy.model.register_forward_pre_hook(lambda _, args: read.append(args[0].shape))
+    together = policy.rank(users, history, seen, 6, 20, batch=8)
+    hook.remove()
+    widths = [shape[1] for shape in read if shape[1] > 1]                       # prompts; a slot is one token
+    assert widths == sorted(widths) and widths[0] < widths[-1] and len(widths) == -(-len(users) // 8)
+    alone = policy.rank(users, history, seen, 6, 20, batch=1)
+    np.testing.assert_array_equal(together.item, alone.item)
+    np.testing.assert_allclose(together.score, alone.score, atol=1e-4)
+    np.testing.assert_array_equal(together.slots, alone.slots)
+
+
 def test_top_items_refuses_nan_and_drops_minus_infinity():
     with pytest.raises(ValueError, match="NaN"):
         top_items(torch.tensor([[0.0, math.nan]]), np.array([0]), EMPTY, 2)

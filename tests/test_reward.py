@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from pagellm.gpt2 import GPT2, Shape
-from pagellm.pairs import Pair
+from pagellm.pairs import Pair, from_table
+from pagellm.policy import Policy
 from pagellm.reward import (
     Compare,
     Config,
@@ -22,6 +24,7 @@ from pagellm.reward import (
     mean_reward,
     page_loss,
     pair_loss,
+    score_pairs,
     sequence_loss,
     swapped,
     token_loss,
@@ -217,6 +220,25 @@ def test_the_page_head_sees_order_and_user(model):
         scores = [model(p, valid, torch.tensor([i]), m)[1].item() for p, i in
                   ((prompt, [3, 1]), (prompt, [1, 3]), (torch.tensor([[6, 1]]), [3, 1]))]
     assert len(set(scores)) == 3
+
+
+def test_pairs_are_scored_in_batches_of_like_length_and_come_back_in_their_order(served):
+    path = served / "runs" / "base" / "reward"
+    model, policy = RewardModel.load(path), Policy.load(served / "runs" / "base" / "sft")
+    pairs = from_table(pq.read_table(path / "pairs.parquet"))[:90:2]
+    got, chosen = score_pairs(model, pairs, policy, batch=8), score_pairs(model, pairs, policy, batch=8, rejected=False)
+    for i, pair in enumerate(pairs):
+        alone = score_pairs(model, [pair], policy)
+        for head in ("page", "token"):
+            assert_close(got[head][i], alone[head][0], atol=1e-5, rtol=1e-5)
+            assert_close(chosen[head][i], alone[head][0, :1], atol=1e-5, rtol=1e-5)
+    read = []
+    hook = model.trunk.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    score_pairs(model, pairs, policy, batch=8)
+    hook.remove()
+    assert sum(read[:3]) < sum(read[-3:])                # the short ones stand together
+    for empty in (True, False):
+        assert score_pairs(model, [], policy, rejected=empty)["page"].shape == (0, 1 + empty)
 
 
 def test_save_and_load(model, tmp_path):
