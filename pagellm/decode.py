@@ -23,7 +23,7 @@ from pagellm.sampled import Candidates, sampled_logp
 from pagellm.top import Rank, argmax, top_k
 
 __all__ = ["Pages", "Unseen", "beam", "drawn", "greedy", "one_shot", "page_logp", "ranking", "sample", "shared_start",
-           "slot_states"]
+           "slot_states", "trimmed"]
 
 
 WHOLE = ("cuda",)      # devices on which finding the kept slots (a wait for the GPU) costs more than the empty ones
@@ -285,6 +285,15 @@ def ranking(pages: Pages, legal: Tensor, depth: int, rank: Rank | None = None) -
             F.pad(torch.where(kept, value, -torch.inf), pad, value=-torch.inf))
 
 
+def trimmed(prompt: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """prompt, valid (B, P) without the columns on the left that are padding in every row. As they are where looking
+    would wait for a device."""
+    if prompt.device.type in WHOLE or not valid.numel():
+        return prompt, valid
+    first = int(valid.any(0).int().argmax())
+    return prompt[:, first:], valid[:, first:]
+
+
 def slot_states(model: Backbone, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor,
                 start: tuple[KVCache, Tensor] | None = None) -> Tensor:
     """Hidden states around the slots of given pages, in one pass: (B, K + 1, C).
@@ -297,6 +306,7 @@ def slot_states(model: Backbone, prompt: Tensor, valid: Tensor, item: Tensor, ma
         with torch.no_grad():
             after = model(item_tokens(model, item, 0), torch.cat([valid, mask], 1), cache, placed=0)
             return torch.cat([hidden[:, None], after], 1)
+    prompt, valid = trimmed(prompt, valid)
     P = prompt.shape[1]
     ids = torch.cat([prompt, item_tokens(model, item, 0)], 1)
     return model(ids, torch.cat([valid, mask], 1), placed=P, first=P - 1)

@@ -36,7 +36,7 @@ from pagellm.alarms import alarms
 from pagellm.backbone import Backbone
 from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Shop, load
-from pagellm.decode import Unseen, page_logp, sample, shared_start, slot_states
+from pagellm.decode import Unseen, page_logp, sample, shared_start, slot_states, trimmed
 from pagellm.networks import from_state
 from pagellm.policy import MODES, Policy, Validation
 from pagellm.reward import RewardModel
@@ -344,7 +344,7 @@ def roll_out(config: Config, policy: Policy, ref: Backbone, reward: RewardModel,
     mine, busy = dist.part(np.arange(len(prompt)))
     for index in np.split(mine, range(config.micro, len(mine), config.micro)):
         rows = torch.from_numpy(index).to(prompt.device)
-        p, v, x = prompt[rows], valid[rows], excluded[rows]
+        (p, v), x = trimmed(prompt[rows], valid[rows]), excluded[rows]
         start = partial(share_prompts, p, v, config.k, index // config.samples)
         pages = sample(policy.model, p, v, Unseen(x, policy.model.n_items), uniform[rows], config.temperature,
                        start(policy.model))
@@ -666,7 +666,9 @@ def run(config: Config) -> None:
 
         def questions(step: int) -> tuple:
             """Users, what SFT would teach of them, prompts, what no page may hold, and the numbers that draw pages."""
-            some = users[batch_at(step, len(users), per_step, config.seed, "ppo")[1]].repeat(config.samples)
+            some = users[batch_at(step, len(users), per_step, config.seed, "ppo")[1]]
+            # Micro-batches of like length: little padding to read.
+            some = some[np.argsort(history.counts()[some], kind="stable")].repeat(config.samples)
             taught = collate(policy, some, [maker.example(u, config.label_share, keyed(
                 config.seed, "ppo", "split", step, int(u))) for u in some]) if hides else None
             uniform = np.stack([keyed(config.seed, "ppo", "sample", step, int(u), i % config.samples).random(config.k)
