@@ -6,7 +6,8 @@
 
 DATASET ?= synthetic
 RUN ?= $(DATASET)
-RAW ?=
+# Raw files: where RAW says; else data/raw/<dataset>, else a neighbour's, else fetched.
+RAW ?= $(if $(wildcard data/raw/$(DATASET)),,$(wildcard ../shared/data/$(DATASET)))
 ARGS ?=
 NPROC ?= 1
 SEED ?=

@@ -252,6 +252,23 @@ def make(*words):
     return done.stdout.splitlines()
 
 
+def test_make_takes_raw_files_from_raw_then_from_data_raw_then_from_beside_the_project(tmp_path):
+    here = tmp_path / "project"
+    here.mkdir()
+    for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt"):
+        (here / name).symlink_to(Path(__file__).parent.parent / name)
+
+    def raw(*words):
+        line, = [x for x in make("-C", str(here), "prepare", "DATASET=toys", *words) if "pagellm.data.prepare" in x]
+        return shlex.split(line.split("--dataset toys")[1])
+    assert raw() == []
+    (tmp_path / "shared" / "data" / "toys").mkdir(parents=True)
+    assert raw() == ["--raw", "../shared/data/toys"]
+    assert raw("RAW=elsewhere") == ["--raw", "elsewhere"] and raw("RAW=") == []
+    (here / "data" / "raw" / "toys").mkdir(parents=True)
+    assert raw() == []
+
+
 @pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "presets").glob("*")), ids=lambda p: p.name)
 @pytest.mark.parametrize("study", ["ablation", "backbones", "coldstart", "crossdomain", "drift", "leaveout"])
 def test_make_hands_the_presets_of_a_data_set_to_the_stages_of_a_study(study, path):
