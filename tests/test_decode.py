@@ -8,7 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from pagellm.decode import Unseen, beam, drawn, greedy, one_shot, page_logp, ranking, sample, shared_start, slot_states
+from pagellm.decode import (
+    Unseen,
+    beam,
+    drawn,
+    greedy,
+    one_shot,
+    page_logp,
+    ranking,
+    sample,
+    shared_start,
+    slot_states,
+    trimmed,
+)
 from pagellm.gpt2 import GPT2, Shape
 from tests.strategies import seeds
 
@@ -236,3 +248,18 @@ def test_what_is_barred_is_what_is_not_legal_slot_after_slot():
         logits = torch.randn(3, N, generator=generator)
         want = torch.where(two.legal, logits, -torch.inf)
         assert torch.equal(one.bar(logits), want) and torch.equal(one.legal, two.legal)
+
+
+def test_padding_that_all_rows_share_is_not_read():
+    ids = torch.tensor([[0, 0, 0, 3, 4], [0, 0, 5, 6, 7]])
+    valid = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 1, 1, 1]]).bool()
+    short = trimmed(ids, valid)
+    assert torch.equal(short[0], ids[:, 2:]) and torch.equal(short[1], valid[:, 2:])
+    assert torch.equal(trimmed(*short)[0], short[0])
+    for none in (torch.zeros(2, 5, dtype=torch.bool), torch.zeros(2, 0, dtype=torch.bool)):
+        assert trimmed(ids[:, :none.shape[1]], none)[0].shape == none.shape
+    item, mask, read = torch.tensor([[1, 2], [3, -1]]), torch.tensor([[1, 1], [1, 0]]).bool(), []
+    hook = MODEL.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    padded, alone = slot_states(MODEL, ids, valid, item, mask), slot_states(MODEL, *short, item, mask)
+    hook.remove()
+    assert read == [5, 5] and torch.equal(padded, alone)
