@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -24,8 +24,8 @@ def model() -> GPT2:
 
 def example(rng: np.random.Generator, over: str, length: int, targets: int) -> Example:
     first, count = (0, WORDS) if over == "words" else (FIRST, ITEMS)
-    given = rng.integers(WORDS, size=length - targets).tolist()
-    return Example(given + (first + rng.integers(count, size=targets)).tolist(),
+    prompt = rng.integers(WORDS, size=length - targets).tolist()
+    return Example(prompt + (first + rng.integers(count, size=targets)).tolist(),
                    [False] * (length - targets) + [True] * targets, over)
 
 
@@ -47,6 +47,7 @@ def gradients(net: GPT2, loss: torch.Tensor) -> list[torch.Tensor]:
     return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 999), buckets=st.integers(1, 9),
        shapes=st.lists(st.tuples(st.sampled_from(["words", "items"]), st.integers(2, 12), st.integers(0, 11)),
                        min_size=1, max_size=7))
