@@ -20,17 +20,27 @@ from pagellm.config import Options, PageLLMError, check, main, parse
 
 __all__ = ["Config", "PAIRS", "TABLE5", "overrides", "run"]
 
-TABLE5 = [Variant("mixed"), Variant("item-only", ppo={"w_page": 0.0}), Variant("page-only", ppo={"w_token": 0.0}),
-          Variant("without reward", policy="sft")]
-PAIRS = [Variant("mixed"),
-         Variant("no diversity, redundancy pairs", reward={"kinds": "preference,ranked"}),
-         Variant("no ranked pairs", reward={"kinds": "preference,diversity,redundancy"}),
-         Variant("no preference pairs", reward={"kinds": "ranked,diversity,redundancy"}),
-         Variant("without reward", policy="sft")]
+TABLE5 = [
+    Variant("mixed"),
+    Variant("item-only", ppo={"w_page": 0.0}),
+    Variant("page-only", ppo={"w_token": 0.0}),
+    Variant("without reward", policy="sft"),
+]
+PAIRS = [
+    Variant("mixed"),
+    Variant("no diversity, redundancy pairs", reward={"kinds": "preference,ranked"}),
+    Variant("no ranked pairs", reward={"kinds": "preference,diversity,redundancy"}),
+    Variant("no preference pairs", reward={"kinds": "ranked,diversity,redundancy"}),
+    Variant("without reward", policy="sft"),
+]
 KEEP = {"sft_coef": 1.0, "label_share": 0.5}
-HITS = [Variant("without reward", policy="sft"), Variant("mixed"), Variant("mixed, SFT's loss", ppo=KEEP),
-        Variant("mixed, SFT's loss, hits", ppo=KEEP | {"w_hit": 3.0}),
-        Variant("SFT's loss, hits", ppo=KEEP | {"w_hit": 3.0, "w_token": 0.0, "w_page": 0.0})]
+HITS = [
+    Variant("without reward", policy="sft"),
+    Variant("mixed"),
+    Variant("mixed, SFT's loss", ppo=KEEP),
+    Variant("mixed, SFT's loss, hits", ppo=KEEP | {"w_hit": 3.0}),
+    Variant("SFT's loss, hits", ppo=KEEP | {"w_hit": 3.0, "w_token": 0.0, "w_page": 0.0}),
+]
 SETS = {"table5": TABLE5, "pairs": PAIRS, "hits": HITS}
 
 
@@ -38,37 +48,54 @@ SETS = {"table5": TABLE5, "pairs": PAIRS, "hits": HITS}
 class Config:
     """Compare what the parts of the reward contribute, over several seeds."""
 
-    dataset: str = "synthetic"   # name of the data set
-    raw: str = ""                # directory of its raw files, if it is not prepared yet
-    study: str = "ablation"      # name of the study: results lie in <runs>/<study>
-    rows: str = "table5"         # table5 (the paper's four), pairs (reward models without a kind of pair) or hits
-                                 # (ours: SFT's loss and hits on hidden train items beside the learnt reward)
-    seeds: int = 3               # seeds 0, 1, ...; each trains all stages anew
-    data: str = "data"           # directory of prepared data sets
-    runs: str = "runs"           # directory of runs
-    pretrain: Options = ""       # options for that stage in every row, as on its command line
-    sft: Options = ""            # options for sft
-    reward: Options = ""         # options for reward
-    ppo: Options = ""            # options for ppo, e.g. "--epochs 1"
-    evaluate: Options = ""       # options for evaluate
+    dataset: str = "synthetic"  # name of the data set
+    raw: str = ""  # directory of its raw files, if it is not prepared yet
+    study: str = "ablation"  # name of the study: results lie in <runs>/<study>
+    rows: str = "table5"  # table5 (the paper's four), pairs (reward models without a kind of pair)
+    # or hits (ours: SFT's loss and hits on hidden train items beside the learnt reward)
+    seeds: int = 3  # seeds 0, 1, ...; each trains all stages anew
+    data: str = "data"  # directory of prepared data sets
+    runs: str = "runs"  # directory of runs
+    pretrain: Options = ""  # options for that stage in every row, as on its command line
+    sft: Options = ""  # options for sft
+    reward: Options = ""  # options for reward
+    ppo: Options = ""  # options for ppo, e.g. "--epochs 1"
+    evaluate: Options = ""  # options for evaluate
 
     def __post_init__(self):
-        check(self, rows=(self.rows in SETS, f"one of {', '.join(SETS)}"), seeds=(self.seeds > 0, "1 or more"))
+        check(
+            self,
+            rows=(self.rows in SETS, f"one of {', '.join(SETS)}"),
+            seeds=(self.seeds > 0, "1 or more"),
+        )
 
 
 def overrides(module, text: str) -> dict:
-    """"--lr 0.1 --k 10" -> {"lr": 0.1, "k": 10}, checked against the stage's own fields."""
+    """ "--lr 0.1 --k 10" -> {"lr": 0.1, "k": 10}, checked against the stage's own fields."""
     config, default = parse(module.Config, shlex.split(text), module.__name__), module.Config()
-    return {name: getattr(config, name) for name in config.__dataclass_fields__
-            if getattr(config, name) != getattr(default, name)}
+    return {
+        name: getattr(config, name)
+        for name in config.__dataclass_fields__
+        if getattr(config, name) != getattr(default, name)
+    }
 
 
 def run(config: Config) -> list[dict]:
-    stages = Stages(config.data, config.runs, config.raw,
-                    **{m.__name__.rsplit(".", 1)[-1]: overrides(m, getattr(config, m.__name__.rsplit(".", 1)[-1]))
-                       for m in (pretrain, sft, reward, ppo, evaluate)})
+    stages = Stages(
+        config.data,
+        config.runs,
+        config.raw,
+        **{
+            m.__name__.rsplit(".", 1)[-1]: overrides(
+                m, getattr(config, m.__name__.rsplit(".", 1)[-1])
+            )
+            for m in (pretrain, sft, reward, ppo, evaluate)
+        },
+    )
     for name in ("pretrain", "sft", "reward", "ppo", "evaluate"):
-        fixed = {"dataset", "run", "data", "runs", "seed", "source_run"} & set(getattr(stages, name))
+        fixed = {"dataset", "run", "data", "runs", "seed", "source_run"} & set(
+            getattr(stages, name)
+        )
         if fixed:
             raise PageLLMError(f"--{name} must not set {', '.join(sorted(fixed))}: the study does")
     results = study(config.study, config.dataset, SETS[config.rows], range(config.seeds), stages)
@@ -76,8 +103,10 @@ def run(config: Config) -> list[dict]:
     records = rows_of(results, shown)
     path = Path(config.runs) / config.study / f"{config.dataset}-{config.rows}.parquet"
     write_table(path, records)
-    heading = (f"{config.dataset}: {config.seeds} seeds; paired difference to {records[0]['variant']!r} with its 95% "
-               "interval (bootstrap over seeds and users) and effect size d")
+    heading = (
+        f"{config.dataset}: {config.seeds} seeds; paired difference to {records[0]['variant']!r} with its 95% "
+        "interval (bootstrap over seeds and users) and effect size d"
+    )
     save(path.with_suffix(""), compare(results, shown, records[0]["variant"]), heading)
     print(f"{print_table(records)}\n\n{heading}\n{path}")
     return records

@@ -35,37 +35,78 @@ import torch
 from pagellm.config import PageLLMError, check, check_numbers, main
 from pagellm.run import write_json
 
-__all__ = ["COLUMNS", "Config", "Estimate", "METRICS", "Test", "always_valid", "compare", "days_needed", "detectable",
-           "estimate", "finite", "holm", "plan", "read_log", "run", "sample_ratio", "t_sf", "users_needed", "welch"]
+__all__ = [
+    "COLUMNS",
+    "Config",
+    "Estimate",
+    "METRICS",
+    "Test",
+    "always_valid",
+    "compare",
+    "days_needed",
+    "detectable",
+    "estimate",
+    "finite",
+    "holm",
+    "plan",
+    "read_log",
+    "run",
+    "sample_ratio",
+    "t_sf",
+    "users_needed",
+    "welch",
+]
 
-COLUMNS = ("impressions", "clicks", "sessions", "failed_sessions", "purchase_sessions", "purchases", "gmv")
-METRICS = {"GMV per user": ("gmv", ""), "CTR": ("clicks", "impressions"), "purchases per user": ("purchases", ""),
-           "session failure": ("failed_sessions", "sessions"), "session purchase": ("purchase_sessions", "sessions")}
+COLUMNS = (
+    "impressions",
+    "clicks",
+    "sessions",
+    "failed_sessions",
+    "purchase_sessions",
+    "purchases",
+    "gmv",
+)
+METRICS = {
+    "GMV per user": ("gmv", ""),
+    "CTR": ("clicks", "impressions"),
+    "purchases per user": ("purchases", ""),
+    "session failure": ("failed_sessions", "sessions"),
+    "session purchase": ("purchase_sessions", "sessions"),
+}
 NORMAL = NormalDist()
-LARGEST = 1e15               # of a value: sums and squares stay numbers
+LARGEST = 1e15  # of a value: sums and squares stay numbers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Compare two arms of an online test."""
 
-    log: str = ""                # Parquet or CSV file, one line a user (python -m pydoc experiments.abtest: columns)
-    control: str = "control"     # name of the arm that the other is compared with
-    alpha: float = 0.01          # error rate over all metrics together (Holm)
-    power: float = 0.8           # of the planner
-    mde: float = 0.02            # smallest relative change worth finding: the planner's, and the sequential mixture's
-    share: float = 0.5           # share of users meant to be in the treatment
-    srm_alpha: float = 0.001     # a sample ratio with p below this refuses the test; 0: show the numbers all the same
-    daily: float = 0.0           # new users a day, both arms; 0: no duration is planned
-    cuped: bool = True           # use pre_<column> where there are such columns
-    plan: bool = False           # no test yet: how many users and days would one take, from what users did before
-    out: str = ""                # result file; empty: abtest.json beside the log, plan.json with --plan
+    log: str = ""  # Parquet or CSV file, one line a user (python -m pydoc experiments.abtest:
+    # columns)
+    control: str = "control"  # name of the arm that the other is compared with
+    alpha: float = 0.01  # error rate over all metrics together (Holm)
+    power: float = 0.8  # of the planner
+    mde: float = 0.02  # smallest relative change worth finding: the planner's,
+    # and the sequential mixture's
+    share: float = 0.5  # share of users meant to be in the treatment
+    srm_alpha: float = 0.001  # a sample ratio with p below this refuses the test; 0:
+    # show the numbers all the same
+    daily: float = 0.0  # new users a day, both arms; 0: no duration is planned
+    cuped: bool = True  # use pre_<column> where there are such columns
+    plan: bool = False  # no test yet: how many users and days would one take,
+    # from what users did before
+    out: str = ""  # result file; empty: abtest.json beside the log, plan.json with --plan
 
     def __post_init__(self):
         check_numbers(self)
-        check(self, alpha=(0 < self.alpha < 1, "between 0 and 1"), power=(0 < self.power < 1, "between 0 and 1"),
-              share=(0 < self.share < 1, "between 0 and 1"), mde=(self.mde > 0, "above 0"),
-              srm_alpha=(self.srm_alpha < 1, "below 1"))
+        check(
+            self,
+            alpha=(0 < self.alpha < 1, "between 0 and 1"),
+            power=(0 < self.power < 1, "between 0 and 1"),
+            share=(0 < self.share < 1, "between 0 and 1"),
+            mde=(self.mde > 0, "above 0"),
+            srm_alpha=(self.srm_alpha < 1, "below 1"),
+        )
 
 
 @dataclass(frozen=True)
@@ -94,7 +135,9 @@ class Test:
     p: float
 
 
-def estimate(x: np.ndarray, y: np.ndarray | None = None, pre: np.ndarray | None = None, theta: float = 0.0) -> Estimate:
+def estimate(
+    x: np.ndarray, y: np.ndarray | None = None, pre: np.ndarray | None = None, theta: float = 0.0
+) -> Estimate:
     """sum x / sum y over the users of an arm, with the delta method's variance, clustered by user.
 
         R = sum x / sum y      z_i = (x_i - R y_i) / mean(y)      Var(R) = Var(z) / n
@@ -107,8 +150,10 @@ def estimate(x: np.ndarray, y: np.ndarray | None = None, pre: np.ndarray | None 
     n = len(x)
     y = np.ones(n) if y is None else y
     if n < 2 or y.sum() <= 0:
-        raise PageLLMError(f"{n} users with a denominator of {y.sum():g}: a standard error wants 2 users or more, and "
-                           "a denominator above 0")
+        raise PageLLMError(
+            f"{n} users with a denominator of {y.sum():g}: a standard error wants 2 users or more, and "
+            "a denominator above 0"
+        )
     value = x.sum() / y.sum()
     z = (x - value * y) / y.mean()
     if pre is not None:
@@ -130,16 +175,34 @@ def welch(control: Estimate, treatment: Estimate, alpha: float = 0.05) -> Test:
     """
     difference, var = treatment.value - control.value, control.var + treatment.var
     se = math.sqrt(var)
-    df = var ** 2 / (control.var ** 2 / (control.n - 1) + treatment.var ** 2 / (treatment.n - 1)) if var else math.inf
+    df = (
+        var**2 / (control.var**2 / (control.n - 1) + treatment.var**2 / (treatment.n - 1))
+        if var
+        else math.inf
+    )
     p = 2 * t_sf(abs(difference) / se, df) if se else float(difference == 0)
     half = se * t_quantile(1 - alpha / 2, df)
     relative = spread = math.nan
     if control.value:
         relative = difference / abs(control.value)
-        spread = NORMAL.inv_cdf(1 - alpha / 2) * math.sqrt(
-            treatment.var + (treatment.value / control.value) ** 2 * control.var) / abs(control.value)
-    return Test(control.value, treatment.value, difference, se, difference - half, difference + half, relative,
-                relative - spread, relative + spread, df, p)
+        spread = (
+            NORMAL.inv_cdf(1 - alpha / 2)
+            * math.sqrt(treatment.var + (treatment.value / control.value) ** 2 * control.var)
+            / abs(control.value)
+        )
+    return Test(
+        control.value,
+        treatment.value,
+        difference,
+        se,
+        difference - half,
+        difference + half,
+        relative,
+        relative - spread,
+        relative + spread,
+        df,
+        p,
+    )
 
 
 def t_sf(t: float, df: float) -> float:
@@ -168,13 +231,24 @@ def beta_cdf(x: float, a: float, b: float) -> float:
         return float(x >= 1)
     if x > (a + 1) / (a + b + 2):
         return 1.0 - beta_cdf(1 - x, b, a)
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
+    front = (
+        math.exp(
+            math.lgamma(a + b)
+            - math.lgamma(a)
+            - math.lgamma(b)
+            + a * math.log(x)
+            + b * math.log1p(-x)
+        )
+        / a
+    )
     tiny = 1e-300
     c = 1.0
     d = f = 1.0 / (1.0 - (a + b) * x / (a + 1) or tiny)
     for m in range(1, 20_000):
-        for term in (m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-                     -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))):
+        for term in (
+            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
+        ):
             d = 1.0 / (1.0 + term * d or tiny)
             c = 1.0 + term / c or tiny
             f *= c * d
@@ -188,8 +262,12 @@ def sample_ratio(counts, shares) -> float:
     counts, shares = np.asarray(counts, float), np.asarray(shares, float)
     want = counts.sum() * shares / shares.sum()
     statistic = float(((counts - want) ** 2 / want).sum())
-    return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2, dtype=torch.float64),
-                                         torch.tensor(statistic / 2, dtype=torch.float64)))
+    return float(
+        torch.special.gammaincc(
+            torch.tensor((len(counts) - 1) / 2, dtype=torch.float64),
+            torch.tensor(statistic / 2, dtype=torch.float64),
+        )
+    )
 
 
 def holm(p) -> np.ndarray:
@@ -205,7 +283,9 @@ def holm(p) -> np.ndarray:
     return out
 
 
-def users_needed(sd: float, effect: float, alpha: float = 0.05, power: float = 0.8, share: float = 0.5) -> float:
+def users_needed(
+    sd: float, effect: float, alpha: float = 0.05, power: float = 0.8, share: float = 0.5
+) -> float:
     """Users in both arms together so that a two-sided normal test finds `effect` (absolute) with `power`.
 
     sd  standard deviation of a user's pull on the metric (z in `estimate`); share  of users in the treatment
@@ -216,7 +296,9 @@ def users_needed(sd: float, effect: float, alpha: float = 0.05, power: float = 0
     return (z * sd / effect) ** 2 / (share * (1 - share))
 
 
-def detectable(sd: float, users: float, alpha: float = 0.05, power: float = 0.8, share: float = 0.5) -> float:
+def detectable(
+    sd: float, users: float, alpha: float = 0.05, power: float = 0.8, share: float = 0.5
+) -> float:
     """The absolute effect that `users` in both arms together find with `power`: the inverse of users_needed."""
     return math.sqrt(users_needed(sd, 1.0, alpha, power, share) / users)
 
@@ -237,10 +319,12 @@ def always_valid(difference, var, tau: float, alpha: float = 0.05) -> tuple[np.n
     """
     d, V = np.asarray(difference, float), np.maximum(np.asarray(var, float), 1e-300)
     if tau <= 0:
-        raise PageLLMError(f"sequential test with tau={tau:g}: want above 0; the control's value is 0, or --mde is")
-    log_ratio = 0.5 * np.log(V / (V + tau ** 2)) + tau ** 2 * d ** 2 / (2 * V * (V + tau ** 2))
+        raise PageLLMError(
+            f"sequential test with tau={tau:g}: want above 0; the control's value is 0, or --mde is"
+        )
+    log_ratio = 0.5 * np.log(V / (V + tau**2)) + tau**2 * d**2 / (2 * V * (V + tau**2))
     p = np.minimum.accumulate(np.exp(-np.maximum(log_ratio, 0.0)))
-    half = np.sqrt(V * (V + tau ** 2) / tau ** 2 * (2 * math.log(1 / alpha) + np.log((V + tau ** 2) / V)))
+    half = np.sqrt(V * (V + tau**2) / tau**2 * (2 * math.log(1 / alpha) + np.log((V + tau**2) / V)))
     return p, half
 
 
@@ -251,7 +335,9 @@ def read_log(path: str | Path, arms: bool = True) -> dict[str, np.ndarray]:
     """
     given, path = str(path), Path(path)
     if not path.is_file():
-        raise PageLLMError(f"no log {given!r}; give one with --log (columns: user, arm, {', '.join(COLUMNS)})")
+        raise PageLLMError(
+            f"no log {given!r}; give one with --log (columns: user, arm, {', '.join(COLUMNS)})"
+        )
     try:
         table = pyarrow.csv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
     except pa.ArrowInvalid as error:
@@ -260,13 +346,17 @@ def read_log(path: str | Path, arms: bool = True) -> dict[str, np.ndarray]:
     who = ("user", "arm") if arms else ("user",)
     missing = [c for c in (*who, *COLUMNS) if c not in table.column_names]
     if missing:
-        raise PageLLMError(f"{path} has no column {', '.join(missing)}; there are {', '.join(table.column_names)}")
+        raise PageLLMError(
+            f"{path} has no column {', '.join(missing)}; there are {', '.join(table.column_names)}"
+        )
     if not len(table):
         raise PageLLMError(f"{path} has no lines; want one a user")
     log = {}
     for name in who:
         if table[name].null_count:
-            raise PageLLMError(f"{path}: column {name} is empty in {table[name].null_count:,} lines; want one in each")
+            raise PageLLMError(
+                f"{path}: column {name} is empty in {table[name].null_count:,} lines; want one in each"
+            )
         log[name] = np.array([str(value) for value in table[name].to_pylist()])
     for name in table.column_names:
         if name in COLUMNS or name == "day" or name.removeprefix("pre_") in COLUMNS:
@@ -276,46 +366,67 @@ def read_log(path: str | Path, arms: bool = True) -> dict[str, np.ndarray]:
                 raise PageLLMError(f"{path}: column {name} is not numbers") from None
             if name.startswith("pre_"):
                 log[name] = np.where(np.isnan(log[name]), 0.0, log[name])
-            wrong = ~(np.abs(log[name]) < LARGEST) | (log[name] < 0) & (name.removeprefix("pre_") != "gmv")
+            wrong = ~(np.abs(log[name]) < LARGEST) | (log[name] < 0) & (
+                name.removeprefix("pre_") != "gmv"
+            )
             if wrong.any():
                 first = int(wrong.argmax())
-                raise PageLLMError(f"{path}: column {name} is {log[name][first]:g} for user {log['user'][first]} "
-                                   f"({int(wrong.sum()):,} such); want numbers, none missing, not finite, below 0 or "
-                                   f"above {LARGEST:g}")
+                raise PageLLMError(
+                    f"{path}: column {name} is {log[name][first]:g} for user {log['user'][first]} "
+                    f"({int(wrong.sum()):,} such); want numbers, none missing, not finite, below 0 or "
+                    f"above {LARGEST:g}"
+                )
     user, count = np.unique(log["user"], return_counts=True)
     if (count > 1).any():
         twice = user[count.argmax()]
-        where = f" in arm {' and '.join(sorted(set(log['arm'][log['user'] == twice])))}" if arms else ""
-        raise PageLLMError(f"{path}: user {twice} has {count.max()} lines{where}; want one line a user, summed over "
-                           "the test, and nobody in two arms")
+        where = (
+            f" in arm {' and '.join(sorted(set(log['arm'][log['user'] == twice])))}" if arms else ""
+        )
+        raise PageLLMError(
+            f"{path}: user {twice} has {count.max()} lines{where}; want one line a user, summed over "
+            "the test, and nobody in two arms"
+        )
     for part in ("failed_sessions", "purchase_sessions"):
         if (log[part] > log["sessions"]).any():
-            raise PageLLMError(f"{path}: {part} above sessions for {int((log[part] > log['sessions']).sum())} users")
+            raise PageLLMError(
+                f"{path}: {part} above sessions for {int((log[part] > log['sessions']).sum())} users"
+            )
     return log
 
 
-def compare(log: dict[str, np.ndarray], control: str, metric: str, alpha: float = 0.05, cuped: bool = True
-            ) -> tuple[Test, float]:
+def compare(
+    log: dict[str, np.ndarray], control: str, metric: str, alpha: float = 0.05, cuped: bool = True
+) -> tuple[Test, float]:
     """One metric of METRICS, and the share of variance that CUPED took off (0 without pre_ columns)."""
     top, bottom = METRICS[metric]
     arms = [log["arm"] == control, log["arm"] != control]
     x, y = log[top], log[bottom] if bottom else None
 
     def both(pre=None, theta=0.0) -> Test:
-        return welch(*(estimate(x[a], None if y is None else y[a], None if pre is None else pre[a], theta)
-                       for a in arms), alpha)
+        return welch(
+            *(
+                estimate(x[a], None if y is None else y[a], None if pre is None else pre[a], theta)
+                for a in arms
+            ),
+            alpha,
+        )
 
     plain = both()
     needed = [f"pre_{name}" for name in (top, bottom) if name]
     if not cuped or not all(name in log for name in needed):
         return plain, 0.0
     pre = linear(log[needed[0]], log[needed[1]] if bottom else None)
-    z, c = (np.concatenate([v - v.mean() for v in parts]) for parts in
-            ([linear(x[a], None if y is None else y[a]) for a in arms], [pre[a] for a in arms]))
+    z, c = (
+        np.concatenate([v - v.mean() for v in parts])
+        for parts in (
+            [linear(x[a], None if y is None else y[a]) for a in arms],
+            [pre[a] for a in arms],
+        )
+    )
     if not c.any():
         return plain, 0.0
     adjusted = both(pre, float(z @ c / (c @ c)))
-    return adjusted, 1 - adjusted.se ** 2 / plain.se ** 2 if plain.se else 0.0
+    return adjusted, 1 - adjusted.se**2 / plain.se**2 if plain.se else 0.0
 
 
 def defined(log: dict[str, np.ndarray], metric: str, arms: list[np.ndarray]) -> bool:
@@ -329,21 +440,31 @@ def sequence(log: dict, config: Config, metric: str) -> dict:
     days, differences, variances, tau = [], [], [], 0.0
     for day in np.unique(log["day"]):
         so_far = {name: column[log["day"] <= day] for name, column in log.items()}
-        if min((so_far["arm"] == config.control).sum(), (so_far["arm"] != config.control).sum()) < 100:
-            continue                     # the normal approximation wants users in both arms
-        if not defined(so_far, metric, [so_far["arm"] == config.control, so_far["arm"] != config.control]):
+        if (
+            min((so_far["arm"] == config.control).sum(), (so_far["arm"] != config.control).sum())
+            < 100
+        ):
+            continue  # the normal approximation wants users in both arms
+        if not defined(
+            so_far, metric, [so_far["arm"] == config.control, so_far["arm"] != config.control]
+        ):
             continue
         test, _ = compare(so_far, config.control, metric, config.alpha, config.cuped)
-        tau = tau or config.mde * abs(test.control)      # from the first look on, fixed
+        tau = tau or config.mde * abs(test.control)  # from the first look on, fixed
         days.append(int(day))
         differences.append(test.difference)
-        variances.append(test.se ** 2)
+        variances.append(test.se**2)
     if not days or not tau:
         return {}
     p, half = always_valid(differences, variances, tau, config.alpha)
     stop = np.flatnonzero(p < config.alpha)
-    return {"looks": len(days), "p": float(p[-1]), "low": differences[-1] - float(half[-1]),
-            "high": differences[-1] + float(half[-1]), "stopped_on_day": days[stop[0]] if len(stop) else None}
+    return {
+        "looks": len(days),
+        "p": float(p[-1]),
+        "low": differences[-1] - float(half[-1]),
+        "high": differences[-1] + float(half[-1]),
+        "stopped_on_day": days[stop[0]] if len(stop) else None,
+    }
 
 
 def finite(value):
@@ -357,22 +478,36 @@ def finite(value):
 
 def table(result: dict, config: Config) -> str:
     shown = f"{100 * (1 - config.alpha):g}%"
-    lines = [f"{result['users'][0]:,} users in {result['control']}, {result['users'][1]:,} in {result['treatment']}; "
-             f"sample ratio p = {result['sample_ratio_p']:.3f}", "",
-             f"{'':<20}{result['control'][:10]:>11}{result['treatment'][:10]:>11}{'change':>9}   "
-             f"{shown + ' interval':<19}{'p':>8}{'Holm':>8}{'CUPED':>7}{'finds':>8}"
-             f"{'users for ' + format(config.mde, '.1%'):>17}{'sequential p':>14}"]
+    lines = [
+        f"{result['users'][0]:,} users in {result['control']}, {result['users'][1]:,} in {result['treatment']}; "
+        f"sample ratio p = {result['sample_ratio_p']:.3f}",
+        "",
+        f"{'':<20}{result['control'][:10]:>11}{result['treatment'][:10]:>11}{'change':>9}   "
+        f"{shown + ' interval':<19}{'p':>8}{'Holm':>8}{'CUPED':>7}{'finds':>8}"
+        f"{'users for ' + format(config.mde, '.1%'):>17}{'sequential p':>14}",
+    ]
     for name, m in result["metrics"].items():
         span = f"[{m['relative_low']:+.2%}, {m['relative_high']:+.2%}]"
-        lines.append(f"{name:<20}{m['control']:>11.4f}{m['treatment']:>11.4f}{m['relative']:>+9.2%}   {span:<19}"
-                     f"{m['p']:>8.4f}{m['holm']:>8.4f}{-m['variance_saved']:>+7.0%}{m['detectable']:>8.1%}"
-                     f"{m['users_needed']:>17,.0f}" + (f"{m['sequential']['p']:>14.4f}" if m["sequential"] else
-                                                       f"{'–':>14}"))
-    lines += ["", f"change: relative to {result['control']}; interval: for one metric alone; Holm: over all, below "
-              f"{config.alpha:g} is a finding", "CUPED: change of the variance; finds: the relative change that these "
-              f"users find with power {config.power:g}"]
-    lines += [f"{name}: left out, nobody of an arm has any {METRICS[name][1]}" for name in result["undefined"]]
-    return "\n".join(lines + duration({n: m["users_needed"] for n, m in result["metrics"].items()}, config))
+        lines.append(
+            f"{name:<20}{m['control']:>11.4f}{m['treatment']:>11.4f}{m['relative']:>+9.2%}   {span:<19}"
+            f"{m['p']:>8.4f}{m['holm']:>8.4f}{-m['variance_saved']:>+7.0%}{m['detectable']:>8.1%}"
+            f"{m['users_needed']:>17,.0f}"
+            + (f"{m['sequential']['p']:>14.4f}" if m["sequential"] else f"{'–':>14}")
+        )
+    lines += [
+        "",
+        f"change: relative to {result['control']}; interval: for one metric alone; Holm: over all, below "
+        f"{config.alpha:g} is a finding",
+        "CUPED: change of the variance; finds: the relative change that these "
+        f"users find with power {config.power:g}",
+    ]
+    lines += [
+        f"{name}: left out, nobody of an arm has any {METRICS[name][1]}"
+        for name in result["undefined"]
+    ]
+    return "\n".join(
+        lines + duration({n: m["users_needed"] for n, m in result["metrics"].items()}, config)
+    )
 
 
 def duration(users: dict[str, float], config: Config) -> list[str]:
@@ -381,8 +516,10 @@ def duration(users: dict[str, float], config: Config) -> list[str]:
     if not config.daily or not wanted:
         return []
     names = "all metrics find" if len(wanted) == len(METRICS) else f"{', '.join(wanted)}:"
-    return [f"{names} {config.mde:.1%} after {days_needed(max(wanted.values()), config.daily):,} days of "
-            f"{config.daily:,.0f} new users"]
+    return [
+        f"{names} {config.mde:.1%} after {days_needed(max(wanted.values()), config.daily):,} days of "
+        f"{config.daily:,.0f} new users"
+    ]
 
 
 def plan(log: dict[str, np.ndarray], config: Config) -> dict[str, dict]:
@@ -400,70 +537,124 @@ def plan(log: dict[str, np.ndarray], config: Config) -> dict[str, dict]:
             z, c = linear(x, y), linear(log[needed[0]], log[needed[1]] if bottom else None)
             saved = float(z @ c) ** 2 / float((z @ z) * (c @ c)) if z.any() and c.any() else 0.0
         sd = math.sqrt(e.var * e.n)
-        plain, cuped = (users_needed(sd * math.sqrt(1 - part), config.mde * e.value, config.alpha, config.power,
-                                     config.share) for part in (0.0, saved))
-        found[name] = {"value": e.value, "sd": sd, "users": plain, "variance_saved": saved, "users_cuped": cuped}
+        plain, cuped = (
+            users_needed(
+                sd * math.sqrt(1 - part),
+                config.mde * e.value,
+                config.alpha,
+                config.power,
+                config.share,
+            )
+            for part in (0.0, saved)
+        )
+        found[name] = {
+            "value": e.value,
+            "sd": sd,
+            "users": plain,
+            "variance_saved": saved,
+            "users_cuped": cuped,
+        }
     return found
 
 
 def plan_table(found: dict[str, dict], users: int, config: Config) -> str:
     days = "".join(f"{'days':>9}{'with CUPED':>12}" if config.daily else "")
-    lines = [f"{users:,} users; a change of {config.mde:.1%} at {100 * config.alpha:g}%, found with power "
-             f"{config.power:g}, a share of {config.share:g} treated", "",
-             f"{'':<20}{'now':>11}{'spread':>11}{'users':>14}{'CUPED':>7}{'with CUPED':>14}{days}"]
+    lines = [
+        f"{users:,} users; a change of {config.mde:.1%} at {100 * config.alpha:g}%, found with power "
+        f"{config.power:g}, a share of {config.share:g} treated",
+        "",
+        f"{'':<20}{'now':>11}{'spread':>11}{'users':>14}{'CUPED':>7}{'with CUPED':>14}{days}",
+    ]
     for name, m in found.items():
-        line = (f"{name:<20}{m['value']:>11.4f}{m['sd']:>11.4f}{m['users']:>14,.0f}{-m['variance_saved']:>+7.0%}"
-                f"{m['users_cuped']:>14,.0f}")
+        line = (
+            f"{name:<20}{m['value']:>11.4f}{m['sd']:>11.4f}{m['users']:>14,.0f}{-m['variance_saved']:>+7.0%}"
+            f"{m['users_cuped']:>14,.0f}"
+        )
         if config.daily:
-            line += "".join(f"{days_needed(m[n], config.daily) if math.isfinite(m[n]) else math.inf:>{wide},}"
-                            for n, wide in (("users", 9), ("users_cuped", 12)))
+            line += "".join(
+                f"{days_needed(m[n], config.daily) if math.isfinite(m[n]) else math.inf:>{wide},}"
+                for n, wide in (("users", 9), ("users_cuped", 12))
+            )
         lines.append(line)
-    return "\n".join([*lines, "", "users: of both arms together, for one metric alone; days: whole days of "
-                      f"{config.daily:,.0f} new users" if config.daily else
-                      "users: of both arms together, for one metric alone"])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "users: of both arms together, for one metric alone; days: whole days of "
+            f"{config.daily:,.0f} new users"
+            if config.daily
+            else "users: of both arms together, for one metric alone",
+        ]
+    )
 
 
 def run(config: Config) -> dict:
     """-> what abtest.json, or plan.json, holds."""
     log = read_log(config.log, arms=not config.plan)
     if config.plan:
-        result = {"log": config.log, "users": len(log["user"]), "mde": config.mde, "alpha": config.alpha,
-                  "power": config.power, "metrics": plan(log, config)}
+        result = {
+            "log": config.log,
+            "users": len(log["user"]),
+            "mde": config.mde,
+            "alpha": config.alpha,
+            "power": config.power,
+            "metrics": plan(log, config),
+        }
         path = Path(config.out or Path(config.log).with_name("plan.json"))
         write_json(path, finite(result))
         print(f"{plan_table(result['metrics'], len(log['user']), config)}\n{path}")
         return result
     arms = sorted(set(log["arm"]))
     if len(arms) != 2 or config.control not in arms:
-        raise PageLLMError(f"{config.log} has the arms {', '.join(arms)}; want two, one of them --control "
-                           f"{config.control}")
+        raise PageLLMError(
+            f"{config.log} has the arms {', '.join(arms)}; want two, one of them --control "
+            f"{config.control}"
+        )
     other = next(a for a in arms if a != config.control)
     counts = [int((log["arm"] == a).sum()) for a in (config.control, other)]
     ratio = sample_ratio(counts, [1 - config.share, config.share])
     if ratio < config.srm_alpha:
-        raise PageLLMError(f"sample ratio mismatch: {counts[0]:,} users in {config.control}, {counts[1]:,} in {other}, "
-                           f"meant {1 - config.share:g} to {config.share:g}; p = {ratio:.2g}\n"
-                           "  Users were lost or sent wrongly in one arm, so no difference can be believed: find out "
-                           "why. --srm_alpha 0 shows the numbers all the same.")
+        raise PageLLMError(
+            f"sample ratio mismatch: {counts[0]:,} users in {config.control}, {counts[1]:,} in {other}, "
+            f"meant {1 - config.share:g} to {config.share:g}; p = {ratio:.2g}\n"
+            "  Users were lost or sent wrongly in one arm, so no difference can be believed: find out "
+            "why. --srm_alpha 0 shows the numbers all the same."
+        )
     if min(counts) < 2:
-        raise PageLLMError(f"{config.log}: {counts[0]:,} users in {config.control}, {counts[1]:,} in {other}; want 2 "
-                           "or more in each")
+        raise PageLLMError(
+            f"{config.log}: {counts[0]:,} users in {config.control}, {counts[1]:,} in {other}; want 2 "
+            "or more in each"
+        )
     found, sides = {}, [log["arm"] == a for a in arms]
     for name in METRICS:
         if not defined(log, name, sides):
             continue
         test, saved = compare(log, config.control, name, config.alpha, config.cuped)
         users, share = sum(counts), counts[1] / sum(counts)
-        sd = test.se * math.sqrt(users * share * (1 - share))       # of one user's pull, both arms alike
-        found[name] = {**asdict(test), "variance_saved": saved,
-                       "users_needed": users_needed(sd, config.mde * test.control, config.alpha, config.power, share),
-                       "detectable": detectable(sd, users, config.alpha, config.power, share) / abs(test.control)
-                       if test.control else math.nan,
-                       "sequential": sequence(log, config, name) if "day" in log else {}}
+        sd = test.se * math.sqrt(users * share * (1 - share))  # of one user's pull, both arms alike
+        found[name] = {
+            **asdict(test),
+            "variance_saved": saved,
+            "users_needed": users_needed(
+                sd, config.mde * test.control, config.alpha, config.power, share
+            ),
+            "detectable": detectable(sd, users, config.alpha, config.power, share)
+            / abs(test.control)
+            if test.control
+            else math.nan,
+            "sequential": sequence(log, config, name) if "day" in log else {},
+        }
     for m, p in zip(found.values(), holm([m["p"] for m in found.values()]), strict=True):
         m["holm"] = float(p)
-    result = {"log": config.log, "control": config.control, "treatment": other, "users": counts,
-              "sample_ratio_p": ratio, "metrics": found, "undefined": [name for name in METRICS if name not in found]}
+    result = {
+        "log": config.log,
+        "control": config.control,
+        "treatment": other,
+        "users": counts,
+        "sample_ratio_p": ratio,
+        "metrics": found,
+        "undefined": [name for name in METRICS if name not in found],
+    }
     path = Path(config.out or Path(config.log).with_name("abtest.json"))
     write_json(path, finite(result))
     print(f"{table(result, config)}\n{path}")

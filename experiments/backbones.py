@@ -47,38 +47,46 @@ STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "evalu
 class Config:
     """Compare backbones: ranking, seconds, memory, parameters."""
 
-    dataset: str = "synthetic"   # name of the data set
-    raw: str = ""                # directory of its raw files, if it is not prepared yet
-    study: str = "backbones"     # name of the study: results lie in <runs>/<study>
-    seeds: int = 3               # seeds 0, 1, ...; each trains all stages anew
-    policy: str = "sft"          # the policy that is scored: sft, or ppo (reward and ppo are run as well)
-    gpt2: str = "tiny"           # size of GPT-2
-    gpt2_weights: str = ""       # published weights for it: a path or a name on the hub; empty: the stand-in
-    gpt2_bpe: str = ""           # the words published with them
-    llama: str = "llama-tiny"    # size of Llama, with and without adapters
-    llama_weights: str = ""      # published weights for it
-    llama_bpe: str = ""          # the words published with them
-    lora_rank: int = 8           # of the adapters
-    lora_alpha: float = 16.0     # their scale is lora_alpha / lora_rank
-    lora_targets: str = "q,k,v,o,gate,up,down" # matrices that have one
-    device: str = "auto"         # cpu, cuda, cuda:1; auto takes cuda where there is one
-    data: str = "data"           # directory of prepared data sets
-    runs: str = "runs"           # directory of runs
-    pretrain: Options = ""       # options for that stage in every row, as on its command line
-    sft: Options = ""            # options for sft
-    reward: Options = ""         # options for reward
-    ppo: Options = ""            # options for ppo
-    evaluate: Options = ""       # options for evaluate
+    dataset: str = "synthetic"  # name of the data set
+    raw: str = ""  # directory of its raw files, if it is not prepared yet
+    study: str = "backbones"  # name of the study: results lie in <runs>/<study>
+    seeds: int = 3  # seeds 0, 1, ...; each trains all stages anew
+    policy: str = "sft"  # the policy that is scored: sft, or ppo (reward and ppo are run as well)
+    gpt2: str = "tiny"  # size of GPT-2
+    gpt2_weights: str = ""  # published weights for it: a path or a name on the hub; empty:
+    # the stand-in
+    gpt2_bpe: str = ""  # the words published with them
+    llama: str = "llama-tiny"  # size of Llama, with and without adapters
+    llama_weights: str = ""  # published weights for it
+    llama_bpe: str = ""  # the words published with them
+    lora_rank: int = 8  # of the adapters
+    lora_alpha: float = 16.0  # their scale is lora_alpha / lora_rank
+    lora_targets: str = "q,k,v,o,gate,up,down"  # matrices that have one
+    device: str = "auto"  # cpu, cuda, cuda:1; auto takes cuda where there is one
+    data: str = "data"  # directory of prepared data sets
+    runs: str = "runs"  # directory of runs
+    pretrain: Options = ""  # options for that stage in every row, as on its command line
+    sft: Options = ""  # options for sft
+    reward: Options = ""  # options for reward
+    ppo: Options = ""  # options for ppo
+    evaluate: Options = ""  # options for evaluate
 
     def __post_init__(self):
         check_numbers(self)
-        check(self, seeds=(self.seeds > 0, "1 or more"), policy=(self.policy in ("sft", "ppo"), "sft or ppo"),
-              gpt2=(self.gpt2 in SIZES and "llama" not in self.gpt2, "a size of GPT-2"),
-              llama=(self.llama in SIZES and "llama" in self.llama, "a size of Llama"),
-              lora_rank=(self.lora_rank > 0, "1 or more"), lora_alpha=(self.lora_alpha > 0, "above 0"))
+        check(
+            self,
+            seeds=(self.seeds > 0, "1 or more"),
+            policy=(self.policy in ("sft", "ppo"), "sft or ppo"),
+            gpt2=(self.gpt2 in SIZES and "llama" not in self.gpt2, "a size of GPT-2"),
+            llama=(self.llama in SIZES and "llama" in self.llama, "a size of Llama"),
+            lora_rank=(self.lora_rank > 0, "1 or more"),
+            lora_alpha=(self.lora_alpha > 0, "above 0"),
+        )
         for name in ("gpt2", "llama"):
             if bool(getattr(self, f"{name}_weights")) != bool(getattr(self, f"{name}_bpe")):
-                raise PageLLMError(f"--{name}_weights and --{name}_bpe go together: weights know their own words only")
+                raise PageLLMError(
+                    f"--{name}_weights and --{name}_bpe go together: weights know their own words only"
+                )
 
     @property
     def folder(self) -> Path:
@@ -87,8 +95,23 @@ class Config:
     def options(self, stage: str) -> dict:
         """What --<stage> asks for. Raises PageLLMError for fields that the study sets."""
         found = overrides(STAGES[stage], getattr(self, stage))
-        fixed = set(found) & {"dataset", "run", "data", "runs", "seed", "device", "source_run", "reward_run", "size",
-                              "weights", "bpe", "lora_rank", "lora_alpha", "lora_targets", "policies"}
+        fixed = set(found) & {
+            "dataset",
+            "run",
+            "data",
+            "runs",
+            "seed",
+            "device",
+            "source_run",
+            "reward_run",
+            "size",
+            "weights",
+            "bpe",
+            "lora_rank",
+            "lora_alpha",
+            "lora_targets",
+            "policies",
+        }
         if fixed:
             raise PageLLMError(f"--{stage} must not set {', '.join(sorted(fixed))}: the study does")
         return found
@@ -103,11 +126,18 @@ def alone(module, **options) -> None:
     if (config.stage(module.__name__.rsplit(".", 1)[-1]) / "done").exists():
         module.run(config)
         return
-    command = [sys.executable, "-m", module.__name__, *(f"--{name}={value}" for name, value in options.items())]
+    command = [
+        sys.executable,
+        "-m",
+        module.__name__,
+        *(f"--{name}={value}" for name, value in options.items()),
+    ]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with deferred_signals() as waiting:
         # A session of its own: a terminal's Ctrl-C would reach the child beside our message, and two stop it at once.
-        child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, start_new_session=True)
+        child = subprocess.Popen(
+            command, env={**os.environ, "PYTHONPATH": path}, start_new_session=True
+        )
         try:
             told = None
             while child.poll() is None:
@@ -122,8 +152,10 @@ def alone(module, **options) -> None:
                 child.send_signal(signal.SIGKILL)
                 child.wait()
     if child.returncode:
-        raise PageLLMError(f"{shlex.join(command[1:])} ended with code {child.returncode}; it says above why\n"
-                           "  The same command carries on.")
+        raise PageLLMError(
+            f"{shlex.join(command[1:])} ended with code {child.returncode}; it says above why\n"
+            "  The same command carries on."
+        )
 
 
 def stand_in(config: Config, size: str) -> Path:
@@ -131,7 +163,9 @@ def stand_in(config: Config, size: str) -> Path:
     root = config.folder / "other"
     if not (root / "data" / "synthetic" / "source.json").exists():
         prepare.run(prepare.Config(data=str(root / "data"), seed=1))
-    alone(pretrain, run=size, data=str(root / "data"), runs=str(root), size=size, device=config.device)
+    alone(
+        pretrain, run=size, data=str(root / "data"), runs=str(root), size=size, device=config.device
+    )
     trained, folder = root / size / "pretrain", root / "published" / size
     record = {"from": read_json(trained / "done")["id"]}
     if not (folder / "from.json").exists() or read_json(folder / "from.json") != record:
@@ -146,29 +180,54 @@ def stand_in(config: Config, size: str) -> Path:
 def train(config: Config, row: str, seed: int, start: tuple[str, str, str]) -> str:
     """All stages of one row and seed; -> the run's name. start: size, weights, words."""
     name = f"{config.study}/{config.dataset}-{slug(row)}-s{seed}"
-    common = {"dataset": config.dataset, "run": name, "seed": seed, "data": config.data, "runs": config.runs,
-              "device": config.device}
+    common = {
+        "dataset": config.dataset,
+        "run": name,
+        "seed": seed,
+        "data": config.data,
+        "runs": config.runs,
+        "device": config.device,
+    }
     own = dict(zip(("size", "weights", "bpe"), start, strict=True))
     if row == ROWS[2]:
-        own |= {"lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_targets": config.lora_targets}
+        own |= {
+            "lora_rank": config.lora_rank,
+            "lora_alpha": config.lora_alpha,
+            "lora_targets": config.lora_targets,
+        }
     alone(pretrain, **common, **own, **config.options("pretrain"))
     alone(sft, **common, **config.options("sft"))
     if config.policy == "ppo":
         alone(reward, **common, **config.options("reward"))
         alone(ppo, **common, **config.options("ppo"))
-    alone(evaluate, **common, **{"policies": config.policy, "examples": 0, "quiet": True} | config.options("evaluate"))
+    alone(
+        evaluate,
+        **common,
+        **{"policies": config.policy, "examples": 0, "quiet": True} | config.options("evaluate"),
+    )
     return name
 
 
 def costs(folder: Path) -> dict[str, float]:
     """What the stages of one run left in `done`, and the seconds of an epoch of SFT, validation not counted."""
-    done = {stage: read_json(folder / stage / "done") for stage in STAGES if (folder / stage / "done").exists()}
-    steps = [json.loads(line)["seconds"] for line in (folder / "sft" / "timing.jsonl").read_text().splitlines()]
+    done = {
+        stage: read_json(folder / stage / "done")
+        for stage in STAGES
+        if (folder / stage / "done").exists()
+    }
+    steps = [
+        json.loads(line)["seconds"]
+        for line in (folder / "sft" / "timing.jsonl").read_text().splitlines()
+    ]
     epochs = read_json(folder / "sft" / "config.json")["config"]["epochs"]
     trained = [stage for stage in done if stage != "evaluate"]
-    return {**{f"{stage}, s": done[stage]["seconds"] for stage in done}, "epoch of SFT, s": sum(steps) / epochs,
-            "peak memory, MB": max(done[stage]["peak_mb"] for stage in trained),
-            "parameters": done["pretrain"]["parameters"], "of these trained": done["pretrain"]["trainable"]}
+    return {
+        **{f"{stage}, s": done[stage]["seconds"] for stage in done},
+        "epoch of SFT, s": sum(steps) / epochs,
+        "peak memory, MB": max(done[stage]["peak_mb"] for stage in trained),
+        "parameters": done["pretrain"]["parameters"],
+        "of these trained": done["pretrain"]["trainable"],
+    }
 
 
 def summary(scores: dict[str, list[dict]], spent: dict[str, list[dict]]) -> list[dict]:
@@ -183,12 +242,31 @@ def summary(scores: dict[str, list[dict]], spent: dict[str, list[dict]]) -> list
             mine, base = [s[metric] for s in scores[row]], [s[metric] for s in scores[first]]
             mean, low, high = difference(mine, [np.zeros_like(x) for x in mine])
             more = (0.0, 0.0, 0.0) if row == first else difference(mine, base)
-            records.append({"row": row, "quantity": metric, "kind": "ranking", "mean": mean, "low": low, "high": high,
-                            **dict(zip(("difference", "difference_low", "difference_high"), more, strict=True))})
+            records.append(
+                {
+                    "row": row,
+                    "quantity": metric,
+                    "kind": "ranking",
+                    "mean": mean,
+                    "low": low,
+                    "high": high,
+                    **dict(
+                        zip(("difference", "difference_low", "difference_high"), more, strict=True)
+                    ),
+                }
+            )
         for name in spent[row][0]:
             values = [s[name] for s in spent[row]]
-            records.append({"row": row, "quantity": name, "kind": "cost", "mean": float(np.mean(values)),
-                            "low": float(min(values)), "high": float(max(values))})
+            records.append(
+                {
+                    "row": row,
+                    "quantity": name,
+                    "kind": "cost",
+                    "mean": float(np.mean(values)),
+                    "low": float(min(values)),
+                    "high": float(max(values)),
+                }
+            )
     return records
 
 
@@ -201,15 +279,26 @@ def markdown(records: list[dict]) -> str:
     for name in names:
         found = [at[row, name] for row in rows]
         if found[0]["kind"] == "ranking":
-            lines.append(f"| {name} ↑ | " + " | ".join(f"{r['mean']:.4f} [{r['low']:.4f}, {r['high']:.4f}]"
-                                                       for r in found) + " |")
-            lines.append(f"| − {rows[0]} | | " + " | ".join(
-                f"{r['difference']:+.4f} [{r['difference_low']:+.4f}, {r['difference_high']:+.4f}]"
-                for r in found[1:]) + " |")
+            lines.append(
+                f"| {name} ↑ | "
+                + " | ".join(f"{r['mean']:.4f} [{r['low']:.4f}, {r['high']:.4f}]" for r in found)
+                + " |"
+            )
+            lines.append(
+                f"| − {rows[0]} | | "
+                + " | ".join(
+                    f"{r['difference']:+.4f} [{r['difference_low']:+.4f}, {r['difference_high']:+.4f}]"
+                    for r in found[1:]
+                )
+                + " |"
+            )
             continue
         digits = 0 if found[0]["mean"] >= 100 else 1 if found[0]["mean"] >= 10 else 2
-        cells = [f"{r['mean']:,.{digits}f}" + (f" ({r['low']:,.{digits}f}–{r['high']:,.{digits}f})"
-                                               if r["low"] < r["high"] else "") for r in found]
+        cells = [
+            f"{r['mean']:,.{digits}f}"
+            + (f" ({r['low']:,.{digits}f}–{r['high']:,.{digits}f})" if r["low"] < r["high"] else "")
+            for r in found
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -220,29 +309,41 @@ def run(config: Config) -> list[dict]:
     if not (Path(config.data) / config.dataset / "source.json").exists():
         prepare.run(prepare.Config(dataset=config.dataset, raw=config.raw, data=config.data))
     starts = {}
-    for name, size, weights, bpe in (("gpt2", config.gpt2, config.gpt2_weights, config.gpt2_bpe),
-                                     ("llama", config.llama, config.llama_weights, config.llama_bpe)):
+    for name, size, weights, bpe in (
+        ("gpt2", config.gpt2, config.gpt2_weights, config.gpt2_bpe),
+        ("llama", config.llama, config.llama_weights, config.llama_bpe),
+    ):
         folder = weights or str(stand_in(config, size))
         starts[name] = size, folder, bpe or folder
     scores: dict[str, list[dict]] = {row: [] for row in ROWS}
     spent: dict[str, list[dict]] = {row: [] for row in ROWS}
     for seed in range(config.seeds):
         for row in ROWS:
-            folder = Path(config.runs) / train(config, row, seed, starts["gpt2" if row == ROWS[0] else "llama"])
+            folder = Path(config.runs) / train(
+                config, row, seed, starts["gpt2" if row == ROWS[0] else "llama"]
+            )
             scores[row].append(per_user(folder / "evaluate" / config.policy / "per_user.parquet"))
             spent[row].append(costs(folder))
     records = summary(scores, spent)
     write_table(config.folder / f"{config.dataset}.parquet", records)
-    origin = {name: "published weights" if getattr(config, f"{name}_weights") else "pre-trained on another shop"
-              for name in starts}
-    heading = (f"{config.dataset}, {config.policy}, {config.seeds} seeds. GPT-2: {config.gpt2}, {origin['gpt2']}; "
-               f"Llama: {config.llama}, {origin['llama']}; adapters of rank {config.lora_rank} on "
-               f"{config.lora_targets}")
+    origin = {
+        name: "published weights"
+        if getattr(config, f"{name}_weights")
+        else "pre-trained on another shop"
+        for name in starts
+    }
+    heading = (
+        f"{config.dataset}, {config.policy}, {config.seeds} seeds. GPT-2: {config.gpt2}, {origin['gpt2']}; "
+        f"Llama: {config.llama}, {origin['llama']}; adapters of rank {config.lora_rank} on "
+        f"{config.lora_targets}"
+    )
     text = f"{heading}\n\n{markdown(records)}\n"
     with atomic(config.folder / f"{config.dataset}.md") as beside:
         beside.write_text(text)
-    print(f"{text}\nIn brackets 95% intervals (bootstrap over seeds and users), behind costs their range over the "
-          f"seeds\n{config.folder / config.dataset}.parquet, .md")
+    print(
+        f"{text}\nIn brackets 95% intervals (bootstrap over seeds and users), behind costs their range over the "
+        f"seeds\n{config.folder / config.dataset}.parquet, .md"
+    )
     return records
 
 

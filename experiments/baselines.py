@@ -50,33 +50,52 @@ from pagellm.run import Common, Run, atomic, file_id, finished, write_json
 __all__ = ["Config", "SHOWN", "climb", "read_rows", "run", "score_row", "slug"]
 
 SHOWN = (*COLUMNS, "energy", "true_energy")
-GOAL = "NDCG@100"            # what settings are chosen by, on validation
+GOAL = "NDCG@100"  # what settings are chosen by, on validation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
     """Choose settings on validation, fit, write pages, score them on the test split, print the table."""
 
-    models: str = ",".join(PLAIN)  # which, comma-separated; also ALS+facts, which reads titles and categories too
-    trials: int = 24             # settings tried for each model on validation; fewer where none is better nearby
-    settings: str = ""           # settings.json of an earlier search, used instead of searching
-    refit: bool = False          # also fit each model to train + validation with the chosen settings
-    mask: str = "train+valid"    # splits whose items no page may hold; "train": as some papers do
-    versus: str = "EASE"         # row that differences are taken to
-    k: int = 20                  # slots of a page
-    depth: int = 100             # ranks in all
-    n_boot: int = 1000           # bootstrap draws behind an interval
+    models: str = ",".join(PLAIN)  # which, comma-separated; also ALS+facts,
+    # which reads titles and categories too
+    trials: int = 24  # settings tried for each model on validation;
+    # fewer where none is better nearby
+    settings: str = ""  # settings.json of an earlier search, used instead of searching
+    refit: bool = False  # also fit each model to train + validation with the chosen settings
+    mask: str = "train+valid"  # splits whose items no page may hold; "train": as some papers do
+    versus: str = "EASE"  # row that differences are taken to
+    k: int = 20  # slots of a page
+    depth: int = 100  # ranks in all
+    n_boot: int = 1000  # bootstrap draws behind an interval
 
     def __post_init__(self):
         names = self.models.split(",")
-        check(self, models=(set(names) <= set(GRIDS) and len(set(names)) == len(names), f"some of {','.join(GRIDS)}"),
-              trials=(self.trials > 0, "1 or more"), mask=check_mask(self.mask), k=(self.k > 0, "1 or more"),
-              versus=(self.versus in [*names, *(f"{n}, refit" for n in names if self.refit)], "one of the rows"),
-              settings=(not self.settings or Path(self.settings).is_file(), "a settings.json, or empty"),
-              depth=(self.depth >= self.k, f"k={self.k} or more"), n_boot=(self.n_boot > 1, "2 or more"))
+        check(
+            self,
+            models=(
+                set(names) <= set(GRIDS) and len(set(names)) == len(names),
+                f"some of {','.join(GRIDS)}",
+            ),
+            trials=(self.trials > 0, "1 or more"),
+            mask=check_mask(self.mask),
+            k=(self.k > 0, "1 or more"),
+            versus=(
+                self.versus in [*names, *(f"{n}, refit" for n in names if self.refit)],
+                "one of the rows",
+            ),
+            settings=(
+                not self.settings or Path(self.settings).is_file(),
+                "a settings.json, or empty",
+            ),
+            depth=(self.depth >= self.k, f"k={self.k} or more"),
+            n_boot=(self.n_boot > 1, "2 or more"),
+        )
 
 
-def climb(grid: dict[str, tuple], value: Callable[[dict], float], trials: int) -> tuple[dict, float, int]:
+def climb(
+    grid: dict[str, tuple], value: Callable[[dict], float], trials: int
+) -> tuple[dict, float, int]:
     """Walk uphill on a grid: one setting at a time, further the same way while it gains (Hooke and Jeeves, 1961).
 
     Starts in the middle with strides of a quarter of each range, halved where no step gains; ends where no neighbour
@@ -125,7 +144,9 @@ class Bench:
         self.config, self.shop = config, load(config.data_dir)
         self.test, self.valid = Scorer(self.shop, "test"), Scorer(self.shop, "valid")
         if len(self.test.users) == 0 or len(self.valid.users) == 0:
-            raise PageLLMError(f"{config.data_dir} has no validation or no test rows: nothing to choose or score by")
+            raise PageLLMError(
+                f"{config.data_dir} has no validation or no test rows: nothing to choose or score by"
+            )
         self._gram: tuple = (None, None)
 
     def fit(self, name: str, settings: dict, splits: tuple[str, ...] = ("train",)) -> Fitted:
@@ -138,7 +159,9 @@ class Bench:
         return fit(name, rows, shop.n_users, shop.n_items, settings, self.config.seed, gram, facts)
 
     def rank(self, fitted: Fitted, users: np.ndarray, seen: Rows) -> RankedPages:
-        return rank_all(fitted.score, users, seen, self.config.k, self.config.depth, self.config.seed)
+        return rank_all(
+            fitted.score, users, seen, self.config.k, self.config.depth, self.config.seed
+        )
 
     def validate(self, fitted: Fitted) -> float:
         """Mean validation NDCG@100."""
@@ -160,19 +183,30 @@ class Bench:
                 write_json(path, tried)
                 if tried[key] > best[0]:
                     best = (tried[key], settings, fitted)
-                print(f"  {key}: {tried[key]:.5f}, {time.perf_counter() - started:.0f} s", flush=True)
+                print(
+                    f"  {key}: {tried[key]:.5f}, {time.perf_counter() - started:.0f} s", flush=True
+                )
             return tried[key]
 
         grid = grid_of(name, self.shop.n_items)
         settings, found, tries = climb(grid, value, self.config.trials)
-        print(f"{name}: {settings or 'nothing to choose'}, validation {GOAL} {found:.4f}, {tries} tried", flush=True)
+        print(
+            f"{name}: {settings or 'nothing to choose'}, validation {GOAL} {found:.4f}, {tries} tried",
+            flush=True,
+        )
         fitted = best[2] if best[1] == settings else self.fit(name, settings)
         tested = {what: " ".join(f"{v:g}" for v in values) for what, values in grid.items()}
-        return {"settings": settings, f"valid {GOAL}": found, "tried": tries, "grid": tested}, fitted
+        return {
+            "settings": settings,
+            f"valid {GOAL}": found,
+            "tried": tries,
+            "grid": tested,
+        }, fitted
 
 
-def score_row(folder: Path, name: str, ranked: RankedPages, shop: Shop, scorer: Scorer, seen: Rows, config
-              ) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
+def score_row(
+    folder: Path, name: str, ranked: RankedPages, shop: Shop, scorer: Scorer, seen: Rows, config
+) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
     """Write pages.parquet, read it back, check it, score it, write per_user.parquet. Returns scores and summary.
 
     config  has k, seed, n_boot
@@ -183,42 +217,62 @@ def score_row(folder: Path, name: str, ranked: RankedPages, shop: Shop, scorer: 
     scores = scorer(with_users(read_pages(folder / "pages.parquet", shop), scorer.users), config.k)
     with atomic(folder / "per_user.parquet") as beside:
         pq.write_table(pa.table({"user": scorer.users, **scores}), beside)
-    return scores, {m: metrics.summary(v, config.seed, config.n_boot) for m, v in scores.items()
-                    if not np.isnan(v).all()}
+    return scores, {
+        m: metrics.summary(v, config.seed, config.n_boot)
+        for m, v in scores.items()
+        if not np.isnan(v).all()
+    }
 
 
 def split_record(config: Config, shop: Shop) -> dict:
     """Hash of the split file and rows of each split."""
-    return {"file": "interactions.parquet", "id": file_id(config.data_dir / "interactions.parquet"),
-            "rows": {name: {"positive": int(shop.rows(name).sum()), "other": int(shop.rows(name, False).sum())}
-                     for name in SPLITS}}
+    return {
+        "file": "interactions.parquet",
+        "id": file_id(config.data_dir / "interactions.parquet"),
+        "rows": {
+            name: {
+                "positive": int(shop.rows(name).sum()),
+                "other": int(shop.rows(name, False).sum()),
+            }
+            for name in SPLITS
+        },
+    }
 
 
 def stored(path: Path, names: list[str]) -> dict[str, dict]:
     """Settings of an earlier search. Raises PageLLMError if a model is missing."""
     try:
-        found = {name: {"settings": json.loads(path.read_text())[name]["settings"], "from": path.name}
-                 for name in names}
+        found = {
+            name: {"settings": json.loads(path.read_text())[name]["settings"], "from": path.name}
+            for name in names
+        }
     except (ValueError, KeyError, TypeError) as error:
-        raise PageLLMError(f"{path} has no settings of {', '.join(names)} ({error})\n"
-                           "  Take a settings.json that this command wrote, or leave --settings out.") from error
+        raise PageLLMError(
+            f"{path} has no settings of {', '.join(names)} ({error})\n"
+            "  Take a settings.json that this command wrote, or leave --settings out."
+        ) from error
     return found
 
 
 def read_rows(folder: Path) -> tuple[dict[str, dict[str, np.ndarray]], dict]:
     """name -> per-user scores of finished baselines, in the table's order; and the Config they were made with."""
     names = finished(folder, "baselines", "make baselines")["rows"]
-    return ({name: per_user(folder / slug(name) / "per_user.parquet") for name in names},
-            json.loads((folder / "config.json").read_text())["config"])
+    return (
+        {name: per_user(folder / slug(name) / "per_user.parquet") for name in names},
+        json.loads((folder / "config.json").read_text())["config"],
+    )
 
 
 def run(config: Config) -> dict[str, dict[str, dict]]:
     """-> row -> metric -> {mean, low, high, coverage, count}."""
-    bench = Bench(config)        # before the directory of the run: a shop that cannot be read leaves no trace there
+    # before the directory of the run: a shop that cannot be read leaves no trace there
+    bench = Bench(config)
     inputs = {"data": file_id(config.data_dir / "source.json")}
     if config.settings:
         inputs["settings"] = file_id(config.settings)
-    with Run(config.stage("baselines"), config, inputs, ("device", "save_every", "settings")) as out:
+    with Run(
+        config.stage("baselines"), config, inputs, ("device", "save_every", "settings")
+    ) as out:
         if out.done:
             print((out.path / "table.txt").read_text())
             return json.loads((out.path / "metrics.json").read_text())
@@ -229,8 +283,15 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
         results, rows = {}, {}
 
         def add(name: str, fitted: Fitted) -> None:
-            rows[name], results[name] = score_row(out.path / slug(name), name, bench.rank(fitted, scorer.users, seen),
-                                                  shop, scorer, seen, config)
+            rows[name], results[name] = score_row(
+                out.path / slug(name),
+                name,
+                bench.rank(fitted, scorer.users, seen),
+                shop,
+                scorer,
+                seen,
+                config,
+            )
 
         for name in names:
             if name in chosen:
@@ -246,13 +307,27 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
             check_leak(name, scores, scorer.held.counts()[scorer.users], results.get("EASE"))
         write_json(out.path / "metrics.json", results)
         heading = f"{config.dataset}: {audience(shop, scorer, config.mask)}"
-        text = (f"{heading}; pages of {config.k}, mean over users and its 95% bootstrap interval\n\n"
-                f"{table(results, SHOWN)}\n\n"
-                + "\n".join(f"{name}: {json.dumps(chosen[name]['settings'])}" for name in names if GRIDS[name]) + "\n")
+        text = (
+            f"{heading}; pages of {config.k}, mean over users and its 95% bootstrap interval\n\n"
+            f"{table(results, SHOWN)}\n\n"
+            + "\n".join(
+                f"{name}: {json.dumps(chosen[name]['settings'])}" for name in names if GRIDS[name]
+            )
+            + "\n"
+        )
         with atomic(out.path / "table.txt") as beside:
             beside.write_text(text)
-        save(out.path, compare({name: [scores] for name, scores in rows.items()}, SHOWN, config.versus, config.seed,
-                               config.n_boot), heading)
+        save(
+            out.path,
+            compare(
+                {name: [scores] for name, scores in rows.items()},
+                SHOWN,
+                config.versus,
+                config.seed,
+                config.n_boot,
+            ),
+            heading,
+        )
         out.finish(rows=list(rows))
         print(text)
         return results

@@ -63,33 +63,70 @@ from pagellm.vocab import Vocab
 
 __all__ = ["Case", "Config", "cases", "compare", "measure", "profile", "run"]
 
-REVIEWS = tuple(f"{peer}-{spelling}" for spelling in ("2014", "2018", "2023") for peer in ("reviews", "orjson"))
-ROWS = ("train", "train-page", "pretrain", "rollout", "rollout-8", "evaluate", "top", *REVIEWS, "histories", "tokens")
-PARTED = ("train", "train-page", "evaluate")     # rows with marks inside, for --profile
-HEADER = ("row", "shape", "plain ms", "ours ms", "x", "floor ms", "share", "plain MB", "ours MB", "|diff|")
+REVIEWS = tuple(
+    f"{peer}-{spelling}" for spelling in ("2014", "2018", "2023") for peer in ("reviews", "orjson")
+)
+ROWS = (
+    "train",
+    "train-page",
+    "pretrain",
+    "rollout",
+    "rollout-8",
+    "evaluate",
+    "top",
+    *REVIEWS,
+    "histories",
+    "tokens",
+)
+PARTED = ("train", "train-page", "evaluate")  # rows with marks inside, for --profile
+HEADER = (
+    "row",
+    "shape",
+    "plain ms",
+    "ours ms",
+    "x",
+    "floor ms",
+    "share",
+    "plain MB",
+    "ours MB",
+    "|diff|",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Time every hot path beside a plain version or a peer."""
 
-    only: str = ""               # rows, comma-separated; empty: all
-    size: str = "gpt2"           # network of the training rows: one of gpt2.SIZES; gpt2 has 124M parameters
-    quick: bool = False          # tiny shapes: shows that it runs, no more
-    device: str = "cpu"          # cpu or cuda, for the rows that train, write pages or rank
-    repeats: int = 3             # timed runs of each version
-    profile: bool = False        # print where the time of train, train-page and evaluate goes instead
-    clock: str = "wall"          # of the profile: wall, or cpu, processor time, for a busy machine
-    base: str = ""               # commit to compare with; empty: none
-    slack: float = 0.1           # a row counts as slower beyond this share and beyond its noise
+    only: str = ""  # rows, comma-separated; empty: all
+    size: str = "gpt2"  # network of the training rows: one of gpt2.SIZES; gpt2 has 124M parameters
+    quick: bool = False  # tiny shapes: shows that it runs, no more
+    device: str = "cpu"  # cpu or cuda, for the rows that train, write pages or rank
+    repeats: int = 3  # timed runs of each version
+    profile: bool = False  # print where the time of train, train-page and evaluate goes instead
+    clock: str = "wall"  # of the profile: wall, or cpu, processor time, for a busy machine
+    base: str = ""  # commit to compare with; empty: none
+    slack: float = 0.1  # a row counts as slower beyond this share and beyond its noise
 
     def __post_init__(self):
-        check(self, only=(set(filter(None, self.only.split(","))) <= set(ROWS), f"some of {','.join(ROWS)}"),
-              size=(self.size in SIZES, f"one of {', '.join(SIZES)}"), repeats=(self.repeats >= 1, "1 or more"),
-              slack=(self.slack >= 0, "0 or more"), base=(not (self.base and self.profile), "empty with --profile"),
-              clock=(self.clock in (CLOCKS if self.profile else ("wall",)), "wall, or with --profile cpu"))
+        check(
+            self,
+            only=(
+                set(filter(None, self.only.split(","))) <= set(ROWS),
+                f"some of {','.join(ROWS)}",
+            ),
+            size=(self.size in SIZES, f"one of {', '.join(SIZES)}"),
+            repeats=(self.repeats >= 1, "1 or more"),
+            slack=(self.slack >= 0, "0 or more"),
+            base=(not (self.base and self.profile), "empty with --profile"),
+            clock=(
+                self.clock in (CLOCKS if self.profile else ("wall",)),
+                "wall, or with --profile cpu",
+            ),
+        )
         if self.profile and not set(self.rows) & set(PARTED):
-            raise PageLLMError(f"profile: {self.only} has no marks inside; want some of {','.join(PARTED)}")
+            raise PageLLMError(
+                f"profile: {self.only} has no marks inside; want some of {','.join(PARTED)}"
+            )
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -125,31 +162,57 @@ def measure(case: Case, device: str, repeats: int) -> dict:
                 spent.append(milliseconds(function, device))
     plain, ours = statistics.median(times["plain"]) * case.scale, statistics.median(times["ours"])
     floor = statistics.median(times["floor"]) if times["floor"] else None
-    return {"row": case.name, "shape": case.shape, "plain_ms": plain, "ours_ms": ours, "x": plain / ours,
-            "floor_ms": floor, "share": floor and floor / ours, "max_diff": difference,
-            "plain_mb": peak_megabytes(case.plain, device), "ours_mb": peak_megabytes(case.ours, device)}
+    return {
+        "row": case.name,
+        "shape": case.shape,
+        "plain_ms": plain,
+        "ours_ms": ours,
+        "x": plain / ours,
+        "floor_ms": floor,
+        "share": floor and floor / ours,
+        "max_diff": difference,
+        "plain_mb": peak_megabytes(case.plain, device),
+        "ours_mb": peak_megabytes(case.ours, device),
+    }
 
 
 def train_case(config: Config, page_only: bool) -> Case:
     """A training step on 4 pages of 20 slots behind prompts of 64 tokens: words, users and items in one vocabulary."""
     from transformers import GPT2Config, GPT2LMHeadModel
+
     device, generator = torch.device(config.device), torch.Generator().manual_seed(0)
     shape = SIZES["nano" if config.quick else config.size]
     words, items, B, P, K = (500, 200, 2, 16, 5) if config.quick else (50_257, 12_000, 4, 64, 20)
     torch.manual_seed(0)
-    peer = GPT2LMHeadModel(GPT2Config(vocab_size=words + items, n_positions=shape.n_ctx, n_embd=shape.n_embd,
-                                      n_layer=shape.n_layer, n_head=shape.n_head, resid_pdrop=0.0, embd_pdrop=0.0,
-                                      attn_pdrop=0.0, use_cache=False, tie_word_embeddings=True)).to(device)
+    peer = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=words + items,
+            n_positions=shape.n_ctx,
+            n_embd=shape.n_embd,
+            n_layer=shape.n_layer,
+            n_head=shape.n_head,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            use_cache=False,
+            tie_word_embeddings=True,
+        )
+    ).to(device)
     ours = GPT2(shape, words, 0, items, dropout=0.0).to(device)
     copy_weights(peer, ours)
     ids = torch.randint(0, words, (B, P + K), generator=generator)
-    ids[:, P:] = words + torch.stack([torch.randperm(items, generator=generator)[:K] for _ in range(B)])
+    ids[:, P:] = words + torch.stack(
+        [torch.randperm(items, generator=generator)[:K] for _ in range(B)]
+    )
     ids = ids.to(device)
     label = ids.clone()
     if page_only:
         label[:, :P] = -100
     page, mask = ids[:, P:] - words, torch.ones(B, K, dtype=torch.bool, device=device)
-    valid, none = torch.ones(B, P, dtype=torch.bool, device=device), torch.full((B, 1), -1, device=device)
+    valid, none = (
+        torch.ones(B, P, dtype=torch.bool, device=device),
+        torch.full((B, 1), -1, device=device),
+    )
 
     def our_loss(mark: Callable) -> torch.Tensor:
         if page_only:
@@ -164,14 +227,18 @@ def train_case(config: Config, page_only: bool) -> Case:
         if not page_only:
             return peer(input_ids=ids, labels=label).loss
         # What our page loss means: items only, none of them twice on a page.
-        logits = peer(input_ids=ids).logits[:, P - 1: -1].float()
+        logits = peer(input_ids=ids).logits[:, P - 1 : -1].float()
         legal = torch.ones_like(logits, dtype=torch.bool)
         legal[..., :words] = False
         for slot in range(1, K):
-            legal[:, slot].scatter_(1, ids[:, P: P + slot], False)
-        return F.cross_entropy(logits.masked_fill(~legal, -torch.inf).flatten(0, 1), ids[:, P:].flatten())
+            legal[:, slot].scatter_(1, ids[:, P : P + slot], False)
+        return F.cross_entropy(
+            logits.masked_fill(~legal, -torch.inf).flatten(0, 1), ids[:, P:].flatten()
+        )
 
-    def stepper(model: torch.nn.Module, trunk: torch.nn.Module, loss_of: Callable) -> Callable[..., torch.Tensor]:
+    def stepper(
+        model: torch.nn.Module, trunk: torch.nn.Module, loss_of: Callable
+    ) -> Callable[..., torch.Tensor]:
         opt = optimiser(model, lr=1e-5)
 
         def step(mark: Callable = unmarked) -> torch.Tensor:
@@ -186,28 +253,45 @@ def train_case(config: Config, page_only: bool) -> Case:
             for hook in hooks:
                 hook.remove()
             return loss.detach()
+
         return step
 
     plain, mine = stepper(peer, peer.transformer, peer_loss), stepper(ours, ours, our_loss)
     size = sum(p.numel() for p in ours.parameters()) / 1e6
-    return Case("train-page" if page_only else "train", f"{B} x {P + K}, {size:.0f}M", plain, mine,
-                lambda a, b: abs(float(a) - float(b)))
+    return Case(
+        "train-page" if page_only else "train",
+        f"{B} x {P + K}, {size:.0f}M",
+        plain,
+        mine,
+        lambda a, b: abs(float(a) - float(b)),
+    )
 
 
 def pretrain_case(config: Config) -> Case:
     """The loss of 64 texts and its gradients: many short, few long, as titles beside descriptions are."""
     rng, words = np.random.default_rng(0), 300 if config.quick else 8_000
-    model = GPT2(SIZES["nano" if config.quick else "wide"], words, 0, 1, dropout=0.0).to(config.device)
+    model = GPT2(SIZES["nano" if config.quick else "wide"], words, 0, 1, dropout=0.0).to(
+        config.device
+    )
     length = np.sort(np.clip(4 + rng.exponential(20, size=64), None, 64).astype(int))
-    texts = [Example(rng.integers(words, size=n).tolist(), [False] * 2 + [True] * (n - 2), "words") for n in length]
+    texts = [
+        Example(rng.integers(words, size=n).tolist(), [False] * 2 + [True] * (n - 2), "words")
+        for n in length
+    ]
 
     def loss(buckets: int) -> torch.Tensor:
         model.zero_grad()
         nats = next_token_loss(model, texts, 0, words, buckets=buckets)
         nats.backward()
         return nats.detach()
-    return Case("pretrain", f"64 texts, {length.mean():.0f} of {length.max()} tokens", partial(loss, 1),
-                partial(loss, BUCKETS), lambda a, b: abs(float(a) - float(b)))
+
+    return Case(
+        "pretrain",
+        f"64 texts, {length.mean():.0f} of {length.max()} tokens",
+        partial(loss, 1),
+        partial(loss, BUCKETS),
+        lambda a, b: abs(float(a) - float(b)),
+    )
 
 
 @torch.no_grad()
@@ -216,8 +300,12 @@ def copy_weights(peer, ours: GPT2) -> None:
     for name, weight in ours.named_parameters():
         if name.startswith(("h.", "ln_f.")):
             other = peer.transformer.get_parameter(name)
-            other.copy_(weight.T if weight.shape != other.shape or
-                        name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else weight)
+            other.copy_(
+                weight.T
+                if weight.shape != other.shape
+                or name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+                else weight
+            )
     peer.transformer.wpe.weight.copy_(ours.wpe)
     peer.transformer.wte.weight.copy_(torch.cat([ours.word, ours.user, ours.item]))
 
@@ -225,13 +313,27 @@ def copy_weights(peer, ours: GPT2) -> None:
 def rollout_case(config: Config, name: str, G: int) -> Case:
     """G sampled pages of K = 20 different items for each of 32 users; greedy pages must be the same."""
     from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList
+
     device, generator = torch.device(config.device), torch.Generator().manual_seed(0)
     words, items, B, P, K = (100, 60, 3, 8, 5) if config.quick else (2_057, 12_000, 32, 48, 20)
     shape = SIZES["nano" if config.quick else "mini"]
     ours = GPT2(shape, words, 0, items, dropout=0.0).to(device).eval()
-    peer = GPT2LMHeadModel(GPT2Config(vocab_size=words + items, n_positions=shape.n_ctx, n_embd=shape.n_embd,
-                                      n_layer=shape.n_layer, n_head=shape.n_head, bos_token_id=None,
-                                      eos_token_id=None, pad_token_id=0)).to(device).eval()
+    peer = (
+        GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=words + items,
+                n_positions=shape.n_ctx,
+                n_embd=shape.n_embd,
+                n_layer=shape.n_layer,
+                n_head=shape.n_head,
+                bos_token_id=None,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        )
+        .to(device)
+        .eval()
+    )
     with torch.no_grad():
         ours.item.normal_(0, 0.3, generator=torch.Generator(device).manual_seed(1))
     copy_weights(peer, ours)
@@ -253,8 +355,15 @@ def rollout_case(config: Config, name: str, G: int) -> Case:
             return scores.masked_fill(self.gone.scatter(1, placed, True), -torch.inf)
 
     def generate(copies: int, **options) -> torch.Tensor:
-        out = peer.generate(input_ids=ids, attention_mask=valid.long(), max_new_tokens=K, min_new_tokens=K,
-                            logits_processor=LogitsProcessorList([Distinct(copies)]), pad_token_id=0, **options)
+        out = peer.generate(
+            input_ids=ids,
+            attention_mask=valid.long(),
+            max_new_tokens=K,
+            min_new_tokens=K,
+            logits_processor=LogitsProcessorList([Distinct(copies)]),
+            pad_token_id=0,
+            **options,
+        )
         return out[:, P:] - words
 
     def ours_greedy() -> torch.Tensor:
@@ -265,40 +374,58 @@ def rollout_case(config: Config, name: str, G: int) -> Case:
 
     def write() -> torch.Tensor:
         start = shared_start(ours, ids, valid, K, group)
-        return sample(ours, ids[group], valid[group], Unseen(excluded[group], items), uniform, start=start).item
+        return sample(
+            ours, ids[group], valid[group], Unseen(excluded[group], items), uniform, start=start
+        ).item
 
     def differ(theirs: torch.Tensor, mine: torch.Tensor) -> float:
         """Slots of greedy pages that differ, beside the check that sampled pages are legal."""
         for pages in (theirs, mine):
             assert all(len(set(page)) == K for page in pages.tolist()), "a page holds an item twice"
-            assert not (pages[:, :, None] == excluded[group][:, None]).any(), "a page holds an item of the history"
+            assert not (pages[:, :, None] == excluded[group][:, None]).any(), (
+                "a page holds an item of the history"
+            )
         return float((generate(1, do_sample=False) != ours_greedy()).sum())
 
-    return Case(name, f"{B} users x {G}, K {K}, N {items}",
-                lambda: generate(G, do_sample=True, top_k=0, num_return_sequences=G), write, differ)
+    return Case(
+        name,
+        f"{B} users x {G}, K {K}, N {items}",
+        lambda: generate(G, do_sample=True, top_k=0, num_return_sequences=G),
+        write,
+        differ,
+    )
 
 
 @dataclass(frozen=True)
 class Ranking:
     """Users with factors, items with factors and categories, what users have seen and what is held out."""
 
-    user: torch.Tensor           # (U, C)
-    item: torch.Tensor           # (N, C)
+    user: torch.Tensor  # (U, C)
+    item: torch.Tensor  # (N, C)
     seen: Rows
-    refs: tuple                  # (user, item, rank), as metrics.score_pages wants them
+    refs: tuple  # (user, item, rank), as metrics.score_pages wants them
     categories: list
 
 
 def make_ranking(U: int, N: int) -> Ranking:
     rng = np.random.default_rng(0)
-    picked = np.stack([rng.permutation(N)[:20] for _ in range(U)])           # 15 seen, 5 held out
-    seen = Rows(np.arange(0, 15 * U + 1, 15), picked[:, :15].reshape(-1), np.full(15 * U, 5.0, np.float32))
+    picked = np.stack([rng.permutation(N)[:20] for _ in range(U)])  # 15 seen, 5 held out
+    seen = Rows(
+        np.arange(0, 15 * U + 1, 15), picked[:, :15].reshape(-1), np.full(15 * U, 5.0, np.float32)
+    )
     refs = np.repeat(np.arange(U), 5), picked[:, 15:].reshape(-1), np.tile(np.arange(1.0, 6.0), U)
     names = [f"category {n}" for n in range(60)]
-    categories = [tuple(rng.choice(names, size=rng.integers(1, 4), replace=False)) for _ in range(N)]
+    categories = [
+        tuple(rng.choice(names, size=rng.integers(1, 4), replace=False)) for _ in range(N)
+    ]
     generator = torch.Generator().manual_seed(0)
-    return Ranking(torch.randn(U, 64, generator=generator), torch.randn(N, 64, generator=generator), seen, refs,
-                   categories)
+    return Ranking(
+        torch.randn(U, 64, generator=generator),
+        torch.randn(N, 64, generator=generator),
+        seen,
+        refs,
+        categories,
+    )
 
 
 def evaluate_case(config: Config) -> Iterator[Case]:
@@ -324,7 +451,9 @@ def evaluate_case(config: Config) -> Iterator[Case]:
         place = np.broadcast_to(np.arange(1, ranked.item.shape[1] + 1), ranked.item.shape)
         kept = ranked.item >= 0
         user = np.broadcast_to(users[:, None], kept.shape)
-        scores = metrics.score_pages(users, (user[kept], place[kept], ranked.item[kept]), r.refs, r.categories)
+        scores = metrics.score_pages(
+            users, (user[kept], place[kept], ranked.item[kept]), r.refs, r.categories
+        )
         mark("hits and metrics")
         return scores
 
@@ -337,31 +466,49 @@ def evaluate_case(config: Config) -> Iterator[Case]:
             score[r.seen.of(u)[0]] = -np.inf
             top = np.argsort(-score, kind="stable")[:100].tolist()
             mark("top 100")
-            ref, page = r.refs[1][5 * u: 5 * u + 5].tolist(), top[:20]
-            row = {"Recall@20": metrics.recall(ref, top, 20), "Recall@40": metrics.recall(ref, top, 40),
-                   "NDCG@100": metrics.ndcg(ref, top, 100), "WAS": metrics.was(ref, page),
-                   "PWKT": metrics.pwkt(ref, page), "WMRD": metrics.wmrd(ref, page), "DPA": metrics.dpa(ref, page),
-                   "ILD": metrics.ild(page, r.categories), "entropy": metrics.entropy(page, r.categories),
-                   "redundancy": metrics.redundancy(page, r.categories, 60),
-                   "duplicate_rate": metrics.duplicate_rate(page),
-                   "unknown_rate": metrics.unknown_rate(page, r.categories)}
+            ref, page = r.refs[1][5 * u : 5 * u + 5].tolist(), top[:20]
+            row = {
+                "Recall@20": metrics.recall(ref, top, 20),
+                "Recall@40": metrics.recall(ref, top, 40),
+                "NDCG@100": metrics.ndcg(ref, top, 100),
+                "WAS": metrics.was(ref, page),
+                "PWKT": metrics.pwkt(ref, page),
+                "WMRD": metrics.wmrd(ref, page),
+                "DPA": metrics.dpa(ref, page),
+                "ILD": metrics.ild(page, r.categories),
+                "entropy": metrics.entropy(page, r.categories),
+                "redundancy": metrics.redundancy(page, r.categories, 60),
+                "duplicate_rate": metrics.duplicate_rate(page),
+                "unknown_rate": metrics.unknown_rate(page, r.categories),
+            }
             for name, value in row.items():
                 scores.setdefault(name, []).append(math.nan if value is None else value)
             mark("hits and metrics")
         return scores
 
     def differ(a: dict, b: dict) -> float:
-        return max(float(np.nanmax(np.abs(np.array(a[name]) - b[name][:some]), initial=0.0)) for name in a)
+        return max(
+            float(np.nanmax(np.abs(np.array(a[name]) - b[name][:some]), initial=0.0)) for name in a
+        )
 
     def floor(block: int = 512) -> list:
-        return [(r.user[at: at + block] @ r.item.T).topk(min(100, N), dim=1) for at in range(0, U, block)]
+        return [
+            (r.user[at : at + block] @ r.item.T).topk(min(100, N), dim=1)
+            for at in range(0, U, block)
+        ]
 
     if "evaluate" in config.rows:
-        yield Case("evaluate", f"{U} users x {N}, top 100", plain, ours, differ, floor, scale=U / some)
+        yield Case(
+            "evaluate", f"{U} users x {N}, top 100", plain, ours, differ, floor, scale=U / some
+        )
     if "top" in config.rows:
+
         def lists_differ(a, b) -> float:
             return float(np.abs(np.sort(a.score, 1) - np.sort(b.score, 1)).max())
-        yield Case("top", f"{U} users x {N}, top 100", lambda: rank(block=U), rank, lists_differ, floor)
+
+        yield Case(
+            "top", f"{U} users x {N}, top 100", lambda: rank(block=U), rank, lists_differ, floor
+        )
 
 
 def reviews_case(config: Config, spelling: str, loads: Callable) -> Case:
@@ -380,14 +527,21 @@ def reviews_case(config: Config, spelling: str, loads: Callable) -> Case:
         return folder / name
 
     quick = partial(amazon.review_table, spelling=spelling)
-    return Case(f"{'orjson' if loads is not json.loads else 'reviews'}-{spelling}",
-                f"{lines} lines, {raw.stat().st_size / 1e6:.0f} MB",
-                lambda: to_parquet("plain", lambda tally: records.batched(
-                    records.parsed(raw, lambda text: amazon.as_review(loads(text)), tally))),
-                lambda: to_parquet("ours", lambda tally: records.parsed_batches(
-                    raw, amazon.parse_review, quick, tally)),
-                lambda a, b: float(not pq.read_table(a).equals(pq.read_table(b))),
-                close=lambda: shutil.rmtree(folder))
+    return Case(
+        f"{'orjson' if loads is not json.loads else 'reviews'}-{spelling}",
+        f"{lines} lines, {raw.stat().st_size / 1e6:.0f} MB",
+        lambda: to_parquet(
+            "plain",
+            lambda tally: records.batched(
+                records.parsed(raw, lambda text: amazon.as_review(loads(text)), tally)
+            ),
+        ),
+        lambda: to_parquet(
+            "ours", lambda tally: records.parsed_batches(raw, amazon.parse_review, quick, tally)
+        ),
+        lambda a, b: float(not pq.read_table(a).equals(pq.read_table(b))),
+        close=lambda: shutil.rmtree(folder),
+    )
 
 
 def histories_case(config: Config) -> Case:
@@ -400,7 +554,9 @@ def histories_case(config: Config) -> Case:
     columns = pa.array(user), pa.array(item), pa.array(time)
 
     def plain() -> list:
-        user_id, item_id = ({name: n for n, name in enumerate(sorted(set(names)))} for names in (user, item))
+        user_id, item_id = (
+            {name: n for n, name in enumerate(sorted(set(names)))} for names in (user, item)
+        )
         rows: dict[int, list] = {}
         for u, i, t in zip(user, item, time, strict=True):
             rows.setdefault(user_id[u], []).append((t, item_id[i]))
@@ -424,24 +580,36 @@ def histories_case(config: Config) -> Case:
 
 def tokens_case(config: Config) -> Case:
     draw = random.Random(0)
-    stems = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(5_000)]
+    stems = [
+        "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9)))
+        for _ in range(5_000)
+    ]
     popular = [stems[int(len(stems) * draw.random() ** 3)] for _ in range(200_000)]
     at = iter(popular * 3)
-    texts = [" ".join(next(at) for _ in range(draw.randint(5, 40))).capitalize() + draw.choice(". ! ?".split())
-             for _ in range(200 if config.quick else 20_000)]
+    texts = [
+        " ".join(next(at) for _ in range(draw.randint(5, 40))).capitalize()
+        + draw.choice(". ! ?".split())
+        for _ in range(200 if config.quick else 20_000)
+    ]
     vocab = Vocab.train(texts[:2_000], 1, 1, 300 if config.quick else 8_000)
 
     def ours() -> list[list[int]]:
         return [fresh.words(text) for fresh in [Vocab(vocab.tokenizer, 1, 1)] for text in texts]
 
-    return Case("tokens", f"{len(texts)} texts", lambda: [vocab.tokenizer.encode(text).ids for text in texts], ours,
-                lambda a, b: float(sum(x != y for x, y in zip(a, b, strict=True))))
+    return Case(
+        "tokens",
+        f"{len(texts)} texts",
+        lambda: [vocab.tokenizer.encode(text).ids for text in texts],
+        ours,
+        lambda a, b: float(sum(x != y for x, y in zip(a, b, strict=True))),
+    )
 
 
 def cases(config: Config) -> Iterator[Case]:
     """The rows asked for, one at a time. A row whose peer is not installed is named on stderr and left out."""
     try:
         import transformers
+
         transformers.logging.set_verbosity_error()
     except ImportError:
         transformers = None
@@ -451,9 +619,15 @@ def cases(config: Config) -> Iterator[Case]:
         orjson = None
     for name in config.rows:
         if name.split("-")[0] in ("train", "rollout") and transformers is None:
-            print(f"{name}: left out, transformers is not installed (pip install 'pagellm[dev]')", file=sys.stderr)
+            print(
+                f"{name}: left out, transformers is not installed (pip install 'pagellm[dev]')",
+                file=sys.stderr,
+            )
         elif name.startswith("orjson") and orjson is None:
-            print(f"{name}: left out, orjson is not installed (pip install 'pagellm[dev]')", file=sys.stderr)
+            print(
+                f"{name}: left out, orjson is not installed (pip install 'pagellm[dev]')",
+                file=sys.stderr,
+            )
         elif name in REVIEWS:
             peer, spelling = name.split("-")
             yield reviews_case(config, spelling, json.loads if peer == "reviews" else orjson.loads)
@@ -471,11 +645,20 @@ def cases(config: Config) -> Iterator[Case]:
 
 def line(row: dict) -> str:
     """One row as text, in columns under HEADER."""
+
     def text(value, form: str) -> str:
         return "–" if value is None else format(value, form)
-    numbers = [text(row["plain_ms"], ".1f"), text(row["ours_ms"], ".1f"), text(row["x"], ".2f"),
-               text(row["floor_ms"], ".1f"), text(row["share"], ".0%"), text(row["plain_mb"], ".0f"),
-               text(row["ours_mb"], ".0f"), text(row["max_diff"], ".1e")]
+
+    numbers = [
+        text(row["plain_ms"], ".1f"),
+        text(row["ours_ms"], ".1f"),
+        text(row["x"], ".2f"),
+        text(row["floor_ms"], ".1f"),
+        text(row["share"], ".0%"),
+        text(row["plain_mb"], ".0f"),
+        text(row["ours_mb"], ".0f"),
+        text(row["max_diff"], ".1e"),
+    ]
     return f"{row['row']:<13}{row['shape']:<30}" + "".join(f"{number:>11}" for number in numbers)
 
 
@@ -486,7 +669,10 @@ def run(config: Config) -> dict:
         return compare(config)
     if config.profile:
         return profile(config)
-    print(f"{HEADER[0]:<13}{HEADER[1]:<30}" + "".join(f"{name:>11}" for name in HEADER[2:]), flush=True)
+    print(
+        f"{HEADER[0]:<13}{HEADER[1]:<30}" + "".join(f"{name:>11}" for name in HEADER[2:]),
+        flush=True,
+    )
     rows = []
     for case in cases(config):
         try:
@@ -502,7 +688,9 @@ def run(config: Config) -> dict:
 def profile(config: Config) -> dict:
     """Print the parts of plain and ours in every row of PARTED that is asked for, and the JSON line."""
     rows = []
-    for case in cases(replace(config, only=",".join(name for name in config.rows if name in PARTED))):
+    for case in cases(
+        replace(config, only=",".join(name for name in config.rows if name in PARTED))
+    ):
         try:
             rows.append(measure_parts(case, config.device, config.repeats, config.clock))
         finally:
@@ -521,12 +709,15 @@ def compare(config: Config) -> dict:
     here = Path(__file__).parent.parent
     folder = Path(tempfile.mkdtemp()) / "base"
     git = ["git", "-C", str(here), "worktree"]
-    made = subprocess.run([*git, "add", "--detach", str(folder), config.base], capture_output=True, text=True)
+    made = subprocess.run(
+        [*git, "add", "--detach", str(folder), config.base], capture_output=True, text=True
+    )
     if made.returncode:
         raise PageLLMError(f"base={config.base!r}: {made.stderr.strip().splitlines()[-1]}")
     try:
         pairs = []
-        for turn in range(config.repeats):      # who comes first changes: a machine that slows down favours none
+        # who comes first changes: a machine that slows down favours none
+        for turn in range(config.repeats):
             order = (folder, here) if turn % 2 == 0 else (here, folder)
             found = {place: ours_at(place, config, here) for place in order}
             pairs.append([found[folder], found[here]])
@@ -542,8 +733,13 @@ def compare(config: Config) -> dict:
             continue
         old, new = (statistics.median(pair[i][name] for pair in pairs) for i in (0, 1))
         middle = statistics.median(ratios)
-        rows.append({"row": name, "base_ms": old, "here_ms": new, "ratio": middle, "ratios": ratios})
-        print(f"{name:<60}{old:>11.2f}{new:>11.2f}{middle:>11.2f}{ratios[0]:>9.2f}{ratios[-1]:>9.2f}", flush=True)
+        rows.append(
+            {"row": name, "base_ms": old, "here_ms": new, "ratio": middle, "ratios": ratios}
+        )
+        print(
+            f"{name:<60}{old:>11.2f}{new:>11.2f}{middle:>11.2f}{ratios[0]:>9.2f}{ratios[-1]:>9.2f}",
+            flush=True,
+        )
         if middle > 1 + config.slack and ratios[0] > 1:
             slower.append(f"{name}: {middle:.2f} times")
     found = {**machine(config.device), "base": config.base, "rows": rows}
@@ -559,13 +755,22 @@ def ours_at(place: Path, config: Config, here: Path) -> dict[str, float]:
     extra = ["--size", config.size, *(["--only", config.only] if config.only else [])]
     found = {}
     for module, more in (("kernels.bench", []), ("experiments.bench", extra)):
-        if not (place / (module.replace(".", "/") + ".py")).exists() or (config.only and module == "kernels.bench"):
+        if not (place / (module.replace(".", "/") + ".py")).exists() or (
+            config.only and module == "kernels.bench"
+        ):
             continue
-        done = subprocess.run([sys.executable, "-m", module, *options, *more], cwd=place, capture_output=True,
-                              text=True, env={**os.environ, "PYTHONPATH": str(place)})
+        done = subprocess.run(
+            [sys.executable, "-m", module, *options, *more],
+            cwd=place,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(place)},
+        )
         if done.returncode:
-            raise PageLLMError(f"{module} failed at {'the base' if place != here else 'this commit'}:\n  "
-                               + "\n  ".join(done.stderr.strip().splitlines()[-3:]))
+            raise PageLLMError(
+                f"{module} failed at {'the base' if place != here else 'this commit'}:\n  "
+                + "\n  ".join(done.stderr.strip().splitlines()[-3:])
+            )
         for row in json.loads(done.stdout.splitlines()[-1])["rows"]:
             found[f"{row.get('kernel') or row['row']} ({row['shape']})"] = row["ours_ms"]
     return found

@@ -28,19 +28,26 @@ __all__ = ["Config", "Counting", "requests", "run"]
 class Config(Sources):
     """Answer the same requests with and without the caches; print hits and seconds."""
 
-    policy: str = "ppo"          # whose pages
-    requests: int = 2000         # pages asked for
-    batch: int = 16              # requests answered at once
-    skew: float = 1.0            # the user of rank n comes with probability ~ n^-skew; 0: all alike
-    room: float = 64.0           # megabytes of the cache, as in serve
-    k: int = 20                  # slots of a page
-    rounds: int = 3              # times that each setting answers all requests, from an empty cache
+    policy: str = "ppo"  # whose pages
+    requests: int = 2000  # pages asked for
+    batch: int = 16  # requests answered at once
+    skew: float = 1.0  # the user of rank n comes with probability ~ n^-skew; 0: all alike
+    room: float = 64.0  # megabytes of the cache, as in serve
+    k: int = 20  # slots of a page
+    rounds: int = 3  # times that each setting answers all requests, from an empty cache
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, policy=(self.policy in POLICIES, " or ".join(POLICIES)), requests=(self.requests > 0, "1 or more"),
-              batch=(self.batch > 0, "1 or more"), skew=(self.skew >= 0, "0 or more"), room=(self.room > 0, "above 0"),
-              k=(self.k > 0, "1 or more"), rounds=(self.rounds > 0, "1 or more"))
+        check(
+            self,
+            policy=(self.policy in POLICIES, " or ".join(POLICIES)),
+            requests=(self.requests > 0, "1 or more"),
+            batch=(self.batch > 0, "1 or more"),
+            skew=(self.skew >= 0, "0 or more"),
+            room=(self.room > 0, "above 0"),
+            k=(self.k > 0, "1 or more"),
+            rounds=(self.rounds > 0, "1 or more"),
+        )
 
 
 class Counting(Cache):
@@ -63,14 +70,16 @@ def requests(n_users: int, n: int, skew: float, seed: int) -> np.ndarray:
     return rng.permutation(n_users)[rng.choice(n_users, size=n, p=weight / weight.sum())]
 
 
-def answer_all(rec: Recommender, asks: list[Ask], batch: int) -> tuple[list, np.ndarray, dict[str, float]]:
+def answer_all(
+    rec: Recommender, asks: list[Ask], batch: int
+) -> tuple[list, np.ndarray, dict[str, float]]:
     """Answers, seconds of each batch, and seconds a stage."""
     spent: dict[str, float] = {}
     rec.observe = lambda stage, seconds: spent.__setitem__(stage, spent.get(stage, 0.0) + seconds)
     out, seconds = [], []
     for at in range(0, len(asks), batch):
         started = time.perf_counter()
-        out += rec.answers(asks[at: at + batch])
+        out += rec.answers(asks[at : at + batch])
         seconds.append(time.perf_counter() - started)
     return out, np.array(seconds), spent
 
@@ -82,7 +91,7 @@ def run(config: Config) -> dict:
     users = requests(rec.shop.n_users, config.requests, config.skew, config.seed)
     asks = [Ask(user=rec.shop.user_ids[u], k=config.k, policy=config.policy) for u in users]
     rec.cache = Cache(0)
-    rec.answers(asks[: config.batch])                       # the first call pays for what any first call pays for
+    rec.answers(asks[: config.batch])  # the first call pays for what any first call pays for
     times: dict[str, list[np.ndarray]] = {"with": [], "without": []}
     stages: dict[str, dict[str, float]] = {}
     said: dict[str, list] = {}
@@ -96,18 +105,26 @@ def run(config: Config) -> dict:
     same = sum(a == b for a, b in zip(pages(said["with"]), pages(said["without"]), strict=True))
     saved = [x / config.batch * 1e3 for x in difference(times["without"], times["with"])]
     total = {name: float(np.mean([s.sum() for s in seconds])) for name, seconds in times.items()}
-    print(f"{config.requests:,} requests of {len(set(users.tolist())):,} users (skew {config.skew:g}), {config.batch} "
-          f"at once, pages of {config.k}; {config.rounds} rounds\n")
+    print(
+        f"{config.requests:,} requests of {len(set(users.tolist())):,} users (skew {config.skew:g}), {config.batch} "
+        f"at once, pages of {config.k}; {config.rounds} rounds\n"
+    )
     for kind, (hits, misses) in kept.counted.items():
-        print(f"{kind + ' cache':<16}{hits:>8,} hits {misses:>8,} misses  {hits / max(hits + misses, 1):.1%}")
-    print(f"{'kept':<16}{len(kept):>8,} entries, {kept.size / 1e6:.1f} of {config.room:g} MB\n\n"
-          f"{'seconds':<16}{'without':>9}{'with':>9}{'saved':>8}")
+        print(
+            f"{kind + ' cache':<16}{hits:>8,} hits {misses:>8,} misses  {hits / max(hits + misses, 1):.1%}"
+        )
+    print(
+        f"{'kept':<16}{len(kept):>8,} entries, {kept.size / 1e6:.1f} of {config.room:g} MB\n\n"
+        f"{'seconds':<16}{'without':>9}{'with':>9}{'saved':>8}"
+    )
     for stage in stages["without"]:
         a, b = stages["without"][stage], stages["with"].get(stage, 0.0)
         print(f"{stage:<16}{a:9.2f}{b:9.2f}{1 - b / a:8.0%}")
-    print(f"{'whole answer':<16}{total['without']:9.2f}{total['with']:9.2f}{1 - total['with'] / total['without']:8.0%}"
-          f"\n\nsaved a request: {saved[0]:.2f} ms [{saved[1]:.2f}, {saved[2]:.2f}] (bootstrap over rounds and "
-          f"batches); stages: last round; {same:,} of {len(asks):,} pages are the same with and without")
+    print(
+        f"{'whole answer':<16}{total['without']:9.2f}{total['with']:9.2f}{1 - total['with'] / total['without']:8.0%}"
+        f"\n\nsaved a request: {saved[0]:.2f} ms [{saved[1]:.2f}, {saved[2]:.2f}] (bootstrap over rounds and "
+        f"batches); stages: last round; {same:,} of {len(asks):,} pages are the same with and without"
+    )
     return {"hits": kept.counted, "same": same, **total, "saved": tuple(saved)}
 
 

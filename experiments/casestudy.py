@@ -13,7 +13,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.findings import Found, Judged, brand_hits, hits, judge_rows, page_items, prompt_text, read, trace
+from experiments.findings import (
+    Found,
+    Judged,
+    brand_hits,
+    hits,
+    judge_rows,
+    page_items,
+    prompt_text,
+    read,
+    trace,
+)
 from experiments.findings import Missing as NotThere
 from experiments.study import difference
 from pagellm.config import PageLLMError, check, main
@@ -33,9 +43,9 @@ MARKS = ("✓", "≈", "◇")
 class Config(Common):
     """Print users' prompts, true and predicted pages, hits and rewards slot by slot."""
 
-    dataset: str = ""            # name of the data set; empty: the one the run's stages name
-    user: str = ""               # the shop's ids, comma-separated; empty: some drawn at random
-    users: int = 2               # how many are drawn where none is named
+    dataset: str = ""  # name of the data set; empty: the one the run's stages name
+    user: str = ""  # the shop's ids, comma-separated; empty: some drawn at random
+    users: int = 2  # how many are drawn where none is named
 
     def __post_init__(self):
         super().__post_init__()
@@ -46,7 +56,9 @@ def counts(found: Found, policy: str) -> np.ndarray:
     """(3, U) slots of each user's page that are KINDS; a slot that is exact is nothing else, the others may both be."""
     pages = found.pages[policy]
     exact, same = hits(pages, found.scorer, found.k)
-    return np.stack([m.sum(1) for m in (exact, same, brand_hits(pages, found.scorer, found.k))]).astype(float)
+    return np.stack(
+        [m.sum(1) for m in (exact, same, brand_hits(pages, found.scorer, found.k))]
+    ).astype(float)
 
 
 def clip(words: str, width: int) -> str:
@@ -63,9 +75,17 @@ def case_text(found: Found, policy: Policy, judged: Judged, at: int) -> str:
     def line(item: int) -> str:
         return f"{clip(c.title[item] or c.ids[item], 44):<44}  {clip(c.leaf[item], 18):<18}  {c.brand[item]}".rstrip()
 
-    lines = [f"user {found.shop.user_ids[user]}", "", f"prompt    {prompt_text(policy, found, user)}", "", "true page"]
-    lines += [f"  {n:3d}  {line(int(i))}" + ("" if np.isnan(star[int(i)]) else f"  {star[int(i)]:g}★")
-              for n, i in enumerate(page, 1)]
+    lines = [
+        f"user {found.shop.user_ids[user]}",
+        "",
+        f"prompt    {prompt_text(policy, found, user)}",
+        "",
+        "true page",
+    ]
+    lines += [
+        f"  {n:3d}  {line(int(i))}" + ("" if np.isnan(star[int(i)]) else f"  {star[int(i)]:g}★")
+        for n, i in enumerate(page, 1)
+    ]
     if removed:
         lines.append(f"       less {removed} that nearly repeat one above")
     for side, name in enumerate(("sft", "ppo")):
@@ -74,14 +94,20 @@ def case_text(found: Found, policy: Policy, judged: Judged, at: int) -> str:
         marks = [*hits(pages, found.scorer, found.k), brand_hits(pages, found.scorer, found.k)]
         token, so_far = judged.token[side, at], trace(judged.token[side, at])
         kept = np.flatnonzero(mine >= 0)
-        sums = ", ".join(f"{int(m[row].sum())} {kind}" for kind, m in zip(KINDS, marks, strict=True))
+        sums = ", ".join(
+            f"{int(m[row].sum())} {kind}" for kind, m in zip(KINDS, marks, strict=True)
+        )
         lines += ["", f"{LABELS[name]}: {sums}", "       hit     r_k   sum/T"]
         for k in kept:
             mark = "".join(sign for sign, m in zip(MARKS, marks, strict=True) if m[row, k])
-            lines.append(f"  {k + 1:3d}  {mark:<3} {token[k]:+7.3f} {so_far[k]:+7.3f}  {line(int(mine[k]))}")
+            lines.append(
+                f"  {k + 1:3d}  {mark:<3} {token[k]:+7.3f} {so_far[k]:+7.3f}  {line(int(mine[k]))}"
+            )
         if len(kept):
-            lines.append(f"  token reward R_f {so_far[kept[-1]]:+.3f}, page reward R_c "
-                         f"{judged.total[side, at] - so_far[kept[-1]]:+.3f}")
+            lines.append(
+                f"  token reward R_f {so_far[kept[-1]]:+.3f}, page reward R_c "
+                f"{judged.total[side, at] - so_far[kept[-1]]:+.3f}"
+            )
     return "\n".join(lines)
 
 
@@ -95,22 +121,28 @@ def table(found: Found) -> str:
             lines.append(f"{kind:<16}{'–':>9}{'–':>9}  no item of {found.shop.path.name} has one")
             continue
         mean, low, high = difference([b], [a])
-        lines.append(f"{kind:<16}{a.mean():9.3f}{b.mean():9.3f}  {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+        lines.append(
+            f"{kind:<16}{a.mean():9.3f}{b.mean():9.3f}  {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        )
     return "\n".join(lines)
 
 
 def run(config: Config) -> str:
     """Print and return the text. Raises PageLLMError for a stage that is missing or a user without a page."""
-    found = read(config.runs, config.run or config.dataset or "synthetic", config.data, config.dataset)
+    found = read(
+        config.runs, config.run or config.dataset or "synthetic", config.data, config.dataset
+    )
     try:
         of = found.both("a case study")[0].user
         if config.user:
             names = [name.strip() for name in config.user.split(",")]
             known = {found.shop.user_ids[u]: row for row, u in enumerate(of.tolist())}
             if strange := [name for name in names if name not in known]:
-                raise PageLLMError(f"--user {', '.join(strange)}: no page of theirs in "
-                                   f"{found.stages['evaluate'].path}; users with held-out items have one, such as "
-                                   f"{next(iter(known))}")
+                raise PageLLMError(
+                    f"--user {', '.join(strange)}: no page of theirs in "
+                    f"{found.stages['evaluate'].path}; users with held-out items have one, such as "
+                    f"{next(iter(known))}"
+                )
             rows = np.array([known[name] for name in names])
         else:
             rows = np.sort(keyed(config.seed, "casestudy").permutation(len(of))[: config.users])
@@ -120,8 +152,11 @@ def run(config: Config) -> str:
     policy = Policy.load(found.stages["ppo"].path)
     cases = [case_text(found, policy, judged, at) for at in range(len(rows))]
     text = "\n\n\n".join(cases + [f"all {len(of):,} users\n\n{table(found)}"])
-    print(text + "\n\n✓ held out   ≈ a held-out item's category   ◇ a held-out item's brand   sum/T: rewards down to "
-          "this slot over all slots (Eq. 6)")
+    print(
+        text
+        + "\n\n✓ held out   ≈ a held-out item's category   ◇ a held-out item's brand   sum/T: rewards down to "
+        "this slot over all slots (Eq. 6)"
+    )
     return text
 
 

@@ -42,8 +42,9 @@ class Asker(FastHttpUser):
     @task
     def page(self):
         body = next(NEW) if random.random() < PLAN["share_new"] else random.choice(PLAN["known"])
-        with self.client.post("/v1/page", data=body, headers={"content-type": "application/json"},
-                              catch_response=True) as reply:
+        with self.client.post(
+            "/v1/page", data=body, headers={"content-type": "application/json"}, catch_response=True
+        ) as reply:
             if reply.status_code == 200 and reply.content.count(b'"rank":') != PLAN["k"]:
                 reply.failure("the page has another number of slots")
 
@@ -65,4 +66,6 @@ def broke(exception, **_):
 
 @events.quit.add_listener
 def keep(**_):
-    Path(PLAN["out"]).write_text(json.dumps({"rows": rows, "cpu": time.process_time() - began["cpu"]}))
+    Path(PLAN["out"]).write_text(
+        json.dumps({"rows": rows, "cpu": time.process_time() - began["cpu"]})
+    )

@@ -29,7 +29,15 @@ from experiments import baselines
 from experiments.ablation import overrides
 from experiments.models import PLAIN
 from experiments.runfile import read_run
-from experiments.study import Stages, Variant, difference, effect, per_user, run_variant, write_table
+from experiments.study import (
+    Stages,
+    Variant,
+    difference,
+    effect,
+    per_user,
+    run_variant,
+    write_table,
+)
 from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.config import Options, PageLLMError, check, main
 from pagellm.data import prepare
@@ -43,7 +51,18 @@ __all__ = ["Config", "groups", "run", "thin"]
 
 MASK = "train+valid+unused"
 METRICS = ("Recall@20", "Recall@40", "NDCG@100")
-FIXED = {"dataset", "run", "data", "runs", "seed", "source_run", "settings", "trials", "models", "mask"}
+FIXED = {
+    "dataset",
+    "run",
+    "data",
+    "runs",
+    "seed",
+    "source_run",
+    "settings",
+    "trials",
+    "models",
+    "mask",
+}
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "evaluate": evaluate}
 
 
@@ -51,34 +70,45 @@ STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "evalu
 class Config:
     """What half of the training interactions costs each recommender, for users with few and with many."""
 
-    dataset: str = "synthetic"   # name of the data set
-    raw: str = ""                # directory of its raw files, if it is not prepared yet
-    study: str = "coldstart"     # name of the study: results lie in <runs>/<study>
-    share: float = 0.5           # of each user's train rows that stay, rounded up
-    seeds: int = 3               # seeds 0, 1, ...; each draws its own half
+    dataset: str = "synthetic"  # name of the data set
+    raw: str = ""  # directory of its raw files, if it is not prepared yet
+    study: str = "coldstart"  # name of the study: results lie in <runs>/<study>
+    share: float = 0.5  # of each user's train rows that stay, rounded up
+    seeds: int = 3  # seeds 0, 1, ...; each draws its own half
     models: str = ",".join(PLAIN)  # baselines, comma-separated
-    trials: int = 24             # settings tried for each on the full data
-    settings: str = ""           # settings.json of an earlier search, used instead
-    policies: str = ""           # our rows: sft, ppo, or both, comma-separated; trained on full and on each half
-    run_files: str = ""          # rows of others: NAME=FULL+HALF of seed 0+..., comma-separated (runfile.py)
-    bins: str = "4,8,16"         # users by full train rows: up to 4, 5 to 8, 9 to 16, more
-    data: str = "data"           # directory of prepared data sets
-    runs: str = "runs"           # directory of runs
-    pretrain: Options = ""       # options for that stage of our rows, as on its command line
-    sft: Options = ""            # options for sft
-    reward: Options = ""         # options for reward
-    ppo: Options = ""            # options for ppo
-    evaluate: Options = ""       # options for evaluate
-    baselines: Options = ""      # options for baselines
+    trials: int = 24  # settings tried for each on the full data
+    settings: str = ""  # settings.json of an earlier search, used instead
+    policies: str = ""  # our rows: sft, ppo, or both, comma-separated;
+    # trained on full and on each half
+    run_files: str = ""  # rows of others: NAME=FULL+HALF of seed 0+...,
+    # comma-separated (runfile.py)
+    bins: str = "4,8,16"  # users by full train rows: up to 4, 5 to 8, 9 to 16, more
+    data: str = "data"  # directory of prepared data sets
+    runs: str = "runs"  # directory of runs
+    pretrain: Options = ""  # options for that stage of our rows, as on its command line
+    sft: Options = ""  # options for sft
+    reward: Options = ""  # options for reward
+    ppo: Options = ""  # options for ppo
+    evaluate: Options = ""  # options for evaluate
+    baselines: Options = ""  # options for baselines
 
     def __post_init__(self):
         edges = [int(e) if e.isdigit() else -1 for e in self.bins.split(",")]
         rising = edges[0] >= 0 and all(a < b for a, b in zip(edges, edges[1:], strict=False))
-        check(self, share=(0 < self.share < 1, "between 0 and 1"), seeds=(self.seeds > 0, "1 or more"),
-              policies=(set(filter(None, self.policies.split(","))) <= {"sft", "ppo"}, "sft, ppo or both"),
-              bins=(rising, "rising whole numbers, comma-separated"),
-              run_files=(all(len(files) == 1 + self.seeds for files in self.others().values()),
-                         f"NAME= and {1 + self.seeds} files joined by +: of the full data and of each seed's half"))
+        check(
+            self,
+            share=(0 < self.share < 1, "between 0 and 1"),
+            seeds=(self.seeds > 0, "1 or more"),
+            policies=(
+                set(filter(None, self.policies.split(","))) <= {"sft", "ppo"},
+                "sft, ppo or both",
+            ),
+            bins=(rising, "rising whole numbers, comma-separated"),
+            run_files=(
+                all(len(files) == 1 + self.seeds for files in self.others().values()),
+                f"NAME= and {1 + self.seeds} files joined by +: of the full data and of each seed's half",
+            ),
+        )
 
     def others(self) -> dict[str, list[Path]]:
         """Row -> its run files: the full data's, then each seed's half's."""
@@ -109,22 +139,44 @@ def thin(source: Path, target: Path, share: float, seed: int) -> None:
         split = np.asarray(table["split"].cast("string").to_pylist(), dtype=object)
         split[dropped] = "unused"
         at = table.column_names.index("split")
-        pq.write_table(table.set_column(at, "split", pa.array(split.tolist(), pa.string()).dictionary_encode()),
-                       folder / "interactions.parquet", compression="zstd")
+        pq.write_table(
+            table.set_column(
+                at, "split", pa.array(split.tolist(), pa.string()).dictionary_encode()
+            ),
+            folder / "interactions.parquet",
+            compression="zstd",
+        )
         if (source / "reviews.parquet").exists():
             reviews = pq.read_table(source / "reviews.parquet")
             gone = shop.user[dropped] * shop.n_items + shop.item[dropped]
-            code = (reviews["user"].to_numpy().astype(np.int64) * shop.n_items + reviews["item"].to_numpy())
-            pq.write_table(reviews.filter(pa.array(~np.isin(code, gone))), folder / "reviews.parquet",
-                           compression="zstd")
-        written = {path.name: file_id(path) for path in sorted(folder.iterdir()) if path.name != "source.json"}
-        about = json.loads((source / "source.json").read_text()) | {"thinned": record, "written": written}
+            code = (
+                reviews["user"].to_numpy().astype(np.int64) * shop.n_items
+                + reviews["item"].to_numpy()
+            )
+            pq.write_table(
+                reviews.filter(pa.array(~np.isin(code, gone))),
+                folder / "reviews.parquet",
+                compression="zstd",
+            )
+        written = {
+            path.name: file_id(path)
+            for path in sorted(folder.iterdir())
+            if path.name != "source.json"
+        }
+        about = json.loads((source / "source.json").read_text()) | {
+            "thinned": record,
+            "written": written,
+        }
         (folder / "source.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
 
 
 def groups(shop: Shop, users: np.ndarray, edges: Iterable[int]) -> dict[str, np.ndarray]:
     """name -> (U,) bool: all users, and users by their train positives: up to each edge, more than the last."""
-    count, low, found = shop.csr("train").counts()[users], 0, {"all": np.ones(len(users), dtype=bool)}
+    count, low, found = (
+        shop.csr("train").counts()[users],
+        0,
+        {"all": np.ones(len(users), dtype=bool)},
+    )
     for edge in edges:
         found[f"{low}–{edge}"] = (low <= count) & (count <= edge)
         low = edge + 1
@@ -139,18 +191,32 @@ def run(config: Config) -> list[dict]:
     plainly = overrides(baselines, config.baselines)
     for name, chosen in (*options.items(), ("baselines", plainly)):
         if FIXED & set(chosen):
-            raise PageLLMError(f"--{name} must not set {', '.join(sorted(FIXED & set(chosen)))}: the study does")
+            raise PageLLMError(
+                f"--{name} must not set {', '.join(sorted(FIXED & set(chosen)))}: the study does"
+            )
     options["evaluate"]["mask"] = MASK
     stages = Stages(config.data, config.runs, config.raw, **options)
-    shared = {"data": config.data, "runs": config.runs, "mask": MASK, "models": config.models,
-              "versus": config.models.split(",")[0], **plainly}
+    shared = {
+        "data": config.data,
+        "runs": config.runs,
+        "mask": MASK,
+        "models": config.models,
+        "versus": config.models.split(",")[0],
+        **plainly,
+    }
     halves = [f"{config.dataset}-half-s{seed}" for seed in range(config.seeds)]
     for seed, half in enumerate(halves):
         thin(data / config.dataset, data / half, config.share, seed)
 
     def plain(dataset: str, settings: str, seed: int) -> dict[str, dict[str, np.ndarray]]:
-        made = baselines.Config(dataset=dataset, run=f"{config.study}/{dataset}", settings=settings, seed=seed,
-                                trials=config.trials, **shared)
+        made = baselines.Config(
+            dataset=dataset,
+            run=f"{config.study}/{dataset}",
+            settings=settings,
+            seed=seed,
+            trials=config.trials,
+            **shared,
+        )
         baselines.run(made)
         return baselines.read_rows(made.stage("baselines"))[0]
 
@@ -159,21 +225,29 @@ def run(config: Config) -> list[dict]:
     thinned = [plain(half, chosen, seed) for seed, half in enumerate(halves)]
     rows = {name: ([full[name]] * config.seeds, [half[name] for half in thinned]) for name in full}
     for name, (first, *files) in config.others().items():
-        rows[name] = ([read_scores(data / config.dataset, first)] * config.seeds,
-                      [read_scores(data / half, path) for half, path in zip(halves, files, strict=True)])
+        rows[name] = (
+            [read_scores(data / config.dataset, first)] * config.seeds,
+            [read_scores(data / half, path) for half, path in zip(halves, files, strict=True)],
+        )
     for policy in filter(None, config.policies.split(",")):
         variant = Variant(policy, policy=policy)
         rows[evaluate.LABELS[policy]] = tuple(
-            [per_user(run_variant(config.study, dataset, variant, seed, stages)) for seed, dataset in enumerate(names)]
-            for names in ([config.dataset] * config.seeds, halves))
+            [
+                per_user(run_variant(config.study, dataset, variant, seed, stages))
+                for seed, dataset in enumerate(names)
+            ]
+            for names in ([config.dataset] * config.seeds, halves)
+        )
     shop = load(data / config.dataset)
     users = next(iter(full.values()))["user"]
     records = drops(rows, groups(shop, users, map(int, config.bins.split(","))))
     folder = Path(config.runs) / config.study
     write_table(folder / f"{config.dataset}.parquet", records)
-    text = (f"{config.dataset}: {config.share:g} of each user's train rows, {config.seeds} draws; mean on full, on the "
-            f"thinned data, drop in percent; difference with its 95% interval (bootstrap over seeds and users), d\n\n"
-            f"{show(records)}\n")
+    text = (
+        f"{config.dataset}: {config.share:g} of each user's train rows, {config.seeds} draws; mean on full, on the "
+        f"thinned data, drop in percent; difference with its 95% interval (bootstrap over seeds and users), d\n\n"
+        f"{show(records)}\n"
+    )
     with atomic(folder / f"{config.dataset}.md") as beside:
         beside.write_text(text)
     print(text)
@@ -183,10 +257,14 @@ def run(config: Config) -> list[dict]:
 def read_scores(folder: Path, path: Path) -> dict[str, np.ndarray]:
     """Per-user scores of a run file for the data prepared in `folder`. Raises PageLLMError if it does not fit."""
     if not path.is_file():
-        raise PageLLMError(f"no run file {path}\n  Make it from {folder}, for example with experiments/outside.py.")
+        raise PageLLMError(
+            f"no run file {path}\n  Make it from {folder}, for example with experiments/outside.py."
+        )
     shop, plain = load(folder), baselines.Config()
     scorer = Scorer(shop, "test")
-    ranked, notes = read_run(path, shop, scorer.users, evaluate.seen_rows(shop, "test", MASK), plain.k, plain.depth)
+    ranked, notes = read_run(
+        path, shop, scorer.users, evaluate.seen_rows(shop, "test", MASK), plain.k, plain.depth
+    )
     print(f"{path}: {notes}")
     return {"user": scorer.users, **scorer(ranked, plain.k)}
 
@@ -199,13 +277,26 @@ def drops(rows: dict[str, tuple[list, list]], members: dict[str, np.ndarray]) ->
             if not mine.any():
                 continue
             for metric in METRICS:
-                before, after = ([scores[metric][mine] for scores in seeds] for seeds in (full, thinned))
+                before, after = (
+                    [scores[metric][mine] for scores in seeds] for seeds in (full, thinned)
+                )
                 change, low, high = difference(after, before, draws=1000)
                 mean = float(np.nanmean(before))
-                records.append({"variant": name, "users": group, "count": int(mine.sum()), "metric": metric,
-                                "full": mean, "thinned": float(np.nanmean(after)), "difference": change, "low": low,
-                                "high": high, "effect": effect(after, before),
-                                "drop": -100 * change / mean if mean else math.nan})
+                records.append(
+                    {
+                        "variant": name,
+                        "users": group,
+                        "count": int(mine.sum()),
+                        "metric": metric,
+                        "full": mean,
+                        "thinned": float(np.nanmean(after)),
+                        "difference": change,
+                        "low": low,
+                        "high": high,
+                        "effect": effect(after, before),
+                        "drop": -100 * change / mean if mean else math.nan,
+                    }
+                )
     return records
 
 
@@ -213,9 +304,12 @@ def show(records: list[dict]) -> str:
     """Markdown: rows and groups down, metrics across."""
     lines = ["| | users | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
     for first in range(0, len(records), len(METRICS)):
-        some = records[first: first + len(METRICS)]
-        cells = [f"{r['full']:.4f} → {r['thinned']:.4f}, {-r['drop']:+.1f}% ({r['difference']:+.4f} "
-                 f"[{r['low']:+.4f}, {r['high']:+.4f}], d {r['effect']:+.2f})" for r in some]
+        some = records[first : first + len(METRICS)]
+        cells = [
+            f"{r['full']:.4f} → {r['thinned']:.4f}, {-r['drop']:+.1f}% ({r['difference']:+.4f} "
+            f"[{r['low']:+.4f}, {r['high']:+.4f}], d {r['effect']:+.2f})"
+            for r in some
+        ]
         who = f"{some[0]['users']} ({some[0]['count']:,})"
         lines.append(f"| {some[0]['variant']} | {who} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

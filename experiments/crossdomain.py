@@ -57,19 +57,23 @@ FIXED = {"dataset", "run", "data", "runs", "seed", "source_run"}
 class Config:
     """Pages in a category that the policy has never seen, through rows made of words."""
 
-    dataset: str = "synthetic"   # name of the source
-    target: str = ""             # name of the target; empty: the source is cut into two halves of departments
-    raw: str = ""                # directory of the source's raw files, if it is not prepared yet
-    target_raw: str = ""         # the same for the target
-    study: str = "crossdomain"   # name of the study: results lie in <runs>/<study>
-    seeds: int = 3               # seeds 0, 1, ...; each trains anew, and cuts anew where there is no target
-    data: str = "data"           # directory of prepared data sets
-    runs: str = "runs"           # directory of runs
+    dataset: str = "synthetic"  # name of the source
+    target: str = ""  # name of the target; empty: the source is cut into two halves of departments
+    raw: str = ""  # directory of the source's raw files, if it is not prepared yet
+    target_raw: str = ""  # the same for the target
+    study: str = "crossdomain"  # name of the study: results lie in <runs>/<study>
+    seeds: int = 3  # seeds 0, 1, ...; each trains anew, and cuts anew where there is no target
+    data: str = "data"  # directory of prepared data sets
+    runs: str = "runs"  # directory of runs
     pretrain: Options = "--steps 160"  # options for that stage, as on its command line
     sft: Options = "--epochs 10"  # options for sft
 
     def __post_init__(self):
-        check(self, seeds=(self.seeds > 0, "1 or more"), target=(self.target != self.dataset, "another than dataset"))
+        check(
+            self,
+            seeds=(self.seeds > 0, "1 or more"),
+            target=(self.target != self.dataset, "another than dataset"),
+        )
 
 
 def cut(source: Path, target: Path, users: np.ndarray, items: np.ndarray, note: dict) -> None:
@@ -97,33 +101,48 @@ def cut(source: Path, target: Path, users: np.ndarray, items: np.ndarray, note: 
         for name, at in (("user", at_user), ("item", at_item)):
             if name in table.column_names:
                 place = table.column_names.index(name)
-                table = table.set_column(place, name, pa.array(at[table[name].to_numpy()].astype(np.int32)))
+                table = table.set_column(
+                    place, name, pa.array(at[table[name].to_numpy()].astype(np.int32))
+                )
         return table
 
     with prepare.building(target) as folder:
         rows = pq.read_table(source / "interactions.parquet")
-        tables = {"interactions": rows.filter(pa.array(keep)),
-                  "items": pq.read_table(source / "items.parquet").take(what),
-                  "users": pq.read_table(source / "users.parquet").take(who)}
+        tables = {
+            "interactions": rows.filter(pa.array(keep)),
+            "items": pq.read_table(source / "items.parquet").take(what),
+            "users": pq.read_table(source / "users.parquet").take(who),
+        }
         if (source / "reviews.parquet").exists():
             reviews = pq.read_table(source / "reviews.parquet")
-            tables["reviews"] = reviews.filter(pa.array((at_user[reviews["user"].to_numpy()] >= 0)
-                                                        & (at_item[reviews["item"].to_numpy()] >= 0)))
+            tables["reviews"] = reviews.filter(
+                pa.array(
+                    (at_user[reviews["user"].to_numpy()] >= 0)
+                    & (at_item[reviews["item"].to_numpy()] >= 0)
+                )
+            )
         for name, table in tables.items():
             pq.write_table(numbered(table), folder / f"{name}.parquet", compression="zstd")
         if shop.truth is not None:
             np.save(folder / "truth.npy", shop.truth[np.ix_(who, what)], allow_pickle=False)
         written = {path.name: file_id(path) for path in sorted(folder.iterdir())}
-        about = json.loads((source / "source.json").read_text()) | {"cut": record, "written": written}
+        about = json.loads((source / "source.json").read_text()) | {
+            "cut": record,
+            "written": written,
+        }
         (folder / "source.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
 
 
-def halves(shop: Shop, seed: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+def halves(
+    shop: Shop, seed: int
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """(users, items) of the source and of the target: bool masks, half of the departments and of the users each."""
     top = np.array([names[0] if names else "" for names in shop.catalogue.categories])
     names = np.unique(top)
     if len(names) < 2:
-        raise PageLLMError(f"all items of {shop.path} are of one department: nothing to cross\n  Give --target.")
+        raise PageLLMError(
+            f"all items of {shop.path} are of one department: nothing to cross\n  Give --target."
+        )
     rng = keyed(seed, "crossdomain")
     mine = np.isin(top, rng.permutation(names)[: len(names) // 2])
     first = np.isin(np.arange(shop.n_users), rng.permutation(shop.n_users)[: shop.n_users // 2])
@@ -142,7 +161,9 @@ def words_of(shop: Shop, vocab: Vocab) -> np.ndarray:
     return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-9)
 
 
-def ridge(x: np.ndarray, y: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def ridge(
+    x: np.ndarray, y: np.ndarray, strength: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """mean of x (F,), weights (F, d), mean of y (d,) that minimise |y - predicted|^2 + strength |weights|^2."""
     mx, my = x.mean(0), y.mean(0)
     a, b = (x - mx).astype(np.float64), (y - my).astype(np.float64)
@@ -150,7 +171,9 @@ def ridge(x: np.ndarray, y: np.ndarray, strength: float) -> tuple[np.ndarray, np
     return mx, a.T @ np.linalg.solve(gram + strength * np.eye(len(a)), b), my
 
 
-def predict_rows(x: np.ndarray, rows: np.ndarray, new: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
+def predict_rows(
+    x: np.ndarray, rows: np.ndarray, new: np.ndarray, seed: int
+) -> tuple[np.ndarray, float]:
     """Rows (M, d) of new items from their features (M, F), and how well it went on items held back.
 
     x (N, F), rows (N, d): features and trained rows of known items. The strength is the best of STRENGTHS on a fifth
@@ -158,18 +181,25 @@ def predict_rows(x: np.ndarray, rows: np.ndarray, new: np.ndarray, seed: int) ->
     length.
     """
     drawn = keyed(seed, "crossdomain", "rows").permutation(len(x))
-    held, taught = drawn[: max(1, len(x) // 5)], drawn[max(1, len(x) // 5):]
+    held, taught = drawn[: max(1, len(x) // 5)], drawn[max(1, len(x) // 5) :]
 
     def cosine(strength: float) -> float:
         mx, w, my = ridge(x[taught], rows[taught], strength)
         a, b = (x[held] - mx) @ w, rows[held] - my
-        return float(np.mean((a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)))
+        return float(
+            np.mean(
+                (a * b).sum(1)
+                / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
+            )
+        )
 
     found = {strength: cosine(strength) for strength in STRENGTHS}
     best = max(found, key=found.get)
     mx, w, my = ridge(x, rows, best)
     out = (new - mx) @ w
-    scale = np.linalg.norm(rows - my, axis=1).mean() / max(np.linalg.norm(out, axis=1).mean(), 1e-12)
+    scale = np.linalg.norm(rows - my, axis=1).mean() / max(
+        np.linalg.norm(out, axis=1).mean(), 1e-12
+    )
     return (my + scale * out).astype(np.float32), found[best]
 
 
@@ -177,24 +207,35 @@ def moved(policy: Policy, shop: Shop, rows: np.ndarray) -> Policy:
     """The policy's network and words for another shop: `rows` (N, C) as item rows, every user <user_unk>."""
     state = to_state(policy.model)
     n_words = policy.model.n_words
-    weights = state["weights"] | {"item": torch.from_numpy(rows),
-                                  "user": torch.zeros(shop.n_users, rows.shape[1])}
-    model = from_state({**state, "rows": [n_words, shop.n_users, shop.n_items], "weights": weights}).eval()
+    weights = state["weights"] | {
+        "item": torch.from_numpy(rows),
+        "user": torch.zeros(shop.n_users, rows.shape[1]),
+    }
+    model = from_state(
+        {**state, "rows": [n_words, shop.n_users, shop.n_items], "weights": weights}
+    ).eval()
     style = PromptStyle(policy.style.max_history, policy.style.use_ratings, use_user=False)
     return Policy(model, Vocab(policy.vocab.tokenizer, shop.n_users, shop.n_items), style)
 
 
 def trained(config: Config, dataset: str, seed: int) -> Policy:
     """pretrain and sft on this data set, without user tokens; what is done is not done again."""
-    common = {"dataset": dataset, "run": f"{config.study}/{dataset}-t{seed}", "seed": seed, "data": config.data,
-              "runs": config.runs}
+    common = {
+        "dataset": dataset,
+        "run": f"{config.study}/{dataset}-t{seed}",
+        "seed": seed,
+        "data": config.data,
+        "runs": config.runs,
+    }
     pretrain.run(pretrain.Config(**common, **overrides(pretrain, config.pretrain)))
     made = sft.Config(**common, **overrides(sft, config.sft) | {"use_user": False})
     sft.run(made)
     return Policy.load(made.stage("sft"))
 
 
-def scores(config: Config, source: str, target: str, seed: int) -> tuple[dict[str, dict], dict[str, float], Shop]:
+def scores(
+    config: Config, source: str, target: str, seed: int
+) -> tuple[dict[str, dict], dict[str, float], Shop]:
     """row -> per-user scores on the target's test rows; feature -> cosine of predicted rows held back; the target."""
     policy = trained(config, source, seed)
     known, shop = (load(Path(config.data) / name) for name in (source, target))
@@ -202,25 +243,38 @@ def scores(config: Config, source: str, target: str, seed: int) -> tuple[dict[st
     users, rows = scorer.users, policy.model.item.detach().numpy()
     x, new = words_of(known, policy.vocab), words_of(shop, policy.vocab)
     by_words, fit_words = predict_rows(x, rows, new, seed)
-    by_states, fit_states = predict_rows(item_content(policy, known), rows, item_content(policy, shop), seed)
+    by_states, fit_states = predict_rows(
+        item_content(policy, known), rows, item_content(policy, shop), seed
+    )
     dealt = by_words[keyed(seed, "crossdomain", "dealt").permutation(len(by_words))]
 
     def knn(some: np.ndarray) -> torch.Tensor:
         mean = np.stack([new[train.of(u)[0]].sum(0) for u in some])
         return torch.from_numpy(mean @ new.T)
 
-    ranked = {"popularity": popularity_pages(shop, users, seen, K, DEPTH, seed),
-              "content kNN": rank_all(knn, users, seen, K, DEPTH, seed)}
-    for name, made in (("rows: words", by_words), ("rows: states", by_states), ("rows: shuffled", dealt)):
+    ranked = {
+        "popularity": popularity_pages(shop, users, seen, K, DEPTH, seed),
+        "content kNN": rank_all(knn, users, seen, K, DEPTH, seed),
+    }
+    for name, made in (
+        ("rows: words", by_words),
+        ("rows: states", by_states),
+        ("rows: shuffled", dealt),
+    ):
         ranked[name] = moved(policy, shop, made).rank(users, train, seen, K, DEPTH)
     ranked["trained there"] = trained(config, target, seed).rank(users, train, seen, K, DEPTH)
     for name, pages in ranked.items():
         check_pages(name, pages, users, seen)
-    return {name: {"user": users, **scorer(pages, K)} for name, pages in ranked.items()}, \
-        {"words": fit_words, "states": fit_states}, shop
+    return (
+        {name: {"user": users, **scorer(pages, K)} for name, pages in ranked.items()},
+        {"words": fit_words, "states": fit_states},
+        shop,
+    )
 
 
-def aligned(found: dict[str, np.ndarray], ids: list[str], everybody: dict[str, int]) -> dict[str, np.ndarray]:
+def aligned(
+    found: dict[str, np.ndarray], ids: list[str], everybody: dict[str, int]
+) -> dict[str, np.ndarray]:
     """The same scores over everybody, NaN for those who are not among these users."""
     at = np.array([everybody[ids[u]] for u in found["user"]])
     out = {}
@@ -256,12 +310,18 @@ def run(config: Config) -> list[dict]:
         for name, rows in found.items():
             results.setdefault(name, []).append(aligned(rows, shop.user_ids, everybody))
     records = compare(results, SHOWN, "rows: shuffled")
-    path = Path(config.runs) / config.study / f"{config.dataset}-to-{config.target or 'other-half'}.parquet"
+    path = (
+        Path(config.runs)
+        / config.study
+        / f"{config.dataset}-to-{config.target or 'other-half'}.parquet"
+    )
     write_table(path, records)
     kept = ", ".join(f"{name} {np.mean([f[name] for f in fits]):.2f}" for name in fits[0])
-    print(f"{config.dataset} to {config.target or 'the other half of its departments'}, {config.seeds} seeds; mean, "
-          "and the difference to shuffled rows with its 95% interval (bootstrap over seeds and users)\n\n"
-          f"{markdown(records)}\n\ncosine of predicted and trained rows, items of the source held back: {kept}\n{path}")
+    print(
+        f"{config.dataset} to {config.target or 'the other half of its departments'}, {config.seeds} seeds; mean, "
+        "and the difference to shuffled rows with its 95% interval (bootstrap over seeds and users)\n\n"
+        f"{markdown(records)}\n\ncosine of predicted and trained rows, items of the source held back: {kept}\n{path}"
+    )
     return records
 
 

@@ -54,23 +54,30 @@ FIXED = {"dataset", "run", "data", "runs", "seed", "source_run", "times", "cut",
 class Config:
     """Random and temporal splits; prompts that show when, and that do not."""
 
-    dataset: str = "synthetic"   # name of the data set; its rows need times
-    raw: str = ""                # directory of its raw files
-    planted: bool = False        # synthetic only: a fashion that moves through the departments is planted
-    study: str = "drift"         # name of the study: results lie in <runs>/<study>
-    seeds: int = 3               # seeds 0, 1, ...; each trains anew
-    times: int = 8               # periods that the time token tells apart, about equally full of train rows
-    recent: float = 0.2          # share of the train rows, the latest, that recent popularity counts
-    data: str = "data"           # directory of prepared data sets
-    runs: str = "runs"           # directory of runs
-    prepare: Options = ""        # options for prepare, which splits by time, as on its command line
+    dataset: str = "synthetic"  # name of the data set; its rows need times
+    raw: str = ""  # directory of its raw files
+    planted: bool = False  # synthetic only: a fashion that moves through the departments is planted
+    study: str = "drift"  # name of the study: results lie in <runs>/<study>
+    seeds: int = 3  # seeds 0, 1, ...; each trains anew
+    times: int = 8  # periods that the time token tells apart, about equally full of train rows
+    recent: float = 0.2  # share of the train rows, the latest, that recent popularity counts
+    data: str = "data"  # directory of prepared data sets
+    runs: str = "runs"  # directory of runs
+    prepare: Options = ""  # options for prepare, which splits by time, as on its command line
     pretrain: Options = "--steps 160"  # options for that stage in every row, as on its command line
     sft: Options = "--epochs 10"  # options for sft
 
     def __post_init__(self):
-        check(self, seeds=(self.seeds > 0, "1 or more"), times=(self.times > 1, "2 or more"),
-              recent=(0 < self.recent <= 1, "above 0, at most 1"),
-              planted=(not self.planted or self.dataset == "synthetic", "for the synthetic shop only"))
+        check(
+            self,
+            seeds=(self.seeds > 0, "1 or more"),
+            times=(self.times > 1, "2 or more"),
+            recent=(0 < self.recent <= 1, "above 0, at most 1"),
+            planted=(
+                not self.planted or self.dataset == "synthetic",
+                "for the synthetic shop only",
+            ),
+        )
 
 
 def plant(source: Path, target: Path, seed: int, passes: int = 2, noise: float = 0.1) -> None:
@@ -80,7 +87,12 @@ def plant(source: Path, target: Path, seed: int, passes: int = 2, noise: float =
 
     Does nothing where the copy is there; raises PageLLMError where another is.
     """
-    record = {"from": file_id(source / "interactions.parquet"), "seed": seed, "passes": passes, "noise": noise}
+    record = {
+        "from": file_id(source / "interactions.parquet"),
+        "seed": seed,
+        "passes": passes,
+        "noise": noise,
+    }
     if (target / "source.json").exists():
         if json.loads((target / "source.json").read_text()).get("planted") != record:
             raise PageLLMError(f"{target} was planted differently\n  Remove it to make it anew.")
@@ -89,54 +101,96 @@ def plant(source: Path, target: Path, seed: int, passes: int = 2, noise: float =
     top = np.array([names[0] if names else "" for names in shop.catalogue.categories])
     names = np.unique(top)
     phase = rng.permutation(len(names))[np.searchsorted(names, top)] / len(names)
-    fashion = (rng.integers(passes, size=len(shop.item)) + phase[shop.item]
-               + noise * rng.standard_normal(len(shop.item))) / passes
-    days = np.rint(np.clip(fashion, 0, 1) * (shop.time.max() - shop.time.min()) / 86400).astype(np.int64)
+    fashion = (
+        rng.integers(passes, size=len(shop.item))
+        + phase[shop.item]
+        + noise * rng.standard_normal(len(shop.item))
+    ) / passes
+    days = np.rint(np.clip(fashion, 0, 1) * (shop.time.max() - shop.time.min()) / 86400).astype(
+        np.int64
+    )
     time = shop.time.min() + 86400 * days
     resort = np.lexsort((shop.item, time, shop.user))
-    item, rating, positive, time = (x[resort] for x in (shop.item, shop.rating, shop.positive, time))
+    item, rating, positive, time = (
+        x[resort] for x in (shop.item, shop.rating, shop.positive, time)
+    )
     split = split_by_time(shop.user, item, time, positive, False)
     kinds = np.array(["train", "valid", "test", "unused"], dtype=object)[split]
     with prepare.building(target) as folder:
         for path in source.iterdir():
             shutil.copyfile(path, folder / path.name)
-        pq.write_table(pa.table({
-            "user": shop.user.astype(np.int32), "item": item.astype(np.int32),
-            "rating": pa.array(rating, mask=np.isnan(rating)), "time": time, "positive": positive,
-            "split": pa.array(kinds.tolist(), pa.string()).dictionary_encode()}),
-            folder / "interactions.parquet", compression="zstd")
-        if (folder / "reviews.parquet").exists():          # text of rows that are held out now goes
+        pq.write_table(
+            pa.table(
+                {
+                    "user": shop.user.astype(np.int32),
+                    "item": item.astype(np.int32),
+                    "rating": pa.array(rating, mask=np.isnan(rating)),
+                    "time": time,
+                    "positive": positive,
+                    "split": pa.array(kinds.tolist(), pa.string()).dictionary_encode(),
+                }
+            ),
+            folder / "interactions.parquet",
+            compression="zstd",
+        )
+        if (folder / "reviews.parquet").exists():  # text of rows that are held out now goes
             reviews = pq.read_table(folder / "reviews.parquet")
             held = (shop.user * shop.n_items + item)[kinds != "train"]
-            code = reviews["user"].to_numpy().astype(np.int64) * shop.n_items + reviews["item"].to_numpy()
-            pq.write_table(reviews.filter(pa.array(~np.isin(code, held))), folder / "reviews.parquet",
-                           compression="zstd")
-        written = {path.name: file_id(path) for path in sorted(folder.iterdir()) if path.name != "source.json"}
-        about = json.loads((source / "source.json").read_text()) | {"planted": record, "written": written}
+            code = (
+                reviews["user"].to_numpy().astype(np.int64) * shop.n_items
+                + reviews["item"].to_numpy()
+            )
+            pq.write_table(
+                reviews.filter(pa.array(~np.isin(code, held))),
+                folder / "reviews.parquet",
+                compression="zstd",
+            )
+        written = {
+            path.name: file_id(path)
+            for path in sorted(folder.iterdir())
+            if path.name != "source.json"
+        }
+        about = json.loads((source / "source.json").read_text()) | {
+            "planted": record,
+            "written": written,
+        }
         (folder / "source.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
 
 
 def recent_pages(shop: Shop, users: np.ndarray, seen, share: float, seed: int = 0) -> RankedPages:
     """The most bought items of the latest `share` of the train rows."""
     rows = np.flatnonzero(shop.rows("train"))
-    late = rows[np.argsort(shop.time[rows], kind="stable")[-max(1, round(share * len(rows))):]]
+    late = rows[np.argsort(shop.time[rows], kind="stable")[-max(1, round(share * len(rows))) :]]
     count = torch.from_numpy(np.bincount(shop.item[late], minlength=shop.n_items)).float()
     return rank_all(lambda some: count.expand(len(some), -1), users, seen, K, DEPTH, seed)
 
 
-def trained(config: Config, data: str, dataset: str, name: str, seed: int, times: int = 0, cut: str = "random"
-            ) -> Policy:
+def trained(
+    config: Config,
+    data: str,
+    dataset: str,
+    name: str,
+    seed: int,
+    times: int = 0,
+    cut: str = "random",
+) -> Policy:
     """pretrain and sft of one row; what is done is not done again."""
-    common = {"dataset": dataset, "run": f"{config.study}/{dataset}-{name}-s{seed}", "seed": seed, "data": data,
-              "runs": config.runs}
+    common = {
+        "dataset": dataset,
+        "run": f"{config.study}/{dataset}-{name}-s{seed}",
+        "seed": seed,
+        "data": data,
+        "runs": config.runs,
+    }
     pretrain.run(pretrain.Config(**common, times=times, **overrides(pretrain, config.pretrain)))
     made = sft.Config(**common, cut=cut, **overrides(sft, config.sft))
     sft.run(made)
     return Policy.load(made.stage("sft"))
 
 
-def scored(shop: Shop, policy: Policy | None, seed: int, recent: float = 0.0, first: bool = False
-           ) -> dict[str, np.ndarray]:
+def scored(
+    shop: Shop, policy: Policy | None, seed: int, recent: float = 0.0, first: bool = False
+) -> dict[str, np.ndarray]:
     """Per-user scores (all users of the shop, NaN without test rows) of a policy, or of popularity where it is None.
 
     first  tell the policy that every page is shown in the first period        recent  as in recent_pages; 0: all rows
@@ -164,17 +218,28 @@ def run(config: Config) -> list[dict]:
     later, name = str(Path(config.data) / "temporal"), config.dataset
     for folder, split in ((config.data, "random"), (later, "temporal")):
         if not (Path(folder) / config.dataset / "source.json").exists():
-            prepare.run(prepare.Config(dataset=config.dataset, raw=config.raw, data=folder, split=split,
-                                       **overrides(prepare, config.prepare)))
+            prepare.run(
+                prepare.Config(
+                    dataset=config.dataset,
+                    raw=config.raw,
+                    data=folder,
+                    split=split,
+                    **overrides(prepare, config.prepare),
+                )
+            )
     if config.planted:
         name = f"{config.dataset}-planted"
         plant(Path(later) / config.dataset, Path(later) / name, 0)
     shop, mixed = load(Path(later) / name), load(Path(config.data) / config.dataset)
     if not shop.time.any() or len(np.unique(shop.time[shop.rows("train")])) < config.times:
-        raise PageLLMError(f"{shop.path}: the rows have no times, or fewer than {config.times} moments: nothing to "
-                           "show")
+        raise PageLLMError(
+            f"{shop.path}: the rows have no times, or fewer than {config.times} moments: nothing to "
+            "show"
+        )
     if shop.user_ids != mixed.user_ids:
-        raise PageLLMError(f"{shop.path} and {mixed.path} have other users\n  Remove both to prepare them anew.")
+        raise PageLLMError(
+            f"{shop.path} and {mixed.path} have other users\n  Remove both to prepare them anew."
+        )
     results: dict[str, list[dict]] = {}
     split: dict[str, list[dict]] = {}
     for seed in range(config.seeds):
@@ -182,18 +247,26 @@ def run(config: Config) -> list[dict]:
         cuts = trained(config, later, name, "cuts", seed, cut="time")
         token = trained(config, later, name, "token", seed, config.times, "time")
         for row, scores in {
-                "time cuts": scored(shop, cuts, seed), "time cuts, token": scored(shop, token, seed),
-                "time cuts, token, told the first": scored(shop, token, seed, first=True),
-                "random cuts": scored(shop, plain, seed), "popularity": scored(shop, None, seed),
-                "recent popularity": scored(shop, None, seed, config.recent)}.items():
+            "time cuts": scored(shop, cuts, seed),
+            "time cuts, token": scored(shop, token, seed),
+            "time cuts, token, told the first": scored(shop, token, seed, first=True),
+            "random cuts": scored(shop, plain, seed),
+            "popularity": scored(shop, None, seed),
+            "recent popularity": scored(shop, None, seed, config.recent),
+        }.items():
             results.setdefault(row, []).append(scores)
         if not config.planted:
             own = trained(config, config.data, config.dataset, "paper", seed)
-            for row, scores in {"SFT": scored(mixed, own, seed), "popularity": scored(mixed, None, seed)}.items():
+            for row, scores in {
+                "SFT": scored(mixed, own, seed),
+                "popularity": scored(mixed, None, seed),
+            }.items():
                 split.setdefault(row, []).append(scores)
     records = compare(results, SHOWN, "time cuts")
-    lines = [f"{name}, temporal split, {config.seeds} seeds, {config.times} periods; mean, and the difference to time "
-             f"cuts with its 95% interval (bootstrap over seeds and users)\n\n{markdown(records)}"]
+    lines = [
+        f"{name}, temporal split, {config.seeds} seeds, {config.times} periods; mean, and the difference to time "
+        f"cuts with its 95% interval (bootstrap over seeds and users)\n\n{markdown(records)}"
+    ]
     for row, scores in split.items():
         cells = []
         for metric in SHOWN:
@@ -201,7 +274,9 @@ def run(config: Config) -> list[dict]:
             b = [s[metric] for s in scores]
             mean, low, high = difference(a, b)
             before, after = (np.mean([np.nanmean(x) for x in side]) for side in (b, a))
-            cells.append(f"{metric} {before:.4f} → {after:.4f} ({mean:+.4f} [{low:+.4f}, {high:+.4f}])")
+            cells.append(
+                f"{metric} {before:.4f} → {after:.4f} ({mean:+.4f} [{low:+.4f}, {high:+.4f}])"
+            )
         lines.append(f"{row}, random split → temporal split: {', '.join(cells)}")
     path = Path(config.runs) / config.study / f"{name}.parquet"
     write_table(path, records)

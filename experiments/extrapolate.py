@@ -27,22 +27,38 @@ __all__ = ["Config", "Parts", "estimate", "measure", "run"]
 class Config:
     """Memory and time of SFT for a large shop, extrapolated from measured parts."""
 
-    users: int = 10_000_000      # of the shop
-    items: int = 5_000_000       # of the shop
-    size: str = "gpt2"           # shape of the trunk
-    tokens: int = 72             # of a user's prompt and page
-    slots: int = 10              # of a user's page
-    batch: int = 512             # users in a step on each GPU
-    tflops: float = 400.0        # what matrix products reach on one GPU, in bf16 (about half of an H200's peak)
-    memory_gb: float = 141.0     # of one GPU
-    near_gbs: float = 450.0      # GB/s between the 8 GPUs of a machine
-    far_gbs: float = 50.0        # GB/s a GPU between machines
+    users: int = 10_000_000  # of the shop
+    items: int = 5_000_000  # of the shop
+    size: str = "gpt2"  # shape of the trunk
+    tokens: int = 72  # of a user's prompt and page
+    slots: int = 10  # of a user's page
+    batch: int = 512  # users in a step on each GPU
+    tflops: float = 400.0  # what matrix products reach on one GPU,
+    # in bf16 (about half of an H200's peak)
+    memory_gb: float = 141.0  # of one GPU
+    near_gbs: float = 450.0  # GB/s between the 8 GPUs of a machine
+    far_gbs: float = 50.0  # GB/s a GPU between machines
 
     def __post_init__(self):
         check_numbers(self)
-        check(self, size=(self.size in SIZES, f"one of {', '.join(SIZES)}"),
-              **{name: (getattr(self, name) > 0, "above 0") for name in
-                 ("users", "items", "tokens", "slots", "batch", "tflops", "memory_gb", "near_gbs", "far_gbs")})
+        check(
+            self,
+            size=(self.size in SIZES, f"one of {', '.join(SIZES)}"),
+            **{
+                name: (getattr(self, name) > 0, "above 0")
+                for name in (
+                    "users",
+                    "items",
+                    "tokens",
+                    "slots",
+                    "batch",
+                    "tflops",
+                    "memory_gb",
+                    "near_gbs",
+                    "far_gbs",
+                )
+            },
+        )
 
 
 @dataclass(frozen=True)
@@ -58,7 +74,7 @@ class Parts:
 
 def trunk_parameters(shape: Shape) -> int:
     """Matrices of the blocks: 12 C^2 a layer."""
-    return 12 * shape.n_layer * shape.n_embd ** 2
+    return 12 * shape.n_layer * shape.n_embd**2
 
 
 class Products(TorchDispatchMode):
@@ -91,8 +107,13 @@ def measure() -> Parts:
         model = GPT2(shape, 300, 50, items, dropout=0.0)
         item = torch.stack([torch.randperm(items)[:slots] for _ in range(users)])
         prompt = torch.randint(0, 300, (users, tokens - slots))
-        batch = Batch(prompt, torch.ones_like(prompt, dtype=torch.bool), item, torch.ones_like(item, dtype=torch.bool),
-                      torch.full((users, 1), -1))
+        batch = Batch(
+            prompt,
+            torch.ones_like(prompt, dtype=torch.bool),
+            item,
+            torch.ones_like(item, dtype=torch.bool),
+            torch.full((users, 1), -1),
+        )
         with Products() as products:
             sft_loss(model, batch, "list").backward()
         counted.append(products.flop)
@@ -110,7 +131,7 @@ def estimate(config: Config, parts: Parts, gpus: int) -> dict[str, float]:
     for good (vocabulary-parallel, not built)."""
     C = SIZES[config.size].n_embd
     elements = (config.users + config.items) * C + trunk_parameters(SIZES[config.size])
-    weights = 4 * elements / 1e9                                     # float32
+    weights = 4 * elements / 1e9  # float32
     state = parts.state * elements / 1e9
     trunk = parts.trunk * config.tokens * trunk_parameters(SIZES[config.size])
     head = parts.head * config.slots * config.items * C
@@ -122,26 +143,42 @@ def estimate(config: Config, parts: Parts, gpus: int) -> dict[str, float]:
     wires = steps * moved / link / 3600
     # Rows that stay where they are move hidden states and one maximum and sum a slot instead.
     states = 3 * 4 * config.batch * gpus * config.slots * C / 1e9
-    whole = 2 * weights if gpus > 1 else 0.0         # fetched weights and the gradient before it is cut
-    return {"gpus": gpus, "weights_gb": weights, "ddp_gb": state, "fsdp_gb": state / gpus + whole,
-            "cut_gb": state / gpus, "compute_hours": compute, "trunk_share": trunk / (trunk + head),
-            "fsdp_wire_hours": wires, "cut_wire_hours": 0.0 if gpus == 1 else steps * states / link / 3600}
+    whole = 2 * weights if gpus > 1 else 0.0  # fetched weights and the gradient before it is cut
+    return {
+        "gpus": gpus,
+        "weights_gb": weights,
+        "ddp_gb": state,
+        "fsdp_gb": state / gpus + whole,
+        "cut_gb": state / gpus,
+        "compute_hours": compute,
+        "trunk_share": trunk / (trunk + head),
+        "fsdp_wire_hours": wires,
+        "cut_wire_hours": 0.0 if gpus == 1 else steps * states / link / 3600,
+    }
 
 
 def run(config: Config) -> list[dict]:
     parts = measure()
     rows = [estimate(config, parts, gpus) for gpus in (1, 8, 64)]
-    print(f"measured: trunk {parts.trunk:.2f} FLOP a token and parameter, item softmax {parts.head:.2f} FLOP a slot, "
-          f"item and column, {parts.state:.0f} bytes a row element\n"
-          f"{config.users:,} users x {config.items:,} items, {config.size}, {config.slots} slots, batch {config.batch} "
-          f"a GPU of {config.memory_gb:g} GB and {config.tflops:g} TFLOP/s\n")
-    print(f"{'GPUs':>4}{'GB a GPU: ddp':>16}{'fsdp':>8}{'rows cut':>10}{'hours an epoch: compute':>26}"
-          f"{'fsdp wires':>12}{'cut wires':>11}   fits")
+    print(
+        f"measured: trunk {parts.trunk:.2f} FLOP a token and parameter, item softmax {parts.head:.2f} FLOP a slot, "
+        f"item and column, {parts.state:.0f} bytes a row element\n"
+        f"{config.users:,} users x {config.items:,} items, {config.size}, {config.slots} slots, batch {config.batch} "
+        f"a GPU of {config.memory_gb:g} GB and {config.tflops:g} TFLOP/s\n"
+    )
+    print(
+        f"{'GPUs':>4}{'GB a GPU: ddp':>16}{'fsdp':>8}{'rows cut':>10}{'hours an epoch: compute':>26}"
+        f"{'fsdp wires':>12}{'cut wires':>11}   fits"
+    )
     for row in rows:
-        fits = [name for name in ("ddp", "fsdp", "cut") if row[f"{name}_gb"] < 0.8 * config.memory_gb]
-        print(f"{row['gpus']:>4}{row['ddp_gb']:>16.0f}{row['fsdp_gb']:>8.0f}{row['cut_gb']:>10.0f}"
-              f"{row['compute_hours']:>26.2f}{row['fsdp_wire_hours']:>12.2f}{row['cut_wire_hours']:>11.2f}   "
-              f"{', '.join(fits) or 'none'}")
+        fits = [
+            name for name in ("ddp", "fsdp", "cut") if row[f"{name}_gb"] < 0.8 * config.memory_gb
+        ]
+        print(
+            f"{row['gpus']:>4}{row['ddp_gb']:>16.0f}{row['fsdp_gb']:>8.0f}{row['cut_gb']:>10.0f}"
+            f"{row['compute_hours']:>26.2f}{row['fsdp_wire_hours']:>12.2f}{row['cut_wire_hours']:>11.2f}   "
+            f"{', '.join(fits) or 'none'}"
+        )
     print(f"the item softmax is {1 - rows[0]['trunk_share']:.0%} of the arithmetic")
     print(json.dumps({"config": asdict(config), "parts": asdict(parts), "rows": rows}))
     return rows

@@ -28,8 +28,25 @@ from pagellm.reward import RewardModel, is_held_out, score_pairs
 from pagellm.run import file_id, read_json
 from pagellm.train import keyed
 
-__all__ = ["Found", "Judged", "Missing", "STAGES", "Stage", "bins_of", "brand_hits", "hits", "judge", "judge_rows",
-           "margins", "page_items", "prompt_text", "read", "spearman", "trace", "wilson"]
+__all__ = [
+    "Found",
+    "Judged",
+    "Missing",
+    "STAGES",
+    "Stage",
+    "bins_of",
+    "brand_hits",
+    "hits",
+    "judge",
+    "judge_rows",
+    "margins",
+    "page_items",
+    "prompt_text",
+    "read",
+    "spearman",
+    "trace",
+    "wilson",
+]
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
@@ -61,8 +78,11 @@ class Stage:
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """step, value of the log's lines that have this field as a finite number."""
-        rows = [(row["step"], row[name]) for row in self.log
-                if isinstance(row.get(name), int | float) and np.isfinite(row[name])]
+        rows = [
+            (row["step"], row[name])
+            for row in self.log
+            if isinstance(row.get(name), int | float) and np.isfinite(row[name])
+        ]
         return np.array([r[0] for r in rows]), np.array([r[1] for r in rows], dtype=float)
 
 
@@ -101,7 +121,9 @@ class Found:
         self.labels[key], self.per_user[key] = label, per_user
         if self.shop is not None and (place / "pages.parquet").exists():
             try:
-                self.pages[key] = with_users(read_pages(place / "pages.parquet", self.shop), per_user["user"])
+                self.pages[key] = with_users(
+                    read_pages(place / "pages.parquet", self.shop), per_user["user"]
+                )
             except (PageLLMError, pa.ArrowException) as error:
                 self.notes.append(f"{place / 'pages.parquet'}: {error}")
 
@@ -110,7 +132,10 @@ class Found:
         for name in ("sft", "ppo"):
             if name not in self.pages:
                 why = f"; {self.notes[0]}" if self.notes else ""
-                raise Missing(f"{what} needs the pages of {LABELS[name]}{why}", self.stages["evaluate"].command)
+                raise Missing(
+                    f"{what} needs the pages of {LABELS[name]}{why}",
+                    self.stages["evaluate"].command,
+                )
         return self.pages["sft"], self.pages["ppo"]
 
 
@@ -133,7 +158,9 @@ def read_log(path: Path) -> list[dict]:
 
 
 def read_stage(name: str, path: Path, command: str) -> Stage:
-    done, recorded = ({} if not (path / f).exists() else read_json(path / f) for f in ("done", "config.json"))
+    done, recorded = (
+        {} if not (path / f).exists() else read_json(path / f) for f in ("done", "config.json")
+    )
     return Stage(name, path, command, done, recorded, read_log(path / "log.jsonl"))
 
 
@@ -146,14 +173,32 @@ def read(runs: str, run: str, data: str, dataset: str = "") -> Found:
     near = {name: read_stage(name, root / name, "") for name in STAGES}
     recorded = [s.recorded["config"] for s in near.values() if s.recorded]
     if not recorded:
-        raise PageLLMError(f"no stage in {root}: nothing to report\n"
-                           f"  Make one with: make evaluate DATASET={dataset or run} RUN={run}")
+        raise PageLLMError(
+            f"no stage in {root}: nothing to report\n"
+            f"  Make one with: make evaluate DATASET={dataset or run} RUN={run}"
+        )
     dataset = dataset or recorded[0]["dataset"]
-    of = {key: next((c[key] for c in reversed(recorded) if c.get(key)), "") for key in ("source_run", "reward_run")}
-    place = {"pretrain": of["source_run"], "sft": of["source_run"], "reward": of["reward_run"] or of["source_run"]}
-    found = Found(run, dataset, {
-        name: read_stage(name, Path(runs) / (place.get(name) or run) / name,
-                         f"make {name} DATASET={dataset} RUN={place.get(name) or run}") for name in STAGES})
+    of = {
+        key: next((c[key] for c in reversed(recorded) if c.get(key)), "")
+        for key in ("source_run", "reward_run")
+    }
+    place = {
+        "pretrain": of["source_run"],
+        "sft": of["source_run"],
+        "reward": of["reward_run"] or of["source_run"],
+    }
+    found = Found(
+        run,
+        dataset,
+        {
+            name: read_stage(
+                name,
+                Path(runs) / (place.get(name) or run) / name,
+                f"make {name} DATASET={dataset} RUN={place.get(name) or run}",
+            )
+            for name in STAGES
+        },
+    )
     config = found.stages["evaluate"].recorded.get("config", {})
     found.split, found.k = config.get("split", "test"), config.get("k", 20)
     if (Path(data) / dataset / "source.json").exists():
@@ -163,13 +208,17 @@ def read(runs: str, run: str, data: str, dataset: str = "") -> Found:
             found.shop = load(Path(data) / dataset)
             found.scorer = Scorer(found.shop, found.split)
         else:
-            found.notes.append(f"{Path(data) / dataset} has changed since these pages were evaluated")
+            found.notes.append(
+                f"{Path(data) / dataset} has changed since these pages were evaluated"
+            )
     else:
         found.notes.append(f"no prepared data in {Path(data) / dataset}")
     for name in ("sft", "ppo"):
         seen = found.stages["evaluate"].recorded.get("inputs", {}).get(name)
         if seen is not None and seen != found.stages[name].done.get("id"):
-            found.notes.append(f"{found.stages[name].path} is not what was evaluated: made again, or gone, since")
+            found.notes.append(
+                f"{found.stages[name].path} is not what was evaluated: made again, or gone, since"
+            )
     read_results(found, Path(runs))
     read_studies(found, Path(runs))
     return found
@@ -181,28 +230,50 @@ def read_results(found: Found, runs: Path) -> None:
     root, base = runs / found.run, runs / found.dataset
     made = found.stages["evaluate"].recorded
     used = set()
-    folders = {folder.name: folder for place in (base, root) for pattern in ("baselines", "runfile-*")
-               for folder in sorted(place.glob(pattern))}           # the run's own come last, and so count
+    folders = {
+        folder.name: folder
+        for place in (base, root)
+        for pattern in ("baselines", "runfile-*")
+        for folder in sorted(place.glob(pattern))
+    }  # the run's own come last, and so count
     for folder in (root / "evaluate", *folders.values()):
         if not (folder / "done").exists() or not (folder / "metrics.json").exists():
             continue
         used.add(folder)
         theirs = read_json(folder / "config.json")
-        differs = [what for what, a, b in (("data", made.get("inputs", {}), theirs["inputs"]),
-                                           ("mask", made.get("config", {}), theirs["config"]))
-                   if what in a and what in b and a[what] != b[what]]
+        differs = [
+            what
+            for what, a, b in (
+                ("data", made.get("inputs", {}), theirs["inputs"]),
+                ("mask", made.get("config", {}), theirs["config"]),
+            )
+            if what in a and what in b and a[what] != b[what]
+        ]
         if differs:
-            found.notes.append(f"{folder} was made with another {differs[0]} than evaluate: left out")
+            found.notes.append(
+                f"{folder} was made with another {differs[0]} than evaluate: left out"
+            )
             continue
         for name, scores in read_json(folder / "metrics.json").items():
             label = LABELS.get(name, name)
             if label in found.results:
                 continue
             found.results[label] = scores
-            place = next((p for p in (folder / name, folder / slug(name), folder / slug(name.split(",")[0]), folder)
-                          if (p / "per_user.parquet").exists()), None)
+            place = next(
+                (
+                    p
+                    for p in (
+                        folder / name,
+                        folder / slug(name),
+                        folder / slug(name.split(",")[0]),
+                        folder,
+                    )
+                    if (p / "per_user.parquet").exists()
+                ),
+                None,
+            )
             if place is None:
-                continue                     # a difference: it has no pages
+                continue  # a difference: it has no pages
             table = pq.read_table(place / "per_user.parquet")
             found.add(name, label, {c: table[c].to_numpy() for c in table.column_names}, place)
     if found.shop is None:
@@ -217,7 +288,9 @@ def read_results(found: Found, runs: Path) -> None:
             continue
         name = str(path.parent.relative_to(root))
         scores = found.scorer(ranked, found.k)
-        found.results[name] = {m: metrics.summary(v, 0) for m, v in scores.items() if not np.isnan(v).all()}
+        found.results[name] = {
+            m: metrics.summary(v, 0) for m, v in scores.items() if not np.isnan(v).all()
+        }
         found.add(name, name, {"user": ranked.user, **scores}, path.parent)
 
 
@@ -234,29 +307,49 @@ def read_studies(found: Found, runs: Path) -> None:
         name, columns = str(path.relative_to(runs)), set(records[0]) if records else set()
         if {"variant", "metric", "mean", "difference", "low", "high", "versus"} <= columns:
             found.studies[name] = records
-        elif {"variant", "users", "count", "metric", "full", "thinned", "difference", "low", "high"} <= columns:
+        elif {
+            "variant",
+            "users",
+            "count",
+            "metric",
+            "full",
+            "thinned",
+            "difference",
+            "low",
+            "high",
+        } <= columns:
             found.cold[name] = records
         else:
-            found.notes.append(f"{path} is no table of a study: want variant, metric, mean, difference, low, high")
+            found.notes.append(
+                f"{path} is no table of a study: want variant, metric, mean, difference, low, high"
+            )
 
 
 def hits(pages: RankedPages, scorer: Scorer, k: int) -> tuple[np.ndarray, np.ndarray]:
     """(U, k) bool: the slot holds a held-out item of its user; (U, k) bool: another item of such an item's category."""
     item, shop = page_items(pages, k), scorer.shop
     user = np.repeat(np.arange(shop.n_users), scorer.held.counts())
-    exact = np.isin(pages.user[:, None] * shop.n_items + item, user * shop.n_items + scorer.held.items) & (item >= 0)
+    exact = np.isin(
+        pages.user[:, None] * shop.n_items + item, user * shop.n_items + scorer.held.items
+    ) & (item >= 0)
     return exact, shared(pages.user, item, scorer, shop.catalogue.leaf_id) & ~exact
 
 
 def brand_hits(pages: RankedPages, scorer: Scorer, k: int) -> np.ndarray:
     """(U, k) bool: the slot holds an item, not itself held out, of the brand of a held-out item of its user."""
     item = page_items(pages, k)
-    return shared(pages.user, item, scorer, scorer.shop.catalogue.brand_id) & ~hits(pages, scorer, k)[0]
+    return (
+        shared(pages.user, item, scorer, scorer.shop.catalogue.brand_id)
+        & ~hits(pages, scorer, k)[0]
+    )
 
 
 def shared(users: np.ndarray, item: np.ndarray, scorer: Scorer, group: np.ndarray) -> np.ndarray:
     """(U, k) bool: the group (N,) of the slot's item, -1 where unknown, is that of a held-out item of its user."""
-    n, owner = int(group.max(initial=-1)) + 2, np.repeat(np.arange(scorer.shop.n_users), scorer.held.counts())
+    n, owner = (
+        int(group.max(initial=-1)) + 2,
+        np.repeat(np.arange(scorer.shop.n_users), scorer.held.counts()),
+    )
     held = group[scorer.held.items]
     have = np.where(item >= 0, group[np.maximum(item, 0)], -1)
     return (have >= 0) & np.isin(users[:, None] * n + have, (owner * n + held)[held >= 0])
@@ -286,7 +379,9 @@ class Judged:
 def judge(found: Found, config, limit: int, batch: int = 128) -> Judged:
     """What the reward model says of both policies' pages of at most `limit` users, drawn at random. Raises Missing."""
     n = len(found.both("scoring pages")[0].user)
-    return judge_rows(found, config, np.sort(keyed(config.seed, "report", "judged").permutation(n)[:limit]), batch)
+    return judge_rows(
+        found, config, np.sort(keyed(config.seed, "report", "judged").permutation(n)[:limit]), batch
+    )
 
 
 @torch.no_grad()
@@ -295,24 +390,40 @@ def judge_rows(found: Found, config, row: np.ndarray, batch: int = 128) -> Judge
     both = found.both("scoring pages")
     for name in ("sft", "reward"):
         if not found.stages[name].done:
-            raise Missing(f"no {name} model in {found.stages[name].path}", found.stages[name].command)
+            raise Missing(
+                f"no {name} model in {found.stages[name].path}", found.stages[name].command
+            )
     if not np.array_equal(both[0].user, both[1].user):
-        raise Missing("the two policies' pages are for different users", found.stages["evaluate"].command)
+        raise Missing(
+            "the two policies' pages are for different users", found.stages["evaluate"].command
+        )
     of = {name: found.stages[name].path.parent.name for name in ("sft", "reward")}
-    rec = Recommender.load(Sources(dataset=found.dataset, run=found.run, data=config.data, runs=config.runs,
-                                   source_run=of["sft"], reward_run=of["reward"], split=found.split,
-                                   device=config.device), policies=("sft",))
+    rec = Recommender.load(
+        Sources(
+            dataset=found.dataset,
+            run=found.run,
+            data=config.data,
+            runs=config.runs,
+            source_run=of["sft"],
+            reward_run=of["reward"],
+            split=found.split,
+            device=config.device,
+        ),
+        policies=("sft",),
+    )
     token, total = np.full((2, len(row), found.k), np.nan), np.zeros((2, len(row)))
     for side, pages in enumerate(both):
         items = page_items(pages, found.k)[row]
         for at in range(0, len(row), batch):
-            some, users = items[at: at + batch], pages.user[row[at: at + batch]]
+            some, users = items[at : at + batch], pages.user[row[at : at + batch]]
             cases = [rec.case(Ask(user=found.shop.user_ids[u], policy="sft", k=1)) for u in users]
             item = torch.from_numpy(pad_ids([i[i >= 0] for i in some], -1, found.k))
             slots, page = rec.judge(cases, item, item >= 0)
             kept = (item >= 0).numpy()
-            token[side, at: at + batch] = np.where(kept, slots.numpy(), np.nan)
-            total[side, at: at + batch] = page.numpy() + np.where(kept, slots.numpy(), 0).sum(1) / kept.sum(1).clip(1)
+            token[side, at : at + batch] = np.where(kept, slots.numpy(), np.nan)
+            total[side, at : at + batch] = page.numpy() + np.where(kept, slots.numpy(), 0).sum(
+                1
+            ) / kept.sum(1).clip(1)
     return Judged(both[0].user[row], row, token, total)
 
 
@@ -320,7 +431,9 @@ def trace(token: np.ndarray) -> np.ndarray:
     """(..., K) rewards of slots, NaN past the end -> the part of Eq. 6's R_f that the slots down to k have brought,
     sum_{t <= k} r_t / T; the last one is R_f itself."""
     kept = ~np.isnan(token)
-    total = np.cumsum(np.where(kept, token, 0.0), axis=-1) / np.maximum(kept.sum(-1, keepdims=True), 1)
+    total = np.cumsum(np.where(kept, token, 0.0), axis=-1) / np.maximum(
+        kept.sum(-1, keepdims=True), 1
+    )
     return np.where(kept, total, np.nan)
 
 
@@ -329,8 +442,14 @@ def prompt_text(policy: Policy, found: Found, user: int) -> str:
     history = found.shop.csr("train").of(user)
     ids = policy.prompts.page(user if policy.style.use_user else None, *history)
     v, c = policy.vocab, found.shop.catalogue
-    parts = [f"<{found.shop.user_ids[t - v.user0]}>" if v.user0 <= t < v.item0
-             else f" <{c.ids[t - v.item0]}>" if t >= v.item0 else v.decode([t]) for t in ids]
+    parts = [
+        f"<{found.shop.user_ids[t - v.user0]}>"
+        if v.user0 <= t < v.item0
+        else f" <{c.ids[t - v.item0]}>"
+        if t >= v.item0
+        else v.decode([t])
+        for t in ids
+    ]
     return "".join(parts)
 
 

@@ -26,10 +26,10 @@ __all__ = ["Config", "run"]
 class Config(Sources):
     """Start the service and let schemathesis look for an answer that its document does not allow."""
 
-    cases: int = 50              # of each operation, at most, in the phases that draw
-    checks: str = "all"          # schemathesis' checks, comma-separated; not_a_server_error: 5xx alone
-    cores: int = 2               # CPU cores of the service
-    threads: int = 0             # CPU threads of a batch, as in serve; 0: torch's choice
+    cases: int = 50  # of each operation, at most, in the phases that draw
+    checks: str = "all"  # schemathesis' checks, comma-separated; not_a_server_error: 5xx alone
+    cores: int = 2  # CPU cores of the service
+    threads: int = 0  # CPU threads of a batch, as in serve; 0: torch's choice
 
     def __post_init__(self):
         super().__post_init__()
@@ -41,16 +41,38 @@ def run(config: Config) -> None:
     needs("schemathesis")
     with served(config) as service, tempfile.TemporaryDirectory() as folder:
         ended = subprocess.run(
-            [sys.executable, "-m", "schemathesis.cli", "run", service.url + "openapi.json", "--checks", config.checks,
-             "--exclude-checks", "positive_data_acceptance", "--max-examples", str(config.cases),
-             "--seed", str(config.seed), "--request-timeout", "60"], cwd=folder)
+            [
+                sys.executable,
+                "-m",
+                "schemathesis.cli",
+                "run",
+                service.url + "openapi.json",
+                "--checks",
+                config.checks,
+                "--exclude-checks",
+                "positive_data_acceptance",
+                "--max-examples",
+                str(config.cases),
+                "--seed",
+                str(config.seed),
+                "--request-timeout",
+                "60",
+            ],
+            cwd=folder,
+        )
         meters = service.meters()
-    answered = {name: int(n) for name, n in meters.items() if name.startswith("pagellm_requests_total:")}
+    answered = {
+        name: int(n) for name, n in meters.items() if name.startswith("pagellm_requests_total:")
+    }
     broken = {name: n for name, n in answered.items() if name.rsplit(":", 1)[1].startswith("5")}
-    print(f"fuzz: the service answered {sum(answered.values()):,} requests, {sum(broken.values())} of them with 5xx")
+    print(
+        f"fuzz: the service answered {sum(answered.values()):,} requests, {sum(broken.values())} of them with 5xx"
+    )
     if ended.returncode or broken:
-        raise PageLLMError(f"schemathesis ended with {ended.returncode}; 5xx: {broken or 'none'}; what it sent stands "
-                           f"above, and the same --seed {config.seed} sends it again")
+        raise PageLLMError(
+            f"schemathesis ended with {ended.returncode}; 5xx: {broken or 'none'}; what it sent stands "
+            f"above, and the same --seed {config.seed} sends it again"
+        )
 
 
 if __name__ == "__main__":

@@ -42,35 +42,46 @@ __all__ = ["Config", "against_truth", "right_by_user", "run"]
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward}
 FIXED = {"dataset", "run", "data", "runs", "seed", "source_run", "leave_out"}
 TAUGHT, LEFT = "taught all kinds", "that kind left out"
-TRUTHS = {"NDCG@100": "validation hits (NDCG)", "energy": "validation energy", "true_energy": "true energy"}
+TRUTHS = {
+    "NDCG@100": "validation hits (NDCG)",
+    "energy": "validation energy",
+    "true_energy": "true energy",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Leave-one-kind-out accuracy of the reward model, and its correlation with a held-out truth."""
 
-    dataset: str = "synthetic"   # name of the data set
-    raw: str = ""                # directory of its raw files, if it is not prepared yet
-    study: str = "leaveout"      # name of the study: results lie in <runs>/<study>
-    seeds: int = 3               # seeds 0, 1, ...; each trains all stages anew
-    users: int = 500             # whose pages are held against the truth; 0: all with validation items
-    pages: int = 16              # of each of them
-    k: int = 20                  # slots of a page
-    temperature: float = 0.3     # of sampling, as in ppo
-    data: str = "data"           # directory of prepared data sets
-    runs: str = "runs"           # directory of runs
-    pretrain: Options = ""       # options for that stage, as on its command line
-    sft: Options = ""            # options for sft
-    reward: Options = ""         # options for reward
+    dataset: str = "synthetic"  # name of the data set
+    raw: str = ""  # directory of its raw files, if it is not prepared yet
+    study: str = "leaveout"  # name of the study: results lie in <runs>/<study>
+    seeds: int = 3  # seeds 0, 1, ...; each trains all stages anew
+    users: int = 500  # whose pages are held against the truth; 0: all with validation items
+    pages: int = 16  # of each of them
+    k: int = 20  # slots of a page
+    temperature: float = 0.3  # of sampling, as in ppo
+    data: str = "data"  # directory of prepared data sets
+    runs: str = "runs"  # directory of runs
+    pretrain: Options = ""  # options for that stage, as on its command line
+    sft: Options = ""  # options for sft
+    reward: Options = ""  # options for reward
 
     def __post_init__(self):
         check_numbers(self)
-        check(self, seeds=(self.seeds > 0, "1 or more"), users=(self.users >= 0, "0 or more"),
-              pages=(self.pages > 1, "2 or more"), k=(self.k > 0, "1 or more"),
-              temperature=(self.temperature > 0, "above 0"))
+        check(
+            self,
+            seeds=(self.seeds > 0, "1 or more"),
+            users=(self.users >= 0, "0 or more"),
+            pages=(self.pages > 1, "2 or more"),
+            k=(self.k > 0, "1 or more"),
+            temperature=(self.temperature > 0, "above 0"),
+        )
         for stage, module in STAGES.items():
             if fixed := FIXED & set(overrides(module, getattr(self, stage))):
-                raise PageLLMError(f"--{stage} must not set {', '.join(sorted(fixed))}: the study does")
+                raise PageLLMError(
+                    f"--{stage} must not set {', '.join(sorted(fixed))}: the study does"
+                )
 
 
 def run(config: Config) -> list[dict]:
@@ -82,7 +93,9 @@ def run(config: Config) -> list[dict]:
     for seed in range(config.seeds):
         base = f"{config.study}/{config.dataset}-s{seed}"
         common = {"dataset": config.dataset, "seed": seed, "data": config.data, "runs": config.runs}
-        options = {name: overrides(module, getattr(config, name)) for name, module in STAGES.items()}
+        options = {
+            name: overrides(module, getattr(config, name)) for name, module in STAGES.items()
+        }
         pretrain.run(pretrain.Config(run=base, **common, **options["pretrain"]))
         sft.run(sft.Config(run=base, **common, **options["sft"]))
         made = reward.Config(run=base, **common, **options["reward"])
@@ -90,35 +103,59 @@ def run(config: Config) -> list[dict]:
         policy = Policy.load(made.stage("sft"))
         whole = right_by_user(made, made, policy, shop.n_users)
         if len(whole) < 2:
-            raise PageLLMError(f"{made.stage('reward')} has pairs of one kind, {', '.join(whole)}: "
-                               "none can be left out")
+            raise PageLLMError(
+                f"{made.stage('reward')} has pairs of one kind, {', '.join(whole)}: "
+                "none can be left out"
+            )
         others = {}
         for kind in whole:
-            without = reward.Config(run=f"{base}-no-{kind}", source_run=base, leave_out=kind, **common,
-                                    **options["reward"])
+            without = reward.Config(
+                run=f"{base}-no-{kind}",
+                source_run=base,
+                leave_out=kind,
+                **common,
+                **options["reward"],
+            )
             reward.run(without)
             others |= {kind: right_by_user(without, made, policy, shop.n_users)[kind]}
         taught.append(whole)
         left.append(others)
-        truths.append(against_truth(config, shop, policy, RewardModel.load(made.stage("reward"), "cpu"), seed))
+        truths.append(
+            against_truth(config, shop, policy, RewardModel.load(made.stage("reward"), "cpu"), seed)
+        )
     kinds = [kind for kind in KINDS if all(kind in seeds for seeds in taught)]
-    named = ([{f"{kind} pairs": one[kind] for kind in kinds} for one in seeds] for seeds in (taught, left))
-    records = compare(dict(zip((TAUGHT, LEFT), named, strict=True)), [f"{kind} pairs" for kind in kinds], versus=TAUGHT)
+    named = (
+        [{f"{kind} pairs": one[kind] for kind in kinds} for one in seeds]
+        for seeds in (taught, left)
+    )
+    records = compare(
+        dict(zip((TAUGHT, LEFT), named, strict=True)),
+        [f"{kind} pairs" for kind in kinds],
+        versus=TAUGHT,
+    )
     known = truth_records(truths)
     folder = Path(config.runs) / config.study
     for name, rows in (("leaveout", records), ("truth", known)):
         write_table(folder / f"{config.dataset}-{name}.parquet", rows)
-    print(f"{config.dataset}, {config.seeds} seeds: accuracy on held-out users' pairs (mean over users; paired "
-          f"difference with its 95% interval over seeds and users)\n\n{markdown(records)}\n")
-    print(f"Spearman's correlation of the reward with what was held out, {config.pages} pages a user drawn at "
-          f"temperature {config.temperature:g}\n\n| | within users | over users |\n|---|---|---|")
+    print(
+        f"{config.dataset}, {config.seeds} seeds: accuracy on held-out users' pairs (mean over users; paired "
+        f"difference with its 95% interval over seeds and users)\n\n{markdown(records)}\n"
+    )
+    print(
+        f"Spearman's correlation of the reward with what was held out, {config.pages} pages a user drawn at "
+        f"temperature {config.temperature:g}\n\n| | within users | over users |\n|---|---|---|"
+    )
     for row in known:
-        print(f"| {TRUTHS[row['truth']]} | {row['within']:.3f} [{row['low']:.3f}, {row['high']:.3f}] | "
-              f"{row['over']:.3f} |")
+        print(
+            f"| {TRUTHS[row['truth']]} | {row['within']:.3f} [{row['low']:.3f}, {row['high']:.3f}] | "
+            f"{row['over']:.3f} |"
+        )
     return records + known
 
 
-def right_by_user(model: reward.Config, made: reward.Config, policy: Policy, n_users: int) -> dict[str, np.ndarray]:
+def right_by_user(
+    model: reward.Config, made: reward.Config, policy: Policy, n_users: int
+) -> dict[str, np.ndarray]:
     """kind -> (n_users,) share of a user's pairs whose better page scores higher, NaN but for held-out users.
 
     model  whose reward model judges    made  whose pairs it judges: those of users that neither has learnt from
@@ -135,30 +172,49 @@ def right_by_user(model: reward.Config, made: reward.Config, policy: Policy, n_u
         rows = kinds == kind
         if rows.any():
             count = np.bincount(user[rows], minlength=n_users)
-            out[kind] = np.bincount(user[rows], right[rows], n_users) / np.where(count, count, np.nan)
+            out[kind] = np.bincount(user[rows], right[rows], n_users) / np.where(
+                count, count, np.nan
+            )
     return out
 
 
 @torch.no_grad()
-def against_truth(config: Config, shop: Shop, policy: Policy, model: RewardModel, seed: int, batch: int = 64
-                  ) -> dict[str, dict[str, np.ndarray]]:
+def against_truth(
+    config: Config, shop: Shop, policy: Policy, model: RewardModel, seed: int, batch: int = 64
+) -> dict[str, dict[str, np.ndarray]]:
     """truth -> {"reward": (U, G), "truth": (U, G)} of G pages of each of U users."""
-    scorer, history, seen = Scorer(shop, "valid"), shop.csr("train"), shop.csr("train", positive=None)
+    scorer, history, seen = (
+        Scorer(shop, "valid"),
+        shop.csr("train"),
+        shop.csr("train", positive=None),
+    )
     users = scorer.users[history.counts()[scorer.users] > 0]
     if 0 < config.users < len(users):
-        users = np.sort(keyed(0, "leaveout", "users").permutation(users)[: config.users])    # the same in all seeds
+        # the same in all seeds
+        users = np.sort(keyed(0, "leaveout", "users").permutation(users)[: config.users])
     judged, truth = np.zeros((len(users), config.pages)), {}
     for page in tqdm(range(config.pages), f"pages against the truth, seed {seed}", mininterval=1.0):
         drawn = np.full((len(users), config.k), -1)
         for at in range(0, len(users), batch):
-            some = users[at: at + batch]
+            some = users[at : at + batch]
             prompt, valid = policy.prompt(some, [history.of(user) for user in some])
-            uniform = np.stack([keyed(seed, "leaveout", "sample", page, int(user)).random(config.k) for user in some])
-            pages = sample(policy.model, prompt, valid, Unseen(torch.from_numpy(seen.padded(some)), shop.n_items),
-                           torch.from_numpy(uniform), config.temperature)
+            uniform = np.stack(
+                [
+                    keyed(seed, "leaveout", "sample", page, int(user)).random(config.k)
+                    for user in some
+                ]
+            )
+            pages = sample(
+                policy.model,
+                prompt,
+                valid,
+                Unseen(torch.from_numpy(seen.padded(some)), shop.n_items),
+                torch.from_numpy(uniform),
+                config.temperature,
+            )
             token, whole = model(prompt, valid, pages.item, pages.mask)
-            judged[at: at + batch, page] = (whole + mean_reward(token, pages.mask)).numpy()
-            drawn[at: at + batch] = pages.item.numpy()
+            judged[at : at + batch, page] = (whole + mean_reward(token, pages.mask)).numpy()
+            drawn[at : at + batch] = pages.item.numpy()
         ranked = RankedPages(users, drawn, np.zeros(drawn.shape, np.float32), (drawn >= 0).sum(1))
         scores = scorer(ranked, config.k)
         for name in TRUTHS:
@@ -171,12 +227,27 @@ def truth_records(truths: list[dict]) -> list[dict]:
     """One record a truth: `within` users with its interval over seeds and users, `over` users (mean over seeds)."""
     records = []
     for name in truths[0]:
-        within = [np.array([np.nan if (rho := spearman(*pair)) is None else rho
-                            for pair in zip(one[name]["reward"], one[name]["truth"], strict=True)]) for one in truths]
+        within = [
+            np.array(
+                [
+                    np.nan if (rho := spearman(*pair)) is None else rho
+                    for pair in zip(one[name]["reward"], one[name]["truth"], strict=True)
+                ]
+            )
+            for one in truths
+        ]
         over = [spearman(one[name]["reward"].mean(1), one[name]["truth"].mean(1)) for one in truths]
         mean, low, high = difference(within, [np.zeros(len(rho)) for rho in within])
-        records.append({"truth": name, "within": mean, "low": low, "high": high, "seeds": len(truths),
-                        "over": float(np.mean([np.nan if rho is None else rho for rho in over]))})
+        records.append(
+            {
+                "truth": name,
+                "within": mean,
+                "low": low,
+                "high": high,
+                "seeds": len(truths),
+                "over": float(np.mean([np.nan if rho is None else rho for rho in over])),
+            }
+        )
     return records
 
 

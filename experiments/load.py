@@ -38,30 +38,36 @@ from pagellm.train import keyed
 __all__ = ["Config", "drive", "needs", "parts", "run", "served", "times"]
 
 PARTS = ("prompt", "decode", "reward", "metrics")
-RAMP = 1.0               # seconds at the start of a row that do not count
-KNOWN = 256              # users whose prompts are read before the rows of known prompts: they fit in the cache
-NEW = 20_000             # bodies with a prompt of their own: more than the cache keeps
+RAMP = 1.0  # seconds at the start of a row that do not count
+KNOWN = 256  # users whose prompts are read before the rows of known prompts: they fit in the cache
+NEW = 20_000  # bodies with a prompt of their own: more than the cache keeps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Sources):
     """Start the service, drive it with locust, print latency, pages a second, the cost of each part; then soak it."""
 
-    clients: str = "1,8,32"      # concurrent clients, a row each
-    seconds: float = 10.0        # of a row
-    k: int = 20                  # slots of a page
-    cores: int = 2               # CPU cores of the service
-    threads: int = 0             # CPU threads of a batch, as in serve; 0: torch's choice
-    soak: float = 0.0            # minutes at `level` of the most pages a second; 0: no soak
-    level: float = 0.8           # of the pages a second that the most clients got, in a soak
-    new: float = 0.2             # share of a soak's requests with a new prompt; the others are of all users
+    clients: str = "1,8,32"  # concurrent clients, a row each
+    seconds: float = 10.0  # of a row
+    k: int = 20  # slots of a page
+    cores: int = 2  # CPU cores of the service
+    threads: int = 0  # CPU threads of a batch, as in serve; 0: torch's choice
+    soak: float = 0.0  # minutes at `level` of the most pages a second; 0: no soak
+    level: float = 0.8  # of the pages a second that the most clients got, in a soak
+    new: float = 0.2  # share of a soak's requests with a new prompt; the others are of all users
 
     def __post_init__(self):
         super().__post_init__()
         ok = all(word.isdigit() and int(word) > 0 for word in self.clients.split(","))
-        check(self, clients=(ok, "numbers above 0, comma-separated"), seconds=(self.seconds > RAMP, f"above {RAMP:g}"),
-              k=(self.k > 0, "1 or more"), cores=(self.cores > 0, "1 or more"), level=(self.level > 0, "above 0"),
-              new=(0 <= self.new <= 1, "0 to 1"))
+        check(
+            self,
+            clients=(ok, "numbers above 0, comma-separated"),
+            seconds=(self.seconds > RAMP, f"above {RAMP:g}"),
+            k=(self.k > 0, "1 or more"),
+            cores=(self.cores > 0, "1 or more"),
+            level=(self.level > 0, "above 0"),
+            new=(0 <= self.new <= 1, "0 to 1"),
+        )
 
 
 @dataclass
@@ -78,8 +84,11 @@ class Service:
 
     def warm(self, some: list[str]) -> None:
         """Have every one of these bodies answered once, so that its prompt is kept."""
+
         def ask(body: str) -> None:
-            request = urllib.request.Request(self.url + "v1/page", body.encode(), {"content-type": "application/json"})
+            request = urllib.request.Request(
+                self.url + "v1/page", body.encode(), {"content-type": "application/json"}
+            )
             with urllib.request.urlopen(request, timeout=60) as reply:
                 reply.read()
 
@@ -89,8 +98,12 @@ class Service:
     def meters(self) -> dict[str, float]:
         """name, or name:label for one with a single label, -> value of every sample in /metrics."""
         from prometheus_client.parser import text_string_to_metric_families
-        return {":".join([s.name, *s.labels.values()]): s.value
-                for family in text_string_to_metric_families(self.get("metrics").decode()) for s in family.samples}
+
+        return {
+            ":".join([s.name, *s.labels.values()]): s.value
+            for family in text_string_to_metric_families(self.get("metrics").decode())
+            for s in family.samples
+        }
 
 
 @contextmanager
@@ -100,17 +113,40 @@ def served(config: Sources):
     config  a Sources with cores and threads, and k if pages may be long
     """
     every = sorted(os.sched_getaffinity(0))
-    mine = every[:config.cores]
+    mine = every[: config.cores]
     if len(mine) < config.cores:
         raise PageLLMError(f"cores={config.cores}: this process may use {len(mine)}")
-    options = {name: getattr(config, name) for name in ("dataset", "run", "data", "runs", "source_run", "reward_run",
-                                                        "split", "device", "threads")}
+    options = {
+        name: getattr(config, name)
+        for name in (
+            "dataset",
+            "run",
+            "data",
+            "runs",
+            "source_run",
+            "reward_run",
+            "split",
+            "device",
+            "threads",
+        )
+    }
     options["max_k"] = max(100, getattr(config, "k", 0))
-    command = [sys.executable, "-m", "pagellm.serve", "--port=0", "--reload=0",
-               *(f"--{name}={value}" for name, value in options.items() if value != "")]
+    command = [
+        sys.executable,
+        "-m",
+        "pagellm.serve",
+        "--port=0",
+        "--reload=0",
+        *(f"--{name}={value}" for name, value in options.items() if value != ""),
+    ]
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True,
-                                   preexec_fn=lambda: os.sched_setaffinity(0, mine))
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, mine),
+        )
         try:
             ready, _, _ = select.select([process.stdout], [], [], 300)
             said = re.search(r"http://[\d.:]+/", process.stdout.readline() if ready else "")
@@ -119,7 +155,7 @@ def served(config: Sources):
                 process.wait()
                 log.seek(0)
                 raise PageLLMError(f"the service did not start\n  {log.read().strip()[-2000:]}")
-            service = Service(said.group(), mine, every[config.cores:])
+            service = Service(said.group(), mine, every[config.cores :])
             for _ in range(100):
                 if json.loads(service.get("readyz"))["status"] == "ready":
                     break
@@ -139,19 +175,32 @@ def needs(*modules: str) -> None:
     """Raise PageLLMError if one of these, or what reads the meters, is not installed."""
     for module in (*modules, "prometheus_client"):
         if find_spec(module) is None:
-            raise PageLLMError(f"this needs {module}, which is not installed here\n"
-                               "  Install it with: pip install 'pagellm[serve,load]', or use make")
+            raise PageLLMError(
+                f"this needs {module}, which is not installed here\n"
+                "  Install it with: pip install 'pagellm[serve,load]', or use make"
+            )
 
 
 def bodies(config: Config) -> tuple[list[str], list[str]]:
     """Bodies of POST /v1/page: for every user, in an order drawn for good; and NEW with a prompt of their own each."""
     shop = load(config.data_dir)
     users = keyed(config.seed, "load", "users").permutation(shop.n_users)
-    pairs = keyed(config.seed, "load", "new").choice(shop.n_users * shop.n_items, size=min(
-        NEW, shop.n_users * shop.n_items), replace=False)
-    return ([json.dumps({"user": shop.user_ids[u], "k": config.k}) for u in users],
-            [json.dumps({"user": shop.user_ids[p // shop.n_items], "k": config.k, "history": [
-                {"item": shop.catalogue.ids[p % shop.n_items], "rating": 5}]}) for p in pairs])
+    pairs = keyed(config.seed, "load", "new").choice(
+        shop.n_users * shop.n_items, size=min(NEW, shop.n_users * shop.n_items), replace=False
+    )
+    return (
+        [json.dumps({"user": shop.user_ids[u], "k": config.k}) for u in users],
+        [
+            json.dumps(
+                {
+                    "user": shop.user_ids[p // shop.n_items],
+                    "k": config.k,
+                    "history": [{"item": shop.catalogue.ids[p % shop.n_items], "rating": 5}],
+                }
+            )
+            for p in pairs
+        ],
+    )
 
 
 def drive(service: Service, plan: dict, clients: int, seconds: float, watch=lambda: None) -> dict:
@@ -160,16 +209,43 @@ def drive(service: Service, plan: dict, clients: int, seconds: float, watch=lamb
     watch  called again and again meanwhile, once a second at most
     """
     with tempfile.TemporaryDirectory() as folder:
-        plan = {"rate": None, "share_new": 0.0, **plan, "clients": clients, "out": f"{folder}/out.json"}
+        plan = {
+            "rate": None,
+            "share_new": 0.0,
+            **plan,
+            "clients": clients,
+            "out": f"{folder}/out.json",
+        }
         Path(folder, "plan.json").write_text(json.dumps(plan))
         env = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
-        command = [sys.executable, "-m", "locust", "-f", str(Path(__file__).with_name("clients.py")), "--headless",
-                   "--users", str(clients), "--spawn-rate", str(clients), "--run-time", f"{seconds + RAMP:.0f}s",
-                   "--host", service.url.rstrip("/"), "--only-summary", "--exit-code-on-error", "0"]
+        command = [
+            sys.executable,
+            "-m",
+            "locust",
+            "-f",
+            str(Path(__file__).with_name("clients.py")),
+            "--headless",
+            "--users",
+            str(clients),
+            "--spawn-rate",
+            str(clients),
+            "--run-time",
+            f"{seconds + RAMP:.0f}s",
+            "--host",
+            service.url.rstrip("/"),
+            "--only-summary",
+            "--exit-code-on-error",
+            "0",
+        ]
         with open(f"{folder}/log", "w+") as log:
             process = subprocess.Popen(
-                command, env=env | {"PAGELLM_LOAD": f"{folder}/plan.json"}, stdout=log, stderr=log, cwd=folder,
-                preexec_fn=lambda: os.sched_setaffinity(0, service.others or service.cores))
+                command,
+                env=env | {"PAGELLM_LOAD": f"{folder}/plan.json"},
+                stdout=log,
+                stderr=log,
+                cwd=folder,
+                preexec_fn=lambda: os.sched_setaffinity(0, service.others or service.cores),
+            )
             try:
                 while process.poll() is None:
                     watch()
@@ -193,32 +269,49 @@ def times(rows: list, start: float = RAMP) -> dict:
         raise PageLLMError("not one request was answered in time; take more --seconds")
     ms = np.array([row[1] for row in kept])
     bad = [row[2] for row in kept if row[2]]
-    return {"pages_s": (len(kept) - len(bad)) / (max(row[0] for row in kept) - start),
-            **{f"p{p}": float(np.percentile(ms, p)) for p in (50, 95, 99)}, "requests": len(kept), "failed": len(bad),
-            "first_failure": bad[0] if bad else ""}
+    return {
+        "pages_s": (len(kept) - len(bad)) / (max(row[0] for row in kept) - start),
+        **{f"p{p}": float(np.percentile(ms, p)) for p in (50, 95, 99)},
+        "requests": len(kept),
+        "failed": len(bad),
+        "first_failure": bad[0] if bad else "",
+    }
 
 
 def parts(before: dict[str, float], after: dict[str, float]) -> dict:
     """Between two readings of the meters: ms a page of each part and of the service's CPU, pages a batch, and the share
     of look-ups that the cache answered."""
+
     def grown(name: str) -> float:
         return after.get(name, 0.0) - before.get(name, 0.0)
 
     pages = max(1.0, grown("pagellm_batch_pages_sum"))
     hits, misses = grown("pagellm_cache_hits"), grown("pagellm_cache_misses")
-    return {**{name: 1e3 * grown(f"pagellm_stage_seconds_sum:{name}") / pages for name in PARTS},
-            "cpu_ms": 1e3 * grown("process_cpu_seconds_total") / pages,
-            "batch": pages / max(1.0, grown("pagellm_batch_pages_count")), "cached": hits / max(1.0, hits + misses)}
+    return {
+        **{name: 1e3 * grown(f"pagellm_stage_seconds_sum:{name}") / pages for name in PARTS},
+        "cpu_ms": 1e3 * grown("process_cpu_seconds_total") / pages,
+        "batch": pages / max(1.0, grown("pagellm_batch_pages_count")),
+        "cached": hits / max(1.0, hits + misses),
+    }
 
 
 def row(service: Service, name: str, plan: dict, clients: int, seconds: float) -> dict:
     before = service.meters()
     got = drive(service, plan, clients, seconds)
-    out = {"prompts": name, "clients": clients, **times(got["rows"]), **parts(before, service.meters())}
+    out = {
+        "prompts": name,
+        "clients": clients,
+        **times(got["rows"]),
+        **parts(before, service.meters()),
+    }
     out["client_cpu_ms"] = 1e3 * got["cpu"] / max(1, len(got["rows"]))
-    out["rest"] = 1e3 * max(end for end, *_ in got["rows"]) / len(got["rows"]) - sum(out[name] for name in PARTS)
+    out["rest"] = 1e3 * max(end for end, *_ in got["rows"]) / len(got["rows"]) - sum(
+        out[name] for name in PARTS
+    )
     if out["failed"]:
-        raise PageLLMError(f"{out['failed']} of {out['requests']} requests failed; the first: {out['first_failure']}")
+        raise PageLLMError(
+            f"{out['failed']} of {out['requests']} requests failed; the first: {out['first_failure']}"
+        )
     return out
 
 
@@ -234,32 +327,69 @@ def soak(service: Service, config: Config, plan: dict, rate: float) -> dict:
         now = time.perf_counter() - began
         if not seen or now - seen[-1][0] > config.soak:
             m = service.meters()
-            seen.append((now, m["process_resident_memory_bytes"] / 1e6, m["pagellm_cache_bytes"] / 1e6,
-                         m["process_open_fds"]))
+            seen.append(
+                (
+                    now,
+                    m["process_resident_memory_bytes"] / 1e6,
+                    m["pagellm_cache_bytes"] / 1e6,
+                    m["process_open_fds"],
+                )
+            )
 
     before = service.meters()
-    got = drive(service, plan | {"rate": rate, "share_new": config.new}, 64, 60 * config.soak, watch)
+    got = drive(
+        service, plan | {"rate": rate, "share_new": config.new}, 64, 60 * config.soak, watch
+    )
     after = service.meters()
     at = np.array(seen)
     quarters = [at[part] for part in np.array_split(np.arange(len(at)), 4)]
     faults = {name: after[f"pagellm_events_total:{name}"] for name in ("fault", "timeout", "busy")}
     names = ("rss_mb", "cache_mb", "open_files")
-    return {"minutes": config.soak, "rate": rate, **times(got["rows"]), **parts(before, after), **faults,
-            **{name: [round(float(q[:, i + 1].mean()), 1) for q in quarters] for i, name in enumerate(names)},
-            "rss_first_mb": round(float(at[0, 1]), 1), "rss_last_mb": round(float(at[-1, 1]), 1)}
+    return {
+        "minutes": config.soak,
+        "rate": rate,
+        **times(got["rows"]),
+        **parts(before, after),
+        **faults,
+        **{
+            name: [round(float(q[:, i + 1].mean()), 1) for q in quarters]
+            for i, name in enumerate(names)
+        },
+        "rss_first_mb": round(float(at[0, 1]), 1),
+        "rss_last_mb": round(float(at[-1, 1]), 1),
+    }
 
 
 def table(rows: list[dict]) -> str:
-    lines = [f"{'prompts':<8}{'clients':>8}{'pages/s':>9}{'p50 ms':>8}{'p95 ms':>8}{'p99 ms':>8}{'failed':>8}"
-             f"{'batch':>7}{'cached':>8}"]
-    lines += [f"{r['prompts']:<8}{r['clients']:>8}{r['pages_s']:>9.1f}{r['p50']:>8.1f}{r['p95']:>8.1f}{r['p99']:>8.1f}"
-              f"{r['failed']:>8}{r['batch']:>7.1f}{r['cached']:>8.0%}" for r in rows]
-    lines += ["", f"ms a page: {PARTS[0]:<7}" + "".join(f"{name:>9}" for name in (*PARTS[1:], "rest"))
-              + "   CPU: service  clients"]
-    lines += [f"{r['prompts']:<8}{r['clients']:>2}" + "".join(f"{r[name]:>9.2f}" for name in (*PARTS, "rest"))
-              + f"{r['cpu_ms']:>15.2f}{r['client_cpu_ms']:>9.2f}" for r in rows]
-    return "\n".join([*lines, "", "rest: of a second divided by its pages, what the four parts leave: HTTP, JSON, "
-                                  "waiting, and the clients where they share the cores"])
+    lines = [
+        f"{'prompts':<8}{'clients':>8}{'pages/s':>9}{'p50 ms':>8}{'p95 ms':>8}{'p99 ms':>8}{'failed':>8}"
+        f"{'batch':>7}{'cached':>8}"
+    ]
+    lines += [
+        f"{r['prompts']:<8}{r['clients']:>8}{r['pages_s']:>9.1f}{r['p50']:>8.1f}{r['p95']:>8.1f}{r['p99']:>8.1f}"
+        f"{r['failed']:>8}{r['batch']:>7.1f}{r['cached']:>8.0%}"
+        for r in rows
+    ]
+    lines += [
+        "",
+        f"ms a page: {PARTS[0]:<7}"
+        + "".join(f"{name:>9}" for name in (*PARTS[1:], "rest"))
+        + "   CPU: service  clients",
+    ]
+    lines += [
+        f"{r['prompts']:<8}{r['clients']:>2}"
+        + "".join(f"{r[name]:>9.2f}" for name in (*PARTS, "rest"))
+        + f"{r['cpu_ms']:>15.2f}{r['client_cpu_ms']:>9.2f}"
+        for r in rows
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "rest: of a second divided by its pages, what the four parts leave: HTTP, JSON, "
+            "waiting, and the clients where they share the cores",
+        ]
+    )
 
 
 def run(config: Config) -> dict:
@@ -272,32 +402,55 @@ def run(config: Config) -> dict:
     rows = []
     with served(config) as service:
         where = "on cores of their own" if service.others else "on the same cores"
-        print(f"service on {config.cores} cores, pages of {config.k}, {config.seconds:g} s a row; locust's clients "
-              f"{where}\n{machine(config.device)}; torch {versions()['torch']}; commit {commit() or 'unknown'}\n")
+        print(
+            f"service on {config.cores} cores, pages of {config.k}, {config.seconds:g} s a row; locust's clients "
+            f"{where}\n{machine(config.device)}; torch {versions()['torch']}; commit {commit() or 'unknown'}\n"
+        )
         for clients in map(int, config.clients.split(",")):
             service.warm(known[:KNOWN])
             for name, share in (("known", 0.0), ("new", 1.0)):
                 plan = {"known": known[:KNOWN], "new": new, "share_new": share, "k": config.k}
                 rows.append(row(service, name, plan, clients, config.seconds))
-                new = new[rows[-1]["requests"]:] + new[:rows[-1]["requests"]]
+                new = new[rows[-1]["requests"] :] + new[: rows[-1]["requests"]]
         mixed = {"known": known, "new": new, "share_new": config.new, "k": config.k}
         if config.soak:
-            rows.append(row(service, "mixed", mixed, max(map(int, config.clients.split(","))), config.seconds))
+            rows.append(
+                row(
+                    service,
+                    "mixed",
+                    mixed,
+                    max(map(int, config.clients.split(","))),
+                    config.seconds,
+                )
+            )
         print(table(rows), flush=True)
-        result = {"machine": machine(config.device), "versions": versions(), "commit": commit(), "k": config.k,
-                  "cores": config.cores, "clients_apart": bool(service.others), "rows": rows}
+        result = {
+            "machine": machine(config.device),
+            "versions": versions(),
+            "commit": commit(),
+            "k": config.k,
+            "cores": config.cores,
+            "clients_apart": bool(service.others),
+            "rows": rows,
+        }
         if config.soak:
             result["soak"] = s = soak(service, config, mixed, config.level * rows[-1]["pages_s"])
-            print(f"\nsoak: {s['minutes']:g} minutes at {s['rate']:.1f} pages/s ({config.level:.0%}), {config.new:.0%} "
-                  f"new prompts: {s['requests']:,} requests, {s['failed']} failed, p50 {s['p50']:.1f}, p95 "
-                  f"{s['p95']:.1f}, p99 {s['p99']:.1f} ms\nby quarters: memory {s['rss_mb']} MB, of it cache "
-                  f"{s['cache_mb']} MB, open files {s['open_files']}; first {s['rss_first_mb']} and last "
-                  f"{s['rss_last_mb']} MB")
+            print(
+                f"\nsoak: {s['minutes']:g} minutes at {s['rate']:.1f} pages/s ({config.level:.0%}), {config.new:.0%} "
+                f"new prompts: {s['requests']:,} requests, {s['failed']} failed, p50 {s['p50']:.1f}, p95 "
+                f"{s['p95']:.1f}, p99 {s['p99']:.1f} ms\nby quarters: memory {s['rss_mb']} MB, of it cache "
+                f"{s['cache_mb']} MB, open files {s['open_files']}; first {s['rss_first_mb']} and last "
+                f"{s['rss_last_mb']} MB"
+            )
     print(json.dumps(result))
     if config.soak and s["failed"]:
-        raise PageLLMError(f"{s['failed']} of {s['requests']} requests failed; the first: {s['first_failure']}")
+        raise PageLLMError(
+            f"{s['failed']} of {s['requests']} requests failed; the first: {s['first_failure']}"
+        )
     if config.soak and grown(s) > 0.05:
-        raise PageLLMError(f"memory grew by {grown(s):.0%} between the second and the last quarter, beside the cache")
+        raise PageLLMError(
+            f"memory grew by {grown(s):.0%} between the second and the last quarter, beside the cache"
+        )
     return result
 
 

@@ -19,37 +19,66 @@ from pagellm.als import als, with_facts
 from pagellm.config import PageLLMError
 from pagellm.data.shop import Rows
 
-__all__ = ["GRIDS", "PLAIN", "Fitted", "ease_weights", "fit", "gram_matrix", "grid_of", "knn_weights", "sum_rows"]
+__all__ = [
+    "GRIDS",
+    "PLAIN",
+    "Fitted",
+    "ease_weights",
+    "fit",
+    "gram_matrix",
+    "grid_of",
+    "knn_weights",
+    "sum_rows",
+]
 
-LARGEST = 40_000         # items for which N x N float32 (6.4 GB) is still worth trying
+LARGEST = 40_000  # items for which N x N float32 (6.4 GB) is still worth trying
 
 # Values to try, in order; a search starts in the middle of each.
 GRIDS: dict[str, dict[str, tuple]] = {
     "popularity": {},
-    "ItemKNN": {"neighbours": (10, 20, 50, 100, 200, 500, 1000, 2000, 5000),
-                "shrink": (0.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0)},
+    "ItemKNN": {
+        "neighbours": (10, 20, 50, 100, 200, 500, 1000, 2000, 5000),
+        "shrink": (0.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0),
+    },
     "EASE": {"ridge": (10.0, 20.0, 50.0, 100.0, 200.0, 350.0, 500.0, 1000.0, 2000.0)},
-    "ALS": {"factors": (8, 32, 64, 128, 256, 512), "alpha0": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
-            "reg": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0), "nu": (0.0, 0.5, 1.0)}}
-PLAIN = tuple(GRIDS)                 # users and items alone; the next reads titles, categories and brands too
+    "ALS": {
+        "factors": (8, 32, 64, 128, 256, 512),
+        "alpha0": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
+        "reg": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+        "nu": (0.0, 0.5, 1.0),
+    },
+}
+PLAIN = tuple(GRIDS)  # users and items alone; the next reads titles, categories and brands too
 GRIDS["ALS+facts"] = GRIDS["ALS"]
 
 
 def grid_of(name: str, n_items: int) -> dict[str, tuple]:
     """GRIDS[name] without numbers of factors or neighbours that the catalogue is too small for."""
-    return {what: tuple(v for v in values if v < n_items) or values[:1] if what in ("factors", "neighbours") else values
-            for what, values in GRIDS[name].items()}
+    return {
+        what: tuple(v for v in values if v < n_items) or values[:1]
+        if what in ("factors", "neighbours")
+        else values
+        for what, values in GRIDS[name].items()
+    }
 
 
 class Fitted(NamedTuple):
     """A fitted recommender: how it scores, and every array it learned (what a leak would have to show in)."""
 
-    score: Callable[[np.ndarray], Tensor]       # users (B,) int64 -> (B, N) float32
+    score: Callable[[np.ndarray], Tensor]  # users (B,) int64 -> (B, N) float32
     learned: dict[str, Tensor]
 
 
-def fit(name: str, rows: Rows, n_users: int, n_items: int, settings: dict, seed: int = 0,
-        gram: Tensor | None = None, facts: list[np.ndarray] | None = None) -> Fitted:
+def fit(
+    name: str,
+    rows: Rows,
+    n_users: int,
+    n_items: int,
+    settings: dict,
+    seed: int = 0,
+    gram: Tensor | None = None,
+    facts: list[np.ndarray] | None = None,
+) -> Fitted:
     """Fit one of GRIDS to the positives `rows` of n_users users.
 
     settings  values for that model's names in GRIDS        gram  (N, N), if it is at hand already
@@ -57,8 +86,10 @@ def fit(name: str, rows: Rows, n_users: int, n_items: int, settings: dict, seed:
     Raises PageLLMError for an unknown model, other settings than its own, or too many items for N x N.
     """
     if name not in GRIDS or set(settings) != set(GRIDS[name]):
-        raise PageLLMError(f"{name} with settings {settings}: want one of "
-                           + "; ".join(f"{model}: {', '.join(grid) or 'none'}" for model, grid in GRIDS.items()))
+        raise PageLLMError(
+            f"{name} with settings {settings}: want one of "
+            + "; ".join(f"{model}: {', '.join(grid) or 'none'}" for model, grid in GRIDS.items())
+        )
     if name == "popularity":
         count = torch.from_numpy(np.bincount(rows.items, minlength=n_items)).float()
         return Fitted(lambda users: count.expand(len(users), -1), {"count": count})
@@ -78,19 +109,26 @@ def gram_matrix(rows: Rows, n_items: int, block: int = 4_000_000) -> Tensor:
     Sums over pairs of each user's items, `block` pairs at once. Raises PageLLMError where N x N is too large.
     """
     if n_items > LARGEST:
-        raise PageLLMError(f"{n_items:,} items: N x N float32 takes {4e-9 * n_items ** 2:.0f} GB, more than we try "
-                           f"({LARGEST:,} items)\n  Leave ItemKNN and EASE out: --models popularity,ALS")
+        raise PageLLMError(
+            f"{n_items:,} items: N x N float32 takes {4e-9 * n_items**2:.0f} GB, more than we try "
+            f"({LARGEST:,} items)\n  Leave ItemKNN and EASE out: --models popularity,ALS"
+        )
     gram = torch.zeros(n_items * n_items)
     counts = rows.counts()
-    width = np.repeat(counts, counts)                               # of each row: partners, itself included
-    start = np.repeat(rows.indptr[:-1], counts)                     # of each row: where its user's items begin
+    width = np.repeat(counts, counts)  # of each row: partners, itself included
+    start = np.repeat(rows.indptr[:-1], counts)  # of each row: where its user's items begin
     ends = np.cumsum(width)
     at = 0
     while at < len(width):
-        to = max(at + 1, int(np.searchsorted(ends, (ends[at - 1] if at else 0) + block, side="right")))
-        w = width[at: to]
+        to = max(
+            at + 1, int(np.searchsorted(ends, (ends[at - 1] if at else 0) + block, side="right"))
+        )
+        w = width[at:to]
         within = np.arange(w.sum()) - np.repeat(np.cumsum(w) - w, w)
-        code = np.repeat(rows.items[at: to], w) * n_items + rows.items[np.repeat(start[at: to], w) + within]
+        code = (
+            np.repeat(rows.items[at:to], w) * n_items
+            + rows.items[np.repeat(start[at:to], w) + within]
+        )
         gram.index_add_(0, torch.from_numpy(code), torch.ones(len(code)))
         at = to
     return gram.view(n_items, n_items)
@@ -112,7 +150,9 @@ def knn_weights(gram: Tensor, neighbours: int, shrink: float) -> Tensor:
     size = gram.diagonal().sqrt()
     S = gram / (torch.outer(size, size) + shrink).clamp_min(torch.finfo(gram.dtype).tiny)
     S.fill_diagonal_(0.0)
-    last = torch.cat([part.topk(min(neighbours, len(S)), dim=1).values[:, -1:] for part in S.split(1024)])
+    last = torch.cat(
+        [part.topk(min(neighbours, len(S)), dim=1).values[:, -1:] for part in S.split(1024)]
+    )
     return S.mul_(last <= S)
 
 

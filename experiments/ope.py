@@ -42,10 +42,25 @@ from pagellm.evaluate import read_pages
 from pagellm.run import Common, Run, atomic, file_id, write_json
 from pagellm.train import keyed
 
-__all__ = ["Config", "Log", "Value", "cascade_dr", "draw_pages", "effective", "estimates", "page_moments",
-           "pl_propensity", "pseudo_inverse_weights", "read_log", "run", "simulated_log", "true_value", "values"]
+__all__ = [
+    "Config",
+    "Log",
+    "Value",
+    "cascade_dr",
+    "draw_pages",
+    "effective",
+    "estimates",
+    "page_moments",
+    "pl_propensity",
+    "pseudo_inverse_weights",
+    "read_log",
+    "run",
+    "simulated_log",
+    "true_value",
+    "values",
+]
 
-MOST_PAGES = 5040            # pages that the pseudo-inverse enumerates: 7 candidates in any order
+MOST_PAGES = 5040  # pages that the pseudo-inverse enumerates: 7 candidates in any order
 
 
 @dataclass
@@ -83,7 +98,7 @@ class Value:
 
 def effective(weight: np.ndarray) -> float:
     """Effective sample size (sum w)^2 / sum w^2 of weights (S,); 0 if all are 0. Source: Kish, 1965."""
-    square = float((weight ** 2).sum())
+    square = float((weight**2).sum())
     return float(weight.sum()) ** 2 / square if square else 0.0
 
 
@@ -101,8 +116,13 @@ def rest_of(score: np.ndarray, place: np.ndarray, k: int) -> np.ndarray:
 
 def pl_propensity(score: np.ndarray, place: np.ndarray) -> np.ndarray:
     """Plackett-Luce: (S, K) conditional probabilities of the candidates at `place` (S, K), from scores (S, M)."""
-    return np.stack([np.take_along_axis(rest_of(score, place, k), place[:, k: k + 1], 1)[:, 0]
-                     for k in range(place.shape[1])], axis=1)
+    return np.stack(
+        [
+            np.take_along_axis(rest_of(score, place, k), place[:, k : k + 1], 1)[:, 0]
+            for k in range(place.shape[1])
+        ],
+        axis=1,
+    )
 
 
 def draw_pages(score: np.ndarray, K: int, rng: np.random.Generator) -> np.ndarray:
@@ -113,8 +133,10 @@ def draw_pages(score: np.ndarray, K: int, rng: np.random.Generator) -> np.ndarra
 def all_pages(M: int, K: int) -> np.ndarray:
     """(P, K) every page of K of M candidates. Raises PageLLMError above MOST_PAGES."""
     if math.perm(M, K) > MOST_PAGES:
-        raise PageLLMError(f"{math.perm(M, K):,} pages of {K} slots from {M} candidates; the pseudo-inverse lists at "
-                           f"most {MOST_PAGES:,}: log shorter pages or fewer candidates")
+        raise PageLLMError(
+            f"{math.perm(M, K):,} pages of {K} slots from {M} candidates; the pseudo-inverse lists at "
+            f"most {MOST_PAGES:,}: log shorter pages or fewer candidates"
+        )
     return np.array(list(itertools.permutations(range(M), K)))
 
 
@@ -138,18 +160,24 @@ def pseudo_inverse_weights(log: Log, block: int = 256) -> np.ndarray:
     Raises PageLLMError where the target shows what the logging policy never does (q outside the range of G).
     """
     K, M = log.page.shape[1], log.candidates.shape[1]
-    context, inverse = np.unique(np.hstack([log.logging_score, log.target_score]), axis=0, return_inverse=True)
+    context, inverse = np.unique(
+        np.hstack([log.logging_score, log.target_score]), axis=0, return_inverse=True
+    )
     inverse = inverse.ravel()
     weight = np.empty((len(context), K * M))
     for at in range(0, len(context), block):
-        some = context[at: at + block]
+        some = context[at : at + block]
         _, G = page_moments(some[:, :M], K)
         q, _ = page_moments(some[:, M:], K)
-        weight[at: at + block] = (np.linalg.pinv(G, rcond=1e-9, hermitian=True) @ q[..., None])[..., 0]
-        off = np.abs((G @ weight[at: at + block, :, None])[..., 0] - q).max()
+        weight[at : at + block] = (np.linalg.pinv(G, rcond=1e-9, hermitian=True) @ q[..., None])[
+            ..., 0
+        ]
+        off = np.abs((G @ weight[at : at + block, :, None])[..., 0] - q).max()
         if off > 1e-6:
-            raise PageLLMError(f"the target shows items where the logging policy never did (off by {off:.2g}); "
-                               "log with a higher temperature")
+            raise PageLLMError(
+                f"the target shows items where the logging policy never did (off by {off:.2g}); "
+                "log with a higher temperature"
+            )
     return np.take_along_axis(weight[inverse], np.arange(K) * M + log.place(), axis=1).sum(1)
 
 
@@ -176,7 +204,7 @@ def values(log: Log, prior: float = 20.0) -> tuple[np.ndarray, np.ndarray]:
     target = [rest_of(log.target_score, place, k) for k in range(K)]
     for half in (0, 1):
         fit, use = fold != half, fold == half
-        ahead = np.zeros(S)                       # E_target[Q_{k+1}] given the slots down to k
+        ahead = np.zeros(S)  # E_target[Q_{k+1}] given the slots down to k
         for k in reversed(range(K)):
             y = log.reward[:, k] + ahead
             mean = y[fit].mean() if fit.any() else 0.0
@@ -195,12 +223,17 @@ def estimates(log: Log, min_ess: float = 100.0) -> dict[str, Value]:
     """
     check_log(log)
     if len(np.unique(log.user)) < 2:
-        raise PageLLMError(f"all {len(log.user):,} sessions are one user's; errors are clustered by user, so that two "
-                           "or more are wanted")
+        raise PageLLMError(
+            f"all {len(log.user):,} sessions are one user's; errors are clustered by user, so that two "
+            "or more are wanted"
+        )
     w, total = log.weights(), log.reward.sum(1)
     ones, whole, found = np.ones(len(total)), w[:, -1], {}
-    parts = {"IPS": (whole * total, ones, whole), "SNIPS": (whole * total, whole, whole),
-             "cascade IPS": ((w * log.reward).sum(1), ones, whole)}
+    parts = {
+        "IPS": (whole * total, ones, whole),
+        "SNIPS": (whole * total, whole, whole),
+        "cascade IPS": ((w * log.reward).sum(1), ones, whole),
+    }
     if log.candidates is not None:
         direct, robust = values(log)
         parts["cascade DR"] = robust, ones, whole
@@ -214,8 +247,13 @@ def estimates(log: Log, min_ess: float = 100.0) -> dict[str, Value]:
     for name, (x, y, weight) in parts.items():
         ess = effective(weight)
         if ess < min_ess or ess == 0:
-            found[name] = Value(math.nan, math.nan, ess, f"{ess:.1f} effective sessions of {len(x):,}, under "
-                                f"{min_ess:g}: the policies differ too much for this log")
+            found[name] = Value(
+                math.nan,
+                math.nan,
+                ess,
+                f"{ess:.1f} effective sessions of {len(x):,}, under "
+                f"{min_ess:g}: the policies differ too much for this log",
+            )
             continue
         e = abtest.estimate(np.bincount(user.ravel(), x), np.bincount(user.ravel(), y))
         found[name] = Value(e.value, math.sqrt(e.var), ess)
@@ -223,11 +261,16 @@ def estimates(log: Log, min_ess: float = 100.0) -> dict[str, Value]:
 
 
 def check_log(log: Log) -> None:
-    for name, p, low in (("propensity", log.propensity, "above 0"), ("target_propensity", log.target, "0 or more")):
+    for name, p, low in (
+        ("propensity", log.propensity, "above 0"),
+        ("target_propensity", log.target, "0 or more"),
+    ):
         bad = ~np.isfinite(p) | (p > 1 + 1e-6) | ((p <= 0) if low == "above 0" else (p < 0))
         if bad.any():
-            raise PageLLMError(f"{name} of session {int(np.argwhere(bad)[0, 0])} is {p[bad][0]:g}; want {low}, at most "
-                               "1, as it was when the page was drawn")
+            raise PageLLMError(
+                f"{name} of session {int(np.argwhere(bad)[0, 0])} is {p[bad][0]:g}; want {low}, at most "
+                "1, as it was when the page was drawn"
+            )
     if not np.isfinite(log.reward).all():
         raise PageLLMError("a reward is missing or not finite; mend the log")
     for name, items in (("page", log.page), ("candidates", log.candidates)):
@@ -235,19 +278,27 @@ def check_log(log: Log) -> None:
             continue
         items = np.sort(items, axis=1)
         if (twice := (items[:, 1:] == items[:, :-1]).any(1)).any():
-            raise PageLLMError(f"{name} of session {int(twice.argmax())} names an item twice; want each once")
+            raise PageLLMError(
+                f"{name} of session {int(twice.argmax())} names an item twice; want each once"
+            )
     if log.candidates is None:
         return
     if not np.isfinite(log.logging_score).all() or not np.isfinite(log.target_score).all():
-        raise PageLLMError("a score is missing or not finite; mend the log, or leave the score columns out")
+        raise PageLLMError(
+            "a score is missing or not finite; mend the log, or leave the score columns out"
+        )
     if not (log.page[:, :, None] == log.candidates[:, None, :]).any(2).all():
         raise PageLLMError("a page holds an item that is not among its candidates; mend the log")
-    for name, p, score in (("propensity", log.propensity, log.logging_score),
-                           ("target_propensity", log.target, log.target_score)):
+    for name, p, score in (
+        ("propensity", log.propensity, log.logging_score),
+        ("target_propensity", log.target, log.target_score),
+    ):
         off = np.abs(pl_propensity(score, log.place()) - p).max(1)
         if off.max() > 1e-4:
-            raise PageLLMError(f"{name} of session {off.argmax()} is off by {off.max():.2g} from what its scores give; "
-                               "log the scores that the page was drawn from, or leave the score columns out")
+            raise PageLLMError(
+                f"{name} of session {off.argmax()} is off by {off.max():.2g} from what its scores give; "
+                "log the scores that the page was drawn from, or leave the score columns out"
+            )
 
 
 def read_log(path: str | Path) -> Log:
@@ -259,26 +310,40 @@ def read_log(path: str | Path) -> Log:
         table = pq.read_table(path)
     except pa.ArrowInvalid as error:
         raise PageLLMError(f"{path} cannot be read as Parquet: {error}") from None
-    need, more = ("page", "reward", "propensity", "target_propensity"), ("candidates", "logging_score", "target_score")
+    need, more = (
+        ("page", "reward", "propensity", "target_propensity"),
+        ("candidates", "logging_score", "target_score"),
+    )
     names = need + more if all(c in table.column_names for c in more) else need
     missing = {"user", *need} - set(table.column_names)
     if missing:
-        raise PageLLMError(f"{path} has no column {', '.join(sorted(missing))}; there are "
-                           f"{', '.join(table.column_names)}")
+        raise PageLLMError(
+            f"{path} has no column {', '.join(sorted(missing))}; there are "
+            f"{', '.join(table.column_names)}"
+        )
     if not len(table) or table["user"].null_count:
-        raise PageLLMError(f"{path} has {len(table):,} sessions, {table['user'].null_count:,} of them of nobody; want "
-                           "a user in each, and some sessions")
+        raise PageLLMError(
+            f"{path} has {len(table):,} sessions, {table['user'].null_count:,} of them of nobody; want "
+            "a user in each, and some sessions"
+        )
     columns = []
     for name in names:
         rows = table[name].to_pylist()
         width = len(rows[0]) if isinstance(rows[0], list) else 0
         if not width or any(row is None or len(row) != width or None in row for row in rows):
-            raise PageLLMError(f"{path}: column {name} wants lists of one length above 0, without gaps")
+            raise PageLLMError(
+                f"{path}: column {name} wants lists of one length above 0, without gaps"
+            )
         try:
-            columns.append(np.array(rows) if name in ("page", "candidates") else np.array(rows, np.float64))
+            columns.append(
+                np.array(rows) if name in ("page", "candidates") else np.array(rows, np.float64)
+            )
         except (ValueError, TypeError):
             raise PageLLMError(f"{path}: column {name} wants lists of numbers") from None
-    for some, what in ((columns[:4], "page, reward and propensities"), (columns[4:], "candidates and scores")):
+    for some, what in (
+        (columns[:4], "page, reward and propensities"),
+        (columns[4:], "candidates and scores"),
+    ):
         if len({c.shape for c in some}) > 1:
             raise PageLLMError(f"{path}: {what} want lists of one length")
     return Log(np.array(table["user"].to_pylist()), *columns)
@@ -290,8 +355,16 @@ def rank_scores(candidates: np.ndarray, ranked: np.ndarray, temperature: float) 
     return -np.where(same.any(2), same.argmax(2), ranked.shape[1]) / temperature
 
 
-def simulated_log(world: simulator.World, users: np.ndarray, candidates: np.ndarray, logging: np.ndarray,
-                  target: np.ndarray, K: int, sessions: int, seed: int = 0) -> Log:
+def simulated_log(
+    world: simulator.World,
+    users: np.ndarray,
+    candidates: np.ndarray,
+    logging: np.ndarray,
+    target: np.ndarray,
+    K: int,
+    sessions: int,
+    seed: int = 0,
+) -> Log:
     """Sessions of simulated visitors who see pages drawn by the logging policy; the reward is clicks.
 
     users (U,) rows of the world; candidates, logging, target (U, M): their items and both policies' scores
@@ -301,16 +374,28 @@ def simulated_log(world: simulator.World, users: np.ndarray, candidates: np.ndar
     place = draw_pages(logging[row], K, rng)
     page = np.take_along_axis(candidates[row], place, 1)
     reward = simulator.visit(world, users[row], page, rng).clicked.astype(np.float64)
-    return Log(users[row], page, reward, pl_propensity(logging[row], place), pl_propensity(target[row], place),
-               candidates[row], logging[row], target[row])
+    return Log(
+        users[row],
+        page,
+        reward,
+        pl_propensity(logging[row], place),
+        pl_propensity(target[row], place),
+        candidates[row],
+        logging[row],
+        target[row],
+    )
 
 
-def true_value(world: simulator.World, users: np.ndarray, candidates: np.ndarray, score: np.ndarray, K: int) -> float:
+def true_value(
+    world: simulator.World, users: np.ndarray, candidates: np.ndarray, score: np.ndarray, K: int
+) -> float:
     """Mean clicks a session under a Plackett-Luce policy, over users and all its pages, without chance."""
     pages, total = all_pages(candidates.shape[1], K), 0.0
     for place in pages:
         p = pl_propensity(score, np.broadcast_to(place, (len(users), K))).prod(1)
-        total += float((p * simulator.expected(world, users, candidates[:, place])["clicks"]).mean())
+        total += float(
+            (p * simulator.expected(world, users, candidates[:, place])["clicks"]).mean()
+        )
     return total
 
 
@@ -318,58 +403,85 @@ def true_value(world: simulator.World, users: np.ndarray, candidates: np.ndarray
 class Config(Common):
     """Estimate a target policy's value from another policy's log; without a log, a simulated one with its truth."""
 
-    log: str = ""                # Parquet log of sessions; empty: simulate one on the synthetic shop
-    logging: str = "sft"         # simulated: policy whose first items are candidates and whose ranks are logged
-    target: str = "ppo"          # simulated: policy to be judged
-    candidates: int = 6          # simulated: items a page is drawn from
-    k: int = 3                   # simulated: slots
-    sessions: int = 20000        # simulated: sessions logged
-    logging_temperature: float = 3.0      # simulated: ranks that change a score by 1; higher explores more
-    target_temperature: float = 1.5       # simulated: of the target
-    min_ess: float = 100.0       # effective sessions below which an estimate is refused
+    log: str = ""  # Parquet log of sessions; empty: simulate one on the synthetic shop
+    logging: str = "sft"  # simulated: policy whose first items are candidates and whose ranks are
+    # logged
+    target: str = "ppo"  # simulated: policy to be judged
+    candidates: int = 6  # simulated: items a page is drawn from
+    k: int = 3  # simulated: slots
+    sessions: int = 20000  # simulated: sessions logged
+    logging_temperature: float = 3.0  # simulated: ranks that change a score by 1;
+    # higher explores more
+    target_temperature: float = 1.5  # simulated: of the target
+    min_ess: float = 100.0  # effective sessions below which an estimate is refused
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, k=(self.k > 0, "1 or more"), candidates=(self.candidates >= self.k, f"k={self.k} or more"),
-              sessions=(self.sessions >= 2, "2 or more"),
-              logging_temperature=(self.logging_temperature > 0, "above 0"),
-              target_temperature=(self.target_temperature > 0, "above 0"))
+        check(
+            self,
+            k=(self.k > 0, "1 or more"),
+            candidates=(self.candidates >= self.k, f"k={self.k} or more"),
+            sessions=(self.sessions >= 2, "2 or more"),
+            logging_temperature=(self.logging_temperature > 0, "above 0"),
+            target_temperature=(self.target_temperature > 0, "above 0"),
+        )
 
 
 def simulate(config: Config) -> tuple[Log, float, dict[str, str]]:
     """-> log, true value of the target, ids of what was read."""
-    shop, ranked, inputs = load(config.data_dir), [], {"data": file_id(config.data_dir / "source.json")}
+    shop, ranked, inputs = (
+        load(config.data_dir),
+        [],
+        {"data": file_id(config.data_dir / "source.json")},
+    )
     # Rewards must add up over slots for the pseudo-inverse, so a purchase does not end a session here.
     world = simulator.world_of(shop, simulator.Behaviour(leave_on_purchase=False))
     for name in dict.fromkeys((config.logging, config.target)):
         path = config.stage("evaluate") / name / "pages.parquet"
         if not path.exists():
-            raise PageLLMError(f"no pages of {name} in {path}\n  Make them with: {config.make('evaluate')}")
+            raise PageLLMError(
+                f"no pages of {name} in {path}\n  Make them with: {config.make('evaluate')}"
+            )
         inputs[name] = file_id(path)
         ranked.append(read_pages(path, shop))
     first, second = ranked[0], ranked[-1]
-    keep = np.isin(first.user, second.user) & (first.item[:, :config.candidates] >= 0).all(1)
+    keep = np.isin(first.user, second.user) & (first.item[:, : config.candidates] >= 0).all(1)
     if not keep.any():
-        raise PageLLMError(f"nobody has {config.candidates} ranked items in both; lower --candidates")
-    users, items = first.user[keep], first.item[keep, :config.candidates]
+        raise PageLLMError(
+            f"nobody has {config.candidates} ranked items in both; lower --candidates"
+        )
+    users, items = first.user[keep], first.item[keep, : config.candidates]
     other = second.item[np.searchsorted(second.user, users)]
-    scores = (rank_scores(items, items, config.logging_temperature),
-              rank_scores(items, other, config.target_temperature))
+    scores = (
+        rank_scores(items, items, config.logging_temperature),
+        rank_scores(items, other, config.target_temperature),
+    )
     log = simulated_log(world, users, items, *scores, config.k, config.sessions, config.seed)
     return log, true_value(world, users, items, scores[1], config.k), inputs
 
 
 def report(log: Log, found: dict[str, Value], truth: float | None) -> str:
-    lines = [f"{len(log.user):,} sessions of {len(np.unique(log.user)):,} users, pages of {log.page.shape[1]}; "
-             f"logged reward a session {log.reward.sum(1).mean():.4f}"]
+    lines = [
+        f"{len(log.user):,} sessions of {len(np.unique(log.user)):,} users, pages of {log.page.shape[1]}; "
+        f"logged reward a session {log.reward.sum(1).mean():.4f}"
+    ]
     if truth is not None:
-        lines = ["SIMULATED visitors: assumptions, not people (experiments/simulator.py)", *lines,
-                 f"target's true value {truth:.4f}"]
+        lines = [
+            "SIMULATED visitors: assumptions, not people (experiments/simulator.py)",
+            *lines,
+            f"target's true value {truth:.4f}",
+        ]
     lines += ["", f"{'estimator':<16}{'value':>9}{'95% interval':>20}{'effective sessions':>20}"]
     for name, v in found.items():
         span = f"[{v.value - 1.96 * v.se:.4f}, {v.value + 1.96 * v.se:.4f}]"
-        lines.append(f"{name:<16}" + (f"  refused: {v.refused}" if v.refused else
-                                      f"{v.value:>9.4f}{span:>20}{v.ess:>20,.0f}"))
+        lines.append(
+            f"{name:<16}"
+            + (
+                f"  refused: {v.refused}"
+                if v.refused
+                else f"{v.value:>9.4f}{span:>20}{v.ess:>20,.0f}"
+            )
+        )
     return "\n".join(lines)
 
 
@@ -381,18 +493,29 @@ def run(config: Config) -> dict[str, Value]:
     else:
         log, truth, inputs = simulate(config)
         with Run(config.stage("ope"), config, inputs) as made:
-            columns = {"user": log.user, "page": log.page, "reward": log.reward, "propensity": log.propensity,
-                       "target_propensity": log.target, "candidates": log.candidates,
-                       "logging_score": log.logging_score, "target_score": log.target_score}
+            columns = {
+                "user": log.user,
+                "page": log.page,
+                "reward": log.reward,
+                "propensity": log.propensity,
+                "target_propensity": log.target,
+                "candidates": log.candidates,
+                "logging_score": log.logging_score,
+                "target_score": log.target_score,
+            }
             with atomic(made.path / "log.parquet") as beside:
                 pq.write_table(pa.table({n: c.tolist() for n, c in columns.items()}), beside)
             out = made.path / "ope.json"
     found = estimates(log, config.min_ess)
     print(report(log, found, truth))
     if all(v.refused for v in found.values()):
-        raise PageLLMError(f"every estimate is refused, the best with {max(v.ess for v in found.values()):.1f} "
-                           f"effective sessions of {len(log.user):,}; log more, explore more, or take a nearer target")
-    write_json(out, abtest.finite({"truth": truth, "estimates": {n: vars(v) for n, v in found.items()}}))
+        raise PageLLMError(
+            f"every estimate is refused, the best with {max(v.ess for v in found.values()):.1f} "
+            f"effective sessions of {len(log.user):,}; log more, explore more, or take a nearer target"
+        )
+    write_json(
+        out, abtest.finite({"truth": truth, "estimates": {n: vars(v) for n, v in found.items()}})
+    )
     print(out)
     return found
 

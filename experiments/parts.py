@@ -49,6 +49,7 @@ def borders(trunk: nn.Module, mark: Callable[[str], None]) -> list:
 
     Backward, a border is passed when the gradient of what crosses it is known. -> hooks, to be removed afterwards.
     """
+
     def enter(_module, args: tuple) -> None:
         mark("rows looked up")
         args[0].register_hook(lambda _: mark("blocks, backward"))
@@ -74,8 +75,9 @@ def measure_parts(case, device: str, repeats: int, clock: str = "wall") -> dict:
     found = {"row": case.name, "shape": case.shape}
     for name, kept in runs.items():
         found[f"{name}_ms"] = statistics.median(sum(spent.values()) for spent in kept) * scale[name]
-        found[f"{name}_parts"] = {part: statistics.median(spent[part] for spent in kept) * scale[name]
-                                  for part in kept[0]}
+        found[f"{name}_parts"] = {
+            part: statistics.median(spent[part] for spent in kept) * scale[name] for part in kept[0]
+        }
     return found
 
 
@@ -88,6 +90,8 @@ def parts_table(found: dict) -> str:
         for name in ("plain", "ours"):
             whole = found[f"{name}_ms"]
             spent = whole if part == "all" else found[f"{name}_parts"].get(part)
-            line += f"{'–':>10}{'':>10}" if spent is None else f"{spent:>10.1f}{spent / whole:>10.0%}"
+            line += (
+                f"{'–':>10}{'':>10}" if spent is None else f"{spent:>10.1f}{spent / whole:>10.0%}"
+            )
         lines.append(line)
     return "\n".join(lines)

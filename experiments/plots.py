@@ -19,18 +19,36 @@ from pagellm.config import PageLLMError
 
 __all__ = ["available", "clean", "dots", "inline", "lines"]
 
-Curve = tuple[np.ndarray, ...]       # x, y or x, y, low, high: one length each
+Curve = tuple[np.ndarray, ...]  # x, y or x, y, low, high: one length each
 
 INK, GRID = "#010203", "#010204"
 SERIES = [f"#0100a{i}" for i in range(6)]
 STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3))]
 MARKERS = ["o", "s", "^", "D", "v", "X"]
-SETTINGS = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "font.family": ["sans-serif"],
-            "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK,
-            "ytick.color": INK, "grid.color": GRID, "axes.grid": True, "axes.axisbelow": True, "grid.linewidth": 0.6,
-            "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.linewidth": 0.7,
-            "legend.fontsize": 8.5, "lines.linewidth": 1.6, "lines.markersize": 4.5, "path.simplify": True}
-WIDTH = 4.6          # inches, at 72 a unit of the viewBox: a phone's width without shrinking the text
+SETTINGS = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 9,
+    "font.family": ["sans-serif"],
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": GRID,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "axes.linewidth": 0.7,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "path.simplify": True,
+}
+WIDTH = 4.6  # inches, at 72 a unit of the viewBox: a phone's width without shrinking the text
 
 
 def available() -> bool:
@@ -53,8 +71,10 @@ def canvas(height: float):
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise PageLLMError("the report draws with matplotlib, which is not installed\n"
-                           "  Install it with: pip install 'pagellm[report]', or run make report") from None
+        raise PageLLMError(
+            "the report draws with matplotlib, which is not installed\n"
+            "  Install it with: pip install 'pagellm[report]', or run make report"
+        ) from None
     matplotlib.rcdefaults()
     matplotlib.rcParams.update(SETTINGS)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -65,17 +85,20 @@ def inline(figure, alt: str) -> str:
     """A matplotlib figure -> <svg role="img" aria-label=alt>, without ids that could clash and without any address."""
     import matplotlib
 
-    matplotlib.rcParams["svg.hashsalt"] = alt        # ids of clip paths and markers: one namespace a figure
+    # ids of clip paths and markers: one namespace a figure
+    matplotlib.rcParams["svg.hashsalt"] = alt
     file = io.StringIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")              # glyphs that our font lacks: the reader's has them
+        warnings.simplefilter("ignore")  # glyphs that our font lacks: the reader's has them
         figure.savefig(file, format="svg", transparent=True)
     svg = file.getvalue()
-    svg = svg[svg.index("<svg"):]
+    svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
     box = re.search(r'viewBox="[^"]*"', svg).group()
-    svg = f'<svg {box} role="img" aria-label="{html.escape(clean(alt))}">' + svg[svg.index(">") + 1:]
+    svg = (
+        f'<svg {box} role="img" aria-label="{html.escape(clean(alt))}">' + svg[svg.index(">") + 1 :]
+    )
     svg = svg.replace("xlink:href", "href")
     svg = re.sub(r' (d|points)="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m.group()), svg)
     svg = re.sub(r"\bfont: (\S+) [^;\"]*", r"font: \1 system-ui, sans-serif", svg)
@@ -88,13 +111,28 @@ def inline(figure, alt: str) -> str:
 def legend(figure, axes) -> None:
     handles, names = axes.get_legend_handles_labels()
     if len(names) > 1:
-        figure.legend(handles, names, loc="outside upper left", ncols=min(3, len(names)), handlelength=3.2,
-                      columnspacing=1.2, borderaxespad=0.1)
+        figure.legend(
+            handles,
+            names,
+            loc="outside upper left",
+            ncols=min(3, len(names)),
+            handlelength=3.2,
+            columnspacing=1.2,
+            borderaxespad=0.1,
+        )
 
 
-def lines(curves: dict[str, Curve], x_label: str, y_label: str, alt: str, level: tuple[str, float] | None = None,
-          diagonal: bool = False, markers: bool | None = None, x_names: list[str] | None = None,
-          height: float = 2.7) -> str:
+def lines(
+    curves: dict[str, Curve],
+    x_label: str,
+    y_label: str,
+    alt: str,
+    level: tuple[str, float] | None = None,
+    diagonal: bool = False,
+    markers: bool | None = None,
+    x_names: list[str] | None = None,
+    height: float = 2.7,
+) -> str:
     """Curves, with a band where low and high are given.
 
     level      (name, y) of a horizontal line to compare with     diagonal  y = x, for calibration
@@ -104,14 +142,29 @@ def lines(curves: dict[str, Curve], x_label: str, y_label: str, alt: str, level:
     figure, axes = canvas(height)
     for i, (name, (x, y, *band)) in enumerate(curves.items()):
         marked = len(x) <= 25 if markers is None else markers
-        axes.plot(x, y, label=clean(name), color=SERIES[i % 6], linestyle=STYLES[i % 6],
-                  marker=MARKERS[i % 6] if marked else None)
+        axes.plot(
+            x,
+            y,
+            label=clean(name),
+            color=SERIES[i % 6],
+            linestyle=STYLES[i % 6],
+            marker=MARKERS[i % 6] if marked else None,
+        )
         if band:
             axes.fill_between(x, *band, color=SERIES[i % 6], alpha=0.18, linewidth=0)
     if diagonal:
-        axes.plot([0.5, 1], [0.5, 1], color=INK, linewidth=0.8, linestyle=(0, (2, 2)), label="as sure as right")
+        axes.plot(
+            [0.5, 1],
+            [0.5, 1],
+            color=INK,
+            linewidth=0.8,
+            linestyle=(0, (2, 2)),
+            label="as sure as right",
+        )
     if level is not None:
-        axes.axhline(level[1], color=INK, linewidth=0.8, linestyle=(0, (2, 2)), label=clean(level[0]))
+        axes.axhline(
+            level[1], color=INK, linewidth=0.8, linestyle=(0, (2, 2)), label=clean(level[0])
+        )
     if x_names is not None:
         axes.set_xticks(range(len(x_names)), [clean(n) for n in x_names])
     else:
@@ -123,8 +176,13 @@ def lines(curves: dict[str, Curve], x_label: str, y_label: str, alt: str, level:
     return inline(figure, alt)
 
 
-def dots(names: list[str], series: dict[str, list[tuple | None]], x_label: str, alt: str,
-         level: float | None = None) -> str:
+def dots(
+    names: list[str],
+    series: dict[str, list[tuple | None]],
+    x_label: str,
+    alt: str,
+    level: float | None = None,
+) -> str:
     """One row a name, one dot with its interval a series: (mean, low, high), None where there is nothing.
 
     level  x of a vertical line to compare with, such as 0 for differences
@@ -135,8 +193,17 @@ def dots(names: list[str], series: dict[str, list[tuple | None]], x_label: str, 
         at = [(row, v) for row, v in enumerate(values) if v is not None]
         y = np.array([row for row, _ in at]) + (i - (n - 1) / 2) * 0.7 / n
         mean, low, high = (np.array([v[j] for _, v in at], dtype=float) for j in range(3))
-        axes.errorbar(mean, y, xerr=[np.maximum(mean - low, 0), np.maximum(high - mean, 0)], fmt=MARKERS[i % 6],
-                      color=SERIES[i % 6], ecolor=SERIES[i % 6], label=clean(label), elinewidth=1.2, capsize=2)
+        axes.errorbar(
+            mean,
+            y,
+            xerr=[np.maximum(mean - low, 0), np.maximum(high - mean, 0)],
+            fmt=MARKERS[i % 6],
+            color=SERIES[i % 6],
+            ecolor=SERIES[i % 6],
+            label=clean(label),
+            elinewidth=1.2,
+            capsize=2,
+        )
     if level is not None:
         axes.axvline(level, color=INK, linewidth=0.8)
     axes.set_yticks(range(len(names)), [short(clean(name)) for name in names])

@@ -30,29 +30,34 @@ from pagellm.train import Guard, optimiser
 __all__ = ["Config", "quality", "run", "speed"]
 
 PRECISIONS = ("float32", "bfloat16")
-USERS = {"gpt2": 8}          # in a step, where not 64
+USERS = {"gpt2": 8}  # in a step, where not 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Does bfloat16 pay on this machine, and does it cost quality?"""
 
-    sizes: str = "tiny,mini,small,gpt2"     # networks whose step is timed, comma-separated; empty: none
-    steps: int = 9               # of each precision, after one to warm up
-    device: str = "auto"         # cpu, cuda; auto takes cuda where there is one; of steps and whole runs
-    seeds: int = 0               # whole runs for seeds 0, 1, ...; 0: none
-    dataset: str = "synthetic"   # of the whole runs
-    size: str = "tiny"           # network of the whole runs
-    policies: str = "sft,ppo"    # whose pages are scored in the whole runs, comma-separated
-    data: str = "data"           # directory of prepared data sets
-    runs: str = "runs"           # directory of runs
+    sizes: str = "tiny,mini,small,gpt2"  # networks whose step is timed, comma-separated;
+    # empty: none
+    steps: int = 9  # of each precision, after one to warm up
+    device: str = "auto"  # cpu, cuda; auto takes cuda where there is one; of steps and whole runs
+    seeds: int = 0  # whole runs for seeds 0, 1, ...; 0: none
+    dataset: str = "synthetic"  # of the whole runs
+    size: str = "tiny"  # network of the whole runs
+    policies: str = "sft,ppo"  # whose pages are scored in the whole runs, comma-separated
+    data: str = "data"  # directory of prepared data sets
+    runs: str = "runs"  # directory of runs
 
     def __post_init__(self):
         check_numbers(self)
         names = [name for name in self.sizes.split(",") if name]
-        check(self, sizes=(set(names) <= set(SIZES), f"some of {','.join(SIZES)}"), steps=(self.steps > 0, "1 or more"),
-              size=(self.size in SIZES, f"one of {', '.join(SIZES)}"),
-              policies=(set(self.policies.split(",")) <= {"sft", "ppo"}, "sft, ppo or both"))
+        check(
+            self,
+            sizes=(set(names) <= set(SIZES), f"some of {','.join(SIZES)}"),
+            steps=(self.steps > 0, "1 or more"),
+            size=(self.size in SIZES, f"one of {', '.join(SIZES)}"),
+            policies=(set(self.policies.split(",")) <= {"sft", "ppo"}, "sft, ppo or both"),
+        )
 
 
 def speed(size: str, steps: int, device: torch.device) -> dict:
@@ -76,8 +81,14 @@ def speed(size: str, steps: int, device: torch.device) -> dict:
             wait(device)
             seconds[name].append(time.perf_counter() - began)
     median = {name: float(np.median(values[1:])) for name, values in seconds.items()}
-    return {"size": size, "columns": shape.n_embd, "users": B, **median,
-            "gain": median["float32"] / median["bfloat16"], "auto": dist.pick_precision("auto", device, shape.n_embd)}
+    return {
+        "size": size,
+        "columns": shape.n_embd,
+        "users": B,
+        **median,
+        "gain": median["float32"] / median["bfloat16"],
+        "auto": dist.pick_precision("auto", device, shape.n_embd),
+    }
 
 
 def wait(device: torch.device) -> None:
@@ -87,16 +98,29 @@ def wait(device: torch.device) -> None:
 
 def quality(config: Config) -> list[dict]:
     """One record for every policy, precision and metric, as study.rows_of makes them."""
-    found: dict[str, dict[str, list]] = {policy: {name: [] for name in PRECISIONS}
-                                            for policy in config.policies.split(",")}
+    found: dict[str, dict[str, list]] = {
+        policy: {name: [] for name in PRECISIONS} for policy in config.policies.split(",")
+    }
     for seed in range(config.seeds):
         for name in PRECISIONS:
             own = {"precision": name, "device": config.device}
-            stages = Stages(config.data, config.runs, pretrain=own | {"size": config.size}, sft=own, reward=own,
-                            ppo=own, evaluate={"device": config.device})
+            stages = Stages(
+                config.data,
+                config.runs,
+                pretrain=own | {"size": config.size},
+                sft=own,
+                reward=own,
+                ppo=own,
+                evaluate={"device": config.device},
+            )
             for policy in found:
-                path = run_variant(f"precision/{config.size}-{name}", config.dataset,
-                                   Variant(evaluate.LABELS[policy], policy), seed, stages)
+                path = run_variant(
+                    f"precision/{config.size}-{name}",
+                    config.dataset,
+                    Variant(evaluate.LABELS[policy], policy),
+                    seed,
+                    stages,
+                )
                 found[policy][name].append(per_user(path))
     records = []
     for policy, results in found.items():
@@ -105,8 +129,10 @@ def quality(config: Config) -> list[dict]:
         records += [{"policy": policy, **row} for row in rows]
     path = Path(config.runs) / "precision" / f"{config.dataset}-{config.size}.parquet"
     write_table(path, records)
-    print(f"\n{config.seeds} seeds, test split: mean ± standard deviation over seeds; the paired difference to float32 "
-          f"with its 95% interval (bootstrap over seeds and users)\n{path}")
+    print(
+        f"\n{config.seeds} seeds, test split: mean ± standard deviation over seeds; the paired difference to float32 "
+        f"with its 95% interval (bootstrap over seeds and users)\n{path}"
+    )
     return records
 
 
@@ -114,13 +140,27 @@ def run(config: Config) -> list[dict]:
     """-> the rows of the speed table."""
     device = dist.pick_device(config.device)
     rows = []
-    print(f"{'size':<12}{'columns':>8}{'users':>7}{'float32 ms':>12}{'bfloat16 ms':>13}{'gain':>7}   auto takes")
+    print(
+        f"{'size':<12}{'columns':>8}{'users':>7}{'float32 ms':>12}{'bfloat16 ms':>13}{'gain':>7}   auto takes"
+    )
     for name in filter(None, config.sizes.split(",")):
         rows.append(row := speed(name, config.steps, device))
-        print(f"{name:<12}{row['columns']:>8}{row['users']:>7}{1e3 * row['float32']:>12.1f}"
-              f"{1e3 * row['bfloat16']:>13.1f}{row['gain']:>7.2f}   {row['auto']}", flush=True)
-    print(json.dumps({"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-                      "has_bf16": dist.multiplies_bf16(device), "rows": rows}))
+        print(
+            f"{name:<12}{row['columns']:>8}{row['users']:>7}{1e3 * row['float32']:>12.1f}"
+            f"{1e3 * row['bfloat16']:>13.1f}{row['gain']:>7.2f}   {row['auto']}",
+            flush=True,
+        )
+    print(
+        json.dumps(
+            {
+                "device": str(device),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "has_bf16": dist.multiplies_bf16(device),
+                "rows": rows,
+            }
+        )
+    )
     if config.seeds:
         quality(config)
     return rows

@@ -41,39 +41,64 @@ from pagellm.train import keyed
 
 __all__ = ["Candidates", "Config", "PLAIN", "ROWS", "candidates", "learn", "plain_features", "run"]
 
-PLAIN = ("popularity", "mean rating", "price", "price - usual", "category", "department", "brand", "history")
-ROWS = {"plain": PLAIN, "plain + dot": (*PLAIN, "dot"), "plain + marginal": (*PLAIN, "marginal"),
-        "plain + both": (*PLAIN, "dot", "marginal"), "plain + first": (*PLAIN, "first"),
-        "plain + first + dot": (*PLAIN, "first", "dot"), "plain + first + marginal": (*PLAIN, "first", "marginal"),
-        "plain + first + both": (*PLAIN, "first", "dot", "marginal")}
+PLAIN = (
+    "popularity",
+    "mean rating",
+    "price",
+    "price - usual",
+    "category",
+    "department",
+    "brand",
+    "history",
+)
+ROWS = {
+    "plain": PLAIN,
+    "plain + dot": (*PLAIN, "dot"),
+    "plain + marginal": (*PLAIN, "marginal"),
+    "plain + both": (*PLAIN, "dot", "marginal"),
+    "plain + first": (*PLAIN, "first"),
+    "plain + first + dot": (*PLAIN, "first", "dot"),
+    "plain + first + marginal": (*PLAIN, "first", "marginal"),
+    "plain + first + both": (*PLAIN, "first", "dot", "marginal"),
+}
 SHOWN = ("Recall@20", "Recall@40", "NDCG@100", "ILD", "true_energy")
 MASK = "train+valid"
-MISSING_EXTRA = ("the ranker learns with LightGBM, which is not installed\n"
-                 "  Install it with: pip install 'pagellm[ranker]', or run make ranker")
+MISSING_EXTRA = (
+    "the ranker learns with LightGBM, which is not installed\n"
+    "  Install it with: pip install 'pagellm[ranker]', or run make ranker"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
     """Order a first stage's candidates with LightGBM, with and without dot(h_u, e_i) and the marginal page reward."""
 
-    source_run: str = ""         # run whose sft is read with policy=sft; empty: this run
-    reward_run: str = ""         # run whose reward model is read; empty: source_run
-    policy: str = "ppo"          # whose features: ppo or sft
-    candidates: int = 100        # items that the first stage proposes to each user
-    ridge: float = 100.0         # of EASE, the first stage
-    k: int = 20                  # slots of a page
-    mode: str = "greedy"         # how the page behind the marginal reward is decoded
-    seeds: int = 5               # rankers: each draws its own rows and columns for its trees
-    trees: int = 100             # of a ranker
-    leaves: int = 15             # of a tree
-    lr: float = 0.05             # of the boosting
+    source_run: str = ""  # run whose sft is read with policy=sft; empty: this run
+    reward_run: str = ""  # run whose reward model is read; empty: source_run
+    policy: str = "ppo"  # whose features: ppo or sft
+    candidates: int = 100  # items that the first stage proposes to each user
+    ridge: float = 100.0  # of EASE, the first stage
+    k: int = 20  # slots of a page
+    mode: str = "greedy"  # how the page behind the marginal reward is decoded
+    seeds: int = 5  # rankers: each draws its own rows and columns for its trees
+    trees: int = 100  # of a ranker
+    leaves: int = 15  # of a tree
+    lr: float = 0.05  # of the boosting
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, policy=(self.policy in ("ppo", "sft"), "ppo or sft"), mode=(self.mode in MODES, ", ".join(MODES)),
-              candidates=(self.candidates >= self.k, f"k={self.k} or more"), ridge=(self.ridge > 0, "above 0"),
-              k=(self.k > 0, "1 or more"), seeds=(self.seeds > 0, "1 or more"), trees=(self.trees > 0, "1 or more"),
-              leaves=(self.leaves > 1, "2 or more"), lr=(self.lr > 0, "above 0"))
+        check(
+            self,
+            policy=(self.policy in ("ppo", "sft"), "ppo or sft"),
+            mode=(self.mode in MODES, ", ".join(MODES)),
+            candidates=(self.candidates >= self.k, f"k={self.k} or more"),
+            ridge=(self.ridge > 0, "above 0"),
+            k=(self.k > 0, "1 or more"),
+            seeds=(self.seeds > 0, "1 or more"),
+            trees=(self.trees > 0, "1 or more"),
+            leaves=(self.leaves > 1, "2 or more"),
+            lr=(self.lr > 0, "above 0"),
+        )
 
 
 @dataclass
@@ -89,8 +114,11 @@ class Candidates:
     def rows(self, names, users: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """X (R, F), y (R,), group sizes of these rows of the table, one row a candidate."""
         kept = self.item[users] >= 0
-        return (np.stack([self.features[name][users][kept] for name in names], 1), self.label[users][kept].astype(int),
-                kept.sum(1))
+        return (
+            np.stack([self.features[name][users][kept] for name in names], 1),
+            self.label[users][kept].astype(int),
+            kept.sum(1),
+        )
 
 
 def plain_features(shop: Shop, users: np.ndarray, item: np.ndarray) -> dict[str, np.ndarray]:
@@ -108,23 +136,36 @@ def plain_features(shop: Shop, users: np.ndarray, item: np.ndarray) -> dict[str,
         if n == 0:
             return np.full(item.shape, np.nan)
         mine = group[train.items]
-        share = np.bincount((owner * n + mine)[mine >= 0], minlength=shop.n_users * n).reshape(-1, n) / size[:, None]
+        share = (
+            np.bincount((owner * n + mine)[mine >= 0], minlength=shop.n_users * n).reshape(-1, n)
+            / size[:, None]
+        )
         have = group[np.maximum(item, 0)]
         return np.where(have >= 0, share[users[:, None], np.maximum(have, 0)], np.nan)
 
     price = c.price.astype(float)
     paid = ~np.isnan(price[train.items])
     total = np.bincount(owner[paid], price[train.items][paid], shop.n_users)
-    usual = total / np.where(count := np.bincount(owner[paid], minlength=shop.n_users), count, np.nan)
+    usual = total / np.where(
+        count := np.bincount(owner[paid], minlength=shop.n_users), count, np.nan
+    )
     at = np.maximum(item, 0)
-    found = {"popularity": np.log1p(popularity(shop))[at], "mean rating": item_scores(shop, 5.0)[at],
-             "price": price[at], "price - usual": price[at] - usual[users][:, None], "category": affinity(c.leaf_id),
-             "department": affinity(top), "brand": affinity(c.brand_id),
-             "history": np.broadcast_to(np.log1p(train.counts()[users])[:, None], item.shape)}
+    found = {
+        "popularity": np.log1p(popularity(shop))[at],
+        "mean rating": item_scores(shop, 5.0)[at],
+        "price": price[at],
+        "price - usual": price[at] - usual[users][:, None],
+        "category": affinity(c.leaf_id),
+        "department": affinity(top),
+        "brand": affinity(c.brand_id),
+        "history": np.broadcast_to(np.log1p(train.counts()[users])[:, None], item.shape),
+    }
     return {name: np.where(item >= 0, x, np.nan).astype(np.float32) for name, x in found.items()}
 
 
-def candidates(shop: Shop, split: str, policy: Policy, reward: RewardModel, config: Config) -> Candidates:
+def candidates(
+    shop: Shop, split: str, policy: Policy, reward: RewardModel, config: Config
+) -> Candidates:
     """EASE's best `config.candidates` for every user with held-out rows of `split`, with all features."""
     held, train, seen = shop.csr(split), shop.csr("train"), seen_rows(shop, split, MASK)
     users = np.flatnonzero(held.counts() > 0)
@@ -132,11 +173,31 @@ def candidates(shop: Shop, split: str, policy: Policy, reward: RewardModel, conf
     first = rank_all(ease.score, users, seen, config.k, config.candidates, config.seed)
     check_pages(f"candidates of {split}", first, users, seen)
     owner = np.repeat(np.arange(shop.n_users), held.counts())
-    label = np.isin(users[:, None] * shop.n_items + first.item, owner * shop.n_items + held.items) & (first.item >= 0)
-    dot, marginal = pair_features(policy, reward, train, seen, users, first.item, config.k, config.mode,
-                                  progress=f"features, {split}")
-    return Candidates(users, first.item, label, plain_features(shop, users, first.item) | {
-        "dot": dot, "marginal": marginal, "first": np.where(first.item >= 0, first.score, np.nan)})
+    label = np.isin(
+        users[:, None] * shop.n_items + first.item, owner * shop.n_items + held.items
+    ) & (first.item >= 0)
+    dot, marginal = pair_features(
+        policy,
+        reward,
+        train,
+        seen,
+        users,
+        first.item,
+        config.k,
+        config.mode,
+        progress=f"features, {split}",
+    )
+    return Candidates(
+        users,
+        first.item,
+        label,
+        plain_features(shop, users, first.item)
+        | {
+            "dot": dot,
+            "marginal": marginal,
+            "first": np.where(first.item >= 0, first.score, np.nan),
+        },
+    )
 
 
 def kept(path: Path, make: Callable[[], Candidates]) -> Candidates:
@@ -144,7 +205,9 @@ def kept(path: Path, make: Callable[[], Candidates]) -> Candidates:
     if not path.exists():
         made = make()
         with atomic(path) as beside, open(beside, "wb") as file:
-            np.savez_compressed(file, user=made.user, item=made.item, label=made.label, **made.features)
+            np.savez_compressed(
+                file, user=made.user, item=made.item, label=made.label, **made.features
+            )
     with np.load(path, allow_pickle=False) as file:
         found = dict(file)
     return Candidates(found.pop("user"), found.pop("item"), found.pop("label"), found)
@@ -154,21 +217,41 @@ def dealt(found: Candidates, seed: int) -> Candidates:
     """The same candidates in random places: their order would tell a tree's ties what the first stage thinks."""
     place = np.argsort(keyed(seed, "ranker", "places").random(found.item.shape), axis=1)
     item, label = (np.take_along_axis(x, place, 1) for x in (found.item, found.label))
-    return Candidates(found.user, item, label,
-                      {name: np.take_along_axis(x, place, 1) for name, x in found.features.items()})
+    return Candidates(
+        found.user,
+        item,
+        label,
+        {name: np.take_along_axis(x, place, 1) for name, x in found.features.items()},
+    )
 
 
 def learn(found: Candidates, names, config: Config, seed: int):
     """A LightGBM booster for these features, fitted to `found`."""
     import lightgbm
+
     if not found.label.any():
-        raise PageLLMError(f"the first stage found no held-out item of {len(found.user):,} users: nothing to learn\n"
-                           "  Raise --candidates.")
+        raise PageLLMError(
+            f"the first stage found no held-out item of {len(found.user):,} users: nothing to learn\n"
+            "  Raise --candidates."
+        )
     x, y, group = found.rows(names, np.arange(len(found.user)))
-    params = {"objective": "lambdarank", "num_leaves": config.leaves, "learning_rate": config.lr,
-              "min_data_in_leaf": 50, "bagging_fraction": 0.8, "bagging_freq": 1, "feature_fraction": 0.8,
-              "seed": seed, "deterministic": True, "force_row_wise": True, "num_threads": 1, "verbose": -1}
-    return lightgbm.train(params, lightgbm.Dataset(x, y, group=group, params={"verbose": -1}), config.trees)
+    params = {
+        "objective": "lambdarank",
+        "num_leaves": config.leaves,
+        "learning_rate": config.lr,
+        "min_data_in_leaf": 50,
+        "bagging_fraction": 0.8,
+        "bagging_freq": 1,
+        "feature_fraction": 0.8,
+        "seed": seed,
+        "deterministic": True,
+        "force_row_wise": True,
+        "num_threads": 1,
+        "verbose": -1,
+    }
+    return lightgbm.train(
+        params, lightgbm.Dataset(x, y, group=group, params={"verbose": -1}), config.trees
+    )
 
 
 def order(found: Candidates, names, booster, k: int) -> RankedPages:
@@ -178,10 +261,14 @@ def order(found: Candidates, names, booster, k: int) -> RankedPages:
     if booster is None:
         score[kept] = found.features["first"][kept]
     else:
-        score[kept] = booster.predict(found.rows(names, np.arange(len(found.user)))[0], num_threads=1)
+        score[kept] = booster.predict(
+            found.rows(names, np.arange(len(found.user)))[0], num_threads=1
+        )
     best = np.argsort(-score, axis=1, kind="stable")
     item = np.take_along_axis(found.item, best, 1)
-    return RankedPages(found.user, item, np.take_along_axis(score, best, 1), np.minimum((item >= 0).sum(1), k))
+    return RankedPages(
+        found.user, item, np.take_along_axis(score, best, 1), np.minimum((item >= 0).sum(1), k)
+    )
 
 
 def run(config: Config) -> list[dict]:
@@ -189,9 +276,16 @@ def run(config: Config) -> list[dict]:
         import lightgbm  # noqa: F401
     except ImportError:
         raise PageLLMError(MISSING_EXTRA) from None
-    where = {config.policy: config.stage(config.policy, config.source_run if config.policy == "sft" else ""),
-             "reward": config.stage("reward", config.reward_run or config.source_run)}
-    inputs = {name: finished(path, f"{name} model", config.make(name))["id"] for name, path in where.items()}
+    where = {
+        config.policy: config.stage(
+            config.policy, config.source_run if config.policy == "sft" else ""
+        ),
+        "reward": config.stage("reward", config.reward_run or config.source_run),
+    }
+    inputs = {
+        name: finished(path, f"{name} model", config.make(name))["id"]
+        for name, path in where.items()
+    }
     shop, device = load(config.data_dir), pick_device(config.device)
     inputs["data"] = file_id(config.data_dir / "source.json")
     with Run(config.stage("ranker"), config, inputs) as out:
@@ -200,12 +294,22 @@ def run(config: Config) -> list[dict]:
             return []
         policy = Policy.load(where[config.policy], device)
         reward = RewardModel.load(where["reward"], device).requires_grad_(False)
-        valid, test = (dealt(kept(out.path / f"{split}.npz",
-                                  lambda split=split: candidates(shop, split, policy, reward, config)), config.seed)
-                       for split in ("valid", "test"))
+        valid, test = (
+            dealt(
+                kept(
+                    out.path / f"{split}.npz",
+                    lambda split=split: candidates(shop, split, policy, reward, config),
+                ),
+                config.seed,
+            )
+            for split in ("valid", "test")
+        )
         scorer = Scorer(shop, "test")
         seen = seen_rows(shop, "test", MASK)
-        results, gain = {"EASE": [scorer(order(test, (), None, config.k), config.k)] * config.seeds}, {}
+        results, gain = (
+            {"EASE": [scorer(order(test, (), None, config.k), config.k)] * config.seeds},
+            {},
+        )
         for name, features in ROWS.items():
             results[name], gain[name] = [], []
             for seed in range(config.seeds):
@@ -221,7 +325,9 @@ def run(config: Config) -> list[dict]:
         with atomic(out.path / "table.md") as beside:
             beside.write_text(text + "\n")
         out.finish()
-        print(f"{config.dataset}: {len(test.user):,} users, {config.seeds} rankers\n\n{text}\n\n{out.path}")
+        print(
+            f"{config.dataset}: {len(test.user):,} users, {config.seeds} rankers\n\n{text}\n\n{out.path}"
+        )
     return records
 
 
@@ -238,10 +344,13 @@ def report(records, results, gain, test: Candidates) -> str:
         lines.append(f"{more} beside EASE's score, to plain + first: " + ", ".join(cells))
     names = ROWS["plain + first + both"]
     share = np.mean(gain["plain + first + both"], axis=0)
-    lines += ["", "share of the trees' gain, plain + first + both: "
-              + ", ".join(f"{names[i]} {share[i]:.0%}" for i in np.argsort(-share)),
-              f"the candidates hold {test.label.sum():,} held-out items, those of {test.label.any(1).mean():.1%} of "
-              "the users at least one"]
+    lines += [
+        "",
+        "share of the trees' gain, plain + first + both: "
+        + ", ".join(f"{names[i]} {share[i]:.0%}" for i in np.argsort(-share)),
+        f"the candidates hold {test.label.sum():,} held-out items, those of {test.label.any(1).mean():.1%} of "
+        "the users at least one",
+    ]
     return "\n".join(lines)
 
 

@@ -39,23 +39,32 @@ __all__ = ["Config", "read_run", "run"]
 class Config(Common):
     """Score somebody's run file by our metrics and print it beside the baselines."""
 
-    name: str = ""               # name of the row
-    file: str = ""               # run file: user, item, and score or rank
-    ids: str = "auto"            # what user and item are: shop (its own identifiers), dense (the numbers of
-                                 # interactions.parquet and pages.parquet), or auto: whichever fits all
-    mask: str = "train+valid"    # splits whose items are taken out; as the baselines were made
-    k: int = 20                  # slots of a page
-    depth: int = 100             # ranks in all
-    versus: str = "EASE"         # row that differences are taken to
-    n_boot: int = 1000           # bootstrap draws behind an interval
+    name: str = ""  # name of the row
+    file: str = ""  # run file: user, item, and score or rank
+    ids: str = "auto"  # what user and item are: shop (its own identifiers), dense (the numbers of
+    # interactions.parquet and pages.parquet), or auto: whichever fits all
+    mask: str = "train+valid"  # splits whose items are taken out; as the baselines were made
+    k: int = 20  # slots of a page
+    depth: int = 100  # ranks in all
+    versus: str = "EASE"  # row that differences are taken to
+    n_boot: int = 1000  # bootstrap draws behind an interval
 
     def __post_init__(self):
-        check(self, name=(self.name.replace(" ", "").isprintable() and self.name.strip() != "" and "/" not in self.name,
-                          "a name for the row"),
-              file=(Path(self.file).is_file(), "an existing run file"),
-              ids=(self.ids in ("auto", "shop", "dense"), "auto, shop or dense"), mask=check_mask(self.mask),
-              k=(self.k > 0, "1 or more"), depth=(self.depth >= self.k, f"k={self.k} or more"),
-              n_boot=(self.n_boot > 1, "2 or more"))
+        check(
+            self,
+            name=(
+                self.name.replace(" ", "").isprintable()
+                and self.name.strip() != ""
+                and "/" not in self.name,
+                "a name for the row",
+            ),
+            file=(Path(self.file).is_file(), "an existing run file"),
+            ids=(self.ids in ("auto", "shop", "dense"), "auto, shop or dense"),
+            mask=check_mask(self.mask),
+            k=(self.k > 0, "1 or more"),
+            depth=(self.depth >= self.k, f"k={self.k} or more"),
+            n_boot=(self.n_boot > 1, "2 or more"),
+        )
 
 
 def read_table(path: Path) -> pa.Table:
@@ -66,14 +75,23 @@ def read_table(path: Path) -> pa.Table:
         else:
             delimiter = "," if ".csv" in path.suffixes else "\t"
             # As text: an identifier such as 0439893577 must keep its zero.
-            kinds = pyarrow.csv.ConvertOptions(column_types={"user": pa.string(), "item": pa.string()})
-            data = pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter),
-                                        convert_options=kinds)
+            kinds = pyarrow.csv.ConvertOptions(
+                column_types={"user": pa.string(), "item": pa.string()}
+            )
+            data = pyarrow.csv.read_csv(
+                path,
+                parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter),
+                convert_options=kinds,
+            )
     except pa.ArrowInvalid as error:
-        raise PageLLMError(f"{path} cannot be read ({error})\n  Want .parquet, .csv or .tsv.") from error
+        raise PageLLMError(
+            f"{path} cannot be read ({error})\n  Want .parquet, .csv or .tsv."
+        ) from error
     missing = {"user", "item"} - set(data.column_names)
     if missing or not {"score", "rank"} & set(data.column_names):
-        raise PageLLMError(f"{path}: columns {', '.join(data.column_names)}; want user, item, and score or rank")
+        raise PageLLMError(
+            f"{path}: columns {', '.join(data.column_names)}; want user, item, and score or rank"
+        )
     return data
 
 
@@ -83,23 +101,42 @@ def numbers(column: pa.ChunkedArray, own: list[str], what: str, path: Path, ids:
     Raises PageLLMError for a value that is neither, and in auto where it might be both.
     """
     text = column.cast(pa.string())
-    found = {"shop": pc.index_in(text, pa.array(own, pa.string())),
-             "dense": pc.index_in(text, pa.array(list(map(str, range(len(own))))))}
-    fits = [name for name, number in found.items() if ids in ("auto", name) and not number.null_count]
+    found = {
+        "shop": pc.index_in(text, pa.array(own, pa.string())),
+        "dense": pc.index_in(text, pa.array(list(map(str, range(len(own)))))),
+    }
+    fits = [
+        name for name, number in found.items() if ids in ("auto", name) and not number.null_count
+    ]
     if not fits:
         strange = text.filter(pc.is_null(found["dense" if ids == "dense" else "shop"]))[0].as_py()
-        raise PageLLMError(f"{path}: {what} {strange!r} is not "
-                           + {"auto": f"one of the shop's identifiers, nor are all numbers in 0..{len(own) - 1}",
-                              "shop": "one of the shop's identifiers", "dense": f"in 0..{len(own) - 1}"}[ids])
+        raise PageLLMError(
+            f"{path}: {what} {strange!r} is not "
+            + {
+                "auto": f"one of the shop's identifiers, nor are all numbers in 0..{len(own) - 1}",
+                "shop": "one of the shop's identifiers",
+                "dense": f"in 0..{len(own) - 1}",
+            }[ids]
+        )
     chosen = [found[name].to_numpy().astype(np.int64) for name in fits]
     if len(fits) > 1 and (chosen[0] != chosen[1]).any():
-        raise PageLLMError(f"{path}: column {what} can be read as the shop's own identifiers and as the numbers of "
-                           "interactions.parquet\n  Say which with --ids shop or --ids dense.")
+        raise PageLLMError(
+            f"{path}: column {what} can be read as the shop's own identifiers and as the numbers of "
+            "interactions.parquet\n  Say which with --ids shop or --ids dense."
+        )
     return chosen[0]
 
 
-def read_run(path: Path, shop: Shop, users: np.ndarray, seen: Rows, k: int, depth: int, seed: int = 0,
-             ids: str = "auto") -> tuple[RankedPages, str]:
+def read_run(
+    path: Path,
+    shop: Shop,
+    users: np.ndarray,
+    seen: Rows,
+    k: int,
+    depth: int,
+    seed: int = 0,
+    ids: str = "auto",
+) -> tuple[RankedPages, str]:
     """Lists (U, depth) of exactly `users`, free of what they have seen; and what was done to the file, in words.
 
     Equal scores go by a seeded shuffle. With ranks, scores are not looked at: a page's slots need not fall in score.
@@ -108,9 +145,15 @@ def read_run(path: Path, shop: Shop, users: np.ndarray, seen: Rows, k: int, dept
     data = read_table(path)
     user = numbers(data["user"], shop.user_ids, "user", path, ids)
     item = numbers(data["item"], shop.catalogue.ids, "item", path, ids)
-    score = (pc.negate(data["rank"]) if "rank" in data.column_names else data["score"]).to_numpy().astype(np.float32)
+    score = (
+        (pc.negate(data["rank"]) if "rank" in data.column_names else data["score"])
+        .to_numpy()
+        .astype(np.float32)
+    )
     if not np.isfinite(score).all():
-        raise PageLLMError(f"{path}: {int((~np.isfinite(score)).sum()):,} scores are not finite numbers")
+        raise PageLLMError(
+            f"{path}: {int((~np.isfinite(score)).sum()):,} scores are not finite numbers"
+        )
     if len(np.unique(user * shop.n_items + item)) < len(user):
         raise PageLLMError(f"{path}: a user's list repeats an item; want each (user, item) once")
     order = np.argsort(user, kind="stable")
@@ -118,7 +161,7 @@ def read_run(path: Path, shop: Shop, users: np.ndarray, seen: Rows, k: int, dept
     indptr = np.searchsorted(user, np.arange(shop.n_users + 1))
     items, values = [], []
     for at in range(0, len(users), 512):
-        some = users[at: at + 512]
+        some = users[at : at + 512]
         full = torch.full((len(some), shop.n_items), -torch.inf)
         span = [np.arange(indptr[u], indptr[u + 1]) for u in some]
         row = np.repeat(np.arange(len(some)), [len(s) for s in span])
@@ -135,9 +178,11 @@ def read_run(path: Path, shop: Shop, users: np.ndarray, seen: Rows, k: int, dept
     masked = int(np.isin(user * shop.n_items + item, code)[scored].sum())
     given = np.diff(indptr)[users]
     room = np.minimum(depth, shop.n_items - seen.counts()[users])
-    notes = (f"{len(user):,} rows read; {masked:,} masked items taken out, {int((given == 0).sum()):,} users without a "
-             f"list count with 0, {len(np.unique(user[~scored])):,} users without held-out items left out, "
-             f"{int(((given > 0) & (length < room)).sum()):,} lists shorter than {depth}")
+    notes = (
+        f"{len(user):,} rows read; {masked:,} masked items taken out, {int((given == 0).sum()):,} users without a "
+        f"list count with 0, {len(np.unique(user[~scored])):,} users without held-out items left out, "
+        f"{int(((given > 0) & (length < room)).sum()):,} lists shorter than {depth}"
+    )
     return ranked, notes
 
 
@@ -145,32 +190,65 @@ def run(config: Config) -> dict:
     shop = load(config.data_dir)
     baselines = config.stage("baselines")
     finished(baselines, "baselines", config.make("baselines"))
-    inputs = {"data": file_id(config.data_dir / "source.json"), "file": file_id(config.file),
-              "baselines": file_id(baselines / "metrics.json")}
+    inputs = {
+        "data": file_id(config.data_dir / "source.json"),
+        "file": file_id(config.file),
+        "baselines": file_id(baselines / "metrics.json"),
+    }
     rows, made = read_rows(baselines)
-    other = [f"{name}={made[name]}" for name in ("mask", "k", "depth") if made[name] != getattr(config, name)]
+    other = [
+        f"{name}={made[name]}"
+        for name in ("mask", "k", "depth")
+        if made[name] != getattr(config, name)
+    ]
     if other or config.name in rows:
-        raise PageLLMError(f"{baselines} was made with {', '.join(other + ['rows ' + ', '.join(rows)])}; want the same "
-                           f"mask, k and depth, and another name than {config.name!r}")
+        raise PageLLMError(
+            f"{baselines} was made with {', '.join(other + ['rows ' + ', '.join(rows)])}; want the same "
+            f"mask, k and depth, and another name than {config.name!r}"
+        )
     if read_json(baselines / "config.json")["inputs"]["data"] != inputs["data"]:
-        raise PageLLMError(f"{baselines} was made on another split than {config.data_dir} holds now\n"
-                           f"  Remove it, then {config.make('baselines')}")
+        raise PageLLMError(
+            f"{baselines} was made on another split than {config.data_dir} holds now\n"
+            f"  Remove it, then {config.make('baselines')}"
+        )
     with Run(config.stage(f"runfile-{slug(config.name)}"), config, inputs, ("file",)) as out:
         if out.done:
             print((out.path / "table.md").read_text())
             return {}
         scorer = Scorer(shop, "test")
         seen = seen_rows(shop, "test", config.mask)
-        ranked, notes = read_run(Path(config.file), shop, scorer.users, seen, config.k, config.depth, config.seed,
-                                 config.ids)
-        rows[config.name], result = score_row(out.path, config.name, ranked, shop, scorer, seen, config)
-        check_leak(config.name, rows[config.name], scorer.held.counts()[scorer.users],
-                   json.loads((baselines / "metrics.json").read_text()).get("EASE"))
+        ranked, notes = read_run(
+            Path(config.file),
+            shop,
+            scorer.users,
+            seen,
+            config.k,
+            config.depth,
+            config.seed,
+            config.ids,
+        )
+        rows[config.name], result = score_row(
+            out.path, config.name, ranked, shop, scorer, seen, config
+        )
+        check_leak(
+            config.name,
+            rows[config.name],
+            scorer.held.counts()[scorer.users],
+            json.loads((baselines / "metrics.json").read_text()).get("EASE"),
+        )
         write_json(out.path / "metrics.json", {config.name: result})
-        records = compare({name: [scores] for name, scores in rows.items()}, SHOWN, config.versus,
-                          config.seed, config.n_boot)
-        text = save(out.path, records, f"{config.dataset}: {audience(shop, scorer, config.mask)}\n"
-                                       f"{config.name}: {notes}")
+        records = compare(
+            {name: [scores] for name, scores in rows.items()},
+            SHOWN,
+            config.versus,
+            config.seed,
+            config.n_boot,
+        )
+        text = save(
+            out.path,
+            records,
+            f"{config.dataset}: {audience(shop, scorer, config.mask)}\n{config.name}: {notes}",
+        )
         out.finish(users=len(scorer.users))
         print(text)
         return {config.name: result}

@@ -27,40 +27,61 @@ FIXED = {"dataset", "run", "data", "runs", "seed", "source_run", "sampled_items"
 class Config:
     """Does a softmax over a few items learn what the full one learns?"""
 
-    dataset: str = "synthetic"   # name of the data set
-    raw: str = ""                # directory of its raw files, if it is not prepared yet
-    sampled_items: int = 64      # drawn items of a step, beside the batch's own
-    seeds: int = 3               # seeds 0, 1, ...
-    pretrain: Options = ""       # options for that stage in every row, as on its command line
-    sft: Options = ""            # likewise
-    data: str = "data"           # directory of prepared data sets
-    runs: str = "runs"           # directory of runs
+    dataset: str = "synthetic"  # name of the data set
+    raw: str = ""  # directory of its raw files, if it is not prepared yet
+    sampled_items: int = 64  # drawn items of a step, beside the batch's own
+    seeds: int = 3  # seeds 0, 1, ...
+    pretrain: Options = ""  # options for that stage in every row, as on its command line
+    sft: Options = ""  # likewise
+    data: str = "data"  # directory of prepared data sets
+    runs: str = "runs"  # directory of runs
 
     def __post_init__(self):
         check_numbers(self)
-        check(self, sampled_items=(self.sampled_items > 0, "1 or more"), seeds=(self.seeds > 0, "1 or more"))
+        check(
+            self,
+            sampled_items=(self.sampled_items > 0, "1 or more"),
+            seeds=(self.seeds > 0, "1 or more"),
+        )
         for stage, module in (("pretrain", pretrain), ("sft", sft)):
             if fixed := FIXED & set(overrides(module, getattr(self, stage))):
-                raise PageLLMError(f"--{stage} must not set {', '.join(sorted(fixed))}: the study does")
+                raise PageLLMError(
+                    f"--{stage} must not set {', '.join(sorted(fixed))}: the study does"
+                )
 
 
 def run(config: Config) -> list[dict]:
     """-> one record for every row and metric, as study.rows_of makes them."""
     drawn = {"sampled_items": config.sampled_items}
-    ways = {"full": {}, f"{config.sampled_items} drawn": drawn,
-            f"{config.sampled_items} drawn, lazy rows": drawn | {"lazy_rows": True}}
+    ways = {
+        "full": {},
+        f"{config.sampled_items} drawn": drawn,
+        f"{config.sampled_items} drawn, lazy rows": drawn | {"lazy_rows": True},
+    }
     results: dict[str, list] = {name: [] for name in ways}
     for seed in range(config.seeds):
         for at, (name, own) in enumerate(ways.items()):
-            stages = Stages(config.data, config.runs, config.raw, pretrain=overrides(pretrain, config.pretrain) | own,
-                            sft=overrides(sft, config.sft) | own, evaluate={"split": "valid", "mask": "train"})
-            folder = f"sampled/{('full', 'drawn', 'lazy')[at]}" + (f"-{config.sampled_items}" if at else "")
-            results[name].append(per_user(run_variant(folder, config.dataset, Variant(name, "sft"), seed, stages)))
+            stages = Stages(
+                config.data,
+                config.runs,
+                config.raw,
+                pretrain=overrides(pretrain, config.pretrain) | own,
+                sft=overrides(sft, config.sft) | own,
+                evaluate={"split": "valid", "mask": "train"},
+            )
+            folder = f"sampled/{('full', 'drawn', 'lazy')[at]}" + (
+                f"-{config.sampled_items}" if at else ""
+            )
+            results[name].append(
+                per_user(run_variant(folder, config.dataset, Variant(name, "sft"), seed, stages))
+            )
     records = rows_of(results, (*evaluate.COLUMNS[:3], "ILD", "energy"))
     path = Path(config.runs) / "sampled" / f"{config.dataset}-{config.sampled_items}.parquet"
     write_table(path, records)
-    print(f"{spread(records)}\n\n{config.seeds} seeds, validation: mean ± standard deviation over seeds; the paired "
-          f"difference to the full softmax with its 95% interval (bootstrap over seeds and users)\n{path}")
+    print(
+        f"{spread(records)}\n\n{config.seeds} seeds, validation: mean ± standard deviation over seeds; the paired "
+        f"difference to the full softmax with its 95% interval (bootstrap over seeds and users)\n{path}"
+    )
     return records
 
 

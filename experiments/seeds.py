@@ -31,21 +31,30 @@ OURS = {"sft": 'SFT = "w/o reward"', "ppo": "PageLLM"}
 class Config:
     """Put runs of several seeds and the plain baselines into one table."""
 
-    dataset: str = "synthetic"   # name of the data set
-    run: str = ""                # runs are <run>-s<seed>; empty: the data set's name
-    seeds: str = "0,1,2,3,4"     # which, comma-separated
-    policies: str = "sft,ppo"    # rows of ours, comma-separated; popularity comes with the baselines
-    baselines: str = ""          # run whose baselines stand beside them; empty: the data set's name
-    versus: str = ""             # row that differences are taken to; empty: the first of policies
-    n_boot: int = 1000           # bootstrap draws behind an interval
-    runs: str = "runs"           # directory of runs
+    dataset: str = "synthetic"  # name of the data set
+    run: str = ""  # runs are <run>-s<seed>; empty: the data set's name
+    seeds: str = "0,1,2,3,4"  # which, comma-separated
+    policies: str = "sft,ppo"  # rows of ours, comma-separated; popularity comes with the baselines
+    baselines: str = ""  # run whose baselines stand beside them; empty: the data set's name
+    versus: str = ""  # row that differences are taken to; empty: the first of policies
+    n_boot: int = 1000  # bootstrap draws behind an interval
+    runs: str = "runs"  # directory of runs
 
     def __post_init__(self):
         names = self.seeds.split(",")
-        check(self, policies=(set(self.policies.split(",")) & set(OURS) and set(self.policies.split(","))
-                              <= {"popularity", *OURS}, f"some of {','.join(OURS)}, beside popularity if you like"),
-              seeds=(all(n.isdigit() for n in names) and len(set(names)) == len(names), "numbers, each once"),
-              n_boot=(self.n_boot > 1, "2 or more"))
+        check(
+            self,
+            policies=(
+                set(self.policies.split(",")) & set(OURS)
+                and set(self.policies.split(",")) <= {"popularity", *OURS},
+                f"some of {','.join(OURS)}, beside popularity if you like",
+            ),
+            seeds=(
+                all(n.isdigit() for n in names) and len(set(names)) == len(names),
+                "numbers, each once",
+            ),
+            n_boot=(self.n_boot > 1, "2 or more"),
+        )
 
 
 def run(config: Config) -> list[dict]:
@@ -56,12 +65,17 @@ def run(config: Config) -> list[dict]:
     results: dict[str, list[dict[str, np.ndarray]]] = {row: [] for row in ours.values()}
     for seed in seeds:
         folder = root / f"{name}-s{seed}" / "evaluate"
-        finished(folder, f"evaluation of seed {seed}",
-                 f"make evaluate DATASET={config.dataset} RUN={name}-s{seed} SEED={seed}")
+        finished(
+            folder,
+            f"evaluation of seed {seed}",
+            f"make evaluate DATASET={config.dataset} RUN={name}-s{seed} SEED={seed}",
+        )
         made = read_json(folder / "config.json")
         if made["config"]["seed"] != int(seed):
-            raise PageLLMError(f"{folder} was made with seed {made['config']['seed']}, not {seed}\n  Make it with: "
-                               f"make evaluate DATASET={config.dataset} RUN={name}-s{seed} SEED={seed}")
+            raise PageLLMError(
+                f"{folder} was made with seed {made['config']['seed']}, not {seed}\n  Make it with: "
+                f"make evaluate DATASET={config.dataset} RUN={name}-s{seed} SEED={seed}"
+            )
         data.add(made["inputs"]["data"])
         for policy, row in ours.items():
             results[row].append(per_user(folder / policy / "per_user.parquet"))
@@ -70,16 +84,26 @@ def run(config: Config) -> list[dict]:
         data.add(read_json(folder / "config.json")["inputs"]["data"])
         results |= {row: [scores] * len(seeds) for row, scores in read_rows(folder)[0].items()}
     elif config.baselines:
-        finished(folder, "baselines", f"make baselines DATASET={config.dataset} RUN={config.baselines}")
+        finished(
+            folder, "baselines", f"make baselines DATASET={config.dataset} RUN={config.baselines}"
+        )
     if len(data) > 1:
-        raise PageLLMError(f"these runs were scored on different data: their source.json have the ids {sorted(data)}\n"
-                           "  Evaluate all on one prepared data set.")
+        raise PageLLMError(
+            f"these runs were scored on different data: their source.json have the ids {sorted(data)}\n"
+            "  Evaluate all on one prepared data set."
+        )
     versus = config.versus or next(iter(ours.values()))
     records = compare(results, SHOWN, versus, 0, config.n_boot)
     out = root / f"{name}-seeds"
     out.mkdir(parents=True, exist_ok=True)
-    print(save(out, records, f"{config.dataset}: {len(seeds)} seeds ({config.seeds}), test split; difference to "
-                             f"{versus} with its 95% interval over seeds and users"))
+    print(
+        save(
+            out,
+            records,
+            f"{config.dataset}: {len(seeds)} seeds ({config.seeds}), test split; difference to "
+            f"{versus} with its 95% interval over seeds and users",
+        )
+    )
     return records
 
 

@@ -22,8 +22,19 @@ from pagellm.data import prepare
 from pagellm.metrics import DIRECTION
 from pagellm.run import atomic
 
-__all__ = ["Stages", "Variant", "difference", "effect", "per_user", "print_table", "rows_of", "run_variant", "slug",
-           "study", "write_table"]
+__all__ = [
+    "Stages",
+    "Variant",
+    "difference",
+    "effect",
+    "per_user",
+    "print_table",
+    "rows_of",
+    "run_variant",
+    "slug",
+    "study",
+    "write_table",
+]
 
 
 @dataclass(frozen=True)
@@ -31,9 +42,9 @@ class Variant:
     """One row of a study: which policy is scored, and what its stages change."""
 
     name: str
-    policy: str = "ppo"                              # "sft": the policy without reward
+    policy: str = "ppo"  # "sft": the policy without reward
     ppo: dict = field(default_factory=dict)
-    reward: dict = field(default_factory=dict)       # if not empty, a reward model of its own
+    reward: dict = field(default_factory=dict)  # if not empty, a reward model of its own
 
 
 @dataclass(frozen=True)
@@ -65,12 +76,24 @@ def run_variant(name: str, dataset: str, variant: Variant, seed: int, stages: St
     own = base
     if variant.policy == "ppo":
         judge = f"{base}-{slug(variant.name)}" if variant.reward else base
-        reward.run(reward.Config(run=judge, source_run=base if variant.reward else "", **common,
-                                 **stages.reward | variant.reward))
+        reward.run(
+            reward.Config(
+                run=judge,
+                source_run=base if variant.reward else "",
+                **common,
+                **stages.reward | variant.reward,
+            )
+        )
         own = f"{base}-{slug(variant.name)}"
-        ppo.run(ppo.Config(run=own, source_run=base, reward_run=judge, **common, **stages.ppo | variant.ppo))
+        ppo.run(
+            ppo.Config(
+                run=own, source_run=base, reward_run=judge, **common, **stages.ppo | variant.ppo
+            )
+        )
     scoring = {"examples": 0, "quiet": True} | stages.evaluate
-    evaluate.run(evaluate.Config(run=own, source_run=base, policies=variant.policy, **common, **scoring))
+    evaluate.run(
+        evaluate.Config(run=own, source_run=base, policies=variant.policy, **common, **scoring)
+    )
     return Path(stages.runs) / own / "evaluate" / variant.policy / "per_user.parquet"
 
 
@@ -79,21 +102,30 @@ def per_user(path: Path) -> dict[str, np.ndarray]:
     return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
 
 
-def study(name: str, dataset: str, variants: list[Variant], seeds: Iterable[int], stages: Stages | None = None
-          ) -> dict[str, list[dict[str, np.ndarray]]]:
+def study(
+    name: str,
+    dataset: str,
+    variants: list[Variant],
+    seeds: Iterable[int],
+    stages: Stages | None = None,
+) -> dict[str, list[dict[str, np.ndarray]]]:
     """variant name -> one {metric: (U,) array, "user": (U,)} a seed, users in the same order everywhere."""
     stages = stages or Stages()
-    return {v.name: [per_user(run_variant(name, dataset, v, seed, stages)) for seed in seeds] for v in variants}
+    return {
+        v.name: [per_user(run_variant(name, dataset, v, seed, stages)) for seed in seeds]
+        for v in variants
+    }
 
 
-def difference(a: list[np.ndarray], b: list[np.ndarray], draws: int = 2000, seed: int = 0
-               ) -> tuple[float, float, float]:
+def difference(
+    a: list[np.ndarray], b: list[np.ndarray], draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
     """Mean of a - b over seeds and users with a 95% interval; a, b: one (U,) array a seed, NaN where undefined.
 
     Two-level bootstrap: seeds are drawn with replacement, then users, the same users in a and b. With one seed it
     is the plain paired bootstrap over users.
     """
-    delta = np.stack(a) - np.stack(b)                                  # (S, U)
+    delta = np.stack(a) - np.stack(b)  # (S, U)
     defined = ~np.isnan(delta)
     if not defined.any():
         return (float("nan"),) * 3
@@ -113,7 +145,7 @@ def difference(a: list[np.ndarray], b: list[np.ndarray], draws: int = 2000, seed
 def effect(a: list[np.ndarray], b: list[np.ndarray]) -> float:
     """Effect size d: mean of a - b over its standard deviation among users; 0 where nothing differs, infinite where
     all users differ by the same. Arguments as in `difference`."""
-    gap = np.stack(a) - np.stack(b)                                    # (S, U)
+    gap = np.stack(a) - np.stack(b)  # (S, U)
     known = gap[:, ~np.isnan(gap).all(0)]
     if not known.size or not np.nanmax(np.abs(known)):
         return 0.0
@@ -132,9 +164,15 @@ def rows_of(results, metrics_shown) -> list[dict]:
             if not values or all(np.isnan(v).all() for v in values):
                 continue
             means = [float(np.nanmean(v)) for v in values]
-            record = {"variant": name, "metric": metric, "direction": DIRECTION.get(metric, "up"), "seeds": len(values),
-                      "mean": float(np.mean(means)), "sd_over_seeds": float(np.std(means, ddof=1)) if len(means) > 1
-                      else float("nan"), "versus": names[0]}
+            record = {
+                "variant": name,
+                "metric": metric,
+                "direction": DIRECTION.get(metric, "up"),
+                "seeds": len(values),
+                "mean": float(np.mean(means)),
+                "sd_over_seeds": float(np.std(means, ddof=1)) if len(means) > 1 else float("nan"),
+                "versus": names[0],
+            }
             first = [seed[metric] for seed in results[names[0]]]
             record["difference"], record["low"], record["high"] = difference(values, first)
             record["effect"] = effect(values, first)
@@ -161,9 +199,14 @@ def print_table(records: list[dict]) -> str:
         for name in names:
             r = at.get((name, metric))
             cells.append("–" if r is None else f"{r['mean']:.4f}")
-            under.append("" if r is None or name == names[0]
-                         else f"{r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}], d {r['effect']:+.2f}")
+            under.append(
+                ""
+                if r is None or name == names[0]
+                else f"{r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}], d {r['effect']:+.2f}"
+            )
         direction = next(r["direction"] for r in records if r["metric"] == metric)
-        lines.append(f"{metric + ' ' + arrow[direction]:<18}" + "".join(f"{c:>{width}}" for c in cells))
+        lines.append(
+            f"{metric + ' ' + arrow[direction]:<18}" + "".join(f"{c:>{width}}" for c in cells)
+        )
         lines.append(" " * 18 + "".join(f"{c:>{width}}" for c in under))
     return "\n".join(lines)

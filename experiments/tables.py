@@ -23,8 +23,13 @@ __all__ = ["compare", "latex", "markdown", "save", "spread"]
 ARROW = {"up": "↑", "down": "↓"}
 
 
-def compare(results: dict[str, list[dict[str, np.ndarray]]], columns: Sequence[str], versus: str, seed: int = 0,
-            n_boot: int = 1000) -> list[dict]:
+def compare(
+    results: dict[str, list[dict[str, np.ndarray]]],
+    columns: Sequence[str],
+    versus: str,
+    seed: int = 0,
+    n_boot: int = 1000,
+) -> list[dict]:
     """One record for each row and metric: mean, and the paired difference to the row `versus`.
 
     results  row -> one {metric: (U,)} a seed. One seed: bootstrap over users; several: over seeds, then users
@@ -33,25 +38,42 @@ def compare(results: dict[str, list[dict[str, np.ndarray]]], columns: Sequence[s
     if versus not in results:
         raise PageLLMError(f"no row {versus!r} to compare with; there are {', '.join(results)}")
     if len({len(seeds) for seeds in results.values()}) > 1:
-        raise PageLLMError(f"rows have {', '.join(f'{name}: {len(s)}' for name, s in results.items())} seeds: "
-                           "want equally many")
+        raise PageLLMError(
+            f"rows have {', '.join(f'{name}: {len(s)}' for name, s in results.items())} seeds: "
+            "want equally many"
+        )
     records = []
     for name, seeds in results.items():
         for metric in columns:
             if not all(metric in scores and not np.isnan(scores[metric]).all() for scores in seeds):
                 continue
-            record = {"variant": name, "metric": metric, "direction": metrics.DIRECTION.get(metric, "up"),
-                      "seeds": len(seeds), "users": int((~np.isnan(seeds[0][metric])).sum()),
-                      "mean": float(np.mean([np.nanmean(s[metric]) for s in seeds])),
-                      "versus": versus, "difference": 0.0, "low": 0.0, "high": 0.0, "effect": 0.0}
+            record = {
+                "variant": name,
+                "metric": metric,
+                "direction": metrics.DIRECTION.get(metric, "up"),
+                "seeds": len(seeds),
+                "users": int((~np.isnan(seeds[0][metric])).sum()),
+                "mean": float(np.mean([np.nanmean(s[metric]) for s in seeds])),
+                "versus": versus,
+                "difference": 0.0,
+                "low": 0.0,
+                "high": 0.0,
+                "effect": 0.0,
+            }
             first = [scores[metric] for scores in results[versus] if metric in scores]
             if name != versus and len(first) == len(seeds):
                 mine = [scores[metric] for scores in seeds]
                 if len(seeds) == 1:
-                    found = [metrics.paired(mine[0], first[0], seed, n_boot)[k] for k in ("mean", "low", "high")]
+                    found = [
+                        metrics.paired(mine[0], first[0], seed, n_boot)[k]
+                        for k in ("mean", "low", "high")
+                    ]
                 else:
                     found = difference(mine, first, n_boot, seed)
-                record |= dict(zip(("difference", "low", "high"), found, strict=True), effect=effect(mine, first))
+                record |= dict(
+                    zip(("difference", "low", "high"), found, strict=True),
+                    effect=effect(mine, first),
+                )
             records.append(record)
     return records
 
@@ -72,7 +94,10 @@ def markdown(records: list[dict]) -> str:
     """Rows down, metrics across; the best mean of a column is bold, and so is any that equals it."""
     names, columns, at, best = grid(records)
     direction = {r["metric"]: ARROW[r["direction"]] for r in records}
-    lines = ["| | " + " | ".join(f"{c} {direction[c]}" for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = [
+        "| | " + " | ".join(f"{c} {direction[c]}" for c in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
     for name in names:
         cells = []
         for metric in columns:
@@ -80,7 +105,9 @@ def markdown(records: list[dict]) -> str:
             value = "–" if r is None else f"{r['mean']:.4f}"
             cells.append(f"**{value}**" if r is not None and best[metric] == r["mean"] else value)
             if r is not None and name != r["versus"]:
-                cells[-1] += f" ({r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}], d {r['effect']:+.2f})"
+                cells[-1] += (
+                    f" ({r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}], d {r['effect']:+.2f})"
+                )
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -97,9 +124,14 @@ def spread(records: list[dict]) -> str:
             if r is None:
                 cells.append("–")
                 continue
-            cell = f"{r['mean']:.4f}" + ("" if np.isnan(r["sd_over_seeds"]) else f" ± {r['sd_over_seeds']:.4f}")
-            cells.append(cell if name == r["versus"] else
-                         f"{cell}, {r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}], d {r['effect']:+.2f}")
+            cell = f"{r['mean']:.4f}" + (
+                "" if np.isnan(r["sd_over_seeds"]) else f" ± {r['sd_over_seeds']:.4f}"
+            )
+            cells.append(
+                cell
+                if name == r["versus"]
+                else f"{cell}, {r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}], d {r['effect']:+.2f}"
+            )
         direction = next(ARROW[r["direction"]] for r in records if r["metric"] == metric)
         lines.append(f"| {metric} {direction} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -108,17 +140,28 @@ def spread(records: list[dict]) -> str:
 def latex(records: list[dict]) -> str:
     """The same as a booktabs table; differences stand in a small line under the means."""
     names, columns, at, best = grid(records)
-    arrow = {r["metric"]: r"$\uparrow$" if r["direction"] == "up" else r"$\downarrow$" for r in records}
-    lines = [r"\begin{tabular}{l" + "r" * len(columns) + "}", r"\toprule",
-             " & ".join(["", *(f"{escape(c)} {arrow[c]}" for c in columns)]) + r" \\", r"\midrule"]
+    arrow = {
+        r["metric"]: r"$\uparrow$" if r["direction"] == "up" else r"$\downarrow$" for r in records
+    }
+    lines = [
+        r"\begin{tabular}{l" + "r" * len(columns) + "}",
+        r"\toprule",
+        " & ".join(["", *(f"{escape(c)} {arrow[c]}" for c in columns)]) + r" \\",
+        r"\midrule",
+    ]
     for name in names:
         means, under = [escape(name)], [""]
         for metric in columns:
             r = at.get((name, metric))
             value = "--" if r is None else f"{r['mean']:.4f}"
-            means.append(rf"\textbf{{{value}}}" if r is not None and best[metric] == r["mean"] else value)
-            under.append("" if r is None or name == r["versus"] else
-                         rf"{{\scriptsize ${r['difference']:+.4f}$ [${r['low']:+.4f}$, ${r['high']:+.4f}$]}}")
+            means.append(
+                rf"\textbf{{{value}}}" if r is not None and best[metric] == r["mean"] else value
+            )
+            under.append(
+                ""
+                if r is None or name == r["versus"]
+                else rf"{{\scriptsize ${r['difference']:+.4f}$ [${r['low']:+.4f}$, ${r['high']:+.4f}$]}}"
+            )
         lines.append(" & ".join(means) + r" \\")
         if any(under):
             lines.append(" & ".join(under) + r" \\")

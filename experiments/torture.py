@@ -43,42 +43,66 @@ from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.config import check, main
 from pagellm.data import prepare, synthetic
 from pagellm.data.amazon import parse_item, parse_review
-from pagellm.data.interactions import ITEM_COLUMNS, LOG_COLUMNS, match, read_items, read_log, read_sequences
+from pagellm.data.interactions import (
+    ITEM_COLUMNS,
+    LOG_COLUMNS,
+    match,
+    read_items,
+    read_log,
+    read_sequences,
+)
 from pagellm.data.records import Tally, parsed
 
 __all__ = ["Bench", "Config", "fuzzed_line", "run"]
 
 SUITES = ("kill", "signal", "fault", "ranks", "input", "soak")
-VERBS = {"prepare": prepare, "pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "evaluate": evaluate}
-SMALL = {"prepare": "--users 60 --items 40",
-         "pretrain": "--size nano --steps 8 --batch 8 --rating_batch 8 --words 300 --warmup 2 --save_every 2",
-         "sft": "--epochs 2 --batch 16 --eval_every 3 --max_history 8 --warmup 2 --k 6 --save_every 2",
-         "reward": "--per_kind 1 --batch 16 --warmup 2 --save_every 2",
-         "ppo": "--epochs 1 --rollout 16 --minibatch 8 --micro 4 --inner_epochs 2 --k 6 --eval_every 2 "
-               "--critic_warmup 4 --lr 1e-3 --min_steps 8 --save_every 2",
-         "evaluate": "--k 6 --depth 40 --n_boot 50 --examples 1"}
+VERBS = {
+    "prepare": prepare,
+    "pretrain": pretrain,
+    "sft": sft,
+    "reward": reward,
+    "ppo": ppo,
+    "evaluate": evaluate,
+}
+SMALL = {
+    "prepare": "--users 60 --items 40",
+    "pretrain": "--size nano --steps 8 --batch 8 --rating_batch 8 --words 300 --warmup 2 --save_every 2",
+    "sft": "--epochs 2 --batch 16 --eval_every 3 --max_history 8 --warmup 2 --k 6 --save_every 2",
+    "reward": "--per_kind 1 --batch 16 --warmup 2 --save_every 2",
+    "ppo": "--epochs 1 --rollout 16 --minibatch 8 --micro 4 --inner_epochs 2 --k 6 --eval_every 2 "
+    "--critic_warmup 4 --lr 1e-3 --min_steps 8 --save_every 2",
+    "evaluate": "--k 6 --depth 40 --n_boot 50 --examples 1",
+}
 
 
 # Where a kill hurts most: the file operation that comes next, as `operations` describes it.
-SPOTS = {"while a checkpoint is written": ("open", ".step-"), "between its rename and LAST": ("open", ".LAST"),
-         "before old checkpoints are gone": ("os.remove", "step-"), "between model.pt and done": ("open", ".done")}
+SPOTS = {
+    "while a checkpoint is written": ("open", ".step-"),
+    "between its rename and LAST": ("open", ".LAST"),
+    "before old checkpoints are gone": ("os.remove", "step-"),
+    "between model.pt and done": ("open", ".done"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Break things on purpose and count what survives."""
 
-    suites: str = "kill,signal,fault,ranks,input"   # which, comma-separated
-    moments: int = 20            # kills of each stage; signals are half as many
-    inputs: int = 100_000        # mutated lines
-    minutes: float = 30.0        # of soak
-    seed: int = 0                # of all choices; another seed, other moments
+    suites: str = "kill,signal,fault,ranks,input"  # which, comma-separated
+    moments: int = 20  # kills of each stage; signals are half as many
+    inputs: int = 100_000  # mutated lines
+    minutes: float = 30.0  # of soak
+    seed: int = 0  # of all choices; another seed, other moments
 
     def __post_init__(self):
         names = self.suites.split(",")
-        check(self, suites=(set(names) <= set(SUITES), f"some of {','.join(SUITES)}"),
-              moments=(self.moments > 0, "1 or more"), inputs=(self.inputs >= 0, "0 or more"),
-              minutes=(0 < self.minutes < 1e6, "above 0"))
+        check(
+            self,
+            suites=(set(names) <= set(SUITES), f"some of {','.join(SUITES)}"),
+            moments=(self.moments > 0, "1 or more"),
+            inputs=(self.inputs >= 0, "0 or more"),
+            minutes=(0 < self.minutes < 1e6, "above 0"),
+        )
 
 
 @dataclass
@@ -92,11 +116,17 @@ class Outcome:
     peak_mb: float
 
 
-TRIAL_SECONDS = 180          # a trial that takes longer hangs: its stack is printed, and it is killed
+TRIAL_SECONDS = 180  # a trial that takes longer hangs: its stack is printed, and it is killed
 
 
-def forked(folder: Path, action: Callable[[], int], arm: Callable[[], None] | None = None,
-           signum: int = 0, after: float = 0.0, patience: bool = True) -> Outcome:
+def forked(
+    folder: Path,
+    action: Callable[[], int],
+    arm: Callable[[], None] | None = None,
+    signum: int = 0,
+    after: float = 0.0,
+    patience: bool = True,
+) -> Outcome:
     """Run action() in a child whose working directory is `folder`.
 
     arm            called in the child first      signum, after  sent by the parent after so many seconds
@@ -122,10 +152,11 @@ def forked(folder: Path, action: Callable[[], int], arm: Callable[[], None] | No
             if arm:
                 arm()
             code = action()
-            with contextlib.suppress(OSError):          # a child without the right, or the room, to write
+            with contextlib.suppress(OSError):  # a child without the right, or the room, to write
                 Path(".operations").write_text(str(counted[0]))
-        except BaseException as error:          # what `main` lets through is a crash: show it
+        except BaseException as error:  # what `main` lets through is a crash: show it
             import traceback
+
             traceback.print_exception(error)
         finally:
             sys.stdout.flush()
@@ -136,13 +167,14 @@ def forked(folder: Path, action: Callable[[], int], arm: Callable[[], None] | No
             os.kill(child, signum)
     deadline, asked = time.time() + TRIAL_SECONDS + after, False
     while not (ended := os.wait4(child, os.WNOHANG))[0]:
-        if time.time() > deadline and patience:     # where it hangs; its end is then reported as any other's
+        # where it hangs; its end is then reported as any other's
+        if time.time() > deadline and patience:
             os.kill(child, signal.SIGKILL if asked else signal.SIGQUIT)
             deadline, asked = deadline + 1, True
         time.sleep(0.002)
     _, status, usage = ended
     text = out.read_text(errors="replace") if out.exists() else ""
-    done = int(count.read_text() or 0) if count.exists() else 0       # empty: killed while it wrote this
+    done = int(count.read_text() or 0) if count.exists() else 0  # empty: killed while it wrote this
     for path in (out, count):
         path.unlink(missing_ok=True)
     code = os.waitstatus_to_exitcode(status)
@@ -158,7 +190,9 @@ def operations() -> list[int]:
     count = [0]
 
     def hook(event: str, args: tuple) -> None:
-        if event in ("open", "os.rename", "os.remove", "os.mkdir") and isinstance(args[0], str | bytes | os.PathLike):
+        if event in ("open", "os.rename", "os.remove", "os.mkdir") and isinstance(
+            args[0], str | bytes | os.PathLike
+        ):
             path = os.fsdecode(args[0])
             if "runs/" in path or path.startswith("data"):
                 count[0] += 1
@@ -171,9 +205,11 @@ def operations() -> list[int]:
 
 def die_at(operation: int, delay: float | None) -> Callable[[], None]:
     """Arms a child: SIGKILL at its n-th file operation, or `delay` seconds after it (an alarm nobody handles)."""
+
     def watch(n: int, _what: str) -> None:
         if n == operation:
             die(delay)
+
     return lambda: watchers.append(watch)
 
 
@@ -193,6 +229,7 @@ def die_where(words: str, nth: int, delay: float | None) -> Callable[[], None]:
             seen[0] += 1
             if seen[0] == nth:
                 die(delay)
+
     return lambda: watchers.append(watch)
 
 
@@ -210,7 +247,9 @@ def snapshot(folder: Path) -> dict[str, str]:
         data = path.read_bytes()
         if path.name in ("done", "config.json"):
             passing = ("seconds", "peak_mb", "versions")
-            data = json.dumps({k: v for k, v in json.loads(data).items() if k not in passing}).encode()
+            data = json.dumps(
+                {k: v for k, v in json.loads(data).items() if k not in passing}
+            ).encode()
         found[name] = hashlib.sha256(data).hexdigest()
     return found
 
@@ -222,7 +261,7 @@ def steps_of(stage: Path) -> list[dict]:
 
 
 def merged(options: str, more: str) -> list[str]:
-    """"--a 1 --b 2" and "--b 3" -> the words of "--a 1 --b 3"."""
+    """ "--a 1 --b 2" and "--b 3" -> the words of "--a 1 --b 3"."""
     words = f"{options} {more}".split()
     last = dict(zip(words[::2], words[1::2], strict=True))
     return [word for option in last.items() for word in option]
@@ -250,7 +289,9 @@ class Bench:
     def stage(self, folder: Path, verb: str, more: str = "", **how) -> Outcome:
         """The stage's own command line in a child."""
         module, options = VERBS[verb], merged(SMALL[verb], more)
-        return forked(folder, lambda: main(module.Config, module.run, f"pagellm.{verb}", options), **how)
+        return forked(
+            folder, lambda: main(module.Config, module.run, f"pagellm.{verb}", options), **how
+        )
 
     def trial(self, verb: str) -> Path:
         """A new directory with everything that comes before a stage."""
@@ -259,7 +300,7 @@ class Bench:
         folder.mkdir()
         if verb != "prepare":
             shutil.copytree(self.reference / "data", folder / "data")
-        for before in list(VERBS)[1: list(VERBS).index(verb)]:
+        for before in list(VERBS)[1 : list(VERBS).index(verb)]:
             shutil.copytree(self.place(self.reference, before), self.place(folder, before))
         return folder
 
@@ -270,15 +311,24 @@ class Bench:
 
     def same(self, folder: Path, verb: str, what: str) -> None:
         """The stage's directory must hold what the reference holds, and nothing that was meant to go."""
-        mine, reference = snapshot(self.place(folder, verb)), snapshot(self.place(self.reference, verb))
-        odd = sorted(name for name in set(mine) | set(reference) if mine.get(name) != reference.get(name))
-        self.expect(not odd, f"{verb}, {what}: {', '.join(odd[:4])} differ from the undisturbed run")
+        mine, reference = (
+            snapshot(self.place(folder, verb)),
+            snapshot(self.place(self.reference, verb)),
+        )
+        odd = sorted(
+            name for name in set(mine) | set(reference) if mine.get(name) != reference.get(name)
+        )
+        self.expect(
+            not odd, f"{verb}, {what}: {', '.join(odd[:4])} differ from the undisturbed run"
+        )
         left = [str(p.relative_to(folder)) for p in folder.rglob(".*") if p.name.endswith(".tmp")]
         self.expect(not left, f"{verb}, {what}: left behind {left[:3]}")
 
     def carry_on(self, folder: Path, verb: str, what: str, **how) -> Outcome:
         outcome = self.stage(folder, verb, **how)
-        self.expect(outcome.code == 0, f"{verb}, {what}: the same command did not carry on", outcome)
+        self.expect(
+            outcome.code == 0, f"{verb}, {what}: the same command did not carry on", outcome
+        )
         if outcome.code == 0:
             self.same(folder, verb, what)
         return outcome
@@ -294,7 +344,8 @@ class Bench:
             if verb in ("pretrain", "sft", "reward", "ppo") and dice < 0.4:
                 spot, nth = self.random.choice(list(SPOTS)), self.random.randint(1, 2)
                 event, name = SPOTS[spot]
-                delay = 10 ** self.random.uniform(-5, -3) if name == ".step-" else None      # in the middle of it
+                # in the middle of it
+                delay = 10 ** self.random.uniform(-5, -3) if name == ".step-" else None
                 arm = die_where(f"{event} runs/synthetic/{verb}/{name}", nth, delay)
                 what = f"killed {spot} ({nth}), round {round_}"
                 self.counts[f"aimed {spot}"] += 1
@@ -306,9 +357,14 @@ class Bench:
                 seconds = self.random.uniform(0.01, whole.seconds)
                 arm, what = die_after(seconds), f"killed after {seconds:.3f} s, round {round_}"
             ended = self.stage(folder, verb, arm=arm)
-            self.counts["killed" if ended.code in (-signal.SIGKILL, -signal.SIGALRM) else "finished before"] += 1
-            self.expect(ended.code in (0, -signal.SIGKILL, -signal.SIGALRM), f"{verb}, {what}: exit {ended.code}",
-                        ended)
+            self.counts[
+                "killed" if ended.code in (-signal.SIGKILL, -signal.SIGALRM) else "finished before"
+            ] += 1
+            self.expect(
+                ended.code in (0, -signal.SIGKILL, -signal.SIGALRM),
+                f"{verb}, {what}: exit {ended.code}",
+                ended,
+            )
         self.carry_on(folder, verb, what)
 
     def signal(self, verb: str, signum: int) -> None:
@@ -323,25 +379,44 @@ class Bench:
             self.counts["before the stage had begun"] += 1
         else:
             self.counts["stopped by a signal"] += 1
-            self.expect(ended.code == 128 + signum and len(said) == 1 and "carries on" in said[0],
-                        f"{verb}, {what}: exit {ended.code}", ended)
+            self.expect(
+                ended.code == 128 + signum and len(said) == 1 and "carries on" in said[0],
+                f"{verb}, {what}: exit {ended.code}",
+                ended,
+            )
         self.carry_on(folder, verb, what)
 
     def faults(self) -> None:
-        for fault in (self.full_disk, self.no_rights, self.damaged_checkpoints, self.lost_input, self.changed_data,
-                      self.changed_option, self.two_at_once, self.not_a_number, self.little_memory):
+        for fault in (
+            self.full_disk,
+            self.no_rights,
+            self.damaged_checkpoints,
+            self.lost_input,
+            self.changed_data,
+            self.changed_option,
+            self.two_at_once,
+            self.not_a_number,
+            self.little_memory,
+        ):
             fault()
 
     def refused(self, outcome: Outcome, what: str, *words: str) -> None:
         """Exit code 2 and one message with these words, without a traceback."""
         self.counts["faults"] += 1
-        self.expect(outcome.code == 2 and "Traceback" not in outcome.text and all(w in outcome.text for w in words),
-                    f"{what}: exit {outcome.code}, wanted 2 and {words}", outcome)
+        self.expect(
+            outcome.code == 2
+            and "Traceback" not in outcome.text
+            and all(w in outcome.text for w in words),
+            f"{what}: exit {outcome.code}, wanted 2 and {words}",
+            outcome,
+        )
 
     def full_disk(self) -> None:
         """A file-size limit stands for a full disk everywhere; where mounting is allowed, a small tmpfs is one."""
         for verb in ("prepare", "pretrain", "sft", "reward", "ppo", "evaluate"):
-            largest = max(p.stat().st_size for p in self.place(self.reference, verb).rglob("*") if p.is_file())
+            largest = max(
+                p.stat().st_size for p in self.place(self.reference, verb).rglob("*") if p.is_file()
+            )
             folder, limit = self.trial(verb), max(600, int(largest * self.random.uniform(0.2, 0.9)))
             full = self.stage(folder, verb, arm=lambda limit=limit: limited_files(limit))
             self.refused(full, f"{verb} on a full disk", "too large")
@@ -353,7 +428,9 @@ class Bench:
                 return
             shutil.copytree(self.place(self.reference, "pretrain"), self.place(folder, "pretrain"))
             room = os.statvfs(folder / "runs")
-            (folder / "runs" / "ballast").write_bytes(b"\1" * (room.f_bavail * room.f_frsize - 150_000))
+            (folder / "runs" / "ballast").write_bytes(
+                b"\1" * (room.f_bavail * room.f_frsize - 150_000)
+            )
             full = self.stage(folder, "sft")
             self.refused(full, "sft on a full tmpfs", "disk is full")
             (folder / "runs" / "ballast").unlink()
@@ -362,7 +439,9 @@ class Bench:
     def no_rights(self) -> None:
         folder = self.trial("sft")
         os.chmod(folder / "runs" / "synthetic", 0o555)
-        self.refused(self.stage(folder, "sft", arm=nobody), "sft in a read-only directory", "cannot write")
+        self.refused(
+            self.stage(folder, "sft", arm=nobody), "sft in a read-only directory", "cannot write"
+        )
         os.chmod(folder / "runs" / "synthetic", 0o755)
         self.carry_on(folder, "sft", "after a read-only directory")
 
@@ -378,6 +457,7 @@ class Bench:
                         last[0] += 1
                         if last[0] == 8:
                             os.kill(os.getpid(), signal.SIGKILL)
+
                 self.stage(folder, verb, arm=lambda watch=watch: watchers.append(watch))
                 names = [line.split()[0] for line in (place / "LAST").read_text().splitlines()]
                 for name in names[: 2 if harm == "both" else 1]:
@@ -389,10 +469,19 @@ class Bench:
                     (place / name).write_bytes(data)
                 again = self.carry_on(folder, verb, f"checkpoint damaged ({harm})")
                 self.counts["faults"] += 1
-                self.expect("is damaged" in again.text, f"{verb}: a damaged checkpoint ({harm}) went unnoticed", again)
+                self.expect(
+                    "is damaged" in again.text,
+                    f"{verb}: a damaged checkpoint ({harm}) went unnoticed",
+                    again,
+                )
 
     def lost_input(self) -> None:
-        for verb, before in (("sft", "pretrain"), ("reward", "sft"), ("ppo", "reward"), ("evaluate", "ppo")):
+        for verb, before in (
+            ("sft", "pretrain"),
+            ("reward", "sft"),
+            ("ppo", "reward"),
+            ("evaluate", "ppo"),
+        ):
             folder = self.trial(verb)
             model = self.place(folder, before) / "model.pt"
             data = bytearray(model.read_bytes())
@@ -410,15 +499,24 @@ class Bench:
             self.stage(folder, verb, arm=die_after(self.whole[verb].seconds * 0.8))
             path = folder / "data/synthetic/interactions.parquet"
             path.write_bytes(path.read_bytes() + b" ")
-            self.refused(self.stage(folder, verb), f"{verb} on changed data", "interactions.parquet", "changed")
+            self.refused(
+                self.stage(folder, verb),
+                f"{verb} on changed data",
+                "interactions.parquet",
+                "changed",
+            )
 
     def changed_option(self) -> None:
         for verb in ("pretrain", "sft", "reward", "ppo"):
             folder = self.trial(verb)
             self.stage(folder, verb, arm=die_after(self.whole[verb].seconds * 0.8))
             if (self.place(folder, verb) / "config.json").exists():
-                self.refused(self.stage(folder, verb, "--lr 0.5" if verb != "ppo" else "--kl_coef 0.5"),
-                             f"{verb} with another option", "0.5", "RUN=")
+                self.refused(
+                    self.stage(folder, verb, "--lr 0.5" if verb != "ppo" else "--kl_coef 0.5"),
+                    f"{verb} with another option",
+                    "0.5",
+                    "RUN=",
+                )
                 self.carry_on(folder, verb, "after a refused option")
 
     def two_at_once(self) -> None:
@@ -441,13 +539,21 @@ class Bench:
     def not_a_number(self) -> None:
         for verb in ("pretrain", "sft", "reward", "ppo"):
             folder = self.trial(verb)
-            ended = self.stage(folder, verb, {"pretrain": "--lr 1e30 --warmup 0 --steps 40",
-                                              "ppo": "--lr 1e30 --critic_warmup 0 --max_kl 1e30"}.get(
-                                                  verb, "--lr 1e30 --warmup 0 --epochs 40"))
+            ended = self.stage(
+                folder,
+                verb,
+                {
+                    "pretrain": "--lr 1e30 --warmup 0 --steps 40",
+                    "ppo": "--lr 1e30 --critic_warmup 0 --max_kl 1e30",
+                }.get(verb, "--lr 1e30 --warmup 0 --epochs 40"),
+            )
             self.refused(ended, f"{verb} with an absurd learning rate", "not finite", "bad-")
             kept = list(self.place(folder, verb).glob("bad-*.pt"))
-            self.expect(len(kept) == 1 and len(torch.load(kept[0], weights_only=True)) > 3,
-                        f"{verb}: no batch kept for a closer look", ended)
+            self.expect(
+                len(kept) == 1 and len(torch.load(kept[0], weights_only=True)) > 3,
+                f"{verb}: no batch kept for a closer look",
+                ended,
+            )
 
     def little_memory(self) -> None:
         folder, more = self.trial("pretrain"), "--size small"
@@ -459,11 +565,30 @@ class Bench:
     def ranks(self) -> None:
         """Two processes; one is killed in mid-training; the job must end soon, and one process carries it on."""
         folder, more = self.trial("sft"), "--epochs 60 --dropout 0"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "--",
-                   "pagellm.sft", *merged(SMALL["sft"], more)]
-        path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-        job = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "-m",
+            "--",
+            "pagellm.sft",
+            *merged(SMALL["sft"], more),
+        ]
+        path = os.pathsep.join(
+            [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+        )
+        job = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
         place = self.place(folder, "sft")
         deadline = time.time() + 120
         while time.time() < deadline and job.poll() is None and not (place / "LAST").exists():
@@ -478,15 +603,23 @@ class Bench:
             os.killpg(job.pid, signal.SIGKILL)
         self.counts["ranks killed"] += 1
         self.counts["seconds until the job had ended"] += round(time.time() - began)
-        self.expect(bool(workers) and job.returncode not in (0, None, -9), "the job outlived its rank")
+        self.expect(
+            bool(workers) and job.returncode not in (0, None, -9), "the job outlived its rank"
+        )
         resumed = self.stage(folder, "sft", more)
-        self.expect(resumed.code == 0 and (place / "done").exists(), "one process did not carry on for two", resumed)
+        self.expect(
+            resumed.code == 0 and (place / "done").exists(),
+            "one process did not carry on for two",
+            resumed,
+        )
         log = steps_of(place)
         alone = self.trial("sft")
         self.stage(alone, "sft", more)
         want = steps_of(self.place(alone, "sft"))
-        close = len(log) == len(want) and all(abs(a["loss"] - b["loss"]) < 1e-3 * abs(b["loss"])
-                                              for a, b in zip(log, want, strict=True))
+        close = len(log) == len(want) and all(
+            abs(a["loss"] - b["loss"]) < 1e-3 * abs(b["loss"])
+            for a, b in zip(log, want, strict=True)
+        )
         self.expect(close, "two processes, then one, do not train like one throughout")
 
     def soak(self, minutes: float) -> None:
@@ -495,19 +628,25 @@ class Bench:
         folder.mkdir()
         ended = forked(folder, lambda: rounds(minutes * 60), patience=False)
         lines = [line for line in ended.text.splitlines() if line.startswith('{"memory_mb"')]
-        self.expect(ended.code == 0 and len(lines) >= 4, f"soak: exit {ended.code} after {len(lines)} rounds", ended)
+        self.expect(
+            ended.code == 0 and len(lines) >= 4,
+            f"soak: exit {ended.code} after {len(lines)} rounds",
+            ended,
+        )
         if len(lines) < 4:
             return
         held = [json.loads(line) for line in lines]
         quarter = len(held) // 4
-        early, late = held[quarter: 2 * quarter + 1], held[-quarter - 1:]
+        early, late = held[quarter : 2 * quarter + 1], held[-quarter - 1 :]
         for what in held[0]:
             before, after = (sum(row[what] for row in some) / len(some) for some in (early, late))
             self.counts[f"soak: {what}, second quarter"] = round(before)
             self.counts[f"soak: {what}, last quarter"] = round(after)
             # Pools start a thread or two late; one that is left behind in every round soon makes more.
             room = {"memory_mb": 0.05 * before + 4, "threads": 2.0}.get(what, 0.0)
-            self.expect(after <= before + room, f"soak: {what} grew from {before:.1f} to {after:.1f}")
+            self.expect(
+                after <= before + room, f"soak: {what} grew from {before:.1f} to {after:.1f}"
+            )
         self.counts["soak: rounds"] = len(held)
 
     def input(self, lines: int) -> None:
@@ -517,23 +656,31 @@ class Bench:
         for spelling in ("amazon2014", "amazon2018", "amazon2023", "sequences", "csv", "jsonl"):
             folder = self.root / "spellings" / spelling
             synthetic.write(shop, folder, spelling, compress=False)
-            sources[spelling] = {path.name: path.read_bytes().split(b"\n")[:-1] for path in sorted(folder.iterdir())}
+            sources[spelling] = {
+                path.name: path.read_bytes().split(b"\n")[:-1] for path in sorted(folder.iterdir())
+            }
         bar = tqdm(total=lines, desc="inputs", unit="line", mininterval=1.0)
         while self.counts["inputs"] < lines:
             spelling = self.random.choice(list(sources))
             name, source = self.random.choice(list(sources[spelling].items()))
             header = source[:1] if spelling == "csv" else []
-            batch = [fuzzed_line(self.random, source[len(header):]) for _ in range(1000)]
+            batch = [fuzzed_line(self.random, source[len(header) :]) for _ in range(1000)]
             folder = self.root / "fuzz"
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             (folder / "input").write_bytes(b"\n".join(header + batch) + b"\n")
-            ended = forked(folder, lambda name=name, spelling=spelling: read_everything(spelling, name),
-                           arm=lambda: signal.alarm(60))
+            ended = forked(
+                folder,
+                lambda name=name, spelling=spelling: read_everything(spelling, name),
+                arm=lambda: signal.alarm(60),
+            )
             self.counts["inputs"] += len(batch)
             bar.update(len(batch))
-            self.expect(ended.code == 0 and ended.peak_mb < 2000,
-                        f"{spelling} {name}: exit {ended.code}, {ended.peak_mb:.0f} MB", ended)
+            self.expect(
+                ended.code == 0 and ended.peak_mb < 2000,
+                f"{spelling} {name}: exit {ended.code}, {ended.peak_mb:.0f} MB",
+                ended,
+            )
             if ended.code:
                 keep = self.root / f"failed-{len(self.failures)}"
                 keep.write_bytes((folder / "input").read_bytes())
@@ -556,58 +703,93 @@ class Bench:
             spelling = self.random.choice(list(sources))
             share = self.random.choice([0.0, 0.005, 0.3, 1.0])
             for name, source in sources[spelling].items():
-                rows = [line if self.random.random() >= share else fuzzed_line(self.random, source) for line in source]
+                rows = [
+                    line if self.random.random() >= share else fuzzed_line(self.random, source)
+                    for line in source
+                ]
                 (folder / "raw" / name).write_bytes(b"\n".join(rows))
             options = ["--dataset", "shop", "--raw", "raw"]
             if self.random.random() < 0.5:
                 options += ["--max_broken", "1"]
-            ended = forked(folder, lambda words=options: main(prepare.Config, prepare.run, "pagellm.prepare", words),
-                           arm=lambda: signal.alarm(60))
+            ended = forked(
+                folder,
+                lambda words=options: main(prepare.Config, prepare.run, "pagellm.prepare", words),
+                arm=lambda: signal.alarm(60),
+            )
             self.counts["directories prepared" if ended.code == 0 else "directories refused"] += 1
-            self.expect(ended.code in (0, 2) and "Traceback" not in ended.text, f"prepare: exit {ended.code}", ended)
-            left = [p.name for p in (folder / "data").glob(".*")] if (folder / "data").exists() else []
+            self.expect(
+                ended.code in (0, 2) and "Traceback" not in ended.text,
+                f"prepare: exit {ended.code}",
+                ended,
+            )
+            left = (
+                [p.name for p in (folder / "data").glob(".*")] if (folder / "data").exists() else []
+            )
             self.expect(not left, f"prepare left {left}")
 
     def odd_shops(self) -> None:
         """Shops at the edge of sense, through all stages: each ends, or stops with one clear message."""
-        rows = {"nothing": [], "one user, one item": [("u", "i")], "one user": [("u", f"i{n}") for n in range(30)],
-                "one item": [(f"u{n}", "i") for n in range(30)],
-                "everybody has everything": [(f"u{n}", f"i{m}") for n in range(12) for m in range(9)],
-                "two of each": [(f"u{n}", f"i{m}") for n in range(2) for m in range(2)],
-                "ids that look alike": [(u, i) for u in ("a", "\u0430", "A", "a ", "\u212b", "\u00c5")
-                                        for i in "xyzvw"]}
+        rows = {
+            "nothing": [],
+            "one user, one item": [("u", "i")],
+            "one user": [("u", f"i{n}") for n in range(30)],
+            "one item": [(f"u{n}", "i") for n in range(30)],
+            "everybody has everything": [(f"u{n}", f"i{m}") for n in range(12) for m in range(9)],
+            "two of each": [(f"u{n}", f"i{m}") for n in range(2) for m in range(2)],
+            "ids that look alike": [
+                (u, i) for u in ("a", "\u0430", "A", "a ", "\u212b", "\u00c5") for i in "xyzvw"
+            ],
+        }
         for name, pairs in rows.items():
             for ratings in ("", "5", "mixed"):
                 folder = self.root / "fuzz"
                 shutil.rmtree(folder, ignore_errors=True)
                 (folder / "raw").mkdir(parents=True)
                 lines = ["user_id,item_id" + (",rating" if ratings else "")]
-                lines += [f"{u},{i}" + (f",{ratings if ratings == '5' else 1 + n % 5}" if ratings else "")
-                          for n, (u, i) in enumerate(pairs)]
+                lines += [
+                    f"{u},{i}" + (f",{ratings if ratings == '5' else 1 + n % 5}" if ratings else "")
+                    for n, (u, i) in enumerate(pairs)
+                ]
                 (folder / "raw" / "log.csv").write_text("\n".join(lines) + "\n")
                 for verb, module in VERBS.items():
                     words = merged(SMALL[verb], "--dataset odd")
                     if verb == "prepare":
                         words = ["--dataset", "odd", "--raw", "raw", "--k_core", "0"]
-                    ended = forked(folder, lambda m=module, v=verb, w=words: main(m.Config, m.run, f"pagellm.{v}", w),
-                                   arm=lambda: signal.alarm(120))
-                    self.expect(ended.code in (0, 2) and "Traceback" not in ended.text,
-                                f"{name}, ratings {ratings or 'none'}: {verb} exit {ended.code}", ended)
+                    ended = forked(
+                        folder,
+                        lambda m=module, v=verb, w=words: main(m.Config, m.run, f"pagellm.{v}", w),
+                        arm=lambda: signal.alarm(120),
+                    )
+                    self.expect(
+                        ended.code in (0, 2) and "Traceback" not in ended.text,
+                        f"{name}, ratings {ratings or 'none'}: {verb} exit {ended.code}",
+                        ended,
+                    )
                     if ended.code:
                         break
-                self.counts["odd shops: all stages" if ended.code == 0 else "odd shops: refused"] += 1
+                self.counts[
+                    "odd shops: all stages" if ended.code == 0 else "odd shops: refused"
+                ] += 1
 
     def bombs(self, large: bool) -> None:
         """A gigabyte of nothing in a megabyte of gzip, a line of 100 MB, brackets without end."""
+
         def bomb(write: Callable) -> None:
             folder = self.root / "fuzz"
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             write(folder / "input")
-            ended = forked(folder, lambda: read_everything("amazon2018", "reviews"), arm=lambda: signal.alarm(120))
+            ended = forked(
+                folder,
+                lambda: read_everything("amazon2018", "reviews"),
+                arm=lambda: signal.alarm(120),
+            )
             self.counts["bombs"] += 1
-            self.expect(ended.code == 0 and ended.peak_mb < 1500, f"bomb: exit {ended.code}, {ended.peak_mb:.0f} MB",
-                        ended)
+            self.expect(
+                ended.code == 0 and ended.peak_mb < 1500,
+                f"bomb: exit {ended.code}, {ended.peak_mb:.0f} MB",
+                ended,
+            )
 
         def zeros(path: Path) -> None:
             with gzip.open(path, "wb", compresslevel=1) as file:
@@ -617,19 +799,81 @@ class Bench:
         if large:
             bomb(zeros)
             bomb(lambda path: path.write_bytes(b'{"reviewerID": "' + b"a" * 100_000_000 + b'"}\n'))
-        for piece in (b"[", b'{"a":', b"{'a': (", b"-", b"{'a': " + b"-" * 1000, b'"\\u', b"\xff\xfe", b"{'a':not "):
+        for piece in (
+            b"[",
+            b'{"a":',
+            b"{'a': (",
+            b"-",
+            b"{'a': " + b"-" * 1000,
+            b'"\\u',
+            b"\xff\xfe",
+            b"{'a':not ",
+        ):
             many = piece * (900_000 // len(piece))
             bomb(lambda path, many=many: path.write_bytes(b"{'b': " + many + b"\n" + many))
 
 
-PIECES = [b"\0", b"\xff", b"\xc3(", b"\xed\xa0\x80", b"\xe2\x80\xa8", b"\xe2\x80\xae", b"\xd0\xb0",
-          b'"', b"'", b"\\", b",", b"\t", b"\r", b" ", b"", b"\xef\xbb\xbf", b"[" * 50, b"{" * 50, b"(" * 50, b"NaN",
-          b"Infinity", b"-1", b"1e999", b"9" * 400, b"null", b"true", b"\\ud800", b"&lt;", b"&#0;", b"&#xD800;",
-          b"<br>", b"__import__('os')"]
+PIECES = [
+    b"\0",
+    b"\xff",
+    b"\xc3(",
+    b"\xed\xa0\x80",
+    b"\xe2\x80\xa8",
+    b"\xe2\x80\xae",
+    b"\xd0\xb0",
+    b'"',
+    b"'",
+    b"\\",
+    b",",
+    b"\t",
+    b"\r",
+    b" ",
+    b"",
+    b"\xef\xbb\xbf",
+    b"[" * 50,
+    b"{" * 50,
+    b"(" * 50,
+    b"NaN",
+    b"Infinity",
+    b"-1",
+    b"1e999",
+    b"9" * 400,
+    b"null",
+    b"true",
+    b"\\ud800",
+    b"&lt;",
+    b"&#0;",
+    b"&#xD800;",
+    b"<br>",
+    b"__import__('os')",
+]
 LOG_FIELDS = ["user_id", "item_id", "rating", "timestamp", "summary", "text"]
 ITEM_FIELDS = ["item_id", "title", "brand", "categories", "price", "description"]
-VALUES = [None, True, -1, 0, 6, 1e308, 10 ** 30, -(10 ** 30), "", " ", "a\nb", "x" * 300, [], {}, [[]], [None],
-          {"a": {}}, "5", "five", 4.5, "\u0000", "\ud800", ["a", ["b"]]]
+VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    6,
+    1e308,
+    10**30,
+    -(10**30),
+    "",
+    " ",
+    "a\nb",
+    "x" * 300,
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": {}},
+    "5",
+    "five",
+    4.5,
+    "\u0000",
+    "\ud800",
+    ["a", ["b"]],
+]
 
 
 def fuzzed_line(draw: random.Random, source: list[bytes]) -> bytes:
@@ -639,14 +883,14 @@ def fuzzed_line(draw: random.Random, source: list[bytes]) -> bytes:
         kind = draw.randrange(6)
         at = draw.randrange(len(line) + 1)
         if kind == 0 and line:
-            line = line[:at] + bytes([draw.randrange(256)]) + line[at + 1:]
+            line = line[:at] + bytes([draw.randrange(256)]) + line[at + 1 :]
         elif kind == 1:
             line = line[:at] + draw.choice(PIECES) + line[at:]
         elif kind == 2:
-            line = line[:at] + line[min(len(line), at + draw.randint(1, 30)):]
+            line = line[:at] + line[min(len(line), at + draw.randint(1, 30)) :]
         elif kind == 3:
             other = draw.choice(source)
-            line = line[:at] + other[draw.randrange(len(other) + 1):]
+            line = line[:at] + other[draw.randrange(len(other) + 1) :]
         elif kind == 4:
             line = line[:at]
         else:
@@ -670,18 +914,21 @@ def read_everything(spelling: str, name: str) -> int:
             first = file.readline().strip()
         names = first.split(",") if spelling == "csv" else ITEM_FIELDS if is_items else LOG_FIELDS
         columns = match(names, ITEM_COLUMNS if is_items else LOG_COLUMNS, {})
-        records = (read_items(path, spelling, columns, tally) if is_items
-                   else read_log(path, spelling, columns, tally, {}, (1.0, 5.0)))
+        records = (
+            read_items(path, spelling, columns, tally)
+            if is_items
+            else read_log(path, spelling, columns, tally, {}, (1.0, 5.0))
+        )
     else:
         records = parsed(path, parse_item if is_items else parse_review, tally)
     found = sum(1 for _ in records)
     print()
     print(json.dumps({"read": tally.read, "kept": tally.kept, "broken": tally.broken.total()}))
     adds_up = tally.read == tally.kept + tally.broken.total()
-    if spelling != "sequences" or is_items:     # a sequence is several records
+    if spelling != "sequences" or is_items:  # a sequence is several records
         adds_up = adds_up and found == tally.kept
     data = path.read_bytes() if path.stat().st_size < 1e7 else b""
-    if data and spelling != "csv" and data[:2] != b"\x1f\x8b":       # a CSV record may span lines
+    if data and spelling != "csv" and data[:2] != b"\x1f\x8b":  # a CSV record may span lines
         adds_up = adds_up and tally.read == data.count(b"\n") + (not data.endswith(b"\n"))
     return 0 if adds_up else 1
 
@@ -699,9 +946,15 @@ def rounds(seconds: float, least: int = 8) -> int:
         shutil.rmtree("data")
         shutil.rmtree("runs")
         gc.collect()
-        memory = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-        held = {"memory_mb": memory, "open_files": len(os.listdir("/proc/self/fd")),
-                "threads": len(os.listdir("/proc/self/task")), "temporary_files": left + len(os.listdir("."))}
+        memory = (
+            int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+        )
+        held = {
+            "memory_mb": memory,
+            "open_files": len(os.listdir("/proc/self/fd")),
+            "threads": len(os.listdir("/proc/self/task")),
+            "temporary_files": left + len(os.listdir(".")),
+        }
         print("\n" + json.dumps(held), flush=True)
     return 0
 
@@ -732,7 +985,9 @@ def small_disk(folder: Path, size: int):
     """A tmpfs of so many bytes at `folder`; yields False where this process may not mount one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True
+    )
     try:
         yield made.returncode == 0
     finally:
@@ -749,16 +1004,22 @@ def children_of(pid: int) -> list[str]:
 
 def run(config: Config) -> list[str]:
     """-> what broke."""
-    tqdm.monitor_interval = 0           # its thread could hold a lock at the moment of a fork
+    tqdm.monitor_interval = 0  # its thread could hold a lock at the moment of a fork
     began, wanted = time.time(), config.suites.split(",")
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
         bench = Bench(Path(folder), config.seed)
         if "kill" in wanted:
-            for verb in tqdm([v for v in VERBS for _ in range(config.moments)], "kill", unit="moment"):
+            for verb in tqdm(
+                [v for v in VERBS for _ in range(config.moments)], "kill", unit="moment"
+            ):
                 bench.kill(verb)
         if "signal" in wanted:
-            moments = [(v, s) for v in VERBS for s in (signal.SIGTERM, signal.SIGINT)
-                       for _ in range(-(-config.moments // 4))]
+            moments = [
+                (v, s)
+                for v in VERBS
+                for s in (signal.SIGTERM, signal.SIGINT)
+                for _ in range(-(-config.moments // 4))
+            ]
             for verb, signum in tqdm(moments, "signal", unit="moment"):
                 bench.signal(verb, signum)
         if "fault" in wanted:

@@ -21,7 +21,7 @@ RANGE = 64
 
 # Entries of the rows taken at a time on CPU, 2 MB in float32: what is made of them stays in the cache. Rows are
 # independent, so this moves no bit.
-ENTRIES = 2 ** 19
+ENTRIES = 2**19
 
 
 def gae(
@@ -44,14 +44,23 @@ def gae(
     Differentiable, twice too, in reward and value. Whatever the padding holds changes no bit.
     Source: Schulman et al., arXiv 1506.02438, section 3.
     """
-    if reward.dim() != 2 or not reward.shape == value.shape == mask.shape or mask.dtype != torch.bool:
-        raise ValueError(f"gae: reward {tuple(reward.shape)}, value {tuple(value.shape)}, "
-                         f"mask {tuple(mask.shape)} {mask.dtype}: want (B, T) three times, a bool mask")
+    if (
+        reward.dim() != 2
+        or not reward.shape == value.shape == mask.shape
+        or mask.dtype != torch.bool
+    ):
+        raise ValueError(
+            f"gae: reward {tuple(reward.shape)}, value {tuple(value.shape)}, "
+            f"mask {tuple(mask.shape)} {mask.dtype}: want (B, T) three times, a bool mask"
+        )
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
         raise ValueError(f"gae: gamma {gamma}, lam {lam}: want both in [0, 1]")
     # A hole would join two pages into one return, and nothing downstream could tell.
     flag = mask.view(torch.uint8)
-    require(flag[:, 1:] <= flag[:, :-1], "gae: mask has a hole at (row, step) {row}; want True, then False")
+    require(
+        flag[:, 1:] <= flag[:, :-1],
+        "gae: mask has a hole at (row, step) {row}; want True, then False",
+    )
 
     dtype, ratio = compute_dtype(reward, value), gamma * lam
     if mask.is_cuda or torch.is_grad_enabled() and (reward.requires_grad or value.requires_grad):
@@ -60,19 +69,27 @@ def gae(
     advantage, ret = (torch.empty_like(mask, dtype=dtype) for _ in range(2))
     size = max(ENTRIES // max(mask.shape[1], 1), 1)
     for some in (slice(start, start + size) for start in range(0, len(mask), size)):
-        delta = step_error(reward[some], value[some], mask[some], gamma, dtype, kept_value=ret[some])
+        delta = step_error(
+            reward[some], value[some], mask[some], gamma, dtype, kept_value=ret[some]
+        )
         by_blocks(delta, ratio, out=advantage[some])
         ret[some] += advantage[some]
     return advantage, ret
 
 
 def step_error(
-    reward: Tensor, value: Tensor, mask: Tensor, gamma: float, dtype: torch.dtype, kept_value: Tensor | None = None
+    reward: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    gamma: float,
+    dtype: torch.dtype,
+    kept_value: Tensor | None = None,
 ) -> Tensor:
     """delta_t of gae (B, T), 0 off the mask. kept_value  where to leave the value, 0 off the mask."""
     value = kept(value.to(dtype), mask, out=kept_value)
     delta = kept(reward.to(dtype), mask).sub_(value)
-    delta[:, :-1] += value[:, 1:] if gamma == 1 else gamma * value[:, 1:]     # the usual 1 saves a pass
+    # the usual 1 saves a pass
+    delta[:, :-1] += value[:, 1:] if gamma == 1 else gamma * value[:, 1:]
     return delta
 
 
@@ -100,14 +117,20 @@ def by_blocks(x: Tensor, ratio: float, out: Tensor | None = None) -> Tensor:
     memory, and launches by the block, of which ratio = 0.95 needs one for 865 steps.
     """
     T = x.shape[1]
-    length = max(T, 1) if ratio == 1 else int(RANGE / -math.log2(ratio)) + 1 if ratio > 2.0 ** -RANGE else 1
+    length = (
+        max(T, 1)
+        if ratio == 1
+        else int(RANGE / -math.log2(ratio)) + 1
+        if ratio > 2.0**-RANGE
+        else 1
+    )
     power = ratio ** torch.arange(min(length, T), dtype=torch.float64, device=x.device)
     weight, inverse = (w.to(x.dtype).repeat(-(-T // length))[:T] for w in (power, 1 / power))
-    y = x.flip(1).mul_(weight.flip(0))          # from here on time runs backwards
+    y = x.flip(1).mul_(weight.flip(0))  # from here on time runs backwards
     for start in reversed(range(0, T, length)):
         end = min(start + length, T)
-        block = y[:, T - end:T - start]
-        if end < T:     # what the next block hands on joins the last step
+        block = y[:, T - end : T - start]
+        if end < T:  # what the next block hands on joins the last step
             block[:, 0] += y[:, T - end - 1] * (ratio * weight[end - 1])
         block.cumsum_(1)
     return torch.mul(y.flip(1), inverse, out=out)
@@ -118,6 +141,6 @@ def by_doubling(x: Tensor, ratio: float) -> Tensor:
     shift, T = 1, x.shape[1]
     total = x.clone()
     while shift < T:
-        total[:, :-shift] += total[:, shift:] * ratio ** shift
+        total[:, :-shift] += total[:, shift:] * ratio**shift
         shift *= 2
     return total

@@ -27,12 +27,24 @@ from kernels import advantage, logprob, masked, reference
 
 __all__ = ["Case", "cases", "main", "measure", "plain_gae", "plain_linear_logp", "plain_whiten"]
 
-HEADER = ("kernel", "shape", "plain ms", "ours ms", "x", "floor ms", "share", "plain MB", "ours MB", "|diff|")
+HEADER = (
+    "kernel",
+    "shape",
+    "plain ms",
+    "ours ms",
+    "x",
+    "floor ms",
+    "share",
+    "plain MB",
+    "ours MB",
+    "|diff|",
+)
 
 
 @dataclass(frozen=True)
 class Case:
     """One row. The callables take nothing; plain, ours and exact return the same tensors in one order."""
+
     kernel: str
     shape: str
     plain: Callable[[], list[Tensor]]
@@ -42,7 +54,11 @@ class Case:
 
 
 def plain_linear_logp(
-    hidden: Tensor, weight: Tensor, target: Tensor, excluded: Tensor | None = None, with_entropy: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    excluded: Tensor | None = None,
+    with_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The usual way: all (N, V) logits, log_softmax, gather. Arguments as for linear_logp."""
     logits = (hidden @ weight.t()).float()
@@ -78,8 +94,14 @@ def plain_whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def linear_case(
-    N: int, C: int, V: int, device: str, dtype: torch.dtype = torch.float32, n_excluded: int = 0,
-    with_entropy: bool = False, rows: int | None = None,
+    N: int,
+    C: int,
+    V: int,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    n_excluded: int = 0,
+    with_entropy: bool = False,
+    rows: int | None = None,
 ) -> Case:
     """Forward and backward of the mean log-probability (plus the mean entropy) of N positions.
 
@@ -87,7 +109,7 @@ def linear_case(
     """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(N, C, generator=generator).to(device, dtype)
-    weight = (torch.randn(V, C, generator=generator) * 3 * C ** -0.5).to(device, dtype)
+    weight = (torch.randn(V, C, generator=generator) * 3 * C**-0.5).to(device, dtype)
     target = torch.randint(rows or V, (N,), generator=generator).to(device)
     excluded = None
     if n_excluded:
@@ -100,43 +122,62 @@ def linear_case(
         result = function(h, w, target, out, **options)
         parts = list(result) if isinstance(result, tuple) else [result]
         grads = torch.autograd.grad(sum(x.mean() for x in parts), (h, w))
-        return [x.detach() for x in (*parts, grads[0], grads[1][:rows or V])]
+        return [x.detach() for x in (*parts, grads[0], grads[1][: rows or V])]
 
     def exact() -> list[Tensor]:
         # A few rows at a time: the float64 logits of a large case would not fit.
         grad_head = torch.zeros(V if not rows else rows, C, dtype=torch.float64, device=device)
         parts, grad_hidden = [], []
-        for some in logprob.even_slices(N, max(1, 2 ** 24 // V)):
+        for some in logprob.even_slices(N, max(1, 2**24 // V)):
             h = hidden[some].double().requires_grad_()
-            w = weight[:rows or V].double().requires_grad_()
-            result = reference.linear_logp(h, w, target[some], None if excluded is None else excluded[some],
-                                           return_entropy=with_entropy)
+            w = weight[: rows or V].double().requires_grad_()
+            result = reference.linear_logp(
+                h,
+                w,
+                target[some],
+                None if excluded is None else excluded[some],
+                return_entropy=with_entropy,
+            )
             result = result if with_entropy else (result,)
             grads = torch.autograd.grad(sum(x.sum() for x in result) / N, (h, w))
             parts.append([x.detach() for x in result])
             grad_hidden.append(grads[0])
             grad_head += grads[1]
-        return [*(torch.cat(x) for x in zip(*parts, strict=True)), torch.cat(grad_hidden), grad_head]
+        return [
+            *(torch.cat(x) for x in zip(*parts, strict=True)),
+            torch.cat(grad_hidden),
+            grad_head,
+        ]
 
     def floor() -> None:
         # What no tiling avoids: products for the logits, forward and again backward, and for two gradients.
-        head = weight[:rows or V]
-        tiles = logprob.even_slices(len(head), max(1, 2 ** 21 // N))
-        z, to_hidden, to_head = (hidden.new_empty(shape) for shape in ((N, tiles[0].stop), (N, C), (tiles[0].stop, C)))
+        head = weight[: rows or V]
+        tiles = logprob.even_slices(len(head), max(1, 2**21 // N))
+        z, to_hidden, to_head = (
+            hidden.new_empty(shape) for shape in ((N, tiles[0].stop), (N, C), (tiles[0].stop, C))
+        )
         for some in tiles:
             w = head[some]
             for _ in range(2):
-                torch.mm(hidden, w.t(), out=z[:, :len(w)])
-            torch.mm(z[:, :len(w)], w, out=to_hidden)
-            torch.mm(z[:, :len(w)].t(), hidden, out=to_head[:len(w)])
+                torch.mm(hidden, w.t(), out=z[:, : len(w)])
+            torch.mm(z[:, : len(w)], w, out=to_hidden)
+            torch.mm(z[:, : len(w)].t(), hidden, out=to_head[: len(w)])
 
-    kind = "linear_logp" + ("+entropy" if with_entropy else "") + (" bf16" if dtype == torch.bfloat16 else "")
+    kind = (
+        "linear_logp"
+        + ("+entropy" if with_entropy else "")
+        + (" bf16" if dtype == torch.bfloat16 else "")
+    )
     choice = f"{rows} of {V}" if rows else f"{V}"
     return Case(
-        kind, f"{N}, {C}, {choice}" + (f", E {n_excluded}" if n_excluded else ""),
+        kind,
+        f"{N}, {C}, {choice}" + (f", E {n_excluded}" if n_excluded else ""),
         lambda: run(plain_linear_logp, weight, outside, with_entropy=with_entropy),
-        lambda: run(logprob.linear_logp, weight[:rows or V], excluded, return_entropy=with_entropy),
-        exact, floor,
+        lambda: run(
+            logprob.linear_logp, weight[: rows or V], excluded, return_entropy=with_entropy
+        ),
+        exact,
+        floor,
     )
 
 
@@ -145,11 +186,12 @@ def gae_case(B: int, T: int, device: str) -> Case:
     reward, value = (torch.randn(B, T, generator=generator).to(device) for _ in range(2))
     mask = (torch.arange(T) < torch.randint(1, T + 1, (B, 1), generator=generator)).to(device)
     return Case(
-        "gae", f"{B}, {T}",
+        "gae",
+        f"{B}, {T}",
         lambda: plain_gae(reward, value, mask),
         lambda: list(advantage.gae(reward, value, mask)),
         lambda: [x.to(device) for x in plain_gae(reward.double(), value.double(), mask)],
-        lambda: (reward.clone(), value.clone()),        # two tensors read, two written
+        lambda: (reward.clone(), value.clone()),  # two tensors read, two written
     )
 
 
@@ -157,8 +199,14 @@ def whiten_case(B: int, T: int, device: str) -> Case:
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(B, T, generator=generator) * 3 + 100).to(device)
     mask = (torch.arange(T) < torch.randint(1, T + 1, (B, 1), generator=generator)).to(device)
-    return Case("whiten", f"{B}, {T}", lambda: [plain_whiten(x, mask)], lambda: [masked.whiten(x, mask)],
-                lambda: [reference.whiten(x, mask)], lambda: x.clone())
+    return Case(
+        "whiten",
+        f"{B}, {T}",
+        lambda: [plain_whiten(x, mask)],
+        lambda: [masked.whiten(x, mask)],
+        lambda: [reference.whiten(x, mask)],
+        lambda: x.clone(),
+    )
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
@@ -170,13 +218,14 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         yield gae_case(64, 64, device)
         yield whiten_case(64, 64, device)
         return
-    yield linear_case(2048, 256, 80_000, device)                             # next token, large vocabulary
-    yield linear_case(2048, 768, 24_000, device)                             # the same at GPT-2's width
+    yield linear_case(2048, 256, 80_000, device)  # next token, large vocabulary
+    yield linear_case(2048, 768, 24_000, device)  # the same at GPT-2's width
     yield linear_case(2048, 768, 24_000, device, dtype=torch.bfloat16)
-    yield linear_case(1280, 64, 1_000, device)                               # SFT on the synthetic shop
-    yield linear_case(1280, 64, 12_000, device)                              # SFT on a real one
-    yield linear_case(1280, 64, 12_000, device, n_excluded=70, with_entropy=True)  # PPO: history, page
-    yield linear_case(320, 64, 12_000, device, rows=1_000)                         # items, mask afterwards
+    yield linear_case(1280, 64, 1_000, device)  # SFT on the synthetic shop
+    yield linear_case(1280, 64, 12_000, device)  # SFT on a real one
+    # PPO: history, page
+    yield linear_case(1280, 64, 12_000, device, n_excluded=70, with_entropy=True)
+    yield linear_case(320, 64, 12_000, device, rows=1_000)  # items, mask afterwards
     yield gae_case(64, 20, device)
     yield gae_case(4096, 1024, device)
     yield whiten_case(4096, 1024, device)
@@ -186,17 +235,28 @@ def measure(case: Case, device: str, repeats: int) -> dict:
     """One row of the table. Plain and ours take turns, so that a busy moment of the machine hits both."""
     exact = case.exact()
     scale = [max(1e-30, x.abs().max().item()) for x in exact]
-    diff = max((x.double() - y).abs().max().item() / s
-               for x, y, s in zip(case.ours(), exact, scale, strict=True))
+    diff = max(
+        (x.double() - y).abs().max().item() / s
+        for x, y, s in zip(case.ours(), exact, scale, strict=True)
+    )
     del exact
     times = {"plain": [], "ours": [], "floor": []}
     for _ in range(repeats):
         for name, spent in times.items():
             spent.append(milliseconds(getattr(case, name), device))
     plain, ours, floor = (statistics.median(spent) for spent in times.values())
-    return {"kernel": case.kernel, "shape": case.shape, "plain_ms": plain, "ours_ms": ours,
-            "x": plain / ours, "floor_ms": floor, "share": floor / ours, "max_diff": diff,
-            "plain_mb": peak_megabytes(case.plain, device), "ours_mb": peak_megabytes(case.ours, device)}
+    return {
+        "kernel": case.kernel,
+        "shape": case.shape,
+        "plain_ms": plain,
+        "ours_ms": ours,
+        "x": plain / ours,
+        "floor_ms": floor,
+        "share": floor / ours,
+        "max_diff": diff,
+        "plain_mb": peak_megabytes(case.plain, device),
+        "ours_mb": peak_megabytes(case.ours, device),
+    }
 
 
 def milliseconds(function: Callable, device: str) -> float:
@@ -248,20 +308,36 @@ def machine(device: str) -> dict:
     info = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
-                               capture_output=True, text=True, check=True).stdout.strip()
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         found = None
-    return {"cpu": name[1] if name else platform.machine(), "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "cpu",
-            "torch": torch.__version__, "commit": found}
+    return {
+        "cpu": name[1] if name else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "commit": found,
+    }
 
 
 def line(row: dict) -> str:
     """One row as text, in columns under HEADER."""
     peaks = ["n/a" if row[key] is None else f"{row[key]:.1f}" for key in ("plain_mb", "ours_mb")]
-    numbers = [f"{row['plain_ms']:.2f}", f"{row['ours_ms']:.2f}", f"{row['x']:.2f}", f"{row['floor_ms']:.2f}",
-               f"{row['share']:.0%}", *peaks, f"{row['max_diff']:.1e}"]
+    numbers = [
+        f"{row['plain_ms']:.2f}",
+        f"{row['ours_ms']:.2f}",
+        f"{row['x']:.2f}",
+        f"{row['floor_ms']:.2f}",
+        f"{row['share']:.0%}",
+        *peaks,
+        f"{row['max_diff']:.1e}",
+    ]
     return f"{row['kernel']:<22}{row['shape']:<24}" + "".join(f"{number:>11}" for number in numbers)
 
 
@@ -269,14 +345,23 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table and the JSON line. Options: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="kernels.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: shows that it runs, no more")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each version (default: 3)")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny shapes: shows that it runs, no more"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed runs of each version (default: 3)"
+    )
     options = parser.parse_args(argv)
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here; leave the option out to run on the CPU")
+        parser.error(
+            "--device cuda: torch sees no CUDA device here; leave the option out to run on the CPU"
+        )
     if options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: want at least 1")
-    print(f"{HEADER[0]:<22}{HEADER[1]:<24}" + "".join(f"{name:>11}" for name in HEADER[2:]), flush=True)
+    print(
+        f"{HEADER[0]:<22}{HEADER[1]:<24}" + "".join(f"{name:>11}" for name in HEADER[2:]),
+        flush=True,
+    )
     rows = []
     for case in cases(options.device, options.quick):
         rows.append(measure(case, options.device, options.repeats))

@@ -37,7 +37,7 @@ def require(ok: Tensor, message: str) -> None:
     """
     if ok.device.type == "cuda":
         torch._assert_async(ok.all(), message.replace("{row}", "?"))
-    elif ok.numel() and not ok.view(torch.uint8).amin():      # 20 times as fast as all() on a CPU
+    elif ok.numel() and not ok.view(torch.uint8).amin():  # 20 times as fast as all() on a CPU
         first = tuple((~ok).nonzero()[0].tolist())
         raise ValueError(message.replace("{row}", str(first[0] if len(first) == 1 else first)))
 

@@ -20,20 +20,22 @@ __all__ = ["entropy", "linear_logp", "token_logp"]
 
 # Entries of linear_logp's scratch tile. On CPU 8 MB in float32: larger was no faster at any shape tried. On a
 # GPU launches cost more than memory: 128 MB.
-TILE = {"cpu": 2 ** 21, "other": 2 ** 25}
+TILE = {"cpu": 2**21, "other": 2**25}
 TILE_ROWS = 2048
 # Logits of up to so many tiles (128 MB on a CPU, 512 MB on a GPU) are kept for backward, which saves one of four
 # matrix products; more are computed again. From KEEP_FROM columns on: in narrower states a product costs no more than
 # writing and reading what it made, and only a single tile is kept.
 KEEP, KEEP_FROM = {"cpu": 16, "other": 4}, 256
-PITCH = 16       # entries: 64 bytes in float32
+PITCH = 16  # entries: 64 bytes in float32
 
 # exp(-60) = 9e-27 vanishes beside 1 even in float64, and is still a normal float32. Without the floor the
 # tail of a peaked softmax is denormal, and denormals slow a CPU's matrix product several times over.
 FLOOR = -60.0
 
 
-def token_logp(logits: Tensor, ids: Tensor, legal: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+def token_logp(
+    logits: Tensor, ids: Tensor, legal: Tensor | None = None, temperature: float = 1.0
+) -> Tensor:
     """log softmax(logits / temperature) over the legal entries, at the chosen ids.
 
     logits       (..., V) float
@@ -47,7 +49,9 @@ def token_logp(logits: Tensor, ids: Tensor, legal: Tensor | None = None, tempera
     """
     logp = _log_softmax(logits, legal, temperature, "token_logp")
     if ids.shape != logits.shape[:-1]:
-        raise ValueError(f"token_logp: ids {tuple(ids.shape)}, logits {tuple(logits.shape)}: want one a row")
+        raise ValueError(
+            f"token_logp: ids {tuple(ids.shape)}, logits {tuple(logits.shape)}: want one a row"
+        )
     V = logits.shape[-1]
     require((ids >= 0) & (ids < V), f"token_logp: id outside [0, {V}) in row {{row}}")
     index = ids.long()[..., None]
@@ -74,8 +78,10 @@ def _log_softmax(logits: Tensor, legal: Tensor | None, temperature: float, where
     logits = logits.to(compute_dtype(logits))
     if legal is not None:
         if legal.shape != logits.shape or legal.dtype != torch.bool:
-            raise ValueError(f"{where}: legal {tuple(legal.shape)} {legal.dtype}, "
-                             f"logits {tuple(logits.shape)}: want a bool of the same shape")
+            raise ValueError(
+                f"{where}: legal {tuple(legal.shape)} {legal.dtype}, "
+                f"logits {tuple(logits.shape)}: want a bool of the same shape"
+            )
         require(legal.any(-1), f"{where}: row {{row}} has no legal entry")
         logits = torch.where(legal, logits, -torch.inf)
     elif logits.shape[-1] == 0 and logits.numel() != logits.shape[:-1].numel():
@@ -84,7 +90,11 @@ def _log_softmax(logits: Tensor, legal: Tensor | None, temperature: float, where
 
 
 def linear_logp(
-    hidden: Tensor, weight: Tensor, target: Tensor, excluded: Tensor | None = None, temperature: float = 1.0,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    excluded: Tensor | None = None,
+    temperature: float = 1.0,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """token_logp(hidden @ weight.T, target) without (N, V) logits, unless they are few (KEEP), for N positions at once.
@@ -104,22 +114,39 @@ def linear_logp(
     (named), temperature <= 0.
     """
     require_temperature(temperature, "linear_logp")
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or (
-            target.shape != hidden.shape[:1]):
-        raise ValueError(f"linear_logp: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, target "
-                         f"{tuple(target.shape)}: want (N, C), (V, C), (N,)")
+    if (
+        hidden.dim() != 2
+        or weight.dim() != 2
+        or hidden.shape[1] != weight.shape[1]
+        or (target.shape != hidden.shape[:1])
+    ):
+        raise ValueError(
+            f"linear_logp: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, target "
+            f"{tuple(target.shape)}: want (N, C), (V, C), (N,)"
+        )
     V = len(weight)
     require((target >= 0) & (target < V), f"linear_logp: target outside [0, {V}) in row {{row}}")
     if excluded is not None:
         if excluded.dim() != 2 or len(excluded) != len(hidden):
-            raise ValueError(f"linear_logp: excluded {tuple(excluded.shape)}, want ({len(hidden)}, E)")
-        require(((excluded >= -1) & (excluded < V)).all(1),
-                f"linear_logp: excluded id outside [0, {V}) and not -1 in row {{row}}")
+            raise ValueError(
+                f"linear_logp: excluded {tuple(excluded.shape)}, want ({len(hidden)}, E)"
+            )
+        require(
+            ((excluded >= -1) & (excluded < V)).all(1),
+            f"linear_logp: excluded id outside [0, {V}) and not -1 in row {{row}}",
+        )
         excluded = excluded.long() if excluded.shape[1] else None
     # Autocast would round the logits to bf16 on their way.
     with torch.autocast(hidden.device.type, enabled=False):
-        logp, spread = LinearLogp.apply(hidden, weight, target.long(), excluded, temperature, return_entropy,
-                                        torch.is_grad_enabled())
+        logp, spread = LinearLogp.apply(
+            hidden,
+            weight,
+            target.long(),
+            excluded,
+            temperature,
+            return_entropy,
+            torch.is_grad_enabled(),
+        )
     return (logp, spread) if return_entropy else logp
 
 
@@ -137,12 +164,25 @@ class LinearLogp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target: Tensor, excluded: Tensor | None,
-        temperature: float, with_entropy: bool, for_backward: bool,
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        excluded: Tensor | None,
+        temperature: float,
+        with_entropy: bool,
+        for_backward: bool,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        tiles = Tiles(hidden, weight, excluded, temperature, keep=for_backward and any(ctx.needs_input_grad[:2]))
-        lowest = torch.finfo(tiles.dtype).min    # finite: a tile without a legal entry gives no inf - inf
+        tiles = Tiles(
+            hidden,
+            weight,
+            excluded,
+            temperature,
+            keep=for_backward and any(ctx.needs_input_grad[:2]),
+        )
+        # finite: a tile without a legal entry gives no inf - inf
+        lowest = torch.finfo(tiles.dtype).min
         m = hidden.new_full((len(hidden),), lowest, dtype=tiles.dtype)
         s, u, chosen = (torch.zeros_like(m) for _ in range(3))
 
@@ -156,7 +196,8 @@ class LinearLogp(torch.autograd.Function):
 
                 peak = torch.maximum(m[rows], z.amax(1))
                 shifted = tiles.shift(z, peak)
-                drop = (m[rows] - peak).clamp(min=FLOOR)    # the sums so far are relative to the old peak
+                # the sums so far are relative to the old peak
+                drop = (m[rows] - peak).clamp(min=FLOOR)
                 if with_entropy:
                     e = torch.exp(shifted, out=tiles.second(z))
                     u[rows] = (u[rows] + drop * s[rows]) * drop.exp() + shifted.mul_(e).sum(1)
@@ -169,7 +210,9 @@ class LinearLogp(torch.autograd.Function):
         u /= s
         log_s = s.log()
         ctx.temperature = temperature
-        ctx.save_for_backward(hidden, weight, target, excluded, m, s, u, chosen != -torch.inf, *tiles.kept)
+        ctx.save_for_backward(
+            hidden, weight, target, excluded, m, s, u, chosen != -torch.inf, *tiles.kept
+        )
         return chosen - m - log_s, log_s - u if with_entropy else None
 
     @staticmethod
@@ -179,8 +222,10 @@ class LinearLogp(torch.autograd.Function):
         # Autograd's own once_differentiable notices only when the incoming gradient has a graph; a gradient
         # penalty would silently lose its term.
         if torch.is_grad_enabled():
-            raise NotImplementedError("linear_logp has no second derivative: leave create_graph out, or use "
-                                      "token_logp(hidden @ weight.T, target), which holds all the logits")
+            raise NotImplementedError(
+                "linear_logp has no second derivative: leave create_graph out, or use "
+                "token_logp(hidden @ weight.T, target), which holds all the logits"
+            )
         hidden, weight, target, excluded, m, s, u, legal, *kept = ctx.saved_tensors
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         tiles = Tiles(hidden, weight, excluded, ctx.temperature, kept=kept)
@@ -228,8 +273,15 @@ class Tiles:
     rows, columns  slices that cover N and V in even parts; a tile has about TILE entries
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, excluded: Tensor | None, temperature: float,
-                 keep: bool = False, kept: Sequence[Tensor] = ()):
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        excluded: Tensor | None,
+        temperature: float,
+        keep: bool = False,
+        kept: Sequence[Tensor] = (),
+    ):
         (N, _), V = hidden.shape, len(weight)
         self.dtype = compute_dtype(hidden, weight)
         # Tensor cores multiply bf16 exactly and add in float32. A CPU product would round its output to bf16.
@@ -263,7 +315,9 @@ class Tiles:
         self.tile, self.place = self._tile(buffer, rows, columns), (rows, columns)
         if self.known:
             return self.tile[:, :-1]
-        return add_product(self.tile[:, :-1], self.hidden[rows], w.t(), scale=1 / self.temperature, keep=False)
+        return add_product(
+            self.tile[:, :-1], self.hidden[rows], w.t(), scale=1 / self.temperature, keep=False
+        )
 
     def shift(self, z: Tensor, peak: Tensor) -> Tensor:
         """z - peak, no less than FLOOR, in the scratch buffer. z (n, v) from `logits`, peak (n,)."""
@@ -282,11 +336,11 @@ class Tiles:
         """A second scratch tile."""
         if self.spare is None:
             self.spare = torch.empty_like(self.scratch)
-        return self.spare[:len(like) * self.pitch].view(len(like), self.pitch)[:, :like.shape[1]]
+        return self.spare[: len(like) * self.pitch].view(len(like), self.pitch)[:, : like.shape[1]]
 
     def _tile(self, buffer: Tensor, rows: slice, columns: slice) -> Tensor:
         height, width = rows.stop - rows.start, columns.stop - columns.start + 1
-        return buffer[:height * self.pitch].view(height, self.pitch)[:, :width]
+        return buffer[: height * self.pitch].view(height, self.pitch)[:, :width]
 
 
 def even_slices(n: int, most: int) -> list[slice]:
@@ -304,9 +358,11 @@ def position(target: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     return torch.where(inside, at, 0)[:, None], inside
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, keep: bool = True) -> Tensor:
+def add_product(
+    total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, keep: bool = True
+) -> Tensor:
     """total = keep * total + scale * a @ b in place, summed in total's dtype; returns total."""
     if a.dtype == total.dtype:
         return total.addmm_(a, b, beta=int(keep), alpha=scale)
-    product = torch.mm(a, b, out_dtype=total.dtype)      # CUDA only
+    product = torch.mm(a, b, out_dtype=total.dtype)  # CUDA only
     return total.mul_(int(keep)).add_(product, alpha=scale)

@@ -17,7 +17,7 @@ from kernels.checks import compute_dtype, kept
 
 __all__ = ["center", "mean", "variance", "whiten"]
 
-BLOCK = 2 ** 16          # entries of a block, 256 kB in float32
+BLOCK = 2**16  # entries of a block, 256 kB in float32
 
 
 def mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -74,7 +74,11 @@ def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
 
 def _large(x: Tensor) -> bool:
     """Whether x is taken by blocks: more than one, on a CPU, without a gradient."""
-    return x.device.type == "cpu" and x.numel() > BLOCK and not (torch.is_grad_enabled() and x.requires_grad)
+    return (
+        x.device.type == "cpu"
+        and x.numel() > BLOCK
+        and not (torch.is_grad_enabled() and x.requires_grad)
+    )
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -89,7 +93,7 @@ def _moments(x: Tensor, mask: Tensor) -> tuple[float, float]:
         n = int(on.sum())
         if n == 0:
             continue
-        y = kept(part.to(dtype), on, out=spare[:len(part)])
+        y = kept(part.to(dtype), on, out=spare[: len(part)])
         pivot = y.sum() / n
         y = kept(y.sub_(pivot), on, out=y)
         # The pivot is rounded: what is left of the mean is kept, and its squares are taken off.
@@ -142,5 +146,7 @@ def _minus(x: Tensor, middle: Tensor, mask: Tensor, spare: Tensor) -> Tensor:
 
 def _check(x: Tensor, mask: Tensor, where: str) -> None:
     if x.shape != mask.shape or mask.dtype != torch.bool:
-        raise ValueError(f"masked.{where}: x {tuple(x.shape)}, mask {tuple(mask.shape)} {mask.dtype}: "
-                         "want one shape for both and a bool mask")
+        raise ValueError(
+            f"masked.{where}: x {tuple(x.shape)}, mask {tuple(mask.shape)} {mask.dtype}: "
+            "want one shape for both and a bool mask"
+        )

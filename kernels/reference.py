@@ -36,7 +36,11 @@ def mean(x: Tensor, mask: Tensor) -> float:
 def variance(x: Tensor, mask: Tensor) -> float:
     """See kernels.masked.variance."""
     kept, middle = x[mask].tolist(), mean(x, mask)
-    return math.fsum((value - middle) ** 2 for value in kept) / (len(kept) - 1) if len(kept) > 1 else 0.0
+    return (
+        math.fsum((value - middle) ** 2 for value in kept) / (len(kept) - 1)
+        if len(kept) > 1
+        else 0.0
+    )
 
 
 def center(x: Tensor, mask: Tensor) -> Tensor:
@@ -49,7 +53,9 @@ def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     return center(x, mask) / math.sqrt(variance(x, mask) + eps * eps)
 
 
-def token_logp(logits: Tensor, ids: Tensor, legal: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+def token_logp(
+    logits: Tensor, ids: Tensor, legal: Tensor | None = None, temperature: float = 1.0
+) -> Tensor:
     """See kernels.logprob.token_logp: the quotient of the definition, after taking the largest logit off."""
     return _probability(logits, legal, temperature).gather(-1, ids.long()[..., None])[..., 0].log()
 
@@ -61,7 +67,11 @@ def entropy(logits: Tensor, legal: Tensor | None = None, temperature: float = 1.
 
 
 def linear_logp(
-    hidden: Tensor, weight: Tensor, target: Tensor, excluded: Tensor | None = None, temperature: float = 1.0,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    excluded: Tensor | None = None,
+    temperature: float = 1.0,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See kernels.logprob.linear_logp: all (N, V) logits at once. Differentiable by autograd."""
@@ -75,7 +85,9 @@ def linear_logp(
     every = torch.log_softmax(logits.masked_fill(~legal, -torch.inf) / temperature, 1)
     logp = every.gather(1, target.long()[:, None])[:, 0]
     logp = torch.where(legal.gather(1, target.long()[:, None])[:, 0], logp, -torch.inf)
-    return (logp, (every.exp() * -every.masked_fill(~legal, 0.0)).sum(1)) if return_entropy else logp
+    return (
+        (logp, (every.exp() * -every.masked_fill(~legal, 0.0)).sum(1)) if return_entropy else logp
+    )
 
 
 def _probability(logits: Tensor, legal: Tensor | None, temperature: float) -> Tensor:

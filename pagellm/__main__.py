@@ -9,18 +9,29 @@ from pagellm.config import main as run_main
 
 __all__ = ["main"]
 
-VERBS = {"prepare": "pagellm.data.prepare", "download": "pagellm.data.download", "pretrain": "pagellm.pretrain",
-         "sft": "pagellm.sft", "reward": "pagellm.reward", "ppo": "pagellm.ppo", "evaluate": "pagellm.evaluate",
-         "export": "pagellm.export", "recommend": "pagellm.recommend", "features": "pagellm.features",
-         "serve": "pagellm.serve"}
+VERBS = {
+    "prepare": "pagellm.data.prepare",
+    "download": "pagellm.data.download",
+    "pretrain": "pagellm.pretrain",
+    "sft": "pagellm.sft",
+    "reward": "pagellm.reward",
+    "ppo": "pagellm.ppo",
+    "evaluate": "pagellm.evaluate",
+    "export": "pagellm.export",
+    "recommend": "pagellm.recommend",
+    "features": "pagellm.features",
+    "serve": "pagellm.serve",
+}
 
 
 def main() -> int:
     argv = sys.argv[1:]
     if not argv or argv[0] in ("--help", "-h", "help"):
-        print(f"usage: pagellm <stage> [--field value ...]     stages, in order: {', '.join(VERBS)}\n"
-              "       pagellm <stage> --help                  every field of a stage\n"
-              "       pagellm --version")
+        print(
+            f"usage: pagellm <stage> [--field value ...]     stages, in order: {', '.join(VERBS)}\n"
+            "       pagellm <stage> --help                  every field of a stage\n"
+            "       pagellm --version"
+        )
         return 0
     if argv[0] == "--version":
         print(__version__)

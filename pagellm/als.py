@@ -1,7 +1,7 @@
 """Implicit ALS, exact: factors of who has what. A plain baseline (experiments/models.py) and a start for rows.
 
-    X, Y = als(shop.csr("train"), shop.n_users, shop.n_items, factors=64, alpha0=0.01, reg=0.01, nu=1.0)
-    X[users] @ Y.T                          (B, N) scores
+X, Y = als(shop.csr("train"), shop.n_users, shop.n_items, factors=64, alpha0=0.01, reg=0.01, nu=1.0)
+X[users] @ Y.T                          (B, N) scores
 """
 
 import re
@@ -15,11 +15,20 @@ from pagellm.train import keyed
 
 __all__ = ["als", "als_side", "facts_of", "with_facts"]
 
-WIDEST = 1000        # items of a category, brand or title word; wider ones say little and cost much
+WIDEST = 1000  # items of a category, brand or title word; wider ones say little and cost much
 
 
-def als(rows: Rows, n_users: int, n_items: int, factors: int, alpha0: float, reg: float, nu: float, seed: int = 0,
-        iterations: int = 15) -> tuple[Tensor, Tensor]:
+def als(
+    rows: Rows,
+    n_users: int,
+    n_items: int,
+    factors: int,
+    alpha0: float,
+    reg: float,
+    nu: float,
+    seed: int = 0,
+    iterations: int = 15,
+) -> tuple[Tensor, Tensor]:
     """Implicit ALS (Hu et al., ICDM 2008) with Rendle et al.'s (RecSys 2022) regularisation. X (U, d), Y (N, d).
 
         sum_seen (1 - x_u.y_i)^2 + alpha0 sum_all (x_u.y_i)^2 + sum_u reg_u |x_u|^2 + sum_i reg_i |y_i|^2
@@ -28,12 +37,14 @@ def als(rows: Rows, n_users: int, n_items: int, factors: int, alpha0: float, reg
     at nu = 1. nu = 0 is one penalty for all. Each half step is solved exactly, users last.
     """
     by_item = transpose(rows, n_items)
-    size_u, size_i = (torch.from_numpy(r.counts()).double() + alpha0 * n
-                      for r, n in ((rows, n_items), (by_item, n_users)))
+    size_u, size_i = (
+        torch.from_numpy(r.counts()).double() + alpha0 * n
+        for r, n in ((rows, n_items), (by_item, n_users))
+    )
     c = (size_u.sum() + size_i.sum()) / (size_u.pow(nu).sum() + size_i.pow(nu).sum())
     reg_u, reg_i = (reg * c * size.pow(nu) for size in (size_u, size_i))
     start = keyed(seed, "als").standard_normal((n_items, factors), dtype=np.float32)
-    Y = torch.from_numpy(start) * (0.1 / factors ** 0.5)
+    Y = torch.from_numpy(start) * (0.1 / factors**0.5)
     for _ in range(iterations):
         X = als_side(Y, rows, alpha0, reg_u.float())
         Y = als_side(X, by_item, alpha0, reg_i.float())
@@ -65,9 +76,10 @@ def als_side(Y: Tensor, rows: Rows, alpha0: float, reg: Tensor, block: int = 4_0
     for n in np.unique(counts[counts > 0]):
         members = np.flatnonzero(counts == n)
         step = max(1, int(block // (n * d + min(n, d) ** 2)))
-        for some in (members[at: at + step] for at in range(0, len(members), step)):
-            W = V[torch.from_numpy(rows.items[rows.indptr[some][:, None] + np.arange(n)])]      # (B, n, d)
-            H = alpha0 * e + reg[torch.from_numpy(some), None]                                  # (B, d)
+        for some in (members[at : at + step] for at in range(0, len(members), step)):
+            # (B, n, d)
+            W = V[torch.from_numpy(rows.items[rows.indptr[some][:, None] + np.arange(n)])]
+            H = alpha0 * e + reg[torch.from_numpy(some), None]  # (B, d)
             if n <= d:
                 WH = W / H[:, None]
                 K = WH @ W.mT
@@ -85,7 +97,9 @@ def facts_of(catalogue: Catalogue) -> list[np.ndarray]:
     """Items (rising) of every category, brand and title word that 2 to WIDEST of them share."""
     groups: dict[tuple[str, str], list[int]] = {}
     for item in range(len(catalogue)):
-        names = {("category", name) for name in catalogue.categories[item]} | {("brand", catalogue.brand[item])}
+        names = {("category", name) for name in catalogue.categories[item]} | {
+            ("brand", catalogue.brand[item])
+        }
         names |= {("word", word) for word in re.findall(r"\w+", catalogue.title[item].lower())}
         for name in names:
             if name[1]:
@@ -97,5 +111,8 @@ def with_facts(rows: Rows, facts: list[np.ndarray]) -> Rows:
     """`rows` and behind them one more user for every set of items in `facts`, who has chosen these."""
     sizes = np.array([len(items) for items in facts], np.int64)
     more = np.concatenate(facts) if facts else rows.items[:0]
-    return Rows(np.concatenate([rows.indptr, rows.indptr[-1] + np.cumsum(sizes)]), np.concatenate([rows.items, more]),
-                np.concatenate([rows.ratings, np.full(len(more), np.nan, np.float32)]))
+    return Rows(
+        np.concatenate([rows.indptr, rows.indptr[-1] + np.cumsum(sizes)]),
+        np.concatenate([rows.items, more]),
+        np.concatenate([rows.ratings, np.full(len(more), np.nan, np.float32)]),
+    )

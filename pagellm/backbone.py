@@ -31,8 +31,8 @@ class KVCache:
         end = self.length + k.shape[2]
         if end > self.keys[layer].shape[2]:
             raise ValueError(f"KVCache: {end} columns do not fit in {self.keys[layer].shape[2]}")
-        self.keys[layer][:, :, self.length:end] = k
-        self.values[layer][:, :, self.length:end] = v
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def select(self, rows: Tensor) -> None:
@@ -55,23 +55,27 @@ class Backbone(nn.Module):
     bf16 = lazy = False
 
     KIND = ""
-    RESIDUAL: tuple[str, ...] = ()                # projections back into the residual
-    TARGETS: dict[str, tuple[str, int, int]] = {} # adapter target -> (module in a block, part, of how many equal parts)
-    PREFIX = ""                                   # of all names in a published file but lm_head
-    TRANSPOSED: tuple[str, ...] = ()              # what published files store as (in, out)
-    UNUSED: tuple[str, ...] = ()                  # ends of names that published files hold besides weights
+    RESIDUAL: tuple[str, ...] = ()  # projections back into the residual
+    TARGETS: dict[str, tuple[str, int, int]] = {}  # adapter target -> (module in a block, part,
+    # of how many equal parts)
+    PREFIX = ""  # of all names in a published file but lm_head
+    TRANSPOSED: tuple[str, ...] = ()  # what published files store as (in, out)
+    UNUSED: tuple[str, ...] = ()  # ends of names that published files hold besides weights
 
     def __init__(self, shape, n_words: int, n_users: int, n_items: int):
         super().__init__()
         self.shape = shape
         self.n_words, self.n_users, self.n_items = n_words, n_users, n_items
         self.word = nn.Parameter(torch.empty(n_words, shape.n_embd))
-        self.register_parameter("special", None)  # the last rows of `word`, once these are frozen (lora.adapt)
+        # the last rows of `word`, once these are frozen (lora.adapt)
+        self.register_parameter("special", None)
         self.user = nn.Parameter(torch.empty(n_users, shape.n_embd))
         self.item = nn.Parameter(torch.empty(n_items, shape.n_embd))
-        self.register_parameter("gate", None)     # how loud items of the page are (`add_gate`); None: as all
-        self.lora: dict | None = None             # what lora.adapt was called with
-        self.checkpoint_blocks = False            # backward computes each block anew instead of keeping its insides
+        # how loud items of the page are (`add_gate`); None: as all
+        self.register_parameter("gate", None)
+        self.lora: dict | None = None  # what lora.adapt was called with
+        # backward computes each block anew instead of keeping its insides
+        self.checkpoint_blocks = False
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
@@ -108,8 +112,11 @@ class Backbone(nn.Module):
 
     def add_gate(self, value: float = 0.0) -> None:
         """Let items placed on the page be read times `gate`, which learns; at 0 a page's states do not see them."""
-        self.gate = nn.Parameter(torch.full_like(self.item[0], value) if self.n_items else torch.full(
-            (self.shape.n_embd,), value))
+        self.gate = nn.Parameter(
+            torch.full_like(self.item[0], value)
+            if self.n_items
+            else torch.full((self.shape.n_embd,), value)
+        )
 
     def read(self, ids: Tensor, placed: int | None) -> Tensor:
         """Rows (B, T, C) of ids (B, T), of which those from column `placed` on are items of the page."""
@@ -122,8 +129,14 @@ class Backbone(nn.Module):
         """What the first block reads (B, T, C), and what every block is told. rows (B, T, C), position (B, T)."""
         raise NotImplementedError
 
-    def forward(self, ids: Tensor, valid: Tensor | None = None, cache: KVCache | None = None,
-                placed: int | None = None, first: int = 0) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        valid: Tensor | None = None,
+        cache: KVCache | None = None,
+        placed: int | None = None,
+        first: int = 0,
+    ) -> Tensor:
         """Hidden states after the last norm.
 
         ids     (B, T) int64
@@ -153,10 +166,18 @@ class Backbone(nn.Module):
             for layer, block in enumerate(self.h):
                 wanted = {}
                 if first and layer == len(self.h) - 1:
-                    wanted, allowed = {"first": first}, attention_mask(valid, past, T, ids.device, first)
+                    wanted, allowed = (
+                        {"first": first},
+                        attention_mask(valid, past, T, ids.device, first),
+                    )
                 # Dropout is drawn again from the same state, so gradients are the same to the last bit.
-                x = (checkpoint(block, x, allowed, cache, layer, *told, use_reentrant=False, **wanted) if anew
-                     else block(x, allowed, cache, layer, *told, **wanted))
+                x = (
+                    checkpoint(
+                        block, x, allowed, cache, layer, *told, use_reentrant=False, **wanted
+                    )
+                    if anew
+                    else block(x, allowed, cache, layer, *told, **wanted)
+                )
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
@@ -181,7 +202,9 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
 
-def attention_mask(valid: Tensor | None, past: int, T: int, device, first: int = 0) -> Tensor | None:
+def attention_mask(
+    valid: Tensor | None, past: int, T: int, device, first: int = 0
+) -> Tensor | None:
     """(B or 1, 1, T - first, S) bool, True where a query may look; None where plain causal attention does."""
     if valid is None and past == first == 0:
         return None

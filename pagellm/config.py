@@ -22,8 +22,18 @@ import tokenize
 from collections.abc import Callable
 from contextlib import contextmanager
 
-__all__ = ["Interrupted", "Options", "PageLLMError", "Waiting", "check", "check_numbers", "deferred_signals",
-           "help_text", "main", "parse"]
+__all__ = [
+    "Interrupted",
+    "Options",
+    "PageLLMError",
+    "Waiting",
+    "check",
+    "check_numbers",
+    "deferred_signals",
+    "help_text",
+    "main",
+    "parse",
+]
 
 
 class PageLLMError(Exception):
@@ -78,7 +88,9 @@ def own_comments(cls) -> dict[str, str]:
                 text = token.string.lstrip("#").strip()
                 comments[current] = f"{comments[current]} {text}" if current in comments else text
         elif line_start:
-            current = token.string if token.type == tokenize.NAME and token.string in names else None
+            current = (
+                token.string if token.type == tokenize.NAME and token.string in names else None
+            )
             line_start = False
     return comments
 
@@ -86,7 +98,13 @@ def own_comments(cls) -> dict[str, str]:
 def help_text(cls, prog: str) -> str:
     """The whole --help page: what the stage does, then every field with default, unit and meaning."""
     comments = field_comments(cls)
-    lines = [f"usage: {prog} [--field value ...]", "", inspect.cleandoc(cls.__doc__ or ""), "", "fields:"]
+    lines = [
+        f"usage: {prog} [--field value ...]",
+        "",
+        inspect.cleandoc(cls.__doc__ or ""),
+        "",
+        "fields:",
+    ]
     for f in dataclasses.fields(cls):
         default = '""' if f.default == "" else f.default
         head = f"  --{f.name} {f.type.__name__ if isinstance(f.type, type) else f.type}"
@@ -98,8 +116,11 @@ def help_text(cls, prog: str) -> str:
 
 
 def read_value(field: dataclasses.Field, text: str):
-    kind = field.type if isinstance(field.type, type) else {"int": int, "float": float, "bool": bool,
-                                                            "str": str, "Options": Options}[field.type]
+    kind = (
+        field.type
+        if isinstance(field.type, type)
+        else {"int": int, "float": float, "bool": bool, "str": str, "Options": Options}[field.type]
+    )
     if kind is bool:
         lowered = text.lower()
         if lowered in ("1", "true", "yes", "on"):
@@ -146,7 +167,11 @@ def options(cls, argv: list[str], prog: str) -> dict[str, object]:
             raise PageLLMError(f"unexpected {word!r}; options look like --name value (see --help)")
         name, equals, text = word[2:].partition("=")
         name = name.replace("-", "_")
-        negated = name.startswith("no_") and name[3:] in fields and fields[name[3:]].type in (bool, "bool")
+        negated = (
+            name.startswith("no_")
+            and name[3:] in fields
+            and fields[name[3:]].type in (bool, "bool")
+        )
         if negated:
             name = name[3:]
         if name not in fields:
@@ -186,7 +211,7 @@ class Waiting:
     signum: int | None = None
 
 
-deferring: list[Waiting] = []        # the innermost block that puts signals off, if any
+deferring: list[Waiting] = []  # the innermost block that puts signals off, if any
 
 
 def on_signal(signum: int, _frame) -> None:
@@ -217,7 +242,9 @@ def handled_signals():
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
@@ -225,33 +252,70 @@ def handled_signals():
             signal.signal(number, handler)
 
 
-FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up",
-        errno.EFBIG: "the file is too large"}
-LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "NCCL error", "Broken pipe")
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is too large",
+}
+LOST_PROCESS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "gloo/transport",
+    "NCCL error",
+    "Broken pipe",
+)
+OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+)
 
 
 def explain(error: Exception, cls) -> str | None:
     """One message for a fault of the machine: full or read-only disk, too little memory. None for any other error."""
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError)
-                                          and any(words in str(error).lower() for words in OUT_OF_MEMORY)):
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(words in str(error).lower() for words in OUT_OF_MEMORY)
+    ):
         names = [f.name for f in dataclasses.fields(cls)]
-        lower = [f"--{name}" for name in ("micro", "batch", "rating_batch", "rollout", "minibatch", "max_history", "k")
-                 if name in names]
-        return "out of memory" + (f"; lower {', '.join(lower)}" if lower else "") + (
-            ". The same command carries on from the last checkpoint; a changed option may need RUN=another.")
+        lower = [
+            f"--{name}"
+            for name in (
+                "micro",
+                "batch",
+                "rating_batch",
+                "rollout",
+                "minibatch",
+                "max_history",
+                "k",
+            )
+            if name in names
+        ]
+        return (
+            "out of memory"
+            + (f"; lower {', '.join(lower)}" if lower else "")
+            + (
+                ". The same command carries on from the last checkpoint; a changed option may need RUN=another."
+            )
+        )
     if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PROCESS):
         return "another process of this job has ended; the same command carries on from the last checkpoint"
     if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-        error = error.__context__           # torch.save wraps what its file said; any other mistake keeps its traceback
+        # torch.save wraps what its file said; any other mistake keeps its traceback
+        error = error.__context__
     if isinstance(error, OSError) and error.errno is not None:
         where = f" ({error.filename})" if error.filename else ""
         if error.errno in FULL:
-            return (f"{FULL[error.errno]}{where}: free some space; what was written before is whole, "
-                    "and the same command carries on")
+            return (
+                f"{FULL[error.errno]}{where}: free some space; what was written before is whole, "
+                "and the same command carries on"
+            )
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return (f"cannot write or read{where}: {os.strerror(error.errno)}; give yourself the right, "
-                    "or use another directory")
+            return (
+                f"cannot write or read{where}: {os.strerror(error.errno)}; give yourself the right, "
+                "or use another directory"
+            )
     return None
 
 
@@ -275,8 +339,10 @@ def main(cls, run: Callable, prog: str, argv: list[str] | None = None) -> int:
         signum = getattr(error, "signum", signal.SIGINT)
         saved = getattr(error, "saved", "") or "nothing is half-written"
         if rank == "0":
-            print(f"\n{prog}: stopped by {signal.Signals(signum).name}; {saved}. The same command carries on.",
-                  file=sys.stderr)
+            print(
+                f"\n{prog}: stopped by {signal.Signals(signum).name}; {saved}. The same command carries on.",
+                file=sys.stderr,
+            )
         return 128 + signum
     except BrokenPipeError:
         # Whoever read our output has gone (`| head`): no message, and none at exit either.

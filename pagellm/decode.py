@@ -22,11 +22,24 @@ from pagellm.backbone import Backbone, KVCache
 from pagellm.sampled import Candidates, sampled_logp
 from pagellm.top import Rank, argmax, top_k
 
-__all__ = ["Pages", "Unseen", "beam", "drawn", "greedy", "one_shot", "page_logp", "ranking", "sample", "shared_start",
-           "slot_states", "trimmed"]
+__all__ = [
+    "Pages",
+    "Unseen",
+    "beam",
+    "drawn",
+    "greedy",
+    "one_shot",
+    "page_logp",
+    "ranking",
+    "sample",
+    "shared_start",
+    "slot_states",
+    "trimmed",
+]
 
 
-WHOLE = ("cuda",)      # devices on which finding the kept slots (a wait for the GPU) costs more than the empty ones
+# devices on which finding the kept slots (a wait for the GPU) costs more than the empty ones
+WHOLE = ("cuda",)
 
 
 @dataclass
@@ -53,7 +66,8 @@ class Unseen:
     def __init__(self, excluded: Tensor, n_items: int, allowed: Tensor | None = None):
         B = len(excluded)
         legal = torch.ones(B, n_items + 1, dtype=torch.bool, device=excluded.device)
-        legal.scatter_(1, torch.where(excluded < 0, n_items, excluded), False)     # the last column takes padding
+        # the last column takes padding
+        legal.scatter_(1, torch.where(excluded < 0, n_items, excluded), False)
         self.legal = legal[:, :n_items].contiguous()
         if allowed is not None:
             self.legal &= allowed
@@ -63,7 +77,8 @@ class Unseen:
         """logits (B, N) with -inf where an item is not legal, in their memory on a CPU."""
         if logits.device.type != "cpu":
             return torch.where(self.legal, logits, -torch.inf)
-        if self.barred is None:         # few entries are illegal, as a rule, and it is these that are written
+        # few entries are illegal, as a rule, and it is these that are written
+        if self.barred is None:
             self.barred = from_numpy(np.flatnonzero(~self.legal.numpy()))
         logits.view(-1).index_fill_(0, self.barred, -torch.inf)
         return logits
@@ -86,9 +101,9 @@ def legal_logp(logits: Tensor, legal: Tensor, temperature: float) -> tuple[Tenso
 
     A row without one comes back as all -inf instead of NaN.
     """
-    alive = legal.view(torch.uint8).amax(1) > 0          # any() of bools takes 20 times as long on a CPU
+    alive = legal.view(torch.uint8).amax(1) > 0  # any() of bools takes 20 times as long on a CPU
     masked = torch.where(legal, logits if temperature == 1 else logits / temperature, -torch.inf)
-    if masked.device.type == "cpu" and alive.all():      # the usual case; a GPU is not asked
+    if masked.device.type == "cpu" and alive.all():  # the usual case; a GPU is not asked
         return F.log_softmax(masked, dim=1), alive
     logp = F.log_softmax(torch.where(alive[:, None], masked, 0.0), dim=1)
     return torch.where(legal, logp, -torch.inf), alive
@@ -100,7 +115,9 @@ def prefill(model: Backbone, prompt: Tensor, valid: Tensor, k: int) -> tuple[KVC
 
 
 @torch.no_grad()
-def shared_start(model: Backbone, prompt: Tensor, valid: Tensor, k: int, group: Tensor) -> tuple[KVCache, Tensor]:
+def shared_start(
+    model: Backbone, prompt: Tensor, valid: Tensor, k: int, group: Tensor
+) -> tuple[KVCache, Tensor]:
     """Prompts read once for several pages each: what `sample`, `greedy` and `slot_states` take as `start`.
 
     prompt, valid  (U, P)    group  (B,) int64, which of the prompts each page goes on from
@@ -110,7 +127,9 @@ def shared_start(model: Backbone, prompt: Tensor, valid: Tensor, k: int, group: 
     return cache, hidden[group]
 
 
-def started(model: Backbone, prompt: Tensor, valid: Tensor, k: int, start) -> tuple[KVCache, Tensor]:
+def started(
+    model: Backbone, prompt: Tensor, valid: Tensor, k: int, start
+) -> tuple[KVCache, Tensor]:
     """`start`, or the prompt read now; a service that has read it before hands in what it kept."""
     return prefill(model, prompt, valid, k) if start is None else start
 
@@ -120,9 +139,16 @@ def item_tokens(model: Backbone, item: Tensor, pad: int) -> Tensor:
 
 
 @torch.no_grad()
-def generate(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int,
-             pick: Callable[[Tensor, int], tuple[Tensor, Tensor]], temperature: float = 1.0,
-             start: tuple[KVCache, Tensor] | None = None) -> Pages:
+def generate(
+    model: Backbone,
+    prompt: Tensor,
+    valid: Tensor,
+    constraint: Unseen,
+    k: int,
+    pick: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    temperature: float = 1.0,
+    start: tuple[KVCache, Tensor] | None = None,
+) -> Pages:
     """Fill k slots one after another.
 
     pick   (logits (B, N) / temperature, -inf where illegal; slot) -> item (B,), its log-probability (B,); read on rows
@@ -141,35 +167,60 @@ def generate(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen,
         alive = scores.amax(1) != -torch.inf
         best, best_logp = pick(scores, slot)
         chosen = torch.where(alive, best, -1)
-        item[:, slot], mask[:, slot], logp[:, slot] = chosen, alive, torch.where(alive, best_logp, 0.0)
+        item[:, slot], mask[:, slot], logp[:, slot] = (
+            chosen,
+            alive,
+            torch.where(alive, best_logp, 0.0),
+        )
         constraint.place(chosen)
         if slot + 1 < k:
             valid = torch.cat([valid, alive[:, None]], 1)
-            logits = model.item_logits(model(item_tokens(model, chosen, 0)[:, None], valid, cache, placed=0)[:, -1])
+            logits = model.item_logits(
+                model(item_tokens(model, chosen, 0)[:, None], valid, cache, placed=0)[:, -1]
+            )
     return Pages(item, logp, mask, first)
 
 
-def greedy(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int,
-           start: tuple[KVCache, Tensor] | None = None, rank: Rank | None = None) -> Pages:
+def greedy(
+    model: Backbone,
+    prompt: Tensor,
+    valid: Tensor,
+    constraint: Unseen,
+    k: int,
+    start: tuple[KVCache, Tensor] | None = None,
+    rank: Rank | None = None,
+) -> Pages:
     """The likeliest legal item in every slot; of equals the highest by `rank`, without one the smallest id. start as in
     `generate`."""
+
     def pick(logits: Tensor, slot: int) -> tuple[Tensor, Tensor]:
         # numpy's takes a tenth of the time of torch's on a CPU; both take the first of equals there.
-        chosen = (logits.argmax(1) if logits.device.type != "cpu" and rank is None
-                  else from_numpy(argmax(logits.cpu().numpy(), rank)).to(logits.device))
+        chosen = (
+            logits.argmax(1)
+            if logits.device.type != "cpu" and rank is None
+            else from_numpy(argmax(logits.cpu().numpy(), rank)).to(logits.device)
+        )
         return chosen, F.softmax(logits, dim=1).gather(1, chosen[:, None])[:, 0].log()
 
     return generate(model, prompt, valid, constraint, k, pick, start=start)
 
 
-def sample(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, uniform: Tensor,
-           temperature: float = 1.0, start: tuple[KVCache, Tensor] | None = None) -> Pages:
+def sample(
+    model: Backbone,
+    prompt: Tensor,
+    valid: Tensor,
+    constraint: Unseen,
+    uniform: Tensor,
+    temperature: float = 1.0,
+    start: tuple[KVCache, Tensor] | None = None,
+) -> Pages:
     """Draw every slot from its legal distribution: Plackett-Luce given the prefix, never a repeat.
 
     uniform  (B, K) float64 in [0, 1): one number a slot turns the distribution into a choice (inverse of the
              cumulative sum), so a page depends on its own numbers alone, not on its neighbours in the batch
     start    as in `generate`
     """
+
     def pick(logits: Tensor, slot: int) -> tuple[Tensor, Tensor]:
         p = F.softmax(logits, dim=1)
         best = drawn(p, uniform[:, slot])
@@ -187,11 +238,15 @@ def drawn(p: Tensor, uniform: Tensor) -> Tensor:
     N = p.shape[1]
     size = max(1, math.isqrt(N))
     even = N - N % size
-    whole = torch.cat([p[:, :even].unflatten(1, (-1, size)).sum(2), p[:, even:].sum(1, keepdim=True)], 1)
+    whole = torch.cat(
+        [p[:, :even].unflatten(1, (-1, size)).sum(2), p[:, even:].sum(1, keepdim=True)], 1
+    )
     whole = whole.cumsum(1, dtype=torch.float64)
     piece, before = first_above(whole, uniform.to(torch.float64) * whole[:, -1])
     column = piece[:, None] * size + torch.arange(size, device=p.device)
-    inside = torch.where(column < N, p.gather(1, column.clamp(max=N - 1)), 0.0).cumsum(1, dtype=torch.float64)
+    inside = torch.where(column < N, p.gather(1, column.clamp(max=N - 1)), 0.0).cumsum(
+        1, dtype=torch.float64
+    )
     return (piece * size + first_above(inside, before)[0]).clamp(max=N - 1)
 
 
@@ -208,8 +263,15 @@ def first_above(total: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def beam(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int, width: int = 4,
-         start: tuple[KVCache, Tensor] | None = None) -> Pages:
+def beam(
+    model: Backbone,
+    prompt: Tensor,
+    valid: Tensor,
+    constraint: Unseen,
+    k: int,
+    width: int = 4,
+    start: tuple[KVCache, Tensor] | None = None,
+) -> Pages:
     """The page of highest total log-probability among those a beam of `width` pages a user keeps.
 
     start as in `generate`; its cache is spent afterwards.
@@ -246,14 +308,23 @@ def beam(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, k: 
         constraint.place(chosen)
         if slot + 1 < k:
             valid = torch.cat([valid, live[:, None]], 1)
-            logits = model.item_logits(model(item_tokens(model, chosen, 0)[:, None], valid, cache, placed=0)[:, -1])
+            logits = model.item_logits(
+                model(item_tokens(model, chosen, 0)[:, None], valid, cache, placed=0)[:, -1]
+            )
     top = torch.arange(B, device=device) * width
     return Pages(item[top], logp[top], mask[top], first)
 
 
 @torch.no_grad()
-def one_shot(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen, k: int,
-             start: tuple[KVCache, Tensor] | None = None, rank: Rank | None = None) -> Pages:
+def one_shot(
+    model: Backbone,
+    prompt: Tensor,
+    valid: Tensor,
+    constraint: Unseen,
+    k: int,
+    start: tuple[KVCache, Tensor] | None = None,
+    rank: Rank | None = None,
+) -> Pages:
     """Rank by the first slot's distribution alone: one pass, no slot sees another. start as in `generate`, rank as in
     `greedy`."""
     first = model.item_logits(model(prompt, valid)[:, -1] if start is None else start[1])
@@ -261,11 +332,17 @@ def one_shot(model: Backbone, prompt: Tensor, valid: Tensor, constraint: Unseen,
     value, column = top_k(logp, k, rank)
     mask = value.isfinite()
     pad = (0, k - mask.shape[1])
-    return Pages(F.pad(torch.where(mask, column, -1), pad, value=-1), F.pad(torch.where(mask, value, 0.0), pad),
-                 F.pad(mask, pad), first)
+    return Pages(
+        F.pad(torch.where(mask, column, -1), pad, value=-1),
+        F.pad(torch.where(mask, value, 0.0), pad),
+        F.pad(mask, pad),
+        first,
+    )
 
 
-def ranking(pages: Pages, legal: Tensor, depth: int, rank: Rank | None = None) -> tuple[Tensor, Tensor]:
+def ranking(
+    pages: Pages, legal: Tensor, depth: int, rank: Rank | None = None
+) -> tuple[Tensor, Tensor]:
     """The page, then the remaining legal items by the first slot's logits (SPEC 7: NDCG@100 needs 100 ranks).
 
     legal    (B, N) bool, before any slot was filled
@@ -276,13 +353,15 @@ def ranking(pages: Pages, legal: Tensor, depth: int, rank: Rank | None = None) -
     score = torch.where(legal, pages.first, -torch.inf)
     over = torch.where(legal, pages.first, torch.finfo(torch.float32).min).amax(1, keepdim=True)
     above = over + K - torch.arange(K, device=score.device, dtype=score.dtype)
-    padded = F.pad(score, (0, 1))                               # the last column takes the empty slots
+    padded = F.pad(score, (0, 1))  # the last column takes the empty slots
     padded.scatter_(1, torch.where(pages.mask, pages.item, score.shape[1]), above)
     value, column = top_k(padded[:, :-1], depth, rank)
     kept = value.isfinite()
     pad = (0, depth - kept.shape[1])
-    return (F.pad(torch.where(kept, column, -1), pad, value=-1),
-            F.pad(torch.where(kept, value, -torch.inf), pad, value=-torch.inf))
+    return (
+        F.pad(torch.where(kept, column, -1), pad, value=-1),
+        F.pad(torch.where(kept, value, -torch.inf), pad, value=-torch.inf),
+    )
 
 
 def trimmed(prompt: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,8 +373,14 @@ def trimmed(prompt: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     return prompt[:, first:], valid[:, first:]
 
 
-def slot_states(model: Backbone, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor,
-                start: tuple[KVCache, Tensor] | None = None) -> Tensor:
+def slot_states(
+    model: Backbone,
+    prompt: Tensor,
+    valid: Tensor,
+    item: Tensor,
+    mask: Tensor,
+    start: tuple[KVCache, Tensor] | None = None,
+) -> Tensor:
     """Hidden states around the slots of given pages, in one pass: (B, K + 1, C).
 
     Column t is the state before slot t is drawn; column t + 1 the state after its item was read. With `start` (see
@@ -312,8 +397,16 @@ def slot_states(model: Backbone, prompt: Tensor, valid: Tensor, item: Tensor, ma
     return model(ids, torch.cat([valid, mask], 1), placed=P, first=P - 1)
 
 
-def page_logp(states: Tensor, rows: Tensor, item: Tensor, mask: Tensor, excluded: Tensor,
-              temperature: float = 1.0, with_entropy: bool = False, candidates: Candidates | None = None):
+def page_logp(
+    states: Tensor,
+    rows: Tensor,
+    item: Tensor,
+    mask: Tensor,
+    excluded: Tensor,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    candidates: Candidates | None = None,
+):
     """Log-probability of every slot under its legal set, without a tensor of slots x items.
 
     states    (B, K or K + 1, C) from slot_states      rows      (N, C) item rows
@@ -323,20 +416,34 @@ def page_logp(states: Tensor, rows: Tensor, item: Tensor, mask: Tensor, excluded
     returns   logp (B, K) float32, 0 off the mask [, entropy (B, K) of the legal distribution]
     """
     B, K = item.shape
-    before = torch.ones(K, K, dtype=torch.bool, device=item.device).tril(-1)        # slot t sees slots < t
-    placed = torch.where(before, item[:, None, :], -1)                              # (B, K, K)
-    illegal = torch.cat([excluded[:, None, :].expand(B, K, -1), placed], 2)         # (B, K, E + K)
+    # slot t sees slots < t
+    before = torch.ones(K, K, dtype=torch.bool, device=item.device).tril(-1)
+    placed = torch.where(before, item[:, None, :], -1)  # (B, K, K)
+    illegal = torch.cat([excluded[:, None, :].expand(B, K, -1), placed], 2)  # (B, K, E + K)
     if candidates is not None:
         logp = sampled_logp(states[:, :K][mask], rows, candidates, item[mask], illegal[mask])
         return torch.zeros(B, K, device=item.device).masked_scatter(mask, logp)
-    if mask.device.type in WHOLE:       # empty slots choose freely, and what they choose is dropped
-        out = linear_logp(states[:, :K].flatten(0, 1), rows, item.clamp(min=0).flatten(),
-                          torch.where(mask[..., None], illegal, -1).flatten(0, 1), temperature,
-                          return_entropy=with_entropy)
+    if mask.device.type in WHOLE:  # empty slots choose freely, and what they choose is dropped
+        out = linear_logp(
+            states[:, :K].flatten(0, 1),
+            rows,
+            item.clamp(min=0).flatten(),
+            torch.where(mask[..., None], illegal, -1).flatten(0, 1),
+            temperature,
+            return_entropy=with_entropy,
+        )
         spread = [torch.where(mask, x.view(B, K), 0.0) for x in (out if with_entropy else (out,))]
     else:
-        out = linear_logp(states[:, :K][mask], rows, item[mask], illegal[mask], temperature,
-                          return_entropy=with_entropy)
-        spread = [torch.zeros(B, K, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
-                  for x in (out if with_entropy else (out,))]
+        out = linear_logp(
+            states[:, :K][mask],
+            rows,
+            item[mask],
+            illegal[mask],
+            temperature,
+            return_entropy=with_entropy,
+        )
+        spread = [
+            torch.zeros(B, K, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
+            for x in (out if with_entropy else (out,))
+        ]
     return tuple(spread) if with_entropy else spread[0]

@@ -27,28 +27,55 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pagellm.config import PageLLMError
 
-__all__ = ["MODES", "PRECISIONS", "Fetch", "any_rank", "barrier", "everybody", "gather", "idle", "is_main",
-           "last_backward", "load_optimiser", "load_weights", "multiplies_bf16", "optimiser_state", "part",
-           "peak_memory", "pick_device", "pick_precision", "rank", "send", "start", "stop", "total", "weights", "whole",
-           "world", "wrap"]
+__all__ = [
+    "MODES",
+    "PRECISIONS",
+    "Fetch",
+    "any_rank",
+    "barrier",
+    "everybody",
+    "gather",
+    "idle",
+    "is_main",
+    "last_backward",
+    "load_optimiser",
+    "load_weights",
+    "multiplies_bf16",
+    "optimiser_state",
+    "part",
+    "peak_memory",
+    "pick_device",
+    "pick_precision",
+    "rank",
+    "send",
+    "start",
+    "stop",
+    "total",
+    "weights",
+    "whole",
+    "world",
+    "wrap",
+]
 
 MODES = ("ddp", "fsdp")
 PRECISIONS = ("auto", "float32", "bfloat16")
 # Columns from which bfloat16 was measured to pay on a CPU (experiments/precision.py); below, casts eat the gain.
 BF16_WIDTH = 128
-TIMEOUT = timedelta(minutes=30)      # the main process may make pairs or validate for long while the others wait
+# the main process may make pairs or validate for long while the others wait
+TIMEOUT = timedelta(minutes=30)
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is cuda where there is one, else cpu. Raises PageLLMError for a device that is not here."""
+    """ "auto" is cuda where there is one, else cpu. Raises PageLLMError for a device that is not here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise PageLLMError(f"device={name!r} is not usable here ({str(error).splitlines()[0]}); "
-                           "use cpu or auto") from None
+        raise PageLLMError(
+            f"device={name!r} is not usable here ({str(error).splitlines()[0]}); use cpu or auto"
+        ) from None
     return device
 
 
@@ -59,7 +86,7 @@ def send(x: Tensor, device: torch.device | str) -> Tensor:
 
 
 def pick_precision(name: str, device: torch.device, width: int) -> str:
-    """"auto" is bfloat16 where the processor multiplies it and the trunk is `width` >= BF16_WIDTH columns wide, else
+    """ "auto" is bfloat16 where the processor multiplies it and the trunk is `width` >= BF16_WIDTH columns wide, else
     float32. By capability, not by a stopwatch: the same machine must choose alike whatever else it is doing.
 
     CPUs with AMX or AVX512-BF16, GPUs from compute capability 8.0. -> "float32" or "bfloat16"
@@ -73,7 +100,10 @@ def multiplies_bf16(device: torch.device) -> bool:
     """Whether the processor has instructions for bfloat16 products; others emulate them, slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    tests = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    tests = (
+        getattr(torch.cpu, name, None)
+        for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    )
     return device.type == "cpu" and any(test() for test in tests if test)
 
 
@@ -87,7 +117,9 @@ def start(name: str) -> torch.device:
         torch.cuda.set_device(device)
     if not td.is_initialized():
         # gloo beside nccl: what processes tell each other about themselves is on the host and stays there.
-        td.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        td.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT
+        )
         atexit.register(stop)
     return device
 
@@ -102,7 +134,10 @@ def stop() -> None:
 def peak_memory() -> float:
     """Largest memory so far in MB: allocated on the GPU that has most, where one is in use; else this process's."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / 2**20
+        return (
+            max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+            / 2**20
+        )
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -128,7 +163,7 @@ def part(rows: np.ndarray) -> tuple[np.ndarray, bool]:
 
     The row of an idle process keeps it in step with the others; it must weigh nothing.
     """
-    mine = rows[rank()::world()]
+    mine = rows[rank() :: world()]
     return (mine, True) if len(mine) else (rows[:1], False)
 
 
@@ -185,7 +220,7 @@ def gather(mine: np.ndarray) -> np.ndarray:
     parts = everybody(mine)
     out = np.empty((sum(map(len, parts)), *mine.shape[1:]), dtype=mine.dtype)
     for at, rows in enumerate(parts):
-        out[at::world()] = rows
+        out[at :: world()] = rows
     return out
 
 
@@ -201,6 +236,7 @@ def wrap(module: nn.Module, mode: str) -> nn.Module:
         return module
     if mode == "fsdp":
         from torch.distributed.fsdp import fully_shard
+
         return fully_shard(module, reshard_after_forward=False)
     return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
@@ -282,13 +318,18 @@ def load_weights(module: nn.Module, values: dict[str, Tensor]) -> None:
 def optimiser_state(module: nn.Module, opt: torch.optim.Optimizer) -> dict[str, dict]:
     """Parameter name -> its moments, whole. Parameters that took no step yet are left out."""
     name_of = {p: name for name, p in getattr(module, "module", module).named_parameters()}
-    return {name_of[p]: {key: full(value) for key, value in moments.items()} for p, moments in opt.state.items()}
+    return {
+        name_of[p]: {key: full(value) for key, value in moments.items()}
+        for p, moments in opt.state.items()
+    }
 
 
 def load_optimiser(module: nn.Module, opt: torch.optim.Optimizer, state: dict[str, dict]) -> None:
     """The inverse of `optimiser_state`."""
     parameters = dict(getattr(module, "module", module).named_parameters())
     for name, moments in state.items():
-        opt.state[parameters[name]] = {key: like(value, parameters[name]) for key, value in moments.items()}
-        if opt.defaults["fused"]:       # counts its steps where its parameters are
+        opt.state[parameters[name]] = {
+            key: like(value, parameters[name]) for key, value in moments.items()
+        }
+        if opt.defaults["fused"]:  # counts its steps where its parameters are
             opt.state[parameters[name]]["step"] = moments["step"].to(parameters[name].device)

@@ -43,20 +43,26 @@ class Embeddings:
         try:
             self.manifest = json.loads((self.path / "manifest.json").read_text())
         except (OSError, ValueError) as error:
-            raise PageLLMError(f"no readable manifest.json in {self.path} ({type(error).__name__})\n"
-                               "  Make it with: python -m pagellm.export") from None
+            raise PageLLMError(
+                f"no readable manifest.json in {self.path} ({type(error).__name__})\n"
+                "  Make it with: python -m pagellm.export"
+            ) from None
 
     def _file(self, name: str) -> Path:
         """Raises PageLLMError for a file that is gone or not what the manifest says."""
         path = self.path / name
-        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != self.manifest["sha256"].get(name):
+        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != self.manifest[
+            "sha256"
+        ].get(name):
             raise PageLLMError(f"{path} is gone or not what manifest.json says; export again")
         return path
 
     def matrix(self, name: str) -> np.ndarray:
         """(rows, d) float32; kept, so treat it as read-only."""
         if name not in self.manifest["matrices"]:
-            raise PageLLMError(f"{self.path} has no {name}; it has {', '.join(self.manifest['matrices'])}")
+            raise PageLLMError(
+                f"{self.path} has no {name}; it has {', '.join(self.manifest['matrices'])}"
+            )
         if name not in self._kept:
             x = np.load(self._file(f"{name}.npy"), allow_pickle=False)
             if x.dtype == np.int8:
@@ -67,18 +73,24 @@ class Embeddings:
     @cached_property
     def items(self) -> dict[str, int]:
         """The shop's item id -> row."""
-        return {name: i for i, name in enumerate(json.loads(self._file("item_ids.json").read_text()))}
+        return {
+            name: i for i, name in enumerate(json.loads(self._file("item_ids.json").read_text()))
+        }
 
     @cached_property
     def users(self) -> dict[str, int]:
         """The shop's user id -> row."""
-        return {name: i for i, name in enumerate(json.loads(self._file("user_ids.json").read_text()))}
+        return {
+            name: i for i, name in enumerate(json.loads(self._file("user_ids.json").read_text()))
+        }
 
     def row(self, name: str, key: str) -> np.ndarray:
         """(d,) of one item or user by the shop's id. Raises PageLLMError for an id that was not exported."""
         ids = self.items if name.startswith("item") else self.users
         if key not in ids:
-            raise PageLLMError(f"{self.path}: {name} has no row for {key!r}; it was not in the data exported")
+            raise PageLLMError(
+                f"{self.path}: {name} has no row for {key!r}; it was not in the data exported"
+            )
         return self.matrix(name)[ids[key]]
 
     def dot(self, user: str, items: Sequence[str]) -> np.ndarray:

@@ -35,22 +35,30 @@ DTYPES = ("float32", "float16", "int8")
 class Config(Common):
     """Write item and user embeddings as .npy files with ids and a manifest."""
 
-    source_run: str = ""         # run whose sft is read; empty: this run
-    policy: str = "ppo"          # whose embeddings: ppo or sft
-    names: str = ",".join(NAMES) # which matrices, comma-separated
-    dtype: str = "float16"       # float32, float16, or int8 (a float32 scale a row beside it)
-    pca: int = 0                 # dimensions kept; 0: all
-    split: str = "test"          # held-out rows kept from the prompts of user_content: test, or none for serving
-    batch: int = 256             # rows in a forward pass
-    out: str = ""                # directory under the run, so that others can lie beside; empty: export-<policy>
+    source_run: str = ""  # run whose sft is read; empty: this run
+    policy: str = "ppo"  # whose embeddings: ppo or sft
+    names: str = ",".join(NAMES)  # which matrices, comma-separated
+    dtype: str = "float16"  # float32, float16, or int8 (a float32 scale a row beside it)
+    pca: int = 0  # dimensions kept; 0: all
+    split: str = "test"  # held-out rows kept from the prompts of user_content: test,
+    # or none for serving
+    batch: int = 256  # rows in a forward pass
+    out: str = ""  # directory under the run, so that others can lie beside; empty: export-<policy>
 
     def __post_init__(self):
         super().__post_init__()
         names = self.names.split(",")
-        check(self, policy=(self.policy in ("ppo", "sft"), "ppo or sft"), dtype=(self.dtype in DTYPES,
-              ", ".join(DTYPES)), names=(set(names) <= set(NAMES) and len(set(names)) == len(names),
-              f"some of {','.join(NAMES)}"), split=(self.split in ("test", "none"), "test or none"),
-              batch=(self.batch > 0, "1 or more"))
+        check(
+            self,
+            policy=(self.policy in ("ppo", "sft"), "ppo or sft"),
+            dtype=(self.dtype in DTYPES, ", ".join(DTYPES)),
+            names=(
+                set(names) <= set(NAMES) and len(set(names)) == len(names),
+                f"some of {','.join(NAMES)}",
+            ),
+            split=(self.split in ("test", "none"), "test or none"),
+            batch=(self.batch > 0, "1 or more"),
+        )
 
 
 @torch.no_grad()
@@ -58,7 +66,7 @@ def states(policy: Policy, rows: list[list[int]], batch: int, mean: bool) -> np.
     """(len(rows), C) float32: the last token's state of each row of ids, or the mean over its tokens."""
     out, device = [], policy.model.word.device
     for at in range(0, len(rows), batch):
-        ids, valid = (x.to(device) for x in left_pad(rows[at: at + batch], policy.vocab.pad))
+        ids, valid = (x.to(device) for x in left_pad(rows[at : at + batch], policy.vocab.pad))
         hidden = policy.model(ids, valid).float()
         if mean:
             own = valid[..., None]
@@ -72,8 +80,10 @@ def states(policy: Policy, rows: list[list[int]], batch: int, mean: bool) -> np.
 def item_content(policy: Policy, shop: Shop, batch: int = 256) -> np.ndarray:
     """(N, C) float32: what the words alone say about an item; an item without any text has the padding's state."""
     c, room = shop.catalogue, policy.model.shape.n_ctx
-    texts = [" ".join(part for part in (title, brand, leaf) if part)
-             for title, brand, leaf in zip(c.title, c.brand, c.leaf, strict=True)]
+    texts = [
+        " ".join(part for part in (title, brand, leaf) if part)
+        for title, brand, leaf in zip(c.title, c.brand, c.leaf, strict=True)
+    ]
     rows = [policy.vocab.words(f" {text}")[:room] if text else [policy.vocab.pad] for text in texts]
     return states(policy, rows, batch, mean=True)
 
@@ -84,7 +94,10 @@ def user_content(policy: Policy, shop: Shop, split: str = "test", batch: int = 2
     split  test: train rows in the prompt, as in evaluate; none: all that is known
     """
     history = shop.csr("train" if split == "test" else None)
-    rows = [policy.prompts.page(u if policy.style.use_user else None, *history.of(u)) for u in range(shop.n_users)]
+    rows = [
+        policy.prompts.page(u if policy.style.use_user else None, *history.of(u))
+        for u in range(shop.n_users)
+    ]
     return states(policy, rows, batch, mean=False)
 
 
@@ -94,20 +107,30 @@ def basis_of(x: np.ndarray, d: int) -> np.ndarray:
     return np.linalg.svd(x.astype(np.float64), full_matrices=False)[2][:d].T.astype(np.float32)
 
 
-def export_embeddings(policy: Policy, shop: Shop, names=NAMES, split: str = "test", batch: int = 256, pca: int = 0
-                      ) -> dict[str, np.ndarray]:
+def export_embeddings(
+    policy: Policy, shop: Shop, names=NAMES, split: str = "test", batch: int = 256, pca: int = 0
+) -> dict[str, np.ndarray]:
     """name -> (rows, d) float32. With pca, item_token and user_content share the basis of the item rows, since they
     meet in a dot product; the others have their own. Raises PageLLMError for pca above the model's width."""
     policy.model.eval()
     width = policy.model.shape.n_embd
     if pca > min(width, shop.n_items, shop.n_users):
-        raise PageLLMError(f"pca={pca}: these rows have {min(width, shop.n_items, shop.n_users)} dimensions at most")
+        raise PageLLMError(
+            f"pca={pca}: these rows have {min(width, shop.n_items, shop.n_users)} dimensions at most"
+        )
     item, user = (w.detach().float().cpu().numpy() for w in (policy.model.item, policy.model.user))
-    make = {"item_token": lambda: item, "item_content": lambda: item_content(policy, shop, batch),
-            "user_token": lambda: user, "user_content": lambda: user_content(policy, shop, split, batch)}
+    make = {
+        "item_token": lambda: item,
+        "item_content": lambda: item_content(policy, shop, batch),
+        "user_token": lambda: user,
+        "user_content": lambda: user_content(policy, shop, split, batch),
+    }
     found = {name: make[name]() for name in names}
     if pca:
-        found = {name: x @ basis_of(item if name == "user_content" else x, pca) for name, x in found.items()}
+        found = {
+            name: x @ basis_of(item if name == "user_content" else x, pca)
+            for name, x in found.items()
+        }
     return found
 
 
@@ -116,13 +139,19 @@ def run(config: Config) -> None:
     record = finished(where, f"{config.policy} policy", config.make(config.policy))
     shop = load(config.data_dir)
     inputs = {"data": file_id(config.data_dir / "source.json"), "policy": record["id"]}
-    with Run(config.stage(config.out or f"export-{config.policy}"), config, inputs, ("batch",)) as out:
+    with Run(
+        config.stage(config.out or f"export-{config.policy}"), config, inputs, ("batch",)
+    ) as out:
         if out.done:
             print(f"export: already done in {out.path}")
             return
         policy = Policy.load(where, pick_device(config.device))
-        found, sha256 = export_embeddings(policy, shop, config.names.split(","), config.split, config.batch,
-                                          config.pca), {}
+        found, sha256 = (
+            export_embeddings(
+                policy, shop, config.names.split(","), config.split, config.batch, config.pca
+            ),
+            {},
+        )
         files = {}
         for name, x in found.items():
             if config.dtype == "int8":
@@ -130,7 +159,9 @@ def run(config: Config) -> None:
             else:
                 files[f"{name}.npy"] = x.astype(config.dtype)
                 if not np.isfinite(files[f"{name}.npy"]).all():
-                    raise PageLLMError(f"{name} does not fit in {config.dtype}; export with --dtype float32")
+                    raise PageLLMError(
+                        f"{name} does not fit in {config.dtype}; export with --dtype float32"
+                    )
         for name, x in files.items():
             with atomic(out.path / name) as beside, open(beside, "wb") as file:
                 np.save(file, x, allow_pickle=False)
@@ -138,10 +169,19 @@ def run(config: Config) -> None:
         for name, ids in (("item_ids.json", shop.catalogue.ids), ("user_ids.json", shop.user_ids)):
             write_json(out.path / name, list(ids))
             sha256[name] = full_hash(out.path / name)
-        write_json(out.path / "manifest.json", {
-            "dataset": config.dataset, "policy": config.policy, "inputs": inputs, "dtype": config.dtype,
-            "pca": config.pca, "split": config.split, "sha256": sha256,
-            "matrices": {name: list(x.shape) for name, x in found.items()}})
+        write_json(
+            out.path / "manifest.json",
+            {
+                "dataset": config.dataset,
+                "policy": config.policy,
+                "inputs": inputs,
+                "dtype": config.dtype,
+                "pca": config.pca,
+                "split": config.split,
+                "sha256": sha256,
+                "matrices": {name: list(x.shape) for name, x in found.items()},
+            },
+        )
         out.finish(matrices={name: list(x.shape) for name, x in found.items()})
         size = sum((out.path / name).stat().st_size for name in files)
         print(f"export: {out.path}, {len(found)} matrices, {size / 1e6:.1f} MB in {config.dtype}")

@@ -41,25 +41,36 @@ __all__ = ["Config", "marginal_reward", "pair_features", "run"]
 class Config(Sources):
     """Add dot(h_u, e_i) and the marginal page reward to a file of (user, item) pairs."""
 
-    pairs: str = ""              # Parquet file with user_id and item_id, the shop's own; other columns are kept
-    out: str = ""                # Parquet file to write
-    policy: str = "ppo"          # whose h_u, e_i and pages: ppo or sft
-    k: int = 20                  # slots of the page that an item is added to or taken from
-    mode: str = "greedy"         # how that page is decoded: greedy, beam or one_shot
-    batch: int = 512             # pages in a forward pass of the reward model
+    pairs: str = ""  # Parquet file with user_id and item_id, the shop's own; other columns are kept
+    out: str = ""  # Parquet file to write
+    policy: str = "ppo"  # whose h_u, e_i and pages: ppo or sft
+    k: int = 20  # slots of the page that an item is added to or taken from
+    mode: str = "greedy"  # how that page is decoded: greedy, beam or one_shot
+    batch: int = 512  # pages in a forward pass of the reward model
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, policy=(self.policy in POLICIES, " or ".join(POLICIES)),
-              mode=(self.mode in MODES, ", ".join(MODES)), k=(self.k > 0, "1 or more"),
-              batch=(self.batch > 0, "1 or more"))
+        check(
+            self,
+            policy=(self.policy in POLICIES, " or ".join(POLICIES)),
+            mode=(self.mode in MODES, ", ".join(MODES)),
+            k=(self.k > 0, "1 or more"),
+            batch=(self.batch > 0, "1 or more"),
+        )
         if not (self.pairs and self.out):
             raise PageLLMError("want --pairs (a Parquet file of user_id, item_id) and --out")
 
 
 @torch.no_grad()
-def marginal_reward(reward: RewardModel, prompt: Tensor, valid: Tensor, page: Tensor, mask: Tensor, item: Tensor,
-                    batch: int = 512) -> Tensor:
+def marginal_reward(
+    reward: RewardModel,
+    prompt: Tensor,
+    valid: Tensor,
+    page: Tensor,
+    mask: Tensor,
+    item: Tensor,
+    batch: int = 512,
+) -> Tensor:
     """How much each of some items changes the reward R = R_c + R_f (Eq. 5, 6) of its user's page.
 
     prompt, valid (B, P); page, mask (B, K) as in decode.Pages; item (B, M) int64, -1: none
@@ -74,7 +85,7 @@ def marginal_reward(reward: RewardModel, prompt: Tensor, valid: Tensor, page: Te
     after = trunk(ids, read, cache, placed=P)[:, P:].float()
     token, total = reward.heads(prompt, valid, page, mask, after)
     base, out = total + mean_reward(token, mask), torch.full((B, M), torch.nan, device=device)
-    there = (page[:, None] == item[..., None]).any(2) & (item >= 0)                     # (B, M)
+    there = (page[:, None] == item[..., None]).any(2) & (item >= 0)  # (B, M)
     for row, column in chunks(~there & (item >= 0), batch):
         # The prompt and the page were read once; only the new item's column is computed for each of them.
         mine = KVCache(trunk.shape, 0, 0, trunk.word)
@@ -84,7 +95,11 @@ def marginal_reward(reward: RewardModel, prompt: Tensor, valid: Tensor, page: Te
         added = item[row, column]
         ids = item_tokens(trunk, added, 0)[:, None]
         state = trunk(ids, torch.cat([read[row], one], 1), mine, placed=0)[:, -1].float()
-        longer, states, end = F.pad(page[row], (0, 1), value=-1), F.pad(after[row], (0, 0, 0, 1)), mask[row].sum(1)
+        longer, states, end = (
+            F.pad(page[row], (0, 1), value=-1),
+            F.pad(after[row], (0, 0, 0, 1)),
+            mask[row].sum(1),
+        )
         at = torch.arange(len(row), device=device)
         longer[at, end], states[at, end] = added, state
         token, total = reward.heads(prompt[row], valid[row], longer, longer >= 0, states)
@@ -92,7 +107,9 @@ def marginal_reward(reward: RewardModel, prompt: Tensor, valid: Tensor, page: Te
     for row, column in chunks(there, batch):
         gone = (page[row] == item[row, column, None]) | (page[row] < 0)
         # A stable sort of "is the item, or empty" closes the gap that the item leaves.
-        less = page[row].masked_fill(gone, -1).gather(1, gone.long().sort(dim=1, stable=True).indices)
+        less = (
+            page[row].masked_fill(gone, -1).gather(1, gone.long().sort(dim=1, stable=True).indices)
+        )
         token, total = reward(prompt[row], valid[row], less, less >= 0)
         out[row, column] = base[row] - total - mean_reward(token, less >= 0)
     return out.cpu()
@@ -100,23 +117,42 @@ def marginal_reward(reward: RewardModel, prompt: Tensor, valid: Tensor, page: Te
 
 def chunks(chosen: Tensor, size: int):
     """(row, column) indices of the True cells, `size` at a time."""
-    yield from zip(*(x.split(size) for x in chosen.nonzero(as_tuple=True)), strict=True) if chosen.any() else ()
+    yield from (
+        zip(*(x.split(size) for x in chosen.nonzero(as_tuple=True)), strict=True)
+        if chosen.any()
+        else ()
+    )
 
 
 @torch.no_grad()
-def pair_features(policy: Policy, reward: RewardModel, history: Rows, seen: Rows, users: np.ndarray, item: np.ndarray,
-                  k: int = 20, mode: str = "greedy", batch: int = 512, progress: str = ""
-                  ) -> tuple[np.ndarray, np.ndarray]:
+def pair_features(
+    policy: Policy,
+    reward: RewardModel,
+    history: Rows,
+    seen: Rows,
+    users: np.ndarray,
+    item: np.ndarray,
+    k: int = 20,
+    mode: str = "greedy",
+    batch: int = 512,
+    progress: str = "",
+) -> tuple[np.ndarray, np.ndarray]:
     """dot, marginal (U, M) float32 of items (U, M) int64, -1: none (NaN), for users (U,).
 
     history  what the prompts show       seen  what no page may hold
     """
     policy.check_room(k + 1)
     dots, margins, device = [], [], policy.model.word.device
-    for at in tqdm(range(0, len(users), 64), desc=progress, unit="batch", disable=not progress, mininterval=1.0):
-        some, mine = users[at: at + 64], torch.from_numpy(item[at: at + 64]).to(device)
+    for at in tqdm(
+        range(0, len(users), 64), desc=progress, unit="batch", disable=not progress, mininterval=1.0
+    ):
+        some, mine = users[at : at + 64], torch.from_numpy(item[at : at + 64]).to(device)
         prompt, valid = policy.prompt(some, [history.of(u) for u in some])
-        dot = policy.model.item_logits(policy.model(prompt, valid)[:, -1]).float().gather(1, mine.clamp(min=0))
+        dot = (
+            policy.model.item_logits(policy.model(prompt, valid)[:, -1])
+            .float()
+            .gather(1, mine.clamp(min=0))
+        )
         pages, _ = policy.write(some, history, seen, k, mode)
         dots.append(torch.where(mine >= 0, dot, torch.nan).cpu())
         margins.append(marginal_reward(reward, prompt, valid, pages.item, pages.mask, mine, batch))
@@ -133,22 +169,40 @@ def run(config: Config) -> None:
     if not len(pairs):
         raise PageLLMError(f"{config.pairs} has no rows; want one a pair of user_id and item_id")
     if twice := {"dot", "marginal"} & set(pairs.column_names):
-        raise PageLLMError(f"{config.pairs} has a column {' and '.join(sorted(twice))} already; rename it")
+        raise PageLLMError(
+            f"{config.pairs} has a column {' and '.join(sorted(twice))} already; rename it"
+        )
     rec = Recommender.load(config, (config.policy,))
     dense = []
     for name, known in (("user_id", rec.user_of), ("item_id", rec.item_of)):
         if name not in pairs.column_names:
-            raise PageLLMError(f"{config.pairs}: no column {name}; it has {', '.join(pairs.column_names)}")
+            raise PageLLMError(
+                f"{config.pairs}: no column {name}; it has {', '.join(pairs.column_names)}"
+            )
         ids = pairs[name].to_pylist()
         if strange := [i for i in ids if i not in known]:
-            raise PageLLMError(f"{config.pairs}: {len(strange):,} rows of column {name} are not in {config.data_dir}, "
-                               f"first {strange[0]!r}\n  Leave them out: the model has no row for them.")
+            raise PageLLMError(
+                f"{config.pairs}: {len(strange):,} rows of column {name} are not in {config.data_dir}, "
+                f"first {strange[0]!r}\n  Leave them out: the model has no row for them."
+            )
         dense.append(np.array([known[i] for i in ids], np.int64))
     users, back = np.unique(dense[0], return_inverse=True)
     order = np.argsort(back, kind="stable")
-    item = pad_ids(np.split(dense[1][order], np.cumsum(np.bincount(back, minlength=len(users)))[:-1]), -1)
-    found = pair_features(rec.policies[config.policy], rec.reward, rec.history, rec.met, users, item, config.k,
-                          config.mode, config.batch, "features")
+    item = pad_ids(
+        np.split(dense[1][order], np.cumsum(np.bincount(back, minlength=len(users)))[:-1]), -1
+    )
+    found = pair_features(
+        rec.policies[config.policy],
+        rec.reward,
+        rec.history,
+        rec.met,
+        users,
+        item,
+        config.k,
+        config.mode,
+        config.batch,
+        "features",
+    )
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
     for name, values in zip(("dot", "marginal"), found, strict=True):

@@ -60,15 +60,19 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(shape.n_embd, shape.n_embd)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int, first: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int, first: int = 0
+    ) -> Tensor:
         """x (B, T, C) -> (B, T - first, C): what the columns from `first` on see."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)   # each (B, H, T, D)
+        # each (B, H, T, D)
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         p = self.p if self.training else 0.0
-        y = F.scaled_dot_product_attention(q[:, :, first:], k, v, attn_mask=allowed, dropout_p=p,
-                                           is_causal=allowed is None)
+        y = F.scaled_dot_product_attention(
+            q[:, :, first:], k, v, attn_mask=allowed, dropout_p=p, is_causal=allowed is None
+        )
         return self.drop(self.c_proj(y.transpose(1, 2).reshape(B, T - first, C)))
 
 
@@ -93,7 +97,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(shape.n_embd, eps=1e-5)
         self.mlp = MLP(shape, dropout)
 
-    def forward(self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int, first: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int, first: int = 0
+    ) -> Tensor:
         x = x[:, first:] + self.attn(self.ln_1(x), allowed, cache, layer, first)
         return x + self.mlp(self.ln_2(x))
 
@@ -103,14 +109,32 @@ class GPT2(Backbone):
 
     KIND = "gpt2"
     RESIDUAL = ("c_proj",)
-    TARGETS = {"q": ("attn.c_attn", 0, 3), "k": ("attn.c_attn", 1, 3), "v": ("attn.c_attn", 2, 3),
-               "o": ("attn.c_proj", 0, 1), "up": ("mlp.c_fc", 0, 1), "down": ("mlp.c_proj", 0, 1)}
+    TARGETS = {
+        "q": ("attn.c_attn", 0, 3),
+        "k": ("attn.c_attn", 1, 3),
+        "v": ("attn.c_attn", 2, 3),
+        "o": ("attn.c_proj", 0, 1),
+        "up": ("mlp.c_fc", 0, 1),
+        "down": ("mlp.c_proj", 0, 1),
+    }
     PREFIX = "transformer."
-    TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    TRANSPOSED = (
+        "attn.c_attn.weight",
+        "attn.c_proj.weight",
+        "mlp.c_fc.weight",
+        "mlp.c_proj.weight",
+    )
     UNUSED = (".attn.bias", ".attn.masked_bias")
 
-    def __init__(self, shape: Shape, n_words: int, n_users: int, n_items: int, dropout: float = 0.1,
-                 generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        shape: Shape,
+        n_words: int,
+        n_users: int,
+        n_items: int,
+        dropout: float = 0.1,
+        generator: torch.Generator | None = None,
+    ):
         super().__init__(shape, n_words, n_users, n_items)
         self.wpe = nn.Parameter(torch.empty(shape.n_ctx, shape.n_embd))
         self.drop = nn.Dropout(dropout)
@@ -134,7 +158,7 @@ class GPT2(Backbone):
         for block in self.h:
             block.attn.c_proj.weight.zero_()
             block.mlp.c_proj.weight.zero_()
-        first.c_attn.weight[2 * C:] = torch.eye(C)
+        first.c_attn.weight[2 * C :] = torch.eye(C)
         first.c_proj.weight.copy_(torch.eye(C))
         for rows in (self.word, self.wpe):
             rows.mul_(loud / rows.std())
@@ -146,5 +170,12 @@ class GPT2(Backbone):
 
     @staticmethod
     def published_config(shape: Shape) -> dict:
-        return {"model_type": "gpt2", "n_layer": shape.n_layer, "n_head": shape.n_head, "n_embd": shape.n_embd,
-                "n_positions": shape.n_ctx, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}
+        return {
+            "model_type": "gpt2",
+            "n_layer": shape.n_layer,
+            "n_head": shape.n_head,
+            "n_embd": shape.n_embd,
+            "n_positions": shape.n_ctx,
+            "layer_norm_epsilon": 1e-5,
+            "activation_function": "gelu_new",
+        }

@@ -19,12 +19,27 @@ import numpy as np
 
 from pagellm.data.shop import Catalogue, Rows, Shop
 
-__all__ = ["LAMBDA_D", "LAMBDA_R", "Move", "Near", "energy", "feedback", "gain", "gains", "ground_truth_page",
-           "item_scores", "near_duplicates", "page_energy", "popularity", "rating_levels", "single_level",
-           "split_history"]
+__all__ = [
+    "LAMBDA_D",
+    "LAMBDA_R",
+    "Move",
+    "Near",
+    "energy",
+    "feedback",
+    "gain",
+    "gains",
+    "ground_truth_page",
+    "item_scores",
+    "near_duplicates",
+    "page_energy",
+    "popularity",
+    "rating_levels",
+    "single_level",
+    "split_history",
+]
 
-LAMBDA_D = 0.3      # what a slot earns by a category not seen above it
-LAMBDA_R = 0.3      # what a slot loses by repeating an item above it
+LAMBDA_D = 0.3  # what a slot earns by a category not seen above it
+LAMBDA_R = 0.3  # what a slot loses by repeating an item above it
 
 
 def popularity(shop: Shop) -> np.ndarray:
@@ -60,8 +75,9 @@ def rating_levels(ratings: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(ratings), -np.inf, ratings)
 
 
-def split_history(items: np.ndarray, ratings: np.ndarray, share: float,
-                  rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def split_history(
+    items: np.ndarray, ratings: np.ndarray, share: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Input/label split of one user's positives, stratified by rating level (SPEC 2.2 step 2).
 
     Of a level with m items, max(1, round(share m)) but never all become labels; a level of one item is input.
@@ -73,7 +89,9 @@ def split_history(items: np.ndarray, ratings: np.ndarray, share: float,
     Raises ValueError on no items, unequal lengths, or a share outside (0, 1).
     """
     if len(items) == 0 or len(items) != len(ratings):
-        raise ValueError(f"split_history: {len(items)} items, {len(ratings)} ratings: want both, as many")
+        raise ValueError(
+            f"split_history: {len(items)} items, {len(ratings)} ratings: want both, as many"
+        )
     if not 0 < share < 1:
         raise ValueError(f"split_history: share={share}, want it between 0 and 1")
     level = rating_levels(ratings)
@@ -119,7 +137,7 @@ class Near:
 
     def of(self, item: int) -> np.ndarray:
         """The near-duplicates of one item, rising ids."""
-        return self.neighbour[self.indptr[item]: self.indptr[item + 1]]
+        return self.neighbour[self.indptr[item] : self.indptr[item + 1]]
 
 
 def components(both: np.ndarray, n_items: int) -> np.ndarray:
@@ -128,15 +146,19 @@ def components(both: np.ndarray, n_items: int) -> np.ndarray:
     while len(both):
         lower = group.copy()
         np.minimum.at(lower, both[:, 0], group[both[:, 1]])
-        lower = lower[lower]                     # jump: a chain of length n needs about log n rounds
+        lower = lower[lower]  # jump: a chain of length n needs about log n rounds
         if np.array_equal(lower, group):
             break
         group = lower
     return group
 
 
-def near_duplicates(catalogue: Catalogue, embedding: np.ndarray | None = None, jaccard: float = 0.8,
-                    cosine: float = 0.95) -> Near:
+def near_duplicates(
+    catalogue: Catalogue,
+    embedding: np.ndarray | None = None,
+    jaccard: float = 0.8,
+    cosine: float = 0.95,
+) -> Near:
     """Items that nearly repeat each other (SPEC 2.2 step 5).
 
     Same brand and same leaf category, both known, and title-token Jaccard >= jaccard; or, where an embedding
@@ -146,13 +168,21 @@ def near_duplicates(catalogue: Catalogue, embedding: np.ndarray | None = None, j
     Raises ValueError if the embedding has not one finite row an item, or a threshold is outside (0, 1].
     """
     if not (0 < jaccard <= 1 and 0 < cosine <= 1):
-        raise ValueError(f"near_duplicates: jaccard={jaccard}, cosine={cosine}: want both above 0, at most 1")
+        raise ValueError(
+            f"near_duplicates: jaccard={jaccard}, cosine={cosine}: want both above 0, at most 1"
+        )
     pairs = [title_pairs(catalogue, jaccard)]
     if embedding is not None:
         embedding = np.asarray(embedding, dtype=np.float32)
-        if embedding.ndim != 2 or len(embedding) != len(catalogue) or not np.isfinite(embedding).all():
-            raise ValueError(f"near_duplicates: embedding {embedding.shape}: "
-                             f"want ({len(catalogue)}, d), all finite")
+        if (
+            embedding.ndim != 2
+            or len(embedding) != len(catalogue)
+            or not np.isfinite(embedding).all()
+        ):
+            raise ValueError(
+                f"near_duplicates: embedding {embedding.shape}: "
+                f"want ({len(catalogue)}, d), all finite"
+            )
         pairs.append(cosine_pairs(embedding, cosine))
     return Near.of_pairs(np.concatenate(pairs), len(catalogue))
 
@@ -164,8 +194,11 @@ def title_pairs(catalogue: Catalogue, threshold: float) -> np.ndarray:
     (rarest first: short lists) they must meet among the first |A| - ceil(t |A|) + 1. Exact, nearly linear.
     """
     brand, leaf = catalogue.brand_id.tolist(), catalogue.leaf_id.tolist()
-    tokens = {i: set(re.findall(r"\w+", title.lower())) for i, title in enumerate(catalogue.title)
-              if brand[i] >= 0 and leaf[i] >= 0}
+    tokens = {
+        i: set(re.findall(r"\w+", title.lower()))
+        for i, title in enumerate(catalogue.title)
+        if brand[i] >= 0 and leaf[i] >= 0
+    }
     frequency: dict[str, int] = defaultdict(int)
     for words in tokens.values():
         for word in words:
@@ -173,7 +206,7 @@ def title_pairs(catalogue: Catalogue, threshold: float) -> np.ndarray:
     index: dict[tuple, list[int]] = defaultdict(list)
     found = []
     for i, words in tokens.items():
-        need = math.ceil(threshold * len(words) - 1e-9)      # 1e-9: 0.8 * 5 may come out above 4
+        need = math.ceil(threshold * len(words) - 1e-9)  # 1e-9: 0.8 * 5 may come out above 4
         prefix = sorted(words, key=lambda word: (frequency[word], word))[: len(words) - need + 1]
         keys = [(brand[i], leaf[i], word) for word in prefix]
         for j in {j for key in keys for j in index[key]}:
@@ -191,13 +224,14 @@ def cosine_pairs(embedding: np.ndarray, threshold: float, block: int = 1024) -> 
     unit = np.divide(embedding, length, out=np.zeros_like(embedding), where=length > 0)
     found = [np.zeros((0, 2), dtype=np.int64)]
     for start in range(0, len(unit), block):
-        row, column = np.nonzero(unit[start: start + block] @ unit[start:].T >= threshold)
+        row, column = np.nonzero(unit[start : start + block] @ unit[start:].T >= threshold)
         found.append(np.stack([row, column], 1)[column > row] + start)
     return np.concatenate(found)
 
 
-def ground_truth_page(items: np.ndarray, ratings: np.ndarray, catalogue: Catalogue, s: np.ndarray,
-                      near: Near) -> tuple[np.ndarray, int]:
+def ground_truth_page(
+    items: np.ndarray, ratings: np.ndarray, catalogue: Catalogue, s: np.ndarray, near: Near
+) -> tuple[np.ndarray, int]:
     """The best page of some items of one user (SPEC 2.2 steps 4 and 5; the paper's A.2).
 
     Rating levels from high to low, the unknown level last. Inside a level: first items of a leaf category
@@ -214,7 +248,7 @@ def ground_truth_page(items: np.ndarray, ratings: np.ndarray, catalogue: Catalog
     item_list, level_list = items[order].tolist(), level[order].tolist()
     leaf = catalogue.leaf_id[items[order]].tolist()
     ordered: list[int] = []
-    seen = {-1}                                  # an unknown leaf never counts as a new category
+    seen = {-1}  # an unknown leaf never counts as a new category
     start = 0
     while start < len(item_list):
         stop = start
@@ -247,8 +281,9 @@ def gain(rating: np.ndarray, s: np.ndarray, implicit_gain: float = 1.0) -> np.nd
     return coarse + np.where(np.isnan(s), 0.0, 0.5 * (s - 1.0) / 4.0)
 
 
-def gains(users: np.ndarray, pages: np.ndarray, rows: Rows, s: np.ndarray,
-          implicit_gain: float = 1.0) -> np.ndarray:
+def gains(
+    users: np.ndarray, pages: np.ndarray, rows: Rows, s: np.ndarray, implicit_gain: float = 1.0
+) -> np.ndarray:
     """Gain of every slot, looked up in `rows` (the users' known ratings); 0 for items not there and for pads.
 
     users (B,) int    pages (B, K) int, pads -1    s (N,)    returns (B, K) float64
@@ -265,8 +300,14 @@ def gains(users: np.ndarray, pages: np.ndarray, rows: Rows, s: np.ndarray,
     return np.where(found, value[order[at]], 0.0)
 
 
-def energy(page: Sequence[int], gain: Sequence[float], leaf: Sequence[int], near: Near,
-           lambda_d: float = LAMBDA_D, lambda_r: float = LAMBDA_R) -> float:
+def energy(
+    page: Sequence[int],
+    gain: Sequence[float],
+    leaf: Sequence[int],
+    near: Near,
+    lambda_d: float = LAMBDA_D,
+    lambda_r: float = LAMBDA_R,
+) -> float:
     """E of one page, slot by slot (SPEC 2.2); higher is better.
 
         E = sum_k d_k (g_k + lambda_d nov_k - lambda_r red_k)        d_k = 1 / log2(k + 1), k from 1
@@ -287,8 +328,15 @@ def energy(page: Sequence[int], gain: Sequence[float], leaf: Sequence[int], near
     return total
 
 
-def page_energy(pages: np.ndarray, mask: np.ndarray, gain: np.ndarray, leaf: np.ndarray, near: Near,
-                lambda_d: float = LAMBDA_D, lambda_r: float = LAMBDA_R) -> np.ndarray:
+def page_energy(
+    pages: np.ndarray,
+    mask: np.ndarray,
+    gain: np.ndarray,
+    leaf: np.ndarray,
+    near: Near,
+    lambda_d: float = LAMBDA_D,
+    lambda_r: float = LAMBDA_R,
+) -> np.ndarray:
     """`energy` of a batch of pages, without a loop over pages or slots.
 
     pages (B, K) int    mask (B, K) bool, a prefix of each row    gain (B, K); pads may hold anything
@@ -296,16 +344,25 @@ def page_energy(pages: np.ndarray, mask: np.ndarray, gain: np.ndarray, leaf: np.
 
     Raises ValueError on unequal shapes or a mask with a hole.
     """
-    pages, mask, gain = np.asarray(pages), np.asarray(mask, dtype=bool), np.asarray(gain, dtype=np.float64)
+    pages, mask, gain = (
+        np.asarray(pages),
+        np.asarray(mask, dtype=bool),
+        np.asarray(gain, dtype=np.float64),
+    )
     if not pages.shape == mask.shape == gain.shape or pages.ndim != 2:
-        raise ValueError(f"page_energy: pages {pages.shape}, mask {mask.shape}, gain {gain.shape}: "
-                         "want one (B, K)")
+        raise ValueError(
+            f"page_energy: pages {pages.shape}, mask {mask.shape}, gain {gain.shape}: "
+            "want one (B, K)"
+        )
     if (mask[:, 1:] & ~mask[:, :-1]).any():
         raise ValueError("page_energy: mask has a hole; every row must be True, then False")
-    row, slot = np.nonzero(mask)        # reading order: of two slots of a page the first stands higher
+    row, slot = np.nonzero(mask)  # reading order: of two slots of a page the first stands higher
     item = pages[row, slot]
-    worth = (gain[row, slot] + lambda_d * novel_slots(row, np.asarray(leaf)[item])
-             - lambda_r * redundant_slots(row, item, near))
+    worth = (
+        gain[row, slot]
+        + lambda_d * novel_slots(row, np.asarray(leaf)[item])
+        - lambda_r * redundant_slots(row, item, near)
+    )
     return np.bincount(row, weights=worth / np.log2(slot + 2.0), minlength=len(pages))
 
 
@@ -340,8 +397,14 @@ class Move(NamedTuple):
     delta_E: float
 
 
-def feedback(page: Sequence[int], gain: Sequence[float], leaf: np.ndarray, near: Near, reach: int = 5,
-             beneficial_only: bool = False) -> list[Move]:
+def feedback(
+    page: Sequence[int],
+    gain: Sequence[float],
+    leaf: np.ndarray,
+    near: Near,
+    reach: int = 5,
+    beneficial_only: bool = False,
+) -> list[Move]:
     """F of one page (Eq. 13): every move of one item by at most `reach` slots that changes E, with its sign.
 
     A move takes the item out and puts it back at k2; those between shift by one. The paper's section 3 keeps
@@ -350,10 +413,15 @@ def feedback(page: Sequence[int], gain: Sequence[float], leaf: np.ndarray, near:
     page, gain = np.asarray(page, dtype=np.int64), np.asarray(gain, dtype=np.float64)
     length = len(page)
     moves = [(k, k2) for k in range(length) for k2 in range(length) if 0 < abs(k - k2) <= reach]
-    order = np.array([np.insert(np.delete(np.arange(length), k), k2, k) for k, k2 in moves], dtype=np.int64)
+    order = np.array(
+        [np.insert(np.delete(np.arange(length), k), k2, k) for k, k2 in moves], dtype=np.int64
+    )
     order = np.concatenate([np.arange(length)[None], order.reshape(-1, length)])
     value = page_energy(page[order], np.ones(order.shape, dtype=bool), gain[order], leaf, near)
     delta = value[1:] - value[0]
-    return [Move(int(page[k]), k + 1, k2 + 1, float(change))
-            for (k, k2), change in zip(moves, delta, strict=True)
-            if abs(change) > 1e-12 and (change > 0 or not beneficial_only)]     # 1e-12: rounding is no change
+    return [
+        Move(int(page[k]), k + 1, k2 + 1, float(change))
+        for (k, k2), change in zip(moves, delta, strict=True)
+        # 1e-12: rounding is no change
+        if abs(change) > 1e-12 and (change > 0 or not beneficial_only)
+    ]

@@ -39,8 +39,10 @@ class Shape:
 
     def __post_init__(self):
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head or self.head_dim % 2:
-            raise ValueError(f"n_embd={self.n_embd}, n_head={self.n_head}, n_kv_head={self.n_kv_head}: want each a "
-                             "multiple of the next, and an even width of a head")
+            raise ValueError(
+                f"n_embd={self.n_embd}, n_head={self.n_head}, n_kv_head={self.n_kv_head}: want each a "
+                "multiple of the next, and an even width of a head"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -51,7 +53,8 @@ LLAMA3 = {"theta": 500_000.0, "scaling": (32.0, 1.0, 4.0, 8192)}
 
 SIZES = {
     "llama-nano": Shape(2, 2, 1, 32, 88, 256),
-    "llama-tiny": Shape(2, 4, 2, 64, 176, 256),         # the MLP holds about as much as GPT-2's: 3 C x 8/3 C
+    # the MLP holds about as much as GPT-2's: 3 C x 8/3 C
+    "llama-tiny": Shape(2, 4, 2, 64, 176, 256),
     "llama-mini": Shape(2, 4, 2, 128, 344, 512),
     "llama-small": Shape(4, 4, 2, 256, 688, 512),
     "llama-3.2-1b": Shape(16, 32, 8, 2048, 8192, 131_072, **LLAMA3),
@@ -59,7 +62,9 @@ SIZES = {
 }
 
 
-def frequencies(head_dim: int, theta: float, scaling: tuple[float, float, float, int] | None = None) -> Tensor:
+def frequencies(
+    head_dim: int, theta: float, scaling: tuple[float, float, float, int] | None = None
+) -> Tensor:
     """Radians a position of each pair of channels, (D / 2,) float32: theta^(-2 i / D).
 
     scaling  (factor, low, high, original): waves longer than original / low are slowed by factor, those shorter than
@@ -69,7 +74,7 @@ def frequencies(head_dim: int, theta: float, scaling: tuple[float, float, float,
     if scaling is None:
         return plain
     factor, low, high, original = scaling
-    turns = original * plain / (2 * math.pi)                # of each wave over the original context
+    turns = original * plain / (2 * math.pi)  # of each wave over the original context
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return keep * plain + (1 - keep) * plain / factor
 
@@ -90,13 +95,19 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * (
+            wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        ).to(x.dtype)
 
 
 class Attention(nn.Module):
     def __init__(self, shape: Shape, dropout: float):
         super().__init__()
-        self.groups, self.head_dim, self.p = shape.n_head // shape.n_kv_head, shape.head_dim, dropout
+        self.groups, self.head_dim, self.p = (
+            shape.n_head // shape.n_kv_head,
+            shape.head_dim,
+            dropout,
+        )
         C, narrow = shape.n_embd, shape.n_kv_head * shape.head_dim
         self.q_proj = nn.Linear(C, C, bias=False)
         self.k_proj = nn.Linear(C, narrow, bias=False)
@@ -104,19 +115,31 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(C, C, bias=False)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int, cos: Tensor, sin: Tensor,
-                first: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        allowed: Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+        cos: Tensor,
+        sin: Tensor,
+        first: int = 0,
+    ) -> Tensor:
         """x (B, T, C) -> (B, T - first, C): what the columns from `first` on see."""
         B, T, C = x.shape
-        q, k, v = (of(z).view(B, z.shape[1], -1, self.head_dim).transpose(1, 2)
-                   for of, z in ((self.q_proj, x[:, first:]), (self.k_proj, x), (self.v_proj, x)))
+        q, k, v = (
+            of(z).view(B, z.shape[1], -1, self.head_dim).transpose(1, 2)
+            for of, z in ((self.q_proj, x[:, first:]), (self.k_proj, x), (self.v_proj, x))
+        )
         q, k = rotate(q, cos[:, :, first:], sin[:, :, first:]), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         # Each head of keys stands beside the queries it serves; the fast attention kernels want equally many.
         k, v = (z.repeat_interleave(self.groups, dim=1) for z in (k, v))
         p = self.p if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p, is_causal=allowed is None)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=allowed, dropout_p=p, is_causal=allowed is None
+        )
         return self.drop(self.o_proj(y.transpose(1, 2).reshape(B, T - first, C)))
 
 
@@ -144,8 +167,16 @@ class Block(nn.Module):
         self.ln_2 = RMSNorm(shape.n_embd, shape.eps)
         self.mlp = MLP(shape, dropout)
 
-    def forward(self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int, cos: Tensor, sin: Tensor,
-                first: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        allowed: Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+        cos: Tensor,
+        sin: Tensor,
+        first: int = 0,
+    ) -> Tensor:
         x = x[:, first:] + self.attn(self.ln_1(x), allowed, cache, layer, cos, sin, first)
         return x + self.mlp(self.ln_2(x))
 
@@ -160,21 +191,31 @@ class Llama(Backbone):
     KIND = "llama"
     RESIDUAL = ("o_proj", "down_proj")
     TARGETS = {name: (f"attn.{name}_proj", 0, 1) for name in ("q", "k", "v", "o")} | {
-        name: (f"mlp.{name}_proj", 0, 1) for name in ("gate", "up", "down")}
+        name: (f"mlp.{name}_proj", 0, 1) for name in ("gate", "up", "down")
+    }
     PREFIX = "model."
     UNUSED = ("rotary_emb.inv_freq",)
 
-    def __init__(self, shape: Shape, n_words: int, n_users: int, n_items: int, dropout: float = 0.1,
-                 generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        shape: Shape,
+        n_words: int,
+        n_users: int,
+        n_items: int,
+        dropout: float = 0.1,
+        generator: torch.Generator | None = None,
+    ):
         super().__init__(shape, n_words, n_users, n_items)
         self.drop = nn.Dropout(dropout)
         self.h = nn.ModuleList(Block(shape, dropout) for _ in range(shape.n_layer))
         self.ln_f = RMSNorm(shape.n_embd, shape.eps)
-        self.register_buffer("frequency", frequencies(shape.head_dim, shape.theta, shape.scaling), persistent=False)
+        self.register_buffer(
+            "frequency", frequencies(shape.head_dim, shape.theta, shape.scaling), persistent=False
+        )
         self.reset(generator)
 
     def enter(self, rows: Tensor, position: Tensor) -> tuple[Tensor, tuple]:
-        angle = position[:, None, :, None].float() * self.frequency.float()           # (B, 1, T, D / 2)
+        angle = position[:, None, :, None].float() * self.frequency.float()  # (B, 1, T, D / 2)
         return self.drop(rows), (angle.cos(), angle.sin())
 
     @staticmethod
@@ -190,10 +231,27 @@ class Llama(Backbone):
     def published_config(shape: Shape) -> dict:
         scaling = None
         if shape.scaling is not None:
-            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            names = (
+                "factor",
+                "low_freq_factor",
+                "high_freq_factor",
+                "original_max_position_embeddings",
+            )
             scaling = {"rope_type": "llama3", **dict(zip(names, shape.scaling, strict=True))}
-        return {"model_type": "llama", "num_hidden_layers": shape.n_layer, "num_attention_heads": shape.n_head,
-                "num_key_value_heads": shape.n_kv_head, "hidden_size": shape.n_embd, "head_dim": shape.head_dim,
-                "intermediate_size": shape.n_hidden, "max_position_embeddings": shape.n_ctx,
-                "rope_theta": shape.theta, "rope_scaling": scaling, "rms_norm_eps": shape.eps,
-                "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True}
+        return {
+            "model_type": "llama",
+            "num_hidden_layers": shape.n_layer,
+            "num_attention_heads": shape.n_head,
+            "num_key_value_heads": shape.n_kv_head,
+            "hidden_size": shape.n_embd,
+            "head_dim": shape.head_dim,
+            "intermediate_size": shape.n_hidden,
+            "max_position_embeddings": shape.n_ctx,
+            "rope_theta": shape.theta,
+            "rope_scaling": scaling,
+            "rms_norm_eps": shape.eps,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": True,
+        }

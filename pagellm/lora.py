@@ -35,38 +35,47 @@ class LowRank(nn.Module):
         like = {"device": self.weight.device, "dtype": self.weight.dtype}
         self.lora_a = nn.Parameter(torch.randn(len(parts), rank, wide, **like) / math.sqrt(wide))
         self.lora_b = nn.Parameter(torch.zeros(len(parts), narrow, rank, **like))
-        self.register_buffer("parts", torch.tensor(parts, device=self.weight.device), persistent=False)
-        self.kept: Tensor | None = None              # the weight without its adapter, while they are merged
+        self.register_buffer(
+            "parts", torch.tensor(parts, device=self.weight.device), persistent=False
+        )
+        self.kept: Tensor | None = None  # the weight without its adapter, while they are merged
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
         if self.kept is not None:
             return y
-        low = F.linear(x, self.lora_a.flatten(0, 1)).unflatten(-1, self.lora_a.shape[:2])        # (..., parts, rank)
+        # (..., parts, rank)
+        low = F.linear(x, self.lora_a.flatten(0, 1)).unflatten(-1, self.lora_a.shape[:2])
         more = torch.einsum("...pr,por->...po", low, self.lora_b) * self.scale
-        return y.unflatten(-1, (self.of, -1)).index_add(-2, self.parts, more.to(y.dtype)).flatten(-2)
+        return (
+            y.unflatten(-1, (self.of, -1)).index_add(-2, self.parts, more.to(y.dtype)).flatten(-2)
+        )
 
     @torch.no_grad()
     def merge(self) -> None:
         if self.kept is None:
             self.kept = self.weight.detach().clone()
-            self.weight.unflatten(0, (self.of, -1)).index_add_(0, self.parts, self.lora_b @ self.lora_a * self.scale)
+            self.weight.unflatten(0, (self.of, -1)).index_add_(
+                0, self.parts, self.lora_b @ self.lora_a * self.scale
+            )
 
     @torch.no_grad()
     def unmerge(self) -> None:
         if self.kept is not None:
-            self.weight.copy_(self.kept)             # subtracting would leave rounding behind
+            self.weight.copy_(self.kept)  # subtracting would leave rounding behind
             self.kept = None
 
 
 def parse_targets(text: str, known: dict) -> list[str]:
-    """"q,v" -> ["q", "v"]. Raises PageLLMError for a name that is not in `known`, repeated, or for none at all."""
+    """ "q,v" -> ["q", "v"]. Raises PageLLMError for a name that is not in `known`, repeated, or for none at all."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise PageLLMError(f"lora_targets={text!r}: no {name!r} in this backbone{hint} (it has {','.join(known)})")
+            raise PageLLMError(
+                f"lora_targets={text!r}: no {name!r} in this backbone{hint} (it has {','.join(known)})"
+            )
     if not names or len(set(names)) < len(names):
         raise PageLLMError(f"lora_targets={text!r}: want some of {','.join(known)}, each once")
     return names
@@ -94,8 +103,10 @@ def adapt(model: Backbone, rank: int, alpha: float, targets: str, n_specials: in
             folder, last = path.split(".")
             linear, pieces = getattr(getattr(block, folder), last), model.TARGETS[names[0]][2]
             if rank >= min(linear.in_features, linear.out_features // pieces):
-                raise PageLLMError(f"lora_rank={rank}: {path} is {linear.out_features // pieces} x "
-                                   f"{linear.in_features}; a low rank is below both")
+                raise PageLLMError(
+                    f"lora_rank={rank}: {path} is {linear.out_features // pieces} x "
+                    f"{linear.in_features}; a low rank is below both"
+                )
             parts = tuple(model.TARGETS[name][1] for name in names)
             setattr(getattr(block, folder), last, LowRank(linear, parts, pieces, rank, alpha))
     model.user.requires_grad_(True)
@@ -128,4 +139,7 @@ def is_merged(model: nn.Module) -> bool:
 def counts(model: nn.Module) -> dict[str, int]:
     """parameters: all of a model's numbers; trainable: those that learn."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return {"parameters": sum(n for n, _ in sizes), "trainable": sum(n for n, learns in sizes if learns)}
+    return {
+        "parameters": sum(n for n, _ in sizes),
+        "trainable": sum(n for n, learns in sizes if learns),
+    }

@@ -21,19 +21,53 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["DIRECTION", "Described", "average_ranks", "balance", "described", "dpa", "duplicate_rate", "entropy",
-           "ild", "ndcg", "ndcg_bound", "near_duplicate_pairs", "paired", "paper_scale", "pwkt", "recall", "redundancy",
-           "score_pages", "summary", "unknown_rate", "was", "wmrd"]
+__all__ = [
+    "DIRECTION",
+    "Described",
+    "average_ranks",
+    "balance",
+    "described",
+    "dpa",
+    "duplicate_rate",
+    "entropy",
+    "ild",
+    "ndcg",
+    "ndcg_bound",
+    "near_duplicate_pairs",
+    "paired",
+    "paper_scale",
+    "pwkt",
+    "recall",
+    "redundancy",
+    "score_pages",
+    "summary",
+    "unknown_rate",
+    "was",
+    "wmrd",
+]
 
 # Which way is better, for every name that score_pages may return ("Recall@5" and the like go up too).
-DIRECTION = {"Recall@20": "up", "Recall@40": "up", "NDCG@100": "up",
-             "WAS": "up", "PWKT": "up", "WMRD": "down", "DPA": "up",
-             "ILD": "up", "ILD_cosine": "up", "entropy": "up", "balance": "up", "redundancy": "down",
-             "duplicate_rate": "down", "near_duplicate_pairs": "down", "unknown_rate": "down"}
+DIRECTION = {
+    "Recall@20": "up",
+    "Recall@40": "up",
+    "NDCG@100": "up",
+    "WAS": "up",
+    "PWKT": "up",
+    "WMRD": "down",
+    "DPA": "up",
+    "ILD": "up",
+    "ILD_cosine": "up",
+    "entropy": "up",
+    "balance": "up",
+    "redundancy": "down",
+    "duplicate_rate": "down",
+    "near_duplicate_pairs": "down",
+    "unknown_rate": "down",
+}
 
 MISSING = ("worst", "append", "skip")
-BLOCK = 2_000_000        # numbers in the largest arrays held at once
-PAPER_SHIFT = 100.0      # max_shift that reproduces the paper's tables (SPEC 9)
+BLOCK = 2_000_000  # numbers in the largest arrays held at once
+PAPER_SHIFT = 100.0  # max_shift that reproduces the paper's tables (SPEC 9)
 
 Items = Sequence[Hashable]
 Categories = Mapping[Hashable, Collection] | Sequence[Collection]
@@ -64,7 +98,9 @@ def recall(ref: Items, gen: Items, k: int | None = None, cap: bool = False) -> f
     return len(set(ref) & set(gen)) / (min(k, len(ref)) if cap and k else len(ref))
 
 
-def ndcg(ref: Items, gen: Items, k: int | None = None, rel: Sequence[float] | None = None) -> float | None:
+def ndcg(
+    ref: Items, gen: Items, k: int | None = None, rel: Sequence[float] | None = None
+) -> float | None:
     """Eq. 15, 16: DCG / IDCG, both cut at k; gain 2^rel - 1, discount log2(rank + 1). In [0, 1].
 
     rel  grade of each label, 0 or more, in the order of ref (graded form: rating - 3); default all 1
@@ -73,8 +109,10 @@ def ndcg(ref: Items, gen: Items, k: int | None = None, rel: Sequence[float] | No
     ref, gen = labels_of(ref), distinct(gen, k)
     rel = [1.0] * len(ref) if rel is None else list(rel)
     if len(rel) != len(ref) or any(not grade >= 0 for grade in rel):
-        raise ValueError(f"ndcg: grades {rel} for {len(ref)} labels: want one of 0 or more for each")
-    gain = {item: 2.0 ** grade - 1.0 for item, grade in zip(ref, rel, strict=True)}
+        raise ValueError(
+            f"ndcg: grades {rel} for {len(ref)} labels: want one of 0 or more for each"
+        )
+    gain = {item: 2.0**grade - 1.0 for item, grade in zip(ref, rel, strict=True)}
     best = dcg(sorted(gain.values(), reverse=True)[:k])
     return dcg([gain.get(item, 0.0) for item in gen]) / best if best else None
 
@@ -90,7 +128,8 @@ def ndcg_bound(n: np.ndarray, recalls: Mapping[int, np.ndarray], k: int = 100) -
     returns  (U,), NaN without labels. A score above it was not computed from the same lists.
     """
     n = np.asarray(n, dtype=np.int64)
-    gained = np.concatenate([[0.0], np.cumsum(1.0 / np.log2(np.arange(k) + 2.0))])     # by the first j ranks
+    # by the first j ranks
+    gained = np.concatenate([[0.0], np.cumsum(1.0 / np.log2(np.arange(k) + 2.0))])
     total, found, start = np.zeros(len(n)), np.zeros(len(n), dtype=np.int64), 0
     for cut, recall_at in sorted(recalls.items()):
         hits = np.rint(np.nan_to_num(recall_at) * n).astype(np.int64)
@@ -118,7 +157,9 @@ class Aligned(NamedTuple):
     limit: np.ndarray
 
 
-def align(real: np.ndarray, place: np.ndarray, length: np.ndarray, missing: str, paper: bool) -> Aligned:
+def align(
+    real: np.ndarray, place: np.ndarray, length: np.ndarray, missing: str, paper: bool
+) -> Aligned:
     """real (u, n); place (u, n), NaN where not on the page; length (u,), different items on the page."""
     found = ~np.isnan(place)
     if paper:
@@ -152,9 +193,10 @@ def was_rows(a: Aligned) -> np.ndarray:
 
 def pwkt_rows(a: Aligned) -> np.ndarray:
     # Missing labels share the rank behind the page: after every present one, tied among themselves.
-    concordance = (np.sign(a.real[:, :, None] - a.real[:, None, :])
-                   * np.sign(a.place[:, :, None] - a.place[:, None, :]))
-    weight = np.triu(a.weight[:, :, None] * a.weight[:, None, :], 1)          # each pair i < j once
+    concordance = np.sign(a.real[:, :, None] - a.real[:, None, :]) * np.sign(
+        a.place[:, :, None] - a.place[:, None, :]
+    )
+    weight = np.triu(a.weight[:, :, None] * a.weight[:, None, :], 1)  # each pair i < j once
     return weighted_mean(concordance.reshape(len(weight), -1), weight.reshape(len(weight), -1))
 
 
@@ -166,15 +208,26 @@ def dpa_rows(a: Aligned) -> np.ndarray:
     return weighted_mean(np.where(a.found, 1.0 / (1.0 + np.log2(1.0 + a.shift)), 0.0), a.weight)
 
 
-def one_user(rows, ref: Items, gen: Items, k: int | None, missing: str, ref_rank: Sequence[float] | None,
-             paper: bool) -> float | None:
+def one_user(
+    rows,
+    ref: Items,
+    gen: Items,
+    k: int | None,
+    missing: str,
+    ref_rank: Sequence[float] | None,
+    paper: bool,
+) -> float | None:
     """A rank score of one user. Raises ValueError on an unknown `missing` or ranks that do not fit."""
     ref, gen = labels_of(ref), distinct(gen, k)
     if missing not in MISSING:
         raise ValueError(f"missing={missing!r}: want one of {', '.join(MISSING)}")
-    real = np.arange(1.0, len(ref) + 1) if ref_rank is None else np.asarray(ref_rank, dtype=np.float64)
+    real = (
+        np.arange(1.0, len(ref) + 1) if ref_rank is None else np.asarray(ref_rank, dtype=np.float64)
+    )
     if real.shape != (len(ref),) or not (real >= 1).all():
-        raise ValueError(f"ref_rank {ref_rank}: want a rank of 1 or more for each of {len(ref)} labels")
+        raise ValueError(
+            f"ref_rank {ref_rank}: want a rank of 1 or more for each of {len(ref)} labels"
+        )
     if not ref:
         return None
     at = {item: rank for rank, item in enumerate(gen, start=1)}
@@ -183,8 +236,14 @@ def one_user(rows, ref: Items, gen: Items, k: int | None, missing: str, ref_rank
     return None if math.isnan(score) else score
 
 
-def was(ref: Items, gen: Items, k: int | None = None, missing: str = "worst",
-        ref_rank: Sequence[float] | None = None, paper_scale: bool = False) -> float | None:
+def was(
+    ref: Items,
+    gen: Items,
+    k: int | None = None,
+    missing: str = "worst",
+    ref_rank: Sequence[float] | None = None,
+    paper_scale: bool = False,
+) -> float | None:
     """Eq. 17, weighted agreement of positions: (1/n) sum_i w_i max(0, 1 - shift_i / S). In [0, 1], up.
 
     ref, gen     labels, page, best first; the page is de-duplicated, then cut at k (None: whole)
@@ -199,8 +258,14 @@ def was(ref: Items, gen: Items, k: int | None = None, missing: str = "worst",
     return one_user(was_rows, ref, gen, k, missing, ref_rank, paper_scale)
 
 
-def pwkt(ref: Items, gen: Items, k: int | None = None, missing: str = "worst",
-         ref_rank: Sequence[float] | None = None, paper_scale: bool = False) -> float | None:
+def pwkt(
+    ref: Items,
+    gen: Items,
+    k: int | None = None,
+    missing: str = "worst",
+    ref_rank: Sequence[float] | None = None,
+    paper_scale: bool = False,
+) -> float | None:
     """Eq. 18, weighted Kendall's tau: sum_{i<j} w_i w_j delta_ij / sum_{i<j} w_i w_j. In [-1, 1], up.
 
     delta is 1 for a pair in the right order, -1 in the wrong one, 0 where tied or both missing; a present
@@ -210,9 +275,15 @@ def pwkt(ref: Items, gen: Items, k: int | None = None, missing: str = "worst",
     return 0.0 if score is None and paper_scale and len(ref) else score
 
 
-def wmrd(ref: Items, gen: Items, k: int | None = None, missing: str = "worst",
-         ref_rank: Sequence[float] | None = None, paper_scale: bool = False,
-         normalize: bool = False) -> float | None:
+def wmrd(
+    ref: Items,
+    gen: Items,
+    k: int | None = None,
+    missing: str = "worst",
+    ref_rank: Sequence[float] | None = None,
+    paper_scale: bool = False,
+    normalize: bool = False,
+) -> float | None:
     """Eq. 19, weighted mean rank difference: sum_i w_i shift_i / sum_i w_i, in ranks. In [0, S], down.
 
     normalize divides by S. The other arguments as in `was`.
@@ -225,8 +296,14 @@ def relative_wmrd_rows(a: Aligned) -> np.ndarray:
     return wmrd_rows(a) / a.limit[:, 0]
 
 
-def dpa(ref: Items, gen: Items, k: int | None = None, missing: str = "worst",
-        ref_rank: Sequence[float] | None = None, paper_scale: bool = False) -> float | None:
+def dpa(
+    ref: Items,
+    gen: Items,
+    k: int | None = None,
+    missing: str = "worst",
+    ref_rank: Sequence[float] | None = None,
+    paper_scale: bool = False,
+) -> float | None:
     """Eq. 20, discounted positional accuracy: sum_i w_i / (1 + log2(1 + shift_i)) / sum_i w_i. In [0, 1], up.
 
     A missing label adds 0 (missing=worst). Arguments as in `was`.
@@ -252,8 +329,11 @@ def names_of(categories: Categories, item: Hashable) -> frozenset:
     return frozenset(names) - {""}
 
 
-def ild(gen: Items, categories: Categories | None = None,
-        embedding: Mapping[Hashable, Sequence] | Sequence[Sequence] | None = None) -> float | None:
+def ild(
+    gen: Items,
+    categories: Categories | None = None,
+    embedding: Mapping[Hashable, Sequence] | Sequence[Sequence] | None = None,
+) -> float | None:
     """Eq. 21, intra-list diversity: 1 - mean similarity of two different items of the page. Up.
 
     categories  similarity is the Jaccard index of the category sets, 0 if both are unknown (unknown_rate
@@ -269,7 +349,10 @@ def ild(gen: Items, categories: Categories | None = None,
     if categories is not None:
         described, similarity = [names_of(categories, item) for item in page], jaccard
     else:
-        described, similarity = [np.asarray(embedding[item], dtype=np.float64) for item in page], cosine
+        described, similarity = (
+            [np.asarray(embedding[item], dtype=np.float64) for item in page],
+            cosine,
+        )
     pairs = [similarity(a, b) for i, a in enumerate(described) for b in described[:i]]
     return 1.0 - sum(pairs) / len(pairs)
 
@@ -314,8 +397,10 @@ def balance(gen: Items, categories: Categories, n_categories: int | None = None)
 
 def count_categories(categories: Categories) -> tuple[int, bool]:
     """How many categories the catalogue has, and whether some item of it has none."""
-    sets = [names_of(categories, item)
-            for item in (categories if isinstance(categories, Mapping) else range(len(categories)))]
+    sets = [
+        names_of(categories, item)
+        for item in (categories if isinstance(categories, Mapping) else range(len(categories)))
+    ]
     return len(frozenset().union(*sets)), any(not names for names in sets)
 
 
@@ -338,7 +423,9 @@ def near_duplicate_pairs(gen: Items, group: Mapping | Sequence) -> float:
 
     group  item -> group; an item of group None, or not in the mapping, belongs to none
     """
-    groups = Counter(group.get(item) if isinstance(group, Mapping) else group[item] for item in distinct(gen))
+    groups = Counter(
+        group.get(item) if isinstance(group, Mapping) else group[item] for item in distinct(gen)
+    )
     return float(sum(n * (n - 1) // 2 for name, n in groups.items() if name is not None))
 
 
@@ -390,12 +477,14 @@ class Index(NamedTuple):
     ids: np.ndarray | None
 
 
-def ranked_lists(users: np.ndarray, user: np.ndarray, rank: np.ndarray, item: np.ndarray) -> tuple[Lists, Index]:
+def ranked_lists(
+    users: np.ndarray, user: np.ndarray, rank: np.ndarray, item: np.ndarray
+) -> tuple[Lists, Index]:
     """Sort entries into Lists, leaving out users that are not among `users`."""
     row, kept = rows_among(users, user)
     row, rank, item = row[kept], rank[kept], item[kept]
     step = np.diff(row)
-    if not ((step > 0) | ((step == 0) & (np.diff(rank) >= 0))).all():       # most come sorted
+    if not ((step > 0) | ((step == 0) & (np.diff(rank) >= 0))).all():  # most come sorted
         by_rank = np.lexsort((rank, row))
         row, item = row[by_rank], item[by_rank]
     place = within_rows(row, len(users)) + 1
@@ -417,7 +506,7 @@ def index_of(row: np.ndarray, item: np.ndarray, place: np.ndarray, n_rows: int) 
         ids, item = np.unique(item, return_inverse=True)
         base = len(ids)
     code = item.astype(np.int64) * width + place - 1
-    if n_rows * width <= 2 * len(row):          # many short sorts take a fraction of the time of a long one
+    if n_rows * width <= 2 * len(row):  # many short sorts take a fraction of the time of a long one
         table = np.full((n_rows, width), np.iinfo(np.int64).max)
         table[row, place - 1] = code
         table.sort(axis=1)
@@ -434,7 +523,9 @@ def entries(index: Index, at: np.ndarray) -> np.ndarray:
     return index.begin[code // (index.base * index.width)] + code % index.width
 
 
-def places_of(row: np.ndarray, item: np.ndarray, lists: Lists, index: Index) -> tuple[np.ndarray, np.ndarray]:
+def places_of(
+    row: np.ndarray, item: np.ndarray, lists: Lists, index: Index
+) -> tuple[np.ndarray, np.ndarray]:
     """Where each (row, item), all different, stands in the lists: order and place of its first entry, NaN where
     nowhere.
     """
@@ -452,11 +543,23 @@ def places_of(row: np.ndarray, item: np.ndarray, lists: Lists, index: Index) -> 
     return order, place
 
 
-def score_pages(users: np.ndarray, pages: tuple, refs: tuple, categories: "Categories | Described", *,
-                page_k: int = 20, recall_k: Sequence[int] = (20, 40), ndcg_k: int = 100, cap: bool = False,
-                rel: np.ndarray | None = None, missing: str = "worst", normalize: bool = False,
-                n_categories: int | None = None, group: np.ndarray | None = None,
-                embedding: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def score_pages(
+    users: np.ndarray,
+    pages: tuple,
+    refs: tuple,
+    categories: "Categories | Described",
+    *,
+    page_k: int = 20,
+    recall_k: Sequence[int] = (20, 40),
+    ndcg_k: int = 100,
+    cap: bool = False,
+    rel: np.ndarray | None = None,
+    missing: str = "worst",
+    normalize: bool = False,
+    n_categories: int | None = None,
+    group: np.ndarray | None = None,
+    embedding: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
     """Every score of every user: the functions above on each user's lists, without a loop over users.
 
     users       (U,) int, rising; other users' entries are left out
@@ -476,8 +579,10 @@ def score_pages(users: np.ndarray, pages: tuple, refs: tuple, categories: "Categ
     if len(users) == 0 or (np.diff(users) <= 0).any():
         raise ValueError("score_pages: want users rising, at least one")
     if missing not in MISSING or min(page_k, ndcg_k, *recall_k) < 1:
-        raise ValueError(f"score_pages: missing={missing!r}, page_k={page_k}, recall_k={recall_k}, "
-                         f"ndcg_k={ndcg_k}: want missing one of {', '.join(MISSING)}, the others 1 or more")
+        raise ValueError(
+            f"score_pages: missing={missing!r}, page_k={page_k}, recall_k={recall_k}, "
+            f"ndcg_k={ndcg_k}: want missing one of {', '.join(MISSING)}, the others 1 or more"
+        )
     lists, index = ranked_lists(users, *(np.asarray(column) for column in pages))
     ref_row, ref_item, ref_rank, grade = labels(users, refs, rel)
     order, place = places_of(ref_row, ref_item, lists, index)
@@ -509,7 +614,9 @@ def labels(users: np.ndarray, refs: tuple, rel: np.ndarray | None) -> tuple[np.n
     user, item, rank = (np.asarray(column) for column in refs)
     grade = np.ones(len(user)) if rel is None else np.asarray(rel, dtype=np.float64)
     if not (grade >= 0).all() or not (rank >= 1).all() or len(grade) != len(user):
-        raise ValueError("score_pages: want a rank of 1 or more and a grade of 0 or more for every label")
+        raise ValueError(
+            "score_pages: want a rank of 1 or more and a grade of 0 or more for every label"
+        )
     row, kept = rows_among(users, user)
     row, item, rank, grade = row[kept], item[kept], rank[kept].astype(np.float64), grade[kept]
     if len(np.unique(row * (item.max(initial=0) + 1) + item)) < len(row):
@@ -518,40 +625,61 @@ def labels(users: np.ndarray, refs: tuple, rel: np.ndarray | None) -> tuple[np.n
     return row[by_row], item[by_row], rank[by_row], grade[by_row]
 
 
-def accuracy_scores(n_users: int, row: np.ndarray, order: np.ndarray, grade: np.ndarray,
-                    recall_k: Sequence[int], ndcg_k: int, cap: bool) -> dict[str, np.ndarray]:
+def accuracy_scores(
+    n_users: int,
+    row: np.ndarray,
+    order: np.ndarray,
+    grade: np.ndarray,
+    recall_k: Sequence[int],
+    ndcg_k: int,
+    cap: bool,
+) -> dict[str, np.ndarray]:
     """Recall and NDCG from where each label stands in the whole list (order, NaN where nowhere)."""
     scores = {}
     count = np.bincount(row, minlength=n_users)
     for k in recall_k:
         hits = np.bincount(row[order <= k], minlength=n_users)
         scores[f"Recall@{k}"] = ratio(hits, np.minimum(k, count) if cap else count)
-    gain = 2.0 ** grade - 1.0
+    gain = 2.0**grade - 1.0
     hit = order <= ndcg_k
     dcg = np.bincount(row[hit], weights=gain[hit] / np.log2(order[hit] + 1.0), minlength=n_users)
     best = np.lexsort((-gain, row))
     rank = within_rows(row, n_users) + 1.0
     cut = rank <= ndcg_k
-    ideal = np.bincount(row[cut], weights=gain[best][cut] / np.log2(rank[cut] + 1.0), minlength=n_users)
+    ideal = np.bincount(
+        row[cut], weights=gain[best][cut] / np.log2(rank[cut] + 1.0), minlength=n_users
+    )
     scores[f"NDCG@{ndcg_k}"] = ratio(dcg, ideal)
     return scores
 
 
-def order_scores(n_users: int, row: np.ndarray, real: np.ndarray, place: np.ndarray, length: np.ndarray,
-                 missing: str = "worst", normalize: bool = False,
-                 paper: bool = False) -> dict[str, np.ndarray]:
+def order_scores(
+    n_users: int,
+    row: np.ndarray,
+    real: np.ndarray,
+    place: np.ndarray,
+    length: np.ndarray,
+    missing: str = "worst",
+    normalize: bool = False,
+    paper: bool = False,
+) -> dict[str, np.ndarray]:
     """WAS, PWKT, WMRD, DPA: users with the same number of labels form one dense block."""
     scores = {name: np.full(n_users, np.nan) for name in ("WAS", "PWKT", "WMRD", "DPA")}
     count = np.bincount(row, minlength=n_users)
     begin = np.cumsum(count) - count
     for n in np.unique(count[count > 0]):
         members = np.flatnonzero(count == n)
-        step = max(1, BLOCK // n ** 2)                   # pwkt holds (users, n, n)
-        for some in (members[at: at + step] for at in range(0, len(members), step)):
+        step = max(1, BLOCK // n**2)  # pwkt holds (users, n, n)
+        for some in (members[at : at + step] for at in range(0, len(members), step)):
             index = begin[some][:, None] + np.arange(n)
             a = align(real[index], place[index], length[some], missing, paper)
             wmrd_of = relative_wmrd_rows if normalize else wmrd_rows
-            for name, rows in (("WAS", was_rows), ("PWKT", pwkt_rows), ("WMRD", wmrd_of), ("DPA", dpa_rows)):
+            for name, rows in (
+                ("WAS", was_rows),
+                ("PWKT", pwkt_rows),
+                ("WMRD", wmrd_of),
+                ("DPA", dpa_rows),
+            ):
                 scores[name][some] = rows(a)
     return scores
 
@@ -577,17 +705,25 @@ def described(categories: Sequence) -> Described:
         categories = [tuple(names_of(categories, item)) for item in range(len(categories))]
     number: dict[Hashable, int] = {}
     size = np.fromiter(map(len, (*categories, ())), np.int64, len(categories) + 1)
-    flat = np.fromiter((number.setdefault(name, len(number)) for name in chain.from_iterable(categories)), np.int32)
+    flat = np.fromiter(
+        (number.setdefault(name, len(number)) for name in chain.from_iterable(categories)), np.int32
+    )
     table = np.full((len(size), size.max()), -1, dtype=np.int32)
     table[np.arange(table.shape[1]) < size[:, None]] = flat
     order = np.sort(table, axis=1)
-    if "" in number or ((order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0)).any():       # no name, or one twice
+    # no name, or one twice
+    if "" in number or ((order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0)).any():
         return described([tuple(names_of(categories, item)) for item in range(len(categories))])
     return Described(table, size, len(number), bool((size[:-1] == 0).any()))
 
 
-def category_scores(n_users: int, page: Lists, length: np.ndarray, categories: Categories | Described,
-                    n_categories: int | None) -> dict[str, np.ndarray]:
+def category_scores(
+    n_users: int,
+    page: Lists,
+    length: np.ndarray,
+    categories: Categories | Described,
+    n_categories: int | None,
+) -> dict[str, np.ndarray]:
     """ILD, entropy, balance, redundancy and unknown_rate of pages without repeats."""
     index = page.item
     if isinstance(categories, Mapping):
@@ -612,14 +748,19 @@ def category_scores(n_users: int, page: Lists, length: np.ndarray, categories: C
     else:
         most = np.minimum(length, n_categories)
     balance = np.minimum(1.0, h / np.log(np.where(most > 1, most, np.nan)))
-    return {"ILD": diversity, "entropy": h, "balance": balance, "redundancy": 1.0 - balance,
-            "unknown_rate": ratio(unknown, length)}
+    return {
+        "ILD": diversity,
+        "entropy": h,
+        "balance": balance,
+        "redundancy": 1.0 - balance,
+        "unknown_rate": ratio(unknown, length),
+    }
 
 
 def category_entropy(grid: np.ndarray, table: np.ndarray, size: np.ndarray) -> np.ndarray:
     """H (U,) of pages (U, K) of items, -1 in empty slots; an item without categories counts for one called unknown."""
     (U, K), m = grid.shape, table.shape[1]
-    base = m + 2                                                            # above any count
+    base = m + 2  # above any count
     names, count, length = table[grid].astype(np.int64), size[grid][..., None], (grid >= 0).sum(1)
     # One number for each category of each slot, so that a page's entries of one category come to stand together.
     key = np.where(names >= 0, (names + 1) * base + count, -1)
@@ -639,20 +780,22 @@ def jaccard_diversity(grid: np.ndarray, table: np.ndarray, size: np.ndarray) -> 
     """ILD (U,) by category sets of pages (U, K) of items, -1 in empty slots."""
     U, K = grid.shape
     # Users last: every operation then runs along them, however short the pages.
-    names = np.ascontiguousarray(table[grid.T].transpose(2, 0, 1))          # (m, K, U)
-    mine = np.where(names < 0, -2, names)                                   # padding equals no padding
+    names = np.ascontiguousarray(table[grid.T].transpose(2, 0, 1))  # (m, K, U)
+    mine = np.where(names < 0, -2, names)  # padding equals no padding
     count, similar = size.astype(np.int32)[grid.T], np.zeros(U)
     for i in range(K - 1):
         both = np.zeros((K - 1 - i, U), dtype=np.int32)
         for a in mine[:, i]:
-            for b in names[:, i + 1:]:
+            for b in names[:, i + 1 :]:
                 both += a == b
-        similar += (both / np.maximum(count[i] + count[i + 1:] - both, 1)).sum(0)
+        similar += (both / np.maximum(count[i] + count[i + 1 :] - both, 1)).sum(0)
     n = (grid >= 0).sum(1)
     return 1.0 - ratio(similar, n * (n - 1) // 2)
 
 
-def cosine_diversity(n_users: int, page: Lists, length: np.ndarray, embedding: np.ndarray) -> np.ndarray:
+def cosine_diversity(
+    n_users: int, page: Lists, length: np.ndarray, embedding: np.ndarray
+) -> np.ndarray:
     """ILD (U,) by cosine: sum_{i != j} cos_ij = |sum_i e_i|^2 - sum_i |e_i|^2 for unit vectors e_i."""
     vector = embedding[page.item].astype(np.float64)
     norm = np.linalg.norm(vector, axis=1, keepdims=True)
@@ -668,11 +811,12 @@ def group_pairs(n_users: int, page: Lists, group: np.ndarray) -> np.ndarray:
     base = group.max(initial=0) + 1
     code, count = np.unique(page.row * base + group[page.item], return_counts=True)
     pairs = np.bincount(code // base, weights=count * (count - 1) // 2, minlength=n_users)
-    return pairs.astype(np.float64)                      # bincount of nothing counts in whole numbers
+    return pairs.astype(np.float64)  # bincount of nothing counts in whole numbers
 
 
-def paper_scale(users: np.ndarray, pages: tuple, refs: tuple, leaf: Sequence | None = None,
-                batch: int = 64) -> dict[str, float]:
+def paper_scale(
+    users: np.ndarray, pages: tuple, refs: tuple, leaf: Sequence | None = None, batch: int = 64
+) -> dict[str, float]:
     """The rank scores on the scale of the paper's tables, for comparison only (SPEC 8 and 9).
 
     Ranks among the labels only of a full ranking, w = 1, S = 100; a user with one label counts (1, 0, 0, 1);
@@ -684,8 +828,12 @@ def paper_scale(users: np.ndarray, pages: tuple, refs: tuple, leaf: Sequence | N
     lists, index = ranked_lists(users, *(np.asarray(column) for column in pages))
     row, item, rank, _ = labels(users, refs, None)
     order, _ = places_of(row, item, lists, index)
-    scores = order_scores(len(users), row, rank, order, np.zeros(len(users), dtype=np.int64), paper=True)
-    scores["PWKT"] = np.where(np.isnan(scores["PWKT"]) & ~np.isnan(scores["WAS"]), 0.0, scores["PWKT"])
+    scores = order_scores(
+        len(users), row, rank, order, np.zeros(len(users), dtype=np.int64), paper=True
+    )
+    scores["PWKT"] = np.where(
+        np.isnan(scores["PWKT"]) & ~np.isnan(scores["WAS"]), 0.0, scores["PWKT"]
+    )
     if leaf is not None:
         page = Lists(*(column[lists.first & (lists.place <= 40)] for column in lists))
         length = np.bincount(page.row, minlength=len(users))
@@ -695,7 +843,11 @@ def paper_scale(users: np.ndarray, pages: tuple, refs: tuple, leaf: Sequence | N
 
 def paper_mean(values: np.ndarray, batch: int) -> float:
     """mean * ceil(U / batch) / U; NaN for no user."""
-    return float(np.mean(values)) * math.ceil(len(values) / batch) / len(values) if len(values) else math.nan
+    return (
+        float(np.mean(values)) * math.ceil(len(values) / batch) / len(values)
+        if len(values)
+        else math.nan
+    )
 
 
 def summary(values: np.ndarray, seed: int, n_boot: int = 1000) -> dict[str, float | int | None]:
@@ -710,15 +862,27 @@ def summary(values: np.ndarray, seed: int, n_boot: int = 1000) -> dict[str, floa
         return {"mean": None, "low": None, "high": None, "coverage": 0.0, "count": 0}
     rng = np.random.Generator(np.random.PCG64(seed))
     step = max(1, BLOCK // len(kept))
-    means = np.concatenate([
-        kept[rng.integers(len(kept), size=(min(step, n_boot - at), len(kept)), dtype=np.int32)].mean(1)
-        for at in range(0, n_boot, step)])
+    means = np.concatenate(
+        [
+            kept[
+                rng.integers(len(kept), size=(min(step, n_boot - at), len(kept)), dtype=np.int32)
+            ].mean(1)
+            for at in range(0, n_boot, step)
+        ]
+    )
     low, high = np.quantile(means, [0.025, 0.975])
-    return {"mean": float(kept.mean()), "low": float(low), "high": float(high),
-            "coverage": len(kept) / len(values), "count": len(kept)}
+    return {
+        "mean": float(kept.mean()),
+        "low": float(low),
+        "high": float(high),
+        "coverage": len(kept) / len(values),
+        "count": len(kept),
+    }
 
 
-def paired(a: np.ndarray, b: np.ndarray, seed: int = 0, n_boot: int = 1000) -> dict[str, float | int | None]:
+def paired(
+    a: np.ndarray, b: np.ndarray, seed: int = 0, n_boot: int = 1000
+) -> dict[str, float | int | None]:
     """Mean of a - b over the users for whom both are defined, with its 95% paired bootstrap interval.
 
     a, b  (U,) scores of the same users, in the same order; returns as in `summary`

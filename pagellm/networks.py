@@ -1,8 +1,8 @@
 """A backbone from the name of its size, from a saved state, and with published weights in it.
 
-    model = build("llama-tiny", n_words=2057, n_users=2000, n_items=1000)
-    load_published(model, "models/Llama-3.2-1B", n_words=128_256)
-    model = from_state(to_state(model))
+model = build("llama-tiny", n_words=2057, n_users=2000, n_items=1000)
+load_published(model, "models/Llama-3.2-1B", n_words=128_256)
+model = from_state(to_state(model))
 """
 
 from dataclasses import asdict
@@ -17,7 +17,15 @@ from pagellm.config import PageLLMError
 from pagellm.lora import adapt, is_merged
 from pagellm.weights import read_weights, write_weights
 
-__all__ = ["SIZES", "build", "from_state", "load_published", "save_published", "to_state", "trunk_of"]
+__all__ = [
+    "SIZES",
+    "build",
+    "from_state",
+    "load_published",
+    "save_published",
+    "to_state",
+    "trunk_of",
+]
 
 SIZES = gpt2.SIZES | llama.SIZES
 TRUNKS = {"gpt2": (gpt2.GPT2, gpt2.Shape), "llama": (llama.Llama, llama.Shape)}
@@ -40,9 +48,12 @@ def to_state(model: Backbone) -> dict:
     """
     if is_merged(model):
         raise ValueError("to_state: unmerge the adapters first")
-    state = {"shape": asdict(model.shape), "rows": [model.n_words, model.n_users, model.n_items],
-             "weights": dist.weights(model)}
-    if model.KIND != "gpt2":            # states from when there was one backbone do not name it
+    state = {
+        "shape": asdict(model.shape),
+        "rows": [model.n_words, model.n_users, model.n_items],
+        "weights": dist.weights(model),
+    }
+    if model.KIND != "gpt2":  # states from when there was one backbone do not name it
         state["trunk"] = model.KIND
     if model.gate is not None:
         state["gated"] = True
@@ -66,8 +77,11 @@ def from_state(state: dict, dropout: float = 0.0) -> Backbone:
 
 def published(model: Backbone) -> dict[str, Tensor]:
     """Published name -> parameter, of trunk and words."""
-    return {model.PREFIX + model.published_name(name): weight for name, weight in model.named_parameters()
-            if name not in ("user", "item", "special", "gate") and ".lora_" not in name}
+    return {
+        model.PREFIX + model.published_name(name): weight
+        for name, weight in model.named_parameters()
+        if name not in ("user", "item", "special", "gate") and ".lora_" not in name
+    }
 
 
 @torch.no_grad()
@@ -84,30 +98,48 @@ def load_published(model: Backbone, source: str | Path, n_words: int | None = No
     weights, config = read_weights(source)
     check_config(model, config, source)
     prefix = model.PREFIX
-    weights = {name if name.startswith(("lm_head.", prefix)) else prefix + name: w for name, w in weights.items()
-               if not name.endswith(model.UNUSED)}
+    weights = {
+        name if name.startswith(("lm_head.", prefix)) else prefix + name: w
+        for name, w in weights.items()
+        if not name.endswith(model.UNUSED)
+    }
     ours = published(model)
     rows = prefix + model.published_name("word")
     head, words = weights.pop("lm_head.weight", None), weights.get(rows)
-    if words is None or words.ndim != 2 or words.shape[1] != model.shape.n_embd or len(words) > model.n_words:
+    if (
+        words is None
+        or words.ndim != 2
+        or words.shape[1] != model.shape.n_embd
+        or len(words) > model.n_words
+    ):
         shape = None if words is None else tuple(words.shape)
-        raise PageLLMError(f"{source}: word rows {shape} do not fit {model.n_words} x {model.shape.n_embd}")
+        raise PageLLMError(
+            f"{source}: word rows {shape} do not fit {model.n_words} x {model.shape.n_embd}"
+        )
     if n_words is not None and len(words) != n_words:
-        raise PageLLMError(f"{source} has {len(words)} word rows, the tokeniser knows {n_words} words: these are not "
-                           "of one model; give --bpe the files published with these weights")
+        raise PageLLMError(
+            f"{source} has {len(words)} word rows, the tokeniser knows {n_words} words: these are not "
+            "of one model; give --bpe the files published with these weights"
+        )
     if head is not None and not (head.shape == words.shape and torch.equal(head, words)):
-        raise PageLLMError(f"{source}: lm_head.weight is not the embedding; only tied embeddings are built here")
+        raise PageLLMError(
+            f"{source}: lm_head.weight is not the embedding; only tied embeddings are built here"
+        )
     missing, extra = sorted(set(ours) - set(weights)), sorted(set(weights) - set(ours))
     if missing or extra:
-        raise PageLLMError(f"{source} is not a {model.KIND} of this size: missing {missing[:3]}, unknown {extra[:3]}")
+        raise PageLLMError(
+            f"{source} is not a {model.KIND} of this size: missing {missing[:3]}, unknown {extra[:3]}"
+        )
     for name, weight in weights.items():
         if name == rows:
             continue
         # GPT-2's published layers store (in, out); nn.Linear stores (out, in).
         weight = weight.T if name.endswith(model.TRANSPOSED) and weight.ndim == 2 else weight
         if weight.shape != ours[name].shape or not weight.is_floating_point():
-            raise PageLLMError(f"{source}: {name} is {tuple(weight.shape)} {weight.dtype}, want "
-                               f"{tuple(ours[name].shape)} of floating point")
+            raise PageLLMError(
+                f"{source}: {name} is {tuple(weight.shape)} {weight.dtype}, want "
+                f"{tuple(ours[name].shape)} of floating point"
+            )
         ours[name].copy_(weight)
     model.word[: len(words)].copy_(words)
 
@@ -115,24 +147,41 @@ def load_published(model: Backbone, source: str | Path, n_words: int | None = No
 def check_config(model: Backbone, config: dict, source: str | Path) -> None:
     """Raise PageLLMError where a published config.json (as far as it says) is not this model's: heads and rotary
     scaling leave no trace in the weights' shapes."""
-    rope = config.get("rope_parameters")        # the newer spelling has all of it in one table
+    rope = config.get("rope_parameters")  # the newer spelling has all of it in one table
     if isinstance(rope, dict):
         scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
         plain = rope.get("rope_type", "default") == "default"
-        config = {**config, "rope_theta": rope.get("rope_theta"), "rope_scaling": None if plain else scaling}
+        config = {
+            **config,
+            "rope_theta": rope.get("rope_theta"),
+            "rope_scaling": None if plain else scaling,
+        }
     for name, want in model.published_config(model.shape).items():
         said = name in config and (config[name] is not None or name == "rope_scaling")
         if said and name != "max_position_embeddings" and config[name] != want:
-            raise PageLLMError(f"{source}: its config.json has {name}={config[name]!r}, this size {want!r}; take "
-                               "the size that is published with these weights")
+            raise PageLLMError(
+                f"{source}: its config.json has {name}={config[name]!r}, this size {want!r}; take "
+                "the size that is published with these weights"
+            )
 
 
-def save_published(model: Backbone, folder: str | Path, n_words: int, shard_mb: float = 0.0) -> None:
+def save_published(
+    model: Backbone, folder: str | Path, n_words: int, shard_mb: float = 0.0
+) -> None:
     """Trunk and the first n_words word rows as a published model has them, which `load_published` and transformers
     read; merged adapters are part of the matrices."""
-    weights = {name: w.T if name.endswith(model.TRANSPOSED) else w for name, w in published(model).items()}
+    weights = {
+        name: w.T if name.endswith(model.TRANSPOSED) else w for name, w in published(model).items()
+    }
     rows = model.PREFIX + model.published_name("word")
     architecture = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[model.KIND]
-    write_weights(folder, {**weights, rows: weights[rows][:n_words]},
-                  {"architectures": [architecture], "vocab_size": n_words, **model.published_config(model.shape)},
-                  shard_mb)
+    write_weights(
+        folder,
+        {**weights, rows: weights[rows][:n_words]},
+        {
+            "architectures": [architecture],
+            "vocab_size": n_words,
+            **model.published_config(model.shape),
+        },
+        shard_mb,
+    )

@@ -34,12 +34,25 @@ from pagellm.lists import (
     split_history,
 )
 
-__all__ = ["KINDS", "Pair", "Side", "Stock", "diversity", "from_table", "make_pairs", "preference", "ranked",
-           "redundancy", "swapped_diversity", "swapped_redundancy", "to_table"]
+__all__ = [
+    "KINDS",
+    "Pair",
+    "Side",
+    "Stock",
+    "diversity",
+    "from_table",
+    "make_pairs",
+    "preference",
+    "ranked",
+    "redundancy",
+    "swapped_diversity",
+    "swapped_redundancy",
+    "to_table",
+]
 
 KINDS = ("preference", "ranked", "diversity", "redundancy")
 NEUTRAL = ("exclude", "weak_negative")
-MATCHES = 5          # a replacement is drawn from the 5 items nearest in popularity and s_i
+MATCHES = 5  # a replacement is drawn from the 5 items nearest in popularity and s_i
 
 
 @dataclass(frozen=True)
@@ -48,14 +61,14 @@ class Pair:
 
     user: int
     kind: str
-    history: list[int]           # what the policy may see, oldest first
+    history: list[int]  # what the policy may see, oldest first
     history_rating: list[float]  # NaN where unknown
     chosen: list[int]
     rejected: list[int]
-    mask: list[bool]             # edited positions; none for preference
-    delta_E: float               # E(chosen) - E(rejected)
-    source: str                  # of the rejected page: swap, replacement, rated, sampled or rated+sampled
-    seed: int                    # of the generator that drew the split and the edit
+    mask: list[bool]  # edited positions; none for preference
+    delta_E: float  # E(chosen) - E(rejected)
+    source: str  # of the rejected page: swap, replacement, rated, sampled or rated+sampled
+    seed: int  # of the generator that drew the split and the edit
 
 
 @dataclass(frozen=True)
@@ -65,9 +78,9 @@ class Stock:
     catalogue: Catalogue
     near: Near
     s: np.ndarray
-    weight: np.ndarray           # popularity ** 0.75: how likely an item is to fill a rejected page
-    coordinate: np.ndarray       # (N, 2) in 0..1: popularity rank and s_i, to match a replacement by
-    by_leaf: list[np.ndarray]    # items of every leaf category
+    weight: np.ndarray  # popularity ** 0.75: how likely an item is to fill a rejected page
+    coordinate: np.ndarray  # (N, 2) in 0..1: popularity rank and s_i, to match a replacement by
+    by_leaf: list[np.ndarray]  # items of every leaf category
 
     @classmethod
     def of(cls, shop: Shop, near: Near | None = None, shrink: float = 0.0) -> "Stock":
@@ -77,10 +90,17 @@ class Stock:
         known = ~np.isnan(s)
         middle = s[known].mean() if known.any() else 3.0
         _, level, size = np.unique(count, return_inverse=True, return_counts=True)
-        rank = (np.cumsum(size) - (size + 1) / 2)[level] / max(1, len(count) - 1)    # ties share a rank
+        # ties share a rank
+        rank = (np.cumsum(size) - (size + 1) / 2)[level] / max(1, len(count) - 1)
         coordinate = np.stack([rank, (np.where(known, s, middle) - 1.0) / 4.0], axis=1)
-        return cls(catalogue, near or near_duplicates(catalogue), s, count ** 0.75, coordinate,
-                   [order[a:b] for a, b in zip(cuts, cuts[1:], strict=False)])
+        return cls(
+            catalogue,
+            near or near_duplicates(catalogue),
+            s,
+            count**0.75,
+            coordinate,
+            [order[a:b] for a, b in zip(cuts, cuts[1:], strict=False)],
+        )
 
 
 @dataclass(frozen=True)
@@ -88,11 +108,11 @@ class Buyer:
     """What the train rows say about one user."""
 
     user: int
-    items: np.ndarray            # liked, oldest first
-    ratings: np.ndarray          # of the liked ones; NaN where unknown
-    disliked: np.ndarray         # items rated below 3
-    gain: dict[int, float]       # of every train item, liked or not
-    free: np.ndarray             # (N,) bool: no train item of the user, whatever the rating
+    items: np.ndarray  # liked, oldest first
+    ratings: np.ndarray  # of the liked ones; NaN where unknown
+    disliked: np.ndarray  # items rated below 3
+    gain: dict[int, float]  # of every train item, liked or not
+    free: np.ndarray  # (N,) bool: no train item of the user, whatever the rating
 
 
 @dataclass(frozen=True)
@@ -103,7 +123,7 @@ class Side:
     history: list[int]
     history_rating: list[float]
     page: list[int]
-    level: np.ndarray            # (K,) rating of each slot, -inf where unknown
+    level: np.ndarray  # (K,) rating of each slot, -inf where unknown
 
 
 # What a kind of pair gives back: the rejected page, its edited positions, how it was made. None: impossible.
@@ -121,7 +141,7 @@ def preference(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | Non
         if len(eligible) < fill:
             return None
         arrival = rng.standard_exponential(len(eligible)) / stock.weight[eligible]
-        first = np.argpartition(arrival, fill - 1)[:fill]       # not sorted whole: there may be millions
+        first = np.argpartition(arrival, fill - 1)[:fill]  # not sorted whole: there may be millions
         bad = rng.permutation(np.concatenate([bad, eligible[first[np.argsort(arrival[first])]]]))
     source = "rated" if fill == 0 else "sampled" if fill == length else "rated+sampled"
     return bad.tolist(), [], source
@@ -175,13 +195,19 @@ def diversity(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None
     if len(pool) == 0:
         return None
     distance = np.abs(stock.coordinate[pool] - stock.coordinate[side.page[slot]]).sum(1)
-    return replace(side.page, slot, int(rng.choice(pool[np.argsort(distance, kind="stable")[:MATCHES]])))
+    return replace(
+        side.page, slot, int(rng.choice(pool[np.argsort(distance, kind="stable")[:MATCHES]]))
+    )
 
 
 def redundancy(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None:
     """Replace the item at b by an unseen near-duplicate of an item above b."""
-    copies = [(a, copy) for a, item in enumerate(side.page[:-1])
-              for copy in stock.near.of(item).tolist() if side.buyer.free[copy]]
+    copies = [
+        (a, copy)
+        for a, item in enumerate(side.page[:-1])
+        for copy in stock.near.of(item).tolist()
+        if side.buyer.free[copy]
+    ]
     if not copies:
         return None
     a, copy = copies[rng.integers(len(copies))]
@@ -189,7 +215,7 @@ def redundancy(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | Non
 
 
 def replace(page: list[int], slot: int, item: int) -> Edit:
-    return [*page[:slot], item, *page[slot + 1:]], [slot], "replacement"
+    return [*page[:slot], item, *page[slot + 1 :]], [slot], "replacement"
 
 
 def swapped_diversity(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None:
@@ -203,27 +229,44 @@ def swapped_redundancy(side: Side, stock: Stock, rng: np.random.Generator) -> Ed
     """The paper's way: an item changes places with a higher one, nearer to another of its own category."""
     leaf = stock.catalogue.leaf_id[side.page]
     same = (leaf[:, None] == leaf) & (leaf >= 0)
-    alike_above = np.cumsum(same, axis=0) > 0            # [a, b]: a slot down to a has the category of b
+    alike_above = np.cumsum(same, axis=0) > 0  # [a, b]: a slot down to a has the category of b
     return swap(side.page, alike_above & ~same, rng, most=1)
 
 
 def makers(literal_swaps: bool) -> dict[str, Callable]:
     if literal_swaps:
-        return dict(zip(KINDS, (preference, ranked, swapped_diversity, swapped_redundancy), strict=True))
+        return dict(
+            zip(KINDS, (preference, ranked, swapped_diversity, swapped_redundancy), strict=True)
+        )
     return dict(zip(KINDS, (preference, ranked, diversity, redundancy), strict=True))
 
 
 def pair_seed(seed: int, user: int, kind: str, draw: int) -> int:
     """63 bits from where the draw stands, so that neither order nor number of processes matters."""
-    state = np.random.SeedSequence([seed, user, KINDS.index(kind), draw]).generate_state(1, np.uint64)
+    state = np.random.SeedSequence([seed, user, KINDS.index(kind), draw]).generate_state(
+        1, np.uint64
+    )
     return int(state[0] >> np.uint64(1))
 
 
-def make_pairs(shop: Shop, seed: int = 0, kinds: Sequence[str] = KINDS, per_kind: int = 4,
-               label_share: float = 0.5, *, k: int = 20, literal_swaps: bool = False,
-               neutral: str = "exclude", margin: float = 1e-6, ranked_margin: float = 0.0, shrink: float = 0.0,
-               implicit_gain: float = 1.0, near: Near | None = None,
-               users: Sequence[int] | None = None, progress: bool = False) -> tuple[list[Pair], dict[str, dict]]:
+def make_pairs(
+    shop: Shop,
+    seed: int = 0,
+    kinds: Sequence[str] = KINDS,
+    per_kind: int = 4,
+    label_share: float = 0.5,
+    *,
+    k: int = 20,
+    literal_swaps: bool = False,
+    neutral: str = "exclude",
+    margin: float = 1e-6,
+    ranked_margin: float = 0.0,
+    shrink: float = 0.0,
+    implicit_gain: float = 1.0,
+    near: Near | None = None,
+    users: Sequence[int] | None = None,
+    progress: bool = False,
+) -> tuple[list[Pair], dict[str, dict]]:
     """Pairs of every user with two liked train items or more, by user, kind and draw.
 
     per_kind     draws of each kind a user; every draw makes its own input/label split
@@ -241,15 +284,27 @@ def make_pairs(shop: Shop, seed: int = 0, kinds: Sequence[str] = KINDS, per_kind
     Raises ValueError on an unknown kind or neutral, per_kind or k below 1.
     """
     if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise ValueError(f"make_pairs: unknown kind {unknown[0]!r}; want some of {', '.join(KINDS)}")
+        raise ValueError(
+            f"make_pairs: unknown kind {unknown[0]!r}; want some of {', '.join(KINDS)}"
+        )
     if neutral not in NEUTRAL or per_kind < 1 or k < 1:
-        raise ValueError(f"make_pairs: neutral={neutral!r}, per_kind={per_kind}, k={k}: want neutral one of "
-                         f"{', '.join(NEUTRAL)}, the others 1 or more")
+        raise ValueError(
+            f"make_pairs: neutral={neutral!r}, per_kind={per_kind}, k={k}: want neutral one of "
+            f"{', '.join(NEUTRAL)}, the others 1 or more"
+        )
     stock, make = Stock.of(shop, near, shrink), makers(literal_swaps)
     pairs: list[Pair] = []
-    counts = {kind: dict.fromkeys(("tried", "impossible", "rejected", "emitted"), 0) for kind in kinds}
-    wait = tqdm(buyers(shop, stock, neutral, implicit_gain, users), "pairs", disable=not progress, unit="user",
-                total=shop.n_users if users is None else len(users), mininterval=1.0)
+    counts = {
+        kind: dict.fromkeys(("tried", "impossible", "rejected", "emitted"), 0) for kind in kinds
+    }
+    wait = tqdm(
+        buyers(shop, stock, neutral, implicit_gain, users),
+        "pairs",
+        disable=not progress,
+        unit="user",
+        total=shop.n_users if users is None else len(users),
+        mininterval=1.0,
+    )
     for buyer in wait:
         for kind in kinds:
             for draw in range(per_kind):
@@ -259,7 +314,9 @@ def make_pairs(shop: Shop, seed: int = 0, kinds: Sequence[str] = KINDS, per_kind
                 edit = make[kind](side, stock, rng)
                 pair = edit and finish(side, stock, kind, edit, own)
                 least = max(margin, ranked_margin) if kind == "ranked" else margin
-                outcome = "impossible" if not pair else "rejected" if pair.delta_E < least else "emitted"
+                outcome = (
+                    "impossible" if not pair else "rejected" if pair.delta_E < least else "emitted"
+                )
                 counts[kind]["tried"] += 1
                 counts[kind][outcome] += 1
                 if outcome == "emitted":
@@ -268,8 +325,9 @@ def make_pairs(shop: Shop, seed: int = 0, kinds: Sequence[str] = KINDS, per_kind
     return pairs, counts
 
 
-def buyers(shop: Shop, stock: Stock, neutral: str, implicit_gain: float,
-           users: Sequence[int] | None) -> Iterator[Buyer]:
+def buyers(
+    shop: Shop, stock: Stock, neutral: str, implicit_gain: float, users: Sequence[int] | None
+) -> Iterator[Buyer]:
     """Users with two liked train items or more: one for the history, one for the page."""
     liked, others = shop.csr("train"), shop.csr("train", positive=False)
     for user in range(shop.n_users) if users is None else users:
@@ -286,28 +344,48 @@ def buyers(shop: Shop, stock: Stock, neutral: str, implicit_gain: float,
         yield Buyer(int(user), items, ratings, bad, gain_of, free)
 
 
-def draw_side(buyer: Buyer, stock: Stock, label_share: float, k: int, rng: np.random.Generator) -> Side:
+def draw_side(
+    buyer: Buyer, stock: Stock, label_share: float, k: int, rng: np.random.Generator
+) -> Side:
     """Split one user's liked items and make the ground-truth page of the labels, cut at k slots."""
     items, ratings = buyer.items, buyer.ratings
     given, label = split_history(items, ratings, label_share, rng)
     page, _ = ground_truth_page(items[label], ratings[label], stock.catalogue, stock.s, stock.near)
     level = dict(zip(items.tolist(), rating_levels(ratings).tolist(), strict=True))
     page = page[:k].tolist()
-    return Side(buyer, items[given].tolist(), ratings[given].tolist(), page,
-                np.array([level[item] for item in page]))
+    return Side(
+        buyer,
+        items[given].tolist(),
+        ratings[given].tolist(),
+        page,
+        np.array([level[item] for item in page]),
+    )
 
 
 def finish(side: Side, stock: Stock, kind: str, edit: Edit, seed: int) -> Pair:
     rejected, edited, source = edit
     of, leaf = side.buyer.gain, stock.catalogue.leaf_id
-    value = [energy(page, [of.get(item, 0.0) for item in page], leaf, stock.near)
-             for page in (side.page, rejected)]
-    return Pair(side.buyer.user, kind, side.history, side.history_rating, side.page, rejected,
-                [slot in edited for slot in range(len(side.page))], value[0] - value[1], source, seed)
+    value = [
+        energy(page, [of.get(item, 0.0) for item in page], leaf, stock.near)
+        for page in (side.page, rejected)
+    ]
+    return Pair(
+        side.buyer.user,
+        kind,
+        side.history,
+        side.history_rating,
+        side.page,
+        rejected,
+        [slot in edited for slot in range(len(side.page))],
+        value[0] - value[1],
+        source,
+        seed,
+    )
 
 
-def check_energy(pairs: list[Pair], counts: dict[str, dict], shop: Shop, stock: Stock,
-                 implicit_gain: float) -> None:
+def check_energy(
+    pairs: list[Pair], counts: dict[str, dict], shop: Shop, stock: Stock, implicit_gain: float
+) -> None:
     """Score all pairs again by another road (in one batch) and note for each kind how many come out right."""
     rows, leaf = shop.csr("train", positive=None), stock.catalogue.leaf_id
     users = np.array([pair.user for pair in pairs], dtype=np.int64)
@@ -319,17 +397,31 @@ def check_energy(pairs: list[Pair], counts: dict[str, dict], shop: Shop, stock: 
         worth = gains(users, item, rows, stock.s, implicit_gain)
         values.append(page_energy(item, item >= 0, worth, leaf, stock.near))
     right = values[0] > values[1]
-    assert np.allclose(values[0] - values[1], [pair.delta_E for pair in pairs]), "two ways to E disagree"
-    assert not pairs or right.mean() >= 0.99, f"only {right.mean():.4f} of the pairs have E(chosen) higher"
+    assert np.allclose(values[0] - values[1], [pair.delta_E for pair in pairs]), (
+        "two ways to E disagree"
+    )
+    assert not pairs or right.mean() >= 0.99, (
+        f"only {right.mean():.4f} of the pairs have E(chosen) higher"
+    )
     for kind, count in counts.items():
         mine = right[np.array([pair.kind == kind for pair in pairs], dtype=bool)]
         count["lower_energy"] = round(float(mine.mean()), 4) if len(mine) else None
 
 
-SCHEMA = pa.schema([("user", pa.int32()), ("kind", pa.string()), ("history", pa.list_(pa.int32())),
-                    ("history_rating", pa.list_(pa.float32())), ("chosen", pa.list_(pa.int32())),
-                    ("rejected", pa.list_(pa.int32())), ("mask", pa.list_(pa.bool_())),
-                    ("delta_E", pa.float64()), ("source", pa.string()), ("seed", pa.int64())])
+SCHEMA = pa.schema(
+    [
+        ("user", pa.int32()),
+        ("kind", pa.string()),
+        ("history", pa.list_(pa.int32())),
+        ("history_rating", pa.list_(pa.float32())),
+        ("chosen", pa.list_(pa.int32())),
+        ("rejected", pa.list_(pa.int32())),
+        ("mask", pa.list_(pa.bool_())),
+        ("delta_E", pa.float64()),
+        ("source", pa.string()),
+        ("seed", pa.int64()),
+    ]
+)
 
 
 def to_table(pairs: Sequence[Pair]) -> pa.Table:

@@ -26,17 +26,19 @@ from pagellm.vocab import Vocab
 __all__ = ["BLOCK", "MODES", "Policy", "PromptStyle", "RankedPages", "Scorer", "Validation", "ties"]
 
 MODES = ("greedy", "beam", "one_shot")
-BLOCK = 2 ** 25      # logits held at once, 128 MB in float32: 256 users of 131,000 items, 32 of a million
+# logits held at once, 128 MB in float32: 256 users of 131,000 items, 32 of a million
+BLOCK = 2**25
 
 
 @dataclass(frozen=True)
 class PromptStyle:
     """How a page prompt is written; saved with the weights, since a policy knows no other style."""
 
-    max_history: int = 24      # items
+    max_history: int = 24  # items
     use_ratings: bool = True
-    use_user: bool = True      # False: every prompt begins with <user_unk>
-    clock: tuple[int, ...] = ()  # rising moments, in seconds, where the periods of time tokens end; (): none is shown
+    use_user: bool = True  # False: every prompt begins with <user_unk>
+    clock: tuple[int, ...] = ()  # rising moments, in seconds,
+    # where the periods of time tokens end; (): none is shown
 
 
 @dataclass
@@ -59,25 +61,36 @@ def ties(seed: int, users: np.ndarray, n_users: int, n_items: int) -> Rank:
     users  (B,) of the rows that will be ranked        returns  shuffled[item] xor drawn[user], for top.largest
     """
     shuffled = keyed(seed, "ties", "items").permutation(n_items)
-    drawn = keyed(seed, "ties", "users").integers(1 << max(1, (n_items - 1).bit_length()), size=n_users)[users]
+    drawn = keyed(seed, "ties", "users").integers(
+        1 << max(1, (n_items - 1).bit_length()), size=n_users
+    )[users]
     return lambda row, column: shuffled[column] ^ drawn[row]
 
 
 class Policy:
     def __init__(self, model: Backbone, vocab: Vocab, style: PromptStyle):
         self.model, self.vocab, self.style = model, vocab, style
-        self.prompts = Prompts(vocab, model.shape.n_ctx, style.max_history, style.use_ratings,
-                               len(style.clock) if vocab.times else None)
+        self.prompts = Prompts(
+            vocab,
+            model.shape.n_ctx,
+            style.max_history,
+            style.use_ratings,
+            len(style.clock) if vocab.times else None,
+        )
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu", dropout: float = 0.0) -> "Policy":
+    def load(
+        cls, path: str | Path, device: torch.device | str = "cpu", dropout: float = 0.0
+    ) -> "Policy":
         """Read model.pt and the vocabulary from a stage's directory."""
         state = load_model_file(Path(path) / "model.pt")
         model = from_state(state, dropout).to(device).eval()
         return cls(model, Vocab.load(path), PromptStyle(**state["style"]))
 
     def state(self) -> dict:
-        style = {name: value for name, value in asdict(self.style).items() if name != "clock" or value}
+        style = {
+            name: value for name, value in asdict(self.style).items() if name != "clock" or value
+        }
         return {**to_state(self.model), "style": style}
 
     def periods(self, when: np.ndarray | None, n: int) -> list[int | None]:
@@ -90,26 +103,45 @@ class Policy:
         """Raise PageLLMError unless the longest prompt and `slots` items fit in the context."""
         need, room = self.prompts.page_room + slots, self.model.shape.n_ctx
         if need > room:
-            raise PageLLMError(f"a history of {self.style.max_history} items and a page of {slots} need {need} tokens, "
-                               f"the context has {room}; lower max_history or k, or take a larger size")
+            raise PageLLMError(
+                f"a history of {self.style.max_history} items and a page of {slots} need {need} tokens, "
+                f"the context has {room}; lower max_history or k, or take a larger size"
+            )
 
     def prompt(self, users, histories, when: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
         """ids (B, P), valid (B, P), left-padded. histories: (items, ratings) of each user, oldest first.
 
         when  (B,) seconds: the moment of each page, where the policy has time tokens; None: now, the last period
         """
-        rows = [self.prompts.page(int(u) if self.style.use_user and u is not None else None, *history, period)
-                for u, history, period in zip(users, histories, self.periods(when, len(users)), strict=True)]
+        rows = [
+            self.prompts.page(
+                int(u) if self.style.use_user and u is not None else None, *history, period
+            )
+            for u, history, period in zip(
+                users, histories, self.periods(when, len(users)), strict=True
+            )
+        ]
         ids, valid = left_pad(rows, self.vocab.pad)
         device = self.model.word.device
         return dist.send(ids, device), dist.send(valid, device)
 
-    def write(self, users: np.ndarray, history: Rows, seen: Rows, k: int, mode: str = "greedy",
-              width: int = 4, when: np.ndarray | None = None, rank: Rank | None = None) -> tuple[Pages, Tensor]:
+    def write(
+        self,
+        users: np.ndarray,
+        history: Rows,
+        seen: Rows,
+        k: int,
+        mode: str = "greedy",
+        width: int = 4,
+        when: np.ndarray | None = None,
+        rank: Rank | None = None,
+    ) -> tuple[Pages, Tensor]:
         """Pages of one batch of users, and the legal set (B, N) they started from. when as in `prompt`, rank (not for
         beam) as in decode.greedy."""
         prompt, valid = self.prompt(users, [history.of(u) for u in users], when)
-        constraint = Unseen(torch.from_numpy(seen.padded(users)).to(prompt.device), self.model.n_items)
+        constraint = Unseen(
+            torch.from_numpy(seen.padded(users)).to(prompt.device), self.model.n_items
+        )
         legal = constraint.legal.clone()
         if mode == "greedy":
             return greedy(self.model, prompt, valid, constraint, k, rank=rank), legal
@@ -119,8 +151,19 @@ class Policy:
             return one_shot(self.model, prompt, valid, constraint, k, rank=rank), legal
         raise PageLLMError(f"mode={mode!r}: want one of {', '.join(MODES)}")
 
-    def rank(self, users: np.ndarray, history: Rows, seen: Rows, k: int, depth: int, mode: str = "greedy",
-             batch: int = 256, progress: str = "", when: np.ndarray | None = None, seed: int = 0) -> RankedPages:
+    def rank(
+        self,
+        users: np.ndarray,
+        history: Rows,
+        seen: Rows,
+        k: int,
+        depth: int,
+        mode: str = "greedy",
+        batch: int = 256,
+        progress: str = "",
+        when: np.ndarray | None = None,
+        seed: int = 0,
+    ) -> RankedPages:
         """Page of k and the ranks behind it for every user, `batch` at once; several processes share the users.
 
         history  what the prompts show        seen  what no page may hold
@@ -134,14 +177,21 @@ class Policy:
         self.model.eval()
         items, scores, slots = [], [], []
         mine, busy = dist.part(users)
-        order = np.argsort(history.counts()[mine], kind="stable")      # batches of like length: little padding to read
-        bar = tqdm(total=len(mine), desc=progress, unit="page", disable=not progress or not dist.is_main(),
-                   mininterval=1.0)
+        # batches of like length: little padding to read
+        order = np.argsort(history.counts()[mine], kind="stable")
+        bar = tqdm(
+            total=len(mine),
+            desc=progress,
+            unit="page",
+            disable=not progress or not dist.is_main(),
+            mininterval=1.0,
+        )
         for start in range(0, len(mine), batch):
-            some = mine[order[start: start + batch]]
+            some = mine[order[start : start + batch]]
             rank = ties(seed, some, len(seen.indptr) - 1, self.model.n_items)
-            pages, legal = self.write(some, history, seen, k, mode, when=None if when is None else when[some],
-                                      rank=rank)
+            pages, legal = self.write(
+                some, history, seen, k, mode, when=None if when is None else when[some], rank=rank
+            )
             item, score = ranking(pages, legal, max(depth, k), rank)
             items.append(item.cpu())
             scores.append(score.cpu())
@@ -150,8 +200,11 @@ class Policy:
         bar.close()
         self.model.train(was_training)
         self.model.bf16 = low
-        back = np.argsort(order)[:None if busy else 0]
-        return RankedPages(users, *(dist.gather(torch.cat(column).numpy()[back]) for column in (items, scores, slots)))
+        back = np.argsort(order)[: None if busy else 0]
+        return RankedPages(
+            users,
+            *(dist.gather(torch.cat(column).numpy()[back]) for column in (items, scores, slots)),
+        )
 
 
 class Scorer:
@@ -167,15 +220,25 @@ class Scorer:
         self.categories = metrics.described(shop.catalogue.categories)
         self.users = np.flatnonzero(self.held.counts() > 0)
         user = np.repeat(np.arange(shop.n_users), self.held.counts())
-        self.refs = (user, self.held.items, label_ranks(user, self.held.ratings, self.s[self.held.items]))
+        self.refs = (
+            user,
+            self.held.items,
+            label_ranks(user, self.held.ratings, self.s[self.held.items]),
+        )
 
     def __call__(self, ranked: RankedPages, k: int) -> dict[str, np.ndarray]:
         """name -> (U,) float64 aligned with ranked.user (rising), NaN where undefined."""
         kept = ranked.item >= 0
         user = np.broadcast_to(ranked.user[:, None], kept.shape)[kept]
         rank = np.broadcast_to(np.arange(1, kept.shape[1] + 1), kept.shape)[kept]
-        scores = metrics.score_pages(ranked.user, (user, rank, ranked.item[kept]), self.refs,
-                                     self.categories, page_k=k, group=self.near.group)
+        scores = metrics.score_pages(
+            ranked.user,
+            (user, rank, ranked.item[kept]),
+            self.refs,
+            self.categories,
+            page_k=k,
+            group=self.near.group,
+        )
         page, mask, leaf = ranked.item[:, :k], kept[:, :k], self.shop.catalogue.leaf_id
         known = gains(ranked.user, page, self.held, self.s)
         scores["energy"] = page_energy(page, mask, known, leaf, self.near)
@@ -189,10 +252,12 @@ def label_ranks(user: np.ndarray, rating: np.ndarray, s: np.ndarray) -> np.ndarr
     """(R,) ranks 1..n of each user's labels, best first by (rating, s_i); equals share their average rank."""
     worth = np.stack([np.nan_to_num(x, nan=-1.0) for x in (rating, s)])
     order = np.lexsort((-worth[1], -worth[0], user))
-    start = np.searchsorted(user[order], user[order])                       # where this user's labels begin
+    start = np.searchsorted(user[order], user[order])  # where this user's labels begin
     place = np.arange(len(user)) - start + 1.0
     new = np.ones(len(user), dtype=bool)
-    new[1:] = (user[order][1:] != user[order][:-1]) | (worth[:, order][:, 1:] != worth[:, order][:, :-1]).any(0)
+    new[1:] = (user[order][1:] != user[order][:-1]) | (
+        worth[:, order][:, 1:] != worth[:, order][:, :-1]
+    ).any(0)
     group = np.cumsum(new) - 1
     mean = np.bincount(group, place) / np.maximum(np.bincount(group), 1) if len(group) else place
     ranks = np.empty(len(user))
@@ -206,20 +271,26 @@ class Validation:
     limit  users, drawn once for good from those with held-out items; 0: all
     """
 
-    def __init__(self, shop: Shop, split: str, k: int, mode: str, limit: int, seed: int, depth: int = 100):
+    def __init__(
+        self, shop: Shop, split: str, k: int, mode: str, limit: int, seed: int, depth: int = 100
+    ):
         self.scorer, self.k, self.mode = Scorer(shop, split), k, mode
         self.depth = max(depth, k)
         self.history, self.seen = shop.csr("train"), shop.csr("train", positive=None)
         users = self.scorer.users[self.history.counts()[self.scorer.users] > 0]
         if len(users) == 0:
-            raise PageLLMError(f"no user has both train and {split} items: nothing to validate on\n"
-                               "  A last fit to all rows (prepare --refit) goes without: sft --select last")
+            raise PageLLMError(
+                f"no user has both train and {split} items: nothing to validate on\n"
+                "  A last fit to all rows (prepare --refit) goes without: sft --select last"
+            )
         if 0 < limit < len(users):
             users = np.sort(keyed(seed, "validation", split).permutation(users)[:limit])
         self.users, self.when = users, shop.moments(split)
 
     def __call__(self, policy: Policy) -> dict[str, float]:
         """name -> mean over the users for whom it is defined; left out where it is for nobody."""
-        ranked = policy.rank(self.users, self.history, self.seen, self.k, self.depth, self.mode, when=self.when)
+        ranked = policy.rank(
+            self.users, self.history, self.seen, self.k, self.depth, self.mode, when=self.when
+        )
         scores = self.scorer(ranked, self.k)
         return {name: float(np.nanmean(v)) for name, v in scores.items() if not np.isnan(v).all()}

@@ -42,74 +42,137 @@ from pagellm.policy import MODES, Policy, Validation
 from pagellm.reward import RewardModel
 from pagellm.run import Learning, Run, file_id, finished, load_model_file
 from pagellm.sft import Batch, PageMaker, collate, sft_loss
-from pagellm.train import Guard, Objective, ahead, batch_at, keyed, lr_at, optimiser, progress, set_lr
+from pagellm.train import (
+    Guard,
+    Objective,
+    ahead,
+    batch_at,
+    keyed,
+    lr_at,
+    optimiser,
+    progress,
+    set_lr,
+)
 
-__all__ = ["AdaptiveKL", "Config", "Critic", "RunningMoments", "kl_k1", "kl_k2", "kl_k3", "policy_loss",
-           "run", "step_reward", "value_loss"]
+__all__ = [
+    "AdaptiveKL",
+    "Config",
+    "Critic",
+    "RunningMoments",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "policy_loss",
+    "run",
+    "step_reward",
+    "value_loss",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Learning):
     """Improve the SFT policy by PPO against the reward model, at a price per nat of drift."""
 
-    source_run: str = ""         # run whose sft is read; empty: this run (studies share one)
-    reward_run: str = ""         # run whose reward model is read; empty: the same as source_run
-    algo: str = "ppo"            # ppo, reinforce (Eq. 11 minus the batch mean), rloo (minus the user's other pages)
-    epochs: float = 1.5          # passes over the users (the paper: 5)
-    min_steps: int = 45          # at least this many steps, however few the users
-    rollout: int = 64            # pages sampled in a step
-    samples: int = 1             # pages of one user among them; rloo wants 2 or more
-    minibatch: int = 64          # pages in one optimiser update; divides rollout
-    micro: int = 64              # pages in one forward pass: buys memory, moves no gradient
-    inner_epochs: int = 4        # passes over a rollout; 1 makes reinforce exactly Eq. 11
-    k: int = 20                  # slots of a page
-    temperature: float = 0.3     # of sampling and of every log-probability alike; low: near the greedy page shown
-    lr: float = 2e-4             # peak learning rate of the policy, linear to 0 (the paper: 1e-5 at 124M parameters)
-    row_lr: float = 1.0          # learning rate of rows (users, items, words, positions) as a share of lr
-    critic_lr: float = 3e-4      # peak learning rate of the critic, linear to 0
-    clip: float = 0.2            # epsilon of the ratio, arXiv 1707.06347 eq. 7
-    value_clip: float = 0.2      # how far a new value may leave the old one, in units of normalised reward
-    vf_coef: float = 0.1         # weight of the value loss
-    entropy_coef: float = 0.0    # bonus for a nat of entropy of a slot
-    gamma: float = 1.0           # discount; a page is judged whole, so 1
-    lam: float = 0.95            # lambda of GAE
-    kl_coef: float = 0.1         # price of one nat of KL to the SFT policy, per slot, in normalised reward
-    kl_target: float = 0.0       # nats a page; above 0 kl_coef adapts towards it (Ziegler et al. 2019)
+    source_run: str = ""  # run whose sft is read; empty: this run (studies share one)
+    reward_run: str = ""  # run whose reward model is read; empty: the same as source_run
+    algo: str = "ppo"  # ppo, reinforce (Eq. 11 minus the batch mean),
+    # rloo (minus the user's other pages)
+    epochs: float = 1.5  # passes over the users (the paper: 5)
+    min_steps: int = 45  # at least this many steps, however few the users
+    rollout: int = 64  # pages sampled in a step
+    samples: int = 1  # pages of one user among them; rloo wants 2 or more
+    minibatch: int = 64  # pages in one optimiser update; divides rollout
+    micro: int = 64  # pages in one forward pass: buys memory, moves no gradient
+    inner_epochs: int = 4  # passes over a rollout; 1 makes reinforce exactly Eq. 11
+    k: int = 20  # slots of a page
+    temperature: float = 0.3  # of sampling and of every log-probability alike; low:
+    # near the greedy page shown
+    lr: float = 2e-4  # peak learning rate of the policy, linear to 0 (the paper:
+    # 1e-5 at 124M parameters)
+    row_lr: float = 1.0  # learning rate of rows (users, items, words, positions) as a share of lr
+    critic_lr: float = 3e-4  # peak learning rate of the critic, linear to 0
+    clip: float = 0.2  # epsilon of the ratio, arXiv 1707.06347 eq. 7
+    value_clip: float = 0.2  # how far a new value may leave the old one,
+    # in units of normalised reward
+    vf_coef: float = 0.1  # weight of the value loss
+    entropy_coef: float = 0.0  # bonus for a nat of entropy of a slot
+    gamma: float = 1.0  # discount; a page is judged whole, so 1
+    lam: float = 0.95  # lambda of GAE
+    kl_coef: float = 0.1  # price of one nat of KL to the SFT policy, per slot, in normalised reward
+    kl_target: float = 0.0  # nats a page; above 0 kl_coef adapts towards it (Ziegler et al. 2019)
     kl_horizon: float = 10000.0  # pages over which the adaptive coefficient moves
-    w_token: float = 1.0         # weight of the mean token reward; 0: page-only
-    w_page: float = 1.0          # weight of the page reward; 0: item-only
-    w_hit: float = 0.0           # weight of the page's NDCG on train items that its prompt hides; nothing learnt judges
-    sft_coef: float = 0.0        # weight of SFT's loss on the users of a rollout, nats per slot of their pages
-    label_share: float = 0.2     # share of a user's train items that w_hit and sft_coef hide from the prompt
-    max_page: int = 40           # longest page that SFT's loss reads
-    critic_warmup: int = 20      # critic updates before the policy's first
-    max_kl: float = 0.03         # stop the inner epochs when the new policy is further than this (k3, nats a slot)
-    grad_clip: float = 1.0       # largest gradient norm, policy and critic apart
-    eval_every: int = 10         # steps between validations
-    eval_users: int = 500        # users in a validation; 0: all that have validation items
-    mode: str = "greedy"         # decoding in validation: greedy, beam or one_shot
-    select: str = "energy"       # validation score that decides the weights kept: energy, ndcg or last
-    min_accuracy: float = 0.9    # a kind of pair below this accuracy draws a warning
-    strict: bool = False         # stop instead of warning: low reward accuracy, any alarm
+    w_token: float = 1.0  # weight of the mean token reward; 0: page-only
+    w_page: float = 1.0  # weight of the page reward; 0: item-only
+    w_hit: float = 0.0  # weight of the page's NDCG on train items that its prompt hides;
+    # nothing learnt judges
+    sft_coef: float = 0.0  # weight of SFT's loss on the users of a rollout,
+    # nats per slot of their pages
+    label_share: float = 0.2  # share of a user's train items that w_hit and sft_coef hide from the
+    # prompt
+    max_page: int = 40  # longest page that SFT's loss reads
+    critic_warmup: int = 20  # critic updates before the policy's first
+    max_kl: float = 0.03  # stop the inner epochs when the new policy is further than this (k3,
+    # nats a slot)
+    grad_clip: float = 1.0  # largest gradient norm, policy and critic apart
+    eval_every: int = 10  # steps between validations
+    eval_users: int = 500  # users in a validation; 0: all that have validation items
+    mode: str = "greedy"  # decoding in validation: greedy, beam or one_shot
+    select: str = "energy"  # validation score that decides the weights kept: energy, ndcg or last
+    min_accuracy: float = 0.9  # a kind of pair below this accuracy draws a warning
+    strict: bool = False  # stop instead of warning: low reward accuracy, any alarm
 
     def __post_init__(self):
         super().__post_init__()
-        positive = {f: (getattr(self, f) > 0, "above 0") for f in
-                    ("epochs", "rollout", "samples", "minibatch", "micro", "inner_epochs", "k", "max_page",
-                     "temperature", "lr", "critic_lr", "grad_clip", "max_kl", "value_clip", "eval_every", "kl_horizon")}
-        check(self, **positive, algo=(self.algo in ("ppo", "reinforce", "rloo"), "ppo, reinforce or rloo"),
-              clip=(0 < self.clip < 1, "between 0 and 1"), lam=(0 <= self.lam <= 1, "0 to 1"),
-              gamma=(0 <= self.gamma <= 1, "0 to 1"), mode=(self.mode in MODES, ", ".join(MODES)),
-              kl_coef=(self.kl_coef >= 0, "0 or more"), kl_target=(self.kl_target >= 0, "0 or more"),
-              select=(self.select in ("energy", "ndcg", "last"), "energy, ndcg or last"),
-              label_share=(0 < self.label_share < 1, "between 0 and 1"),
-              **{w: (getattr(self, w) >= 0, "0 or more") for w in ("w_token", "w_page", "w_hit", "sft_coef")})
+        positive = {
+            f: (getattr(self, f) > 0, "above 0")
+            for f in (
+                "epochs",
+                "rollout",
+                "samples",
+                "minibatch",
+                "micro",
+                "inner_epochs",
+                "k",
+                "max_page",
+                "temperature",
+                "lr",
+                "critic_lr",
+                "grad_clip",
+                "max_kl",
+                "value_clip",
+                "eval_every",
+                "kl_horizon",
+            )
+        }
+        check(
+            self,
+            **positive,
+            algo=(self.algo in ("ppo", "reinforce", "rloo"), "ppo, reinforce or rloo"),
+            clip=(0 < self.clip < 1, "between 0 and 1"),
+            lam=(0 <= self.lam <= 1, "0 to 1"),
+            gamma=(0 <= self.gamma <= 1, "0 to 1"),
+            mode=(self.mode in MODES, ", ".join(MODES)),
+            kl_coef=(self.kl_coef >= 0, "0 or more"),
+            kl_target=(self.kl_target >= 0, "0 or more"),
+            select=(self.select in ("energy", "ndcg", "last"), "energy, ndcg or last"),
+            label_share=(0 < self.label_share < 1, "between 0 and 1"),
+            **{
+                w: (getattr(self, w) >= 0, "0 or more")
+                for w in ("w_token", "w_page", "w_hit", "sft_coef")
+            },
+        )
         if self.rollout % self.minibatch:
-            raise PageLLMError(f"rollout={self.rollout} is not a multiple of minibatch={self.minibatch}")
+            raise PageLLMError(
+                f"rollout={self.rollout} is not a multiple of minibatch={self.minibatch}"
+            )
         if self.rollout % self.samples:
-            raise PageLLMError(f"rollout={self.rollout} is not a multiple of samples={self.samples}")
+            raise PageLLMError(
+                f"rollout={self.rollout} is not a multiple of samples={self.samples}"
+            )
         if self.algo == "rloo" and self.samples < 2:
-            raise PageLLMError("algo=rloo compares pages of one user: want samples of 2 or more, e.g. --samples 4")
+            raise PageLLMError(
+                "algo=rloo compares pages of one user: want samples of 2 or more, e.g. --samples 4"
+            )
         if self.w_token == self.w_page == self.w_hit == 0:
             raise PageLLMError("w_token, w_page and w_hit are all 0: nothing to optimise")
 
@@ -130,18 +193,32 @@ def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     return torch.expm1(log_ratio) - log_ratio
 
 
-def step_reward(token_reward: Tensor, page_reward: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor,
-                w_token: float, w_page: float, kl_coef: float, hit: Tensor | float = 0.0) -> Tensor:
+def step_reward(
+    token_reward: Tensor,
+    page_reward: Tensor,
+    logp: Tensor,
+    ref_logp: Tensor,
+    mask: Tensor,
+    w_token: float,
+    w_page: float,
+    kl_coef: float,
+    hit: Tensor | float = 0.0,
+) -> Tensor:
     """Reward of every slot: w_token token_k / T + hit_k - kl_coef (logp - ref_logp)_k, + w_page page at the last slot.
 
     token_reward, logp, ref_logp, hit (B, K) float    page_reward (B,) float    mask (B, K) bool, a prefix of each row
     returns (B, K), 0 off the mask. Its row sums are w_token mean(token) + w_page page + sum(hit) - kl_coef sum(k1).
     A row without a slot gets nothing. Raises ValueError on unequal shapes.
     """
-    if not token_reward.shape == logp.shape == ref_logp.shape == mask.shape or page_reward.shape != mask.shape[:1]:
-        raise ValueError(f"step_reward: token_reward {tuple(token_reward.shape)}, logp {tuple(logp.shape)}, ref_logp "
-                         f"{tuple(ref_logp.shape)}, mask {tuple(mask.shape)}, page_reward {tuple(page_reward.shape)}: "
-                         "want (B, K) four times and (B,)")
+    if (
+        not token_reward.shape == logp.shape == ref_logp.shape == mask.shape
+        or page_reward.shape != mask.shape[:1]
+    ):
+        raise ValueError(
+            f"step_reward: token_reward {tuple(token_reward.shape)}, logp {tuple(logp.shape)}, ref_logp "
+            f"{tuple(ref_logp.shape)}, mask {tuple(mask.shape)}, page_reward {tuple(page_reward.shape)}: "
+            "want (B, K) four times and (B,)"
+        )
     length = mask.sum(1, keepdim=True)
     slot = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     reward = w_token * token_reward / length.clamp(min=1) + hit - kl_coef * (logp - ref_logp)
@@ -149,8 +226,9 @@ def step_reward(token_reward: Tensor, page_reward: Tensor, logp: Tensor, ref_log
     return torch.where(mask, reward, 0.0)
 
 
-def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, clip: float
-                ) -> tuple[Tensor, Tensor]:
+def policy_loss(
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
     """Clipped objective (arXiv 1707.06347 eq. 7), negated: mean over kept slots of max(-r A, -clip(r, 1 +- clip) A).
 
     logp, old_logp, advantage (B, K) float; mask (B, K) bool. r = exp(logp - old_logp).
@@ -164,7 +242,9 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor,
     return loss, masked.mean((clipped > plain).to(loss.dtype), mask)
 
 
-def value_loss(value: Tensor, old_value: Tensor, ret: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def value_loss(
+    value: Tensor, old_value: Tensor, ret: Tensor, mask: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
     """Half the mean over kept slots of max((V - R)^2, (V_clipped - R)^2), V_clipped within old_value +- clip.
 
     All (B, K). returns loss (scalar) and the share of kept slots whose clipped branch wins; 0, 0 on an empty mask.
@@ -187,7 +267,9 @@ class RunningMoments:
         """x: any shape, every entry counts. Raises ValueError on NaN or infinity, which would stay for ever."""
         x = torch.as_tensor(x).detach().double().flatten()
         if not x.isfinite().all():
-            raise ValueError(f"RunningMoments: {int((~x.isfinite()).sum())} of {x.numel()} values are not finite")
+            raise ValueError(
+                f"RunningMoments: {int((~x.isfinite()).sum())} of {x.numel()} values are not finite"
+            )
         n = x.numel()
         if n == 0:
             return
@@ -240,8 +322,16 @@ def hit_reward(item: Tensor, mask: Tensor, label: Tensor) -> Tensor:
     return hit * discount / best[:, None]
 
 
-def normalise_reward(token_reward: Tensor, page_reward: Tensor, mask: Tensor, moments: RunningMoments, w_token: float,
-                     w_page: float, limit: float = 5.0, hit: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def normalise_reward(
+    token_reward: Tensor,
+    page_reward: Tensor,
+    mask: Tensor,
+    moments: RunningMoments,
+    w_token: float,
+    w_page: float,
+    limit: float = 5.0,
+    hit: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Running normalisation of the page's whole reward S = w_token mean(token) + w_page page + sum(hit), in its parts.
 
     token part w_token token / sigma and terminal part (w_page page - mu) / sigma, each clipped to +- limit, and hit /
@@ -253,8 +343,11 @@ def normalise_reward(token_reward: Tensor, page_reward: Tensor, mask: Tensor, mo
     mean = torch.where(mask, token_reward, 0.0).sum(1) / mask.sum(1).clamp(min=1)
     moments.update(w_token * mean + w_page * page_reward + hit.sum(1))
     sigma = max(moments.std, 1e-6)
-    return ((w_token * token_reward / sigma).clamp(-limit, limit),
-            ((w_page * page_reward - moments.mean) / sigma).clamp(-limit, limit), hit / sigma)
+    return (
+        (w_token * token_reward / sigma).clamp(-limit, limit),
+        ((w_page * page_reward - moments.mean) / sigma).clamp(-limit, limit),
+        hit / sigma,
+    )
 
 
 class Critic(nn.Module):
@@ -267,7 +360,9 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor, start: tuple | None = None) -> Tensor:
+    def forward(
+        self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor, start: tuple | None = None
+    ) -> Tensor:
         """(B, K) float32, 0 off the mask. start as in decode.slot_states."""
         before = slot_states(self.trunk, prompt, valid, item, mask, start)[:, :-1].float()
         return torch.where(mask, self.head(before)[..., 0], 0.0)
@@ -277,21 +372,22 @@ class Critic(nn.Module):
 class Rollout:
     """Pages of one step and all that was known of them before the first update. (B, K) unless said otherwise."""
 
-    prompt: Tensor          # (B, P)
-    valid: Tensor           # (B, P)
-    excluded: Tensor        # (B, E) item ids, padded with -1
+    prompt: Tensor  # (B, P)
+    valid: Tensor  # (B, P)
+    excluded: Tensor  # (B, E) item ids, padded with -1
     item: Tensor
     mask: Tensor
     old_logp: Tensor
     ref_logp: Tensor
     value: Tensor
-    token: Tensor           # raw token rewards
-    page: Tensor            # (B,) raw page rewards
-    entropy: Tensor         # of the legal distribution of each slot, nats
-    kl_exact: Tensor        # sum over the legal set of pi log(pi / ref)
-    drift: float            # largest |sampled logp - old_logp|: cached generation against the full pass
-    hit: Tensor | None = None       # NDCG of the page in its parts, if train items were hidden from its prompt
-    sft: Batch | None = None        # what SFT would teach of the same users
+    token: Tensor  # raw token rewards
+    page: Tensor  # (B,) raw page rewards
+    entropy: Tensor  # of the legal distribution of each slot, nats
+    kl_exact: Tensor  # sum over the legal set of pi log(pi / ref)
+    drift: float  # largest |sampled logp - old_logp|: cached generation against the full pass
+    hit: Tensor | None = None  # NDCG of the page in its parts,
+    # if train items were hidden from its prompt
+    sft: Batch | None = None  # what SFT would teach of the same users
 
     def __len__(self) -> int:
         return len(self.item)
@@ -318,10 +414,14 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
     safe = mask[..., None]
     logp = torch.where(safe, logits, 0.0).log_softmax(-1)
     ref = torch.where(safe, ref_logits, 0.0).log_softmax(-1)
-    return torch.where(mask, torch.where(logp.isfinite(), logp.exp() * (logp - ref), 0.0).sum(-1), 0.0)
+    return torch.where(
+        mask, torch.where(logp.isfinite(), logp.exp() * (logp - ref), 0.0).sum(-1), 0.0
+    )
 
 
-def share_prompts(prompt: Tensor, valid: Tensor, k: int, user: np.ndarray, model: Backbone) -> tuple | None:
+def share_prompts(
+    prompt: Tensor, valid: Tensor, k: int, user: np.ndarray, model: Backbone
+) -> tuple | None:
     """decode.shared_start for pages of which neighbours may be of one user; None if all are of different ones."""
     _, first, group = np.unique(user, return_index=True, return_inverse=True)
     if len(first) == len(user):
@@ -331,8 +431,17 @@ def share_prompts(prompt: Tensor, valid: Tensor, k: int, user: np.ndarray, model
 
 
 @torch.no_grad()
-def roll_out(config: Config, policy: Policy, ref: Backbone, reward: RewardModel, critic: Critic, prompt: Tensor,
-             valid: Tensor, excluded: Tensor, uniform: Tensor) -> Rollout:
+def roll_out(
+    config: Config,
+    policy: Policy,
+    ref: Backbone,
+    reward: RewardModel,
+    critic: Critic,
+    prompt: Tensor,
+    valid: Tensor,
+    excluded: Tensor,
+    uniform: Tensor,
+) -> Rollout:
     """Sample pages, then score them: one pass each of policy, reference, reward model and critic. Several processes
     deal the pages out and then share all results.
 
@@ -346,22 +455,54 @@ def roll_out(config: Config, policy: Policy, ref: Backbone, reward: RewardModel,
         rows = torch.from_numpy(index).to(prompt.device)
         (p, v), x = trimmed(prompt[rows], valid[rows]), excluded[rows]
         start = partial(share_prompts, p, v, config.k, index // config.samples)
-        pages = sample(policy.model, p, v, Unseen(x, policy.model.n_items), uniform[rows], config.temperature,
-                       start(policy.model))
+        pages = sample(
+            policy.model,
+            p,
+            v,
+            Unseen(x, policy.model.n_items),
+            uniform[rows],
+            config.temperature,
+            start(policy.model),
+        )
         states = slot_states(policy.model, p, v, pages.item, pages.mask)
         ref_states = slot_states(ref, p, v, pages.item, pages.mask, start(ref))
-        old, entropy = page_logp(states, policy.model.item, pages.item, pages.mask, x, config.temperature,
-                                 with_entropy=True)
+        old, entropy = page_logp(
+            states,
+            policy.model.item,
+            pages.item,
+            pages.mask,
+            x,
+            config.temperature,
+            with_entropy=True,
+        )
         old_ref = page_logp(ref_states, ref.item, pages.item, pages.mask, x, config.temperature)
-        exact = exact_kl(legal_logits(states, policy.model, pages.item, x) / config.temperature,
-                         legal_logits(ref_states, ref, pages.item, x) / config.temperature, pages.mask)
+        exact = exact_kl(
+            legal_logits(states, policy.model, pages.item, x) / config.temperature,
+            legal_logits(ref_states, ref, pages.item, x) / config.temperature,
+            pages.mask,
+        )
         token, page = reward(p, v, pages.item, pages.mask, start(reward.trunk))
         value = critic(p, v, pages.item, pages.mask, start(critic.trunk))
-        parts.append((pages.item, pages.mask, old, old_ref, value, token, page, entropy, exact,
-                      (pages.logp - old).abs()))
+        parts.append(
+            (
+                pages.item,
+                pages.mask,
+                old,
+                old_ref,
+                value,
+                token,
+                page,
+                entropy,
+                exact,
+                (pages.logp - old).abs(),
+            )
+        )
     columns = [torch.cat(column)[: None if busy else 0] for column in zip(*parts, strict=True)]
     if dist.world() > 1:
-        columns = [torch.from_numpy(dist.gather(column.cpu().numpy())).to(prompt.device) for column in columns]
+        columns = [
+            torch.from_numpy(dist.gather(column.cpu().numpy())).to(prompt.device)
+            for column in columns
+        ]
     *columns, drift = columns
     return Rollout(prompt, valid, excluded, *columns, drift=float(drift.max()))
 
@@ -386,18 +527,34 @@ def advantages(config: Config, r: Rollout, reward: Tensor) -> tuple[Tensor, Tens
     return torch.where(r.mask, advantage[:, None], 0.0), r.value
 
 
-def minibatch_loss(learner: Objective, config: Config, r: Rollout, rows: Tensor, advantage: Tensor, ret: Tensor,
-                   learn_policy: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def minibatch_loss(
+    learner: Objective,
+    config: Config,
+    r: Rollout,
+    rows: Tensor,
+    advantage: Tensor,
+    ret: Tensor,
+    learn_policy: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Policy and value loss over some pages of a rollout, each a mean over kept slots, and what to log of them."""
     x, mask, row = r.item[rows], r.mask[rows], {}
     value = learner.critic(r.prompt[rows], r.valid[rows], x, mask)
-    v_loss, row["val/clipfrac"] = value_loss(value, r.value[rows], ret[rows], mask, config.value_clip)
+    v_loss, row["val/clipfrac"] = value_loss(
+        value, r.value[rows], ret[rows], mask, config.value_clip
+    )
     row["val/loss"] = v_loss.detach()
     loss = config.vf_coef * v_loss + (0.0 if learn_policy else dist.idle(learner.policy))
     if learn_policy:
         states = slot_states(learner.policy, r.prompt[rows], r.valid[rows], x, mask)
-        logp, entropy = page_logp(states, learner.policy.item, x, mask, r.excluded[rows], config.temperature,
-                                  with_entropy=True)
+        logp, entropy = page_logp(
+            states,
+            learner.policy.item,
+            x,
+            mask,
+            r.excluded[rows],
+            config.temperature,
+            with_entropy=True,
+        )
         old, A = r.old_logp[rows], advantage[rows]
         p_loss, row["policy/clipfrac"] = policy_loss(logp, old, A, mask, config.clip)
         bonus = masked.mean(entropy, mask)
@@ -411,8 +568,15 @@ def minibatch_loss(learner: Objective, config: Config, r: Rollout, rows: Tensor,
     return loss, row
 
 
-def passes(config: Config, learner: nn.Module, r: Rollout, mini: Tensor, advantage: Tensor, ret: Tensor,
-           learn_policy: bool) -> list[dict]:
+def passes(
+    config: Config,
+    learner: nn.Module,
+    r: Rollout,
+    mini: Tensor,
+    advantage: Tensor,
+    ret: Tensor,
+    learn_policy: bool,
+) -> list[dict]:
     """Forward and backward over one minibatch; what to log of its micro-batches, on the device.
 
     Each loss is a mean over the kept slots of the minibatch; a micro-batch adds its share of that mean, whichever
@@ -421,8 +585,8 @@ def passes(config: Config, learner: nn.Module, r: Rollout, mini: Tensor, advanta
     slots = r.mask[mini].sum().clamp(min=1)
     mine, busy = dist.part(mini)
     parts, micros = [], mine.split(config.micro) if busy else ()
-    most = math.ceil(len(mini) / dist.world())                      # rows of the first process
-    count = math.ceil(most / config.micro)                          # everybody makes as many, if need be idle ones
+    most = math.ceil(len(mini) / dist.world())  # rows of the first process
+    count = math.ceil(most / config.micro)  # everybody makes as many, if need be idle ones
     for at in range(count):
         rows, weight = (micros[at], 1.0) if at < len(micros) else (mine[:1], 0.0)
         share = weight * r.mask[rows].sum() / slots
@@ -436,9 +600,19 @@ def passes(config: Config, learner: nn.Module, r: Rollout, mini: Tensor, advanta
     return parts
 
 
-def learn(config: Config, learner: nn.Module, policy_step: Guard, critic_step: Guard, r: Rollout, advantage: Tensor,
-          ret: Tensor, orders: list[np.ndarray], learn_policy: bool, where: str,
-          keep: Callable[[], Path] | None = None) -> dict[str, float]:
+def learn(
+    config: Config,
+    learner: nn.Module,
+    policy_step: Guard,
+    critic_step: Guard,
+    r: Rollout,
+    advantage: Tensor,
+    ret: Tensor,
+    orders: list[np.ndarray],
+    learn_policy: bool,
+    where: str,
+    keep: Callable[[], Path] | None = None,
+) -> dict[str, float]:
     """All inner epochs over a rollout, each in its order; ended by the first minibatch that finds the policy moved
     further than max_kl, which updates nothing any more. -> what to log; "stopped" 1.0 if it came to that.
 
@@ -446,8 +620,11 @@ def learn(config: Config, learner: nn.Module, policy_step: Guard, critic_step: G
     device leaves every step out by itself, and the host, which hears of it two minibatches later, ends the loop.
     """
     late, halt, heard, done = policy_step.fused and dist.world() == 1 and learn_policy, None, [], []
-    minis = [(epoch, mini) for epoch, order in enumerate(orders)
-             for mini in dist.send(torch.from_numpy(order), r.item.device).split(config.minibatch)]
+    minis = [
+        (epoch, mini)
+        for epoch, order in enumerate(orders)
+        for mini in dist.send(torch.from_numpy(order), r.item.device).split(config.minibatch)
+    ]
     for epoch, mini in minis:
         if len(heard) > 1 and heard[-2].read()[0]:
             break
@@ -456,7 +633,9 @@ def learn(config: Config, learner: nn.Module, policy_step: Guard, critic_step: G
         done.append(entry)
         if late:
             share = torch.stack([row["share"] for row in parts])
-            moved = (torch.stack([row["policy/approxkl_k3"] for row in parts]) * share).sum() / share.sum()
+            moved = (
+                torch.stack([row["policy/approxkl_k3"] for row in parts]) * share
+            ).sum() / share.sum()
             halt = moved > config.max_kl if halt is None else halt | (moved > config.max_kl)
             entry["halted"] = halt.double()
             heard.append(dist.Fetch([entry["halted"]]))
@@ -482,29 +661,37 @@ def learnt(done: list[dict], learn_policy: bool) -> dict[str, float]:
         moved = total.pop("max_logratio", 0.0)
         if entry["epoch"] != epoch:
             epoch, seen = entry["epoch"], []
-            if epoch == 0:      # before the first update of the step: the ratio must still be 1
+            if epoch == 0:  # before the first update of the step: the ratio must still be 1
                 row["rollout/first_epoch_max_abs_logratio"] = moved
         if learn_policy:
             total["policy/ratio_var"] = total.pop("ratio_sq") - total["policy/ratio_mean"] ** 2
         if entry["halted"]:
             row |= (pool(seen) if seen else total) | {"stopped": 1.0, "inner_epochs": epoch + 1}
             break
-        seen.append(total | {name: value for name, value in entry.items() if "/" in name or name == "share"})
+        seen.append(
+            total | {name: value for name, value in entry.items() if "/" in name or name == "share"}
+        )
         row |= pool(seen) | {"stopped": 0.0, "inner_epochs": epoch + 1}
     return row
 
 
-def policy_row(logp: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, clip: float) -> dict[str, Tensor]:
+def policy_row(
+    logp: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, clip: float
+) -> dict[str, Tensor]:
     """RECIPE's policy/* numbers of one micro-batch; pages were drawn from `old`, so the KL is KL(old || new)."""
     ratio = torch.exp(torch.where(mask, logp - old, 0.0))
     low, high = (ratio < 1 - clip) & (advantage < 0), (ratio > 1 + clip) & (advantage > 0)
-    return {"policy/approxkl_k1": masked.mean(kl_k1(old, logp), mask),
-            "policy/approxkl_k2": masked.mean(kl_k2(old, logp), mask),
-            "policy/approxkl_k3": masked.mean(kl_k3(old, logp), mask),
-            "policy/clipfrac_low": masked.mean(low.float(), mask),
-            "policy/clipfrac_high": masked.mean(high.float(), mask),
-            "policy/ratio_mean": masked.mean(ratio, mask), "ratio_sq": masked.mean(ratio.square(), mask),
-            "policy/ratio_max": ratio.max(), "max_logratio": (ratio.log()).abs().max()}
+    return {
+        "policy/approxkl_k1": masked.mean(kl_k1(old, logp), mask),
+        "policy/approxkl_k2": masked.mean(kl_k2(old, logp), mask),
+        "policy/approxkl_k3": masked.mean(kl_k3(old, logp), mask),
+        "policy/clipfrac_low": masked.mean(low.float(), mask),
+        "policy/clipfrac_high": masked.mean(high.float(), mask),
+        "policy/ratio_mean": masked.mean(ratio, mask),
+        "ratio_sq": masked.mean(ratio.square(), mask),
+        "policy/ratio_max": ratio.max(),
+        "max_logratio": (ratio.log()).abs().max(),
+    }
 
 
 def pool(rows: list[dict], weight: str = "share") -> dict[str, float]:
@@ -513,15 +700,27 @@ def pool(rows: list[dict], weight: str = "share") -> dict[str, float]:
         return {}
     rows = settled(rows)
     total = sum(row[weight] for row in rows) or 1.0
-    return {name: max(row[name] for row in rows) if "max" in name
-            else sum(row[name] * row[weight] for row in rows) / total for name in rows[0] if name != weight}
+    return {
+        name: max(row[name] for row in rows)
+        if "max" in name
+        else sum(row[name] * row[weight] for row in rows) / total
+        for name in rows[0]
+        if name != weight
+    }
 
 
 def settled(rows: list[dict]) -> list[dict]:
     """The same rows with every scalar tensor a number, all fetched from the device at once."""
-    at = [(i, name) for i, row in enumerate(rows) for name, value in row.items() if isinstance(value, Tensor)]
+    at = [
+        (i, name)
+        for i, row in enumerate(rows)
+        for name, value in row.items()
+        if isinstance(value, Tensor)
+    ]
     rows = [dict(row) for row in rows]
-    for (i, name), value in zip(at, dist.Fetch([rows[i][name] for i, name in at]).read(), strict=True):
+    for (i, name), value in zip(
+        at, dist.Fetch([rows[i][name] for i, name in at]).read(), strict=True
+    ):
         rows[i][name] = value
     return rows
 
@@ -530,11 +729,17 @@ def describe(values: Tensor, mask: Tensor, name: str) -> dict[str, float]:
     kept = values[mask]
     if kept.numel() == 0:
         return {}
-    return {f"{name}/mean": kept.mean(), f"{name}/std": masked.variance(values, mask).sqrt(),
-            f"{name}/min": kept.min(), f"{name}/max": kept.max()}
+    return {
+        f"{name}/mean": kept.mean(),
+        f"{name}/std": masked.variance(values, mask).sqrt(),
+        f"{name}/min": kept.min(),
+        f"{name}/max": kept.max(),
+    }
 
 
-def rollout_row(r: Rollout, reward: Tensor, advantage: Tensor, ret: Tensor, moments: RunningMoments) -> dict:
+def rollout_row(
+    r: Rollout, reward: Tensor, advantage: Tensor, ret: Tensor, moments: RunningMoments
+) -> dict:
     """Everything RECIPE wants logged of a rollout before its first update."""
     kl = (r.old_logp - r.ref_logp).masked_fill(~r.mask, 0.0)
     token = torch.where(r.mask, r.token, 0.0).sum(1) / r.mask.sum(1).clamp(min=1)
@@ -546,41 +751,65 @@ def rollout_row(r: Rollout, reward: Tensor, advantage: Tensor, ret: Tensor, mome
     duplicates = sum(len(p) - len(set(p)) for p in ([i for i in page if i >= 0] for page in pages))
     illegal = (r.item[:, :, None] == r.excluded[:, None, :]) & r.mask[:, :, None]
     assert duplicates == 0 and not illegal.any(), "a page holds an item that its constraint forbids"
-    return {"objective/kl_seq_sum": kl.sum(1).mean(), "objective/kl_exact_per_item": masked.mean(r.kl_exact, r.mask),
-            "objective/entropy": masked.mean(r.entropy, r.mask), "objective/reward_page": r.page.mean(),
-            "objective/reward_token": token.mean(), "objective/reward_total": (r.page + token).mean(),
-            "objective/rlhf_reward": reward.sum(1).mean(),
-            **({} if r.hit is None else {"objective/reward_hit": r.hit.sum(1).mean()}),
-            "val/explained_var": 1.0 - (unexplained / spread).item() if spread > 0 else 0.0,
-            "val/mean": masked.mean(r.value, r.mask), **describe(ret, r.mask, "returns"),
-            **describe(advantage, r.mask, "advantages"), "rnorm/mean": moments.mean, "rnorm/std": moments.std,
-            "rnorm/count": moments.count, "rollout/invalid": int(illegal.sum()), "rollout/duplicate": duplicates,
-            "rollout/short": int((~r.mask).any(1).sum()), "rollout/gen_vs_train_logp_diff": r.drift,
-            "list/coverage": len(set(flat.tolist())), "list/top1_item_share": top,
-            "list/distinct": len({tuple(page) for page in pages}) / len(pages)}
+    return {
+        "objective/kl_seq_sum": kl.sum(1).mean(),
+        "objective/kl_exact_per_item": masked.mean(r.kl_exact, r.mask),
+        "objective/entropy": masked.mean(r.entropy, r.mask),
+        "objective/reward_page": r.page.mean(),
+        "objective/reward_token": token.mean(),
+        "objective/reward_total": (r.page + token).mean(),
+        "objective/rlhf_reward": reward.sum(1).mean(),
+        **({} if r.hit is None else {"objective/reward_hit": r.hit.sum(1).mean()}),
+        "val/explained_var": 1.0 - (unexplained / spread).item() if spread > 0 else 0.0,
+        "val/mean": masked.mean(r.value, r.mask),
+        **describe(ret, r.mask, "returns"),
+        **describe(advantage, r.mask, "advantages"),
+        "rnorm/mean": moments.mean,
+        "rnorm/std": moments.std,
+        "rnorm/count": moments.count,
+        "rollout/invalid": int(illegal.sum()),
+        "rollout/duplicate": duplicates,
+        "rollout/short": int((~r.mask).any(1).sum()),
+        "rollout/gen_vs_train_logp_diff": r.drift,
+        "list/coverage": len(set(flat.tolist())),
+        "list/top1_item_share": top,
+        "list/distinct": len({tuple(page) for page in pages}) / len(pages),
+    }
 
 
 def page_row(pages: Tensor, categories: metrics.Described) -> dict[str, float]:
     """Mean ILD and category entropy of sampled pages (B, K)."""
     page, slot = np.nonzero(pages.cpu().numpy() >= 0)
     none = np.zeros(0, dtype=np.int64)
-    scores = metrics.score_pages(np.arange(len(pages)), (page, slot + 1, pages.cpu().numpy()[page, slot]),
-                                 (none, none, none), categories, page_k=pages.shape[1])
-    return {name: float(np.nanmean(scores[key])) for name, key in (("list/ILD", "ILD"),
-                                                                   ("list/category_entropy", "entropy"))
-            if not np.isnan(scores[key]).all()}
+    scores = metrics.score_pages(
+        np.arange(len(pages)),
+        (page, slot + 1, pages.cpu().numpy()[page, slot]),
+        (none, none, none),
+        categories,
+        page_k=pages.shape[1],
+    )
+    return {
+        name: float(np.nanmean(scores[key]))
+        for name, key in (("list/ILD", "ILD"), ("list/category_entropy", "entropy"))
+        if not np.isnan(scores[key]).all()
+    }
 
 
 def gate(config: Config, record: dict, where) -> None:
     """Warn about (strict: refuse) a reward model that is wrong too often on held-out pairs of some kind."""
-    weak = {kind: row["accuracy"] for kind, row in record["held_out"].items()
-            if isinstance(row, dict) and row["accuracy"] < config.min_accuracy}
+    weak = {
+        kind: row["accuracy"]
+        for kind, row in record["held_out"].items()
+        if isinstance(row, dict) and row["accuracy"] < config.min_accuracy
+    }
     if not weak:
         return
-    text = (", ".join(f"{kind} {accuracy:.3f}" for kind, accuracy in weak.items())
-            + f": the reward model's held-out accuracy is below {config.min_accuracy}. PPO will optimise its mistakes."
-            f"\n  Look closer: the pairs are in {where / 'pairs.parquet'}, accuracies per head in {where / 'done'}."
-            "\n  Usual causes: too few pairs (raise per_kind or epochs of reward), a weak SFT policy, no categories.")
+    text = (
+        ", ".join(f"{kind} {accuracy:.3f}" for kind, accuracy in weak.items())
+        + f": the reward model's held-out accuracy is below {config.min_accuracy}. PPO will optimise its mistakes."
+        f"\n  Look closer: the pairs are in {where / 'pairs.parquet'}, accuracies per head in {where / 'done'}."
+        "\n  Usual causes: too few pairs (raise per_kind or epochs of reward), a weak SFT policy, no categories."
+    )
     if config.strict:
         raise PageLLMError(text)
     if dist.is_main():
@@ -591,10 +820,16 @@ def run(config: Config) -> None:
     sft_dir = config.stage("sft", config.source_run)
     reward_dir = config.stage("reward", config.reward_run or config.source_run)
     sft = finished(sft_dir, "SFT policy", config.make("sft"))
-    judged = finished(reward_dir, "reward model", config.make("reward") + "\n  PPO needs one to score pages.")
+    judged = finished(
+        reward_dir, "reward model", config.make("reward") + "\n  PPO needs one to score pages."
+    )
     shop = load(config.data_dir)
     device = dist.start(config.device)
-    inputs = {"data": file_id(config.data_dir / "source.json"), "sft": sft["id"], "reward": judged["id"]}
+    inputs = {
+        "data": file_id(config.data_dir / "source.json"),
+        "sft": sft["id"],
+        "reward": judged["id"],
+    }
     with Run(config.stage("ppo"), config, inputs, free=("micro",)) as out:
         if out.done:
             if dist.is_main():
@@ -605,7 +840,12 @@ def run(config: Config) -> None:
         policy.check_room(config.k)
         if dist.is_main():
             policy.vocab.save(out.path)
-        ref = from_state(load_model_file(sft_dir / "model.pt")).to(device).eval().requires_grad_(False)
+        ref = (
+            from_state(load_model_file(sft_dir / "model.pt"))
+            .to(device)
+            .eval()
+            .requires_grad_(False)
+        )
         reward = RewardModel.load(reward_dir, device).requires_grad_(False)
         critic = Critic(from_state(load_model_file(reward_dir / "model.pt"))).to(device).eval()
         policy.model.checkpoint_blocks = critic.trunk.checkpoint_blocks = config.checkpoint_blocks
@@ -614,15 +854,22 @@ def run(config: Config) -> None:
         users, hides = np.flatnonzero(history.counts() > 0), config.w_hit > 0 or config.sft_coef > 0
         if hides:
             if policy.vocab.times:
-                raise PageLLMError("w_hit and sft_coef hide train items at random, and a policy with time tokens has "
-                                   "learnt pages that come after their history: leave both at 0")
+                raise PageLLMError(
+                    "w_hit and sft_coef hide train items at random, and a policy with time tokens has "
+                    "learnt pages that come after their history: leave both at 0"
+                )
             maker, disliked = PageMaker(shop), shop.csr("train", positive=False)
             users = maker.users
             longest = min(config.max_page, policy.model.shape.n_ctx - policy.prompts.page_room)
         per_step = config.rollout // config.samples
         total = max(config.min_steps, round(config.epochs * len(users) / per_step))
-        frozen = -(-config.critic_warmup // (config.inner_epochs * (config.rollout // config.minibatch)))
-        learner = dist.wrap(objective := Objective(minibatch_loss, policy=policy.model, critic=critic), config.parallel)
+        frozen = -(
+            -config.critic_warmup // (config.inner_epochs * (config.rollout // config.minibatch))
+        )
+        learner = dist.wrap(
+            objective := Objective(minibatch_loss, policy=policy.model, critic=critic),
+            config.parallel,
+        )
         opt = optimiser(policy.model, config.lr, eps=1e-5, betas=(0.9, 0.999), row_lr=config.row_lr)
         critic_opt = optimiser(critic, config.critic_lr, eps=1e-5, betas=(0.9, 0.999))
         policy_step = Guard(opt, policy.model.parameters(), config.grad_clip)
@@ -631,7 +878,9 @@ def run(config: Config) -> None:
         if config.kl_target:
             steer = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
         categories = metrics.described(shop.catalogue.categories)
-        validation = Validation(shop, "valid", config.k, config.mode, config.eval_users, config.seed)
+        validation = Validation(
+            shop, "valid", config.k, config.mode, config.eval_users, config.seed
+        )
 
         # Reward model and critic only. In bfloat16 the policy's pass over a page leaves the log-probabilities the page
         # was sampled with by up to 0.04 nats a slot (float32: 1e-5): the ratio would not be the one that was drawn.
@@ -658,60 +907,122 @@ def run(config: Config) -> None:
         raised = {text.split(":")[0] for row in log for text in row.get("alarms", [])}
 
         def state_at(step: int) -> dict:
-            return {"step": step, "best": best, "policy": dist.weights(policy.model, frozen=False),
-                    "critic": dist.weights(critic, frozen=False),
-                    "opt": dist.optimiser_state(policy.model, opt),
-                    "critic_opt": dist.optimiser_state(critic, critic_opt), "moments": moments.state_dict(),
-                    "kl_coef": steer.coef if steer else config.kl_coef}
+            return {
+                "step": step,
+                "best": best,
+                "policy": dist.weights(policy.model, frozen=False),
+                "critic": dist.weights(critic, frozen=False),
+                "opt": dist.optimiser_state(policy.model, opt),
+                "critic_opt": dist.optimiser_state(critic, critic_opt),
+                "moments": moments.state_dict(),
+                "kl_coef": steer.coef if steer else config.kl_coef,
+            }
 
         def questions(step: int) -> tuple:
             """Users, what SFT would teach of them, prompts, what no page may hold, and the numbers that draw pages."""
             some = users[batch_at(step, len(users), per_step, config.seed, "ppo")[1]]
             # Micro-batches of like length: little padding to read.
             some = some[np.argsort(history.counts()[some], kind="stable")].repeat(config.samples)
-            taught = collate(policy, some, [maker.example(u, config.label_share, keyed(
-                config.seed, "ppo", "split", step, int(u))) for u in some]) if hides else None
-            uniform = np.stack([keyed(config.seed, "ppo", "sample", step, int(u), i % config.samples).random(config.k)
-                                for i, u in enumerate(some)])
+            taught = (
+                collate(
+                    policy,
+                    some,
+                    [
+                        maker.example(
+                            u, config.label_share, keyed(config.seed, "ppo", "split", step, int(u))
+                        )
+                        for u in some
+                    ],
+                )
+                if hides
+                else None
+            )
+            uniform = np.stack(
+                [
+                    keyed(config.seed, "ppo", "sample", step, int(u), i % config.samples).random(
+                        config.k
+                    )
+                    for i, u in enumerate(some)
+                ]
+            )
             uniform = dist.send(torch.from_numpy(uniform), device)
             if config.w_hit:
-                gone = torch.cat([taught.excluded, dist.send(torch.from_numpy(disliked.padded(some)), device)], 1)
+                gone = torch.cat(
+                    [taught.excluded, dist.send(torch.from_numpy(disliked.padded(some)), device)], 1
+                )
                 return some, taught, taught.prompt, taught.valid, gone, uniform
-            return (some, taught, *policy.prompt(some, [history.of(u) for u in some]),
-                    dist.send(torch.from_numpy(seen.padded(some)), device), uniform)
+            return (
+                some,
+                taught,
+                *policy.prompt(some, [history.of(u) for u in some]),
+                dist.send(torch.from_numpy(seen.padded(some)), device),
+                uniform,
+            )
 
         bar = progress(start, total, "ppo")
         for step, (some, taught, *given) in ahead(out.steps(bar), total, questions):
             began = time.time()
             with dist.whole(objective):
                 r = roll_out(config, policy, ref, reward, critic, *given)
-            if not torch.stack([x.isfinite().all() for x in (r.old_logp, r.ref_logp, r.value, r.token, r.page)]).all():
+            if not torch.stack(
+                [x.isfinite().all() for x in (r.old_logp, r.ref_logp, r.value, r.token, r.page)]
+            ).all():
                 kept = out.keep_for_replay(step, {**state_at(step), "rollout": r.state()})
-                raise PageLLMError(f"ppo step {step}: log-probabilities, values or rewards are not finite; lower the "
-                                   f"learning rate (RUN=another, or remove {out.path})\n"
-                                   f"  The rollout, weights and moments are in {kept} for a closer look.")
+                raise PageLLMError(
+                    f"ppo step {step}: log-probabilities, values or rewards are not finite; lower the "
+                    f"learning rate (RUN=another, or remove {out.path})\n"
+                    f"  The rollout, weights and moments are in {kept} for a closer look."
+                )
             kl_coef = steer.coef if steer else config.kl_coef
             if config.w_hit:
                 r.hit = hit_reward(r.item, r.mask, taught.item)
             r.sft = taught.head(longest) if config.sft_coef else None
-            token, page, hit = normalise_reward(r.token, r.page, r.mask, moments, config.w_token, config.w_page,
-                                                hit=None if r.hit is None else config.w_hit * r.hit)
+            token, page, hit = normalise_reward(
+                r.token,
+                r.page,
+                r.mask,
+                moments,
+                config.w_token,
+                config.w_page,
+                hit=None if r.hit is None else config.w_hit * r.hit,
+            )
             # The weights are inside the parts already: normalisation needs the weighted sum.
-            rewards = step_reward(token, page, r.old_logp, r.ref_logp, r.mask, 1.0, 1.0, kl_coef, hit)
+            rewards = step_reward(
+                token, page, r.old_logp, r.ref_logp, r.mask, 1.0, 1.0, kl_coef, hit
+            )
             advantage, ret = advantages(config, r, rewards)
 
             learning = step >= frozen
             for group, peak in ((opt, config.lr), (critic_opt, config.critic_lr)):
                 set_lr(group, lr_at(step, total, peak, shape="linear"))
-            row = {"learning": learning, "kl_coef": kl_coef, "lr": opt.param_groups[0]["lr"],
-                   **settled([rollout_row(r, rewards, advantage, ret, moments)])[0],
-                   **page_row(r.item, categories)}
-            orders = [np.arange(len(r)) if config.minibatch >= len(r)
-                      else keyed(config.seed, "ppo", "minibatches", step, epoch).permutation(len(r))
-                      for epoch in range(config.inner_epochs)]
-            row |= learn(config, learner, policy_step, critic_step, r, advantage, ret, orders, learning,
-                         f"ppo step {step}", lambda step=step, r=r: out.keep_for_replay(
-                             step, {**state_at(step), "rollout": r.state()}))
+            row = {
+                "learning": learning,
+                "kl_coef": kl_coef,
+                "lr": opt.param_groups[0]["lr"],
+                **settled([rollout_row(r, rewards, advantage, ret, moments)])[0],
+                **page_row(r.item, categories),
+            }
+            orders = [
+                np.arange(len(r))
+                if config.minibatch >= len(r)
+                else keyed(config.seed, "ppo", "minibatches", step, epoch).permutation(len(r))
+                for epoch in range(config.inner_epochs)
+            ]
+            row |= learn(
+                config,
+                learner,
+                policy_step,
+                critic_step,
+                r,
+                advantage,
+                ret,
+                orders,
+                learning,
+                f"ppo step {step}",
+                lambda step=step, r=r: out.keep_for_replay(
+                    step, {**state_at(step), "rollout": r.state()}
+                ),
+            )
             if steer:
                 steer.update(row["objective/kl_seq_sum"], len(r))
 
@@ -721,37 +1032,76 @@ def run(config: Config) -> None:
                 row |= valid_row(scores)
                 best = keep_best(config, best, scores, step + 1, policy)
                 rows = range(0, len(r), config.samples)[:3]
-                log_samples(out, step + 1, shop, {i: (int(some[i]), taught.excluded[i] if config.w_hit
-                                                      else history.of(some[i])[0]) for i in rows}, r)
-            out.log(step + 1, "timing", seconds=round(time.time() - began, 3), peak_mb=dist.peak_memory())
-            log.append({"step": step + 1, **{k: float(v) if isinstance(v, torch.Tensor) else v
-                                             for k, v in row.items()}})
-            fresh = [text for text in alarms(log, frozen, config.kl_target) if text.split(":")[0] not in raised]
+                log_samples(
+                    out,
+                    step + 1,
+                    shop,
+                    {
+                        i: (
+                            int(some[i]),
+                            taught.excluded[i] if config.w_hit else history.of(some[i])[0],
+                        )
+                        for i in rows
+                    },
+                    r,
+                )
+            out.log(
+                step + 1,
+                "timing",
+                seconds=round(time.time() - began, 3),
+                peak_mb=dist.peak_memory(),
+            )
+            log.append(
+                {
+                    "step": step + 1,
+                    **{k: float(v) if isinstance(v, torch.Tensor) else v for k, v in row.items()},
+                }
+            )
+            fresh = [
+                text
+                for text in alarms(log, frozen, config.kl_target)
+                if text.split(":")[0] not in raised
+            ]
             raised |= {text.split(":")[0] for text in fresh}
             for text in fresh if dist.is_main() else ():
                 tqdm.write(f"ALARM at step {step + 1}: {text}", file=sys.stderr)
             out.log(step + 1, **row, alarms=fresh)
             if fresh and config.strict:
                 raise PageLLMError(f"stopped at step {step + 1}: {fresh[0]}")
-            bar.set_postfix_str(f"reward {log[-1]['objective/reward_total']:.3f}, KL "
-                                f"{log[-1]['objective/kl_seq_sum']:.2f}, best {config.select} {best['score']:.4f}",
-                                refresh=False)
+            bar.set_postfix_str(
+                f"reward {log[-1]['objective/reward_total']:.3f}, KL "
+                f"{log[-1]['objective/kl_seq_sum']:.2f}, best {config.select} {best['score']:.4f}",
+                refresh=False,
+            )
             if out.due(step + 1, total):
                 out.save(state_at(step + 1))
         final = state_at(total)
         dist.load_weights(policy.model, best["weights"])
-        out.finish(policy.state(), final, step=best["step"], score=best["score"], steps=total, alarms=sorted(raised))
+        out.finish(
+            policy.state(),
+            final,
+            step=best["step"],
+            score=best["score"],
+            steps=total,
+            alarms=sorted(raised),
+        )
         if dist.is_main():
-            print(f"ppo: {out.path}, step {best['step']} of {total}, validation {config.select} {best['score']:.4f}")
+            print(
+                f"ppo: {out.path}, step {best['step']} of {total}, validation {config.select} {best['score']:.4f}"
+            )
 
 
 def valid_row(scores: dict[str, float]) -> dict[str, float]:
     return {f"valid/{name}": value for name, value in scores.items()}
 
 
-def keep_best(config: Config, best: dict, scores: dict[str, float], step: int, policy: Policy) -> dict:
+def keep_best(
+    config: Config, best: dict, scores: dict[str, float], step: int, policy: Policy
+) -> dict:
     """The best validation so far, with its weights. The SFT policy itself (step 0) takes part."""
-    score = {"energy": scores["energy"], "ndcg": scores["NDCG@100"], "last": float(step)}[config.select]
+    score = {"energy": scores["energy"], "ndcg": scores["NDCG@100"], "last": float(step)}[
+        config.select
+    ]
     if not score > best["score"]:
         return best
     return {"score": score, "step": step, "weights": dist.weights(policy.model, frozen=False)}
@@ -767,10 +1117,17 @@ def log_samples(out: Run, step: int, shop: Shop, shown: dict, r: Rollout) -> Non
     title, held = shop.catalogue.title, shop.csr("valid")
     for i, (user, history) in shown.items():
         kept = r.mask[i]
-        out.log(step, "samples", user=shop.user_ids[user], history=[title[j] for j in history.tolist() if j >= 0],
-                gold=[title[j] for j in held.of(user)[0]], page=[title[j] for j in r.item[i][kept].tolist()],
-                page_reward=r.page[i], token_reward=[round(x, 4) for x in r.token[i][kept].tolist()],
-                kl=[round(x, 4) for x in (r.old_logp - r.ref_logp)[i][kept].tolist()])
+        out.log(
+            step,
+            "samples",
+            user=shop.user_ids[user],
+            history=[title[j] for j in history.tolist() if j >= 0],
+            gold=[title[j] for j in held.of(user)[0]],
+            page=[title[j] for j in r.item[i][kept].tolist()],
+            page_reward=r.page[i],
+            token_reward=[round(x, 4) for x in r.token[i][kept].tolist()],
+            kl=[round(x, 4) for x in (r.old_logp - r.ref_logp)[i][kept].tolist()],
+        )
 
 
 if __name__ == "__main__":

@@ -47,8 +47,14 @@ class Prompts:
     now          period of a page whose moment is not given, where the vocabulary has time tokens
     """
 
-    def __init__(self, vocab: Vocab, room: int, max_history: int = 32, use_ratings: bool = True,
-                 now: int | None = None):
+    def __init__(
+        self,
+        vocab: Vocab,
+        room: int,
+        max_history: int = 32,
+        use_ratings: bool = True,
+        now: int | None = None,
+    ):
         self.vocab, self.room, self.now = vocab, room, now
         self.max_history, self.use_ratings = max_history, use_ratings
         self.words = lru_cache(maxsize=4096)(lambda text: tuple(vocab.words(text)))
@@ -62,7 +68,12 @@ class Prompts:
         return Example.of(given, self.tokens(text), "words", self.room)
 
     def first_order(self, user: int | None, item: int, review: str | list[int]) -> Example:
-        given = [self.vocab.user(user), *self.words(" on"), self.vocab.item(item), *self.words(", opinion:")]
+        given = [
+            self.vocab.user(user),
+            *self.words(" on"),
+            self.vocab.item(item),
+            *self.words(", opinion:"),
+        ]
         return Example.of(given, self.tokens(review), "words", self.room)
 
     def second_order(self, field: str, name: str, items: list[int]) -> Example:
@@ -86,7 +97,7 @@ class Prompts:
         """Prompt of a page. items, ratings: the history, oldest first; ratings NaN where unknown. period: which of the
         vocabulary's time tokens is shown, counted from 0; None: `now`, and where that is None, none."""
         ids = [self.vocab.user(user), *self.words(" history")]
-        items, ratings = items[-self.max_history:], ratings[-self.max_history:]
+        items, ratings = items[-self.max_history :], ratings[-self.max_history :]
         for item, rating in zip(items, ratings, strict=True):
             ids.append(self.vocab.item(item))
             if self.use_ratings:
@@ -97,8 +108,12 @@ class Prompts:
     @property
     def page_room(self) -> int:
         """Tokens of the longest page prompt."""
-        return (2 + len(self.words(" history")) + self.max_history * (2 if self.use_ratings else 1)
-                + (self.vocab.times > 0))
+        return (
+            2
+            + len(self.words(" history"))
+            + self.max_history * (2 if self.use_ratings else 1)
+            + (self.vocab.times > 0)
+        )
 
 
 def pad_ids(rows: list[list[int]], fill: int, width: int | None = None) -> np.ndarray:
@@ -121,6 +136,6 @@ def left_pad(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     ids = np.full((len(rows), width), pad, dtype=np.int64)
     valid = np.zeros((len(rows), width), dtype=bool)
     for i, row in enumerate(rows):
-        ids[i, width - len(row):] = row
-        valid[i, width - len(row):] = True
+        ids[i, width - len(row) :] = row
+        valid[i, width - len(row) :] = True
     return torch.from_numpy(ids), torch.from_numpy(valid)

@@ -41,40 +41,52 @@ class Config(Sources):
 
     INFINITE: ClassVar[tuple[str, ...]] = ("price_max",)
 
-    user: str = ""               # whose page, by the shop's own id; a stranger is served from the history alone
-    history: str = ""            # items and ratings 1 to 5, oldest first: id:rating,id:rating; a bare id has no rating
-    k: int = 20                  # slots of a page
-    policy: str = "ppo"          # ppo: with the reward; sft: without it
-    mode: str = "greedy"         # greedy, beam, or one_shot
-    exclude: str = ""            # item ids that no page may hold, comma-separated
-    categories: str = ""         # only items of these categories, separated by |; empty: all
-    in_stock: str = ""           # only these item ids, comma-separated; @path: a file of them, one a line; empty: all
-    price_min: float = 0.0       # only items at this price or above; items of unknown price fail any price filter
+    user: str = ""  # whose page, by the shop's own id; a stranger is served from the history alone
+    history: str = ""  # items and ratings 1 to 5, oldest first: id:rating,id:rating;
+    # a bare id has no rating
+    k: int = 20  # slots of a page
+    policy: str = "ppo"  # ppo: with the reward; sft: without it
+    mode: str = "greedy"  # greedy, beam, or one_shot
+    exclude: str = ""  # item ids that no page may hold, comma-separated
+    categories: str = ""  # only items of these categories, separated by |; empty: all
+    in_stock: str = ""  # only these item ids, comma-separated; @path: a file of them,
+    # one a line; empty: all
+    price_min: float = 0.0  # only items at this price or above;
+    # items of unknown price fail any price filter
     price_max: float = math.inf  # only items at this price or below
-    all: bool = False            # every user of the data set, to --out
-    out: str = ""                # Parquet file: user, rank, item, score, page, user_id, item_id
-    depth: int = 0               # ranks a user in the file; past the page by the first slot's logits; 0: k
-    batch: int = 256             # users decoded at once
-    part: int = 512              # users in a part: what an interrupted --all repeats at most
+    all: bool = False  # every user of the data set, to --out
+    out: str = ""  # Parquet file: user, rank, item, score, page, user_id, item_id
+    depth: int = 0  # ranks a user in the file; past the page by the first slot's logits; 0: k
+    batch: int = 256  # users decoded at once
+    part: int = 512  # users in a part: what an interrupted --all repeats at most
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, k=(self.k > 0, "1 or more"), policy=(self.policy in POLICIES, " or ".join(POLICIES)),
-              mode=(self.mode in MODES, ", ".join(MODES)),
-              price_min=(0 <= self.price_min < math.inf, "a price"),
-              price_max=(self.price_max >= self.price_min, f"price_min={self.price_min} or more"),
-              depth=(self.depth == 0 or self.depth >= self.k, f"0, or k={self.k} or more"),
-              batch=(self.batch > 0, "1 or more"), part=(self.part > 0, "1 or more"))
+        check(
+            self,
+            k=(self.k > 0, "1 or more"),
+            policy=(self.policy in POLICIES, " or ".join(POLICIES)),
+            mode=(self.mode in MODES, ", ".join(MODES)),
+            price_min=(0 <= self.price_min < math.inf, "a price"),
+            price_max=(self.price_max >= self.price_min, f"price_min={self.price_min} or more"),
+            depth=(self.depth == 0 or self.depth >= self.k, f"0, or k={self.k} or more"),
+            batch=(self.batch > 0, "1 or more"),
+            part=(self.part > 0, "1 or more"),
+        )
         if self.all and (self.user or self.history):
             raise PageLLMError("--all writes everybody's page; leave out --user and --history")
         if self.all != bool(self.out):
-            raise PageLLMError("--all and --out go together: pagellm recommend --all --out pages.parquet")
+            raise PageLLMError(
+                "--all and --out go together: pagellm recommend --all --out pages.parquet"
+            )
         if not (self.all or self.user or self.history):
-            raise PageLLMError("whose page? Give --user ID, --history id:rating,... or --all --out pages.parquet")
+            raise PageLLMError(
+                "whose page? Give --user ID, --history id:rating,... or --all --out pages.parquet"
+            )
 
 
 def parse_history(text: str, known: dict[str, int] | None = None) -> tuple[tuple[str, float], ...]:
-    """"id:rating,id" -> ((id, rating), (id, NaN)); an id that itself holds a colon is one if `known` has it.
+    """ "id:rating,id" -> ((id, rating), (id, NaN)); an id that itself holds a colon is one if `known` has it.
 
     Raises PageLLMError for a rating that is not a number from 1 to 5, or an empty id.
     """
@@ -89,7 +101,9 @@ def parse_history(text: str, known: dict[str, int] | None = None) -> tuple[tuple
         except ValueError:
             value = math.inf
         if not item or not (1 <= value <= 5 or rating == "nan"):
-            raise PageLLMError(f"--history {word!r}: want id:rating with a rating from 1 to 5, or a bare id")
+            raise PageLLMError(
+                f"--history {word!r}: want id:rating with a rating from 1 to 5, or a bare id"
+            )
         out.append((item, value))
     return tuple(out)
 
@@ -99,32 +113,61 @@ def id_list(text: str) -> tuple[str, ...]:
     if not text.startswith("@"):
         return tuple(word.strip() for word in text.split(",") if word.strip())
     try:
-        return tuple(line.strip() for line in Path(text[1:]).read_text(encoding="utf-8").splitlines() if line.strip())
+        return tuple(
+            line.strip()
+            for line in Path(text[1:]).read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        )
     except (OSError, UnicodeDecodeError) as error:
-        raise PageLLMError(f"--in_stock {text}: cannot be read ({error}); want a text file, one id a line") from None
+        raise PageLLMError(
+            f"--in_stock {text}: cannot be read ({error}); want a text file, one id a line"
+        ) from None
 
 
 def filters_of(config: Config) -> Filters:
-    return Filters(exclude=id_list(config.exclude),
-                   categories=tuple(w.strip() for w in config.categories.split("|")) if config.categories else None,
-                   in_stock=id_list(config.in_stock) if config.in_stock else None,
-                   price_min=config.price_min or None,
-                   price_max=config.price_max if config.price_max < math.inf else None)
+    return Filters(
+        exclude=id_list(config.exclude),
+        categories=tuple(w.strip() for w in config.categories.split("|"))
+        if config.categories
+        else None,
+        in_stock=id_list(config.in_stock) if config.in_stock else None,
+        price_min=config.price_min or None,
+        price_max=config.price_max if config.price_max < math.inf else None,
+    )
 
 
 def page_text(answer: dict, history: list[str]) -> str:
     """An answer as people read it in a terminal."""
     user = answer["user"]
-    who = ("no user" if user["id"] is None else f"user {user['id']}" if user["known"]
-           else f"user {user['id']}, whom the model has not met")
-    lines = [f"{who} · {answer['policy']} {answer['model']}", "history   " + ("; ".join(history) or "none"), ""]
+    who = (
+        "no user"
+        if user["id"] is None
+        else f"user {user['id']}"
+        if user["known"]
+        else f"user {user['id']}, whom the model has not met"
+    )
+    lines = [
+        f"{who} · {answer['policy']} {answer['model']}",
+        "history   " + ("; ".join(history) or "none"),
+        "",
+    ]
     wide = min(60, max([len(s["title"] or s["item"]) for s in answer["items"]], default=0))
-    lines += [f"{s['rank']:3d}  {(s['title'] or s['item'])[:wide]:<{wide}}  {s['item']}  {s['token_reward']:+.3f}"
-              + (f"  [{s['category']}]" if s["category"] else "")
-              + (f"  {s['price']:.2f}" if s["price"] is not None else "") for s in answer["items"]]
-    number = [f"{name} {answer[key]:.3f}" for name, key in (("page reward", "page_reward"), ("energy", "energy"),
-                                                            ("ILD", "ild"), ("entropy", "entropy"))
-              if answer[key] is not None]
+    lines += [
+        f"{s['rank']:3d}  {(s['title'] or s['item'])[:wide]:<{wide}}  {s['item']}  {s['token_reward']:+.3f}"
+        + (f"  [{s['category']}]" if s["category"] else "")
+        + (f"  {s['price']:.2f}" if s["price"] is not None else "")
+        for s in answer["items"]
+    ]
+    number = [
+        f"{name} {answer[key]:.3f}"
+        for name, key in (
+            ("page reward", "page_reward"),
+            ("energy", "energy"),
+            ("ILD", "ild"),
+            ("entropy", "entropy"),
+        )
+        if answer[key] is not None
+    ]
     lines += ["", " · ".join(number), *answer["notes"]]
     for what in ("items", "categories"):
         if answer["unknown"][what]:
@@ -134,14 +177,27 @@ def page_text(answer: dict, history: list[str]) -> str:
 
 def show(config: Config) -> None:
     recommender = Recommender.load(config, (config.policy,))
-    ask = Ask(config.user or None, parse_history(config.history, recommender.item_of) if config.history else (),
-              config.k, config.mode, config.policy, filters_of(config))
-    answer, = recommender.answers([ask])
+    ask = Ask(
+        config.user or None,
+        parse_history(config.history, recommender.item_of) if config.history else (),
+        config.k,
+        config.mode,
+        config.policy,
+        filters_of(config),
+    )
+    (answer,) = recommender.answers([ask])
     if isinstance(answer, PageLLMError):
         raise answer
     case = recommender.case(ask)
-    print(page_text(answer, [recommender.cards[i]["title"] or recommender.cards[i]["item"]
-                             for i in case.items[-6:].tolist()]))
+    print(
+        page_text(
+            answer,
+            [
+                recommender.cards[i]["title"] or recommender.cards[i]["item"]
+                for i in case.items[-6:].tolist()
+            ],
+        )
+    )
 
 
 def file_rows(recommender: Recommender, config: Config, users: range) -> pa.Table:
@@ -157,11 +213,23 @@ def file_rows(recommender: Recommender, config: Config, users: range) -> pa.Tabl
         slots = pages.mask.sum(1).cpu().numpy()
         row, place = np.nonzero(item >= 0)
         user, item, score = np.asarray(some)[row], item[row, place], score[row, place]
-        names = [pa.array(ids, pa.string()).take(pa.array(index)) for ids, index in
-                 ((shop.user_ids, user), (shop.catalogue.ids, item))]
-        tables.append(pa.table({"user": user.astype(np.int32), "rank": (place + 1).astype(np.int32),
-                                "item": item.astype(np.int32), "score": score, "page": place < slots[row],
-                                "user_id": names[0], "item_id": names[1]}))
+        names = [
+            pa.array(ids, pa.string()).take(pa.array(index))
+            for ids, index in ((shop.user_ids, user), (shop.catalogue.ids, item))
+        ]
+        tables.append(
+            pa.table(
+                {
+                    "user": user.astype(np.int32),
+                    "rank": (place + 1).astype(np.int32),
+                    "item": item.astype(np.int32),
+                    "score": score,
+                    "page": place < slots[row],
+                    "user_id": names[0],
+                    "item_id": names[1],
+                }
+            )
+        )
     return pa.concat_tables(tables)
 
 
@@ -177,12 +245,25 @@ def write_all(config: Config) -> None:
     rank, world = dist.rank(), dist.world()
     recommender = Recommender.load(config, (config.policy,), reward=False, cache=Cache(0))
     recommender.policies[config.policy].check_room(config.k)
-    names = ("k", "depth", "mode", "policy", "split", "exclude", "categories", "in_stock", "price_min", "price_max",
-             "part")
+    names = (
+        "k",
+        "depth",
+        "mode",
+        "policy",
+        "split",
+        "exclude",
+        "categories",
+        "in_stock",
+        "price_min",
+        "price_max",
+        "part",
+    )
     made_from = {name: str(getattr(config, name)) for name in names} | recommender.hashes
     made_from["in_stock"] = str(hash_of(filters_of(config).in_stock))
     if out.exists():
-        refuse_other(out, json.loads((pq.read_schema(out).metadata or {}).get(b"pagellm", b"{}")), made_from)
+        refuse_other(
+            out, json.loads((pq.read_schema(out).metadata or {}).get(b"pagellm", b"{}")), made_from
+        )
         print(f"recommend: {out} is already there")
         return
     folder = out.with_name(out.name + ".parts")
@@ -193,13 +274,22 @@ def write_all(config: Config) -> None:
     else:
         write_json(note, made_from)
     n_users = recommender.shop.n_users
-    parts = [range(start, min(start + config.part, n_users)) for start in range(0, n_users, config.part)]
+    parts = [
+        range(start, min(start + config.part, n_users)) for start in range(0, n_users, config.part)
+    ]
     files = [folder / f"part-{start:06d}.parquet" for start in range(len(parts))]
     mine = list(zip(files, parts, strict=True))[rank::world]
     kept = sum(len(users) for file, users in mine if file.exists())
     started = time.perf_counter()
-    bar = tqdm(total=sum(len(users) for _, users in mine), initial=kept, desc="pages", unit="page", disable=rank > 0,
-               dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10.0)
+    bar = tqdm(
+        total=sum(len(users) for _, users in mine),
+        initial=kept,
+        desc="pages",
+        unit="page",
+        disable=rank > 0,
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 10.0,
+    )
     for file, users in mine:
         if not file.exists():
             rows = file_rows(recommender, config, users)
@@ -208,7 +298,11 @@ def write_all(config: Config) -> None:
             bar.update(len(users))
     bar.close()
     seconds, wrote = time.perf_counter() - started, sum(len(users) for _, users in mine) - kept
-    rate = f"{wrote:,} pages in {seconds:.1f} s, {wrote / max(seconds, 1e-9):,.0f} pages/s" if wrote else "no page left"
+    rate = (
+        f"{wrote:,} pages in {seconds:.1f} s, {wrote / max(seconds, 1e-9):,.0f} pages/s"
+        if wrote
+        else "no page left"
+    )
     print(f"recommend: {f'process {rank} of {world}: ' if world > 1 else ''}{rate}")
     join(out, folder, files, made_from)
 
@@ -220,8 +314,10 @@ def hash_of(names: tuple[str, ...] | None) -> str | None:
 def refuse_other(path: Path, before: dict, now: dict) -> None:
     changed = [name for name in sorted(now) if before.get(name) != now[name]]
     if changed:
-        raise PageLLMError(f"{path} was made with another {', '.join(changed)}\n"
-                           f"  Remove {path}, or name another --out.")
+        raise PageLLMError(
+            f"{path} was made with another {', '.join(changed)}\n"
+            f"  Remove {path}, or name another --out."
+        )
 
 
 def join(out: Path, folder: Path, files: list[Path], made_from: dict) -> None:
@@ -229,9 +325,9 @@ def join(out: Path, folder: Path, files: list[Path], made_from: dict) -> None:
     try:
         lock = open(folder / "lock", "w")
     except FileNotFoundError:
-        return                                   # another process has joined them and cleared up
+        return  # another process has joined them and cleared up
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)         # of processes that end together one joins
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of processes that end together one joins
         if out.exists():
             shutil.rmtree(folder, ignore_errors=True)
             return

@@ -33,7 +33,7 @@ from pagellm.run import Common, file_id, finished
 
 __all__ = ["Ask", "Cache", "Case", "Filters", "POLICIES", "Recommender", "SPLITS", "Sources"]
 
-POLICIES = ("ppo", "sft")        # with the reward, and without it
+POLICIES = ("ppo", "sft")  # with the reward, and without it
 SPLITS = ("test", "valid", "none")
 
 
@@ -41,10 +41,10 @@ SPLITS = ("test", "valid", "none")
 class Sources(Common):
     """Where a page's models and data come from."""
 
-    source_run: str = ""         # run whose sft is read; empty: this run (studies share one)
-    reward_run: str = ""         # run whose reward model is read; empty: source_run
-    split: str = "test"          # held-out rows kept from the prompts, as in evaluate: test, valid, or none.
-                                 # none: a real shop's choice, prompts show all that is known and no page repeats it
+    source_run: str = ""  # run whose sft is read; empty: this run (studies share one)
+    reward_run: str = ""  # run whose reward model is read; empty: source_run
+    split: str = "test"  # held-out rows kept from the prompts, as in evaluate: test, valid,
+    # or none. none: a real shop's choice, prompts show all that is known and no page repeats it
 
     def __post_init__(self):
         super().__post_init__()
@@ -52,7 +52,10 @@ class Sources(Common):
 
     def where(self, verb: str) -> Path:
         """Directory of sft, ppo or reward."""
-        return self.stage(verb, {"sft": self.source_run, "reward": self.reward_run or self.source_run}.get(verb, ""))
+        return self.stage(
+            verb,
+            {"sft": self.source_run, "reward": self.reward_run or self.source_run}.get(verb, ""),
+        )
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,9 @@ class Filters:
     """Hard constraints on every slot. None is no filter; an empty list of what is allowed allows nothing."""
 
     exclude: tuple[str, ...] = ()
-    categories: tuple[str, ...] | None = None    # an item needs one of these
-    in_stock: tuple[str, ...] | None = None      # item ids
-    price_min: float | None = None               # an item of unknown price fails either bound
+    categories: tuple[str, ...] | None = None  # an item needs one of these
+    in_stock: tuple[str, ...] | None = None  # item ids
+    price_min: float | None = None  # an item of unknown price fails either bound
     price_max: float | None = None
 
 
@@ -150,26 +153,47 @@ class Recommender:
     observe  called with (stage, seconds) for the stages prompt, decode, reward and metrics
     """
 
-    def __init__(self, shop: Shop, policies: dict[str, Policy], reward: RewardModel | None, hashes: dict[str, str],
-                 split: str = "test", cache: Cache | None = None, positive_above: float = 3.0, width: int = 4,
-                 observe: Callable[[str, float], None] = nothing):
+    def __init__(
+        self,
+        shop: Shop,
+        policies: dict[str, Policy],
+        reward: RewardModel | None,
+        hashes: dict[str, str],
+        split: str = "test",
+        cache: Cache | None = None,
+        positive_above: float = 3.0,
+        width: int = 4,
+        observe: Callable[[str, float], None] = nothing,
+    ):
         for name, policy in policies.items():
             have = (policy.vocab.n_users, policy.vocab.n_items)
             if have != (shop.n_users, shop.n_items):
-                raise PageLLMError(f"{name} was made for {have[0]} users and {have[1]} items, the data have "
-                                   f"{shop.n_users} and {shop.n_items}; train on these data first")
+                raise PageLLMError(
+                    f"{name} was made for {have[0]} users and {have[1]} items, the data have "
+                    f"{shop.n_users} and {shop.n_items}; train on these data first"
+                )
         self.shop, self.policies, self.reward, self.hashes = shop, policies, reward, hashes
         self.split, self.width, self.positive_above = split, width, positive_above
         self.cache, self.observe = Cache(64 << 20) if cache is None else cache, observe
-        self.reader = policies.get("sft") or next(iter(policies.values()))      # writes the reward model's prompts
+        # writes the reward model's prompts
+        self.reader = policies.get("sft") or next(iter(policies.values()))
         self.key = ":".join(hashes[name] for name in sorted(hashes))
         c = shop.catalogue
         self.user_of = {name: i for i, name in enumerate(shop.user_ids)}
         self.item_of = {name: i for i, name in enumerate(c.ids)}
-        told, met = {"test": ("train", ("train", "valid")), "valid": ("train", "train"), "none": (None, None)}[split]
+        told, met = {
+            "test": ("train", ("train", "valid")),
+            "valid": ("train", "train"),
+            "none": (None, None),
+        }[split]
         self.history, self.met = shop.csr(told), shop.csr(met, positive=None)
-        self.held = shop.csr(split) if split != "none" else Rows(np.zeros(shop.n_users + 1, np.int64),
-                                                                 np.zeros(0, np.int64), np.zeros(0, np.float32))
+        self.held = (
+            shop.csr(split)
+            if split != "none"
+            else Rows(
+                np.zeros(shop.n_users + 1, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
+            )
+        )
         self.s, self.near = item_scores(shop), near_duplicates(c)
         self.price = torch.from_numpy(c.price)
         members: dict[str, list[int]] = {}
@@ -177,25 +201,43 @@ class Recommender:
             for name in {*names, leaf} - {""}:
                 members.setdefault(name, []).append(i)
         self.members = {name: np.array(items) for name, items in sorted(members.items())}
-        self.cards = [{"item": c.ids[i], "title": c.title[i], "category": c.leaf[i] or None,
-                       "brand": c.brand[i] or None,
-                       "price": None if np.isnan(c.price[i]) else round(float(c.price[i]), 2)}
-                      for i in range(shop.n_items)]
-        self.unit = {name: F.normalize(p.model.item.detach().float(), dim=1).cpu() for name, p in policies.items()}
+        self.cards = [
+            {
+                "item": c.ids[i],
+                "title": c.title[i],
+                "category": c.leaf[i] or None,
+                "brand": c.brand[i] or None,
+                "price": None if np.isnan(c.price[i]) else round(float(c.price[i]), 2),
+            }
+            for i in range(shop.n_items)
+        ]
+        self.unit = {
+            name: F.normalize(p.model.item.detach().float(), dim=1).cpu()
+            for name, p in policies.items()
+        }
 
     @classmethod
-    def load(cls, config: Sources, policies: Sequence[str] = POLICIES, reward: bool = True, **more) -> "Recommender":
+    def load(
+        cls, config: Sources, policies: Sequence[str] = POLICIES, reward: bool = True, **more
+    ) -> "Recommender":
         """Read what `config` names. Raises PageLLMError for a stage that is missing, unfinished, or just changing."""
         need = {"sft": "SFT policy", "ppo": "PageLLM policy", "reward": "reward model"}
         names = [*policies, "reward"] if reward else list(policies)
-        hashes = {name: finished(config.where(name), need[name], config.make(name))["id"] for name in names}
+        hashes = {
+            name: finished(config.where(name), need[name], config.make(name))["id"]
+            for name in names
+        }
         shop, device = load(config.data_dir), pick_device(config.device)
         positive_above = source(config.data_dir).get("config", {}).get("positive_above", 3.0)
         loaded = {name: Policy.load(config.where(name), device) for name in policies}
         for policy in loaded.values():
             policy.model.requires_grad_(False)
             lora.merge(policy.model)
-        judge = RewardModel.load(config.where("reward"), device).requires_grad_(False) if reward else None
+        judge = (
+            RewardModel.load(config.where("reward"), device).requires_grad_(False)
+            if reward
+            else None
+        )
         # load_model_file has checked each file against its `done`; this, that it is still the `done` read above.
         for name in names:
             if finished(config.where(name), need[name], config.make(name))["id"] != hashes[name]:
@@ -223,7 +265,9 @@ class Recommender:
         Raises PageLLMError for a page longer than the context has room for, or a page to score that repeats an item.
         """
         if ask.page is None and ask.k > self.slots(ask.policy):
-            raise PageLLMError(f"k={ask.k}: this model writes pages of at most {self.slots(ask.policy)} slots")
+            raise PageLLMError(
+                f"k={ask.k}: this model writes pages of at most {self.slots(ask.policy)} slots"
+            )
         unknown: dict[str, None] = {}
 
         def dense(ids) -> list[int]:
@@ -241,14 +285,16 @@ class Recommender:
         given: dict[int, float] = {}
         for name, rating in ask.history:
             for item in dense([name]):
-                given.pop(item, None)            # said twice: the later place and rating count
+                given.pop(item, None)  # said twice: the later place and rating count
                 given[item] = rating
         if given:
             kept = ~np.isin(items, list(given))
             # Prompts show what was liked, as in training; what was not is only kept off the page.
             liked = [i for i, r in given.items() if np.isnan(r) or r > self.positive_above]
             items = np.concatenate([items[kept], np.array(liked, np.int64)])
-            ratings = np.concatenate([ratings[kept], np.array([given[i] for i in liked], np.float32)])
+            ratings = np.concatenate(
+                [ratings[kept], np.array([given[i] for i in liked], np.float32)]
+            )
             seen = np.concatenate([seen, np.array(list(given), np.int64)])
         f = ask.filters
         seen = np.concatenate([seen, np.array(dense(f.exclude), np.int64)])
@@ -256,11 +302,13 @@ class Recommender:
         if any(x is not None for x in (f.categories, f.in_stock, f.price_min, f.price_max)):
             allowed = torch.ones(self.shop.n_items, dtype=torch.bool)
             if f.categories is not None:
-                strange = list(dict.fromkeys(name for name in f.categories if name not in self.members))
+                strange = list(
+                    dict.fromkeys(name for name in f.categories if name not in self.members)
+                )
                 allowed &= self.only(i for name in f.categories for i in self.members.get(name, ()))
             if f.in_stock is not None:
                 allowed &= self.only(dense(f.in_stock))
-            if f.price_min is not None:          # NaN compares false: an unknown price fails
+            if f.price_min is not None:  # NaN compares false: an unknown price fails
                 allowed &= self.price >= f.price_min
             if f.price_max is not None:
                 allowed &= self.price <= f.price_max
@@ -270,8 +318,10 @@ class Recommender:
             if len(np.unique(page)) < len(page):
                 raise PageLLMError("the page repeats an item; want each at most once")
             if len(page) > min(self.slots(name) for name in self.policies):
-                raise PageLLMError(f"a page of {len(page)} items; this model reads at most "
-                                   f"{min(self.slots(name) for name in self.policies)}")
+                raise PageLLMError(
+                    f"a page of {len(page)} items; this model reads at most "
+                    f"{min(self.slots(name) for name in self.policies)}"
+                )
         return Case(ask, user, items, ratings, seen, allowed, page, list(unknown), strange)
 
     def only(self, items) -> Tensor:
@@ -279,14 +329,19 @@ class Recommender:
         mask[torch.as_tensor(list(items), dtype=torch.long)] = True
         return mask
 
-    def read_prompts(self, name: str, rows: list[list[int]], k: int) -> tuple[Tensor, Tensor, tuple[KVCache, Tensor]]:
+    def read_prompts(
+        self, name: str, rows: list[list[int]], k: int
+    ) -> tuple[Tensor, Tensor, tuple[KVCache, Tensor]]:
         """ids (B, P), valid (B, P), and what `decode` starts from; prompts read before come from the cache.
 
         name  a policy, or "reward" for the reward model's trunk
         Keys and values do not depend on the padding, since positions count valid tokens only.
         """
-        model, pad = (self.reward.trunk, self.reader.vocab.pad) if name == "reward" else (
-            self.policies[name].model, self.policies[name].vocab.pad)
+        model, pad = (
+            (self.reward.trunk, self.reader.vocab.pad)
+            if name == "reward"
+            else (self.policies[name].model, self.policies[name].vocab.pad)
+        )
         keys = [(self.hashes[name], "prompt", tuple(row)) for row in rows]
         kept = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
         fresh = [key for key, columns in kept.items() if columns is None]
@@ -295,18 +350,26 @@ class Recommender:
             ids, valid = ids.to(model.word.device), valid.to(model.word.device)
             cache = KVCache(model.shape, len(fresh), ids.shape[1], model.word)
             hidden = model(ids, valid, cache)[:, -1]
-            kv = torch.stack([torch.stack(cache.keys), torch.stack(cache.values)])       # (2, L, B, H, P, D)
+            # (2, L, B, H, P, D)
+            kv = torch.stack([torch.stack(cache.keys), torch.stack(cache.values)])
             for row, key in enumerate(fresh):
-                columns = kv[:, :, row, :, ids.shape[1] - len(key[2]):].clone(), hidden[row].clone()
+                columns = (
+                    kv[:, :, row, :, ids.shape[1] - len(key[2]) :].clone(),
+                    hidden[row].clone(),
+                )
                 kept[key] = columns
-                self.cache.put(key, columns, sum(x.nbytes for x in columns) + 16 * len(key[2]) + 400)
+                self.cache.put(
+                    key, columns, sum(x.nbytes for x in columns) + 16 * len(key[2]) + 400
+                )
         ids, valid = left_pad(rows, pad)
         ids, valid = ids.to(model.word.device), valid.to(model.word.device)
         P, shape = ids.shape[1], model.shape
         # Zeros, not empty: attention multiplies padding by a weight of 0, and 0 times NaN is NaN.
-        kv = model.word.new_zeros(2, shape.n_layer, len(rows), shape.n_kv_head, P + k, shape.head_dim)
+        kv = model.word.new_zeros(
+            2, shape.n_layer, len(rows), shape.n_kv_head, P + k, shape.head_dim
+        )
         for row, key in enumerate(keys):
-            kv[:, :, row, :, P - len(key[2]):P] = kept[key][0]
+            kv[:, :, row, :, P - len(key[2]) : P] = kept[key][0]
         cache = KVCache(shape, 0, 0, model.word)
         cache.keys, cache.values, cache.length = list(kv[0]), list(kv[1]), P
         return ids, valid, (cache, torch.stack([kept[key][1] for key in keys]))
@@ -319,17 +382,23 @@ class Recommender:
         ids, valid, start = self.read_prompts(name, prompt_rows(p, cases), k)
         self.observe("prompt", time.perf_counter() - started)
         started = time.perf_counter()
-        excluded = torch.from_numpy(pad_ids([c.seen for c in cases], -1, max([1, *(len(c.seen) for c in cases)])))
+        excluded = torch.from_numpy(
+            pad_ids([c.seen for c in cases], -1, max([1, *(len(c.seen) for c in cases)]))
+        )
         allowed = None
         if any(c.allowed is not None for c in cases):
             every = torch.ones(self.shop.n_items, dtype=torch.bool)
-            allowed = torch.stack([every if c.allowed is None else c.allowed for c in cases]).to(ids.device)
+            allowed = torch.stack([every if c.allowed is None else c.allowed for c in cases]).to(
+                ids.device
+            )
         constraint = Unseen(excluded.to(ids.device), p.model.n_items, allowed)
         legal = constraint.legal.clone()
         if mode == "beam":
             pages = beam(p.model, ids, valid, constraint, k, self.width, start)
         else:
-            pages = {"greedy": greedy, "one_shot": one_shot}[mode](p.model, ids, valid, constraint, k, start)
+            pages = {"greedy": greedy, "one_shot": one_shot}[mode](
+                p.model, ids, valid, constraint, k, start
+            )
         self.observe("decode", time.perf_counter() - started)
         return pages, legal
 
@@ -337,8 +406,12 @@ class Recommender:
     def judge(self, cases: list[Case], item: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """token_reward (B, K), page_reward (B,) of given pages, on the CPU."""
         started = time.perf_counter()
-        prompt, valid, start = self.read_prompts("reward", prompt_rows(self.reader, cases), item.shape[1])
-        token, page = self.reward(prompt, valid, item.to(prompt.device), mask.to(prompt.device), start)
+        prompt, valid, start = self.read_prompts(
+            "reward", prompt_rows(self.reader, cases), item.shape[1]
+        )
+        token, page = self.reward(
+            prompt, valid, item.to(prompt.device), mask.to(prompt.device), start
+        )
         self.observe("reward", time.perf_counter() - started)
         return token.cpu(), page.cpu()
 
@@ -362,7 +435,9 @@ class Recommender:
         for group, places in groups.items():
             some = [cases[at] for at in places]
             if group == ("score",):
-                item = torch.from_numpy(pad_ids([c.page for c in some], -1, max([1, *(len(c.page) for c in some)])))
+                item = torch.from_numpy(
+                    pad_ids([c.page for c in some], -1, max([1, *(len(c.page) for c in some)]))
+                )
                 mask, logp = item >= 0, None
             else:
                 pages, _ = self.write(group[0], some, max(c.ask.k for c in some), group[1])
@@ -373,50 +448,105 @@ class Recommender:
             started = time.perf_counter()
             for row, (at, case) in enumerate(zip(places, some, strict=True)):
                 n = int(mask[row].sum())
-                out[at] = self.answer(case, item[row, :n].numpy(), token[row, :n].tolist(), float(page[row]),
-                                      None if logp is None else logp[row, :n].tolist())
+                out[at] = self.answer(
+                    case,
+                    item[row, :n].numpy(),
+                    token[row, :n].tolist(),
+                    float(page[row]),
+                    None if logp is None else logp[row, :n].tolist(),
+                )
             self.observe("metrics", time.perf_counter() - started)
         return out
 
-    def answer(self, case: Case, page: np.ndarray, token: list[float], page_reward: float,
-               logp: list[float] | None) -> dict:
+    def answer(
+        self,
+        case: Case,
+        page: np.ndarray,
+        token: list[float],
+        page_reward: float,
+        logp: list[float] | None,
+    ) -> dict:
         """Plain values of one page: what POST /v1/page documents."""
         ask, c = case.ask, self.shop.catalogue
-        held = dict(zip(*(x.tolist() for x in self.held.of(case.user)), strict=True)) if case.user is not None else {}
-        worth = np.array([float(gain(held[i], self.s[i])) if i in held else 0.0 for i in page.tolist()])
-        slots = [{"rank": k + 1, **self.cards[i], "score": None if logp is None else round(logp[k], 6),
-                  "token_reward": round(token[k], 6)} for k, i in enumerate(page.tolist())]
+        held = (
+            dict(zip(*(x.tolist() for x in self.held.of(case.user)), strict=True))
+            if case.user is not None
+            else {}
+        )
+        worth = np.array(
+            [float(gain(held[i], self.s[i])) if i in held else 0.0 for i in page.tolist()]
+        )
+        slots = [
+            {
+                "rank": k + 1,
+                **self.cards[i],
+                "score": None if logp is None else round(logp[k], 6),
+                "token_reward": round(token[k], 6),
+            }
+            for k, i in enumerate(page.tolist())
+        ]
         if ask.explain:
-            for slot, i, why in zip(slots, page.tolist(), self.similar(ask.policy, page, case.items), strict=True):
+            for slot, i, why in zip(
+                slots, page.tolist(), self.similar(ask.policy, page, case.items), strict=True
+            ):
                 slot |= {"held_out": i in held, "similar": why}
         notes = []
         if ask.page is None and len(page) < ask.k:
             notes.append(f"{len(page)} of {ask.k} slots: no more items pass the filters")
-        return {"user": {"id": ask.user, "known": case.user is not None, "history": len(case.items)}, "items": slots,
-                "page_reward": round(page_reward, 6) if len(page) else None,
-                "energy": round(float(page_energy(page[None], np.ones((1, len(page)), bool), worth[None], c.leaf_id,
-                                                  self.near)[0]), 6),
-                "ild": rounded(metrics.ild(page.tolist(), c.categories)),
-                "entropy": rounded(metrics.entropy(page.tolist(), c.categories)),
-                "unknown": {"user": ask.user is not None and case.user is None, "items": case.unknown_items,
-                            "categories": case.unknown_categories},
-                "notes": notes, "policy": ask.policy, "model": self.hashes[ask.policy],
-                "reward_model": self.hashes["reward"]}
+        return {
+            "user": {"id": ask.user, "known": case.user is not None, "history": len(case.items)},
+            "items": slots,
+            "page_reward": round(page_reward, 6) if len(page) else None,
+            "energy": round(
+                float(
+                    page_energy(
+                        page[None], np.ones((1, len(page)), bool), worth[None], c.leaf_id, self.near
+                    )[0]
+                ),
+                6,
+            ),
+            "ild": rounded(metrics.ild(page.tolist(), c.categories)),
+            "entropy": rounded(metrics.entropy(page.tolist(), c.categories)),
+            "unknown": {
+                "user": ask.user is not None and case.user is None,
+                "items": case.unknown_items,
+                "categories": case.unknown_categories,
+            },
+            "notes": notes,
+            "policy": ask.policy,
+            "model": self.hashes[ask.policy],
+            "reward_model": self.hashes["reward"],
+        }
 
-    def similar(self, policy: str, page: np.ndarray, history: np.ndarray, most: int = 2) -> list[list[dict]]:
+    def similar(
+        self, policy: str, page: np.ndarray, history: np.ndarray, most: int = 2
+    ) -> list[list[dict]]:
         """For each slot the items of the history nearest to its item, by cosine of the policy's item rows."""
         if not len(page) or not len(history):
             return [[] for _ in page]
         unit = self.unit[policy]
-        close = (unit[torch.from_numpy(page)] @ unit[torch.from_numpy(history)].T).topk(min(most, len(history)), dim=1)
-        return [[{"item": self.cards[history[j]]["item"], "title": self.cards[history[j]]["title"],
-                  "similarity": round(v, 4)} for v, j in zip(value, index, strict=True)]
-                for value, index in zip(close.values.tolist(), close.indices.tolist(), strict=True)]
+        close = (unit[torch.from_numpy(page)] @ unit[torch.from_numpy(history)].T).topk(
+            min(most, len(history)), dim=1
+        )
+        return [
+            [
+                {
+                    "item": self.cards[history[j]]["item"],
+                    "title": self.cards[history[j]]["title"],
+                    "similarity": round(v, 4),
+                }
+                for v, j in zip(value, index, strict=True)
+            ]
+            for value, index in zip(close.values.tolist(), close.indices.tolist(), strict=True)
+        ]
 
 
 def prompt_rows(policy: Policy, cases: list[Case]) -> list[list[int]]:
     """The token ids of each case's page prompt, unpadded."""
-    return [policy.prompts.page(c.user if policy.style.use_user else None, c.items, c.ratings) for c in cases]
+    return [
+        policy.prompts.page(c.user if policy.style.use_user else None, c.items, c.ratings)
+        for c in cases
+    ]
 
 
 def rounded(value: float | None) -> float | None:

@@ -44,48 +44,75 @@ from pagellm.train import (
     shared_means,
 )
 
-__all__ = ["Config", "RewardModel", "is_held_out", "mean_reward", "page_loss", "pair_loss", "run", "score_pairs",
-           "sequence_loss", "token_loss"]
+__all__ = [
+    "Config",
+    "RewardModel",
+    "is_held_out",
+    "mean_reward",
+    "page_loss",
+    "pair_loss",
+    "run",
+    "score_pairs",
+    "sequence_loss",
+    "token_loss",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Learning):
     """Fit the two-headed reward model to preference pairs made from ratings."""
 
-    source_run: str = ""         # run whose sft is read; empty: this run (studies share one)
-    kinds: str = "preference,ranked,diversity,redundancy"   # kinds of pair to learn from, comma-separated
-    leave_out: str = ""          # a kind kept out of training, whose accuracy is still measured
-    shuffle_labels: bool = False # control: chosen and rejected swapped at random in all pairs, the held-out ones too;
-                                 # accuracy must then be near 0.5, or labels leak
-    compare: bool = True         # let the heads see how much a slot's item resembles those above; off: the paper's
-    per_kind: int = 10           # pairs of each kind tried for each user
-    label_share: float = 0.5     # share of a user's train items that make the better page
-    ranked_margin: float = 0.2   # least energy gap of a ranked pair; smaller ones differ by less than ratings' noise
-    literal_swaps: bool = False  # the paper's diversity and redundancy pairs: swaps instead of replacements
-    soften: float = 0.5          # labels sigma(energy gap / soften) keep rewards on the energy's scale; 0: hard labels
-    held_out: float = 0.15       # share of users whose pairs are only measured on
-    epochs: float = 1.0          # passes over the training pairs
-    batch: int = 64              # pairs in a step
-    lr: float = 2e-3             # peak learning rate
-    warmup: int = 20             # steps of linear warm-up
-    weight_decay: float = 0.01   # of the matrices
-    lazy_rows: bool = False      # user and item rows move only in steps that read them; for large catalogues
-    grad_clip: float = 1.0       # largest gradient norm; inf: no limit
-    page: float = 1.0            # weight of the page head's loss (Eq. 7)
-    sequence: float = 1.0        # weight of the loss on mean token rewards (Eq. 8); preference pairs excepted
-    token: float = 0.5           # weight of the loss on edited slots; preference pairs excepted
-    shrink: float = 1e-3         # weight of the squared rewards
+    source_run: str = ""  # run whose sft is read; empty: this run (studies share one)
+    kinds: str = "preference,ranked,diversity,redundancy"  # kinds of pair to learn from,
+    # comma-separated
+    leave_out: str = ""  # a kind kept out of training, whose accuracy is still measured
+    shuffle_labels: bool = False  # control: chosen and rejected swapped at random in all pairs,
+    # the held-out ones too; accuracy must then be near 0.5, or labels leak
+    compare: bool = True  # let the heads see how much a slot's item resembles those above; off:
+    # the paper's
+    per_kind: int = 10  # pairs of each kind tried for each user
+    label_share: float = 0.5  # share of a user's train items that make the better page
+    ranked_margin: float = 0.2  # least energy gap of a ranked pair;
+    # smaller ones differ by less than ratings' noise
+    literal_swaps: bool = False  # the paper's diversity and redundancy pairs:
+    # swaps instead of replacements
+    soften: float = 0.5  # labels sigma(energy gap / soften) keep rewards on the energy's scale;
+    # 0: hard labels
+    held_out: float = 0.15  # share of users whose pairs are only measured on
+    epochs: float = 1.0  # passes over the training pairs
+    batch: int = 64  # pairs in a step
+    lr: float = 2e-3  # peak learning rate
+    warmup: int = 20  # steps of linear warm-up
+    weight_decay: float = 0.01  # of the matrices
+    lazy_rows: bool = False  # user and item rows move only in steps that read them;
+    # for large catalogues
+    grad_clip: float = 1.0  # largest gradient norm; inf: no limit
+    page: float = 1.0  # weight of the page head's loss (Eq. 7)
+    sequence: float = 1.0  # weight of the loss on mean token rewards (Eq. 8);
+    # preference pairs excepted
+    token: float = 0.5  # weight of the loss on edited slots; preference pairs excepted
+    shrink: float = 1e-3  # weight of the squared rewards
 
     def __post_init__(self):
         super().__post_init__()
         kinds = self.kinds.split(",")
-        check(self, kinds=(set(kinds) <= set(KINDS) and kinds, f"some of {','.join(KINDS)}"),
-              leave_out=(self.leave_out in ("", *kinds), f"empty or one of {self.kinds}"),
-              per_kind=(self.per_kind > 0, "1 or more"), label_share=(0 < self.label_share < 1, "between 0 and 1"),
-              ranked_margin=(self.ranked_margin >= 0, "0 or more"), soften=(self.soften >= 0, "0 or more"),
-              held_out=(0 < self.held_out < 1, "between 0 and 1"), epochs=(self.epochs > 0, "above 0"),
-              batch=(self.batch > 0, "1 or more"), lr=(self.lr > 0, "above 0"),
-              **{w: (getattr(self, w) >= 0, "0 or more") for w in ("page", "sequence", "token", "shrink")})
+        check(
+            self,
+            kinds=(set(kinds) <= set(KINDS) and kinds, f"some of {','.join(KINDS)}"),
+            leave_out=(self.leave_out in ("", *kinds), f"empty or one of {self.kinds}"),
+            per_kind=(self.per_kind > 0, "1 or more"),
+            label_share=(0 < self.label_share < 1, "between 0 and 1"),
+            ranked_margin=(self.ranked_margin >= 0, "0 or more"),
+            soften=(self.soften >= 0, "0 or more"),
+            held_out=(0 < self.held_out < 1, "between 0 and 1"),
+            epochs=(self.epochs > 0, "above 0"),
+            batch=(self.batch > 0, "1 or more"),
+            lr=(self.lr > 0, "above 0"),
+            **{
+                w: (getattr(self, w) >= 0, "0 or more")
+                for w in ("page", "sequence", "token", "shrink")
+            },
+        )
 
 
 class Compare(nn.Module):
@@ -110,8 +137,10 @@ class Compare(nn.Module):
         """rows (B, K, C) of the items, mask (B, K) bool -> (B, K, features) float32; off the mask anything finite."""
         B, K, _ = rows.shape
         x = F.normalize(self.project(rows).view(B, K, self.measures, -1).transpose(1, 2), dim=-1)
-        above = torch.ones(K, K, dtype=torch.bool, device=rows.device).tril(-1) & mask[:, None, None, :]
-        nearest = torch.where(above, x @ x.transpose(2, 3), -1.0).amax(3)               # (B, measures, K)
+        above = (
+            torch.ones(K, K, dtype=torch.bool, device=rows.device).tril(-1) & mask[:, None, None, :]
+        )
+        nearest = torch.where(above, x @ x.transpose(2, 3), -1.0).amax(3)  # (B, measures, K)
         return F.gelu(self.features(nearest.transpose(1, 2).float()), approximate="tanh")
 
 
@@ -128,7 +157,9 @@ class RewardModel(nn.Module):
         self.compare = Compare(C) if compare else None
         more = self.compare.features.out_features if compare else 0
         self.token_head = nn.Linear(C + more, 1, bias=False)
-        self.page_head = nn.Sequential(nn.Linear(3 * C + more, C), nn.GELU(approximate="tanh"), nn.Linear(C, 1))
+        self.page_head = nn.Sequential(
+            nn.Linear(3 * C + more, C), nn.GELU(approximate="tanh"), nn.Linear(C, 1)
+        )
         # Mean rewards of ground-truth pages, taken off after training: a score above 0 beats the average gold page.
         self.register_buffer("token_mean", torch.zeros(()))
         self.register_buffer("page_mean", torch.zeros(()))
@@ -136,8 +167,9 @@ class RewardModel(nn.Module):
             nn.init.normal_(head.weight, std=1.0 / math.sqrt(head.in_features + 1))
         nn.init.zeros_(self.page_head[2].bias)
 
-    def forward(self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor, start: tuple | None = None
-                ) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor, start: tuple | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Rewards of given pages.
 
         prompt, valid (B, P): left-padded page prompts      item, mask (B, K) as in decode.Pages
@@ -147,15 +179,20 @@ class RewardModel(nn.Module):
         after = slot_states(self.trunk, prompt, valid, item, mask, start)[:, 1:].float()
         return self.heads(prompt, valid, item, mask, after)
 
-    def heads(self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    def heads(
+        self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor, after: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """`forward` from after (B, K, C) float32, the trunk's states after each slot's item was read."""
         count = mask.sum(1).clamp(min=1)
         end = after[torch.arange(len(after), device=after.device), count - 1]
         if self.compare is not None:
-            after = torch.cat([after, self.compare(self.trunk.item_rows(item.clamp(min=0)), mask)], 2)
+            after = torch.cat(
+                [after, self.compare(self.trunk.item_rows(item.clamp(min=0)), mask)], 2
+            )
         token = torch.where(mask, self.token_head(after)[..., 0] - self.token_mean, 0.0)
         mean = torch.where(mask[..., None], after, 0.0).sum(1) / count[:, None]
-        first = prompt.gather(1, (prompt.shape[1] - valid.sum(1))[:, None])      # a prompt begins with its user
+        # a prompt begins with its user
+        first = prompt.gather(1, (prompt.shape[1] - valid.sum(1))[:, None])
         user = self.trunk.embed(first)[:, 0].float()
         page = self.page_head(torch.cat([end, mean, user], 1))[:, 0] - self.page_mean
         return token, page
@@ -189,17 +226,28 @@ def page_loss(chosen: Tensor, rejected: Tensor, target: Tensor | None = None) ->
     return -(target * F.logsigmoid(margin) + (1 - target) * F.logsigmoid(-margin)).mean()
 
 
-def sequence_loss(chosen: Tensor, chosen_mask: Tensor, rejected: Tensor, rejected_mask: Tensor,
-                  target: Tensor | None = None) -> Tensor:
+def sequence_loss(
+    chosen: Tensor,
+    chosen_mask: Tensor,
+    rejected: Tensor,
+    rejected_mask: Tensor,
+    target: Tensor | None = None,
+) -> Tensor:
     """Eq. 8: -mean log sigma(R_f+ - R_f-), R_f the mean token reward of a page.
 
     chosen, rejected (B, T) token rewards with their masks (B, T) bool; the two T may differ. target as in page_loss.
     Scalar out.
     Raises ValueError on unequal shapes.
     """
-    if chosen.shape != chosen_mask.shape or rejected.shape != rejected_mask.shape or len(chosen) != len(rejected):
-        raise ValueError(f"sequence_loss: chosen {tuple(chosen.shape)} mask {tuple(chosen_mask.shape)}, rejected "
-                         f"{tuple(rejected.shape)} mask {tuple(rejected_mask.shape)}: want (B, T) and its mask, twice")
+    if (
+        chosen.shape != chosen_mask.shape
+        or rejected.shape != rejected_mask.shape
+        or len(chosen) != len(rejected)
+    ):
+        raise ValueError(
+            f"sequence_loss: chosen {tuple(chosen.shape)} mask {tuple(chosen_mask.shape)}, rejected "
+            f"{tuple(rejected.shape)} mask {tuple(rejected_mask.shape)}: want (B, T) and its mask, twice"
+        )
     return page_loss(mean_reward(chosen, chosen_mask), mean_reward(rejected, rejected_mask), target)
 
 
@@ -210,8 +258,10 @@ def token_loss(chosen: Tensor, rejected: Tensor, edit_mask: Tensor) -> Tensor:
     Raises ValueError on unequal shapes.
     """
     if not chosen.shape == rejected.shape == edit_mask.shape:
-        raise ValueError(f"token_loss: chosen {tuple(chosen.shape)}, rejected {tuple(rejected.shape)}, edit_mask "
-                         f"{tuple(edit_mask.shape)}: want one (B, T) for all three")
+        raise ValueError(
+            f"token_loss: chosen {tuple(chosen.shape)}, rejected {tuple(rejected.shape)}, edit_mask "
+            f"{tuple(edit_mask.shape)}: want one (B, T) for all three"
+        )
     margin = torch.where(edit_mask, chosen - rejected, 0.0)
     return -torch.where(edit_mask, F.logsigmoid(margin), 0.0).sum() / edit_mask.sum().clamp(min=1)
 
@@ -237,72 +287,117 @@ def tokens_of(pair: Pair) -> int:
 
 
 def collate(pairs: list[Pair], policy: Policy, device) -> PairBatch:
-    prompt, valid = policy.prompt([p.user for p in pairs], [(p.history, p.history_rating) for p in pairs])
-    chosen, rejected, edited = (dist.send(torch.from_numpy(pad_ids(rows, fill)), device) for rows, fill in (
-        ([p.chosen for p in pairs], -1), ([p.rejected for p in pairs], -1), ([p.mask for p in pairs], 0)))
+    prompt, valid = policy.prompt(
+        [p.user for p in pairs], [(p.history, p.history_rating) for p in pairs]
+    )
+    chosen, rejected, edited = (
+        dist.send(torch.from_numpy(pad_ids(rows, fill)), device)
+        for rows, fill in (
+            ([p.chosen for p in pairs], -1),
+            ([p.rejected for p in pairs], -1),
+            ([p.mask for p in pairs], 0),
+        )
+    )
     edited = edited.bool()
-    detail = dist.send(torch.tensor([i for i, p in enumerate(pairs) if p.kind != "preference"], dtype=torch.long),
-                       device)
+    detail = dist.send(
+        torch.tensor([i for i, p in enumerate(pairs) if p.kind != "preference"], dtype=torch.long),
+        device,
+    )
     gap = dist.send(torch.tensor([p.delta_E for p in pairs], dtype=torch.float32), device)
     return PairBatch(prompt, valid, chosen, rejected, chosen >= 0, edited, detail, gap)
 
 
 def rewards_of(model: RewardModel, b: PairBatch):
     """Both pages of every pair in one pass: token (B, K) and page (B,) rewards, chosen then rejected."""
-    token, page = model(torch.cat([b.prompt, b.prompt]), torch.cat([b.valid, b.valid]),
-                        torch.cat([b.chosen, b.rejected]), torch.cat([b.mask, b.mask]))
+    token, page = model(
+        torch.cat([b.prompt, b.prompt]),
+        torch.cat([b.valid, b.valid]),
+        torch.cat([b.chosen, b.rejected]),
+        torch.cat([b.mask, b.mask]),
+    )
     return *token.chunk(2), *page.chunk(2)
 
 
-def pair_loss(config: Config, b: PairBatch, token_chosen: Tensor, token_rejected: Tensor, page_chosen: Tensor,
-              page_rejected: Tensor, busy: bool = True) -> Tensor:
+def pair_loss(
+    config: Config,
+    b: PairBatch,
+    token_chosen: Tensor,
+    token_rejected: Tensor,
+    page_chosen: Tensor,
+    page_rejected: Tensor,
+    busy: bool = True,
+) -> Tensor:
     """SPEC 5's total, or this process's share of it (train.shared_means; busy as there).
 
     Preference pairs teach the page head alone: they name no slot that is better.
     """
     target = torch.sigmoid(b.gap / config.soften) if config.soften else None
     d, slots = b.detail, b.mask.sum()
-    terms = [(page_loss(page_chosen, page_rejected, target), len(b.gap)),
-             (page_chosen.square().mean() + page_rejected.square().mean(), len(b.gap)),
-             ((token_chosen.square().sum() + token_rejected.square().sum()) / slots.clamp(min=1), slots)]
+    terms = [
+        (page_loss(page_chosen, page_rejected, target), len(b.gap)),
+        (page_chosen.square().mean() + page_rejected.square().mean(), len(b.gap)),
+        ((token_chosen.square().sum() + token_rejected.square().sum()) / slots.clamp(min=1), slots),
+    ]
     weights = [config.page, 0.5 * config.shrink, 0.5 * config.shrink]
     if len(d):
-        terms += [(sequence_loss(token_chosen[d], b.mask[d], token_rejected[d], b.mask[d],
-                                 None if target is None else target[d]), len(d)),
-                  (token_loss(token_chosen[d], token_rejected[d], b.edited[d]), b.edited[d].sum())]
+        terms += [
+            (
+                sequence_loss(
+                    token_chosen[d],
+                    b.mask[d],
+                    token_rejected[d],
+                    b.mask[d],
+                    None if target is None else target[d],
+                ),
+                len(d),
+            ),
+            (token_loss(token_chosen[d], token_rejected[d], b.edited[d]), b.edited[d].sum()),
+        ]
     else:
-        terms += [(0.0 * token_chosen.sum(), 0)] * 2        # another process may have such pairs
+        terms += [(0.0 * token_chosen.sum(), 0)] * 2  # another process may have such pairs
     weights += [config.sequence, config.token]
     return sum(w * mean for w, mean in zip(weights, shared_means(terms, busy), strict=True))
 
 
-def learn_pairs(learner: Objective, config: Config, b: PairBatch, busy: bool) -> tuple[Tensor, Tensor]:
+def learn_pairs(
+    learner: Objective, config: Config, b: PairBatch, busy: bool
+) -> tuple[Tensor, Tensor]:
     """Loss, and how often the better page scores higher: this process's shares."""
     scores = rewards_of(learner.model, b)
     with torch.no_grad():
-        right = scores[2] + mean_reward(scores[0], b.mask) > scores[3] + mean_reward(scores[1], b.mask)
-    return pair_loss(config, b, *scores, busy), shared_means([(right.float().mean(), len(right))], busy)[0]
+        right = scores[2] + mean_reward(scores[0], b.mask) > scores[3] + mean_reward(
+            scores[1], b.mask
+        )
+    return pair_loss(config, b, *scores, busy), shared_means(
+        [(right.float().mean(), len(right))], busy
+    )[0]
 
 
 @torch.no_grad()
-def score_pairs(model: RewardModel, pairs: list[Pair], policy: Policy, batch: int = 256, rejected: bool = True
-                ) -> dict[str, np.ndarray]:
+def score_pairs(
+    model: RewardModel, pairs: list[Pair], policy: Policy, batch: int = 256, rejected: bool = True
+) -> dict[str, np.ndarray]:
     """page and token (mean) reward of both pages of every pair, (n, 2) each: column 0 chosen, 1 rejected.
 
     rejected   False: of the chosen pages alone, (n, 1) each
     """
     mine, busy = dist.part(np.arange(len(pairs)))
     some = [pairs[i] for i in mine] if busy else []
-    order = np.argsort([tokens_of(p) for p in some], kind="stable")        # batches of like length: little padding
+    # batches of like length: little padding
+    order = np.argsort([tokens_of(p) for p in some], kind="stable")
     found = [np.zeros((0, 2, 2 if rejected else 1))]
     for start in range(0, len(some), batch):
-        b = collate([some[i] for i in order[start: start + batch]], policy, model.token_mean.device)
+        b = collate(
+            [some[i] for i in order[start : start + batch]], policy, model.token_mean.device
+        )
         if rejected:
             *token, chosen, other = rewards_of(model, b)
             page = [chosen, other]
         else:
             token, page = ([x] for x in model(b.prompt, b.valid, b.chosen, b.mask))
-        both = torch.stack([torch.stack(page, 1), torch.stack([mean_reward(x, b.mask) for x in token], 1)], 1)
+        both = torch.stack(
+            [torch.stack(page, 1), torch.stack([mean_reward(x, b.mask) for x in token], 1)], 1
+        )
         found.append(both.cpu().double().numpy())
     scores = dist.gather(np.concatenate(found)[np.argsort(order)])
     return {"page": scores[:, 0], "token": scores[:, 1]}
@@ -346,10 +441,17 @@ def report(model: RewardModel, pairs: list[Pair], policy: Policy) -> dict:
     for name in KINDS:
         rows = kind == name
         if rows.any():
-            right = {head: (s[rows, 0] > s[rows, 1]) + 0.5 * (s[rows, 0] == s[rows, 1])
-                     for head, s in (("accuracy", both), ("page_accuracy", scores["page"]),
-                                     ("token_accuracy", scores["token"]))}
-            out[name] = {head: round(float(r.mean()), 4) for head, r in right.items()} | {"pairs": int(rows.sum())}
+            right = {
+                head: (s[rows, 0] > s[rows, 1]) + 0.5 * (s[rows, 0] == s[rows, 1])
+                for head, s in (
+                    ("accuracy", both),
+                    ("page_accuracy", scores["page"]),
+                    ("token_accuracy", scores["token"]),
+                )
+            }
+            out[name] = {head: round(float(r.mean()), 4) for head, r in right.items()} | {
+                "pairs": int(rows.sum())
+            }
     margin = both[:, 0] - both[:, 1]
     out["calibration_error"] = calibration(margin)
     out["energy_correlation"] = correlation(margin, delta)
@@ -393,9 +495,16 @@ def run(config: Config) -> None:
         policy = Policy.load(before, device)
         if dist.is_main():
             policy.vocab.save(out.path)
-        pairs, counts = make_pairs(shop, config.seed, config.kinds.split(","), config.per_kind, config.label_share,
-                                   ranked_margin=config.ranked_margin, literal_swaps=config.literal_swaps,
-                                   progress=dist.is_main())
+        pairs, counts = make_pairs(
+            shop,
+            config.seed,
+            config.kinds.split(","),
+            config.per_kind,
+            config.label_share,
+            ranked_margin=config.ranked_margin,
+            literal_swaps=config.literal_swaps,
+            progress=dist.is_main(),
+        )
         if not pairs:
             raise PageLLMError(f"no pairs could be made from {config.data_dir}: {counts}")
         if dist.is_main():
@@ -406,19 +515,25 @@ def run(config: Config) -> None:
         if config.shuffle_labels:
             held, train = ([swapped(p, config.seed) for p in some] for some in (held, train))
         if not train:
-            raise PageLLMError(f"all {len(pairs)} pairs are held out; lower held_out or take more users")
+            raise PageLLMError(
+                f"all {len(pairs)} pairs are held out; lower held_out or take more users"
+            )
 
         torch.manual_seed(key(config.seed, "reward", "heads") % (1 << 63))
-        model = RewardModel(from_state(load_model_file(before / "model.pt")), config.compare).to(device)
+        model = RewardModel(from_state(load_model_file(before / "model.pt")), config.compare).to(
+            device
+        )
         if model.trunk.gate is not None:
-            nn.init.ones_(model.trunk.gate)          # to judge a page is to see its items
+            nn.init.ones_(model.trunk.gate)  # to judge a page is to see its items
         model.trunk.checkpoint_blocks = config.checkpoint_blocks
         lengths = tuple(map(tokens_of, train))
         total = max(1, round(config.epochs * -(-len(train) // config.batch)))
         learner = dist.wrap(objective := Objective(learn_pairs, model=model), config.parallel)
         opt = optimiser(model, config.lr, config.weight_decay, lazy=config.lazy_rows)
         guard = Guard(opt, model.parameters(), config.grad_clip)
-        model.trunk.bf16 = out.precision(config.precision, device, model.trunk.shape.n_embd) == "bfloat16"
+        model.trunk.bf16 = (
+            out.precision(config.precision, device, model.trunk.shape.n_embd) == "bfloat16"
+        )
         start = 0
         if state := out.load():
             start = state["step"]
@@ -426,10 +541,16 @@ def run(config: Config) -> None:
             dist.load_optimiser(model, opt, state["opt"])
 
         def state_at(step: int) -> dict:
-            return {"step": step, "model": dist.weights(model, frozen=False), "opt": dist.optimiser_state(model, opt)}
+            return {
+                "step": step,
+                "model": dist.weights(model, frozen=False),
+                "opt": dist.optimiser_state(model, opt),
+            }
 
         def batch(step: int) -> tuple[PairBatch, bool]:
-            _, index = batch_at(step, len(train), config.batch, config.seed, "reward", length=lengths)
+            _, index = batch_at(
+                step, len(train), config.batch, config.seed, "reward", length=lengths
+            )
             mine, busy = dist.part(index)
             return collate([train[i] for i in mine], policy, device), busy
 
@@ -438,12 +559,21 @@ def run(config: Config) -> None:
             set_lr(opt, lr_at(step, total, config.lr, config.warmup))
             loss, right = learner(config, b, busy)
             loss.backward()
-            norm = guard.step(f"reward step {step}", lambda step=step, b=b: out.keep_for_replay(
-                step, {**state_at(step), "batch": vars(b)}))
+            norm = guard.step(
+                f"reward step {step}",
+                lambda step=step, b=b: out.keep_for_replay(
+                    step, {**state_at(step), "batch": vars(b)}
+                ),
+            )
             loss, right = logged(loss, right)
-            out.log(step + 1, loss=loss, accuracy=right, grad_norm=norm, lr=opt.param_groups[0]["lr"])
-            bar.set_postfix_str(f"loss {out.last.get('loss', math.nan):.3f}, accuracy "
-                                f"{out.last.get('accuracy', math.nan):.2f}", refresh=False)
+            out.log(
+                step + 1, loss=loss, accuracy=right, grad_norm=norm, lr=opt.param_groups[0]["lr"]
+            )
+            bar.set_postfix_str(
+                f"loss {out.last.get('loss', math.nan):.3f}, accuracy "
+                f"{out.last.get('accuracy', math.nan):.2f}",
+                refresh=False,
+            )
             if out.due(step + 1, total):
                 out.save(state_at(step + 1))
         model.eval()
@@ -454,9 +584,14 @@ def run(config: Config) -> None:
             result = {"held_out": report(model, held, policy), "made": counts}
         out.finish(model.state(), final, **result)
         if dist.is_main():
-            print(f"reward: {out.path}, held-out accuracy " +
-                  ", ".join(f"{kind} {result['held_out'][kind]['accuracy']:.3f}" for kind in KINDS
-                            if kind in result["held_out"]))
+            print(
+                f"reward: {out.path}, held-out accuracy "
+                + ", ".join(
+                    f"{kind} {result['held_out'][kind]['accuracy']:.3f}"
+                    for kind in KINDS
+                    if kind in result["held_out"]
+                )
+            )
 
 
 if __name__ == "__main__":

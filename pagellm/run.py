@@ -31,35 +31,62 @@ import torch
 from tqdm import tqdm
 
 from pagellm import __version__, dist
-from pagellm.config import Interrupted, PageLLMError, Waiting, check, check_numbers, deferred_signals
+from pagellm.config import (
+    Interrupted,
+    PageLLMError,
+    Waiting,
+    check,
+    check_numbers,
+    deferred_signals,
+)
 from pagellm.files import file_id
 
-__all__ = ["Common", "Learning", "Run", "atomic", "commit", "digest", "file_id", "finished", "load_model_file",
-           "machine", "read_json", "versions", "write_json"]
+__all__ = [
+    "Common",
+    "Learning",
+    "Run",
+    "atomic",
+    "commit",
+    "digest",
+    "file_id",
+    "finished",
+    "load_model_file",
+    "machine",
+    "read_json",
+    "versions",
+    "write_json",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
     """Fields that every stage has."""
 
-    INFINITE: ClassVar[tuple[str, ...]] = ("grad_clip", "max_kl", "value_clip")     # infinity: no limit
+    INFINITE: ClassVar[tuple[str, ...]] = ("grad_clip", "max_kl", "value_clip")
+    # infinity: no limit
 
-    dataset: str = "synthetic"   # name of the data set: prepared data lie in <data>/<dataset>
-    run: str = ""                # name of the run: results lie in <runs>/<run>/<stage>; empty: the data set's name
-    data: str = "data"           # directory of prepared data sets
-    runs: str = "runs"           # directory of runs
-    seed: int = 0                # of every random draw in this stage
-    device: str = "auto"         # cpu, cuda, cuda:1; auto takes cuda where there is one
-    save_every: int = 50         # steps between checkpoints
-    parallel: str = "ddp"        # with several processes: ddp (each holds everything) or fsdp (weights and moments cut)
-    checkpoint_blocks: bool = False # training computes a block's insides again instead of keeping them: less memory
+    dataset: str = "synthetic"  # name of the data set: prepared data lie in <data>/<dataset>
+    run: str = ""  # name of the run: results lie in <runs>/<run>/<stage>; empty:
+    # the data set's name
+    data: str = "data"  # directory of prepared data sets
+    runs: str = "runs"  # directory of runs
+    seed: int = 0  # of every random draw in this stage
+    device: str = "auto"  # cpu, cuda, cuda:1; auto takes cuda where there is one
+    save_every: int = 50  # steps between checkpoints
+    parallel: str = "ddp"  # with several processes: ddp (each holds everything) or fsdp (weights
+    # and moments cut)
+    checkpoint_blocks: bool = False  # training computes a block's insides again instead of keeping
+    # them: less memory
 
     def __post_init__(self):
         check_numbers(self, infinite=self.INFINITE)
         if hasattr(self, "grad_clip"):
             check(self, grad_clip=(self.grad_clip > 0, "above 0, or inf for no limit"))
-        check(self, save_every=(self.save_every > 0, "1 or more"),
-              parallel=(self.parallel in dist.MODES, " or ".join(dist.MODES)))
+        check(
+            self,
+            save_every=(self.save_every > 0, "1 or more"),
+            parallel=(self.parallel in dist.MODES, " or ".join(dist.MODES)),
+        )
 
     @property
     def data_dir(self) -> Path:
@@ -78,8 +105,9 @@ class Common:
 class Learning(Common):
     """Fields of every stage that trains."""
 
-    precision: str = "auto"      # of the trunk's matrix products in training: float32, bfloat16, or auto: bfloat16
-                                 # where the processor has it and the trunk is wide enough to gain. Kept over a resume
+    precision: str = "auto"  # of the trunk's matrix products in training: float32, bfloat16,
+    # or auto: bfloat16 where the processor has it and the trunk is wide enough to gain. Kept over a
+    # resume
 
     def __post_init__(self):
         super().__post_init__()
@@ -137,7 +165,9 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise PageLLMError(f"{path} is damaged ({error}); remove {path.parent} and make it again") from None
+        raise PageLLMError(
+            f"{path} is damaged ({error}); remove {path.parent} and make it again"
+        ) from None
 
 
 def write_json(path: str | Path, value) -> None:
@@ -162,16 +192,27 @@ def load_model_file(path: str | Path) -> dict:
     """
     path = Path(path)
     record = path.parent / "done"
-    if path.name == "model.pt" and path.exists() and record.exists() and file_id(path) != read_json(record)["id"]:
-        raise PageLLMError(f"{path} is not what its stage wrote: changed or damaged since\n"
-                           f"  Remove {path.parent} and make it again.")
+    if (
+        path.name == "model.pt"
+        and path.exists()
+        and record.exists()
+        and file_id(path) != read_json(record)["id"]
+    ):
+        raise PageLLMError(
+            f"{path} is not what its stage wrote: changed or damaged since\n"
+            f"  Remove {path.parent} and make it again."
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise PageLLMError(f"{path} is gone; remove {Path(path).parent} and make it again") from None
+        raise PageLLMError(
+            f"{path} is gone; remove {Path(path).parent} and make it again"
+        ) from None
     except Exception as error:
-        raise PageLLMError(f"{path} cannot be read ({type(error).__name__}: {error}); "
-                           f"remove {Path(path).parent} and make it again") from error
+        raise PageLLMError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); "
+            f"remove {Path(path).parent} and make it again"
+        ) from error
 
 
 def commit(folder: str | Path = Path(__file__).parent) -> str | None:
@@ -179,11 +220,19 @@ def commit(folder: str | Path = Path(__file__).parent) -> str | None:
 
     None without git, and for an installed copy, also one inside somebody else's repository.
     """
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}   # a hook sets them
+    # a hook sets them
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "--no-optional-locks", *words], cwd=folder, env=plain, capture_output=True,
-                              text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "--no-optional-locks", *words],
+            cwd=folder,
+            env=plain,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", "run.py")
@@ -198,9 +247,14 @@ def machine(device: str = "cpu") -> str:
     found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     on = dist.pick_device(device)
-    parts = [found[1] if found else platform.processor() or platform.machine(), f"{cores} cores",
-             f"{torch.get_num_threads()} threads", *([f"{dist.world()} processes"] if dist.world() > 1 else []),
-             *([torch.cuda.get_device_name(on)] if on.type == "cuda" else []), platform.system()]
+    parts = [
+        found[1] if found else platform.processor() or platform.machine(),
+        f"{cores} cores",
+        f"{torch.get_num_threads()} threads",
+        *([f"{dist.world()} processes"] if dist.world() > 1 else []),
+        *([torch.cuda.get_device_name(on)] if on.type == "cuda" else []),
+        platform.system(),
+    ]
     return ", ".join(parts)
 
 
@@ -226,13 +280,15 @@ class Run:
     free     fields that may differ when a run is carried on (they move no number), beside FREE
     """
 
-    def __init__(self, path: str | Path, config, inputs: dict[str, str], free: tuple[str, ...] = ()):
+    def __init__(
+        self, path: str | Path, config, inputs: dict[str, str], free: tuple[str, ...] = ()
+    ):
         self.path = Path(path)
         self.started = time.time()
         self.save_every = getattr(config, "save_every", 0)
         self._logs: dict = {}
-        self._queue: list[tuple] = []   # lines whose numbers may still be on the GPU
-        self.last: dict = {}            # the newest line of log.jsonl that was written
+        self._queue: list[tuple] = []  # lines whose numbers may still be on the GPU
+        self.last: dict = {}  # the newest line of log.jsonl that was written
         self._lock = None
         self._waiting = Waiting()
         if dist.is_main():
@@ -249,7 +305,9 @@ class Run:
             # The kernel drops the lock with the process, so a lock file left by a killed run is no obstacle.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise PageLLMError(f"another process works in {self.path}; wait for it, or use RUN=another") from None
+            raise PageLLMError(
+                f"another process works in {self.path}; wait for it, or use RUN=another"
+            ) from None
         for left in self.path.rglob(".*.tmp"):
             left.unlink(missing_ok=True)
         if self.done:
@@ -271,15 +329,25 @@ class Run:
                 if old != new and name not in free:
                     raise PageLLMError(
                         f"{self.path} was made with {name}={old!r}, now {name}={new!r}\n"
-                        f"  Keep both with RUN=another, or remove {self.path} to make it anew.")
+                        f"  Keep both with RUN=another, or remove {self.path} to make it anew."
+                    )
             for name in sorted(set(before["inputs"]) | set(inputs)):
                 if before["inputs"].get(name) != inputs.get(name):
-                    raise PageLLMError(f"{self.path} was made from another {name}, which has changed since\n"
-                                       f"  Remove {self.path} to make it anew, or use RUN=another.")
+                    raise PageLLMError(
+                        f"{self.path} was made from another {name}, which has changed since\n"
+                        f"  Remove {self.path} to make it anew, or use RUN=another."
+                    )
         else:
             # Never compared: a run may be carried on by another commit or elsewhere, and this says where it began.
-            write_json(path, {"config": config, "inputs": inputs, "versions": versions() | {
-                "commit": commit(), "machine": machine(config.get("device", "cpu"))}})
+            write_json(
+                path,
+                {
+                    "config": config,
+                    "inputs": inputs,
+                    "versions": versions()
+                    | {"commit": commit(), "machine": machine(config.get("device", "cpu"))},
+                },
+            )
 
     def precision(self, name: str, device: torch.device, width: int) -> str:
         """What the trunk multiplies in: decided at the start of a run (dist.pick_precision), kept in config.json, and
@@ -288,7 +356,11 @@ class Run:
         chosen = None
         if dist.is_main():
             record = read_json(self.path / "config.json")
-            begun = "float32" if (self.path / "LAST").exists() else dist.pick_precision(name, device, width)
+            begun = (
+                "float32"
+                if (self.path / "LAST").exists()
+                else dist.pick_precision(name, device, width)
+            )
             chosen = record.get("precision", begun)
             if "precision" not in record:
                 write_json(self.path / "config.json", record | {"precision": chosen})
@@ -313,9 +385,11 @@ class Run:
                 state = load_model_file(path)
                 break
             if dist.is_main():
-                tqdm.write(f"{path} is {'damaged' if path.exists() else 'gone'}; going on from the one before",
-                           file=sys.stderr)
-        dist.barrier()          # everybody has read before the main process writes
+                tqdm.write(
+                    f"{path} is {'damaged' if path.exists() else 'gone'}; going on from the one before",
+                    file=sys.stderr,
+                )
+        dist.barrier()  # everybody has read before the main process writes
         if dist.is_main():
             for path in self.path.glob("*.jsonl"):
                 self._cut(path, state["step"] if state else -1)
@@ -330,7 +404,7 @@ class Run:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
-                break           # a line that a dying process left half-written
+                break  # a line that a dying process left half-written
         with atomic(path) as beside:
             beside.write_text("".join(kept))
 
@@ -341,8 +415,11 @@ class Run:
         """
         if not dist.is_main():
             return
-        scalars = {k: v for k, v in values.items()
-                   if isinstance(v, torch.Tensor) and v.ndim == 0 and v.is_floating_point()}
+        scalars = {
+            k: v
+            for k, v in values.items()
+            if isinstance(v, torch.Tensor) and v.ndim == 0 and v.is_floating_point()
+        }
         self._queue.append((file, step, values, [*scalars], dist.Fetch([*scalars.values()])))
         self.flush(before=step if any(v.is_cuda for v in scalars.values()) else None)
 
@@ -351,7 +428,10 @@ class Run:
         while self._queue and (before is None or self._queue[0][1] < before):
             file, step, values, names, fetch = self._queue.pop(0)
             numbers = dict(zip(names, fetch.read(), strict=True))
-            row = {"step": step, **{k: numbers[k] if k in numbers else plain(v) for k, v in values.items()}}
+            row = {
+                "step": step,
+                **{k: numbers[k] if k in numbers else plain(v) for k, v in values.items()},
+            }
             if file == "log":
                 self.last = row
             if file not in self._logs:
@@ -387,7 +467,9 @@ class Run:
             self._write_checkpoint(state)
         dist.barrier()
         if self._waiting.signum is not None:
-            raise Interrupted(self._waiting.signum, f"{self.path} holds the checkpoint of step {state['step']}")
+            raise Interrupted(
+                self._waiting.signum, f"{self.path} holds the checkpoint of step {state['step']}"
+            )
 
     def _write_checkpoint(self, state: dict) -> None:
         name = f"step-{state['step']:08d}.pt"
@@ -398,7 +480,11 @@ class Run:
             save_tensors(state, beside)
             checksum = file_id(beside)
         last = self.path / "LAST"
-        before = [line for line in last.read_text().splitlines() if not line.startswith(name)] if last.exists() else []
+        before = (
+            [line for line in last.read_text().splitlines() if not line.startswith(name)]
+            if last.exists()
+            else []
+        )
         lines = [f"{name} {checksum}", *before[:1]]
         with atomic(last) as beside:
             beside.write_text("".join(line + "\n" for line in lines))
@@ -437,8 +523,15 @@ class Run:
                 identity = file_id(self.path / "model.pt")
             if state is not None:
                 result["state"] = digest(state)
-            write_json(self.path / "done", {"id": identity, "seconds": round(time.time() - self.started, 1),
-                                             "peak_mb": round(dist.peak_memory(), 1), **result})
+            write_json(
+                self.path / "done",
+                {
+                    "id": identity,
+                    "seconds": round(time.time() - self.started, 1),
+                    "peak_mb": round(dist.peak_memory(), 1),
+                    **result,
+                },
+            )
             self._drop_checkpoints()
         dist.barrier()
 

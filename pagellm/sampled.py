@@ -22,7 +22,8 @@ from kernels.logprob import linear_logp
 
 __all__ = ["Candidates", "Proposal", "locate", "sampled_logits", "sampled_logp"]
 
-Candidates = tuple[Tensor, Tensor]      # item (S,) int64, rising, distinct; log_weight (S,) float32, 0 for the targets
+# item (S,) int64, rising, distinct; log_weight (S,) float32, 0 for the targets
+Candidates = tuple[Tensor, Tensor]
 
 
 class Proposal:
@@ -49,10 +50,14 @@ class Proposal:
         drawn, count = np.unique(drawn, return_counts=True)
         extra = ~np.isin(drawn, own)
         item = np.concatenate([own, drawn[extra]])
-        log_weight = np.concatenate([np.zeros(len(own)), np.log(count[extra] / (n * self.q[drawn[extra]]))])
+        log_weight = np.concatenate(
+            [np.zeros(len(own)), np.log(count[extra] / (n * self.q[drawn[extra]]))]
+        )
         order = np.argsort(item)
-        return (torch.from_numpy(item[order]).to(target.device),
-                torch.from_numpy(log_weight[order].astype(np.float32)).to(target.device))
+        return (
+            torch.from_numpy(item[order]).to(target.device),
+            torch.from_numpy(log_weight[order].astype(np.float32)).to(target.device),
+        )
 
 
 def locate(candidates: Candidates, items: Tensor) -> Tensor:
@@ -67,8 +72,13 @@ def sampled_logits(hidden: Tensor, rows: Tensor, candidates: Candidates) -> Tens
     return hidden.float() @ rows.float().T + candidates[1]
 
 
-def sampled_logp(hidden: Tensor, rows: Tensor, candidates: Candidates, target: Tensor,
-                 illegal: Tensor | None = None) -> Tensor:
+def sampled_logp(
+    hidden: Tensor,
+    rows: Tensor,
+    candidates: Candidates,
+    target: Tensor,
+    illegal: Tensor | None = None,
+) -> Tensor:
     """z_target - log Z^ of every row, (n,) float32: the estimate of the full softmax's log-probability.
 
     hidden (n, C)    rows (S, C), the candidates'    target (n,) item ids, each among the candidates
@@ -77,5 +87,9 @@ def sampled_logp(hidden: Tensor, rows: Tensor, candidates: Candidates, target: T
     # One more column: 1 beside the states, log(1 / (n q)) beside the rows. So the kernel adds the correction.
     state = torch.cat([hidden.float(), hidden.new_ones(len(hidden), 1, dtype=torch.float32)], 1)
     head = torch.cat([rows.float(), candidates[1][:, None]], 1)
-    return linear_logp(state, head, locate(candidates, target),
-                       None if illegal is None else locate(candidates, illegal))
+    return linear_logp(
+        state,
+        head,
+        locate(candidates, target),
+        None if illegal is None else locate(candidates, illegal),
+    )

@@ -28,31 +28,42 @@ from pagellm.run import Common, atomic, file_id, write_json
 
 __all__ = ["Config", "Index", "exact", "grown", "run"]
 
-MISSING_EXTRA = ("approximate search needs faiss, which is not installed\n"
-                 "  Install it with: pip install 'pagellm[search]'")
+MISSING_EXTRA = (
+    "approximate search needs faiss, which is not installed\n"
+    "  Install it with: pip install 'pagellm[search]'"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
     """Build an HNSW index over an export's item rows and measure it beside exact search."""
 
-    policy: str = "ppo"          # whose export is read: ppo or sft
-    k: int = 100                 # items wanted for each user
-    degree: int = 32             # links of an item in the graph
-    build: int = 200             # items looked at when a link is made
+    policy: str = "ppo"  # whose export is read: ppo or sft
+    k: int = 100  # items wanted for each user
+    degree: int = 32  # links of an item in the graph
+    build: int = 200  # items looked at when a link is made
     search: str = "100,200,400"  # items looked at in a query, comma-separated; each is measured
-    users: int = 1000            # queries, drawn from the export's users
-    copies: int = 1              # the catalogue is grown this many times (`grown`), to see how search scales
-    repeats: int = 3             # timings of each; the fastest counts
+    users: int = 1000  # queries, drawn from the export's users
+    copies: int = 1  # the catalogue is grown this many times (`grown`), to see how search scales
+    repeats: int = 3  # timings of each; the fastest counts
 
     def __post_init__(self):
         super().__post_init__()
         looked = self.search.split(",")
-        check(self, policy=(self.policy in ("ppo", "sft"), "ppo or sft"), k=(self.k > 0, "1 or more"),
-              degree=(self.degree > 1, "2 or more"), build=(self.build > 0, "1 or more"),
-              search=(all(x.isdigit() and int(x) > 0 for x in looked), "whole numbers above 0, comma-separated"),
-              users=(self.users > 0, "1 or more"), copies=(self.copies > 0, "1 or more"),
-              repeats=(self.repeats > 0, "1 or more"))
+        check(
+            self,
+            policy=(self.policy in ("ppo", "sft"), "ppo or sft"),
+            k=(self.k > 0, "1 or more"),
+            degree=(self.degree > 1, "2 or more"),
+            build=(self.build > 0, "1 or more"),
+            search=(
+                all(x.isdigit() and int(x) > 0 for x in looked),
+                "whole numbers above 0, comma-separated",
+            ),
+            users=(self.users > 0, "1 or more"),
+            copies=(self.copies > 0, "1 or more"),
+            repeats=(self.repeats > 0, "1 or more"),
+        )
 
 
 def library():
@@ -80,7 +91,9 @@ class Index:
         longest = float(square.max(initial=0.0))
         graph = faiss.IndexHNSWFlat(rows.shape[1] + 1, degree)
         graph.hnsw.efConstruction = build
-        graph.add(np.column_stack([rows, np.sqrt(np.maximum(longest - square, 0.0))]).astype(np.float32))
+        graph.add(
+            np.column_stack([rows, np.sqrt(np.maximum(longest - square, 0.0))]).astype(np.float32)
+        )
         return cls(graph, ids, longest)
 
     def query(self, h: np.ndarray, k: int, looked: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -95,9 +108,13 @@ class Index:
         """`query` with row numbers (B, k) int64, -1 past what was found."""
         faiss = library()
         if h.ndim != 2 or h.shape[1] + 1 != self.graph.d:
-            raise PageLLMError(f"queries of shape {h.shape}: this index wants (B, {self.graph.d - 1})")
+            raise PageLLMError(
+                f"queries of shape {h.shape}: this index wants (B, {self.graph.d - 1})"
+            )
         how = faiss.SearchParametersHNSW(efSearch=max(k, looked or 2 * k))
-        distance, place = self.graph.search(np.column_stack([h, np.zeros(len(h))]).astype(np.float32), k, params=how)
+        distance, place = self.graph.search(
+            np.column_stack([h, np.zeros(len(h))]).astype(np.float32), k, params=how
+        )
         # |h - e|^2 = |h|^2 + longest - 2 h.e in the longer space.
         score = ((h.astype(np.float64) ** 2).sum(1, keepdims=True) + self.longest - distance) / 2
         return place, np.where(place >= 0, score, -np.inf).astype(np.float32)
@@ -107,7 +124,9 @@ class Index:
         path = Path(folder) / f"{name}.hnsw"
         with atomic(path) as beside:
             library().write_index(self.graph, str(beside))
-        write_json(path.with_suffix(".hnsw.json"), about | {"id": file_id(path), "longest": self.longest})
+        write_json(
+            path.with_suffix(".hnsw.json"), about | {"id": file_id(path), "longest": self.longest}
+        )
         return path.stat().st_size
 
     @classmethod
@@ -116,13 +135,20 @@ class Index:
         rows, path = Embeddings(folder), Path(folder) / f"{name}.hnsw"
         try:
             about = json.loads(path.with_suffix(".hnsw.json").read_text())
-            same = about["id"] == file_id(path) and about["rows"] == rows.manifest["sha256"][f"{name}.npy"]
+            same = (
+                about["id"] == file_id(path)
+                and about["rows"] == rows.manifest["sha256"][f"{name}.npy"]
+            )
         except (OSError, ValueError, KeyError) as error:
-            raise PageLLMError(f"no index in {path} ({type(error).__name__})\n"
-                               "  Make it with: python -m pagellm.search") from None
+            raise PageLLMError(
+                f"no index in {path} ({type(error).__name__})\n"
+                "  Make it with: python -m pagellm.search"
+            ) from None
         if not same:
-            raise PageLLMError(f"{path} is damaged or not of the rows beside it\n"
-                               "  Make it anew with: python -m pagellm.search")
+            raise PageLLMError(
+                f"{path} is damaged or not of the rows beside it\n"
+                "  Make it anew with: python -m pagellm.search"
+            )
         return cls(library().read_index(str(path)), list(rows.items), about["longest"])
 
 
@@ -130,9 +156,15 @@ def exact(rows: np.ndarray, h: np.ndarray, k: int, block: int = 256) -> np.ndarr
     """(B, k) rows with the largest h . e, best first: every item scored. rows (N, d), h (B, d)."""
     out = []
     for at in range(0, len(h), block):
-        score = h[at: at + block] @ rows.T
-        best = np.argpartition(-score, k - 1, axis=1)[:, :k] if k < len(rows) else np.argsort(-score, axis=1)
-        out.append(np.take_along_axis(best, np.argsort(-np.take_along_axis(score, best, 1), axis=1), 1))
+        score = h[at : at + block] @ rows.T
+        best = (
+            np.argpartition(-score, k - 1, axis=1)[:, :k]
+            if k < len(rows)
+            else np.argsort(-score, axis=1)
+        )
+        out.append(
+            np.take_along_axis(best, np.argsort(-np.take_along_axis(score, best, 1), axis=1), 1)
+        )
     return np.concatenate(out)
 
 
@@ -141,7 +173,9 @@ def grown(rows: np.ndarray, copies: int, seed: int = 0) -> np.ndarray:
     dimension's spread. A stand-in for a larger catalogue with the same clusters; no shop's rows."""
     rng = np.random.Generator(np.random.Philox(key=seed))
     more = np.tile(rows, (copies - 1, 1))
-    return np.concatenate([rows, more + 0.1 * rows.std(0) * rng.standard_normal(more.shape, dtype=np.float32)])
+    return np.concatenate(
+        [rows, more + 0.1 * rows.std(0) * rng.standard_normal(more.shape, dtype=np.float32)]
+    )
 
 
 def fastest(call, repeats: int) -> tuple[float, object]:
@@ -169,26 +203,59 @@ def run(config: Config) -> list[dict]:
     if config.k > len(rows):
         raise PageLLMError(f"k={config.k}: the export has {len(rows):,} items")
     seconds, true = fastest(lambda: exact(rows, h, config.k), config.repeats)
-    records = [{"search": "exact", "recall": 1.0, "low": 1.0, "high": 1.0, "qps": len(h) / seconds,
-                "bytes": rows.nbytes}]
+    records = [
+        {
+            "search": "exact",
+            "recall": 1.0,
+            "low": 1.0,
+            "high": 1.0,
+            "qps": len(h) / seconds,
+            "bytes": rows.nbytes,
+        }
+    ]
     started = time.perf_counter()
     index = Index.build(rows, ids, config.degree, config.build)
     built = time.perf_counter() - started
     if config.copies == 1:
-        size = index.save(folder, "item_token", {"rows": source.manifest["sha256"]["item_token.npy"],
-                                                 "degree": config.degree, "build": config.build})
+        size = index.save(
+            folder,
+            "item_token",
+            {
+                "rows": source.manifest["sha256"]["item_token.npy"],
+                "degree": config.degree,
+                "build": config.build,
+            },
+        )
     else:
         size = library().serialize_index(index.graph).nbytes
     for looked in dict.fromkeys(max(int(x), config.k) for x in config.search.split(",")):
-        seconds, (place, _) = fastest(lambda looked=looked: index.places(h, config.k, looked), config.repeats)
-        found = np.array([len(np.intersect1d(a, b)) for a, b in zip(place, true, strict=True)]) / config.k
+        seconds, (place, _) = fastest(
+            lambda looked=looked: index.places(h, config.k, looked), config.repeats
+        )
+        found = (
+            np.array([len(np.intersect1d(a, b)) for a, b in zip(place, true, strict=True)])
+            / config.k
+        )
         boot = found[rng.integers(len(found), size=(1000, len(found)))].mean(1)
-        records.append({"search": f"HNSW, {looked} looked at", "recall": float(found.mean()),
-                        "low": float(np.quantile(boot, 0.025)), "high": float(np.quantile(boot, 0.975)),
-                        "qps": len(h) / seconds, "bytes": size})
-    made_up = f" ({config.copies} times the catalogue, made up; kept nowhere)" if config.copies > 1 else ""
-    print(f"{folder}: {len(rows):,} items{made_up} of {rows.shape[1]} dimensions, {len(h):,} users, k={config.k}, one "
-          f"thread; built in {built:.1f} s")
+        records.append(
+            {
+                "search": f"HNSW, {looked} looked at",
+                "recall": float(found.mean()),
+                "low": float(np.quantile(boot, 0.025)),
+                "high": float(np.quantile(boot, 0.975)),
+                "qps": len(h) / seconds,
+                "bytes": size,
+            }
+        )
+    made_up = (
+        f" ({config.copies} times the catalogue, made up; kept nowhere)"
+        if config.copies > 1
+        else ""
+    )
+    print(
+        f"{folder}: {len(rows):,} items{made_up} of {rows.shape[1]} dimensions, {len(h):,} users, k={config.k}, one "
+        f"thread; built in {built:.1f} s"
+    )
     print(f"\n{'':<24}{'recall@' + str(config.k):<28}{'queries/s':>10}{'MB':>8}")
     for r in records:
         span = f"{r['recall']:.4f} [{r['low']:.4f}, {r['high']:.4f}]"

@@ -38,35 +38,47 @@ log = logging.getLogger("pagellm")
 class Config(Sources):
     """Serve pages over HTTP until stopped. There is no log-in: think before binding to more than loopback."""
 
-    host: str = "127.0.0.1"      # address to listen on
-    port: int = 8000             # TCP port; 0 takes a free one and says which
-    batch: int = 32              # pages written at once
-    queue: int = 256             # requests that may wait; more are refused with 503
-    timeout: float = 10.0        # seconds a request may take to arrive, and again to be answered
-    keep_alive: int = 75         # seconds an idle connection stays open. Longer than clients and proxies keep theirs
-                                 # (60 is usual), or a request meets a connection that is just being closed, and is lost
-    max_body: int = 4 << 20      # bytes of a request
-    max_k: int = 100             # slots of a page; the model's context may allow fewer
-    width: int = 4               # pages a beam keeps
-    cache_mb: int = 128          # MiB of prompt columns and user states
-    reload: float = 2.0          # seconds between looks for new weights; 0: never
-    drain: int = 30              # seconds for requests under way when stopped
-    threads: int = 0             # CPU threads of a batch; 0: torch's choice
-    log: str = "info"            # least level that is logged: debug, info, warning, error
+    host: str = "127.0.0.1"  # address to listen on
+    port: int = 8000  # TCP port; 0 takes a free one and says which
+    batch: int = 32  # pages written at once
+    queue: int = 256  # requests that may wait; more are refused with 503
+    timeout: float = 10.0  # seconds a request may take to arrive, and again to be answered
+    keep_alive: int = 75  # seconds an idle connection stays open.
+    # Longer than clients and proxies keep theirs (60 is usual), or a request meets a connection
+    # that is just being closed, and is lost
+    max_body: int = 4 << 20  # bytes of a request
+    max_k: int = 100  # slots of a page; the model's context may allow fewer
+    width: int = 4  # pages a beam keeps
+    cache_mb: int = 128  # MiB of prompt columns and user states
+    reload: float = 2.0  # seconds between looks for new weights; 0: never
+    drain: int = 30  # seconds for requests under way when stopped
+    threads: int = 0  # CPU threads of a batch; 0: torch's choice
+    log: str = "info"  # least level that is logged: debug, info, warning, error
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, port=(0 <= self.port < 65536, "0 to 65535"), batch=(self.batch > 0, "1 or more"),
-              queue=(self.queue > 0, "1 or more"), timeout=(0 < self.timeout < math.inf, "seconds above 0"),
-              keep_alive=(self.keep_alive > 0, "1 or more"),
-              max_body=(self.max_body > 0, "1 or more"), max_k=(self.max_k > 0, "1 or more"),
-              width=(self.width > 0, "1 or more"), cache_mb=(self.cache_mb >= 0, "0 or more"),
-              reload=(0 <= self.reload < math.inf, "0 or more"), drain=(self.drain >= 0, "0 or more"),
-              threads=(self.threads >= 0, "0 or more"),
-              log=(self.log in ("debug", "info", "warning", "error"), "debug, info, warning or error"))
+        check(
+            self,
+            port=(0 <= self.port < 65536, "0 to 65535"),
+            batch=(self.batch > 0, "1 or more"),
+            queue=(self.queue > 0, "1 or more"),
+            timeout=(0 < self.timeout < math.inf, "seconds above 0"),
+            keep_alive=(self.keep_alive > 0, "1 or more"),
+            max_body=(self.max_body > 0, "1 or more"),
+            max_k=(self.max_k > 0, "1 or more"),
+            width=(self.width > 0, "1 or more"),
+            cache_mb=(self.cache_mb >= 0, "0 or more"),
+            reload=(0 <= self.reload < math.inf, "0 or more"),
+            drain=(self.drain >= 0, "0 or more"),
+            threads=(self.threads >= 0, "0 or more"),
+            log=(
+                self.log in ("debug", "info", "warning", "error"),
+                "debug, info, warning or error",
+            ),
+        )
 
 
-TIDY = 10.0              # seconds between two calls of give_back
+TIDY = 10.0  # seconds between two calls of give_back
 
 
 def give_back() -> None:
@@ -102,8 +114,12 @@ class Service:
         self.told: str | None = None
 
     def load(self) -> Recommender:
-        return Recommender.load(self.config, cache=self.cache, width=self.config.width,
-                                observe=lambda stage, seconds: self.observe(stage, seconds))
+        return Recommender.load(
+            self.config,
+            cache=self.cache,
+            width=self.config.width,
+            observe=lambda stage, seconds: self.observe(stage, seconds),
+        )
 
     def start(self) -> None:
         work = [self.work] + ([self.watch] if self.config.reload else [])
@@ -128,6 +144,7 @@ class Service:
     async def answer(self, ask: Ask) -> dict:
         """Raises PageLLMError for an ask that cannot be met, api.Busy, api.TooSlow."""
         from pagellm.api import Busy, TooSlow
+
         future: Future = Future()
         with self.change:
             if self.closed.is_set() or len(self.jobs) >= self.config.queue:
@@ -187,8 +204,10 @@ class Service:
     def on_disk(self) -> dict[str, str] | None:
         """The ids of what is on disk now; None while a stage is missing or unfinished."""
         try:
-            found = {name: json.loads((self.config.where(name) / "done").read_text())["id"]
-                     for name in (*POLICIES, "reward")}
+            found = {
+                name: json.loads((self.config.where(name) / "done").read_text())["id"]
+                for name in (*POLICIES, "reward")
+            }
             return found | {"data": file_id(self.config.data_dir / "source.json")}
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -210,7 +229,10 @@ class Service:
             if self.told != (told := str(found)):
                 self.told = told
                 self.observe("swap_failed", 1)
-                log.error("swap_failed", extra={"fields": {"type": type(error).__name__, "why": str(error)[:300]}})
+                log.error(
+                    "swap_failed",
+                    extra={"fields": {"type": type(error).__name__, "why": str(error)[:300]}},
+                )
             return False
         self.recommender = fresh
         self.observe("swap", 1)
@@ -221,15 +243,19 @@ class Service:
 def listen(host: str, port: int) -> socket.socket:
     """A TCP socket that listens. Raises PageLLMError if it cannot."""
     # The protocol is named because asyncio switches Nagle's delay off only then: without it an answer waits 40 ms.
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    sock = socket.socket(
+        socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP
+    )
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
         sock.listen(1024)
     except OSError as error:
         sock.close()
-        raise PageLLMError(f"cannot listen on {host}:{port} ({error.strerror or error}); "
-                           "take another with --port, or --port 0 for any free one") from None
+        raise PageLLMError(
+            f"cannot listen on {host}:{port} ({error.strerror or error}); "
+            "take another with --port, or --port 0 for any free one"
+        ) from None
     return sock
 
 
@@ -240,8 +266,10 @@ def run(config: Config) -> None:
 
         from pagellm.api import Http, json_logs, make_app
     except ImportError as error:
-        raise PageLLMError(f"serving needs {error.name}, which is not installed\n"
-                           "  Make it work with: pip install 'pagellm[serve]'   (make serve does)") from None
+        raise PageLLMError(
+            f"serving needs {error.name}, which is not installed\n"
+            "  Make it work with: pip install 'pagellm[serve]'   (make serve does)"
+        ) from None
     if config.threads:
         torch.set_num_threads(config.threads)
     started = time.perf_counter()
@@ -250,19 +278,40 @@ def run(config: Config) -> None:
     json_logs(config.log)
     host, port = sock.getsockname()[:2]
     if not host.startswith("127.") and host != "::1":
-        log.warning("open", extra={"fields": {"why": f"listens on {host}, not loopback, and has no log-in"}})
-    log.info("serve", extra={"fields": {"models": service.recommender.hashes,
-                                        "seconds": round(time.perf_counter() - started, 2)}})
-    print(f"PageLLM: http://{f'[{host}]' if ':' in host else host}:{port}/   (Ctrl+C stops)", flush=True)
+        log.warning(
+            "open", extra={"fields": {"why": f"listens on {host}, not loopback, and has no log-in"}}
+        )
+    log.info(
+        "serve",
+        extra={
+            "fields": {
+                "models": service.recommender.hashes,
+                "seconds": round(time.perf_counter() - started, 2),
+            }
+        },
+    )
+    print(
+        f"PageLLM: http://{f'[{host}]' if ':' in host else host}:{port}/   (Ctrl+C stops)",
+        flush=True,
+    )
     http = type("Http", (Http,), {"patience": config.timeout})
-    server = uvicorn.Server(uvicorn.Config(
-        make_app(service), http=http, ws="none", log_config=None, access_log=False, server_header=False,
-        timeout_keep_alive=config.keep_alive, timeout_graceful_shutdown=config.drain,
-        h11_max_incomplete_event_size=64 << 10))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            make_app(service),
+            http=http,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=config.keep_alive,
+            timeout_graceful_shutdown=config.drain,
+            h11_max_incomplete_event_size=64 << 10,
+        )
+    )
     try:
         server.run(sockets=[sock])
     except (Interrupted, KeyboardInterrupt):
-        pass                     # uvicorn has answered what was under way, and raises the signal again: a clean end
+        pass  # uvicorn has answered what was under way, and raises the signal again: a clean end
 
 
 if __name__ == "__main__":

@@ -21,7 +21,13 @@ from pagellm.backbone import Backbone
 from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Shop, load
 from pagellm.decode import Unseen, page_logp, slot_states
-from pagellm.lists import ground_truth_page, item_scores, near_duplicates, single_level, split_history
+from pagellm.lists import (
+    ground_truth_page,
+    item_scores,
+    near_duplicates,
+    single_level,
+    split_history,
+)
 from pagellm.networks import from_state
 from pagellm.policy import MODES, Policy, PromptStyle, Validation
 from pagellm.prompts import pad_ids
@@ -55,47 +61,59 @@ SELECT = ("ndcg", "last")
 class Config(Learning):
     """Teach the pre-trained model to write the ground-truth page behind a user's history."""
 
-    label_share: float = 0.5     # share of a user's train items that become the page; the rest is the history
-    label_share_max: float = 0.0 # if above label_share, the share is drawn between the two for every example
-    cut: str = "random"          # input/label split: random (by label_share), or time: at a moment drawn anew for every
-                                 # example, what comes after it is the page
-    fresh_split: bool = True     # draw the input/label split anew each epoch; off: one split for good
-    objective: str = "both"      # list (Eq. 4, slot by slot), multinomial (all labels from the first state), or both
-    max_page: int = 40           # longest page learnt; what a very active user has beyond it is left out
-    shrink: float = 0.0          # m of s_i: pull item means towards the mean of all, worth m ratings
-    max_history: int = 24        # items of history in the prompt
-    use_ratings: bool = True     # show the rating behind each item of the history
-    use_user: bool = True        # show the user's own token; off: <user_unk> for all
-    epochs: float = 15.0         # passes over the users; a fraction of one ends before everybody was seen
-    batch: int = 64              # users in a step
-    lr: float = 2e-3             # peak learning rate
-    warmup: int = 20             # steps of linear warm-up
-    weight_decay: float = 0.05   # of the matrices
-    row_decay: float = 0.0       # weight decay of user and item rows
-    row_lr: float = 1.0          # learning rate of rows (users, items, words, positions) as a share of lr
-    sampled_items: int = 0       # items drawn for a step's softmax, beside the batch's own; 0: all items, exactly
-    lazy_rows: bool = False      # user and item rows move only in steps that read them; for large catalogues, with
-                                 # sampled_items, where moving all rows costs more than learning
-    dropout: float = 0.1         # in embedding, attention and residual
-    grad_clip: float = 1.0       # largest gradient norm; inf: no limit
-    k: int = 20                  # slots of a page in validation
-    mode: str = "greedy"         # decoding in validation: greedy, beam or one_shot
-    eval_every: int = 60         # steps between validations
-    eval_users: int = 500        # users in a validation; 0: all that have validation items
-    select: str = "ndcg"         # weights kept: ndcg, those with the best validation; last, which needs no validation
-                                 # rows (prepare --refit)
+    label_share: float = 0.5  # share of a user's train items that become the page;
+    # the rest is the history
+    label_share_max: float = 0.0  # if above label_share, the share is drawn between the two for
+    # every example
+    cut: str = "random"  # input/label split: random (by label_share), or time:
+    # at a moment drawn anew for every example, what comes after it is the page
+    fresh_split: bool = True  # draw the input/label split anew each epoch; off: one split for good
+    objective: str = "both"  # list (Eq. 4, slot by slot),
+    # multinomial (all labels from the first state), or both
+    max_page: int = 40  # longest page learnt; what a very active user has beyond it is left out
+    shrink: float = 0.0  # m of s_i: pull item means towards the mean of all, worth m ratings
+    max_history: int = 24  # items of history in the prompt
+    use_ratings: bool = True  # show the rating behind each item of the history
+    use_user: bool = True  # show the user's own token; off: <user_unk> for all
+    epochs: float = 15.0  # passes over the users; a fraction of one ends before everybody was seen
+    batch: int = 64  # users in a step
+    lr: float = 2e-3  # peak learning rate
+    warmup: int = 20  # steps of linear warm-up
+    weight_decay: float = 0.05  # of the matrices
+    row_decay: float = 0.0  # weight decay of user and item rows
+    row_lr: float = 1.0  # learning rate of rows (users, items, words, positions) as a share of lr
+    sampled_items: int = 0  # items drawn for a step's softmax, beside the batch's own; 0:
+    # all items, exactly
+    lazy_rows: bool = False  # user and item rows move only in steps that read them;
+    # for large catalogues, with sampled_items, where moving all rows costs more than learning
+    dropout: float = 0.1  # in embedding, attention and residual
+    grad_clip: float = 1.0  # largest gradient norm; inf: no limit
+    k: int = 20  # slots of a page in validation
+    mode: str = "greedy"  # decoding in validation: greedy, beam or one_shot
+    eval_every: int = 60  # steps between validations
+    eval_users: int = 500  # users in a validation; 0: all that have validation items
+    select: str = "ndcg"  # weights kept: ndcg, those with the best validation; last,
+    # which needs no validation rows (prepare --refit)
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, label_share=(0 < self.label_share < 1, "between 0 and 1"),
-              label_share_max=(0 <= self.label_share_max < 1, "0 or more, below 1"),
-              objective=(self.objective in OBJECTIVES, ", ".join(OBJECTIVES)),
-              cut=(self.cut in CUTS, " or ".join(CUTS)),
-              max_history=(self.max_history > 0, "1 or more"), epochs=(self.epochs > 0, "above 0"),
-              batch=(self.batch > 0, "1 or more"), lr=(self.lr > 0, "above 0"), k=(self.k > 0, "1 or more"),
-              dropout=(0 <= self.dropout < 1, "0 or more, below 1"),
-              select=(self.select in SELECT, " or ".join(SELECT)), mode=(self.mode in MODES, ", ".join(MODES)),
-              eval_every=(self.eval_every > 0, "1 or more"), eval_users=(self.eval_users >= 0, "0 or more"))
+        check(
+            self,
+            label_share=(0 < self.label_share < 1, "between 0 and 1"),
+            label_share_max=(0 <= self.label_share_max < 1, "0 or more, below 1"),
+            objective=(self.objective in OBJECTIVES, ", ".join(OBJECTIVES)),
+            cut=(self.cut in CUTS, " or ".join(CUTS)),
+            max_history=(self.max_history > 0, "1 or more"),
+            epochs=(self.epochs > 0, "above 0"),
+            batch=(self.batch > 0, "1 or more"),
+            lr=(self.lr > 0, "above 0"),
+            k=(self.k > 0, "1 or more"),
+            dropout=(0 <= self.dropout < 1, "0 or more, below 1"),
+            select=(self.select in SELECT, " or ".join(SELECT)),
+            mode=(self.mode in MODES, ", ".join(MODES)),
+            eval_every=(self.eval_every > 0, "1 or more"),
+            eval_users=(self.eval_users >= 0, "0 or more"),
+        )
 
 
 class PageMaker:
@@ -106,9 +124,12 @@ class PageMaker:
         self.time = shop.time[shop.rows("train")]
         self.s = item_scores(shop, shrink)
         self.near = near_duplicates(shop.catalogue)
-        self.users = np.flatnonzero(self.train.counts() > 1)      # one for the history, one for the page
+        # one for the history, one for the page
+        self.users = np.flatnonzero(self.train.counts() > 1)
 
-    def example(self, user: int, share: float, rng: np.random.Generator, longest: int | None = None):
+    def example(
+        self, user: int, share: float, rng: np.random.Generator, longest: int | None = None
+    ):
         """-> (items, ratings) of the history, and the page (item ids, best first, at most `longest`)."""
         items, ratings = self.train.of(user)
         given, label = split_history(items, ratings, share, rng)
@@ -121,18 +142,29 @@ class PageMaker:
         items, ratings = self.train.of(user)
         at = int(rng.integers(1, len(items)))
         page, _ = ground_truth_page(items[at:], ratings[at:], self.catalogue, self.s, self.near)
-        return (items[:at], ratings[:at]), page[:longest], int(self.time[self.train.indptr[user] + at])
+        return (
+            (items[:at], ratings[:at]),
+            page[:longest],
+            int(self.time[self.train.indptr[user] + at]),
+        )
 
     def clock(self, times: int) -> tuple[int, ...]:
         """times - 1 rising moments that cut the train rows into about equal parts; fewer where rows share a moment."""
         if times < 2:
             return ()
-        return tuple(np.unique(np.quantile(self.time, np.arange(1, times) / times, method="higher")).tolist())
+        return tuple(
+            np.unique(np.quantile(self.time, np.arange(1, times) / times, method="higher")).tolist()
+        )
 
     def single_level_share(self, share: float, seed: int) -> float:
         """Share of users with a rating level on one side of the split only (SPEC 2.2 step 2), over one draw."""
-        alone = [single_level(self.train.of(u)[1], *split_history(*self.train.of(u), share, keyed(seed, "levels", u)))
-                 for u in self.users]
+        alone = [
+            single_level(
+                self.train.of(u)[1],
+                *split_history(*self.train.of(u), share, keyed(seed, "levels", u)),
+            )
+            for u in self.users
+        ]
         return float(np.mean(alone))
 
 
@@ -150,18 +182,28 @@ class Batch:
 
     def part(self, rows: Tensor) -> "Batch":
         """Some rows of it, all items in the softmax."""
-        return Batch(self.prompt[rows], self.valid[rows], self.item[rows], self.mask[rows], self.excluded[rows])
+        return Batch(
+            self.prompt[rows],
+            self.valid[rows],
+            self.item[rows],
+            self.mask[rows],
+            self.excluded[rows],
+        )
 
     def head(self, slots: int) -> "Batch":
         """The same with no page longer than `slots`."""
-        return Batch(self.prompt, self.valid, self.item[:, :slots], self.mask[:, :slots], self.excluded)
+        return Batch(
+            self.prompt, self.valid, self.item[:, :slots], self.mask[:, :slots], self.excluded
+        )
 
 
 def collate(policy: Policy, users, examples, when=None) -> Batch:
     histories = [history for history, _ in examples]
     prompt, valid = policy.prompt(users, histories, when)
     item = dist.send(torch.from_numpy(pad_ids([page for _, page in examples], -1)), prompt.device)
-    excluded = dist.send(torch.from_numpy(pad_ids([items for items, _ in histories], -1)), prompt.device)
+    excluded = dist.send(
+        torch.from_numpy(pad_ids([items for items, _ in histories], -1)), prompt.device
+    )
     return Batch(prompt, valid, item, item >= 0, excluded)
 
 
@@ -181,13 +223,15 @@ def sft_loss(model: Backbone, b: Batch, objective: str = "list") -> Tensor:
     if objective in ("multinomial", "both"):
         item, excluded = b.item, b.excluded
         if b.candidates is None:
-            logits = model.item_logits(states[:, 0])                                                # (B, N)
+            logits = model.item_logits(states[:, 0])  # (B, N)
         else:
             item, excluded = (locate(b.candidates, x) for x in (item, excluded))
-            logits = sampled_logits(states[:, 0], rows, b.candidates)                               # (B, S)
+            logits = sampled_logits(states[:, 0], rows, b.candidates)  # (B, S)
         legal = Unseen(excluded, logits.shape[1]).legal
         logp = torch.where(legal, logits, -torch.inf).log_softmax(1)
-        loss = loss - torch.where(b.mask, logp.gather(1, item.clamp(min=0)), 0.0).sum() / b.mask.sum()
+        loss = (
+            loss - torch.where(b.mask, logp.gather(1, item.clamp(min=0)), 0.0).sum() / b.mask.sum()
+        )
     return loss
 
 
@@ -202,7 +246,9 @@ def run(config: Config) -> None:
     shop = load(config.data_dir)
     validation = None
     if config.select == "ndcg" or shop.rows("valid").any():
-        validation = Validation(shop, "valid", config.k, config.mode, config.eval_users, config.seed)
+        validation = Validation(
+            shop, "valid", config.k, config.mode, config.eval_users, config.seed
+        )
     inputs = {"data": file_id(config.data_dir / "source.json"), "pretrain": record["id"]}
     device = dist.start(config.device)
     with Run(config.stage("sft"), config, inputs) as out:
@@ -217,19 +263,34 @@ def run(config: Config) -> None:
         model.checkpoint_blocks = config.checkpoint_blocks
         maker = PageMaker(shop, config.shrink)
         if vocab.times and config.cut != "time":
-            raise PageLLMError("page prompts that show when (pretrain --times) learn from pages that come after their "
-                               "history: give --cut time")
-        policy = Policy(model, vocab, PromptStyle(config.max_history, config.use_ratings, config.use_user,
-                                                  maker.clock(vocab.times)))
+            raise PageLLMError(
+                "page prompts that show when (pretrain --times) learn from pages that come after their "
+                "history: give --cut time"
+            )
+        policy = Policy(
+            model,
+            vocab,
+            PromptStyle(
+                config.max_history, config.use_ratings, config.use_user, maker.clock(vocab.times)
+            ),
+        )
         if len(maker.users) == 0:
-            raise PageLLMError(f"no user of {config.data_dir} has two train items: there is no page to learn")
+            raise PageLLMError(
+                f"no user of {config.data_dir} has two train items: there is no page to learn"
+            )
         lengths = tuple(maker.train.counts()[maker.users].tolist())
         longest = max(1, int(maker.train.counts().max()))
         policy.check_room(max(config.k, min(longest, config.max_page)))
         total = max(1, round(config.epochs * -(-len(maker.users) // config.batch)))
         learner = dist.wrap(objective := Objective(batch_loss, model=model), config.parallel)
-        opt = optimiser(model, config.lr, config.weight_decay, config.row_decay, lazy=config.lazy_rows,
-                        row_lr=config.row_lr)
+        opt = optimiser(
+            model,
+            config.lr,
+            config.weight_decay,
+            config.row_decay,
+            lazy=config.lazy_rows,
+            row_lr=config.row_lr,
+        )
         proposal = Proposal(maker.train.items, shop.n_items)
         guard = Guard(opt, model.parameters(), config.grad_clip)
 
@@ -244,21 +305,35 @@ def run(config: Config) -> None:
             with dist.whole(objective):
                 scores = validation(policy)
             out.log(0, **{f"valid/{name}": value for name, value in scores.items()})
-            best = {"score": scores["NDCG@100"], "step": 0, "weights": dist.weights(model, frozen=False)}
+            best = {
+                "score": scores["NDCG@100"],
+                "step": 0,
+                "weights": dist.weights(model, frozen=False),
+            }
 
         def state_at(step: int) -> dict:
-            return {"step": step, "model": dist.weights(model, frozen=False), "best": best,
-                    "opt": dist.optimiser_state(model, opt)}
+            return {
+                "step": step,
+                "model": dist.weights(model, frozen=False),
+                "best": best,
+                "opt": dist.optimiser_state(model, opt),
+            }
 
         def batch(step: int) -> tuple[Batch, bool]:
-            epoch, index = batch_at(step, len(maker.users), config.batch, config.seed, "sft", length=lengths)
+            epoch, index = batch_at(
+                step, len(maker.users), config.batch, config.seed, "sft", length=lengths
+            )
             users, busy = dist.part(maker.users[index])
             when = None
             if config.cut == "time":
-                cuts = [maker.later(u, draw(config, epoch, int(u))[1], config.max_page) for u in users]
+                cuts = [
+                    maker.later(u, draw(config, epoch, int(u))[1], config.max_page) for u in users
+                ]
                 examples, when = [cut[:2] for cut in cuts], np.array([cut[2] for cut in cuts])
             else:
-                examples = [maker.example(u, *draw(config, epoch, int(u)), config.max_page) for u in users]
+                examples = [
+                    maker.example(u, *draw(config, epoch, int(u)), config.max_page) for u in users
+                ]
             return collate(policy, users, examples, when), busy
 
         bar = progress(start, total, "sft")
@@ -268,11 +343,17 @@ def run(config: Config) -> None:
             seed_dropout(config.seed, "sft", step)
             set_lr(opt, lr_at(step, total, config.lr, config.warmup))
             if config.sampled_items:
-                b.candidates = proposal.draw(b.item, config.sampled_items, keyed(config.seed, "sft", "items", step))
+                b.candidates = proposal.draw(
+                    b.item, config.sampled_items, keyed(config.seed, "sft", "items", step)
+                )
             loss = learner(b, config.objective, busy)
             loss.backward()
-            norm = guard.step(f"sft step {step}", lambda step=step, b=b: out.keep_for_replay(
-                step, {**state_at(step), "batch": vars(b)}))
+            norm = guard.step(
+                f"sft step {step}",
+                lambda step=step, b=b: out.keep_for_replay(
+                    step, {**state_at(step), "batch": vars(b)}
+                ),
+            )
             row = {"loss": logged(loss)[0], "grad_norm": norm, "lr": opt.param_groups[0]["lr"]}
             out.log(step + 1, "timing", seconds=round(time.time() - began, 4))
             scores = {}
@@ -282,16 +363,26 @@ def run(config: Config) -> None:
                 row |= {f"valid/{name}": value for name, value in scores.items()}
             better = scores.get("NDCG@100", -np.inf) > best["score"]
             if step + 1 == total if config.select == "last" else better:
-                best = {"score": scores.get("NDCG@100"), "step": step + 1,
-                        "weights": dist.weights(model, frozen=False)}
+                best = {
+                    "score": scores.get("NDCG@100"),
+                    "step": step + 1,
+                    "weights": dist.weights(model, frozen=False),
+                }
             out.log(step + 1, **row)
-            bar.set_postfix_str(f"loss {out.last.get('loss', np.nan):.3f}, {said(best)}", refresh=False)
+            bar.set_postfix_str(
+                f"loss {out.last.get('loss', np.nan):.3f}, {said(best)}", refresh=False
+            )
             if out.due(step + 1, total):
                 out.save(state_at(step + 1))
         final = state_at(total)
         dist.load_weights(model, best["weights"])
-        out.finish(policy.state(), final, step=best["step"], valid_ndcg=best["score"],
-                   single_level=maker.single_level_share(config.label_share, config.seed))
+        out.finish(
+            policy.state(),
+            final,
+            step=best["step"],
+            valid_ndcg=best["score"],
+            single_level=maker.single_level_share(config.label_share, config.seed),
+        )
         if dist.is_main():
             print(f"sft: {out.path}, step {best['step']} of {total}, {said(best)}")
 

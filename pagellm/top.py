@@ -15,8 +15,8 @@ __all__ = ["Rank", "argmax", "largest", "tie_key", "top_k"]
 # (row, column) -> int64, 0 or more, below 2^32, different within a row: of equal entries the higher one goes first
 Rank = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-CHUNK = 32                   # entries of a chunk where a row is long enough
-ENTRIES = 2 ** 20            # of the rows taken at a time, 4 MB: what is made of them stays in the cache
+CHUNK = 32  # entries of a chunk where a row is long enough
+ENTRIES = 2**20  # of the rows taken at a time, 4 MB: what is made of them stays in the cache
 LOWEST = np.finfo(np.float32).min
 
 
@@ -29,9 +29,10 @@ def contenders(score: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     chunk = min(CHUNK, N // (2 * k))
     bound = np.full(B, LOWEST)
     if chunk > 1:
-        M = N // chunk       # chunk j holds the columns j, j + M, j + 2 M ...; what is left over at the end is in none
-        best = score[:, :chunk * M].reshape(B, chunk, M).max(1)
-        found = np.isnan(best).any() or np.isnan(score[:, chunk * M:]).any()
+        # chunk j holds the columns j, j + M, j + 2 M ...; what is left over at the end is in none
+        M = N // chunk
+        best = score[:, : chunk * M].reshape(B, chunk, M).max(1)
+        found = np.isnan(best).any() or np.isnan(score[:, chunk * M :]).any()
         best.partition(M - k, axis=1)
         bound = np.maximum(best[:, M - k], LOWEST)
     else:
@@ -56,7 +57,8 @@ def largest(score: np.ndarray, k: int, rank: Rank | None = None) -> tuple[np.nda
     for at in range(0, B if k else 0, size):
         some = slice(at, at + size)
         item[some], value[some] = largest_of(
-            score[some], k, rank and (lambda row, column, at=at: rank(row + at, column)))
+            score[some], k, rank and (lambda row, column, at=at: rank(row + at, column))
+        )
     return item, value
 
 
@@ -68,15 +70,19 @@ def largest_of(score: np.ndarray, k: int, rank: Rank | None) -> tuple[np.ndarray
     slot = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
     width = max(int(count.max()), k)
     key, which = np.full((B, width), np.iinfo(np.int64).min), np.full((B, width), -1)
-    key[row, slot] = tie_key(score[row, column], N - 1 - column if rank is None else rank(row, column))
+    key[row, slot] = tie_key(
+        score[row, column], N - 1 - column if rank is None else rank(row, column)
+    )
     which[row, slot] = column
-    item = np.take_along_axis(which, np.argsort(key, axis=1)[:, : -k - 1: -1], 1)
-    return item, np.where(item >= 0, np.take_along_axis(score, np.maximum(item, 0), 1), np.float32(-np.inf))
+    item = np.take_along_axis(which, np.argsort(key, axis=1)[:, : -k - 1 : -1], 1)
+    return item, np.where(
+        item >= 0, np.take_along_axis(score, np.maximum(item, 0), 1), np.float32(-np.inf)
+    )
 
 
 def tie_key(score: np.ndarray, rank: np.ndarray) -> np.ndarray:
     """int64 in the order of (score, rank); scores are float32 without NaN, ranks 0 or more and below 2^32."""
-    bits = (score + np.float32(0.0)).view(np.int32)                         # + 0: -0 equals 0
+    bits = (score + np.float32(0.0)).view(np.int32)  # + 0: -0 equals 0
     return np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64) << 32 | rank
 
 

@@ -21,11 +21,27 @@ from tqdm import tqdm
 from pagellm import dist
 from pagellm.config import PageLLMError
 
-__all__ = ["Guard", "Objective", "RowAdamW", "ahead", "batch_at", "key", "keyed", "logged", "lr_at", "optimiser",
-           "progress", "seed_dropout", "seed_torch", "set_lr", "shared_means"]
+__all__ = [
+    "Guard",
+    "Objective",
+    "RowAdamW",
+    "ahead",
+    "batch_at",
+    "key",
+    "keyed",
+    "logged",
+    "lr_at",
+    "optimiser",
+    "progress",
+    "seed_dropout",
+    "seed_torch",
+    "set_lr",
+    "shared_means",
+]
 
 
-FUSED = ("cuda",)      # devices whose optimiser skips a bad step by itself, so that the host need not ask about it
+# devices whose optimiser skips a bad step by itself, so that the host need not ask about it
+FUSED = ("cuda",)
 
 
 def key(*parts) -> int:
@@ -49,8 +65,9 @@ def seed_dropout(seed: int, verb: str, step: int) -> None:
     seed_torch(seed, verb, "dropout", step, *([dist.rank()] if dist.rank() else []))
 
 
-def batch_at(step: int, n: int, batch: int, *parts, length: tuple[int, ...] | None = None
-             ) -> tuple[int, np.ndarray]:
+def batch_at(
+    step: int, n: int, batch: int, *parts, length: tuple[int, ...] | None = None
+) -> tuple[int, np.ndarray]:
     """Which examples step `step` (from 0) sees: epochs of a keyed permutation, an uneven last batch.
 
     length   of every example: batches then hold examples of like length (sorted within pools of 16 batches, batches
@@ -63,19 +80,26 @@ def batch_at(step: int, n: int, batch: int, *parts, length: tuple[int, ...] | No
 
 
 @lru_cache(maxsize=4)
-def epoch_batches(n: int, batch: int, parts: tuple, epoch: int, length: tuple[int, ...] | None) -> list[np.ndarray]:
+def epoch_batches(
+    n: int, batch: int, parts: tuple, epoch: int, length: tuple[int, ...] | None
+) -> list[np.ndarray]:
     rng = keyed(*parts, "order", epoch)
     order = rng.permutation(n)
     if length is None:
-        return [order[i: i + batch] for i in range(0, max(n, 1), batch)]
+        return [order[i : i + batch] for i in range(0, max(n, 1), batch)]
     size = np.asarray(length)
-    pools = [order[i: i + 16 * batch] for i in range(0, n, 16 * batch)]
-    batches = [pool[np.argsort(size[pool], kind="stable")][i: i + batch]
-               for pool in pools for i in range(0, len(pool), batch)]
+    pools = [order[i : i + 16 * batch] for i in range(0, n, 16 * batch)]
+    batches = [
+        pool[np.argsort(size[pool], kind="stable")][i : i + batch]
+        for pool in pools
+        for i in range(0, len(pool), batch)
+    ]
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def ahead(steps: Iterable[int], total: int, make: Callable[[int], object]) -> Iterator[tuple[int, object]]:
+def ahead(
+    steps: Iterable[int], total: int, make: Callable[[int], object]
+) -> Iterator[tuple[int, object]]:
     """(step, make(step)); the next step's is made in the background meanwhile.
 
     make   a function of the step alone, so that nothing depends on who is first; steps rise by one up to `total`
@@ -99,8 +123,13 @@ class RowAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        lazy = [(group, p, p.grad) for group in self.param_groups if group.get("lazy")
-                for p in group["params"] if p.grad is not None]
+        lazy = [
+            (group, p, p.grad)
+            for group in self.param_groups
+            if group.get("lazy")
+            for p in group["params"]
+            if p.grad is not None
+        ]
         for _, p, _ in lazy:
             p.grad = None
         super().step()
@@ -127,13 +156,21 @@ class RowAdamW(torch.optim.AdamW):
         for name, value in (("step", step), ("exp_avg", m), ("exp_avg_sq", v)):
             state[name].index_copy_(0, rows, value)
         t = step[:, None].double()
-        rate, spread = (lr / (1 - b1 ** t)).to(p.dtype), (1 - b2 ** t).sqrt().to(p.dtype)
+        rate, spread = (lr / (1 - b1**t)).to(p.dtype), (1 - b2**t).sqrt().to(p.dtype)
         move = rate * m / (v.sqrt() / spread + group["eps"])
         p.index_copy_(0, rows, p[rows] * (1 - lr * group["weight_decay"]) - move)
 
 
-def optimiser(model: nn.Module, lr: float, weight_decay: float = 0.0, row_decay: float = 0.0, eps: float = 1e-8,
-              betas: tuple[float, float] = (0.9, 0.95), lazy: bool = False, row_lr: float = 1.0) -> torch.optim.AdamW:
+def optimiser(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    row_decay: float = 0.0,
+    eps: float = 1e-8,
+    betas: tuple[float, float] = (0.9, 0.95),
+    lazy: bool = False,
+    row_lr: float = 1.0,
+) -> torch.optim.AdamW:
     """AdamW in groups: matrices (weight_decay), user and item rows (row_decay), the rest (none).
 
     lazy     the rows by RowAdamW, with sparse gradients where a backbone can give them. One process only: PageLLMError
@@ -157,17 +194,32 @@ def optimiser(model: nn.Module, lr: float, weight_decay: float = 0.0, row_decay:
             looked_up.append(weight)
         else:
             rest.append(weight)
-    groups = [{"params": matrices, "weight_decay": weight_decay},
-              {"params": rows, "weight_decay": row_decay, "share": row_lr}, {"params": rest, "weight_decay": 0.0},
-              {"params": looked_up, "weight_decay": 0.0, "share": row_lr}]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": rows, "weight_decay": row_decay, "share": row_lr},
+        {"params": rest, "weight_decay": 0.0},
+        {"params": looked_up, "weight_decay": 0.0, "share": row_lr},
+    ]
     # One pass over weights, gradients and moments; one small operation after another takes three to four times as long
-    kind, fused = torch.optim.AdamW, all(p.device.type in ("cpu", "cuda") for g in groups for p in g["params"])
+    kind, fused = (
+        torch.optim.AdamW,
+        all(p.device.type in ("cpu", "cuda") for g in groups for p in g["params"]),
+    )
     if lazy:
         kind, groups[1]["lazy"], fused = RowAdamW, True, False
-    return kind([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=fused, foreach=not fused)
+    return kind(
+        [g for g in groups if g["params"]],
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        fused=fused,
+        foreach=not fused,
+    )
 
 
-def lr_at(step: int, total: int, lr: float, warmup: int = 0, shape: str = "cosine", floor: float = 0.1) -> float:
+def lr_at(
+    step: int, total: int, lr: float, warmup: int = 0, shape: str = "cosine", floor: float = 0.1
+) -> float:
     """Learning rate of step `step` (from 0): linear warm-up, then cosine to floor * lr or linear to 0."""
     if step < warmup:
         return lr * (step + 1) / warmup
@@ -189,7 +241,9 @@ def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
             p.grad = p.grad.coalesce()
     if not any(p.grad is not None and p.grad.is_sparse for p in parameters):
         return nn.utils.clip_grad_norm_(parameters, max_norm)
-    grads = [p.grad.values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
+    grads = [
+        p.grad.values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None
+    ]
     norm = nn.utils.get_total_norm(grads)
     torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
@@ -202,14 +256,21 @@ class Guard:
     giving up comes one step later than elsewhere.
     """
 
-    def __init__(self, opt: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], max_norm: float,
-                 patience: int = 5):
+    def __init__(
+        self,
+        opt: torch.optim.Optimizer,
+        parameters: Iterable[nn.Parameter],
+        max_norm: float,
+        patience: int = 5,
+    ):
         self.opt, self.parameters = opt, [p for p in parameters if p.requires_grad]
         self.max_norm, self.patience, self.bad = max_norm, patience, 0
         self.fused = opt.defaults["fused"] and all(p.device.type in FUSED for p in self.parameters)
         self.fetch = None
 
-    def step(self, where: str, keep: Callable[[], Path] | None = None, skip: Tensor | None = None) -> float | Tensor:
+    def step(
+        self, where: str, keep: Callable[[], Path] | None = None, skip: Tensor | None = None
+    ) -> float | Tensor:
         """-> the gradient norm before clipping, which is not finite where the step was skipped.
 
         keep   writes what made the last of the bad steps and says where
@@ -232,9 +293,15 @@ class Guard:
             if not count:
                 self.opt.step()
         if count >= self.patience:
-            kept = f"\n  Its batch, weights and moments are in {keep()} for a closer look." if keep else ""
-            raise PageLLMError(f"{where}: the gradient was not finite {count} times in a row; lower the "
-                               f"learning rate (RUN=another, or remove this stage's directory){kept}")
+            kept = (
+                f"\n  Its batch, weights and moments are in {keep()} for a closer look."
+                if keep
+                else ""
+            )
+            raise PageLLMError(
+                f"{where}: the gradient was not finite {count} times in a row; lower the "
+                f"learning rate (RUN=another, or remove this stage's directory){kept}"
+            )
         self.opt.zero_grad(set_to_none=True)
         return norm
 
@@ -265,7 +332,9 @@ def shared_means(terms: list[tuple[Tensor, Tensor | float]], busy: bool = True) 
     """
     if dist.world() == 1:
         return [mean for mean, _ in terms]
-    counts = torch.stack([torch.as_tensor(count, dtype=torch.float64, device=mean.device) for mean, count in terms])
+    counts = torch.stack(
+        [torch.as_tensor(count, dtype=torch.float64, device=mean.device) for mean, count in terms]
+    )
     counts = counts * busy
     shares = counts / dist.total(counts).clamp(min=1.0) * dist.world()
     return [mean * share.to(mean.dtype) for (mean, _), share in zip(terms, shares, strict=True)]
@@ -275,10 +344,21 @@ def logged(*values: Tensor) -> list[Tensor]:
     """Averages over the processes of what `shared_means` gave each: the whole batch's numbers, still on the device."""
     if dist.world() == 1:
         return [value.detach() for value in values]
-    return list((dist.total(torch.stack([value.detach() for value in values])) / dist.world()).unbind())
+    return list(
+        (dist.total(torch.stack([value.detach() for value in values])) / dist.world()).unbind()
+    )
 
 
 def progress(start: int, total: int, name: str, unit: str = "step") -> tqdm:
     """A bar over range(start, total) with rate and remaining time; in a log file one line in ten seconds."""
-    return tqdm(range(start, total), initial=start, total=total, desc=name, unit=unit, dynamic_ncols=True,
-                mininterval=0.2 if sys.stderr.isatty() else 10.0, miniters=1, disable=not dist.is_main())
+    return tqdm(
+        range(start, total),
+        initial=start,
+        total=total,
+        desc=name,
+        unit=unit,
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 10.0,
+        miniters=1,
+        disable=not dist.is_main(),
+    )

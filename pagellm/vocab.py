@@ -27,9 +27,11 @@ SPECIALS = ("<pad>", "<page>", "<user_unk>", "<r?>", "<r1>", "<r2>", "<r3>", "<r
 TWO_FILES = ("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")
 
 # How a byte-level BPE cuts ASCII text into words before it merges: GPT-2's pattern with letters and digits spelled out.
-WORD = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
-CACHED_WORDS = 100_000       # words whose tokens are remembered
-LONGEST_WORD = 64            # characters of a word worth remembering
+WORD = re.compile(
+    r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII
+)
+CACHED_WORDS = 100_000  # words whose tokens are remembered
+LONGEST_WORD = 64  # characters of a word worth remembering
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -38,8 +40,13 @@ def plain_words(tokenizer: Tokenizer) -> bool:
     """Whether a tokeniser cuts text as GPT-2 does and merges within words alone, so that each may be looked up."""
     form = json.loads(tokenizer.to_str())
     cut = form["pre_tokenizer"] or {}
-    return (cut.get("type") == "ByteLevel" and cut.get("use_regex", True) and not cut.get("add_prefix_space")
-            and form["normalizer"] is None and not form["added_tokens"])
+    return (
+        cut.get("type") == "ByteLevel"
+        and cut.get("use_regex", True)
+        and not cut.get("add_prefix_space")
+        and form["normalizer"] is None
+        and not form["added_tokens"]
+    )
 
 
 class Vocab:
@@ -50,8 +57,10 @@ class Vocab:
 
     def __init__(self, tokenizer: Tokenizer, n_users: int, n_items: int, times: int = 0):
         self.tokenizer = tokenizer
-        tokenizer.encode_special_tokens = True       # a review that says "<|end_of_text|>" is text like any other
-        self._tokens: dict[str, list[int]] | None = {} if plain_words(tokenizer) else None   # of words seen before
+        # a review that says "<|end_of_text|>" is text like any other
+        tokenizer.encode_special_tokens = True
+        # of words seen before
+        self._tokens: dict[str, list[int]] | None = {} if plain_words(tokenizer) else None
         self.n_words = tokenizer.get_vocab_size()
         self.times = times
         self.n_specials = len(SPECIALS) + times
@@ -64,14 +73,18 @@ class Vocab:
         self.user_unk = self.special("<user_unk>")
 
     @classmethod
-    def train(cls, texts: Iterable[str], n_users: int, n_items: int, size: int = 2048,
-              times: int = 0) -> "Vocab":
+    def train(
+        cls, texts: Iterable[str], n_users: int, n_items: int, size: int = 2048, times: int = 0
+    ) -> "Vocab":
         """Byte-level BPE of at most `size` words from `texts`; with no text at all it is the 256 bytes."""
         if size < 256:
             raise PageLLMError(f"words={size}: want at least 256, one for each byte")
         tokenizer = Tokenizer(models.BPE())
-        trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                      show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=size,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
         byte_level(tokenizer)
         tokenizer.train_from_iterator(texts, trainer)
         return cls(tokenizer, n_users, n_items, times)
@@ -84,12 +97,18 @@ class Vocab:
             if (path / words).exists() and (path / merges).exists():
                 index = json.loads((path / words).read_text(encoding="utf-8"))
                 lines = (path / merges).read_text(encoding="utf-8").split("\n")
-                pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+                pairs = [
+                    tuple(line.split(" "))
+                    for line in lines
+                    if line and not line.startswith("#version")
+                ]
                 tokenizer = Tokenizer(models.BPE(vocab=index, merges=pairs))
                 byte_level(tokenizer)
                 return cls(tokenizer, n_users, n_items, times)
-        raise PageLLMError(f"no GPT-2 word files in {path}\n  Want encoder.json and vocab.bpe "
-                           "(or vocab.json and merges.txt), as published with GPT-2.")
+        raise PageLLMError(
+            f"no GPT-2 word files in {path}\n  Want encoder.json and vocab.bpe "
+            "(or vocab.json and merges.txt), as published with GPT-2."
+        )
 
     @classmethod
     def published(cls, path: str | Path, n_users: int, n_items: int, times: int = 0) -> "Vocab":
@@ -104,17 +123,23 @@ class Vocab:
             return cls.gpt2(path, n_users, n_items, times)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.exists():
-            raise PageLLMError(f"no {path}\n  Want a model's tokenizer.json, or a directory with it or with GPT-2's "
-                               "encoder.json and vocab.bpe.")
+            raise PageLLMError(
+                f"no {path}\n  Want a model's tokenizer.json, or a directory with it or with GPT-2's "
+                "encoder.json and vocab.bpe."
+            )
         try:
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:      # the reader raises plain Exception
-            raise PageLLMError(f"{path} is no tokenizer.json of the tokenizers package ({error})") from None
+        except Exception as error:  # the reader raises plain Exception
+            raise PageLLMError(
+                f"{path} is no tokenizer.json of the tokenizers package ({error})"
+            ) from None
         tokenizer.no_padding()
         tokenizer.no_truncation()
         if tokenizer.get_vocab_size() != max(tokenizer.get_vocab().values(), default=-1) + 1:
-            raise PageLLMError(f"{path}: {tokenizer.get_vocab_size()} words, but ids up to "
-                               f"{max(tokenizer.get_vocab().values(), default=-1)}; want ids without gaps")
+            raise PageLLMError(
+                f"{path}: {tokenizer.get_vocab_size()} words, but ids up to "
+                f"{max(tokenizer.get_vocab().values(), default=-1)}; want ids without gaps"
+            )
         return cls(tokenizer, n_users, n_items, times)
 
     def special(self, name: str) -> int:
@@ -122,7 +147,11 @@ class Vocab:
 
     def user(self, user) -> int:
         """Token of a dense user id; None or an id outside the table is <user_unk>."""
-        return self.user_unk if user is None or not 0 <= user < self.n_users else self.user0 + int(user)
+        return (
+            self.user_unk
+            if user is None or not 0 <= user < self.n_users
+            else self.user0 + int(user)
+        )
 
     def item(self, item: int) -> int:
         if not 0 <= item < self.n_items:
@@ -156,7 +185,10 @@ class Vocab:
         return tokens
 
     def words_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return [
+            encoding.ids
+            for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        ]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Readable text of any ids: words as they were, the rest as <user 3>, <item 12>, <page>."""
@@ -172,7 +204,9 @@ class Vocab:
                 break
             if token < self.user0:
                 place = token - self.n_words
-                parts.append(SPECIALS[place] if place < len(SPECIALS) else f"<t{place - len(SPECIALS) + 1}>")
+                parts.append(
+                    SPECIALS[place] if place < len(SPECIALS) else f"<t{place - len(SPECIALS) + 1}>"
+                )
             elif token < self.item0:
                 parts.append(f"<user {token - self.user0}>")
             elif token < self.size:
@@ -187,19 +221,29 @@ class Vocab:
         with atomic(path / "tokenizer.json") as beside:
             self.tokenizer.save(str(beside))
         with atomic(path / "vocab.json") as beside:
-            beside.write_text(json.dumps({"n_users": self.n_users, "n_items": self.n_items}
-                                         | ({"times": self.times} if self.times else {})) + "\n")
+            beside.write_text(
+                json.dumps(
+                    {"n_users": self.n_users, "n_items": self.n_items}
+                    | ({"times": self.times} if self.times else {})
+                )
+                + "\n"
+            )
 
     @classmethod
     def load(cls, path: str | Path) -> "Vocab":
         path = Path(path)
         try:
             sizes = json.loads((path / "vocab.json").read_text())
-            return cls(Tokenizer.from_file(str(path / "tokenizer.json")), sizes["n_users"], sizes["n_items"],
-                       sizes.get("times", 0))
+            return cls(
+                Tokenizer.from_file(str(path / "tokenizer.json")),
+                sizes["n_users"],
+                sizes["n_items"],
+                sizes.get("times", 0),
+            )
         except FileNotFoundError as error:
-            raise PageLLMError(f"no vocabulary in {path} ({Path(error.filename or 'tokenizer.json').name} is missing)"
-                               ) from None
+            raise PageLLMError(
+                f"no vocabulary in {path} ({Path(error.filename or 'tokenizer.json').name} is missing)"
+            ) from None
 
 
 def byte_level(tokenizer: Tokenizer) -> None:

@@ -19,12 +19,21 @@ from pagellm.run import atomic, load_model_file, write_json
 
 __all__ = ["read_safetensors", "read_weights", "write_safetensors", "write_weights"]
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-          "BOOL": torch.bool}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-HEADER_LIMIT = 100 << 20          # bytes; as the format's own readers have it
+HEADER_LIMIT = 100 << 20  # bytes; as the format's own readers have it
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -58,11 +67,15 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
             count = 1
             for n in shape:
                 count *= n
-            if min([0, *shape]) < 0 or not 0 <= first <= last <= size - start or last - first != count * dtype.itemsize:
+            if (
+                min([0, *shape]) < 0
+                or not 0 <= first <= last <= size - start
+                or last - first != count * dtype.itemsize
+            ):
                 raise ValueError(f"{shape} {entry['dtype']} at {first}:{last} of {size - start}")
         except (KeyError, TypeError, ValueError) as error:
             raise bad(f"{name}: {error}") from None
-        raw = data[start + first: start + last]
+        raw = data[start + first : start + last]
         # A view needs its place to be a multiple of the element's size; writers pad the header, but need not.
         if (start + first) % dtype.itemsize:
             raw = raw.clone()
@@ -76,7 +89,11 @@ def write_safetensors(path: str | Path, weights: dict[str, Tensor]) -> None:
     header, place = {"__metadata__": {"format": "pt"}}, 0
     flat = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
     for name, w in flat.items():
-        header[name] = {"dtype": names[w.dtype], "shape": list(w.shape), "data_offsets": [place, place + w.nbytes]}
+        header[name] = {
+            "dtype": names[w.dtype],
+            "shape": list(w.shape),
+            "data_offsets": [place, place + w.nbytes],
+        }
         place += w.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -86,7 +103,9 @@ def write_safetensors(path: str | Path, weights: dict[str, Tensor]) -> None:
             file.write(w.reshape(-1).view(torch.uint8).numpy())
 
 
-def write_weights(folder: str | Path, weights: dict[str, Tensor], config: dict, shard_mb: float = 0.0) -> None:
+def write_weights(
+    folder: str | Path, weights: dict[str, Tensor], config: dict, shard_mb: float = 0.0
+) -> None:
     """model.safetensors (or shards of about `shard_mb` MB and their index; 0: one file) and config.json."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,11 +155,15 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict]:
         if Path(file).name != file:
             raise PageLLMError(f"{path} names the shard {file!r}; want a file beside it")
         if not (path.parent / file).exists():
-            raise PageLLMError(f"{path} names the shard {file}, which is not beside it; fetch it too")
+            raise PageLLMError(
+                f"{path} names the shard {file}, which is not beside it; fetch it too"
+            )
         inside = read_file(path.parent / file)
         wanted = {name for name, place in places.items() if place == file}
         if missing := sorted(wanted - set(inside)):
-            raise PageLLMError(f"{path.parent / file} lacks {missing[:3]}, which {path.name} places there")
+            raise PageLLMError(
+                f"{path.parent / file} lacks {missing[:3]}, which {path.name} places there"
+            )
         weights |= {name: inside[name] for name in wanted}
     return weights, config
 
@@ -170,7 +193,9 @@ def fetch(name: str) -> Path:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.utils import EntryNotFoundError
     except ImportError:
-        raise PageLLMError(f"{name} is no file here; to fetch it from the hub: pip install 'pagellm[hub]'") from None
+        raise PageLLMError(
+            f"{name} is no file here; to fetch it from the hub: pip install 'pagellm[hub]'"
+        ) from None
     try:
         try:
             path = Path(hf_hub_download(name, WHOLE[0]))
@@ -185,6 +210,8 @@ def fetch(name: str) -> Path:
     except PageLLMError:
         raise
     except Exception as error:
-        raise PageLLMError(f"could not fetch {name} from the hub ({type(error).__name__}); put its files into a "
-                           "directory and name its path") from error
+        raise PageLLMError(
+            f"could not fetch {name} from the hub ({type(error).__name__}); put its files into a "
+            "directory and name its path"
+        ) from error
     return path

@@ -12,15 +12,32 @@ def train(data, runs, last="ppo"):
     """Every stage up to `last` over data/synthetic, in a small way, under runs/base."""
     torch.set_num_threads(1)
     common = {"run": "base", "data": str(data), "runs": str(runs), "device": "cpu"}
-    pretrain.run(pretrain.Config(size="nano", steps=6, batch=8, rating_batch=8, words=300, warmup=2, **common))
+    pretrain.run(
+        pretrain.Config(
+            size="nano", steps=6, batch=8, rating_batch=8, words=300, warmup=2, **common
+        )
+    )
     if last == "pretrain":
         return
     sft.run(sft.Config(epochs=2, batch=16, eval_every=4, max_history=8, warmup=2, k=6, **common))
     if last == "sft":
         return
     reward.run(reward.Config(per_kind=1, epochs=1, batch=32, warmup=2, **common))
-    ppo.run(ppo.Config(epochs=1.0, rollout=16, minibatch=8, micro=4, inner_epochs=2, k=6, eval_every=2, min_steps=1,
-                       critic_warmup=4, lr=1e-3, **common))
+    ppo.run(
+        ppo.Config(
+            epochs=1.0,
+            rollout=16,
+            minibatch=8,
+            micro=4,
+            inner_epochs=2,
+            k=6,
+            eval_every=2,
+            min_steps=1,
+            critic_warmup=4,
+            lr=1e-3,
+            **common,
+        )
+    )
 
 
 @pytest.fixture(scope="session")
@@ -35,4 +52,6 @@ def served(tmp_path_factory):
 @pytest.fixture(scope="session")
 def rec(served):
     """A Recommender over `served`."""
-    return Recommender.load(Sources(run="base", data=str(served / "data"), runs=str(served / "runs"), device="cpu"))
+    return Recommender.load(
+        Sources(run="base", data=str(served / "data"), runs=str(served / "runs"), device="cpu")
+    )

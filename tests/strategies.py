@@ -9,7 +9,7 @@ from pagellm.data.shop import Rows
 __all__ = ["garbage", "pages", "prefix_mask", "purchases", "rows_of", "seeds", "unit"]
 
 unit = st.floats(0, 1)
-seeds = st.integers(0, 2 ** 31)
+seeds = st.integers(0, 2**31)
 garbage = st.sampled_from([float("nan"), float("inf"), float("-inf"), 1e30, -0.0])
 
 

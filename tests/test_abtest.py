@@ -27,8 +27,18 @@ def draw_log(n=4000, seed=0, lift=0.0):
         clicks = rng.binomial(impressions, np.minimum(0.9, 0.1 * level * more))
         bought = rng.binomial(sessions, np.minimum(0.9, 0.2 * level))
         gmv = bought * rng.lognormal(2, 0.5, n)
-        values = (impressions, clicks, sessions, rng.binomial(sessions - bought, 0.4), bought, bought, gmv)
-        log |= {prefix + name: v.astype(float) for name, v in zip(abtest.COLUMNS, values, strict=True)}
+        values = (
+            impressions,
+            clicks,
+            sessions,
+            rng.binomial(sessions - bought, 0.4),
+            bought,
+            bought,
+            gmv,
+        )
+        log |= {
+            prefix + name: v.astype(float) for name, v in zip(abtest.COLUMNS, values, strict=True)
+        }
     return log
 
 
@@ -73,7 +83,7 @@ def test_cuped_saves_variance_and_keeps_the_effect():
     better, saved = abtest.compare(log, "a", "CTR")
     assert none == 0.0 and saved > 0.3 and better.se < 0.85 * test.se
     assert abs(better.difference - test.difference) < 3 * test.se
-    for seed in range(60):           # the adjusted estimate is centred where the plain one is
+    for seed in range(60):  # the adjusted estimate is centred where the plain one is
         log = draw_log(1000, seed, lift=0.1)
         for out, cuped in ((plain, False), (adjusted, True)):
             out.append(abtest.compare(log, "a", "CTR", cuped=cuped)[0].difference)
@@ -104,8 +114,11 @@ def test_the_sequential_interval_and_p_agree():
 def test_power_is_what_the_planner_promised():
     n = round(abtest.users_needed(2.0, 0.5, alpha=0.05, power=0.8) / 2)
     rng = np.random.default_rng(0)
-    found = sum(abtest.welch(abtest.estimate(rng.normal(0, 2, n)), abtest.estimate(rng.normal(0.5, 2, n))).p < 0.05
-                for _ in range(1000))
+    found = sum(
+        abtest.welch(abtest.estimate(rng.normal(0, 2, n)), abtest.estimate(rng.normal(0.5, 2, n))).p
+        < 0.05
+        for _ in range(1000)
+    )
     assert abs(found / 1000 - 0.8) < 0.05
     assert abtest.detectable(2.0, 2 * n) == pytest.approx(0.5, rel=0.01)
     assert abtest.days_needed(101, 10) == 11
@@ -129,19 +142,27 @@ def test_equal_to_scipy():
     rng = np.random.default_rng(0)
     for a, b in ((30, 45), (2, 3), (500, 20)):
         x, y = rng.normal(1, 2, a), rng.gamma(1, 1, b)
-        ours, theirs = abtest.welch(abtest.estimate(x), abtest.estimate(y)), stats.ttest_ind(y, x, equal_var=False)
+        ours, theirs = (
+            abtest.welch(abtest.estimate(x), abtest.estimate(y)),
+            stats.ttest_ind(y, x, equal_var=False),
+        )
         assert (ours.p, ours.df) == pytest.approx((theirs.pvalue, theirs.df), rel=1e-9)
-        assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)), rel=1e-9)
+        assert (ours.low, ours.high) == pytest.approx(
+            tuple(theirs.confidence_interval(0.95)), rel=1e-9
+        )
     for df in (1, 2.5, 30, 1e6, math.inf):
         for t in (-3.0, 0.0, 1e-3, 1.0, 6.0, 25.0):
             assert abtest.t_sf(t, df) == pytest.approx(stats.t.sf(t, df), rel=1e-7, abs=1e-300)
     for counts in ((100, 130), (5000, 5000), (10, 30)):
         assert abtest.sample_ratio(counts, (0.4, 0.6)) == pytest.approx(
-            stats.chisquare(counts, np.array([0.4, 0.6]) * sum(counts)).pvalue, rel=1e-9)
+            stats.chisquare(counts, np.array([0.4, 0.6]) * sum(counts)).pvalue, rel=1e-9
+        )
 
 
 def test_equal_to_statsmodels():
-    multitest = pytest.importorskip("statsmodels.stats.multitest", reason="statsmodels is in the extra dev")
+    multitest = pytest.importorskip(
+        "statsmodels.stats.multitest", reason="statsmodels is in the extra dev"
+    )
     power = pytest.importorskip("statsmodels.stats.power", reason="statsmodels is in the extra dev")
     p = np.random.default_rng(0).random(20) ** 3
     assert abtest.holm(p) == pytest.approx(multitest.multipletests(p, method="holm")[1])
@@ -151,11 +172,14 @@ def test_equal_to_statsmodels():
 
 def test_a_log_is_read_tested_and_written(tmp_path, capsys):
     log = draw_log(6000, lift=0.15)
-    result = abtest.run(abtest.Config(log=save(log, tmp_path / "log.parquet"), control="a", daily=600))
+    result = abtest.run(
+        abtest.Config(log=save(log, tmp_path / "log.parquet"), control="a", daily=600)
+    )
     m = result["metrics"]["CTR"]
     assert m["holm"] < 0.01 and m["relative_low"] < 0.15 < m["relative_high"]
     assert m["sequential"]["looks"] == 10 and m["sequential"]["stopped_on_day"] is not None
-    assert m["sequential"]["high"] - m["sequential"]["low"] > m["high"] - m["low"]       # looking often has its price
+    # looking often has its price
+    assert m["sequential"]["high"] - m["sequential"]["low"] > m["high"] - m["low"]
     assert result["metrics"]["session failure"]["p"] > 1e-3
     assert json.loads((tmp_path / "abtest.json").read_text()) == json.loads(json.dumps(result))
     assert "days of 600 new users" in capsys.readouterr().out
@@ -173,17 +197,30 @@ def test_a_sample_ratio_mismatch_is_refused(tmp_path):
     assert abtest.run(abtest.Config(log=path, control="a", srm_alpha=0))["sample_ratio_p"] < 1e-3
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda log: log.pop("clicks"), "no column clicks"),
-    (lambda log: log["user"].__setitem__(1, 0), "user 0 has 2 lines"),
-    (lambda log: log["gmv"].__setitem__(1, np.nan), "column gmv"),
-    (lambda log: log["clicks"].__setitem__(1, -1), "column clicks is -1 for user 1"),
-    (lambda log: log["gmv"].__setitem__(1, 1e200), "column gmv"),
-    (lambda log: log.__setitem__("user", np.array([None, *map(str, range(199))])), "column user is empty in 1 lines"),
-    (lambda log: log.__setitem__("arm", np.array([None, *log["arm"][1:]])), "column arm is empty in 1 lines"),
-    (lambda log: log.update({k: v[:0] for k, v in log.items()}), "no lines"),
-    (lambda log: log["failed_sessions"].__setitem__(1, 1e6), "failed_sessions above sessions for 1 "),
-    (lambda log: log.__setitem__("arm", np.full(200, "a")), "has the arms a; want two")])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda log: log.pop("clicks"), "no column clicks"),
+        (lambda log: log["user"].__setitem__(1, 0), "user 0 has 2 lines"),
+        (lambda log: log["gmv"].__setitem__(1, np.nan), "column gmv"),
+        (lambda log: log["clicks"].__setitem__(1, -1), "column clicks is -1 for user 1"),
+        (lambda log: log["gmv"].__setitem__(1, 1e200), "column gmv"),
+        (
+            lambda log: log.__setitem__("user", np.array([None, *map(str, range(199))])),
+            "column user is empty in 1 lines",
+        ),
+        (
+            lambda log: log.__setitem__("arm", np.array([None, *log["arm"][1:]])),
+            "column arm is empty in 1 lines",
+        ),
+        (lambda log: log.update({k: v[:0] for k, v in log.items()}), "no lines"),
+        (
+            lambda log: log["failed_sessions"].__setitem__(1, 1e6),
+            "failed_sessions above sessions for 1 ",
+        ),
+        (lambda log: log.__setitem__("arm", np.full(200, "a")), "has the arms a; want two"),
+    ],
+)
 def test_a_wrong_log_is_named(tmp_path, change, said):
     log = draw_log(200)
     change(log)
@@ -195,8 +232,12 @@ def test_a_metric_that_nobody_could_have_is_left_out(tmp_path, capsys):
     """No impressions at all: CTR is undefined, the rest is as if it had never been asked for."""
     log = draw_log(1000)
     log["clicks"], log["impressions"] = np.zeros(1000), np.zeros(1000)
-    result = abtest.run(abtest.Config(log=save(log, tmp_path / "log.parquet"), control="a", daily=100))
-    assert result["undefined"] == ["CTR"] and list(result["metrics"]) == [m for m in abtest.METRICS if m != "CTR"]
+    result = abtest.run(
+        abtest.Config(log=save(log, tmp_path / "log.parquet"), control="a", daily=100)
+    )
+    assert result["undefined"] == ["CTR"] and list(result["metrics"]) == [
+        m for m in abtest.METRICS if m != "CTR"
+    ]
     said = capsys.readouterr().out
     assert "CTR: left out" in said and "all metrics find" not in said
     p = [m["p"] for m in result["metrics"].values()]
@@ -217,22 +258,37 @@ def test_an_arm_of_one_user_and_a_loss_that_shrinks(tmp_path):
     log = draw_log(400)
     keep = (log["arm"] == "a") | (np.cumsum(log["arm"] == "b") == 1)
     with pytest.raises(PageLLMError, match="1 in b; want 2 or more"):
-        abtest.run(abtest.Config(log=save({k: v[keep] for k, v in log.items()}, tmp_path / "log.parquet"), control="a",
-                                 srm_alpha=0))
+        abtest.run(
+            abtest.Config(
+                log=save({k: v[keep] for k, v in log.items()}, tmp_path / "log.parquet"),
+                control="a",
+                srm_alpha=0,
+            )
+        )
     worse, better = abtest.Estimate(-2.0, 0.01, 50), abtest.Estimate(-1.0, 0.01, 50)
-    assert abtest.welch(worse, better).relative == 0.5 and abtest.welch(better, worse).relative == -1.0
+    assert (
+        abtest.welch(worse, better).relative == 0.5 and abtest.welch(better, worse).relative == -1.0
+    )
 
 
 def test_a_plan_promises_what_a_test_then_needs(tmp_path, capsys):
     """From a log without arms; and its users are those that the test itself asks for when nothing happens."""
     log = draw_log(20_000)
-    test = abtest.run(abtest.Config(log=save(log, tmp_path / "log.parquet"), control="a"))["metrics"]
-    plain = abtest.run(abtest.Config(log=str(tmp_path / "log.parquet"), control="a", cuped=False))["metrics"]
+    test = abtest.run(abtest.Config(log=save(log, tmp_path / "log.parquet"), control="a"))[
+        "metrics"
+    ]
+    plain = abtest.run(abtest.Config(log=str(tmp_path / "log.parquet"), control="a", cuped=False))[
+        "metrics"
+    ]
     del log["arm"]
-    config = abtest.Config(log=save(log, tmp_path / "past.parquet"), plan=True, daily=1000, mde=0.02)
+    config = abtest.Config(
+        log=save(log, tmp_path / "past.parquet"), plan=True, daily=1000, mde=0.02
+    )
     planned = abtest.run(config)["metrics"]
     said = capsys.readouterr().out
-    assert "20,000 users; a change of 2.0%" in said and json.loads((tmp_path / "plan.json").read_text())
+    assert "20,000 users; a change of 2.0%" in said and json.loads(
+        (tmp_path / "plan.json").read_text()
+    )
     assert list(planned) == list(abtest.METRICS)
     for name, m in planned.items():
         assert m["users"] == pytest.approx(plain[name]["users_needed"], rel=0.12), name
@@ -240,12 +296,19 @@ def test_a_plan_promises_what_a_test_then_needs(tmp_path, capsys):
         assert f"{abtest.days_needed(m['users'], 1000):,}" in said
     for name in ("clicks", "impressions"):
         log[name] = np.zeros(20_000)
-    assert "CTR" not in abtest.run(abtest.Config(log=save(log, tmp_path / "past.parquet"), plan=True))["metrics"]
+    assert (
+        "CTR"
+        not in abtest.run(abtest.Config(log=save(log, tmp_path / "past.parquet"), plan=True))[
+            "metrics"
+        ]
+    )
 
 
 def test_edges():
     one = abtest.Estimate(1.0, 0.0, 5)
-    assert abtest.welch(one, one).p == 1.0 and abtest.welch(one, abtest.Estimate(2.0, 0.0, 5)).p == 0.0
+    assert (
+        abtest.welch(one, one).p == 1.0 and abtest.welch(one, abtest.Estimate(2.0, 0.0, 5)).p == 0.0
+    )
     assert math.isnan(abtest.welch(abtest.Estimate(0.0, 0.1, 5), one).relative)
     with pytest.raises(PageLLMError, match="1 users"):
         abtest.estimate(np.ones(1))

@@ -19,28 +19,47 @@ def dense(matrix):
 
 
 @STEADY
-@given(purchases(), st.floats(0.01, 2), st.floats(0.01, 2), st.integers(1, 6), seeds, st.integers(1, 300))
+@given(
+    purchases(),
+    st.floats(0.01, 2),
+    st.floats(0.01, 2),
+    st.integers(1, 6),
+    seeds,
+    st.integers(1, 300),
+)
 def test_als_half_step_solves_each_users_normal_equations(matrix, alpha0, reg, d, seed, block):
     """(Y_u'Y_u + alpha0 Y'Y + reg_u I) x_u = Y_u'1, with more and with fewer rows than factors."""
-    Y = torch.randn(matrix.shape[1], d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    Y = torch.randn(
+        matrix.shape[1], d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     regs = reg * (1 + torch.arange(len(matrix), dtype=torch.float64))
     X = als_side(Y, rows_of(matrix), alpha0, regs, block)
     for u, mine in enumerate(matrix):
         A = Y[mine].T @ Y[mine] + alpha0 * Y.T @ Y + regs[u] * torch.eye(d, dtype=torch.float64)
-        torch.testing.assert_close(X[u], torch.linalg.solve(A, Y[mine].sum(0)), atol=1e-8, rtol=1e-6)
+        torch.testing.assert_close(
+            X[u], torch.linalg.solve(A, Y[mine].sum(0)), atol=1e-8, rtol=1e-6
+        )
 
 
 @pytest.mark.parametrize("nu", [0.0, 0.5, 1.0])
 def test_als_converges_to_a_minimum_of_its_objective(nu):
     """After many exact half steps no small change of X or Y lowers the documented sum; nor is it the zero solution."""
     U, N, alpha0, reg = *BIG.shape, 0.2, 0.01
-    X, Y = (m.double().requires_grad_() for m in als(rows_of(BIG), U, N, 3, alpha0, reg, nu, iterations=300))
+    X, Y = (
+        m.double().requires_grad_()
+        for m in als(rows_of(BIG), U, N, 3, alpha0, reg, nu, iterations=300)
+    )
     M = dense(BIG)
     size_u, size_i = M.sum(1) + alpha0 * N, M.sum(0) + alpha0 * U
     c = (size_u.sum() + size_i.sum()) / (size_u.pow(nu).sum() + size_i.pow(nu).sum())
     score = X @ Y.T
-    cost = ((M * (1 - score) ** 2).sum() + alpha0 * score.square().sum()
-            + reg * c * ((size_u.pow(nu) * X.square().sum(1)).sum() + (size_i.pow(nu) * Y.square().sum(1)).sum()))
+    cost = (
+        (M * (1 - score) ** 2).sum()
+        + alpha0 * score.square().sum()
+        + reg
+        * c
+        * ((size_u.pow(nu) * X.square().sum(1)).sum() + (size_i.pow(nu) * Y.square().sum(1)).sum())
+    )
     assert cost < 0.9 * M.sum()
     for grad in torch.autograd.grad(cost, (X, Y)):
         assert grad.abs().max() < 2e-2
@@ -52,18 +71,30 @@ def test_als_half_step_equals_implicits():
     sparse = pytest.importorskip("scipy.sparse")
     alpha, penalty, d = 5.0, 0.7, 6
     Y = np.random.default_rng(1).standard_normal((BIG.shape[1], d)).astype(np.float32)
-    theirs = library.AlternatingLeastSquares(factors=d, regularization=penalty, alpha=alpha, use_cg=False,
-                                             use_native=False)
+    theirs = library.AlternatingLeastSquares(
+        factors=d, regularization=penalty, alpha=alpha, use_cg=False, use_native=False
+    )
     theirs.item_factors, theirs.user_factors = Y, np.zeros((len(BIG), d), np.float32)
     X = theirs.recalculate_user(np.arange(len(BIG)), sparse.csr_matrix(BIG.astype(np.float32)))
-    ours = als_side(torch.from_numpy(Y), rows_of(BIG), 1 / (alpha - 1), torch.full((len(BIG),), penalty / (alpha - 1)))
+    ours = als_side(
+        torch.from_numpy(Y),
+        rows_of(BIG),
+        1 / (alpha - 1),
+        torch.full((len(BIG),), penalty / (alpha - 1)),
+    )
     np.testing.assert_allclose(ours.numpy() * alpha / (alpha - 1), X, atol=2e-6)
 
 
 def test_facts_are_sets_of_items_that_share_something():
-    c = Catalogue.of(["a", "b", "c"], ["Blue Drum", "blue flute", "Red-drum"], ["X", "", "X"],
-                     [("Music", "Drums"), ("Music",), ("Music", "Drums")], ["Drums", "", "Drums"],
-                     [""] * 3, [np.nan] * 3)
+    c = Catalogue.of(
+        ["a", "b", "c"],
+        ["Blue Drum", "blue flute", "Red-drum"],
+        ["X", "", "X"],
+        [("Music", "Drums"), ("Music",), ("Music", "Drums")],
+        ["Drums", "", "Drums"],
+        [""] * 3,
+        [np.nan] * 3,
+    )
     # brand X; categories Drums, Music; words blue, drum
     assert [f.tolist() for f in facts_of(c)] == [[0, 2], [0, 2], [0, 1, 2], [0, 1], [0, 2]]
 
@@ -71,7 +102,11 @@ def test_facts_are_sets_of_items_that_share_something():
 def test_facts_join_as_users_and_leave_the_users_alone():
     rows = with_facts(rows_of(BIG), [np.array([3, 4]), np.array([0, 7, 9])])
     assert len(rows.counts()) == len(BIG) + 2
-    assert rows.of(len(BIG))[0].tolist() == [3, 4] and rows.of(len(BIG) + 1)[0].tolist() == [0, 7, 9]
+    assert rows.of(len(BIG))[0].tolist() == [3, 4] and rows.of(len(BIG) + 1)[0].tolist() == [
+        0,
+        7,
+        9,
+    ]
     for u in range(len(BIG)):
         assert rows.of(u)[0].tolist() == rows_of(BIG).of(u)[0].tolist()
     assert with_facts(rows_of(BIG), []).items.tolist() == rows_of(BIG).items.tolist()
@@ -80,9 +115,13 @@ def test_facts_join_as_users_and_leave_the_users_alone():
 def test_an_item_nobody_bought_is_near_what_it_shares_words_with():
     bought = BIG.copy()
     bought[:, 24] = False
-    with_none, with_some = (als(with_facts(rows_of(bought), facts), len(BIG) + len(facts), 25, 5, 0.1, 0.01, 1.0)[1]
-                            for facts in ([], [np.array([3, 24])]))
+    with_none, with_some = (
+        als(with_facts(rows_of(bought), facts), len(BIG) + len(facts), 25, 5, 0.1, 0.01, 1.0)[1]
+        for facts in ([], [np.array([3, 24])])
+    )
     cosine = torch.nn.functional.cosine_similarity
     assert with_none[24].norm() < 1e-4
     others = [i for i in range(24) if i != 3]
-    assert cosine(with_some[24], with_some[3], 0) > cosine(with_some[24][None], with_some[others], 1).quantile(0.8)
+    assert cosine(with_some[24], with_some[3], 0) > cosine(
+        with_some[24][None], with_some[others], 1
+    ).quantile(0.8)

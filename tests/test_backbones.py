@@ -12,9 +12,11 @@ from experiments.backbones import ROWS, Config, costs, markdown, summary
 from experiments.study import per_user
 from pagellm.config import PageLLMError
 
-SMALL = {"pretrain": "--steps 4 --batch 8 --rating_batch 8 --warmup 2",
-         "sft": "--epochs 2 --batch 64 --eval_every 9 --max_history 8 --warmup 2 --k 6",
-         "evaluate": "--k 6 --depth 40 --n_boot 20"}
+SMALL = {
+    "pretrain": "--steps 4 --batch 8 --rating_batch 8 --warmup 2",
+    "sft": "--epochs 2 --batch 64 --eval_every 9 --max_history 8 --warmup 2 --k 6",
+    "evaluate": "--k 6 --depth 40 --n_boot 20",
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +27,16 @@ def study(served, tmp_path_factory):
     (root / "data").symlink_to(served / "data")
     (root / "runs" / "backbones" / "other").mkdir(parents=True)
     (root / "runs" / "backbones" / "other" / "data").symlink_to(served / "data")
-    config = Config(data=str(root / "data"), runs=str(root / "runs"), seeds=1, gpt2="nano", llama="llama-nano",
-                    device="cpu", lora_rank=2, **SMALL)
+    config = Config(
+        data=str(root / "data"),
+        runs=str(root / "runs"),
+        seeds=1,
+        gpt2="nano",
+        llama="llama-nano",
+        device="cpu",
+        lora_rank=2,
+        **SMALL,
+    )
     quick = backbones.alone
 
     def shorter(module, **options):
@@ -36,11 +46,12 @@ def study(served, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbones, "alone", shorter)
-        patch.setenv("OMP_NUM_THREADS", "1")         # a process a stage: threads of several would wait for each other
+        # a process a stage: threads of several would wait for each other
+        patch.setenv("OMP_NUM_THREADS", "1")
         records = backbones.run(config)
         started = []
         patch.setattr(subprocess, "Popen", lambda *a, **k: started.append(a))
-        assert backbones.run(config) == records and not started       # all done: no process is started
+        assert backbones.run(config) == records and not started  # all done: no process is started
     return root, config, records
 
 
@@ -51,26 +62,43 @@ def test_the_table_says_what_the_runs_left_behind(study):
         folder = root / "runs" / "backbones" / f"synthetic-{backbones.slug(row)}-s0"
         scores = per_user(folder / "evaluate" / "sft" / "per_user.parquet")
         assert at[row, "Recall@20"]["mean"] == pytest.approx(np.nanmean(scores["Recall@20"]))
-        assert at[row, "Recall@20"]["low"] <= at[row, "Recall@20"]["mean"] <= at[row, "Recall@20"]["high"]
+        assert (
+            at[row, "Recall@20"]["low"]
+            <= at[row, "Recall@20"]["mean"]
+            <= at[row, "Recall@20"]["high"]
+        )
         done = json.loads((folder / "pretrain" / "done").read_text())
         assert at[row, "of these trained"]["mean"] == done["trainable"]
-        assert at[row, "sft, s"]["mean"] == json.loads((folder / "sft" / "done").read_text())["seconds"]
+        assert (
+            at[row, "sft, s"]["mean"]
+            == json.loads((folder / "sft" / "done").read_text())["seconds"]
+        )
         assert at[row, "peak memory, MB"]["mean"] >= done["peak_mb"] > 10
         assert 0 < at[row, "epoch of SFT, s"]["mean"] * 2 < at[row, "sft, s"]["mean"] + 1
     llama, adapted = at["Llama", "of these trained"], at["Llama + LoRA", "of these trained"]
     assert at["Llama", "parameters"]["mean"] == llama["mean"] > adapted["mean"]
     assert at["Llama + LoRA", "parameters"]["mean"] > llama["mean"]
     text = (root / "runs" / "backbones" / "synthetic.md").read_text()
-    assert all(row in text for row in ROWS) and "Recall@40" in text and "pre-trained on another shop" in text
+    assert (
+        all(row in text for row in ROWS)
+        and "Recall@40" in text
+        and "pre-trained on another shop" in text
+    )
 
 
 def test_all_rows_begin_from_published_words_and_trunks(study):
     """GPT-2 and Llama from their own; the adapted Llama ends with the trunk that it began with."""
     root, _, _ = study
     runs = root / "runs" / "backbones"
-    published = torch.load(runs / "other" / "llama-nano" / "pretrain" / "model.pt", weights_only=True)["weights"]
-    ends = {row: torch.load(runs / f"synthetic-{backbones.slug(row)}-s0" / "sft" / "model.pt", weights_only=True)
-            for row in ROWS}
+    published = torch.load(
+        runs / "other" / "llama-nano" / "pretrain" / "model.pt", weights_only=True
+    )["weights"]
+    ends = {
+        row: torch.load(
+            runs / f"synthetic-{backbones.slug(row)}-s0" / "sft" / "model.pt", weights_only=True
+        )
+        for row in ROWS
+    }
     name = "h.0.mlp.up_proj.weight"
     assert torch.equal(ends["Llama + LoRA"]["weights"][name], published[name])
     assert not torch.equal(ends["Llama"]["weights"][name], published[name])
@@ -81,13 +109,19 @@ def test_all_rows_begin_from_published_words_and_trunks(study):
 def test_a_stage_that_fails_is_named(study, tmp_path):
     root, config, _ = study
     with pytest.raises(PageLLMError, match="pagellm.sft .* ended with code 2"):
-        backbones.alone(backbones.sft, dataset="synthetic", run="none", data=config.data, runs=str(tmp_path))
+        backbones.alone(
+            backbones.sft, dataset="synthetic", run="none", data=config.data, runs=str(tmp_path)
+        )
 
 
 def test_wrong_options_are_refused():
-    for options, message in (({"gpt2": "llama-tiny"}, "a size of GPT-2"), ({"llama": "tiny"}, "a size of Llama"),
-                             ({"policy": "popularity"}, "sft or ppo"), ({"llama_weights": "x"}, "go together"),
-                             ({"lora_rank": 0}, "1 or more")):
+    for options, message in (
+        ({"gpt2": "llama-tiny"}, "a size of GPT-2"),
+        ({"llama": "tiny"}, "a size of Llama"),
+        ({"policy": "popularity"}, "sft or ppo"),
+        ({"llama_weights": "x"}, "go together"),
+        ({"lora_rank": 0}, "1 or more"),
+    ):
         with pytest.raises(PageLLMError, match=message):
             Config(**options)
     with pytest.raises(PageLLMError, match="must not set size"):
@@ -101,7 +135,9 @@ def test_differences_are_paired_and_costs_have_ranges():
     spent = {"a": [{"s": 1.0}, {"s": 3.0}], "b": [{"s": 5.0}, {"s": 5.0}]}
     records = summary(scores, spent)
     shifted = next(r for r in records if r["row"] == "b" and r["quantity"] == "Recall@20")
-    assert [shifted[k] for k in ("difference", "difference_low", "difference_high")] == pytest.approx([0.25] * 3)
+    assert [
+        shifted[k] for k in ("difference", "difference_low", "difference_high")
+    ] == pytest.approx([0.25] * 3)
     assert shifted["high"] - shifted["low"] > 0.05
     text = markdown(records)
     assert "| s | 2.00 (1.00–3.00) | 5.00 |" in text and "+0.2500 [+0.2500, +0.2500]" in text

@@ -17,21 +17,34 @@ from pagellm.data import prepare
 from pagellm.data.shop import load
 from pagellm.run import file_id
 
-SETTINGS = {"popularity": {}, "ItemKNN": {"neighbours": 10, "shrink": 2.0}, "EASE": {"ridge": 20.0},
-            "ALS": {"factors": 4, "alpha0": 0.1, "reg": 0.01, "nu": 0.5}}
+SETTINGS = {
+    "popularity": {},
+    "ItemKNN": {"neighbours": 10, "shrink": 2.0},
+    "EASE": {"ridge": 20.0},
+    "ALS": {"factors": 4, "alpha0": 0.1, "reg": 0.01, "nu": 0.5},
+}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("baselines")
     prepare.run(prepare.Config(data=str(root / "data"), users=80, items=60))
-    (root / "settings.json").write_text(json.dumps({name: {"settings": s} for name, s in SETTINGS.items()}))
+    (root / "settings.json").write_text(
+        json.dumps({name: {"settings": s} for name, s in SETTINGS.items()})
+    )
     return root
 
 
 def config(root, **more):
-    return baselines.Config(**{"data": str(root / "data"), "runs": str(root / "runs"), "n_boot": 20,
-                               "settings": str(root / "settings.json")} | more)
+    return baselines.Config(
+        **{
+            "data": str(root / "data"),
+            "runs": str(root / "runs"),
+            "n_boot": 20,
+            "settings": str(root / "settings.json"),
+        }
+        | more
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +67,7 @@ def permuted(source, target, splits, seed=0):
     for _ in range(20 * len(rows)):
         a, b = rng.choice(rows, 2)
         (ua, ia), (ub, ib) = (shop.user[a], item[a]), (shop.user[b], item[b])
-        if not {(ua, ib), (ub, ia)} & have:                     # one row for each (user, item)
+        if not {(ua, ib), (ub, ia)} & have:  # one row for each (user, item)
             have -= {(ua, ia), (ub, ib)}
             have |= {(ua, ib), (ub, ia)}
             item[a], item[b], moved = ib, ia, moved + 1
@@ -62,7 +75,10 @@ def permuted(source, target, splits, seed=0):
     names = np.array(table["split"].to_pylist(), dtype=object)
     if splits == ["valid", "test"]:
         names = np.where(names == "valid", "test", np.where(names == "test", "valid", names))
-    columns = {"item": pa.array(item, pa.int32()), "split": pa.array(names.tolist()).dictionary_encode()}
+    columns = {
+        "item": pa.array(item, pa.int32()),
+        "split": pa.array(names.tolist()).dictionary_encode(),
+    }
     for name, column in columns.items():
         table = table.set_column(table.column_names.index(name), name, column)
     pq.write_table(table, target / "interactions.parquet")
@@ -77,11 +93,15 @@ def artefacts(data, root, settings_file, name):
     found = {}
     for model, chosen in SETTINGS.items():
         fitted = fit(model, shop.csr("train"), shop.n_users, shop.n_items, chosen)
-        found |= {f"{model} {what}": array.numpy().tobytes() for what, array in fitted.learned.items()}
+        found |= {
+            f"{model} {what}": array.numpy().tobytes() for what, array in fitted.learned.items()
+        }
     run(config(root, data=str(data), run=name, mask="train", settings=str(settings_file)))
     folder = root / "runs" / name / "baselines"
-    return found | {str(path.relative_to(folder)): path.read_bytes()
-                    for path in [*folder.glob("*/pages.parquet"), folder / "settings.json"]}
+    return found | {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in [*folder.glob("*/pages.parquet"), folder / "settings.json"]
+    }
 
 
 def test_held_out_rows_move_no_byte_of_what_is_trained(root, tmp_path):
@@ -133,9 +153,14 @@ def test_a_run_leaves_everything_that_its_docstring_names(searched, root, capsys
 
 
 def test_refitting_sees_validation_rows_and_plain_fitting_does_not(searched, root):
-    shop, chosen = load(root / "data" / "synthetic"), json.loads((searched / "settings.json").read_text())
+    shop, chosen = (
+        load(root / "data" / "synthetic"),
+        json.loads((searched / "settings.json").read_text()),
+    )
     for splits, name in ((("train",), "ease"), (("train", "valid"), "ease--refit")):
-        fitted = fit("EASE", shop.csr(splits), shop.n_users, shop.n_items, chosen["EASE"]["settings"])
+        fitted = fit(
+            "EASE", shop.csr(splits), shop.n_users, shop.n_items, chosen["EASE"]["settings"]
+        )
         table = pq.read_table(searched / name / "pages.parquet").to_pydict()
         score = fitted.score(np.array(table["user"]))
         got = score[np.arange(len(score)), table["item"]]
@@ -150,7 +175,9 @@ def test_an_unfinished_search_carries_on(root, searched, monkeypatch):
     kept = dict(list(json.loads((searched / "trials.json").read_text()).items())[:-1])
     (folder / "trials.json").write_text(json.dumps(kept))
     calls, plain = [], baselines.Bench.validate
-    monkeypatch.setattr(baselines.Bench, "validate", lambda self, f: calls.append(1) or plain(self, f))
+    monkeypatch.setattr(
+        baselines.Bench, "validate", lambda self, f: calls.append(1) or plain(self, f)
+    )
     run(made)
     assert len(calls) == 1
     for name in ("settings.json", "trials.json", "metrics.json"):
@@ -178,7 +205,9 @@ def test_a_model_fitted_to_test_rows_is_stopped(root, monkeypatch):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(1, 6), min_size=0, max_size=3), st.integers(0, 10 ** 6), st.integers(1, 40))
+@given(
+    st.lists(st.integers(1, 6), min_size=0, max_size=3), st.integers(0, 10**6), st.integers(1, 40)
+)
 def test_climb_keeps_its_budget_and_ends_on_a_peak(sizes, seed, trials):
     """Never a worse value than any tried; with budget left, no neighbour is better."""
     grid = {f"x{i}": tuple(range(n)) for i, n in enumerate(sizes)}
@@ -191,7 +220,11 @@ def test_climb_keeps_its_budget_and_ends_on_a_peak(sizes, seed, trials):
 
     chosen, best, tries = climb(grid, value, trials)
     assert tries == len(tried) == len(set(tried)) <= trials
-    assert best == max(float(surface[t or 0]) for t in tried) == float(surface[tuple(chosen.values()) or 0])
+    assert (
+        best
+        == max(float(surface[t or 0]) for t in tried)
+        == float(surface[tuple(chosen.values()) or 0])
+    )
     if tries < trials:
         for i, n in enumerate(sizes):
             for step in (-1, 1):
@@ -201,8 +234,13 @@ def test_climb_keeps_its_budget_and_ends_on_a_peak(sizes, seed, trials):
 
 
 def test_wrong_options_say_what_is_wanted(root, tmp_path):
-    for bad in ({"models": "EASE,SLIM"}, {"mask": "valid"}, {"versus": "EASE, refit"}, {"settings": "nowhere.json"},
-                {"trials": 0}):
+    for bad in (
+        {"models": "EASE,SLIM"},
+        {"mask": "valid"},
+        {"versus": "EASE, refit"},
+        {"settings": "nowhere.json"},
+        {"trials": 0},
+    ):
         with pytest.raises(PageLLMError, match=f"{next(iter(bad))}="):
             baselines.Config(**bad)
     (tmp_path / "half.json").write_text(json.dumps({"EASE": {"settings": {"ridge": 1.0}}}))

@@ -11,15 +11,37 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra: pip install 'pagellm[serve]'")
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs: pip install playwright")
 expect = sync_api.expect
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, e.g. apt-get install chromium")
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="needs Chromium, e.g. apt-get install chromium"
+)
 
 
 @pytest.fixture(scope="module")
 def url(served):
-    command = [sys.executable, "-m", "pagellm", "serve", "--run", "base", "--data", str(served / "data"), "--runs",
-               str(served / "runs"), "--device", "cpu", "--port", "0", "--log", "error"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+    command = [
+        sys.executable,
+        "-m",
+        "pagellm",
+        "serve",
+        "--run",
+        "base",
+        "--data",
+        str(served / "data"),
+        "--runs",
+        str(served / "runs"),
+        "--device",
+        "cpu",
+        "--port",
+        "0",
+        "--log",
+        "error",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
+    )
     yield re.search(r"http://[\d.:]+/", process.stdout.readline()).group()
     process.terminate()
     process.wait(timeout=30)
@@ -40,8 +62,15 @@ class Screen:
         self.page = chromium.new_context(**options).new_page()
         self.faults, self.asked = [], []
         # A 4xx that the page handles is noted by the browser all the same; faults are everything else.
-        self.page.on("console", lambda m: self.faults.append(m.text) if m.type in ("error", "warning")
-                     and not m.text.startswith("Failed to load resource") else None)
+        self.page.on(
+            "console",
+            lambda m: (
+                self.faults.append(m.text)
+                if m.type in ("error", "warning")
+                and not m.text.startswith("Failed to load resource")
+                else None
+            ),
+        )
         self.page.on("pageerror", lambda e: self.faults.append(str(e)))
         self.page.on("request", lambda r: self.asked.append(r.url))
         self.page.goto(url)
@@ -54,7 +83,10 @@ class Screen:
         return line.inner_text()
 
     def items(self, policy):
-        return [x.split(" · ")[-1] for x in self.page.locator(f"#{policy} .what small").all_inner_texts()]
+        return [
+            x.split(" · ")[-1]
+            for x in self.page.locator(f"#{policy} .what small").all_inner_texts()
+        ]
 
     def energy(self, policy):
         return float(self.page.locator(f"#{policy} .sums b").first.inner_text().replace("−", "-"))
@@ -87,7 +119,10 @@ def test_dragging_an_item_moves_it_and_scores_the_new_order(desk):
     assert desk.items("ppo") == after and desk.items("ppo") != before
     assert f"energy {desk.page.locator('#ppo .sums b').first.inner_text()}" in text
     desk.page.get_by_role("button", name="Put back").click()
-    assert desk.items("ppo") == before and desk.page.get_by_role("button", name="Put back").count() == 0
+    assert (
+        desk.items("ppo") == before
+        and desk.page.get_by_role("button", name="Put back").count() == 0
+    )
 
 
 def test_the_keyboard_moves_an_item_and_keeps_the_focus(desk):
@@ -96,7 +131,9 @@ def test_the_keyboard_moves_an_item_and_keeps_the_focus(desk):
     for _ in range(2):
         desk.page.keyboard.press("ArrowDown")
         desk.status("New order")
-    expect(desk.page.locator("#sft .grip:focus")).to_have_attribute("aria-label", re.compile("now 3$"))
+    expect(desk.page.locator("#sft .grip:focus")).to_have_attribute(
+        "aria-label", re.compile("now 3$")
+    )
     assert desk.items("sft") == [*before[1:3], before[0], *before[3:]]
 
 
@@ -131,8 +168,14 @@ def test_mistakes_are_said_not_thrown(desk):
 
 
 def test_it_fits_a_phone_and_works_by_touch(chromium, url):
-    phone = Screen(chromium, url, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True,
-                   color_scheme="dark")
+    phone = Screen(
+        chromium,
+        url,
+        viewport={"width": 360, "height": 740},
+        has_touch=True,
+        is_mobile=True,
+        color_scheme="dark",
+    )
     page = phone.page
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     boxes = [page.locator(f"#{policy}").bounding_box() for policy in ("sft", "ppo")]
@@ -145,7 +188,10 @@ def test_it_fits_a_phone_and_works_by_touch(chromium, url):
     touch = page.context.new_cdp_session(page)
 
     def finger(kind, *points):
-        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y} for x, y in points]})
+        touch.send(
+            "Input.dispatchTouchEvent",
+            {"type": kind, "touchPoints": [{"x": x, "y": y} for x, y in points]},
+        )
 
     x = start["x"] + 15
     finger("touchStart", (x, start["y"] + 15))

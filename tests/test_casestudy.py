@@ -17,14 +17,26 @@ def root(served, tmp_path_factory):
     """The small shop with its pages of six slots."""
     root = tmp_path_factory.mktemp("case")
     shutil.copytree(served, root, dirs_exist_ok=True)
-    evaluate.run(evaluate.Config(run="base", data=str(root / "data"), runs=str(root / "runs"), device="cpu", k=6,
-                                 depth=30, n_boot=20, quiet=True))
+    evaluate.run(
+        evaluate.Config(
+            run="base",
+            data=str(root / "data"),
+            runs=str(root / "runs"),
+            device="cpu",
+            k=6,
+            depth=30,
+            n_boot=20,
+            quiet=True,
+        )
+    )
     return root
 
 
 def config(root, **more):
-    return casestudy.Config(**{"run": "base", "data": str(root / "data"), "runs": str(root / "runs"), "device": "cpu"}
-                            | more)
+    return casestudy.Config(
+        **{"run": "base", "data": str(root / "data"), "runs": str(root / "runs"), "device": "cpu"}
+        | more
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +53,10 @@ def test_hits_are_those_counted_by_hand(found):
             page = pages.item[row, : pages.slots[row]].tolist()
             rest = [i for i in page if i not in held]
             assert got[:, row].tolist() == [
-                len(page) - len(rest), sum(c.leaf[i] in {c.leaf[j] for j in held} for i in rest),
-                sum(c.brand[i] in {c.brand[j] for j in held} for i in rest)]
+                len(page) - len(rest),
+                sum(c.leaf[i] in {c.leaf[j] for j in held} for i in rest),
+                sum(c.brand[i] in {c.brand[j] for j in held} for i in rest),
+            ]
         assert got.sum(1).min() > 0
 
 
@@ -51,14 +65,17 @@ def test_unknown_brands_and_empty_slots_hit_nothing(found):
     group = np.full(found.shop.n_items, -1)
     item = findings.page_items(pages, 6)
     assert not findings.shared(pages.user, item, found.scorer, group).any()
-    assert not findings.shared(pages.user, np.full_like(item, -1), found.scorer, np.zeros_like(group)).any()
+    assert not findings.shared(
+        pages.user, np.full_like(item, -1), found.scorer, np.zeros_like(group)
+    ).any()
     assert findings.shared(pages.user, item, found.scorer, np.zeros_like(group))[item >= 0].all()
 
 
 def test_the_trace_ends_in_the_mean():
     token = np.array([[0.5, -1.0, 2.0], [3.0, 1.0, np.nan]])
-    assert findings.trace(token) == pytest.approx(np.array([[0.5, -0.5, 1.5], [3.0, 4.0, np.nan]]) / [[3], [2]],
-                                                  nan_ok=True)
+    assert findings.trace(token) == pytest.approx(
+        np.array([[0.5, -0.5, 1.5], [3.0, 4.0, np.nan]]) / [[3], [2]], nan_ok=True
+    )
 
 
 def test_a_user_is_told_as_the_recommender_sees_them(root, found, rec, capsys):
@@ -69,15 +86,19 @@ def test_a_user_is_told_as_the_recommender_sees_them(root, found, rec, capsys):
     text = casestudy.run(config(root, user=name))
     assert text in capsys.readouterr().out
     items, ratings = found.shop.csr("train").of(user)
-    said = "".join(f" <{c.ids[i]}><r{r:.0f}>" for i, r in list(zip(items, ratings, strict=True))[-8:])
+    said = "".join(
+        f" <{c.ids[i]}><r{r:.0f}>" for i, r in list(zip(items, ratings, strict=True))[-8:]
+    )
     assert f"<{name}> history{said}<page>" in text
     page = found.pages["ppo"].item[row, :6]
-    answer, = rec.answers([Ask(user=name, policy="sft", page=tuple(c.ids[i] for i in page))])
+    (answer,) = rec.answers([Ask(user=name, policy="sft", page=tuple(c.ids[i] for i in page))])
     rows = re.findall(r"^ +\d+  [✓≈◇ ]+([+-]\d+\.\d+) +([+-]\d+\.\d+)  ", text, re.M)[6:12]
     token = [slot["token_reward"] for slot in answer["items"]]
     assert [float(r) for r, _ in rows] == pytest.approx(token, abs=6e-4)
     assert [float(s) for _, s in rows] == pytest.approx(np.cumsum(token) / 6, abs=1e-3)
-    assert float(re.findall(r"R_c ([+-]\d+\.\d+)", text)[1]) == pytest.approx(answer["page_reward"], abs=2e-3)
+    assert float(re.findall(r"R_c ([+-]\d+\.\d+)", text)[1]) == pytest.approx(
+        answer["page_reward"], abs=2e-3
+    )
     assert text.count("✓") == int(sum(casestudy.counts(found, p)[0, row] for p in ("sft", "ppo")))
     assert f"all {len(found.pages['ppo'].user):,} users" in text and "same brand" in text
 

@@ -67,7 +67,9 @@ def test_drops_are_relative_to_full_and_paired():
     full = {m: base for m in coldstart.METRICS}
     half = {m: 0.8 * base for m in coldstart.METRICS}
     few = np.arange(50) < 10
-    records = drops({"x": ([full, full], [half, half])}, {"all": few | True, "few": few, "nobody": few & False})
+    records = drops(
+        {"x": ([full, full], [half, half])}, {"all": few | True, "few": few, "nobody": few & False}
+    )
     assert {r["users"] for r in records} == {"all", "few"} and len(records) == 6
     for record in records:
         mine = base[few] if record["users"] == "few" else base
@@ -76,28 +78,44 @@ def test_drops_are_relative_to_full_and_paired():
         assert record["count"] == len(mine) and record["difference"] <= record["high"] < 0
 
 
-SMALL = {"pretrain": "--size nano --steps 4 --batch 8 --rating_batch 8 --words 300 --warmup 2",
-         "sft": "--epochs 1 --batch 16 --eval_every 4 --max_history 8 --warmup 2 --k 6",
-         "evaluate": "--k 6 --depth 40 --n_boot 20", "baselines": "--n_boot 20"}
+SMALL = {
+    "pretrain": "--size nano --steps 4 --batch 8 --rating_batch 8 --words 300 --warmup 2",
+    "sft": "--epochs 1 --batch 16 --eval_every 4 --max_history 8 --warmup 2 --k 6",
+    "evaluate": "--k 6 --depth 40 --n_boot 20",
+    "baselines": "--n_boot 20",
+}
 
 
 def test_the_study_compares_full_and_half_for_baselines_and_ours(root, tmp_path, capsys):
-    (tmp_path / "settings.json").write_text(json.dumps({"popularity": {"settings": {}},
-                                                        "EASE": {"settings": {"ridge": 20.0}}}))
-    config = coldstart.Config(data=str(root / "data"), runs=str(tmp_path / "runs"), seeds=2, models="popularity,EASE",
-                              settings=str(tmp_path / "settings.json"), policies="sft", bins="10,20", **SMALL)
+    (tmp_path / "settings.json").write_text(
+        json.dumps({"popularity": {"settings": {}}, "EASE": {"settings": {"ridge": 20.0}}})
+    )
+    config = coldstart.Config(
+        data=str(root / "data"),
+        runs=str(tmp_path / "runs"),
+        seeds=2,
+        models="popularity,EASE",
+        settings=str(tmp_path / "settings.json"),
+        policies="sft",
+        bins="10,20",
+        **SMALL,
+    )
     records = coldstart.run(config)
     assert {r["variant"] for r in records} == {"popularity", "EASE", 'SFT = "w/o reward"'}
     capsys.readouterr()
-    assert coldstart.run(config) == records                          # done already: nothing is trained again
+    assert coldstart.run(config) == records  # done already: nothing is trained again
     assert "| EASE | all (" in capsys.readouterr().out
     folder = tmp_path / "runs" / "coldstart"
     assert pq.read_table(folder / "synthetic.parquet").num_rows == len(records)
     full, half = (load(root / "data" / name) for name in ("synthetic", "synthetic-half-s1"))
-    pages = pq.read_table(folder / "synthetic-half-s1" / "baselines" / "ease" / "pages.parquet").to_pydict()
+    pages = pq.read_table(
+        folder / "synthetic-half-s1" / "baselines" / "ease" / "pages.parquet"
+    ).to_pydict()
     # EASE's own pages, given as somebody else's run files, make EASE's row.
-    files = "+".join(str(folder / name / "baselines" / "ease" / "pages.parquet")
-                     for name in ("synthetic", "synthetic-half-s0", "synthetic-half-s1"))
+    files = "+".join(
+        str(folder / name / "baselines" / "ease" / "pages.parquet")
+        for name in ("synthetic", "synthetic-half-s0", "synthetic-half-s1")
+    )
     again = coldstart.run(dataclasses.replace(config, run_files=f"theirs={files}"))
     same = [{**r, "variant": "theirs"} for r in again if r["variant"] == "EASE"]
     assert [r for r in again if r["variant"] == "theirs"] == same and len(same) > 3
@@ -111,13 +129,23 @@ def test_the_study_compares_full_and_half_for_baselines_and_ours(root, tmp_path,
 
 
 def test_what_the_study_sets_cannot_be_set(root):
-    for stage, option in (("baselines", "--seed 3"), ("evaluate", "--mask train"), ("sft", "--run x")):
+    for stage, option in (
+        ("baselines", "--seed 3"),
+        ("evaluate", "--mask train"),
+        ("sft", "--run x"),
+    ):
         with pytest.raises(PageLLMError, match=f"--{stage} must not set {option[2:].split()[0]}"):
             coldstart.run(coldstart.Config(data=str(root / "data"), **{stage: option}))
 
 
 def test_wrong_options_say_what_is_wanted():
-    for bad in ({"share": 1.0}, {"policies": "sft,gpt"}, {"bins": "8,4"}, {"bins": "a"}, {"seeds": 0},
-                {"run_files": "x=a+b"}):
+    for bad in (
+        {"share": 1.0},
+        {"policies": "sft,gpt"},
+        {"bins": "8,4"},
+        {"bins": "a"},
+        {"seeds": 0},
+        {"run_files": "x=a+b"},
+    ):
         with pytest.raises(PageLLMError, match=f"{next(iter(bad))}="):
             dataclasses.replace(coldstart.Config(), **bad)

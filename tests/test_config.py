@@ -31,18 +31,18 @@ from pagellm.config import (
 class Parent:
     """Shared."""
 
-    seed: int = 0            # of every draw
+    seed: int = 0  # of every draw
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Parent):
     """What the stage does."""
 
-    clip: float = 0.2        # epsilon, a ratio
+    clip: float = 0.2  # epsilon, a ratio
     # a second line of help
-    kl_coef: float = 0.05    # price of a nat
-    name: str = ""           # any text; has a # in it
-    fresh: bool = True       # yes or no
+    kl_coef: float = 0.05  # price of a nat
+    name: str = ""  # any text; has a # in it
+    fresh: bool = True  # yes or no
 
     def __post_init__(self):
         check(self, clip=(0 < self.clip < 1, "between 0 and 1"))
@@ -50,32 +50,40 @@ class Config(Parent):
 
 def test_values_of_every_kind():
     assert parse(Config, []) == Config()
-    assert parse(Config, ["--clip", "0.3", "--name=a b", "--no-fresh", "--kl-coef", "-1", "--seed", "7"]) == Config(
-        clip=0.3, name="a b", fresh=False, kl_coef=-1.0, seed=7)
+    assert parse(
+        Config, ["--clip", "0.3", "--name=a b", "--no-fresh", "--kl-coef", "-1", "--seed", "7"]
+    ) == Config(clip=0.3, name="a b", fresh=False, kl_coef=-1.0, seed=7)
     assert parse(Config, ["--fresh"]).fresh and not parse(Config, ["--fresh", "off"]).fresh
 
 
 @settings(deadline=None)
-@given(st.integers(), st.floats(allow_nan=False), st.text().filter(lambda t: not t.startswith(("--", "@"))),
-       st.booleans())
+@given(
+    st.integers(),
+    st.floats(allow_nan=False),
+    st.text().filter(lambda t: not t.startswith(("--", "@"))),
+    st.booleans(),
+)
 def test_a_config_survives_its_command_line(seed, kl_coef, name, fresh):
     argv = ["--seed", str(seed), f"--kl_coef={kl_coef!r}", "--name", name, "--fresh", str(fresh)]
     assert parse(Config, argv) == Config(seed=seed, kl_coef=kl_coef, name=name, fresh=fresh)
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--klcoef", "0.1"], "no option --klcoef; did you mean --kl_coef?"),
-    (["--zzz"], "no option --zzz; see"),
-    (["--clip", "big"], "--clip 'big': want a number"),
-    (["--clip", "nan"], "want a number"),
-    (["--seed", "1.5"], "want a whole number"),
-    (["--fresh", "maybe"], "want true or false"),
-    (["--clip"], "--clip needs a value"),
-    (["--clip", "--seed", "1"], "--clip needs a value"),
-    (["--seed", "1", "--seed", "2"], "--seed is given twice"),
-    (["clip", "1"], "unexpected 'clip'"),
-    (["--clip", "2"], "clip=2.0: want between 0 and 1"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--klcoef", "0.1"], "no option --klcoef; did you mean --kl_coef?"),
+        (["--zzz"], "no option --zzz; see"),
+        (["--clip", "big"], "--clip 'big': want a number"),
+        (["--clip", "nan"], "want a number"),
+        (["--seed", "1.5"], "want a whole number"),
+        (["--fresh", "maybe"], "want true or false"),
+        (["--clip"], "--clip needs a value"),
+        (["--clip", "--seed", "1"], "--clip needs a value"),
+        (["--seed", "1", "--seed", "2"], "--seed is given twice"),
+        (["clip", "1"], "unexpected 'clip'"),
+        (["--clip", "2"], "clip=2.0: want between 0 and 1"),
+    ],
+)
 def test_mistakes_are_named(argv, message):
     with pytest.raises(PageLLMError) as error:
         parse(Config, argv, "pagellm.ppo")
@@ -84,8 +92,14 @@ def test_mistakes_are_named(argv, message):
 
 def test_help_lists_every_field_with_default_and_meaning():
     text = help_text(Config, "pagellm.ppo")
-    for piece in ("What the stage does.", "--seed int", "of every draw (default 0)",
-                  "epsilon, a ratio a second line of help (default 0.2)", "--fresh bool", '(default "")'):
+    for piece in (
+        "What the stage does.",
+        "--seed int",
+        "of every draw (default 0)",
+        "epsilon, a ratio a second line of help (default 0.2)",
+        "--fresh bool",
+        '(default "")',
+    ):
         assert piece in text
     assert field_comments(Config)["name"] == "any text; has a # in it"
 
@@ -94,6 +108,7 @@ def test_every_field_of_every_stage_is_explained():
     import importlib
 
     from pagellm.__main__ import VERBS
+
     for module in VERBS.values():
         config = importlib.import_module(module).Config
         comments = field_comments(config)
@@ -120,10 +135,10 @@ def test_exit_codes(capsys):
 class Numbers:
     """A stage."""
 
-    batch: int = 1      # pages
-    lr: float = 1.0     # rate
-    clip: float = 1.0   # limit
-    low: float = 0.0    # offset
+    batch: int = 1  # pages
+    lr: float = 1.0  # rate
+    clip: float = 1.0  # limit
+    low: float = 0.0  # offset
     flag: bool = False  # switch
 
     def __post_init__(self):
@@ -132,18 +147,34 @@ class Numbers:
 
 def test_numbers_are_finite_and_not_negative_unless_said():
     Numbers(low=-1.0, clip=math.inf)
-    for field, value, want in (("batch", -1, "0 or more"), ("lr", math.inf, "finite"), ("low", -math.inf, "finite"),
-                               ("lr", -0.1, "0 or more")):
-        with pytest.raises(PageLLMError, match=f"{field}={value!r}: want .*{want}".replace("(", r"\(")):
+    for field, value, want in (
+        ("batch", -1, "0 or more"),
+        ("lr", math.inf, "finite"),
+        ("low", -math.inf, "finite"),
+        ("lr", -0.1, "0 or more"),
+    ):
+        with pytest.raises(
+            PageLLMError, match=f"{field}={value!r}: want .*{want}".replace("(", r"\(")
+        ):
             Numbers(**{field: value})
 
 
-@pytest.mark.parametrize("error, words", [
-    (OSError(errno.ENOSPC, "x", "runs/a"), ("disk is full", "runs/a", "carries on")),
-    (OSError(errno.EROFS, "x", "runs/a"), ("cannot write", "runs/a")),
-    (MemoryError(), ("out of memory", "--batch")),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), ("out of memory",)),
-    (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer"), ("another process", "carries on"))])
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (OSError(errno.ENOSPC, "x", "runs/a"), ("disk is full", "runs/a", "carries on")),
+        (OSError(errno.EROFS, "x", "runs/a"), ("cannot write", "runs/a")),
+        (MemoryError(), ("out of memory", "--batch")),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            ("out of memory",),
+        ),
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer"),
+            ("another process", "carries on"),
+        ),
+    ],
+)
 def test_faults_of_the_machine_are_explained(error, words, capsys):
     def run(config):
         raise error
@@ -228,6 +259,7 @@ def test_a_later_preset_overrides_an_earlier_one(tmp_path):
 
 def test_options_of_a_stage_given_after_its_preset_override_it_one_by_one(tmp_path):
     """`make ablation DATASET=toys ARGS='--sft="--lr 0.25"'`: Makefile gives --sft=@presets/toys/sft before ARGS."""
+
     @dataclass(frozen=True)
     class Study:
         sft: Options = "--batch 9"
@@ -239,7 +271,8 @@ def test_options_of_a_stage_given_after_its_preset_override_it_one_by_one(tmp_pa
     assert made.sft == f"@{preset} --lr 0.25" and made.seeds == 1
     inner = parse(Numbers, made.sft.split())
     assert (inner.batch, inner.lr) == (3, 0.25)
-    assert parse(Study, [f"--sft=@{preset}"]).sft == f"@{preset}"          # what a study does by itself is not added
+    # what a study does by itself is not added
+    assert parse(Study, [f"--sft=@{preset}"]).sft == f"@{preset}"
     with pytest.raises(PageLLMError, match="--seeds is given twice"):
         parse(Study, ["--seeds=1", "--seeds=1"])
     assert "--sft Options" in help_text(Study, "study")
@@ -247,8 +280,13 @@ def test_options_of_a_stage_given_after_its_preset_override_it_one_by_one(tmp_pa
 
 def make(*words):
     """What `make -n` would run, line by line."""
-    done = subprocess.run(["make", "-n", "--no-print-directory", *words], cwd=Path(__file__).parent.parent,
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "-n", "--no-print-directory", *words],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return done.stdout.splitlines()
 
 
@@ -259,8 +297,13 @@ def test_make_takes_raw_files_from_raw_then_from_data_raw_then_from_beside_the_p
         (here / name).symlink_to(Path(__file__).parent.parent / name)
 
     def raw(*words):
-        line, = [x for x in make("-C", str(here), "prepare", "DATASET=toys", *words) if "pagellm.data.prepare" in x]
+        (line,) = [
+            x
+            for x in make("-C", str(here), "prepare", "DATASET=toys", *words)
+            if "pagellm.data.prepare" in x
+        ]
         return shlex.split(line.split("--dataset toys")[1])
+
     assert raw() == []
     (tmp_path / "shared" / "data" / "toys").mkdir(parents=True)
     assert raw() == ["--raw", "../shared/data/toys"]
@@ -269,15 +312,22 @@ def test_make_takes_raw_files_from_raw_then_from_data_raw_then_from_beside_the_p
     assert raw() == []
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "presets").glob("*")), ids=lambda p: p.name)
-@pytest.mark.parametrize("study", ["ablation", "backbones", "coldstart", "crossdomain", "drift", "leaveout"])
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "presets").glob("*")), ids=lambda p: p.name
+)
+@pytest.mark.parametrize(
+    "study", ["ablation", "backbones", "coldstart", "crossdomain", "drift", "leaveout"]
+)
 def test_make_hands_the_presets_of_a_data_set_to_the_stages_of_a_study(study, path):
     """Those that there are, of stages that the study has options for; ARGS come last, so that they override."""
     import importlib
 
     module = importlib.import_module(f"experiments.{study}")
-    line, = [x for x in make(study, f"DATASET={path.name}", 'ARGS=--seeds 1 --sft="--lr 0.25"')
-             if f"-m experiments.{study}" in x]
+    (line,) = [
+        x
+        for x in make(study, f"DATASET={path.name}", 'ARGS=--seeds 1 --sft="--lr 0.25"')
+        if f"-m experiments.{study}" in x
+    ]
     config = parse(module.Config, shlex.split(line.split(f"-m experiments.{study}")[1]))
     assert config.dataset == path.name and config.seeds == 1
     folder = path / "backbones" if study == "backbones" else path
@@ -287,19 +337,27 @@ def test_make_hands_the_presets_of_a_data_set_to_the_stages_of_a_study(study, pa
     assert config.sft.endswith("--lr 0.25")
 
 
-@pytest.mark.parametrize("words, settings", [
-    (["DATASET=toys"], "experiments/settings/toys.json"), (["DATASET=none"], ""),
-    (["DATASET=toys", "ARGS=--settings="], ""), (["DATASET=none", "ARGS=--settings setup.cfg"], "setup.cfg")])
+@pytest.mark.parametrize(
+    "words, settings",
+    [
+        (["DATASET=toys"], "experiments/settings/toys.json"),
+        (["DATASET=none"], ""),
+        (["DATASET=toys", "ARGS=--settings="], ""),
+        (["DATASET=none", "ARGS=--settings setup.cfg"], "setup.cfg"),
+    ],
+)
 def test_make_baselines_takes_the_settings_that_a_search_found(words, settings, monkeypatch):
     from experiments.baselines import Config
 
     monkeypatch.chdir(Path(__file__).parent.parent)
-    line, = [x for x in make("baselines", *words) if "-m experiments.baselines" in x]
-    assert parse(Config, shlex.split(line.split("-m experiments.baselines")[1])).settings == settings
+    (line,) = [x for x in make("baselines", *words) if "-m experiments.baselines" in x]
+    assert (
+        parse(Config, shlex.split(line.split("-m experiments.baselines")[1])).settings == settings
+    )
 
 
 def test_make_runs_a_study_of_a_data_set_without_presets_with_the_defaults_of_the_study():
-    line, = [x for x in make("drift", "DATASET=none") if "-m experiments.drift" in x]
+    (line,) = [x for x in make("drift", "DATASET=none") if "-m experiments.drift" in x]
     assert "@" not in line
 
 
@@ -307,7 +365,9 @@ def test_make_needs_no_run_for_a_log_of_ones_own():
     """And does for an option that only begins like --log."""
     for target in ("abtest", "ope"):
         for args in ("--log sessions.parquet", "--alpha 0.05 --log=sessions.parquet"):
-            assert not [x for x in make(target, "RUN=none", f"ARGS={args}") if "pagellm.evaluate" in x]
+            assert not [
+                x for x in make(target, "RUN=none", f"ARGS={args}") if "pagellm.evaluate" in x
+            ]
     for target, args in (("abtest", ""), ("ope", ""), ("ope", "--logging_temperature 2")):
         assert [x for x in make(target, "RUN=none", f"ARGS={args}") if "pagellm.evaluate" in x]
 
@@ -316,7 +376,10 @@ def test_every_preset_of_the_repository_is_understood():
     import importlib
 
     from pagellm.__main__ import VERBS
-    found = [path for path in (Path(__file__).parent.parent / "presets").rglob("*") if path.is_file()]
+
+    found = [
+        path for path in (Path(__file__).parent.parent / "presets").rglob("*") if path.is_file()
+    ]
     assert found
     for path in found:
         parse(importlib.import_module(VERBS[path.name]).Config, [f"@{path}"])

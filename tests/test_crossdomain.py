@@ -25,14 +25,23 @@ def test_the_halves_share_no_user_no_item_no_department(shop, tmp_path):
     assert not {c[0] for c in a.catalogue.categories} & {c[0] for c in b.catalogue.categories}
     for part in parts:
         assert part.n_users > 20 and part.n_items > 15 and (part.csr("train").counts() > 0).all()
-        rows = {(part.user_ids[u], part.catalogue.ids[i]): (s, r) for u, i, s, r in
-                zip(part.user, part.item, part.split, part.rating, strict=True)}
-        whole = {(shop.user_ids[u], shop.catalogue.ids[i]): (s, r) for u, i, s, r in
-                 zip(shop.user, shop.item, shop.split, shop.rating, strict=True)}
+        rows = {
+            (part.user_ids[u], part.catalogue.ids[i]): (s, r)
+            for u, i, s, r in zip(part.user, part.item, part.split, part.rating, strict=True)
+        }
+        whole = {
+            (shop.user_ids[u], shop.catalogue.ids[i]): (s, r)
+            for u, i, s, r in zip(shop.user, shop.item, shop.split, shop.rating, strict=True)
+        }
         assert rows.items() <= whole.items()
         users, items, text = part.reviews()
         assert len(text) and {(u, i) for u, i in zip(users, items, strict=True)} <= set(
-            zip(part.user[part.rows("train", None)], part.item[part.rows("train", None)], strict=True))
+            zip(
+                part.user[part.rows("train", None)],
+                part.item[part.rows("train", None)],
+                strict=True,
+            )
+        )
         i, u = part.catalogue.ids[0], part.user_ids[0]
         assert part.truth[0, 0] == shop.truth[shop.user_ids.index(u), shop.catalogue.ids.index(i)]
         assert part.catalogue.title[0] == shop.catalogue.title[shop.catalogue.ids.index(i)]
@@ -54,7 +63,7 @@ def test_ridge_is_the_least_of_its_loss():
     mx, w, my = ridge(x, y, 2.0)
 
     def loss(w):
-        return (((y - my) - (x - mx) @ w) ** 2).sum() + 2.0 * (w ** 2).sum()
+        return (((y - my) - (x - mx) @ w) ** 2).sum() + 2.0 * (w**2).sum()
 
     assert all(loss(w) < loss(w + 1e-3 * rng.normal(size=w.shape)) for _ in range(20))
 
@@ -90,22 +99,38 @@ def test_a_policy_moved_to_its_own_shop_writes_its_own_pages(shop, served):
     own = Policy(policy.model, policy.vocab, away.style)
     a, b = (p.rank(users, train, seen, 6, 20) for p in (own, away))
     assert np.array_equal(a.item, b.item)
-    c = moved(policy, shop, policy.model.item.detach().numpy()[::-1].copy()).rank(users, train, seen, 6, 20)
+    c = moved(policy, shop, policy.model.item.detach().numpy()[::-1].copy()).rank(
+        users, train, seen, 6, 20
+    )
     assert not np.array_equal(a.item, c.item)
 
 
 def test_the_study_runs_and_refuses_what_it_sets_itself(served, tmp_path, capsys):
     import shutil
+
     shutil.copytree(served / "data", tmp_path / "data")
-    base = {"data": str(tmp_path / "data"), "runs": str(tmp_path / "runs"), "seeds": 2,
-            "pretrain": "--size nano --steps 4 --batch 8 --words 300 --device cpu",
-            "sft": "--epochs 1 --batch 16 --max_history 8 --k 6 --device cpu"}
+    base = {
+        "data": str(tmp_path / "data"),
+        "runs": str(tmp_path / "runs"),
+        "seeds": 2,
+        "pretrain": "--size nano --steps 4 --batch 8 --words 300 --device cpu",
+        "sft": "--epochs 1 --batch 16 --max_history 8 --k 6 --device cpu",
+    }
     records = crossdomain.run(crossdomain.Config(**base))
-    assert {r["variant"] for r in records} == {"popularity", "content kNN", "rows: words", "rows: states",
-                                               "rows: shuffled", "trained there"}
-    assert {r["seeds"] for r in records} == {2} and "cosine of predicted and trained rows" in capsys.readouterr().out
+    assert {r["variant"] for r in records} == {
+        "popularity",
+        "content kNN",
+        "rows: words",
+        "rows: states",
+        "rows: shuffled",
+        "trained there",
+    }
+    assert {r["seeds"] for r in records} == {
+        2
+    } and "cosine of predicted and trained rows" in capsys.readouterr().out
     assert (tmp_path / "runs" / "crossdomain" / "synthetic-to-other-half.parquet").exists()
-    agreed = base | {"sft": base["sft"] + " --no-use_user"}         # as presets have it: what the study does anyway
+    # as presets have it: what the study does anyway
+    agreed = base | {"sft": base["sft"] + " --no-use_user"}
     assert crossdomain.run(crossdomain.Config(**agreed)) == records
     with pytest.raises(PageLLMError, match="--sft must not set seed"):
         crossdomain.run(crossdomain.Config(**base | {"sft": "--seed 3"}))

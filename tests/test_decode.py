@@ -58,7 +58,9 @@ def prompts(draw, max_excluded=N):
 
 
 def modes(ids, valid, excluded, k, seed=0):
-    uniform = torch.rand(len(ids), k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    uniform = torch.rand(
+        len(ids), k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     yield "greedy", greedy(MODEL, ids, valid, Unseen(excluded, N), k)
     yield "sample", sample(MODEL, ids, valid, Unseen(excluded, N), uniform)
     yield "beam", beam(MODEL, ids, valid, Unseen(excluded, N), k, width=3)
@@ -76,23 +78,38 @@ def test_pages_are_legal_distinct_and_as_long_as_they_can_be(batch, k, seed):
             assert len(page) == min(k, N - len(illegal)), mode
             assert len(set(page)) == len(page) and not set(page) & illegal, mode
             assert pages.mask[row].tolist() == [True] * len(page) + [False] * (k - len(page))
-            assert (pages.item[row][len(page):] == -1).all() and (pages.logp[row][len(page):] == 0).all()
+            assert (pages.item[row][len(page) :] == -1).all() and (
+                pages.logp[row][len(page) :] == 0
+            ).all()
 
 
 @settings(deadline=None, max_examples=40)
-@given(prompts(), st.integers(1, 9), st.integers(0, 1000), st.sampled_from([1.0, 0.5, 2.0]),
-       st.sampled_from([MODEL, GATED]))
+@given(
+    prompts(),
+    st.integers(1, 9),
+    st.integers(0, 1000),
+    st.sampled_from([1.0, 0.5, 2.0]),
+    st.sampled_from([MODEL, GATED]),
+)
 def test_generation_and_update_give_one_log_probability(batch, k, seed, temperature, model):
     """Cached generation under the constraint equals the full pass over the finished page."""
     ids, valid, excluded, _ = batch
-    uniform = torch.rand(len(ids), k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    uniform = torch.rand(
+        len(ids), k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     pages = sample(model, ids, valid, Unseen(excluded, N), uniform, temperature)
     with torch.no_grad():
         states = slot_states(model, ids, valid, pages.item, pages.mask)
-        logp, entropy = page_logp(states, model.item, pages.item, pages.mask, excluded, temperature, with_entropy=True)
+        logp, entropy = page_logp(
+            states, model.item, pages.item, pages.mask, excluded, temperature, with_entropy=True
+        )
     assert_close(logp, pages.logp, atol=1e-5, rtol=1e-5)
     assert states.shape == (len(ids), k + 1, 8)
-    assert (entropy >= -1e-6).all() and (logp[~pages.mask] == 0).all() and (entropy[~pages.mask] == 0).all()
+    assert (
+        (entropy >= -1e-6).all()
+        and (logp[~pages.mask] == 0).all()
+        and (entropy[~pages.mask] == 0).all()
+    )
 
 
 def test_the_gate_says_how_loud_placed_items_are():
@@ -105,24 +122,40 @@ def test_the_gate_says_how_loud_placed_items_are():
     plain.gate = None
     with torch.no_grad():
         gated.gate.fill_(1.0)
-        assert_close(slot_states(gated, ids, valid, pages[0], mask), slot_states(plain, ids, valid, pages[0], mask))
+        assert_close(
+            slot_states(gated, ids, valid, pages[0], mask),
+            slot_states(plain, ids, valid, pages[0], mask),
+        )
         gated.gate.zero_()
         assert_close(*(slot_states(gated, ids, valid, page, mask) for page in pages))
         assert not torch.allclose(*(slot_states(plain, ids, valid, page, mask) for page in pages))
 
 
 @settings(deadline=None, max_examples=30)
-@given(prompts(), st.lists(st.integers(0, 2), min_size=1, max_size=6), st.integers(1, 6), st.integers(0, 1000))
+@given(
+    prompts(),
+    st.lists(st.integers(0, 2), min_size=1, max_size=6),
+    st.integers(1, 6),
+    st.integers(0, 1000),
+)
 def test_prompts_read_once_for_several_pages_change_nothing(batch, owners, k, seed):
     ids, valid, excluded, _ = batch
     group = torch.tensor([owner % len(ids) for owner in owners])
     prompt, seen, gone = ids[group], valid[group], excluded[group]
-    uniform = torch.rand(len(group), k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    start = lambda: shared_start(MODEL, ids, valid, k, group)      # noqa: E731
+    uniform = torch.rand(
+        len(group), k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
+    start = lambda: shared_start(MODEL, ids, valid, k, group)  # noqa: E731
     for alone, together in (
-            (greedy(MODEL, prompt, seen, Unseen(gone, N), k), greedy(MODEL, prompt, seen, Unseen(gone, N), k, start())),
-            (sample(MODEL, prompt, seen, Unseen(gone, N), uniform),
-             sample(MODEL, prompt, seen, Unseen(gone, N), uniform, start=start()))):
+        (
+            greedy(MODEL, prompt, seen, Unseen(gone, N), k),
+            greedy(MODEL, prompt, seen, Unseen(gone, N), k, start()),
+        ),
+        (
+            sample(MODEL, prompt, seen, Unseen(gone, N), uniform),
+            sample(MODEL, prompt, seen, Unseen(gone, N), uniform, start=start()),
+        ),
+    ):
         assert torch.equal(alone.item, together.item) and torch.equal(alone.mask, together.mask)
         assert_close(alone.logp, together.logp, atol=1e-5, rtol=1e-5)
         with torch.no_grad():
@@ -147,8 +180,10 @@ def test_probabilities_of_all_pages_sum_to_one_and_beam_finds_the_best(batch, k)
     assert logp.exp().sum().item() == pytest.approx(1.0, abs=1e-4)
     best = beam(MODEL, ids, valid, Unseen(excluded, N), k, width=300)
     assert best.logp.sum().item() == pytest.approx(logp.max().item(), abs=1e-4)
-    assert beam(MODEL, ids, valid, Unseen(excluded, N), k, width=1).item.tolist() == \
-        greedy(MODEL, ids, valid, Unseen(excluded, N), k).item.tolist()
+    assert (
+        beam(MODEL, ids, valid, Unseen(excluded, N), k, width=1).item.tolist()
+        == greedy(MODEL, ids, valid, Unseen(excluded, N), k).item.tolist()
+    )
 
 
 def test_sampling_follows_the_distribution():
@@ -173,8 +208,14 @@ def test_neighbours_in_the_batch_and_padding_do_not_matter(batch):
     together = greedy(MODEL, ids, valid, Unseen(excluded, N), 4)
     for row in range(len(ids)):
         kept = valid[row]
-        alone = greedy(MODEL, ids[row: row + 1, kept], valid[row: row + 1, kept], Unseen(excluded[row: row + 1], N), 4)
-        assert_close(alone.logp, together.logp[row: row + 1], atol=1e-4, rtol=1e-4)
+        alone = greedy(
+            MODEL,
+            ids[row : row + 1, kept],
+            valid[row : row + 1, kept],
+            Unseen(excluded[row : row + 1], N),
+            4,
+        )
+        assert_close(alone.logp, together.logp[row : row + 1], atol=1e-4, rtol=1e-4)
 
 
 @settings(deadline=None, max_examples=30)
@@ -189,7 +230,9 @@ def test_a_ranking_is_the_page_and_then_the_rest_by_first_logits(batch, k, depth
     for row, illegal in enumerate(gone):
         got = item[row][item[row] >= 0].tolist()
         page = pages.item[row][pages.mask[row]].tolist()
-        rest = sorted(set(range(N)) - illegal - set(page), key=lambda i: (-pages.first[row, i].item(), i))
+        rest = sorted(
+            set(range(N)) - illegal - set(page), key=lambda i: (-pages.first[row, i].item(), i)
+        )
         assert got == (page + rest)[: min(depth, N - len(illegal))]
         kept = score[row][: len(got)].tolist()
         assert kept == sorted(kept, reverse=True)
@@ -211,7 +254,9 @@ def test_gradient_reaches_legal_rows_only():
     ids, valid = torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool)
     item, excluded = torch.tensor([[3, 5]]), torch.tensor([[0, 6]])
     states = slot_states(model, ids, valid, item, torch.ones(1, 2, dtype=torch.bool)).detach()
-    page_logp(states, model.item, item, torch.ones(1, 2, dtype=torch.bool), excluded).sum().backward()
+    page_logp(
+        states, model.item, item, torch.ones(1, 2, dtype=torch.bool), excluded
+    ).sum().backward()
     moved = model.item.grad.abs().sum(1) > 0
     assert moved.tolist() == [False, True, True, True, True, True, False]
 
@@ -221,15 +266,26 @@ def test_gradient_reaches_legal_rows_only():
 def test_a_draw_inverts_the_running_sum_and_never_takes_what_cannot_be(seed, N, B):
     """In eighths, whose sums are exact: the item is the first at which the sum exceeds uniform times the whole."""
     generator = torch.Generator().manual_seed(seed)
-    p = torch.randint(0, 4, (B, N), generator=generator).float() / 8 * (torch.rand(B, N, generator=generator) < 0.5)
+    p = (
+        torch.randint(0, 4, (B, N), generator=generator).float()
+        / 8
+        * (torch.rand(B, N, generator=generator) < 0.5)
+    )
     p[:, int(torch.randint(N, (1,), generator=generator))] += 0.125
-    for uniform in (torch.rand(B, dtype=torch.float64, generator=generator), torch.zeros(B, dtype=torch.float64),
-                    torch.full((B,), 1 - 2.0 ** -53, dtype=torch.float64)):
+    for uniform in (
+        torch.rand(B, dtype=torch.float64, generator=generator),
+        torch.zeros(B, dtype=torch.float64),
+        torch.full((B,), 1 - 2.0**-53, dtype=torch.float64),
+    ):
         total = p.double().cumsum(1)
-        want = [next(n for n in range(N) if total[b, n] > uniform[b] * total[b, -1] or n == N - 1) for b in range(B)]
+        want = [
+            next(n for n in range(N) if total[b, n] > uniform[b] * total[b, -1] or n == N - 1)
+            for b in range(B)
+        ]
         found = drawn(p, uniform)
         assert (p.gather(1, found[:, None]) > 0).all()
-        if uniform[0] < 1 - 2.0 ** -53:         # times the whole that may round to the whole, which nothing exceeds
+        # times the whole that may round to the whole, which nothing exceeds
+        if uniform[0] < 1 - 2.0**-53:
             assert found.tolist() == want
 
 
@@ -257,9 +313,12 @@ def test_padding_that_all_rows_share_is_not_read():
     assert torch.equal(short[0], ids[:, 2:]) and torch.equal(short[1], valid[:, 2:])
     assert torch.equal(trimmed(*short)[0], short[0])
     for none in (torch.zeros(2, 5, dtype=torch.bool), torch.zeros(2, 0, dtype=torch.bool)):
-        assert trimmed(ids[:, :none.shape[1]], none)[0].shape == none.shape
+        assert trimmed(ids[:, : none.shape[1]], none)[0].shape == none.shape
     item, mask, read = torch.tensor([[1, 2], [3, -1]]), torch.tensor([[1, 1], [1, 0]]).bool(), []
     hook = MODEL.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
-    padded, alone = slot_states(MODEL, ids, valid, item, mask), slot_states(MODEL, *short, item, mask)
+    padded, alone = (
+        slot_states(MODEL, ids, valid, item, mask),
+        slot_states(MODEL, *short, item, mask),
+    )
     hook.remove()
     assert read == [5, 5] and torch.equal(padded, alone)

@@ -27,11 +27,13 @@ STAGES = ("pretrain", "sft", "reward", "ppo")
 @pytest.fixture
 def as_rank(monkeypatch):
     """Pretend to be one of several processes."""
+
     def pretend(rank, world, total=None):
         monkeypatch.setattr(dist, "rank", lambda: rank)
         monkeypatch.setattr(dist, "world", lambda: world)
         if total is not None:
             monkeypatch.setattr(dist, "total", total)
+
     return pretend
 
 
@@ -48,7 +50,11 @@ def test_parts_are_a_partition_and_an_idle_process_gets_a_stand_in(n, world):
     assert sorted(seen) == rows.tolist()
 
 
-@given(st.lists(st.lists(st.floats(-5, 5), max_size=4), min_size=2, max_size=4).filter(lambda x: sum(map(len, x))))
+@given(
+    st.lists(st.lists(st.floats(-5, 5), max_size=4), min_size=2, max_size=4).filter(
+        lambda x: sum(map(len, x))
+    )
+)
 def test_shared_means_average_to_the_mean_over_everybody(values):
     """Against the definition, with processes of any number of elements, none included."""
     sizes = torch.tensor([float(len(v)) for v in values], dtype=torch.float64)
@@ -60,14 +66,22 @@ def test_shared_means_average_to_the_mean_over_everybody(values):
             mean = torch.tensor(mine or [123.0], dtype=torch.float64).mean()
             parts.append(shared_means([(mean, len(mine) or 1)], busy=bool(mine))[0])
     want = sum(map(sum, values)) / sum(map(len, values))
-    assert_close(torch.stack(parts).mean(), torch.tensor(want, dtype=torch.float64), atol=1e-9, rtol=1e-9)
+    assert_close(
+        torch.stack(parts).mean(), torch.tensor(want, dtype=torch.float64), atol=1e-9, rtol=1e-9
+    )
 
 
 def test_alone_everything_is_a_plain_call(as_rank):
     x = torch.tensor([1.0, 2.0])
-    assert dist.is_main() and dist.total(x) is x and dist.everybody(3) == [3] and dist.any_rank(True)
+    assert (
+        dist.is_main() and dist.total(x) is x and dist.everybody(3) == [3] and dist.any_rank(True)
+    )
     assert not dist.any_rank(False) and dist.idle(torch.nn.Linear(1, 1)) == 0.0
-    assert shared_means([(x[0], 5)])[0] is not None and dist.gather(np.arange(3)).tolist() == [0, 1, 2]
+    assert shared_means([(x[0], 5)])[0] is not None and dist.gather(np.arange(3)).tolist() == [
+        0,
+        1,
+        2,
+    ]
     module = torch.nn.Linear(1, 1)
     assert dist.wrap(module, "ddp") is module
     with dist.last_backward(module, False), dist.whole(module):
@@ -86,7 +100,9 @@ def test_moments_and_weights_come_back_by_name():
         o.zero_grad()
         m(torch.ones(1, 3)).sum().backward()
         o.step()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
     assert dist.optimiser_state(model, torch.optim.AdamW(model.parameters())) == {}
     with pytest.raises(PageLLMError, match="not this model's"):
         dist.load_weights(other, {"weight": torch.zeros(2, 3)})
@@ -107,10 +123,26 @@ def folder(tmp_path_factory):
 
 def launch(folder, mode, processes=2, run="", more="{}"):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                           str(processes), str(ROOT / "tests" / "two_processes.py"), str(folder), run or mode, mode,
-                           more],
-                          env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=150)
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(processes),
+            str(ROOT / "tests" / "two_processes.py"),
+            str(folder),
+            run or mode,
+            mode,
+            more,
+        ],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=150,
+    )
 
 
 def log_of(folder, run, stage):
@@ -125,16 +157,27 @@ def test_two_processes_log_what_one_does(folder, mode, stage):
     for one, two in zip(alone, both, strict=True):
         assert one.keys() == two.keys()
         for name in one:
-            if isinstance(one[name], float) and name not in ("advantages/mean",):    # that one is rounding alone
-                assert two[name] == pytest.approx(one[name], rel=2e-3, abs=2e-5), (stage, one["step"], name)
+            # that one is rounding alone
+            if isinstance(one[name], float) and name not in ("advantages/mean",):
+                assert two[name] == pytest.approx(one[name], rel=2e-3, abs=2e-5), (
+                    stage,
+                    one["step"],
+                    name,
+                )
 
 
 @pytest.mark.parametrize("mode", dist.MODES)
 def test_two_processes_end_with_the_metrics_of_one(folder, mode):
-    results = [json.loads((folder / "runs" / run / "evaluate" / "metrics.json").read_text()) for run in ("alone", mode)]
+    results = [
+        json.loads((folder / "runs" / run / "evaluate" / "metrics.json").read_text())
+        for run in ("alone", mode)
+    ]
     for policy in results[0]:
         for metric, row in results[0][policy].items():
-            assert results[1][policy][metric]["mean"] == pytest.approx(row["mean"], abs=1e-6), (policy, metric)
+            assert results[1][policy][metric]["mean"] == pytest.approx(row["mean"], abs=1e-6), (
+                policy,
+                metric,
+            )
 
 
 @pytest.mark.parametrize("mode", dist.MODES)
@@ -142,17 +185,32 @@ def test_two_processes_learn_adapters_as_one_does(folder, mode):
     """Llama with a frozen trunk and words, adapters, and blocks computed anew: every stage, as by one process."""
     source = build("llama-nano", 300, 0, 0)
     save_published(source, folder / "llama", 300)
-    more = json.dumps({"size": "llama-nano", "weights": str(folder / "llama"), "lora_rank": 2, "lora_targets": "q,down",
-                       "bpe": str(folder / "runs" / "alone" / "pretrain"), "checkpoint_blocks": True})
+    more = json.dumps(
+        {
+            "size": "llama-nano",
+            "weights": str(folder / "llama"),
+            "lora_rank": 2,
+            "lora_targets": "q,down",
+            "bpe": str(folder / "runs" / "alone" / "pretrain"),
+            "checkpoint_blocks": True,
+        }
+    )
     two_processes.main(str(folder), f"{mode}-lora-one", "ddp", more)
     done = launch(folder, mode, run=f"{mode}-lora-two", more=more)
     assert done.returncode == 0, done.stdout[-3000:]
     for stage in STAGES:
-        for one, two in zip(log_of(folder, f"{mode}-lora-one", stage), log_of(folder, f"{mode}-lora-two", stage),
-                            strict=True):
+        for one, two in zip(
+            log_of(folder, f"{mode}-lora-one", stage),
+            log_of(folder, f"{mode}-lora-two", stage),
+            strict=True,
+        ):
             for name in one:
                 if isinstance(one[name], float) and name != "advantages/mean":
-                    assert two[name] == pytest.approx(one[name], rel=2e-3, abs=2e-5), (stage, one["step"], name)
+                    assert two[name] == pytest.approx(one[name], rel=2e-3, abs=2e-5), (
+                        stage,
+                        one["step"],
+                        name,
+                    )
     state = torch.load(folder / "runs" / f"{mode}-lora-two" / "ppo" / "model.pt", weights_only=True)
     assert torch.equal(state["weights"]["word"], source.word)
 
@@ -166,7 +224,10 @@ def test_the_same_number_of_processes_gives_the_same_bytes(folder):
 
 def test_what_two_processes_wrote_one_reads(folder):
     """A model.pt holds plain names and whole tensors, whatever wrapped the model."""
-    state = [torch.load(folder / "runs" / run / "ppo" / "model.pt", weights_only=True) for run in ("alone", "fsdp")]
+    state = [
+        torch.load(folder / "runs" / run / "ppo" / "model.pt", weights_only=True)
+        for run in ("alone", "fsdp")
+    ]
     assert state[0]["weights"].keys() == state[1]["weights"].keys()
     for name, weight in state[0]["weights"].items():
         assert_close(state[1]["weights"][name], weight, atol=1e-4, rtol=1e-3)
@@ -176,8 +237,14 @@ def test_one_process_carries_on_what_two_began(folder, monkeypatch):
     """A checkpoint of FSDP2 goes on in one process: the same losses to the end."""
     run = folder / "runs" / "fsdp" / "sft"
     want = log_of(folder, "alone", "sft")
-    options = {"data": f"{folder}/data", "runs": f"{folder}/runs", "device": "cpu", "save_every": 2, "parallel": "fsdp",
-               **two_processes.SMALL[sft]}
+    options = {
+        "data": f"{folder}/data",
+        "runs": f"{folder}/runs",
+        "device": "cpu",
+        "save_every": 2,
+        "parallel": "fsdp",
+        **two_processes.SMALL[sft],
+    }
     source = folder / "runs" / "carried"
     (source / "sft").mkdir(parents=True)
     script = folder / "stop.py"
@@ -186,17 +253,33 @@ def test_one_process_carries_on_what_two_began(folder, monkeypatch):
         "torch.set_num_threads(1)\nold = run.Run.save\n"
         "def save(self, state):\n    old(self, state)\n    os._exit(0) if state['step'] == 4 else None\n"
         "run.Run.save = save\n"
-        f"sft.run(sft.Config(run='carried', **{options!r}))\n")
+        f"sft.run(sft.Config(run='carried', **{options!r}))\n"
+    )
     (source / "sft").rmdir()
     os.symlink(folder / "runs" / "alone" / "pretrain", source / "pretrain")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    str(script)], env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, check=True,
-                   timeout=200, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            str(script),
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=200,
+        capture_output=True,
+    )
     assert (source / "sft" / "LAST").read_text().startswith("step-00000004") and run.exists()
     sft.run(sft.Config(run="carried", **options))
     got = log_of(folder, "carried", "sft")
     assert [row["step"] for row in got] == [row["step"] for row in want]
-    assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-4) for a, b in zip(got[1:], want[1:], strict=True))
+    assert all(
+        a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        for a, b in zip(got[1:], want[1:], strict=True)
+    )
 
 
 def test_an_unknown_mode_is_refused():

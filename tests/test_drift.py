@@ -27,7 +27,12 @@ def root(tmp_path_factory):
     """A small shop split by time, and a policy whose prompts show four periods."""
     root = tmp_path_factory.mktemp("drift")
     prepare.run(prepare.Config(data=str(root / "data"), users=80, items=60, split="temporal"))
-    common = {"data": str(root / "data"), "runs": str(root / "runs"), "device": "cpu", "run": "timed"}
+    common = {
+        "data": str(root / "data"),
+        "runs": str(root / "runs"),
+        "device": "cpu",
+        "run": "timed",
+    }
     pretrain.run(pretrain.Config(**common, **NANO, times=4))
     sft.run(sft.Config(**common, **SMALL, cut="time"))
     return root
@@ -43,8 +48,9 @@ def test_time_tokens_stand_behind_the_other_specials_and_change_nothing_else(tmp
             vocab.time(period)
     for vocab in (plain, timed):
         vocab.save(tmp_path)
-        assert Vocab.load(tmp_path).times == vocab.times and ("times" in (tmp_path / "vocab.json").read_text()) == (
-            vocab.times > 0)
+        assert Vocab.load(tmp_path).times == vocab.times and (
+            "times" in (tmp_path / "vocab.json").read_text()
+        ) == (vocab.times > 0)
 
 
 def test_the_token_stands_before_the_page_and_only_if_asked():
@@ -54,7 +60,10 @@ def test_the_token_stands_before_the_page_and_only_if_asked():
     row = silent.page(1, *history)
     assert shown.page(1, *history) == [*row[:-1], vocab.time(4), vocab.page]
     assert silent.page(1, *history, period=0) == [*row[:-1], vocab.time(0), vocab.page]
-    assert silent.page_room == Prompts(Vocab.train(["a history of words"], 3, 4, 260), 40).page_room + 1
+    assert (
+        silent.page_room
+        == Prompts(Vocab.train(["a history of words"], 3, 4, 260), 40).page_room + 1
+    )
 
 
 def test_moments_become_periods_and_no_moment_is_now(root):
@@ -64,7 +73,7 @@ def test_moments_become_periods_and_no_moment_is_now(root):
     assert len(clock) == 3 and list(clock) == sorted(clock)
     shares = np.diff([0, *np.searchsorted(train, clock), len(train)]) / len(train)
     assert shares == pytest.approx(0.25, abs=0.02)
-    when = np.array([clock[0] - 1, clock[0], clock[2], clock[2] + 10 ** 9])
+    when = np.array([clock[0] - 1, clock[0], clock[2], clock[2] + 10**9])
     assert policy.periods(when, 4) == [0, 1, 3, 3]
     history = [shop.csr("train").of(0)] * 4
     ids, _ = policy.prompt([0] * 4, history, when)
@@ -78,15 +87,23 @@ def test_moments_become_periods_and_no_moment_is_now(root):
 def test_pages_come_after_their_history(root):
     shop = load(root / "data" / "synthetic")
     maker, train = sft.PageMaker(shop), shop.csr("train")
-    place = {(u, i): t for u, i, t in zip(shop.user.tolist(), shop.item.tolist(), shop.time.tolist(), strict=True)}
+    place = {
+        (u, i): t
+        for u, i, t in zip(shop.user.tolist(), shop.item.tolist(), shop.time.tolist(), strict=True)
+    }
     lengths = set()
     for user in maker.users[:30].tolist():
         for draw in range(4):
             (items, ratings), page, when = maker.later(user, keyed(0, user, draw))
             assert len(items) == len(ratings) > 0 and len(page) and not set(items) & set(page)
             assert set(items) | set(page) <= set(train.of(user)[0])
-            assert max(place[user, i] for i in items.tolist()) <= when == min(
-                place[user, i] for i in set(train.of(user)[0].tolist()) - set(items.tolist()))
+            assert (
+                max(place[user, i] for i in items.tolist())
+                <= when
+                == min(
+                    place[user, i] for i in set(train.of(user)[0].tolist()) - set(items.tolist())
+                )
+            )
             lengths.add(len(items))
     assert len(lengths) > 5
 
@@ -97,25 +114,52 @@ def test_a_moment_is_that_of_the_first_held_out_positive(root):
     for user in range(20):
         mine = (shop.user == user) & shop.rows("test")
         if mine.any():
-            assert moments[user] == shop.time[mine].min() >= shop.time[(shop.user == user) & shop.rows("train")].max()
+            assert (
+                moments[user]
+                == shop.time[mine].min()
+                >= shop.time[(shop.user == user) & shop.rows("train")].max()
+            )
     assert (shop.moments("unused") == shop.time[shop.rows("train", None)].max()).all()
 
 
 def test_every_later_stage_reads_time_tokens(root, capsys):
     """Reward, PPO and pages on request show the last period, which is now; evaluate each user's own moment, as
     validation does."""
-    common = {"data": str(root / "data"), "runs": str(root / "runs"), "device": "cpu", "run": "timed"}
+    common = {
+        "data": str(root / "data"),
+        "runs": str(root / "runs"),
+        "device": "cpu",
+        "run": "timed",
+    }
     reward.run(reward.Config(**common, per_kind=1, epochs=1, batch=32, warmup=2))
-    ppo.run(ppo.Config(**common, epochs=1.0, rollout=16, minibatch=8, micro=4, inner_epochs=1, k=6, eval_every=2,
-                       min_steps=1, critic_warmup=2, lr=1e-3))
-    evaluate.run(evaluate.Config(**common, k=6, depth=20, policies="sft,ppo", n_boot=10, quiet=True))
+    ppo.run(
+        ppo.Config(
+            **common,
+            epochs=1.0,
+            rollout=16,
+            minibatch=8,
+            micro=4,
+            inner_epochs=1,
+            k=6,
+            eval_every=2,
+            min_steps=1,
+            critic_warmup=2,
+            lr=1e-3,
+        )
+    )
+    evaluate.run(
+        evaluate.Config(**common, k=6, depth=20, policies="sft,ppo", n_boot=10, quiet=True)
+    )
     shop, where = load(root / "data" / "synthetic"), root / "runs" / "timed"
     moments, seen = shop.moments("test"), evaluate.seen_rows(shop, "test", "train+valid")
     for stage in ("sft", "ppo"):
         policy = Policy.load(where / stage)
         assert policy.vocab.times == 4 and len(policy.style.clock) == 3
         got = evaluate.read_pages(where / "evaluate" / stage / "pages.parquet", shop)
-        then, now = (policy.rank(got.user, shop.csr("train"), seen, 6, 20, when=when) for when in (moments, None))
+        then, now = (
+            policy.rank(got.user, shop.csr("train"), seen, 6, 20, when=when)
+            for when in (moments, None)
+        )
         earlier = np.array(policy.periods(moments[got.user], len(got.user))) < 3
         assert earlier.any() and not earlier.all()
         assert np.array_equal(got.item, then.item) and np.array_equal(got.score, then.score)
@@ -135,7 +179,11 @@ def test_every_later_stage_reads_time_tokens(root, capsys):
 def test_time_tokens_want_pages_that_come_after_their_history(root, tmp_path):
     shutil.copytree(root / "runs" / "timed" / "pretrain", tmp_path / "timed" / "pretrain")
     with pytest.raises(PageLLMError, match="give --cut time"):
-        sft.run(sft.Config(data=str(root / "data"), runs=str(tmp_path), device="cpu", run="timed", **SMALL))
+        sft.run(
+            sft.Config(
+                data=str(root / "data"), runs=str(tmp_path), device="cpu", run="timed", **SMALL
+            )
+        )
     with pytest.raises(PageLLMError, match="cut='x'"):
         sft.Config(cut="x")
 
@@ -148,15 +196,25 @@ def test_a_fashion_is_planted_in_time_and_nowhere_else(root, tmp_path):
     code = [np.sort(s.user * s.n_items + s.item) for s in (shop, got)]
     assert np.array_equal(*code)
     assert (np.diff(got.user) >= 0).all() and (np.diff(got.time)[np.diff(got.user) == 0] >= 0).all()
-    by_item = dict(zip(zip(shop.user.tolist(), shop.item.tolist(), strict=True), shop.rating.tolist(), strict=True))
-    assert all(by_item[u, i] == r for u, i, r in zip(got.user.tolist(), got.item.tolist(), got.rating.tolist(),
-                                                     strict=True))
+    by_item = dict(
+        zip(
+            zip(shop.user.tolist(), shop.item.tolist(), strict=True),
+            shop.rating.tolist(),
+            strict=True,
+        )
+    )
+    assert all(
+        by_item[u, i] == r
+        for u, i, r in zip(got.user.tolist(), got.item.tolist(), got.rating.tolist(), strict=True)
+    )
     top = np.array([names[0] for names in got.catalogue.categories])[got.item]
     late = got.time > np.quantile(got.time, 0.9)
     share = [max(np.mean(x == name) for name in set(top)) for x in (top, top[late])]
-    assert share[1] > 2 * share[0]                               # the latest tenth is of few departments
+    assert share[1] > 2 * share[0]  # the latest tenth is of few departments
     users, items, _ = got.reviews()
-    train = set(zip(*(x[got.rows("train", None)].tolist() for x in (got.user, got.item)), strict=True))
+    train = set(
+        zip(*(x[got.rows("train", None)].tolist() for x in (got.user, got.item)), strict=True)
+    )
     assert len(users) and set(zip(users.tolist(), items.tolist(), strict=True)) <= train
     with pytest.raises(PageLLMError, match="planted differently"):
         drift.plant(shop.path, tmp_path / "planted", 1)
@@ -166,7 +224,7 @@ def test_recent_popularity_counts_the_latest_rows(root):
     shop = load(root / "data" / "synthetic")
     users, seen = np.arange(5), shop.csr("train", positive=None)
     rows = np.flatnonzero(shop.rows("train"))
-    late = rows[np.argsort(shop.time[rows], kind="stable")[-round(0.1 * len(rows)):]]
+    late = rows[np.argsort(shop.time[rows], kind="stable")[-round(0.1 * len(rows)) :]]
     count = np.bincount(shop.item[late], minlength=shop.n_items)
     got = drift.recent_pages(shop, users, seen, 0.1)
     for row in range(5):
@@ -176,20 +234,28 @@ def test_recent_popularity_counts_the_latest_rows(root):
 
 def test_the_study_runs_and_says_what_it_cannot_do(tmp_path, capsys):
     data = tmp_path / "data"
-    base = {"data": str(data), "runs": str(tmp_path / "runs"), "seeds": 1, "times": 4,
-            "prepare": "--users 80 --items 60",
-            "pretrain": "--size nano --steps 3 --batch 8 --words 300 --device cpu",
-            "sft": "--epochs 1 --batch 16 --max_history 8 --k 6 --device cpu"}
+    base = {
+        "data": str(data),
+        "runs": str(tmp_path / "runs"),
+        "seeds": 1,
+        "times": 4,
+        "prepare": "--users 80 --items 60",
+        "pretrain": "--size nano --steps 3 --batch 8 --words 300 --device cpu",
+        "sft": "--epochs 1 --batch 16 --max_history 8 --k 6 --device cpu",
+    }
     records = drift.run(drift.Config(**base))
     assert len({r["variant"] for r in records}) == 6
     assert "random split → temporal split" in capsys.readouterr().out
-    for folder, split in ((data, "random"), (data / "temporal", "temporal")):        # what was not there was prepared
+    # what was not there was prepared
+    for folder, split in ((data, "random"), (data / "temporal", "temporal")):
         made = json.loads((folder / "synthetic" / "source.json").read_text())["config"]
         assert (made["users"], made["items"], made["split"]) == (80, 60, split)
     with pytest.raises(PageLLMError, match="--prepare must not set split"):
         drift.run(drift.Config(**base | {"prepare": "--split leave_one_out"}))
     drift.run(drift.Config(**base, planted=True))
-    assert pq.read_table(tmp_path / "runs" / "drift" / "synthetic-planted.parquet").num_rows == len(records)
+    assert pq.read_table(tmp_path / "runs" / "drift" / "synthetic-planted.parquet").num_rows == len(
+        records
+    )
     with pytest.raises(PageLLMError, match="--pretrain must not set times"):
         drift.run(drift.Config(**base | {"pretrain": "--times 3"}))
     with pytest.raises(PageLLMError, match="for the synthetic shop only"):

@@ -15,7 +15,15 @@ from pagellm import evaluate, metrics, pretrain, sft
 from pagellm.config import PageLLMError
 from pagellm.data import prepare
 from pagellm.data.shop import Rows, load
-from pagellm.evaluate import audience, check_leak, check_mask, check_pages, rank_all, seen_rows, top_items
+from pagellm.evaluate import (
+    audience,
+    check_leak,
+    check_mask,
+    check_pages,
+    rank_all,
+    seen_rows,
+    top_items,
+)
 from pagellm.policy import Policy, RankedPages, Scorer
 from pagellm.train import keyed
 from tests.strategies import purchases, rows_of, seeds
@@ -36,12 +44,16 @@ def shop(tmp_path_factory):
 def test_top_items_are_the_best_of_the_whole_catalogue_less_the_seen(matrix, seed, depth, block):
     U, N = matrix.shape
     score = torch.randn(U, N, generator=torch.Generator().manual_seed(seed)).round(decimals=1)
-    ranked = rank_all(lambda users: score[users], np.arange(U), rows_of(matrix), 3, depth, seed, block)
+    ranked = rank_all(
+        lambda users: score[users], np.arange(U), rows_of(matrix), 3, depth, seed, block
+    )
     for u in range(U):
         got, legal = ranked.item[u][ranked.item[u] >= 0], np.flatnonzero(~matrix[u])
         assert len(got) == len(set(got)) == min(depth, len(legal)) and set(got) <= set(legal)
-        np.testing.assert_array_equal(ranked.score[u][: len(got)], np.sort(score[u, legal].numpy())[::-1][: len(got)])
-        assert (ranked.item[u][len(got):] == -1).all() and ranked.slots[u] == min(3, len(got))
+        np.testing.assert_array_equal(
+            ranked.score[u][: len(got)], np.sort(score[u, legal].numpy())[::-1][: len(got)]
+        )
+        assert (ranked.item[u][len(got) :] == -1).all() and ranked.slots[u] == min(3, len(got))
 
 
 def test_ties_are_shuffled_by_seed_and_user_not_by_item_or_block():
@@ -63,21 +75,28 @@ def test_ties_are_shuffled_by_seed_and_user_not_by_item_or_block():
 
 @given(seeds, st.integers(1, 5), st.integers(1, 12), st.integers(1, 14))
 @settings(deadline=None)
-def test_the_order_among_equal_scores_is_that_of_the_shuffle_wherever_the_list_ends(seed, U, N, depth):
+def test_the_order_among_equal_scores_is_that_of_the_shuffle_wherever_the_list_ends(
+    seed, U, N, depth
+):
     """i goes before j if its score is higher, or equal and its rank in the user's shuffle is higher."""
     rng = np.random.default_rng(seed)
     score = torch.from_numpy(rng.integers(-2, 2, (U, N)).astype(np.float32)) * 0.5
     score[torch.from_numpy(rng.random((U, N)) < 0.2)] = -math.inf
     score[torch.from_numpy(rng.random((U, N)) < 0.2)] = -0.0
     gone = [rng.permutation(N)[: rng.integers(0, N + 1)] for _ in range(U)]
-    seen = Rows(np.cumsum([0, *map(len, gone)]), np.concatenate(gone).astype(np.int64),
-                np.zeros(sum(map(len, gone)), np.float32))
+    seen = Rows(
+        np.cumsum([0, *map(len, gone)]),
+        np.concatenate(gone).astype(np.int64),
+        np.zeros(sum(map(len, gone)), np.float32),
+    )
     item, value = top_items(score, np.arange(U), seen, depth, seed)
     shuffled = keyed(seed, "ties", "items").permutation(N)
     drawn = keyed(seed, "ties", "users").integers(1 << max(1, (N - 1).bit_length()), size=U)
     for u in range(U):
         legal = [i for i in range(N) if i not in gone[u] and score[u, i] > -math.inf]
-        want = sorted(legal, key=lambda i: (-float(score[u, i]), -(int(shuffled[i]) ^ int(drawn[u]))))[:depth]
+        want = sorted(
+            legal, key=lambda i: (-float(score[u, i]), -(int(shuffled[i]) ^ int(drawn[u])))
+        )[:depth]
         assert item[u].tolist() == want + [-1] * (min(depth, N) - len(want))
         assert value[u][: len(want)].tolist() == [float(score[u, i]) for i in want]
 
@@ -100,15 +119,23 @@ def test_a_policy_that_scores_all_items_alike_ranks_them_by_the_same_shuffle(sho
 def test_users_are_read_in_batches_of_like_history_and_come_back_in_their_order(served):
     policy = Policy.load(served / "runs" / "base" / "sft")
     shop = load(served / "data" / "synthetic")
-    seen, users, rng = shop.csr("train", positive=None), np.arange(0, shop.n_users, 2), np.random.default_rng(0)
+    seen, users, rng = (
+        shop.csr("train", positive=None),
+        np.arange(0, shop.n_users, 2),
+        np.random.default_rng(0),
+    )
     start = np.append(0, np.cumsum(rng.integers(1, 9, shop.n_users)))
-    history = Rows(start, rng.integers(shop.n_items, size=start[-1]), np.full(start[-1], 4.0, np.float32))
+    history = Rows(
+        start, rng.integers(shop.n_items, size=start[-1]), np.full(start[-1], 4.0, np.float32)
+    )
     read = []
     hook = policy.model.register_forward_pre_hook(lambda _, args: read.append(args[0].shape))
     together = policy.rank(users, history, seen, 6, 20, batch=8)
     hook.remove()
-    widths = [shape[1] for shape in read if shape[1] > 1]                       # prompts; a slot is one token
-    assert widths == sorted(widths) and widths[0] < widths[-1] and len(widths) == -(-len(users) // 8)
+    widths = [shape[1] for shape in read if shape[1] > 1]  # prompts; a slot is one token
+    assert (
+        widths == sorted(widths) and widths[0] < widths[-1] and len(widths) == -(-len(users) // 8)
+    )
     alone = policy.rank(users, history, seen, 6, 20, batch=1)
     np.testing.assert_array_equal(together.item, alone.item)
     np.testing.assert_allclose(together.score, alone.score, atol=1e-4)
@@ -122,21 +149,26 @@ def test_top_items_refuses_nan_and_drops_minus_infinity():
     assert item.tolist() == [[1, 2, -1]] and score.tolist() == [[-1.0, -2.0, -math.inf]]
 
 
-
 @STEADY
 @given(st.integers(1, 130), st.lists(st.integers(0, 199), min_size=1, max_size=110, unique=True))
 def test_no_ndcg_is_above_its_recall_bound(n, gen):
     """NDCG@100 <= bound(Recall@20, Recall@40), for any list against the labels 0..n-1."""
     ref = list(range(n))
-    bound = metrics.ndcg_bound([n], {k: np.array([metrics.recall(ref, gen, k)]) for k in (20, 40)})[0]
+    bound = metrics.ndcg_bound([n], {k: np.array([metrics.recall(ref, gen, k)]) for k in (20, 40)})[
+        0
+    ]
     assert metrics.ndcg(ref, gen, 100) <= bound + 1e-12
 
 
 def test_the_bound_is_reached_by_hits_that_lead_each_band():
     wrong = iter(range(1000, 2000))
-    gen = [0, 1] + [next(wrong) for _ in range(18)] + [2] + [next(wrong) for _ in range(19)] + [3, 4]
+    gen = (
+        [0, 1] + [next(wrong) for _ in range(18)] + [2] + [next(wrong) for _ in range(19)] + [3, 4]
+    )
     ref = list(range(5))
-    bound = metrics.ndcg_bound([5, 0], {k: np.array([metrics.recall(ref, gen, k), np.nan]) for k in (20, 40)})
+    bound = metrics.ndcg_bound(
+        [5, 0], {k: np.array([metrics.recall(ref, gen, k), np.nan]) for k in (20, 40)}
+    )
     assert bound[0] == pytest.approx(metrics.ndcg(ref, gen, 100)) and np.isnan(bound[1])
 
 
@@ -159,7 +191,9 @@ def test_a_leak_stops_where_three_times_ease_is_more_than_all():
     for value, stops in ((0.79, False), (0.81, True)):
         scores = {"Recall@20": np.ones(4), "Recall@40": np.ones(4), "NDCG@100": np.full(4, value)}
         if stops:
-            with pytest.raises(PageLLMError, match="misses less than 1/3 of what EASE's 0.4000 misses"):
+            with pytest.raises(
+                PageLLMError, match="misses less than 1/3 of what EASE's 0.4000 misses"
+            ):
                 check_leak("x", scores, n, ease)
         else:
             check_leak("x", scores, n, ease)
@@ -171,10 +205,15 @@ def test_masked_items_and_missing_users_are_refused(shop):
     good = evaluate.popularity_pages(shop, users, seen, 5, 20)
     check_pages("popularity", good, users, seen)
     with pytest.raises(PageLLMError, match="every one of them must count"):
-        check_pages("x", RankedPages(users[1:], good.item[1:], good.score[1:], good.slots[1:]), users, seen)
+        check_pages(
+            "x", RankedPages(users[1:], good.item[1:], good.score[1:], good.slots[1:]), users, seen
+        )
     item = good.item.copy()
     item[3, 2] = seen.of(users[3])[0][0]
-    with pytest.raises(PageLLMError, match=f"1 listed items are masked, first item {item[3, 2]} of user {users[3]}\n"):
+    with pytest.raises(
+        PageLLMError,
+        match=f"1 listed items are masked, first item {item[3, 2]} of user {users[3]}\n",
+    ):
         check_pages("x", RankedPages(users, item, good.score, good.slots), users, seen)
 
 
@@ -187,7 +226,9 @@ def test_a_user_without_any_legal_item_still_counts(shop, tmp_path):
     back = evaluate.read_pages(tmp_path / "pages.parquet", shop)
     assert len(back.user) == len(scorer.users) - 1
     scores = scorer(evaluate.with_users(back, scorer.users), 5)
-    assert scores["Recall@20"][2] == scores["NDCG@100"][2] == 0 and len(scores["Recall@20"]) == len(scorer.users)
+    assert scores["Recall@20"][2] == scores["NDCG@100"][2] == 0 and len(scores["Recall@20"]) == len(
+        scorer.users
+    )
     want = scorer(good, 5)
     for name in ("Recall@20", "NDCG@100", "ILD"):
         np.testing.assert_array_equal(scores[name], want[name])
@@ -195,17 +236,24 @@ def test_a_user_without_any_legal_item_still_counts(shop, tmp_path):
 
 def test_masks_take_out_what_they_name(shop):
     assert check_mask("train+valid+unused")[0] and check_mask("train")[0]
-    assert not any(check_mask(bad)[0] for bad in ("", "valid", "train+test", "train+train", "train+tset"))
-    for mask, split, names in (("train", "test", "train"), ("train+valid", "test", ("train", "valid")),
-                               ("train+valid", "valid", "train")):
+    assert not any(
+        check_mask(bad)[0] for bad in ("", "valid", "train+test", "train+train", "train+tset")
+    )
+    for mask, split, names in (
+        ("train", "test", "train"),
+        ("train+valid", "test", ("train", "valid")),
+        ("train+valid", "valid", "train"),
+    ):
         want = shop.csr(names, positive=None)
         np.testing.assert_array_equal(seen_rows(shop, split, mask).items, want.items)
 
 
 def test_the_train_mask_lets_validation_items_compete(shop):
     users = Scorer(shop, "test").users
-    lists = {mask: evaluate.popularity_pages(shop, users, seen_rows(shop, "test", mask), 20, 60)
-             for mask in ("train", "train+valid")}
+    lists = {
+        mask: evaluate.popularity_pages(shop, users, seen_rows(shop, "test", mask), 20, 60)
+        for mask in ("train", "train+valid")
+    }
     valid = shop.csr("valid", positive=None)
     for u, wide, narrow in zip(users, lists["train"].item, lists["train+valid"].item, strict=True):
         mine = set(valid.of(u)[0])
@@ -214,27 +262,45 @@ def test_the_train_mask_lets_validation_items_compete(shop):
 
 def test_the_audience_counts_cold_users_and_items(shop):
     text = audience(shop, Scorer(shop, "test"), "train")
-    assert f"{len(np.unique(shop.user[shop.rows('test')])):,} users, all counted, 0 of them cold" in text
+    assert (
+        f"{len(np.unique(shop.user[shop.rows('test')])):,} users, all counted, 0 of them cold"
+        in text
+    )
     assert f"all {shop.n_items} items less the user's train rows" in text
     user = int(Scorer(shop, "test").users[0])
-    cold = dataclasses.replace(shop, split=np.where((shop.user == user) & (shop.split == 0), 3, shop.split))
+    cold = dataclasses.replace(
+        shop, split=np.where((shop.user == user) & (shop.split == 0), 3, shop.split)
+    )
     assert "all counted, 1 of them cold" in audience(cold, Scorer(cold, "test"), "train")
 
 
 def test_evaluate_reads_the_baselines_beside_it_and_stops_at_a_leak(shop, tmp_path):
     folder = tmp_path / "synthetic" / "baselines"
     folder.mkdir(parents=True)
-    config = evaluate.Config(data=str(shop.path.parent), runs=str(tmp_path), policies="popularity", k=5, depth=40,
-                             n_boot=20)
-    made = {"config": {"mask": "train+valid"}, "inputs": {"data": evaluate.file_id(shop.path / "source.json")}}
+    config = evaluate.Config(
+        data=str(shop.path.parent),
+        runs=str(tmp_path),
+        policies="popularity",
+        k=5,
+        depth=40,
+        n_boot=20,
+    )
+    made = {
+        "config": {"mask": "train+valid"},
+        "inputs": {"data": evaluate.file_id(shop.path / "source.json")},
+    }
     (folder / "config.json").write_text(json.dumps(made))
-    (folder / "metrics.json").write_text(json.dumps({"EASE": {"Recall@20": {"mean": 1e-4, "low": 0, "high": 1}}}))
-    assert evaluate.baselines_of(config) == {}                      # not finished yet
+    (folder / "metrics.json").write_text(
+        json.dumps({"EASE": {"Recall@20": {"mean": 1e-4, "low": 0, "high": 1}}})
+    )
+    assert evaluate.baselines_of(config) == {}  # not finished yet
     (folder / "done").write_text("{}")
-    with pytest.raises(PageLLMError, match="popularity: Recall@20 .* times EASE's 0.0001: suspected leak"):
+    with pytest.raises(
+        PageLLMError, match="popularity: Recall@20 .* times EASE's 0.0001: suspected leak"
+    ):
         evaluate.run(config)
     other = evaluate.Config(data=str(shop.path.parent), runs=str(tmp_path), mask="train")
-    assert evaluate.baselines_of(other) == {}                       # made under another mask
+    assert evaluate.baselines_of(other) == {}  # made under another mask
 
 
 def test_pages_of_the_same_weights_are_written_once(tmp_path, monkeypatch):
@@ -245,8 +311,12 @@ def test_pages_of_the_same_weights_are_written_once(tmp_path, monkeypatch):
     runs = tmp_path / "runs" / "synthetic"
     shutil.copytree(runs / "sft", runs / "ppo")
     asked, rank = [], Policy.rank
-    monkeypatch.setattr(Policy, "rank", lambda self, *rest, **more: asked.append(1) or rank(self, *rest, **more))
+    monkeypatch.setattr(
+        Policy, "rank", lambda self, *rest, **more: asked.append(1) or rank(self, *rest, **more)
+    )
     found = evaluate.run(evaluate.Config(**where, k=5, depth=10, policies="sft,ppo", quiet=True))
     assert len(asked) == 1 and found["sft"] == found["ppo"]
     assert found[evaluate.DIFFERENCE]["Recall@20"]["mean"] == 0
-    assert (runs / "evaluate/ppo/pages.parquet").read_bytes() == (runs / "evaluate/sft/pages.parquet").read_bytes()
+    assert (runs / "evaluate/ppo/pages.parquet").read_bytes() == (
+        runs / "evaluate/sft/pages.parquet"
+    ).read_bytes()

@@ -19,15 +19,27 @@ from pagellm.policy import Policy
 
 @pytest.fixture(scope="module")
 def common(served):
-    return {"run": "base", "data": str(served / "data"), "runs": str(served / "runs"), "device": "cpu"}
+    return {
+        "run": "base",
+        "data": str(served / "data"),
+        "runs": str(served / "runs"),
+        "device": "cpu",
+    }
 
 
 @pytest.mark.parametrize("dtype, within", [("float32", 1e-5), ("float16", 1e-3), ("int8", 2e-2)])
 def test_dot_products_are_the_logits_of_the_first_slot(common, served, tmp_path, dtype, within):
     """Within `within` of the largest logit, for every user and item."""
-    export.run(export.Config(**{**common, "run": f"e-{dtype}", "source_run": "base"}, policy="sft", dtype=dtype))
+    export.run(
+        export.Config(
+            **{**common, "run": f"e-{dtype}", "source_run": "base"}, policy="sft", dtype=dtype
+        )
+    )
     rows = Embeddings(served / "runs" / f"e-{dtype}" / "export-sft")
-    shop, policy = load(served / "data" / "synthetic"), Policy.load(served / "runs" / "base" / "sft")
+    shop, policy = (
+        load(served / "data" / "synthetic"),
+        Policy.load(served / "runs" / "base" / "sft"),
+    )
     users = np.arange(shop.n_users)
     prompt, valid = policy.prompt(users, [shop.csr("train").of(u) for u in users])
     with torch.no_grad():
@@ -41,7 +53,10 @@ def test_dot_products_are_the_logits_of_the_first_slot(common, served, tmp_path,
 
 
 def test_content_reads_words_alone_and_no_padding(served):
-    shop, policy = load(served / "data" / "synthetic"), Policy.load(served / "runs" / "base" / "sft")
+    shop, policy = (
+        load(served / "data" / "synthetic"),
+        Policy.load(served / "runs" / "base" / "sft"),
+    )
     whole, alone = export.item_content(policy, shop, 64), export.item_content(policy, shop, 1)
     assert np.abs(whole - alone).max() < 1e-4
     with torch.no_grad():
@@ -51,7 +66,10 @@ def test_content_reads_words_alone_and_no_padding(served):
 
 
 def test_pca_keeps_dot_products_as_far_as_it_can(served):
-    shop, policy = load(served / "data" / "synthetic"), Policy.load(served / "runs" / "base" / "sft")
+    shop, policy = (
+        load(served / "data" / "synthetic"),
+        Policy.load(served / "runs" / "base" / "sft"),
+    )
     names, C = ("item_token", "user_content"), policy.model.shape.n_embd
     full = export.export_embeddings(policy, shop, names)
     exact = full["user_content"] @ full["item_token"].T
@@ -65,12 +83,19 @@ def test_pca_keeps_dot_products_as_far_as_it_can(served):
         export.export_embeddings(policy, shop, names, pca=C + 1)
 
 
-@given(st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=3, max_size=3), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.lists(st.floats(-1e3, 1e3, width=32), min_size=3, max_size=3), min_size=1, max_size=4
+    )
+)
 def test_int8_is_within_half_a_step(rows):
     x = np.array(rows, np.float32)
     q, scale = quantise(x)
-    assert q.dtype == np.int8 and (np.abs(dequantise(q, scale) - x) <= scale[:, None] * 0.5001 + 1e-30).all()
-    assert (np.abs(q).max(1) == 127)[np.abs(x).max(1) > 1e-30].all()         # the whole range is used
+    assert (
+        q.dtype == np.int8
+        and (np.abs(dequantise(q, scale) - x) <= scale[:, None] * 0.5001 + 1e-30).all()
+    )
+    assert (np.abs(q).max(1) == 127)[np.abs(x).max(1) > 1e-30].all()  # the whole range is used
 
 
 def test_two_exports_lie_beside_each_other(common, served):
@@ -88,15 +113,23 @@ def test_the_loader_needs_numpy_alone(common, served):
     export.run(export.Config(**common, dtype="int8", pca=8, names="item_token,user_content"))
     path = served / "runs" / "base" / "export-ppo"
     user, item = (json.loads((path / f"{n}_ids.json").read_text())[0] for n in ("user", "item"))
-    code = ("import sys; from pagellm.embeddings import Embeddings; "
-            f"print(Embeddings({str(path)!r}).dot({user!r}, [{item!r}])[0], "
-            "*sorted({'torch', 'pyarrow', 'tokenizers'} & set(sys.modules)))")
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert len(said) == 1 and float(said[0]) == pytest.approx(Embeddings(path).dot(user, [item])[0], rel=1e-5)
+    code = (
+        "import sys; from pagellm.embeddings import Embeddings; "
+        f"print(Embeddings({str(path)!r}).dot({user!r}, [{item!r}])[0], "
+        "*sorted({'torch', 'pyarrow', 'tokenizers'} & set(sys.modules)))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert len(said) == 1 and float(said[0]) == pytest.approx(
+        Embeddings(path).dot(user, [item])[0], rel=1e-5
+    )
 
 
 def test_what_is_wrong_is_named(common, served, tmp_path, capsys):
-    config = export.Config(**{**common, "run": "wrong", "source_run": "base"}, policy="sft", names="item_token")
+    config = export.Config(
+        **{**common, "run": "wrong", "source_run": "base"}, policy="sft", names="item_token"
+    )
     export.run(config)
     export.run(config)
     assert "already done" in capsys.readouterr().out

@@ -38,17 +38,26 @@ def test_marginal_reward_is_the_difference_of_two_whole_pages(parts, batch, gate
         reward = copy.deepcopy(reward)
         reward.trunk.add_gate(0.3)
     N = reward.trunk.n_items
-    item = torch.cat([page, torch.from_numpy(np.random.default_rng(0).integers(N, size=(6, 8))),
-                      torch.full((6, 1), -1)], 1)
+    item = torch.cat(
+        [
+            page,
+            torch.from_numpy(np.random.default_rng(0).integers(N, size=(6, 8))),
+            torch.full((6, 1), -1),
+        ],
+        1,
+    )
     got = features.marginal_reward(reward, prompt, valid, page, mask, item, batch)
     assert got.shape == item.shape and torch.isnan(got[:, -1]).all()
     changed = 0.0
     for b in range(6):
         shown = page[b][mask[b]].tolist()
         for m, i in enumerate(item[b, :-1].tolist()):
-            one = prompt[b: b + 1], valid[b: b + 1]
-            want = (total(reward, *one, shown) - total(reward, *one, [j for j in shown if j != i]) if i in shown
-                    else total(reward, *one, [*shown, i]) - total(reward, *one, shown))
+            one = prompt[b : b + 1], valid[b : b + 1]
+            want = (
+                total(reward, *one, shown) - total(reward, *one, [j for j in shown if j != i])
+                if i in shown
+                else total(reward, *one, [*shown, i]) - total(reward, *one, shown)
+            )
             assert float(got[b, m]) == pytest.approx(want, abs=2e-5)
             changed = max(changed, abs(want))
     assert changed > 1e-3
@@ -58,34 +67,66 @@ def test_the_command_adds_both_columns_to_the_pairs_in_their_order(served, rec, 
     rng = np.random.default_rng(1)
     user, item = rng.integers(rec.shop.n_users, size=40), rng.integers(rec.shop.n_items, size=40)
     c = rec.shop.catalogue
-    pq.write_table(pa.table({"user_id": [rec.shop.user_ids[u] for u in user], "item_id": [c.ids[i] for i in item],
-                             "kept": np.arange(40)}), tmp_path / "pairs.parquet")
-    base = {"run": "base", "data": str(served / "data"), "runs": str(served / "runs"), "device": "cpu"}
-    features.run(features.Config(**base, pairs=str(tmp_path / "pairs.parquet"), out=str(tmp_path / "out.parquet"), k=6))
+    pq.write_table(
+        pa.table(
+            {
+                "user_id": [rec.shop.user_ids[u] for u in user],
+                "item_id": [c.ids[i] for i in item],
+                "kept": np.arange(40),
+            }
+        ),
+        tmp_path / "pairs.parquet",
+    )
+    base = {
+        "run": "base",
+        "data": str(served / "data"),
+        "runs": str(served / "runs"),
+        "device": "cpu",
+    }
+    features.run(
+        features.Config(
+            **base, pairs=str(tmp_path / "pairs.parquet"), out=str(tmp_path / "out.parquet"), k=6
+        )
+    )
     out = pq.read_table(tmp_path / "out.parquet").to_pydict()
     assert out["kept"] == list(range(40))
     policy = rec.policies["ppo"]
     for n in (0, 13, 39):
         prompt, valid = policy.prompt([user[n]], [rec.history.of(user[n])])
-        page, _ = policy.write(user[n: n + 1], rec.history, rec.met, 6)
+        page, _ = policy.write(user[n : n + 1], rec.history, rec.met, 6)
         with torch.no_grad():
             h = policy.model(prompt, valid)[0, -1]
         assert out["dot"][n] == pytest.approx(float(h @ policy.model.item[item[n]]), abs=1e-4)
-        want = features.marginal_reward(rec.reward, prompt, valid, page.item, page.mask, torch.tensor([[item[n]]]))
+        want = features.marginal_reward(
+            rec.reward, prompt, valid, page.item, page.mask, torch.tensor([[item[n]]])
+        )
         assert out["marginal"][n] == pytest.approx(float(want), abs=1e-4)
 
 
 def test_bad_pairs_are_named(served, tmp_path):
-    base = {"run": "base", "data": str(served / "data"), "runs": str(served / "runs"), "device": "cpu",
-            "out": str(tmp_path / "out.parquet")}
+    base = {
+        "run": "base",
+        "data": str(served / "data"),
+        "runs": str(served / "runs"),
+        "device": "cpu",
+        "out": str(tmp_path / "out.parquet"),
+    }
     pq.write_table(pa.table({"user_id": ["x"], "item_id": ["y"]}), tmp_path / "strange.parquet")
     pq.write_table(pa.table({"user": [1]}), tmp_path / "columns.parquet")
-    pq.write_table(pa.table({"user_id": ["x"], "item_id": ["y"], "dot": [1.0]}), tmp_path / "twice.parquet")
-    pq.write_table(pa.table({"user_id": pa.array([], pa.string()), "item_id": pa.array([], pa.string())}),
-                   tmp_path / "none.parquet")
-    for name, said in (("twice", "has a column dot already"), ("none", "has no rows"),
-                       ("strange", "1 rows of column user_id are not in"), ("columns", "no column user_id"),
-                       ("gone", "cannot be read")):
+    pq.write_table(
+        pa.table({"user_id": ["x"], "item_id": ["y"], "dot": [1.0]}), tmp_path / "twice.parquet"
+    )
+    pq.write_table(
+        pa.table({"user_id": pa.array([], pa.string()), "item_id": pa.array([], pa.string())}),
+        tmp_path / "none.parquet",
+    )
+    for name, said in (
+        ("twice", "has a column dot already"),
+        ("none", "has no rows"),
+        ("strange", "1 rows of column user_id are not in"),
+        ("columns", "no column user_id"),
+        ("gone", "cannot be read"),
+    ):
         with pytest.raises(PageLLMError, match=said):
             features.run(features.Config(**base, pairs=str(tmp_path / f"{name}.parquet")))
     with pytest.raises(PageLLMError, match="want --pairs"):

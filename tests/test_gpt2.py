@@ -16,18 +16,24 @@ SHAPE = Shape(n_layer=3, n_head=2, n_embd=16, n_ctx=24)
 
 def make(seed=0, words=11, users=4, items=7, scale=10.0):
     model = GPT2(SHAPE, words, users, items, generator=torch.Generator().manual_seed(seed)).eval()
-    with torch.no_grad():       # far from the start, where attention is nearly uniform and mistakes hide
+    with torch.no_grad():  # far from the start, where attention is nearly uniform and mistakes hide
         for name, weight in model.named_parameters():
             if ".ln_" not in f".{name}":
-                weight.normal_(0, 0.02 * scale, generator=torch.Generator().manual_seed(seed + len(name)))
+                weight.normal_(
+                    0, 0.02 * scale, generator=torch.Generator().manual_seed(seed + len(name))
+                )
     return model
 
 
 def published(model: GPT2):
     """transformers' GPT-2 with our random weights, over the whole id space."""
-    transformers = pytest.importorskip("transformers", reason="compare with transformers: pip install -e '.[dev]'")
+    transformers = pytest.importorskip(
+        "transformers", reason="compare with transformers: pip install -e '.[dev]'"
+    )
     size = model.n_words + model.n_users + model.n_items
-    config = transformers.GPT2Config(vocab_size=size, n_positions=24, n_embd=16, n_layer=3, n_head=2)
+    config = transformers.GPT2Config(
+        vocab_size=size, n_positions=24, n_embd=16, n_layer=3, n_head=2
+    )
     other = transformers.GPT2LMHeadModel(config).eval()
     weights = dict(other.named_parameters())
     with torch.no_grad():
@@ -53,7 +59,9 @@ def test_logits_equal_transformers():
         assert_close(all_logits(model, model(ids)), other(ids).logits, atol=1e-4, rtol=1e-4)
         item = model.item_logits(model(ids))
         assert_close(item, other(ids).logits[..., 15:], atol=1e-4, rtol=1e-4)
-        assert_close(model.word_logits(model(ids)), other(ids).logits[..., :11], atol=1e-4, rtol=1e-4)
+        assert_close(
+            model.word_logits(model(ids)), other(ids).logits[..., :11], atol=1e-4, rtol=1e-4
+        )
 
 
 def test_logits_equal_transformers_with_left_padding_and_cache():
@@ -67,7 +75,7 @@ def test_logits_equal_transformers_with_left_padding_and_cache():
         assert_close(all_logits(model, model(ids, valid))[valid], want, atol=1e-4, rtol=1e-4)
         cache = KVCache(SHAPE, 3, 9, model.wpe)
         parts = [model(ids[:, :5], valid[:, :5], cache)]
-        parts += [model(ids[:, t:t + 1], valid[:, :t + 1], cache) for t in range(5, 9)]
+        parts += [model(ids[:, t : t + 1], valid[:, : t + 1], cache) for t in range(5, 9)]
         assert_close(all_logits(model, torch.cat(parts, 1))[valid], want, atol=1e-4, rtol=1e-4)
 
 
@@ -80,9 +88,9 @@ def test_a_padded_row_equals_the_row_alone(length, left, right, seed):
     junk = torch.randint(0, 22, (1, left + right), generator=g)
     ids = torch.cat([junk[:, :left], row, junk[:, left:]], 1)
     valid = torch.zeros(1, left + length + right, dtype=torch.bool)
-    valid[:, left:left + length] = True
+    valid[:, left : left + length] = True
     with torch.no_grad():
-        assert_close(model(ids, valid)[:, left:left + length], model(row), atol=1e-5, rtol=1e-5)
+        assert_close(model(ids, valid)[:, left : left + length], model(row), atol=1e-5, rtol=1e-5)
 
 
 @settings(deadline=None, max_examples=30)
@@ -125,7 +133,7 @@ def test_state_round_trip_and_context_limit():
 def test_initialisation_follows_gpt2():
     model = GPT2(SIZES["small"], 500, 20, 300)
     assert model.word.std().item() == pytest.approx(0.02, rel=0.05)
-    assert model.h[0].attn.c_proj.weight.std().item() == pytest.approx(0.02 / 8 ** 0.5, rel=0.05)
+    assert model.h[0].attn.c_proj.weight.std().item() == pytest.approx(0.02 / 8**0.5, rel=0.05)
     assert model.h[0].mlp.c_fc.bias.abs().max() == 0
     assert model.ln_f.weight.min() == 1
     assert {SIZES["gpt2"].n_layer, SIZES["gpt2"].n_head} == {12} and SIZES["gpt2"].n_embd == 768
@@ -133,10 +141,13 @@ def test_initialisation_follows_gpt2():
 
 @pytest.mark.parametrize("form", ["bin", "safetensors"])
 def test_published_weights_load_from_a_local_path(tmp_path, form):
-    transformers = pytest.importorskip("transformers", reason="published weights: pip install -e '.[dev]'")
+    transformers = pytest.importorskip(
+        "transformers", reason="published weights: pip install -e '.[dev]'"
+    )
     torch.manual_seed(0)
-    other = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=9, n_positions=24, n_embd=16, n_layer=3, n_head=2)).eval()
+    other = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=9, n_positions=24, n_embd=16, n_layer=3, n_head=2)
+    ).eval()
     other.save_pretrained(tmp_path, safe_serialization=form == "safetensors")
     if form == "bin" and not (tmp_path / "pytorch_model.bin").exists():
         torch.save(other.state_dict(), tmp_path / "pytorch_model.bin")
@@ -146,12 +157,16 @@ def test_published_weights_load_from_a_local_path(tmp_path, form):
     load_published(model, tmp_path)
     ids = torch.randint(0, 9, (2, 7))
     with torch.no_grad():
-        assert_close(model.word_logits(model(ids))[..., :9], other(ids).logits, atol=1e-4, rtol=1e-4)
+        assert_close(
+            model.word_logits(model(ids))[..., :9], other(ids).logits, atol=1e-4, rtol=1e-4
+        )
     assert torch.equal(model.user, users)
     with pytest.raises(PageLLMError, match="n_layer=3, this size 2"):
         load_published(GPT2(Shape(2, 2, 16, 24), 11, 1, 1), tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(PageLLMError, match="not a gpt2 of this size: missing \\[\\], unknown .*h.2"):
+    with pytest.raises(
+        PageLLMError, match="not a gpt2 of this size: missing \\[\\], unknown .*h.2"
+    ):
         load_published(GPT2(Shape(2, 2, 16, 24), 11, 1, 1), tmp_path)
     with pytest.raises(PageLLMError, match="9 word rows, the tokeniser knows 8"):
         load_published(model, tmp_path, n_words=8)

@@ -22,7 +22,7 @@ def test_both_versions_give_the_same(name):
         pytest.importorskip("orjson", reason="the peer of this row is in the extra [dev]")
     elif name not in ALONE:
         pytest.importorskip("transformers", reason="the peer of this row is in the extra [dev]")
-    case, = bench.cases(bench.Config(only=name, quick=True))
+    (case,) = bench.cases(bench.Config(only=name, quick=True))
     try:
         difference = case.differ(case.plain(), case.ours())
         # Losses and scores to rounding; pages, tables, ids and tokens exactly.
@@ -37,8 +37,14 @@ def test_a_quick_run_prints_a_table_and_one_line_of_json(capsys):
     bench.run(bench.Config(only="tokens,histories", quick=True, repeats=1))
     heading, *table, last = capsys.readouterr().out.splitlines()
     rows = json.loads(last)["rows"]
-    assert [row["row"] for row in rows] == ["tokens", "histories"] == [text.split()[0] for text in table]
-    assert all(row["x"] == row["plain_ms"] / row["ours_ms"] > 0 and row["max_diff"] == 0 for row in rows)
+    assert (
+        [row["row"] for row in rows]
+        == ["tokens", "histories"]
+        == [text.split()[0] for text in table]
+    )
+    assert all(
+        row["x"] == row["plain_ms"] / row["ours_ms"] > 0 and row["max_diff"] == 0 for row in rows
+    )
 
 
 def test_rows_without_their_peer_are_left_out_by_name(monkeypatch, capsys):
@@ -78,7 +84,10 @@ class Trunk(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.h, self.ln_f = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]), torch.nn.LayerNorm(2)
+        self.h, self.ln_f = (
+            torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]),
+            torch.nn.LayerNorm(2),
+        )
 
     def forward(self, x, waits):
         x = self.h[0](Slow.apply(x, *waits["rows"]))
@@ -91,7 +100,7 @@ def test_time_goes_to_the_part_it_was_spent_in_and_the_parts_are_the_whole(slow,
     trunk, x = Trunk(), torch.ones(1, 2, requires_grad=True)
     waits = {name: (0.0, 0.0) for name in ("rows", "blocks", "softmax")}
     waits[slow] = (0.05, 0.0) if way == 0 else (0.0, 0.05)
-    trunk(x, waits).sum().backward()            # the first call of anything is slow
+    trunk(x, waits).sum().backward()  # the first call of anything is slow
     watch, began = parts.Watch("cpu"), time.perf_counter()
     hooks = parts.borders(trunk, watch.mark)
     loss = trunk(x, waits).sum()
@@ -101,8 +110,11 @@ def test_time_goes_to_the_part_it_was_spent_in_and_the_parts_are_the_whole(slow,
     whole = (time.perf_counter() - began) * 1e3
     for hook in hooks:
         hook.remove()
-    where = {"rows": ("rows looked up", "rows, gradient"), "blocks": ("blocks, forward", "blocks, backward"),
-             "softmax": ("softmax, forward", "softmax, backward")}[slow][way]
+    where = {
+        "rows": ("rows looked up", "rows, gradient"),
+        "blocks": ("blocks, forward", "blocks, backward"),
+        "softmax": ("softmax, forward", "softmax, backward"),
+    }[slow][way]
     assert watch.spent[where] == max(watch.spent.values()) >= 50
     assert sum(watch.spent.values()) == pytest.approx(whole, abs=5)
 
@@ -113,12 +125,22 @@ def test_a_profile_names_the_parts_of_both_and_their_sum(name, capsys):
         pytest.importorskip("transformers", reason="the peer of this row is in the extra [dev]")
     bench.run(bench.Config(only=name, quick=True, repeats=1, profile=True))
     *table, last = capsys.readouterr().out.splitlines()
-    row, = json.loads(last)["rows"]
+    (row,) = json.loads(last)["rows"]
     assert table[0].startswith(name) and table[-1].split()[0] == "all"
     for version in ("plain", "ours"):
         assert sum(row[f"{version}_parts"].values()) == pytest.approx(row[f"{version}_ms"])
-    wanted = {"product", "top 100", "hits and metrics"} if name == "evaluate" else {
-        "rows looked up", "blocks, forward", "softmax, forward", "softmax, backward", "blocks, backward", "AdamW"}
+    wanted = (
+        {"product", "top 100", "hits and metrics"}
+        if name == "evaluate"
+        else {
+            "rows looked up",
+            "blocks, forward",
+            "softmax, forward",
+            "softmax, backward",
+            "blocks, backward",
+            "AdamW",
+        }
+    )
     assert wanted <= set(row["plain_parts"]) & set(row["ours_parts"])
 
 
@@ -142,12 +164,16 @@ def test_rows_without_marks_have_no_profile():
 @pytest.fixture
 def here_and_there(monkeypatch):
     """compare() with these times of ours at the base and here, pair after pair."""
-    if subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True).returncode:
+    if subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True
+    ).returncode:
         pytest.skip("not a git checkout")
 
     def compare(base, here):
         times = {True: iter(here), False: iter(base)}
-        monkeypatch.setattr(bench, "ours_at", lambda place, config, root: next(times[place == root]))
+        monkeypatch.setattr(
+            bench, "ours_at", lambda place, config, root: next(times[place == root])
+        )
         return bench.compare(bench.Config(base="HEAD", repeats=len(base)))
 
     return compare
@@ -160,8 +186,10 @@ def test_a_row_that_became_slower_stops_with_its_name(here_and_there, capsys):
 
 
 def test_noise_is_no_slow_down_and_a_new_row_is_no_row_to_compare(here_and_there, capsys):
-    found = here_and_there([{"top": 10}, {"top": 10}, {"top": 10}],
-                           [{"top": 30, "new": 1}, {"top": 9, "new": 1}, {"top": 12, "new": 1}])
+    found = here_and_there(
+        [{"top": 10}, {"top": 10}, {"top": 10}],
+        [{"top": 30, "new": 1}, {"top": 9, "new": 1}, {"top": 12, "new": 1}],
+    )
     assert [row["row"] for row in found["rows"]] == ["top"] and found["rows"][0]["ratio"] == 1.2
     assert "new" in capsys.readouterr().out
 

@@ -27,14 +27,21 @@ def shop(served):
 @pytest.fixture(scope="module")
 def common(served):
     common = {"run": "base", "data": str(served / "data"), "runs": str(served / "runs")}
-    evaluate.run(evaluate.Config(**common, k=6, depth=20, policies="sft,ppo", quiet=True, n_boot=10))
+    evaluate.run(
+        evaluate.Config(**common, k=6, depth=20, policies="sft,ppo", quiet=True, n_boot=10)
+    )
     return common
 
 
 class Server:
     """A chat server on this machine. script: for each request a status, or an answer's content; then always `last`."""
 
-    def __init__(self, script=(), last='{"winner": "first", "confidence": 0.9, "reasons": ["ok"]}', headers=()):
+    def __init__(
+        self,
+        script=(),
+        last='{"winner": "first", "confidence": 0.9, "reasons": ["ok"]}',
+        headers=(),
+    ):
         self.script, self.last, self.seen, outer = list(script), last, [], self
 
         class Handler(BaseHTTPRequestHandler):
@@ -42,7 +49,11 @@ class Server:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.seen.append((self.path, self.headers.get("Authorization"), body))
                 step = outer.script.pop(0) if outer.script else outer.last
-                text = "no" if isinstance(step, int) else json.dumps({"choices": [{"message": {"content": step}}]})
+                text = (
+                    "no"
+                    if isinstance(step, int)
+                    else json.dumps({"choices": [{"message": {"content": step}}]})
+                )
                 self.send_response(step if isinstance(step, int) else 200)
                 for name, value in headers:
                     self.send_header(name, value)
@@ -56,7 +67,9 @@ class Server:
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
 
     def __enter__(self):
-        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread = threading.Thread(
+            target=self.http.serve_forever, kwargs={"poll_interval": 0.01}
+        )
         self.thread.start()
         return self
 
@@ -81,7 +94,9 @@ class Stub:
 
 def test_both_orders_must_agree():
     larger = judge.Judge(Stub(lambda a, b: "first" if sum(a) > sum(b) else "second"))
-    assert larger.compare(WHO, [1], [2]).winner == "b" and larger.compare(WHO, [2], [1]).winner == "a"
+    assert (
+        larger.compare(WHO, [1], [2]).winner == "b" and larger.compare(WHO, [2], [1]).winner == "a"
+    )
     assert larger.compare(WHO, [1], [2]).confidence == 0.8
     biased = judge.Judge(Stub(lambda a, b: "first")).compare(WHO, [1], [2])
     assert (biased.winner, biased.confidence, biased.consistent) == ("tie", 0.0, False)
@@ -94,7 +109,11 @@ def test_both_orders_must_agree():
 @given(st.data())
 def test_swapping_the_pages_swaps_the_verdict(data):
     """For any backend, however odd: compare(a, b) and compare(b, a) name the same page."""
-    taste = data.draw(st.dictionaries(st.tuples(st.integers(0, 3), st.integers(0, 3)), st.sampled_from(judge.WINNERS)))
+    taste = data.draw(
+        st.dictionaries(
+            st.tuples(st.integers(0, 3), st.integers(0, 3)), st.sampled_from(judge.WINNERS)
+        )
+    )
     j = judge.Judge(Stub(lambda a, b: taste.get((a[0], b[0]), "first")))
     a, b = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
     one, other = j.compare(WHO, [a], [b]), j.compare(WHO, [b], [a])
@@ -108,13 +127,18 @@ def test_rules_prefer_what_they_say(shop):
     context = judge.Context(0, liked[:1], np.full(1, 5.0, np.float32))
     strange = np.flatnonzero((c.leaf_id != c.leaf_id[0]) & (c.brand_id != c.brand_id[0]))
     page = [int(liked[-1]), *strange[:3].tolist()]
-    assert judge.Judge(rules).compare(context, page, page[1:] + page[:1]).winner == "a"          # order
-    assert rules.scores(context, page)["relevance"] > rules.scores(context, strange[:4])["relevance"]
+    assert judge.Judge(rules).compare(context, page, page[1:] + page[:1]).winner == "a"  # order
+    assert (
+        rules.scores(context, page)["relevance"] > rules.scores(context, strange[:4])["relevance"]
+    )
     double = next(i for i in range(shop.n_items) if len(rules.near.of(i)))
     twin = int(rules.near.of(double)[0])
     assert rules.scores(context, [double, twin])["redundancy"] == -0.5
     assert rules.scores(context, page)["redundancy"] == 0
-    one_leaf, many = liked[:2].tolist(), strange[np.unique(c.leaf_id[strange], return_index=True)[1]][:2].tolist()
+    one_leaf, many = (
+        liked[:2].tolist(),
+        strange[np.unique(c.leaf_id[strange], return_index=True)[1]][:2].tolist(),
+    )
     assert rules.scores(context, many)["diversity"] > rules.scores(context, one_leaf)["diversity"]
     assert rules.scores(context, [])["relevance"] == 0
     verdict = judge.Judge(rules).compare(context, page, strange[:4])
@@ -124,32 +148,53 @@ def test_rules_prefer_what_they_say(shop):
 def test_http_asks_as_documented_and_retries(shop):
     answer = '{"winner": "second", "confidence": 1, "reasons": []}'
     slept = []
-    with Server([503, "not json", '{"winner": "both", "confidence": 1, "reasons": []}', 429, answer]) as server:
+    with Server(
+        [503, "not json", '{"winner": "both", "confidence": 1, "reasons": []}', 429, answer]
+    ) as server:
         backend = judge.Http(shop, server.url, "m", key="secret", sleep=slept.append)
         assert backend.ask(WHO, [1, 2], [3]) == judge.Opinion("second", 1.0)
         assert slept == [1, 2, 4, 8] and backend.sent == 5
         path, key, body = server.seen[0]
     assert (path, key) == ("/v1/chat/completions", "Bearer secret")
-    assert body["temperature"] == 0 and body["response_format"]["json_schema"]["schema"] == judge.SCHEMA
+    assert (
+        body["temperature"] == 0
+        and body["response_format"]["json_schema"]["schema"] == judge.SCHEMA
+    )
     question = json.loads(body["messages"][1]["content"])
     assert [x["title"] for x in question["first"]] == [shop.catalogue.title[i] for i in (1, 2)]
     assert question["liked"][0]["rating"] == 5 and "rating" not in question["liked"][2]
 
 
-@pytest.mark.parametrize("answer", ['{"winner": "first", "confidence": 0.9}', '{"winner": "first", "confidence": 2, '
-                                    '"reasons": []}', '{"winner": "first", "confidence": "0.9", "reasons": []}',
-                                    '{"winner": "first", "confidence": true, "reasons": []}', '["first"]', "null",
-                                    '{"winner": "first", "confidence": NaN, "reasons": []}', '"first"', "",
-                                    '{"winner": "first", "confidence": 0.9, "reasons": "because"}',
-                                    '{"winner": "first", "confidence": 0.9, "reasons": [1]}', None])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"winner": "first", "confidence": 0.9}',
+        '{"winner": "first", "confidence": 2, "reasons": []}',
+        '{"winner": "first", "confidence": "0.9", "reasons": []}',
+        '{"winner": "first", "confidence": true, "reasons": []}',
+        '["first"]',
+        "null",
+        '{"winner": "first", "confidence": NaN, "reasons": []}',
+        '"first"',
+        "",
+        '{"winner": "first", "confidence": 0.9, "reasons": "because"}',
+        '{"winner": "first", "confidence": 0.9, "reasons": [1]}',
+        None,
+    ],
+)
 def test_an_answer_that_does_not_fit_the_schema_is_asked_for_again(shop, answer):
     with Server([answer]) as server:
         backend = judge.Http(shop, server.url, "m", sleep=lambda seconds: None)
-        assert backend.ask(WHO, [1], [2]) == judge.Opinion("first", 0.9, ("ok",)) and backend.sent == 2
+        assert (
+            backend.ask(WHO, [1], [2]) == judge.Opinion("first", 0.9, ("ok",)) and backend.sent == 2
+        )
 
 
 def test_the_key_is_not_taken_to_another_address(shop):
-    with Server() as other, Server(last=302, headers=[("Location", f"{other.url}/chat/completions")]) as server:
+    with (
+        Server() as other,
+        Server(last=302, headers=[("Location", f"{other.url}/chat/completions")]) as server,
+    ):
         with pytest.raises(PageLLMError, match="refuses: 302"):
             judge.Http(shop, server.url, "m", key="secret").ask(WHO, [1], [2])
         assert len(server.seen) == 1 and not other.seen
@@ -166,7 +211,8 @@ def test_http_honours_retry_after_and_gives_up_with_a_reason(shop):
         assert len(server.seen) == 3
     with Server(last=401) as server, pytest.raises(PageLLMError, match="refuses: 401"):
         judge.Http(shop, server.url, "m", sleep=slept.append).ask(WHO, [1], [2])
-    with pytest.raises(PageLLMError, match="no answer in 1 attempts"):         # nobody listens there any more
+    # nobody listens there any more
+    with pytest.raises(PageLLMError, match="no answer in 1 attempts"):
         judge.Http(shop, server.url, "m", retries=0, timeout=5).ask(WHO, [1], [2])
     with pytest.raises(PageLLMError, match="address of a chat server"):
         judge.Http(shop, "file:///etc", "m")
@@ -174,15 +220,25 @@ def test_http_honours_retry_after_and_gives_up_with_a_reason(shop):
 
 def test_http_keeps_answers_within_the_budget_and_carries_on(common, capsys):
     with Server() as server:
-        config = {**common, "backend": "http", "url": server.url, "model": "m", "users": 6, "key_env": "NO_SUCH_KEY"}
+        config = {
+            **common,
+            "backend": "http",
+            "url": server.url,
+            "model": "m",
+            "users": 6,
+            "key_env": "NO_SUCH_KEY",
+        }
         with pytest.raises(PageLLMError, match="budget of 5 requests is used up"):
             judge.run(judge.Config(**config, budget=5))
         found = judge.run(judge.Config(**config, budget=100))
         asked = len(server.seen)
         again = judge.run(judge.Config(**config, budget=0))
-        assert len(server.seen) == asked and again == found          # all from the file
-    assert asked == 2 * found["pairs"] - 2 * sum(x == "the pages are equal" for x in first_reasons(common, "http"))
-    assert found["tie"] == found["pairs"] and found["win_rate"] == 0.5          # this server always says "first"
+        assert len(server.seen) == asked and again == found  # all from the file
+    assert asked == 2 * found["pairs"] - 2 * sum(
+        x == "the pages are equal" for x in first_reasons(common, "http")
+    )
+    # this server always says "first"
+    assert found["tie"] == found["pairs"] and found["win_rate"] == 0.5
     assert found["first_rate"] == 1.0 and found["inconsistent"] > 0
     opinions = f"{common['runs']}/base/judge-http/opinions.jsonl"
     replay = judge.Config(**common, backend="replay", opinions=opinions, users=6)
@@ -193,7 +249,9 @@ def test_http_keeps_answers_within_the_budget_and_carries_on(common, capsys):
 
 
 def first_reasons(common, backend):
-    reasons = pq.read_table(f"{common['runs']}/base/judge-{backend}/verdicts.parquet")["reasons"].to_pylist()
+    reasons = pq.read_table(f"{common['runs']}/base/judge-{backend}/verdicts.parquet")[
+        "reasons"
+    ].to_pylist()
     return [r[0] if r else "" for r in reasons]
 
 
@@ -210,7 +268,11 @@ def test_a_line_half_written_is_asked_again(tmp_path):
     kept.ask(WHO, [2], [1])
     assert stub.asked == 3 and len(judge.read_opinions(path)) == 2
     (tmp_path / "empty").write_text("")
-    for name, said in (("empty", "holds opinions of nobody"), ("none", "no opinions"), ("", "no opinions")):
+    for name, said in (
+        ("empty", "holds opinions of nobody"),
+        ("none", "no opinions"),
+        ("", "no opinions"),
+    ):
         with pytest.raises(PageLLMError, match=said):
             judge.Replay(tmp_path / name)
 
@@ -218,8 +280,13 @@ def test_a_line_half_written_is_asked_again(tmp_path):
 def test_the_reward_judge_says_where_it_is_circular(common, served, capsys):
     found = judge.run(judge.Config(**common, backend="reward", users=20))
     assert found["circular"] == ["ppo"] and "CIRCULAR: ppo" in capsys.readouterr().out
-    assert found["inconsistent"] == 0 and found["a"] + found["b"] + found["tie"] == found["pairs"] == 20
-    assert found["equal"] == sum(r == "the pages are equal" for r in first_reasons(common, "reward"))
+    assert (
+        found["inconsistent"] == 0
+        and found["a"] + found["b"] + found["tie"] == found["pairs"] == 20
+    )
+    assert found["equal"] == sum(
+        r == "the pages are equal" for r in first_reasons(common, "reward")
+    )
     rules = judge.run(judge.Config(**common, backend="rules", users=20))
     assert rules["circular"] == [] and "CIRCULAR" not in capsys.readouterr().out
 
@@ -227,13 +294,19 @@ def test_the_reward_judge_says_where_it_is_circular(common, served, capsys):
 def test_people(common, tmp_path, shop, capsys):
     judge.run(judge.Config(**common, users=20))
     verdicts = pq.read_table(f"{common['runs']}/base/judge-rules/verdicts.parquet").to_pylist()
-    said = [{"user": v["user"], "winner": {"a": "sft", "b": "ppo", "tie": "tie"}[v["winner"]]} for v in verdicts]
+    said = [
+        {"user": v["user"], "winner": {"a": "sft", "b": "ppo", "tie": "tie"}[v["winner"]]}
+        for v in verdicts
+    ]
     pq.write_table(pa.Table.from_pylist(said), tmp_path / "people.parquet")
     found = judge.run(judge.Config(**common, users=20, labels=str(tmp_path / "people.parquet")))
     assert found["people"]["agreement"] == 1.0 and found["people"]["pairs"] == 20
     assert "agreement with people on 20 pairs" in capsys.readouterr().out
-    for rows, message in (([{"user": "nobody", "winner": "sft"}], "names none"),
-                          ([{"user": "x", "winner": "neither"}], "want each user once"), ([{"user": "x"}], "columns")):
+    for rows, message in (
+        ([{"user": "nobody", "winner": "sft"}], "names none"),
+        ([{"user": "x", "winner": "neither"}], "want each user once"),
+        ([{"user": "x"}], "columns"),
+    ):
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "wrong.parquet")
         with pytest.raises(PageLLMError, match=message):
             judge.run(judge.Config(**common, users=20, labels=str(tmp_path / "wrong.parquet")))
@@ -251,7 +324,10 @@ def test_kappa():
     assert judge.agreement(ours, people)["kappa"] == pytest.approx(0.4)
     assert judge.agreement(ours, ours)["kappa"] == 1.0
     assert judge.agreement(["a", "a", "b", "b"], ["a", "b", "a", "b"])["kappa"] == 0.0
-    assert judge.agreement(["a"], ["a"])["kappa"] is None and judge.agreement([], [])["agreement"] is None
+    assert (
+        judge.agreement(["a"], ["a"])["kappa"] is None
+        and judge.agreement([], [])["agreement"] is None
+    )
     with pytest.raises(ValueError, match="against"):
         judge.agreement(["a"], [])
 
@@ -264,13 +340,19 @@ def test_wilson_holds_the_shares_its_normal_test_accepts(n, share):
     assert 0 <= low <= wins / n + 1e-12 and wins / n - 1e-12 <= high <= 1
     for end in (low, high):
         if 1e-9 < end < 1 - 1e-9:
-            assert (wins / n - end) ** 2 == pytest.approx(1.959964 ** 2 * end * (1 - end) / n, rel=1e-4, abs=1e-12)
+            assert (wins / n - end) ** 2 == pytest.approx(
+                1.959964**2 * end * (1 - end) / n, rel=1e-4, abs=1e-12
+            )
 
 
 def test_wilson_equals_statsmodels():
-    proportion = pytest.importorskip("statsmodels.stats.proportion", reason="statsmodels is in the extra dev")
+    proportion = pytest.importorskip(
+        "statsmodels.stats.proportion", reason="statsmodels is in the extra dev"
+    )
     for wins, n in ((0, 10), (3, 10), (60.5, 200), (10, 10)):
-        assert judge.wilson(wins, n) == pytest.approx(proportion.proportion_confint(wins, n, method="wilson"), abs=1e-9)
+        assert judge.wilson(wins, n) == pytest.approx(
+            proportion.proportion_confint(wins, n, method="wilson"), abs=1e-9
+        )
     assert judge.wilson(0, 0) == (0.0, 1.0)
 
 

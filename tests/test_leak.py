@@ -5,7 +5,13 @@ import json
 from tests.conftest import train
 from tests.test_baselines import permuted
 
-LEARNED = ("pretrain/model.pt", "sft/model.pt", "reward/model.pt", "reward/pairs.parquet", "ppo/model.pt")
+LEARNED = (
+    "pretrain/model.pt",
+    "sft/model.pt",
+    "reward/model.pt",
+    "reward/pairs.parquet",
+    "ppo/model.pt",
+)
 
 
 def trades(served, tmp_path, splits, last):
@@ -18,7 +24,10 @@ def trades(served, tmp_path, splits, last):
 def steps(folder):
     """The log's training numbers: all but validation scores and seconds."""
     rows = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [{name: value for name, value in row.items() if "loss" in name or name == "step"} for row in rows]
+    return [
+        {name: value for name, value in row.items() if "loss" in name or name == "step"}
+        for row in rows
+    ]
 
 
 def test_test_rows_move_no_byte_of_any_stage(served, tmp_path):
@@ -32,9 +41,13 @@ def test_validation_and_test_rows_move_no_step_of_training(served, tmp_path):
     """With both traded, pre-training ends with the same bytes, and SFT has the same losses at every step."""
     again, before = trades(served, tmp_path, ["valid", "test"], "sft"), served / "runs" / "base"
     assert (again / "pretrain/model.pt").read_bytes() == (before / "pretrain/model.pt").read_bytes()
-    assert steps(again / "sft") == steps(before / "sft") and any("loss" in row for row in steps(before / "sft"))
+    assert steps(again / "sft") == steps(before / "sft") and any(
+        "loss" in row for row in steps(before / "sft")
+    )
 
 
 def test_train_rows_move_them(served, tmp_path):
     again = trades(served, tmp_path, ["train"], "pretrain")
-    assert (again / "pretrain/model.pt").read_bytes() != (served / "runs/base/pretrain/model.pt").read_bytes()
+    assert (again / "pretrain/model.pt").read_bytes() != (
+        served / "runs/base/pretrain/model.pt"
+    ).read_bytes()

@@ -33,17 +33,36 @@ liked = st.one_of(st.sampled_from([4.0, 5.0]), st.just(math.nan))
 
 def catalogue_of(leaf, title=None, brand=None) -> Catalogue:
     n = len(leaf)
-    return Catalogue.of([f"i{i}" for i in range(n)], title or [""] * n, brand or [""] * n,
-                        [(name,) if name else () for name in leaf], leaf, [""] * n, [math.nan] * n)
+    return Catalogue.of(
+        [f"i{i}" for i in range(n)],
+        title or [""] * n,
+        brand or [""] * n,
+        [(name,) if name else () for name in leaf],
+        leaf,
+        [""] * n,
+        [math.nan] * n,
+    )
 
 
 def shop_of(rows, n_users, n_items, catalogue=None) -> Shop:
     """rows: (user, item, rating, split name); liked above 3 or where the rating is unknown."""
     user, item, rating, split = zip(*sorted(rows), strict=True) if rows else ([], [], [], [])
-    rating, split = np.array(rating, dtype=np.float32), np.array([SPLITS.index(s) for s in split], np.int8)
-    return Shop(n_users, n_items, np.array(user, np.int64), np.array(item, np.int64), rating,
-                np.zeros(len(rows), np.int64), ~(rating <= 3), split,
-                catalogue or catalogue_of([""] * n_items), [f"u{u}" for u in range(n_users)])
+    rating, split = (
+        np.array(rating, dtype=np.float32),
+        np.array([SPLITS.index(s) for s in split], np.int8),
+    )
+    return Shop(
+        n_users,
+        n_items,
+        np.array(user, np.int64),
+        np.array(item, np.int64),
+        rating,
+        np.zeros(len(rows), np.int64),
+        ~(rating <= 3),
+        split,
+        catalogue or catalogue_of([""] * n_items),
+        [f"u{u}" for u in range(n_users)],
+    )
 
 
 no_near = Near.of_pairs(np.zeros((0, 2)), N)
@@ -51,7 +70,9 @@ no_near = Near.of_pairs(np.zeros((0, 2)), N)
 
 @st.composite
 def near_relations(draw, n=N):
-    two = st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)).filter(lambda pair: pair[0] != pair[1])
+    two = st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)).filter(
+        lambda pair: pair[0] != pair[1]
+    )
     pairs = draw(st.lists(two, max_size=6))
     return Near.of_pairs(np.array(pairs).reshape(-1, 2), n)
 
@@ -87,7 +108,7 @@ def test_split_is_stratified(history, share, seed):
     items, ratings = history
     _, label = split_history(items, ratings, share, np.random.default_rng(seed))
     if all((np.nan_to_num(ratings) == r).sum() == 1 for r in np.nan_to_num(ratings)):
-        assert len(label) == 1                   # nothing but single items: one of them must become the label
+        assert len(label) == 1  # nothing but single items: one of them must become the label
         return
     for level in np.unique(np.nan_to_num(ratings)):
         m = int((np.nan_to_num(ratings) == level).sum())
@@ -101,10 +122,14 @@ def test_split_is_stratified(history, share, seed):
 
 def test_split_draws_every_item_and_nothing_else_decides():
     items, ratings = np.arange(6), np.array([5, 5, 5, 4, 4, 4.0])
-    drawn = {tuple(split_history(items, ratings, 0.2, np.random.default_rng(s))[1]) for s in range(200)}
+    drawn = {
+        tuple(split_history(items, ratings, 0.2, np.random.default_rng(s))[1]) for s in range(200)
+    }
     assert drawn == {(a, b) for a in range(3) for b in range(3, 6)}
-    single = {split_history(np.arange(2), np.array([5, 4.0]), 0.2, np.random.default_rng(s))[1][0]
-              for s in range(50)}
+    single = {
+        split_history(np.arange(2), np.array([5, 4.0]), 0.2, np.random.default_rng(s))[1][0]
+        for s in range(50)
+    }
     assert single == {0, 1}
 
 
@@ -115,8 +140,10 @@ def test_single_level():
     assert not single_level(np.array([math.nan, math.nan]), np.array([0]), np.array([1]))
 
 
-@pytest.mark.parametrize("arguments", [([], [], 0.2), ([1], [5.0, 4.0], 0.2), ([1, 2], [5.0, 4.0], 0.0),
-                                       ([1, 2], [5.0, 4.0], 1.0)])
+@pytest.mark.parametrize(
+    "arguments",
+    [([], [], 0.2), ([1], [5.0, 4.0], 0.2), ([1, 2], [5.0, 4.0], 0.0), ([1, 2], [5.0, 4.0], 1.0)],
+)
 def test_split_refuses(arguments):
     with pytest.raises(ValueError, match="split_history"):
         split_history(*map(np.asarray, arguments[:2]), arguments[2], np.random.default_rng(0))
@@ -126,9 +153,14 @@ def test_split_refuses(arguments):
 
 
 @law
-@given(st.dictionaries(st.tuples(st.integers(0, 3), st.integers(0, 4)),
-                       st.tuples(stars, st.sampled_from(SPLITS)), max_size=14),
-       st.sampled_from([0.0, 0.5, 7.0]))
+@given(
+    st.dictionaries(
+        st.tuples(st.integers(0, 3), st.integers(0, 4)),
+        st.tuples(stars, st.sampled_from(SPLITS)),
+        max_size=14,
+    ),
+    st.sampled_from([0.0, 0.5, 7.0]),
+)
 def test_item_scores_are_shrunken_means_of_train_ratings(rows, shrink):
     """(n + m) s_i = sum r + m mu over train rows of any rating; NaN without one."""
     shop = shop_of([(u, i, r, s) for (u, i), (r, s) in rows.items()], 4, 5)
@@ -146,7 +178,10 @@ def test_item_scores_are_shrunken_means_of_train_ratings(rows, shrink):
 
 
 def test_scores_do_not_shrink_unless_asked():
-    assert item_scores(shop_of([(0, 0, 5.0, "train"), (0, 1, 1.0, "train")], 1, 2)).tolist() == [5.0, 1.0]
+    assert item_scores(shop_of([(0, 0, 5.0, "train"), (0, 1, 1.0, "train")], 1, 2)).tolist() == [
+        5.0,
+        1.0,
+    ]
 
 
 def test_shrink_is_not_negative():
@@ -163,12 +198,19 @@ words = st.sampled_from("ab cd ef gh ij kl".split())
 def small_catalogues(draw):
     n = draw(st.integers(1, 8))
     base = draw(st.lists(words, min_size=1, max_size=6))
-    title = [" ".join(draw(st.one_of(st.just(base), st.lists(words, max_size=6), st.just([*base, "xy"]))))
-             for _ in range(n)]
+    title = [
+        " ".join(
+            draw(st.one_of(st.just(base), st.lists(words, max_size=6), st.just([*base, "xy"])))
+        )
+        for _ in range(n)
+    ]
     title = [t.upper() if draw(st.booleans()) else t + " -" for t in title]
-    kinds = "xxxxxxy"                                    # mostly one shelf, else little can be near
-    return catalogue_of([draw(st.sampled_from(["", *kinds])) for _ in range(n)], title,
-                        [draw(st.sampled_from(["", *kinds])) for _ in range(n)])
+    kinds = "xxxxxxy"  # mostly one shelf, else little can be near
+    return catalogue_of(
+        [draw(st.sampled_from(["", *kinds])) for _ in range(n)],
+        title,
+        [draw(st.sampled_from(["", *kinds])) for _ in range(n)],
+    )
 
 
 @law
@@ -178,9 +220,15 @@ def test_near_duplicates_are_those_of_the_rule(c, threshold):
     near = near_duplicates(c, jaccard=threshold)
     sets = [frozenset(t.lower().replace("-", " ").split()) for t in c.title]
     for i in range(len(c)):
-        want = [j for j in range(len(c)) if j != i and c.brand[i] == c.brand[j] != "" and
-                c.leaf[i] == c.leaf[j] != "" and sets[i] | sets[j] and
-                len(sets[i] & sets[j]) / len(sets[i] | sets[j]) >= threshold]
+        want = [
+            j
+            for j in range(len(c))
+            if j != i
+            and c.brand[i] == c.brand[j] != ""
+            and c.leaf[i] == c.leaf[j] != ""
+            and sets[i] | sets[j]
+            and len(sets[i] & sets[j]) / len(sets[i] | sets[j]) >= threshold
+        ]
         assert near.of(i).tolist() == want
 
 
@@ -191,10 +239,12 @@ def test_prefix_filter_is_exact_at_the_threshold(common, seed, extra):
     rng = np.random.default_rng(seed)
     names = [f"w{i}" for i in range(5 * common + extra)]
     rng.shuffle(names)
-    inner, only = names[: 4 * common], names[4 * common: 5 * common]
+    inner, only = names[: 4 * common], names[4 * common : 5 * common]
     c = catalogue_of(["x"] * 2, [" ".join(inner), " ".join(inner + only)], ["b"] * 2)
     assert near_duplicates(c).of(0).tolist() == [1]
-    c = catalogue_of(["x"] * 2, [" ".join(inner), " ".join(inner + only + names[5 * common:])], ["b"] * 2)
+    c = catalogue_of(
+        ["x"] * 2, [" ".join(inner), " ".join(inner + only + names[5 * common :])], ["b"] * 2
+    )
     assert near_duplicates(c).of(0).tolist() == []
 
 
@@ -203,10 +253,14 @@ def test_prefix_filter_is_exact_at_the_threshold(common, seed, extra):
 def test_embeddings_are_compared_by_cosine_in_blocks(n, seed, block):
     e = np.random.default_rng(seed).integers(-1, 2, size=(n, 3)).astype(np.float32)
     length = np.linalg.norm(e, axis=1)
-    want = {(i, j) for i in range(n) for j in range(i + 1, n)
-            if length[i] * length[j] > 0 and e[i] @ e[j] / length[i] / length[j] >= 0.6}
+    want = {
+        (i, j)
+        for i in range(n)
+        for j in range(i + 1, n)
+        if length[i] * length[j] > 0 and e[i] @ e[j] / length[i] / length[j] >= 0.6
+    }
     assert {tuple(pair) for pair in cosine_pairs(e, 0.6, block).tolist()} == want
-    near = near_duplicates(catalogue_of([""] * n), 5.0 * e, cosine=0.6)          # length does not matter
+    near = near_duplicates(catalogue_of([""] * n), 5.0 * e, cosine=0.6)  # length does not matter
     assert {(i, j) for i in range(n) for j in near.of(i).tolist() if i < j} == want
 
 
@@ -222,7 +276,8 @@ def test_near_duplicates_join_both_rules_and_refuse_wrong_embeddings():
     for wrong in ({"jaccard": 0.0}, {"jaccard": 1.5}, {"cosine": 0.0}, {"cosine": 1.5}):
         with pytest.raises(ValueError, match="above 0"):
             near_duplicates(c, e, **wrong)
-    assert near_duplicates(c, e, jaccard=1.0, cosine=1.0).of(1).tolist() == [0, 2]      # 1 counts as near
+    # 1 counts as near
+    assert near_duplicates(c, e, jaccard=1.0, cosine=1.0).of(1).tolist() == [0, 2]
 
 
 @law
@@ -251,7 +306,9 @@ def test_groups_of_a_long_chain():
 def shelves(draw):
     items = draw(st.lists(st.integers(0, N - 1), min_size=1, max_size=N, unique=True))
     ratings = [draw(liked) for _ in items]
-    s = np.array([draw(st.one_of(st.just(math.nan), st.sampled_from([2.0, 3.5, 4.5]))) for _ in range(N)])
+    s = np.array(
+        [draw(st.one_of(st.just(math.nan), st.sampled_from([2.0, 3.5, 4.5]))) for _ in range(N)]
+    )
     leaf = [draw(st.sampled_from(["", "x", "y", "z"])) for _ in range(N)]
     return np.array(items), np.array(ratings), catalogue_of(leaf), s
 
@@ -269,9 +326,13 @@ def test_page_follows_rating_then_novelty_then_s_then_id(shelf, random):
 
         def key(i, seen=seen):
             return level[i], c.leaf[i] not in seen, np.nan_to_num(s[i], nan=-1.0), -i
+
         assert key(item) == max(key(int(i)) for i in page[k:])
     shuffled = random.sample(range(len(items)), len(items))
-    assert ground_truth_page(items[shuffled], ratings[shuffled], c, s, no_near)[0].tolist() == page.tolist()
+    assert (
+        ground_truth_page(items[shuffled], ratings[shuffled], c, s, no_near)[0].tolist()
+        == page.tolist()
+    )
 
 
 @law
@@ -282,15 +343,20 @@ def test_redundant_items_leave_and_the_higher_one_stays(shelf, near):
     page, removed = ground_truth_page(items, ratings, c, s, near)
     kept = page.tolist()
     assert removed == len(whole) - len(kept)
-    assert kept == [i for i in whole.tolist() if i in kept]                      # nothing changes its order
+    assert kept == [i for i in whole.tolist() if i in kept]  # nothing changes its order
     for k, item in enumerate(whole.tolist()):
         above = [i for i in whole[:k].tolist() if i in kept]
         assert (item in kept) == (not set(near.of(item).tolist()) & set(above))
 
 
 def test_the_same_item_twice_is_redundant():
-    page, removed = ground_truth_page(np.array([3, 3]), np.array([4.0, 5.0]), catalogue_of(["x"] * 4),
-                                      np.full(4, 4.0), Near.of_pairs(np.zeros((0, 2)), 4))
+    page, removed = ground_truth_page(
+        np.array([3, 3]),
+        np.array([4.0, 5.0]),
+        catalogue_of(["x"] * 4),
+        np.full(4, 4.0),
+        Near.of_pairs(np.zeros((0, 2)), 4),
+    )
     assert page.tolist() == [3] and removed == 1
 
 
@@ -302,26 +368,40 @@ def test_energy_by_hand():
     near = Near.of_pairs(np.array([[0, 1]]), 4)
     d = [1 / math.log2(k + 1) for k in range(1, 6)]
     want = d[0] * 1.3 + d[1] * (2 - 0.3) + d[2] * 3.3 + d[3] * 4 + d[4] * (5 - 0.3)
-    assert energy([0, 1, 2, 3, 3], [1, 2, 3, 4, 5], np.array([0, 0, 1, -1]), near) == pytest.approx(want)
+    assert energy([0, 1, 2, 3, 3], [1, 2, 3, 4, 5], np.array([0, 0, 1, -1]), near) == pytest.approx(
+        want
+    )
     want = d[0] * 3 + d[1] * (2 - 0.7)
     got = energy([0, 1], [1, 2], np.array([0, 0, 1, -1]), near, lambda_d=2.0, lambda_r=0.7)
     assert got == pytest.approx(want)
 
 
 @law
-@given(st.lists(pages, max_size=4), leaves, near_relations(), st.data(), st.sampled_from([0.0, 0.3, 2.0]),
-       st.sampled_from([0.0, 0.3, 2.0]))
-def test_batch_energy_equals_energy_and_ignores_padding(batch, leaf, near, data, lambda_d, lambda_r):
+@given(
+    st.lists(pages, max_size=4),
+    leaves,
+    near_relations(),
+    st.data(),
+    st.sampled_from([0.0, 0.3, 2.0]),
+    st.sampled_from([0.0, 0.3, 2.0]),
+)
+def test_batch_energy_equals_energy_and_ignores_padding(
+    batch, leaf, near, data, lambda_d, lambda_r
+):
     width = max(map(len, batch), default=0) + data.draw(st.integers(0, 2))
     item = np.full((len(batch), width), -1)
     for row, page in enumerate(batch):
         item[row, : len(page)] = page
     worth = np.full(item.shape, np.nan)
     for row, page in enumerate(batch):
-        worth[row, : len(page)] = data.draw(st.lists(grades, min_size=len(page), max_size=len(page)))
+        worth[row, : len(page)] = data.draw(
+            st.lists(grades, min_size=len(page), max_size=len(page))
+        )
     got = page_energy(item, item >= 0, worth, leaf, near, lambda_d, lambda_r)
-    want = [energy(page, worth[row, : len(page)], leaf, near, lambda_d, lambda_r)
-            for row, page in enumerate(batch)]
+    want = [
+        energy(page, worth[row, : len(page)], leaf, near, lambda_d, lambda_r)
+        for row, page in enumerate(batch)
+    ]
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
 
 
@@ -334,8 +414,14 @@ def test_energy_laws(page, leaf, near, data):
     d = 1 / np.log2(np.arange(len(page)) + 2)
     assert energy(page, 3 * g + 1, leaf, near) - e == pytest.approx((d * (2 * g + 1)).sum())
     assert energy(page[:-1], g[:-1], leaf, near) - e == pytest.approx(
-        -d[-1] * (g[-1] + 0.3 * (leaf[page[-1]] >= 0 and leaf[page[-1]] not in leaf[page[:-1]])
-                  - 0.3 * (page[-1] in page[:-1] or bool(set(near.of(page[-1]).tolist()) & set(page[:-1])))))
+        -d[-1]
+        * (
+            g[-1]
+            + 0.3 * (leaf[page[-1]] >= 0 and leaf[page[-1]] not in leaf[page[:-1]])
+            - 0.3
+            * (page[-1] in page[:-1] or bool(set(near.of(page[-1]).tolist()) & set(page[:-1])))
+        )
+    )
     assert energy(page, g, np.where(leaf >= 0, 40 - leaf, -1), near) == pytest.approx(e)
 
 
@@ -355,8 +441,10 @@ def test_gain_of_known_and_unknown_ratings():
 
 
 @law
-@given(st.dictionaries(st.tuples(st.integers(0, 2), st.integers(0, 4)), stars, max_size=10),
-       st.lists(st.lists(st.integers(-1, 4), min_size=3, max_size=3), min_size=1, max_size=3))
+@given(
+    st.dictionaries(st.tuples(st.integers(0, 2), st.integers(0, 4)), stars, max_size=10),
+    st.lists(st.lists(st.integers(-1, 4), min_size=3, max_size=3), min_size=1, max_size=3),
+)
 def test_gains_look_up_each_users_own_rows(rows, page):
     shop = shop_of([(u, i, r, "train") for (u, i), r in rows.items()], 3, 5)
     s = item_scores(shop)
@@ -372,8 +460,12 @@ def test_gains_look_up_each_users_own_rows(rows, page):
 
 
 @law
-@given(st.lists(st.integers(0, N - 1), min_size=1, max_size=7, unique=True), leaves, near_relations(),
-       st.data())
+@given(
+    st.lists(st.integers(0, N - 1), min_size=1, max_size=7, unique=True),
+    leaves,
+    near_relations(),
+    st.data(),
+)
 def test_feedback_is_every_move_that_changes_energy(page, leaf, near, data):
     """delta_E of (i, k, k2): E after taking i out at k and putting it in at k2, less E before; reach 3."""
     g = data.draw(st.lists(grades, min_size=len(page), max_size=len(page)))
@@ -381,7 +473,7 @@ def test_feedback_is_every_move_that_changes_energy(page, leaf, near, data):
     want = {}
     for k in range(len(page)):
         for k2 in range(len(page)):
-            moved = page[:k] + page[k + 1:]
+            moved = page[:k] + page[k + 1 :]
             moved.insert(k2, page[k])
             delta = energy(moved, [of[i] for i in moved], leaf, near) - energy(page, g, leaf, near)
             if 0 < abs(k - k2) <= 3 and abs(delta) > 1e-12:
@@ -390,10 +482,12 @@ def test_feedback_is_every_move_that_changes_energy(page, leaf, near, data):
     # A change of about 1e-12 may fall on either side of the threshold.
     clear = {key: delta for key, delta in want.items() if abs(delta) > 1e-9}
     assert {m[:3]: m.delta_E for m in got if abs(m.delta_E) > 1e-9} == pytest.approx(clear)
-    assert feedback(page, g, leaf, near, reach=3, beneficial_only=True) == [m for m in got if m.delta_E > 0]
+    assert feedback(page, g, leaf, near, reach=3, beneficial_only=True) == [
+        m for m in got if m.delta_E > 0
+    ]
 
 
 def test_feedback_reaches_five_slots():
     moves = feedback(list(range(8)), [8, 7, 6, 5, 4, 3, 2, 1], np.full(N, -1), no_near)
     assert max(abs(m.k - m.k2) for m in moves) == 5
-    assert all(m.delta_E < 0 for m in moves)             # a sorted page: every move hurts
+    assert all(m.delta_E < 0 for m in moves)  # a sorted page: every move hurts

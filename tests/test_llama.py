@@ -18,20 +18,32 @@ from pagellm.weights import read_safetensors, write_safetensors
 
 # A context of 16 before scaling puts some waves below, some above and some between the two bounds.
 SCALING = (32.0, 1.0, 4.0, 16)
-SHAPE = Shape(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48, n_ctx=40, theta=500.0, scaling=SCALING)
+SHAPE = Shape(
+    n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48, n_ctx=40, theta=500.0, scaling=SCALING
+)
 WORDS, USERS, ITEMS = 11, 4, 7
 # From transformers 4.57.6: see the tests that use them.
 GOLDEN_FREQUENCIES = [0.016560441, 0.00042955671, 9.4183065e-08]
-GOLDEN_LOGITS = [[[-0.7014815, 0.4608661, 0.4893063, -0.6939335], [0.2053767, -0.2260841, -0.7572661, 0.8990457]],
-                 [[-0.1233801, 0.02795422, 1.06257, -0.5423778], [-0.1139311, -0.01233459, 1.154517, -0.7598154]]]
+GOLDEN_LOGITS = [
+    [
+        [-0.7014815, 0.4608661, 0.4893063, -0.6939335],
+        [0.2053767, -0.2260841, -0.7572661, 0.8990457],
+    ],
+    [
+        [-0.1233801, 0.02795422, 1.06257, -0.5423778],
+        [-0.1139311, -0.01233459, 1.154517, -0.7598154],
+    ],
+]
 
 
 def make(shape=SHAPE, seed=0, words=WORDS):
     model = Llama(shape, words, USERS, ITEMS, generator=torch.Generator().manual_seed(seed)).eval()
-    with torch.no_grad():       # far from the start, where attention is nearly uniform and mistakes hide
+    with torch.no_grad():  # far from the start, where attention is nearly uniform and mistakes hide
         for at, weight in enumerate(model.parameters()):
             g = torch.Generator().manual_seed(seed + at)
-            weight.normal_(0, 0.2, generator=g) if weight.ndim > 1 else weight.uniform_(0.5, 1.5, generator=g)
+            weight.normal_(0, 0.2, generator=g) if weight.ndim > 1 else weight.uniform_(
+                0.5, 1.5, generator=g
+            )
     return model
 
 
@@ -41,7 +53,9 @@ def all_logits(model, hidden):
 
 def published(model: Llama, folder):
     """transformers' Llama, read from the files that we write: our words, users and items as its words."""
-    transformers = pytest.importorskip("transformers", reason="compare with transformers: pip install -e '.[dev]'")
+    transformers = pytest.importorskip(
+        "transformers", reason="compare with transformers: pip install -e '.[dev]'"
+    )
     size = model.n_words + model.n_users + model.n_items
     whole = Llama(model.shape, size, 0, 0)
     with torch.no_grad():
@@ -77,9 +91,9 @@ def test_logits_equal_transformers_with_left_padding_and_cache(tmp_path):
         assert_close(all_logits(model, model(ids, valid))[valid], want, atol=1e-4, rtol=1e-4)
         cache = KVCache(SHAPE, 3, 20, model.word)
         parts = [model(ids[:, :15], valid[:, :15], cache)]
-        parts += [model(ids[:, t:t + 1], valid[:, :t + 1], cache) for t in range(15, 20)]
+        parts += [model(ids[:, t : t + 1], valid[:, : t + 1], cache) for t in range(15, 20)]
         assert_close(all_logits(model, torch.cat(parts, 1))[valid], want, atol=1e-4, rtol=1e-4)
-    assert cache.keys[0].shape == (3, 2, 20, 8)         # two heads of keys, not four
+    assert cache.keys[0].shape == (3, 2, 20, 8)  # two heads of keys, not four
 
 
 def test_the_rotary_frequencies_are_llama_3s():
@@ -87,8 +101,11 @@ def test_the_rotary_frequencies_are_llama_3s():
     got = frequencies(64, LLAMA3["theta"], LLAMA3["scaling"])
     assert got[0] == 1.0
     assert_close(got[[10, 16, 31]], torch.tensor(GOLDEN_FREQUENCIES), rtol=1e-5, atol=0)
-    transformers = pytest.importorskip("transformers", reason="compare with transformers: pip install -e '.[dev]'")
+    transformers = pytest.importorskip(
+        "transformers", reason="compare with transformers: pip install -e '.[dev]'"
+    )
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     config = transformers.LlamaConfig(**Llama.published_config(SIZES["llama-3.2-1b"]))
     want, scale = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     assert scale == 1.0
@@ -108,7 +125,9 @@ def by_formula(model):
 def test_logits_equal_those_that_transformers_gave():
     """For where transformers is not installed: its logits (4.57) of the first four words, weights by a formula, one
     row left-padded by two."""
-    model = by_formula(Llama(Shape(2, 4, 2, 16, 24, 32, theta=100.0, scaling=(4.0, 1.0, 3.0, 8)), 9, 0, 0))
+    model = by_formula(
+        Llama(Shape(2, 4, 2, 16, 24, 32, theta=100.0, scaling=(4.0, 1.0, 3.0, 8)), 9, 0, 0)
+    )
     ids = torch.tensor([[1, 5, 2, 8, 3, 7], [0, 0, 4, 6, 1, 2]])
     valid = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]]).bool()
     with torch.no_grad():
@@ -125,22 +144,26 @@ def test_a_padded_row_equals_the_row_alone(length, left, right, seed):
     junk = torch.randint(0, 22, (1, left + right), generator=g)
     ids = torch.cat([junk[:, :left], row, junk[:, left:]], 1)
     valid = torch.zeros(1, left + length + right, dtype=torch.bool)
-    valid[:, left:left + length] = True
+    valid[:, left : left + length] = True
     with torch.no_grad():
-        assert_close(model(ids, valid)[:, left:left + length], model(row), atol=1e-5, rtol=1e-5)
+        assert_close(model(ids, valid)[:, left : left + length], model(row), atol=1e-5, rtol=1e-5)
 
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 2**31))
 def test_rotated_products_know_distances_only(p, q, shift, seed):
     """<R_p x, R_q y> depends on p - q alone, and turning keeps lengths."""
-    x, y = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x, y = torch.randn(
+        2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     rate = frequencies(16, 500.0, SCALING).double()
 
     def turned(z, at):
         return rotate(z, (at * rate).cos()[None, None, None], (at * rate).sin()[None, None, None])
 
-    assert_close((turned(x, p) * turned(y, q)).sum(), (turned(x, p + shift) * turned(y, q + shift)).sum())
+    assert_close(
+        (turned(x, p) * turned(y, q)).sum(), (turned(x, p + shift) * turned(y, q + shift)).sum()
+    )
     assert_close(turned(x, p).norm(), x.norm())
 
 
@@ -161,7 +184,7 @@ def test_state_round_trip_initialisation_and_sizes():
     with pytest.raises(PageLLMError, match="kind 'mamba'"):
         from_state({**to_state(model), "trunk": "mamba"})
     fresh = build("llama-small", 500, 20, 300)
-    assert fresh.h[0].attn.o_proj.weight.std().item() == pytest.approx(0.02 / 8 ** 0.5, rel=0.05)
+    assert fresh.h[0].attn.o_proj.weight.std().item() == pytest.approx(0.02 / 8**0.5, rel=0.05)
     assert fresh.h[0].mlp.gate_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert fresh.ln_f.weight.min() == 1
     with pytest.raises(ValueError, match="multiple"):
@@ -177,24 +200,47 @@ def test_published_weights_load_from_one_file_and_from_shards(tmp_path):
     source = make(seed=3, words=9)
     for folder, shard_mb in (("whole", 0.0), ("shards", 0.01)):
         save_published(source, tmp_path / folder, 9, shard_mb)
-        model = make(seed=13)                            # 11 words: two special tokens behind the published 9
+        model = make(seed=13)  # 11 words: two special tokens behind the published 9
         mine = {name: w.clone() for name, w in model.named_parameters()}
         load_published(model, tmp_path / folder, n_words=9)
         ids = torch.randint(0, 9, (2, 7))
         with torch.no_grad():
             assert torch.equal(model(ids), source(ids))
-        assert torch.equal(model.user, mine["user"]) and torch.equal(model.word[9:], mine["word"][9:])
+        assert torch.equal(model.user, mine["user"]) and torch.equal(
+            model.word[9:], mine["word"][9:]
+        )
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"num_attention_heads": 2}, "num_attention_heads=2, this size 4"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                       "original_max_position_embeddings": 16}}, "rope_scaling"),
-    ({"rope_scaling": None}, "rope_scaling=None"), ({"rms_norm_eps": 1e-6}, "rms_norm_eps"),
-    ({"model_type": "mistral"}, "mistral"), ({"tie_word_embeddings": False}, "tie_word_embeddings"),
-    ({"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, "rope_scaling=None"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_attention_heads": 2}, "num_attention_heads=2, this size 4"),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                }
+            },
+            "rope_scaling",
+        ),
+        ({"rope_scaling": None}, "rope_scaling=None"),
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps"),
+        ({"model_type": "mistral"}, "mistral"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        (
+            {
+                "rope_scaling": None,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+            },
+            "rope_scaling=None",
+        ),
+    ],
+)
 def test_a_config_that_is_not_this_size_is_refused(tmp_path, change, message):
     """Heads and rotary scaling leave no trace in the shapes of weights."""
     model = make()
@@ -204,7 +250,9 @@ def test_a_config_that_is_not_this_size_is_refused(tmp_path, change, message):
     with pytest.raises(PageLLMError, match=message):
         load_published(model, tmp_path)
     newer = {"rope_theta": 500.0, **config.pop("rope_scaling")}
-    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_parameters": newer, "head_dim": None}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"rope_parameters": newer, "head_dim": None})
+    )
     load_published(model, tmp_path)
 
 
@@ -212,14 +260,22 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     model, file = make(), tmp_path / "model.safetensors"
     save_published(model, tmp_path, WORDS)
     good = {name: w.clone() for name, w in read_safetensors(file).items()}
-    write_safetensors(file, good | {"lm_head.weight": good["model.embed_tokens.weight"],
-                                    "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    write_safetensors(
+        file,
+        good
+        | {
+            "lm_head.weight": good["model.embed_tokens.weight"],
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        },
+    )
     load_published(model, file)
     q = "model.layers.1.self_attn.q_proj.weight"
-    for change, message in (({"lm_head.weight": torch.zeros(WORDS, 32)}, "only tied"),
-                            ({"model.layers.3.mlp.up_proj.weight": good[q]}, "unknown .*layers.3"),
-                            ({q: torch.zeros(16, 32)}, r"q_proj.weight is \(16, 32\)"),
-                            ({q: torch.zeros(32, 32, dtype=torch.int32)}, "int32")):
+    for change, message in (
+        ({"lm_head.weight": torch.zeros(WORDS, 32)}, "only tied"),
+        ({"model.layers.3.mlp.up_proj.weight": good[q]}, "unknown .*layers.3"),
+        ({q: torch.zeros(16, 32)}, r"q_proj.weight is \(16, 32\)"),
+        ({q: torch.zeros(32, 32, dtype=torch.int32)}, "int32"),
+    ):
         write_safetensors(file, good | change)
         with pytest.raises(PageLLMError, match=message):
             load_published(model, file)
@@ -232,8 +288,11 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
 @pytest.mark.parametrize("size", ["tiny", "llama-tiny"])
 @pytest.mark.parametrize("first", [1, 4, 6])
 @pytest.mark.parametrize("padded, past", [(False, 0), (True, 0), (False, 3), (True, 3)])
-def test_states_from_a_column_on_are_those_columns_of_all_states_and_so_are_their_gradients(size, first, padded, past):
-    model = build(size, WORDS, USERS, ITEMS, 0.0).double()       # in float32 sums differ with the number of threads
+def test_states_from_a_column_on_are_those_columns_of_all_states_and_so_are_their_gradients(
+    size, first, padded, past
+):
+    # in float32 sums differ with the number of threads
+    model = build(size, WORDS, USERS, ITEMS, 0.0).double()
     ids = torch.randint(0, 22, (2, past + 7), generator=torch.Generator().manual_seed(1))
     valid = (torch.arange(past + 7) >= torch.tensor([[0], [2]])) if padded else None
 
@@ -246,8 +305,12 @@ def test_states_from_a_column_on_are_those_columns_of_all_states_and_so_are_thei
 
     found = []
     for hidden in (states()[:, first:], states(first=first)):
-        grads = torch.autograd.grad((hidden * hidden.detach().cos()).sum(), list(model.parameters()), allow_unused=True,
-                                    materialize_grads=True)
+        grads = torch.autograd.grad(
+            (hidden * hidden.detach().cos()).sum(),
+            list(model.parameters()),
+            allow_unused=True,
+            materialize_grads=True,
+        )
         found.append([hidden, *grads])
     assert found[1][0].shape == (2, 7 - first, model.shape.n_embd)
     for x, y in zip(*found, strict=True):
@@ -262,7 +325,7 @@ def test_the_last_block_computes_only_the_columns_asked_for(size, anew):
     for block in model.h:
         block.mlp.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
     model(torch.zeros(1, 9, dtype=torch.long), first=6).sum().backward()
-    assert rows[:len(model.h)] == [9] * (len(model.h) - 1) + [3]
+    assert rows[: len(model.h)] == [9] * (len(model.h) - 1) + [3]
 
 
 @pytest.mark.parametrize("size", ["tiny", "llama-tiny"])
@@ -301,7 +364,7 @@ def test_checkpointed_blocks_take_less_memory(shape):
     ids = torch.randint(0, 300, (12, 128))
     peak = []
     for model.checkpoint_blocks in (False, True):
-        model(ids).sum().backward()                    # gradients have their memory before the measurement
+        model(ids).sum().backward()  # gradients have their memory before the measurement
         peak.append(bench.peak_megabytes(lambda: model(ids).sum().backward(), "cpu"))
     if None in peak:
         pytest.skip("this system keeps no resettable high-water mark")

@@ -18,7 +18,9 @@ from tests.test_pipeline import SMALL, STAGES
 
 SIZES = {"nano": "q,v,down", "llama-nano": "q,k,v,o,gate,up,down"}
 WORDS, SPECIALS, USERS, ITEMS = 20, 9, 5, 12
-IDS = torch.randint(0, WORDS + SPECIALS + USERS + ITEMS, (3, 11), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(
+    0, WORDS + SPECIALS + USERS + ITEMS, (3, 11), generator=torch.Generator().manual_seed(0)
+)
 
 
 def make(size, targets=None, seed=0, trained=True):
@@ -62,7 +64,9 @@ def test_an_adapter_adds_alpha_over_rank_times_b_a(size):
             at = module.parts.tolist().index(part)
             wide = len(plain[name]) // of
             changed = weights[name].clone()
-            changed[part * wide:(part + 1) * wide] += 8.0 / 4 * module.lora_b[at].detach() @ module.lora_a[at].detach()
+            changed[part * wide : (part + 1) * wide] += (
+                8.0 / 4 * module.lora_b[at].detach() @ module.lora_a[at].detach()
+            )
             weights[name] = changed
     by_hand.load_state_dict(weights)
     with torch.no_grad():
@@ -79,12 +83,18 @@ def test_merged_equals_unmerged_and_unmerging_is_exact(size):
         want = model.item_logits(model(IDS))
         before = {name: w.clone() for name, w in model.state_dict().items()}
         lora.merge(model)
-        lora.merge(model)                            # twice is once
+        lora.merge(model)  # twice is once
         assert lora.is_merged(model)
         assert_close(model.item_logits(model(IDS)), want, atol=1e-5, rtol=1e-5)
         cache = KVCache(model.shape, 3, 11, model.word)
-        assert_close(model.item_logits(torch.cat([model(IDS[:, :6], None, cache), model(IDS[:, 6:], None, cache)], 1)),
-                     want, atol=1e-5, rtol=1e-5)
+        assert_close(
+            model.item_logits(
+                torch.cat([model(IDS[:, :6], None, cache), model(IDS[:, 6:], None, cache)], 1)
+            ),
+            want,
+            atol=1e-5,
+            rtol=1e-5,
+        )
         with pytest.raises(ValueError, match="unmerge"):
             to_state(model)
         lora.unmerge(model)
@@ -101,14 +111,18 @@ def test_only_adapters_and_new_rows_learn(size):
     before = {name: w.detach().clone() for name, w in model.named_parameters()}
     for _ in range(2):
         hidden = model(IDS)
-        (model.item_logits(hidden).square().mean() + model.word_logits(hidden).square().mean()).backward()
+        (
+            model.item_logits(hidden).square().mean() + model.word_logits(hidden).square().mean()
+        ).backward()
         opt.step()
         opt.zero_grad()
     moved = {name for name, w in model.named_parameters() if not torch.equal(w, before[name])}
     learns = {name for name in before if name in ("user", "item", "special") or ".lora_" in name}
     assert moved == learns == {name for name, w in model.named_parameters() if w.requires_grad}
     decayed = [w for group in opt.param_groups if group["weight_decay"] for w in group["params"]]
-    assert {id(w) for w in decayed} == {id(w) for name, w in model.named_parameters() if ".lora_" in name}
+    assert {id(w) for w in decayed} == {
+        id(w) for name, w in model.named_parameters() if ".lora_" in name
+    }
     # Frozen weights have no moments: that is the memory saved.
     assert sum(len(group["params"]) for group in opt.param_groups) == len(learns) == len(opt.state)
     frozen = {name: w for name, w in model.named_parameters() if name not in learns}
@@ -125,7 +139,8 @@ def test_state_round_trip(size):
     again = from_state(to_state(model))
     assert again.lora == model.lora and lora.counts(again) == lora.counts(model)
     assert {n for n, w in again.named_parameters() if w.requires_grad} == {
-        n for n, w in model.named_parameters() if w.requires_grad}
+        n for n, w in model.named_parameters() if w.requires_grad
+    }
     with torch.no_grad():
         assert torch.equal(again(IDS), model(IDS))
 
@@ -144,7 +159,12 @@ def test_merged_adapters_are_published_inside_the_matrices(tmp_path):
 
 
 def test_wrong_options_are_refused():
-    for targets, message in (("q,w", "no 'w'"), ("gat", "did you mean gate"), ("q,q", "each once"), ("", "want some")):
+    for targets, message in (
+        ("q,w", "no 'w'"),
+        ("gat", "did you mean gate"),
+        ("q,q", "each once"),
+        ("", "want some"),
+    ):
         with pytest.raises(PageLLMError, match=message):
             lora.parse_targets(targets, {"q": 0, "gate": 0})
     model = build("llama-nano", WORDS, 1, 1)
@@ -167,7 +187,9 @@ def root(request, served, tmp_path_factory):
     (root / "data").symlink_to(served / "data")
     vocab = Vocab.load(served / "runs" / "base" / "pretrain")
     torch.manual_seed(3)
-    save_published(build(size, vocab.n_words, 0, 0), root / "published", vocab.n_words, shard_mb=0.05)
+    save_published(
+        build(size, vocab.n_words, 0, 0), root / "published", vocab.n_words, shard_mb=0.05
+    )
     vocab.save(root / "published")
     for stage in STAGES:
         STAGES[stage].run(config(root, stage, size))
@@ -175,10 +197,24 @@ def root(request, served, tmp_path_factory):
 
 
 def config(root, stage, size, run="base", **more):
-    own = {"size": size, "weights": str(root / "published"), "bpe": str(root / "published" / "tokenizer.json"),
-           "lora_rank": 2, "lora_targets": SIZES[size]} if stage == "pretrain" else {}
-    return STAGES[stage].Config(run=run, data=str(root / "data"), runs=str(root / "runs"), device="cpu",
-                                **SMALL[stage] | {"save_every": 2} | own | more)
+    own = (
+        {
+            "size": size,
+            "weights": str(root / "published"),
+            "bpe": str(root / "published" / "tokenizer.json"),
+            "lora_rank": 2,
+            "lora_targets": SIZES[size],
+        }
+        if stage == "pretrain"
+        else {}
+    )
+    return STAGES[stage].Config(
+        run=run,
+        data=str(root / "data"),
+        runs=str(root / "runs"),
+        device="cpu",
+        **SMALL[stage] | {"save_every": 2} | own | more,
+    )
 
 
 def weights(root, stage, run="base"):
@@ -229,9 +265,16 @@ def test_a_stage_that_was_stopped_ends_with_the_same_bytes(root, stage, monkeypa
         with pytest.raises(Stopped):
             module.run(config(root, stage, size, run))
     held = torch.load(root / "runs" / run / stage / "step-00000002.pt", weights_only=True)
-    kept = {name.removeprefix("model.") for name in held[{"pretrain": "both", "ppo": "policy"}.get(stage, "model")]}
+    kept = {
+        name.removeprefix("model.")
+        for name in held[{"pretrain": "both", "ppo": "policy"}.get(stage, "model")]
+    }
     # A checkpoint holds what learns; the published trunk and its words are where they were read from.
-    assert {"user", "item", "special"} < kept and "word" not in kept and not any("mlp.up_proj.w" in n for n in kept)
+    assert (
+        {"user", "item", "special"} < kept
+        and "word" not in kept
+        and not any("mlp.up_proj.w" in n for n in kept)
+    )
     assert not any(n.endswith(("c_attn.weight", "q_proj.weight")) for n in kept)
     module.run(config(root, stage, size, run, checkpoint_blocks=True))
     done = [json.loads((root / "runs" / r / stage / "done").read_text()) for r in ("base", run)]
@@ -240,9 +283,16 @@ def test_a_stage_that_was_stopped_ends_with_the_same_bytes(root, stage, monkeypa
 
 def test_pages_are_served_from_merged_weights(root):
     root, _ = root
-    rec = Recommender.load(Sources(run="base", data=str(root / "data"), runs=str(root / "runs"), device="cpu"))
+    rec = Recommender.load(
+        Sources(run="base", data=str(root / "data"), runs=str(root / "runs"), device="cpu")
+    )
     assert lora.is_merged(rec.policies["ppo"].model)
     policy = Policy.load(root / "runs" / "base" / "ppo")
     prompt, valid = policy.prompt([0, 1], [rec.history.of(u) for u in (0, 1)])
     with torch.no_grad():
-        assert_close(rec.policies["ppo"].model(prompt, valid), policy.model(prompt, valid), atol=1e-5, rtol=1e-5)
+        assert_close(
+            rec.policies["ppo"].model(prompt, valid),
+            policy.model(prompt, valid),
+            atol=1e-5,
+            rtol=1e-5,
+        )

@@ -39,11 +39,13 @@ ORDER = (was, pwkt, wmrd, dpa)
 N = 12
 item = st.integers(0, N - 1)
 refs = st.lists(item, min_size=1, max_size=5, unique=True)
-pages = st.lists(item, max_size=8)                       # repeats allowed
+pages = st.lists(item, max_size=8)  # repeats allowed
 clean = st.lists(item, min_size=1, max_size=8, unique=True)
 names = st.frozensets(st.sampled_from("pqrs"), max_size=3)
 known = st.frozensets(st.sampled_from("pqrs"), min_size=1, max_size=3)
-catalogues = st.one_of(st.lists(names, min_size=N, max_size=N), st.lists(known, min_size=N, max_size=N))
+catalogues = st.one_of(
+    st.lists(names, min_size=N, max_size=N), st.lists(known, min_size=N, max_size=N)
+)
 cuts = st.one_of(st.none(), st.integers(1, 9))
 modes = st.sampled_from(["worst", "append", "skip"])
 
@@ -51,22 +53,28 @@ modes = st.sampled_from(["worst", "append", "skip"])
 # Golden vectors of SPEC 8
 
 
-@pytest.mark.parametrize("ref, gen, want", [
-    ("abc", "abc", (1, 1, 0, 1)),
-    ("abc", "cba", (0.5307, -1, 1.4078, 0.5684)),
-    ("abc", "baxyc", (0.7531, 0.1276, 1.2346, 0.4735)),
-    ("abc", "xaybz", (0.5531, 1, 2.2346, 0.3492)),
-    ("abc", "xy", (0, 0, 3, 0)),
-    ("abc", "", (0, 0, 3, 0)),
-    ("a", "xa", (0.5, None, 1, 0.5)),
-    ("", "ab", (None, None, None, None))])
+@pytest.mark.parametrize(
+    "ref, gen, want",
+    [
+        ("abc", "abc", (1, 1, 0, 1)),
+        ("abc", "cba", (0.5307, -1, 1.4078, 0.5684)),
+        ("abc", "baxyc", (0.7531, 0.1276, 1.2346, 0.4735)),
+        ("abc", "xaybz", (0.5531, 1, 2.2346, 0.3492)),
+        ("abc", "xy", (0, 0, 3, 0)),
+        ("abc", "", (0, 0, 3, 0)),
+        ("a", "xa", (0.5, None, 1, 0.5)),
+        ("", "ab", (None, None, None, None)),
+    ],
+)
 def test_golden_order_scores(ref, gen, want):
     for score, value in zip(ORDER, want, strict=True):
         got = score(ref, gen)
         assert got is None if value is None else abs(got - value) < 5e-5
 
 
-@pytest.mark.parametrize("kinds, want", [("xxyy", 0.6931), ("xxxy", 0.5623), ("wxyz", 1.3863), ("xxxx", 0.0)])
+@pytest.mark.parametrize(
+    "kinds, want", [("xxyy", 0.6931), ("xxxy", 0.5623), ("wxyz", 1.3863), ("xxxx", 0.0)]
+)
 def test_golden_entropy(kinds, want):
     categories = {n: [kind] for n, kind in enumerate(kinds)}
     assert abs(entropy(range(4), categories) - want) < 5e-5
@@ -77,7 +85,7 @@ def test_recall_and_ndcg_by_hand():
     assert recall("abc", "xbya", 4) == pytest.approx(2 / 3)
     assert recall("abc", "xbya", 2) == pytest.approx(1 / 3)
     assert recall("abc", "xbya", 2, cap=True) == 1 / 2
-    assert recall("abc", "bbaa", 2) == pytest.approx(2 / 3)                      # repeats do not use up ranks
+    assert recall("abc", "bbaa", 2) == pytest.approx(2 / 3)  # repeats do not use up ranks
     ideal = 1 + 1 / math.log2(3) + 1 / 2
     assert ndcg("abc", "xbya", 4) == pytest.approx((1 / math.log2(3) + 1 / math.log2(5)) / ideal)
     assert ndcg("abc", "xbya", 2) == pytest.approx((1 / math.log2(3)) / (1 + 1 / math.log2(3)))
@@ -115,7 +123,7 @@ def test_moving_a_label_up_never_lowers_recall_or_ndcg(ref, gen, k, data):
     to = data.draw(st.integers(0, at))
     # Past items of a lower grade only: passing a better label may well cost.
     assume(all(grade.get(other, 0) <= grade.get(gen[at], 0) for other in gen[to:at]))
-    moved = gen[:at] + gen[at + 1:]
+    moved = gen[:at] + gen[at + 1 :]
     moved.insert(to, gen[at])
     assert recall(ref, moved, k) >= recall(ref, gen, k) or gen[at] not in ref
     assert ndcg(ref, moved, k, rel) >= ndcg(ref, gen, k, rel) - 1e-12
@@ -145,10 +153,17 @@ def test_recall_and_ndcg_equal_ranx():
         run[f"q{user}"] = {f"d{i}": float(100 - k) for k, i in enumerate(gen)}
         lists[f"q{user}"] = ref, gen, rel
     names = ["recall@5", "recall@20", "ndcg_burges@5", "ndcg_burges@20"]
-    theirs = ranx.evaluate(ranx.Qrels(qrels), ranx.Run(run), names, return_mean=False, make_comparable=True)
-    for at, user in enumerate(sorted(lists)):            # ranx sorts its queries by name
+    theirs = ranx.evaluate(
+        ranx.Qrels(qrels), ranx.Run(run), names, return_mean=False, make_comparable=True
+    )
+    for at, user in enumerate(sorted(lists)):  # ranx sorts its queries by name
         ref, gen, rel = lists[user]
-        ours = [recall(ref, gen, 5), recall(ref, gen, 20), ndcg(ref, gen, 5, rel), ndcg(ref, gen, 20, rel)]
+        ours = [
+            recall(ref, gen, 5),
+            recall(ref, gen, 20),
+            ndcg(ref, gen, 5, rel),
+            ndcg(ref, gen, 20, rel),
+        ]
         assert ours == pytest.approx([theirs[name][at] for name in names])
 
 
@@ -208,9 +223,11 @@ def test_order_scores_keep_their_bounds(ref, gen, missing):
         perfect = list(dict.fromkeys(gen))[: len(ref)] == ref
         assert (got[0] == 1) == (got[2] == 0) == (got[3] == 1) == perfect
         in_order = [i for i in dict.fromkeys(gen) if i in ref] == [i for i in ref if i in gen]
-        settled = in_order and [i in gen for i in ref] == sorted([i in gen for i in ref], reverse=True)
+        settled = in_order and [i in gen for i in ref] == sorted(
+            [i in gen for i in ref], reverse=True
+        )
         lost = sum(i not in gen for i in ref)
-        if len(ref) > 1:                                 # in order, what is missing at the end and alone
+        if len(ref) > 1:  # in order, what is missing at the end and alone
             assert (got[1] == 1) == (settled and lost < 2)
 
 
@@ -274,7 +291,9 @@ def test_set_scores_ignore_order_and_repeats(gen, categories, random):
     for score in (ild, entropy, balance, redundancy, unknown_rate):
         value = score(gen, categories)
         for other in (shuffled, clean_page):
-            assert score(other, categories) == (None if value is None else pytest.approx(value, abs=1e-12))
+            assert score(other, categories) == (
+                None if value is None else pytest.approx(value, abs=1e-12)
+            )
 
 
 @law
@@ -296,7 +315,8 @@ def test_set_scores_keep_their_bounds(gen, categories):
     everything = len(frozenset().union(*categories)) + (frozenset() in categories)
     assert (r is None) == (min(len(gen), everything) < 2)
     if r is not None:
-        assert 0 <= r <= 1 and balance(gen, categories) == pytest.approx(1 - r, abs=1e-12)      # 1 - (1 - b) rounds
+        # 1 - (1 - b) rounds
+        assert 0 <= r <= 1 and balance(gen, categories) == pytest.approx(1 - r, abs=1e-12)
         if all(len(s) <= 1 for s in sets):
             assert h <= math.log(min(len(gen), everything)) + 1e-12
             assert r == pytest.approx(1 - h / math.log(min(len(gen), everything)), abs=1e-12)
@@ -313,10 +333,14 @@ def test_set_scores_by_hand():
     assert entropy("abc", categories) == pytest.approx(-(p * np.log(p)).sum())
     assert entropy("cd", categories) == 0 and entropy("", categories) is None
     assert redundancy("cd", categories) == 1
-    assert redundancy("ac", categories, n_categories=8) == 0     # three categories of two items: at the cap
-    assert redundancy("bb", categories) is None and redundancy("bc", categories, n_categories=1) is None
+    # three categories of two items: at the cap
+    assert redundancy("ac", categories, n_categories=8) == 0
+    assert (
+        redundancy("bb", categories) is None
+        and redundancy("bc", categories, n_categories=1) is None
+    )
     assert redundancy("aa", {"a": "x"}) is None
-    assert redundancy(range(4), "xyxy") == 0                                     # C = 2, K = 4
+    assert redundancy(range(4), "xyxy") == 0  # C = 2, K = 4
     third = entropy(range(3), "xyx") / math.log(3)
     assert redundancy(range(3), ["x", "y", "x", ()]) == pytest.approx(1 - third)
 
@@ -349,9 +373,16 @@ def test_cosine_ild(gen, seed):
 
 
 def test_duplicates_by_hand():
-    assert duplicate_rate("abca") == 1 / 4 and duplicate_rate("abc") == 0 and duplicate_rate("") is None
+    assert (
+        duplicate_rate("abca") == 1 / 4
+        and duplicate_rate("abc") == 0
+        and duplicate_rate("") is None
+    )
     group = {"a": 1, "b": 1, "c": 1, "d": 2, "e": None, "f": None}
-    assert near_duplicate_pairs("aabcdef", group) == 3 and near_duplicate_pairs([0, 1, 2], [5, 6, 5]) == 1
+    assert (
+        near_duplicate_pairs("aabcdef", group) == 3
+        and near_duplicate_pairs([0, 1, 2], [5, 6, 5]) == 1
+    )
     assert near_duplicate_pairs("xyz", group) == 0
 
 
@@ -362,13 +393,18 @@ def test_duplicates_by_hand():
 def populations(draw):
     """users, pages, labels of several users; ids with gaps; some users without labels or without a page."""
     users = np.array(sorted(draw(st.sets(st.integers(0, 30), min_size=1, max_size=4))))
-    everyone = [*users.tolist(), 31]                     # 31 is nobody's business
+    everyone = [*users.tolist(), 31]  # 31 is nobody's business
     gen = {u: draw(st.lists(item, max_size=10)) for u in everyone}
     ref = {u: draw(st.lists(item, max_size=5, unique=True)) for u in everyone}
     tied = draw(st.booleans())
-    rel = {u: draw(st.lists(st.integers(0, 3), min_size=len(ref[u]), max_size=len(ref[u]))) for u in everyone}
-    rank = {u: average_ranks(rel[u]).tolist() if tied else list(range(1, len(ref[u]) + 1))
-            for u in everyone}
+    rel = {
+        u: draw(st.lists(st.integers(0, 3), min_size=len(ref[u]), max_size=len(ref[u])))
+        for u in everyone
+    }
+    rank = {
+        u: average_ranks(rel[u]).tolist() if tied else list(range(1, len(ref[u]) + 1))
+        for u in everyone
+    }
     return users, gen, ref, rank, rel
 
 
@@ -379,8 +415,18 @@ def columns(table, *more):
 
 
 @law
-@given(populations(), catalogues, st.integers(1, 9), st.integers(1, 9), st.booleans(), modes, st.randoms())
-def test_score_pages_equals_the_one_user_functions(population, categories, page_k, k, flag, missing, random):
+@given(
+    populations(),
+    catalogues,
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.booleans(),
+    modes,
+    st.randoms(),
+)
+def test_score_pages_equals_the_one_user_functions(
+    population, categories, page_k, k, flag, missing, random
+):
     check_agreement(population, categories, page_k, k, flag, missing, random)
 
 
@@ -394,7 +440,9 @@ def test_score_pages_equals_the_one_user_functions_on_many_users(flag, missing):
     ref = {u: rng.permutation(N)[: rng.integers(0, 6)].tolist() for u in everyone}
     rel = {u: rng.integers(0, 4, len(ref[u])).tolist() for u in everyone}
     rank = {u: average_ranks(rel[u]).tolist() for u in everyone}
-    categories = [tuple(rng.permutation(list("pqr"))[: rng.integers(not flag, 3)]) for _ in range(N)]
+    categories = [
+        tuple(rng.permutation(list("pqr"))[: rng.integers(not flag, 3)]) for _ in range(N)
+    ]
     users = np.array(list(everyone))[10:]
     check_agreement((users, gen, ref, rank, rel), categories, 6, 4, flag, missing, random.Random(0))
 
@@ -404,29 +452,48 @@ def check_agreement(population, categories, page_k, k, flag, missing, random):
     place = {u: range(1, len(gen[u]) + 1) for u in gen}
     user, shown, at = columns(gen, place)
     labelled, label, label_rank, grade = columns(ref, rank, rel)
-    order = np.array(random.sample(range(len(user)), len(user)), dtype=int)      # rows come in any order
+    # rows come in any order
+    order = np.array(random.sample(range(len(user)), len(user)), dtype=int)
     back = np.array(random.sample(range(len(label)), len(label)), dtype=int)
     group = np.arange(N) // 3
     embedding = np.random.default_rng(page_k).integers(-1, 2, size=(N, 2))
     n_categories = 3 if flag else None
-    got = score_pages(users, (user[order], at[order], shown[order].astype(int)),
-                      (labelled[back], label[back].astype(int), label_rank[back]), categories, page_k=page_k,
-                      recall_k=(k, 20), ndcg_k=k, cap=flag, rel=grade[back] if flag else None,
-                      missing=missing, normalize=flag, n_categories=n_categories, group=group,
-                      embedding=embedding)
+    got = score_pages(
+        users,
+        (user[order], at[order], shown[order].astype(int)),
+        (labelled[back], label[back].astype(int), label_rank[back]),
+        categories,
+        page_k=page_k,
+        recall_k=(k, 20),
+        ndcg_k=k,
+        cap=flag,
+        rel=grade[back] if flag else None,
+        missing=missing,
+        normalize=flag,
+        n_categories=n_categories,
+        group=group,
+        embedding=embedding,
+    )
     for x, u in enumerate(users.tolist()):
         page = gen[u][:page_k]
         options = {"missing": missing, "ref_rank": rank[u]}
-        want = {f"Recall@{k}": recall(ref[u], gen[u], k, flag), "Recall@20": recall(ref[u], gen[u], 20, flag),
-                f"NDCG@{k}": ndcg(ref[u], gen[u], k, rel[u] if flag else None),
-                "WAS": was(ref[u], page, **options), "PWKT": pwkt(ref[u], page, **options),
-                "WMRD": wmrd(ref[u], page, normalize=flag, **options), "DPA": dpa(ref[u], page, **options),
-                "ILD": ild(page, categories), "ILD_cosine": ild(page, embedding=embedding),
-                "entropy": entropy(page, categories), "balance": balance(page, categories, n_categories),
-                "redundancy": redundancy(page, categories, n_categories),
-                "duplicate_rate": duplicate_rate(page),
-                "unknown_rate": unknown_rate(page, categories),
-                "near_duplicate_pairs": near_duplicate_pairs(page, group)}
+        want = {
+            f"Recall@{k}": recall(ref[u], gen[u], k, flag),
+            "Recall@20": recall(ref[u], gen[u], 20, flag),
+            f"NDCG@{k}": ndcg(ref[u], gen[u], k, rel[u] if flag else None),
+            "WAS": was(ref[u], page, **options),
+            "PWKT": pwkt(ref[u], page, **options),
+            "WMRD": wmrd(ref[u], page, normalize=flag, **options),
+            "DPA": dpa(ref[u], page, **options),
+            "ILD": ild(page, categories),
+            "ILD_cosine": ild(page, embedding=embedding),
+            "entropy": entropy(page, categories),
+            "balance": balance(page, categories, n_categories),
+            "redundancy": redundancy(page, categories, n_categories),
+            "duplicate_rate": duplicate_rate(page),
+            "unknown_rate": unknown_rate(page, categories),
+            "near_duplicate_pairs": near_duplicate_pairs(page, group),
+        }
         assert set(got) == set(want)
         for name, value in want.items():
             assert got[name].shape == users.shape and got[name].dtype == np.float64
@@ -441,16 +508,20 @@ def test_score_pages_defaults_and_mappings():
     users = np.array([3, 8])
     pages = np.array([3] * 60), np.arange(1, 61), np.arange(100, 160)
     refs = np.array([3, 3, 3]), np.array([120, 119, 159]), np.array([1, 2, 3])
-    got = score_pages(users, pages, refs, {119: ["x"], 7: ["y"]}, group=np.arange(200), embedding=np.eye(200))
+    got = score_pages(
+        users, pages, refs, {119: ["x"], 7: ["y"]}, group=np.arange(200), embedding=np.eye(200)
+    )
     assert set(got) == set(DIRECTION) and set(DIRECTION.values()) == {"up", "down"}
-    assert got["Recall@20"][0] == pytest.approx(1 / 3) and got["Recall@40"][0] == pytest.approx(2 / 3)
+    assert got["Recall@20"][0] == pytest.approx(1 / 3) and got["Recall@40"][0] == pytest.approx(
+        2 / 3
+    )
     assert got["NDCG@100"][0] == pytest.approx(ndcg([120, 119, 159], list(range(100, 160))))
     assert got["unknown_rate"][0] == pytest.approx(19 / 20)
     page = list(range(100, 120))
     assert got["WMRD"][0] == pytest.approx(wmrd([120, 119, 159], page))
     assert got["redundancy"][0] == pytest.approx(redundancy(page, {119: ["x"], 7: ["y"]}))
     for name, values in got.items():
-        assert math.isnan(values[1]) or name == "near_duplicate_pairs"           # user 8: no page, no labels
+        assert math.isnan(values[1]) or name == "near_duplicate_pairs"  # user 8: no page, no labels
 
 
 def test_score_pages_cuts_its_blocks(monkeypatch):
@@ -473,13 +544,21 @@ def test_score_pages_takes_any_item_numbers_and_categories_described_before():
     rng = np.random.default_rng(0)
     item = np.stack([rng.permutation(30)[:9] for _ in users])
     item[2, 4] = item[2, 1]
-    refs = np.repeat(users, 2), np.stack([rng.permutation(30)[:2] for _ in users]).reshape(-1), np.tile([1, 2], 6)
+    refs = (
+        np.repeat(users, 2),
+        np.stack([rng.permutation(30)[:2] for _ in users]).reshape(-1),
+        np.tile([1, 2], 6),
+    )
     pages = np.repeat(users, 9), np.tile(np.arange(9), 6), item.reshape(-1)
     categories = [("a", "b")[: n % 3] for n in range(30)]
     want = score_pages(users, pages, refs, categories)
-    far = {10 ** 17 * n: names for n, names in enumerate(categories)}
-    for got in (score_pages(users, (*pages[:2], pages[2] * 10 ** 17), (refs[0], refs[1] * 10 ** 17, refs[2]), far),
-                score_pages(users, pages, refs, described(categories))):
+    far = {10**17 * n: names for n, names in enumerate(categories)}
+    for got in (
+        score_pages(
+            users, (*pages[:2], pages[2] * 10**17), (refs[0], refs[1] * 10**17, refs[2]), far
+        ),
+        score_pages(users, pages, refs, described(categories)),
+    ):
         for name in want:
             np.testing.assert_array_equal(got[name], want[name], err_msg=name)
 
@@ -489,12 +568,23 @@ def test_score_pages_refuses():
     ok = (np.array([0]), page, refs_, [(), ()])
     score_pages(*ok)
     twice = tuple(np.tile(column, 2) for column in refs_)
-    for wrong in (([1, 0], page, refs_), ([0, 0], page, refs_), ([], page, refs_), ([0], page, twice),
-                  ([0], page, (np.array([0]), np.array([1]), np.array([0.5])))):
+    for wrong in (
+        ([1, 0], page, refs_),
+        ([0, 0], page, refs_),
+        ([], page, refs_),
+        ([0], page, twice),
+        ([0], page, (np.array([0]), np.array([1]), np.array([0.5]))),
+    ):
         with pytest.raises(ValueError, match="score_pages"):
             score_pages(np.array(wrong[0]), *wrong[1:], [(), ()])
-    for option in ({"missing": "best"}, {"page_k": 0}, {"recall_k": (0,)}, {"ndcg_k": 0},
-                   {"rel": np.array([-1.0])}, {"rel": np.array([1.0, 1.0])}):
+    for option in (
+        {"missing": "best"},
+        {"page_k": 0},
+        {"recall_k": (0,)},
+        {"ndcg_k": 0},
+        {"rel": np.array([-1.0])},
+        {"rel": np.array([1.0, 1.0])},
+    ):
         with pytest.raises(ValueError, match="score_pages"):
             score_pages(*ok, **option)
 
@@ -533,14 +623,18 @@ def test_paper_scale_by_hand():
     assert [score("", "a", paper_scale=True) for score in ORDER] == [None] * 4
     many = np.arange(130)
     got = paper_scale(many, (many, many * 0 + 1, many * 0), (many, many * 0, many * 0 + 1))
-    assert got == {"WAS": 3 / 130, "PWKT": 0, "WMRD": 0, "DPA": 3 / 130}         # ceil(130 / 64) = 3
-    deep = paper_scale([0], ([0] * 50, range(50), range(50)), ([0], [0], [1]), ["x"] * 39 + ["y"] * 11)
+    assert got == {"WAS": 3 / 130, "PWKT": 0, "WMRD": 0, "DPA": 3 / 130}  # ceil(130 / 64) = 3
+    deep = paper_scale(
+        [0], ([0] * 50, range(50), range(50)), ([0], [0], [1]), ["x"] * 39 + ["y"] * 11
+    )
     assert deep["entropy"] == pytest.approx(entropy(range(40), ["x"] * 39 + ["y"]))
 
 
 # Means and intervals
 
-scores = st.lists(st.one_of(st.floats(-5, 5, allow_nan=False), st.just(math.nan)), min_size=1, max_size=12)
+scores = st.lists(
+    st.one_of(st.floats(-5, 5, allow_nan=False), st.just(math.nan)), min_size=1, max_size=12
+)
 
 
 @few
@@ -576,7 +670,7 @@ def test_bootstrap_makes_as_many_draws_as_asked(monkeypatch):
     whole = summary(x, 3, n_boot=500)
     monkeypatch.setattr(metrics, "BLOCK", 70)
     got = summary(x, 3, n_boot=500)
-    assert got == whole                                  # the stream of draws is the same, cut differently
+    assert got == whole  # the stream of draws is the same, cut differently
 
 
 def test_paired_uses_users_of_both_and_cancels_what_they_share():

@@ -12,8 +12,12 @@ from pagellm.config import PageLLMError
 from tests.strategies import purchases, rows_of, seeds
 
 STEADY = settings(deadline=None, max_examples=40)
-SETTINGS = {"popularity": {}, "ItemKNN": {"neighbours": 2, "shrink": 1.0}, "EASE": {"ridge": 3.0},
-            "ALS": {"factors": 3, "alpha0": 0.1, "reg": 0.02, "nu": 0.5}}
+SETTINGS = {
+    "popularity": {},
+    "ItemKNN": {"neighbours": 2, "shrink": 1.0},
+    "EASE": {"ridge": 3.0},
+    "ALS": {"factors": 3, "alpha0": 0.1, "reg": 0.02, "nu": 0.5},
+}
 BIG = np.random.default_rng(0).random((40, 25)) < 0.25
 
 
@@ -31,7 +35,9 @@ def test_gram_is_the_product_whatever_the_block(matrix, block):
 @STEADY
 @given(purchases(), seeds)
 def test_sum_rows_is_the_product(matrix, seed):
-    W = torch.randn(matrix.shape[1], 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    W = torch.randn(
+        matrix.shape[1], 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     users = np.random.default_rng(seed).integers(len(matrix), size=5)
     torch.testing.assert_close(sum_rows(W, rows_of(matrix), users), dense(matrix)[users] @ W)
 
@@ -51,31 +57,41 @@ def test_ease_is_a_minimum_under_a_zero_diagonal():
 
 def test_float32_is_enough_for_ease():
     X = dense(BIG)
-    torch.testing.assert_close(ease_weights((X.T @ X).float(), 1.0).double(), ease_weights(X.T @ X, 1.0),
-                               atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        ease_weights((X.T @ X).float(), 1.0).double(),
+        ease_weights(X.T @ X, 1.0),
+        atol=1e-5,
+        rtol=1e-4,
+    )
 
 
 def test_cosine_equals_implicits():
-    library = pytest.importorskip("implicit.nearest_neighbours", reason="the dev extra is not installed")
+    library = pytest.importorskip(
+        "implicit.nearest_neighbours", reason="the dev extra is not installed"
+    )
     sparse = pytest.importorskip("scipy.sparse")
     N = BIG.shape[1]
     theirs = library.CosineRecommender(K=N)
     theirs.fit(sparse.csr_matrix(BIG.astype(np.float32)), show_progress=False)
     similarity = theirs.similarity.toarray()
     np.fill_diagonal(similarity, 0.0)
-    np.testing.assert_allclose(knn_weights(gram_matrix(rows_of(BIG), N), N - 1, 0.0).numpy(), similarity, atol=1e-6)
+    np.testing.assert_allclose(
+        knn_weights(gram_matrix(rows_of(BIG), N), N - 1, 0.0).numpy(), similarity, atol=1e-6
+    )
 
 
 @STEADY
 @given(purchases(), st.integers(1, 9), st.floats(0, 5))
-def test_knn_is_shrunk_cosine_of_the_nearest_and_of_those_tied_with_the_last(matrix, neighbours, shrink):
+def test_knn_is_shrunk_cosine_of_the_nearest_and_of_those_tied_with_the_last(
+    matrix, neighbours, shrink
+):
     X = matrix.astype(np.float64)
     size = np.sqrt(X.sum(0))
     cosine = X.T @ X / np.maximum(np.outer(size, size) + shrink, 1e-300)
     np.fill_diagonal(cosine, 0.0)
     W = knn_weights(gram_matrix(rows_of(matrix), X.shape[1]), neighbours, shrink).numpy()
     for i, row in enumerate(cosine):
-        last = np.sort(row)[::-1][: neighbours][-1]
+        last = np.sort(row)[::-1][:neighbours][-1]
         np.testing.assert_allclose(W[i], np.where(row >= last - 1e-6, row, 0.0), atol=1e-5)
 
 
@@ -85,25 +101,42 @@ def test_new_numbers_for_users_and_items_change_nothing(name):
     rng = np.random.default_rng(3)
     users, items = rng.permutation(BIG.shape[0]), rng.permutation(BIG.shape[1])
     chosen = SETTINGS[name] if name != "ALS" else SETTINGS[name] | {"factors": 1}
-    a, b = (fit(name, rows_of(m), *m.shape, chosen).score(np.arange(len(m)))
-            for m in (BIG, BIG[users][:, items]))
-    torch.testing.assert_close(a[users][:, items], b, atol=2e-3 if name == "ALS" else 1e-5, rtol=1e-4)
+    a, b = (
+        fit(name, rows_of(m), *m.shape, chosen).score(np.arange(len(m)))
+        for m in (BIG, BIG[users][:, items])
+    )
+    torch.testing.assert_close(
+        a[users][:, items], b, atol=2e-3 if name == "ALS" else 1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", list(SETTINGS))
 def test_a_user_without_rows_gets_finite_scores(name):
     matrix = BIG.copy()
     matrix[5] = False
-    assert fit(name, rows_of(matrix), *matrix.shape, SETTINGS[name]).score(np.array([5, 6])).isfinite().all()
+    assert (
+        fit(name, rows_of(matrix), *matrix.shape, SETTINGS[name])
+        .score(np.array([5, 6]))
+        .isfinite()
+        .all()
+    )
 
 
 def test_grids_stay_within_the_catalogue():
-    assert models.grid_of("ALS", 100)["factors"] == (8, 32, 64) and models.grid_of("ALS", 2)["factors"] == (8,)
-    assert models.grid_of("ItemKNN", 11)["neighbours"] == (10,) and models.grid_of("EASE", 5) == models.GRIDS["EASE"]
+    assert models.grid_of("ALS", 100)["factors"] == (8, 32, 64) and models.grid_of("ALS", 2)[
+        "factors"
+    ] == (8,)
+    assert (
+        models.grid_of("ItemKNN", 11)["neighbours"] == (10,)
+        and models.grid_of("EASE", 5) == models.GRIDS["EASE"]
+    )
 
 
 def test_als_draws_from_its_seed_alone():
-    a, b, c = (fit("ALS", rows_of(BIG), *BIG.shape, SETTINGS["ALS"], seed).learned["items"] for seed in (0, 0, 1))
+    a, b, c = (
+        fit("ALS", rows_of(BIG), *BIG.shape, SETTINGS["ALS"], seed).learned["items"]
+        for seed in (0, 0, 1)
+    )
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
@@ -120,8 +153,10 @@ def test_wrong_calls_say_what_is_wanted(monkeypatch):
 def test_als_with_facts_ranks_what_nobody_bought():
     bought = BIG.copy()
     bought[:, 24] = False
-    plain, told = (fit(name, rows_of(bought), *bought.shape, SETTINGS["ALS"], facts=[np.array([3, 24])])
-                   for name in ("ALS", "ALS+facts"))
+    plain, told = (
+        fit(name, rows_of(bought), *bought.shape, SETTINGS["ALS"], facts=[np.array([3, 24])])
+        for name in ("ALS", "ALS+facts")
+    )
     fans, others = np.flatnonzero(bought[:, 3]), np.flatnonzero(~bought[:, 3])
     assert plain.score(fans)[:, 24].abs().max() < 1e-4
     assert told.score(fans)[:, 24].mean() > told.score(others)[:, 24].mean() + 0.01

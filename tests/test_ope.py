@@ -18,9 +18,17 @@ def setting(leave=False, spread=1.0, seed=0):
     """A small world, its users, their candidates, and scores of a logging and a target policy."""
     rng = np.random.default_rng(seed)
     how = simulator.Behaviour(columns=2, leave_on_purchase=leave)
-    world = simulator.World(rng.uniform(0.1, 0.9, (U, 8)), rng.uniform(0.5, 0.9, (U, 8)), rng.uniform(1, 9, 8), how)
+    world = simulator.World(
+        rng.uniform(0.1, 0.9, (U, 8)), rng.uniform(0.5, 0.9, (U, 8)), rng.uniform(1, 9, 8), how
+    )
     candidates = np.stack([rng.permutation(8)[:M] for _ in range(U)])
-    return world, np.arange(U), candidates, rng.normal(size=(U, M)), spread * rng.normal(size=(U, M))
+    return (
+        world,
+        np.arange(U),
+        candidates,
+        rng.normal(size=(U, M)),
+        spread * rng.normal(size=(U, M)),
+    )
 
 
 def every_page(leave=False):
@@ -30,15 +38,27 @@ def every_page(leave=False):
     row = np.repeat(users, len(place) // U)
     page = np.take_along_axis(candidates[row], place, 1)
     reward = simulator.expected(world, row, page)["slots"]
-    log = ope.Log(row, page, reward, ope.pl_propensity(logging[row], place), ope.pl_propensity(target[row], place),
-                  candidates[row], logging[row], target[row])
+    log = ope.Log(
+        row,
+        page,
+        reward,
+        ope.pl_propensity(logging[row], place),
+        ope.pl_propensity(target[row], place),
+        candidates[row],
+        logging[row],
+        target[row],
+    )
     return log, log.propensity.prod(1) / U, ope.true_value(world, users, candidates, target, K)
 
 
 def contributions(log):
     w, total = log.weights(), log.reward.sum(1)
-    return {"IPS": w[:, -1] * total, "cascade IPS": (w * log.reward).sum(1), "cascade DR": ope.cascade_dr(log),
-            "pseudo-inverse": ope.pseudo_inverse_weights(log) * total}
+    return {
+        "IPS": w[:, -1] * total,
+        "cascade IPS": (w * log.reward).sum(1),
+        "cascade DR": ope.cascade_dr(log),
+        "pseudo-inverse": ope.pseudo_inverse_weights(log) * total,
+    }
 
 
 @pytest.mark.parametrize("leave", [False, True])
@@ -46,7 +66,8 @@ def test_the_expectation_over_every_page_is_the_truth(leave):
     """Exactly, for every estimator; but the pseudo-inverse needs rewards that add up, which leaving breaks."""
     log, p, truth = every_page(leave)
     assert p.sum() == pytest.approx(1.0)
-    assert (p * log.reward.sum(1)).sum() != pytest.approx(truth, rel=1e-3)      # the logged value is another
+    # the logged value is another
+    assert (p * log.reward.sum(1)).sum() != pytest.approx(truth, rel=1e-3)
     for name, x in contributions(log).items():
         off = abs((p * x).sum() - truth)
         assert (off > 1e-4) if leave and name == "pseudo-inverse" else (off < 1e-9), name
@@ -54,16 +75,19 @@ def test_the_expectation_over_every_page_is_the_truth(leave):
 
 def test_intervals_cover_the_truth_and_doubly_robust_is_steadier_than_ips():
     world, users, candidates, logging, target = setting()
-    users, candidates, logging, target = (np.tile(x, (50, *[1] * (x.ndim - 1))) if x.ndim > 1 else np.tile(x, 50)
-                                          for x in (users, candidates, logging, target))
+    users, candidates, logging, target = (
+        np.tile(x, (50, *[1] * (x.ndim - 1))) if x.ndim > 1 else np.tile(x, 50)
+        for x in (users, candidates, logging, target)
+    )
     truth = ope.true_value(world, users, candidates, target, K)
     covered, value = {}, {}
     for seed in range(120):
         log = ope.simulated_log(world, users, candidates, logging, target, K, 1500, seed)
-        log.user = np.random.default_rng(seed).integers(300, size=1500)       # clusters that hold nothing in common
+        # clusters that hold nothing in common
+        log.user = np.random.default_rng(seed).integers(300, size=1500)
         for name, v in ope.estimates(log, 1.0).items():
             if name == "direct":
-                continue                  # its fitted values know items, not users, and it does not say so
+                continue  # its fitted values know items, not users, and it does not say so
             covered.setdefault(name, []).append(abs(v.value - truth) < 1.96 * v.se)
             value.setdefault(name, []).append(v.value)
     for name, hits in covered.items():
@@ -90,15 +114,25 @@ def test_the_direct_estimate_is_the_fitted_values_alone():
     items, rng = np.random.default_rng(1).uniform(0.1, 0.9, 8), np.random.default_rng(2)
     log = ope.simulated_log(world, users, candidates, logging, target, K, 40_000)
     log.reward = (rng.random(log.page.shape) < items[log.page]).astype(float)
-    truth = np.mean([sum(ope.pl_propensity(target[u: u + 1], place[None]).prod() * items[candidates[u]][place].sum()
-                         for place in ope.all_pages(M, K)) for u in users])
+    truth = np.mean(
+        [
+            sum(
+                ope.pl_propensity(target[u : u + 1], place[None]).prod()
+                * items[candidates[u]][place].sum()
+                for place in ope.all_pages(M, K)
+            )
+            for u in users
+        ]
+    )
     found = ope.estimates(log)
     assert found["direct"].value == pytest.approx(truth, rel=0.02)
     direct, robust = ope.values(log)
-    assert (robust == ope.cascade_dr(log)).all() and direct.std() < robust.std() < contributions(log)["IPS"].std()
+    assert (robust == ope.cascade_dr(log)).all() and direct.std() < robust.std() < contributions(
+        log
+    )["IPS"].std()
     log.target = log.target * 0
     log.candidates = None
-    assert all(v.refused for v in ope.estimates(log, 0.0).values())      # nothing weighs anything
+    assert all(v.refused for v in ope.estimates(log, 0.0).values())  # nothing weighs anything
 
 
 def test_equal_policies_give_the_logged_mean():
@@ -106,7 +140,9 @@ def test_equal_policies_give_the_logged_mean():
     log = ope.simulated_log(world, users, candidates, logging, logging, K, 400)
     for name, v in ope.estimates(log).items():
         if name not in ("cascade DR", "direct"):
-            assert v.value == pytest.approx(log.reward.sum(1).mean()) and v.ess == pytest.approx(400), name
+            assert v.value == pytest.approx(log.reward.sum(1).mean()) and v.ess == pytest.approx(
+                400
+            ), name
 
 
 def test_plackett_luce_propensities_are_those_of_the_draws():
@@ -137,10 +173,20 @@ def test_few_effective_sessions_are_refused(tmp_path):
 
 
 def save(log, path, without=(), **changed):
-    columns = {"user": log.user, "page": log.page, "reward": log.reward, "propensity": log.propensity,
-               "target_propensity": log.target, "candidates": log.candidates, "logging_score": log.logging_score,
-               "target_score": log.target_score, **changed}
-    pq.write_table(pa.table({n: np.asarray(c).tolist() for n, c in columns.items() if n not in without}), path)
+    columns = {
+        "user": log.user,
+        "page": log.page,
+        "reward": log.reward,
+        "propensity": log.propensity,
+        "target_propensity": log.target,
+        "candidates": log.candidates,
+        "logging_score": log.logging_score,
+        "target_score": log.target_score,
+        **changed,
+    }
+    pq.write_table(
+        pa.table({n: np.asarray(c).tolist() for n, c in columns.items() if n not in without}), path
+    )
     return str(path)
 
 
@@ -152,22 +198,28 @@ def test_a_log_comes_back_as_it_was_written(tmp_path):
     assert list(fewer) == ["IPS", "SNIPS", "cascade IPS"] and (tmp_path / "ope.json").exists()
     zero = log.propensity.copy()
     zero[3, 1] = 0
-    for said, change in (("propensity of session 3 is 0", {"propensity": zero}),
-                         ("off by", {"target_score": log.target_score[:, ::-1]}),
-                         ("not among its candidates", {"candidates": log.candidates + 100}),
-                         ("page of session 0 names an item twice", {"page": log.page[:, [0, 0, 1]]}),
-                         ("candidates of session 0 names", {"candidates": log.candidates[:, [0, 0, 1, 2]]}),
-                         ("score is missing", {"target_score": log.target_score * np.nan}),
-                         ("reward is missing", {"reward": log.reward * np.nan}),
-                         ("one user's", {"user": np.zeros(500)}),
-                         ("500 sessions, 1 of them of nobody", {"user": np.array([None, *["x"] * 499])}),
-                         ("candidates and scores want", {"logging_score": log.logging_score[:, :3]}),
-                         ("lists of numbers", {"reward": np.full((500, K), "much")})):
+    for said, change in (
+        ("propensity of session 3 is 0", {"propensity": zero}),
+        ("off by", {"target_score": log.target_score[:, ::-1]}),
+        ("not among its candidates", {"candidates": log.candidates + 100}),
+        ("page of session 0 names an item twice", {"page": log.page[:, [0, 0, 1]]}),
+        ("candidates of session 0 names", {"candidates": log.candidates[:, [0, 0, 1, 2]]}),
+        ("score is missing", {"target_score": log.target_score * np.nan}),
+        ("reward is missing", {"reward": log.reward * np.nan}),
+        ("one user's", {"user": np.zeros(500)}),
+        ("500 sessions, 1 of them of nobody", {"user": np.array([None, *["x"] * 499])}),
+        ("candidates and scores want", {"logging_score": log.logging_score[:, :3]}),
+        ("lists of numbers", {"reward": np.full((500, K), "much")}),
+    ):
         with pytest.raises(PageLLMError, match=said):
             ope.estimates(ope.read_log(save(log, tmp_path / "c.parquet", **change)))
-    names = {name: np.char.add("item ", x.astype(str)) for name, x in (("page", log.page),
-                                                                       ("candidates", log.candidates))}
-    assert ope.estimates(ope.read_log(save(log, tmp_path / "e.parquet", **names))) == ope.estimates(log)
+    names = {
+        name: np.char.add("item ", x.astype(str))
+        for name, x in (("page", log.page), ("candidates", log.candidates))
+    }
+    assert ope.estimates(ope.read_log(save(log, tmp_path / "e.parquet", **names))) == ope.estimates(
+        log
+    )
     pq.write_table(pq.read_table(tmp_path / "a.parquet").slice(0, 0), tmp_path / "empty.parquet")
     with pytest.raises(PageLLMError, match="0 sessions"):
         ope.read_log(tmp_path / "empty.parquet")
@@ -181,14 +233,18 @@ def test_a_log_comes_back_as_it_was_written(tmp_path):
 
 def test_a_target_outside_the_support_is_refused():
     world, users, candidates, logging, target = setting()
-    log = ope.simulated_log(world, users, candidates, logging + np.array([0, 0, 0, -900.0]), target, K, 50)
+    log = ope.simulated_log(
+        world, users, candidates, logging + np.array([0, 0, 0, -900.0]), target, K, 50
+    )
     with pytest.raises(PageLLMError, match="never did"):
         ope.pseudo_inverse_weights(log)
 
 
 def test_sft_log_judges_ppo(served, capsys):
     common = {"run": "base", "data": str(served / "data"), "runs": str(served / "runs")}
-    evaluate.run(evaluate.Config(**common, k=6, depth=20, policies="sft,ppo", quiet=True, n_boot=10))
+    evaluate.run(
+        evaluate.Config(**common, k=6, depth=20, policies="sft,ppo", quiet=True, n_boot=10)
+    )
     found = ope.run(ope.Config(**common, candidates=4, k=2, sessions=3000))
     said = capsys.readouterr().out
     truth = float(said.split("true value ")[1].split()[0])

@@ -27,8 +27,14 @@ def shop(tmp_path_factory):
     return load(root / "synthetic")
 
 
-PACKAGE = {"multivae": "cornac", "bpr": "implicit", "lightgcn": "torch_geometric", "sasrec": "rectools",
-           "bert4rec": "rectools", "hstu": "rectools"}
+PACKAGE = {
+    "multivae": "cornac",
+    "bpr": "implicit",
+    "lightgcn": "torch_geometric",
+    "sasrec": "rectools",
+    "bert4rec": "rectools",
+    "hstu": "rectools",
+}
 
 
 def test_it_reads_train_and_validation_positives_and_nothing_of_test(shop):
@@ -40,20 +46,26 @@ def test_it_reads_train_and_validation_positives_and_nothing_of_test(shop):
         dense[shop.user[keep], shop.item[keep]] = 1
         np.testing.assert_array_equal(likes.matrix.toarray(), dense)
         for mine, ours in zip(likes[1:], (shop.user, shop.item, shop.time), strict=True):
-            np.testing.assert_array_equal(mine, ours[keep])             # by user, then time: what sequences are made of
+            # by user, then time: what sequences are made of
+            np.testing.assert_array_equal(mine, ours[keep])
 
 
 def test_its_lists_are_the_best_unseen_and_its_ndcg_is_ours(shop):
     split = {name: likes.matrix for name, likes in outside.read(shop.path).items()}
-    full = np.random.default_rng(0).integers(5, size=(shop.n_users, shop.n_items)).astype(np.float32)
+    full = (
+        np.random.default_rng(0).integers(5, size=(shop.n_users, shop.n_items)).astype(np.float32)
+    )
     users = np.arange(shop.n_users)
     lists = list(outside.top(lambda some: full[some], split["train"], users, 30, seed=0))
     for user, items, scores in lists:
         unseen = np.setdiff1d(np.arange(shop.n_items), split["train"][user].indices)
         assert set(items) <= set(unseen) and len(set(items)) == len(items) == min(30, len(unseen))
         np.testing.assert_array_equal(scores, np.sort(full[user, unseen])[::-1][:30])
-    want = [metrics.ndcg(split["valid"][user].indices.tolist(), items.tolist(), 20) for user, items, _ in lists
-            if split["valid"][user].nnz]
+    want = [
+        metrics.ndcg(split["valid"][user].indices.tolist(), items.tolist(), 20)
+        for user, items, _ in lists
+        if split["valid"][user].nnz
+    ]
     assert outside.mean_ndcg(lists, split["valid"], 20) == pytest.approx(np.mean(want))
 
 
@@ -62,8 +74,10 @@ def test_equal_scores_are_shuffled_and_unknown_items_left_out(shop):
     train = outside.read(shop.path)["train"].matrix
     equal, users = np.zeros((shop.n_users, shop.n_items), np.float32), np.arange(shop.n_users)
     equal[:, ::3] = -np.inf
-    lists, other = ([items for _, items, _ in outside.top(lambda some: equal[some], train, users, 10, seed)]
-                    for seed in (0, 1))
+    lists, other = (
+        [items for _, items, _ in outside.top(lambda some: equal[some], train, users, 10, seed)]
+        for seed in (0, 1)
+    )
     assert all((items % 3).all() for items in lists)
     assert abs(np.mean(np.concatenate([np.diff(items) > 0 for items in lists])) - 0.5) < 0.1
     assert any((a != b).any() for a, b in zip(lists, other, strict=True))
@@ -74,7 +88,11 @@ def test_draws_are_the_whole_grid_once_and_begin_in_its_middle(model):
     grid = outside.GRIDS[model]
     drawn = outside.draws(grid, seed=0)
     assert drawn[0] == {name: values[len(values) // 2] for name, values in grid.items()}
-    assert len(drawn) == np.prod([len(values) for values in grid.values()]) == len({json.dumps(d) for d in drawn})
+    assert (
+        len(drawn)
+        == np.prod([len(values) for values in grid.values()])
+        == len({json.dumps(d) for d in drawn})
+    )
     again = outside.draws(grid, seed=1)
     assert drawn != again and sorted(map(str, drawn)) == sorted(map(str, again))
 
@@ -87,18 +105,22 @@ def learning(shop, hits):
     def scorer(value):
         looked.append(value)
         return lambda users: value * held[users] - np.arange(shop.n_items) / shop.n_items
+
     watch = outside.Watch(split["train"], split["valid"].matrix, 20, 0, np.inf)
     answers = []
     for epoch, value in enumerate(hits, 1):
-        watch.again = 0.0                                       # looking is cheap
+        watch.again = 0.0  # looking is cheap
         answers.append(watch(epoch, lambda value=value: scorer(value)))
     return answers, watch, looked
 
 
 def test_a_watch_keeps_the_best_epoch_and_stops_where_no_more_is_gained(shop):
     answers, watch, _ = learning(shop, [0.1, 0.9, 2.0, 0.5, 0.5, 0.5, 0.5])
-    assert watch.epochs == 3 and answers == [False] * 5 + [True, True]              # 3 looks without, 6 >= 1.5 * 3
-    assert watch.value == outside.mean_ndcg(watch.lists, outside.read(shop.path)["valid"].matrix) > 0.9
+    # 3 looks without, 6 >= 1.5 * 3
+    assert watch.epochs == 3 and answers == [False] * 5 + [True, True]
+    assert (
+        watch.value == outside.mean_ndcg(watch.lists, outside.read(shop.path)["valid"].matrix) > 0.9
+    )
 
 
 def test_a_watch_looks_seldom_and_at_the_deadline_and_once_where_epochs_are_given(shop):
@@ -107,12 +129,17 @@ def test_a_watch_looks_seldom_and_at_the_deadline_and_once_where_epochs_are_give
     def scorer():
         looks.append(1)
         return lambda users: np.zeros((len(users), shop.n_items))
+
     watch = outside.Watch(split["train"], split["valid"].matrix, 20, 0, np.inf)
-    assert not watch(1, scorer) and not watch(2, scorer) and len(looks) == 1         # just looked
+    assert not watch(1, scorer) and not watch(2, scorer) and len(looks) == 1  # just looked
     watch.deadline = 0.0
     assert watch(3, scorer) and len(looks) == 2
     given = outside.Watch(split["train"], split["valid"].matrix, 20, 0, 0.0, epochs=3)
-    assert [given(n, scorer) for n in (1, 2, 3)] == [False, False, True] and len(looks) == 3 and given.epochs == 3
+    assert (
+        [given(n, scorer) for n in (1, 2, 3)] == [False, False, True]
+        and len(looks) == 3
+        and given.epochs == 3
+    )
 
 
 def together(train, seed, depth, after, *, power):
@@ -122,11 +149,18 @@ def together(train, seed, depth, after, *, power):
 
 
 def written(data, out, *more):
-    assert outside.main(["--data", str(data), "--model", "bpr", "--out", str(out), "--minutes", "1", *more]) == 0
+    assert (
+        outside.main(
+            ["--data", str(data), "--model", "bpr", "--out", str(out), "--minutes", "1", *more]
+        )
+        == 0
+    )
     return out.read_bytes()
 
 
-def test_test_rows_move_no_byte_and_with_given_settings_no_held_out_row_does(shop, tmp_path, monkeypatch):
+def test_test_rows_move_no_byte_and_with_given_settings_no_held_out_row_does(
+    shop, tmp_path, monkeypatch
+):
     """As for our own baselines: rows of other splits trade items and names; the run file stays, until train's do."""
     monkeypatch.setitem(outside.FIT, "bpr", together)
     monkeypatch.setitem(outside.GRIDS, "bpr", {"power": (0.5, 1.0, 2.0)})
@@ -148,13 +182,22 @@ def test_fixed_settings_are_held_and_unknown_ones_named(shop, tmp_path, monkeypa
     monkeypatch.setitem(outside.GRIDS, "bpr", {"power": (0.5, 1.0, 2.0)})
     written(shop.path, tmp_path / "a.parquet", "--fix", "power=3e0")
     about = json.loads((tmp_path / "a.json").read_text())["BPR"]
-    assert about["settings"] == {"power": 3.0} and about["tried"] == 1 and about["grid"] == {"power": "3.0"}
+    assert (
+        about["settings"] == {"power": 3.0}
+        and about["tried"] == 1
+        and about["grid"] == {"power": "3.0"}
+    )
     command = ["--data", str(shop.path), "--model", "bpr", "--out", str(tmp_path / "b.parquet")]
     assert outside.main([*command, "--fix", "strength=1", "loss=softmax"]) == 2
     said = capsys.readouterr().err
-    assert "--fix names" in said and "Its own: power" in said and not (tmp_path / "b.parquet").exists()
-    for wrong, why in ((["--fix", "power"], "want NAME=VALUE"), (["--fix", "2=2"], "want NAME=VALUE"),
-                       (["--fix", "power=1", "--settings", str(tmp_path / "a.json")], "leave one out")):
+    assert (
+        "--fix names" in said and "Its own: power" in said and not (tmp_path / "b.parquet").exists()
+    )
+    for wrong, why in (
+        (["--fix", "power"], "want NAME=VALUE"),
+        (["--fix", "2=2"], "want NAME=VALUE"),
+        (["--fix", "power=1", "--settings", str(tmp_path / "a.json")], "leave one out"),
+    ):
         with pytest.raises(SystemExit):
             outside.main([*command, *wrong])
         assert why in capsys.readouterr().err
@@ -165,7 +208,16 @@ def test_a_librarys_run_file_is_taken_in(shop, tmp_path, model, library):
     """Also: settings of an earlier search give that run file again, to the byte."""
     pytest.importorskip(library, reason="the outside library is not installed")
     script, out = Path(outside.__file__), tmp_path / "runs" / "x.parquet"
-    command = [sys.executable, str(script), "--data", str(shop.path), "--model", model, "--minutes", "0"]
+    command = [
+        sys.executable,
+        str(script),
+        "--data",
+        str(shop.path),
+        "--model",
+        model,
+        "--minutes",
+        "0",
+    ]
     subprocess.run([*command, "--out", str(out)], check=True, cwd=tmp_path, capture_output=True)
     about = json.loads(out.with_suffix(".json").read_text())
     row = outside.LIBRARY[model][0]
@@ -178,30 +230,76 @@ def test_a_librarys_run_file_is_taken_in(shop, tmp_path, model, library):
     assert not np.asarray(train[table["user"].to_numpy(), table["item"].to_numpy()]).any()
     again, refit = tmp_path / "again.parquet", tmp_path / "refit.parquet"
     given = ["--settings", str(out.with_suffix(".json"))]
-    subprocess.run([*command, "--out", str(again), *given], check=True, cwd=tmp_path, capture_output=True)
+    subprocess.run(
+        [*command, "--out", str(again), *given], check=True, cwd=tmp_path, capture_output=True
+    )
     assert again.read_bytes() == out.read_bytes()
-    subprocess.run([*command, "--out", str(refit), *given, "--refit"], check=True, cwd=tmp_path, capture_output=True)
-    assert json.loads(refit.with_suffix(".json").read_text())["refit"] and refit.read_bytes() != out.read_bytes()
+    subprocess.run(
+        [*command, "--out", str(refit), *given, "--refit"],
+        check=True,
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    assert (
+        json.loads(refit.with_suffix(".json").read_text())["refit"]
+        and refit.read_bytes() != out.read_bytes()
+    )
 
 
 @pytest.mark.parametrize("model", outside.GRIDS)
-def test_a_missing_library_is_one_message_that_says_what_to_install(shop, tmp_path, capsys, monkeypatch, model):
-    for name in (PACKAGE[model], "pandas"):                             # as if they were not there
+def test_a_missing_library_is_one_message_that_says_what_to_install(
+    shop, tmp_path, capsys, monkeypatch, model
+):
+    for name in (PACKAGE[model], "pandas"):  # as if they were not there
         for loaded in (name, *(other for other in sys.modules if other.startswith(f"{name}."))):
             monkeypatch.setitem(sys.modules, loaded, None)
-    assert outside.main(["--data", str(shop.path), "--model", model, "--out", str(tmp_path / "x.parquet")]) == 2
+    assert (
+        outside.main(
+            ["--data", str(shop.path), "--model", model, "--out", str(tmp_path / "x.parquet")]
+        )
+        == 2
+    )
     said = capsys.readouterr().err
-    assert outside.LIBRARY[model][2] in said and len(said.splitlines()) == 3 and "Traceback" not in said
+    assert (
+        outside.LIBRARY[model][2] in said
+        and len(said.splitlines()) == 3
+        and "Traceback" not in said
+    )
     assert outside.LIBRARY[model][2] in outside.__doc__
 
 
 def test_missing_data_are_named(tmp_path, capsys):
-    assert outside.main(["--data", str(tmp_path / "toys"), "--model", "bpr", "--out", str(tmp_path / "x.parquet")]) == 2
+    assert (
+        outside.main(
+            [
+                "--data",
+                str(tmp_path / "toys"),
+                "--model",
+                "bpr",
+                "--out",
+                str(tmp_path / "x.parquet"),
+            ]
+        )
+        == 2
+    )
     assert "make prepare DATASET=toys" in capsys.readouterr().err
 
 
 def test_settings_of_another_model_are_refused(shop, tmp_path, capsys):
     (tmp_path / "x.json").write_text(json.dumps({"SASRec": {"settings": {}, "epochs": 3}}))
-    assert outside.main(["--data", str(shop.path), "--model", "bpr", "--out", str(tmp_path / "x.parquet"),
-                         "--settings", str(tmp_path / "x.json")]) == 2
+    assert (
+        outside.main(
+            [
+                "--data",
+                str(shop.path),
+                "--model",
+                "bpr",
+                "--out",
+                str(tmp_path / "x.parquet"),
+                "--settings",
+                str(tmp_path / "x.json"),
+            ]
+        )
+        == 2
+    )
     assert "has no settings of BPR" in capsys.readouterr().err

@@ -37,26 +37,58 @@ def shop_of(seed=0, n_users=12, n_items=60, implicit=False, per_user=24, leaves=
     brand = [f"brand{i}" for i in rng.integers(0, 4, n_items)]
     title = [f"thing number{i} with a long name{i} indeed" for i in range(n_items)]
     for i in range(2, n_items, 3):
-        leaf[i], brand[i], title[i] = leaf[i - 1], brand[i - 1], title[i - 1] + ("" if i % 2 else " again")
+        leaf[i], brand[i], title[i] = (
+            leaf[i - 1],
+            brand[i - 1],
+            title[i - 1] + ("" if i % 2 else " again"),
+        )
     for i in rng.choice(n_items, n_items // 10, replace=False):
         leaf[i] = ""
     paths = [(name,) if name else () for name in leaf]
-    catalogue = Catalogue.of([f"i{i}" for i in range(n_items)], title, brand, paths, leaf, [""] * n_items,
-                             [1.0] * n_items)
+    catalogue = Catalogue.of(
+        [f"i{i}" for i in range(n_items)],
+        title,
+        brand,
+        paths,
+        leaf,
+        [""] * n_items,
+        [1.0] * n_items,
+    )
     user = np.repeat(np.arange(n_users), per_user)
     weight = 1.0 / (1 + np.arange(n_items)) ** 0.5
-    item = np.concatenate([np.sort(rng.choice(n_items, per_user, replace=False, p=weight / weight.sum()))
-                           for _ in range(n_users)])
-    rating = rng.choice([1.0, 2, 3, 4, 5], size=len(user), p=[0.1, 0.1, 0.1, 0.35, 0.35]).astype(np.float32)
+    item = np.concatenate(
+        [
+            np.sort(rng.choice(n_items, per_user, replace=False, p=weight / weight.sum()))
+            for _ in range(n_users)
+        ]
+    )
+    rating = rng.choice([1.0, 2, 3, 4, 5], size=len(user), p=[0.1, 0.1, 0.1, 0.35, 0.35]).astype(
+        np.float32
+    )
     if implicit:
         rating[:] = np.nan
     split = rng.choice([TRAIN, VALID, TEST], size=len(user), p=[0.8, 0.1, 0.1]).astype(np.int8)
-    return Shop(n_users, n_items, user, item, rating, np.zeros(len(user), np.int64), ~(rating <= 3), split,
-                catalogue, [f"u{u}" for u in range(n_users)])
+    return Shop(
+        n_users,
+        n_items,
+        user,
+        item,
+        rating,
+        np.zeros(len(user), np.int64),
+        ~(rating <= 3),
+        split,
+        catalogue,
+        [f"u{u}" for u in range(n_users)],
+    )
 
 
-shops = st.builds(shop_of, st.integers(0, 50), per_user=st.sampled_from([3, 9, 24]),
-                  leaves=st.sampled_from([1, 6]), implicit=st.sampled_from([False, False, True]))
+shops = st.builds(
+    shop_of,
+    st.integers(0, 50),
+    per_user=st.sampled_from([3, 9, 24]),
+    leaves=st.sampled_from([1, 6]),
+    implicit=st.sampled_from([False, False, True]),
+)
 
 
 def train_gain(shop, user):
@@ -68,7 +100,9 @@ def train_gain(shop, user):
 def by_user(shop):
     """user -> {item: rating} of the train rows."""
     train = {user: {} for user in range(shop.n_users)}
-    for user, item, rating, split in zip(shop.user, shop.item, shop.rating, shop.split, strict=True):
+    for user, item, rating, split in zip(
+        shop.user, shop.item, shop.rating, shop.split, strict=True
+    ):
         if split == TRAIN:
             train[int(user)][int(item)] = float(rating)
     return train
@@ -94,8 +128,10 @@ def test_every_pair(shop, seed, literal):
         assert not set(page) & set(history)
         # History and page are liked train items of this user, and the ratings are theirs.
         assert all(not mine[i] <= 3 for i in page + history)
-        assert all(r == mine[i] or math.isnan(r) and math.isnan(mine[i])
-                   for i, r in zip(history, pair.history_rating, strict=True))
+        assert all(
+            r == mine[i] or math.isnan(r) and math.isnan(mine[i])
+            for i, r in zip(history, pair.history_rating, strict=True)
+        )
         # What a rejected page holds beside the chosen one's items is disliked, or new to the user.
         for item in set(pair.rejected) - set(page):
             assert item not in mine or (pair.kind == "preference" and mine[item] < 3)
@@ -104,7 +140,9 @@ def test_every_pair(shop, seed, literal):
         else:
             assert pair.mask == [a != b for a, b in zip(pair.chosen, pair.rejected, strict=True)]
         g = train_gain(shop, pair.user)
-        e = [energy(p, [g.get(i, 0.0) for i in p], leaf, near) for p in (pair.chosen, pair.rejected)]
+        e = [
+            energy(p, [g.get(i, 0.0) for i in p], leaf, near) for p in (pair.chosen, pair.rejected)
+        ]
         assert pair.delta_E == pytest.approx(e[0] - e[1]) and pair.delta_E >= 1e-6
     for kind in KINDS:
         c = counts[kind]
@@ -125,8 +163,11 @@ def test_literal_swaps_leave_sets_alone(shop, seed):
             values = score(pair.chosen, categories), score(pair.rejected, categories)
             assert values[0] == pytest.approx(values[1], abs=1e-12)
         assert metrics.duplicate_rate(pair.chosen) == metrics.duplicate_rate(pair.rejected)
-        assert (metrics.near_duplicate_pairs(pair.rejected, group)
-                == metrics.near_duplicate_pairs(pair.chosen, group) == 0)
+        assert (
+            metrics.near_duplicate_pairs(pair.rejected, group)
+            == metrics.near_duplicate_pairs(pair.chosen, group)
+            == 0
+        )
         if pair.kind != "ranked":
             assert sum(pair.mask) == 2
 
@@ -146,10 +187,14 @@ def test_literal_swaps_carry_their_signal_in_the_order():
         else:
             assert page[b] in page[:a] and page[b] >= 0 and page[a] != page[b]
     close = [pair for pair in pairs if pair.delta_E < 0.01]
-    assert close and min(pair.delta_E for pair in close) >= 1e-6                 # the default margin
-    assert any([int(leaf[i]) for i in p.chosen[:a]].count(int(leaf[p.chosen[b]])) == 1
-               for p in pairs if p.kind == "redundancy" for a, b in [np.flatnonzero(p.mask)])
-    for kind, place in (("diversity", 0), ("redundancy", 1)):                    # no category is left out
+    assert close and min(pair.delta_E for pair in close) >= 1e-6  # the default margin
+    assert any(
+        [int(leaf[i]) for i in p.chosen[:a]].count(int(leaf[p.chosen[b]])) == 1
+        for p in pairs
+        if p.kind == "redundancy"
+        for a, b in [np.flatnonzero(p.mask)]
+    )
+    for kind, place in (("diversity", 0), ("redundancy", 1)):  # no category is left out
         moved = {p.chosen[np.flatnonzero(p.mask)[place]] for p in pairs if p.kind == kind}
         assert {int(leaf[i]) for i in moved} == set(range(6))
 
@@ -178,9 +223,13 @@ def test_ranked_pairs_swap_true_inversions(shop, seed):
 def test_ranked_pairs_swap_one_to_three():
     pairs, _ = make_pairs(shop_of(1, n_users=30, n_items=80, per_user=40), 0, ("ranked",))
     assert {sum(pair.mask) for pair in pairs} == {2, 4, 6}
-    assert any(p.chosen[a] == p.rejected[a + 1] and p.chosen[a + 1] == p.rejected[a]         # neighbours too
-               for p in pairs for a in range(len(p.chosen) - 1))
-    for pair in pairs:                                   # disjoint: whoever moved changed places with one
+    # neighbours too
+    assert any(
+        p.chosen[a] == p.rejected[a + 1] and p.chosen[a + 1] == p.rejected[a]
+        for p in pairs
+        for a in range(len(p.chosen) - 1)
+    )
+    for pair in pairs:  # disjoint: whoever moved changed places with one
         for a, item in enumerate(pair.chosen):
             assert pair.rejected[pair.chosen.index(pair.rejected[a])] == item
 
@@ -196,8 +245,15 @@ def test_ranked_pairs_need_no_second_rating():
 def test_two_liked_items_make_a_pair_and_one_does_not():
     shop = shop_of(0, n_users=3, per_user=3)
     row = np.array([0, 0, 1])
-    shop = replace(shop, user=row, item=np.array([1, 2, 5]), rating=np.full(3, 5, np.float32),
-                   time=np.zeros(3, np.int64), positive=np.ones(3, bool), split=np.zeros(3, np.int8))
+    shop = replace(
+        shop,
+        user=row,
+        item=np.array([1, 2, 5]),
+        rating=np.full(3, 5, np.float32),
+        time=np.zeros(3, np.int64),
+        positive=np.ones(3, bool),
+        split=np.zeros(3, np.int8),
+    )
     pairs, counts = make_pairs(shop, 0, ("preference",), per_kind=2)
     # Only items 1, 2 and 5 were ever bought, so 5 is all there is to fill a page with.
     assert [(pair.user, len(pair.history), pair.rejected) for pair in pairs] == [(0, 1, [5])] * 2
@@ -210,7 +266,7 @@ def test_diversity_pairs_lose_a_category(shop, seed):
     """The edited slot's category leaves the page; the newcomer's was there; the newcomer repeats nothing."""
     leaf, near = shop.catalogue.leaf_id, near_duplicates(shop.catalogue)
     for pair in make_pairs(shop, seed, ("diversity",), per_kind=3)[0]:
-        slot, = np.flatnonzero(pair.mask)
+        (slot,) = np.flatnonzero(pair.mask)
         before, after = leaf[pair.chosen].tolist(), leaf[pair.rejected].tolist()
         assert before[slot] >= 0 and before.count(before[slot]) == 1 and before[slot] not in after
         assert after[slot] >= 0 and after[slot] in before
@@ -225,16 +281,23 @@ def test_diversity_matches_popularity_and_score():
     shop = shop_of(2, n_users=20, n_items=150, leaves=4)
     stock = Stock.of(shop)
     count, s = popularity(shop), item_scores(shop)
-    rank = np.array([(np.sum(count < c) + np.sum(count <= c) - 1) / 2 for c in count]) / (len(count) - 1)
+    rank = np.array([(np.sum(count < c) + np.sum(count <= c) - 1) / 2 for c in count]) / (
+        len(count) - 1
+    )
     s = np.where(np.isnan(s), np.nanmean(s), s)
     np.testing.assert_allclose(stock.coordinate, np.stack([rank, (s - 1) / 4], 1))
     train, near, leaf = by_user(shop), near_duplicates(shop.catalogue), shop.catalogue.leaf_id
     ranks, near_by = Counter(), set()
     for pair in make_pairs(shop, 0, ("diversity",), per_kind=6)[0]:
-        slot, = np.flatnonzero(pair.mask)
+        (slot,) = np.flatnonzero(pair.mask)
         allowed = set(leaf[pair.chosen].tolist()) - {-1, int(leaf[pair.chosen[slot]])}
-        pool = [i for i in range(150) if leaf[i] in allowed and i not in train[pair.user]
-                and not set(near.of(i).tolist()) & set(pair.chosen)]
+        pool = [
+            i
+            for i in range(150)
+            if leaf[i] in allowed
+            and i not in train[pair.user]
+            and not set(near.of(i).tolist()) & set(pair.chosen)
+        ]
         distance = np.abs(stock.coordinate[pool] - stock.coordinate[pair.chosen[slot]]).sum(1)
         got = distance[pool.index(pair.rejected[slot])]
         ranks[int((distance < got - 1e-12).sum())] += 1
@@ -248,10 +311,11 @@ def test_diversity_matches_popularity_and_score():
 def test_redundancy_pairs_repeat_an_item_above(shop, seed):
     near, group = near_duplicates(shop.catalogue), near_duplicates(shop.catalogue).group
     for pair in make_pairs(shop, seed, ("redundancy",), per_kind=3)[0]:
-        slot, = np.flatnonzero(pair.mask)
+        (slot,) = np.flatnonzero(pair.mask)
         assert set(near.of(pair.rejected[slot]).tolist()) & set(pair.rejected[:slot])
-        assert (metrics.near_duplicate_pairs(pair.rejected, group)
-                > metrics.near_duplicate_pairs(pair.chosen, group))
+        assert metrics.near_duplicate_pairs(pair.rejected, group) > metrics.near_duplicate_pairs(
+            pair.chosen, group
+        )
 
 
 def test_redundancy_reaches_every_slot_but_the_first():
@@ -269,11 +333,14 @@ def test_preference_takes_disliked_items_first():
             used = bad & set(pair.rejected)
             assert len(used) == min(len(bad), len(pair.chosen))
             assert set(pair.rejected) - used <= set(range(60)) - set(train[pair.user])
-            want = "rated" if len(used) == len(pair.chosen) else "rated+sampled" if used else "sampled"
+            want = (
+                "rated" if len(used) == len(pair.chosen) else "rated+sampled" if used else "sampled"
+            )
             assert pair.source == want
             sources.add(want)
     assert sources == {"rated", "rated+sampled", "sampled"}
-    pairs, _ = make_pairs(shop, 0, ("preference",), per_kind=40, k=1, users=[1])         # each gets its turn
+    # each gets its turn
+    pairs, _ = make_pairs(shop, 0, ("preference",), per_kind=40, k=1, users=[1])
     assert {pair.rejected[0] for pair in pairs} == {i for i, r in train[1].items() if r < 3}
     pairs, _ = make_pairs(shop_of(5, implicit=True), 0, ("preference",))
     assert pairs and all(pair.source == "sampled" for pair in pairs)
@@ -281,7 +348,7 @@ def test_preference_takes_disliked_items_first():
 
 def side_of(shop, user=0, share=0.5, seed=0, neutral="exclude"):
     stock = Stock.of(shop)
-    buyer, = buyers(shop, stock, neutral, 1.0, [user])
+    (buyer,) = buyers(shop, stock, neutral, 1.0, [user])
     return draw_side(buyer, stock, share, 20, np.random.default_rng(seed)), stock
 
 
@@ -290,7 +357,7 @@ def test_fill_is_drawn_by_popularity():
     shop = shop_of(4, n_items=12, per_user=6, implicit=True)
     count = popularity(shop)
     side, stock = side_of(shop)
-    assert len(set(count.tolist())) > 4 and stock.weight ** 4 == pytest.approx(count ** 3)
+    assert len(set(count.tolist())) > 4 and stock.weight**4 == pytest.approx(count**3)
     side = replace(side, page=side.page[:1])
     drawn = Counter(preference(side, stock, np.random.default_rng(n))[0][0] for n in range(4000))
     weight = {i: count[i] ** 0.75 for i in np.flatnonzero(side.buyer.free)}
@@ -301,8 +368,10 @@ def test_fill_is_drawn_by_popularity():
 
 def test_order_of_a_rejected_page_is_random():
     side, stock = side_of(shop_of(5, n_users=30), user=1)
-    places = {preference(side, stock, np.random.default_rng(n))[0].index(int(side.buyer.disliked[0]))
-              for n in range(300)}
+    places = {
+        preference(side, stock, np.random.default_rng(n))[0].index(int(side.buyer.disliked[0]))
+        for n in range(300)
+    }
     assert places == set(range(len(side.page)))
 
 
@@ -317,7 +386,7 @@ def test_impossible_pages_give_none():
     flat = replace(stock, s=np.full(60, np.nan))
     assert ranked(replace(side, level=np.full(len(side.page), 4.0)), flat, rng) is None
     one = np.flatnonzero(shop.catalogue.leaf_id == 2)[:3].tolist()
-    assert diversity(replace(side, page=one), stock, rng) is None          # a single category
+    assert diversity(replace(side, page=one), stock, rng) is None  # a single category
     assert diversity(replace(side, page=one[:1]), stock, rng) is None
 
 
@@ -350,13 +419,18 @@ def test_a_draw_depends_on_its_own_place_only():
     shop = shop_of(7)
     whole, _ = make_pairs(shop, 3, per_kind=3)
     assert len({pair.seed for pair in whole}) == len(whole)
-    parts = [pair for users in ([5, 3], [0, 1, 2, 4], range(6, 12)) for kind in KINDS[::-1]
-             for pair in make_pairs(shop, 3, (kind,), per_kind=3, users=users)[0]]
+    parts = [
+        pair
+        for users in ([5, 3], [0, 1, 2, 4], range(6, 12))
+        for kind in KINDS[::-1]
+        for pair in make_pairs(shop, 3, (kind,), per_kind=3, users=users)[0]
+    ]
     assert sorted(whole, key=lambda p: p.seed) == sorted(parts, key=lambda p: p.seed)
     fewer, _ = make_pairs(shop, 3, per_kind=1)
     assert {pair.seed for pair in fewer} < {pair.seed for pair in whole}
     assert not {pair.seed for pair in make_pairs(shop, 4)[0]} & {pair.seed for pair in whole}
-    assert len({tuple(pair.history) for pair in whole if pair.user == 5}) > 3    # every draw splits anew
+    # every draw splits anew
+    assert len({tuple(pair.history) for pair in whole if pair.user == 5}) > 3
 
 
 def test_the_margin_drops_pairs():
@@ -371,12 +445,15 @@ def test_label_share_sets_the_page():
     for share, sign in ((0.2, 1), (0.8, -1)):
         pairs, _ = make_pairs(shop_of(9, per_user=40), 0, ("preference",), label_share=share)
         assert all(sign * (len(pair.history) - len(pair.chosen)) > 0 for pair in pairs)
-    pairs, _ = make_pairs(shop_of(9, n_items=200, per_user=120), 0, ("preference",), label_share=0.8)
+    pairs, _ = make_pairs(
+        shop_of(9, n_items=200, per_user=120), 0, ("preference",), label_share=0.8
+    )
     assert {len(pair.chosen) for pair in pairs} == {20}
 
 
-@pytest.mark.parametrize("wrong", [{"kinds": ("preference", "prefer")}, {"neutral": "maybe"}, {"per_kind": 0},
-                                   {"k": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"kinds": ("preference", "prefer")}, {"neutral": "maybe"}, {"per_kind": 0}, {"k": 0}]
+)
 def test_make_pairs_refuses(wrong):
     with pytest.raises(ValueError, match="make_pairs"):
         make_pairs(shop_of(0), **wrong)

@@ -21,18 +21,42 @@ from pagellm.prompts import Prompts
 from pagellm.reward import RewardModel
 from pagellm.vocab import Vocab
 
-SMALL = {"pretrain": {"size": "nano", "steps": 6, "batch": 8, "rating_batch": 8, "words": 300, "warmup": 2},
-         "sft": {"epochs": 2, "batch": 16, "eval_every": 4, "max_history": 8, "warmup": 2, "k": 6},
-         "reward": {"per_kind": 1, "epochs": 1, "batch": 32, "warmup": 2},
-         "ppo": {"epochs": 1.0, "rollout": 16, "minibatch": 8, "micro": 4, "inner_epochs": 2, "k": 6, "eval_every": 2,
-                 "critic_warmup": 4, "lr": 1e-3, "min_steps": 1},
-         "evaluate": {"k": 6, "depth": 40, "n_boot": 50, "examples": 1}}
+SMALL = {
+    "pretrain": {
+        "size": "nano",
+        "steps": 6,
+        "batch": 8,
+        "rating_batch": 8,
+        "words": 300,
+        "warmup": 2,
+    },
+    "sft": {"epochs": 2, "batch": 16, "eval_every": 4, "max_history": 8, "warmup": 2, "k": 6},
+    "reward": {"per_kind": 1, "epochs": 1, "batch": 32, "warmup": 2},
+    "ppo": {
+        "epochs": 1.0,
+        "rollout": 16,
+        "minibatch": 8,
+        "micro": 4,
+        "inner_epochs": 2,
+        "k": 6,
+        "eval_every": 2,
+        "critic_warmup": 4,
+        "lr": 1e-3,
+        "min_steps": 1,
+    },
+    "evaluate": {"k": 6, "depth": 40, "n_boot": 50, "examples": 1},
+}
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "evaluate": evaluate}
 
 
 def config(root, stage, run="base", **more):
-    return STAGES[stage].Config(run=run, data=str(root / "data"), runs=str(root / "runs"), device="cpu",
-                                **SMALL[stage] | {"save_every": 2} | more)
+    return STAGES[stage].Config(
+        run=run,
+        data=str(root / "data"),
+        runs=str(root / "runs"),
+        device="cpu",
+        **SMALL[stage] | {"save_every": 2} | more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,20 +84,63 @@ def test_every_stage_leaves_what_the_next_one_reads(root):
 
 def test_ppo_logs_what_the_recipe_names(root):
     row = json.loads(open(root / "runs" / "base" / "ppo" / "log.jsonl").readlines()[-1])
-    for name in ("objective/kl_seq_sum", "objective/kl_exact_per_item", "objective/entropy", "objective/reward_total",
-                 "objective/reward_page", "objective/reward_token", "objective/rlhf_reward", "policy/approxkl_k1",
-                 "policy/approxkl_k2", "policy/approxkl_k3", "policy/clipfrac", "policy/clipfrac_low",
-                 "policy/clipfrac_high", "policy/ratio_mean", "policy/ratio_var", "policy/ratio_max", "policy/entropy",
-                 "policy/grad_norm", "val/loss", "val/clipfrac", "val/explained_var", "val/mean", "returns/mean",
-                 "returns/std", "returns/min", "returns/max", "advantages/mean", "advantages/std", "rnorm/mean",
-                 "rnorm/std", "rnorm/count", "kl_coef", "lr", "rollout/invalid", "rollout/duplicate",
-                 "rollout/gen_vs_train_logp_diff", "rollout/first_epoch_max_abs_logratio", "list/ILD",
-                 "list/category_entropy", "list/coverage", "list/top1_item_share", "list/distinct",
-                 "valid/Recall@20", "valid/NDCG@100", "valid/energy", "alarms"):
+    for name in (
+        "objective/kl_seq_sum",
+        "objective/kl_exact_per_item",
+        "objective/entropy",
+        "objective/reward_total",
+        "objective/reward_page",
+        "objective/reward_token",
+        "objective/rlhf_reward",
+        "policy/approxkl_k1",
+        "policy/approxkl_k2",
+        "policy/approxkl_k3",
+        "policy/clipfrac",
+        "policy/clipfrac_low",
+        "policy/clipfrac_high",
+        "policy/ratio_mean",
+        "policy/ratio_var",
+        "policy/ratio_max",
+        "policy/entropy",
+        "policy/grad_norm",
+        "val/loss",
+        "val/clipfrac",
+        "val/explained_var",
+        "val/mean",
+        "returns/mean",
+        "returns/std",
+        "returns/min",
+        "returns/max",
+        "advantages/mean",
+        "advantages/std",
+        "rnorm/mean",
+        "rnorm/std",
+        "rnorm/count",
+        "kl_coef",
+        "lr",
+        "rollout/invalid",
+        "rollout/duplicate",
+        "rollout/gen_vs_train_logp_diff",
+        "rollout/first_epoch_max_abs_logratio",
+        "list/ILD",
+        "list/category_entropy",
+        "list/coverage",
+        "list/top1_item_share",
+        "list/distinct",
+        "valid/Recall@20",
+        "valid/NDCG@100",
+        "valid/energy",
+        "alarms",
+    ):
         assert name in row, name
     assert row["rollout/invalid"] == row["rollout/duplicate"] == 0
-    assert row["rollout/first_epoch_max_abs_logratio"] < 1e-5 and row["rollout/gen_vs_train_logp_diff"] < 1e-4
-    assert row["advantages/mean"] == pytest.approx(0, abs=1e-5) and row["advantages/std"] == pytest.approx(1, abs=1e-4)
+    assert (
+        row["rollout/first_epoch_max_abs_logratio"] < 1e-5
+        and row["rollout/gen_vs_train_logp_diff"] < 1e-4
+    )
+    assert row["advantages/mean"] == pytest.approx(0, abs=1e-5) and row[
+        "advantages/std"
+    ] == pytest.approx(1, abs=1e-4)
     sample = json.loads(open(root / "runs" / "base" / "ppo" / "samples.jsonl").readline())
     assert len(sample["page"]) == len(sample["token_reward"]) == len(sample["kl"])
 
@@ -99,7 +166,9 @@ def test_one_page_served_from_memory(root):
     """A user the model has never met, a history typed by hand: one legal page."""
     policy = Policy.load(root / "runs" / "base" / "ppo")
     prompt, valid = policy.prompt([None], [(np.array([3, 5]), np.array([5.0, np.nan]))])
-    pages = greedy(policy.model, prompt, valid, Unseen(torch.tensor([[3, 5]]), policy.model.n_items), 6)
+    pages = greedy(
+        policy.model, prompt, valid, Unseen(torch.tensor([[3, 5]]), policy.model.n_items), 6
+    )
     assert pages.mask.all() and len(set(pages.item[0].tolist()) | {3, 5}) == 8
     judge = RewardModel.load(root / "runs" / "base" / "reward")
     with torch.no_grad():
@@ -122,11 +191,12 @@ def test_a_run_that_was_cut_short_ends_bit_identical(root, tmp_path, monkeypatch
             break
         shutil.copytree(whole / earlier, tmp_path / "runs" / "base" / earlier)
     from pagellm.run import Run
+
     save = Run.save
 
     def save_and_die(self, state):
         save(self, state)
-        self.log(state["step"] + 1, loss=0.0)      # a line past the checkpoint, to be cut
+        self.log(state["step"] + 1, loss=0.0)  # a line past the checkpoint, to be cut
         raise Unplugged
 
     monkeypatch.setattr(Run, "save", save_and_die)
@@ -137,7 +207,9 @@ def test_a_run_that_was_cut_short_ends_bit_identical(root, tmp_path, monkeypatch
     STAGES[stage].run(config(tmp_path, stage))
     for name in ("model.pt", "log.jsonl", "samples.jsonl"):
         if (whole / stage / name).exists():
-            assert (whole / stage / name).read_bytes() == (tmp_path / "runs" / "base" / stage / name).read_bytes(), name
+            assert (whole / stage / name).read_bytes() == (
+                tmp_path / "runs" / "base" / stage / name
+            ).read_bytes(), name
 
 
 def test_done_stages_are_not_run_again(root, capsys):
@@ -150,8 +222,15 @@ def test_done_stages_are_not_run_again(root, capsys):
     assert "Recall@20" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage, missing", [("sft", "pre-trained model"), ("reward", "SFT policy"),
-                                            ("ppo", "SFT policy"), ("evaluate", "policy")])
+@pytest.mark.parametrize(
+    "stage, missing",
+    [
+        ("sft", "pre-trained model"),
+        ("reward", "SFT policy"),
+        ("ppo", "SFT policy"),
+        ("evaluate", "policy"),
+    ],
+)
 def test_a_missing_stage_is_named_with_its_command(root, stage, missing):
     with pytest.raises(PageLLMError, match=f"(?s){missing}.*Make it with: make "):
         STAGES[stage].run(config(root, stage, run="nobody"))
@@ -167,18 +246,34 @@ def test_changed_options_are_refused_and_missing_data_named(root, tmp_path):
         ppo.run(own)
 
 
-@pytest.mark.parametrize("algo, more", [("reinforce", {"inner_epochs": 1}), ("rloo", {"samples": 4})])
+@pytest.mark.parametrize(
+    "algo, more", [("reinforce", {"inner_epochs": 1}), ("rloo", {"samples": 4})]
+)
 def test_other_algorithms_run(root, algo, more):
-    own = config(root, "ppo", run=f"base-{algo}", source_run="base", algo=algo, kl_target=2.0, **more)
+    own = config(
+        root, "ppo", run=f"base-{algo}", source_run="base", algo=algo, kl_target=2.0, **more
+    )
     ppo.run(own)
     assert (root / "runs" / f"base-{algo}" / "ppo" / "done").exists()
 
 
-@pytest.mark.parametrize("more", [{}, {"w_hit": 1.0, "sft_coef": 0.5}], ids=["paper", "hits and SFT"])
+@pytest.mark.parametrize(
+    "more", [{}, {"w_hit": 1.0, "sft_coef": 0.5}], ids=["paper", "hits and SFT"]
+)
 def test_micro_batches_move_nothing(root, more):
     for micro in (3, 16):
-        ppo.run(config(root, "ppo", run=f"micro-{micro}-{len(more)}", source_run="base", micro=micro, epochs=0.5,
-                       critic_warmup=0, **more))
+        ppo.run(
+            config(
+                root,
+                "ppo",
+                run=f"micro-{micro}-{len(more)}",
+                source_run="base",
+                micro=micro,
+                epochs=0.5,
+                critic_warmup=0,
+                **more,
+            )
+        )
     files = [root / "runs" / f"micro-{m}-{len(more)}" / "ppo" / "model.pt" for m in (3, 16)]
     a, b = (torch.load(file, weights_only=True)["weights"] for file in files)
     start = torch.load(root / "runs" / "base" / "sft" / "model.pt", weights_only=True)["weights"]
@@ -198,14 +293,26 @@ def test_hits_and_sfts_loss_keep_to_what_a_page_may_hold(root, monkeypatch):
 
     def rolling(*args):
         r = roll_out(*args)
-        r.mask[0], r.item[0] = False, -1                  # as if nothing had been left for this one
+        r.mask[0], r.item[0] = False, -1  # as if nothing had been left for this one
         seen.append(r)
         return r
 
     monkeypatch.setattr(ppo, "collate", asking)
     monkeypatch.setattr(ppo, "roll_out", rolling)
-    ppo.run(config(root, "ppo", run="hits", source_run="base", w_hit=1.0, sft_coef=1.0, label_share=0.5, micro=1,
-                   max_page=2, critic_warmup=0))
+    ppo.run(
+        config(
+            root,
+            "ppo",
+            run="hits",
+            source_run="base",
+            w_hit=1.0,
+            sft_coef=1.0,
+            label_share=0.5,
+            micro=1,
+            max_page=2,
+            critic_warmup=0,
+        )
+    )
     held = 0
     for (users, pages), r in zip(asked, seen, strict=False):
         for row, (user, page) in enumerate(zip(users, pages, strict=True)):
@@ -216,13 +323,24 @@ def test_hits_and_sfts_loss_keep_to_what_a_page_may_hold(root, monkeypatch):
     assert held
     log = [json.loads(line) for line in open(root / "runs" / "hits" / "ppo" / "log.jsonl")]
     losses = [row["policy/sft_loss"] for row in log if "policy/sft_loss" in row]
-    assert losses and np.isfinite(losses + [row["policy/grad_norm"] for row in log if "policy/grad_norm" in row]).all()
+    assert (
+        losses
+        and np.isfinite(
+            losses + [row["policy/grad_norm"] for row in log if "policy/grad_norm" in row]
+        ).all()
+    )
     model, zero = Policy.load(root / "runs" / "base" / "sft").model, torch.zeros(r.mask.shape)
     learner = SimpleNamespace(policy=model, critic=lambda *_: zero)
-    plain, more = (ppo.minibatch_loss(learner, ppo.Config(sft_coef=c), r, torch.arange(len(r)), zero, zero, True)[0]
-                   for c in (0.0, 3.0))
+    plain, more = (
+        ppo.minibatch_loss(
+            learner, ppo.Config(sft_coef=c), r, torch.arange(len(r)), zero, zero, True
+        )[0]
+        for c in (0.0, 3.0)
+    )
     nats = sft.sft_loss(model, r.sft, "both") * r.sft.mask.sum()
-    assert nats > 0 and (more - plain).item() == pytest.approx(3.0 * nats.item() / r.mask.sum().item(), rel=1e-4)
+    assert nats > 0 and (more - plain).item() == pytest.approx(
+        3.0 * nats.item() / r.mask.sum().item(), rel=1e-4
+    )
     samples = [json.loads(line) for line in open(root / "runs" / "hits" / "ppo" / "samples.jsonl")]
     train = load(root / "data" / "synthetic").csr("train").counts()
     users = load(root / "data" / "synthetic").user_ids
@@ -232,6 +350,7 @@ def test_hits_and_sfts_loss_keep_to_what_a_page_may_hold(root, monkeypatch):
 def test_one_head_switched_off_has_no_say(root):
     """Item-only and page-only: what the other head says changes nothing."""
     from pagellm.ppo import RunningMoments, normalise_reward
+
     token, page, mask = torch.randn(3, 4), torch.randn(3), torch.ones(3, 4, dtype=torch.bool)
     t, p, _ = normalise_reward(token, page, mask, RunningMoments(), 0.0, 1.0)
     u, q, _ = normalise_reward(torch.randn(3, 4), page, mask, RunningMoments(), 0.0, 1.0)
@@ -242,7 +361,9 @@ def test_one_head_switched_off_has_no_say(root):
 
 
 def test_weak_reward_model_warns_and_strict_stops(root, tmp_path, capsys):
-    weak = {"held_out": {"ranked": {"accuracy": 0.55}, "pairs": 3, "preference": {"accuracy": 0.99}}}
+    weak = {
+        "held_out": {"ranked": {"accuracy": 0.55}, "pairs": 3, "preference": {"accuracy": 0.99}}
+    }
     ppo.gate(config(root, "ppo"), weak, tmp_path)
     said = capsys.readouterr().err
     assert "ranked 0.550" in said and "pairs.parquet" in said and "preference" not in said
@@ -264,7 +385,13 @@ def test_sft_learns_exact_pages_by_heart(root):
         opt.zero_grad()
         loss.backward()
         opt.step()
-    pages = greedy(policy.model, batch.prompt, batch.valid, Unseen(batch.excluded, shop.n_items), batch.item.shape[1])
+    pages = greedy(
+        policy.model,
+        batch.prompt,
+        batch.valid,
+        Unseen(batch.excluded, shop.n_items),
+        batch.item.shape[1],
+    )
     assert loss < 0.1
     assert torch.equal(pages.item[batch.mask], batch.item[batch.mask])
 
@@ -290,8 +417,11 @@ def test_labels_never_reach_their_own_prompt(root):
 
 
 def test_label_ranks_share_a_rank_where_labels_are_equal():
-    ranks = label_ranks(np.array([0, 0, 0, 1, 1, 1]), np.array([4, 5, 4, np.nan, np.nan, 5]),
-                        np.array([3.0, 1, 3, np.nan, 2, 1]))
+    ranks = label_ranks(
+        np.array([0, 0, 0, 1, 1, 1]),
+        np.array([4, 5, 4, np.nan, np.nan, 5]),
+        np.array([3.0, 1, 3, np.nan, 2, 1]),
+    )
     assert ranks.tolist() == [2.5, 1.0, 2.5, 3.0, 2.0, 1.0]
 
 
@@ -330,13 +460,21 @@ def test_the_last_step_is_kept_when_asked_for_however_it_validates(root):
 
 
 def test_the_ablation_runs_its_rows_once(root, capsys):
-    own = ablation.Config(data=str(root / "data"), runs=str(root / "runs"), seeds=2,
-                          **{s: " ".join(f"--{k} {v}" for k, v in (SMALL[s] | {"device": "cpu"}).items())
-                             for s in STAGES})
+    own = ablation.Config(
+        data=str(root / "data"),
+        runs=str(root / "runs"),
+        seeds=2,
+        **{
+            s: " ".join(f"--{k} {v}" for k, v in (SMALL[s] | {"device": "cpu"}).items())
+            for s in STAGES
+        },
+    )
     records = ablation.run(own)
     assert {r["variant"] for r in records} == {"mixed", "item-only", "page-only", "without reward"}
     table = pq.read_table(root / "runs" / "ablation" / "synthetic-table5.parquet").to_pylist()
-    assert len(table) == len(records) and all(r["difference"] == 0 for r in table if r["variant"] == "mixed")
+    assert len(table) == len(records) and all(
+        r["difference"] == 0 for r in table if r["variant"] == "mixed"
+    )
     stamp = {p: p.stat().st_mtime_ns for p in (root / "runs" / "ablation").glob("**/done")}
     assert len(stamp) == 2 * (3 + 1 + 3 * 2)
     ablation.run(own)
@@ -367,20 +505,31 @@ def test_pages_begin_as_the_factorisation_and_learn_on(root):
 
 def test_a_large_catalogue_is_ranked_in_smaller_blocks_to_the_same_pages(root, monkeypatch):
     shop, policy = load(root / "data" / "synthetic"), Policy.load(root / "runs" / "base" / "sft")
-    history, seen, users = shop.csr("train"), shop.csr("train", positive=None), np.arange(shop.n_users)
+    history, seen, users = (
+        shop.csr("train"),
+        shop.csr("train", positive=None),
+        np.arange(shop.n_users),
+    )
 
     def both():
-        return (policy.rank(users, history, seen, 6, 20).item,
-                evaluate.popularity_pages(shop, users, seen, 6, 20).item)
+        return (
+            policy.rank(users, history, seen, 6, 20).item,
+            evaluate.popularity_pages(shop, users, seen, 6, 20).item,
+        )
 
     whole, batches = both(), []
     write = policy.write
-    monkeypatch.setattr(policy, "write",
-                        lambda some, *rest, **more: batches.append(len(some)) or write(some, *rest, **more))
+    monkeypatch.setattr(
+        policy,
+        "write",
+        lambda some, *rest, **more: batches.append(len(some)) or write(some, *rest, **more),
+    )
     for module in ("policy", "evaluate"):
         monkeypatch.setattr(f"pagellm.{module}.BLOCK", 7 * shop.n_items)
     blocks = both()
-    assert max(batches) == 7 and all(np.array_equal(a, b) for a, b in zip(whole, blocks, strict=True))
+    assert max(batches) == 7 and all(
+        np.array_equal(a, b) for a, b in zip(whole, blocks, strict=True)
+    )
 
 
 def test_a_run_with_drawn_items_and_lazy_rows_goes_on_to_the_same_bits(root):
@@ -404,7 +553,10 @@ def test_a_run_with_drawn_items_and_lazy_rows_goes_on_to_the_same_bits(root):
                 with pytest.raises(KeyboardInterrupt):
                     module.run(one)
             module.run(one)
-        states = [json.loads((runs / name / stage / "done").read_text())["state"] for name in ("lean", "lean2")]
+        states = [
+            json.loads((runs / name / stage / "done").read_text())["state"]
+            for name in ("lean", "lean2")
+        ]
         assert states[0] == states[1], stage
         assert states[0] != json.loads((runs / "base" / stage / "done").read_text())["state"]
 
@@ -415,12 +567,25 @@ def test_texts_are_read_from_their_tokens_on_disk(root, tmp_path):
     vocab = Vocab.load(root / "runs" / "base" / "pretrain")
     prompts = Prompts(vocab, 64)
     corpus = pretrain.Corpus(shop, prompts, False, tmp_path / "tokens")
-    said = [(kind, row) for kind, rows in (("contents", pretrain.facts(shop.catalogue)),
-                                           ("first_order", pretrain.opinions(shop))) for row in rows]
-    assert len(said) == len(corpus.facts) + len(corpus.opinions) == len(corpus.tokens.start) - 1 > 100
+    said = [
+        (kind, row)
+        for kind, rows in (
+            ("contents", pretrain.facts(shop.catalogue)),
+            ("first_order", pretrain.opinions(shop)),
+        )
+        for row in rows
+    ]
+    assert (
+        len(said) == len(corpus.facts) + len(corpus.opinions) == len(corpus.tokens.start) - 1 > 100
+    )
     for i, (kind, row) in enumerate(said):
-        got = (prompts.contents(*corpus.facts[i], corpus.tokens[i]) if kind == "contents" else
-               prompts.first_order(*corpus.opinions[i - len(corpus.facts)].tolist(), corpus.tokens[i]))
+        got = (
+            prompts.contents(*corpus.facts[i], corpus.tokens[i])
+            if kind == "contents"
+            else prompts.first_order(
+                *corpus.opinions[i - len(corpus.facts)].tolist(), corpus.tokens[i]
+            )
+        )
         assert got == getattr(prompts, kind)(*row)
     assert isinstance(corpus.tokens.ids, np.memmap)
     before = (tmp_path / "tokens" / "ids.npy").stat().st_mtime_ns
@@ -435,8 +600,20 @@ def test_half_an_epoch_of_sft_is_half_its_steps(served, tmp_path):
     shutil.copytree(served / "runs" / "base" / "pretrain", tmp_path / "base" / "pretrain")
     for epochs, name in ((1.0, "whole"), (0.5, "half")):
         shutil.copytree(tmp_path / "base", tmp_path / name)
-        sft.run(sft.Config(run=name, data=str(served / "data"), runs=str(tmp_path), epochs=epochs, batch=8, k=6,
-                           eval_every=50, device="cpu"))
-    whole, half = (json.loads((tmp_path / name / "sft" / "log.jsonl").read_text().splitlines()[-1])["step"]
-                   for name in ("whole", "half"))
+        sft.run(
+            sft.Config(
+                run=name,
+                data=str(served / "data"),
+                runs=str(tmp_path),
+                epochs=epochs,
+                batch=8,
+                k=6,
+                eval_every=50,
+                device="cpu",
+            )
+        )
+    whole, half = (
+        json.loads((tmp_path / name / "sft" / "log.jsonl").read_text().splitlines()[-1])["step"]
+        for name in ("whole", "half")
+    )
     assert whole > 4 and half == round(whole / 2)

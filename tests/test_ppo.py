@@ -56,8 +56,12 @@ def test_rewards_of_a_page_add_up(batch, w_token, w_page, kl_coef):
     page = token[:, 0] * 3
     r = step_reward(token, page, logp, ref, mask, w_token, w_page, kl_coef, hit)
     n = mask.sum(1)
-    want = (w_token * (token * mask).sum(1) / n + w_page * page + (hit * mask).sum(1)
-            - kl_coef * ((logp - ref) * mask).sum(1))
+    want = (
+        w_token * (token * mask).sum(1) / n
+        + w_page * page
+        + (hit * mask).sum(1)
+        - kl_coef * ((logp - ref) * mask).sum(1)
+    )
     assert_close(r.sum(1), want)
     assert (r[~mask] == 0).all()
 
@@ -81,11 +85,17 @@ def test_each_part_of_the_reward_lands_on_its_slots(batch):
 def test_garbage_in_the_padding_changes_nothing(batch, junk):
     mask, a, b, c, d = batch
     page = a[:, 0] * 0 + 1.5
-    clean = [step_reward(a, page, b, c, mask, 1.0, 1.0, 0.1), *policy_loss(a, b, c, mask, 0.2),
-             *value_loss(a, b, c, mask, 0.2)]
+    clean = [
+        step_reward(a, page, b, c, mask, 1.0, 1.0, 0.1),
+        *policy_loss(a, b, c, mask, 0.2),
+        *value_loss(a, b, c, mask, 0.2),
+    ]
     a, b, c = (poison(x, mask, junk) for x in (a, b, c))
-    dirty = [step_reward(a, page, b, c, mask, 1.0, 1.0, 0.1), *policy_loss(a, b, c, mask, 0.2),
-             *value_loss(a, b, c, mask, 0.2)]
+    dirty = [
+        step_reward(a, page, b, c, mask, 1.0, 1.0, 0.1),
+        *policy_loss(a, b, c, mask, 0.2),
+        *value_loss(a, b, c, mask, 0.2),
+    ]
     for x, y in zip(clean, dirty, strict=True):
         assert torch.equal(x, y) and x.isfinite().all()
 
@@ -173,7 +183,9 @@ def test_micro_batches_share_one_mean(batch, micro):
         share = mask[rows].sum() / mask.sum()
         parts[0] += policy_loss(a[rows], b[rows], c[rows], mask[rows], 0.2)[0] * share
         parts[1] += value_loss(a[rows], b[rows], c[rows], mask[rows], 0.2)[0] * share
-    assert_close(torch.stack(whole), torch.stack([torch.as_tensor(p, dtype=torch.float64) for p in parts]))
+    assert_close(
+        torch.stack(whole), torch.stack([torch.as_tensor(p, dtype=torch.float64) for p in parts])
+    )
 
 
 @settings(deadline=None)
@@ -223,7 +235,9 @@ def test_normalised_parts_add_up_to_the_normalised_whole(batch, w_token, w_page)
         t, p, h = normalise_reward(token, page, mask, moments, w_token, w_page, limit=1e9, hit=hits)
         total = w_token * (token * mask).sum(1) / mask.sum(1) + w_page * page
         total = total if hits is None else total + (hit * mask).sum(1)
-        assert_close((t * mask).sum(1) / mask.sum(1) + p + h.sum(1), (total - moments.mean) / moments.std)
+        assert_close(
+            (t * mask).sum(1) / mask.sum(1) + p + h.sum(1), (total - moments.mean) / moments.std
+        )
         assert moments.count == 3 + len(mask)
     t, p, _ = normalise_reward(token * 1e6, page * 1e6, mask, moments, w_token, w_page)
     assert t[mask].abs().max() <= 5 and p.abs().max() <= 5
@@ -245,7 +259,12 @@ def test_hits_add_up_to_the_ndcg_of_the_page(seed, k, n_labels):
 
 def test_adaptive_kl_follows_ziegler():
     """coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon."""
-    for kl, factor in ((100.0, 1 + 0.2 * 64 / 640), (0.0, 1 - 0.2 * 64 / 640), (5.5, 1 + 0.1 * 64 / 640), (5.0, 1.0)):
+    for kl, factor in (
+        (100.0, 1 + 0.2 * 64 / 640),
+        (0.0, 1 - 0.2 * 64 / 640),
+        (5.5, 1 + 0.1 * 64 / 640),
+        (5.0, 1.0),
+    ):
         c = AdaptiveKL(0.3, target=5.0, horizon=640)
         c.update(kl, 64)
         assert c.coef == pytest.approx(0.3 * factor)
@@ -255,8 +274,21 @@ def test_adaptive_kl_follows_ziegler():
 
 def rollout(mask, value, **more):
     zero = torch.zeros_like(value)
-    base = dict(prompt=zero, valid=mask, excluded=zero, item=zero.long(), mask=mask, old_logp=zero, ref_logp=zero,
-                value=value, token=zero, page=zero[:, 0], entropy=zero, kl_exact=zero, drift=0.0)
+    base = dict(
+        prompt=zero,
+        valid=mask,
+        excluded=zero,
+        item=zero.long(),
+        mask=mask,
+        old_logp=zero,
+        ref_logp=zero,
+        value=value,
+        token=zero,
+        page=zero[:, 0],
+        entropy=zero,
+        kl_exact=zero,
+        drift=0.0,
+    )
     return Rollout(**(base | more))
 
 
@@ -278,33 +310,59 @@ def test_advantages_of_the_three_algorithms(batch):
     adv, _ = advantages(Config(algo="rloo", samples=2), twice, noisy)
     a, b = noisy.view(-1, 2, reward.shape[1]).sum(2).unbind(1)
     for row, want in ((0, a - b), (1, b - a)):
-        assert_close(adv.view(-1, 2, reward.shape[1])[:, row], torch.where(mask, want[:, None], 0.0))
+        assert_close(
+            adv.view(-1, 2, reward.shape[1])[:, row], torch.where(mask, want[:, None], 0.0)
+        )
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"rollout": 10, "minibatch": 4}, "not a multiple of minibatch"), ({"clip": 1.5}, "clip=1.5"),
-    ({"algo": "rloo"}, "samples of 2 or more"), ({"w_token": 0, "w_page": 0}, "nothing to optimise"),
-    ({"sft_coef": -1}, "0 or more"), ({"label_share": 1.0}, "between 0 and 1"),
-    ({"algo": "dpo"}, "ppo, reinforce or rloo"), ({"kl_coef": -1}, "0 or more"), ({"select": "x"}, "energy, ndcg"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rollout": 10, "minibatch": 4}, "not a multiple of minibatch"),
+        ({"clip": 1.5}, "clip=1.5"),
+        ({"algo": "rloo"}, "samples of 2 or more"),
+        ({"w_token": 0, "w_page": 0}, "nothing to optimise"),
+        ({"sft_coef": -1}, "0 or more"),
+        ({"label_share": 1.0}, "between 0 and 1"),
+        ({"algo": "dpo"}, "ppo, reinforce or rloo"),
+        ({"kl_coef": -1}, "0 or more"),
+        ({"select": "x"}, "energy, ndcg"),
+    ],
+)
 def test_bad_values_are_named(change, message):
     with pytest.raises(PageLLMError, match=message):
         Config(**change)
 
 
-QUIET = {"learning": True, "objective/kl_seq_sum": 0.5, "objective/entropy": 4.0, "objective/reward_total": 0.1,
-         "val/explained_var": 0.2, "list/coverage": 100, "list/distinct": 1.0, "rollout/gen_vs_train_logp_diff": 1e-6,
-         "rollout/first_epoch_max_abs_logratio": 0.0, "policy/clipfrac": 0.1}
+QUIET = {
+    "learning": True,
+    "objective/kl_seq_sum": 0.5,
+    "objective/entropy": 4.0,
+    "objective/reward_total": 0.1,
+    "val/explained_var": 0.2,
+    "list/coverage": 100,
+    "list/distinct": 1.0,
+    "rollout/gen_vs_train_logp_diff": 1e-6,
+    "rollout/first_epoch_max_abs_logratio": 0.0,
+    "policy/clipfrac": 0.1,
+}
 
 
-@pytest.mark.parametrize("change, word", [
-    ({"rollout/first_epoch_max_abs_logratio": 0.1}, "ratio is not 1"),
-    ({"rollout/gen_vs_train_logp_diff": 0.1}, "generation and update"), ({"objective/kl_seq_sum": -0.1}, "negative"),
-    ({"objective/entropy": 1.0}, "entropy fell"), ({"policy/clipfrac": 0.5}, "clip fraction"),
-    ({"val/explained_var": -0.5}, "explained variance"), ({"list/coverage": 40}, "coverage halved"),
-    ({"list/distinct": 0.4}, "distinct halved"), ({"objective/kl_seq_sum": 30.0}, "twice the target"),
-    ({"objective/kl_seq_sum": 0.0}, "still 0"),
-])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"rollout/first_epoch_max_abs_logratio": 0.1}, "ratio is not 1"),
+        ({"rollout/gen_vs_train_logp_diff": 0.1}, "generation and update"),
+        ({"objective/kl_seq_sum": -0.1}, "negative"),
+        ({"objective/entropy": 1.0}, "entropy fell"),
+        ({"policy/clipfrac": 0.5}, "clip fraction"),
+        ({"val/explained_var": -0.5}, "explained variance"),
+        ({"list/coverage": 40}, "coverage halved"),
+        ({"list/distinct": 0.4}, "distinct halved"),
+        ({"objective/kl_seq_sum": 30.0}, "twice the target"),
+        ({"objective/kl_seq_sum": 0.0}, "still 0"),
+    ],
+)
 def test_each_alarm_rings_for_its_cause_alone(change, word):
     log = [QUIET] * 20
     assert alarms(log, warmup=2, kl_target=5.0) == []

@@ -41,12 +41,14 @@ def test_the_choice_is_kept_wherever_the_run_goes_on(tmp_path, can):
     with Run(tmp_path / "r", Learning(), {}) as run:
         assert run.precision("auto", CPU, 768) == "bfloat16"
         run.save({"step": 1})
-    can(False)                                          # another machine
+    can(False)  # another machine
     for precision_given in ("auto", "bfloat16"):
         with Run(tmp_path / "r", Learning(precision=precision_given), {}) as run:
             assert run.precision(precision_given, CPU, 768) == "bfloat16"
     assert json.loads((tmp_path / "r" / "config.json").read_text())["precision"] == "bfloat16"
-    with pytest.raises(PageLLMError, match="was made with precision='bfloat16', now precision='float32'"):
+    with pytest.raises(
+        PageLLMError, match="was made with precision='bfloat16', now precision='float32'"
+    ):
         Run(tmp_path / "r", Learning(precision="float32"), {})
 
 
@@ -85,21 +87,30 @@ def test_only_the_trunk_is_rounded():
     assert logp.dtype == torch.float32
     logp.sum().backward()
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in two.parameters())
-    full = torch.log_softmax(states[1][:, 0].detach() @ two.item.T, 1).gather(1, pages[0].item[:, :1])[:, 0]
+    full = torch.log_softmax(states[1][:, 0].detach() @ two.item.T, 1).gather(
+        1, pages[0].item[:, :1]
+    )[:, 0]
     torch.testing.assert_close(logp[:, 0], full, atol=1e-5, rtol=1e-5)
 
 
 def test_a_bfloat16_run_resumes_to_the_same_bits_and_ppo_keeps_its_ratio(tmp_path):
     prepare.run(prepare.Config(data=str(tmp_path / "data"), users=40, items=30))
-    common = {"data": str(tmp_path / "data"), "runs": str(tmp_path / "runs"), "device": "cpu", "precision": "bfloat16",
-              "save_every": 1}
+    common = {
+        "data": str(tmp_path / "data"),
+        "runs": str(tmp_path / "runs"),
+        "device": "cpu",
+        "precision": "bfloat16",
+        "save_every": 1,
+    }
     for module in (pretrain, sft, reward, ppo):
         name = module.__name__.rsplit(".", 1)[-1]
         config = module.Config(run="a", **common, **SMALL[name])
         module.run(config)
         done = tmp_path / "runs" / "a" / name / "done"
         whole = json.loads(done.read_text())["state"]
-        other = dataclasses.replace(config, run="b", **({"source_run": "a"} if hasattr(config, "source_run") else {}))
+        other = dataclasses.replace(
+            config, run="b", **({"source_run": "a"} if hasattr(config, "source_run") else {})
+        )
         real, saves = Run.save, []
 
         def save(self, state, real=real, saves=saves):
@@ -113,14 +124,16 @@ def test_a_bfloat16_run_resumes_to_the_same_bits_and_ppo_keeps_its_ratio(tmp_pat
             with pytest.raises(KeyboardInterrupt):
                 module.run(other)
         module.run(dataclasses.replace(other, precision="auto"))
-        assert json.loads((tmp_path / "runs" / "b" / name / "done").read_text())["state"] == whole, name
+        assert (
+            json.loads((tmp_path / "runs" / "b" / name / "done").read_text())["state"] == whole
+        ), name
     rows = [json.loads(line) for line in open(tmp_path / "runs" / "a" / "ppo" / "log.jsonl")]
     assert max(row.get("rollout/gen_vs_train_logp_diff", 0.0) for row in rows) < 1e-4
     assert max(row.get("rollout/first_epoch_max_abs_logratio", 0.0) for row in rows) < 1e-5
 
 
 def test_the_study_times_both_in_turn(capsys):
-    row, = precision.run(precision.Config(sizes="nano", steps=1, device="cpu"))
+    (row,) = precision.run(precision.Config(sizes="nano", steps=1, device="cpu"))
     assert row["auto"] == "float32" and row["gain"] == row["float32"] / row["bfloat16"] > 0
     assert "nano" in capsys.readouterr().out
 
@@ -132,12 +145,25 @@ def test_the_study_runs_each_precision_through_the_stages_it_needs(tmp_path, cap
     with pytest.MonkeyPatch.context() as patch:
         for module, options in ((pretrain, small), (sft, {"epochs": 1, "k": 6, "batch": 16})):
             real = module.Config
-            patch.setattr(module, "Config", lambda real=real, options=options, **given: real(**options | given))
-        config = precision.Config(sizes="", seeds=1, size="nano", policies="sft", device="cpu",
-                                  data=str(tmp_path / "data"), runs=str(tmp_path / "runs"))
+            patch.setattr(
+                module,
+                "Config",
+                lambda real=real, options=options, **given: real(**options | given),
+            )
+        config = precision.Config(
+            sizes="",
+            seeds=1,
+            size="nano",
+            policies="sft",
+            device="cpu",
+            data=str(tmp_path / "data"),
+            runs=str(tmp_path / "runs"),
+        )
         assert precision.run(config) == []
         shown = capsys.readouterr().out
-        assert "| | float32 | bfloat16 |" in shown and "NDCG@100 ↑" in shown and "PageLLM" not in shown
+        assert (
+            "| | float32 | bfloat16 |" in shown and "NDCG@100 ↑" in shown and "PageLLM" not in shown
+        )
         runs = tmp_path / "runs" / "precision"
         made = {name: runs / f"nano-{name}" / "synthetic-s0" for name in precision.PRECISIONS}
         for name, folder in made.items():

@@ -16,8 +16,19 @@ def shop(served):
 
 
 def config(served, **more):
-    return ranker.Config(**{"run": "base", "data": str(served / "data"), "runs": str(served / "runs"), "device": "cpu",
-                            "candidates": 20, "k": 6, "seeds": 2, "trees": 5} | more)
+    return ranker.Config(
+        **{
+            "run": "base",
+            "data": str(served / "data"),
+            "runs": str(served / "runs"),
+            "device": "cpu",
+            "candidates": 20,
+            "k": 6,
+            "seeds": 2,
+            "trees": 5,
+        }
+        | more
+    )
 
 
 def test_plain_features_are_those_counted_by_hand(shop):
@@ -32,11 +43,15 @@ def test_plain_features_are_those_counted_by_hand(shop):
                 assert all(np.isnan(x[row, column]) for x in got.values())
                 continue
             train = shop.rows("train", None) & (shop.item == i)
-            want = {"popularity": np.log1p(train.sum()), "price": c.price[i],
-                    "price - usual": c.price[i] - np.mean([c.price[j] for j in mine]),
-                    "category": np.mean([c.leaf[j] == c.leaf[i] for j in mine]),
-                    "department": np.mean([c.categories[j][0] == c.categories[i][0] for j in mine]),
-                    "brand": np.mean([c.brand[j] == c.brand[i] for j in mine]), "history": np.log1p(len(mine))}
+            want = {
+                "popularity": np.log1p(train.sum()),
+                "price": c.price[i],
+                "price - usual": c.price[i] - np.mean([c.price[j] for j in mine]),
+                "category": np.mean([c.leaf[j] == c.leaf[i] for j in mine]),
+                "department": np.mean([c.categories[j][0] == c.categories[i][0] for j in mine]),
+                "brand": np.mean([c.brand[j] == c.brand[i] for j in mine]),
+                "history": np.log1p(len(mine)),
+            }
             for name, value in want.items():
                 assert got[name][row, column] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
@@ -58,8 +73,12 @@ def test_a_ranker_finds_a_feature_that_says_it_all(shop, served):
     rng = np.random.default_rng(0)
     U, M = 200, 20
     label = rng.random((U, M)) < 0.1
-    found = ranker.Candidates(np.arange(U), np.tile(np.arange(M), (U, 1)), label,
-                              {"told": label + 0.3 * rng.random((U, M)), "noise": rng.random((U, M))})
+    found = ranker.Candidates(
+        np.arange(U),
+        np.tile(np.arange(M), (U, 1)),
+        label,
+        {"told": label + 0.3 * rng.random((U, M)), "noise": rng.random((U, M))},
+    )
     hits = {}
     for names in (("noise",), ("noise", "told")):
         booster = ranker.learn(found, names, config(served, trees=60, candidates=20), 0)
@@ -68,7 +87,9 @@ def test_a_ranker_finds_a_feature_that_says_it_all(shop, served):
         assert np.array_equal(np.sort(ranker.order(found, names, booster, 6).item, 1), found.item)
     same = ranker.dealt(found, 0)
     at = np.argsort(same.item, axis=1)
-    assert not np.array_equal(same.item, found.item) and np.array_equal(np.take_along_axis(same.label, at, 1), label)
+    assert not np.array_equal(same.item, found.item) and np.array_equal(
+        np.take_along_axis(same.label, at, 1), label
+    )
     assert np.array_equal(np.take_along_axis(same.features["told"], at, 1), found.features["told"])
     assert hits["noise", "told"] > 2 * hits["noise",]
     nothing = dataclasses.replace(found, label=np.zeros_like(label))
@@ -79,9 +100,14 @@ def test_a_ranker_finds_a_feature_that_says_it_all(shop, served):
 def test_the_study_runs_keeps_and_says_what_is_missing(served, capsys, monkeypatch):
     pytest.importorskip("lightgbm", reason="needs the extra [ranker]")
     records = ranker.run(config(served))
-    assert {r["variant"] for r in records} == {"EASE", *ranker.ROWS} and {r["seeds"] for r in records} == {2}
+    assert {r["variant"] for r in records} == {"EASE", *ranker.ROWS} and {
+        r["seeds"] for r in records
+    } == {2}
     said = capsys.readouterr().out
-    assert "marginal beside EASE's score, to plain + first" in said and "share of the trees' gain" in said
+    assert (
+        "marginal beside EASE's score, to plain + first" in said
+        and "share of the trees' gain" in said
+    )
     ranker.run(config(served))
     assert "already done" in capsys.readouterr().out
     with np.load(served / "runs" / "base" / "ranker" / "test.npz") as kept:
@@ -90,13 +116,16 @@ def test_the_study_runs_keeps_and_says_what_is_missing(served, capsys, monkeypat
         for row, user in enumerate(kept["user"].tolist()):
             item = kept["item"][row]
             assert np.array_equal(kept["label"][row], np.isin(item, held.of(user)[0]) & (item >= 0))
-            assert not set(item.tolist()) & set(shop.csr(("train", "valid"), None).of(user)[0].tolist())
+            assert not set(item.tolist()) & set(
+                shop.csr(("train", "valid"), None).of(user)[0].tolist()
+            )
     with pytest.raises(PageLLMError, match="make ppo"):
         ranker.run(config(served, run="nobody"))
 
 
 def test_without_lightgbm_it_says_how_to_get_it(served, monkeypatch):
     import sys
+
     monkeypatch.setitem(sys.modules, "lightgbm", None)
     with pytest.raises(PageLLMError, match=r"pagellm\[ranker\]"):
         ranker.run(config(served))

@@ -17,15 +17,17 @@ from pagellm.recommend import Config, parse_history
 
 
 def config(root, **more):
-    return Config(run="base", data=str(root / "data"), runs=str(root / "runs"), device="cpu", **more)
+    return Config(
+        run="base", data=str(root / "data"), runs=str(root / "runs"), device="cpu", **more
+    )
 
 
 def test_histories_from_the_command_line():
     assert parse_history("a:5,b:3.5")[1] == ("b", 3.5)
-    (name, rating), = parse_history("a")
+    ((name, rating),) = parse_history("a")
     assert name == "a" and math.isnan(rating)
     assert parse_history("a:b:4") == (("a:b", 4.0),)
-    (name, rating), = parse_history("a:2", known={"a:2": 0})
+    ((name, rating),) = parse_history("a:2", known={"a:2": 0})
     assert name == "a:2" and math.isnan(rating)
     for wrong in ("a:6", "a:0", "a:x", "a:", ":3", "", "a,,b", "a:inf"):
         with pytest.raises(PageLLMError, match="rating from 1 to 5"):
@@ -34,18 +36,35 @@ def test_histories_from_the_command_line():
 
 def test_a_page_in_the_terminal(served, rec, capsys):
     item = rec.shop.catalogue.ids[0]
-    recommend.run(config(served, user=rec.shop.user_ids[0], history=f"{item}:5,what", k=4, categories="Nope"))
+    recommend.run(
+        config(served, user=rec.shop.user_ids[0], history=f"{item}:5,what", k=4, categories="Nope")
+    )
     text = capsys.readouterr().out
-    assert "unknown items: what" in text and "unknown categories: Nope" in text and "0 of 4 slots" in text
+    assert (
+        "unknown items: what" in text
+        and "unknown categories: Nope" in text
+        and "0 of 4 slots" in text
+    )
     recommend.run(config(served, user="never met", k=4))
     text = capsys.readouterr().out
     assert "has not met" in text and len(re.findall(r"^ +\d+  ", text, re.M)) == 4
 
 
-@pytest.mark.parametrize("wrong", [{}, {"user": "a", "all": True, "out": "x"}, {"all": True}, {"out": "x", "user": "a"},
-                                   {"user": "a", "k": 0}, {"user": "a", "mode": "best"}, {"user": "a", "policy": "x"},
-                                   {"user": "a", "price_min": 5.0, "price_max": 1.0}, {"user": "a", "k": 5, "depth": 3},
-                                   {"user": "a", "split": "train"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {"user": "a", "all": True, "out": "x"},
+        {"all": True},
+        {"out": "x", "user": "a"},
+        {"user": "a", "k": 0},
+        {"user": "a", "mode": "best"},
+        {"user": "a", "policy": "x"},
+        {"user": "a", "price_min": 5.0, "price_max": 1.0},
+        {"user": "a", "k": 5, "depth": 3},
+        {"user": "a", "split": "train"},
+    ],
+)
 def test_options_that_cannot_be(served, wrong):
     with pytest.raises(PageLLMError):
         config(served, **wrong)
@@ -55,7 +74,9 @@ def rows(path):
     return pq.read_table(path).sort_by([("user", "ascending"), ("rank", "ascending")]).to_pydict()
 
 
-def test_everybodys_pages_whole_resumed_and_shared_are_the_same(served, rec, tmp_path, monkeypatch, capsys):
+def test_everybodys_pages_whole_resumed_and_shared_are_the_same(
+    served, rec, tmp_path, monkeypatch, capsys
+):
     def options(name, **more):
         return config(served, all=True, out=str(tmp_path / name), k=6, part=16, depth=10, **more)
 
@@ -63,7 +84,11 @@ def test_everybodys_pages_whole_resumed_and_shared_are_the_same(served, rec, tmp
     whole = rows(tmp_path / "whole.parquet")
     assert "pages/s" in capsys.readouterr().out
     ranked = read_pages(tmp_path / "whole.parquet", rec.shop)
-    assert len(ranked.user) == rec.shop.n_users and (ranked.slots == 6).all() and ranked.item.shape[1] == 10
+    assert (
+        len(ranked.user) == rec.shop.n_users
+        and (ranked.slots == 6).all()
+        and ranked.item.shape[1] == 10
+    )
     assert whole["user_id"] == [rec.shop.user_ids[u] for u in whole["user"]]
     assert whole["item_id"] == [rec.shop.catalogue.ids[i] for i in whole["item"]]
 
@@ -103,15 +128,36 @@ def test_everybodys_pages_whole_resumed_and_shared_are_the_same(served, rec, tmp
 
 def test_two_processes_write_the_file_that_one_writes(served, tmp_path):
     """NPROC=2 make recommend: really two, started as the Makefile starts them, whichever is done first."""
-    common = {"run": "base", "data": str(served / "data"), "runs": str(served / "runs"), "device": "cpu", "k": 6,
-              "part": 16}
+    common = {
+        "run": "base",
+        "data": str(served / "data"),
+        "runs": str(served / "runs"),
+        "device": "cpu",
+        "k": 6,
+        "part": 16,
+    }
     recommend.run(recommend.Config(all=True, out=str(tmp_path / "one.parquet"), **common))
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "--",
-         "pagellm.recommend", "--all", "--out", str(tmp_path / "two.parquet"),
-         *(f"--{name}={value}" for name, value in common.items())],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "-m",
+            "--",
+            "pagellm.recommend",
+            "--all",
+            "--out",
+            str(tmp_path / "two.parquet"),
+            *(f"--{name}={value}" for name, value in common.items()),
+        ],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=150)
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "two.parquet").read_bytes() == (tmp_path / "one.parquet").read_bytes()
     assert not list(tmp_path.glob("*.parts"))
@@ -119,7 +165,15 @@ def test_two_processes_write_the_file_that_one_writes(served, tmp_path):
 
 def test_filters_hold_in_the_file_too(served, rec, tmp_path):
     (tmp_path / "stock").write_text("\n".join(rec.shop.catalogue.ids[:9]))
-    recommend.run(config(served, all=True, out=str(tmp_path / "p.parquet"), k=6, in_stock=f"@{tmp_path / 'stock'}"))
+    recommend.run(
+        config(
+            served,
+            all=True,
+            out=str(tmp_path / "p.parquet"),
+            k=6,
+            in_stock=f"@{tmp_path / 'stock'}",
+        )
+    )
     assert set(rows(tmp_path / "p.parquet")["item_id"]) <= set(rec.shop.catalogue.ids[:9])
     with pytest.raises(PageLLMError, match="cannot be read"):
         recommend.run(config(served, user="x", in_stock=f"@{tmp_path / 'nothing'}"))

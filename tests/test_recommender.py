@@ -20,7 +20,7 @@ def ids(answer):
 
 
 def one(rec, **ask):
-    answer, = rec.answers([Ask(**{"k": 6} | ask)])
+    (answer,) = rec.answers([Ask(**{"k": 6} | ask)])
     return answer
 
 
@@ -30,8 +30,9 @@ def test_a_known_users_page_is_the_page_that_evaluation_scores(rec, mode):
     history, met = rec.shop.csr("train"), rec.shop.csr(("train", "valid"), positive=None)
     ranked = rec.policies["ppo"].rank(np.arange(rec.shop.n_users), history, met, 6, 6, mode)
     answers = rec.answers([Ask(user=name, k=6, mode=mode) for name in rec.shop.user_ids])
-    assert [[rec.item_of[i] for i in ids(a)] for a in answers] == [[i for i in row if i >= 0] for row in
-                                                                   ranked.item.tolist()]
+    assert [[rec.item_of[i] for i in ids(a)] for a in answers] == [
+        [i for i in row if i >= 0] for row in ranked.item.tolist()
+    ]
 
 
 @pytest.mark.parametrize("split, told, met", [("valid", "train", "train"), ("none", None, None)])
@@ -46,15 +47,20 @@ def test_split_says_what_the_prompts_show_and_what_no_page_holds(rec, split, tol
 @pytest.mark.parametrize("mode", MODES)
 def test_caches_and_neighbours_change_no_page(rec, mode):
     """Cold, warm, without a cache, alone or among others of other lengths: the same page and scores."""
-    some = [Ask(user=rec.shop.user_ids[3], k=6, mode=mode), Ask(history=((rec.shop.catalogue.ids[1], 5.0),), k=4,
-                                                                mode=mode), Ask(k=6, mode=mode)]
+    some = [
+        Ask(user=rec.shop.user_ids[3], k=6, mode=mode),
+        Ask(history=((rec.shop.catalogue.ids[1], 5.0),), k=4, mode=mode),
+        Ask(k=6, mode=mode),
+    ]
     plain = Recommender(rec.shop, rec.policies, rec.reward, rec.hashes, cache=Cache(0))
     kept = Recommender(rec.shop, rec.policies, rec.reward, rec.hashes, cache=Cache(1 << 24))
     alone = [plain.answers([ask])[0] for ask in some]
     for answers in (kept.answers(some), kept.answers(some), kept.answers(some + some)[3:]):
         for a, b in zip(alone, answers, strict=True):
             assert ids(a) == ids(b)
-            assert [s["score"] for s in b["items"]] == pytest.approx([s["score"] for s in a["items"]], abs=1e-4)
+            assert [s["score"] for s in b["items"]] == pytest.approx(
+                [s["score"] for s in a["items"]], abs=1e-4
+            )
             assert b["page_reward"] == pytest.approx(a["page_reward"], abs=1e-4)
     assert kept.cache.hits > 0 and kept.cache.size > 0 and len(plain.cache) == 0
 
@@ -63,7 +69,10 @@ def test_rewards_from_kept_prompts_are_those_of_the_model_alone(rec):
     """RewardModel.forward on prompt and page together knows no cache; the kept prompts go by the reward's hash."""
     shared = Cache(1 << 24)
     r = Recommender(rec.shop, rec.policies, rec.reward, rec.hashes, cache=shared)
-    cases = [r.case(ask) for ask in (Ask(user=rec.shop.user_ids[3]), Ask(), Ask(user=rec.shop.user_ids[5]))]
+    cases = [
+        r.case(ask)
+        for ask in (Ask(user=rec.shop.user_ids[3]), Ask(), Ask(user=rec.shop.user_ids[5]))
+    ]
     item = torch.tensor([[4, 9, 2], [1, 0, 7], [8, 3, -1]])
     reader = rec.policies["sft"]
     prompt, valid = reader.prompt([c.user for c in cases], [(c.items, c.ratings) for c in cases])
@@ -75,8 +84,9 @@ def test_rewards_from_kept_prompts_are_those_of_the_model_alone(rec):
     missed = shared.misses
     r.judge(cases, item, item >= 0)
     assert shared.misses == missed
-    Recommender(rec.shop, rec.policies, rec.reward, rec.hashes | {"reward": "other"}, cache=shared).judge(
-        cases, item, item >= 0)
+    Recommender(
+        rec.shop, rec.policies, rec.reward, rec.hashes | {"reward": "other"}, cache=shared
+    ).judge(cases, item, item >= 0)
     assert shared.misses == missed + len(cases)
 
 
@@ -87,9 +97,12 @@ def test_the_cache_is_not_read_under_another_models_hash(rec):
     swapped = {"ppo": rec.policies["sft"], "sft": rec.policies["ppo"]}
     other = Recommender(rec.shop, swapped, rec.reward, rec.hashes | {"ppo": "other"}, cache=shared)
     first.answers([ask])
-    fresh = Recommender(rec.shop, swapped, rec.reward, rec.hashes | {"ppo": "other"}, cache=Cache(0))
+    fresh = Recommender(
+        rec.shop, swapped, rec.reward, rec.hashes | {"ppo": "other"}, cache=Cache(0)
+    )
     assert [s["score"] for s in other.answers([ask])[0]["items"]] == pytest.approx(
-        [s["score"] for s in fresh.answers([ask])[0]["items"]], abs=1e-5)
+        [s["score"] for s in fresh.answers([ask])[0]["items"]], abs=1e-5
+    )
 
 
 @given(sizes=st.lists(st.integers(0, 9), max_size=30))
@@ -110,27 +123,43 @@ def test_filters_hold_in_every_slot_and_fill_the_page_as_far_as_they_allow(rec, 
     c = rec.shop.catalogue
     some_ids = st.lists(st.sampled_from(c.ids), max_size=40)
     price = st.none() | st.floats(0, 100)
-    f = Filters(exclude=tuple(data.draw(some_ids)),
-                categories=data.draw(st.none() | st.lists(st.sampled_from([*rec.members, "?"]), max_size=4).map(tuple)),
-                in_stock=data.draw(st.none() | some_ids.map(tuple)), price_min=data.draw(price),
-                price_max=data.draw(price))
+    f = Filters(
+        exclude=tuple(data.draw(some_ids)),
+        categories=data.draw(
+            st.none() | st.lists(st.sampled_from([*rec.members, "?"]), max_size=4).map(tuple)
+        ),
+        in_stock=data.draw(st.none() | some_ids.map(tuple)),
+        price_min=data.draw(price),
+        price_max=data.draw(price),
+    )
     user = data.draw(st.none() | st.integers(0, rec.shop.n_users - 1))
     k, mode = data.draw(st.integers(1, 12)), data.draw(st.sampled_from(MODES))
-    met = set() if user is None else set(rec.shop.csr(("train", "valid"), positive=None).of(user)[0].tolist())
+    met = (
+        set()
+        if user is None
+        else set(rec.shop.csr(("train", "valid"), positive=None).of(user)[0].tolist())
+    )
 
     def passes(i):
-        return (i not in met and c.ids[i] not in f.exclude
-                and (f.categories is None or {*c.categories[i], c.leaf[i]} & set(f.categories) - {""})
-                and (f.in_stock is None or c.ids[i] in f.in_stock)
-                and (f.price_min is None or c.price[i] >= np.float32(f.price_min))
-                and (f.price_max is None or c.price[i] <= np.float32(f.price_max)))
+        return (
+            i not in met
+            and c.ids[i] not in f.exclude
+            and (f.categories is None or {*c.categories[i], c.leaf[i]} & set(f.categories) - {""})
+            and (f.in_stock is None or c.ids[i] in f.in_stock)
+            and (f.price_min is None or c.price[i] >= np.float32(f.price_min))
+            and (f.price_max is None or c.price[i] <= np.float32(f.price_max))
+        )
 
     legal = {c.ids[i] for i in range(len(c)) if passes(i)}
-    answer = one(rec, user=None if user is None else rec.shop.user_ids[user], filters=f, k=k, mode=mode)
+    answer = one(
+        rec, user=None if user is None else rec.shop.user_ids[user], filters=f, k=k, mode=mode
+    )
     page = ids(answer)
     assert set(page) <= legal and len(set(page)) == len(page) == min(k, len(legal))
     assert bool(answer["notes"]) == (len(page) < k)
-    assert all(math.isfinite(s["score"]) and math.isfinite(s["token_reward"]) for s in answer["items"])
+    assert all(
+        math.isfinite(s["score"]) and math.isfinite(s["token_reward"]) for s in answer["items"]
+    )
 
 
 def test_filters_act_inside_decoding(rec):
@@ -155,18 +184,23 @@ def test_an_item_of_unknown_price_fails_a_price_filter(rec):
 
 def test_a_strangers_page_follows_the_history_alone(rec):
     known = ((rec.shop.catalogue.ids[4], 5.0), (rec.shop.catalogue.ids[9], math.nan))
-    nobody, stranger = one(rec, history=known), one(rec, user="never met", history=(*known, ("no such item", 3.0)))
+    nobody, stranger = (
+        one(rec, history=known),
+        one(rec, user="never met", history=(*known, ("no such item", 3.0))),
+    )
     assert ids(nobody) == ids(stranger) and nobody["user"]["history"] == 2
     assert stranger["unknown"] == {"user": True, "items": ["no such item"], "categories": []}
     assert not stranger["user"]["known"] and not nobody["unknown"]["user"]
     assert not {item for item, _ in known} & set(ids(nobody))
-    assert len(ids(one(rec))) == 6                       # nothing at all: <user_unk> and an empty history
+    assert len(ids(one(rec))) == 6  # nothing at all: <user_unk> and an empty history
 
 
 def test_what_was_rated_low_is_kept_off_the_page_and_out_of_the_prompt(rec):
     disliked = ids(one(rec))[0]
     page = one(rec, history=((disliked, 2.0),))
-    assert page["user"]["history"] == 0 and ids(page) == ids(one(rec, filters=Filters(exclude=(disliked,))))
+    assert page["user"]["history"] == 0 and ids(page) == ids(
+        one(rec, filters=Filters(exclude=(disliked,)))
+    )
 
 
 def test_a_typed_history_follows_the_stored_one_and_overrides_it(rec):
@@ -174,9 +208,21 @@ def test_a_typed_history_follows_the_stored_one_and_overrides_it(rec):
     stored = rec.history.of(user)[0].tolist()
     new = next(i for i in range(rec.shop.n_items) if i not in rec.met.of(user)[0])
     name = rec.shop.catalogue.ids
-    case = rec.case(Ask(user=rec.shop.user_ids[user], history=((name[stored[0]], 1.0), (name[stored[1]], 4.0),
-                                                               (name[new], 5.0), (name[stored[1]], 5.0))))
-    assert case.items.tolist() == [*stored[2:], new, stored[1]] and case.ratings[-2:].tolist() == [5.0, 5.0]
+    case = rec.case(
+        Ask(
+            user=rec.shop.user_ids[user],
+            history=(
+                (name[stored[0]], 1.0),
+                (name[stored[1]], 4.0),
+                (name[new], 5.0),
+                (name[stored[1]], 5.0),
+            ),
+        )
+    )
+    assert case.items.tolist() == [*stored[2:], new, stored[1]] and case.ratings[-2:].tolist() == [
+        5.0,
+        5.0,
+    ]
     assert {new, *stored} <= set(case.seen.tolist())
 
 
@@ -184,8 +230,9 @@ def test_scoring_the_written_order_gives_the_written_rewards(rec):
     user = rec.shop.user_ids[5]
     page = one(rec, user=user)
     again = one(rec, user=user, page=tuple(ids(page)))
-    assert [s["token_reward"] for s in again["items"]] == pytest.approx([s["token_reward"] for s in page["items"]],
-                                                                        abs=1e-5)
+    assert [s["token_reward"] for s in again["items"]] == pytest.approx(
+        [s["token_reward"] for s in page["items"]], abs=1e-5
+    )
     for number in ("page_reward", "energy", "ild", "entropy"):
         assert again[number] == pytest.approx(page[number], abs=1e-5)
     turned = one(rec, user=user, page=(*reversed(ids(page)), "no such item"))
@@ -197,7 +244,9 @@ def test_scoring_the_written_order_gives_the_written_rewards(rec):
 
 def test_answers_come_in_order_and_one_that_fails_stands_alone(rec):
     item = rec.shop.catalogue.ids[0]
-    answers = rec.answers([Ask(k=3), Ask(page=(item, item)), Ask(k=2, policy="sft"), Ask(k=10**6), Ask(k=5)])
+    answers = rec.answers(
+        [Ask(k=3), Ask(page=(item, item)), Ask(k=2, policy="sft"), Ask(k=10**6), Ask(k=5)]
+    )
     assert [len(ids(answers[i])) for i in (0, 2, 4)] == [3, 2, 5]
     assert "repeats" in str(answers[1]) and "at most" in str(answers[3])
     assert ids(answers[0]) == ids(answers[4])[:3] and answers[2]["model"] == rec.hashes["sft"]
@@ -212,13 +261,17 @@ def test_explained_slots_name_the_nearest_history_and_later_choices(rec):
     for slot in answer["items"]:
         history = rec.history.of(user)[0]
         cosines = table[history] @ table[rec.item_of[slot["item"]]]
-        assert [x["similarity"] for x in slot["similar"]] == pytest.approx(sorted(cosines)[::-1][:2], abs=1e-3)
+        assert [x["similarity"] for x in slot["similar"]] == pytest.approx(
+            sorted(cosines)[::-1][:2], abs=1e-3
+        )
 
 
 def test_weights_that_do_not_belong_together_are_refused(served, rec, tmp_path, monkeypatch):
     shutil.copytree(served / "runs", tmp_path / "runs")
     shutil.copytree(served / "data", tmp_path / "data")
-    sources = Sources(run="base", data=str(tmp_path / "data"), runs=str(tmp_path / "runs"), device="cpu")
+    sources = Sources(
+        run="base", data=str(tmp_path / "data"), runs=str(tmp_path / "runs"), device="cpu"
+    )
     with open(tmp_path / "runs" / "base" / "ppo" / "model.pt", "ab") as file:
         file.write(b"\0")
     with pytest.raises(PageLLMError, match="changed or damaged"):

@@ -49,7 +49,9 @@ class Page(HTMLParser):
         elif tag in ("td", "th"):
             self.tables[-1][1][-1].append("")
             if dict(attrs).get("class") == "best":
-                self.best.add((self.tables[-1][1][-1][0].split()[0], len(self.tables[-1][1][-1]) - 1))
+                self.best.add(
+                    (self.tables[-1][1][-1][0].split()[0], len(self.tables[-1][1][-1]) - 1)
+                )
 
     def handle_startendtag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -73,24 +75,73 @@ def root(served, tmp_path_factory):
     """`served` with an evaluation, baselines, and two studies."""
     root = tmp_path_factory.mktemp("report") / "root"
     shutil.copytree(served, root)
-    shutil.rmtree(root / "runs" / "base" / "evaluate", ignore_errors=True)      # another test's, made elsewhere
-    common = {"run": "base", "data": str(root / "data"), "runs": str(root / "runs"), "device": "cpu"}
+    # another test's, made elsewhere
+    shutil.rmtree(root / "runs" / "base" / "evaluate", ignore_errors=True)
+    common = {
+        "run": "base",
+        "data": str(root / "data"),
+        "runs": str(root / "runs"),
+        "device": "cpu",
+    }
     evaluate.run(evaluate.Config(k=6, depth=40, n_boot=50, quiet=True, **common))
-    baselines.run(baselines.Config(models="popularity,EASE", trials=2, refit=True, k=6, depth=40, n_boot=50, **common))
-    write_table(root / "runs" / "ablation" / "synthetic-table5.parquet", [
-        {"variant": v, "metric": "ILD", "direction": "up", "seeds": 2, "mean": 0.5 + d, "sd_over_seeds": 0.01,
-         "versus": "mixed", "difference": d, "low": d - 0.1, "high": d + 0.1}
-        for v, d in (("mixed", 0.0), ("item <only>", 0.0625))])
-    write_table(root / "runs" / "coldstart" / "synthetic.parquet", [
-        {"variant": v, "users": u, "count": 7, "metric": "NDCG@100", "full": 0.25, "thinned": 0.25 + d,
-         "difference": d, "low": d - 0.1, "high": d + 0.1, "drop": -400 * d}
-        for v, d in (("EASE", -0.03125), ("PageLLM", -0.015625)) for u in ("all", "0–4", "5+")])
+    baselines.run(
+        baselines.Config(
+            models="popularity,EASE", trials=2, refit=True, k=6, depth=40, n_boot=50, **common
+        )
+    )
+    write_table(
+        root / "runs" / "ablation" / "synthetic-table5.parquet",
+        [
+            {
+                "variant": v,
+                "metric": "ILD",
+                "direction": "up",
+                "seeds": 2,
+                "mean": 0.5 + d,
+                "sd_over_seeds": 0.01,
+                "versus": "mixed",
+                "difference": d,
+                "low": d - 0.1,
+                "high": d + 0.1,
+            }
+            for v, d in (("mixed", 0.0), ("item <only>", 0.0625))
+        ],
+    )
+    write_table(
+        root / "runs" / "coldstart" / "synthetic.parquet",
+        [
+            {
+                "variant": v,
+                "users": u,
+                "count": 7,
+                "metric": "NDCG@100",
+                "full": 0.25,
+                "thinned": 0.25 + d,
+                "difference": d,
+                "low": d - 0.1,
+                "high": d + 0.1,
+                "drop": -400 * d,
+            }
+            for v, d in (("EASE", -0.03125), ("PageLLM", -0.015625))
+            for u in ("all", "0–4", "5+")
+        ],
+    )
     return root
 
 
 def config(root, **more):
-    return report.Config(**{"run": "base", "data": str(root / "data"), "runs": str(root / "runs"), "device": "cpu",
-                            "examples": 5, "judged": 30, "pairs": 40} | more)
+    return report.Config(
+        **{
+            "run": "base",
+            "data": str(root / "data"),
+            "runs": str(root / "runs"),
+            "device": "cpu",
+            "examples": 5,
+            "judged": 30,
+            "pairs": 40,
+        }
+        | more
+    )
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +165,17 @@ def test_every_section_is_there_and_has_content(page):
     for tag, attrs in page.tags:
         now = attrs["id"] if tag == "section" else now
         inside[now] = inside.get(now, 0) + (tag == "figure")
-    for name, least in {"results": 1, "learning": 12, "reward": 3, "truth": 2, "positions": 3, "popularity": 2,
-                        "history": 4, "energy": 2, "studies": 6}.items():
+    for name, least in {
+        "results": 1,
+        "learning": 12,
+        "reward": 3,
+        "truth": 2,
+        "positions": 3,
+        "popularity": 2,
+        "history": 4,
+        "energy": 2,
+        "studies": 6,
+    }.items():
         assert inside[name] >= least, f"{name}: {inside[name]} figures"
 
 
@@ -123,13 +183,29 @@ def test_every_figure_says_what_it_shows(page):
     pictures = [attrs for tag, attrs in page.tags if tag == "svg" or attrs.get("role") == "img"]
     assert len(pictures) > 35
     for attrs in pictures:
-        assert attrs["role"] == "img" and len(attrs["aria-label"]) > 20 and re.search(r"\d", attrs["aria-label"])
-    assert sum(tag == "figure" for tag, _ in page.tags) == sum(tag == "figcaption" for tag, _ in page.tags)
+        assert (
+            attrs["role"] == "img"
+            and len(attrs["aria-label"]) > 20
+            and re.search(r"\d", attrs["aria-label"])
+        )
+    assert sum(tag == "figure" for tag, _ in page.tags) == sum(
+        tag == "figcaption" for tag, _ in page.tags
+    )
 
 
 def test_nothing_is_asked_of_the_network(page):
     for tag, attrs in page.tags:
-        assert tag not in {"script", "link", "img", "iframe", "object", "embed", "image", "base", "form"}, tag
+        assert tag not in {
+            "script",
+            "link",
+            "img",
+            "iframe",
+            "object",
+            "embed",
+            "image",
+            "base",
+            "form",
+        }, tag
         for name, value in attrs.items():
             assert not name.startswith(("on", "xmlns", "xlink")), (tag, name)
             if name in ("href", "src", "srcset", "action"):
@@ -142,8 +218,15 @@ def test_nothing_is_asked_of_the_network(page):
 def test_ids_are_unique_and_what_is_referred_to_exists(page):
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
-    wanted = {value[1:] for _, attrs in page.tags for name, value in attrs.items() if name == "href"}
-    wanted |= {m for _, attrs in page.tags for v in attrs.values() for m in re.findall(r"url\(#([^)]*)\)", v or "")}
+    wanted = {
+        value[1:] for _, attrs in page.tags for name, value in attrs.items() if name == "href"
+    }
+    wanted |= {
+        m
+        for _, attrs in page.tags
+        for v in attrs.values()
+        for m in re.findall(r"url\(#([^)]*)\)", v or "")
+    }
     assert wanted and wanted <= set(ids)
 
 
@@ -176,7 +259,14 @@ def test_numbers_are_those_of_metrics_json(root, page):
     first, versus = [rows for section, rows in page.tables if section == "results"][:2]
     named = {evaluate.LABELS.get(name, name): scores for name, scores in stored.items()}
     head = [h.strip() for h in first[0]]
-    assert head[1:] == ["EASE", "EASE, refit", "popularity", "popularity, refit", 'SFT = "w/o reward"', "PageLLM"]
+    assert head[1:] == [
+        "EASE",
+        "EASE, refit",
+        "popularity",
+        "popularity, refit",
+        'SFT = "w/o reward"',
+        "PageLLM",
+    ]
     plain = json.loads((root / "runs" / "base" / "baselines" / "metrics.json").read_text())
     named = plain | named
     seen = 0
@@ -184,20 +274,29 @@ def test_numbers_are_those_of_metrics_json(root, page):
         metric = row[0].split()[0]
         for name, cell in zip(head[1:], row[1:], strict=True):
             s = named[name][metric]
-            assert cell.split() == [f"{s['mean']:.4f}", f"[{s['low']:.4f},", f"{s['high']:.4f}]"], (metric, name)
+            assert cell.split() == [f"{s['mean']:.4f}", f"[{s['low']:.4f},", f"{s['high']:.4f}]"], (
+                metric,
+                name,
+            )
             seen += 1
         best = (max if "↑" in row[0] else min)(named[name][metric]["mean"] for name in head[1:])
         same = len({named[name][metric]["mean"] for name in head[1:]}) == 1
         assert {at for m, at in page.best if m == metric} == {
-            at for at, name in enumerate(head) if at and named[name][metric]["mean"] == best and not same}, metric
+            at
+            for at, name in enumerate(head)
+            if at and named[name][metric]["mean"] == best and not same
+        }, metric
     assert seen >= 6 * 10
     at = [h.strip() for h in versus[0]].index('SFT = "w/o reward"')
     for row in versus[1:]:
         s = stored["PageLLM - SFT"][row[0].split()[0]]
         words = row[at].split()
-        assert words[0] == f"{s['mean']:+.4f}" and words[-2:] == [f"[{s['low']:+.4f},", f"{s['high']:+.4f}]"]
+        assert words[0] == f"{s['mean']:+.4f}" and words[-2:] == [
+            f"[{s['low']:+.4f},",
+            f"{s['high']:+.4f}]",
+        ]
         assert words[1] == said(row[0], s["low"], s["high"])
-    for other in ("popularity", "EASE"):            # everybody has a Recall@20, so means may be subtracted
+    for other in ("popularity", "EASE"):  # everybody has a Recall@20, so means may be subtracted
         row = next(row for row in versus if row[0].startswith("Recall@20"))
         cell = row[[h.strip() for h in versus[0]].index(other)]
         want = stored["ppo"]["Recall@20"]["mean"] - named[other]["Recall@20"]["mean"]
@@ -208,20 +307,31 @@ def test_reward_accuracy_and_options_are_those_on_disk(root, page):
     done = json.loads((root / "runs" / "base" / "reward" / "done").read_text())["held_out"]
     rows = next(rows for section, rows in page.tables if section == "reward")
     assert {row[0].strip(): row[2].strip() for row in rows[1:]} == {
-        kind: f"{v['accuracy']:.4f}" for kind, v in done.items() if isinstance(v, dict)}
+        kind: f"{v['accuracy']:.4f}" for kind, v in done.items() if isinstance(v, dict)
+    }
     words = page.sections["provenance"]
     for stage in findings.STAGES:
         recorded = json.loads((root / "runs" / "base" / stage / "config.json").read_text())
         assert all(value is None or value in words for value in recorded["versions"].values())
-        assert recorded["versions"].keys() > {"commit", "machine"} and all(o in words for o in recorded["config"])
+        assert recorded["versions"].keys() > {"commit", "machine"} and all(
+            o in words for o in recorded["config"]
+        )
     words = page.sections["studies"]
-    assert "+0.0625" in words and "item <only>" in words and "-0.0156" in words and "0.2500 → 0.2188" in words
+    assert (
+        "+0.0625" in words
+        and "item <only>" in words
+        and "-0.0156" in words
+        and "0.2500 → 0.2188" in words
+    )
 
 
 def test_baselines_are_drawn_with_the_intervals_of_metrics_json(root, page):
     stored = json.loads((root / "runs" / "base" / "baselines" / "metrics.json").read_text())
-    said = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg" and
-            attrs["aria-label"].startswith("NDCG@100: ")]
+    said = [
+        attrs["aria-label"]
+        for tag, attrs in page.tags
+        if tag == "svg" and attrs["aria-label"].startswith("NDCG@100: ")
+    ]
     assert len(said) == 1 and "PageLLM " in said[0]
     for name, scores in stored.items():
         v = scores["NDCG@100"]
@@ -231,7 +341,10 @@ def test_baselines_are_drawn_with_the_intervals_of_metrics_json(root, page):
 def test_examples_mark_exactly_the_hits(root, page):
     """The summaries count what the pages mark, and the pages count what the held-out rows say."""
     found = findings.read(str(root / "runs"), "base", str(root / "data"))
-    told = re.findall(r"user (\S+): (\d+) held-out items found without reward, (\d+) with", page.sections["examples"])
+    told = re.findall(
+        r"user (\S+): (\d+) held-out items found without reward, (\d+) with",
+        page.sections["examples"],
+    )
     assert len(told) == 5
     for name, *counts in told:
         user = found.shop.user_ids.index(name)
@@ -246,11 +359,14 @@ def test_examples_mark_exactly_the_hits(root, page):
     assert len(lists) == len(strips) == 10
     marked = sum(label.count("✓") for label in strips)
     assert marked == sum(int(n) for _, *counts in told for n in counts)
-    sums = re.findall(r"(\d+) exact, (\d+) same category, (\d+) same brand", page.sections["examples"])
+    sums = re.findall(
+        r"(\d+) exact, (\d+) same category, (\d+) same brand", page.sections["examples"]
+    )
     assert len(sums) == 10
     assert [sum(map(int, column)) for column in zip(*sums, strict=True)] == [
-        sum(label.count(mark) for label in strips) for mark in "✓≈◇"]
-    assert page.sections["examples"].count("<page>") == 5                       # the prompts
+        sum(label.count(mark) for label in strips) for mark in "✓≈◇"
+    ]
+    assert page.sections["examples"].count("<page>") == 5  # the prompts
 
 
 def test_rewards_are_those_of_the_recommender(root, page, rec):
@@ -265,16 +381,20 @@ def test_rewards_are_those_of_the_recommender(root, page, rec):
             pages = found.pages[policy]
             own = np.flatnonzero(pages.user == judged.user[row])[0]
             ids = tuple(found.shop.catalogue.ids[i] for i in pages.item[own, : pages.slots[own]])
-            answer, = rec.answers([Ask(user=name, policy="sft", page=ids)])
+            (answer,) = rec.answers([Ask(user=name, policy="sft", page=ids)])
             token = [slot["token_reward"] for slot in answer["items"]]
             told = [float(x) for x in re.findall(r"\d+: (-?\d+\.\d\d)", strips[2 * at + side])]
             assert np.allclose(told, token, atol=0.006) and np.ptp(token) > 0
-            assert judged.total[side, row] == pytest.approx(answer["page_reward"] + np.mean(token), abs=1e-4)
+            assert judged.total[side, row] == pytest.approx(
+                answer["page_reward"] + np.mean(token), abs=1e-4
+            )
 
 
 def test_relative_gains_point_right_where_pagellm_is_better(root, page):
     stored = json.loads((root / "runs" / "base" / "evaluate" / "metrics.json").read_text())
-    label = next(a["aria-label"] for t, a in page.tags if t == "svg" and "percent of SFT" in a["aria-label"])
+    label = next(
+        a["aria-label"] for t, a in page.tags if t == "svg" and "percent of SFT" in a["aria-label"]
+    )
     told = re.findall(r"(\S+) ([↑↓]) ([+-][\d.]+) \[", label)
     assert len(told) > 5 and {arrow for _, arrow, _ in told} == {"↑", "↓"}
     for metric, arrow, value in told:
@@ -286,7 +406,9 @@ def test_curves_are_the_log(root):
     stage = findings.read(str(root / "runs"), "base", str(root / "data")).stages["reward"]
     lines = [json.loads(line) for line in (stage.path / "log.jsonl").read_text().splitlines()]
     step, loss = stage.column("loss")
-    assert step.tolist() == [row["step"] for row in lines] and loss.tolist() == [row["loss"] for row in lines]
+    assert step.tolist() == [row["step"] for row in lines] and loss.tolist() == [
+        row["loss"] for row in lines
+    ]
     with pytest.raises(findings.Missing):
         stage.need("nothing")
     stage.log[1]["loss"] = None
@@ -309,14 +431,17 @@ def test_bands(n, shift, scale):
     x = np.random.default_rng(n).normal(size=(n, 3))
     mean, low, high = report.band(x)
     assert np.allclose(high - mean, 1.96 * x.std(0, ddof=1) / np.sqrt(n))
-    assert np.allclose(report.band(shift + scale * x), [shift + scale * v for v in (mean, low, high)])
+    assert np.allclose(
+        report.band(shift + scale * x), [shift + scale * v for v in (mean, low, high)]
+    )
     assert np.allclose(report.band(np.vstack([x, np.full((4, 3), np.nan)])), (mean, low, high))
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30).filter(any))
 def test_gini(times):
     times = np.array(times)
-    pairs = np.abs(times[:, None] - times).mean() / (2 * times.mean())       # half the relative mean difference
+    # half the relative mean difference
+    pairs = np.abs(times[:, None] - times).mean() / (2 * times.mean())
     assert report.gini(times) == pytest.approx(pairs, abs=1e-9)
 
 
@@ -333,8 +458,12 @@ def test_hostile_titles_stay_text(root):
     c.leaf_names[:] = [f"{i}{EVIL}" for i in range(len(c.leaf_names))]
     found.run = EVIL
     found.source["files"] = [{"name": EVIL, "role": EVIL, "bytes": 1, "sha256": EVIL}]
-    found.studies = {EVIL: [r | {"variant": r["variant"] + EVIL, "versus": "mixed" + EVIL}
-                            for r in next(iter(found.studies.values()))]}
+    found.studies = {
+        EVIL: [
+            r | {"variant": r["variant"] + EVIL, "versus": "mixed" + EVIL}
+            for r in next(iter(found.studies.values()))
+        ]
+    }
     found.stages["ppo"].log[-1]["alarms"] = [EVIL]
     found.notes.append(EVIL)
     hostile = Page(report.build(found, config(root)))
@@ -342,17 +471,21 @@ def test_hostile_titles_stay_text(root):
     assert not hostile.open and list(hostile.sections) == list(report.SECTIONS)
     assert "</script><script>" in hostile.sections["popularity"]
     for section in ("examples", "studies", "data", "alarms", "provenance"):
-        assert "<script>alert('1')" in hostile.sections[section], section      # shown as it is written
+        assert "<script>alert('1')" in hostile.sections[section], section  # shown as it is written
     assert all("\x00" not in words for words in hostile.sections.values())
 
 
-@pytest.mark.parametrize("gone, section, command", [
-    (("evaluate",), "results", "make evaluate DATASET=synthetic RUN=base"),
-    (("evaluate", "ppo"), "alarms", "make ppo DATASET=synthetic RUN=base"),
-    (("reward", "ppo"), "reward", "make reward DATASET=synthetic RUN=base"),
-    (("reward",), "truth", "make reward DATASET=synthetic RUN=base"),
-    (("pretrain",), "learning", "make pretrain DATASET=synthetic RUN=base"),
-    (("sft", "reward", "ppo", "evaluate"), "learning", "make sft DATASET=synthetic RUN=base")])
+@pytest.mark.parametrize(
+    "gone, section, command",
+    [
+        (("evaluate",), "results", "make evaluate DATASET=synthetic RUN=base"),
+        (("evaluate", "ppo"), "alarms", "make ppo DATASET=synthetic RUN=base"),
+        (("reward", "ppo"), "reward", "make reward DATASET=synthetic RUN=base"),
+        (("reward",), "truth", "make reward DATASET=synthetic RUN=base"),
+        (("pretrain",), "learning", "make pretrain DATASET=synthetic RUN=base"),
+        (("sft", "reward", "ppo", "evaluate"), "learning", "make sft DATASET=synthetic RUN=base"),
+    ],
+)
 def test_a_missing_stage_is_named_with_its_command(root, tmp_path, gone, section, command):
     shutil.copytree(root, tmp_path / "root")
     for stage in gone:
@@ -394,14 +527,16 @@ def test_damage_is_told_not_hidden(root, tmp_path):
     shutil.copytree(root, tmp_path / "root")
     runs = tmp_path / "root" / "runs"
     with open(runs / "base" / "ppo" / "log.jsonl", "a") as file:
-        file.write('{"step": 99, "objec')                           # a process died here
+        file.write('{"step": 99, "objec')  # a process died here
     (runs / "base" / "reward" / "model.pt").write_bytes(b"no model")
     pq.write_table(pa.table({"a": [1]}), runs / "ablation" / "synthetic-other.parquet")
     found = findings.read(str(runs), "base", str(tmp_path / "root" / "data"))
     assert found.stages["ppo"].log[-1]["step"] < 99
     hurt = Page(report.build(found, config(tmp_path / "root")))
     for section in ("reward", "truth", "positions", "examples"):
-        assert "model.pt" in hurt.sections[section] and "changed or damaged" in hurt.sections[section], section
+        assert (
+            "model.pt" in hurt.sections[section] and "changed or damaged" in hurt.sections[section]
+        ), section
     assert "synthetic-other.parquet is no table of a study" in hurt.sections["provenance"]
 
 
@@ -425,7 +560,10 @@ def test_baselines_of_the_data_set_count_unless_the_mask_differs(root, tmp_path)
     def read():
         return findings.read(str(runs), "base", str(tmp_path / "root" / "data"))
 
-    assert {"EASE", "EASE, refit"} <= set(read().results) and set(read().per_user) > {"EASE, refit", "ppo"}
+    assert {"EASE", "EASE, refit"} <= set(read().results) and set(read().per_user) > {
+        "EASE, refit",
+        "ppo",
+    }
     path = runs / "synthetic" / "baselines" / "config.json"
     made = json.loads(path.read_text())
     made["config"]["mask"] = "train"
@@ -446,8 +584,12 @@ def test_hits_agree_with_a_plain_loop(root):
     found = findings.read(str(root / "runs"), "base", str(root / "data"))
     pages, shop = found.pages["ppo"], found.shop
     rng = np.random.default_rng(0)
-    mixed = RankedPages(pages.user, rng.integers(0, shop.n_items, (len(pages.user), 9)), None,
-                        rng.integers(0, 10, len(pages.user)))
+    mixed = RankedPages(
+        pages.user,
+        rng.integers(0, shop.n_items, (len(pages.user), 9)),
+        None,
+        rng.integers(0, 10, len(pages.user)),
+    )
     for some in (pages, mixed):
         exact, same = findings.hits(some, found.scorer, 6)
         assert exact.any() and same.any() and not (exact & same).any()
@@ -458,7 +600,9 @@ def test_hits_agree_with_a_plain_loop(root):
                 on = slot < min(some.slots[row], 6)
                 item = int(some.item[row, slot])
                 assert exact[row, slot] == (on and item in held)
-                assert same[row, slot] == (on and item not in held and shop.catalogue.leaf[item] in leaves)
+                assert same[row, slot] == (
+                    on and item not in held and shop.catalogue.leaf[item] in leaves
+                )
 
 
 @settings(deadline=None)
@@ -488,12 +632,16 @@ def test_spearman_knows_order_only(points):
         assert len(set(a)) == 1 or len(set(b)) == 1
     else:
         assert -1 - 1e-9 <= rho <= 1 + 1e-9
-        assert findings.spearman(a, a) == pytest.approx(1) and findings.spearman(a, -a) == pytest.approx(-1)
+        assert findings.spearman(a, a) == pytest.approx(1) and findings.spearman(
+            a, -a
+        ) == pytest.approx(-1)
         assert findings.spearman(b, a) == pytest.approx(rho)
 
 
 def test_dollars_in_names_are_no_formula():
-    drawn = plots.dots(["$a_b$ $"], {"$x^2$": [(0, 0, 1)], "b": [None]}, r"$\frac{", "one dot at 0 of $x^2$")
+    drawn = plots.dots(
+        ["$a_b$ $"], {"$x^2$": [(0, 0, 1)], "b": [None]}, r"$\frac{", "one dot at 0 of $x^2$"
+    )
     words = "".join(re.findall(r">([^<]+)</text>", drawn))
     assert "$a_b$ $" in words and "$x^2$" in words and r"$\frac{" in words
 
@@ -501,6 +649,9 @@ def test_dollars_in_names_are_no_formula():
 def test_series_differ_without_colour():
     x = np.arange(4.0)
     drawn = plots.lines({f"s{i}": (x, x + i) for i in range(6)}, "x", "y", "six lines from 0 to 8")
-    strokes = re.findall(r'<path d="M[^"]*"[^>]*style="fill: none; (stroke-dasharray: [^;]*)?[^"]*var\(--s\d\)', drawn)
+    strokes = re.findall(
+        r'<path d="M[^"]*"[^>]*style="fill: none; (stroke-dasharray: [^;]*)?[^"]*var\(--s\d\)',
+        drawn,
+    )
     assert len({*plots.STYLES[:4]}) == 4 and len(set(plots.MARKERS)) == 6
     assert len(set(strokes)) == 6, strokes

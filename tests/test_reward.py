@@ -46,13 +46,13 @@ def test_eq_8_is_a_probability_of_the_better_page(batch):
     """exp(-loss of one pair) = p(i > j), p(i > j) + p(j > i) = 1, and p = sigma(mean_i - mean_j)."""
     (a, b), (ma, mb) = batch
     for row in range(len(a)):
-        one = [x[row:row + 1] for x in (a, ma, b, mb)]
+        one = [x[row : row + 1] for x in (a, ma, b, mb)]
         p = math.exp(-sequence_loss(*one))
         q = math.exp(-sequence_loss(one[2], one[3], one[0], one[1]))
         assert p + q == pytest.approx(1.0)
         gap = a[row][ma[row]].mean() - b[row][mb[row]].mean()
         assert p == pytest.approx(1 / (1 + math.exp(-gap.item())))
-    rows = [sequence_loss(*(x[r:r + 1] for x in (a, ma, b, mb))) for r in range(len(a))]
+    rows = [sequence_loss(*(x[r : r + 1] for x in (a, ma, b, mb))) for r in range(len(a))]
     assert_close(sequence_loss(a, ma, b, mb), torch.stack(rows).mean())
 
 
@@ -92,16 +92,25 @@ def test_token_loss_is_the_mean_over_edited_slots(batch, data):
     if not edit.any():
         assert loss == 0
         return
-    slots = [math.log1p(math.exp(-(x - y))) for x, y, m in
-             zip(a.flatten().tolist(), b.flatten().tolist(), edit.flatten().tolist(), strict=True) if m]
+    slots = [
+        math.log1p(math.exp(-(x - y)))
+        for x, y, m in zip(
+            a.flatten().tolist(), b.flatten().tolist(), edit.flatten().tolist(), strict=True
+        )
+        if m
+    ]
     assert loss.item() == pytest.approx(sum(slots) / len(slots))
 
 
 def test_losses_are_finite_at_huge_margins():
     m = torch.ones(1, 1, dtype=torch.bool)
     big, small = torch.tensor([[800.0]]), torch.tensor([[-800.0]])
-    for loss, want in ((sequence_loss(big, m, small, m), 0.0), (sequence_loss(small, m, big, m), 1600.0),
-                       (token_loss(small, big, m), 1600.0), (page_loss(small[0], big[0]), 1600.0)):
+    for loss, want in (
+        (sequence_loss(big, m, small, m), 0.0),
+        (sequence_loss(small, m, big, m), 1600.0),
+        (token_loss(small, big, m), 1600.0),
+        (page_loss(small[0], big[0]), 1600.0),
+    ):
         assert loss.item() == pytest.approx(want)
 
 
@@ -119,7 +128,9 @@ def test_preference_pairs_teach_the_page_head_alone():
     tokens = [torch.randn(2, 3, requires_grad=True) for _ in range(2)]
     pages = [torch.randn(2, requires_grad=True) for _ in range(2)]
     config = Config(shrink=0.0, soften=0.0)
-    batch = PairBatch(zero, m, zero, zero, m, m, detail=torch.tensor([False, False]), gap=torch.ones(2))
+    batch = PairBatch(
+        zero, m, zero, zero, m, m, detail=torch.tensor([False, False]), gap=torch.ones(2)
+    )
     pair_loss(config, batch, *tokens, *pages).backward()
     assert all((t.grad == 0).all() for t in tokens) and all(p.grad.abs().min() > 0 for p in pages)
     batch.detail = torch.tensor([False, True])
@@ -133,7 +144,11 @@ def test_weights_switch_their_part_off():
     t, u = torch.randn(1, 2), torch.randn(1, 2)
     g, h = torch.randn(1), torch.randn(1)
     off = {"page": 0.0, "sequence": 0.0, "token": 0.0, "shrink": 0.0, "soften": 0.0}
-    parts = {"page": page_loss(g, h), "sequence": sequence_loss(t, m, u, m), "token": token_loss(t, u, m)}
+    parts = {
+        "page": page_loss(g, h),
+        "sequence": sequence_loss(t, m, u, m),
+        "token": token_loss(t, u, m),
+    }
     for name, want in parts.items():
         assert_close(pair_loss(Config(**(off | {name: 2.0})), batch, t, u, g, h), 2 * want)
     shrink = pair_loss(Config(**(off | {"shrink": 1.0})), batch, t, u, g, h)
@@ -160,12 +175,14 @@ def test_compare_reads_the_nearest_item_above():
         near = []
         for map_ in compare.project.weight.chunk(2):
             x = [map_ @ rows[b, s] for s in range(t + 1)]
-            near.append(max((float(F.cosine_similarity(x[t], x[s], 0)) for s in range(t)), default=-1.0))
+            near.append(
+                max((float(F.cosine_similarity(x[t], x[s], 0)) for s in range(t)), default=-1.0)
+            )
         want = F.gelu(compare.features(torch.tensor(near)), approximate="tanh")
         assert_close(got[b, t], want, atol=1e-5, rtol=1e-5)
     other = rows.clone()
     other[:, 2:] = torch.randn(2, 2, 6)
-    assert torch.equal(compare(other, mask)[:, :2], got[:, :2])         # no slot sees a later one
+    assert torch.equal(compare(other, mask)[:, :2], got[:, :2])  # no slot sees a later one
     assert got.isfinite().all()
 
 
@@ -174,10 +191,15 @@ def test_compare_learns_to_tell_a_repeat_on_users_and_pages_it_has_not_seen():
     torch.manual_seed(0)
     trunk = GPT2(Shape(1, 2, 16, 20), 5, 2, 40)
     with torch.no_grad():
-        trunk.item[20:] = trunk.item[:20] + 0.002 * torch.randn(20, 16)     # item 20 + i nearly repeats i
+        # item 20 + i nearly repeats i
+        trunk.item[20:] = trunk.item[:20] + 0.002 * torch.randn(20, 16)
     model = RewardModel(trunk)
     opt = torch.optim.Adam(model.parameters(), 1e-2)
-    prompt, valid, m = torch.tensor([[5, 1]]).expand(64, 2), torch.ones(64, 2).bool(), torch.ones(64, 2).bool()
+    prompt, valid, m = (
+        torch.tensor([[5, 1]]).expand(64, 2),
+        torch.ones(64, 2).bool(),
+        torch.ones(64, 2).bool(),
+    )
 
     def margin(first, last):
         at = torch.randint(first, last, (64,))
@@ -189,7 +211,7 @@ def test_compare_learns_to_tell_a_repeat_on_users_and_pages_it_has_not_seen():
         opt.zero_grad()
         F.softplus(-margin(0, 10)).mean().backward()
         opt.step()
-    assert (margin(10, 20) > 0).float().mean() > 0.95                       # items of no training pair
+    assert (margin(10, 20) > 0).float().mean() > 0.95  # items of no training pair
 
 
 def test_rewards_ignore_padding_and_neighbours(model):
@@ -217,8 +239,10 @@ def test_the_page_head_sees_order_and_user(model):
     prompt, valid = torch.tensor([[5, 1]]), torch.ones(1, 2, dtype=torch.bool)
     m = torch.ones(1, 2, dtype=torch.bool)
     with torch.no_grad():
-        scores = [model(p, valid, torch.tensor([i]), m)[1].item() for p, i in
-                  ((prompt, [3, 1]), (prompt, [1, 3]), (torch.tensor([[6, 1]]), [3, 1]))]
+        scores = [
+            model(p, valid, torch.tensor([i]), m)[1].item()
+            for p, i in ((prompt, [3, 1]), (prompt, [1, 3]), (torch.tensor([[6, 1]]), [3, 1]))
+        ]
     assert len(set(scores)) == 3
 
 
@@ -226,7 +250,10 @@ def test_pairs_are_scored_in_batches_of_like_length_and_come_back_in_their_order
     path = served / "runs" / "base" / "reward"
     model, policy = RewardModel.load(path), Policy.load(served / "runs" / "base" / "sft")
     pairs = from_table(pq.read_table(path / "pairs.parquet"))[:90:2]
-    got, chosen = score_pairs(model, pairs, policy, batch=8), score_pairs(model, pairs, policy, batch=8, rejected=False)
+    got, chosen = (
+        score_pairs(model, pairs, policy, batch=8),
+        score_pairs(model, pairs, policy, batch=8, rejected=False),
+    )
     for i, pair in enumerate(pairs):
         alone = score_pairs(model, [pair], policy)
         for head in ("page", "token"):
@@ -236,7 +263,7 @@ def test_pairs_are_scored_in_batches_of_like_length_and_come_back_in_their_order
     hook = model.trunk.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
     score_pairs(model, pairs, policy, batch=8)
     hook.remove()
-    assert sum(read[:3]) < sum(read[-3:])                # the short ones stand together
+    assert sum(read[:3]) < sum(read[-3:])  # the short ones stand together
     for empty in (True, False):
         assert score_pairs(model, [], policy, rejected=empty)["page"].shape == (0, 1 + empty)
 
@@ -259,7 +286,7 @@ def test_mean_reward_counts_own_slots():
 
 def test_correlation_and_calibration():
     x = np.arange(10.0)
-    assert correlation(x, x ** 3) == pytest.approx(1.0) and correlation(x, -x) == pytest.approx(-1.0)
+    assert correlation(x, x**3) == pytest.approx(1.0) and correlation(x, -x) == pytest.approx(-1.0)
     assert correlation(x, np.ones(10)) is None
     ties = correlation(np.array([1.0, 1, 2, 2]), np.array([1.0, 2, 3, 4]))
     assert ties == pytest.approx(0.8944, abs=1e-4)
@@ -273,10 +300,16 @@ def test_correlation_and_calibration():
 
 
 def test_the_control_swaps_half_of_the_pairs_and_nothing_else():
-    pairs = [Pair(0, "ranked", [1], [5.0], [2, 3], [3, 2], [True, True], 1.0, "swap", seed) for seed in range(2000)]
+    pairs = [
+        Pair(0, "ranked", [1], [5.0], [2, 3], [3, 2], [True, True], 1.0, "swap", seed)
+        for seed in range(2000)
+    ]
     first, second = ([swapped(p, seed) for p in pairs] for seed in (0, 1))
     assert first == [swapped(p, 0) for p in pairs] and first != second
     for some in (first, second):
         share = np.mean([p.chosen == [3, 2] for p in some])
         assert 0.45 < share < 0.55
-    assert all({tuple(p.chosen), tuple(p.rejected)} == {(2, 3), (3, 2)} and p.kind == "ranked" for p in first)
+    assert all(
+        {tuple(p.chosen), tuple(p.rejected)} == {(2, 3), (3, 2)} and p.kind == "ranked"
+        for p in first
+    )

@@ -18,7 +18,7 @@ from pagellm.run import Common, Run, atomic, commit, digest, finished, load_mode
 class Config(Common):
     """A stage."""
 
-    lr: float = 1.0   # rate
+    lr: float = 1.0  # rate
 
 
 def test_atomic_leaves_old_or_new_never_a_piece(tmp_path):
@@ -40,7 +40,7 @@ def test_a_run_carries_on_from_its_last_checkpoint(tmp_path):
             run.log(step, loss=torch.tensor(0.1) * step)
         run.save({"step": 2, "w": torch.ones(2)})
     with open(tmp_path / "r" / "log.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')        # what a killed process leaves
+        file.write('{"step": 4, "lo')  # what a killed process leaves
     with Run(tmp_path / "r", Config(), {"data": "a"}) as run:
         state = run.load()
         assert state["step"] == 2 and torch.equal(state["w"], torch.ones(2))
@@ -59,34 +59,45 @@ def test_config_says_where_a_stage_began(tmp_path):
         return json.loads((tmp_path / "r" / "config.json").read_text())
 
     began = made()["versions"]
-    assert began["torch"] == torch.__version__ and began["commit"] == commit() and " cores, " in began["machine"]
+    assert (
+        began["torch"] == torch.__version__
+        and began["commit"] == commit()
+        and " cores, " in began["machine"]
+    )
     path = tmp_path / "r" / "config.json"
-    elsewhere = json.loads(path.read_text()) | {"versions": {"torch": "1.0", "commit": "another", "machine": "old"}}
+    elsewhere = json.loads(path.read_text()) | {
+        "versions": {"torch": "1.0", "commit": "another", "machine": "old"}
+    }
     path.write_text(json.dumps(elsewhere))
-    assert made() == elsewhere               # carried on by other versions, and it still says where it began
+    assert made() == elsewhere  # carried on by other versions, and it still says where it began
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_the_commit_is_that_of_the_tree_that_holds_the_code(tmp_path, monkeypatch):
     def git(*words):
-        return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True,
-                              capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
 
     code = tmp_path / "code"
     code.mkdir()
     (code / "run.py").write_text("1")
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert commit(code) is None                                  # no repository
+    assert commit(code) is None  # no repository
     monkeypatch.delenv("GIT_CEILING_DIRECTORIES")
     git("init", "-q")
     (tmp_path / "theirs").write_text("1")
     git("add", "theirs")
     git("commit", "-q", "-m", "theirs")
-    assert commit(code) is None                                  # a copy inside somebody else's
+    assert commit(code) is None  # a copy inside somebody else's
     git("add", "code")
     git("commit", "-q", "-m", "ours")
     assert commit(code) == git("rev-parse", "--short=12", "HEAD")
-    monkeypatch.setenv("GIT_DIR", "/nowhere")                    # as a hook of another repository sets it
+    monkeypatch.setenv("GIT_DIR", "/nowhere")  # as a hook of another repository sets it
     (code / "run.py").write_text("2")
     assert commit(code).endswith("-dirty")
     monkeypatch.setenv("PATH", "")
@@ -97,7 +108,10 @@ def test_only_two_checkpoints_are_kept(tmp_path):
     with Run(tmp_path / "r", Config(), {}) as run:
         for step in range(5):
             run.save({"step": step})
-        assert sorted(p.name for p in (tmp_path / "r").glob("step-*")) == ["step-00000003.pt", "step-00000004.pt"]
+        assert sorted(p.name for p in (tmp_path / "r").glob("step-*")) == [
+            "step-00000003.pt",
+            "step-00000004.pt",
+        ]
         assert run.load()["step"] == 4
 
 
@@ -131,7 +145,9 @@ def test_two_processes_cannot_share_a_run_and_a_stale_lock_is_no_obstacle(tmp_pa
 
 
 def test_missing_stages_and_broken_files_say_what_to_do(tmp_path):
-    with pytest.raises(PageLLMError, match="no reward model in .*\n  Make it with: make reward DATASET=toys"):
+    with pytest.raises(
+        PageLLMError, match="no reward model in .*\n  Make it with: make reward DATASET=toys"
+    ):
         finished(tmp_path / "x", "reward model", Config(dataset="toys").make("reward"))
     bad = tmp_path / "model.pt"
     bad.write_bytes(b"junk")
@@ -172,7 +188,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, capsys
         assert state["step"] == 2 and [row["step"] for row in run.read_log()] == [2]
         assert "step-00000004.pt is damaged" in capsys.readouterr().err
         run.save({"step": 4, "w": torch.zeros(1)})
-        assert run.load()["step"] == 4          # written anew under the same name
+        assert run.load()["step"] == 4  # written anew under the same name
         (tmp_path / "r" / "step-00000004.pt").write_bytes(b"")
         (tmp_path / "r" / "step-00000002.pt").unlink()
         assert run.load() is None and "is gone" in capsys.readouterr().err
@@ -193,12 +209,19 @@ def test_a_finished_run_keeps_no_checkpoint_whenever_it_was_killed(tmp_path):
         run.save({"step": 1})
         leftover = (tmp_path / "r" / "step-00000001.pt").read_bytes()
         run.finish({"w": torch.zeros(1)})
-    (tmp_path / "r" / "step-00000001.pt").write_bytes(leftover)        # killed between `done` and the clearing up
+    # killed between `done` and the clearing up
+    (tmp_path / "r" / "step-00000001.pt").write_bytes(leftover)
     (tmp_path / "r" / "LAST").write_text("step-00000001.pt 0\n")
     (tmp_path / "r" / "sub").mkdir()
     (tmp_path / "r" / "sub" / ".x.1.tmp").write_text("")
     Run(tmp_path / "r", Config(), {}).close()
-    assert sorted(p.name for p in (tmp_path / "r").rglob("*")) == ["config.json", "done", "lock", "model.pt", "sub"]
+    assert sorted(p.name for p in (tmp_path / "r").rglob("*")) == [
+        "config.json",
+        "done",
+        "lock",
+        "model.pt",
+        "sub",
+    ]
 
 
 def test_due_is_every_so_often_and_never_at_the_end(tmp_path):
@@ -224,8 +247,12 @@ def test_digest_sees_every_bit():
     state = {"a": torch.tensor([1.0, 2.0]), "b": [1, {"c": torch.zeros(2, dtype=torch.bfloat16)}]}
     same = {"b": [1, {"c": torch.zeros(2, dtype=torch.bfloat16)}], "a": torch.tensor([1.0, 2.0])}
     assert digest(state) == digest(same)
-    for other in ({**state, "a": torch.tensor([1.0, 2.0000002])}, {**state, "a": torch.tensor([[1.0, 2.0]])},
-                  {**state, "b": [1, {"c": torch.zeros(2)}]}, {**state, "b": [2, {"c": torch.zeros(2)}]}):
+    for other in (
+        {**state, "a": torch.tensor([1.0, 2.0000002])},
+        {**state, "a": torch.tensor([[1.0, 2.0]])},
+        {**state, "b": [1, {"c": torch.zeros(2)}]},
+        {**state, "b": [2, {"c": torch.zeros(2)}]},
+    ):
         assert digest(other) != digest(state)
     assert digest({"a": torch.tensor(0.0)}) != digest({"a": torch.tensor(-0.0)})
 

@@ -23,10 +23,18 @@ def root(tmp_path_factory):
     """A shop of 60 users and its EASE."""
     root = tmp_path_factory.mktemp("runfile")
     prepare.run(prepare.Config(data=str(root / "data"), users=80, items=60))
-    (root / "settings.json").write_text(json.dumps({"popularity": {"settings": {}},
-                                                    "EASE": {"settings": {"ridge": 20.0}}}))
-    baselines.run(baselines.Config(data=str(root / "data"), runs=str(root / "runs"), models="popularity,EASE",
-                                   settings=str(root / "settings.json"), n_boot=20))
+    (root / "settings.json").write_text(
+        json.dumps({"popularity": {"settings": {}}, "EASE": {"settings": {"ridge": 20.0}}})
+    )
+    baselines.run(
+        baselines.Config(
+            data=str(root / "data"),
+            runs=str(root / "runs"),
+            models="popularity,EASE",
+            settings=str(root / "settings.json"),
+            n_boot=20,
+        )
+    )
     return root
 
 
@@ -39,7 +47,11 @@ def everything(shop, seed=0):
     """A score for every user and item, seen or not: (user, item, score), in no order."""
     rng = np.random.default_rng(seed)
     code = rng.permutation(shop.n_users * shop.n_items)
-    return code // shop.n_items, code % shop.n_items, rng.standard_normal(len(code)).astype(np.float32)
+    return (
+        code // shop.n_items,
+        code % shop.n_items,
+        rng.standard_normal(len(code)).astype(np.float32),
+    )
 
 
 def write(path, user, item, score, name="score"):
@@ -54,15 +66,21 @@ def write(path, user, item, score, name="score"):
 
 def read(path, shop, depth=15, seed=0):
     users = Scorer(shop, "test").users
-    return runfile.read_run(path, shop, users, seen_rows(shop, "test", "train+valid"), 10, depth, seed)
+    return runfile.read_run(
+        path, shop, users, seen_rows(shop, "test", "train+valid"), 10, depth, seed
+    )
 
 
 def test_every_spelling_reads_the_same(shop, tmp_path):
     user, item, score = everything(shop)
     ids = np.array(shop.user_ids)[user], np.array(shop.catalogue.ids)[item]
     rank = np.argsort(np.argsort(-score)) + 1
-    files = [write(tmp_path / "a.parquet", user, item, score), write(tmp_path / "b.csv", user, item, score),
-             write(tmp_path / "c.tsv", *ids, score), write(tmp_path / "d.parquet", *ids, rank, "rank")]
+    files = [
+        write(tmp_path / "a.parquet", user, item, score),
+        write(tmp_path / "b.csv", user, item, score),
+        write(tmp_path / "c.tsv", *ids, score),
+        write(tmp_path / "d.parquet", *ids, rank, "rank"),
+    ]
     first, notes = read(files[0], shop)
     for path in files[1:]:
         again, other = read(path, shop)
@@ -75,14 +93,19 @@ def test_every_spelling_reads_the_same(shop, tmp_path):
         grid[u, seen.of(u)[0]] = -np.inf
         np.testing.assert_array_equal(row, np.argsort(-grid[u])[:15])
     masked = seen.counts()[first.user].sum()
-    assert f"{len(user):,} rows read; {masked:,} masked items taken out, 0 users without a list" in notes
+    assert (
+        f"{len(user):,} rows read; {masked:,} masked items taken out, 0 users without a list"
+        in notes
+    )
 
 
 def test_a_rank_goes_before_a_score(shop, tmp_path):
     """Our own pages have both, and their scores do not fall from slot to slot."""
     user, item, score = everything(shop)
     rank = np.argsort(np.argsort(score)) + 1
-    pq.write_table(pa.table({"user": user, "item": item, "score": score, "rank": rank}), tmp_path / "x.parquet")
+    pq.write_table(
+        pa.table({"user": user, "item": item, "score": score, "rank": rank}), tmp_path / "x.parquet"
+    )
     other = read(write(tmp_path / "y.parquet", user, item, -score), shop)[0]
     np.testing.assert_array_equal(read(tmp_path / "x.parquet", shop)[0].item, other.item)
 
@@ -95,20 +118,32 @@ def test_every_test_user_counts_and_equal_scores_are_shuffled(shop, tmp_path):
     assert (ranked.item[0] == -1).all() and "1 users without a list count with 0" in notes
     np.testing.assert_array_equal(ranked.item, read(path, shop)[0].item)
     assert (ranked.item != read(path, shop, seed=1)[0].item).any()
-    assert abs(np.mean(np.diff(ranked.item[1:], axis=1) > 0) - 0.5) < 0.1         # not by item number
+    assert abs(np.mean(np.diff(ranked.item[1:], axis=1) > 0) - 0.5) < 0.1  # not by item number
 
 
 def test_short_lists_and_strangers_are_reported(shop, tmp_path):
     user, item, score = everything(shop)
     some = item < shop.n_items // 6
-    assert f"{len(Scorer(shop, 'test').users)} lists shorter than 15" in \
-        read(write(tmp_path / "x.csv", user[some], item[some], score[some]), shop)[1]
+    assert (
+        f"{len(Scorer(shop, 'test').users)} lists shorter than 15"
+        in read(write(tmp_path / "x.csv", user[some], item[some], score[some]), shop)[1]
+    )
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (lambda u, i, s: (u, i + 1, s), r"item '\d+' is not one of the shop's identifiers, nor are all numbers in 0.."),
-    (lambda u, i, s: (u, i, s * np.nan), "scores are not finite"),
-    (lambda u, i, s: (np.append(u, u[0]), np.append(i, i[0]), np.append(s, s[0])), "repeats an item")])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda u, i, s: (u, i + 1, s),
+            r"item '\d+' is not one of the shop's identifiers, nor are all numbers in 0..",
+        ),
+        (lambda u, i, s: (u, i, s * np.nan), "scores are not finite"),
+        (
+            lambda u, i, s: (np.append(u, u[0]), np.append(i, i[0]), np.append(s, s[0])),
+            "repeats an item",
+        ),
+    ],
+)
 def test_broken_files_are_refused(shop, tmp_path, change, words):
     with pytest.raises(PageLLMError, match=words):
         read(write(tmp_path / "x.parquet", *change(*everything(shop))), shop)
@@ -117,19 +152,29 @@ def test_broken_files_are_refused(shop, tmp_path, change, words):
 def test_numbers_that_could_be_both_must_be_named(shop, tmp_path):
     """A shop whose own identifiers are numbers, in another order than the dense ones; zeros in front are kept."""
     users, items = ([str(i) for i in range(n)][::-1] for n in (shop.n_users, shop.n_items))
-    numeric = dataclasses.replace(shop, user_ids=users, catalogue=dataclasses.replace(shop.catalogue, ids=items))
+    numeric = dataclasses.replace(
+        shop, user_ids=users, catalogue=dataclasses.replace(shop.catalogue, ids=items)
+    )
     user, item, score = everything(shop)
-    path, seen = write(tmp_path / "x.csv", user, item, score), seen_rows(shop, "test", "train+valid")
+    path, seen = (
+        write(tmp_path / "x.csv", user, item, score),
+        seen_rows(shop, "test", "train+valid"),
+    )
     users = Scorer(shop, "test").users
     with pytest.raises(PageLLMError, match="--ids shop or --ids dense"):
         runfile.read_run(path, numeric, users, seen, 10, 15)
-    dense, own = (runfile.read_run(path, numeric, users, seen, 10, 15, ids=ids)[0] for ids in ("dense", "shop"))
+    dense, own = (
+        runfile.read_run(path, numeric, users, seen, 10, 15, ids=ids)[0]
+        for ids in ("dense", "shop")
+    )
     np.testing.assert_array_equal(dense.item, read(path, shop)[0].item)
     other = write(tmp_path / "y.parquet", shop.n_users - 1 - user, shop.n_items - 1 - item, score)
     np.testing.assert_array_equal(own.item, read(other, shop)[0].item)
     padded = dataclasses.replace(shop.catalogue, ids=[f"{i:05d}" for i in range(shop.n_items)])
     path = write(tmp_path / "z.csv", user, np.array(padded.ids)[item], score)
-    again = runfile.read_run(path, dataclasses.replace(shop, catalogue=padded), users, seen, 10, 15)[0]
+    again = runfile.read_run(
+        path, dataclasses.replace(shop, catalogue=padded), users, seen, 10, 15
+    )[0]
     np.testing.assert_array_equal(again.item, dense.item)
     with pytest.raises(PageLLMError, match="is not in 0.."):
         runfile.read_run(path, shop, users, seen, 10, 15, ids="dense")
@@ -137,7 +182,9 @@ def test_numbers_that_could_be_both_must_be_named(shop, tmp_path):
 
 def test_files_of_another_kind_are_refused(shop, tmp_path):
     pq.write_table(pa.table({"user": [0], "product": [1]}), tmp_path / "x.parquet")
-    with pytest.raises(PageLLMError, match="columns user, product; want user, item, and score or rank"):
+    with pytest.raises(
+        PageLLMError, match="columns user, product; want user, item, and score or rank"
+    ):
         read(tmp_path / "x.parquet", shop)
     (tmp_path / "y.parquet").write_text("nothing of the kind")
     with pytest.raises(PageLLMError, match="cannot be read"):
@@ -145,24 +192,34 @@ def test_files_of_another_kind_are_refused(shop, tmp_path):
 
 
 def config(root, path, **more):
-    return runfile.Config(data=str(root / "data"), runs=str(root / "runs"), file=str(path), n_boot=20, **more)
+    return runfile.Config(
+        data=str(root / "data"), runs=str(root / "runs"), file=str(path), n_boot=20, **more
+    )
 
 
 def test_a_run_files_row_stands_beside_the_baselines(root, shop, capsys):
     """EASE's own pages, handed in as a stranger's, score as EASE."""
     path = root / "runs" / "synthetic" / "baselines" / "ease" / "pages.parquet"
     result = runfile.run(config(root, path, name="Their EASE"))["Their EASE"]
-    mine = json.loads((root / "runs" / "synthetic" / "baselines" / "metrics.json").read_text())["EASE"]
+    mine = json.loads((root / "runs" / "synthetic" / "baselines" / "metrics.json").read_text())[
+        "EASE"
+    ]
     assert result == mine
     text = capsys.readouterr().out
-    assert "| Their EASE |" in text and "| popularity |" in text and "(+0.0000 [+0.0000, +0.0000], d +0.00)" in text
+    assert (
+        "| Their EASE |" in text
+        and "| popularity |" in text
+        and "(+0.0000 [+0.0000, +0.0000], d +0.00)" in text
+    )
     runfile.run(config(root, path, name="Their EASE"))
     assert capsys.readouterr().out == text
     with pytest.raises(PageLLMError, match="another name than 'EASE'"):
         runfile.run(config(root, path, name="EASE"))
     with pytest.raises(PageLLMError, match="want the same mask"):
         runfile.run(config(root, path, name="x", mask="train"))
-    with pytest.raises(PageLLMError, match="was made with k=20, rows popularity, EASE; want the same mask, k"):
+    with pytest.raises(
+        PageLLMError, match="was made with k=20, rows popularity, EASE; want the same mask, k"
+    ):
         runfile.run(config(root, path, name="x", k=10))
 
 
@@ -179,7 +236,9 @@ def test_a_file_made_from_the_test_rows_is_stopped(root, shop, tmp_path):
     user, item, score = everything(shop)
     test = set((shop.user * shop.n_items + shop.item)[shop.rows("test")].tolist())
     score += 10 * np.isin(user * shop.n_items + item, list(test))
-    with pytest.raises(PageLLMError, match="oracle: NDCG@100 1.0000 misses less than 1/3 of what EASE's"):
+    with pytest.raises(
+        PageLLMError, match="oracle: NDCG@100 1.0000 misses less than 1/3 of what EASE's"
+    ):
         runfile.run(config(root, write(tmp_path / "x.parquet", user, item, score), name="oracle"))
 
 

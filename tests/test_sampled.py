@@ -18,7 +18,7 @@ from pagellm.sft import Batch, sft_loss
 from pagellm.train import Guard, RowAdamW, optimiser
 
 N, C = 8, 3
-TRAIN = np.array([0, 0, 0, 1, 2, 2, 5])       # items 3, 4, 6 and 7 were never bought
+TRAIN = np.array([0, 0, 0, 1, 2, 2, 5])  # items 3, 4, 6 and 7 were never bought
 
 
 class Fixed:
@@ -47,8 +47,9 @@ def test_the_estimated_sum_is_right_on_average_by_enumeration(seed):
     hidden, rows, target, illegal = problem(seed)
     proposal, want = Proposal(TRAIN, N), torch.zeros(2, dtype=torch.float64)
     assert proposal.q.sum() == pytest.approx(1.0) and (proposal.q > 0).all()
-    ways = [([False], [i], [0], 0.5 / N) for i in range(N)] + [([True], [0], [r], 0.5 / len(TRAIN))
-                                                               for r in range(len(TRAIN))]
+    ways = [([False], [i], [0], 0.5 / N) for i in range(N)] + [
+        ([True], [0], [r], 0.5 / len(TRAIN)) for r in range(len(TRAIN))
+    ]
     for (p1, u1, r1, w1), (p2, u2, r2, w2) in itertools.product(ways, ways):
         row = [r for p, r in ((p1, r1), (p2, r2)) if p[0]]
         rng = Fixed(p1 + p2, u1 + u2, [r[0] for r in row])
@@ -102,7 +103,9 @@ def test_an_excluded_item_counts_nowhere_and_the_correction_matters():
         after = sampled_logp(hidden, changed[candidates[0]], candidates, target, illegal)
         assert_close(after[row], before[row])
         assert not torch.allclose(after[1 - row], before[1 - row])
-    assert not torch.allclose(before, sampled_logp(hidden, torch.ones(len(candidates[0]), C), candidates, target))
+    assert not torch.allclose(
+        before, sampled_logp(hidden, torch.ones(len(candidates[0]), C), candidates, target)
+    )
 
 
 def test_candidates_are_the_batch_and_the_draws_once_each():
@@ -139,7 +142,10 @@ def batch(proposal=None, n=0, items=40):
 def test_the_fine_tuning_loss_tends_to_the_full_one(objective):
     model, proposal = model_of(0), Proposal(np.arange(40), 40)
     full = float(sft_loss(model, batch(), objective).detach())
-    far, near = (abs(float(sft_loss(model, batch(proposal, n), objective).detach()) - full) for n in (5, 200_000))
+    far, near = (
+        abs(float(sft_loss(model, batch(proposal, n), objective).detach()) - full)
+        for n in (5, 200_000)
+    )
     assert near < 3e-3 and near < far
 
 
@@ -149,7 +155,9 @@ def test_a_row_goes_as_plain_adamw_would_with_its_own_gradients():
     table = torch.nn.Parameter(torch.randn(5, 3))
     alone = [torch.nn.Parameter(row.detach().clone()) for row in table]
     opts = [torch.optim.AdamW([w], lr=0.1, betas=(0.9, 0.95), weight_decay=0.2) for w in alone]
-    opt = RowAdamW([{"params": [table], "weight_decay": 0.2, "lazy": True}], lr=0.1, betas=(0.9, 0.95))
+    opt = RowAdamW(
+        [{"params": [table], "weight_decay": 0.2, "lazy": True}], lr=0.1, betas=(0.9, 0.95)
+    )
     for step in range(12):
         met = torch.randperm(5)[: 1 + step % 3]
         value = torch.randn(len(met), 3)
@@ -160,8 +168,12 @@ def test_a_row_goes_as_plain_adamw_would_with_its_own_gradients():
         # Repeats must add up, and rows without a gradient (here one of zeros) must not move.
         still = [r for r in range(5) if r not in met.tolist()][0]
         index = torch.cat([met, met, torch.tensor([still])])
-        table.grad = torch.sparse_coo_tensor(index[None], torch.cat([value / 4, value * 3 / 4, torch.zeros(1, 3)]),
-                                             (5, 3), check_invariants=True)
+        table.grad = torch.sparse_coo_tensor(
+            index[None],
+            torch.cat([value / 4, value * 3 / 4, torch.zeros(1, 3)]),
+            (5, 3),
+            check_invariants=True,
+        )
         if step % 4 == 3:
             table.grad = table.grad.to_dense()
         opt.param_groups[0]["lr"] = 0.1 / (1 + step)
@@ -180,14 +192,16 @@ def test_lazy_rows_equal_plain_adamw_where_all_rows_are_met_and_differ_where_not
         proposal = Proposal(np.arange(items), items)
         for step in range(steps):
             b = batch(items=items)
-            b.candidates = proposal.draw(b.item, 400 if items < 20 else 2, np.random.default_rng(step))
+            b.candidates = proposal.draw(
+                b.item, 400 if items < 20 else 2, np.random.default_rng(step)
+            )
             sft_loss(model, b).backward()
             assert model.item.grad.is_sparse == lazy
             guard.step("here")
         return model.state_dict()
 
     plain, lazy = (learn(kind, 4, 8) for kind in (False, True))
-    unmet = {"user"}        # no prompt shows every user: their rows alone may differ
+    unmet = {"user"}  # no prompt shows every user: their rows alone may differ
     for name in set(plain) - unmet:
         assert_close(lazy[name], plain[name], atol=1e-5, rtol=1e-4)
     plain, lazy = (learn(kind, 4, 200)["item"] for kind in (False, True))
@@ -207,7 +221,9 @@ def test_moments_of_lazy_rows_survive_a_checkpoint():
     dist.load_optimiser(other, opts[1], dist.optimiser_state(model, opts[0]))
     for m, opt in zip((model, other), opts, strict=True):
         learn(m, opt)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
 
 
 def test_lazy_rows_are_refused_in_several_processes(monkeypatch):

@@ -29,8 +29,19 @@ from pagellm.data.shop import load
 
 
 def small(tmp_path, **more):
-    return Config(data=str(tmp_path / "data"), runs=str(tmp_path / "runs"), size="nano", steps=4, users=150, items=120,
-                  page=4, history=6, sampled_items=16, figure="", **more)
+    return Config(
+        data=str(tmp_path / "data"),
+        runs=str(tmp_path / "runs"),
+        size="nano",
+        steps=4,
+        users=150,
+        items=120,
+        page=4,
+        history=6,
+        sampled_items=16,
+        figure="",
+        **more,
+    )
 
 
 def test_a_made_up_shop_has_the_sizes_asked_for(tmp_path):
@@ -45,7 +56,9 @@ def test_a_made_up_shop_has_the_sizes_asked_for(tmp_path):
     assert counts.max() == point.history + point.page and counts.mean() > 0.95 * counts.max()
     for split in ("valid", "test"):
         rows = shop.csr(split, positive=None).counts()
-        assert (rows[:held(point)] == 2).all() and not rows[held(point):].any() and held(point) == 15
+        assert (
+            (rows[: held(point)] == 2).all() and not rows[held(point) :].any() and held(point) == 15
+        )
     # What users buy is not noise: most of it is of one category.
     assert np.mean(item % scaling.LEAVES == user % scaling.LEAVES) > 0.3
 
@@ -54,11 +67,19 @@ def test_the_grid_moves_one_size_at_a_time():
     config = Config()
     base = {name: getattr(config, name) for name in scaling.SWEEPS}
     for sweep, point, stages in grid(config):
-        others = {name: value for name, value in asdict(point).items() if name not in (sweep, "sampled")}
+        others = {
+            name: value for name, value in asdict(point).items() if name not in (sweep, "sampled")
+        }
         assert others.items() <= base.items() and stages
     assert max(p.items for _, p, _ in grid(config)) == 1_000_000
     assert all(p.items <= 10_000 for s, p, _ in grid(Config(most=10_000)) if s == "items")
-    for wrong in ({"sweeps": "width"}, {"users": 100}, {"items": 60}, {"minutes": 0.0}, {"steps": 2}):
+    for wrong in (
+        {"sweeps": "width"},
+        {"users": 100},
+        {"items": 60},
+        {"minutes": 0.0},
+        {"steps": 2},
+    ):
         with pytest.raises(PageLLMError, match=next(iter(wrong))):
             Config(**wrong)
 
@@ -68,15 +89,28 @@ def test_every_cell_is_in_the_table_once_and_ppo_at_a_million_items_only_after_d
     assert len(set(cells)) == len(cells)
     for sweep, values in scaling.SWEEPS.items():
         for value in values:
-            mine = {(stage, p.sampled) for s, p, stage in cells if s == sweep and getattr(p, sweep) == value}
+            mine = {
+                (stage, p.sampled)
+                for s, p, stage in cells
+                if s == sweep and getattr(p, sweep) == value
+            }
             assert {stage for stage, _ in mine} == set(STAGES)
             assert (("ppo", True) in mine) == (sweep == "items" and value == 1_000_000)
             assert (("sft", True) in mine) == (sweep == "items" and value >= 10_000)
 
 
 def row_of(config, point, stage="sft", **more):
-    return {**key_of(stage, config, point), "whole_s": 1.0, "whole_cpu_s": 20.0, "start_s": 0.5, "step_s": 0.25,
-            "start_cpu_s": 0.4, "step_cpu_s": 0.0312, "peak_gb": 0.5, "took_s": 60.0} | more
+    return {
+        **key_of(stage, config, point),
+        "whole_s": 1.0,
+        "whole_cpu_s": 20.0,
+        "start_s": 0.5,
+        "step_s": 0.25,
+        "start_cpu_s": 0.4,
+        "step_cpu_s": 0.0312,
+        "peak_gb": 0.5,
+        "took_s": 60.0,
+    } | more
 
 
 def test_a_result_is_kept_for_its_own_settings_and_a_failure_for_its_own_limits(tmp_path):
@@ -84,20 +118,35 @@ def test_a_result_is_kept_for_its_own_settings_and_a_failure_for_its_own_limits(
     config = small(tmp_path)
     results = Results(path)
     for stage, why in (("sft", "more than 2 minutes"), ("reward", "ValueError: nothing there")):
-        results.add({**key_of(stage, config, point), "failed": why, "limit_gb": 20.0, "minutes": 2.0})
+        results.add(
+            {**key_of(stage, config, point), "failed": why, "limit_gb": 20.0, "minutes": 2.0}
+        )
 
     def find(stage="sft", **more):
         other = small(tmp_path, **more)
         return Results(path).find(key_of(stage, other, point), other)
 
-    assert find(minutes=2.0)["failed"] and find(minutes=1.0)["failed"] and find(minutes=2.0, limit_gb=10.0)["failed"]
+    assert (
+        find(minutes=2.0)["failed"]
+        and find(minutes=1.0)["failed"]
+        and find(minutes=2.0, limit_gb=10.0)["failed"]
+    )
     assert find(minutes=3.0) is None and find(minutes=2.0, limit_gb=21.0) is None
-    assert find("reward", minutes=2.0) is None                          # a mistake may have been mended
+    assert find("reward", minutes=2.0) is None  # a mistake may have been mended
     results.add(row_of(config, point))
     assert "failed" not in find(minutes=3.0)
     for other in ({"sampled_items": 17}, {"steps": 5}, {"size": "tiny"}):
-        assert Results(path).find(key_of("sft", Config(**{"size": "nano", "steps": 4, "sampled_items": 16} | other),
-                                         point), config) is None
+        assert (
+            Results(path).find(
+                key_of(
+                    "sft",
+                    Config(**{"size": "nano", "steps": 4, "sampled_items": 16} | other),
+                    point,
+                ),
+                config,
+            )
+            is None
+        )
     assert Results(path).rows == results.rows
     path.write_text(path.read_text() + '{"users": 1')
     with pytest.raises(PageLLMError, match="results.jsonl, line 4 is not JSON"):
@@ -115,16 +164,28 @@ def test_a_million_rows_are_not_put_where_somebody_keeps_data(tmp_path):
 
 def test_cells_say_what_was_measured(tmp_path):
     config, point = Config(), Point(1000, 1000, 10, 20)
-    rows = [row_of(config, point), row_of(config, point, "ppo", failed="more than 15 minutes"),
-            {k: v for k, v in row_of(config, point, "evaluate", whole_s=283.2).items() if k[:4] != "took"}]
-    assert [cost(row) for row in rows] == [".5 + .25 s, .5 GB", "more than 15 minutes", "283 s, .5 GB"]
+    rows = [
+        row_of(config, point),
+        row_of(config, point, "ppo", failed="more than 15 minutes"),
+        {
+            k: v
+            for k, v in row_of(config, point, "evaluate", whole_s=283.2).items()
+            if k[:4] != "took"
+        },
+    ]
+    assert [cost(row) for row in rows] == [
+        ".5 + .25 s, .5 GB",
+        "more than 15 minutes",
+        "283 s, .5 GB",
+    ]
     assert cost(rows[0], "cpu") == ".4 + .031 s, .5 GB"
     records = [{"sweep": sweep, **row} for sweep in ("users", "page") for row in rows]
     # What two sweeps share was measured once; of the three rows evaluate's says nothing of how long it took.
     assert took(records) == (2.0, 1.0)
     assert table(records).splitlines()[2:] == [
         "| 1,000 users |  |  | .5 + .25 s, .5 GB |  | more than 15 minutes | 283 s, .5 GB |",
-        "| 10 slots |  |  | .5 + .25 s, .5 GB |  | more than 15 minutes | 283 s, .5 GB |"]
+        "| 10 slots |  |  | .5 + .25 s, .5 GB |  | more than 15 minutes | 283 s, .5 GB |",
+    ]
     pytest.importorskip("matplotlib", reason="the figure needs the extra [report]")
     figure(records, tmp_path / "deep" / "f.png")
     assert (tmp_path / "deep" / "f.png").read_bytes()[:4] == b"\x89PNG"
@@ -150,13 +211,20 @@ def test_a_measurement_is_the_stage_itself_and_breaks_by_name(tmp_path):
     point = Point(150, 120, 4, 6, sampled=True)
     write_shop(tmp_path / "data" / "scaling", point)
     row = measure("pretrain", config, point)
-    done = json.loads((tmp_path / "runs" / "scaling" / point.name / "pretrain" / "done").read_text())
+    done = json.loads(
+        (tmp_path / "runs" / "scaling" / point.name / "pretrain" / "done").read_text()
+    )
     assert done["steps"] == 4 and 0.05 < row["peak_gb"] < 4
     assert all(0 < row[f"step{clock}"] < row[f"whole{clock}"] for clock in ("_s", "_cpu_s"))
-    made = json.loads((tmp_path / "runs" / "scaling" / point.name / "pretrain" / "config.json").read_text())["config"]
+    made = json.loads(
+        (tmp_path / "runs" / "scaling" / point.name / "pretrain" / "config.json").read_text()
+    )["config"]
     assert made["sampled_items"] == 16 and made["lazy_rows"]
     assert measure("ppo", config, point)["failed"].startswith("PageLLMError: no SFT policy")
-    assert measure("pretrain", small(tmp_path, minutes=1e-4), point)["failed"] == "more than 0.0001 minutes"
+    assert (
+        measure("pretrain", small(tmp_path, minutes=1e-4), point)["failed"]
+        == "more than 0.0001 minutes"
+    )
     assert measure("pretrain", small(tmp_path, limit_gb=0.2), point)["failed"] == "more than 0.2 GB"
 
 
@@ -197,31 +265,70 @@ def test_what_breaks_takes_along_what_needs_it_and_is_tried_again(tmp_path, monk
     monkeypatch.setattr(scaling, "SWEEPS", {**scaling.SWEEPS, "page": (4,)})
     config = small(tmp_path, sweeps="page", stages="prepare,pretrain,sft,reward")
     real = scaling.measure
-    monkeypatch.setattr(scaling, "measure", lambda stage, *rest: {"failed": "more than 15 minutes", "took_s": 900.0}
-                        if stage == "sft" else real(stage, *rest))
+    monkeypatch.setattr(
+        scaling,
+        "measure",
+        lambda stage, *rest: (
+            {"failed": "more than 15 minutes", "took_s": 900.0}
+            if stage == "sft"
+            else real(stage, *rest)
+        ),
+    )
     failed = [row.get("failed") for row in scaling.run(config)]
     assert failed == [None, None, "more than 15 minutes", "needs sft"]
     assert [row.get("failed") for row in scaling.run(config)] == failed
     monkeypatch.setattr(scaling, "measure", real)
-    assert not any("failed" in row for row in scaling.run(small(tmp_path, sweeps="page", minutes=20.0,
-                                                                stages="prepare,pretrain,sft,reward")))
+    assert not any(
+        "failed" in row
+        for row in scaling.run(
+            small(tmp_path, sweeps="page", minutes=20.0, stages="prepare,pretrain,sft,reward")
+        )
+    )
 
 
 @pytest.mark.slow
 def test_the_study_of_drawn_items_pairs_three_rows(tmp_path):
     from pagellm.data import prepare
+
     prepare.run(prepare.Config(data=str(tmp_path / "data"), users=40, items=40))
-    records = sampled.run(sampled.Config(
-        data=str(tmp_path / "data"), runs=str(tmp_path / "runs"), seeds=1, sampled_items=8,
-        pretrain="--size nano --steps 3 --batch 8 --words 300", sft="--epochs 1 --k 6 --batch 16"))
+    records = sampled.run(
+        sampled.Config(
+            data=str(tmp_path / "data"),
+            runs=str(tmp_path / "runs"),
+            seeds=1,
+            sampled_items=8,
+            pretrain="--size nano --steps 3 --batch 8 --words 300",
+            sft="--epochs 1 --k 6 --batch 16",
+        )
+    )
     names = {r["variant"] for r in records}
     assert names == {"full", "8 drawn", "8 drawn, lazy rows"}
-    made = {name: [json.loads((tmp_path / "runs" / "sampled" / folder / "synthetic-s0" / stage / "config.json")
-                              .read_text())["config"] for stage in ("pretrain", "sft")]
-            for name, folder in (("full", "full"), ("8 drawn", "drawn-8"), ("8 drawn, lazy rows", "lazy-8"))}
-    assert {name: [(c["sampled_items"], c["lazy_rows"]) for c in configs] for name, configs in made.items()} == {
-        "full": [(0, False)] * 2, "8 drawn": [(8, False)] * 2, "8 drawn, lazy rows": [(8, True)] * 2}
-    assert made["full"][1]["k"] == 6 and all(r["difference"] == 0 for r in records if r["variant"] == "full")
+    made = {
+        name: [
+            json.loads(
+                (
+                    tmp_path / "runs" / "sampled" / folder / "synthetic-s0" / stage / "config.json"
+                ).read_text()
+            )["config"]
+            for stage in ("pretrain", "sft")
+        ]
+        for name, folder in (
+            ("full", "full"),
+            ("8 drawn", "drawn-8"),
+            ("8 drawn, lazy rows", "lazy-8"),
+        )
+    }
+    assert {
+        name: [(c["sampled_items"], c["lazy_rows"]) for c in configs]
+        for name, configs in made.items()
+    } == {
+        "full": [(0, False)] * 2,
+        "8 drawn": [(8, False)] * 2,
+        "8 drawn, lazy rows": [(8, True)] * 2,
+    }
+    assert made["full"][1]["k"] == 6 and all(
+        r["difference"] == 0 for r in records if r["variant"] == "full"
+    )
     assert any(r["difference"] != 0 for r in records if r["variant"] == "8 drawn")
     for wrong in ({"sft": "--sampled_items 3"}, {"pretrain": "--seed 1"}):
         with pytest.raises(PageLLMError, match="must not set"):

@@ -12,14 +12,17 @@ faiss = pytest.importorskip("faiss", reason="needs the extra [search]")
 
 def drawn(n: int, d: int = 16):
     rng = np.random.default_rng(0)
-    rows = rng.normal(size=(n, d)) * rng.uniform(0.5, 1.5, size=(n, 1))     # lengths matter to h.e, not to cosine
+    # lengths matter to h.e, not to cosine
+    rows = rng.normal(size=(n, d)) * rng.uniform(0.5, 1.5, size=(n, 1))
     return rows.astype(np.float32), rng.normal(size=(50, d)).astype(np.float32)
 
 
 def test_exact_is_the_sorted_product():
     rows, h = drawn(300)
     for k in (1, 10, 300):
-        assert np.array_equal(search.exact(rows, h, k, block=7), np.argsort(-(h @ rows.T), axis=1)[:, :k])
+        assert np.array_equal(
+            search.exact(rows, h, k, block=7), np.argsort(-(h @ rows.T), axis=1)[:, :k]
+        )
 
 
 def test_the_graph_finds_nearly_what_exact_search_finds_and_says_the_same_scores():
@@ -27,7 +30,10 @@ def test_the_graph_finds_nearly_what_exact_search_finds_and_says_the_same_scores
     index = search.Index.build(rows, [f"i{n}" for n in range(3000)])
     true = search.exact(rows, h, 20)
     found = [index.places(h, 20, looked)[0] for looked in (20, 400)]
-    recall = [np.mean([len(np.intersect1d(a, b)) for a, b in zip(place, true, strict=True)]) / 20 for place in found]
+    recall = [
+        np.mean([len(np.intersect1d(a, b)) for a, b in zip(place, true, strict=True)]) / 20
+        for place in found
+    ]
     assert recall[0] < recall[1] and recall[1] > 0.99
     ids, score = index.query(h, 20, 400)
     place, _ = index.places(h, 20, 400)
@@ -38,7 +44,11 @@ def test_the_graph_finds_nearly_what_exact_search_finds_and_says_the_same_scores
 def test_more_items_than_there_are():
     rows, h = drawn(5)
     ids, score = search.Index.build(rows, list("abcde")).query(h, 8)
-    assert (ids[:, 5:] == "").all() and np.isneginf(score[:, 5:]).all() and set(ids[0, :5]) == set("abcde")
+    assert (
+        (ids[:, 5:] == "").all()
+        and np.isneginf(score[:, 5:]).all()
+        and set(ids[0, :5]) == set("abcde")
+    )
     with pytest.raises(PageLLMError, match=r"wants \(B, 16\)"):
         search.Index.build(rows, list("abcde")).query(h[:, :3], 2)
     with pytest.raises(PageLLMError, match="5 rows and 2 ids"):
@@ -49,11 +59,18 @@ def test_grown_keeps_the_real_rows_first():
     rows, _ = drawn(40)
     more = search.grown(rows, 3)
     assert more.shape == (120, 16) and np.array_equal(more[:40], rows)
-    assert np.abs(more[40:80] - rows).max() < 0.1 * rows.std(0).max() * 6 and not np.array_equal(more[40:80], more[80:])
+    assert np.abs(more[40:80] - rows).max() < 0.1 * rows.std(0).max() * 6 and not np.array_equal(
+        more[40:80], more[80:]
+    )
 
 
 def test_the_command_measures_keeps_and_refuses(served, capsys):
-    base = {"run": "search", "data": str(served / "data"), "runs": str(served / "runs"), "device": "cpu"}
+    base = {
+        "run": "search",
+        "data": str(served / "data"),
+        "runs": str(served / "runs"),
+        "device": "cpu",
+    }
     with pytest.raises(PageLLMError, match="python -m pagellm.export"):
         search.run(search.Config(**base, policy="sft", k=10))
     export.run(export.Config(**base, source_run="base", policy="sft"))
@@ -62,7 +79,11 @@ def test_the_command_measures_keeps_and_refuses(served, capsys):
         search.Index.open(folder)
     records = search.run(search.Config(**base, policy="sft", k=10, search="10,50", users=30))
     assert [r["search"] for r in records] == ["exact", "HNSW, 10 looked at", "HNSW, 50 looked at"]
-    assert records[2]["recall"] > 0.95 and records[0]["recall"] == 1 and "recall@10" in capsys.readouterr().out
+    assert (
+        records[2]["recall"] > 0.95
+        and records[0]["recall"] == 1
+        and "recall@10" in capsys.readouterr().out
+    )
     assert records[1]["bytes"] == (folder / "item_token.hnsw").stat().st_size
     rows = Embeddings(folder)
     h, index = rows.matrix("user_content")[:4], search.Index.open(folder)

@@ -19,9 +19,21 @@ def runs(served, tmp_path_factory):
     """The one run of `served` as seeds 0 and 1; seed 1's PageLLM finds a quarter more of everything."""
     root = tmp_path_factory.mktemp("seeds")
     (root / "data").symlink_to(served / "data")
-    shutil.copytree(served / "runs" / "base", root / "runs" / "base", ignore=shutil.ignore_patterns("evaluate"))
-    evaluate.run(evaluate.Config(run="base", data=str(root / "data"), runs=str(root / "runs"), device="cpu", k=6,
-                                 depth=40, n_boot=20, examples=1))
+    shutil.copytree(
+        served / "runs" / "base", root / "runs" / "base", ignore=shutil.ignore_patterns("evaluate")
+    )
+    evaluate.run(
+        evaluate.Config(
+            run="base",
+            data=str(root / "data"),
+            runs=str(root / "runs"),
+            device="cpu",
+            k=6,
+            depth=40,
+            n_boot=20,
+            examples=1,
+        )
+    )
     for seed in (0, 1):
         folder = root / "runs" / f"synthetic-s{seed}" / "evaluate"
         shutil.copytree(root / "runs" / "base" / "evaluate", folder)
@@ -30,24 +42,50 @@ def runs(served, tmp_path_factory):
         (folder / "config.json").write_text(json.dumps(made))
     path = folder / "ppo" / "per_user.parquet"
     scores = pq.read_table(path).to_pydict()
-    pq.write_table(pa.table({name: x if name == "user" else np.array(x, float) + 0.25 for name, x in scores.items()}),
-                   path)
-    baselines.run(baselines.Config(dataset="synthetic", data=str(root / "data"), runs=str(root / "runs"), trials=1,
-                                   models="popularity,EASE", k=6, depth=40, n_boot=20))
+    pq.write_table(
+        pa.table(
+            {name: x if name == "user" else np.array(x, float) + 0.25 for name, x in scores.items()}
+        ),
+        path,
+    )
+    baselines.run(
+        baselines.Config(
+            dataset="synthetic",
+            data=str(root / "data"),
+            runs=str(root / "runs"),
+            trials=1,
+            models="popularity,EASE",
+            k=6,
+            depth=40,
+            n_boot=20,
+        )
+    )
     return root / "runs"
 
 
 def test_rows_are_means_over_seeds_and_users(runs, capsys):
-    records = {(r["variant"], r["metric"]): r for r in seeds.run(seeds.Config(runs=str(runs), seeds="0,1", n_boot=50))}
+    records = {
+        (r["variant"], r["metric"]): r
+        for r in seeds.run(seeds.Config(runs=str(runs), seeds="0,1", n_boot=50))
+    }
     for policy, row in seeds.OURS.items():
-        both = [per_user(runs / f"synthetic-s{s}" / "evaluate" / policy / "per_user.parquet") for s in (0, 1)]
-        assert records[row, "Recall@20"]["mean"] == pytest.approx(np.mean([s["Recall@20"].mean() for s in both]))
+        both = [
+            per_user(runs / f"synthetic-s{s}" / "evaluate" / policy / "per_user.parquet")
+            for s in (0, 1)
+        ]
+        assert records[row, "Recall@20"]["mean"] == pytest.approx(
+            np.mean([s["Recall@20"].mean() for s in both])
+        )
     ours, plain = (records[row, "Recall@20"] for row in ("PageLLM", seeds.OURS["sft"]))
     assert ours["difference"] == pytest.approx(ours["mean"] - plain["mean"])
     assert records["EASE", "Recall@20"]["seeds"] == 2
     printed = capsys.readouterr().out
     assert "2 seeds (0,1)" in printed and "popularity" in printed
-    assert {p.name for p in (runs / "synthetic-seeds").iterdir()} == {"table.md", "table.tex", "table.parquet"}
+    assert {p.name for p in (runs / "synthetic-seeds").iterdir()} == {
+        "table.md",
+        "table.tex",
+        "table.parquet",
+    }
 
 
 def test_what_does_not_belong_together_is_refused(runs, tmp_path):

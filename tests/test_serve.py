@@ -25,7 +25,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("fastapi", reason="needs the extra: pip install 'pagellm[serve]'")
 pytest.importorskip("uvicorn", reason="needs the extra: pip install 'pagellm[serve]'")
-parser = pytest.importorskip("prometheus_client.parser", reason="needs the extra: pip install 'pagellm[serve]'")
+parser = pytest.importorskip(
+    "prometheus_client.parser", reason="needs the extra: pip install 'pagellm[serve]'"
+)
 pytest.importorskip("httpx", reason="needs httpx: pip install 'pagellm[dev]'")
 
 import httpx  # noqa: E402
@@ -39,7 +41,13 @@ from pagellm.serve import Config, Service  # noqa: E402
 
 
 def config(root, **more):
-    return Config(run="base", data=str(root / "data"), runs=str(root / "runs"), device="cpu", **{"reload": 0} | more)
+    return Config(
+        run="base",
+        data=str(root / "data"),
+        runs=str(root / "runs"),
+        device="cpu",
+        **{"reload": 0} | more,
+    )
 
 
 class Client:
@@ -59,7 +67,9 @@ class Client:
         """(method, path, options) of each, all at once."""
         transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://service") as http:
-            return await asyncio.gather(*(http.request(method, path, **options) for method, path, options in requests))
+            return await asyncio.gather(
+                *(http.request(method, path, **options) for method, path, options in requests)
+            )
 
     def __call__(self, method, path, **options):
         return asyncio.run(self.send((method, path, options)))[0]
@@ -92,15 +102,35 @@ def refused(reply, *codes):
 
 
 def test_a_page_is_what_the_documents_say(client, some):
-    reply = client.page(user=some.user_ids[0], k=5, explain=True, filters={"exclude": [some.catalogue.ids[0], "?"]})
+    reply = client.page(
+        user=some.user_ids[0], k=5, explain=True, filters={"exclude": [some.catalogue.ids[0], "?"]}
+    )
     assert reply.status_code == 200
     page = Page.model_validate(reply.json(), strict=True)
-    assert [s.rank for s in page.items] == [1, 2, 3, 4, 5] and page.unknown.items == ["?"] and page.latency_ms > 0
+    assert (
+        [s.rank for s in page.items] == [1, 2, 3, 4, 5]
+        and page.unknown.items == ["?"]
+        and page.latency_ms > 0
+    )
     assert page.model == client.service.recommender.hashes["ppo"]
-    assert set(reply.json()["items"][0]) == {"rank", "item", "title", "category", "brand", "price", "score",
-                                             "token_reward", "held_out", "similar"}
-    shown = client("POST", "/v1/score", json={"user": some.user_ids[0], "items": [s.item for s in page.items]})
-    assert Page.model_validate(shown.json()).page_reward == pytest.approx(page.page_reward, abs=1e-5)
+    assert set(reply.json()["items"][0]) == {
+        "rank",
+        "item",
+        "title",
+        "category",
+        "brand",
+        "price",
+        "score",
+        "token_reward",
+        "held_out",
+        "similar",
+    }
+    shown = client(
+        "POST", "/v1/score", json={"user": some.user_ids[0], "items": [s.item for s in page.items]}
+    )
+    assert Page.model_validate(shown.json()).page_reward == pytest.approx(
+        page.page_reward, abs=1e-5
+    )
 
 
 def test_users_items_and_shop(client, some):
@@ -111,28 +141,67 @@ def test_users_items_and_shop(client, some):
     item = Item.model_validate(client("GET", f"/v1/items/{some.catalogue.ids[2]}").json())
     assert item.title == some.catalogue.title[2]
     facts = ShopFacts.model_validate(client("GET", "/v1/shop").json())
-    assert facts.items == some.n_items and {c.name for c in facts.categories} == set(client.service.recommender.members)
+    assert facts.items == some.n_items and {c.name for c in facts.categories} == set(
+        client.service.recommender.members
+    )
     word = some.catalogue.title[2].split()[0].upper()
     found = client("GET", f"/v1/items?query={word}&limit=100").json()["found"]
-    assert [f["id"] for f in found] == [i for i, title in zip(some.catalogue.ids, some.catalogue.title, strict=True)
-                                        if word.lower() in title.lower()]
+    assert [f["id"] for f in found] == [
+        i
+        for i, title in zip(some.catalogue.ids, some.catalogue.title, strict=True)
+        if word.lower() in title.lower()
+    ]
     assert len(client("GET", "/v1/users?limit=3").json()["found"]) == 3
-    for path in ("/v1/users/nobody", "/v1/items/nothing", "/v1/users/", "/v1/items/a%2Fb", "/v1/users/%ff", "/nope"):
+    for path in (
+        "/v1/users/nobody",
+        "/v1/items/nothing",
+        "/v1/users/",
+        "/v1/items/a%2Fb",
+        "/v1/users/%ff",
+        "/nope",
+    ):
         assert refused(client("GET", path), 404).code == "not_found"
 
 
 GOOD = {"user": "a", "k": 3}
-BAD = [{}, [], "text", 5, {"k": 3}, GOOD | {"k": 0}, GOOD | {"k": -1}, GOOD | {"k": 2.5}, GOOD | {"k": "3"},
-       GOOD | {"k": True}, GOOD | {"k": 10**30}, GOOD | {"k": 101}, GOOD | {"k": None}, GOOD | {"user": 5},
-       GOOD | {"user": ""}, GOOD | {"user": "x" * 257}, GOOD | {"user": ["a"]}, GOOD | {"decoding": "sample"},
-       GOOD | {"policy": "best"}, GOOD | {"extra": 1}, GOOD | {"history": "a:5"}, GOOD | {"history": [["a", 5]]},
-       GOOD | {"history": [{"item": "a", "rating": 6}]}, GOOD | {"history": [{"item": "a", "rating": 0.5}]},
-       GOOD | {"history": [{"item": "a", "rating": "5"}]}, GOOD | {"history": [{"rating": 5}]},
-       GOOD | {"history": [{"item": "a"}] * 1001}, GOOD | {"filters": {"price": {"min": 2, "max": 1}}},
-       GOOD | {"filters": {"price": {"min": -1}}}, GOOD | {"filters": {"price": [1, 2]}},
-       GOOD | {"filters": {"exclude": "a"}}, GOOD | {"filters": {"exclude": [1]}}, GOOD | {"filters": {"colour": []}},
-       GOOD | {"filters": {"in_stock": [None]}}, GOOD | {"filters": {"categories": ["x"] * 1001}},
-       GOOD | {"filters": None}]
+BAD = [
+    {},
+    [],
+    "text",
+    5,
+    {"k": 3},
+    GOOD | {"k": 0},
+    GOOD | {"k": -1},
+    GOOD | {"k": 2.5},
+    GOOD | {"k": "3"},
+    GOOD | {"k": True},
+    GOOD | {"k": 10**30},
+    GOOD | {"k": 101},
+    GOOD | {"k": None},
+    GOOD | {"user": 5},
+    GOOD | {"user": ""},
+    GOOD | {"user": "x" * 257},
+    GOOD | {"user": ["a"]},
+    GOOD | {"decoding": "sample"},
+    GOOD | {"policy": "best"},
+    GOOD | {"extra": 1},
+    GOOD | {"history": "a:5"},
+    GOOD | {"history": [["a", 5]]},
+    GOOD | {"history": [{"item": "a", "rating": 6}]},
+    GOOD | {"history": [{"item": "a", "rating": 0.5}]},
+    GOOD | {"history": [{"item": "a", "rating": "5"}]},
+    GOOD | {"history": [{"rating": 5}]},
+    GOOD | {"history": [{"item": "a"}] * 1001},
+    GOOD | {"filters": {"price": {"min": 2, "max": 1}}},
+    GOOD | {"filters": {"price": {"min": -1}}},
+    GOOD | {"filters": {"price": [1, 2]}},
+    GOOD | {"filters": {"exclude": "a"}},
+    GOOD | {"filters": {"exclude": [1]}},
+    GOOD | {"filters": {"colour": []}},
+    GOOD | {"filters": {"in_stock": [None]}},
+    GOOD | {"filters": {"categories": ["x"] * 1001}},
+    GOOD | {"filters": None},
+]
 
 
 @pytest.mark.parametrize("body", BAD, ids=lambda b: json.dumps(b)[:60])
@@ -141,44 +210,104 @@ def test_a_bad_request_is_named(client, body):
     assert error.code == "invalid"
 
 
-@pytest.mark.parametrize("content, codes", [
-    (b"", (422,)), (b"null", (422,)), (b"{", (422,)), (b"[" * 100_000, (400, 422)), (b'{"user": "\xff"}', (400,)),
-    (b'{"user": "\\ud800"}', (422,)), (b'{"user": "a", "\\ud800": 1}', (422,)), (b'{"user":"a","k":NaN}', (422,)),
-    (b'{"history": [{"item": "a", "rating": NaN}]}', (422,)), (b'{"history": [{"item": "a", "rating": Infinity}]}',
-                                                               (422,)),
-    (b'{"user": "a", "k": ' + b"9" * 5000 + b"}", (400, 422)), (b'{"user": "a", "filters": {"price": {"min": 1e999}}}',
-                                                                (422,)),
-    (b"\x00" * 100, (400, 422)), (b'{"user": "a", "k": 3} trailing', (422,))])
+@pytest.mark.parametrize(
+    "content, codes",
+    [
+        (b"", (422,)),
+        (b"null", (422,)),
+        (b"{", (422,)),
+        (b"[" * 100_000, (400, 422)),
+        (b'{"user": "\xff"}', (400,)),
+        (b'{"user": "\\ud800"}', (422,)),
+        (b'{"user": "a", "\\ud800": 1}', (422,)),
+        (b'{"user":"a","k":NaN}', (422,)),
+        (b'{"history": [{"item": "a", "rating": NaN}]}', (422,)),
+        (b'{"history": [{"item": "a", "rating": Infinity}]}', (422,)),
+        (b'{"user": "a", "k": ' + b"9" * 5000 + b"}", (400, 422)),
+        (b'{"user": "a", "filters": {"price": {"min": 1e999}}}', (422,)),
+        (b"\x00" * 100, (400, 422)),
+        (b'{"user": "a", "k": 3} trailing', (422,)),
+    ],
+)
 def test_a_body_that_is_no_json_is_named(client, content, codes):
-    refused(client("POST", "/v1/page", content=content, headers={"content-type": "application/json"}), *codes)
+    refused(
+        client("POST", "/v1/page", content=content, headers={"content-type": "application/json"}),
+        *codes,
+    )
 
 
 def test_other_ways_to_ask_wrongly(client, some):
     assert refused(client("POST", "/v1/page", content=b'{"user": "a"}'), 415).code == "not_json"
     assert refused(client("PUT", "/v1/page", json=GOOD), 405).code == "method_not_allowed"
     assert client("PUT", "/v1/page").headers["allow"] == "POST"
-    for path in ("/v1/items?limit=0", "/v1/items?limit=x", "/v1/users?limit=101", f"/v1/items?query={'x' * 300}",
-                 f"/v1/users/{'x' * 300}"):
+    for path in (
+        "/v1/items?limit=0",
+        "/v1/items?limit=x",
+        "/v1/users?limit=101",
+        f"/v1/items?query={'x' * 300}",
+        f"/v1/users/{'x' * 300}",
+    ):
         refused(client("GET", path), 422)
     item = some.catalogue.ids[0]
-    assert "repeats" in refused(client("POST", "/v1/score", json={"user": "a", "items": [item, item]}), 422).message
-    assert "at most" in refused(client("POST", "/v1/score", json={"user": "a", "items": some.catalogue.ids * 9}),
-                                422).message
+    assert (
+        "repeats"
+        in refused(
+            client("POST", "/v1/score", json={"user": "a", "items": [item, item]}), 422
+        ).message
+    )
+    assert (
+        "at most"
+        in refused(
+            client("POST", "/v1/score", json={"user": "a", "items": some.catalogue.ids * 9}), 422
+        ).message
+    )
 
 
-values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-                          st.sampled_from(["user", "history", "k", "filters", "item", "rating", "price", "min", "max",
-                                           "exclude", "categories", "in_stock", "policy", "decoding", "x"]), inner,
-                          max_size=4), max_leaves=12)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "user",
+                    "history",
+                    "k",
+                    "filters",
+                    "item",
+                    "rating",
+                    "price",
+                    "min",
+                    "max",
+                    "exclude",
+                    "categories",
+                    "in_stock",
+                    "policy",
+                    "decoding",
+                    "x",
+                ]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
 
 
 @given(body=values, path=st.sampled_from(["/v1/page", "/v1/score"]))
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_no_json_whatever_breaks_the_service(client, body, path):
     if isinstance(body, dict):
         body.setdefault("user", "a")
-    reply = client("POST", path, content=json.dumps(body).encode(), headers={"content-type": "application/json"})
+    reply = client(
+        "POST",
+        path,
+        content=json.dumps(body).encode(),
+        headers={"content-type": "application/json"},
+    )
     assert reply.status_code in (200, 400, 422)
     (Page if reply.status_code == 200 else Error).model_validate_json(reply.text)
 
@@ -187,7 +316,10 @@ def test_size_limits(served, service):
     small = Client(Service(config(served, max_body=200)))
     with small:
         assert small.page(**GOOD).status_code == 200
-        assert refused(small.page(**GOOD, filters={"exclude": ["x" * 20] * 20}), 413).code == "too_large"
+        assert (
+            refused(small.page(**GOOD, filters={"exclude": ["x" * 20] * 20}), 413).code
+            == "too_large"
+        )
 
         async def pieces():
             for _ in range(50):
@@ -213,16 +345,20 @@ def test_requests_that_wait_together_are_written_together(served, some):
     bodies.insert(3, {"user": some.user_ids[0], "k": 4, "policy": "sft"})
 
     async def all_at_once():
-        waiting = asyncio.ensure_future(client.send(*(("POST", "/v1/page", {"json": body}) for body in bodies)))
+        waiting = asyncio.ensure_future(
+            client.send(*(("POST", "/v1/page", {"json": body}) for body in bodies))
+        )
         while service.waiting() < len(bodies):
             await asyncio.sleep(0.01)
         service.start()
         return await waiting
 
     replies = asyncio.run(all_at_once())
-    assert sorted(seen) == [1, 3, 4]                # seven of one policy, four at once, and one of the other
+    assert sorted(seen) == [1, 3, 4]  # seven of one policy, four at once, and one of the other
     for body, reply in zip(bodies, replies, strict=True):
-        page, = service.recommender.answers([Ask(user=body["user"], k=body["k"], policy=body.get("policy", "ppo"))])
+        (page,) = service.recommender.answers(
+            [Ask(user=body["user"], k=body["k"], policy=body.get("policy", "ppo"))]
+        )
         assert [s["item"] for s in reply.json()["items"]] == [s["item"] for s in page["items"]]
     service.close()
 
@@ -241,7 +377,9 @@ def test_what_waits_is_answered_before_the_service_stops(served):
     client = Client(service)
 
     async def stop_with_three_waiting():
-        waiting = asyncio.ensure_future(client.send(*(("POST", "/v1/page", {"json": GOOD}) for _ in range(3))))
+        waiting = asyncio.ensure_future(
+            client.send(*(("POST", "/v1/page", {"json": GOOD}) for _ in range(3)))
+        )
         while service.waiting() < 3:
             await asyncio.sleep(0.01)
         service.start()
@@ -264,8 +402,11 @@ def test_one_request_that_breaks_a_batch_breaks_alone(served, caplog):
     service.recommender.answers = answers
 
     async def all_at_once():
-        waiting = asyncio.ensure_future(client.send(*(("POST", "/v1/page", {"json": {"user": "a", "k": k}})
-                                                      for k in (1, 2, 3, 4))))
+        waiting = asyncio.ensure_future(
+            client.send(
+                *(("POST", "/v1/page", {"json": {"user": "a", "k": k}}) for k in (1, 2, 3, 4))
+            )
+        )
         while service.waiting() < 4:
             await asyncio.sleep(0.01)
         service.start()
@@ -277,12 +418,16 @@ def test_one_request_that_breaks_a_batch_breaks_alone(served, caplog):
     assert [r.status_code for r in replies] == [200, 200, 500, 200]
     assert "secret" not in replies[2].text and "Traceback" not in replies[2].text
     faults = [r for r in caplog.records if r.getMessage() == "fault"]
-    assert len(faults) == 1 and faults[0].fields["type"] == "RuntimeError" and "secret" not in Lines().format(faults[0])
+    assert (
+        len(faults) == 1
+        and faults[0].fields["type"] == "RuntimeError"
+        and "secret" not in Lines().format(faults[0])
+    )
 
 
 def test_a_slow_batch_times_out_and_a_full_queue_refuses(served):
     service = Service(config(served, timeout=0.15, queue=2))
-    client = Client(service)               # not started: nobody takes what waits
+    client = Client(service)  # not started: nobody takes what waits
     refused(client("GET", "/readyz"), 503)
 
     async def three():
@@ -291,13 +436,19 @@ def test_a_slow_batch_times_out_and_a_full_queue_refuses(served):
     replies = asyncio.run(three())
     assert sorted(r.status_code for r in replies) == [503, 504, 504]
     for reply in replies:
-        assert refused(reply, 503, 504).code in ("busy", "timeout") and reply.headers["retry-after"] == "1"
+        assert (
+            refused(reply, 503, 504).code in ("busy", "timeout")
+            and reply.headers["retry-after"] == "1"
+        )
     service.start()
     assert client("GET", "/readyz").status_code == 200
     text = client("GET", "/metrics").text
-    assert 'pagellm_events_total{event="timeout"} 2.0' in text and 'pagellm_events_total{event="busy"} 1.0' in text
+    assert (
+        'pagellm_events_total{event="timeout"} 2.0' in text
+        and 'pagellm_events_total{event="busy"} 1.0' in text
+    )
     service.close()
-    assert refused(client.page(**GOOD), 503).code == "busy"      # stopping: nothing new
+    assert refused(client.page(**GOOD), 503).code == "busy"  # stopping: nothing new
     refused(client("GET", "/readyz"), 503)
     assert client("GET", "/healthz").status_code == 200
 
@@ -317,16 +468,26 @@ def test_new_weights_are_taken_up_without_losing_a_request(served, some, tmp_pat
     old = service.recommender
     replies, stop = [], threading.Event()
     with Client(service) as client:
+
         def ask():
             while not stop.is_set():
-                replies.extend(asyncio.run(client.send(*(("POST", "/v1/page", {"json": {"user": name, "k": 4}})
-                                                         for name in some.user_ids[:5]))))
+                replies.extend(
+                    asyncio.run(
+                        client.send(
+                            *(
+                                ("POST", "/v1/page", {"json": {"user": name, "k": 4}})
+                                for name in some.user_ids[:5]
+                            )
+                        )
+                    )
+                )
+
         askers = [threading.Thread(target=ask) for _ in range(2)]
         for thread in askers:
             thread.start()
         while len(replies) < 20:
             time.sleep(0.01)
-        assert not service.look()                            # nothing new
+        assert not service.look()  # nothing new
         other_weights(root)
         assert service.look() and not service.look()
         after = len(replies)
@@ -338,14 +499,24 @@ def test_new_weights_are_taken_up_without_losing_a_request(served, some, tmp_pat
         assert 'pagellm_events_total{event="swap"} 1.0' in client("GET", "/metrics").text
     new = service.recommender
     assert new.hashes["ppo"] != old.hashes["ppo"] and {r.status_code for r in replies} == {200}
-    by_model = {r.hashes["ppo"]: {name: a for name, a in zip(some.user_ids[:5], r.answers(
-        [Ask(user=name, k=4) for name in some.user_ids[:5]]), strict=True)} for r in (old, new)}
+    by_model = {
+        r.hashes["ppo"]: {
+            name: a
+            for name, a in zip(
+                some.user_ids[:5],
+                r.answers([Ask(user=name, k=4) for name in some.user_ids[:5]]),
+                strict=True,
+            )
+        }
+        for r in (old, new)
+    }
     assert {r.json()["model"] for r in replies} == set(by_model)
-    for reply in replies:                                    # each page is that of the model it names
+    for reply in replies:  # each page is that of the model it names
         body = reply.json()
         want = by_model[body["model"]][body["user"]["id"]]
         assert [(s["item"], s["score"]) for s in body["items"]] == [
-            (s["item"], pytest.approx(s["score"], abs=1e-4)) for s in want["items"]]
+            (s["item"], pytest.approx(s["score"], abs=1e-4)) for s in want["items"]
+        ]
 
 
 def test_weights_that_are_half_written_are_not_taken_up(served, tmp_path):
@@ -357,12 +528,12 @@ def test_weights_that_are_half_written_are_not_taken_up(served, tmp_path):
     stage = root / "runs" / "base" / "ppo"
     whole = (stage / "model.pt").read_bytes()
     (stage / "done").rename(stage / "kept")
-    assert not service.look() and events == []               # being trained anew: no done file
+    assert not service.look() and events == []  # being trained anew: no done file
     (stage / "done").write_text(json.dumps({"id": "0" * 16}))
     assert not service.look() and not service.look()
     (stage / "model.pt").write_bytes(whole[: len(whole) // 2])
     assert not service.look() and service.recommender is before
-    assert events.count("swap_failed") == 1                  # said once, tried at every look
+    assert events.count("swap_failed") == 1  # said once, tried at every look
     other_weights(root)
     assert service.look() and service.recommender is not before
 
@@ -399,10 +570,17 @@ def test_logs_are_json_and_name_nobody(client, some):
         logger.removeHandler(handler)
         logger.setLevel(before)
     lines = [json.loads(line) for line in out.getvalue().splitlines()]
-    assert [(x["route"], x["status"]) for x in lines] == [("/v1/page", 200), ("/v1/page", 422), (
-        "/v1/users/{id:path}", 200), ("/v1/items", 200), ("unmatched", 404)]
+    assert [(x["route"], x["status"]) for x in lines] == [
+        ("/v1/page", 200),
+        ("/v1/page", 422),
+        ("/v1/users/{id:path}", 200),
+        ("/v1/items", 200),
+        ("unmatched", 404),
+    ]
     assert user not in out.getvalue() and item not in out.getvalue()
-    assert all(set(x) == {"time", "level", "event", "id", "route", "method", "status", "ms"} for x in lines)
+    assert all(
+        set(x) == {"time", "level", "event", "id", "route", "method", "status", "ms"} for x in lines
+    )
 
 
 def test_meters_are_prometheus_text(client):
@@ -410,26 +588,56 @@ def test_meters_are_prometheus_text(client):
     reply = client("GET", "/metrics")
     assert reply.headers["content-type"].startswith("text/plain")
     families = {f.name: f for f in parser.text_string_to_metric_families(reply.text)}
-    for name in ("pagellm_requests", "pagellm_request_seconds", "pagellm_stage_seconds", "pagellm_batch_pages",
-                 "pagellm_events", "pagellm_waiting", "pagellm_cache_bytes", "pagellm_cache_hits", "pagellm_model"):
+    for name in (
+        "pagellm_requests",
+        "pagellm_request_seconds",
+        "pagellm_stage_seconds",
+        "pagellm_batch_pages",
+        "pagellm_events",
+        "pagellm_waiting",
+        "pagellm_cache_bytes",
+        "pagellm_cache_hits",
+        "pagellm_model",
+    ):
         assert name in families, name
     stages = {s.labels["stage"] for s in families["pagellm_stage_seconds"].samples}
     assert stages == {"prompt", "decode", "reward", "metrics"}
     assert {s.labels["hash"] for s in families["pagellm_model"].samples} == set(
-        client.service.recommender.hashes.values())
+        client.service.recommender.hashes.values()
+    )
 
 
 def test_the_open_api_document_names_every_route_and_error(client):
     document = client("GET", "/openapi.json").json()
-    assert set(document["paths"]) == {"/v1/page", "/v1/score", "/v1/users", "/v1/users/{id}", "/v1/items",
-                                      "/v1/items/{id}", "/v1/shop", "/healthz", "/readyz", "/metrics"}
+    assert set(document["paths"]) == {
+        "/v1/page",
+        "/v1/score",
+        "/v1/users",
+        "/v1/users/{id}",
+        "/v1/items",
+        "/v1/items/{id}",
+        "/v1/shop",
+        "/healthz",
+        "/readyz",
+        "/metrics",
+    }
     answers = document["paths"]["/v1/page"]["post"]["responses"]
     assert set(answers) == {"200", "400", "408", "413", "415", "422", "503", "504"}
     for code, answer in answers.items():
         name = "Page" if code == "200" else "Error"
-        assert answer["content"]["application/json"]["schema"] == {"$ref": f"#/components/schemas/{name}"}
+        assert answer["content"]["application/json"]["schema"] == {
+            "$ref": f"#/components/schemas/{name}"
+        }
     asked = document["components"]["schemas"]["PageRequest"]
-    assert set(asked["properties"]) == {"user", "history", "k", "decoding", "policy", "explain", "filters"}
+    assert set(asked["properties"]) == {
+        "user",
+        "history",
+        "k",
+        "decoding",
+        "policy",
+        "explain",
+        "filters",
+    }
     assert asked["additionalProperties"] is False
     assert asked["properties"]["k"]["maximum"] == client("GET", "/v1/shop").json()["k_max"] == 100
 
@@ -444,7 +652,8 @@ def test_the_browsers_page_asks_nobody_else(client):
         assert file.status_code == 200 and file.headers["content-type"].startswith("text/")
         text += file.text
     assert "page.js" in text and "page.css" in text
-    assert set(re.findall(r"(?:https?:)?//[a-z][\w.-]+\.[a-z]+", text)) == {"http://www.w3.org"}     # SVG's name
+    # SVG's name
+    assert set(re.findall(r"(?:https?:)?//[a-z][\w.-]+\.[a-z]+", text)) == {"http://www.w3.org"}
     assert "style=" not in page.text and "innerHTML" not in text
     for wrong in ("/static/../api.py", "/static/%2e%2e/api.py", "/static/api.py", "/static/"):
         refused(client("GET", wrong), 404)
@@ -452,8 +661,15 @@ def test_the_browsers_page_asks_nobody_else(client):
 
 def test_it_listens_on_loopback_unless_told():
     assert Config().host == "127.0.0.1"
-    for wrong in ({"port": 70000}, {"batch": 0}, {"timeout": 0.0}, {"timeout": math.inf}, {"queue": 0}, {"log": "all"},
-                  {"split": "x"}):
+    for wrong in (
+        {"port": 70000},
+        {"batch": 0},
+        {"timeout": 0.0},
+        {"timeout": math.inf},
+        {"queue": 0},
+        {"log": "all"},
+        {"split": "x"},
+    ):
         with pytest.raises(PageLLMError):
             Config(**wrong)
 
@@ -466,7 +682,7 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch):
 
 def test_a_port_that_is_taken_and_a_host_that_is_not_ours_are_named():
     with serve.listen("127.0.0.1", 0) as sock:
-        assert sock.proto == socket.IPPROTO_TCP      # or asyncio leaves Nagle's 40 ms in every answer
+        assert sock.proto == socket.IPPROTO_TCP  # or asyncio leaves Nagle's 40 ms in every answer
         with pytest.raises(PageLLMError, match="--port"):
             serve.listen("127.0.0.1", sock.getsockname()[1])
     with pytest.raises(PageLLMError, match="cannot listen"):
@@ -476,12 +692,31 @@ def test_a_port_that_is_taken_and_a_host_that_is_not_ours_are_named():
 @contextmanager
 def running(root, *more):
     """A real process; yields it and its port."""
-    arguments = ["--run", "base", "--data", str(root / "data"), "--runs", str(root / "runs"), "--device", "cpu",
-                 "--port", "0", *more]
-    process = subprocess.Popen([sys.executable, "-m", "pagellm", "serve", *arguments], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+    arguments = [
+        "--run",
+        "base",
+        "--data",
+        str(root / "data"),
+        "--runs",
+        str(root / "runs"),
+        "--device",
+        "cpu",
+        "--port",
+        "0",
+        *more,
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pagellm", "serve", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
     try:
-        yield process, int(re.search(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline()).group(1))
+        yield (
+            process,
+            int(re.search(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline()).group(1)),
+        )
     finally:
         process.kill()
         process.wait()
@@ -489,9 +724,13 @@ def running(root, *more):
 
 def test_the_real_process_answers_what_is_under_way_before_it_stops(served):
     with running(served) as (process, port):
+
         def post(body):
-            request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/page", json.dumps(body).encode(),
-                                             {"content-type": "application/json"})
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{port}/v1/page",
+                json.dumps(body).encode(),
+                {"content-type": "application/json"},
+            )
             try:
                 with urllib.request.urlopen(request, timeout=30) as reply:
                     return reply.status, json.load(reply)
@@ -500,8 +739,12 @@ def test_the_real_process_answers_what_is_under_way_before_it_stops(served):
 
         assert post(GOOD)[0] == 200 and post({})[0] == 422
         results = []
-        askers = [threading.Thread(target=lambda: results.append(post(GOOD | {"k": 60, "decoding": "beam"})[0]))
-                  for _ in range(4)]
+        askers = [
+            threading.Thread(
+                target=lambda: results.append(post(GOOD | {"k": 60, "decoding": "beam"})[0])
+            )
+            for _ in range(4)
+        ]
         for thread in askers:
             thread.start()
         time.sleep(0.15)
@@ -530,15 +773,18 @@ def until_closed(sock, sent=b"", drip=b""):
                 break
             said += data
     except OSError:
-        pass                                     # it hung up while we were sending
+        pass  # it hung up while we were sending
     return time.monotonic() - started, said
 
 
 def test_who_sends_nothing_or_drips_or_raves_is_hung_up_on(served):
     """timeout = 0.6 s: silence, heads and bodies that never end, a body far too large, and what is no HTTP."""
     whole = b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n"
-    post = b"POST /v1/page HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: "
+    post = (
+        b"POST /v1/page HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: "
+    )
     with running(served, "--timeout", "0.6") as (_, port):
+
         def connect():
             return socket.create_connection(("127.0.0.1", port))
 
@@ -550,7 +796,7 @@ def test_who_sends_nothing_or_drips_or_raves_is_hung_up_on(served):
             said = b""
             while not said.endswith(b'{"status":"ok"}'):
                 said += kept.recv(4096)
-            time.sleep(1)                        # idle between two requests is allowed for longer than a head may take
+            time.sleep(1)  # idle between two requests is allowed for longer than a head may take
         assert until_closed(kept, whole[:-4] + b"\r\nx: ", drip=b"x")[0] < 3
         seconds, said = until_closed(connect(), post + b"99\r\n\r\n{")
         assert seconds < 3 and b" 408 " in said and b"slow_body" in said
@@ -561,6 +807,8 @@ def test_who_sends_nothing_or_drips_or_raves_is_hung_up_on(served):
 
 def test_an_idle_connection_stays_open_for_as_long_as_it_is_said(served):
     with running(served, "--keep_alive", "1") as (_, port):
-        seconds, said = until_closed(socket.create_connection(("127.0.0.1", port)),
-                                     b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n")
+        seconds, said = until_closed(
+            socket.create_connection(("127.0.0.1", port)),
+            b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n",
+        )
         assert b" 200 " in said and 0.7 < seconds < 4

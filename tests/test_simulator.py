@@ -13,42 +13,66 @@ from pagellm.data.shop import load
 
 def small_world(how, seed=0, users=3, items=6):
     rng = np.random.default_rng(seed)
-    return simulator.World(rng.uniform(0.1, 0.9, (users, items)), rng.uniform(0.1, 0.9, (users, items)),
-                           rng.uniform(1, 9, items), how)
+    return simulator.World(
+        rng.uniform(0.1, 0.9, (users, items)),
+        rng.uniform(0.1, 0.9, (users, items)),
+        rng.uniform(1, 9, items),
+        how,
+    )
 
 
 def enumerated(world, user, page):
     """Means of one session, by walking through every course that it can take."""
     out = dict.fromkeys(("impressions", "clicks", "purchases", "gmv", "failure", "purchase"), 0.0)
     K = len(page)
-    for course in itertools.product(("unseen", "seen", "clicked", "bought"), (True, False), repeat=K):
+    for course in itertools.product(
+        ("unseen", "seen", "clicked", "bought"), (True, False), repeat=K
+    ):
         fate, on = course[0::2], course[1::2]
         p, reads, did = 1.0, True, []
         for k, item in enumerate(page):
             if not reads:
                 if fate[k] != "unseen" or not on[k]:
-                    p = 0.0          # one course stands for all that nobody sees
+                    p = 0.0  # one course stands for all that nobody sees
                 continue
-            look, click, buy = world.how.glance ** (k % world.how.columns), world.click[user, item], \
-                world.buy[user, item]
-            p *= {"unseen": 1 - look, "seen": look * (1 - click), "clicked": look * click * (1 - buy),
-                  "bought": look * click * buy}[fate[k]]
+            look, click, buy = (
+                world.how.glance ** (k % world.how.columns),
+                world.click[user, item],
+                world.buy[user, item],
+            )
+            p *= {
+                "unseen": 1 - look,
+                "seen": look * (1 - click),
+                "clicked": look * click * (1 - buy),
+                "bought": look * click * buy,
+            }[fate[k]]
             did.append((fate[k], item))
             end = (k + 1) % world.how.columns == 0
             p *= (world.how.next_row if on[k] else 1 - world.how.next_row) if end else float(on[k])
-            reads = on[k] and not (fate[k] == "bought" and world.how.leave_on_purchase) and not (
-                fate[k] in ("clicked", "bought") and world.how.leave_on_click)
+            reads = (
+                on[k]
+                and not (fate[k] == "bought" and world.how.leave_on_purchase)
+                and not (fate[k] in ("clicked", "bought") and world.how.leave_on_click)
+            )
         bought = [item for f, item in did if f == "bought"]
         clicks = sum(f in ("clicked", "bought") for f, _ in did)
-        for name, value in (("impressions", sum(f != "unseen" for f, _ in did)), ("clicks", clicks),
-                            ("purchases", len(bought)), ("gmv", world.price[bought].sum()),
-                            ("failure", clicks == 0), ("purchase", len(bought) > 0)):
+        for name, value in (
+            ("impressions", sum(f != "unseen" for f, _ in did)),
+            ("clicks", clicks),
+            ("purchases", len(bought)),
+            ("gmv", world.price[bought].sum()),
+            ("failure", clicks == 0),
+            ("purchase", len(bought) > 0),
+        ):
             out[name] += p * value
     return out
 
 
-HOW = {"leaves on purchase": simulator.Behaviour(columns=2), **simulator.READERS,
-       "stays": simulator.Behaviour(columns=2, leave_on_purchase=False)}
+HOW = {
+    "leaves on purchase": simulator.Behaviour(columns=2),
+    **simulator.READERS,
+    "stays": simulator.Behaviour(columns=2, leave_on_purchase=False),
+}
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -66,19 +90,29 @@ def test_samples_agree_with_the_closed_form(how):
     world, n = small_world(HOW[how]), 60_000
     user, page = np.full(n, 2), np.tile([3, 1, 5, 0, -1], (n, 1))
     s = simulator.visit(world, user, page, np.random.default_rng(0))
-    assert not (s.clicked & ~s.seen).any() and not (s.bought & ~s.clicked).any() and not s.seen[:, 4].any()
+    assert (
+        not (s.clicked & ~s.seen).any()
+        and not (s.bought & ~s.clicked).any()
+        and not s.seen[:, 4].any()
+    )
     true = simulator.expected(world, user[:1], page[:1])
-    for name, value in (("impressions", s.seen.sum(1)), ("clicks", s.clicked.sum(1)),
-                        ("purchases", s.bought.sum(1)), ("purchase", s.bought.any(1)),
-                        ("failure", ~s.clicked.any(1)),
-                        ("gmv", (s.bought * world.price[np.maximum(page, 0)]).sum(1))):
+    for name, value in (
+        ("impressions", s.seen.sum(1)),
+        ("clicks", s.clicked.sum(1)),
+        ("purchases", s.bought.sum(1)),
+        ("purchase", s.bought.any(1)),
+        ("failure", ~s.clicked.any(1)),
+        ("gmv", (s.bought * world.price[np.maximum(page, 0)]).sum(1)),
+    ):
         assert abs(value.mean() - true[name][0]) < 4.5 * value.std() / np.sqrt(n), name
 
 
 def test_a_better_item_higher_up_earns_more_and_the_last_row_least():
     world = small_world(simulator.Behaviour(columns=2, leave_on_purchase=False))
     order = np.argsort(-world.click[0])
-    good, bad = (simulator.expected(world, np.array([0]), o[None])["clicks"][0] for o in (order, order[::-1]))
+    good, bad = (
+        simulator.expected(world, np.array([0]), o[None])["clicks"][0] for o in (order, order[::-1])
+    )
     assert good > bad
 
 
@@ -87,14 +121,22 @@ def test_a_simulated_effect_is_found_and_none_is_not():
     world = small_world(simulator.Behaviour(columns=3), users=20, items=30)
     users = np.arange(20)
     best, worst = (np.argsort(sign * world.click, axis=1)[:, :6] for sign in (-1, 1))
-    log = simulator.online_log(world, {"worst": (users, worst), "best": (users, best)}, 6000, 5, 2.0)
+    log = simulator.online_log(
+        world, {"worst": (users, worst), "best": (users, best)}, 6000, 5, 2.0
+    )
     true = [simulator.expected(world, users, page)["gmv"].mean() * 2 for page in (worst, best)]
     test, _ = abtest.compare(log, "worst", "GMV per user")
     assert test.p < 1e-6 and abs(test.difference - (true[1] - true[0])) < 4 * test.se
     assert abtest.compare(log, "worst", "session failure")[0].difference < 0
     log = simulator.online_log(world, {"a": (users, best), "b": (users, best)}, 6000, 5, 2.0)
     assert all(abtest.compare(log, "a", m)[0].p > 1e-4 for m in abtest.METRICS)
-    assert set(log) == {"user", "arm", "day", *abtest.COLUMNS, *(f"pre_{c}" for c in abtest.COLUMNS)}
+    assert set(log) == {
+        "user",
+        "arm",
+        "day",
+        *abtest.COLUMNS,
+        *(f"pre_{c}" for c in abtest.COLUMNS),
+    }
 
 
 @pytest.mark.parametrize("metric", list(abtest.METRICS))
@@ -112,7 +154,9 @@ def test_p_values_of_simulated_a_against_a_are_uniform(metric):
 
 def test_sft_against_ppo_end_to_end(served, tmp_path, capsys):
     common = {"run": "base", "data": str(served / "data"), "runs": str(served / "runs")}
-    evaluate.run(evaluate.Config(**common, k=6, depth=20, policies="sft,ppo", quiet=True, n_boot=10))
+    evaluate.run(
+        evaluate.Config(**common, k=6, depth=20, policies="sft,ppo", quiet=True, n_boot=10)
+    )
     result = simulator.run(simulator.Config(**common, visitors=800, k=6))
     said = capsys.readouterr().out
     assert said.startswith("SIMULATED") and "closed form" in said
@@ -129,13 +173,22 @@ def test_sft_against_ppo_end_to_end(served, tmp_path, capsys):
 def test_another_reader_and_another_failure(served, reading, capsys):
     """A session that ends without a purchase may count as failed: then failure and purchase are one less the other."""
     common = {"run": "base", "data": str(served / "data"), "runs": str(served / "runs")}
-    evaluate.run(evaluate.Config(**common, k=6, depth=20, policies="sft,ppo", quiet=True, n_boot=10))
-    result = simulator.run(simulator.Config(**common, visitors=800, k=6, reading=reading, failure="purchase",
-                                            out=f"by-{reading}"))
+    evaluate.run(
+        evaluate.Config(**common, k=6, depth=20, policies="sft,ppo", quiet=True, n_boot=10)
+    )
+    result = simulator.run(
+        simulator.Config(
+            **common, visitors=800, k=6, reading=reading, failure="purchase", out=f"by-{reading}"
+        )
+    )
     m, true = result["metrics"], result["truth"]
     for metric, t in true.items():
-        assert abs(m[metric]["difference"] - (t["treatment"] - t["control"])) < 4.5 * m[metric]["se"], metric
-    assert true["session failure"]["control"] == pytest.approx(1 - true["session purchase"]["control"])
+        assert (
+            abs(m[metric]["difference"] - (t["treatment"] - t["control"])) < 4.5 * m[metric]["se"]
+        ), metric
+    assert true["session failure"]["control"] == pytest.approx(
+        1 - true["session purchase"]["control"]
+    )
     with pytest.raises(PageLLMError, match="carousel, position, cascade"):
         simulator.Config(reading="sideways")
     with pytest.raises(PageLLMError, match="click or purchase"):
@@ -153,5 +206,6 @@ def test_a_cascade_has_one_click_at_most_and_positions_do_not_care():
 
 def test_only_a_shop_with_truth_can_be_simulated(served):
     from dataclasses import replace
+
     with pytest.raises(PageLLMError, match="no truth.npy"):
         simulator.world_of(replace(load(served / "data" / "synthetic"), truth=None))

@@ -9,14 +9,59 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # A module imports only kernels and what stands before it.
-ORDER = ["config", "files", "embeddings", "dist", "run", "data.records", "data.amazon", "data.interactions",
-         "data.download", "data.filters", "data.spool", "data.synthetic", "data.raw", "data.parallel", "data.prepare",
-         "data.shop", "vocab", "prompts", "lists", "pairs", "weights", "backbone", "gpt2", "llama", "lora", "networks",
-         "sampled", "top", "decode", "metrics", "train", "als", "policy", "pretrain", "sft", "reward", "alarms", "ppo",
-         "evaluate", "export", "search", "recommender", "recommend", "features", "api", "serve", "__main__"]
+ORDER = [
+    "config",
+    "files",
+    "embeddings",
+    "dist",
+    "run",
+    "data.records",
+    "data.amazon",
+    "data.interactions",
+    "data.download",
+    "data.filters",
+    "data.spool",
+    "data.synthetic",
+    "data.raw",
+    "data.parallel",
+    "data.prepare",
+    "data.shop",
+    "vocab",
+    "prompts",
+    "lists",
+    "pairs",
+    "weights",
+    "backbone",
+    "gpt2",
+    "llama",
+    "lora",
+    "networks",
+    "sampled",
+    "top",
+    "decode",
+    "metrics",
+    "train",
+    "als",
+    "policy",
+    "pretrain",
+    "sft",
+    "reward",
+    "alarms",
+    "ppo",
+    "evaluate",
+    "export",
+    "search",
+    "recommender",
+    "recommend",
+    "features",
+    "api",
+    "serve",
+    "__main__",
+]
 BASE = {"torch", "tokenizers", "numpy", "pyarrow", "tqdm"}
-EXTRAS = {"faiss", "huggingface_hub", "uvicorn"}                # imported inside functions only
-LEAVES = {"api": {"fastapi", "starlette", "pydantic", "prometheus_client", "uvicorn", "h11"}}     # need an extra
+EXTRAS = {"faiss", "huggingface_hub", "uvicorn"}  # imported inside functions only
+# need an extra
+LEAVES = {"api": {"fastapi", "starlette", "pydantic", "prometheus_client", "uvicorn", "h11"}}
 
 
 def tree_of(path):
@@ -49,7 +94,9 @@ def name_of(path):
 def test_reading_raw_files_waits_for_no_torch():
     """Every process that reads starts afresh: torch would be most of its start and of its memory."""
     code = "import sys, pagellm.data.prepare; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "False\n"
 
 
@@ -80,15 +127,24 @@ def test_kernels_stand_alone(path):
 
 
 def test_every_module_says_what_it_offers_and_offers_what_it_says():
-    for path in [*MODULES, *sorted((ROOT / "kernels").glob("*.py")), *sorted((ROOT / "experiments").glob("*.py"))]:
+    for path in [
+        *MODULES,
+        *sorted((ROOT / "kernels").glob("*.py")),
+        *sorted((ROOT / "experiments").glob("*.py")),
+    ]:
         if path.name == "__init__.py":
             continue
         tree = tree_of(path)
         names = exported(tree)
         assert names is not None, f"{path} has no __all__"
         made = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-        made |= {t.id for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign))
-                 for t in ast.walk(n) if isinstance(t, ast.Name) and isinstance(t.ctx, ast.Store)}
+        made |= {
+            t.id
+            for n in tree.body
+            if isinstance(n, (ast.Assign, ast.AnnAssign))
+            for t in ast.walk(n)
+            if isinstance(t, ast.Name) and isinstance(t.ctx, ast.Store)
+        }
         made |= {name or module for module, name in imports(tree)}
         assert set(names) <= made, f"{path}: {set(names) - made}"
 
@@ -98,7 +154,9 @@ def test_studies_use_the_public_surface():
         for module, name in imports(tree_of(path)):
             file = ROOT / (module.replace(".", "/") + ".py") if module else None
             if name and module.startswith("pagellm.") and file and file.exists():
-                assert name in exported(tree_of(file)), f"{path.name}: {module}.{name} is not in its __all__"
+                assert name in exported(tree_of(file)), (
+                    f"{path.name}: {module}.{name} is not in its __all__"
+                )
 
 
 def test_nothing_imports_the_studies():
@@ -110,10 +168,34 @@ def test_nothing_imports_the_studies():
 def test_the_base_alone_imports_every_module_but_the_leaves():
     """In a process where no extra can be imported."""
     names = [f"pagellm.{name_of(p)}" for p in MODULES if name_of(p) not in (*LEAVES, "__main__")]
-    others = sorted({*EXTRAS, *set().union(*LEAVES.values()), "matplotlib", "locust", "schemathesis", "scipy",
-                     "transformers", "implicit", "cornac", "httpx", "pandas", "pytest", "hypothesis"})
-    done = subprocess.run([sys.executable, "-c", f"import sys\nsys.modules |= dict.fromkeys({others})\n"
-                           + "\n".join(f"import {name}" for name in names)], cwd=ROOT, capture_output=True, text=True)
+    others = sorted(
+        {
+            *EXTRAS,
+            *set().union(*LEAVES.values()),
+            "matplotlib",
+            "locust",
+            "schemathesis",
+            "scipy",
+            "transformers",
+            "implicit",
+            "cornac",
+            "httpx",
+            "pandas",
+            "pytest",
+            "hypothesis",
+        }
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys\nsys.modules |= dict.fromkeys({others})\n"
+            + "\n".join(f"import {name}" for name in names),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 

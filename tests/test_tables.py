@@ -10,9 +10,13 @@ from pagellm.config import PageLLMError
 
 rng = np.random.default_rng(0)
 BASE = rng.random(200)
-ROWS = {"EASE": [{"Recall@20": BASE, "WMRD": BASE}],
-        "A & B": [{"Recall@20": BASE + 0.1, "WMRD": BASE + 0.1}],
-        "none": [{"Recall@20": np.where(np.arange(200) < 100, BASE, np.nan), "WMRD": np.full(200, np.nan)}]}
+ROWS = {
+    "EASE": [{"Recall@20": BASE, "WMRD": BASE}],
+    "A & B": [{"Recall@20": BASE + 0.1, "WMRD": BASE + 0.1}],
+    "none": [
+        {"Recall@20": np.where(np.arange(200) < 100, BASE, np.nan), "WMRD": np.full(200, np.nan)}
+    ],
+}
 
 
 def at(records, row, metric):
@@ -30,13 +34,15 @@ def test_the_effect_is_the_difference_over_its_spread_among_users():
     record = at(compare({"a": [{"m": BASE}], "b": [{"m": BASE + gap}]}, ("m",), "a"), "b", "m")
     assert record["effect"] == pytest.approx(gap.mean() / gap.std())
     assert record["low"] < gap.mean() < record["high"]
-    assert record["high"] - record["low"] == pytest.approx(2 * 1.96 * gap.std() / 200 ** 0.5, rel=0.2)
+    assert record["high"] - record["low"] == pytest.approx(2 * 1.96 * gap.std() / 200**0.5, rel=0.2)
 
 
 def test_seeds_are_paired_with_seeds():
     a, b = [{"m": BASE + s} for s in (0, 5)], [{"m": BASE + s + 0.1} for s in (0, 5)]
     record = at(compare({"a": a, "b": b}, ("m",), "a"), "b", "m")
-    assert record["seeds"] == 2 and [record[k] for k in ("difference", "low", "high")] == pytest.approx([0.1] * 3)
+    assert record["seeds"] == 2 and [
+        record[k] for k in ("difference", "low", "high")
+    ] == pytest.approx([0.1] * 3)
     with pytest.raises(PageLLMError, match="a: 2, b: 1 seeds"):
         compare({"a": a, "b": b[:1]}, ("m",), "a")
 
@@ -57,11 +63,17 @@ def test_best_is_bold_by_the_metrics_direction():
     assert rf"\textbf{{{best[0]}}}" in tex and tex.count(r"\textbf") == 2 and r"A \& B" in tex
     assert "Recall@20 ↑" in text and "WMRD ↓" in text and "d +" in text
     widths = {line.count("|") for line in text.splitlines()}
-    assert widths == {4} and all(line.count(" & ") == 2 for line in tex.splitlines() if line.endswith(r"\\"))
+    assert widths == {4} and all(
+        line.count(" & ") == 2 for line in tex.splitlines() if line.endswith(r"\\")
+    )
 
 
 def test_equal_bests_are_all_bold_and_equal_columns_not_at_all():
-    same = {"a": [{"m": BASE, "n": BASE}], "b": [{"m": BASE, "n": BASE}], "c": [{"m": BASE - 1, "n": BASE}]}
+    same = {
+        "a": [{"m": BASE, "n": BASE}],
+        "b": [{"m": BASE, "n": BASE}],
+        "c": [{"m": BASE - 1, "n": BASE}],
+    }
     records = compare(same, ("m", "n"), "a")
     assert markdown(records).count("**") == 4 and latex(records).count(r"\textbf") == 2
 
@@ -85,6 +97,8 @@ def test_spread_over_seeds_stands_beside_the_mean_and_is_left_out_of_one_seed():
     line = spread(rows_of({"float32": a, "bfloat16": b}, ("WMRD", "absent"))).splitlines()
     assert line[0] == "| | float32 | bfloat16 |" and len(line) == 3
     # Seeds differ by 2 and by 4: standard deviations 2 / sqrt 2 and 4 / sqrt 2; the difference is .5 and 2.5.
-    assert line[2] == (f"| WMRD ↓ | {mean + 1:.4f} ± 1.4142 | {mean + 2.5:.4f} ± 2.8284, +1.5000 [+0.5000, +2.5000], "
-                       "d +inf |")
+    assert line[2] == (
+        f"| WMRD ↓ | {mean + 1:.4f} ± 1.4142 | {mean + 2.5:.4f} ± 2.8284, +1.5000 [+0.5000, +2.5000], "
+        "d +inf |"
+    )
     assert "±" not in spread(rows_of({"float32": a[:1], "bfloat16": b[:1]}, ("WMRD",)))

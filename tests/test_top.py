@@ -27,13 +27,22 @@ def sorted_whole(score, k, rank):
     """The definition: every row sorted by (score, rank), both falling, entries of -inf left out."""
     item = np.full((len(score), min(k, score.shape[1])), -1)
     for row, values in enumerate(score):
-        order = sorted(np.flatnonzero(values > -math.inf), key=lambda n: (-values[n], -rank[row, n]))[:k]
-        item[row, :len(order)] = order
+        order = sorted(
+            np.flatnonzero(values > -math.inf), key=lambda n: (-values[n], -rank[row, n])
+        )[:k]
+        item[row, : len(order)] = order
     return item
 
 
-@given(seeds, st.integers(1, 5), st.integers(1, 150), st.integers(1, 20), st.sampled_from([1, 3, 10_000]),
-       st.sampled_from([2, 5, 32]), st.sampled_from([1, 200, 10 ** 6]))
+@given(
+    seeds,
+    st.integers(1, 5),
+    st.integers(1, 150),
+    st.integers(1, 20),
+    st.sampled_from([1, 3, 10_000]),
+    st.sampled_from([2, 5, 32]),
+    st.sampled_from([1, 200, 10**6]),
+)
 @settings(deadline=None, max_examples=200)
 def test_the_largest_are_those_of_a_full_sort(seed, B, N, k, levels, chunk, entries):
     rng = np.random.default_rng(seed)
@@ -46,9 +55,13 @@ def test_the_largest_are_those_of_a_full_sort(seed, B, N, k, levels, chunk, entr
         item, value = top.largest(score, k, lambda row, column: rank[row, column])
         plain, _ = top.largest(score, k)
     np.testing.assert_array_equal(item, sorted_whole(score, k, rank))
-    np.testing.assert_array_equal(plain, sorted_whole(score, k, np.broadcast_to(-np.arange(N), (B, N))))
-    want = np.where(item >= 0, np.take_along_axis(score, np.maximum(item, 0), 1), -np.inf).astype(np.float32)
-    assert value.tobytes() == want.tobytes()            # -0 stays -0
+    np.testing.assert_array_equal(
+        plain, sorted_whole(score, k, np.broadcast_to(-np.arange(N), (B, N)))
+    )
+    want = np.where(item >= 0, np.take_along_axis(score, np.maximum(item, 0), 1), -np.inf).astype(
+        np.float32
+    )
+    assert value.tobytes() == want.tobytes()  # -0 stays -0
     assert score.tobytes() == before.tobytes()
 
 
@@ -68,13 +81,17 @@ def test_few_entries_are_looked_at_beyond_those_asked_for():
 
 @pytest.mark.parametrize("at", [0, 63, 64])
 def test_one_nan_is_refused_wherever_it_stands(at):
-    score = np.zeros((2, 65), np.float32)               # one chunk of two columns; column 64 is left over
+    score = np.zeros((2, 65), np.float32)  # one chunk of two columns; column 64 is left over
     score[1, at] = math.nan
     for k in (1, 40):
         with pytest.raises(ValueError, match="NaN"):
             top.largest(score, k)
-    assert torch.from_numpy(score).topk(3, dim=1)[0].nan_to_num(7).equal(
-        top.top_k(torch.from_numpy(score), 3)[0].nan_to_num(7))
+    assert (
+        torch.from_numpy(score)
+        .topk(3, dim=1)[0]
+        .nan_to_num(7)
+        .equal(top.top_k(torch.from_numpy(score), 3)[0].nan_to_num(7))
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (2, 3)])
@@ -85,12 +102,17 @@ def test_nothing_to_choose_from(shape):
 
 @given(seeds, st.integers(1, 4), st.integers(30, 200), st.integers(1, 12))
 @settings(deadline=None)
-def test_users_lists_are_exact_where_chunks_are_used_and_scores_come_back_unchanged(seed, U, N, depth):
+def test_users_lists_are_exact_where_chunks_are_used_and_scores_come_back_unchanged(
+    seed, U, N, depth
+):
     rng = np.random.default_rng(seed)
     score = torch.from_numpy(tables(rng, U, N, 2))
     gone = [rng.permutation(N)[: rng.integers(0, N + 1)] for _ in range(U)]
-    seen = Rows(np.cumsum([0, *map(len, gone)]), np.concatenate(gone).astype(np.int64),
-                np.zeros(sum(map(len, gone)), np.float32))
+    seen = Rows(
+        np.cumsum([0, *map(len, gone)]),
+        np.concatenate(gone).astype(np.int64),
+        np.zeros(sum(map(len, gone)), np.float32),
+    )
     before = score.clone()
     item, _ = top_items(score, np.arange(U), seen, depth, seed)
     assert score.numpy().tobytes() == before.numpy().tobytes()

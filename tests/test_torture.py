@@ -19,19 +19,36 @@ ROOT = Path(__file__).parent.parent
 
 def python(*words, seconds=800):
     """A Python of its own; -> exit code and all it said."""
-    ended = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                           text=True, timeout=seconds, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    ended = subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=seconds,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     return ended.returncode, ended.stdout
 
 
-@pytest.mark.parametrize("suite, more, counted, least", [
-    ("kill", ["--moments", "1"], "killed", 3), ("signal", ["--moments", "1"], "stopped by a signal", 3),
-    ("fault", [], "faults", 40), ("ranks", [], "ranks killed", 1), ("input", ["--inputs", "5000"], "inputs", 5000),
-    ("soak", ["--minutes", "0.01"], "soak: rounds", 8)])
+@pytest.mark.parametrize(
+    "suite, more, counted, least",
+    [
+        ("kill", ["--moments", "1"], "killed", 3),
+        ("signal", ["--moments", "1"], "stopped by a signal", 3),
+        ("fault", [], "faults", 40),
+        ("ranks", [], "ranks killed", 1),
+        ("input", ["--inputs", "5000"], "inputs", 5000),
+        ("soak", ["--minutes", "0.01"], "soak: rounds", 8),
+    ],
+)
 def test_nothing_breaks(suite, more, counted, least):
     code, said = python("-m", "experiments.torture", "--suites", suite, "--seed", "1", *more)
     assert code == 0 and "nothing broke" in said, said[-3000:]
-    counts = {what: int(n.replace(",", "")) for n, what in re.findall(r"^ +([0-9,]+)  (.+)$", said, re.MULTILINE)}
+    counts = {
+        what: int(n.replace(",", ""))
+        for n, what in re.findall(r"^ +([0-9,]+)  (.+)$", said, re.MULTILINE)
+    }
     assert counts[counted] >= least, counts
     if suite == "input":
         assert counts["rows read"] == counts["rows kept"] + counts["rows broken"] > 4000
@@ -92,7 +109,8 @@ with tempfile.TemporaryDirectory() as folder:
 def test_a_trial_killed_while_it_draws_or_hanging_stops_nobody():
     """Its bar's lock dies with it; one that hangs is shown and killed, whatever signals this process was told to
     ignore."""
-    before = signal.signal(signal.SIGQUIT, signal.SIG_IGN)       # as a shell's background jobs inherit it
+    # as a shell's background jobs inherit it
+    before = signal.signal(signal.SIGQUIT, signal.SIG_IGN)
     try:
         code, said = python("-c", MIDLINE, seconds=60)
     finally:
@@ -102,7 +120,9 @@ def test_a_trial_killed_while_it_draws_or_hanging_stops_nobody():
 
 def test_fuzzed_lines_are_seeded_and_stay_lines():
     lines = [b'{"a": 1}', b"u i j k"]
-    first, second = ([fuzzed_line(random.Random(seed), lines) for seed in range(300)] for _ in range(2))
+    first, second = (
+        [fuzzed_line(random.Random(seed), lines) for seed in range(300)] for _ in range(2)
+    )
     assert first == second and len(set(first)) > 200 and not any(b"\n" in line for line in first)
 
 

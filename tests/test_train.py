@@ -39,10 +39,15 @@ def test_bucketed_batches_see_everything_once_and_pad_less(n, batch, epoch):
 
 def test_draws_depend_on_their_key_alone():
     assert keyed(1, "a", 2).random() == keyed(1, "a", 2).random()
-    values = {keyed(*parts).random() for parts in ((1, "a", 2), (2, "a", 2), (1, "b", 2), (1, "a", 3), (1, "a2"))}
+    values = {
+        keyed(*parts).random()
+        for parts in ((1, "a", 2), (2, "a", 2), (1, "b", 2), (1, "a", 3), (1, "a2"))
+    }
     assert len(values) == 5
     # The same on every machine: these bits come from sha256 and Philox, both fixed by their papers.
-    assert key(0, "x") == int.from_bytes(__import__("hashlib").sha256(b"0\x1fx").digest()[:16], "little")
+    assert key(0, "x") == int.from_bytes(
+        __import__("hashlib").sha256(b"0\x1fx").digest()[:16], "little"
+    )
     assert not np.array_equal(batch_at(0, 50, 50, 1)[1], batch_at(1, 50, 50, 1)[1])
 
 
@@ -57,8 +62,14 @@ def test_decay_falls_on_matrices_and_rows_apart():
     model = GPT2(Shape(1, 1, 4, 8), 5, 2, 3)
     groups = optimiser(model, 0.1, weight_decay=0.3, row_decay=0.2).param_groups
     by = {g["weight_decay"]: {id(p) for p in g["params"]} for g in groups}
-    assert id(model.h[0].mlp.c_fc.weight) in by[0.3] and id(model.item) in by[0.2] and id(model.user) in by[0.2]
-    assert id(model.word) in by[0.0] and id(model.ln_f.weight) in by[0.0] and id(model.wpe) in by[0.0]
+    assert (
+        id(model.h[0].mlp.c_fc.weight) in by[0.3]
+        and id(model.item) in by[0.2]
+        and id(model.user) in by[0.2]
+    )
+    assert (
+        id(model.word) in by[0.0] and id(model.ln_f.weight) in by[0.0] and id(model.wpe) in by[0.0]
+    )
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
 
@@ -87,15 +98,21 @@ def test_devices():
 
 def test_rows_may_learn_slower_than_the_rest():
     """row_lr scales the step of everything that is looked up, at any later learning rate, and nothing else."""
+
     def moved(row_lr):
-        model = GPT2(Shape(1, 1, 8, 8), 5, 3, 4, dropout=0.0, generator=torch.Generator().manual_seed(0))
+        model = GPT2(
+            Shape(1, 1, 8, 8), 5, 3, 4, dropout=0.0, generator=torch.Generator().manual_seed(0)
+        )
         model.add_gate(1.0)
         before = {name: w.detach().clone() for name, w in model.named_parameters()}
         opt = optimiser(model, 1e-3, row_lr=row_lr)
         set_lr(opt, 1e-2)
         sum(w.sum() for w in model.parameters()).backward()
         opt.step()
-        return {name: float((w.detach() - before[name]).abs().max()) for name, w in model.named_parameters()}
+        return {
+            name: float((w.detach() - before[name]).abs().max())
+            for name, w in model.named_parameters()
+        }
 
     plain, slow = moved(1.0), moved(0.1)
     for name, step in plain.items():

@@ -12,7 +12,9 @@ from pagellm.config import PageLLMError
 from pagellm.vocab import SPECIALS, Vocab
 
 GPT2 = Path(__file__).parent.parent.parent / "shared" / "data" / "gpt2"
-TRAINED = Vocab.train(["a small blue drum", "a large drum for children"] * 3, n_users=3, n_items=4, size=300)
+TRAINED = Vocab.train(
+    ["a small blue drum", "a large drum for children"] * 3, n_users=3, n_items=4, size=300
+)
 
 
 @settings(deadline=None)
@@ -22,13 +24,39 @@ def test_any_text_round_trips(text):
     assert all(token < TRAINED.n_words for token in TRAINED.words(text))
 
 
-SNIPPETS = st.sampled_from(["'s", "'", "'ll", "don't",
-                            " a", "  ", "\n", " \n ", "\t", "\x0b", "\x1c", "\x85", "\x00", "12", "x1",
-                            "_", "!?", " --", "é", " ☃", "small", " drum", "blue"])
+SNIPPETS = st.sampled_from(
+    [
+        "'s",
+        "'",
+        "'ll",
+        "don't",
+        " a",
+        "  ",
+        "\n",
+        " \n ",
+        "\t",
+        "\x0b",
+        "\x1c",
+        "\x85",
+        "\x00",
+        "12",
+        "x1",
+        "_",
+        "!?",
+        " --",
+        "é",
+        " ☃",
+        "small",
+        " drum",
+        "blue",
+    ]
+)
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.one_of(st.text(), st.text(st.characters(max_codepoint=127)), st.lists(SNIPPETS).map("".join)))
+@given(
+    st.one_of(st.text(), st.text(st.characters(max_codepoint=127)), st.lists(SNIPPETS).map("".join))
+)
 def test_words_looked_up_one_by_one_are_what_the_tokeniser_makes_of_the_whole_text(text):
     text = text.encode("utf-8", "ignore").decode()
     assert TRAINED.words(text) == TRAINED.tokenizer.encode(text).ids == TRAINED.words(text)
@@ -44,8 +72,12 @@ def test_the_memory_for_words_is_bounded(monkeypatch):
 
 def test_the_four_runs_tile_the_id_space():
     v = TRAINED
-    ids = (list(range(v.n_words)) + [v.special(s) for s in SPECIALS] + [v.user(u) for u in range(3)]
-           + [v.item(i) for i in range(4)])
+    ids = (
+        list(range(v.n_words))
+        + [v.special(s) for s in SPECIALS]
+        + [v.user(u) for u in range(3)]
+        + [v.item(i) for i in range(4)]
+    )
     assert ids == list(range(v.size))
     assert v.decode([v.user(2), v.item(0), v.page, *v.words(" x")]) == "<user 2><item 0><page> x"
 
@@ -62,7 +94,9 @@ def test_unknown_users_and_wrong_items():
 
 def test_ratings_have_five_levels_and_an_unknown_one():
     v = TRAINED
-    assert [v.rating(r) for r in (1.0, 2.0, 3.0, 4.0, 5.0)] == [v.special(f"<r{r}>") for r in range(1, 6)]
+    assert [v.rating(r) for r in (1.0, 2.0, 3.0, 4.0, 5.0)] == [
+        v.special(f"<r{r}>") for r in range(1, 6)
+    ]
     assert v.rating(float("nan")) == v.special("<r?>")
     assert v.rating(9.0) == v.special("<r5>") and v.rating(0.2) == v.special("<r1>")
 
@@ -85,7 +119,9 @@ def test_no_text_at_all_still_has_every_byte():
         Vocab.train([], 1, 1, 200)
 
 
-@pytest.mark.skipif(not GPT2.exists(), reason="optional GPT-2 word files are not in ../shared/data/gpt2")
+@pytest.mark.skipif(
+    not GPT2.exists(), reason="optional GPT-2 word files are not in ../shared/data/gpt2"
+)
 def test_published_words():
     v = Vocab.gpt2(GPT2, 3, 4)
     assert v.n_words == 50257 and v.item(0) == 50257 + len(SPECIALS) + 3
@@ -98,15 +134,23 @@ def like_llama(path):
     """A tokenizer.json of Llama 3's kind: digits in threes, special tokens behind the words, one put before a text."""
     tokenizer = Tokenizer(models.BPE())
     split = Regex(r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, "isolated"),
-                                                       pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(split, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(["a small blue drum 1234"] * 3, trainers.BpeTrainer(
-        vocab_size=280, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.train_from_iterator(
+        ["a small blue drum 1234"] * 3,
+        trainers.BpeTrainer(
+            vocab_size=280,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>"])
     first = tokenizer.token_to_id("<|begin_of_text|>")
-    tokenizer.post_processor = processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[
-        ("<|begin_of_text|>", first)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", first)]
+    )
     tokenizer.enable_truncation(5)
     tokenizer.save(str(path))
     return tokenizer, first
@@ -119,11 +163,21 @@ def test_a_published_tokenizer_file(tmp_path):
     v = Vocab.published(tmp_path, 3, 4)
     v.save(tmp_path / "run")
     text = "a small blue drum 1234 for <|end_of_text|> children"
-    for again in (v, Vocab.published(tmp_path / "tokenizer.json", 3, 4), Vocab.load(tmp_path / "run")):
+    for again in (
+        v,
+        Vocab.published(tmp_path / "tokenizer.json", 3, 4),
+        Vocab.load(tmp_path / "run"),
+    ):
         assert again.n_words == other.get_vocab_size() == first + 2
-        assert again.words("a drum") == other.encode("a drum").ids[1:] == again.words_batch(["a drum"])[0]
+        assert (
+            again.words("a drum")
+            == other.encode("a drum").ids[1:]
+            == again.words_batch(["a drum"])[0]
+        )
         # What a review says is text: no special token, nothing put before, nothing cut.
-        assert again.decode(again.words(text)) == text and not {first, first + 1} & set(again.words(text))
+        assert again.decode(again.words(text)) == text and not {first, first + 1} & set(
+            again.words(text)
+        )
 
 
 def test_a_broken_tokenizer_file_is_named(tmp_path):

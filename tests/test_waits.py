@@ -28,7 +28,8 @@ class Questions(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         masks = function is torch.ops.aten.index.Tensor and any(
-            x is not None and x.dtype == torch.bool for x in args[1])
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
         if masks or any(name in str(function) for name in ASKING):
             self.asked.append(str(function))
         return function(*args, **(kwargs or {}))
@@ -44,12 +45,13 @@ def root(tmp_path_factory):
 def test_no_step_waits_for_the_device(root, monkeypatch):
     monkeypatch.setattr(train, "FUSED", ("cpu",))
     monkeypatch.setattr(decode, "WHOLE", ("cpu",))
-    monkeypatch.setattr("kernels.logprob.require", lambda ok, message: None)      # asserts on the device on a GPU
+    # asserts on the device on a GPU
+    monkeypatch.setattr("kernels.logprob.require", lambda ok, message: None)
     questions, steps = Questions(), []
 
     def watched(all_steps, total, make):
         for step, made in ahead(all_steps, total, make):
-            if step + 1 == total:               # the last one validates
+            if step + 1 == total:  # the last one validates
                 yield step, made
                 continue
             steps.append(step)
@@ -57,9 +59,11 @@ def test_no_step_waits_for_the_device(root, monkeypatch):
                 yield step, made
 
     common = {"data": str(root / "data"), "runs": str(root / "runs"), "save_every": 1000}
-    for stage, more in ((pretrain, {"size": "nano", "steps": 12, "batch": 8, "rating_batch": 8}),
-                        (sft, {"epochs": 3, "batch": 16, "eval_every": 1000, "k": 5}),
-                        (reward, {"per_kind": 2, "batch": 16})):
+    for stage, more in (
+        (pretrain, {"size": "nano", "steps": 12, "batch": 8, "rating_batch": 8}),
+        (sft, {"epochs": 3, "batch": 16, "eval_every": 1000, "k": 5}),
+        (reward, {"per_kind": 2, "batch": 16}),
+    ):
         monkeypatch.setattr(stage, "ahead", watched)
         before = len(steps)
         stage.run(stage.Config(**common, **more))
@@ -70,8 +74,19 @@ def test_no_step_waits_for_the_device(root, monkeypatch):
 def test_ppo_asks_nothing_from_a_rollout_to_its_last_update(root, monkeypatch):
     """And where the KL stops it, what was learnt and logged is what a host that waits for every answer gets."""
     where = {"data": str(root / "data"), "runs": str(root / "runs")}
-    common = {**where, "source_run": "ready", "min_steps": 6, "epochs": 0.1, "rollout": 16, "k": 5, "eval_every": 100,
-              "critic_warmup": 1, "minibatch": 4, "lr": 1e-2, "max_kl": 1e-4}
+    common = {
+        **where,
+        "source_run": "ready",
+        "min_steps": 6,
+        "epochs": 0.1,
+        "rollout": 16,
+        "k": 5,
+        "eval_every": 100,
+        "critic_warmup": 1,
+        "minibatch": 4,
+        "lr": 1e-2,
+        "max_kl": 1e-4,
+    }
     pretrain.run(pretrain.Config(**where, run="ready", size="nano", steps=2, batch=8))
     sft.run(sft.Config(**where, run="ready", epochs=1, k=5, batch=16))
     reward.run(reward.Config(**where, run="ready", per_kind=2, batch=16))
@@ -111,8 +126,12 @@ def test_ppo_asks_nothing_from_a_rollout_to_its_last_update(root, monkeypatch):
         logs.append([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()])
         weights.append(torch.load(folder / "model.pt", weights_only=True)["weights"])
     assert not asked, f"ppo asks: {set(asked)}"
-    assert [row.get("inner_epochs") for row in logs[0]] == [row.get("inner_epochs") for row in logs[1]]
-    assert 1.0 in [row.get("stopped") for row in logs[0]] and 0.0 in [row.get("stopped") for row in logs[0]]
+    assert [row.get("inner_epochs") for row in logs[0]] == [
+        row.get("inner_epochs") for row in logs[1]
+    ]
+    assert 1.0 in [row.get("stopped") for row in logs[0]] and 0.0 in [
+        row.get("stopped") for row in logs[0]
+    ]
     for row, other in zip(*logs, strict=True):
         assert row.keys() == other.keys()
         for name in row:
@@ -131,18 +150,21 @@ def test_a_skipped_fused_step_leaves_weights_moments_counts_and_patience_as_they
         for p in model.parameters():
             p.grad = torch.full_like(p, value)
         guard.step("here", skip=torch.tensor(skip))
-        return copy.deepcopy([[p.detach() for p in model.parameters()], guard.opt.state_dict()["state"]])
+        return copy.deepcopy(
+            [[p.detach() for p in model.parameters()], guard.opt.state_dict()["state"]]
+        )
 
     def same(a, b):
         return all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True)) and all(
-            torch.equal(a[1][i][name], b[1][i][name]) for i in a[1] for name in a[1][i])
+            torch.equal(a[1][i][name], b[1][i][name]) for i in a[1] for name in a[1][i]
+        )
 
     first = step(1.0, False)
     assert same(step(2.0, True), first) and same(step(float("nan"), True), first)
     assert not same(step(2.0, False), first)
     for _ in range(2):
         step(float("nan"), False)
-        step(1.0, True)                             # neither forgives nor counts
+        step(1.0, True)  # neither forgives nor counts
     step(float("nan"), False)
     with pytest.raises(PageLLMError, match="not finite 3 times in a row"):
         step(1.0, True)
@@ -172,13 +194,15 @@ def test_a_fused_step_leaves_a_bad_gradient_out_and_gives_up_one_step_later(monk
             p.grad = torch.full_like(p, value)
         before = [p.detach().clone() for p in model.parameters()]
         norm = guard.step("here")
-        return float(norm), any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        return float(norm), any(
+            not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)
+        )
 
     assert step(1.0)[1]
     for _ in range(2):
         norm, moved = step(float("nan"))
         assert norm != norm and not moved
-    assert step(1.0)[1]                             # two in a row are forgiven
+    assert step(1.0)[1]  # two in a row are forgiven
     for _ in range(3):
         assert not step(float("inf"))[1]
     with pytest.raises(PageLLMError, match="not finite 3 times in a row"):

@@ -12,20 +12,33 @@ from hypothesis import strategies as st
 from pagellm.config import PageLLMError
 from pagellm.weights import DTYPES, read_safetensors, read_weights, write_safetensors, write_weights
 
-tensors = st.dictionaries(st.text("abc.0", min_size=1, max_size=6), st.tuples(
-    st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 4), max_size=3), st.integers(0, 2**31)), max_size=5)
+tensors = st.dictionaries(
+    st.text("abc.0", min_size=1, max_size=6),
+    st.tuples(
+        st.sampled_from(sorted(DTYPES)),
+        st.lists(st.integers(0, 4), max_size=3),
+        st.integers(0, 2**31),
+    ),
+    max_size=5,
+)
 
 
 def draw(dtype, shape, seed):
-    raw = torch.randint(0, 2 if dtype == "BOOL" else 100, shape, generator=torch.Generator().manual_seed(seed))
+    raw = torch.randint(
+        0, 2 if dtype == "BOOL" else 100, shape, generator=torch.Generator().manual_seed(seed)
+    )
     return raw.to(DTYPES[dtype])
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a
+    )
 
 
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(tensors)
 def test_what_is_written_is_read(tmp_path, drawn):
     weights = {name: draw(*what) for name, what in drawn.items()}
@@ -36,7 +49,9 @@ def test_what_is_written_is_read(tmp_path, drawn):
 
 
 def test_the_formats_own_package_agrees(tmp_path):
-    package = pytest.importorskip("safetensors.torch", reason="compare with safetensors: pip install -e '.[dev]'")
+    package = pytest.importorskip(
+        "safetensors.torch", reason="compare with safetensors: pip install -e '.[dev]'"
+    )
     weights = {f"w.{dtype}": draw(dtype, [3, 5], at) for at, dtype in enumerate(DTYPES)}
     write_safetensors(tmp_path / "ours.safetensors", weights)
     assert same(package.load_file(tmp_path / "ours.safetensors"), weights)
@@ -44,7 +59,9 @@ def test_the_formats_own_package_agrees(tmp_path):
     assert same(read_safetensors(tmp_path / "theirs.safetensors"), weights)
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.data())
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path, data):
     """Cut short, or a byte of length and header changed: the same tensors, others of the same kind, or our error."""
@@ -54,7 +71,7 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path, data):
     raw = bytearray(path.read_bytes())
     header = 8 + int.from_bytes(raw[:8], "little")
     if data.draw(st.booleans()):
-        raw = raw[:data.draw(st.integers(0, len(raw) - 1))]
+        raw = raw[: data.draw(st.integers(0, len(raw) - 1))]
         with pytest.raises(PageLLMError, match="x.safetensors"):
             path.write_bytes(raw)
             read_safetensors(path)
@@ -76,13 +93,19 @@ def test_shards_and_what_can_be_wrong_with_them(tmp_path):
     assert same(read_weights(index)[0], weights)
     places = json.loads(index.read_text())["weight_map"]
     assert len(set(places.values())) == 3
-    for change, message in (({"w9": "model-00001-of-00003.safetensors"}, r"lacks \['w9'\]"),
-                            ({"w9": "../model.safetensors"}, "a file beside it"),
-                            ({"w9": "model-00009-of-00003.safetensors"}, "not beside it")):
+    for change, message in (
+        ({"w9": "model-00001-of-00003.safetensors"}, r"lacks \['w9'\]"),
+        ({"w9": "../model.safetensors"}, "a file beside it"),
+        ({"w9": "model-00009-of-00003.safetensors"}, "not beside it"),
+    ):
         index.write_text(json.dumps({"weight_map": places | change}))
         with pytest.raises(PageLLMError, match=message):
             read_weights(tmp_path)
-    for text, message in (("{}", "names no weights"), ("[]", "no JSON table"), ("{", "cannot be read")):
+    for text, message in (
+        ("{}", "names no weights"),
+        ("[]", "no JSON table"),
+        ("{", "cannot be read"),
+    ):
         index.write_text(text)
         with pytest.raises(PageLLMError, match=message):
             read_weights(tmp_path)
@@ -117,7 +140,9 @@ def test_a_name_is_fetched_from_the_hub_shards_too(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub.utils", utils)
     found, config = read_weights("some/model")
     assert same(found, weights) and config == {"model_type": "x"} and len(asked) == 6
-    with pytest.raises(PageLLMError, match="could not fetch other/model from the hub .ConnectionError"):
+    with pytest.raises(
+        PageLLMError, match="could not fetch other/model from the hub .ConnectionError"
+    ):
         read_weights("other/model")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(PageLLMError, match=r"pip install 'pagellm\[hub\]'"):

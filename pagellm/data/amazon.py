@@ -36,12 +36,23 @@ from pagellm.data.records import (
     time_seconds,
 )
 
-__all__ = ["as_review", "is_items", "is_reviews", "json_object", "mapping", "parse_item", "parse_review",
-           "review_table"]
+__all__ = [
+    "as_review",
+    "is_items",
+    "is_reviews",
+    "json_object",
+    "mapping",
+    "parse_item",
+    "parse_review",
+    "review_table",
+]
 
-LITERAL_LIMIT = 1_000_000      # characters of a Python literal: parsing one takes a hundred times its memory
-NAME_LIMIT = 100               # characters of a category or brand; longer ones are pieces of the page
-SCRIPT = re.compile(r"function\s*\(|aPageStart|getTime\(|</?(script|span|div|a|style)\b", re.IGNORECASE)
+# characters of a Python literal: parsing one takes a hundred times its memory
+LITERAL_LIMIT = 1_000_000
+NAME_LIMIT = 100  # characters of a category or brand; longer ones are pieces of the page
+SCRIPT = re.compile(
+    r"function\s*\(|aPageStart|getTime\(|</?(script|span|div|a|style)\b", re.IGNORECASE
+)
 
 
 def json_object(text: str) -> dict:
@@ -65,7 +76,7 @@ def mapping(text: str) -> dict:
         raise Broken("Python literal over 1 MB")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")      # of backslashes that escape nothing
+            warnings.simplefilter("ignore")  # of backslashes that escape nothing
             value = ast.literal_eval(text)
     except (RecursionError, MemoryError):
         raise Broken("nested too deeply") from None
@@ -77,7 +88,7 @@ def mapping(text: str) -> dict:
 
 
 def is_reviews(fields: set[str]) -> str:
-    """"2014", "2018" or "2023" if these fields are of a review, else ""."""
+    """ "2014", "2018" or "2023" if these fields are of a review, else ""."""
     if {"reviewerID", "asin"} <= fields:
         newer = fields & {"verified", "vote", "style", "image"} and "helpful" not in fields
         return "2018" if newer else "2014"
@@ -85,7 +96,7 @@ def is_reviews(fields: set[str]) -> str:
 
 
 def is_items(fields: set[str]) -> str:
-    """"2014", "2018" or "2023" if these fields are of an item, else ""."""
+    """ "2014", "2018" or "2023" if these fields are of an item, else ""."""
     if fields & {"reviewerID", "user_id"}:
         return ""
     if "parent_asin" in fields:
@@ -103,25 +114,41 @@ def parse_review(text: str) -> Review:
 def as_review(record: dict) -> Review:
     """The same of what stands in the line."""
     if "reviewerID" in record or "overall" in record:
-        return Review(identifier(record.get("reviewerID"), "user"), identifier(record.get("asin"), "item"),
-                      rating_in(record.get("overall")), time_seconds(record.get("unixReviewTime")),
-                      opinion(record.get("summary"), record.get("reviewText")))
-    return Review(identifier(record.get("user_id"), "user"),
-                  identifier(record.get("parent_asin") or record.get("asin"), "item"),
-                  rating_in(record.get("rating")), time_seconds(record.get("timestamp"), milliseconds=True),
-                  opinion(record.get("title"), record.get("text")))
+        return Review(
+            identifier(record.get("reviewerID"), "user"),
+            identifier(record.get("asin"), "item"),
+            rating_in(record.get("overall")),
+            time_seconds(record.get("unixReviewTime")),
+            opinion(record.get("summary"), record.get("reviewText")),
+        )
+    return Review(
+        identifier(record.get("user_id"), "user"),
+        identifier(record.get("parent_asin") or record.get("asin"), "item"),
+        rating_in(record.get("rating")),
+        time_seconds(record.get("timestamp"), milliseconds=True),
+        opinion(record.get("title"), record.get("text")),
+    )
 
 
-TYPES = {"user": pa.string(), "item": pa.string(), "rating": pa.float64(), "time": pa.int64(),
-         "summary": pa.string(), "body": pa.string()}
+TYPES = {
+    "user": pa.string(),
+    "item": pa.string(),
+    "rating": pa.float64(),
+    "time": pa.int64(),
+    "summary": pa.string(),
+    "body": pa.string(),
+}
 OLD_FIELDS = ("reviewerID", "asin", "overall", "unixReviewTime", "summary", "reviewText")
-FIELDS = {"2014": OLD_FIELDS, "2018": OLD_FIELDS,
-          "2023": ("user_id", "parent_asin", "rating", "timestamp", "title", "text")}
-LETTER = re.compile(rb"\\u00[4-7]")            # of ASCII, written as an escape
+FIELDS = {
+    "2014": OLD_FIELDS,
+    "2018": OLD_FIELDS,
+    "2023": ("user_id", "parent_asin", "rating", "timestamp", "title", "text"),
+}
+LETTER = re.compile(rb"\\u00[4-7]")  # of ASCII, written as an escape
 PLAIN_ID = r"^[\x21-\x7e]{1,256}$"
-UNCLEAN = r"[^\x20-\x7e]|[&<]|  "          # what `clean` might change, beside spaces at both ends
+UNCLEAN = r"[^\x20-\x7e]|[&<]|  "  # what `clean` might change, beside spaces at both ends
 QUOTES = {"&#34;": '"', "&#39;": "'", "&quot;": '"'}
-DEEPEST = 500                                 # brackets in a line that json.loads is sure to follow
+DEEPEST = 500  # brackets in a line that json.loads is sure to follow
 
 
 def review_table(data: bytes, spelling: str = "2014") -> pa.Table | None:
@@ -139,36 +166,59 @@ def review_table(data: bytes, spelling: str = "2014") -> pa.Table | None:
             data.decode("utf-8")
         schema = pa.schema([(names[role], kind) for role, kind in TYPES.items()])
         options = paj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-        table = paj.read_json(pa.BufferReader(data), paj.ReadOptions(use_threads=False, block_size=len(data) + 1),
-                              options)
+        table = paj.read_json(
+            pa.BufferReader(data),
+            paj.ReadOptions(use_threads=False, block_size=len(data) + 1),
+            options,
+        )
         table.validate(full=True)
     except (UnicodeDecodeError, pa.ArrowException):
         return None
-    user, item, rating, time, summary, body = (table[names[role]].combine_chunks() for role in TYPES)
+    user, item, rating, time, summary, body = (
+        table[names[role]].combine_chunks() for role in TYPES
+    )
     if len(user) != rows or user.null_count or item.null_count:
         return None
     stars, moments = rating.drop_null().to_numpy(), time.drop_null().to_numpy()
-    if not (all(pc.all(pc.match_substring_regex(ids, PLAIN_ID)).as_py() for ids in (user, item))
-            and not ((stars < 1) | (stars > 5)).any()
-            and not ((moments < 0) | (moments > LATEST_TIME * (1000 if newer else 1))).any()):
+    if not (
+        all(pc.all(pc.match_substring_regex(ids, PLAIN_ID)).as_py() for ids in (user, item))
+        and not ((stars < 1) | (stars > 5)).any()
+        and not ((moments < 0) | (moments > LATEST_TIME * (1000 if newer else 1))).any()
+    ):
         return None
     if newer:
         time = pc.divide(time, 1000)
     there = faults(data)
     summary, body = cleaned(summary, there), cleaned(body, there)
     alone = pc.or_(pc.equal(summary, ""), pc.equal(body, ""))
-    text = pc.if_else(alone, pc.binary_join_element_wise(summary, body, ""),
-                      pc.binary_join_element_wise(summary, body, "\n"))
-    return pa.table([user, item, rating.fill_null(math.nan), time.fill_null(NO_TIME), text,
-                     pa.repeat(pa.scalar(""), rows)], COLUMNS)
+    text = pc.if_else(
+        alone,
+        pc.binary_join_element_wise(summary, body, ""),
+        pc.binary_join_element_wise(summary, body, "\n"),
+    )
+    return pa.table(
+        [
+            user,
+            item,
+            rating.fill_null(math.nan),
+            time.fill_null(NO_TIME),
+            text,
+            pa.repeat(pa.scalar(""), rows),
+        ],
+        COLUMNS,
+    )
 
 
 def may_be_older(data: bytes) -> bool:
     """Whether one of the names may be there that make a line an older review, in plain letters or escaped."""
     code = np.frombuffer(data, np.uint8)
-    escaped = np.flatnonzero(code[:-1] == ord("\\")) + 1      # a tenth of what it takes bytes to find four in a row
-    return (b'"reviewerID"' in data or b'"overall"' in data
-            or bool((code[escaped] == ord("u")).any() and LETTER.search(data)))
+    # a tenth of what it takes bytes to find four in a row
+    escaped = np.flatnonzero(code[:-1] == ord("\\")) + 1
+    return (
+        b'"reviewerID"' in data
+        or b'"overall"' in data
+        or bool((code[escaped] == ord("u")).any() and LETTER.search(data))
+    )
 
 
 def separate_objects(data: bytes) -> int:
@@ -179,10 +229,15 @@ def separate_objects(data: bytes) -> int:
     """
     code = np.frombuffer(data, np.uint8)
     ends = np.flatnonzero(code == ord("\n"))
-    if (not data.startswith(b"{") or not data.endswith(b"}") or np.count_nonzero(code < 32) != len(ends)
-            or (code[ends - 1] != ord("}")).any() or (code[ends + 1] != ord("{")).any()):
+    if (
+        not data.startswith(b"{")
+        or not data.endswith(b"}")
+        or np.count_nonzero(code < 32) != len(ends)
+        or (code[ends - 1] != ord("}")).any()
+        or (code[ends + 1] != ord("{")).any()
+    ):
         return 0
-    opening = np.flatnonzero((code & 0xdf) == ord("["))       # [ and {
+    opening = np.flatnonzero((code & 0xDF) == ord("["))  # [ and {
     opened = np.searchsorted(opening, ends)
     deepest = np.diff(opened, prepend=0, append=len(opening)).max()
     return len(ends) + 1 if deepest <= DEEPEST else 0
@@ -197,8 +252,9 @@ def faults(data: bytes) -> set[str]:
     space, at = code == ord(" "), np.flatnonzero(code == ord("&"))
     at = at[at < len(code) - max(map(len, QUOTES))]
     after = np.stack([code[at + place] for place in (1, 2, 3)])
-    return ({entity for entity in QUOTES if (after == [[x] for x in entity[1:4].encode()]).all(0).any()}
-            | ({"  "} if (space[1:] & space[:-1]).any() else set()))
+    return {
+        entity for entity in QUOTES if (after == [[x] for x in entity[1:4].encode()]).all(0).any()
+    } | ({"  "} if (space[1:] & space[:-1]).any() else set())
 
 
 def cleaned(text: pa.StringArray, there: set[str]) -> pa.StringArray:
@@ -211,7 +267,9 @@ def cleaned(text: pa.StringArray, there: set[str]) -> pa.StringArray:
         plain = pc.replace_substring_regex(plain, "  +", " ")
     plain = pc.ascii_trim(plain, " ")
     unclean = pc.match_substring_regex(plain, UNCLEAN)
-    return pc.replace_with_mask(plain, unclean, pa.array(map(clean, text.filter(unclean).to_pylist()), pa.string()))
+    return pc.replace_with_mask(
+        plain, unclean, pa.array(map(clean, text.filter(unclean).to_pylist()), pa.string())
+    )
 
 
 def parse_item(text: str) -> Item:
@@ -221,10 +279,14 @@ def parse_item(text: str) -> Item:
     brand = record.get("brand") or record.get("store")
     if not brand and isinstance(details, dict):
         brand = details.get("Brand")
-    return Item(identifier(record.get("parent_asin") or record.get("asin"), "item"),
-                unscripted(clean(record.get("title"))), unscripted(clean(brand), NAME_LIMIT),
-                category_paths(record.get("categories") or record.get("category")),
-                price(record.get("price")), unscripted(clean(record.get("description"))))
+    return Item(
+        identifier(record.get("parent_asin") or record.get("asin"), "item"),
+        unscripted(clean(record.get("title"))),
+        unscripted(clean(brand), NAME_LIMIT),
+        category_paths(record.get("categories") or record.get("category")),
+        price(record.get("price")),
+        unscripted(clean(record.get("description"))),
+    )
 
 
 def unscripted(text: str, limit: int | None = None) -> str:

@@ -23,12 +23,18 @@ __all__ = ["CATEGORIES", "SHORT_NAMES", "SOURCES", "Config", "download", "fetch"
 
 # Release -> addresses of reviews and of metadata; {} is the category. 2014 and 2018: the 5-core reviews.
 SOURCES = {
-    "2014": ("https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/reviews_{}_5.json.gz",
-             "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/meta_{}.json.gz"),
-    "2018": ("https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/categoryFilesSmall/{}_5.json.gz",
-             "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/metaFiles2/meta_{}.json.gz"),
-    "2023": ("https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw/review_categories/{}.jsonl.gz",
-             "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw/meta_categories/meta_{}.jsonl.gz"),
+    "2014": (
+        "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/reviews_{}_5.json.gz",
+        "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/meta_{}.json.gz",
+    ),
+    "2018": (
+        "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/categoryFilesSmall/{}_5.json.gz",
+        "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/metaFiles2/meta_{}.json.gz",
+    ),
+    "2023": (
+        "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw/review_categories/{}.jsonl.gz",
+        "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw/meta_categories/meta_{}.jsonl.gz",
+    ),
 }
 CATEGORIES = {
     "2014": """
@@ -56,26 +62,31 @@ CATEGORIES = {
 }
 # Short name -> category and the release that the paper used, as far as its tables tell.
 SHORT_NAMES = {
-    "toys": ("Toys_and_Games", "2014"), "beauty": ("Beauty", "2014"),
+    "toys": ("Toys_and_Games", "2014"),
+    "beauty": ("Beauty", "2014"),
     "sports": ("Sports_and_Outdoors", "2014"),
-    "instruments": ("Musical_Instruments", "2018"), "luxury": ("Luxury_Beauty", "2018"),
-    "scientific": ("Industrial_and_Scientific", "2018"), "food": ("Grocery_and_Gourmet_Food", "2018"),
-    "gift_cards": ("Gift_Cards", "2018"), "all_beauty": ("All_Beauty", "2018"),
+    "instruments": ("Musical_Instruments", "2018"),
+    "luxury": ("Luxury_Beauty", "2018"),
+    "scientific": ("Industrial_and_Scientific", "2018"),
+    "food": ("Grocery_and_Gourmet_Food", "2018"),
+    "gift_cards": ("Gift_Cards", "2018"),
+    "all_beauty": ("All_Beauty", "2018"),
 }
 BLOCK = 1 << 20
-ATTEMPTS = 4          # connections made for one file before giving up
-TIMEOUT = 30.0        # seconds without a byte
+ATTEMPTS = 4  # connections made for one file before giving up
+TIMEOUT = 30.0  # seconds without a byte
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Fetch the official files of one category."""
 
-    dataset: str = ""         # toys, beauty, sports, instruments, luxury, scientific, food, gift_cards,
+    dataset: str = ""  # toys, beauty, sports, instruments, luxury, scientific, food, gift_cards,
     # all_beauty, or the official name of any other category
-    release: str = ""         # 2014, 2018 or 2023; empty: the paper's, for other categories 2018, 2014, 2023
-    raw: str = ""             # directory for the files; empty: <data>/raw/<dataset>
-    data: str = "data"        # directory of prepared data sets
+    release: str = ""  # 2014, 2018 or 2023; empty: the paper's, for other categories 2018,
+    # 2014, 2023
+    raw: str = ""  # directory for the files; empty: <data>/raw/<dataset>
+    data: str = "data"  # directory of prepared data sets
 
     def __post_init__(self):
         check(self, release=(self.release in ("", *SOURCES), "2014, 2018 or 2023"))
@@ -91,7 +102,9 @@ def official(dataset: str, release: str = "") -> tuple[str, str] | None:
     if not releases:
         return None
     if release and release not in releases:
-        raise PageLLMError(f"release {release} has no {category}; there is {', '.join(sorted(releases))}")
+        raise PageLLMError(
+            f"release {release} has no {category}; there is {', '.join(sorted(releases))}"
+        )
     return category, release or usual or releases[0]
 
 
@@ -126,20 +139,28 @@ def fetch(url: str, path: Path) -> None:
             whole = transfer(url, part)
             trouble = "the connection was cut"
         except urllib.error.HTTPError as error:
-            raise PageLLMError(f"{url}: the server says {error.code} {error.reason}\n{by_hand}") from error
+            raise PageLLMError(
+                f"{url}: the server says {error.code} {error.reason}\n{by_hand}"
+            ) from error
         except urllib.error.URLError as error:
             trouble = str(error.reason)
-            break                    # no connection at all: waiting for three more timeouts helps nobody
+            break  # no connection at all: waiting for three more timeouts helps nobody
         except (OSError, http.client.HTTPException) as error:
             trouble = str(error) or type(error).__name__
         if whole:
             break
     if not whole:
-        begun = f"; {part.name} is kept, and the same command goes on from there" if part.exists() else ""
+        begun = (
+            f"; {part.name} is kept, and the same command goes on from there"
+            if part.exists()
+            else ""
+        )
         raise PageLLMError(f"cannot fetch {path.name}: {trouble}{begun}\n{by_hand}")
     if not is_whole_gzip(part):
         part.unlink(missing_ok=True)
-        raise PageLLMError(f"{url}: not a whole gzip file came; it was removed. Try again, or\n{by_hand}")
+        raise PageLLMError(
+            f"{url}: not a whole gzip file came; it was removed. Try again, or\n{by_hand}"
+        )
     os.replace(part, path)
 
 
@@ -150,23 +171,27 @@ def transfer(url: str, part: Path) -> bool:
     if have:
         headers["Range"] = f"bytes={have}-"
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+        response = urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers), timeout=TIMEOUT
+        )
     except urllib.error.HTTPError as error:
-        if error.code != 416:                    # 416: there is nothing after what we have
+        if error.code != 416:  # 416: there is nothing after what we have
             raise
         if total_after(error.headers.get("Content-Range")) == have:
             return True
-        part.unlink()                            # longer than the file: begin again
+        part.unlink()  # longer than the file: begin again
         return False
     with response:
         if response.status != 206:
-            have = 0                             # the server sends the whole file, whatever was asked for
+            have = 0  # the server sends the whole file, whatever was asked for
         elif not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
-            part.unlink()                        # another piece than the one asked for: begin again
+            part.unlink()  # another piece than the one asked for: begin again
             return False
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
-        bar = tqdm(desc=f"  {part.stem}", total=total, initial=have, unit="B", unit_scale=True, delay=1)
+        bar = tqdm(
+            desc=f"  {part.stem}", total=total, initial=have, unit="B", unit_scale=True, delay=1
+        )
         with bar, open(part, "ab" if have else "wb") as file:
             while block := response.read(BLOCK):
                 file.write(block)
@@ -195,8 +220,10 @@ def run(config: Config) -> list[Path]:
     """Fetch the files of one data set; returns their paths."""
     known = official(config.dataset, config.release)
     if known is None:
-        raise PageLLMError(f"{config.dataset!r} has no official files; there are {', '.join(SHORT_NAMES)}\n"
-                           f"  and each release's categories, e.g. {', '.join(CATEGORIES['2018'][:4])}, ...")
+        raise PageLLMError(
+            f"{config.dataset!r} has no official files; there are {', '.join(SHORT_NAMES)}\n"
+            f"  and each release's categories, e.g. {', '.join(CATEGORIES['2018'][:4])}, ..."
+        )
     paths = download(*known, config.raw or Path(config.data) / "raw" / config.dataset)
     print("\n".join(f"{path}: {path.stat().st_size:,} bytes" for path in paths), flush=True)
     return paths

@@ -10,8 +10,20 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-__all__ = ["TEST", "TRAIN", "UNUSED", "VALID", "group_rank", "highest", "k_core", "latest", "random_keys",
-           "split_by_time", "split_random", "thin"]
+__all__ = [
+    "TEST",
+    "TRAIN",
+    "UNUSED",
+    "VALID",
+    "group_rank",
+    "highest",
+    "k_core",
+    "latest",
+    "random_keys",
+    "split_by_time",
+    "split_random",
+    "thin",
+]
 
 TRAIN, VALID, TEST, UNUSED = range(4)
 
@@ -57,8 +69,13 @@ def k_core(user, item, k: int) -> tuple[np.ndarray, list[dict]]:
     while True:
         per_user = np.bincount(user[keep], minlength=user.max(initial=-1) + 1)
         per_item = np.bincount(item[keep], minlength=item.max(initial=-1) + 1)
-        rounds.append({"users": int((per_user > 0).sum()), "items": int((per_item > 0).sum()),
-                       "rows": int(keep.sum())})
+        rounds.append(
+            {
+                "users": int((per_user > 0).sum()),
+                "items": int((per_item > 0).sum()),
+                "rows": int(keep.sum()),
+            }
+        )
         if len(rounds) > 1 and rounds[-1] == rounds[-2]:
             return keep, rounds
         keep &= (per_user[user] >= k) & (per_item[item] >= k)
@@ -79,16 +96,18 @@ def thin(user, item, counted, keys, k: int, n_users: int) -> np.ndarray:
 
     if users(len(order)) < n_users:
         raise ValueError(f"all {len(order):,} rows leave {users(len(order)):,} users")
-    few, many = 0, len(order)                       # users(few) < n_users <= users(many)
+    few, many = 0, len(order)  # users(few) < n_users <= users(many)
     while many - few > 1:
         middle = (few + many) // 2
         few, many = (few, middle) if users(middle) >= n_users else (middle, many)
     keep = np.zeros(len(order), dtype=bool)
-    keep[order[:few if n_users - users(few) < users(many) - n_users else many]] = True
+    keep[order[: few if n_users - users(few) < users(many) - n_users else many]] = True
     return keep
 
 
-def random_keys(seed: int | str, user, item, user_ids: Sequence[str], item_ids: Sequence[str]) -> np.ndarray:
+def random_keys(
+    seed: int | str, user, item, user_ids: Sequence[str], item_ids: Sequence[str]
+) -> np.ndarray:
     """(R,) uint64: a draw for each row that depends on the seed and the two identifiers alone.
 
     SHA-256 instead of a generator: the same on every machine, for every order of lines, and for a user
@@ -97,8 +116,14 @@ def random_keys(seed: int | str, user, item, user_ids: Sequence[str], item_ids: 
     keys = np.empty(len(user), dtype=np.uint64)
     item_bytes = [name.encode() for name in item_ids]
     prefix, prefix_of = None, -1
-    pairs = tqdm(zip(user.tolist(), item.tolist(), strict=True), "  drawing the split", len(user),
-                 unit=" rows", unit_scale=True, delay=2)
+    pairs = tqdm(
+        zip(user.tolist(), item.tolist(), strict=True),
+        "  drawing the split",
+        len(user),
+        unit=" rows",
+        unit_scale=True,
+        delay=2,
+    )
     for row, (u, i) in enumerate(pairs):
         if u != prefix_of:
             prefix, prefix_of = hashlib.sha256(f"{seed}\0{user_ids[u]}\0".encode()), u
@@ -153,7 +178,9 @@ def split_by_time(user, item, time, positive, leave_one_out: bool) -> np.ndarray
     split[positive] = np.select([rank >= size - n, rank >= size - 2 * n], [TEST, VALID], TRAIN)
     # Walking through a user's rows in time, the split only ever moves forward: train, valid, test.
     order = np.lexsort((item, time, user))
-    moved = np.where(positive, split, TRAIN)[order].astype(np.int64) + 3 * user[order].astype(np.int64)
+    moved = np.where(positive, split, TRAIN)[order].astype(np.int64) + 3 * user[order].astype(
+        np.int64
+    )
     forward = np.maximum.accumulate(moved) - 3 * user[order].astype(np.int64)
     other = ~positive[order]
     split[order[other]] = forward[other]

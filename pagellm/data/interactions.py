@@ -35,18 +35,60 @@ from pagellm.data.records import (
     time_seconds,
 )
 
-__all__ = ["ITEM_COLUMNS", "LOG_COLUMNS", "delimiter_of", "item_words", "match", "read_items", "read_log",
-           "read_sequences", "spelling"]
+__all__ = [
+    "ITEM_COLUMNS",
+    "LOG_COLUMNS",
+    "delimiter_of",
+    "item_words",
+    "match",
+    "read_items",
+    "read_log",
+    "read_sequences",
+    "spelling",
+]
 
 # Role -> spellings, the first that is there is taken. Compared without case, spaces and punctuation.
 LOG_COLUMNS = {
-    "user": ("user", "userid", "reviewerid", "uid", "customerid", "customer", "visitorid", "memberid",
-             "accountid", "buyerid", "clientid", "username"),
-    "item": ("item", "itemid", "parentasin", "asin", "productid", "product", "iid", "sku", "movieid",
-             "articleid", "goodsid", "listingid"),
+    "user": (
+        "user",
+        "userid",
+        "reviewerid",
+        "uid",
+        "customerid",
+        "customer",
+        "visitorid",
+        "memberid",
+        "accountid",
+        "buyerid",
+        "clientid",
+        "username",
+    ),
+    "item": (
+        "item",
+        "itemid",
+        "parentasin",
+        "asin",
+        "productid",
+        "product",
+        "iid",
+        "sku",
+        "movieid",
+        "articleid",
+        "goodsid",
+        "listingid",
+    ),
     "rating": ("rating", "overall", "stars", "starrating", "score"),
     "event": ("event", "eventtype", "action", "behavior", "behaviour", "interactiontype"),
-    "time": ("timestamp", "time", "unixreviewtime", "eventtime", "datetime", "date", "createdat", "ts"),
+    "time": (
+        "timestamp",
+        "time",
+        "unixreviewtime",
+        "eventtime",
+        "datetime",
+        "date",
+        "createdat",
+        "ts",
+    ),
     "summary": ("summary", "headline", "reviewtitle", "reviewheadline"),
     "text": ("text", "review", "reviewtext", "reviewbody", "comment", "body"),
     "split": ("split", "fold", "subset", "partition"),
@@ -59,11 +101,21 @@ ITEM_COLUMNS = {
     "price": ("price", "unitprice"),
     "description": ("description", "desc", "about"),
 }
-SPLIT_NAMES = {"train": "train", "training": "train", "valid": "valid", "val": "valid", "validation": "valid",
-               "dev": "valid", "test": "test", "testing": "test", "unused": "unused", "": ""}
-PATH_MARK = re.compile(r"\s*[>|]\s*")        # between the names of a category path in a text column
-RECORD_LINES = 200                           # most lines that one quoted CSV record may span
-BATCH = 16_384                               # rows of a Parquet file held at once
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "valid": "valid",
+    "val": "valid",
+    "validation": "valid",
+    "dev": "valid",
+    "test": "test",
+    "testing": "test",
+    "unused": "unused",
+    "": "",
+}
+PATH_MARK = re.compile(r"\s*[>|]\s*")  # between the names of a category path in a text column
+RECORD_LINES = 200  # most lines that one quoted CSV record may span
+BATCH = 16_384  # rows of a Parquet file held at once
 
 
 def spelling(column: str) -> str:
@@ -71,7 +123,9 @@ def spelling(column: str) -> str:
     return re.sub(r"[^a-z0-9]", "", column.split(":")[0].lower())
 
 
-def match(columns: list[str], roles: dict[str, tuple[str, ...]], chosen: dict[str, str]) -> dict[str, str]:
+def match(
+    columns: list[str], roles: dict[str, tuple[str, ...]], chosen: dict[str, str]
+) -> dict[str, str]:
     """Role -> column for every role that is named in `chosen` or recognised.
 
     Raises PageLLMError for a chosen column that is not there.
@@ -88,8 +142,16 @@ def match(columns: list[str], roles: dict[str, tuple[str, ...]], chosen: dict[st
     return found
 
 
-def read_log(path: Path, kind: str, columns: dict[str, str], tally: Tally, grades: dict[str, float],
-             scale: tuple[float, float], split: str = "", span: Span = WHOLE) -> Iterator[Review]:
+def read_log(
+    path: Path,
+    kind: str,
+    columns: dict[str, str],
+    tally: Tally,
+    grades: dict[str, float],
+    scale: tuple[float, float],
+    split: str = "",
+    span: Span = WHOLE,
+) -> Iterator[Review]:
     """The rows of a log.
 
     kind     "csv", "jsonl" or "parquet"
@@ -99,13 +161,19 @@ def read_log(path: Path, kind: str, columns: dict[str, str], tally: Tally, grade
     split    of every row, where the file is of one split
     span     of JSON lines: which of them
     """
+
     def review(row: dict) -> Review:
         rating = rating_in(row.get("rating"), *scale)
         if "event" in columns and rating != rating:
             rating = grade(row.get("event"), grades)
-        return Review(identifier(row.get("user"), "user"), identifier(row.get("item"), "item"), rating,
-                      time_seconds(row.get("time")), opinion(row.get("summary"), row.get("text")),
-                      split or split_name(row.get("split")))
+        return Review(
+            identifier(row.get("user"), "user"),
+            identifier(row.get("item"), "item"),
+            rating,
+            time_seconds(row.get("time")),
+            opinion(row.get("summary"), row.get("text")),
+            split or split_name(row.get("split")),
+        )
 
     return read_rows(path, kind, columns, review, tally, span)
 
@@ -131,10 +199,16 @@ def read_items(path: Path, kind: str, columns: dict[str, str], tally: Tally) -> 
 
     A category is a list of names, a list of such lists, or text: "Music > Drums" or a JSON list.
     """
+
     def item(row: dict) -> Item:
-        return Item(identifier(row.get("id"), "item"), clean(row.get("title")), clean(row.get("brand")),
-                    category_paths(category_list(row.get("category"))), price(row.get("price")),
-                    clean(row.get("description")))
+        return Item(
+            identifier(row.get("id"), "item"),
+            clean(row.get("title")),
+            clean(row.get("brand")),
+            category_paths(category_list(row.get("category"))),
+            price(row.get("price")),
+            clean(row.get("description")),
+        )
 
     return read_rows(path, kind, columns, item, tally)
 
@@ -151,10 +225,14 @@ def category_list(value):
     return [name for name in PATH_MARK.split(value.strip()) if name]
 
 
-def read_rows(path: Path, kind: str, columns: dict[str, str], make, tally: Tally, span: Span = WHOLE) -> Iterator:
+def read_rows(
+    path: Path, kind: str, columns: dict[str, str], make, tally: Tally, span: Span = WHOLE
+) -> Iterator:
     """make(role -> value) of every row; rows for which it raises Broken are counted and left out."""
     if kind == "jsonl":
-        yield from parsed(path, lambda text: make(chosen_values(json_object(text), columns)), tally, span)
+        yield from parsed(
+            path, lambda text: make(chosen_values(json_object(text), columns)), tally, span
+        )
         return
     rows = csv_rows(path, columns, tally) if kind == "csv" else parquet_rows(path, columns, tally)
     for at, row in rows:
@@ -182,11 +260,11 @@ def csv_rows(path: Path, columns: dict[str, str], tally: Tally) -> Iterator[tupl
     """
     stream = text_lines(path, tally, keep_empty=True)
     header = next(stream, (0, ""))[1]
-    tally.read -= 1                             # the header is no record
+    tally.read -= 1  # the header is no record
     mark = delimiter_of(header)
     names = next(csv.reader([header], delimiter=mark), [])
     places = {role: names.index(column) for role, column in columns.items()}
-    waiting: deque[tuple[int, str]] = deque()   # lines to look at before the stream goes on
+    waiting: deque[tuple[int, str]] = deque()  # lines to look at before the stream goes on
     while entry := (waiting.popleft() if waiting else next(stream, None)):
         span, fields = [entry], csv_fields([entry[1]], mark)
         while fields is None and len(span) < RECORD_LINES:
@@ -198,8 +276,8 @@ def csv_rows(path: Path, columns: dict[str, str], tally: Tally) -> Iterator[tupl
                 fields = csv_fields([line for _, line in span], mark)
         if fields is None or len(fields) != len(names):
             waiting.extendleft(reversed(span[1:]))
-            span, fields = [entry], entry[1].split(mark)      # a file that never meant its quotes
-        tally.read -= len(span) - 1             # several lines, one record
+            span, fields = [entry], entry[1].split(mark)  # a file that never meant its quotes
+        tally.read -= len(span) - 1  # several lines, one record
         if len(fields) == len(names):
             yield entry[0], {role: fields[place] for role, place in places.items()}
         else:
@@ -240,7 +318,9 @@ def plain(column: pa.Array) -> list:
     return column.to_pylist()
 
 
-def read_sequences(path: Path, tally: Tally, start: dict[str, int], split: str = "") -> Iterator[Review]:
+def read_sequences(
+    path: Path, tally: Tally, start: dict[str, int], split: str = ""
+) -> Iterator[Review]:
     """`user item item ...`, oldest first; the time is the position in the sequence.
 
     start  user -> position of the first item; grown by what is read, so that one split's file can go on
@@ -266,6 +346,7 @@ def read_sequences(path: Path, tally: Tally, start: dict[str, int], split: str =
 
 def item_words(path: Path, tally: Tally) -> Iterator[Item]:
     """`item word word ...`: the words are taken for the title."""
+
     def parse(text: str) -> Item:
         name, _, words = text.strip().partition(" ")
         return Item(identifier(name, "item"), clean(words))

@@ -22,10 +22,12 @@ from pagellm.data.records import Tally
 
 __all__ = ["store"]
 
-PIECE = 32_000_000       # bytes of a large file that are one piece
+PIECE = 32_000_000  # bytes of a large file that are one piece
 
 
-def store(raw: Raw, tally: Tally, processes: int, folder: Path, min_text: int, max_text: int) -> list[Path]:
+def store(
+    raw: Raw, tally: Tally, processes: int, folder: Path, min_text: int, max_text: int
+) -> list[Path]:
     """Every interaction of every file through spool.store, by up to `processes` processes. Returns the stems, in order.
 
     processes  0: one a core. What is one piece (a gzip, CSV or Parquet file, all sequence files) is read by one
@@ -40,7 +42,9 @@ def store(raw: Raw, tally: Tally, processes: int, folder: Path, min_text: int, m
         tally.add(read(*jobs[0]))
         return stems
     lines_before: dict[Path, int] = {}
-    for piece, part in zip(pieces, in_processes(jobs, min(processes, len(jobs)), folder), strict=True):
+    for piece, part in zip(
+        pieces, in_processes(jobs, min(processes, len(jobs)), folder), strict=True
+    ):
         path = piece.review_files[0].path
         before = lines_before.get(path, 0)
         tally.add(part, before)
@@ -66,7 +70,9 @@ def in_processes(jobs: list[tuple], processes: int, folder: Path) -> list[Tally]
             worker.start()
             theirs.close()
             workers[ours] = worker
-        bar = tqdm(total=len(jobs), desc=f"  reading, {processes} processes", unit=" pieces", delay=1)
+        bar = tqdm(
+            total=len(jobs), desc=f"  reading, {processes} processes", unit=" pieces", delay=1
+        )
         idle = list(workers)
         while waiting or doing:
             while idle and waiting:
@@ -76,13 +82,15 @@ def in_processes(jobs: list[tuple], processes: int, folder: Path) -> list[Tally]
             for pipe in connection.wait(list(doing)):
                 answer = answers[doing.pop(pipe)] = pipe.recv()
                 if isinstance(answer, BaseException):
-                    waiting.clear()          # of those before it all are done or being done
+                    waiting.clear()  # of those before it all are done or being done
                 idle.append(pipe)
                 bar.update()
         bar.close()
     except (EOFError, ConnectionError):
-        raise PageLLMError("a process that read raw files died, perhaps of too little memory; "
-                           "try again with fewer: --processes 1") from None
+        raise PageLLMError(
+            "a process that read raw files died, perhaps of too little memory; "
+            "try again with fewer: --processes 1"
+        ) from None
     finally:
         for pipe, worker in workers.items():
             worker.terminate()
@@ -96,7 +104,7 @@ def in_processes(jobs: list[tuple], processes: int, folder: Path) -> list[Tally]
 
 def work(pipe, folder: Path) -> None:
     """Do jobs until there are no more: the life of a process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)         # who started this one stops it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started this one stops it
     threading.Thread(target=outlive, args=(folder,), daemon=True).start()
     while True:
         try:

@@ -53,26 +53,41 @@ SPLIT_NAMES = ("train", "valid", "test", "unused")
 class Config(Options):
     """Read raw files, filter, split, and write data/<dataset>/."""
 
-    k_core: int = 5              # positives that every user and item needs; split=given filters nothing
-    positive_above: float = 3.0  # rating above which a row is positive; rows without a rating are positive
-    thin_users: int = 0          # rows are left out at random until the k-core keeps this many users; 0: all rows stay
-    seed: int = 0                # of the random split, of thinning, and of the synthetic shop
-    refit: bool = False          # validation rows join train: for a last fit with settings that are already chosen
-    max_broken: float = 0.01     # share of broken lines above which reading stops with an error
-    users: int = 2000       # users of the synthetic shop
-    items: int = 1000       # items of the synthetic shop
-    processes: int = 1           # that read several files, or pieces of large plain ones; 0: as many as cores
+    k_core: int = 5  # positives that every user and item needs; split=given filters nothing
+    positive_above: float = 3.0  # rating above which a row is positive;
+    # rows without a rating are positive
+    thin_users: int = 0  # rows are left out at random until the k-core keeps this many users;
+    # 0: all rows stay
+    seed: int = 0  # of the random split, of thinning, and of the synthetic shop
+    refit: bool = False  # validation rows join train: for a last fit with settings that are already
+    # chosen
+    max_broken: float = 0.01  # share of broken lines above which reading stops with an error
+    users: int = 2000  # users of the synthetic shop
+    items: int = 1000  # items of the synthetic shop
+    processes: int = 1  # that read several files, or pieces of large plain ones; 0:
+    # as many as cores
 
     def __post_init__(self):
         super().__post_init__()
         check_numbers(self, negative=("rating_min", "rating_max", "positive_above"))
-        check(self, k_core=(self.k_core >= 0, "0 or more"),
-              thin_users=(self.thin_users == 0 or self.thin_users > 0 and self.split != "given",
-                          "0 or more, and 0 with split=given, which filters nothing"),
-              positive_above=(math.isfinite(self.positive_above), "a finite number"),
-              max_broken=(0 <= self.max_broken <= 1, "a share between 0 and 1"),
-              users=(self.dataset == "synthetic" or self.users == 2000, "no number: the raw files decide"),
-              items=(self.dataset == "synthetic" or self.items == 1000, "no number: the raw files decide"))
+        check(
+            self,
+            k_core=(self.k_core >= 0, "0 or more"),
+            thin_users=(
+                self.thin_users == 0 or self.thin_users > 0 and self.split != "given",
+                "0 or more, and 0 with split=given, which filters nothing",
+            ),
+            positive_above=(math.isfinite(self.positive_above), "a finite number"),
+            max_broken=(0 <= self.max_broken <= 1, "a share between 0 and 1"),
+            users=(
+                self.dataset == "synthetic" or self.users == 2000,
+                "no number: the raw files decide",
+            ),
+            items=(
+                self.dataset == "synthetic" or self.items == 1000,
+                "no number: the raw files decide",
+            ),
+        )
 
     @property
     def target(self) -> Path:
@@ -82,14 +97,14 @@ class Config(Options):
 class Table(NamedTuple):
     """Rows that stay, by user, time and item; users and items are dense."""
 
-    user: np.ndarray          # (R,) int32
-    item: np.ndarray          # (R,) int32
-    rating: np.ndarray        # (R,) float32, NaN where unknown
-    time: np.ndarray          # (R,) int64, NO_TIME where unknown
-    positive: np.ndarray      # (R,) bool
-    split: np.ndarray         # (R,) int8, index into SPLIT_NAMES
-    has_text: np.ndarray      # (R,) bool
-    source: np.ndarray        # (R,) int64, number of the record it was read from
+    user: np.ndarray  # (R,) int32
+    item: np.ndarray  # (R,) int32
+    rating: np.ndarray  # (R,) float32, NaN where unknown
+    time: np.ndarray  # (R,) int64, NO_TIME where unknown
+    positive: np.ndarray  # (R,) bool
+    split: np.ndarray  # (R,) int8, index into SPLIT_NAMES
+    has_text: np.ndarray  # (R,) bool
+    source: np.ndarray  # (R,) int64, number of the record it was read from
     user_ids: list[str]
     item_ids: list[str]
 
@@ -106,33 +121,46 @@ def already(config: Config, raw: Raw | None) -> bool:
     path = config.target / "source.json"
     if not path.exists():
         if config.target.exists() and any(config.target.iterdir()):
-            raise PageLLMError(f"{config.target} holds files but no source.json, so no prepared data.\n"
-                               "  Move it away, or choose another --dataset name.")
+            raise PageLLMError(
+                f"{config.target} holds files but no source.json, so no prepared data.\n"
+                "  Move it away, or choose another --dataset name."
+            )
         return False
     try:
         before = json.loads(path.read_text())
         then, files = before["config"], before["files"]
     except (ValueError, KeyError) as error:
-        raise PageLLMError(f"{path} cannot be read ({error})\n"
-                           f"  Delete {config.target} and prepare again.") from error
+        raise PageLLMError(
+            f"{path} cannot be read ({error})\n  Delete {config.target} and prepare again."
+        ) from error
     now = recorded(config)
-    differing = [f"{name} was {then.get(name)!r}, now {now.get(name)!r}"
-                 for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
+    differing = [
+        f"{name} was {then.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
     if raw is not None:
         old = {(entry["role"], entry["name"]): entry["sha256"] for entry in files}
         new = {(entry["role"], entry["name"]): entry["sha256"] for entry in raw.described()}
-        differing += [f"{key[0]} file {key[1]} " + ("is new" if key not in old else
-                                                    "is gone" if key not in new else "has other bytes")
-                      for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        differing += [
+            f"{key[0]} file {key[1]} "
+            + ("is new" if key not in old else "is gone" if key not in new else "has other bytes")
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
+        ]
     if differing:
-        raise PageLLMError(f"{config.target} was prepared differently: {'; '.join(differing)}.\n"
-                           f"  Delete {config.target} to prepare again, or choose another --dataset name.")
+        raise PageLLMError(
+            f"{config.target} was prepared differently: {'; '.join(differing)}.\n"
+            f"  Delete {config.target} to prepare again, or choose another --dataset name."
+        )
     return True
 
 
 def moved_away(config: Config) -> bool:
     """Whether the raw files are no longer where they are looked for, and are not needed either."""
-    return not config.raw and not config.folder.exists() and (config.target / "source.json").exists()
+    return (
+        not config.raw and not config.folder.exists() and (config.target / "source.json").exists()
+    )
 
 
 def filtered(columns: spool.Columns, config: Config, graded: bool) -> tuple[Table, dict]:
@@ -148,44 +176,77 @@ def filtered(columns: spool.Columns, config: Config, graded: bool) -> tuple[Tabl
         time = c.time[rows]
     user, item, rating = c.user[rows], c.item[rows], c.rating[rows]
     positive = np.isnan(rating) | (rating > config.positive_above)
-    counts |= {"duplicates": len(c.user) - len(rows), "distinct": len(rows), "positives": int(positive.sum())}
+    counts |= {
+        "duplicates": len(c.user) - len(rows),
+        "distinct": len(rows),
+        "positives": int(positive.sum()),
+    }
 
     if config.thin_users:
         keys = filters.random_keys(f"{config.seed} thin", user, item, c.user_ids, c.item_ids)
         try:
             keep = filters.thin(user, item, positive, keys, config.k_core, config.thin_users)
         except ValueError as error:
-            raise PageLLMError(f"thin_users={config.thin_users}: {error}\n  Choose at most as many.") from error
-        user, item, rating, time, positive, rows = (x[keep] for x in (user, item, rating, time, positive, rows))
-        counts["thinned"] = {"left_out": int((~keep).sum()), "kept": len(rows), "positives": int(positive.sum())}
+            raise PageLLMError(
+                f"thin_users={config.thin_users}: {error}\n  Choose at most as many."
+            ) from error
+        user, item, rating, time, positive, rows = (
+            x[keep] for x in (user, item, rating, time, positive, rows)
+        )
+        counts["thinned"] = {
+            "left_out": int((~keep).sum()),
+            "kept": len(rows),
+            "positives": int(positive.sum()),
+        }
 
     keep = np.ones(len(rows), dtype=bool)
     if config.split != "given" and config.k_core > 0:
         core, counts["k_core"] = filters.k_core(user[positive], item[positive], config.k_core)
-        keep = (np.isin(user, user[positive][core]) & np.isin(item, item[positive][core]))
+        keep = np.isin(user, user[positive][core]) & np.isin(item, item[positive][core])
     if not keep.any():
-        raise PageLLMError(f"none is left of {len(rows):,} rows, {counts['positives']:,} of them positive:\n"
-                           f"  no users and items have {config.k_core} positives each among themselves.\n"
-                           "  Lower --k_core or --positive_above.")
+        raise PageLLMError(
+            f"none is left of {len(rows):,} rows, {counts['positives']:,} of them positive:\n"
+            f"  no users and items have {config.k_core} positives each among themselves.\n"
+            "  Lower --k_core or --positive_above."
+        )
     user_numbers, user = np.unique(user[keep], return_inverse=True)
     item_numbers, item = np.unique(item[keep], return_inverse=True)
-    user_ids, item_ids = [c.user_ids[n] for n in user_numbers], [c.item_ids[n] for n in item_numbers]
+    user_ids, item_ids = (
+        [c.user_ids[n] for n in user_numbers],
+        [c.item_ids[n] for n in item_numbers],
+    )
     rating, time, positive, rows = rating[keep], time[keep], positive[keep], rows[keep]
 
     order = spool.by_time(user, time, item)
-    user, item, rating, time, positive, rows = (x[order] for x in (user, item, rating, time, positive, rows))
+    user, item, rating, time, positive, rows = (
+        x[order] for x in (user, item, rating, time, positive, rows)
+    )
     if config.split == "given":
         split = np.where(c.split[rows] < 0, filters.UNUSED, c.split[rows]).astype(np.int8)
     else:
         split = split_of(config, user, item, time, positive, user_ids, item_ids)
     if config.refit:
         split = np.where(split == filters.VALID, filters.TRAIN, split).astype(np.int8)
-    table = Table(user.astype(np.int32), item.astype(np.int32), rating, time, positive, split,
-                  c.tie[rows] > 0, rows, user_ids, item_ids)
+    table = Table(
+        user.astype(np.int32),
+        item.astype(np.int32),
+        rating,
+        time,
+        positive,
+        split,
+        c.tie[rows] > 0,
+        rows,
+        user_ids,
+        item_ids,
+    )
     counts |= {"users": len(user_ids), "items": len(item_ids), "interactions": len(user)}
-    counts["rows"] = {name: {"positive": int((positive & (split == code)).sum()),
-                             "other": int((~positive & (split == code)).sum())}
-                      for code, name in enumerate(SPLIT_NAMES)}
+    counts["rows"] = {
+        name: {
+            "positive": int((positive & (split == code)).sum()),
+            "other": int((~positive & (split == code)).sum()),
+        }
+        for code, name in enumerate(SPLIT_NAMES)
+    }
     return table, counts
 
 
@@ -195,8 +256,10 @@ def split_of(config: Config, user, item, time, positive, user_ids, item_ids) -> 
         keys = filters.random_keys(config.seed, user, item, user_ids, item_ids)
         return filters.split_random(user, item, positive, keys)
     if (time == NO_TIME).all():
-        raise PageLLMError(f"split={config.split} needs times, and no row has one\n"
-                           "  Name their column with --time_column, or use --split random.")
+        raise PageLLMError(
+            f"split={config.split} needs times, and no row has one\n"
+            "  Name their column with --time_column, or use --split random."
+        )
     return filters.split_by_time(user, item, time, positive, config.split == "leave_one_out")
 
 
@@ -213,15 +276,22 @@ def catalogue(items: Iterator[Item], item_ids: list[str], max_text: int) -> dict
         if at is None:
             continue
         before = found.get(at, item)
-        found[at] = Item(*(new if is_unknown(old) else old for old, new in zip(before, item, strict=True)))
+        found[at] = Item(
+            *(new if is_unknown(old) else old for old, new in zip(before, item, strict=True))
+        )
     rows = [found.get(n, Item(name)) for n, name in enumerate(item_ids)]
     root = common_root(row.paths for row in rows)
-    below = [[path[path[:1] == (root,):] for path in row.paths] for row in rows]
-    return {"title": [row.title for row in rows], "brand": [row.brand for row in rows],
-            "categories": [list(dict.fromkeys(name for path in paths for name in path)) for paths in below],
-            "leaf": [next((path[-1] for path in paths if path), "") for paths in below],
-            "price": [row.price for row in rows],
-            "description": [row.description[:max_text].rstrip() for row in rows]}
+    below = [[path[path[:1] == (root,) :] for path in row.paths] for row in rows]
+    return {
+        "title": [row.title for row in rows],
+        "brand": [row.brand for row in rows],
+        "categories": [
+            list(dict.fromkeys(name for path in paths for name in path)) for paths in below
+        ],
+        "leaf": [next((path[-1] for path in paths if path), "") for paths in below],
+        "price": [row.price for row in rows],
+        "description": [row.description[:max_text].rstrip() for row in rows],
+    }
 
 
 def is_unknown(value) -> bool:
@@ -242,10 +312,15 @@ def common_root(all_paths) -> str | None:
 
 def missing_shares(table: Table, items: dict[str, list]) -> dict[str, float]:
     """Share of rows without rating, time or text, and of items without each field."""
+
     def share(absent):
         return round(float(np.mean(absent)), 6)
-    shares = {"rating": share(np.isnan(table.rating)), "time": share(table.time == NO_TIME),
-              "text": share(~table.has_text)}
+
+    shares = {
+        "rating": share(np.isnan(table.rating)),
+        "time": share(table.time == NO_TIME),
+        "text": share(~table.has_text),
+    }
     for name in ("title", "brand", "categories", "price", "description"):
         shares[name] = share([is_unknown(value) for value in items[name]])
     return shares
@@ -254,10 +329,13 @@ def missing_shares(table: Table, items: dict[str, list]) -> dict[str, float]:
 def write_tables(folder: Path, table: Table, items: dict[str, list]) -> None:
     split = pa.DictionaryArray.from_arrays(pa.array(table.split, pa.int32()), pa.array(SPLIT_NAMES))
     columns = {
-        "user": pa.array(table.user), "item": pa.array(table.item),
+        "user": pa.array(table.user),
+        "item": pa.array(table.item),
         "rating": pa.array(table.rating, mask=np.isnan(table.rating)),
         "time": pa.array(table.time, mask=table.time == NO_TIME),
-        "positive": pa.array(table.positive), "split": split}
+        "positive": pa.array(table.positive),
+        "split": split,
+    }
     pq.write_table(pa.table(columns), folder / "interactions.parquet", compression="zstd")
     price = np.array(items["price"], dtype=np.float32)
     columns = {
@@ -268,10 +346,13 @@ def write_tables(folder: Path, table: Table, items: dict[str, list]) -> None:
         "categories": pa.array(items["categories"], pa.list_(pa.string())),
         "leaf": pa.array(items["leaf"], pa.string()),
         "price": pa.array(price, mask=np.isnan(price)),
-        "description": pa.array(items["description"], pa.string())}
+        "description": pa.array(items["description"], pa.string()),
+    }
     pq.write_table(pa.table(columns), folder / "items.parquet", compression="zstd")
-    columns = {"user": pa.array(np.arange(len(table.user_ids), dtype=np.int32)),
-               "id": pa.array(table.user_ids, pa.string())}
+    columns = {
+        "user": pa.array(np.arange(len(table.user_ids), dtype=np.int32)),
+        "id": pa.array(table.user_ids, pa.string()),
+    }
     pq.write_table(pa.table(columns), folder / "users.parquet", compression="zstd")
 
 
@@ -279,7 +360,10 @@ def write_truth(folder: Path, shop: synthetic.SyntheticShop, table: Table) -> No
     """The shop's truth, rows and columns in dense order."""
     users = {name: n for n, name in enumerate(shop.user_ids)}
     items = {item.id: n for n, item in enumerate(shop.items)}
-    rows, columns = [users[name] for name in table.user_ids], [items[name] for name in table.item_ids]
+    rows, columns = (
+        [users[name] for name in table.user_ids],
+        [items[name] for name in table.item_ids],
+    )
     np.save(folder / "truth.npy", shop.truth[np.ix_(rows, columns)], allow_pickle=False)
 
 
@@ -311,11 +395,14 @@ def building(target: Path):
                 os.fsync(file.fileno())
         try:
             if target.exists():
-                target.rmdir()       # empty, or `already` would have spoken; a full one is never replaced
+                # empty, or `already` would have spoken; a full one is never replaced
+                target.rmdir()
             os.replace(beside, target)
         except OSError as error:
-            raise PageLLMError(f"{target} appeared while it was being prepared ({error.strerror}); "
-                               "it was left as it is") from error
+            raise PageLLMError(
+                f"{target} appeared while it was being prepared ({error.strerror}); "
+                "it was left as it is"
+            ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -325,7 +412,11 @@ def run(config: Config) -> Path:
 
     Raises PageLLMError if the directory holds another one, or raw files are missing, ambiguous or broken.
     """
-    shop = synthetic.make(config.users, config.items, config.seed) if config.dataset == "synthetic" else None
+    shop = (
+        synthetic.make(config.users, config.items, config.seed)
+        if config.dataset == "synthetic"
+        else None
+    )
     raw = None if shop or moved_away(config) else find(config)
     if already(config, raw):
         print(f"{config.target} is already prepared", flush=True)
@@ -333,27 +424,39 @@ def run(config: Config) -> Path:
     tally, item_tally = Tally(), Tally()
     with building(config.target) as folder:
         texts = (config.min_text, config.max_text)
-        stems = (parallel.store(raw, tally, config.processes, folder, *texts) if raw
-                 else [spool.store(batched(counted(shop.reviews(), tally)), folder / "part", *texts)])
+        stems = (
+            parallel.store(raw, tally, config.processes, folder, *texts)
+            if raw
+            else [spool.store(batched(counted(shop.reviews(), tally)), folder / "part", *texts)]
+        )
         columns = spool.gather(stems)
         tally.check("review", config.max_broken)
         table, counts = filtered(columns, config, graded=bool(raw and raw.graded))
         position = np.full(len(columns.user), -1, dtype=np.int64)
         train = np.flatnonzero(table.split == filters.TRAIN)
         position[table.source[train]] = np.arange(len(train))
-        counts["reviews"] = spool.write_reviews(stems, position, table.user[train], table.item[train],
-                                                folder / "reviews.parquet")
-        items = catalogue(raw.items(item_tally) if raw else counted(shop.items, item_tally), table.item_ids,
-                          config.max_text)
+        counts["reviews"] = spool.write_reviews(
+            stems, position, table.user[train], table.item[train], folder / "reviews.parquet"
+        )
+        items = catalogue(
+            raw.items(item_tally) if raw else counted(shop.items, item_tally),
+            table.item_ids,
+            config.max_text,
+        )
         item_tally.check("item", config.max_broken)
         write_tables(folder, table, items)
         if shop:
             write_truth(folder, shop, table)
-        source = {"dataset": config.dataset, "release": raw.release if raw else "synthetic",
-                  "files": raw.described() if raw else [], "unused_files": raw.unused if raw else [],
-                  "config": recorded(config), "missing": missing_shares(table, items),
-                  "written": {path.name: file_id(path) for path in sorted(folder.iterdir())},
-                  "counts": {"lines": tally.counts(), "item_lines": item_tally.counts(), **counts}}
+        source = {
+            "dataset": config.dataset,
+            "release": raw.release if raw else "synthetic",
+            "files": raw.described() if raw else [],
+            "unused_files": raw.unused if raw else [],
+            "config": recorded(config),
+            "missing": missing_shares(table, items),
+            "written": {path.name: file_id(path) for path in sorted(folder.iterdir())},
+            "counts": {"lines": tally.counts(), "item_lines": item_tally.counts(), **counts},
+        }
         (folder / "source.json").write_text(json.dumps(source, indent=1, sort_keys=True) + "\n")
     print(summary(config, counts), flush=True)
     return config.target
@@ -367,12 +470,18 @@ def counted(records, tally: Tally) -> Iterator:
 
 def summary(config: Config, counts: dict) -> str:
     rows = {name: parts["positive"] for name, parts in counts["rows"].items()}
-    thinned = (f"; thinned at random to {counts['thinned']['kept']:,} of {counts['distinct']:,} rows for "
-               f"{config.thin_users:,} users" if config.thin_users else "")
-    return (f"{config.target}: {counts['users']:,} users, {counts['items']:,} items, "
-            f"{counts['interactions']:,} rows; positives {rows['train']:,} train, {rows['valid']:,} valid, "
-            f"{rows['test']:,} test "
-            f"({counts['duplicates']:,} duplicates out of {counts['records']:,} records{thinned})")
+    thinned = (
+        f"; thinned at random to {counts['thinned']['kept']:,} of {counts['distinct']:,} rows for "
+        f"{config.thin_users:,} users"
+        if config.thin_users
+        else ""
+    )
+    return (
+        f"{config.target}: {counts['users']:,} users, {counts['items']:,} items, "
+        f"{counts['interactions']:,} rows; positives {rows['train']:,} train, {rows['valid']:,} valid, "
+        f"{rows['test']:,} test "
+        f"({counts['duplicates']:,} duplicates out of {counts['records']:,} records{thinned})"
+    )
 
 
 if __name__ == "__main__":

@@ -24,20 +24,44 @@ from tqdm import tqdm
 
 from pagellm.config import PageLLMError
 
-__all__ = ["COLUMNS", "LATEST_TIME", "NO_TIME", "WHOLE", "Broken", "Item", "Review", "Span", "Tally", "batched",
-           "blocks", "clean", "decoded", "identifier", "is_packed", "lines", "number", "opinion", "parsed",
-           "parsed_batches", "price", "progress", "rating_in", "text_lines", "time_seconds"]
+__all__ = [
+    "COLUMNS",
+    "LATEST_TIME",
+    "NO_TIME",
+    "WHOLE",
+    "Broken",
+    "Item",
+    "Review",
+    "Span",
+    "Tally",
+    "batched",
+    "blocks",
+    "clean",
+    "decoded",
+    "identifier",
+    "is_packed",
+    "lines",
+    "number",
+    "opinion",
+    "parsed",
+    "parsed_batches",
+    "price",
+    "progress",
+    "rating_in",
+    "text_lines",
+    "time_seconds",
+]
 
-NO_TIME = -1                       # an unknown time; real ones are never negative
-LINE_LIMIT = 10_000_000            # bytes; a longer line is broken, and read in pieces of this size
-ID_LIMIT = 256                     # characters
-LATEST_TIME = 4_102_444_800        # 1 January 2100, in seconds: later dates are mistakes
+NO_TIME = -1  # an unknown time; real ones are never negative
+LINE_LIMIT = 10_000_000  # bytes; a longer line is broken, and read in pieces of this size
+ID_LIMIT = 256  # characters
+LATEST_TIME = 4_102_444_800  # 1 January 2100, in seconds: later dates are mistakes
 PRICE_LIMIT = 1e7
-CHUNK = 4_000_000                  # bytes of lines read and parsed at once; of the first ones:
+CHUNK = 4_000_000  # bytes of lines read and parsed at once; of the first ones:
 FIRST_READ = 1 << 16
-MARK = b"\xef\xbb\xbf"             # of byte order, at the start of a file
-PIECES = 16                        # that a chunk is cut into where not all of its lines are plain
-EXAMPLES = 5                       # broken records shown with file and line
+MARK = b"\xef\xbb\xbf"  # of byte order, at the start of a file
+PIECES = 16  # that a chunk is cut into where not all of its lines are plain
+EXAMPLES = 5  # broken records shown with file and line
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 LINE_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
@@ -47,18 +71,26 @@ PRICE = re.compile(r"\$?\s*(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?\s*", re.ASCII)
 class Review(NamedTuple):
     """One user's dealing with one item."""
 
-    user: str                     # identifiers exactly as in the file
+    user: str  # identifiers exactly as in the file
     item: str
-    rating: float = math.nan      # NaN where there is none
-    time: int = NO_TIME           # seconds since 1970; in sequence files the position 0, 1, 2 ...
-    text: str = ""                # summary, newline, text; entities unescaped
-    split: str = ""               # train, valid, test or unused where somebody else made the split
+    rating: float = math.nan  # NaN where there is none
+    time: int = NO_TIME  # seconds since 1970; in sequence files the position 0, 1, 2 ...
+    text: str = ""  # summary, newline, text; entities unescaped
+    split: str = ""  # train, valid, test or unused where somebody else made the split
 
 
-COLUMNS = pa.schema([("user", pa.string()), ("item", pa.string()), ("rating", pa.float64()), ("time", pa.int64()),
-                     ("text", pa.string()), ("split", pa.string())])      # a batch of Review
-BATCH_ROWS = 20_000                # records in a batch, at most
-BATCH_CHARACTERS = 16_000_000      # characters of text after which a batch ends
+COLUMNS = pa.schema(
+    [
+        ("user", pa.string()),
+        ("item", pa.string()),
+        ("rating", pa.float64()),
+        ("time", pa.int64()),
+        ("text", pa.string()),
+        ("split", pa.string()),
+    ]
+)  # a batch of Review
+BATCH_ROWS = 20_000  # records in a batch, at most
+BATCH_CHARACTERS = 16_000_000  # characters of text after which a batch ends
 
 
 class Item(NamedTuple):
@@ -67,7 +99,7 @@ class Item(NamedTuple):
     id: str
     title: str = ""
     brand: str = ""
-    paths: tuple[tuple[str, ...], ...] = ()     # category paths, root first
+    paths: tuple[tuple[str, ...], ...] = ()  # category paths, root first
     price: float = math.nan
     description: str = ""
 
@@ -81,8 +113,9 @@ class Tally:
     """How many records were read, and why some were left out."""
 
     read: int = 0
-    broken: Counter = field(default_factory=Counter)        # reason -> records
-    noted: list[tuple[str, int, str]] = field(default_factory=list)     # the first few: file, line, reason
+    broken: Counter = field(default_factory=Counter)  # reason -> records
+    noted: list[tuple[str, int, str]] = field(default_factory=list)  # the first few: file,
+    # line, reason
 
     def note(self, reason: str, path: Path, line: int) -> None:
         self.broken[reason] += 1
@@ -93,8 +126,10 @@ class Tally:
         """Count what another one has counted, further down, in a file of which `lines_before` lines came before."""
         self.read += other.read
         self.broken.update(other.broken)
-        self.noted += [(name, line + lines_before, reason)
-                       for name, line, reason in other.noted[: EXAMPLES - len(self.noted)]]
+        self.noted += [
+            (name, line + lines_before, reason)
+            for name, line, reason in other.noted[: EXAMPLES - len(self.noted)]
+        ]
 
     @property
     def examples(self) -> list[str]:
@@ -114,10 +149,14 @@ class Tally:
         total = self.broken.total()
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(self.broken.items()))
         shown = "".join(f"\n    {example}" for example in self.examples)
-        message = f"{total:,} of {self.read:,} {what} lines are broken ({reasons}); the first:{shown}"
+        message = (
+            f"{total:,} of {self.read:,} {what} lines are broken ({reasons}); the first:{shown}"
+        )
         if total > max_broken * self.read:
-            raise PageLLMError(f"{message}\n  That is more than --max_broken {max_broken:g}. If the file is\n"
-                               "  whole and its columns are the right ones, raise --max_broken.")
+            raise PageLLMError(
+                f"{message}\n  That is more than --max_broken {max_broken:g}. If the file is\n"
+                "  whole and its columns are the right ones, raise --max_broken."
+            )
         print(f"  {message}", flush=True)
 
 
@@ -125,7 +164,7 @@ class Span(NamedTuple):
     """A part of a plain file: the lines whose first byte is one of start ... end - 1."""
 
     start: int = 0
-    end: int | None = None        # None: the end of the file, as for every packed file
+    end: int | None = None  # None: the end of the file, as for every packed file
 
 
 WHOLE = Span()
@@ -143,7 +182,11 @@ def lines(path: Path, span: Span = WHOLE) -> Iterator[bytes | None]:
 
 def split_lines(block: bytes | None) -> list[bytes | None]:
     """The lines of a block without their ends."""
-    return [None] if block is None else [line.rstrip(b"\r\n") for line in block.removesuffix(b"\n").split(b"\n")]
+    return (
+        [None]
+        if block is None
+        else [line.rstrip(b"\r\n") for line in block.removesuffix(b"\n").split(b"\n")]
+    )
 
 
 def blocks(path: Path, span: Span = WHOLE) -> Iterator[bytes | None]:
@@ -167,7 +210,9 @@ def blocks(path: Path, span: Span = WHOLE) -> Iterator[bytes | None]:
                         yield line if len(line.removesuffix(b"\n")) <= LINE_LIMIT else None
                 at, size = file.tell(), min(2 * size, CHUNK)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise PageLLMError(f"{path} is damaged or cut short ({error})\n  Fetch it again.") from error
+        raise PageLLMError(
+            f"{path} is damaged or cut short ({error})\n  Fetch it again."
+        ) from error
     except OSError as error:
         raise PageLLMError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -195,8 +240,15 @@ def progress(stream: Iterable | None, path: Path) -> tqdm:
 
     No bar in a process of its own: who started it shows one for all.
     """
-    return tqdm(stream, desc=f"  {path.name}", unit=" lines", unit_scale=True, delay=1, mininterval=0.5,
-                disable=parent_process() is not None)
+    return tqdm(
+        stream,
+        desc=f"  {path.name}",
+        unit=" lines",
+        unit_scale=True,
+        delay=1,
+        mininterval=0.5,
+        disable=parent_process() is not None,
+    )
 
 
 def text_lines(path: Path, tally: Tally, keep_empty: bool = False) -> Iterator[tuple[int, str]]:
@@ -207,8 +259,9 @@ def text_lines(path: Path, tally: Tally, keep_empty: bool = False) -> Iterator[t
     return texts(enumerate(progress(lines(path), path), 1), path, tally, keep_empty)
 
 
-def texts(numbered: Iterable[tuple[int, bytes | None]], path: Path, tally: Tally, keep_empty: bool = False
-          ) -> Iterator[tuple[int, str]]:
+def texts(
+    numbered: Iterable[tuple[int, bytes | None]], path: Path, tally: Tally, keep_empty: bool = False
+) -> Iterator[tuple[int, str]]:
     for at, raw in numbered:
         tally.read += 1
         try:
@@ -230,7 +283,7 @@ def decoded(raw: bytes | None) -> str:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
         raise Broken("not UTF-8") from None
-    if text.isspace():                  # spaces that only text knows, such as U+001F or U+3000
+    if text.isspace():  # spaces that only text knows, such as U+001F or U+3000
         raise Broken("empty line")
     return text
 
@@ -240,7 +293,9 @@ def parsed(path: Path, parse, tally: Tally, span: Span = WHOLE) -> Iterator:
     return parsed_lines(enumerate(progress(lines(path, span), path), 1), path, parse, tally)
 
 
-def parsed_lines(numbered: Iterable[tuple[int, bytes | None]], path: Path, parse, tally: Tally) -> Iterator:
+def parsed_lines(
+    numbered: Iterable[tuple[int, bytes | None]], path: Path, parse, tally: Tally
+) -> Iterator:
     for at, text in texts(numbered, path, tally):
         try:
             record = parse(text)
@@ -265,10 +320,15 @@ def batched(reviews: Iterable[Review]) -> Iterator[pa.Table]:
 
 def as_table(rows: list[Review]) -> pa.Table:
     columns = zip(*rows, strict=True) if rows else [()] * len(COLUMNS)
-    return pa.table([pa.array(column, field.type) for column, field in zip(columns, COLUMNS, strict=True)], COLUMNS)
+    return pa.table(
+        [pa.array(column, field.type) for column, field in zip(columns, COLUMNS, strict=True)],
+        COLUMNS,
+    )
 
 
-def parsed_batches(path: Path, parse, quick, tally: Tally, span: Span = WHOLE) -> Iterator[pa.Table]:
+def parsed_batches(
+    path: Path, parse, quick, tally: Tally, span: Span = WHOLE
+) -> Iterator[pa.Table]:
     """`parsed`, with many lines at once where all of them are plain.
 
     quick   bytes of lines, "\\n" between them -> a table of COLUMNS with one row a line, equal to what `parse`
@@ -396,7 +456,8 @@ def clean(value) -> str:
     if not isinstance(value, str):
         raise Broken("text of a wrong type")
     if "&" in value:
-        quoted = value.replace("&#34;", '"').replace("&#39;", "'").replace("&quot;", '"')    # nearly all there are
+        # nearly all there are
+        quoted = value.replace("&#34;", '"').replace("&#39;", "'").replace("&quot;", '"')
         value = html.unescape(value) if "&" in quoted else quoted
     if "<" in value:
         value = LINE_BREAK.sub(" ", value)
@@ -419,7 +480,7 @@ def rating_in(value, low: float = 1.0, high: float = 5.0) -> float:
 
 
 def price(value) -> float:
-    """"$40.00", "1,299.5", 40.0 -> a number above 0; NaN for all else: ranges, page script, nothing."""
+    """ "$40.00", "1,299.5", 40.0 -> a number above 0; NaN for all else: ranges, page script, nothing."""
     if isinstance(value, str):
         match = PRICE.fullmatch(value.strip()[:40])
         value = float("".join(match.groups("")).replace(",", "")) if match else math.nan

@@ -1,9 +1,9 @@
 """The prepared tables in memory: what every stage after `prepare` reads.
 
-    shop = load("data/toys")
-    shop.n_users, shop.n_items
-    shop.catalogue.title[12]
-    indptr, items, ratings = shop.csr("train")        # positives of user u: items[indptr[u]:indptr[u + 1]]
+shop = load("data/toys")
+shop.n_users, shop.n_items
+shop.catalogue.title[12]
+indptr, items, ratings = shop.csr("train")        # positives of user u: items[indptr[u]:indptr[u + 1]]
 """
 
 from dataclasses import dataclass
@@ -25,15 +25,15 @@ SPLITS = ("train", "valid", "test", "unused")
 class Catalogue:
     """The items and their text, by dense item id 0..N-1. Unknown text is "", unknown numbers are NaN."""
 
-    ids: list[str]                      # the shop's own identifiers
+    ids: list[str]  # the shop's own identifiers
     title: list[str]
     brand: list[str]
-    categories: list[tuple[str, ...]]   # names below the common root; () where unknown
-    leaf: list[str]                     # the most special category; "" where unknown
+    categories: list[tuple[str, ...]]  # names below the common root; () where unknown
+    leaf: list[str]  # the most special category; "" where unknown
     description: list[str]
-    price: np.ndarray                   # (N,) float32
-    leaf_id: np.ndarray                 # (N,) int64, index into leaf_names; -1 where unknown
-    brand_id: np.ndarray                # (N,) int64, index into brand_names; -1 where unknown
+    price: np.ndarray  # (N,) float32
+    leaf_id: np.ndarray  # (N,) int64, index into leaf_names; -1 where unknown
+    brand_id: np.ndarray  # (N,) int64, index into brand_names; -1 where unknown
     leaf_names: list[str]
     brand_names: list[str]
 
@@ -42,8 +42,19 @@ class Catalogue:
         """Build one from its columns; the id columns are derived."""
         leaf_id, leaf_names = dense_names(leaf)
         brand_id, brand_names = dense_names(brand)
-        return cls(list(ids), list(title), list(brand), [tuple(c) for c in categories], list(leaf),
-                   list(description), np.asarray(price, np.float32), leaf_id, brand_id, leaf_names, brand_names)
+        return cls(
+            list(ids),
+            list(title),
+            list(brand),
+            [tuple(c) for c in categories],
+            list(leaf),
+            list(description),
+            np.asarray(price, np.float32),
+            leaf_id,
+            brand_id,
+            leaf_names,
+            brand_names,
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -58,9 +69,9 @@ def dense_names(names: list[str]) -> tuple[np.ndarray, list[str]]:
 class Rows(NamedTuple):
     """Items of every user, one after another: user u has items[indptr[u]:indptr[u + 1]]."""
 
-    indptr: np.ndarray       # (U+1,) int64
-    items: np.ndarray        # (R,) int64
-    ratings: np.ndarray      # (R,) float32, NaN where unknown
+    indptr: np.ndarray  # (U+1,) int64
+    items: np.ndarray  # (R,) int64
+    ratings: np.ndarray  # (R,) float32, NaN where unknown
 
     def of(self, user: int) -> tuple[np.ndarray, np.ndarray]:
         """items, ratings of one user."""
@@ -93,18 +104,21 @@ class Shop:
 
     n_users: int
     n_items: int
-    user: np.ndarray         # (R,) int64
-    item: np.ndarray         # (R,) int64
-    rating: np.ndarray       # (R,) float32, NaN where the shop has none (implicit feedback)
-    time: np.ndarray         # (R,) int64 seconds; 0 where unknown
-    positive: np.ndarray     # (R,) bool: liked, or implicit
-    split: np.ndarray        # (R,) int8, index into SPLITS
+    user: np.ndarray  # (R,) int64
+    item: np.ndarray  # (R,) int64
+    rating: np.ndarray  # (R,) float32, NaN where the shop has none (implicit feedback)
+    time: np.ndarray  # (R,) int64 seconds; 0 where unknown
+    positive: np.ndarray  # (R,) bool: liked, or implicit
+    split: np.ndarray  # (R,) int8, index into SPLITS
     catalogue: Catalogue
     user_ids: list[str]
-    truth: np.ndarray | None = None      # (U, N) float32: expected ratings; known on the synthetic shop only
+    truth: np.ndarray | None = None  # (U, N) float32: expected ratings;
+    # known on the synthetic shop only
     path: Path | None = None
 
-    def rows(self, split: str | tuple[str, ...] | None = None, positive: bool | None = True) -> np.ndarray:
+    def rows(
+        self, split: str | tuple[str, ...] | None = None, positive: bool | None = True
+    ) -> np.ndarray:
         """(R,) bool: rows of one split, several, or all (None); positive True, False, or both (None)."""
         names = SPLITS if split is None else (split,) if isinstance(split, str) else split
         keep = np.isin(self.split, [SPLITS.index(name) for name in names])
@@ -123,46 +137,69 @@ class Shop:
         keep = self.rows(split)
         first = np.full(self.n_users, np.iinfo(np.int64).max)
         np.minimum.at(first, self.user[keep], self.time[keep])
-        return np.where(first < np.iinfo(np.int64).max, first, self.time[self.rows("train", None)].max(initial=0))
+        return np.where(
+            first < np.iinfo(np.int64).max,
+            first,
+            self.time[self.rows("train", None)].max(initial=0),
+        )
 
     def reviews(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """user, item, text of the train rows that have a review."""
         if self.path is None or not (self.path / "reviews.parquet").exists():
             return np.zeros(0, np.int64), np.zeros(0, np.int64), []
         table = pq.read_table(self.path / "reviews.parquet")
-        return (table["user"].to_numpy().astype(np.int64), table["item"].to_numpy().astype(np.int64),
-                table["text"].to_pylist())
+        return (
+            table["user"].to_numpy().astype(np.int64),
+            table["item"].to_numpy().astype(np.int64),
+            table["text"].to_pylist(),
+        )
 
 
 def load(path: str | Path) -> Shop:
     """Read a directory that `prepare` wrote. Raises PageLLMError if it is not there, or not as it was written."""
     path = Path(path)
     if not (path / "source.json").exists():
-        raise PageLLMError(f"no prepared data in {path}\n"
-                           f"  Make it with: make prepare DATASET={path.name} [RAW=directory of the raw files]")
+        raise PageLLMError(
+            f"no prepared data in {path}\n"
+            f"  Make it with: make prepare DATASET={path.name} [RAW=directory of the raw files]"
+        )
     for name, written in source(path).get("written", {}).items():
         if not (path / name).exists() or file_id(path / name) != written:
             state = "is gone" if not (path / name).exists() else "has changed since it was written"
-            raise PageLLMError(f"{path / name} {state}\n  Remove {path} and prepare it again: "
-                               f"make prepare DATASET={path.name} [RAW=directory of the raw files]")
+            raise PageLLMError(
+                f"{path / name} {state}\n  Remove {path} and prepare it again: "
+                f"make prepare DATASET={path.name} [RAW=directory of the raw files]"
+            )
     rows = pq.read_table(path / "interactions.parquet")
     items = pq.read_table(path / "items.parquet").to_pydict()
     users = pq.read_table(path / "users.parquet", columns=["id"])["id"].to_pylist()
     price = np.array([np.nan if p is None else p for p in items["price"]], dtype=np.float32)
-    catalogue = Catalogue.of(items["id"], items["title"], items["brand"], items["categories"], items["leaf"],
-                             items["description"], price)
+    catalogue = Catalogue.of(
+        items["id"],
+        items["title"],
+        items["brand"],
+        items["categories"],
+        items["leaf"],
+        items["description"],
+        price,
+    )
     split_name = rows["split"].cast("string").to_numpy(zero_copy_only=False)
     code = {name: i for i, name in enumerate(SPLITS)}
     truth = path / "truth.npy"
     return Shop(
-        n_users=len(users), n_items=len(catalogue),
-        user=rows["user"].to_numpy().astype(np.int64), item=rows["item"].to_numpy().astype(np.int64),
+        n_users=len(users),
+        n_items=len(catalogue),
+        user=rows["user"].to_numpy().astype(np.int64),
+        item=rows["item"].to_numpy().astype(np.int64),
         rating=rows["rating"].to_numpy(zero_copy_only=False).astype(np.float32),
         time=rows["time"].fill_null(0).to_numpy().astype(np.int64),
         positive=rows["positive"].to_numpy(zero_copy_only=False).astype(bool),
         split=np.array([code[name] for name in split_name], dtype=np.int8),
-        catalogue=catalogue, user_ids=users,
-        truth=np.load(truth, allow_pickle=False) if truth.exists() else None, path=path)
+        catalogue=catalogue,
+        user_ids=users,
+        truth=np.load(truth, allow_pickle=False) if truth.exists() else None,
+        path=path,
+    )
 
 
 def source(path: str | Path) -> dict:

@@ -19,33 +19,50 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-__all__ = ["REVIEWS", "SPLIT_CODES", "Columns", "Names", "by_time", "gather", "store", "write_reviews"]
+__all__ = [
+    "REVIEWS",
+    "SPLIT_CODES",
+    "Columns",
+    "Names",
+    "by_time",
+    "gather",
+    "store",
+    "write_reviews",
+]
 
 SPLIT_CODES = {"": -1, "train": 0, "valid": 1, "test": 2, "unused": 3}
 REVIEWS = pa.schema([("user", pa.int32()), ("item", pa.int32()), ("text", pa.string())])
 NAMES = pa.dictionary(pa.int32(), pa.string())
-NUMBERS = pa.schema([("user", NAMES), ("item", NAMES), ("rating", pa.float32()), ("time", pa.int64()),
-                     ("tie", pa.uint64()), ("split", pa.int8())])
+NUMBERS = pa.schema(
+    [
+        ("user", NAMES),
+        ("item", NAMES),
+        ("rating", pa.float32()),
+        ("time", pa.int64()),
+        ("tie", pa.uint64()),
+        ("split", pa.int8()),
+    ]
+)
 TEXTS = pa.schema([("text", pa.string())])
 DEALT = pa.schema([("position", pa.int64()), ("text", pa.string())])
 PACKED = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
-LOOSE_NAMES = 1_000_000            # names held more than once, at least, before they are unified
-BUCKET_ROWS = 50_000               # rows put in order at once
-BUCKETS = 200                      # files open at once
+LOOSE_NAMES = 1_000_000  # names held more than once, at least, before they are unified
+BUCKET_ROWS = 50_000  # rows put in order at once
+BUCKETS = 200  # files open at once
 
 
 @dataclass(frozen=True)
 class Columns:
     """R records in the order they were read. Users and items are ranks of their sorted identifiers."""
 
-    user_ids: list[str]          # sorted
-    item_ids: list[str]          # sorted
-    user: np.ndarray             # (R,) int32, index into user_ids
-    item: np.ndarray             # (R,) int32, index into item_ids
-    rating: np.ndarray           # (R,) float32, NaN where unknown
-    time: np.ndarray             # (R,) int64 seconds, NO_TIME where unknown
-    tie: np.ndarray              # (R,) uint64, a digest of the text; 0 where there is none
-    split: np.ndarray            # (R,) int8, a value of SPLIT_CODES
+    user_ids: list[str]  # sorted
+    item_ids: list[str]  # sorted
+    user: np.ndarray  # (R,) int32, index into user_ids
+    item: np.ndarray  # (R,) int32, index into item_ids
+    rating: np.ndarray  # (R,) float32, NaN where unknown
+    time: np.ndarray  # (R,) int64 seconds, NO_TIME where unknown
+    tie: np.ndarray  # (R,) uint64, a digest of the text; 0 where there is none
+    split: np.ndarray  # (R,) int8, a value of SPLIT_CODES
 
 
 class Names:
@@ -56,7 +73,9 @@ class Names:
         self._loose = 0
 
     def add(self, names: pa.StringArray | pa.DictionaryArray) -> None:
-        column = (names if pa.types.is_dictionary(names.type) else names.dictionary_encode()).cast(NAMES)
+        column = (names if pa.types.is_dictionary(names.type) else names.dictionary_encode()).cast(
+            NAMES
+        )
         self._columns.append(column)
         self._loose += len(column.dictionary)
         if self._loose > max(LOOSE_NAMES, 2 * len(self._columns[0].dictionary)):
@@ -67,13 +86,18 @@ class Names:
         columns = pa.chunked_array(self._columns, NAMES).unify_dictionaries().chunks
         if len(columns) == 1:
             return columns[0]
-        rows = np.concatenate([column.indices.to_numpy() for column in columns] or [np.zeros(0, np.int32)])
-        return pa.DictionaryArray.from_arrays(rows, columns[0].dictionary if columns else pa.array([], pa.string()))
+        rows = np.concatenate(
+            [column.indices.to_numpy() for column in columns] or [np.zeros(0, np.int32)]
+        )
+        return pa.DictionaryArray.from_arrays(
+            rows, columns[0].dictionary if columns else pa.array([], pa.string())
+        )
 
     def ranked(self) -> tuple[list[str], np.ndarray]:
         """The different identifiers in order; (rows,) int32: for each row the place of its own in that order."""
         coded = self.coded()
-        order = pc.array_sort_indices(coded.dictionary)        # of UTF-8 bytes, which is that of characters
+        # of UTF-8 bytes, which is that of characters
+        order = pc.array_sort_indices(coded.dictionary)
         rank = np.empty(len(order), dtype=np.int32)
         rank[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
         return coded.dictionary.take(order).to_pylist(), rank[coded.indices.to_numpy()]
@@ -96,19 +120,31 @@ def store(batches: Iterable[pa.Table], stem: Path, min_text: int = 1, max_text: 
             text = shortened(text, min_text, max_text)
             writer.write_batch(pa.record_batch([text], schema=TEXTS))
             code = split.dictionary_encode()
-            codes = np.array([SPLIT_CODES[name] for name in code.dictionary.to_pylist()], dtype=np.int8)
-            parts.append([rating.to_numpy(zero_copy_only=False).astype(np.float32), time.to_numpy(), digests(text),
-                          codes[code.indices.to_numpy()]])
+            codes = np.array(
+                [SPLIT_CODES[name] for name in code.dictionary.to_pylist()], dtype=np.int8
+            )
+            parts.append(
+                [
+                    rating.to_numpy(zero_copy_only=False).astype(np.float32),
+                    time.to_numpy(),
+                    digests(text),
+                    codes[code.indices.to_numpy()],
+                ]
+            )
     columns = [users.coded(), items.coded(), *joined(parts, NUMBERS.types[2:])]
     with pa.ipc.new_file(f"{stem}.numbers", NUMBERS) as writer:
-        writer.write_batch(pa.record_batch([pa.array(column) for column in columns], schema=NUMBERS))
+        writer.write_batch(
+            pa.record_batch([pa.array(column) for column in columns], schema=NUMBERS)
+        )
     return stem
 
 
 def joined(parts: list[list[np.ndarray]], kinds: list[pa.DataType]) -> Iterable[np.ndarray]:
     """Column by column, so that one at a time is held twice; the parts are used up."""
     for kind in kinds:
-        yield np.concatenate([part.pop(0) for part in parts] or [np.zeros(0, kind.to_pandas_dtype())])
+        yield np.concatenate(
+            [part.pop(0) for part in parts] or [np.zeros(0, kind.to_pandas_dtype())]
+        )
 
 
 def shortened(text: pa.StringArray, low: int, high: int) -> pa.StringArray:
@@ -126,10 +162,14 @@ def digests(text: pa.StringArray) -> np.ndarray:
     if not len(text):
         return np.zeros(0, np.uint64)
     _, offsets, data = text.buffers()
-    at = np.frombuffer(offsets, np.int32)[text.offset: text.offset + len(text) + 1]
+    at = np.frombuffer(offsets, np.int32)[text.offset : text.offset + len(text) + 1]
     view, blake2b = memoryview(data or b""), hashlib.blake2b
-    made = b"".join([blake2b(view[a:b], digest_size=8).digest() for a, b in itertools.pairwise(at.tolist())])
-    return np.where(np.diff(at) > 0, np.frombuffer(made, ">u8").astype(np.uint64) | np.uint64(1), np.uint64(0))
+    made = b"".join(
+        [blake2b(view[a:b], digest_size=8).digest() for a, b in itertools.pairwise(at.tolist())]
+    )
+    return np.where(
+        np.diff(at) > 0, np.frombuffer(made, ">u8").astype(np.uint64) | np.uint64(1), np.uint64(0)
+    )
 
 
 def gather(stems: list[Path]) -> Columns:
@@ -186,7 +226,11 @@ def write_reviews(stems: list[Path], position: np.ndarray, user, item, path: Pat
                 table = pa.ipc.open_stream(file).read_all().sort_by("position")
             part.unlink()
             at = table["position"].to_numpy()
-            columns = [pa.array(user[at], pa.int32()), pa.array(item[at], pa.int32()), table["text"]]
+            columns = [
+                pa.array(user[at], pa.int32()),
+                pa.array(item[at], pa.int32()),
+                table["text"],
+            ]
             writer.write_table(pa.table(columns, schema=REVIEWS))
             written += len(at)
     return written
@@ -196,18 +240,22 @@ def deal(stems: list[Path], position: np.ndarray, width: int, parts: list[Path])
     """One pass over the texts: the row that belongs at position p goes to parts[p // width]."""
     writers = [pa.ipc.new_stream(str(part), DEALT, options=PACKED) for part in parts]
     start = 0
-    bar = tqdm(total=len(position), desc="  sorting reviews", unit=" rows", unit_scale=True, delay=2)
+    bar = tqdm(
+        total=len(position), desc="  sorting reviews", unit=" rows", unit_scale=True, delay=2
+    )
     for stem in stems:
         path = stem.with_name(f"{stem.name}.texts")
         with pa.OSFile(str(path)) as file:
             for batch in pa.ipc.open_stream(file):
-                at = position[start:start + len(batch)]
+                at = position[start : start + len(batch)]
                 start += len(batch)
                 keep = np.flatnonzero((at >= 0) & (pc.binary_length(batch["text"]).to_numpy() > 0))
                 keep = keep[np.argsort(at[keep] // width, kind="stable")]
                 bucket = at[keep] // width
-                dealt = pa.record_batch([pa.array(at[keep], pa.int64()), batch["text"].take(pa.array(keep))],
-                                        schema=DEALT)
+                dealt = pa.record_batch(
+                    [pa.array(at[keep], pa.int64()), batch["text"].take(pa.array(keep))],
+                    schema=DEALT,
+                )
                 edges = np.flatnonzero(np.diff(bucket, prepend=-1, append=-1))
                 for first, last in itertools.pairwise(edges.tolist()):
                     writers[bucket[first]].write_batch(dealt.slice(first, last - first))

@@ -27,13 +27,13 @@ from pagellm.data.records import Item, Review
 __all__ = ["FORMATS", "SyntheticShop", "make", "write"]
 
 FORMATS = ("amazon2014", "amazon2018", "amazon2023", "sequences", "csv", "parquet", "jsonl")
-ROOT = "Everything"          # on every item's path, as a real shop's department is
-NEAR_DUPLICATES = 0.08       # share of items that copy another one
-RATINGS_PER_USER = 36.0      # mean
-NOISE = 0.2                  # standard deviation of a rating about its expectation
-LIKED = 0.65                 # share of what people buy that they are expected to rate above 3
+ROOT = "Everything"  # on every item's path, as a real shop's department is
+NEAR_DUPLICATES = 0.08  # share of items that copy another one
+RATINGS_PER_USER = 36.0  # mean
+NOISE = 0.2  # standard deviation of a rating about its expectation
+LIKED = 0.65  # share of what people buy that they are expected to rate above 3
 DAY = 86_400
-FIRST_DAY = 14_610           # 1 January 2010, in days since 1970
+FIRST_DAY = 14_610  # 1 January 2010, in days since 1970
 
 # One style a line: words for its low end, words for its high end. A style is a direction of taste.
 STYLES = (
@@ -93,8 +93,13 @@ TOP_OF_LEAF = np.array([TOPS.index(top) for top, _, _ in LEAVES])
 SYLLABLES = "nor vik al mo ra ten sol ber lin ka zu dor fe mar qui tos".split()
 COLOURS = ("Red", "Blue", "Green", "Black", "White", "Yellow")
 SUMMARIES = ("Waste of money", "Not for me", "It is okay", "Good buy", "Love it")
-VERDICTS = ("I sent it back.", "I would not buy it again.", "It does the job.", "I am glad I bought it.",
-            "It is exactly my taste.")
+VERDICTS = (
+    "I sent it back.",
+    "I would not buy it again.",
+    "It does the job.",
+    "I am glad I bought it.",
+    "It is exactly my taste.",
+)
 
 
 @dataclass(frozen=True)
@@ -103,14 +108,14 @@ class SyntheticShop:
 
     user_ids: list[str]
     items: list[Item]
-    truth: np.ndarray          # (U, N) float32: expected rating 1..5
-    user: np.ndarray           # (R,) int64, index into user_ids
-    item: np.ndarray           # (R,) int64, index into items
-    rating: np.ndarray         # (R,) int64 in 1..5
-    time: np.ndarray           # (R,) int64 seconds, whole days as in the Amazon files
-    copies: np.ndarray         # (N,) int64: the item this one nearly repeats, -1 for originals
-    style: np.ndarray          # (N, 6) float64: position along STYLES
-    taste: np.ndarray          # (U, 6) float64: what users like of each style
+    truth: np.ndarray  # (U, N) float32: expected rating 1..5
+    user: np.ndarray  # (R,) int64, index into user_ids
+    item: np.ndarray  # (R,) int64, index into items
+    rating: np.ndarray  # (R,) int64 in 1..5
+    time: np.ndarray  # (R,) int64 seconds, whole days as in the Amazon files
+    copies: np.ndarray  # (N,) int64: the item this one nearly repeats, -1 for originals
+    style: np.ndarray  # (N, 6) float64: position along STYLES
+    taste: np.ndarray  # (U, 6) float64: what users like of each style
     seed: int
 
     def reviews(self) -> Iterator[Review]:
@@ -118,8 +123,13 @@ class SyntheticShop:
         draws = np.random.default_rng([self.seed, 2]).integers(0, 4, size=(len(self.user), 2))
         columns = (self.user, self.item, self.rating, self.time, draws)
         for user, item, rating, time, words in zip(*(c.tolist() for c in columns), strict=True):
-            yield Review(self.user_ids[user], self.items[item].id, float(rating), time,
-                         self.review_text(user, item, rating, words))
+            yield Review(
+                self.user_ids[user],
+                self.items[item].id,
+                float(rating),
+                time,
+                self.review_text(user, item, rating, words),
+            )
 
     def review_text(self, user: int, item: int, rating: int, words: list[int]) -> str:
         """Summary and text: what the item is like, what the user likes, and the verdict."""
@@ -133,14 +143,18 @@ class SyntheticShop:
 def make(users: int = 2000, items: int = 1000, seed: int = 0) -> SyntheticShop:
     """Draw a shop. Raises PageLLMError for fewer than 2 users or 10 items."""
     if users < 2 or items < 10:
-        raise PageLLMError(f"synthetic shop of {users} users and {items} items: want at least 2 and 10")
+        raise PageLLMError(
+            f"synthetic shop of {users} users and {items} items: want at least 2 and 10"
+        )
     rng = np.random.default_rng([seed, 0])
     leaf, brand, style, quality, price, fame, copies = draw_items(rng, items)
     n_brands = brand.max() + 1
     brand_names = draw_brands(rng, n_brands)
     catalogue = describe(rng, leaf, brand, style, price, copies, brand_names)
 
-    taste = rng.normal(size=(users, len(STYLES))) * rng.choice([0.3, 1.0, 1.7], size=(users, len(STYLES)))
+    taste = rng.normal(size=(users, len(STYLES))) * rng.choice(
+        [0.3, 1.0, 1.7], size=(users, len(STYLES))
+    )
     likes_top = rng.gumbel(size=(users, len(TOPS)))
     likes_leaf = rng.normal(size=(users, len(LEAVES)))
     likes_brand = rng.normal(size=(users, n_brands)) * 0.25
@@ -152,11 +166,16 @@ def make(users: int = 2000, items: int = 1000, seed: int = 0) -> SyntheticShop:
     utility = np.empty((users, items))
     bought = []
     for u in range(users):
-        utility[u] = (0.55 * style @ taste[u] + 0.8 * likes_top[u, TOP_OF_LEAF[leaf]]
-                      + 0.3 * likes_leaf[u, leaf] + likes_brand[u, brand]
-                      + 1.4 * quality - thrift[u] * dearness)
+        utility[u] = (
+            0.55 * style @ taste[u]
+            + 0.8 * likes_top[u, TOP_OF_LEAF[leaf]]
+            + 0.3 * likes_leaf[u, leaf]
+            + likes_brand[u, brand]
+            + 1.4 * quality
+            - thrift[u] * dearness
+        )
         wanted = fame + 1.3 * utility[u] + rng.gumbel(size=items) * 1.2
-        bought.append(np.sort(np.argsort(-wanted, kind="stable")[:amount[u]]))
+        bought.append(np.sort(np.argsort(-wanted, kind="stable")[: amount[u]]))
     user = np.repeat(np.arange(users), amount)
     item = np.concatenate(bought)
     # Of what is bought, LIKED is worth more than 3.5 stars, from where ratings round to 4.
@@ -171,26 +190,41 @@ def make(users: int = 2000, items: int = 1000, seed: int = 0) -> SyntheticShop:
     names = np.array([entry.id for entry in catalogue])
     order = np.lexsort((names[item], time, user))
     user_ids = [f"U{n:07d}" for n in rng.permutation(users) * 13 + 1000]
-    return SyntheticShop(user_ids, catalogue, truth, user[order], item[order], rating[order], time[order],
-                         copies, style, taste, seed)
+    return SyntheticShop(
+        user_ids,
+        catalogue,
+        truth,
+        user[order],
+        item[order],
+        rating[order],
+        time[order],
+        copies,
+        style,
+        taste,
+        seed,
+    )
 
 
 def draw_items(rng: np.random.Generator, n: int):
     """leaf, brand, style (n, 6), quality, price, fame, copies of n items; the last 8% nearly repeat some."""
     n_brands = max(6, n // 20)
-    home = rng.integers(0, len(TOPS), size=n_brands)                  # a brand lives in one department
-    lean = rng.normal(size=(n_brands, len(STYLES))) * 0.6             # and has a style of its own
+    home = rng.integers(0, len(TOPS), size=n_brands)  # a brand lives in one department
+    lean = rng.normal(size=(n_brands, len(STYLES))) * 0.6  # and has a style of its own
     leaf = rng.integers(0, len(LEAVES), size=n)
     at_home = [np.flatnonzero(home == top) for top in range(len(TOPS))]
-    brand = np.array([rng.choice(makers if len(makers) else n_brands)
-                      for makers in (at_home[TOP_OF_LEAF[i]] for i in leaf)])
+    brand = np.array(
+        [
+            rng.choice(makers if len(makers) else n_brands)
+            for makers in (at_home[TOP_OF_LEAF[i]] for i in leaf)
+        ]
+    )
     style = lean[brand] + rng.normal(size=(n, len(STYLES)))
     quality = rng.normal(size=n)
     price = np.exp(rng.normal(3.0, 0.7, size=n) + 0.2 * quality)
     fame = rng.normal(size=n) * 0.9
     copies = np.full(n, -1)
     last = np.arange(n - int(NEAR_DUPLICATES * n), n)
-    source = rng.permutation(last[0] if len(last) else n)[:len(last)]
+    source = rng.permutation(last[0] if len(last) else n)[: len(last)]
     copies[last] = source
     leaf[last], brand[last], fame[last] = leaf[source], brand[source], fame[source] - 0.3
     style[last] = style[source] + rng.normal(size=(len(last), len(STYLES))) * 0.05
@@ -207,7 +241,9 @@ def draw_brands(rng: np.random.Generator, n: int) -> list[str]:
     return list(names)
 
 
-def describe(rng: np.random.Generator, leaf, brand, style, price, copies, brand_names) -> list[Item]:
+def describe(
+    rng: np.random.Generator, leaf, brand, style, price, copies, brand_names
+) -> list[Item]:
     """The items as a shop lists them. A copy's title is its original's and a colour."""
     ids = rng.permutation(len(leaf)) * 7 + 1000
     words = rng.integers(0, 4, size=(len(leaf), 4))
@@ -224,7 +260,9 @@ def describe(rng: np.random.Generator, leaf, brand, style, price, copies, brand_
         also = adjective(style[n], 0, words[n, 3])
         looks = f"{first} and {second}, for those who like {also} things".lower()
         text = f"{noun} by {maker}: {looks}. From {top}, {name}."
-        items.append(Item(f"B{ident:07d}", title, maker, ((ROOT, top, name),), float(price[n]), text))
+        items.append(
+            Item(f"B{ident:07d}", title, maker, ((ROOT, top, name),), float(price[n]), text)
+        )
     return items
 
 
@@ -238,7 +276,9 @@ def draw_times(rng: np.random.Generator, user: np.ndarray, users: int) -> np.nda
     """(R,) seconds at midnight: each user is a customer for some stretch of the years 2010 to 2014."""
     start = rng.integers(0, 1200, size=users)
     stretch = rng.integers(60, 600, size=users)
-    return (FIRST_DAY + start[user] + np.floor(rng.random(len(user)) * stretch[user]).astype(np.int64)) * DAY
+    return (
+        FIRST_DAY + start[user] + np.floor(rng.random(len(user)) * stretch[user]).astype(np.int64)
+    ) * DAY
 
 
 # Writing the shop in each spelling. Text is escaped as the published files have it.
@@ -258,12 +298,14 @@ def write(shop: SyntheticShop, folder: str | Path, spelling: str, compress: bool
         pq.write_table(pa.Table.from_pylist(list(log_rows(shop))), folder / "interactions.parquet")
         pq.write_table(pa.Table.from_pylist(list(item_rows(shop))), folder / "items.parquet")
         return
-    reviews, items = {"amazon2014": ("reviews_Synthetic.json", "meta_Synthetic.json"),
-                      "amazon2018": ("Synthetic.json", "meta_Synthetic.json"),
-                      "amazon2023": ("Synthetic.jsonl", "meta_Synthetic.jsonl"),
-                      "sequences": ("Synthetic.sequences.txt", "meta_Synthetic.titles.json"),
-                      "csv": ("interactions.csv", "items.csv"),
-                      "jsonl": ("interactions.jsonl", "items.jsonl")}[spelling]
+    reviews, items = {
+        "amazon2014": ("reviews_Synthetic.json", "meta_Synthetic.json"),
+        "amazon2018": ("Synthetic.json", "meta_Synthetic.json"),
+        "amazon2023": ("Synthetic.jsonl", "meta_Synthetic.jsonl"),
+        "sequences": ("Synthetic.sequences.txt", "meta_Synthetic.titles.json"),
+        "csv": ("interactions.csv", "items.csv"),
+        "jsonl": ("interactions.jsonl", "items.jsonl"),
+    }[spelling]
     ending = ".gz" if compress else ""
     opened = gzip.open if compress else open
     with opened(folder / (reviews + ending), "wt", encoding="utf-8", newline="") as file:
@@ -276,11 +318,14 @@ def write(shop: SyntheticShop, folder: str | Path, spelling: str, compress: bool
             file.writelines(json.dumps(row) + "\n" for row in rows)
     with opened(folder / (items + ending), "wt", encoding="utf-8", newline="") as file:
         if spelling == "csv":
-            write_csv(file, ({**row, "categories": " > ".join(row["categories"])} for row in item_rows(shop)))
+            write_csv(
+                file,
+                ({**row, "categories": " > ".join(row["categories"])} for row in item_rows(shop)),
+            )
         elif spelling == "jsonl":
             file.writelines(json.dumps(row) + "\n" for row in item_rows(shop))
         else:
-            dump = repr if spelling == "amazon2014" else json.dumps      # 2014: Python literals
+            dump = repr if spelling == "amazon2014" else json.dumps  # 2014: Python literals
             file.writelines(dump(row) + "\n" for row in amazon_items(shop, spelling))
 
 
@@ -295,14 +340,26 @@ def write_csv(file, rows: Iterator[dict]) -> None:
 def log_rows(shop: SyntheticShop) -> Iterator[dict]:
     for review in shop.reviews():
         summary, text = review.text.split("\n")
-        yield {"user_id": review.user, "item_id": review.item, "rating": review.rating,
-               "timestamp": review.time, "summary": summary, "text": text}
+        yield {
+            "user_id": review.user,
+            "item_id": review.item,
+            "rating": review.rating,
+            "timestamp": review.time,
+            "summary": summary,
+            "text": text,
+        }
 
 
 def item_rows(shop: SyntheticShop) -> Iterator[dict]:
     for item in shop.items:
-        yield {"item_id": item.id, "title": item.title, "brand": item.brand,
-               "categories": list(item.paths[0]), "price": item.price, "description": item.description}
+        yield {
+            "item_id": item.id,
+            "title": item.title,
+            "brand": item.brand,
+            "categories": list(item.paths[0]),
+            "price": item.price,
+            "description": item.description,
+        }
 
 
 def sequence_lines(shop: SyntheticShop) -> Iterator[str]:
@@ -314,27 +371,65 @@ def amazon_reviews(shop: SyntheticShop, spelling: str) -> Iterator[dict]:
     for review in shop.reviews():
         summary, text = (html.escape(part) for part in review.text.split("\n"))
         if spelling == "amazon2023":
-            yield {"rating": review.rating, "title": summary, "text": text, "images": [], "asin": review.item,
-                   "parent_asin": review.item, "user_id": review.user, "timestamp": review.time * 1000,
-                   "helpful_vote": 0, "verified_purchase": True}
+            yield {
+                "rating": review.rating,
+                "title": summary,
+                "text": text,
+                "images": [],
+                "asin": review.item,
+                "parent_asin": review.item,
+                "user_id": review.user,
+                "timestamp": review.time * 1000,
+                "helpful_vote": 0,
+                "verified_purchase": True,
+            }
             continue
         marks = {"helpful": [0, 0]} if spelling == "amazon2014" else {"verified": True}
-        yield {"reviewerID": review.user, "asin": review.item, "reviewText": text, "overall": review.rating,
-               "summary": summary, "unixReviewTime": review.time, **marks}
+        yield {
+            "reviewerID": review.user,
+            "asin": review.item,
+            "reviewText": text,
+            "overall": review.rating,
+            "summary": summary,
+            "unixReviewTime": review.time,
+            **marks,
+        }
 
 
 def amazon_items(shop: SyntheticShop, spelling: str) -> Iterator[dict]:
     for item in shop.items:
-        title, brand, text = (html.escape(part) for part in (item.title, item.brand, item.description))
+        title, brand, text = (
+            html.escape(part) for part in (item.title, item.brand, item.description)
+        )
         path = [html.escape(name) for name in item.paths[0]]
         if spelling == "sequences":
             yield {"asin": item.id, "title": title, "categories": [path]}
         elif spelling == "amazon2014":
-            yield {"asin": item.id, "title": title, "brand": brand, "price": item.price, "categories": [path],
-                   "description": text}
+            yield {
+                "asin": item.id,
+                "title": title,
+                "brand": brand,
+                "price": item.price,
+                "categories": [path],
+                "description": text,
+            }
         elif spelling == "amazon2018":
-            yield {"category": path, "description": [text], "title": title, "brand": brand,
-                   "price": f"${item.price:,.2f}", "asin": item.id}
+            yield {
+                "category": path,
+                "description": [text],
+                "title": title,
+                "brand": brand,
+                "price": f"${item.price:,.2f}",
+                "asin": item.id,
+            }
         else:
-            yield {"main_category": ROOT, "title": title, "description": [text], "price": item.price,
-                   "store": brand, "categories": path, "details": {}, "parent_asin": item.id}
+            yield {
+                "main_category": ROOT,
+                "title": title,
+                "description": [text],
+                "price": item.price,
+                "store": brand,
+                "categories": path,
+                "details": {},
+                "parent_asin": item.id,
+            }

@@ -8,7 +8,16 @@ import pytest
 
 from pagellm.config import PageLLMError
 from pagellm.data import download as module
-from pagellm.data.download import CATEGORIES, SHORT_NAMES, SOURCES, Config, download, fetch, official, run
+from pagellm.data.download import (
+    CATEGORIES,
+    SHORT_NAMES,
+    SOURCES,
+    Config,
+    download,
+    fetch,
+    official,
+    run,
+)
 
 BODY = gzip.compress(bytes(range(256)) * 400, compresslevel=0)
 
@@ -29,7 +38,9 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.send_error(step if isinstance(step, int) else 404)
             return
         start = (
-            int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and step != "ignore range" else 0
+            int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if wanted and step != "ignore range"
+            else 0
         )
         if wanted and start >= len(body):
             self.send_response(416)
@@ -77,7 +88,9 @@ def server():
 def test_a_file_arrives_whole_however_often_it_is_cut(server, tmp_path, plan):
     server.plan += plan
     fetch(f"{server.url}/x.gz", tmp_path / "x.gz")
-    assert (tmp_path / "x.gz").read_bytes() == BODY and list(tmp_path.iterdir()) == [tmp_path / "x.gz"]
+    assert (tmp_path / "x.gz").read_bytes() == BODY and list(tmp_path.iterdir()) == [
+        tmp_path / "x.gz"
+    ]
     assert len(server.asked) == len(plan)
 
 
@@ -88,7 +101,9 @@ def test_a_cut_download_goes_on_where_it_stopped(server, tmp_path):
     have = (tmp_path / "x.gz.part").stat().st_size
     assert 0 < have < len(BODY) and not (tmp_path / "x.gz").exists()
     fetch(f"{server.url}/x.gz", tmp_path / "x.gz")
-    assert server.asked[-1] == ("/x.gz", f"bytes={have}-") and (tmp_path / "x.gz").read_bytes() == BODY
+    assert (
+        server.asked[-1] == ("/x.gz", f"bytes={have}-") and (tmp_path / "x.gz").read_bytes() == BODY
+    )
 
 
 def test_a_file_that_is_there_is_not_asked_for(server, tmp_path):
@@ -134,7 +149,8 @@ def test_a_refusal_names_the_file_and_where_to_put_it(server, tmp_path, status):
 
 def test_offline_says_which_file_to_put_where(tmp_path):
     with pytest.raises(
-        PageLLMError, match=rf"(?s)cannot fetch x\.gz: .*http://127\.0\.0\.1:9/x\.gz.*into {tmp_path}"
+        PageLLMError,
+        match=rf"(?s)cannot fetch x\.gz: .*http://127\.0\.0\.1:9/x\.gz.*into {tmp_path}",
     ):
         fetch("http://127.0.0.1:9/x.gz", tmp_path / "x.gz")
     assert not list(tmp_path.iterdir())
@@ -144,7 +160,10 @@ def test_both_files_of_a_category_come_metadata_first(server, tmp_path, monkeypa
     monkeypatch.setitem(
         SOURCES, "2014", (f"{server.url}/reviews_{{}}_5.json.gz", f"{server.url}/meta_{{}}.json.gz")
     )
-    server.files |= {"/reviews_Toys_and_Games_5.json.gz": BODY, "/meta_Toys_and_Games.json.gz": BODY}
+    server.files |= {
+        "/reviews_Toys_and_Games_5.json.gz": BODY,
+        "/meta_Toys_and_Games.json.gz": BODY,
+    }
     paths = run(Config(dataset="toys", data=str(tmp_path)))
     assert paths == [
         tmp_path / "raw" / "toys" / name
@@ -155,7 +174,10 @@ def test_both_files_of_a_category_come_metadata_first(server, tmp_path, monkeypa
         "/meta_Toys_and_Games.json.gz",
         "/reviews_Toys_and_Games_5.json.gz",
     ]
-    assert download("Toys_and_Games", "2014", tmp_path / "raw" / "toys") == paths and len(server.asked) == 2
+    assert (
+        download("Toys_and_Games", "2014", tmp_path / "raw" / "toys") == paths
+        and len(server.asked) == 2
+    )
 
 
 def test_official_names():
@@ -164,7 +186,10 @@ def test_official_names():
         "2023",
     )
     assert official("instruments") == ("Musical_Instruments", "2018")
-    assert official("Video_Games") == ("Video_Games", "2018") and official("Baby") == ("Baby", "2014")
+    assert official("Video_Games") == ("Video_Games", "2018") and official("Baby") == (
+        "Baby",
+        "2014",
+    )
     assert official("Baby_Products") == ("Baby_Products", "2023") and official("myshop") is None
     with pytest.raises(PageLLMError, match="release 2014 has no Luxury_Beauty; there is 2018"):
         official("luxury", "2014")

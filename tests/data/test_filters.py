@@ -65,7 +65,9 @@ def test_highest_keeps_the_best_grade_and_the_latest_time(rows):
         best[row[:2]] = max(best.get(row[:2], key), key)
     assert [rows[n][:2] for n in index] == sorted(best)
     assert [rows[n][4] for n in index] == [best[pair][2] for pair in sorted(best)]
-    assert time.tolist() == [max(row[2] for row in rows if row[:2] == pair) for pair in sorted(best)]
+    assert time.tolist() == [
+        max(row[2] for row in rows if row[:2] == pair) for pair in sorted(best)
+    ]
 
 
 @few
@@ -97,7 +99,9 @@ def test_k_core_is_what_is_left_when_rows_are_taken_out_one_by_one(rows, k, rand
 
 @few
 @given(pairs, st.integers(0, 3), st.integers(0, 7), st.randoms(use_true_random=False))
-def test_thin_keeps_the_lowest_keys_and_comes_as_close_as_any_number_of_rows(rows, k, wanted, random):
+def test_thin_keeps_the_lowest_keys_and_comes_as_close_as_any_number_of_rows(
+    rows, k, wanted, random
+):
     """Of all prefixes of the rows by key, one whose core's users are nearest to what was asked; fewer users: no."""
     user, item = columns(rows, (int, int))
     counted = np.array([random.random() < 0.8 for _ in rows], bool)
@@ -163,7 +167,9 @@ def tables(draw, users=3, most=34):
         user += [u] * count
         item += draw(st.permutations(range(count)))
         time += draw(st.lists(st.integers(-1, 5), min_size=count, max_size=count))
-        positive += draw(st.lists(st.sampled_from([True, True, False]), min_size=count, max_size=count))
+        positive += draw(
+            st.lists(st.sampled_from([True, True, False]), min_size=count, max_size=count)
+        )
     return np.array(user, int), np.array(item, int), np.array(time, int), np.array(positive, bool)
 
 
@@ -226,7 +232,10 @@ def test_the_random_split_differs_between_seeds_and_users():
     positive = np.ones(60, bool)
     splits = {
         seed: split_random(
-            user, item, positive, random_keys(seed, user, item, ["a", "b"], [str(n) for n in range(30)])
+            user,
+            item,
+            positive,
+            random_keys(seed, user, item, ["a", "b"], [str(n) for n in range(30)]),
         )
         for seed in (0, 1)
     }

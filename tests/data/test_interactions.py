@@ -32,7 +32,9 @@ COLUMNS = {"user": "user_id", "item": "item_id", "rating": "stars", "time": "ts"
 word = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=6)
 prose = st.text(st.sampled_from("ab ,;\t\"|'é"), max_size=12)
 rows = st.lists(
-    st.tuples(word, word, st.sampled_from([None, 1.0, 2.5, 5.0]), st.none() | st.integers(0, 10**9), prose),
+    st.tuples(
+        word, word, st.sampled_from([None, 1.0, 2.5, 5.0]), st.none() | st.integers(0, 10**9), prose
+    ),
     min_size=1,
     max_size=5,
 )
@@ -108,7 +110,8 @@ def test_quoted_records_may_span_lines(folder):
 @given(
     rows,
     st.lists(
-        st.tuples(st.integers(0, 5), st.sampled_from(['"never closed', "a,b", '"x"y,z', ""])), max_size=3
+        st.tuples(st.integers(0, 5), st.sampled_from(['"never closed', "a,b", '"x"y,z', ""])),
+        max_size=3,
     ),
 )
 def test_a_broken_csv_line_costs_itself_only(folder, table, junk):
@@ -128,7 +131,11 @@ def test_quotes_that_were_never_meant_as_such(folder):
     )
     columns = {role: COLUMNS[role] for role in ("user", "item", "text")}
     found, tally = log(folder / "log.csv", "csv", columns)
-    assert [review.text for review in found] == ['"good" one', '"not closed', '5" drum'] and not tally.broken
+    assert [review.text for review in found] == [
+        '"good" one',
+        '"not closed',
+        '5" drum',
+    ] and not tally.broken
 
 
 def test_broken_bytes_in_csv(folder):
@@ -138,9 +145,17 @@ def test_broken_bytes_in_csv(folder):
     assert tally.counts() == {
         "read": 7,
         "kept": 2,
-        "broken": {"NUL byte": 1, "no item": 1, "no user": 1, "not UTF-8": 1, "wrong number of fields": 1},
+        "broken": {
+            "NUL byte": 1,
+            "no item": 1,
+            "no user": 1,
+            "not UTF-8": 1,
+            "wrong number of fields": 1,
+        },
     }
-    assert tally.examples[0] == "log.csv:3: not UTF-8" and tally.examples[-1] == "log.csv:7: no item"
+    assert (
+        tally.examples[0] == "log.csv:3: not UTF-8" and tally.examples[-1] == "log.csv:7: no item"
+    )
 
 
 def test_an_empty_csv_has_no_rows(folder):
@@ -210,7 +225,9 @@ def test_scale_and_split(folder):
     found, tally = log(folder / "log.csv", "csv", columns, scale=(0, 10))
     assert [(r.rating, r.split) for r in found] == [(5.0, "train"), (1.0, "valid"), (3.0, "")]
     assert tally.broken == {"unknown split": 1}
-    assert {r.split for r in log(folder / "log.csv", "csv", columns, (0, 10), "test")[0]} == {"test"}
+    assert {r.split for r in log(folder / "log.csv", "csv", columns, (0, 10), "test")[0]} == {
+        "test"
+    }
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
@@ -232,7 +249,9 @@ def test_item_tables(folder, kind):
         out = io.StringIO()
         writer = csv.DictWriter(out, records[0])
         writer.writeheader()
-        writer.writerows({**record, "category": text} for record, text in zip(records, texts, strict=True))
+        writer.writerows(
+            {**record, "category": text} for record, text in zip(records, texts, strict=True)
+        )
         (folder / "items.csv").write_text(out.getvalue())
     elif kind == "jsonl":
         (folder / "items.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -240,7 +259,9 @@ def test_item_tables(folder, kind):
         records = [
             {
                 **record,
-                "category": record["category"] and [record["category"]] if n == 0 else record["category"],
+                "category": record["category"] and [record["category"]]
+                if n == 0
+                else record["category"],
             }
             for n, record in enumerate(records)
         ]
@@ -266,8 +287,12 @@ def test_item_tables(folder, kind):
 def test_a_broken_category_costs_its_line(folder):
     (folder / "items.csv").write_text('item_id,category\ni,"[1"\nj,a|b\n')
     tally = Tally()
-    found = list(read_items(folder / "items.csv", "csv", {"id": "item_id", "category": "category"}, tally))
-    assert found == [Item("j", paths=(("a", "b"),))] or same(found, [Item("j", paths=(("a", "b"),))])
+    found = list(
+        read_items(folder / "items.csv", "csv", {"id": "item_id", "category": "category"}, tally)
+    )
+    assert found == [Item("j", paths=(("a", "b"),))] or same(
+        found, [Item("j", paths=(("a", "b"),))]
+    )
     assert tally.broken == {"categories of a wrong type": 1}
 
 
@@ -282,12 +307,17 @@ def test_columns_are_matched_by_name_or_by_spelling():
     assert match(names, LOG_COLUMNS, {"item": "junk"})["item"] == "junk"
     with pytest.raises(PageLLMError, match=r"no column 'usr' for user; there are User-ID, asin"):
         match(names, LOG_COLUMNS, {"user": "usr"})
-    for roles in (LOG_COLUMNS, ITEM_COLUMNS):  # a spelling stands for one role, written as it is compared
+    # a spelling stands for one role, written as it is compared
+    for roles in (LOG_COLUMNS, ITEM_COLUMNS):
         spellings = [s for those in roles.values() for s in those]
-        assert len(set(spellings)) == len(spellings) and all(s.isalnum() and s.islower() for s in spellings)
+        assert len(set(spellings)) == len(spellings) and all(
+            s.isalnum() and s.islower() for s in spellings
+        )
 
 
-@pytest.mark.parametrize("header, mark", [("a,b;c,d", ","), ("a\tb", "\t"), ("a;b;c", ";"), ("a|b", "|")])
+@pytest.mark.parametrize(
+    "header, mark", [("a,b;c,d", ","), ("a\tb", "\t"), ("a;b;c", ";"), ("a|b", "|")]
+)
 def test_delimiters(header, mark):
     assert delimiter_of(header) == mark
 
@@ -297,7 +327,8 @@ def test_delimiters(header, mark):
 def test_sequences_read_back_with_their_order_as_time(folder, sequences):
     path = folder / "x.sequences.txt"
     path.write_text(
-        "".join(" ".join([user, *items]) + "\n" for user, items in sequences.items()), encoding="utf-8"
+        "".join(" ".join([user, *items]) + "\n" for user, items in sequences.items()),
+        encoding="utf-8",
     )
     tally, positions = Tally(), {}
     found = list(read_sequences(path, tally, positions))
@@ -306,7 +337,8 @@ def test_sequences_read_back_with_their_order_as_time(folder, sequences):
     ]
     assert all(math.isnan(r.rating) and r.text == r.split == "" for r in found)
     assert tally.read == len(sequences) and not tally.broken
-    more = list(read_sequences(path, tally, positions, "test"))  # another split's file goes on from there
+    # another split's file goes on from there
+    more = list(read_sequences(path, tally, positions, "test"))
     assert [r.time for r in more] == [
         len(sequences[r.user]) + f.time for r, f in zip(more, found, strict=True)
     ]
@@ -317,7 +349,11 @@ def test_broken_sequences(folder):
     path = folder / "x.sequences.txt"
     path.write_text("u i j\nv\nu k\n\nw \x01 i\nx i\n")
     tally = Tally()
-    assert [(r.user, r.item) for r in read_sequences(path, tally, {})] == [("u", "i"), ("u", "j"), ("x", "i")]
+    assert [(r.user, r.item) for r in read_sequences(path, tally, {})] == [
+        ("u", "i"),
+        ("u", "j"),
+        ("x", "i"),
+    ]
     assert tally.broken == {
         "no item": 1,
         "user on two lines": 1,

@@ -41,7 +41,8 @@ def review(user, item, rating=5.0, time=86_400, text="", **more):
 def write_lines(path, records):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records), encoding="utf-8"
+        "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records),
+        encoding="utf-8",
     )
     return path
 
@@ -100,8 +101,12 @@ def test_schema_and_order(tmp_path):
     assert rows == sorted(rows, key=lambda row: (row["user"], row["time"], row["item"]))
     assert len({(row["user"], row["item"]) for row in rows}) == len(rows) == 72
     assert all(row["positive"] == (row["rating"] > 3) for row in rows)
-    assert [(row["user"], row["id"]) for row in table(path, "users")] == [(n, f"u{n}") for n in range(8)]
-    assert [(row["item"], row["id"]) for row in table(path, "items")] == [(n, f"i{n}") for n in range(9)]
+    assert [(row["user"], row["id"]) for row in table(path, "users")] == [
+        (n, f"u{n}") for n in range(8)
+    ]
+    assert [(row["item"], row["id"]) for row in table(path, "items")] == [
+        (n, f"i{n}") for n in range(9)
+    ]
     assert [(field.name, str(field.type)) for field in pq.read_schema(path / "items.parquet")] == [
         ("item", "int32"),
         ("id", "string"),
@@ -143,7 +148,9 @@ def test_nothing_of_held_out_rows_is_in_any_file(tmp_path, split):
     held_out = {(f"u{row['user']}", f"i{row['item']}") for row in rows if row["split"] != "train"}
     assert held_out
     marked = [
-        {**r, "reviewText": MARKER, "summary": MARKER} if (r["reviewerID"], r["asin"]) in held_out else r
+        {**r, "reviewText": MARKER, "summary": MARKER}
+        if (r["reviewerID"], r["asin"]) in held_out
+        else r
         for r in dense()
     ]
     path = prepared(tmp_path / "marked", marked, split=split)
@@ -181,16 +188,28 @@ def test_thinning_leaves_the_users_asked_for_whatever_the_order_of_lines(tmp_pat
     full = table(prepared(tmp_path / "full", records, k_core=4))
     path = prepared(tmp_path / "a", records, k_core=4, thin_users=45)
     counts = source(path)["counts"]
-    assert abs(counts["users"] - 45) <= 2 and counts["thinned"]["left_out"] + counts["thinned"]["kept"] == len(records)
-    assert f"thinned at random to {counts['thinned']['kept']} of 540 rows for 45 users" in capsys.readouterr().out
+    assert abs(counts["users"] - 45) <= 2 and counts["thinned"]["left_out"] + counts["thinned"][
+        "kept"
+    ] == len(records)
+    assert (
+        f"thinned at random to {counts['thinned']['kept']} of 540 rows for 45 users"
+        in capsys.readouterr().out
+    )
     names = [{(u, i) for u, i in pairs_of(p)} for p in (tmp_path / "full" / "shop", path)]
     assert names[1] < names[0] and len(full) == len(names[0])
-    assert min(Counter(u for u, _ in names[1]).values()) >= 4 <= min(Counter(i for _, i in names[1]).values())
+    assert (
+        min(Counter(u for u, _ in names[1]).values())
+        >= 4
+        <= min(Counter(i for _, i in names[1]).values())
+    )
     rng.shuffle(records)
-    again, other = (prepared(tmp_path / to, records, k_core=4, thin_users=45, seed=seed)
-                    for to, seed in (("b", 0), ("c", 1)))
+    again, other = (
+        prepared(tmp_path / to, records, k_core=4, thin_users=45, seed=seed)
+        for to, seed in (("b", 0), ("c", 1))
+    )
     assert table(again) == table(path) and pairs_of(other) != pairs_of(path)
-    assert "thin_users" not in source(tmp_path / "full" / "shop")["config"]       # as before there was such an option
+    # as before there was such an option
+    assert "thin_users" not in source(tmp_path / "full" / "shop")["config"]
     with pytest.raises(PageLLMError, match=r"thin_users=61: all 540 rows leave 60 users"):
         prepared(tmp_path / "d", records, k_core=4, thin_users=61)
     with pytest.raises(PageLLMError, match="was prepared differently: thin_users was 45, now 44"):
@@ -221,7 +240,9 @@ def test_duplicates_keep_the_latest_and_are_counted(tmp_path):
 def test_missing_ratings_and_times_stay_missing(tmp_path):
     records = [review(f"u{u}", f"i{i}", None, None) for u in range(6) for i in range(6)]
     path = prepared(tmp_path, records)
-    assert all(row["rating"] is None and row["time"] is None and row["positive"] for row in table(path))
+    assert all(
+        row["rating"] is None and row["time"] is None and row["positive"] for row in table(path)
+    )
     assert source(path)["missing"] == {
         "rating": 1.0,
         "time": 1.0,
@@ -239,11 +260,15 @@ def test_disliked_rows_of_survivors_stay_and_others_go(tmp_path):
     """k-core on positives: u9 has 9 rows but 4 positives, i9 likewise; their dislikes go with them."""
     lonely = [review("u9", f"i{i}", 5.0 if i < 4 else 1.0) for i in range(9)]
     path = prepared(
-        tmp_path, dense() + lonely + [review(f"u{u}", "i9", 5.0 if u < 4 else 1.0) for u in range(8)]
+        tmp_path,
+        dense() + lonely + [review(f"u{u}", "i9", 5.0 if u < 4 else 1.0) for u in range(8)],
     )
     counts = source(path)["counts"]
     assert (counts["users"], counts["items"], counts["interactions"]) == (8, 9, 72)
-    assert counts["distinct"] == 89 and counts["positives"] == sum(r["overall"] > 3 for r in dense()) + 8
+    assert (
+        counts["distinct"] == 89
+        and counts["positives"] == sum(r["overall"] > 3 for r in dense()) + 8
+    )
     assert [r["users"] for r in counts["k_core"]] == [9, 8, 8] and any(
         not row["positive"] for row in table(path)
     )
@@ -264,7 +289,9 @@ def test_source_json_counts_add_up(tmp_path):
     rows = table(path)
     for split, parts in info["counts"]["rows"].items():
         for name, positive in (("positive", True), ("other", False)):
-            assert parts[name] == sum(row["split"] == split and row["positive"] == positive for row in rows)
+            assert parts[name] == sum(
+                row["split"] == split and row["positive"] == positive for row in rows
+            )
     assert info["counts"]["reviews"] == len(table(path, "reviews"))
     assert info["files"] == [
         {
@@ -274,18 +301,26 @@ def test_source_json_counts_add_up(tmp_path):
             "sha256": info["files"][0]["sha256"],
         }
     ]
-    assert len(info["files"][0]["sha256"]) == 64 and str(tmp_path) not in (path / "source.json").read_text()
+    assert (
+        len(info["files"][0]["sha256"]) == 64
+        and str(tmp_path) not in (path / "source.json").read_text()
+    )
     unnamed = {"users", "items", "refit", "thin_users", *prepare.PLACES}
     assert set(info["config"]) | unnamed == set(Config.__dataclass_fields__)
 
 
 def test_the_same_files_give_the_same_bytes(tmp_path):
     one, two = (prepared(tmp_path / name, dense()) for name in "ab")
-    assert {f.name: f.read_bytes() for f in one.iterdir()} == {f.name: f.read_bytes() for f in two.iterdir()}
+    assert {f.name: f.read_bytes() for f in one.iterdir()} == {
+        f.name: f.read_bytes() for f in two.iterdir()
+    }
 
 
 def test_texts_are_cut_and_short_ones_left_out(tmp_path):
-    records = [{**r, "summary": "", "reviewText": "abcdefgh" if r["asin"] != "i1" else "ab"} for r in dense()]
+    records = [
+        {**r, "summary": "", "reviewText": "abcdefgh" if r["asin"] != "i1" else "ab"}
+        for r in dense()
+    ]
     path = prepared(tmp_path, records, min_text=3, max_text=5)
     assert {row["text"] for row in table(path, "reviews")} == {"abcde"}
     assert all(row["item"] != 1 for row in table(path, "reviews"))
@@ -299,7 +334,12 @@ def test_item_tables_are_joined(tmp_path):
         tmp_path / "raw/shop/meta_x.json",
         [
             {"asin": "i0", "title": "", "category": ["Root", "A", "B"], "brand": "M"},
-            {"asin": "i0", "title": "Second line &amp; more", "category": ["Root", "C"], "price": "$4.50"},
+            {
+                "asin": "i0",
+                "title": "Second line &amp; more",
+                "category": ["Root", "C"],
+                "price": "$4.50",
+            },
             {"asin": "elsewhere", "title": "x", "category": ["Other"]},
             {"asin": "i1", "title": "One", "category": ["Root"], "description": ["long " * 9]},
         ],
@@ -330,7 +370,9 @@ def test_item_tables_are_joined(tmp_path):
     info = source(path)
     assert info["counts"]["item_lines"] == {"read": 4, "kept": 4, "broken": {}}
     assert [file["role"] for file in info["files"]] == ["reviews", "items"]
-    assert info["missing"]["title"] == round(7 / 9, 6) and info["missing"]["price"] == round(8 / 9, 6)
+    assert info["missing"]["title"] == round(7 / 9, 6) and info["missing"]["price"] == round(
+        8 / 9, 6
+    )
 
 
 names = st.sampled_from("abc")
@@ -350,7 +392,9 @@ def test_a_root_that_all_items_share_is_left_out(all_paths):
 
     rooted = [tuple(("root", *path) for path in paths) for paths in all_paths]
     categories, leaf = columns(rooted)
-    assert categories == [list(dict.fromkeys(name for path in paths for name in path)) for paths in all_paths]
+    assert categories == [
+        list(dict.fromkeys(name for path in paths for name in path)) for paths in all_paths
+    ]
     assert leaf == [paths[0][-1] if paths else "" for paths in all_paths]
 
 
@@ -361,7 +405,8 @@ def test_a_name_that_some_item_lacks_is_no_root():
 
     assert categories((("r", "a"),), (("s", "b"),)) == [["r", "a"], ["s", "b"]]
     assert categories((("r", "a"), ("s", "b")), (("s",),)) == [["r", "a", "b"], []]
-    assert categories((("r",),), (("r",),)) == [["r"], ["r"]]  # nothing below it: a category after all
+    # nothing below it: a category after all
+    assert categories((("r",),), (("r",),)) == [["r"], ["r"]]
     assert categories((("r", "r"),), (), (("r", "a"),)) == [["r"], [], ["a"]]
 
 
@@ -376,7 +421,10 @@ def test_the_same_again_does_nothing(tmp_path, capsys):
     assert "already prepared" in capsys.readouterr().out
     (tmp_path / "raw").rename(tmp_path / "elsewhere")  # the raw files may be put away, or moved
     assert run(Config(dataset="shop", data=str(tmp_path))) == path
-    assert run(Config(dataset="shop", data=str(tmp_path), raw=str(tmp_path / "elsewhere/shop"))) == path
+    assert (
+        run(Config(dataset="shop", data=str(tmp_path), raw=str(tmp_path / "elsewhere/shop")))
+        == path
+    )
     assert {file: file.stat().st_mtime_ns for file in path.iterdir()} == before
 
 
@@ -384,7 +432,9 @@ def test_a_refit_adds_the_validation_rows_to_train_and_moves_nothing_else(tmp_pa
     plain, whole = prepared(tmp_path, dense()), prepared(tmp_path, dense(), "again", refit=True)
     before, after = table(plain), table(whole)
     assert any(row["split"] == "valid" for row in before)
-    assert after == [row | {"split": "train" if row["split"] == "valid" else row["split"]} for row in before]
+    assert after == [
+        row | {"split": "train" if row["split"] == "valid" else row["split"]} for row in before
+    ]
     assert len(table(whole, "reviews")) == sum(row["split"] == "train" for row in after)
     counts = source(whole)["counts"]["rows"]
     assert counts["valid"] == {"positive": 0, "other": 0}
@@ -415,8 +465,12 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(PageLLMError, match=r"items file meta\.json is new"):
         prepared(tmp_path, dense())
     write_lines(tmp_path / "raw/shop/other.json", dense())
-    with pytest.raises(PageLLMError, match=r"other\.json is new; reviews file reviews_5\.json is gone"):
-        run(Config(dataset="shop", data=str(tmp_path), review_files="other.json", item_files="none"))
+    with pytest.raises(
+        PageLLMError, match=r"other\.json is new; reviews file reviews_5\.json is gone"
+    ):
+        run(
+            Config(dataset="shop", data=str(tmp_path), review_files="other.json", item_files="none")
+        )
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path):
@@ -449,7 +503,8 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch, where):
 def test_too_many_broken_lines_stop(tmp_path, capsys):
     records = dense() + ["{"]
     with pytest.raises(
-        PageLLMError, match=r"(?s)1 of 73 review lines.*1 bad JSON.*reviews_5\.json:73.*--max_broken 0.01"
+        PageLLMError,
+        match=r"(?s)1 of 73 review lines.*1 bad JSON.*reviews_5\.json:73.*--max_broken 0.01",
     ):
         prepared(tmp_path, records)
     assert not (tmp_path / "shop").exists()
@@ -503,7 +558,9 @@ def test_wrong_options(options, message):
 
 
 def test_no_raw_files(tmp_path, capsys):
-    with pytest.raises(PageLLMError, match=rf"(?s){tmp_path}/raw/shop does not exist.*--raw.*user_column"):
+    with pytest.raises(
+        PageLLMError, match=rf"(?s){tmp_path}/raw/shop does not exist.*--raw.*user_column"
+    ):
         run(Config(dataset="shop", data=str(tmp_path)))
     with pytest.raises(PageLLMError, match="nowhere does not exist"):
         run(Config(dataset="toys", data=str(tmp_path), raw=str(tmp_path / "nowhere")))
@@ -514,7 +571,9 @@ def test_no_raw_files(tmp_path, capsys):
 
 def test_an_official_set_is_downloaded_or_says_what_to_fetch(tmp_path, monkeypatch):
     monkeypatch.setitem(
-        download.SOURCES, "2018", ("http://127.0.0.1:9/{}_5.json.gz", "http://127.0.0.1:9/meta_{}.json.gz")
+        download.SOURCES,
+        "2018",
+        ("http://127.0.0.1:9/{}_5.json.gz", "http://127.0.0.1:9/meta_{}.json.gz"),
     )
     for _ in range(2):
         with pytest.raises(
@@ -539,11 +598,14 @@ def test_what_it_cannot_choose_it_lists(tmp_path):
     for name in ("meta_a.json", "meta_b.json"):
         write_lines(tmp_path / "raw/other" / name, [{"asin": "i0", "title": name}])
     with pytest.raises(
-        PageLLMError, match=r"(?s)several item tables.*meta_a\.json: 2014 amazon items.*--item_files"
+        PageLLMError,
+        match=r"(?s)several item tables.*meta_a\.json: 2014 amazon items.*--item_files",
     ):
         prepared(tmp_path, dense(), name="other")
     path = prepared(tmp_path, dense(), name="other", item_files="meta_b.json")
-    assert load(path).catalogue.title[0] == "meta_b.json" and source(path)["unused_files"] == ["meta_a.json"]
+    assert load(path).catalogue.title[0] == "meta_b.json" and source(path)["unused_files"] == [
+        "meta_a.json"
+    ]
 
 
 def test_files_named_by_option(tmp_path):
@@ -552,14 +614,19 @@ def test_files_named_by_option(tmp_path):
         ({"review_files": "gone.json"}, "no file gone.json in"),
         ({"review_files": "meta.json"}, r"--review_files: not interactions: meta\.json: 2014"),
         ({"item_files": "reviews_5.json"}, "--item_files: not an item table"),
-        ({"user_column": "usr"}, "(?s)--user_column: no column 'usr' in.*reviews_5.json: reviewerID"),
+        (
+            {"user_column": "usr"},
+            "(?s)--user_column: no column 'usr' in.*reviews_5.json: reviewerID",
+        ),
         ({"title_column": "name"}, "--title_column: no column 'name'"),
     ]:
         with pytest.raises(PageLLMError, match=message):
             prepared(tmp_path, dense(), **options)
     path = prepared(tmp_path, dense(), item_files="none")
     assert source(path)["missing"]["title"] == 1.0
-    alone = run(Config(dataset="alone", data=str(tmp_path), raw=str(tmp_path / "raw/shop/reviews_5.json")))
+    alone = run(
+        Config(dataset="alone", data=str(tmp_path), raw=str(tmp_path / "raw/shop/reviews_5.json"))
+    )
     assert table(alone) == table(path)
 
 
@@ -585,10 +652,15 @@ def log_lines(rows, header="customer,sku,score,when"):
 
 
 def test_columns_by_option(tmp_path):
-    rows = [(f"u{u}", f"i{i}", 10 - (u + i) % 3, f"2020-01-{1 + i:02d}") for u in range(6) for i in range(6)]
+    rows = [
+        (f"u{u}", f"i{i}", 10 - (u + i) % 3, f"2020-01-{1 + i:02d}")
+        for u in range(6)
+        for i in range(6)
+    ]
     write_lines(tmp_path / "raw/shop/log.csv", log_lines(rows, "who,what,mark,when"))
     write_lines(
-        tmp_path / "raw/shop/products.tsv", ["code\tlabel\tkind", *(f"i{i}\tT{i}\tA > B" for i in range(6))]
+        tmp_path / "raw/shop/products.tsv",
+        ["code\tlabel\tkind", *(f"i{i}\tT{i}\tA > B" for i in range(6))],
     )
     path = run(
         Config(
@@ -610,7 +682,8 @@ def test_columns_by_option(tmp_path):
     assert shop.catalogue.title == [f"T{i}" for i in range(6)] and shop.catalogue.leaf == ["B"] * 6
     assert sorted(set(shop.rating.tolist())) == pytest.approx([4.2, 4.6, 5.0])
     assert (
-        shop.item[shop.rows("test")].tolist() == [5] * 6 and shop.item[shop.rows("valid")].tolist() == [4] * 6
+        shop.item[shop.rows("test")].tolist() == [5] * 6
+        and shop.item[shop.rows("valid")].tolist() == [4] * 6
     )
     assert source(path)["release"] == "log"
 
@@ -620,9 +693,13 @@ def test_events_become_grades_and_the_highest_counts(tmp_path):
         (f"u{u}", f"i{i}", event, 100 + n)
         for u in range(6)
         for i in range(6)
-        for n, event in enumerate(["view", "purchase", "view"] if (u + i) % 6 else ["view", "click"])
+        for n, event in enumerate(
+            ["view", "purchase", "view"] if (u + i) % 6 else ["view", "click"]
+        )
     ]
-    write_lines(tmp_path / "raw/shop/log.csv", log_lines(rows, "user_id,item_id,event_type,timestamp"))
+    write_lines(
+        tmp_path / "raw/shop/log.csv", log_lines(rows, "user_id,item_id,event_type,timestamp")
+    )
     path = run(Config(dataset="shop", data=str(tmp_path), k_core=2))
     for row in table(path):
         bought = (row["user"] + row["item"]) % 6 != 0
@@ -644,7 +721,9 @@ def test_events_become_grades_and_the_highest_counts(tmp_path):
 def test_parts_are_read_as_one(tmp_path):
     rows = [(f"u{u}", f"i{i}") for u in range(6) for i in range(6)]
     for part in range(2):
-        write_lines(tmp_path / f"raw/shop/part-{part:04d}.csv", log_lines(rows[part::2], "user_id,item_id"))
+        write_lines(
+            tmp_path / f"raw/shop/part-{part:04d}.csv", log_lines(rows[part::2], "user_id,item_id")
+        )
     path = run(Config(dataset="shop", data=str(tmp_path)))
     assert len(table(path)) == 36 and len(source(path)["files"]) == 2
 
@@ -663,20 +742,24 @@ def test_a_given_split_is_taken_as_it_is(tmp_path, how):
         for split in ("train", "valid", "test"):
             mine = [(u, i) for u, i in rows if split_of[int(i[1])] == split]
             name = (
-                f"x_{split}" if how == "names" else {"train": "one", "valid": "two", "test": "three"}[split]
+                f"x_{split}"
+                if how == "names"
+                else {"train": "one", "valid": "two", "test": "three"}[split]
             )
             if how == "sequences":
                 by_user = {u: [i for v, i in mine if v == u] for u, _ in mine}
-                write_lines(folder / f"{name}.txt", [" ".join([u, *items]) for u, items in by_user.items()])
+                write_lines(
+                    folder / f"{name}.txt", [" ".join([u, *items]) for u, items in by_user.items()]
+                )
                 options[split] = f"{name}.txt"
             else:
                 write_lines(folder / f"{name}.csv", log_lines(mine, "user_id,item_id"))
                 options |= {split: f"{name}.csv"} if how == "options" else {}
     path = run(Config(dataset="shop", data=str(tmp_path), split="given", **options))
     found = [row for row in table(path) if row["split"] != "unused"]
-    assert Counter((f"u{row['user']}", f"i{row['item']}", row["split"]) for row in found) == Counter(
-        (u, i, split_of[int(i[1])]) for u, i in rows
-    )
+    assert Counter(
+        (f"u{row['user']}", f"i{row['item']}", row["split"]) for row in found
+    ) == Counter((u, i, split_of[int(i[1])]) for u, i in rows)
     assert len(table(path)) - len(found) == (how == "column")
     if how == "sequences":
         assert [row["time"] for row in table(path)] == [0, 1, 2, 3] * 3
@@ -708,7 +791,8 @@ def test_texts_of_a_given_test_file_are_stored_nowhere(tmp_path):
 def test_one_pair_in_two_given_splits_is_in_the_later(tmp_path):
     for split in ("train", "test"):
         write_lines(
-            tmp_path / f"raw/shop/{split}.csv", log_lines([("u", "i"), ("u", f"{split}")], "user_id,item_id")
+            tmp_path / f"raw/shop/{split}.csv",
+            log_lines([("u", "i"), ("u", f"{split}")], "user_id,item_id"),
         )
     path = run(Config(dataset="shop", data=str(tmp_path), split="given"))
     assert Counter((row["item"], row["split"]) for row in table(path)) == {
@@ -748,7 +832,11 @@ def test_real_files(tmp_path, name, release, records, duplicates, users, items):
     path = run(Config(dataset=name, data=str(tmp_path), raw=real(name)))
     info = source(path)
     counts = info["counts"]
-    assert info["release"] == release and not counts["lines"]["broken"] and not counts["item_lines"]["broken"]
+    assert (
+        info["release"] == release
+        and not counts["lines"]["broken"]
+        and not counts["item_lines"]["broken"]
+    )
     assert (counts["records"], counts["duplicates"], counts["users"], counts["items"]) == (
         records,
         duplicates,
@@ -785,7 +873,9 @@ def test_two_real_sets_in_one_directory_are_not_guessed_at(tmp_path):
         )
     )
     counts = source(path)["counts"]
-    assert (counts["records"], counts["duplicates"]) == (19_712, 144) and all(load(path).catalogue.title)
+    assert (counts["records"], counts["duplicates"]) == (19_712, 144) and all(
+        load(path).catalogue.title
+    )
 
 
 def test_a_cut_raw_file_is_an_error(tmp_path):
@@ -812,6 +902,7 @@ def test_parquet_logs_stream(tmp_path):
 
 def test_a_data_set_that_appears_meanwhile_is_left_alone(tmp_path, monkeypatch):
     """Two commands at once: the slower one gives way."""
+
     def slow(folder, table, items):
         (tmp_path / "shop").mkdir()
         (tmp_path / "shop" / "source.json").write_text("the other's")
@@ -833,7 +924,10 @@ def test_words_about_items_are_titles_only_when_asked_for(tmp_path):
     raw, words = str(tmp_path / "raw/shop"), "x.item_keyphrases.txt"
     assert load(path).catalogue.title == [""] * 6 and source(path)["unused_files"] == [words]
     asked = run(Config(dataset="two", data=str(tmp_path), raw=raw, item_files=words))
-    assert load(asked).catalogue.title == [f"red {i}" for i in range(6)] and not source(asked)["unused_files"]
+    assert (
+        load(asked).catalogue.title == [f"red {i}" for i in range(6)]
+        and not source(asked)["unused_files"]
+    )
 
 
 def test_hidden_files_half_files_and_lists_are_passed_over(tmp_path):
@@ -848,18 +942,25 @@ def test_hidden_files_half_files_and_lists_are_passed_over(tmp_path):
 
 def test_a_given_split_without_training_rows_is_no_split(tmp_path):
     for split in ("valid", "test"):
-        write_lines(tmp_path / f"raw/shop/x_{split}.csv", log_lines([("u", "i")], "user_id,item_id"))
+        write_lines(
+            tmp_path / f"raw/shop/x_{split}.csv", log_lines([("u", "i")], "user_id,item_id")
+        )
     with pytest.raises(PageLLMError, match="several sets of interactions"):
         run(Config(dataset="shop", data=str(tmp_path), split="given"))
 
 
 def test_ratings_from_one_to_five_and_the_shortest_texts_stay_by_default(tmp_path):
-    rows = [{"user_id": f"u{u}", "item_id": f"i{i}", "rating": 1 + (u + i) % 5, "text": "x"} for u in range(6)
-            for i in range(6)]
+    rows = [
+        {"user_id": f"u{u}", "item_id": f"i{i}", "rating": 1 + (u + i) % 5, "text": "x"}
+        for u in range(6)
+        for i in range(6)
+    ]
     write_lines(tmp_path / "raw/shop/log.jsonl", rows)
     path = run(Config(dataset="shop", data=str(tmp_path), k_core=1))
     assert sorted({row["rating"] for row in table(path)}) == [1, 2, 3, 4, 5]
-    assert {row["text"] for row in table(path, "reviews")} == {"x"} and source(path)["counts"]["reviews"] > 20
+    assert {row["text"] for row in table(path, "reviews")} == {"x"} and source(path)["counts"][
+        "reviews"
+    ] > 20
 
 
 def test_the_synthetic_shop_is_counted_like_any_other(tmp_path):
@@ -874,7 +975,9 @@ def test_what_was_written_is_what_is_loaded(tmp_path):
     for name in ("interactions.parquet", "truth.npy"):
         whole = (path / name).read_bytes()
         (path / name).write_bytes(whole + b"\0")
-        with pytest.raises(PageLLMError, match=f"{name} has changed since it was written\n.*make prepare"):
+        with pytest.raises(
+            PageLLMError, match=f"{name} has changed since it was written\n.*make prepare"
+        ):
             load(path)
         (path / name).unlink()
         with pytest.raises(PageLLMError, match=f"{name} is gone"):
@@ -890,5 +993,6 @@ def test_what_a_killed_prepare_left_is_cleared_away_and_a_living_ones_is_not(tmp
         (tmp_path / f".synthetic.{pid}.tmp").mkdir()
     (tmp_path / f".other.{dead.pid}.tmp").mkdir()
     run(Config(data=str(tmp_path), users=60, items=40))
-    assert sorted(p.name for p in tmp_path.glob(".*")) == sorted([f".synthetic.{os.getppid()}.tmp",
-                                                                  f".other.{dead.pid}.tmp"])
+    assert sorted(p.name for p in tmp_path.glob(".*")) == sorted(
+        [f".synthetic.{os.getppid()}.tmp", f".other.{dead.pid}.tmp"]
+    )

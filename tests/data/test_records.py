@@ -40,7 +40,9 @@ def test_lines_are_what_was_written(folder, content, packed, end):
     path = folder / "x"
     data = b"".join(line + end for line in content)
     path.write_bytes(gzip.compress(data) if packed else data)
-    expected = [line.removeprefix(b"\xef\xbb\xbf") if n == 0 else line for n, line in enumerate(content)]
+    expected = [
+        line.removeprefix(b"\xef\xbb\xbf") if n == 0 else line for n, line in enumerate(content)
+    ]
     if not packed and data[:2] == b"\x1f\x8b":
         return  # that is what a gzip file looks like
     assert list(lines(path)) == expected
@@ -86,7 +88,11 @@ def test_a_missing_file_is_a_plain_message(folder):
 
 
 @few
-@given(st.lists(st.sampled_from([b"7", b"12", b"", b"  ", b"\xff", b"1\x002", b"x", b"4" * 40]), max_size=12))
+@given(
+    st.lists(
+        st.sampled_from([b"7", b"12", b"", b"  ", b"\xff", b"1\x002", b"x", b"4" * 40]), max_size=12
+    )
+)
 def test_read_is_kept_plus_broken_by_reason(folder, content):
     path = folder / "mixed"
     path.write_bytes(b"".join(line + b"\n" for line in content))
@@ -102,7 +108,13 @@ def test_read_is_kept_plus_broken_by_reason(folder, content):
         kept = list(parsed(path, parse, tally))
     assert kept == [int(line) for line in content if line in (b"7", b"12")]
     assert tally.read == len(content) and tally.kept == len(kept)
-    reasons = {"empty line": 0, "not UTF-8": 0, "NUL byte": 0, "not a number": 0, "line over 10 MB": 0}
+    reasons = {
+        "empty line": 0,
+        "not UTF-8": 0,
+        "NUL byte": 0,
+        "not a number": 0,
+        "line over 10 MB": 0,
+    }
     for line in content:
         for reason, those in (
             ("empty line", (b"", b"  ", b"\x1f", "\u3000\x85".encode())),
@@ -141,7 +153,8 @@ def test_more_broken_lines_than_allowed_stop(folder, capsys):
 @given(st.text(min_size=1, max_size=20))
 def test_an_identifier_is_kept_exactly_or_refused(text):
     control = any(
-        ord(c) < 32 or 127 <= ord(c) < 160 or c in "\u2028\u2029" or "\ud800" <= c <= "\udfff" for c in text
+        ord(c) < 32 or 127 <= ord(c) < 160 or c in "\u2028\u2029" or "\ud800" <= c <= "\udfff"
+        for c in text
     )
     if control or text.isspace():
         with pytest.raises(Broken):
@@ -177,7 +190,8 @@ def test_numbers_may_be_identifiers():
 
 @few
 @given(
-    st.one_of(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(10**6), 10**6)), st.booleans()
+    st.one_of(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(10**6), 10**6)),
+    st.booleans(),
 )
 def test_numbers_read_back(value, as_text):
     assert number(repr(value) if as_text else value, "rating") == float(value)
@@ -202,7 +216,9 @@ def test_what_is_no_number(value):
 @given(st.floats(-100, 100), st.floats(0.5, 100), st.floats(0, 1))
 def test_another_scale_of_ratings_is_brought_to_one_to_five(low, width, share):
     high = low + width
-    assert rating_in(low, low, high) == pytest.approx(1) and rating_in(high, low, high) == pytest.approx(5)
+    assert rating_in(low, low, high) == pytest.approx(1) and rating_in(
+        high, low, high
+    ) == pytest.approx(5)
     inside = min(low + share * width, high)
     assert rating_in(inside, low, high) == pytest.approx(1 + 4 * (inside - low) / width, abs=1e-9)
     for outside in (low - 0.01, high + 0.01):
@@ -233,13 +249,20 @@ def test_early_milliseconds_are_told_by_the_caller(seconds):
 
 @pytest.mark.parametrize(
     "text, seconds",
-    [("1970-01-02", 86_400), ("1970-01-01T00:01:00Z", 60), ("1970-01-01 01:00:00+01:00", 0), ("  ", NO_TIME)],
+    [
+        ("1970-01-02", 86_400),
+        ("1970-01-01T00:01:00Z", 60),
+        ("1970-01-01 01:00:00+01:00", 0),
+        ("  ", NO_TIME),
+    ],
 )
 def test_dates(text, seconds):
     assert time_seconds(text) == seconds
 
 
-@pytest.mark.parametrize("value", [-1, 1e22, 1e21, "1950-01-01", "2101-01-01", 4_102_444_801, math.inf])
+@pytest.mark.parametrize(
+    "value", [-1, 1e22, 1e21, "1950-01-01", "2101-01-01", 4_102_444_801, math.inf]
+)
 def test_absurd_times(value):
     with pytest.raises(Broken, match="absurd time"):
         time_seconds(value)

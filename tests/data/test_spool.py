@@ -38,13 +38,19 @@ def stored(folder, records, pieces=1, **options):
     edges = [len(records) * n // pieces for n in range(pieces + 1)]
     stems = []
     for n, (a, b) in enumerate(itertools.pairwise(edges)):
-        batches = [batch for at in range(a, b, 2) for batch in batched(records[at: min(b, at + 2)])]
+        batches = [
+            batch for at in range(a, b, 2) for batch in batched(records[at : min(b, at + 2)])
+        ]
         stems.append(spool.store(batches, folder / f"part-{n}", **options))
     return stems
 
 
 def texts_of(stems):
-    return [text for stem in stems for text in pa.ipc.open_stream(f"{stem}.texts").read_all()["text"].to_pylist()]
+    return [
+        text
+        for stem in stems
+        for text in pa.ipc.open_stream(f"{stem}.texts").read_all()["text"].to_pylist()
+    ]
 
 
 @few
@@ -69,7 +75,9 @@ def test_columns_hold_every_record_in_order(folder, records, pieces):
     wanted = [r._replace(text="", split=spool.SPLIT_CODES[r.split]) for r in records]
     assert repr(back) == repr(wanted)
     for a, b, tie_a, tie_b in (
-        (a, b, columns.tie[n], columns.tie[m]) for n, a in enumerate(records) for m, b in enumerate(records)
+        (a, b, columns.tie[n], columns.tie[m])
+        for n, a in enumerate(records)
+        for m, b in enumerate(records)
     ):
         assert (tie_a == tie_b) == (a.text == b.text) and (tie_a == 0) == (a.text == "")
     assert texts_of(stems) == [r.text for r in records]
@@ -77,8 +85,14 @@ def test_columns_hold_every_record_in_order(folder, records, pieces):
 
 
 @few
-@given(st.lists(st.lists(st.sampled_from(["é", "e", "z", "Z", "\U0001f600", "\uffee", "9"]), max_size=5), max_size=5),
-       st.sampled_from([0, 3, 1_000]), st.booleans())
+@given(
+    st.lists(
+        st.lists(st.sampled_from(["é", "e", "z", "Z", "\U0001f600", "\uffee", "9"]), max_size=5),
+        max_size=5,
+    ),
+    st.sampled_from([0, 3, 1_000]),
+    st.booleans(),
+)
 def test_names_are_ranked_as_python_sorts_them(columns, loose, coded):
     """However often they are unified in between, and whether they come as text or coded."""
     with pytest.MonkeyPatch.context() as patch:
@@ -96,8 +110,12 @@ def test_names_are_ranked_as_python_sorts_them(columns, loose, coded):
 @given(st.lists(st.sampled_from(["", "a", "é", "long text"]), max_size=6), st.integers(0, 3))
 def test_a_digest_is_that_of_the_text_alone(texts, start):
     array = pa.array(texts, pa.string())
-    expected = [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") | 1 if text else 0
-                for text in texts]
+    expected = [
+        int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") | 1
+        if text
+        else 0
+        for text in texts
+    ]
     assert spool.digests(array).tolist() == expected
     assert spool.digests(array[start:]).tolist() == expected[start:]
 
@@ -105,14 +123,18 @@ def test_a_digest_is_that_of_the_text_alone(texts, start):
 def test_texts_are_cut_and_short_ones_left_out(folder):
     records = [Review("u", "i", text=text) for text in ("ab", "abc", "abc defgh", "abc d")]
     assert texts_of(stored(folder, records, min_text=3, max_text=4)) == ["", "abc", "abc", "abc"]
-    assert texts_of(stored(folder, [Review("u", "i", text=t) for t in ("éé", "é", "")], max_text=1)) == ["é", "é", ""]
+    assert texts_of(
+        stored(folder, [Review("u", "i", text=t) for t in ("éé", "é", "")], max_text=1)
+    ) == ["é", "é", ""]
 
 
 @few
 @given(st.data(), reviews, st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
 def test_reviews_come_out_in_the_order_asked_for(folder, data, records, bucket, buckets, pieces):
     """Whatever the number of parts and the size of buckets: rows with a position and a text, by position, only."""
-    keep = data.draw(st.lists(st.sampled_from(range(len(records))), unique=True) if records else st.just([]))
+    keep = data.draw(
+        st.lists(st.sampled_from(range(len(records))), unique=True) if records else st.just([])
+    )
     position = spool.np.full(len(records), -1, dtype=spool.np.int64)
     position[keep] = range(len(keep))
     with pytest.MonkeyPatch.context() as patch:
@@ -130,6 +152,12 @@ def test_reviews_come_out_in_the_order_asked_for(folder, data, records, bucket, 
     table = pq.read_table(folder / "reviews.parquet")
     assert table.schema.equals(spool.REVIEWS)
     wanted = [(columns.user[n], columns.item[n], records[n].text) for n in keep if records[n].text]
-    assert list(zip(*(table[name].to_pylist() for name in ("user", "item", "text")), strict=True)) == wanted
-    left = [*folder.glob("reviews-*"), *(path for stem in stems for path in folder.glob(f"{stem.name}.*"))]
+    assert (
+        list(zip(*(table[name].to_pylist() for name in ("user", "item", "text")), strict=True))
+        == wanted
+    )
+    left = [
+        *folder.glob("reviews-*"),
+        *(path for stem in stems for path in folder.glob(f"{stem.name}.*")),
+    ]
     assert written == len(wanted) and not left

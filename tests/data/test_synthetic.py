@@ -21,9 +21,15 @@ def shop():
 @settings(deadline=None, max_examples=8)
 @given(st.integers(2, 12), st.integers(10, 30), st.integers(0, 5))
 def test_the_same_seed_draws_the_same_shop(users, items, seed):
-    one, two, other = make(users, items, seed), make(users, items, seed), make(users, items, seed + 1)
+    one, two, other = (
+        make(users, items, seed),
+        make(users, items, seed),
+        make(users, items, seed + 1),
+    )
     assert (
-        one.items == two.items and one.user_ids == two.user_ids and list(one.reviews()) == list(two.reviews())
+        one.items == two.items
+        and one.user_ids == two.user_ids
+        and list(one.reviews()) == list(two.reviews())
     )
     assert np.array_equal(one.truth, two.truth)
     assert not np.array_equal(one.truth, other.truth) and one.items != other.items
@@ -48,7 +54,9 @@ def test_ratings_are_the_truth_with_noise(shop):
     expected = shop.truth[shop.user, shop.item]
     error = shop.rating - expected
     assert (
-        np.corrcoef(expected, shop.rating)[0, 1] > 0.8 and 0.3 < error.std() < 0.9 and abs(error.mean()) < 0.1
+        np.corrcoef(expected, shop.rating)[0, 1] > 0.8
+        and 0.3 < error.std() < 0.9
+        and abs(error.mean()) < 0.1
     )
 
 
@@ -74,7 +82,10 @@ def test_near_duplicates(shop):
             and one.id != two.id
             and shop.copies[shop.copies[n]] < 0
         )
-        assert len(tokens(one.title) & tokens(two.title)) / len(tokens(one.title) | tokens(two.title)) >= 0.8
+        assert (
+            len(tokens(one.title) & tokens(two.title)) / len(tokens(one.title) | tokens(two.title))
+            >= 0.8
+        )
         assert np.abs(shop.truth[:, n] - shop.truth[:, shop.copies[n]]).mean() < 0.3
     titles = [tokens(item.title) for n, item in enumerate(shop.items) if shop.copies[n] < 0]
     assert all(len(a & b) / len(a | b) < 0.8 for m, a in enumerate(titles) for b in titles[:m])
@@ -128,16 +139,26 @@ def test_every_format_reads_back_to_the_same_tables(tmp_path_factory, users, ite
         write(shop, root / "raw" / spelling, spelling, compress)
         path = run(Config(dataset=spelling, data=str(root), seed=seed, k_core=2))
         if spelling != "sequences":
-            for name in ("interactions.parquet", "items.parquet", "users.parquet", "reviews.parquet"):
-                assert (path / name).read_bytes() == (first / name).read_bytes(), f"{spelling}: {name}"
+            for name in (
+                "interactions.parquet",
+                "items.parquet",
+                "users.parquet",
+                "reviews.parquet",
+            ):
+                assert (path / name).read_bytes() == (first / name).read_bytes(), (
+                    f"{spelling}: {name}"
+                )
             assert load(path).truth is None
     carried = load(root / "sequences")
     index = {item.id: item for item in shop.items}
     assert [index[name].title for name in carried.catalogue.ids] == carried.catalogue.title
-    assert [index[name].paths[0][1:] for name in carried.catalogue.ids] == carried.catalogue.categories
+    assert [
+        index[name].paths[0][1:] for name in carried.catalogue.ids
+    ] == carried.catalogue.categories
     assert np.isnan(carried.rating).all() and carried.positive.all() and not carried.reviews()[2]
     by_user = {
-        name: [shop.items[i].id for i in shop.item[shop.user == u]] for u, name in enumerate(shop.user_ids)
+        name: [shop.items[i].id for i in shop.item[shop.user == u]]
+        for u, name in enumerate(shop.user_ids)
     }
     for u, name in enumerate(carried.user_ids):
         kept = [carried.catalogue.ids[i] for i in carried.item[carried.user == u]]

@@ -11,7 +11,7 @@ from kernels.advantage import by_blocks, by_doubling, gae
 from tests.strategies import garbage, pages, prefix_mask, seeds, unit
 
 SCANS = [by_blocks, by_doubling]
-BLOCK = 65       # steps of by_blocks' blocks at a ratio of one half
+BLOCK = 65  # steps of by_blocks' blocks at a ratio of one half
 LENGTHS = [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK - 1, 3 * BLOCK]
 
 
@@ -71,9 +71,11 @@ def test_a_padded_row_equals_the_row_alone_bit_for_bit(page, extra, junk, gamma,
     B, T = mask.shape
     wide_mask = torch.cat([mask, torch.zeros(B, extra, dtype=torch.bool)], 1)
     padding = torch.full((B, extra), junk)
-    wide = gae(torch.cat([reward, padding], 1), torch.cat([value, padding], 1), wide_mask, gamma, lam)
+    wide = gae(
+        torch.cat([reward, padding], 1), torch.cat([value, padding], 1), wide_mask, gamma, lam
+    )
     for b, n in enumerate(mask.sum(1).tolist()):
-        alone = gae(reward[b:b + 1, :n], value[b:b + 1, :n], mask[b:b + 1, :n], gamma, lam)
+        alone = gae(reward[b : b + 1, :n], value[b : b + 1, :n], mask[b : b + 1, :n], gamma, lam)
         for x, y in zip(wide, alone, strict=True):
             assert torch.equal(x[b, :n], y[0])
             assert not x[b, n:].any()
@@ -118,16 +120,25 @@ def test_nothing_kept_gives_zeros(shape, requires_grad):
 
 @pytest.mark.parametrize("lam", [0.01, 0.5, 0.95, 0.99, 1.0])
 def test_float32_stays_near_float64_over_a_thousand_steps(lam):
-    reward, value, mask = randn(4, 1024), randn(4, 1024) * 10, prefix_mask([1024, 1000, 33, 1], 1024)
+    reward, value, mask = (
+        randn(4, 1024),
+        randn(4, 1024) * 10,
+        prefix_mask([1024, 1000, 33, 1], 1024),
+    )
     page = reward.float(), value.float(), mask
     for ours, exact in zip(gae(*page, 1.0, lam), reference.gae(*page, 1.0, lam), strict=True):
         assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
 
 
-@pytest.mark.parametrize("dtypes, expected", [
-    ((torch.bfloat16, torch.bfloat16), torch.float32), ((torch.float16, torch.float32), torch.float32),
-    ((torch.float32, torch.float64), torch.float64), ((torch.int64, torch.float32), torch.float32),
-])
+@pytest.mark.parametrize(
+    "dtypes, expected",
+    [
+        ((torch.bfloat16, torch.bfloat16), torch.float32),
+        ((torch.float16, torch.float32), torch.float32),
+        ((torch.float32, torch.float64), torch.float64),
+        ((torch.int64, torch.float32), torch.float32),
+    ],
+)
 def test_dtypes_widen(dtypes, expected):
     """The result is that of the widened inputs: no sum is kept in half precision."""
     reward, value = ((randn(2, 5) * 4).to(dtype) for dtype in dtypes)
@@ -143,13 +154,15 @@ def test_gradients_flow_to_reward_and_value_and_not_from_padding(page, gamma, la
     reward, value, mask = page
     reward, value = (torch.where(mask, x, float("nan")).requires_grad_() for x in (reward, value))
     result = gae(reward, value, mask, gamma, lam)
-    for grad in torch.autograd.grad(sum((x * randn(*x.shape)).sum() for x in result), (reward, value)):
+    for grad in torch.autograd.grad(
+        sum((x * randn(*x.shape)).sum() for x in result), (reward, value)
+    ):
         assert grad.isfinite().all() and not grad[~mask].any()
 
 
-@pytest.mark.parametrize("entries", [16, 2 ** 19])
+@pytest.mark.parametrize("entries", [16, 2**19])
 def test_gradients_equal_finite_differences_also_twice(monkeypatch, entries):
-    monkeypatch.setattr(advantage, "RANGE", 1)          # several blocks
+    monkeypatch.setattr(advantage, "RANGE", 1)  # several blocks
     monkeypatch.setattr(advantage, "ENTRIES", entries)
     reward, value = (randn(2, 8).requires_grad_() for _ in range(2))
     mask = prefix_mask([8, 5], 8)
@@ -181,8 +194,13 @@ def test_a_hole_in_the_mask_is_refused_and_named(seed):
 
 def test_wrong_calls_are_refused():
     x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
-    for wrong in [(x[:1], x, mask), (x, x[:, :2], mask), (x, x, mask[:, :2]), (x, x, mask.float()),
-                  (x[0], x[0], mask[0])]:
+    for wrong in [
+        (x[:1], x, mask),
+        (x, x[:, :2], mask),
+        (x, x, mask[:, :2]),
+        (x, x, mask.float()),
+        (x[0], x[0], mask[0]),
+    ]:
         with pytest.raises(ValueError, match="gae: reward"):
             gae(*wrong)
     for wrong in (1.1, -0.1, float("nan")):

@@ -7,10 +7,23 @@ import torch
 
 from kernels import bench
 
-ROW = {"kernel", "shape", "plain_ms", "ours_ms", "x", "floor_ms", "share", "plain_mb", "ours_mb", "max_diff"}
+ROW = {
+    "kernel",
+    "shape",
+    "plain_ms",
+    "ours_ms",
+    "x",
+    "floor_ms",
+    "share",
+    "plain_mb",
+    "ours_mb",
+    "max_diff",
+}
 
 
-@pytest.mark.parametrize("case", list(bench.cases("cpu", quick=True)), ids=lambda x: x.kernel + x.shape)
+@pytest.mark.parametrize(
+    "case", list(bench.cases("cpu", quick=True)), ids=lambda x: x.kernel + x.shape
+)
 def test_plain_and_ours_agree_with_float64(case):
     for plain, ours, exact in zip(case.plain(), case.ours(), case.exact(), strict=True):
         assert plain.shape == ours.shape == exact.shape and exact.dtype == torch.float64

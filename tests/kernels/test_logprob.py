@@ -15,12 +15,21 @@ from tests.strategies import garbage, seeds
 
 temperatures = st.sampled_from([0.3, 1.0, 2.5])
 # entries and rows of a tile, tiles that may be kept for backward
-TILINGS = [(1, 1, 0), (7, 3, 0), (7, 3, 99), (12, 2, 0), (40, 2, 99), (2 ** 21, 2048, 0), (2 ** 21, 2048, 1)]
+TILINGS = [
+    (1, 1, 0),
+    (7, 3, 0),
+    (7, 3, 99),
+    (12, 2, 0),
+    (40, 2, 99),
+    (2**21, 2048, 0),
+    (2**21, 2048, 1),
+]
 
 
 # The fixture below only sets two numbers, the same for every example of a test.
-per_tiling = settings(deadline=None, max_examples=30,
-                      suppress_health_check=[HealthCheck.function_scoped_fixture])
+per_tiling = settings(
+    deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture
@@ -36,7 +45,9 @@ def choices(draw, dtype=torch.float64, width=6):
     """logits (B, V), ids (B,), and legal (B, V) with the id of each row and others."""
     B, V = draw(st.integers(1, 3)), draw(st.integers(1, width))
     generator = torch.Generator().manual_seed(draw(seeds))
-    logits = torch.randn(B, V, generator=generator, dtype=dtype) * draw(st.sampled_from([0.1, 1.0, 10.0]))
+    logits = torch.randn(B, V, generator=generator, dtype=dtype) * draw(
+        st.sampled_from([0.1, 1.0, 10.0])
+    )
     ids = torch.randint(V, (B,), generator=generator)
     legal = torch.rand(B, V, generator=generator) < 0.5
     return logits, ids, legal.scatter(1, ids[:, None], True)
@@ -67,21 +78,28 @@ def legal_set(excluded, V):
 def gradients(outputs, inputs, weights_seed=5):
     """Of one fixed random combination of all finite outputs."""
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    total = sum((torch.where(x.isfinite(), x, 0.0) * randn(*x.shape, seed=weights_seed + i)).sum()
-                for i, x in enumerate(outputs))
+    total = sum(
+        (torch.where(x.isfinite(), x, 0.0) * randn(*x.shape, seed=weights_seed + i)).sum()
+        for i, x in enumerate(outputs)
+    )
     return torch.autograd.grad(total, inputs)
 
 
 # From logits
+
 
 @given(choices(), temperatures)
 @settings(deadline=None)
 def test_equal_the_definition(choice, temperature):
     logits, ids, legal = choice
     for mask in (None, legal):
-        assert_close(token_logp(logits, ids, mask, temperature),
-                     reference.token_logp(logits, ids, mask, temperature))
-        assert_close(entropy(logits, mask, temperature), reference.entropy(logits, mask, temperature))
+        assert_close(
+            token_logp(logits, ids, mask, temperature),
+            reference.token_logp(logits, ids, mask, temperature),
+        )
+        assert_close(
+            entropy(logits, mask, temperature), reference.entropy(logits, mask, temperature)
+        )
 
 
 @given(choices(), temperatures)
@@ -118,7 +136,7 @@ def test_an_illegal_id_has_logp_minus_infinity_and_gradient_0():
     legal = torch.tensor([[True, True, False], [True, True, True]])
     logp = token_logp(logits, torch.tensor([2, 2]), legal)
     assert logp[0] == -math.inf and logp[1].isfinite()
-    grad, = torch.autograd.grad(logp.sum(), logits)
+    (grad,) = torch.autograd.grad(logp.sum(), logits)
     assert not grad[0].any() and grad[1].all()
 
 
@@ -161,15 +179,21 @@ def test_gradients_of_the_plain_forms_equal_finite_differences(masked):
 @pytest.mark.parametrize("shape", [(4,), (0, 4), (2, 3, 4), (0, 0)])
 def test_any_number_of_leading_dimensions(shape):
     logits, ids = randn(*shape), torch.zeros(shape[:-1], dtype=torch.long)
-    for out in (token_logp(logits, ids), entropy(logits), token_logp(logits, ids, torch.ones(shape) > 0)):
+    for out in (
+        token_logp(logits, ids),
+        entropy(logits),
+        token_logp(logits, ids, torch.ones(shape) > 0),
+    ):
         assert out.shape == shape[:-1]
 
 
 def test_ids_may_be_short_integers():
     logits, legal = randn(2, 3), torch.ones(2, 3) > 0
     for out in (None, legal):
-        assert torch.equal(token_logp(logits, torch.tensor([2, 0], dtype=torch.int32), out),
-                           token_logp(logits, torch.tensor([2, 0]), out))
+        assert torch.equal(
+            token_logp(logits, torch.tensor([2, 0], dtype=torch.int32), out),
+            token_logp(logits, torch.tensor([2, 0]), out),
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -183,7 +207,10 @@ def test_half_precision_logits_are_widened_first(dtype):
 def test_wrong_calls_of_the_plain_forms():
     logits, ids, legal = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), torch.ones(2, 3) > 0
     legal[1] = False
-    for function in (lambda *rest: token_logp(logits, ids, *rest), lambda *rest: entropy(logits, *rest)):
+    for function in (
+        lambda *rest: token_logp(logits, ids, *rest),
+        lambda *rest: entropy(logits, *rest),
+    ):
         with pytest.raises(ValueError, match="row 1 has no legal entry"):
             function(legal)
         with pytest.raises(ValueError, match="legal"):
@@ -206,6 +233,7 @@ def test_wrong_calls_of_the_plain_forms():
 
 # Straight from hidden states
 
+
 @pytest.mark.parametrize("tiling", TILINGS, indirect=True)
 @given(heads(excluding=False), temperatures)
 @per_tiling
@@ -217,8 +245,10 @@ def test_linear_equals_the_definition_in_value_and_gradient(tiling, head, temper
         return
     for out in (None, excluded):
         for with_entropy in (False, True):
-            ours, exact = (f(hidden, weight, target, out, temperature, with_entropy)
-                           for f in (linear_logp, reference.linear_logp))
+            ours, exact = (
+                f(hidden, weight, target, out, temperature, with_entropy)
+                for f in (linear_logp, reference.linear_logp)
+            )
             assert_close(ours, exact)
             assert_close(gradients(ours, (hidden, weight)), gradients(exact, (hidden, weight)))
 
@@ -235,14 +265,15 @@ def test_linear_agrees_with_the_plain_form(tiling, head, temperature):
     assert (logp <= 0).all() and (spread >= -1e-12).all()
 
 
-@pytest.mark.parametrize("tiling", [(7, 3, 0), (7, 3, 99), (2 ** 21, 2048, 1)], indirect=True)
+@pytest.mark.parametrize("tiling", [(7, 3, 0), (7, 3, 99), (2**21, 2048, 1)], indirect=True)
 @pytest.mark.parametrize("excluded", [None, [[0, 1, -1], [4, 4, 2], [-1, -1, -1], [0, 1, 2]]])
 def test_linear_gradients_equal_finite_differences(tiling, excluded):
     excluded = None if excluded is None else torch.tensor(excluded)
     hidden, weight = (randn(n, 3, seed=n).requires_grad_() for n in (4, 6))
     target = torch.tensor([3] * 4)
     assert torch.autograd.gradcheck(
-        lambda h, w: linear_logp(h, w, target, excluded, 0.7, return_entropy=True), (hidden, weight))
+        lambda h, w: linear_logp(h, w, target, excluded, 0.7, return_entropy=True), (hidden, weight)
+    )
 
 
 def test_linear_refuses_a_second_derivative():
@@ -253,7 +284,7 @@ def test_linear_refuses_a_second_derivative():
     assert torch.autograd.grad(loss, hidden)[0].any()
 
 
-@pytest.mark.parametrize("tiling", [(7, 3, 0), (7, 3, 99), (2 ** 21, 2048, 1)], indirect=True)
+@pytest.mark.parametrize("tiling", [(7, 3, 0), (7, 3, 99), (2**21, 2048, 1)], indirect=True)
 def test_each_gradient_alone_and_each_output_alone(tiling):
     """Asking for less gives the same numbers, as does asking twice."""
     hidden, weight = (randn(n, 3, seed=n).requires_grad_() for n in (5, 6))
@@ -262,7 +293,9 @@ def test_each_gradient_alone_and_each_output_alone(tiling):
     assert_close(gradients(linear_logp(hidden, weight.detach(), *rest), hidden), both[:1])
     assert_close(gradients(linear_logp(hidden.detach(), weight, *rest), weight), both[1:])
     logp, spread = linear_logp(hidden, weight, *rest)
-    alone = [torch.autograd.grad(x.sum(), (hidden, weight), retain_graph=True) for x in (logp, spread)]
+    alone = [
+        torch.autograd.grad(x.sum(), (hidden, weight), retain_graph=True) for x in (logp, spread)
+    ]
     again = torch.autograd.grad((logp + spread).sum(), (hidden, weight), retain_graph=True)
     for i in range(2):
         assert_close(alone[0][i] + alone[1][i], again[i])
@@ -291,8 +324,10 @@ def test_order_and_repeats_of_excluded_ids_move_no_bit(tiling, head, seed):
     hidden, weight, target, excluded = head
     mixed = torch.cat([excluded, excluded, torch.full((len(hidden), 2), -1)], 1)
     mixed = mixed[:, torch.randperm(mixed.shape[1], generator=torch.Generator().manual_seed(seed))]
-    for a, b in zip(*(linear_logp(hidden, weight, target, x, return_entropy=True) for x in (excluded, mixed)),
-                    strict=True):
+    for a, b in zip(
+        *(linear_logp(hidden, weight, target, x, return_entropy=True) for x in (excluded, mixed)),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 
@@ -304,10 +339,14 @@ def test_the_only_choice_is_certain(tiling, only, dtype):
     hidden = (randn(4, 3) * 100).to(dtype).requires_grad_()
     weight = (randn(7, 3, seed=1) * 100).to(dtype).requires_grad_()
     excluded = torch.tensor([[j for j in range(7) if j != only]] * 4)
-    logp, spread = linear_logp(hidden, weight, torch.full((4,), only), excluded, 0.7, return_entropy=True)
+    logp, spread = linear_logp(
+        hidden, weight, torch.full((4,), only), excluded, 0.7, return_entropy=True
+    )
     assert torch.equal(logp, torch.zeros(4, dtype=dtype))
     assert_close(spread, torch.zeros(4, dtype=dtype), rtol=0, atol=1e-23)
-    assert not any(x.any() for x in torch.autograd.grad(logp.sum(), (hidden, weight), retain_graph=True))
+    assert not any(
+        x.any() for x in torch.autograd.grad(logp.sum(), (hidden, weight), retain_graph=True)
+    )
     for grad in torch.autograd.grad(spread.sum(), (hidden, weight)):
         assert_close(grad, torch.zeros_like(grad), rtol=0, atol=1e-20)
 
@@ -322,7 +361,7 @@ def test_an_excluded_entry_gets_exactly_no_gradient(tiling):
         weight[5] *= size
         weight.requires_grad_()
         outputs = linear_logp(hidden, weight, target, excluded, return_entropy=True)
-        grad, = gradients(outputs, weight)
+        (grad,) = gradients(outputs, weight)
         assert not grad[5].any()
         results.append([*outputs, grad])
     for a, b in zip(*results, strict=True):
@@ -332,16 +371,24 @@ def test_an_excluded_entry_gets_exactly_no_gradient(tiling):
 @pytest.mark.parametrize("tiling", TILINGS, indirect=True)
 def test_linear_is_stable_at_logits_of_ten_thousand(tiling):
     """float32 against float64: logits spread over 2e4, and ties at 1e4, where log s needs its digits."""
-    spread_out = torch.tensor([[1e4], [-1e4]]), torch.linspace(-1, 1, 7)[:, None], torch.tensor([6, 6])
+    spread_out = (
+        torch.tensor([[1e4], [-1e4]]),
+        torch.linspace(-1, 1, 7)[:, None],
+        torch.tensor([6, 6]),
+    )
     ties = torch.tensor([[1e4], [1e4]]), torch.ones(7, 1), torch.tensor([0, 6])
     for hidden, weight, target in (spread_out, ties):
         hidden.requires_grad_()
         weight.requires_grad_()
-        ours, exact = (f(hidden, weight, target, return_entropy=True)
-                       for f in (linear_logp, reference.linear_logp))
+        ours, exact = (
+            f(hidden, weight, target, return_entropy=True)
+            for f in (linear_logp, reference.linear_logp)
+        )
         for x, y in zip(ours, exact, strict=True):
             assert_close(x.double(), y, rtol=1e-6, atol=1e-6)
-        for x, y in zip(gradients(ours, (hidden, weight)), gradients(exact, (hidden, weight)), strict=True):
+        for x, y in zip(
+            gradients(ours, (hidden, weight)), gradients(exact, (hidden, weight)), strict=True
+        ):
             assert_close(x, y.float(), rtol=1e-5, atol=1e-5 * max(1.0, y.abs().max().item()))
 
 
@@ -353,16 +400,28 @@ def test_float32_agrees_with_float64_to_five_digits():
     ours = linear_logp(*fast, target, excluded, return_entropy=True)
     exact = reference.linear_logp(*slow, target, excluded, return_entropy=True)
     pairs = [*zip(ours, exact, strict=True)]
-    pairs += zip(*(torch.autograd.grad(sum(x.mean() for x in out), inputs)
-                   for out, inputs in ((ours, fast), (exact, slow))), strict=True)
+    pairs += zip(
+        *(
+            torch.autograd.grad(sum(x.mean() for x in out), inputs)
+            for out, inputs in ((ours, fast), (exact, slow))
+        ),
+        strict=True,
+    )
     for x, y in pairs:
         assert x.dtype == torch.float32
         assert_close(x.double(), y, rtol=1e-5, atol=1e-6 * y.abs().max().item())
 
 
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
-                                    (torch.bfloat16, torch.float32), (torch.float32, torch.float16),
-                                    (torch.float32, torch.float64)])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float16),
+        (torch.float32, torch.float64),
+    ],
+)
 @pytest.mark.parametrize("tiling", [(40, 2, 0), (40, 2, 99)], indirect=True)
 def test_narrow_inputs_are_widened_and_their_gradients_narrowed(tiling, dtypes):
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -422,12 +481,18 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("C, keep, products", [(256, 6, 3), (256, 5, 4), (255, 6, 4)])
-def test_few_logits_of_wide_states_are_kept_and_all_others_computed_again(monkeypatch, C, keep, products):
+def test_few_logits_of_wide_states_are_kept_and_all_others_computed_again(
+    monkeypatch, C, keep, products
+):
     """Kept: forward a product a tile, backward two; computed again: three. Without gradients nothing is kept."""
     monkeypatch.setitem(logprob.TILE, "cpu", 40)
     monkeypatch.setattr(logprob, "TILE_ROWS", 4)
     monkeypatch.setitem(logprob.KEEP, "cpu", keep)
-    hidden, weight, target = randn(8, C).requires_grad_(), randn(30, C, seed=1).requires_grad_(), torch.arange(8)
+    hidden, weight, target = (
+        randn(8, C).requires_grad_(),
+        randn(30, C, seed=1).requires_grad_(),
+        torch.arange(8),
+    )
     with Products() as seen:
         linear_logp(hidden, weight, target).sum().backward()
     assert seen.count == products * 6
@@ -443,13 +508,18 @@ def test_few_logits_of_wide_states_are_kept_and_all_others_computed_again(monkey
 
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_kept_logits_change_no_bit(monkeypatch, with_entropy):
-    hidden, weight = randn(5, 3).float().requires_grad_(), randn(9, 3, seed=1).float().requires_grad_()
+    hidden, weight = (
+        randn(5, 3).float().requires_grad_(),
+        randn(9, 3, seed=1).float().requires_grad_(),
+    )
     excluded, found = torch.tensor([[1, -1]] * 5), []
     monkeypatch.setattr(logprob, "KEEP_FROM", 0)
     monkeypatch.setitem(logprob.TILE, "cpu", 8)
     for keep in (0, 99):
         monkeypatch.setitem(logprob.KEEP, "cpu", keep)
-        out = linear_logp(hidden, weight, torch.tensor([0, 8, 3, 4, 2]), excluded, 0.7, with_entropy)
+        out = linear_logp(
+            hidden, weight, torch.tensor([0, 8, 3, 4, 2]), excluded, 0.7, with_entropy
+        )
         found.append([*(out if with_entropy else (out,)), *gradients(out, (hidden, weight))])
     for x, y in zip(*found, strict=True):
         assert torch.equal(x, y)
@@ -464,7 +534,9 @@ def test_no_tensor_of_all_logits_and_no_denormals(monkeypatch, with_entropy):
     weight = (randn(V, C, seed=1) * 10).float().requires_grad_()
     excluded = torch.arange(10).expand(N, -1)
     with Watch() as watch:
-        out = linear_logp(hidden, weight, torch.full((N,), 50), excluded, return_entropy=with_entropy)
+        out = linear_logp(
+            hidden, weight, torch.full((N,), 50), excluded, return_entropy=with_entropy
+        )
         sum(x.mean() for x in (out if with_entropy else (out,))).backward()
     assert max(tile, V * C) <= watch.largest <= tile + max(50, V * C)
     assert not watch.denormal
@@ -503,7 +575,9 @@ def test_rows_of_a_larger_table_and_short_integers():
     target, excluded = torch.tensor([0, 1, 2, 3]), torch.tensor([[4], [3], [0], [-1]])
     expected = linear_logp(hidden, table.t()[3:].contiguous(), target, excluded)
     assert_close(linear_logp(hidden, table.t()[3:], target.int(), excluded.int()), expected)
-    assert_close(linear_logp(hidden.t().contiguous().t(), table.t()[3:], target, excluded), expected)
+    assert_close(
+        linear_logp(hidden.t().contiguous().t(), table.t()[3:], target, excluded), expected
+    )
 
 
 @pytest.mark.parametrize("tiling", TILINGS, indirect=True)
@@ -514,8 +588,13 @@ def test_wrong_calls_of_the_linear_form(tiling):
         linear_logp(hidden, weight, target, excluded)
     with pytest.raises(ValueError, match="row 0 has nothing left|target outside"):
         linear_logp(hidden, weight[:0], target)
-    for shapes in [(hidden[0], weight, target), (hidden, weight[0], target), (hidden, weight[:, :1], target),
-                   (hidden, weight, target[:2]), (hidden, weight, target[:, None])]:
+    for shapes in [
+        (hidden[0], weight, target),
+        (hidden, weight[0], target),
+        (hidden, weight[:, :1], target),
+        (hidden, weight, target[:2]),
+        (hidden, weight, target[:, None]),
+    ]:
         with pytest.raises(ValueError, match="want .N, C., .V, C., .N,."):
             linear_logp(*shapes)
     for wrong in (-1, 4):
@@ -533,8 +612,9 @@ def test_wrong_calls_of_the_linear_form(tiling):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype, rtol",
-                         [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    "dtype, rtol", [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 2e-2)]
+)
 def test_a_gpu_gives_the_same(monkeypatch, dtype, rtol):
     monkeypatch.setitem(logprob.TILE, "other", 5000)
     monkeypatch.setattr(logprob, "TILE_ROWS", 50)

@@ -48,7 +48,10 @@ def test_equals_the_definition(name, case):
 def test_what_lies_off_the_mask_moves_no_bit(name, case, junk):
     x, mask = case
     function = getattr(masked, name)
-    clean, dirty = function(torch.where(mask, x, 0.0), mask), function(torch.where(mask, x, junk), mask)
+    clean, dirty = (
+        function(torch.where(mask, x, 0.0), mask),
+        function(torch.where(mask, x, junk), mask),
+    )
     assert torch.equal(clean, dirty) and dirty.isfinite().all()
     if dirty.dim():
         assert not dirty[~mask].any()
@@ -89,7 +92,7 @@ def test_equal_entries_are_exactly_their_mean(dtype, value, n):
 
 def test_a_large_offset_costs_no_digits():
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4000, generator=generator) + 1e4         # float32: one part in 1e7 of 1e4 is 1e-3
+    x = torch.randn(4000, generator=generator) + 1e4  # float32: one part in 1e7 of 1e4 is 1e-3
     mask = torch.ones(4000, dtype=torch.bool)
     assert_close(masked.variance(x, mask).double(), x.double().var(), rtol=1e-5, atol=0)
     assert_close(masked.center(x, mask).double(), x.double() - x.double().mean(), rtol=0, atol=1e-5)
@@ -103,7 +106,7 @@ def test_blocks_of_different_levels_join_to_the_variance_of_all(offset, monkeypa
     x = torch.randn(5 * masked.BLOCK + 7, generator=generator) + offset
     x += (torch.arange(len(x)) // masked.BLOCK) * 30.0
     mask = torch.rand(len(x), generator=generator) < 0.7
-    mask[masked.BLOCK: 2 * masked.BLOCK] = False
+    mask[masked.BLOCK : 2 * masked.BLOCK] = False
     exact = x[mask].double()
     assert_close(masked.mean(x, mask).double(), exact.mean(), rtol=1e-7, atol=1e-6)
     assert_close(masked.variance(x, mask).double(), exact.var(), rtol=1e-6, atol=0)
@@ -148,20 +151,29 @@ def test_gradients_equal_finite_differences_and_none_comes_from_padding(name):
     assert torch.autograd.gradcheck(lambda x: function(x, mask), x)
     dirty = torch.where(mask, x.detach(), math.nan).requires_grad_()
     out = function(dirty, mask)
-    grad, = torch.autograd.grad((out * torch.arange(out.numel()).reshape(out.shape)).sum() + out.sum(), dirty)
+    (grad,) = torch.autograd.grad(
+        (out * torch.arange(out.numel()).reshape(out.shape)).sum() + out.sum(), dirty
+    )
     assert grad.isfinite().all() and not grad[~mask].any()
 
 
 def test_the_gradient_of_equal_entries_is_finite():
     x = torch.ones(3, requires_grad=True)
-    grad, = torch.autograd.grad(masked.whiten(x, torch.ones(3, dtype=torch.bool))[0], x)
+    (grad,) = torch.autograd.grad(masked.whiten(x, torch.ones(3, dtype=torch.bool))[0], x)
     assert grad.isfinite().all()
-    grad, = torch.autograd.grad(masked.mean(x, torch.ones(3, dtype=torch.bool)), x)
+    (grad,) = torch.autograd.grad(masked.mean(x, torch.ones(3, dtype=torch.bool)), x)
     assert_close(grad, torch.full((3,), 1 / 3))
 
 
-@pytest.mark.parametrize("dtype, expected", [(torch.bfloat16, torch.float32), (torch.float16, torch.float32),
-                                             (torch.int64, torch.float32), (torch.float64, torch.float64)])
+@pytest.mark.parametrize(
+    "dtype, expected",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.int64, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_dtypes_widen(name, dtype, expected):
     x, mask = torch.arange(300).to(dtype), torch.ones(300, dtype=torch.bool)
@@ -171,6 +183,10 @@ def test_dtypes_widen(name, dtype, expected):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_wrong_calls_are_refused(name):
-    for mask in (torch.ones(2, 2, dtype=torch.bool), torch.ones(2), torch.ones(1, dtype=torch.bool)):
+    for mask in (
+        torch.ones(2, 2, dtype=torch.bool),
+        torch.ones(2),
+        torch.ones(1, dtype=torch.bool),
+    ):
         with pytest.raises(ValueError, match=f"masked.{name}: x"):
             getattr(masked, name)(torch.zeros(2), mask)
