@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from kernels.checks import compute_dtype, kept, require
+from .checks import compute_dtype, kept, require
 
 __all__ = ["gae"]
 

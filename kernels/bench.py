@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import advantage, logprob, masked, reference
+from . import advantage, logprob, masked, reference
 
 __all__ = ["Case", "cases", "main", "measure", "plain_gae", "plain_linear_logp", "plain_whiten"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from kernels.checks import compute_dtype, require, require_temperature
+from .checks import compute_dtype, require, require_temperature
 
 __all__ = ["entropy", "linear_logp", "token_logp"]
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.checks import compute_dtype, kept
+from .checks import compute_dtype, kept
 
 __all__ = ["center", "mean", "variance", "whiten"]
 
