@@ -16,9 +16,11 @@ from pathlib import Path
 from experiments.study import Stages, Variant, print_table, rows_of, study, write_table
 from experiments.tables import compare, save
 from pagellm import evaluate, ppo, pretrain, reward, sft
-from pagellm.config import Options, PageLLMError, check, main, parse
+from pagellm.stage.command import main
+from pagellm.stage.config import Options, PageLLMError, check, parse
 
 __all__ = ["Config", "PAIRS", "TABLE5", "overrides", "run"]
+
 
 TABLE5 = [
     Variant("mixed"),

@@ -32,8 +32,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
 
-from pagellm.config import PageLLMError, check, check_numbers, main
-from pagellm.run import write_json
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check, check_numbers
+from pagellm.stage.files import write_json
 
 __all__ = [
     "COLUMNS",
@@ -56,6 +57,7 @@ __all__ = [
     "users_needed",
     "welch",
 ]
+
 
 COLUMNS = (
     "impressions",

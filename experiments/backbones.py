@@ -29,13 +29,16 @@ import numpy as np
 from experiments.ablation import overrides
 from experiments.study import difference, per_user, slug, write_table
 from pagellm import evaluate, ppo, pretrain, reward, sft
-from pagellm.config import Options, PageLLMError, check, check_numbers, deferred_signals, main
 from pagellm.data import prepare
 from pagellm.networks import SIZES, from_state, save_published
-from pagellm.run import atomic, load_model_file, read_json, write_json
+from pagellm.stage.command import deferred_signals, main
+from pagellm.stage.config import Options, PageLLMError, check, check_numbers
+from pagellm.stage.files import atomic, read_json, write_json
+from pagellm.stage.run import load_model_file
 from pagellm.vocab import Vocab
 
-__all__ = ["Config", "ROWS", "markdown", "run", "stand_in", "summary"]
+__all__ = ["Config", "ROWS", "costs", "markdown", "run", "stand_in", "summary"]
+
 
 ROOT = Path(__file__).parent.parent
 ROWS = ("GPT-2", "Llama", "Llama + LoRA")

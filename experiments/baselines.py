@@ -29,7 +29,6 @@ from experiments.study import per_user
 from experiments.tables import compare, save
 from pagellm import metrics
 from pagellm.als import facts_of
-from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import SPLITS, Rows, Shop, load
 from pagellm.evaluate import (
     COLUMNS,
@@ -45,16 +44,20 @@ from pagellm.evaluate import (
     write_pages,
 )
 from pagellm.policy import RankedPages, Scorer
-from pagellm.run import Common, Run, atomic, file_id, finished, write_json
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.files import atomic, write_json
+from pagellm.stage.run import Run, StageConfig, file_id, finished
 
 __all__ = ["Config", "SHOWN", "climb", "read_rows", "run", "score_row", "slug"]
+
 
 SHOWN = (*COLUMNS, "energy", "true_energy")
 GOAL = "NDCG@100"  # what settings are chosen by, on validation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
+class Config(StageConfig):
     """Choose settings on validation, fit, write pages, score them on the test split, print the table."""
 
     models: str = ",".join(PLAIN)  # which, comma-separated; also ALS+facts,

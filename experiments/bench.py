@@ -49,19 +49,21 @@ from experiments.parts import CLOCKS, borders, measure_parts, parts_table, unmar
 from kernels.bench import machine, milliseconds, peak_megabytes
 from kernels.logprob import linear_logp
 from pagellm import metrics
-from pagellm.config import PageLLMError, check, main
 from pagellm.data import amazon, records, spool
 from pagellm.data.shop import Rows
 from pagellm.decode import Unseen, greedy, page_logp, sample, shared_start, slot_states
-from pagellm.dist import pick_device
 from pagellm.evaluate import rank_all
 from pagellm.gpt2 import GPT2, SIZES
 from pagellm.pretrain import BUCKETS, next_token_loss
 from pagellm.prompts import Example
-from pagellm.train import optimiser
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.dist import pick_device
+from pagellm.stage.train import optimiser
 from pagellm.vocab import Vocab
 
 __all__ = ["Case", "Config", "cases", "compare", "measure", "profile", "run"]
+
 
 REVIEWS = tuple(
     f"{peer}-{spelling}" for spelling in ("2014", "2018", "2023") for peer in ("reviews", "orjson")

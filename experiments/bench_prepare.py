@@ -22,9 +22,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pagellm.config import check, main
+from pagellm.stage.command import main
+from pagellm.stage.config import check
 
-__all__ = ["Config", "run"]
+__all__ = ["Config", "run", "write_reviews"]
+
 
 CHILD = """
 import resource, sys

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.study import difference
-from pagellm.config import check, main
 from pagellm.recommender import POLICIES, Ask, Cache, Recommender, Sources
-from pagellm.train import keyed
+from pagellm.stage import randomness
+from pagellm.stage.command import main
+from pagellm.stage.config import check
 
 __all__ = ["Config", "Counting", "requests", "run"]
 
@@ -65,7 +66,7 @@ class Counting(Cache):
 
 def requests(n_users: int, n: int, skew: float, seed: int) -> np.ndarray:
     """(n,) users of successive requests."""
-    rng = keyed(seed, "caches")
+    rng = randomness.rng(seed, "caches")
     weight = np.arange(1, n_users + 1) ** -skew
     return rng.permutation(n_users)[rng.choice(n_users, size=n, p=weight / weight.sum())]
 

@@ -26,21 +26,23 @@ from experiments.findings import (
 )
 from experiments.findings import Missing as NotThere
 from experiments.study import difference
-from pagellm.config import PageLLMError, check, main
 from pagellm.evaluate import LABELS
 from pagellm.lists import ground_truth_page
 from pagellm.policy import Policy
-from pagellm.run import Common
-from pagellm.train import keyed
+from pagellm.stage import randomness
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.run import StageConfig
 
 __all__ = ["Config", "KINDS", "case_text", "counts", "run"]
+
 
 KINDS = ("exact", "same category", "same brand")
 MARKS = ("✓", "≈", "◇")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
+class Config(StageConfig):
     """Print users' prompts, true and predicted pages, hits and rewards slot by slot."""
 
     dataset: str = ""  # name of the data set; empty: the one the run's stages name
@@ -145,7 +147,9 @@ def run(config: Config) -> str:
                 )
             rows = np.array([known[name] for name in names])
         else:
-            rows = np.sort(keyed(config.seed, "casestudy").permutation(len(of))[: config.users])
+            rows = np.sort(
+                randomness.rng(config.seed, "casestudy").permutation(len(of))[: config.users]
+            )
         judged = judge_rows(found, config, rows)
     except NotThere as missing:
         raise PageLLMError(f"{missing.what}\n  Make it with: {missing.command}") from None

@@ -39,15 +39,18 @@ from experiments.study import (
     write_table,
 )
 from pagellm import evaluate, ppo, pretrain, reward, sft
-from pagellm.config import Options, PageLLMError, check, main
 from pagellm.data import prepare
 from pagellm.data.filters import group_rank
 from pagellm.data.shop import Shop, load
 from pagellm.policy import Scorer
-from pagellm.run import atomic, file_id
-from pagellm.train import keyed
+from pagellm.stage import randomness
+from pagellm.stage.command import main
+from pagellm.stage.config import Options, PageLLMError, check
+from pagellm.stage.files import atomic
+from pagellm.stage.run import file_id
 
-__all__ = ["Config", "groups", "run", "thin"]
+__all__ = ["Config", "drops", "groups", "run", "thin"]
+
 
 MASK = "train+valid+unused"
 METRICS = ("Recall@20", "Recall@40", "NDCG@100")
@@ -129,7 +132,7 @@ def thin(source: Path, target: Path, share: float, seed: int) -> None:
         return
     shop = load(source)
     train = np.flatnonzero(shop.rows("train", None))
-    draw = keyed(seed, "thin").random(len(train))
+    draw = randomness.rng(seed, "thin").random(len(train))
     rank, size = group_rank(shop.user[train] * 2 + shop.positive[train], draw)
     dropped = train[rank >= np.ceil(share * size)]
     with prepare.building(target) as folder:

@@ -34,18 +34,20 @@ from experiments.ablation import overrides
 from experiments.study import write_table
 from experiments.tables import compare, markdown
 from pagellm import pretrain, sft
-from pagellm.config import Options, PageLLMError, check, main
 from pagellm.data import prepare
 from pagellm.data.shop import Shop, load
 from pagellm.evaluate import check_pages, popularity_pages, rank_all, seen_rows
 from pagellm.export import item_content
 from pagellm.networks import from_state, to_state
 from pagellm.policy import Policy, PromptStyle, Scorer
-from pagellm.run import file_id
-from pagellm.train import keyed
+from pagellm.stage import randomness
+from pagellm.stage.command import main
+from pagellm.stage.config import Options, PageLLMError, check
+from pagellm.stage.run import file_id
 from pagellm.vocab import Vocab
 
-__all__ = ["Config", "cut", "moved", "predict_rows", "ridge", "run", "words_of"]
+__all__ = ["Config", "cut", "halves", "moved", "predict_rows", "ridge", "run", "words_of"]
+
 
 SHOWN = ("Recall@20", "Recall@40", "NDCG@100", "ILD", "true_energy")
 MASK, K, DEPTH = "train+valid", 20, 100
@@ -143,7 +145,7 @@ def halves(
         raise PageLLMError(
             f"all items of {shop.path} are of one department: nothing to cross\n  Give --target."
         )
-    rng = keyed(seed, "crossdomain")
+    rng = randomness.rng(seed, "crossdomain")
     mine = np.isin(top, rng.permutation(names)[: len(names) // 2])
     first = np.isin(np.arange(shop.n_users), rng.permutation(shop.n_users)[: shop.n_users // 2])
     return (first, mine), (~first, ~mine)
@@ -180,7 +182,7 @@ def predict_rows(
     of them by the mean cosine of centred rows, which is returned. Predictions are stretched to the known rows' mean
     length.
     """
-    drawn = keyed(seed, "crossdomain", "rows").permutation(len(x))
+    drawn = randomness.rng(seed, "crossdomain", "rows").permutation(len(x))
     held, taught = drawn[: max(1, len(x) // 5)], drawn[max(1, len(x) // 5) :]
 
     def cosine(strength: float) -> float:
@@ -246,7 +248,7 @@ def scores(
     by_states, fit_states = predict_rows(
         item_content(policy, known), rows, item_content(policy, shop), seed
     )
-    dealt = by_words[keyed(seed, "crossdomain", "dealt").permutation(len(by_words))]
+    dealt = by_words[randomness.rng(seed, "crossdomain", "dealt").permutation(len(by_words))]
 
     def knn(some: np.ndarray) -> torch.Tensor:
         mean = np.stack([new[train.of(u)[0]].sum(0) for u in some])

@@ -34,16 +34,19 @@ from experiments.ablation import overrides
 from experiments.study import difference, write_table
 from experiments.tables import compare, markdown
 from pagellm import pretrain, sft
-from pagellm.config import Options, PageLLMError, check, main
 from pagellm.data import prepare
 from pagellm.data.filters import split_by_time
 from pagellm.data.shop import Shop, load
 from pagellm.evaluate import check_pages, popularity_pages, rank_all, seen_rows
 from pagellm.policy import Policy, RankedPages, Scorer
-from pagellm.run import atomic, file_id
-from pagellm.train import keyed
+from pagellm.stage import randomness
+from pagellm.stage.command import main
+from pagellm.stage.config import Options, PageLLMError, check
+from pagellm.stage.files import atomic
+from pagellm.stage.run import file_id
 
 __all__ = ["Config", "plant", "recent_pages", "run"]
+
 
 SHOWN = ("Recall@20", "Recall@40", "NDCG@100")
 MASK, K, DEPTH = "train+valid", 20, 100
@@ -97,7 +100,7 @@ def plant(source: Path, target: Path, seed: int, passes: int = 2, noise: float =
         if json.loads((target / "source.json").read_text()).get("planted") != record:
             raise PageLLMError(f"{target} was planted differently\n  Remove it to make it anew.")
         return
-    shop, rng = load(source), keyed(seed, "drift")
+    shop, rng = load(source), randomness.rng(seed, "drift")
     top = np.array([names[0] if names else "" for names in shop.catalogue.categories])
     names = np.unique(top)
     phase = rng.permutation(len(names))[np.searchsorted(names, top)] / len(names)

@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pagellm.config import check, check_numbers, main
 from pagellm.gpt2 import GPT2, SIZES, Shape
 from pagellm.sft import Batch, sft_loss
-from pagellm.train import optimiser
+from pagellm.stage.command import main
+from pagellm.stage.config import check, check_numbers
+from pagellm.stage.train import optimiser
 
 __all__ = ["Config", "Parts", "estimate", "measure", "run"]
 

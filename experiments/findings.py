@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import torch
 
 from pagellm import metrics
-from pagellm.config import PageLLMError
 from pagellm.data.shop import Shop, load, source
 from pagellm.evaluate import LABELS, read_pages, with_users
 from pagellm.pairs import KINDS, Pair, from_table
@@ -25,8 +24,10 @@ from pagellm.policy import Policy, RankedPages, Scorer
 from pagellm.prompts import pad_ids
 from pagellm.recommender import Ask, Recommender, Sources
 from pagellm.reward import RewardModel, is_held_out, score_pairs
-from pagellm.run import file_id, read_json
-from pagellm.train import keyed
+from pagellm.stage import randomness
+from pagellm.stage.config import PageLLMError
+from pagellm.stage.files import read_json
+from pagellm.stage.run import file_id
 
 __all__ = [
     "Found",
@@ -47,6 +48,7 @@ __all__ = [
     "trace",
     "wilson",
 ]
+
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
@@ -380,7 +382,10 @@ def judge(found: Found, config, limit: int, batch: int = 128) -> Judged:
     """What the reward model says of both policies' pages of at most `limit` users, drawn at random. Raises Missing."""
     n = len(found.both("scoring pages")[0].user)
     return judge_rows(
-        found, config, np.sort(keyed(config.seed, "report", "judged").permutation(n)[:limit]), batch
+        found,
+        config,
+        np.sort(randomness.rng(config.seed, "report", "judged").permutation(n)[:limit]),
+        batch,
     )
 
 
@@ -475,7 +480,9 @@ def margins(found: Found, config, per_kind: int) -> dict[str, np.ndarray]:
         rows = np.flatnonzero(held & (kind == name))
         if not len(rows):
             continue
-        rows = np.sort(keyed(config.seed, "report", "pairs", name).permutation(rows)[:per_kind])
+        rows = np.sort(
+            randomness.rng(config.seed, "report", "pairs", name).permutation(rows)[:per_kind]
+        )
         pairs: list[Pair] = from_table(table.take(rows))
         scores = score_pairs(model, pairs, policy)
         total = scores["page"] + scores["token"]

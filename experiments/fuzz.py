@@ -16,8 +16,9 @@ import tempfile
 from dataclasses import dataclass
 
 from experiments.load import needs, served
-from pagellm.config import PageLLMError, check, main
 from pagellm.recommender import Sources
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
 
 __all__ = ["Config", "run"]
 

@@ -21,7 +21,6 @@ import math
 import os
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -35,15 +34,17 @@ import pyarrow.parquet as pq
 import torch
 
 from pagellm import metrics
-from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Shop, load
-from pagellm.dist import pick_device
 from pagellm.evaluate import read_pages
 from pagellm.lists import near_duplicates
 from pagellm.policy import Policy
 from pagellm.reward import RewardModel
-from pagellm.run import Common, Run, atomic, file_id, finished, read_json
-from pagellm.train import keyed
+from pagellm.stage import randomness
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.dist import pick_device
+from pagellm.stage.files import atomic, read_json
+from pagellm.stage.run import Run, StageConfig, file_id, finished
 
 __all__ = [
     "Config",
@@ -62,6 +63,7 @@ __all__ = [
     "summarise",
     "wilson",
 ]
+
 
 WINNERS = ("first", "second", "tie")
 SAME = ("the pages are equal",)
@@ -541,7 +543,7 @@ def read_labels(path: str | Path, policies: tuple[str, str]) -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
+class Config(StageConfig):
     """Judge the pages of two policies for a sample of users."""
 
     a: str = "sft"  # policy that stands for a: pages in <runs>/<run>/evaluate/<a>
@@ -665,7 +667,9 @@ def read_pairs(config: Config, shop: Shop) -> Pairs:
         ranked.append(read_pages(path, shop))
     users = np.intersect1d(ranked[0].user, ranked[1].user)
     if config.users:
-        users = np.sort(keyed(config.seed, "judge", "users").permutation(users)[: config.users])
+        users = np.sort(
+            randomness.rng(config.seed, "judge", "users").permutation(users)[: config.users]
+        )
     if len(users) == 0:
         raise PageLLMError(f"no user has pages of both {config.a} and {config.b}")
     pages = []

@@ -28,16 +28,18 @@ from experiments.findings import spearman
 from experiments.study import difference, write_table
 from experiments.tables import compare, markdown
 from pagellm import pretrain, reward, sft
-from pagellm.config import Options, PageLLMError, check, check_numbers, main
 from pagellm.data import prepare
 from pagellm.data.shop import Shop, load
 from pagellm.decode import Unseen, sample
 from pagellm.pairs import KINDS, from_table
 from pagellm.policy import Policy, RankedPages, Scorer
 from pagellm.reward import RewardModel, is_held_out, mean_reward, score_pairs
-from pagellm.train import keyed
+from pagellm.stage import randomness
+from pagellm.stage.command import main
+from pagellm.stage.config import Options, PageLLMError, check, check_numbers
 
-__all__ = ["Config", "against_truth", "right_by_user", "run"]
+__all__ = ["Config", "LEFT", "TAUGHT", "against_truth", "right_by_user", "run", "truth_records"]
+
 
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward}
 FIXED = {"dataset", "run", "data", "runs", "seed", "source_run", "leave_out"}
@@ -191,7 +193,7 @@ def against_truth(
     users = scorer.users[history.counts()[scorer.users] > 0]
     if 0 < config.users < len(users):
         # the same in all seeds
-        users = np.sort(keyed(0, "leaveout", "users").permutation(users)[: config.users])
+        users = np.sort(randomness.rng(0, "leaveout", "users").permutation(users)[: config.users])
     judged, truth = np.zeros((len(users), config.pages)), {}
     for page in tqdm(range(config.pages), f"pages against the truth, seed {seed}", mininterval=1.0):
         drawn = np.full((len(users), config.k), -1)
@@ -200,7 +202,7 @@ def against_truth(
             prompt, valid = policy.prompt(some, [history.of(user) for user in some])
             uniform = np.stack(
                 [
-                    keyed(seed, "leaveout", "sample", page, int(user)).random(config.k)
+                    randomness.rng(seed, "leaveout", "sample", page, int(user)).random(config.k)
                     for user in some
                 ]
             )

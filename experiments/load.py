@@ -29,13 +29,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import load
 from pagellm.recommender import Sources
-from pagellm.run import commit, machine, versions
-from pagellm.train import keyed
+from pagellm.stage import randomness
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.run import commit, machine, versions
 
 __all__ = ["Config", "drive", "needs", "parts", "run", "served", "times"]
+
 
 PARTS = ("prompt", "decode", "reward", "metrics")
 RAMP = 1.0  # seconds at the start of a row that do not count
@@ -184,8 +186,8 @@ def needs(*modules: str) -> None:
 def bodies(config: Config) -> tuple[list[str], list[str]]:
     """Bodies of POST /v1/page: for every user, in an order drawn for good; and NEW with a prompt of their own each."""
     shop = load(config.data_dir)
-    users = keyed(config.seed, "load", "users").permutation(shop.n_users)
-    pairs = keyed(config.seed, "load", "new").choice(
+    users = randomness.rng(config.seed, "load", "users").permutation(shop.n_users)
+    pairs = randomness.rng(config.seed, "load", "new").choice(
         shop.n_users * shop.n_items, size=min(NEW, shop.n_users * shop.n_items), replace=False
     )
     return (

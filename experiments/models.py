@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pagellm.als import als, with_facts
-from pagellm.config import PageLLMError
 from pagellm.data.shop import Rows
+from pagellm.stage.config import PageLLMError
 
 __all__ = [
+    "Fitted",
     "GRIDS",
     "PLAIN",
-    "Fitted",
     "ease_weights",
     "fit",
     "gram_matrix",
@@ -30,6 +30,7 @@ __all__ = [
     "knn_weights",
     "sum_rows",
 ]
+
 
 LARGEST = 40_000  # items for which N x N float32 (6.4 GB) is still worth trying
 

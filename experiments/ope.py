@@ -36,11 +36,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from experiments import abtest, simulator
-from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import load
 from pagellm.evaluate import read_pages
-from pagellm.run import Common, Run, atomic, file_id, write_json
-from pagellm.train import keyed
+from pagellm.stage import randomness
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.files import atomic, write_json
+from pagellm.stage.run import Run, StageConfig, file_id
 
 __all__ = [
     "Config",
@@ -59,6 +61,7 @@ __all__ = [
     "true_value",
     "values",
 ]
+
 
 MOST_PAGES = 5040  # pages that the pseudo-inverse enumerates: 7 candidates in any order
 
@@ -369,7 +372,7 @@ def simulated_log(
 
     users (U,) rows of the world; candidates, logging, target (U, M): their items and both policies' scores
     """
-    rng = keyed(seed, "ope", "log")
+    rng = randomness.rng(seed, "ope", "log")
     row = rng.integers(len(users), size=sessions)
     place = draw_pages(logging[row], K, rng)
     page = np.take_along_axis(candidates[row], place, 1)
@@ -400,7 +403,7 @@ def true_value(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
+class Config(StageConfig):
     """Estimate a target policy's value from another policy's log; without a log, a simulated one with its truth."""
 
     log: str = ""  # Parquet log of sessions; empty: simulate one on the synthetic shop

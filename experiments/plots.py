@@ -15,9 +15,10 @@ import warnings
 
 import numpy as np
 
-from pagellm.config import PageLLMError
+from pagellm.stage.config import PageLLMError
 
 __all__ = ["available", "clean", "dots", "inline", "lines"]
+
 
 Curve = tuple[np.ndarray, ...]  # x, y or x, y, low, high: one length each
 

@@ -21,13 +21,16 @@ import torch
 
 from experiments.study import Stages, Variant, per_user, rows_of, run_variant, write_table
 from experiments.tables import spread
-from pagellm import dist, evaluate
-from pagellm.config import check, check_numbers, main
+from pagellm import evaluate
 from pagellm.gpt2 import GPT2, SIZES
 from pagellm.sft import Batch, sft_loss
-from pagellm.train import Guard, optimiser
+from pagellm.stage import dist
+from pagellm.stage.command import main
+from pagellm.stage.config import check, check_numbers
+from pagellm.stage.train import GuardedStep, optimiser
 
 __all__ = ["Config", "quality", "run", "speed"]
+
 
 PRECISIONS = ("float32", "bfloat16")
 USERS = {"gpt2": 8}  # in a step, where not 64
@@ -65,7 +68,7 @@ def speed(size: str, steps: int, device: torch.device) -> dict:
     B, shape = USERS.get(size, 64), SIZES[size]
     torch.manual_seed(0)
     model = GPT2(shape, 2057, 2000, 1000).to(device)
-    guard = Guard(optimiser(model, 1e-4), model.parameters(), 1.0)
+    guard = GuardedStep(optimiser(model, 1e-4), model.parameters(), 1.0)
     prompt = torch.randint(0, 5057, (B, 50), device=device)
     item = torch.stack([torch.randperm(1000)[:10] for _ in range(B)]).to(device)
     ones = [torch.ones_like(x, dtype=torch.bool) for x in (prompt, item)]

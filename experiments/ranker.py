@@ -28,18 +28,21 @@ import numpy as np
 from experiments.models import fit
 from experiments.study import difference
 from experiments.tables import compare, markdown, save
-from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Shop, load
-from pagellm.dist import pick_device
 from pagellm.evaluate import check_pages, rank_all, seen_rows
 from pagellm.features import pair_features
 from pagellm.lists import item_scores, popularity
 from pagellm.policy import MODES, Policy, RankedPages, Scorer
 from pagellm.reward import RewardModel
-from pagellm.run import Common, Run, atomic, file_id, finished
-from pagellm.train import keyed
+from pagellm.stage import randomness
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.dist import pick_device
+from pagellm.stage.files import atomic
+from pagellm.stage.run import Run, StageConfig, file_id, finished
 
 __all__ = ["Candidates", "Config", "PLAIN", "ROWS", "candidates", "learn", "plain_features", "run"]
+
 
 PLAIN = (
     "popularity",
@@ -70,7 +73,7 @@ MISSING_EXTRA = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
+class Config(StageConfig):
     """Order a first stage's candidates with LightGBM, with and without dot(h_u, e_i) and the marginal page reward."""
 
     source_run: str = ""  # run whose sft is read with policy=sft; empty: this run
@@ -215,7 +218,7 @@ def kept(path: Path, make: Callable[[], Candidates]) -> Candidates:
 
 def dealt(found: Candidates, seed: int) -> Candidates:
     """The same candidates in random places: their order would tell a tree's ties what the first stage thinks."""
-    place = np.argsort(keyed(seed, "ranker", "places").random(found.item.shape), axis=1)
+    place = np.argsort(randomness.rng(seed, "ranker", "places").random(found.item.shape), axis=1)
     item, label = (np.take_along_axis(x, place, 1) for x in (found.item, found.label))
     return Candidates(
         found.user,

@@ -36,13 +36,16 @@ from experiments.findings import (
 )
 from experiments.plots import available, clean, dots, lines
 from pagellm import metrics
-from pagellm.config import PageLLMError, check, main
 from pagellm.evaluate import COLUMNS, LABELS
 from pagellm.policy import Policy
-from pagellm.run import Common, atomic, commit
-from pagellm.train import keyed
+from pagellm.stage import randomness
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.files import atomic
+from pagellm.stage.run import StageConfig, commit
 
 __all__ = ["Config", "SECTIONS", "build", "run"]
+
 
 SFT, PPO = LABELS["sft"], LABELS["ppo"]
 DIFFERENCE = "PageLLM - SFT"
@@ -54,7 +57,7 @@ MISSING_EXTRA = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
+class Config(StageConfig):
     """Write runs/<run>/report.html from whatever the run has left on disk."""
 
     dataset: str = ""  # name of the data set; empty: the one the run's stages name
@@ -1012,7 +1015,9 @@ def examples(found: Found, config: Config) -> str:
         among = judged.row
     except Missing as missing:
         note, among = missing_note(missing), np.arange(len(ppo.user))
-    chosen = np.sort(keyed(config.seed, "report", "examples").permutation(among)[: config.examples])
+    chosen = np.sort(
+        randomness.rng(config.seed, "report", "examples").permutation(among)[: config.examples]
+    )
     marks = [
         (*hits(p, found.scorer, found.k), brand_hits(p, found.scorer, found.k)) for p in (sft, ppo)
     ]

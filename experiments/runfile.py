@@ -26,17 +26,19 @@ import torch
 
 from experiments.baselines import SHOWN, read_rows, score_row, slug
 from experiments.tables import compare, save
-from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Rows, Shop, load
 from pagellm.evaluate import audience, check_leak, check_mask, seen_rows, top_items
 from pagellm.policy import RankedPages, Scorer
-from pagellm.run import Common, Run, file_id, finished, read_json, write_json
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.files import read_json, write_json
+from pagellm.stage.run import Run, StageConfig, file_id, finished
 
 __all__ = ["Config", "read_run", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
+class Config(StageConfig):
     """Score somebody's run file by our metrics and print it beside the baselines."""
 
     name: str = ""  # name of the row

@@ -16,9 +16,11 @@ from experiments.ablation import overrides
 from experiments.study import Stages, Variant, per_user, rows_of, run_variant, write_table
 from experiments.tables import spread
 from pagellm import evaluate, pretrain, sft
-from pagellm.config import Options, PageLLMError, check, check_numbers, main
+from pagellm.stage.command import main
+from pagellm.stage.config import Options, PageLLMError, check, check_numbers
 
 __all__ = ["Config", "run"]
+
 
 FIXED = {"dataset", "run", "data", "runs", "seed", "source_run", "sampled_items", "lazy_rows"}
 

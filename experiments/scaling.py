@@ -32,12 +32,32 @@ import numpy as np
 import torch
 
 from pagellm import evaluate, pairs, ppo, pretrain, reward, sft
-from pagellm.config import PageLLMError, check, check_numbers, main
 from pagellm.data import prepare
 from pagellm.gpt2 import SIZES
-from pagellm.run import Run, atomic, file_id
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check, check_numbers
+from pagellm.stage.files import atomic
+from pagellm.stage.run import Run, file_id
 
-__all__ = ["Config", "Point", "grid", "measure", "run", "table", "write_shop"]
+__all__ = [
+    "Clock",
+    "Config",
+    "Point",
+    "Results",
+    "STAGES",
+    "cost",
+    "draw",
+    "figure",
+    "grid",
+    "held",
+    "key_of",
+    "measure",
+    "run",
+    "table",
+    "took",
+    "write_shop",
+]
+
 
 STAGES = ("prepare", "pretrain", "sft", "reward", "ppo", "evaluate")
 WHOLE = ("prepare", "evaluate")  # measured in all; the others have steps

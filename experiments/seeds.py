@@ -19,10 +19,13 @@ import numpy as np
 from experiments.baselines import SHOWN, read_rows
 from experiments.study import per_user
 from experiments.tables import compare, save
-from pagellm.config import PageLLMError, check, main
-from pagellm.run import finished, read_json
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.files import read_json
+from pagellm.stage.run import finished
 
 __all__ = ["Config", "OURS", "run"]
+
 
 OURS = {"sft": 'SFT = "w/o reward"', "ppo": "PageLLM"}
 

@@ -27,11 +27,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from experiments import abtest
-from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Shop, load
 from pagellm.evaluate import read_pages
-from pagellm.run import Common, Run, atomic, file_id
-from pagellm.train import keyed
+from pagellm.stage import randomness
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.files import atomic
+from pagellm.stage.run import Run, StageConfig, file_id
 
 __all__ = [
     "Behaviour",
@@ -199,7 +201,7 @@ def online_log(
         raise PageLLMError(
             f"arms {', '.join(arms)} with {len(users)} users in common: want two arms and some users"
         )
-    rng = keyed(seed, "simulator", "visitors")
+    rng = randomness.rng(seed, "simulator", "visitors")
     taste, arm = rng.choice(users, visitors), rng.integers(2, size=visitors)
     log = {
         "user": np.arange(visitors),
@@ -235,7 +237,7 @@ def online_log(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
+class Config(StageConfig):
     """Simulate a two-arm online test on the synthetic shop and analyse it."""
 
     control: str = "sft"  # policy of the control: pages in <runs>/<run>/evaluate/<policy>,

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.data import prepare
 from pagellm.metrics import DIRECTION
-from pagellm.run import atomic
+from pagellm.stage.files import atomic
 
 __all__ = [
     "Stages",

@@ -15,10 +15,11 @@ import numpy as np
 
 from experiments.study import difference, effect, write_table
 from pagellm import metrics
-from pagellm.config import PageLLMError
-from pagellm.run import atomic
+from pagellm.stage.config import PageLLMError
+from pagellm.stage.files import atomic
 
 __all__ = ["compare", "latex", "markdown", "save", "spread"]
+
 
 ARROW = {"up": "↑", "down": "↓"}
 

@@ -40,7 +40,6 @@ import torch
 from tqdm import tqdm
 
 from pagellm import evaluate, ppo, pretrain, reward, sft
-from pagellm.config import check, main
 from pagellm.data import prepare, synthetic
 from pagellm.data.amazon import parse_item, parse_review
 from pagellm.data.interactions import (
@@ -52,8 +51,11 @@ from pagellm.data.interactions import (
     read_sequences,
 )
 from pagellm.data.records import Tally, parsed
+from pagellm.stage.command import main
+from pagellm.stage.config import check
 
-__all__ = ["Bench", "Config", "fuzzed_line", "run"]
+__all__ = ["Bench", "Config", "fuzzed_line", "merged", "run"]
+
 
 SUITES = ("kill", "signal", "fault", "ranks", "input", "soak")
 VERBS = {

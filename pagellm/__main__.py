@@ -5,9 +5,10 @@ import importlib
 import sys
 
 from pagellm import __version__
-from pagellm.config import main as run_main
+from pagellm.stage.command import main as run_main
 
-__all__ = ["main"]
+__all__ = ["VERBS", "main"]
+
 
 VERBS = {
     "prepare": "pagellm.data.prepare",

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from pagellm.data.shop import Catalogue, Rows
-from pagellm.train import keyed
+from pagellm.stage import randomness
 
 __all__ = ["als", "als_side", "facts_of", "with_facts"]
+
 
 WIDEST = 1000  # items of a category, brand or title word; wider ones say little and cost much
 
@@ -43,7 +44,7 @@ def als(
     )
     c = (size_u.sum() + size_i.sum()) / (size_u.pow(nu).sum() + size_i.pow(nu).sum())
     reg_u, reg_i = (reg * c * size.pow(nu) for size in (size_u, size_i))
-    start = keyed(seed, "als").standard_normal((n_items, factors), dtype=np.float32)
+    start = randomness.rng(seed, "als").standard_normal((n_items, factors), dtype=np.float32)
     Y = torch.from_numpy(start) * (0.1 / factors**0.5)
     for _ in range(iterations):
         X = als_side(Y, rows, alpha0, reg_u.float())

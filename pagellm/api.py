@@ -38,10 +38,24 @@ from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pagellm import __version__
-from pagellm.config import PageLLMError
 from pagellm.recommender import Ask, Filters
+from pagellm.stage.config import PageLLMError
 
-__all__ = ["Busy", "Http", "Meters", "TooSlow", "json_logs", "make_app"]
+__all__ = [
+    "Busy",
+    "Error",
+    "Http",
+    "Item",
+    "Lines",
+    "Meters",
+    "Page",
+    "ShopFacts",
+    "TooSlow",
+    "User",
+    "json_logs",
+    "make_app",
+]
+
 
 log = logging.getLogger("pagellm")
 STATIC = Path(__file__).parent / "static"

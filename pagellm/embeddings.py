@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pagellm.config import PageLLMError
+from pagellm.stage.config import PageLLMError
 
 __all__ = ["Embeddings", "NAMES", "dequantise", "quantise"]
+
 
 NAMES = ("item_token", "item_content", "user_token", "user_content")
 

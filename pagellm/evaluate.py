@@ -23,13 +23,15 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pagellm import dist, metrics
-from pagellm.config import PageLLMError, check, main
+from pagellm import metrics
 from pagellm.data.shop import SPLITS, Rows, Shop, load
 from pagellm.policy import BLOCK, MODES, Policy, RankedPages, Scorer, ties
-from pagellm.run import Common, Run, atomic, file_id, finished, write_json
+from pagellm.stage import dist, randomness
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.files import atomic, write_json
+from pagellm.stage.run import Run, StageConfig, file_id, finished
 from pagellm.top import largest
-from pagellm.train import keyed
 
 __all__ = [
     "COLUMNS",
@@ -50,6 +52,7 @@ __all__ = [
     "write_pages",
 ]
 
+
 LABELS = {"popularity": "popularity", "sft": 'SFT = "w/o reward"', "ppo": "PageLLM"}
 DIFFERENCE = "PageLLM - SFT"  # the paired row of the table
 COLUMNS = (
@@ -69,7 +72,7 @@ SUSPECT = 3.0  # times EASE: more than any honest recommender gains on it
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
+class Config(StageConfig):
     """Write everybody's pages with each policy, score them on held-out items, print the table and some pages."""
 
     source_run: str = ""  # run whose sft is read; empty: this run (studies share one)
@@ -346,7 +349,7 @@ def show_pages(
     if not pages or not count:
         return ""
     last = list(pages.values())[-1]
-    chosen = keyed(seed, "examples").permutation(len(last.user))[:count]
+    chosen = randomness.rng(seed, "examples").permutation(len(last.user))[:count]
     name_of = [
         title or item for title, item in zip(shop.catalogue.title, shop.catalogue.ids, strict=True)
     ]

@@ -18,21 +18,24 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Shop, load
-from pagellm.dist import pick_device
 from pagellm.embeddings import NAMES, quantise
 from pagellm.policy import Policy
 from pagellm.prompts import left_pad
-from pagellm.run import Common, Run, atomic, file_id, finished, write_json
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.dist import pick_device
+from pagellm.stage.files import atomic, write_json
+from pagellm.stage.run import Run, StageConfig, file_id, finished
 
 __all__ = ["Config", "basis_of", "export_embeddings", "item_content", "run", "user_content"]
+
 
 DTYPES = ("float32", "float16", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
+class Config(StageConfig):
     """Write item and user embeddings as .npy files with ids and a manifest."""
 
     source_run: str = ""  # run whose sft is read; empty: this run

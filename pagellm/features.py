@@ -25,14 +25,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pagellm.backbone import KVCache
-from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Rows
 from pagellm.decode import item_tokens
 from pagellm.policy import MODES, Policy
 from pagellm.prompts import pad_ids
 from pagellm.recommender import POLICIES, Recommender, Sources
 from pagellm.reward import RewardModel, mean_reward
-from pagellm.run import atomic
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.files import atomic
 
 __all__ = ["Config", "marginal_reward", "pair_features", "run"]
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pagellm.backbone import Backbone
-from pagellm.config import PageLLMError
+from pagellm.stage.config import PageLLMError
 
 __all__ = ["LowRank", "adapt", "counts", "is_merged", "merge", "parse_targets", "unmerge"]
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pagellm import dist, gpt2, llama
+from pagellm import gpt2, llama
 from pagellm.backbone import Backbone
-from pagellm.config import PageLLMError
 from pagellm.lora import adapt, is_merged
+from pagellm.stage import dist
+from pagellm.stage.config import PageLLMError
 from pagellm.weights import read_weights, write_weights
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "to_state",
     "trunk_of",
 ]
+
 
 SIZES = gpt2.SIZES | llama.SIZES
 TRUNKS = {"gpt2": (gpt2.GPT2, gpt2.Shape), "llama": (llama.Llama, llama.Shape)}

@@ -10,20 +10,31 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pagellm import dist, metrics
+from pagellm import metrics
 from pagellm.backbone import Backbone
-from pagellm.config import PageLLMError
 from pagellm.data.shop import Rows, Shop
 from pagellm.decode import Pages, Unseen, beam, greedy, one_shot, ranking
 from pagellm.lists import gain, gains, item_scores, near_duplicates, page_energy
 from pagellm.networks import from_state, to_state
 from pagellm.prompts import Prompts, left_pad
-from pagellm.run import load_model_file
+from pagellm.stage import dist, randomness
+from pagellm.stage.config import PageLLMError
+from pagellm.stage.run import load_model_file
 from pagellm.top import Rank
-from pagellm.train import keyed
 from pagellm.vocab import Vocab
 
-__all__ = ["BLOCK", "MODES", "Policy", "PromptStyle", "RankedPages", "Scorer", "Validation", "ties"]
+__all__ = [
+    "BLOCK",
+    "MODES",
+    "Policy",
+    "PromptStyle",
+    "RankedPages",
+    "Scorer",
+    "Validation",
+    "label_ranks",
+    "ties",
+]
+
 
 MODES = ("greedy", "beam", "one_shot")
 # logits held at once, 128 MB in float32: 256 users of 131,000 items, 32 of a million
@@ -60,8 +71,8 @@ def ties(seed: int, users: np.ndarray, n_users: int, n_items: int) -> Rank:
 
     users  (B,) of the rows that will be ranked        returns  shuffled[item] xor drawn[user], for top.largest
     """
-    shuffled = keyed(seed, "ties", "items").permutation(n_items)
-    drawn = keyed(seed, "ties", "users").integers(
+    shuffled = randomness.rng(seed, "ties", "items").permutation(n_items)
+    drawn = randomness.rng(seed, "ties", "users").integers(
         1 << max(1, (n_items - 1).bit_length()), size=n_users
     )[users]
     return lambda row, column: shuffled[column] ^ drawn[row]
@@ -176,7 +187,7 @@ class Policy:
         was_training, self.model.bf16, low = self.model.training, False, self.model.bf16
         self.model.eval()
         items, scores, slots = [], [], []
-        mine, busy = dist.part(users)
+        mine, busy = dist.shard(users)
         # batches of like length: little padding to read
         order = np.argsort(history.counts()[mine], kind="stable")
         bar = tqdm(
@@ -284,7 +295,7 @@ class Validation:
                 "  A last fit to all rows (prepare --refit) goes without: sft --select last"
             )
         if 0 < limit < len(users):
-            users = np.sort(keyed(seed, "validation", split).permutation(users)[:limit])
+            users = np.sort(randomness.rng(seed, "validation", split).permutation(users)[:limit])
         self.users, self.when = users, shop.moments(split)
 
     def __call__(self, policy: Policy) -> dict[str, float]:

@@ -31,25 +31,26 @@ from tqdm import tqdm
 
 from kernels import masked
 from kernels.advantage import gae
-from pagellm import dist, metrics
+from pagellm import metrics
 from pagellm.alarms import alarms
 from pagellm.backbone import Backbone
-from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Shop, load
 from pagellm.decode import Unseen, page_logp, sample, shared_start, slot_states, trimmed
 from pagellm.networks import from_state
 from pagellm.policy import MODES, Policy, Validation
 from pagellm.reward import RewardModel
-from pagellm.run import Learning, Run, file_id, finished, load_model_file
 from pagellm.sft import Batch, PageMaker, collate, sft_loss
-from pagellm.train import (
-    Guard,
+from pagellm.stage import dist, randomness
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.run import Run, TrainingConfig, file_id, finished, load_model_file
+from pagellm.stage.train import (
+    GuardedStep,
     Objective,
-    ahead,
     batch_at,
-    keyed,
     lr_at,
     optimiser,
+    prefetch,
     progress,
     set_lr,
 )
@@ -58,10 +59,14 @@ __all__ = [
     "AdaptiveKL",
     "Config",
     "Critic",
+    "Rollout",
     "RunningMoments",
+    "advantages",
+    "hit_reward",
     "kl_k1",
     "kl_k2",
     "kl_k3",
+    "normalise_reward",
     "policy_loss",
     "run",
     "step_reward",
@@ -70,7 +75,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Learning):
+class Config(TrainingConfig):
     """Improve the SFT policy by PPO against the reward model, at a price per nat of drift."""
 
     source_run: str = ""  # run whose sft is read; empty: this run (studies share one)
@@ -450,7 +455,7 @@ def roll_out(
     pages of that user.
     """
     parts = []
-    mine, busy = dist.part(np.arange(len(prompt)))
+    mine, busy = dist.shard(np.arange(len(prompt)))
     for index in np.split(mine, range(config.micro, len(mine), config.micro)):
         rows = torch.from_numpy(index).to(prompt.device)
         (p, v), x = trimmed(prompt[rows], valid[rows]), excluded[rows]
@@ -583,28 +588,28 @@ def passes(
     process it is on (gradients are averaged over processes, hence the factor).
     """
     slots = r.mask[mini].sum().clamp(min=1)
-    mine, busy = dist.part(mini)
+    mine, busy = dist.shard(mini)
     parts, micros = [], mine.split(config.micro) if busy else ()
     most = math.ceil(len(mini) / dist.world())  # rows of the first process
     count = math.ceil(most / config.micro)  # everybody makes as many, if need be idle ones
     for at in range(count):
         rows, weight = (micros[at], 1.0) if at < len(micros) else (mine[:1], 0.0)
         share = weight * r.mask[rows].sum() / slots
-        with dist.last_backward(learner, at + 1 == count):
+        with dist.sync_gradients(learner, at + 1 == count):
             loss, row = learner(config, r, rows, advantage, ret, learn_policy)
             (loss * share * dist.world()).backward()
         if weight:
             parts.append(row | {"share": share})
     if dist.world() > 1:
-        parts = [row for rows in dist.everybody(settled(parts)) for row in rows]
+        parts = [row for rows in dist.all_gather(settled(parts)) for row in rows]
     return parts
 
 
 def learn(
     config: Config,
     learner: nn.Module,
-    policy_step: Guard,
-    critic_step: Guard,
+    policy_step: GuardedStep,
+    critic_step: GuardedStep,
     r: Rollout,
     advantage: Tensor,
     ret: Tensor,
@@ -638,7 +643,7 @@ def learn(
             ).sum() / share.sum()
             halt = moved > config.max_kl if halt is None else halt | (moved > config.max_kl)
             entry["halted"] = halt.double()
-            heard.append(dist.Fetch([entry["halted"]]))
+            heard.append(dist.AsyncScalars([entry["halted"]]))
         elif learn_policy:
             entry["parts"] = settled(parts)
             if pool(entry["parts"])["policy/approxkl_k3"] > config.max_kl:
@@ -719,7 +724,7 @@ def settled(rows: list[dict]) -> list[dict]:
     ]
     rows = [dict(row) for row in rows]
     for (i, name), value in zip(
-        at, dist.Fetch([rows[i][name] for i, name in at]).read(), strict=True
+        at, dist.AsyncScalars([rows[i][name] for i, name in at]).read(), strict=True
     ):
         rows[i][name] = value
     return rows
@@ -872,8 +877,8 @@ def run(config: Config) -> None:
         )
         opt = optimiser(policy.model, config.lr, eps=1e-5, betas=(0.9, 0.999), row_lr=config.row_lr)
         critic_opt = optimiser(critic, config.critic_lr, eps=1e-5, betas=(0.9, 0.999))
-        policy_step = Guard(opt, policy.model.parameters(), config.grad_clip)
-        critic_step = Guard(critic_opt, critic.parameters(), config.grad_clip)
+        policy_step = GuardedStep(opt, policy.model.parameters(), config.grad_clip)
+        critic_step = GuardedStep(critic_opt, critic.parameters(), config.grad_clip)
         moments, steer = RunningMoments(), None
         if config.kl_target:
             steer = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
@@ -898,7 +903,7 @@ def run(config: Config) -> None:
             if steer:
                 steer.coef = state["kl_coef"]
         else:
-            with dist.whole(objective):
+            with dist.unsharded(objective):
                 scores = validation(policy)
             out.log(0, **valid_row(scores))
             best = keep_best(config, best, scores, 0, policy)
@@ -929,7 +934,9 @@ def run(config: Config) -> None:
                     some,
                     [
                         maker.example(
-                            u, config.label_share, keyed(config.seed, "ppo", "split", step, int(u))
+                            u,
+                            config.label_share,
+                            randomness.rng(config.seed, "ppo", "split", step, int(u)),
                         )
                         for u in some
                     ],
@@ -939,9 +946,9 @@ def run(config: Config) -> None:
             )
             uniform = np.stack(
                 [
-                    keyed(config.seed, "ppo", "sample", step, int(u), i % config.samples).random(
-                        config.k
-                    )
+                    randomness.rng(
+                        config.seed, "ppo", "sample", step, int(u), i % config.samples
+                    ).random(config.k)
                     for i, u in enumerate(some)
                 ]
             )
@@ -960,9 +967,9 @@ def run(config: Config) -> None:
             )
 
         bar = progress(start, total, "ppo")
-        for step, (some, taught, *given) in ahead(out.steps(bar), total, questions):
+        for step, (some, taught, *given) in prefetch(out.steps(bar), total, questions):
             began = time.time()
-            with dist.whole(objective):
+            with dist.unsharded(objective):
                 r = roll_out(config, policy, ref, reward, critic, *given)
             if not torch.stack(
                 [x.isfinite().all() for x in (r.old_logp, r.ref_logp, r.value, r.token, r.page)]
@@ -1005,7 +1012,9 @@ def run(config: Config) -> None:
             orders = [
                 np.arange(len(r))
                 if config.minibatch >= len(r)
-                else keyed(config.seed, "ppo", "minibatches", step, epoch).permutation(len(r))
+                else randomness.rng(config.seed, "ppo", "minibatches", step, epoch).permutation(
+                    len(r)
+                )
                 for epoch in range(config.inner_epochs)
             ]
             row |= learn(
@@ -1027,7 +1036,7 @@ def run(config: Config) -> None:
                 steer.update(row["objective/kl_seq_sum"], len(r))
 
             if (step + 1) % config.eval_every == 0 or step + 1 == total:
-                with dist.whole(objective):
+                with dist.unsharded(objective):
                     scores = validation(policy)
                 row |= valid_row(scores)
                 best = keep_best(config, best, scores, step + 1, policy)

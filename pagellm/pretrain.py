@@ -23,26 +23,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.logprob import linear_logp
-from pagellm import dist, gpt2, lora, networks
+from pagellm import gpt2, lora, networks
 from pagellm.als import als, facts_of, with_facts
 from pagellm.backbone import Backbone
-from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Catalogue, Shop, load, source
 from pagellm.networks import SIZES, load_published, to_state
 from pagellm.prompts import Example, Prompts, right_pad
-from pagellm.run import Learning, Run, atomic, file_id
 from pagellm.sampled import Candidates, Proposal, sampled_logp
-from pagellm.train import (
-    Guard,
+from pagellm.stage import dist, randomness
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.files import atomic
+from pagellm.stage.randomness import seed_torch
+from pagellm.stage.run import Run, TrainingConfig, file_id
+from pagellm.stage.train import (
+    GuardedStep,
     Objective,
-    ahead,
-    keyed,
     logged,
     lr_at,
     optimiser,
+    prefetch,
     progress,
     seed_dropout,
-    seed_torch,
     set_lr,
     shared_means,
 )
@@ -50,12 +52,13 @@ from pagellm.vocab import Vocab
 
 __all__ = ["BUCKETS", "Config", "Corpus", "RatingHead", "next_token_loss", "run", "spectral_rows"]
 
+
 KINDS = ("contents", "first_order", "second_order", "interaction")
 BUCKETS = 4  # parts in which a batch is read: of 2.2 padded tokens a token, 1.25 remain
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Learning):
+class Config(TrainingConfig):
     """Pre-train the language model on what the shop knows about items, opinions and choices."""
 
     size: str = "tiny"  # shape of the network: nano, tiny, mini, wide, wider, small,
@@ -513,7 +516,7 @@ def run(config: Config) -> None:
             both, config.lr, config.weight_decay, lazy=config.lazy_rows, row_lr=config.row_lr
         )
         proposal = Proposal(corpus.train.items, shop.n_items)
-        guard = Guard(opt, both.parameters(), config.grad_clip)
+        guard = GuardedStep(opt, both.parameters(), config.grad_clip)
 
         start = 0
         if state := out.load():
@@ -531,14 +534,14 @@ def run(config: Config) -> None:
             }
 
         def batch(step: int) -> tuple:
-            rng = keyed(config.seed, "pretrain", step)
+            rng = randomness.rng(config.seed, "pretrain", step)
             kind = KINDS[rng.choice(len(KINDS), p=weights / weights.sum())]
             drawn = np.empty(config.batch, dtype=object)
             drawn[:] = [corpus.draw(kind, rng) for _ in range(config.batch)]
-            examples, some_text = dist.part(drawn)
+            examples, some_text = dist.shard(drawn)
             rated, some_rated = None, True
             if with_rating:
-                rows, some_rated = dist.part(rng.integers(len(users), size=config.rating_batch))
+                rows, some_rated = dist.shard(rng.integers(len(users), size=config.rating_batch))
                 reviews = [text_of.get((users[r], items[r]), "") for r in rows] if text_of else None
                 rated = (
                     users[rows],
@@ -549,7 +552,7 @@ def run(config: Config) -> None:
             return kind, examples.tolist(), some_text, rated, some_rated
 
         bar = progress(start, config.steps, "pretrain")
-        for step, (kind, examples, some_text, rated, some_rated) in ahead(
+        for step, (kind, examples, some_text, rated, some_rated) in prefetch(
             out.steps(bar), config.steps, batch
         ):
             seed_dropout(config.seed, "pretrain", step)
@@ -558,7 +561,7 @@ def run(config: Config) -> None:
                 partial(
                     proposal.draw,
                     n=config.sampled_items,
-                    rng=keyed(config.seed, "pretrain", "items", step),
+                    rng=randomness.rng(config.seed, "pretrain", "items", step),
                 )
                 if config.sampled_items
                 else None
@@ -596,7 +599,7 @@ def run(config: Config) -> None:
         result = {"steps": config.steps, "prompts": corpus.sizes, **lora.counts(model)}
         if with_rating:
             held = rating_rows(shop, "valid")
-            with dist.whole(both):
+            with dist.unsharded(both):
                 result["valid_rmse"] = rmse(model, head, prompts, held)
             result["valid_rmse_of_the_mean"] = (
                 math.sqrt(np.mean((held[2] - ratings.mean()) ** 2)) if len(held[2]) else None

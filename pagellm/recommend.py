@@ -25,12 +25,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from pagellm import dist
-from pagellm.config import PageLLMError, check, main
 from pagellm.decode import ranking
 from pagellm.policy import MODES
 from pagellm.recommender import POLICIES, Ask, Cache, Filters, Recommender, Sources
-from pagellm.run import atomic, write_json
+from pagellm.stage import dist
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.files import atomic, write_json
 
 __all__ = ["Config", "parse_history", "run"]
 

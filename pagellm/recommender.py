@@ -21,24 +21,35 @@ from torch import Tensor
 
 from pagellm import lora, metrics
 from pagellm.backbone import KVCache
-from pagellm.config import PageLLMError, check
 from pagellm.data.shop import Rows, Shop, load, source
 from pagellm.decode import Pages, Unseen, beam, greedy, one_shot
-from pagellm.dist import pick_device
 from pagellm.lists import gain, item_scores, near_duplicates, page_energy
 from pagellm.policy import Policy
 from pagellm.prompts import left_pad, pad_ids
 from pagellm.reward import RewardModel
-from pagellm.run import Common, file_id, finished
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.dist import pick_device
+from pagellm.stage.run import StageConfig, file_id, finished
 
-__all__ = ["Ask", "Cache", "Case", "Filters", "POLICIES", "Recommender", "SPLITS", "Sources"]
+__all__ = [
+    "Ask",
+    "Cache",
+    "Case",
+    "Filters",
+    "POLICIES",
+    "Recommender",
+    "SPLITS",
+    "Sources",
+    "nothing",
+]
+
 
 POLICIES = ("ppo", "sft")  # with the reward, and without it
 SPLITS = ("test", "valid", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sources(Common):
+class Sources(StageConfig):
     """Where a page's models and data come from."""
 
     source_run: str = ""  # run whose sft is read; empty: this run (studies share one)

@@ -19,34 +19,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pagellm import dist
 from pagellm.backbone import Backbone
-from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import load
 from pagellm.decode import slot_states
 from pagellm.networks import from_state, to_state
 from pagellm.pairs import KINDS, Pair, make_pairs, to_table
 from pagellm.policy import Policy
 from pagellm.prompts import pad_ids
-from pagellm.run import Learning, Run, atomic, file_id, finished, load_model_file
-from pagellm.train import (
-    Guard,
+from pagellm.stage import dist, randomness
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.files import atomic
+from pagellm.stage.run import Run, TrainingConfig, file_id, finished, load_model_file
+from pagellm.stage.train import (
+    GuardedStep,
     Objective,
-    ahead,
     batch_at,
-    key,
-    keyed,
     logged,
     lr_at,
     optimiser,
+    prefetch,
     progress,
     set_lr,
     shared_means,
 )
 
 __all__ = [
+    "Compare",
     "Config",
+    "PairBatch",
     "RewardModel",
+    "calibration",
+    "correlation",
     "is_held_out",
     "mean_reward",
     "page_loss",
@@ -54,12 +58,13 @@ __all__ = [
     "run",
     "score_pairs",
     "sequence_loss",
+    "swapped",
     "token_loss",
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Learning):
+class Config(TrainingConfig):
     """Fit the two-headed reward model to preference pairs made from ratings."""
 
     source_run: str = ""  # run whose sft is read; empty: this run (studies share one)
@@ -381,7 +386,7 @@ def score_pairs(
 
     rejected   False: of the chosen pages alone, (n, 1) each
     """
-    mine, busy = dist.part(np.arange(len(pairs)))
+    mine, busy = dist.shard(np.arange(len(pairs)))
     some = [pairs[i] for i in mine] if busy else []
     # batches of like length: little padding
     order = np.argsort([tokens_of(p) for p in some], kind="stable")
@@ -464,13 +469,16 @@ def swapped(pair: Pair, seed: int) -> Pair:
     Held-out pairs are swapped as well. All pairs of a kind differ in the same way, so a model that learnt nothing
     still leans to one side of it, and against true labels would be right in nearly all of a kind or nearly none.
     """
-    if keyed(seed, "reward", "shuffle", pair.seed).random() < 0.5:
+    if randomness.rng(seed, "reward", "shuffle", pair.seed).random() < 0.5:
         return pair
     return replace(pair, chosen=pair.rejected, rejected=pair.chosen)
 
 
 def is_held_out(user: int, config: Config) -> bool:
-    return key(config.seed, "reward", "held out", user) % 10_000 < config.held_out * 10_000
+    return (
+        randomness.seed_of(config.seed, "reward", "held out", user) % 10_000
+        < config.held_out * 10_000
+    )
 
 
 @torch.no_grad()
@@ -519,7 +527,7 @@ def run(config: Config) -> None:
                 f"all {len(pairs)} pairs are held out; lower held_out or take more users"
             )
 
-        torch.manual_seed(key(config.seed, "reward", "heads") % (1 << 63))
+        torch.manual_seed(randomness.seed_of(config.seed, "reward", "heads") % (1 << 63))
         model = RewardModel(from_state(load_model_file(before / "model.pt")), config.compare).to(
             device
         )
@@ -530,7 +538,7 @@ def run(config: Config) -> None:
         total = max(1, round(config.epochs * -(-len(train) // config.batch)))
         learner = dist.wrap(objective := Objective(learn_pairs, model=model), config.parallel)
         opt = optimiser(model, config.lr, config.weight_decay, lazy=config.lazy_rows)
-        guard = Guard(opt, model.parameters(), config.grad_clip)
+        guard = GuardedStep(opt, model.parameters(), config.grad_clip)
         model.trunk.bf16 = (
             out.precision(config.precision, device, model.trunk.shape.n_embd) == "bfloat16"
         )
@@ -551,11 +559,11 @@ def run(config: Config) -> None:
             _, index = batch_at(
                 step, len(train), config.batch, config.seed, "reward", length=lengths
             )
-            mine, busy = dist.part(index)
+            mine, busy = dist.shard(index)
             return collate([train[i] for i in mine], policy, device), busy
 
         bar = progress(start, total, "reward")
-        for step, (b, busy) in ahead(out.steps(bar), total, batch):
+        for step, (b, busy) in prefetch(out.steps(bar), total, batch):
             set_lr(opt, lr_at(step, total, config.lr, config.warmup))
             loss, right = learner(config, b, busy)
             loss.backward()
@@ -579,7 +587,7 @@ def run(config: Config) -> None:
         model.eval()
         model.trunk.bf16 = False
         final = state_at(total)
-        with dist.whole(objective):
+        with dist.unsharded(objective):
             centre(model, train, policy)
             result = {"held_out": report(model, held, policy), "made": counts}
         out.finish(model.state(), final, **result)

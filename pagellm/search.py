@@ -22,11 +22,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pagellm.config import PageLLMError, check, main
 from pagellm.embeddings import Embeddings
-from pagellm.run import Common, atomic, file_id, write_json
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.files import atomic, write_json
+from pagellm.stage.run import StageConfig, file_id
 
 __all__ = ["Config", "Index", "exact", "grown", "run"]
+
 
 MISSING_EXTRA = (
     "approximate search needs faiss, which is not installed\n"
@@ -35,7 +38,7 @@ MISSING_EXTRA = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
+class Config(StageConfig):
     """Build an HNSW index over an export's item rows and measure it beside exact search."""
 
     policy: str = "ppo"  # whose export is read: ppo or sft

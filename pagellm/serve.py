@@ -25,11 +25,13 @@ from dataclasses import dataclass
 
 import torch
 
-from pagellm.config import Interrupted, PageLLMError, check, main
 from pagellm.recommender import POLICIES, Ask, Cache, Recommender, Sources, nothing
-from pagellm.run import file_id
+from pagellm.stage.command import Interrupted, main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.run import file_id
 
 __all__ = ["Config", "Service", "run"]
+
 
 log = logging.getLogger("pagellm")
 

@@ -16,9 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagellm import dist
 from pagellm.backbone import Backbone
-from pagellm.config import PageLLMError, check, main
 from pagellm.data.shop import Shop, load
 from pagellm.decode import Unseen, page_logp, slot_states
 from pagellm.lists import (
@@ -31,17 +29,19 @@ from pagellm.lists import (
 from pagellm.networks import from_state
 from pagellm.policy import MODES, Policy, PromptStyle, Validation
 from pagellm.prompts import pad_ids
-from pagellm.run import Learning, Run, file_id, finished, load_model_file
 from pagellm.sampled import Candidates, Proposal, locate, sampled_logits
-from pagellm.train import (
-    Guard,
+from pagellm.stage import dist, randomness
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.run import Run, TrainingConfig, file_id, finished, load_model_file
+from pagellm.stage.train import (
+    GuardedStep,
     Objective,
-    ahead,
     batch_at,
-    keyed,
     logged,
     lr_at,
     optimiser,
+    prefetch,
     progress,
     seed_dropout,
     set_lr,
@@ -49,7 +49,7 @@ from pagellm.train import (
 )
 from pagellm.vocab import Vocab
 
-__all__ = ["Batch", "Config", "PageMaker", "run", "sft_loss"]
+__all__ = ["Batch", "Config", "PageMaker", "collate", "run", "sft_loss"]
 
 
 OBJECTIVES = ("list", "multinomial", "both")
@@ -58,7 +58,7 @@ SELECT = ("ndcg", "last")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Learning):
+class Config(TrainingConfig):
     """Teach the pre-trained model to write the ground-truth page behind a user's history."""
 
     label_share: float = 0.5  # share of a user's train items that become the page;
@@ -161,7 +161,7 @@ class PageMaker:
         alone = [
             single_level(
                 self.train.of(u)[1],
-                *split_history(*self.train.of(u), share, keyed(seed, "levels", u)),
+                *split_history(*self.train.of(u), share, randomness.rng(seed, "levels", u)),
             )
             for u in self.users
         ]
@@ -292,7 +292,7 @@ def run(config: Config) -> None:
             row_lr=config.row_lr,
         )
         proposal = Proposal(maker.train.items, shop.n_items)
-        guard = Guard(opt, model.parameters(), config.grad_clip)
+        guard = GuardedStep(opt, model.parameters(), config.grad_clip)
 
         model.bf16 = out.precision(config.precision, device, model.shape.n_embd) == "bfloat16"
 
@@ -302,7 +302,7 @@ def run(config: Config) -> None:
             dist.load_weights(model, state["model"])
             dist.load_optimiser(model, opt, state["opt"])
         elif validation:
-            with dist.whole(objective):
+            with dist.unsharded(objective):
                 scores = validation(policy)
             out.log(0, **{f"valid/{name}": value for name, value in scores.items()})
             best = {
@@ -323,7 +323,7 @@ def run(config: Config) -> None:
             epoch, index = batch_at(
                 step, len(maker.users), config.batch, config.seed, "sft", length=lengths
             )
-            users, busy = dist.part(maker.users[index])
+            users, busy = dist.shard(maker.users[index])
             when = None
             if config.cut == "time":
                 cuts = [
@@ -337,14 +337,14 @@ def run(config: Config) -> None:
             return collate(policy, users, examples, when), busy
 
         bar = progress(start, total, "sft")
-        for step, (b, busy) in ahead(out.steps(bar), total, batch):
+        for step, (b, busy) in prefetch(out.steps(bar), total, batch):
             began = time.time()
             model.train()
             seed_dropout(config.seed, "sft", step)
             set_lr(opt, lr_at(step, total, config.lr, config.warmup))
             if config.sampled_items:
                 b.candidates = proposal.draw(
-                    b.item, config.sampled_items, keyed(config.seed, "sft", "items", step)
+                    b.item, config.sampled_items, randomness.rng(config.seed, "sft", "items", step)
                 )
             loss = learner(b, config.objective, busy)
             loss.backward()
@@ -358,7 +358,7 @@ def run(config: Config) -> None:
             out.log(step + 1, "timing", seconds=round(time.time() - began, 4))
             scores = {}
             if validation and ((step + 1) % config.eval_every == 0 or step + 1 == total):
-                with dist.whole(objective):
+                with dist.unsharded(objective):
                     scores = validation(policy)
                 row |= {f"valid/{name}": value for name, value in scores.items()}
             better = scores.get("NDCG@100", -np.inf) > best["score"]
@@ -396,7 +396,7 @@ def said(best: dict) -> str:
 
 def draw(config: Config, epoch: int, user: int) -> tuple[float, np.random.Generator]:
     """Label share and generator of one user's split in one epoch."""
-    rng = keyed(config.seed, "sft", "split", epoch if config.fresh_split else 0, user)
+    rng = randomness.rng(config.seed, "sft", "split", epoch if config.fresh_split else 0, user)
     share = config.label_share
     if config.label_share_max > share:
         share = rng.uniform(share, config.label_share_max)

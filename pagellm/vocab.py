@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pagellm.config import PageLLMError
-from pagellm.run import atomic
+from pagellm.stage.config import PageLLMError
+from pagellm.stage.files import atomic
 
 __all__ = ["SPECIALS", "Vocab"]
+
 
 # <r?> is "liked, level unknown": implicit feedback has no rating and none is invented for it.
 SPECIALS = ("<pad>", "<page>", "<user_unk>", "<r?>", "<r1>", "<r2>", "<r3>", "<r4>", "<r5>")

@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pagellm.config import PageLLMError
-from pagellm.run import atomic, load_model_file, write_json
+from pagellm.stage.config import PageLLMError
+from pagellm.stage.files import atomic, write_json
+from pagellm.stage.run import load_model_file
 
-__all__ = ["read_safetensors", "read_weights", "write_safetensors", "write_weights"]
+__all__ = ["DTYPES", "read_safetensors", "read_weights", "write_safetensors", "write_weights"]
+
 
 DTYPES = {
     "F64": torch.float64,

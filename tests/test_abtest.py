@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import abtest
-from pagellm.config import PageLLMError
+from pagellm.stage.config import PageLLMError
 
 
 def draw_log(n=4000, seed=0, lift=0.0):

@@ -10,7 +10,7 @@ import torch
 from experiments import backbones
 from experiments.backbones import ROWS, Config, costs, markdown, summary
 from experiments.study import per_user
-from pagellm.config import PageLLMError
+from pagellm.stage.config import PageLLMError
 
 SMALL = {
     "pretrain": "--steps 4 --batch 8 --rating_batch 8 --warmup 2",

@@ -8,8 +8,8 @@ import pytest
 
 from experiments import casestudy, findings
 from pagellm import evaluate
-from pagellm.config import PageLLMError
 from pagellm.recommender import Ask
+from pagellm.stage.config import PageLLMError
 
 
 @pytest.fixture(scope="module")

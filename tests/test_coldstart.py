@@ -9,9 +9,9 @@ import pytest
 
 from experiments import coldstart
 from experiments.coldstart import drops, groups, thin
-from pagellm.config import PageLLMError
 from pagellm.data import prepare
 from pagellm.data.shop import load
+from pagellm.stage.config import PageLLMError
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import pytest
 
 from experiments import crossdomain
 from experiments.crossdomain import cut, halves, moved, predict_rows, ridge, words_of
-from pagellm.config import PageLLMError
 from pagellm.data.shop import load
 from pagellm.policy import Policy
+from pagellm.stage.config import PageLLMError
 
 
 @pytest.fixture(scope="module")

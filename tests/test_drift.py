@@ -10,12 +10,12 @@ import torch
 
 from experiments import drift
 from pagellm import evaluate, export, ppo, pretrain, recommend, reward, sft
-from pagellm.config import PageLLMError
 from pagellm.data import prepare
 from pagellm.data.shop import load
 from pagellm.policy import Policy, PromptStyle
 from pagellm.prompts import Prompts
-from pagellm.train import keyed
+from pagellm.stage import randomness
+from pagellm.stage.config import PageLLMError
 from pagellm.vocab import SPECIALS, Vocab
 
 NANO = {"size": "nano", "steps": 4, "batch": 8, "rating_batch": 8, "words": 300}
@@ -94,7 +94,7 @@ def test_pages_come_after_their_history(root):
     lengths = set()
     for user in maker.users[:30].tolist():
         for draw in range(4):
-            (items, ratings), page, when = maker.later(user, keyed(0, user, draw))
+            (items, ratings), page, when = maker.later(user, randomness.rng(0, user, draw))
             assert len(items) == len(ratings) > 0 and len(page) and not set(items) & set(page)
             assert set(items) | set(page) <= set(train.of(user)[0])
             assert (

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagellm import evaluate, metrics, pretrain, sft
-from pagellm.config import PageLLMError
 from pagellm.data import prepare
 from pagellm.data.shop import Rows, load
 from pagellm.evaluate import (
@@ -25,7 +24,8 @@ from pagellm.evaluate import (
     top_items,
 )
 from pagellm.policy import Policy, RankedPages, Scorer
-from pagellm.train import keyed
+from pagellm.stage import randomness
+from pagellm.stage.config import PageLLMError
 from tests.strategies import purchases, rows_of, seeds
 
 STEADY = settings(deadline=None, max_examples=40)
@@ -90,8 +90,10 @@ def test_the_order_among_equal_scores_is_that_of_the_shuffle_wherever_the_list_e
         np.zeros(sum(map(len, gone)), np.float32),
     )
     item, value = top_items(score, np.arange(U), seen, depth, seed)
-    shuffled = keyed(seed, "ties", "items").permutation(N)
-    drawn = keyed(seed, "ties", "users").integers(1 << max(1, (N - 1).bit_length()), size=U)
+    shuffled = randomness.rng(seed, "ties", "items").permutation(N)
+    drawn = randomness.rng(seed, "ties", "users").integers(
+        1 << max(1, (N - 1).bit_length()), size=U
+    )
     for u in range(U):
         legal = [i for i in range(N) if i not in gone[u] and score[u, i] > -math.inf]
         want = sorted(

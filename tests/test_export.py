@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagellm import export
-from pagellm.config import PageLLMError
 from pagellm.data.shop import load
 from pagellm.embeddings import NAMES, Embeddings, dequantise, quantise
 from pagellm.policy import Policy
+from pagellm.stage.config import PageLLMError
 
 
 @pytest.fixture(scope="module")

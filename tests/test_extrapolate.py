@@ -3,7 +3,7 @@
 import pytest
 
 from experiments.extrapolate import Config, Parts, estimate, measure
-from pagellm.config import PageLLMError
+from pagellm.stage.config import PageLLMError
 
 
 def test_the_parts_are_those_of_the_code():

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pagellm import features
-from pagellm.config import PageLLMError
 from pagellm.reward import mean_reward
+from pagellm.stage.config import PageLLMError
 
 
 @pytest.fixture(scope="module")

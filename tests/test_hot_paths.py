@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments import bench, bench_prepare, parts
-from pagellm.config import PageLLMError
+from pagellm.stage.config import PageLLMError
 
 ROOT = Path(__file__).parent.parent
 ALONE = ("evaluate", "top", "reviews-2014", "reviews-2018", "reviews-2023", "histories", "tokens")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from experiments import judge
 from pagellm import evaluate
-from pagellm.config import PageLLMError
 from pagellm.data.shop import load
+from pagellm.stage.config import PageLLMError
 
 WHO = judge.Context(3, np.array([0, 1, 2]), np.array([5.0, 4.0, np.nan], np.float32))
 

@@ -8,9 +8,9 @@ import pytest
 
 from experiments.leaveout import LEFT, TAUGHT, Config, right_by_user, run, truth_records
 from pagellm import reward
-from pagellm.config import PageLLMError
 from pagellm.data.shop import load
 from pagellm.policy import Policy
+from pagellm.stage.config import PageLLMError
 
 SMALL = {
     "pretrain": "--size nano --steps 6 --batch 8 --rating_batch 8 --words 300 --warmup 2",

@@ -11,9 +11,9 @@ from torch.testing import assert_close
 from kernels import bench
 from pagellm import gpt2
 from pagellm.backbone import KVCache
-from pagellm.config import PageLLMError
 from pagellm.llama import LLAMA3, SIZES, Llama, RMSNorm, Shape, frequencies, rotate
 from pagellm.networks import build, from_state, load_published, save_published, to_state, trunk_of
+from pagellm.stage.config import PageLLMError
 from pagellm.weights import read_safetensors, write_safetensors
 
 # A context of 16 before scaling puts some waves below, some above and some between the two bounds.

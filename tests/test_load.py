@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import fuzz, load
-from pagellm.config import PageLLMError
+from pagellm.stage.config import PageLLMError
 
 
 def have(*modules):

@@ -8,11 +8,11 @@ from torch.testing import assert_close
 
 from pagellm import lora, pretrain
 from pagellm.backbone import KVCache
-from pagellm.config import PageLLMError
 from pagellm.networks import build, from_state, load_published, save_published, to_state
 from pagellm.policy import Policy
 from pagellm.recommender import Recommender, Sources
-from pagellm.train import optimiser
+from pagellm.stage.config import PageLLMError
+from pagellm.stage.train import optimiser
 from pagellm.vocab import Vocab
 from tests.test_pipeline import SMALL, STAGES
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from experiments import models
 from experiments.models import ease_weights, fit, gram_matrix, knn_weights, sum_rows
-from pagellm.config import PageLLMError
+from pagellm.stage.config import PageLLMError
 from tests.strategies import purchases, rows_of, seeds
 
 STEADY = settings(deadline=None, max_examples=40)

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import ope, simulator
 from pagellm import evaluate
-from pagellm.config import PageLLMError
+from pagellm.stage.config import PageLLMError
 
 U, M, K = 4, 4, 3
 

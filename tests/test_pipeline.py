@@ -12,13 +12,13 @@ import torch
 
 from experiments import ablation
 from pagellm import evaluate, ppo, pretrain, reward, sft
-from pagellm.config import PageLLMError
 from pagellm.data import prepare
 from pagellm.data.shop import load
 from pagellm.decode import Unseen, greedy
 from pagellm.policy import Policy, Validation, label_ranks
 from pagellm.prompts import Prompts
 from pagellm.reward import RewardModel
+from pagellm.stage.config import PageLLMError
 from pagellm.vocab import Vocab
 
 SMALL = {
@@ -190,7 +190,7 @@ def test_a_run_that_was_cut_short_ends_bit_identical(root, tmp_path, monkeypatch
         if earlier == stage:
             break
         shutil.copytree(whole / earlier, tmp_path / "runs" / "base" / earlier)
-    from pagellm.run import Run
+    from pagellm.stage.run import Run
 
     save = Run.save
 

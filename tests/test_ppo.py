@@ -12,7 +12,6 @@ from torch.testing import assert_close
 from kernels import masked
 from kernels.advantage import gae
 from pagellm.alarms import alarms
-from pagellm.config import PageLLMError
 from pagellm.metrics import ndcg
 from pagellm.ppo import (
     AdaptiveKL,
@@ -29,6 +28,7 @@ from pagellm.ppo import (
     step_reward,
     value_loss,
 )
+from pagellm.stage.config import PageLLMError
 
 unit = st.floats(0, 1)
 weight = st.floats(-3, 3)

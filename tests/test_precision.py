@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from experiments import precision
-from pagellm import dist, ppo, pretrain, reward, sft
-from pagellm.config import PageLLMError
+from pagellm import ppo, pretrain, reward, sft
 from pagellm.data import prepare
 from pagellm.decode import Unseen, greedy, page_logp, slot_states
 from pagellm.gpt2 import GPT2, Shape
-from pagellm.run import Learning, Run
+from pagellm.stage import dist
+from pagellm.stage.config import PageLLMError
+from pagellm.stage.run import Run, TrainingConfig
 from tests.test_pipeline import SMALL
 
 CPU = torch.device("cpu")
@@ -33,37 +34,37 @@ def test_auto_takes_bfloat16_where_it_is_faster_and_nowhere_else(can):
     assert dist.pick_precision("auto", CPU, 768) == "float32"
     assert dist.pick_precision("bfloat16", CPU, 8) == "bfloat16"
     with pytest.raises(PageLLMError, match="precision='half'"):
-        Learning(precision="half")
+        TrainingConfig(precision="half")
 
 
 def test_the_choice_is_kept_wherever_the_run_goes_on(tmp_path, can):
     can(True)
-    with Run(tmp_path / "r", Learning(), {}) as run:
+    with Run(tmp_path / "r", TrainingConfig(), {}) as run:
         assert run.precision("auto", CPU, 768) == "bfloat16"
         run.save({"step": 1})
     can(False)  # another machine
     for precision_given in ("auto", "bfloat16"):
-        with Run(tmp_path / "r", Learning(precision=precision_given), {}) as run:
+        with Run(tmp_path / "r", TrainingConfig(precision=precision_given), {}) as run:
             assert run.precision(precision_given, CPU, 768) == "bfloat16"
     assert json.loads((tmp_path / "r" / "config.json").read_text())["precision"] == "bfloat16"
     with pytest.raises(
         PageLLMError, match="was made with precision='bfloat16', now precision='float32'"
     ):
-        Run(tmp_path / "r", Learning(precision="float32"), {})
+        Run(tmp_path / "r", TrainingConfig(precision="float32"), {})
 
 
 def test_a_run_from_before_there_was_a_choice_goes_on_in_float32(tmp_path, can):
     can(True)
-    with Run(tmp_path / "r", Learning(), {}) as run:
+    with Run(tmp_path / "r", TrainingConfig(), {}) as run:
         run.save({"step": 1})
     path = tmp_path / "r" / "config.json"
     record = json.loads(path.read_text())
     del record["config"]["precision"]
     path.write_text(json.dumps(record))
-    with Run(tmp_path / "r", Learning(), {}) as run:
+    with Run(tmp_path / "r", TrainingConfig(), {}) as run:
         assert run.precision("auto", CPU, 768) == "float32"
     with pytest.raises(PageLLMError, match="precision='float32', now precision='bfloat16'"):
-        Run(tmp_path / "r", Learning(precision="bfloat16"), {})
+        Run(tmp_path / "r", TrainingConfig(precision="bfloat16"), {})
 
 
 def model():

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from experiments import ranker
-from pagellm.config import PageLLMError
 from pagellm.data.shop import SPLITS, load
+from pagellm.stage.config import PageLLMError
 
 
 @pytest.fixture(scope="module")

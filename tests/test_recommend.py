@@ -10,10 +10,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pagellm import dist, recommend
-from pagellm.config import PageLLMError
+from pagellm import recommend
 from pagellm.evaluate import read_pages
 from pagellm.recommend import Config, parse_history
+from pagellm.stage import dist
+from pagellm.stage.config import PageLLMError
 
 
 def config(root, **more):

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagellm import recommender
-from pagellm.config import PageLLMError
 from pagellm.policy import MODES
 from pagellm.recommender import Ask, Cache, Filters, Recommender, Sources
+from pagellm.stage.config import PageLLMError
 
 
 def ids(answer):

@@ -12,14 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("matplotlib", reason="needs the extra: pip install 'pagellm[report]'")
-
-from experiments import baselines, findings, plots, report  # noqa: E402
+from experiments import (
+    baselines,  # noqa: E402
+    findings,  # noqa: E402
+    plots,  # noqa: E402
+    report,  # noqa: E402
+)
 from experiments.study import write_table  # noqa: E402
 from pagellm import evaluate  # noqa: E402
-from pagellm.config import PageLLMError  # noqa: E402
 from pagellm.policy import RankedPages  # noqa: E402
 from pagellm.recommender import Ask  # noqa: E402
+from pagellm.stage.config import PageLLMError  # noqa: E402
+
+pytest.importorskip("matplotlib", reason="needs the extra: pip install 'pagellm[report]'")
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 EVIL = "</script><script>alert('1')</script><img src=x onerror=\"a\"> $\\frac{1}{0}$ & \x00\n`{{7*7}}` http://evil.example/"

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiments import baselines, runfile
-from pagellm.config import PageLLMError
 from pagellm.data import prepare
 from pagellm.data.shop import load
 from pagellm.evaluate import seen_rows
 from pagellm.policy import Scorer
+from pagellm.stage.config import PageLLMError
 
 
 @pytest.fixture(scope="module")

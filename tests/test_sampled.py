@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from kernels.logprob import linear_logp
-from pagellm import dist
-from pagellm.config import PageLLMError
 from pagellm.gpt2 import GPT2, Shape
 from pagellm.sampled import Proposal, locate, sampled_logits, sampled_logp
 from pagellm.sft import Batch, sft_loss
-from pagellm.train import Guard, RowAdamW, optimiser
+from pagellm.stage import dist
+from pagellm.stage.config import PageLLMError
+from pagellm.stage.train import GuardedStep, RowAdamW, optimiser
 
 N, C = 8, 3
 TRAIN = np.array([0, 0, 0, 1, 2, 2, 5])  # items 3, 4, 6 and 7 were never bought
@@ -188,7 +188,7 @@ def test_lazy_rows_equal_plain_adamw_where_all_rows_are_met_and_differ_where_not
     def learn(lazy, steps, items):
         model = model_of(2, items)
         opt = optimiser(model, 1e-2, 0.1, lazy=lazy)
-        guard = Guard(opt, model.parameters(), 0.5)
+        guard = GuardedStep(opt, model.parameters(), 0.5)
         proposal = Proposal(np.arange(items), items)
         for step in range(steps):
             b = batch(items=items)
@@ -214,7 +214,7 @@ def test_moments_of_lazy_rows_survive_a_checkpoint():
 
     def learn(m, opt):
         sft_loss(m, batch(Proposal(np.arange(40), 40), 10)).backward()
-        Guard(opt, m.parameters(), 1.0).step("here")
+        GuardedStep(opt, m.parameters(), 1.0).step("here")
 
     learn(model, opts[0])
     dist.load_weights(other, dist.weights(model))

@@ -24,8 +24,8 @@ from experiments.scaling import (
     took,
     write_shop,
 )
-from pagellm.config import PageLLMError
 from pagellm.data.shop import load
+from pagellm.stage.config import PageLLMError
 
 
 def small(tmp_path, **more):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from pagellm import export, search
-from pagellm.config import PageLLMError
 from pagellm.embeddings import Embeddings
+from pagellm.stage.config import PageLLMError
 
 faiss = pytest.importorskip("faiss", reason="needs the extra [search]")
 

@@ -11,7 +11,7 @@ import pytest
 from experiments import baselines, seeds
 from experiments.study import per_user
 from pagellm import evaluate
-from pagellm.config import PageLLMError
+from pagellm.stage.config import PageLLMError
 
 
 @pytest.fixture(scope="module")

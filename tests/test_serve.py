@@ -14,14 +14,32 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx  # noqa: E402
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from pagellm import serve  # noqa: E402
+from pagellm.api import (
+    Error,  # noqa: E402
+    Item,  # noqa: E402
+    Lines,  # noqa: E402
+    Page,  # noqa: E402
+    ShopFacts,  # noqa: E402
+    User,  # noqa: E402
+    make_app,  # noqa: E402
+)
+from pagellm.recommender import Ask  # noqa: E402
+from pagellm.serve import (
+    Config,  # noqa: E402
+    Service,  # noqa: E402
+)
+from pagellm.stage.config import PageLLMError  # noqa: E402
+from pagellm.stage.run import file_id  # noqa: E402
 
 pytest.importorskip("fastapi", reason="needs the extra: pip install 'pagellm[serve]'")
 pytest.importorskip("uvicorn", reason="needs the extra: pip install 'pagellm[serve]'")
@@ -29,15 +47,6 @@ parser = pytest.importorskip(
     "prometheus_client.parser", reason="needs the extra: pip install 'pagellm[serve]'"
 )
 pytest.importorskip("httpx", reason="needs httpx: pip install 'pagellm[dev]'")
-
-import httpx  # noqa: E402
-
-from pagellm import serve  # noqa: E402
-from pagellm.api import Error, Item, Lines, Page, ShopFacts, User, make_app  # noqa: E402
-from pagellm.config import PageLLMError  # noqa: E402
-from pagellm.recommender import Ask  # noqa: E402
-from pagellm.run import file_id  # noqa: E402
-from pagellm.serve import Config, Service  # noqa: E402
 
 
 def config(root, **more):

@@ -7,8 +7,8 @@ import pytest
 
 from experiments import abtest, simulator
 from pagellm import evaluate
-from pagellm.config import PageLLMError
 from pagellm.data.shop import load
+from pagellm.stage.config import PageLLMError
 
 
 def small_world(how, seed=0, users=3, items=6):

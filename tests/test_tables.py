@@ -6,7 +6,7 @@ import pytest
 
 from experiments.study import rows_of
 from experiments.tables import compare, latex, markdown, save, spread
-from pagellm.config import PageLLMError
+from pagellm.stage.config import PageLLMError
 
 rng = np.random.default_rng(0)
 BASE = rng.random(200)

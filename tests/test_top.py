@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pagellm import top
 from pagellm.data.shop import Rows
 from pagellm.evaluate import top_items
-from pagellm.train import keyed
+from pagellm.stage import randomness
 from tests.strategies import seeds
 
 
@@ -116,8 +116,8 @@ def test_users_lists_are_exact_where_chunks_are_used_and_scores_come_back_unchan
     before = score.clone()
     item, _ = top_items(score, np.arange(U), seen, depth, seed)
     assert score.numpy().tobytes() == before.numpy().tobytes()
-    shuffled = keyed(seed, "ties", "items").permutation(N)
-    drawn = keyed(seed, "ties", "users").integers(1 << (N - 1).bit_length(), size=U)
+    shuffled = randomness.rng(seed, "ties", "items").permutation(N)
+    drawn = randomness.rng(seed, "ties", "users").integers(1 << (N - 1).bit_length(), size=U)
     legal = score.numpy()
     for u in range(U):
         legal[u, gone[u]] = -math.inf

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments.torture import Config, fuzzed_line, merged
-from pagellm.config import PageLLMError
+from pagellm.stage.config import PageLLMError
 
 ROOT = Path(__file__).parent.parent
 

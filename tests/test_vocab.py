@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from pagellm.config import PageLLMError
+from pagellm.stage.config import PageLLMError
 from pagellm.vocab import SPECIALS, Vocab
 
 GPT2 = Path(__file__).parent.parent.parent / "shared" / "data" / "gpt2"

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pagellm import decode, dist, ppo, pretrain, reward, sft, train
-from pagellm.config import PageLLMError
+from pagellm import decode, ppo, pretrain, reward, sft
 from pagellm.data import prepare
 from pagellm.gpt2 import GPT2, Shape
-from pagellm.train import Guard, ahead, optimiser
+from pagellm.stage import dist, train
+from pagellm.stage.config import PageLLMError
+from pagellm.stage.train import GuardedStep, optimiser, prefetch
 
 ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "equal.default", "is_nonzero")
 
@@ -50,7 +51,7 @@ def test_no_step_waits_for_the_device(root, monkeypatch):
     questions, steps = Questions(), []
 
     def watched(all_steps, total, make):
-        for step, made in ahead(all_steps, total, make):
+        for step, made in prefetch(all_steps, total, make):
             if step + 1 == total:  # the last one validates
                 yield step, made
                 continue
@@ -92,7 +93,7 @@ def test_ppo_asks_nothing_from_a_rollout_to_its_last_update(root, monkeypatch):
     reward.run(reward.Config(**where, run="ready", per_kind=2, batch=16))
     plain, asked, fetches, waits = ppo.learn, [], [], []
 
-    class Fetch(dist.Fetch):
+    class Fetch(dist.AsyncScalars):
         """Numbers on their way; to read those sent last is to wait for all that the device has been told to do."""
 
         def __init__(self, scalars):
@@ -144,7 +145,7 @@ def test_ppo_asks_nothing_from_a_rollout_to_its_last_update(root, monkeypatch):
 def test_a_skipped_fused_step_leaves_weights_moments_counts_and_patience_as_they_are(monkeypatch):
     monkeypatch.setattr(train, "FUSED", ("cpu",))
     model = small_model()
-    guard = Guard(optimiser(model, 0.1), model.parameters(), 1.0, patience=3)
+    guard = GuardedStep(optimiser(model, 0.1), model.parameters(), 1.0, patience=3)
 
     def step(value, skip):
         for p in model.parameters():
@@ -186,7 +187,7 @@ def small_model():
 def test_a_fused_step_leaves_a_bad_gradient_out_and_gives_up_one_step_later(monkeypatch):
     monkeypatch.setattr(train, "FUSED", ("cpu",))
     model = small_model()
-    guard = Guard(optimiser(model, 0.1), model.parameters(), 1.0, patience=3)
+    guard = GuardedStep(optimiser(model, 0.1), model.parameters(), 1.0, patience=3)
     assert guard.fused
 
     def step(value):
@@ -221,7 +222,7 @@ def test_steps_in_one_pass_are_those_of_plain_adamw_whoever_asks_about_bad_gradi
             opt = torch.optim.AdamW(opt.param_groups, lr=0.01, betas=(0.9, 0.95), eps=1e-8)
             for group in opt.param_groups:
                 group["fused"], group["foreach"] = False, False
-        guard = Guard(opt, model.parameters(), 1.0)
+        guard = GuardedStep(opt, model.parameters(), 1.0)
         assert bool(guard.fused) == bool(devices)
         for k in range(5):
             for i, p in enumerate(model.parameters()):
@@ -242,7 +243,7 @@ def test_batches_made_ahead_are_those_of_their_steps():
             raise PageLLMError("no batch 6")
         return step * step
 
-    assert list(ahead(range(2, 5), 5, make)) == [(2, 4), (3, 9), (4, 16)] and made == [2, 3, 4]
+    assert list(prefetch(range(2, 5), 5, make)) == [(2, 4), (3, 9), (4, 16)] and made == [2, 3, 4]
     with pytest.raises(PageLLMError, match="no batch 6"):
-        list(ahead(range(5, 9), 9, make))
-    assert list(ahead(range(0), 0, make)) == []
+        list(prefetch(range(5, 9), 9, make))
+    assert list(prefetch(range(0), 0, make)) == []

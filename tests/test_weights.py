@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pagellm.config import PageLLMError
+from pagellm.stage.config import PageLLMError
 from pagellm.weights import DTYPES, read_safetensors, read_weights, write_safetensors, write_weights
 
 tensors = st.dictionaries(

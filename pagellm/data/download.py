@@ -9,7 +9,6 @@ cut download stopped. `prepare` calls this by itself for a data set that has no 
 import gzip
 import http.client
 import os
-import urllib.error
 import urllib.request
 import zlib
 from dataclasses import dataclass
@@ -17,9 +16,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pagellm.config import PageLLMError, check, main
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
 
-__all__ = ["CATEGORIES", "SHORT_NAMES", "SOURCES", "Config", "download", "fetch", "official", "run"]
+__all__ = ["CATEGORIES", "Config", "SHORT_NAMES", "SOURCES", "download", "fetch", "official", "run"]
+
 
 # Release -> addresses of reviews and of metadata; {} is the category. 2014 and 2018: the 5-core reviews.
 SOURCES = {

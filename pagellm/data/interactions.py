@@ -15,7 +15,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pagellm.config import PageLLMError
 from pagellm.data.amazon import category_paths, json_object
 from pagellm.data.records import (
     WHOLE,
@@ -34,6 +33,7 @@ from pagellm.data.records import (
     text_lines,
     time_seconds,
 )
+from pagellm.stage.config import PageLLMError
 
 __all__ = [
     "ITEM_COLUMNS",
@@ -46,6 +46,7 @@ __all__ = [
     "read_sequences",
     "spelling",
 ]
+
 
 # Role -> spellings, the first that is there is taken. Compared without case, spaces and punctuation.
 LOG_COLUMNS = {

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pagellm.config import PageLLMError
 from pagellm.data import spool
 from pagellm.data.raw import Raw
 from pagellm.data.records import Tally
+from pagellm.stage.config import PageLLMError
 
 __all__ = ["store"]
+
 
 PIECE = 32_000_000  # bytes of a large file that are one piece
 

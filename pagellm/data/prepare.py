@@ -35,13 +35,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pagellm.config import PageLLMError, check, check_numbers, main
 from pagellm.data import filters, parallel, spool, synthetic
 from pagellm.data.raw import Options, Raw, find
 from pagellm.data.records import NO_TIME, Item, Tally, batched
-from pagellm.files import file_id
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check, check_numbers
+from pagellm.stage.files import file_id
 
-__all__ = ["Config", "Table", "building", "run", "write_tables"]
+__all__ = ["Config", "Table", "building", "catalogue", "run", "write_tables"]
+
 
 # What moves no byte: where files lie (their sha256 says what they are), how many processes read them.
 PLACES = ("raw", "data", "review_files", "item_files", "train", "valid", "test", "processes")

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pagellm.config import PageLLMError, check
 from pagellm.data import amazon, interactions
 from pagellm.data.download import download, official
 from pagellm.data.records import (
@@ -36,9 +35,11 @@ from pagellm.data.records import (
     parsed,
     parsed_batches,
 )
-from pagellm.files import sha256
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.files import sha256
 
 __all__ = ["Options", "Raw", "find"]
+
 
 SNIFFED_LINES = 20
 FORMS = """\

@@ -22,18 +22,18 @@ from typing import NamedTuple
 import pyarrow as pa
 from tqdm import tqdm
 
-from pagellm.config import PageLLMError
+from pagellm.stage.config import PageLLMError
 
 __all__ = [
+    "Broken",
     "COLUMNS",
+    "Item",
     "LATEST_TIME",
     "NO_TIME",
-    "WHOLE",
-    "Broken",
-    "Item",
     "Review",
     "Span",
     "Tally",
+    "WHOLE",
     "batched",
     "blocks",
     "clean",
@@ -51,6 +51,7 @@ __all__ = [
     "text_lines",
     "time_seconds",
 ]
+
 
 NO_TIME = -1  # an unknown time; real ones are never negative
 LINE_LIMIT = 10_000_000  # bytes; a longer line is broken, and read in pieces of this size

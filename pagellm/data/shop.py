@@ -13,10 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from pagellm.config import PageLLMError
-from pagellm.run import file_id, read_json
+from pagellm.stage.config import PageLLMError
+from pagellm.stage.files import read_json
+from pagellm.stage.run import file_id
 
-__all__ = ["SPLITS", "Catalogue", "Rows", "Shop", "load", "source"]
+__all__ = ["Catalogue", "Rows", "SPLITS", "Shop", "load", "source"]
+
 
 SPLITS = ("train", "valid", "test", "unused")
 

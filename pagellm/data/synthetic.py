@@ -21,10 +21,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pagellm.config import PageLLMError
 from pagellm.data.records import Item, Review
+from pagellm.stage.config import PageLLMError
 
-__all__ = ["FORMATS", "SyntheticShop", "make", "write"]
+__all__ = ["FORMATS", "STYLES", "SyntheticShop", "make", "write"]
+
 
 FORMATS = ("amazon2014", "amazon2018", "amazon2023", "sequences", "csv", "parquet", "jsonl")
 ROOT = "Everything"  # on every item's path, as a real shop's department is

@@ -6,7 +6,6 @@ import threading
 
 import pytest
 
-from pagellm.config import PageLLMError
 from pagellm.data import download as module
 from pagellm.data.download import (
     CATEGORIES,
@@ -18,6 +17,7 @@ from pagellm.data.download import (
     official,
     run,
 )
+from pagellm.stage.config import PageLLMError
 
 BODY = gzip.compress(bytes(range(256)) * 400, compresslevel=0)
 

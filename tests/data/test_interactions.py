@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagellm.config import PageLLMError
 from pagellm.data.interactions import (
     ITEM_COLUMNS,
     LOG_COLUMNS,
@@ -25,6 +24,7 @@ from pagellm.data.interactions import (
     read_sequences,
 )
 from pagellm.data.records import NO_TIME, Item, Review, Tally
+from pagellm.stage.config import PageLLMError
 
 few = settings(deadline=None, max_examples=60)
 GRADES = {"view": 1.0, "cart": 4.0}

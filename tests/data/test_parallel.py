@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagellm.config import PageLLMError
 from pagellm.data import parallel, prepare, raw, records, synthetic
 from pagellm.data.records import Span, lines
+from pagellm.stage.config import PageLLMError
 
 
 @pytest.fixture(scope="module")

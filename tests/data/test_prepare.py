@@ -16,11 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagellm.config import PageLLMError, main
 from pagellm.data import download, prepare
 from pagellm.data.prepare import Config, catalogue, run
 from pagellm.data.records import Item
 from pagellm.data.shop import load, source
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 MARKER = "xyzzymarker"

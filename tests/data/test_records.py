@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagellm.config import PageLLMError
 from pagellm.data import records
 from pagellm.data.records import (
     NO_TIME,
@@ -24,6 +23,7 @@ from pagellm.data.records import (
     rating_in,
     time_seconds,
 )
+from pagellm.stage.config import PageLLMError
 
 line_bytes = st.binary(max_size=12).map(lambda b: b.replace(b"\n", b"").replace(b"\r", b""))
 few = settings(deadline=None, max_examples=60)

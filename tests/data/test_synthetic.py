@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagellm.config import PageLLMError
 from pagellm.data.prepare import Config, run
 from pagellm.data.shop import load
 from pagellm.data.synthetic import FORMATS, STYLES, make, write
+from pagellm.stage.config import PageLLMError
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from pagellm import dist, sft
-from pagellm.config import PageLLMError
+from pagellm import sft
 from pagellm.data import prepare
 from pagellm.networks import build, save_published
-from pagellm.train import shared_means
+from pagellm.stage import dist
+from pagellm.stage.config import PageLLMError
+from pagellm.stage.train import shared_means
 from tests import two_processes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STAGES = ("pretrain", "sft", "reward", "ppo")
 
 
@@ -44,7 +45,7 @@ def test_parts_are_a_partition_and_an_idle_process_gets_a_stand_in(n, world):
         for rank in range(world):
             patch.setattr(dist, "rank", lambda rank=rank: rank)
             patch.setattr(dist, "world", lambda: world)
-            mine, busy = dist.part(rows)
+            mine, busy = dist.shard(rows)
             assert len(mine) >= 1 and busy == (rank < n)
             seen += mine.tolist() if busy else []
     assert sorted(seen) == rows.tolist()
@@ -74,7 +75,10 @@ def test_shared_means_average_to_the_mean_over_everybody(values):
 def test_alone_everything_is_a_plain_call(as_rank):
     x = torch.tensor([1.0, 2.0])
     assert (
-        dist.is_main() and dist.total(x) is x and dist.everybody(3) == [3] and dist.any_rank(True)
+        dist.is_main()
+        and dist.all_reduce(x) is x
+        and dist.all_gather(3) == [3]
+        and dist.any_rank(True)
     )
     assert not dist.any_rank(False) and dist.idle(torch.nn.Linear(1, 1)) == 0.0
     assert shared_means([(x[0], 5)])[0] is not None and dist.gather(np.arange(3)).tolist() == [
@@ -84,7 +88,7 @@ def test_alone_everything_is_a_plain_call(as_rank):
     ]
     module = torch.nn.Linear(1, 1)
     assert dist.wrap(module, "ddp") is module
-    with dist.last_backward(module, False), dist.whole(module):
+    with dist.sync_gradients(module, False), dist.unsharded(module):
         pass
 
 

@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagellm.config import PageLLMError
-from pagellm.dist import pick_device
 from pagellm.gpt2 import GPT2, Shape
-from pagellm.train import Guard, batch_at, key, keyed, lr_at, optimiser, set_lr
+from pagellm.stage import randomness
+from pagellm.stage.config import PageLLMError
+from pagellm.stage.dist import pick_device
+from pagellm.stage.train import GuardedStep, batch_at, lr_at, optimiser, set_lr
 
 
 @settings(deadline=None)
@@ -27,7 +28,7 @@ def test_an_epoch_sees_every_example_once(n, batch, epoch):
 @settings(deadline=None)
 @given(st.integers(1, 200), st.integers(1, 5), st.integers(0, 3))
 def test_bucketed_batches_see_everything_once_and_pad_less(n, batch, epoch):
-    length = tuple(int(x) for x in keyed(n, "length").integers(1, 50, n))
+    length = tuple(int(x) for x in randomness.rng(n, "length").integers(1, 50, n))
     per_epoch = -(-n // batch)
     got = [batch_at(epoch * per_epoch + i, n, batch, 7, length=length)[1] for i in range(per_epoch)]
     assert sorted(np.concatenate(got)) == list(range(n))
@@ -38,14 +39,14 @@ def test_bucketed_batches_see_everything_once_and_pad_less(n, batch, epoch):
 
 
 def test_draws_depend_on_their_key_alone():
-    assert keyed(1, "a", 2).random() == keyed(1, "a", 2).random()
+    assert randomness.rng(1, "a", 2).random() == randomness.rng(1, "a", 2).random()
     values = {
-        keyed(*parts).random()
+        randomness.rng(*parts).random()
         for parts in ((1, "a", 2), (2, "a", 2), (1, "b", 2), (1, "a", 3), (1, "a2"))
     }
     assert len(values) == 5
     # The same on every machine: these bits come from sha256 and Philox, both fixed by their papers.
-    assert key(0, "x") == int.from_bytes(
+    assert randomness.seed_of(0, "x") == int.from_bytes(
         __import__("hashlib").sha256(b"0\x1fx").digest()[:16], "little"
     )
     assert not np.array_equal(batch_at(0, 50, 50, 1)[1], batch_at(1, 50, 50, 1)[1])
@@ -75,7 +76,7 @@ def test_decay_falls_on_matrices_and_rows_apart():
 
 def test_a_step_that_is_not_finite_is_left_out_and_many_stop_the_run():
     w = torch.nn.Parameter(torch.ones(2))
-    guard = Guard(torch.optim.SGD([w], lr=1.0), [w], max_norm=1.0, patience=3)
+    guard = GuardedStep(torch.optim.SGD([w], lr=1.0), [w], max_norm=1.0, patience=3)
     w.grad = torch.tensor([3.0, 4.0])
     assert guard.step("here") == pytest.approx(5.0)
     assert torch.allclose(w, torch.tensor([1 - 0.6, 1 - 0.8])) and w.grad is None

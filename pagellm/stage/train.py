@@ -4,7 +4,6 @@ Randomness is a function of (seed, names, numbers), never of an iterator's past.
 uninterrupted one would have drawn, and a draw does not depend on how the batch was cut.
 """
 
-import hashlib
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -18,23 +17,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from pagellm import dist
-from pagellm.config import PageLLMError
+from pagellm.stage import dist, randomness
+from pagellm.stage.config import PageLLMError
+from pagellm.stage.randomness import seed_torch
 
 __all__ = [
-    "Guard",
+    "GuardedStep",
     "Objective",
     "RowAdamW",
-    "ahead",
     "batch_at",
-    "key",
-    "keyed",
     "logged",
     "lr_at",
     "optimiser",
+    "prefetch",
     "progress",
     "seed_dropout",
-    "seed_torch",
     "set_lr",
     "shared_means",
 ]
@@ -42,22 +39,6 @@ __all__ = [
 
 # devices whose optimiser skips a bad step by itself, so that the host need not ask about it
 FUSED = ("cuda",)
-
-
-def key(*parts) -> int:
-    """128 bits from a tuple of names and numbers; the same on every machine."""
-    text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
-
-
-def keyed(*parts) -> np.random.Generator:
-    """A generator of its own for (seed, verb, step, example ...)."""
-    return np.random.Generator(np.random.Philox(key=key(*parts)))
-
-
-def seed_torch(*parts) -> None:
-    """Dropout and initialisation: torch's global generator, seeded anew (once a step, so resume needs no state)."""
-    torch.manual_seed(key(*parts) % (1 << 63))
 
 
 def seed_dropout(seed: int, verb: str, step: int) -> None:
@@ -83,7 +64,7 @@ def batch_at(
 def epoch_batches(
     n: int, batch: int, parts: tuple, epoch: int, length: tuple[int, ...] | None
 ) -> list[np.ndarray]:
-    rng = keyed(*parts, "order", epoch)
+    rng = randomness.rng(*parts, "order", epoch)
     order = rng.permutation(n)
     if length is None:
         return [order[i : i + batch] for i in range(0, max(n, 1), batch)]
@@ -97,7 +78,7 @@ def epoch_batches(
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def ahead(
+def prefetch(
     steps: Iterable[int], total: int, make: Callable[[int], object]
 ) -> Iterator[tuple[int, object]]:
     """(step, make(step)); the next step's is made in the background meanwhile.
@@ -249,7 +230,7 @@ def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     return norm
 
 
-class Guard:
+class GuardedStep:
     """Take an optimiser step unless a gradient is not finite; give up after `patience` such steps in a row.
 
     On a GPU (`optimiser` is fused there) the host is never waited for: the GPU leaves a bad step out by itself, and
@@ -285,7 +266,7 @@ class Guard:
             self.opt.step()
             count = torch.where(bad, self.bad + 1.0, 0.0)
             self.bad = count if skip is None else torch.where(skip, self.bad, count)
-            before, self.fetch = self.fetch, dist.Fetch([self.bad])
+            before, self.fetch = self.fetch, dist.AsyncScalars([self.bad])
             count = int(before.read()[0]) if before else 0
         else:
             norm = float(norm)
@@ -336,7 +317,7 @@ def shared_means(terms: list[tuple[Tensor, Tensor | float]], busy: bool = True) 
         [torch.as_tensor(count, dtype=torch.float64, device=mean.device) for mean, count in terms]
     )
     counts = counts * busy
-    shares = counts / dist.total(counts).clamp(min=1.0) * dist.world()
+    shares = counts / dist.all_reduce(counts).clamp(min=1.0) * dist.world()
     return [mean * share.to(mean.dtype) for (mean, _), share in zip(terms, shares, strict=True)]
 
 
@@ -345,7 +326,7 @@ def logged(*values: Tensor) -> list[Tensor]:
     if dist.world() == 1:
         return [value.detach() for value in values]
     return list(
-        (dist.total(torch.stack([value.detach() for value in values])) / dist.world()).unbind()
+        (dist.all_reduce(torch.stack([value.detach() for value in values])) / dist.world()).unbind()
     )
 
 

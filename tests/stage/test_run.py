@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from pagellm.config import PageLLMError, main
-from pagellm.run import Common, Run, atomic, commit, digest, finished, load_model_file
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError
+from pagellm.stage.files import atomic
+from pagellm.stage.run import Run, StageConfig, commit, digest, finished, load_model_file
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
+class Config(StageConfig):
     """A stage."""
 
     lr: float = 1.0  # rate

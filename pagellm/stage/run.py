@@ -21,7 +21,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,36 +29,28 @@ from typing import ClassVar
 import torch
 from tqdm import tqdm
 
-from pagellm import __version__, dist
-from pagellm.config import (
-    Interrupted,
-    PageLLMError,
-    Waiting,
-    check,
-    check_numbers,
-    deferred_signals,
-)
-from pagellm.files import file_id
+from pagellm import __version__
+from pagellm.stage import dist
+from pagellm.stage.command import Interrupted, Waiting, deferred_signals
+from pagellm.stage.config import PageLLMError, check, check_numbers
+from pagellm.stage.files import atomic, file_id, read_json, write_json
 
 __all__ = [
-    "Common",
-    "Learning",
     "Run",
-    "atomic",
+    "StageConfig",
+    "TrainingConfig",
     "commit",
     "digest",
     "file_id",
     "finished",
     "load_model_file",
     "machine",
-    "read_json",
     "versions",
-    "write_json",
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common:
+class StageConfig:
     """Fields that every stage has."""
 
     INFINITE: ClassVar[tuple[str, ...]] = ("grad_clip", "max_kl", "value_clip")
@@ -102,7 +93,7 @@ class Common:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Learning(Common):
+class TrainingConfig(StageConfig):
     """Fields of every stage that trains."""
 
     precision: str = "auto"  # of the trunk's matrix products in training: float32, bfloat16,
@@ -112,23 +103,6 @@ class Learning(Common):
     def __post_init__(self):
         super().__post_init__()
         check(self, precision=(self.precision in dist.PRECISIONS, ", ".join(dist.PRECISIONS)))
-
-
-@contextmanager
-def atomic(path: str | Path):
-    """Yield a temporary path beside `path`; on success sync it and rename it into place, else remove it."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield beside
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def save_tensors(state, path: Path) -> None:
@@ -158,21 +132,6 @@ def digest(state) -> str:
 
     add(state)
     return hashed.hexdigest()[:16]
-
-
-def read_json(path: Path) -> dict:
-    """Raises PageLLMError if the file is damaged; FileNotFoundError if there is none."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise PageLLMError(
-            f"{path} is damaged ({error}); remove {path.parent} and make it again"
-        ) from None
-
-
-def write_json(path: str | Path, value) -> None:
-    with atomic(path) as beside:
-        beside.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 def finished(path: str | Path, need: str, make: str) -> dict:
@@ -364,7 +323,7 @@ class Run:
             chosen = record.get("precision", begun)
             if "precision" not in record:
                 write_json(self.path / "config.json", record | {"precision": chosen})
-        return dist.everybody(chosen)[0]
+        return dist.all_gather(chosen)[0]
 
     @property
     def done(self) -> bool:
@@ -420,7 +379,7 @@ class Run:
             for k, v in values.items()
             if isinstance(v, torch.Tensor) and v.ndim == 0 and v.is_floating_point()
         }
-        self._queue.append((file, step, values, [*scalars], dist.Fetch([*scalars.values()])))
+        self._queue.append((file, step, values, [*scalars], dist.AsyncScalars([*scalars.values()])))
         self.flush(before=step if any(v.is_cuda for v in scalars.values()) else None)
 
     def flush(self, before: int | None = None) -> None:

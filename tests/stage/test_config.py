@@ -14,15 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagellm.config import (
+from pagellm.stage.command import deferred_signals, main
+from pagellm.stage.config import (
     Options,
     PageLLMError,
     check,
     check_numbers,
-    deferred_signals,
     field_comments,
     help_text,
-    main,
     parse,
 )
 
@@ -282,7 +281,7 @@ def make(*words):
     """What `make -n` would run, line by line."""
     done = subprocess.run(
         ["make", "-n", "--no-print-directory", *words],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=True,
@@ -294,7 +293,7 @@ def test_make_takes_raw_files_from_raw_then_from_data_raw_then_from_beside_the_p
     here = tmp_path / "project"
     here.mkdir()
     for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt"):
-        (here / name).symlink_to(Path(__file__).parent.parent / name)
+        (here / name).symlink_to(Path(__file__).parents[2] / name)
 
     def raw(*words):
         (line,) = [
@@ -313,7 +312,7 @@ def test_make_takes_raw_files_from_raw_then_from_data_raw_then_from_beside_the_p
 
 
 @pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parent.parent / "presets").glob("*")), ids=lambda p: p.name
+    "path", sorted((Path(__file__).parents[2] / "presets").glob("*")), ids=lambda p: p.name
 )
 @pytest.mark.parametrize(
     "study", ["ablation", "backbones", "coldstart", "crossdomain", "drift", "leaveout"]
@@ -349,7 +348,7 @@ def test_make_hands_the_presets_of_a_data_set_to_the_stages_of_a_study(study, pa
 def test_make_baselines_takes_the_settings_that_a_search_found(words, settings, monkeypatch):
     from experiments.baselines import Config
 
-    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.chdir(Path(__file__).parents[2])
     (line,) = [x for x in make("baselines", *words) if "-m experiments.baselines" in x]
     assert (
         parse(Config, shlex.split(line.split("-m experiments.baselines")[1])).settings == settings
@@ -377,9 +376,7 @@ def test_every_preset_of_the_repository_is_understood():
 
     from pagellm.__main__ import VERBS
 
-    found = [
-        path for path in (Path(__file__).parent.parent / "presets").rglob("*") if path.is_file()
-    ]
+    found = [path for path in (Path(__file__).parents[2] / "presets").rglob("*") if path.is_file()]
     assert found
     for path in found:
         parse(importlib.import_module(VERBS[path.name]).Config, [f"@{path}"])

@@ -25,37 +25,38 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pagellm.config import PageLLMError
+from pagellm.stage.config import PageLLMError
 
 __all__ = [
+    "AsyncScalars",
     "MODES",
     "PRECISIONS",
-    "Fetch",
+    "all_gather",
+    "all_reduce",
     "any_rank",
     "barrier",
-    "everybody",
     "gather",
     "idle",
     "is_main",
-    "last_backward",
     "load_optimiser",
     "load_weights",
     "multiplies_bf16",
     "optimiser_state",
-    "part",
     "peak_memory",
     "pick_device",
     "pick_precision",
     "rank",
     "send",
+    "shard",
     "start",
     "stop",
-    "total",
+    "sync_gradients",
+    "unsharded",
     "weights",
-    "whole",
     "world",
     "wrap",
 ]
+
 
 MODES = ("ddp", "fsdp")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -158,7 +159,7 @@ def barrier() -> None:
         td.barrier()
 
 
-def part(rows: np.ndarray) -> tuple[np.ndarray, bool]:
+def shard(rows: np.ndarray) -> tuple[np.ndarray, bool]:
     """This process's rows, every world-th from its rank on, and True; if that is none, the first row and False.
 
     The row of an idle process keeps it in step with the others; it must weigh nothing.
@@ -167,7 +168,7 @@ def part(rows: np.ndarray) -> tuple[np.ndarray, bool]:
     return (mine, True) if len(mine) else (rows[:1], False)
 
 
-def total(x: Tensor) -> Tensor:
+def all_reduce(x: Tensor) -> Tensor:
     """Sum over all processes."""
     if world() > 1:
         x = x.detach().clone()
@@ -175,7 +176,7 @@ def total(x: Tensor) -> Tensor:
     return x
 
 
-def everybody(value) -> list:
+def all_gather(value) -> list:
     """This value of every process, by rank."""
     if world() == 1:
         return [value]
@@ -193,7 +194,7 @@ def any_rank(flag: bool) -> bool:
     return bool(x)
 
 
-class Fetch:
+class AsyncScalars:
     """Scalars (float, of one device) on their way to the host. `read` waits for them, not for what was queued since."""
 
     def __init__(self, scalars: list[Tensor]):
@@ -217,7 +218,7 @@ def gather(mine: np.ndarray) -> np.ndarray:
     """Rows that `part` dealt out, back in their old order on every process. An idle process gives no rows."""
     if world() == 1:
         return mine
-    parts = everybody(mine)
+    parts = all_gather(mine)
     out = np.empty((sum(map(len, parts)), *mine.shape[1:]), dtype=mine.dtype)
     for at, rows in enumerate(parts):
         out[at :: world()] = rows
@@ -247,7 +248,7 @@ def idle(module: nn.Module) -> Tensor | float:
 
 
 @contextmanager
-def whole(module: nn.Module):
+def unsharded(module: nn.Module):
     """Within the block a module that `wrap` cut can be used outside its forward: validation, rollouts."""
     if not hasattr(module, "unshard"):
         yield
@@ -260,7 +261,7 @@ def whole(module: nn.Module):
 
 
 @contextmanager
-def last_backward(module: nn.Module, last: bool):
+def sync_gradients(module: nn.Module, last: bool):
     """Only the last of several backward passes before a step exchanges gradients."""
     if last or world() == 1:
         yield
