@@ -49,7 +49,7 @@ from experiments.parts import CLOCKS, borders, measure_parts, parts_table, unmar
 from kernels.bench import machine, milliseconds, peak_megabytes
 from kernels.logprob import linear_logp
 from pagellm import metrics
-from pagellm.data import amazon, records, spool
+from pagellm.data import amazon, records, text_store
 from pagellm.data.shop import Rows
 from pagellm.decode import Unseen, greedy, page_logp, sample, shared_start, slot_states
 from pagellm.evaluate import rank_all
@@ -567,10 +567,10 @@ def histories_case(config: Config) -> Case:
     def ours() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         dense = []
         for names in columns[:2]:
-            column = spool.Names()
+            column = text_store.Names()
             column.add(names)
             dense.append(column.ranked()[1])
-        order = spool.by_time(dense[0], columns[2].to_numpy(), dense[1])
+        order = text_store.by_time(dense[0], columns[2].to_numpy(), dense[1])
         return dense[0][order], columns[2].to_numpy()[order], dense[1][order]
 
     def differ(lists: list, arrays: tuple) -> float:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pagellm.data import spool
+from pagellm.data import text_store
 from pagellm.data.raw import Raw
 from pagellm.data.records import Tally
 from pagellm.stage.config import PageLLMError
@@ -55,7 +55,7 @@ def store(
 
 def read(raw: Raw, stem: Path, min_text: int, max_text: int) -> Tally:
     tally = Tally()
-    spool.store(raw.batches(tally), stem, min_text, max_text)
+    text_store.store(raw.batches(tally), stem, min_text, max_text)
     return tally
 
 

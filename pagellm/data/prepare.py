@@ -35,7 +35,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pagellm.data import filters, parallel, spool, synthetic
+from pagellm.data import filters, parallel, synthetic, text_store
 from pagellm.data.raw import Options, Raw, find
 from pagellm.data.records import NO_TIME, Item, Tally, batched
 from pagellm.stage.command import main
@@ -165,7 +165,7 @@ def moved_away(config: Config) -> bool:
     )
 
 
-def filtered(columns: spool.Columns, config: Config, graded: bool) -> tuple[Table, dict]:
+def filtered(columns: text_store.Columns, config: Config, graded: bool) -> tuple[Table, dict]:
     """Duplicates out, k-core on positive rows, split. Returns the table and the counts of every step."""
     c = columns
     counts: dict = {"records": len(c.user)}
@@ -219,7 +219,7 @@ def filtered(columns: spool.Columns, config: Config, graded: bool) -> tuple[Tabl
     )
     rating, time, positive, rows = rating[keep], time[keep], positive[keep], rows[keep]
 
-    order = spool.by_time(user, time, item)
+    order = text_store.by_time(user, time, item)
     user, item, rating, time, positive, rows = (
         x[order] for x in (user, item, rating, time, positive, rows)
     )
@@ -429,15 +429,17 @@ def run(config: Config) -> Path:
         stems = (
             parallel.store(raw, tally, config.processes, folder, *texts)
             if raw
-            else [spool.store(batched(counted(shop.reviews(), tally)), folder / "part", *texts)]
+            else [
+                text_store.store(batched(counted(shop.reviews(), tally)), folder / "part", *texts)
+            ]
         )
-        columns = spool.gather(stems)
+        columns = text_store.gather(stems)
         tally.check("review", config.max_broken)
         table, counts = filtered(columns, config, graded=bool(raw and raw.graded))
         position = np.full(len(columns.user), -1, dtype=np.int64)
         train = np.flatnonzero(table.split == filters.TRAIN)
         position[table.source[train]] = np.arange(len(train))
-        counts["reviews"] = spool.write_reviews(
+        counts["reviews"] = text_store.write_reviews(
             stems, position, table.user[train], table.item[train], folder / "reviews.parquet"
         )
         items = catalogue(

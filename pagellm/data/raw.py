@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pagellm.data import amazon, interactions
+from pagellm.data import amazon, interactions, sequences
 from pagellm.data.download import download, official
 from pagellm.data.records import (
     COLUMNS,
@@ -190,7 +190,7 @@ class Raw:
         options, positions = self.options, {}
         for file in self.review_files:
             if file.kind == "sequences":
-                yield from interactions.read_sequences(file.path, tally, positions, file.split)
+                yield from sequences.read_sequences(file.path, tally, positions, file.split)
             elif file.kind == "log":
                 scale = (options.rating_min, options.rating_max)
                 yield from interactions.read_log(
@@ -250,7 +250,7 @@ class Raw:
         """Every line of every item table; what is broken goes to the tally."""
         for file in self.item_files:
             if file.kind == "item words":
-                yield from interactions.item_words(file.path, tally)
+                yield from sequences.item_words(file.path, tally)
             elif file.kind == "item table":
                 yield from interactions.read_items(file.path, file.spelling, file.columns, tally)
             else:

@@ -17,13 +17,12 @@ from pagellm.data.interactions import (
     ITEM_COLUMNS,
     LOG_COLUMNS,
     delimiter_of,
-    item_words,
     match,
     read_items,
     read_log,
-    read_sequences,
 )
 from pagellm.data.records import NO_TIME, Item, Review, Tally
+from pagellm.data.sequences import item_words, read_sequences
 from pagellm.stage.config import PageLLMError
 
 few = settings(deadline=None, max_examples=60)

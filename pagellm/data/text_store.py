@@ -20,15 +20,16 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 __all__ = [
-    "REVIEWS",
-    "SPLIT_CODES",
     "Columns",
     "Names",
+    "REVIEWS",
+    "SPLIT_CODES",
     "by_time",
     "gather",
     "store",
     "write_reviews",
 ]
+
 
 SPLIT_CODES = {"": -1, "train": 0, "valid": 1, "test": 2, "unused": 3}
 REVIEWS = pa.schema([("user", pa.int32()), ("item", pa.int32()), ("text", pa.string())])

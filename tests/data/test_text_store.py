@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagellm.data import spool
+from pagellm.data import text_store
 from pagellm.data.records import NO_TIME, Review, batched
 
 few = settings(deadline=None, max_examples=50)
@@ -41,7 +41,7 @@ def stored(folder, records, pieces=1, **options):
         batches = [
             batch for at in range(a, b, 2) for batch in batched(records[at : min(b, at + 2)])
         ]
-        stems.append(spool.store(batches, folder / f"part-{n}", **options))
+        stems.append(text_store.store(batches, folder / f"part-{n}", **options))
     return stems
 
 
@@ -57,7 +57,7 @@ def texts_of(stems):
 @given(reviews, st.integers(1, 4))
 def test_columns_hold_every_record_in_order(folder, records, pieces):
     stems = stored(folder, records, pieces)
-    columns = spool.gather(stems)
+    columns = text_store.gather(stems)
     assert columns.user_ids == sorted({r.user for r in records}) and columns.item_ids == sorted(
         {r.item for r in records}
     )
@@ -72,7 +72,7 @@ def test_columns_hold_every_record_in_order(folder, records, pieces):
             strict=True,
         )
     ]
-    wanted = [r._replace(text="", split=spool.SPLIT_CODES[r.split]) for r in records]
+    wanted = [r._replace(text="", split=text_store.SPLIT_CODES[r.split]) for r in records]
     assert repr(back) == repr(wanted)
     for a, b, tie_a, tie_b in (
         (a, b, columns.tie[n], columns.tie[m])
@@ -96,8 +96,8 @@ def test_columns_hold_every_record_in_order(folder, records, pieces):
 def test_names_are_ranked_as_python_sorts_them(columns, loose, coded):
     """However often they are unified in between, and whether they come as text or coded."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spool, "LOOSE_NAMES", loose)
-        names = spool.Names()
+        patch.setattr(text_store, "LOOSE_NAMES", loose)
+        names = text_store.Names()
         for column in columns:
             array = pa.array(column, pa.string())
             names.add(array.dictionary_encode() if coded else array)
@@ -116,8 +116,8 @@ def test_a_digest_is_that_of_the_text_alone(texts, start):
         else 0
         for text in texts
     ]
-    assert spool.digests(array).tolist() == expected
-    assert spool.digests(array[start:]).tolist() == expected[start:]
+    assert text_store.digests(array).tolist() == expected
+    assert text_store.digests(array[start:]).tolist() == expected[start:]
 
 
 def test_texts_are_cut_and_short_ones_left_out(folder):
@@ -135,14 +135,14 @@ def test_reviews_come_out_in_the_order_asked_for(folder, data, records, bucket, 
     keep = data.draw(
         st.lists(st.sampled_from(range(len(records))), unique=True) if records else st.just([])
     )
-    position = spool.np.full(len(records), -1, dtype=spool.np.int64)
+    position = text_store.np.full(len(records), -1, dtype=text_store.np.int64)
     position[keep] = range(len(keep))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spool, "BUCKET_ROWS", bucket)
-        patch.setattr(spool, "BUCKETS", buckets)
+        patch.setattr(text_store, "BUCKET_ROWS", bucket)
+        patch.setattr(text_store, "BUCKETS", buckets)
         stems = stored(folder, records, pieces)
-        columns = spool.gather(stems)
-        written = spool.write_reviews(
+        columns = text_store.gather(stems)
+        written = text_store.write_reviews(
             stems,
             position,
             columns.user[keep],
@@ -150,7 +150,7 @@ def test_reviews_come_out_in_the_order_asked_for(folder, data, records, bucket, 
             folder / "reviews.parquet",
         )
     table = pq.read_table(folder / "reviews.parquet")
-    assert table.schema.equals(spool.REVIEWS)
+    assert table.schema.equals(text_store.REVIEWS)
     wanted = [(columns.user[n], columns.item[n], records[n].text) for n in keep if records[n].text]
     assert (
         list(zip(*(table[name].to_pylist() for name in ("user", "item", "text")), strict=True))
