@@ -13,9 +13,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.study import Stages, Variant, print_table, rows_of, study, write_table
-from experiments.tables import compare, save
+from experiments.study import Stages, Variant, print_table, rows_of, study
 from pagellm import evaluate, ppo, pretrain, reward, sft
+from pagellm.pages.tables import compare, save, write_table
 from pagellm.stage.command import main
 from pagellm.stage.config import Options, PageLLMError, check, parse
 

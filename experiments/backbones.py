@@ -27,10 +27,12 @@ from pathlib import Path
 import numpy as np
 
 from experiments.ablation import overrides
-from experiments.study import difference, per_user, slug, write_table
+from experiments.study import slug
 from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.data import prepare
 from pagellm.networks import SIZES, from_state, save_published
+from pagellm.pages.stats import difference
+from pagellm.pages.tables import per_user, write_table
 from pagellm.stage.command import deferred_signals, main
 from pagellm.stage.config import Options, PageLLMError, check, check_numbers
 from pagellm.stage.files import atomic, read_json, write_json

@@ -25,13 +25,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from experiments.models import GRIDS, PLAIN, Fitted, fit, gram_matrix, grid_of
-from experiments.study import per_user
-from experiments.tables import compare, save
-from pagellm import metrics
 from pagellm.als import facts_of
 from pagellm.data.shop import SPLITS, Rows, Shop, load
-from pagellm.evaluate import (
-    COLUMNS,
+from pagellm.evaluate import COLUMNS, table
+from pagellm.pages import stats
+from pagellm.pages.ranked import (
+    RankedPages,
+    Scorer,
     audience,
     check_leak,
     check_mask,
@@ -39,11 +39,10 @@ from pagellm.evaluate import (
     rank_all,
     read_pages,
     seen_rows,
-    table,
     with_users,
     write_pages,
 )
-from pagellm.policy import RankedPages, Scorer
+from pagellm.pages.tables import compare, per_user, save
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic, write_json
@@ -221,7 +220,7 @@ def score_row(
     with atomic(folder / "per_user.parquet") as beside:
         pq.write_table(pa.table({"user": scorer.users, **scores}), beside)
     return scores, {
-        m: metrics.summary(v, config.seed, config.n_boot)
+        m: stats.summary(v, config.seed, config.n_boot)
         for m, v in scores.items()
         if not np.isnan(v).all()
     }

@@ -48,12 +48,12 @@ from experiments.bench_prepare import write_reviews
 from experiments.parts import CLOCKS, borders, measure_parts, parts_table, unmarked
 from kernels.bench import machine, milliseconds, peak_megabytes
 from kernels.logprob import linear_logp
-from pagellm import metrics
 from pagellm.data import amazon, records, text_store
 from pagellm.data.shop import Rows
 from pagellm.decode import Unseen, greedy, page_logp, sample, shared_start, slot_states
-from pagellm.evaluate import rank_all
 from pagellm.gpt2 import GPT2, SIZES
+from pagellm.pages import metrics
+from pagellm.pages.ranked import rank_all
 from pagellm.pretrain import BUCKETS, next_token_loss
 from pagellm.prompts import Example
 from pagellm.stage.command import main

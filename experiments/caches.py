@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.study import difference
+from pagellm.pages.stats import difference
 from pagellm.recommender import POLICIES, Ask, Cache, Recommender, Sources
 from pagellm.stage import randomness
 from pagellm.stage.command import main

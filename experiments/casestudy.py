@@ -25,9 +25,9 @@ from experiments.findings import (
     trace,
 )
 from experiments.findings import Missing as NotThere
-from experiments.study import difference
 from pagellm.evaluate import LABELS
-from pagellm.lists import ground_truth_page
+from pagellm.pages.stats import difference
+from pagellm.pages.truth import ground_truth_page
 from pagellm.policy import Policy
 from pagellm.stage import randomness
 from pagellm.stage.command import main

@@ -29,20 +29,15 @@ from experiments import baselines
 from experiments.ablation import overrides
 from experiments.models import PLAIN
 from experiments.runfile import read_run
-from experiments.study import (
-    Stages,
-    Variant,
-    difference,
-    effect,
-    per_user,
-    run_variant,
-    write_table,
-)
+from experiments.study import Stages, Variant, run_variant
 from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.data import prepare
 from pagellm.data.filters import group_rank
 from pagellm.data.shop import Shop, load
-from pagellm.policy import Scorer
+from pagellm.pages import ranked
+from pagellm.pages.ranked import Scorer, seen_rows
+from pagellm.pages.stats import difference, effect
+from pagellm.pages.tables import per_user, write_table
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import Options, PageLLMError, check
@@ -266,7 +261,7 @@ def read_scores(folder: Path, path: Path) -> dict[str, np.ndarray]:
     shop, plain = load(folder), baselines.Config()
     scorer = Scorer(shop, "test")
     ranked, notes = read_run(
-        path, shop, scorer.users, evaluate.seen_rows(shop, "test", MASK), plain.k, plain.depth
+        path, shop, scorer.users, seen_rows(shop, "test", MASK), plain.k, plain.depth
     )
     print(f"{path}: {notes}")
     return {"user": scorer.users, **scorer(ranked, plain.k)}

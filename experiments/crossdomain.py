@@ -31,15 +31,14 @@ import pyarrow.parquet as pq
 import torch
 
 from experiments.ablation import overrides
-from experiments.study import write_table
-from experiments.tables import compare, markdown
 from pagellm import pretrain, sft
 from pagellm.data import prepare
 from pagellm.data.shop import Shop, load
-from pagellm.evaluate import check_pages, popularity_pages, rank_all, seen_rows
 from pagellm.export import item_content
 from pagellm.networks import from_state, to_state
-from pagellm.policy import Policy, PromptStyle, Scorer
+from pagellm.pages.ranked import Scorer, check_pages, popularity_pages, rank_all, seen_rows
+from pagellm.pages.tables import compare, markdown, write_table
+from pagellm.policy import Policy, PromptStyle
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import Options, PageLLMError, check

@@ -31,14 +31,21 @@ import pyarrow.parquet as pq
 import torch
 
 from experiments.ablation import overrides
-from experiments.study import difference, write_table
-from experiments.tables import compare, markdown
 from pagellm import pretrain, sft
 from pagellm.data import prepare
 from pagellm.data.filters import split_by_time
 from pagellm.data.shop import Shop, load
-from pagellm.evaluate import check_pages, popularity_pages, rank_all, seen_rows
-from pagellm.policy import Policy, RankedPages, Scorer
+from pagellm.pages.ranked import (
+    RankedPages,
+    Scorer,
+    check_pages,
+    popularity_pages,
+    rank_all,
+    seen_rows,
+)
+from pagellm.pages.stats import difference
+from pagellm.pages.tables import compare, markdown, write_table
+from pagellm.policy import Policy
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import Options, PageLLMError, check

@@ -16,11 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pagellm import metrics
 from pagellm.data.shop import Shop, load, source
-from pagellm.evaluate import LABELS, read_pages, with_users
-from pagellm.pairs import KINDS, Pair, from_table
-from pagellm.policy import Policy, RankedPages, Scorer
+from pagellm.evaluate import LABELS
+from pagellm.pages import stats
+from pagellm.pages.pairs import KINDS, Pair, from_table
+from pagellm.pages.ranked import RankedPages, Scorer, read_pages, with_users
+from pagellm.policy import Policy
 from pagellm.prompts import pad_ids
 from pagellm.recommender import Ask, Recommender, Sources
 from pagellm.reward import RewardModel, is_held_out, score_pairs
@@ -44,9 +45,7 @@ __all__ = [
     "page_items",
     "prompt_text",
     "read",
-    "spearman",
     "trace",
-    "wilson",
 ]
 
 
@@ -291,7 +290,7 @@ def read_results(found: Found, runs: Path) -> None:
         name = str(path.parent.relative_to(root))
         scores = found.scorer(ranked, found.k)
         found.results[name] = {
-            m: metrics.summary(v, 0) for m, v in scores.items() if not np.isnan(v).all()
+            m: stats.summary(v, 0) for m, v in scores.items() if not np.isnan(v).all()
         }
         found.add(name, name, {"user": ranked.user, **scores}, path.parent)
 
@@ -488,27 +487,6 @@ def margins(found: Found, config, per_kind: int) -> dict[str, np.ndarray]:
         total = scores["page"] + scores["token"]
         out[name] = np.stack([total[:, 0] - total[:, 1], [p.delta_E for p in pairs]], 1)
     return out
-
-
-def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float, float]:
-    """A share and its 95% Wilson interval. right: how many of n (may be half ones)."""
-    if n == 0:
-        return (float("nan"),) * 3
-    p = right / n
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return p, min(p, float(middle - half)), max(p, float(middle + half))
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Rank correlation, ties sharing a rank; None where one side does not vary."""
-    ranks = []
-    for x in (a, b):
-        _, inverse, count = np.unique(x, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(count) - (count + 1) / 2)[inverse])
-    if len(a) < 2 or min(r.std() for r in ranks) == 0:
-        return None
-    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def bins_of(values: np.ndarray, n: int) -> list[np.ndarray]:

@@ -33,10 +33,10 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
 
-from pagellm import metrics
 from pagellm.data.shop import Shop, load
-from pagellm.evaluate import read_pages
-from pagellm.lists import near_duplicates
+from pagellm.pages import metrics
+from pagellm.pages.energy import near_duplicates
+from pagellm.pages.ranked import read_pages
 from pagellm.policy import Policy
 from pagellm.reward import RewardModel
 from pagellm.stage import randomness

@@ -24,15 +24,15 @@ import torch
 from tqdm import tqdm
 
 from experiments.ablation import overrides
-from experiments.findings import spearman
-from experiments.study import difference, write_table
-from experiments.tables import compare, markdown
 from pagellm import pretrain, reward, sft
 from pagellm.data import prepare
 from pagellm.data.shop import Shop, load
 from pagellm.decode import Unseen, sample
-from pagellm.pairs import KINDS, from_table
-from pagellm.policy import Policy, RankedPages, Scorer
+from pagellm.pages.pairs import KINDS, from_table
+from pagellm.pages.ranked import RankedPages, Scorer
+from pagellm.pages.stats import difference, spearman
+from pagellm.pages.tables import compare, markdown, write_table
+from pagellm.policy import Policy
 from pagellm.reward import RewardModel, is_held_out, mean_reward, score_pairs
 from pagellm.stage import randomness
 from pagellm.stage.command import main

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.study import Stages, Variant, per_user, rows_of, run_variant, write_table
-from experiments.tables import spread
+from experiments.study import Stages, Variant, rows_of, run_variant
 from pagellm import evaluate
 from pagellm.gpt2 import GPT2, SIZES
+from pagellm.pages.tables import per_user, spread, write_table
 from pagellm.sft import Batch, sft_loss
 from pagellm.stage import dist
 from pagellm.stage.command import main

@@ -26,13 +26,13 @@ from pathlib import Path
 import numpy as np
 
 from experiments.models import fit
-from experiments.study import difference
-from experiments.tables import compare, markdown, save
 from pagellm.data.shop import Shop, load
-from pagellm.evaluate import check_pages, rank_all, seen_rows
 from pagellm.features import pair_features
-from pagellm.lists import item_scores, popularity
-from pagellm.policy import MODES, Policy, RankedPages, Scorer
+from pagellm.pages.ranked import RankedPages, Scorer, check_pages, rank_all, seen_rows
+from pagellm.pages.stats import difference
+from pagellm.pages.tables import compare, markdown, save
+from pagellm.pages.truth import item_scores, popularity
+from pagellm.policy import MODES, Policy
 from pagellm.reward import RewardModel
 from pagellm.stage import randomness
 from pagellm.stage.command import main

@@ -30,13 +30,12 @@ from experiments.findings import (
     page_items,
     prompt_text,
     read,
-    spearman,
     trace,
-    wilson,
 )
 from experiments.plots import available, clean, dots, lines
-from pagellm import metrics
 from pagellm.evaluate import COLUMNS, LABELS
+from pagellm.pages import metrics, stats
+from pagellm.pages.stats import spearman, wilson
 from pagellm.policy import Policy
 from pagellm.stage import randomness
 from pagellm.stage.command import main
@@ -231,7 +230,7 @@ def versus(found: Found, names: list[str], shown: list[str]) -> str:
         for metric in shown:
             d = found.results.get(DIFFERENCE, {}).get(metric) if key == "sft" else None
             if d is None and metric in mine and metric in theirs:
-                d = metrics.paired(mine[metric], theirs[metric])
+                d = stats.paired(mine[metric], theirs[metric])
             rows[metric].append(
                 "–"
                 if d is None or d["mean"] is None
@@ -741,7 +740,7 @@ def history_length(found: Found, config: Config) -> str:
         curves, at = {}, np.arange(len(groups))
         for key, label in (("sft", SFT), ("ppo", PPO)):
             found_means = [
-                metrics.summary(found.per_user[key][metric][g], config.seed) for g in groups
+                stats.summary(found.per_user[key][metric][g], config.seed) for g in groups
             ]
             curves[label] = (
                 at,
@@ -792,7 +791,7 @@ def energies(found: Found, config: Config) -> str:
                 f"{metric} of a page, before and after PPO.",
             )
         )
-        d = metrics.paired(b, a, config.seed)
+        d = stats.paired(b, a, config.seed)
         rows.append(
             [
                 metric,

@@ -25,10 +25,17 @@ import pyarrow.parquet as pq
 import torch
 
 from experiments.baselines import SHOWN, read_rows, score_row, slug
-from experiments.tables import compare, save
 from pagellm.data.shop import Rows, Shop, load
-from pagellm.evaluate import audience, check_leak, check_mask, seen_rows, top_items
-from pagellm.policy import RankedPages, Scorer
+from pagellm.pages.ranked import (
+    RankedPages,
+    Scorer,
+    audience,
+    check_leak,
+    check_mask,
+    seen_rows,
+    top_items,
+)
+from pagellm.pages.tables import compare, save
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import read_json, write_json

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.ablation import overrides
-from experiments.study import Stages, Variant, per_user, rows_of, run_variant, write_table
-from experiments.tables import spread
+from experiments.study import Stages, Variant, rows_of, run_variant
 from pagellm import evaluate, pretrain, sft
+from pagellm.pages.tables import per_user, spread, write_table
 from pagellm.stage.command import main
 from pagellm.stage.config import Options, PageLLMError, check, check_numbers
 

@@ -31,9 +31,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pagellm import evaluate, pairs, ppo, pretrain, reward, sft
+from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.data import prepare
 from pagellm.gpt2 import SIZES
+from pagellm.pages import pairs
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check, check_numbers
 from pagellm.stage.files import atomic

@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.baselines import SHOWN, read_rows
-from experiments.study import per_user
-from experiments.tables import compare, save
+from pagellm.pages.tables import compare, per_user, save
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import read_json

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from experiments import abtest
 from pagellm.data.shop import Shop, load
-from pagellm.evaluate import read_pages
+from pagellm.pages.ranked import read_pages
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check

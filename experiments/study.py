@@ -14,27 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.data import prepare
-from pagellm.metrics import DIRECTION
-from pagellm.stage.files import atomic
+from pagellm.pages.metrics import DIRECTION
+from pagellm.pages.stats import difference, effect
+from pagellm.pages.tables import per_user
 
-__all__ = [
-    "Stages",
-    "Variant",
-    "difference",
-    "effect",
-    "per_user",
-    "print_table",
-    "rows_of",
-    "run_variant",
-    "slug",
-    "study",
-    "write_table",
-]
+__all__ = ["Stages", "Variant", "print_table", "rows_of", "run_variant", "slug", "study"]
 
 
 @dataclass(frozen=True)
@@ -97,11 +84,6 @@ def run_variant(name: str, dataset: str, variant: Variant, seed: int, stages: St
     return Path(stages.runs) / own / "evaluate" / variant.policy / "per_user.parquet"
 
 
-def per_user(path: Path) -> dict[str, np.ndarray]:
-    table = pq.read_table(path)
-    return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
-
-
 def study(
     name: str,
     dataset: str,
@@ -115,42 +97,6 @@ def study(
         v.name: [per_user(run_variant(name, dataset, v, seed, stages)) for seed in seeds]
         for v in variants
     }
-
-
-def difference(
-    a: list[np.ndarray], b: list[np.ndarray], draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean of a - b over seeds and users with a 95% interval; a, b: one (U,) array a seed, NaN where undefined.
-
-    Two-level bootstrap: seeds are drawn with replacement, then users, the same users in a and b. With one seed it
-    is the plain paired bootstrap over users.
-    """
-    delta = np.stack(a) - np.stack(b)  # (S, U)
-    defined = ~np.isnan(delta)
-    if not defined.any():
-        return (float("nan"),) * 3
-    filled = np.where(defined, delta, 0.0)
-    rng = np.random.Generator(np.random.Philox(key=seed))
-    S, U = delta.shape
-    means = np.empty(draws)
-    for d in range(draws):
-        seeds = np.bincount(rng.integers(S, size=S), minlength=S)
-        users = np.bincount(rng.integers(U, size=U), minlength=U)
-        weight = seeds @ defined
-        means[d] = (seeds @ filled) @ users / max(weight @ users, 1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(filled.sum() / defined.sum()), float(low), float(high)
-
-
-def effect(a: list[np.ndarray], b: list[np.ndarray]) -> float:
-    """Effect size d: mean of a - b over its standard deviation among users; 0 where nothing differs, infinite where
-    all users differ by the same. Arguments as in `difference`."""
-    gap = np.stack(a) - np.stack(b)  # (S, U)
-    known = gap[:, ~np.isnan(gap).all(0)]
-    if not known.size or not np.nanmax(np.abs(known)):
-        return 0.0
-    mean, spread = float(np.nanmean(known)), float(np.std(np.nanmean(known, axis=0)))
-    return mean / spread if spread > 1e-9 * abs(mean) else float(np.copysign(np.inf, mean))
 
 
 def rows_of(results, metrics_shown) -> list[dict]:
@@ -178,12 +124,6 @@ def rows_of(results, metrics_shown) -> list[dict]:
             record["effect"] = effect(values, first)
             records.append(record)
     return records
-
-
-def write_table(path: Path, records: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as beside:
-        pq.write_table(pa.Table.from_pylist(records), beside)
 
 
 def print_table(records: list[dict]) -> str:

@@ -19,8 +19,8 @@ from torch import Tensor, from_numpy
 
 from kernels.logprob import linear_logp
 from pagellm.backbone import Backbone, KVCache
+from pagellm.pages.topk import Rank, argmax, top_k
 from pagellm.sampled import Candidates, sampled_logp
-from pagellm.top import Rank, argmax, top_k
 
 __all__ = [
     "Pages",
@@ -28,6 +28,7 @@ __all__ = [
     "beam",
     "drawn",
     "greedy",
+    "item_tokens",
     "one_shot",
     "page_logp",
     "ranking",

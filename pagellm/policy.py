@@ -10,35 +10,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pagellm import metrics
 from pagellm.backbone import Backbone
 from pagellm.data.shop import Rows, Shop
 from pagellm.decode import Pages, Unseen, beam, greedy, one_shot, ranking
-from pagellm.lists import gain, gains, item_scores, near_duplicates, page_energy
 from pagellm.networks import from_state, to_state
+from pagellm.pages.ranked import BLOCK, RankedPages, Scorer, tie_breaker
+from pagellm.pages.topk import Rank
 from pagellm.prompts import Prompts, left_pad
 from pagellm.stage import dist, randomness
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.run import load_model_file
-from pagellm.top import Rank
 from pagellm.vocab import Vocab
 
-__all__ = [
-    "BLOCK",
-    "MODES",
-    "Policy",
-    "PromptStyle",
-    "RankedPages",
-    "Scorer",
-    "Validation",
-    "label_ranks",
-    "ties",
-]
+__all__ = ["MODES", "Policy", "PromptStyle", "Validation"]
 
 
 MODES = ("greedy", "beam", "one_shot")
-# logits held at once, 128 MB in float32: 256 users of 131,000 items, 32 of a million
-BLOCK = 2**25
 
 
 @dataclass(frozen=True)
@@ -49,33 +36,6 @@ class PromptStyle:
     use_ratings: bool = True
     use_user: bool = True  # False: every prompt begins with <user_unk>
     clock: tuple[int, ...] = ()  # rising moments, in seconds,
-    # where the periods of time tokens end; (): none is shown
-
-
-@dataclass
-class RankedPages:
-    """Ranked items of many users; the first `slots` of a row are its page.
-
-    user (U,) int64    item (U, depth) int64, -1 past the end    score (U, depth) float32    slots (U,) int64
-    """
-
-    user: np.ndarray
-    item: np.ndarray
-    score: np.ndarray
-    slots: np.ndarray
-
-
-def ties(seed: int, users: np.ndarray, n_users: int, n_items: int) -> Rank:
-    """How equal scores go: by a seeded shuffle, never by id. i is before j for half of the users, whatever their
-    numbers.
-
-    users  (B,) of the rows that will be ranked        returns  shuffled[item] xor drawn[user], for top.largest
-    """
-    shuffled = randomness.rng(seed, "ties", "items").permutation(n_items)
-    drawn = randomness.rng(seed, "ties", "users").integers(
-        1 << max(1, (n_items - 1).bit_length()), size=n_users
-    )[users]
-    return lambda row, column: shuffled[column] ^ drawn[row]
 
 
 class Policy:
@@ -199,7 +159,7 @@ class Policy:
         )
         for start in range(0, len(mine), batch):
             some = mine[order[start : start + batch]]
-            rank = ties(seed, some, len(seen.indptr) - 1, self.model.n_items)
+            rank = tie_breaker(seed, some, len(seen.indptr) - 1, self.model.n_items)
             pages, legal = self.write(
                 some, history, seen, k, mode, when=None if when is None else when[some], rank=rank
             )
@@ -216,64 +176,6 @@ class Policy:
             users,
             *(dist.gather(torch.cat(column).numpy()[back]) for column in (items, scores, slots)),
         )
-
-
-class Scorer:
-    """Held-out truth of a shop, and the scores of ranked pages against it: metrics.py and the page energy.
-
-    The order of a user's labels is by rating, then s_i; labels equal in both share a rank (SPEC 8). On a shop whose
-    true utilities are known, `true_energy` is the energy with every slot's true rating.
-    """
-
-    def __init__(self, shop: Shop, split: str):
-        self.shop, self.held = shop, shop.csr(split)
-        self.s, self.near = item_scores(shop), near_duplicates(shop.catalogue)
-        self.categories = metrics.described(shop.catalogue.categories)
-        self.users = np.flatnonzero(self.held.counts() > 0)
-        user = np.repeat(np.arange(shop.n_users), self.held.counts())
-        self.refs = (
-            user,
-            self.held.items,
-            label_ranks(user, self.held.ratings, self.s[self.held.items]),
-        )
-
-    def __call__(self, ranked: RankedPages, k: int) -> dict[str, np.ndarray]:
-        """name -> (U,) float64 aligned with ranked.user (rising), NaN where undefined."""
-        kept = ranked.item >= 0
-        user = np.broadcast_to(ranked.user[:, None], kept.shape)[kept]
-        rank = np.broadcast_to(np.arange(1, kept.shape[1] + 1), kept.shape)[kept]
-        scores = metrics.score_pages(
-            ranked.user,
-            (user, rank, ranked.item[kept]),
-            self.refs,
-            self.categories,
-            page_k=k,
-            group=self.near.group,
-        )
-        page, mask, leaf = ranked.item[:, :k], kept[:, :k], self.shop.catalogue.leaf_id
-        known = gains(ranked.user, page, self.held, self.s)
-        scores["energy"] = page_energy(page, mask, known, leaf, self.near)
-        if self.shop.truth is not None:
-            worth = gain(self.shop.truth[ranked.user[:, None], np.maximum(page, 0)], self.s[page])
-            scores["true_energy"] = page_energy(page, mask, worth, leaf, self.near)
-        return scores
-
-
-def label_ranks(user: np.ndarray, rating: np.ndarray, s: np.ndarray) -> np.ndarray:
-    """(R,) ranks 1..n of each user's labels, best first by (rating, s_i); equals share their average rank."""
-    worth = np.stack([np.nan_to_num(x, nan=-1.0) for x in (rating, s)])
-    order = np.lexsort((-worth[1], -worth[0], user))
-    start = np.searchsorted(user[order], user[order])  # where this user's labels begin
-    place = np.arange(len(user)) - start + 1.0
-    new = np.ones(len(user), dtype=bool)
-    new[1:] = (user[order][1:] != user[order][:-1]) | (
-        worth[:, order][:, 1:] != worth[:, order][:, :-1]
-    ).any(0)
-    group = np.cumsum(new) - 1
-    mean = np.bincount(group, place) / np.maximum(np.bincount(group), 1) if len(group) else place
-    ranks = np.empty(len(user))
-    ranks[order] = mean[group]
-    return ranks
 
 
 class Validation:

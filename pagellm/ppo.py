@@ -31,15 +31,16 @@ from tqdm import tqdm
 
 from kernels import masked
 from kernels.advantage import gae
-from pagellm import metrics
 from pagellm.alarms import alarms
 from pagellm.backbone import Backbone
 from pagellm.data.shop import Shop, load
 from pagellm.decode import Unseen, page_logp, sample, shared_start, slot_states, trimmed
 from pagellm.networks import from_state
+from pagellm.pages import metrics
+from pagellm.pages.truth import PageMaker
 from pagellm.policy import MODES, Policy, Validation
 from pagellm.reward import RewardModel
-from pagellm.sft import Batch, PageMaker, collate, sft_loss
+from pagellm.sft import Batch, collate, sft_loss
 from pagellm.stage import dist, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check

@@ -19,11 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagellm import lora, metrics
+from pagellm import lora
 from pagellm.backbone import KVCache
 from pagellm.data.shop import Rows, Shop, load, source
 from pagellm.decode import Pages, Unseen, beam, greedy, one_shot
-from pagellm.lists import gain, item_scores, near_duplicates, page_energy
+from pagellm.pages import metrics
+from pagellm.pages.energy import gain, near_duplicates, page_energy
+from pagellm.pages.truth import item_scores
 from pagellm.policy import Policy
 from pagellm.prompts import left_pad, pad_ids
 from pagellm.reward import RewardModel

@@ -23,7 +23,8 @@ from pagellm.backbone import Backbone
 from pagellm.data.shop import load
 from pagellm.decode import slot_states
 from pagellm.networks import from_state, to_state
-from pagellm.pairs import KINDS, Pair, make_pairs, to_table
+from pagellm.pages.pairs import KINDS, Pair, make_pairs, to_table
+from pagellm.pages.stats import calibration, correlation
 from pagellm.policy import Policy
 from pagellm.prompts import pad_ids
 from pagellm.stage import dist, randomness
@@ -49,8 +50,6 @@ __all__ = [
     "Config",
     "PairBatch",
     "RewardModel",
-    "calibration",
-    "correlation",
     "is_held_out",
     "mean_reward",
     "page_loss",
@@ -406,32 +405,6 @@ def score_pairs(
         found.append(both.cpu().double().numpy())
     scores = dist.gather(np.concatenate(found)[np.argsort(order)])
     return {"page": scores[:, 0], "token": scores[:, 1]}
-
-
-def rank(x: np.ndarray) -> np.ndarray:
-    """Average ranks from 0."""
-    _, inverse, count = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count + 1) / 2)[inverse]
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Spearman's rank correlation; None where one side does not vary."""
-    a, b = rank(a), rank(b)
-    if len(a) < 2 or a.std() == 0 or b.std() == 0:
-        return None
-    return float(np.corrcoef(a, b)[0, 1])
-
-
-def calibration(margin: np.ndarray, bins: int = 10) -> float | None:
-    """Expected calibration error of p = sigma(margin): |share right - mean confidence| over bins of confidence."""
-    if len(margin) == 0:
-        return None
-    confidence = 1.0 / (1.0 + np.exp(-np.clip(np.abs(margin), 0, 60)))
-    right = (margin > 0) + 0.5 * (margin == 0)
-    index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    total = np.bincount(index, minlength=bins)
-    gap = np.abs(np.bincount(index, right, bins) - np.bincount(index, confidence, bins))
-    return float(gap[total > 0].sum() / len(margin))
 
 
 def report(model: RewardModel, pairs: list[Pair], policy: Policy) -> dict:

@@ -17,16 +17,10 @@ import torch
 from torch import Tensor
 
 from pagellm.backbone import Backbone
-from pagellm.data.shop import Shop, load
+from pagellm.data.shop import load
 from pagellm.decode import Unseen, page_logp, slot_states
-from pagellm.lists import (
-    ground_truth_page,
-    item_scores,
-    near_duplicates,
-    single_level,
-    split_history,
-)
 from pagellm.networks import from_state
+from pagellm.pages.truth import PageMaker
 from pagellm.policy import MODES, Policy, PromptStyle, Validation
 from pagellm.prompts import pad_ids
 from pagellm.sampled import Candidates, Proposal, locate, sampled_logits
@@ -49,7 +43,7 @@ from pagellm.stage.train import (
 )
 from pagellm.vocab import Vocab
 
-__all__ = ["Batch", "Config", "PageMaker", "collate", "run", "sft_loss"]
+__all__ = ["Batch", "Config", "collate", "run", "sft_loss"]
 
 
 OBJECTIVES = ("list", "multinomial", "both")
@@ -114,58 +108,6 @@ class Config(TrainingConfig):
             eval_every=(self.eval_every > 0, "1 or more"),
             eval_users=(self.eval_users >= 0, "0 or more"),
         )
-
-
-class PageMaker:
-    """Histories and ground-truth pages of a shop's train rows (SPEC 2.2)."""
-
-    def __init__(self, shop: Shop, shrink: float = 0.0):
-        self.catalogue, self.train = shop.catalogue, shop.csr("train")
-        self.time = shop.time[shop.rows("train")]
-        self.s = item_scores(shop, shrink)
-        self.near = near_duplicates(shop.catalogue)
-        # one for the history, one for the page
-        self.users = np.flatnonzero(self.train.counts() > 1)
-
-    def example(
-        self, user: int, share: float, rng: np.random.Generator, longest: int | None = None
-    ):
-        """-> (items, ratings) of the history, and the page (item ids, best first, at most `longest`)."""
-        items, ratings = self.train.of(user)
-        given, label = split_history(items, ratings, share, rng)
-        page, _ = ground_truth_page(items[label], ratings[label], self.catalogue, self.s, self.near)
-        return (items[given], ratings[given]), page[:longest]
-
-    def later(self, user: int, rng: np.random.Generator, longest: int | None = None):
-        """`example` cut at a moment: what the user had before it, the page of what came after; and the moment (s) of
-        the page's earliest item. Equal moments count in the order of the rows."""
-        items, ratings = self.train.of(user)
-        at = int(rng.integers(1, len(items)))
-        page, _ = ground_truth_page(items[at:], ratings[at:], self.catalogue, self.s, self.near)
-        return (
-            (items[:at], ratings[:at]),
-            page[:longest],
-            int(self.time[self.train.indptr[user] + at]),
-        )
-
-    def clock(self, times: int) -> tuple[int, ...]:
-        """times - 1 rising moments that cut the train rows into about equal parts; fewer where rows share a moment."""
-        if times < 2:
-            return ()
-        return tuple(
-            np.unique(np.quantile(self.time, np.arange(1, times) / times, method="higher")).tolist()
-        )
-
-    def single_level_share(self, share: float, seed: int) -> float:
-        """Share of users with a rating level on one side of the split only (SPEC 2.2 step 2), over one draw."""
-        alone = [
-            single_level(
-                self.train.of(u)[1],
-                *split_history(*self.train.of(u), share, randomness.rng(seed, "levels", u)),
-            )
-            for u in self.users
-        ]
-        return float(np.mean(alone))
 
 
 @dataclass

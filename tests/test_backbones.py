@@ -9,7 +9,7 @@ import torch
 
 from experiments import backbones
 from experiments.backbones import ROWS, Config, costs, markdown, summary
-from experiments.study import per_user
+from pagellm.pages.tables import per_user
 from pagellm.stage.config import PageLLMError
 
 SMALL = {

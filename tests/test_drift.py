@@ -12,6 +12,7 @@ from experiments import drift
 from pagellm import evaluate, export, ppo, pretrain, recommend, reward, sft
 from pagellm.data import prepare
 from pagellm.data.shop import load
+from pagellm.pages import ranked, truth
 from pagellm.policy import Policy, PromptStyle
 from pagellm.prompts import Prompts
 from pagellm.stage import randomness
@@ -86,7 +87,7 @@ def test_moments_become_periods_and_no_moment_is_now(root):
 
 def test_pages_come_after_their_history(root):
     shop = load(root / "data" / "synthetic")
-    maker, train = sft.PageMaker(shop), shop.csr("train")
+    maker, train = truth.PageMaker(shop), shop.csr("train")
     place = {
         (u, i): t
         for u, i, t in zip(shop.user.tolist(), shop.item.tolist(), shop.time.tolist(), strict=True)
@@ -151,11 +152,11 @@ def test_every_later_stage_reads_time_tokens(root, capsys):
         evaluate.Config(**common, k=6, depth=20, policies="sft,ppo", n_boot=10, quiet=True)
     )
     shop, where = load(root / "data" / "synthetic"), root / "runs" / "timed"
-    moments, seen = shop.moments("test"), evaluate.seen_rows(shop, "test", "train+valid")
+    moments, seen = shop.moments("test"), ranked.seen_rows(shop, "test", "train+valid")
     for stage in ("sft", "ppo"):
         policy = Policy.load(where / stage)
         assert policy.vocab.times == 4 and len(policy.style.clock) == 3
-        got = evaluate.read_pages(where / "evaluate" / stage / "pages.parquet", shop)
+        got = ranked.read_pages(where / "evaluate" / stage / "pages.parquet", shop)
         then, now = (
             policy.rank(got.user, shop.csr("train"), seen, 6, 20, when=when)
             for when in (moments, None)

@@ -11,10 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagellm import evaluate, metrics, pretrain, sft
+from pagellm import evaluate, pretrain, sft
 from pagellm.data import prepare
 from pagellm.data.shop import Rows, load
-from pagellm.evaluate import (
+from pagellm.pages import metrics, ranked
+from pagellm.pages.ranked import (
+    RankedPages,
+    Scorer,
     audience,
     check_leak,
     check_mask,
@@ -23,7 +26,7 @@ from pagellm.evaluate import (
     seen_rows,
     top_items,
 )
-from pagellm.policy import Policy, RankedPages, Scorer
+from pagellm.policy import Policy
 from pagellm.stage import randomness
 from pagellm.stage.config import PageLLMError
 from tests.strategies import purchases, rows_of, seeds
@@ -204,7 +207,7 @@ def test_a_leak_stops_where_three_times_ease_is_more_than_all():
 
 def test_masked_items_and_missing_users_are_refused(shop):
     users, seen = Scorer(shop, "test").users, seen_rows(shop, "test", "train")
-    good = evaluate.popularity_pages(shop, users, seen, 5, 20)
+    good = ranked.popularity_pages(shop, users, seen, 5, 20)
     check_pages("popularity", good, users, seen)
     with pytest.raises(PageLLMError, match="every one of them must count"):
         check_pages(
@@ -222,12 +225,12 @@ def test_masked_items_and_missing_users_are_refused(shop):
 def test_a_user_without_any_legal_item_still_counts(shop, tmp_path):
     """A file holds no row of such a user; the score is 0, not one user fewer."""
     scorer = Scorer(shop, "test")
-    good = evaluate.popularity_pages(shop, scorer.users, seen_rows(shop, "test", "train"), 5, 20)
+    good = ranked.popularity_pages(shop, scorer.users, seen_rows(shop, "test", "train"), 5, 20)
     good.item[2] = -1
-    evaluate.write_pages(tmp_path / "pages.parquet", good)
-    back = evaluate.read_pages(tmp_path / "pages.parquet", shop)
+    ranked.write_pages(tmp_path / "pages.parquet", good)
+    back = ranked.read_pages(tmp_path / "pages.parquet", shop)
     assert len(back.user) == len(scorer.users) - 1
-    scores = scorer(evaluate.with_users(back, scorer.users), 5)
+    scores = scorer(ranked.with_users(back, scorer.users), 5)
     assert scores["Recall@20"][2] == scores["NDCG@100"][2] == 0 and len(scores["Recall@20"]) == len(
         scorer.users
     )
@@ -253,7 +256,7 @@ def test_masks_take_out_what_they_name(shop):
 def test_the_train_mask_lets_validation_items_compete(shop):
     users = Scorer(shop, "test").users
     lists = {
-        mask: evaluate.popularity_pages(shop, users, seen_rows(shop, "test", mask), 20, 60)
+        mask: ranked.popularity_pages(shop, users, seen_rows(shop, "test", mask), 20, 60)
         for mask in ("train", "train+valid")
     }
     valid = shop.csr("valid", positive=None)

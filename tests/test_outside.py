@@ -9,15 +9,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pagellm import metrics
+from experiments import (
+    outside,  # noqa: E402
+    runfile,  # noqa: E402
+)
 from pagellm.data import prepare
 from pagellm.data.shop import load
-from pagellm.evaluate import seen_rows
-from pagellm.policy import Scorer
+from pagellm.pages import metrics
+from pagellm.pages.ranked import Scorer, seen_rows
+from tests.test_baselines import permuted  # noqa: E402
 
 sparse = pytest.importorskip("scipy.sparse", reason="the dev extra is not installed")
-from experiments import outside, runfile  # noqa: E402
-from tests.test_baselines import permuted  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,9 @@ from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.data import prepare
 from pagellm.data.shop import load
 from pagellm.decode import Unseen, greedy
-from pagellm.policy import Policy, Validation, label_ranks
+from pagellm.pages import ranked, truth
+from pagellm.pages.ranked import label_ranks
+from pagellm.policy import Policy, Validation
 from pagellm.prompts import Prompts
 from pagellm.reward import RewardModel
 from pagellm.stage.config import PageLLMError
@@ -375,7 +377,7 @@ def test_sft_learns_exact_pages_by_heart(root):
     """32 users, one fixed split: the loss falls until decoding returns the ground-truth pages themselves."""
     shop = load(root / "data" / "synthetic")
     policy = Policy.load(root / "runs" / "base" / "sft")
-    maker = sft.PageMaker(shop)
+    maker = truth.PageMaker(shop)
     users = maker.users[:32]
     examples = [maker.example(u, 0.3, np.random.default_rng(int(u)), 6) for u in users]
     batch = sft.collate(policy, users, examples)
@@ -399,7 +401,7 @@ def test_sft_learns_exact_pages_by_heart(root):
 def test_prompt_tokens_do_not_choose_the_targets(root):
     """Label-only loss: another history moves the loss, never which tokens are scored."""
     shop = load(root / "data" / "synthetic")
-    policy, maker = Policy.load(root / "runs" / "base" / "sft"), sft.PageMaker(shop)
+    policy, maker = Policy.load(root / "runs" / "base" / "sft"), truth.PageMaker(shop)
     examples = [maker.example(u, 0.3, np.random.default_rng(0)) for u in maker.users[:3]]
     batch = sft.collate(policy, maker.users[:3], examples)
     other = sft.collate(policy, maker.users[3:6], examples)
@@ -409,7 +411,7 @@ def test_prompt_tokens_do_not_choose_the_targets(root):
 
 def test_labels_never_reach_their_own_prompt(root):
     shop = load(root / "data" / "synthetic")
-    maker = sft.PageMaker(shop)
+    maker = truth.PageMaker(shop)
     train = shop.csr("train")
     for user in maker.users[:20]:
         (items, _), page = maker.example(user, 0.5, np.random.default_rng(int(user)))
@@ -514,7 +516,7 @@ def test_a_large_catalogue_is_ranked_in_smaller_blocks_to_the_same_pages(root, m
     def both():
         return (
             policy.rank(users, history, seen, 6, 20).item,
-            evaluate.popularity_pages(shop, users, seen, 6, 20).item,
+            ranked.popularity_pages(shop, users, seen, 6, 20).item,
         )
 
     whole, batches = both(), []

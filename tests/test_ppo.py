@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from kernels import masked
 from kernels.advantage import gae
 from pagellm.alarms import alarms
-from pagellm.metrics import ndcg
+from pagellm.pages.metrics import ndcg
 from pagellm.ppo import (
     AdaptiveKL,
     Config,

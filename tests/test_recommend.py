@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pagellm import recommend
-from pagellm.evaluate import read_pages
+from pagellm.pages.ranked import read_pages
 from pagellm.recommend import Config, parse_history
 from pagellm.stage import dist
 from pagellm.stage.config import PageLLMError

@@ -12,15 +12,14 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from pagellm.gpt2 import GPT2, Shape
-from pagellm.pairs import Pair, from_table
+from pagellm.pages.pairs import Pair, from_table
+from pagellm.pages.stats import calibration, correlation
 from pagellm.policy import Policy
 from pagellm.reward import (
     Compare,
     Config,
     PairBatch,
     RewardModel,
-    calibration,
-    correlation,
     mean_reward,
     page_loss,
     pair_loss,

@@ -13,8 +13,7 @@ import pytest
 from experiments import baselines, runfile
 from pagellm.data import prepare
 from pagellm.data.shop import load
-from pagellm.evaluate import seen_rows
-from pagellm.policy import Scorer
+from pagellm.pages.ranked import Scorer, seen_rows
 from pagellm.stage.config import PageLLMError
 
 

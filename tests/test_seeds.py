@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiments import baselines, seeds
-from experiments.study import per_user
 from pagellm import evaluate
+from pagellm.pages.tables import per_user
 from pagellm.stage.config import PageLLMError
 
 

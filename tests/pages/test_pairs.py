@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagellm import metrics
 from pagellm.data.shop import SPLITS, Catalogue, Shop
-from pagellm.lists import energy, gain, item_scores, near_duplicates, popularity
-from pagellm.pairs import (
+from pagellm.pages import metrics
+from pagellm.pages.energy import energy, gain, near_duplicates
+from pagellm.pages.pairs import (
     KINDS,
     Stock,
     buyers,
@@ -25,6 +25,7 @@ from pagellm.pairs import (
     redundancy,
     to_table,
 )
+from pagellm.pages.truth import item_scores, popularity
 
 law = settings(deadline=None, max_examples=40)
 TRAIN, VALID, TEST = (SPLITS.index(name) for name in ("train", "valid", "test"))

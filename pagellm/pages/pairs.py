@@ -20,15 +20,10 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from pagellm.data.shop import Catalogue, Shop
-from pagellm.lists import (
-    Near,
-    energy,
-    gain,
-    gains,
+from pagellm.pages.energy import Near, energy, gain, gains, near_duplicates, page_energy
+from pagellm.pages.truth import (
     ground_truth_page,
     item_scores,
-    near_duplicates,
-    page_energy,
     popularity,
     rating_levels,
     split_history,
@@ -39,7 +34,9 @@ __all__ = [
     "Pair",
     "Side",
     "Stock",
+    "buyers",
     "diversity",
+    "draw_side",
     "from_table",
     "make_pairs",
     "preference",
@@ -49,6 +46,7 @@ __all__ = [
     "swapped_redundancy",
     "to_table",
 ]
+
 
 KINDS = ("preference", "ranked", "diversity", "redundancy")
 NEUTRAL = ("exclude", "weak_negative")

@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from experiments.study import difference, effect, write_table
-from pagellm import metrics
+from pagellm.pages import metrics, stats
+from pagellm.pages.stats import difference, effect
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import atomic
 
-__all__ = ["compare", "latex", "markdown", "save", "spread"]
+__all__ = ["compare", "latex", "markdown", "per_user", "save", "spread", "write_table"]
 
 
 ARROW = {"up": "↑", "down": "↓"}
@@ -66,7 +68,7 @@ def compare(
                 mine = [scores[metric] for scores in seeds]
                 if len(seeds) == 1:
                     found = [
-                        metrics.paired(mine[0], first[0], seed, n_boot)[k]
+                        stats.paired(mine[0], first[0], seed, n_boot)[k]
                         for k in ("mean", "low", "high")
                     ]
                 else:
@@ -182,3 +184,14 @@ def save(folder: Path, records: list[dict], heading: str) -> str:
         with atomic(folder / name) as beside:
             beside.write_text(content)
     return text
+
+
+def per_user(path: Path) -> dict[str, np.ndarray]:
+    table = pq.read_table(path)
+    return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
+
+
+def write_table(path: Path, records: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as beside:
+        pq.write_table(pa.Table.from_pylist(records), beside)

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagellm import top
 from pagellm.data.shop import Rows
-from pagellm.evaluate import top_items
+from pagellm.pages import topk
+from pagellm.pages.ranked import top_items
 from pagellm.stage import randomness
 from tests.strategies import seeds
 
@@ -50,10 +50,10 @@ def test_the_largest_are_those_of_a_full_sort(seed, B, N, k, levels, chunk, entr
     rank = np.stack([rng.permutation(N) for _ in range(B)])
     before = score.copy()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(top, "CHUNK", chunk)
-        patch.setattr(top, "ENTRIES", entries)
-        item, value = top.largest(score, k, lambda row, column: rank[row, column])
-        plain, _ = top.largest(score, k)
+        patch.setattr(topk, "CHUNK", chunk)
+        patch.setattr(topk, "ENTRIES", entries)
+        item, value = topk.largest(score, k, lambda row, column: rank[row, column])
+        plain, _ = topk.largest(score, k)
     np.testing.assert_array_equal(item, sorted_whole(score, k, rank))
     np.testing.assert_array_equal(
         plain, sorted_whole(score, k, np.broadcast_to(-np.arange(N), (B, N)))
@@ -68,14 +68,14 @@ def test_the_largest_are_those_of_a_full_sort(seed, B, N, k, levels, chunk, entr
 @pytest.mark.parametrize("k", [1, 7, 100, 101, 6000, 20_000])
 def test_a_wide_table_gives_what_a_stable_sort_gives(k):
     score = torch.randn(70, 12_001, generator=torch.Generator().manual_seed(0))
-    value, item = top.top_k(score, k)
+    value, item = topk.top_k(score, k)
     want = score.sort(dim=1, descending=True, stable=True)
     assert torch.equal(value, want.values[:, :k]) and torch.equal(item, want.indices[:, :k])
 
 
 def test_few_entries_are_looked_at_beyond_those_asked_for():
     score = torch.randn(64, 12_000, generator=torch.Generator().manual_seed(0)).numpy()
-    row, _ = top.contenders(score, 100)
+    row, _ = topk.contenders(score, 100)
     assert 100 <= np.bincount(row).min() and np.bincount(row).max() < 200
 
 
@@ -85,18 +85,18 @@ def test_one_nan_is_refused_wherever_it_stands(at):
     score[1, at] = math.nan
     for k in (1, 40):
         with pytest.raises(ValueError, match="NaN"):
-            top.largest(score, k)
+            topk.largest(score, k)
     assert (
         torch.from_numpy(score)
         .topk(3, dim=1)[0]
         .nan_to_num(7)
-        .equal(top.top_k(torch.from_numpy(score), 3)[0].nan_to_num(7))
+        .equal(topk.top_k(torch.from_numpy(score), 3)[0].nan_to_num(7))
     )
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (2, 3)])
 def test_nothing_to_choose_from(shape):
-    value, item = top.top_k(torch.full(shape, -math.inf), 2)
+    value, item = topk.top_k(torch.full(shape, -math.inf), 2)
     assert item.tolist() == [[0] * min(2, shape[1])] * shape[0] and (value == -math.inf).all()
 
 
@@ -129,7 +129,7 @@ def test_users_lists_are_exact_where_chunks_are_used_and_scores_come_back_unchan
 def test_argmax_is_the_first_of_the_largest(seed, B, N):
     rng = np.random.default_rng(seed)
     score, rank = tables(rng, B, N, 2), np.stack([rng.permutation(N) for _ in range(B)])
-    got, first = top.argmax(score, lambda row, column: rank[row, column]), top.argmax(score)
+    got, first = topk.argmax(score, lambda row, column: rank[row, column]), topk.argmax(score)
     for row in range(B):
         equal = np.flatnonzero(score[row] == score[row].max())
         assert got[row] == equal[rank[row, equal].argmax()] and first[row] == equal[0]

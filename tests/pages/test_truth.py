@@ -8,17 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagellm.data.shop import SPLITS, Catalogue, Shop
-from pagellm.lists import (
+from pagellm.pages.energy import (
     Near,
     cosine_pairs,
     energy,
     feedback,
     gain,
     gains,
-    ground_truth_page,
-    item_scores,
     near_duplicates,
     page_energy,
+)
+from pagellm.pages.truth import (
+    ground_truth_page,
+    item_scores,
     popularity,
     single_level,
     split_history,

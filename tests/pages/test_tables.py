@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiments.study import rows_of
-from experiments.tables import compare, latex, markdown, save, spread
+from pagellm.pages.tables import compare, latex, markdown, save, spread
 from pagellm.stage.config import PageLLMError
 
 rng = np.random.default_rng(0)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pagellm import metrics
-from pagellm.metrics import (
+from pagellm.pages import metrics
+from pagellm.pages.metrics import (
     DIRECTION,
     average_ranks,
     balance,
@@ -20,17 +20,16 @@ from pagellm.metrics import (
     ild,
     ndcg,
     near_duplicate_pairs,
-    paired,
     paper_scale,
     pwkt,
     recall,
     redundancy,
     score_pages,
-    summary,
     unknown_rate,
     was,
     wmrd,
 )
+from pagellm.pages.stats import paired, summary
 
 law = settings(deadline=None, max_examples=80)
 few = settings(deadline=None, max_examples=40)

@@ -12,6 +12,7 @@ from torch import Tensor, from_numpy
 
 __all__ = ["Rank", "argmax", "largest", "tie_key", "top_k"]
 
+
 # (row, column) -> int64, 0 or more, below 2^32, different within a row: of equal entries the higher one goes first
 Rank = Callable[[np.ndarray, np.ndarray], np.ndarray]
 

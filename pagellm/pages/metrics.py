@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 __all__ = [
+    "BLOCK",
     "DIRECTION",
     "Described",
     "average_ranks",
@@ -34,17 +35,16 @@ __all__ = [
     "ndcg",
     "ndcg_bound",
     "near_duplicate_pairs",
-    "paired",
     "paper_scale",
     "pwkt",
     "recall",
     "redundancy",
     "score_pages",
-    "summary",
     "unknown_rate",
     "was",
     "wmrd",
 ]
+
 
 # Which way is better, for every name that score_pages may return ("Recall@5" and the like go up too).
 DIRECTION = {
@@ -848,47 +848,3 @@ def paper_mean(values: np.ndarray, batch: int) -> float:
         if len(values)
         else math.nan
     )
-
-
-def summary(values: np.ndarray, seed: int, n_boot: int = 1000) -> dict[str, float | int | None]:
-    """Mean over users with its 95% percentile bootstrap interval.
-
-    values  (U,) one score a user, NaN where undefined: left out, and told by the coverage
-    returns mean, low, high (None if no user counts), coverage (share of users that count), count (how many)
-    """
-    values = np.asarray(values, dtype=np.float64)
-    kept = values[~np.isnan(values)]
-    if len(kept) == 0:
-        return {"mean": None, "low": None, "high": None, "coverage": 0.0, "count": 0}
-    rng = np.random.Generator(np.random.PCG64(seed))
-    step = max(1, BLOCK // len(kept))
-    means = np.concatenate(
-        [
-            kept[
-                rng.integers(len(kept), size=(min(step, n_boot - at), len(kept)), dtype=np.int32)
-            ].mean(1)
-            for at in range(0, n_boot, step)
-        ]
-    )
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {
-        "mean": float(kept.mean()),
-        "low": float(low),
-        "high": float(high),
-        "coverage": len(kept) / len(values),
-        "count": len(kept),
-    }
-
-
-def paired(
-    a: np.ndarray, b: np.ndarray, seed: int = 0, n_boot: int = 1000
-) -> dict[str, float | int | None]:
-    """Mean of a - b over the users for whom both are defined, with its 95% paired bootstrap interval.
-
-    a, b  (U,) scores of the same users, in the same order; returns as in `summary`
-    Raises ValueError on unequal lengths.
-    """
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"paired: {a.shape} against {b.shape}: want scores of the same users")
-    return summary(a - b, seed, n_boot)

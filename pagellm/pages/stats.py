@@ -1,0 +1,143 @@
+"""Statistics of results: intervals, paired differences, effect sizes, rank correlation."""
+
+import numpy as np
+
+from pagellm.pages.metrics import BLOCK
+
+__all__ = [
+    "calibration",
+    "correlation",
+    "difference",
+    "effect",
+    "paired",
+    "spearman",
+    "summary",
+    "wilson",
+]
+
+
+def summary(values: np.ndarray, seed: int, n_boot: int = 1000) -> dict[str, float | int | None]:
+    """Mean over users with its 95% percentile bootstrap interval.
+
+    values  (U,) one score a user, NaN where undefined: left out, and told by the coverage
+    returns mean, low, high (None if no user counts), coverage (share of users that count), count (how many)
+    """
+    values = np.asarray(values, dtype=np.float64)
+    kept = values[~np.isnan(values)]
+    if len(kept) == 0:
+        return {"mean": None, "low": None, "high": None, "coverage": 0.0, "count": 0}
+    rng = np.random.Generator(np.random.PCG64(seed))
+    step = max(1, BLOCK // len(kept))
+    means = np.concatenate(
+        [
+            kept[
+                rng.integers(len(kept), size=(min(step, n_boot - at), len(kept)), dtype=np.int32)
+            ].mean(1)
+            for at in range(0, n_boot, step)
+        ]
+    )
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {
+        "mean": float(kept.mean()),
+        "low": float(low),
+        "high": float(high),
+        "coverage": len(kept) / len(values),
+        "count": len(kept),
+    }
+
+
+def paired(
+    a: np.ndarray, b: np.ndarray, seed: int = 0, n_boot: int = 1000
+) -> dict[str, float | int | None]:
+    """Mean of a - b over the users for whom both are defined, with its 95% paired bootstrap interval.
+
+    a, b  (U,) scores of the same users, in the same order; returns as in `summary`
+    Raises ValueError on unequal lengths.
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"paired: {a.shape} against {b.shape}: want scores of the same users")
+    return summary(a - b, seed, n_boot)
+
+
+def difference(
+    a: list[np.ndarray], b: list[np.ndarray], draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of a - b over seeds and users with a 95% interval; a, b: one (U,) array a seed, NaN where undefined.
+
+    Two-level bootstrap: seeds are drawn with replacement, then users, the same users in a and b. With one seed it
+    is the plain paired bootstrap over users.
+    """
+    delta = np.stack(a) - np.stack(b)  # (S, U)
+    defined = ~np.isnan(delta)
+    if not defined.any():
+        return (float("nan"),) * 3
+    filled = np.where(defined, delta, 0.0)
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    S, U = delta.shape
+    means = np.empty(draws)
+    for d in range(draws):
+        seeds = np.bincount(rng.integers(S, size=S), minlength=S)
+        users = np.bincount(rng.integers(U, size=U), minlength=U)
+        weight = seeds @ defined
+        means[d] = (seeds @ filled) @ users / max(weight @ users, 1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(filled.sum() / defined.sum()), float(low), float(high)
+
+
+def effect(a: list[np.ndarray], b: list[np.ndarray]) -> float:
+    """Effect size d: mean of a - b over its standard deviation among users; 0 where nothing differs, infinite where
+    all users differ by the same. Arguments as in `difference`."""
+    gap = np.stack(a) - np.stack(b)  # (S, U)
+    known = gap[:, ~np.isnan(gap).all(0)]
+    if not known.size or not np.nanmax(np.abs(known)):
+        return 0.0
+    mean, spread = float(np.nanmean(known)), float(np.std(np.nanmean(known, axis=0)))
+    return mean / spread if spread > 1e-9 * abs(mean) else float(np.copysign(np.inf, mean))
+
+
+def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float, float]:
+    """A share and its 95% Wilson interval. right: how many of n (may be half ones)."""
+    if n == 0:
+        return (float("nan"),) * 3
+    p = right / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return p, min(p, float(middle - half)), max(p, float(middle + half))
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Rank correlation, ties sharing a rank; None where one side does not vary."""
+    ranks = []
+    for x in (a, b):
+        _, inverse, count = np.unique(x, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(count) - (count + 1) / 2)[inverse])
+    if len(a) < 2 or min(r.std() for r in ranks) == 0:
+        return None
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def rank(x: np.ndarray) -> np.ndarray:
+    """Average ranks from 0."""
+    _, inverse, count = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count + 1) / 2)[inverse]
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Spearman's rank correlation; None where one side does not vary."""
+    a, b = rank(a), rank(b)
+    if len(a) < 2 or a.std() == 0 or b.std() == 0:
+        return None
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def calibration(margin: np.ndarray, bins: int = 10) -> float | None:
+    """Expected calibration error of p = sigma(margin): |share right - mean confidence| over bins of confidence."""
+    if len(margin) == 0:
+        return None
+    confidence = 1.0 / (1.0 + np.exp(-np.clip(np.abs(margin), 0, 60)))
+    right = (margin > 0) + 0.5 * (margin == 0)
+    index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    total = np.bincount(index, minlength=bins)
+    gap = np.abs(np.bincount(index, right, bins) - np.bincount(index, confidence, bins))
+    return float(gap[total > 0].sum() / len(margin))
