@@ -24,10 +24,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from experiments.models import GRIDS, PLAIN, Fitted, fit, gram_matrix, grid_of
-from pagellm.als import facts_of
 from pagellm.data.shop import SPLITS, Rows, Shop, load
 from pagellm.evaluate import COLUMNS, table
+from pagellm.model.als import facts_of
+from pagellm.model.plain import GRIDS, PLAIN, Fitted, fit, gram_matrix, grid_of
 from pagellm.pages import stats
 from pagellm.pages.ranked import (
     RankedPages,

@@ -50,17 +50,17 @@ from kernels.bench import machine, milliseconds, peak_megabytes
 from kernels.logprob import linear_logp
 from pagellm.data import amazon, records, text_store
 from pagellm.data.shop import Rows
-from pagellm.decode import Unseen, greedy, page_logp, sample, shared_start, slot_states
-from pagellm.gpt2 import GPT2, SIZES
+from pagellm.model.decode import LegalItems, greedy, page_logp, sample, shared_start, slot_states
+from pagellm.model.gpt2 import GPT2, SIZES
+from pagellm.model.prompts import Example
+from pagellm.model.vocab import Vocab
 from pagellm.pages import metrics
 from pagellm.pages.ranked import rank_all
 from pagellm.pretrain import BUCKETS, next_token_loss
-from pagellm.prompts import Example
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.dist import pick_device
 from pagellm.stage.train import optimiser
-from pagellm.vocab import Vocab
 
 __all__ = ["Case", "Config", "cases", "compare", "measure", "profile", "run"]
 
@@ -369,7 +369,7 @@ def rollout_case(config: Config, name: str, G: int) -> Case:
         return out[:, P:] - words
 
     def ours_greedy() -> torch.Tensor:
-        return greedy(ours, ids, valid, Unseen(excluded, items), K).item
+        return greedy(ours, ids, valid, LegalItems(excluded, items), K).item
 
     group = torch.arange(B, device=device).repeat_interleave(G)
     uniform = torch.rand(B * G, K, dtype=torch.float64, generator=generator).to(device)
@@ -377,7 +377,7 @@ def rollout_case(config: Config, name: str, G: int) -> Case:
     def write() -> torch.Tensor:
         start = shared_start(ours, ids, valid, K, group)
         return sample(
-            ours, ids[group], valid[group], Unseen(excluded[group], items), uniform, start=start
+            ours, ids[group], valid[group], LegalItems(excluded[group], items), uniform, start=start
         ).item
 
     def differ(theirs: torch.Tensor, mine: torch.Tensor) -> float:

@@ -26,9 +26,9 @@ from experiments.findings import (
 )
 from experiments.findings import Missing as NotThere
 from pagellm.evaluate import LABELS
+from pagellm.model.policy import Policy
 from pagellm.pages.stats import difference
 from pagellm.pages.truth import ground_truth_page
-from pagellm.policy import Policy
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check

@@ -27,14 +27,13 @@ import pyarrow.parquet as pq
 
 from experiments import baselines
 from experiments.ablation import overrides
-from experiments.models import PLAIN
 from experiments.runfile import read_run
 from experiments.study import Stages, Variant, run_variant
 from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.data import prepare
 from pagellm.data.filters import group_rank
 from pagellm.data.shop import Shop, load
-from pagellm.pages import ranked
+from pagellm.model.plain import PLAIN
 from pagellm.pages.ranked import Scorer, seen_rows
 from pagellm.pages.stats import difference, effect
 from pagellm.pages.tables import per_user, write_table

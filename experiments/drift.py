@@ -35,6 +35,7 @@ from pagellm import pretrain, sft
 from pagellm.data import prepare
 from pagellm.data.filters import split_by_time
 from pagellm.data.shop import Shop, load
+from pagellm.model.policy import Policy
 from pagellm.pages.ranked import (
     RankedPages,
     Scorer,
@@ -45,7 +46,6 @@ from pagellm.pages.ranked import (
 )
 from pagellm.pages.stats import difference
 from pagellm.pages.tables import compare, markdown, write_table
-from pagellm.policy import Policy
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import Options, PageLLMError, check

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pagellm.gpt2 import GPT2, SIZES, Shape
-from pagellm.sft import Batch, sft_loss
+from pagellm.model.gpt2 import GPT2, SIZES, Shape
+from pagellm.model.page_loss import Batch, sft_loss
 from pagellm.stage.command import main
 from pagellm.stage.config import check, check_numbers
 from pagellm.stage.train import optimiser

@@ -18,13 +18,14 @@ import torch
 
 from pagellm.data.shop import Shop, load, source
 from pagellm.evaluate import LABELS
+from pagellm.model.policy import Policy
+from pagellm.model.prompts import pad_ids
+from pagellm.model.reward_model import RewardModel
 from pagellm.pages import stats
 from pagellm.pages.pairs import KINDS, Pair, from_table
 from pagellm.pages.ranked import RankedPages, Scorer, read_pages, with_users
-from pagellm.policy import Policy
-from pagellm.prompts import pad_ids
 from pagellm.recommender import Ask, Recommender, Sources
-from pagellm.reward import RewardModel, is_held_out, score_pairs
+from pagellm.reward import is_held_out, score_pairs
 from pagellm.stage import randomness
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import read_json

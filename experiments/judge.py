@@ -34,11 +34,11 @@ import pyarrow.parquet as pq
 import torch
 
 from pagellm.data.shop import Shop, load
+from pagellm.model.policy import Policy
+from pagellm.model.reward_model import RewardModel
 from pagellm.pages import metrics
 from pagellm.pages.energy import near_duplicates
 from pagellm.pages.ranked import read_pages
-from pagellm.policy import Policy
-from pagellm.reward import RewardModel
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check

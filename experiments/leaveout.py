@@ -27,13 +27,14 @@ from experiments.ablation import overrides
 from pagellm import pretrain, reward, sft
 from pagellm.data import prepare
 from pagellm.data.shop import Shop, load
-from pagellm.decode import Unseen, sample
+from pagellm.model.decode import LegalItems, sample
+from pagellm.model.policy import Policy
+from pagellm.model.reward_model import RewardModel, mean_reward
 from pagellm.pages.pairs import KINDS, from_table
 from pagellm.pages.ranked import RankedPages, Scorer
 from pagellm.pages.stats import difference, spearman
 from pagellm.pages.tables import compare, markdown, write_table
-from pagellm.policy import Policy
-from pagellm.reward import RewardModel, is_held_out, mean_reward, score_pairs
+from pagellm.reward import is_held_out, score_pairs
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import Options, PageLLMError, check, check_numbers
@@ -210,7 +211,7 @@ def against_truth(
                 policy.model,
                 prompt,
                 valid,
-                Unseen(torch.from_numpy(seen.padded(some)), shop.n_items),
+                LegalItems(torch.from_numpy(seen.padded(some)), shop.n_items),
                 torch.from_numpy(uniform),
                 config.temperature,
             )

@@ -21,9 +21,9 @@ import torch
 
 from experiments.study import Stages, Variant, rows_of, run_variant
 from pagellm import evaluate
-from pagellm.gpt2 import GPT2, SIZES
+from pagellm.model.gpt2 import GPT2, SIZES
+from pagellm.model.page_loss import Batch, sft_loss
 from pagellm.pages.tables import per_user, spread, write_table
-from pagellm.sft import Batch, sft_loss
 from pagellm.stage import dist
 from pagellm.stage.command import main
 from pagellm.stage.config import check, check_numbers

@@ -25,15 +25,15 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.models import fit
 from pagellm.data.shop import Shop, load
 from pagellm.features import pair_features
+from pagellm.model.plain import fit
+from pagellm.model.policy import MODES, Policy
+from pagellm.model.reward_model import RewardModel
 from pagellm.pages.ranked import RankedPages, Scorer, check_pages, rank_all, seen_rows
 from pagellm.pages.stats import difference
 from pagellm.pages.tables import compare, markdown, save
 from pagellm.pages.truth import item_scores, popularity
-from pagellm.policy import MODES, Policy
-from pagellm.reward import RewardModel
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check

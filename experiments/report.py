@@ -34,9 +34,9 @@ from experiments.findings import (
 )
 from experiments.plots import available, clean, dots, lines
 from pagellm.evaluate import COLUMNS, LABELS
+from pagellm.model.policy import Policy
 from pagellm.pages import metrics, stats
 from pagellm.pages.stats import spearman, wilson
-from pagellm.policy import Policy
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check

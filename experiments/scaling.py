@@ -33,7 +33,7 @@ import torch
 
 from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.data import prepare
-from pagellm.gpt2 import SIZES
+from pagellm.model.gpt2 import SIZES
 from pagellm.pages import pairs
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check, check_numbers

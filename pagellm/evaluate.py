@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pagellm.data.shop import Shop, load
+from pagellm.model.policy import MODES, Policy
 from pagellm.pages import metrics, stats
 from pagellm.pages.ranked import (
     RankedPages,
@@ -35,7 +36,6 @@ from pagellm.pages.ranked import (
     with_users,
     write_pages,
 )
-from pagellm.policy import MODES, Policy
 from pagellm.stage import dist, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check

@@ -24,13 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from pagellm.backbone import KVCache
 from pagellm.data.shop import Rows
-from pagellm.decode import item_tokens
-from pagellm.policy import MODES, Policy
-from pagellm.prompts import pad_ids
+from pagellm.model.backbone import KVCache
+from pagellm.model.decode import item_tokens
+from pagellm.model.policy import MODES, Policy
+from pagellm.model.prompts import pad_ids
+from pagellm.model.reward_model import RewardModel, mean_reward
 from pagellm.recommender import POLICIES, Recommender, Sources
-from pagellm.reward import RewardModel, mean_reward
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic

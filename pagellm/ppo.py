@@ -32,15 +32,23 @@ from tqdm import tqdm
 from kernels import masked
 from kernels.advantage import gae
 from pagellm.alarms import alarms
-from pagellm.backbone import Backbone
 from pagellm.data.shop import Shop, load
-from pagellm.decode import Unseen, page_logp, sample, shared_start, slot_states, trimmed
-from pagellm.networks import from_state
+from pagellm.model.backbone import Backbone
+from pagellm.model.critic import Critic
+from pagellm.model.decode import (
+    LegalItems,
+    page_logp,
+    sample,
+    shared_start,
+    slot_states,
+    trim_padding,
+)
+from pagellm.model.networks import from_state
+from pagellm.model.page_loss import Batch, collate, sft_loss
+from pagellm.model.policy import MODES, Policy, Validation
+from pagellm.model.reward_model import RewardModel
 from pagellm.pages import metrics
 from pagellm.pages.truth import PageMaker
-from pagellm.policy import MODES, Policy, Validation
-from pagellm.reward import RewardModel
-from pagellm.sft import Batch, collate, sft_loss
 from pagellm.stage import dist, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
@@ -59,7 +67,6 @@ from pagellm.stage.train import (
 __all__ = [
     "AdaptiveKL",
     "Config",
-    "Critic",
     "Rollout",
     "RunningMoments",
     "advantages",
@@ -356,24 +363,6 @@ def normalise_reward(
     )
 
 
-class Critic(nn.Module):
-    """V_t, the reward still to come before slot t is drawn. Its own trunk (the reward model's), head at zero."""
-
-    def __init__(self, trunk: Backbone):
-        super().__init__()
-        self.trunk = trunk
-        self.head = nn.Linear(trunk.shape.n_embd, 1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(
-        self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor, start: tuple | None = None
-    ) -> Tensor:
-        """(B, K) float32, 0 off the mask. start as in decode.slot_states."""
-        before = slot_states(self.trunk, prompt, valid, item, mask, start)[:, :-1].float()
-        return torch.where(mask, self.head(before)[..., 0], 0.0)
-
-
 @dataclass
 class Rollout:
     """Pages of one step and all that was known of them before the first update. (B, K) unless said otherwise."""
@@ -459,13 +448,13 @@ def roll_out(
     mine, busy = dist.shard(np.arange(len(prompt)))
     for index in np.split(mine, range(config.micro, len(mine), config.micro)):
         rows = torch.from_numpy(index).to(prompt.device)
-        (p, v), x = trimmed(prompt[rows], valid[rows]), excluded[rows]
+        (p, v), x = trim_padding(prompt[rows], valid[rows]), excluded[rows]
         start = partial(share_prompts, p, v, config.k, index // config.samples)
         pages = sample(
             policy.model,
             p,
             v,
-            Unseen(x, policy.model.n_items),
+            LegalItems(x, policy.model.n_items),
             uniform[rows],
             config.temperature,
             start(policy.model),

@@ -9,13 +9,10 @@ About a minute for the synthetic shop on two CPU cores.
 """
 
 import math
-import shutil
 import sys
-from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,17 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.logprob import linear_logp
-from pagellm import gpt2, lora, networks
-from pagellm.als import als, facts_of, with_facts
-from pagellm.backbone import Backbone
-from pagellm.data.shop import Catalogue, Shop, load, source
-from pagellm.networks import SIZES, load_published, to_state
-from pagellm.prompts import Example, Prompts, right_pad
-from pagellm.sampled import Candidates, Proposal, sampled_logp
+from pagellm.data.shop import Shop, load, source
+from pagellm.model import gpt2, lora, networks
+from pagellm.model.backbone import Backbone
+from pagellm.model.corpus import KINDS, Corpus, Tokens, texts
+from pagellm.model.networks import SIZES, load_published, to_state
+from pagellm.model.prompts import Example, Prompts, right_pad
+from pagellm.model.rows import als_rows, spectral_rows
+from pagellm.model.sampled_softmax import Candidates, Proposal, sampled_logp
+from pagellm.model.vocab import Vocab
 from pagellm.stage import dist, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
-from pagellm.stage.files import atomic
 from pagellm.stage.randomness import seed_torch
 from pagellm.stage.run import Run, TrainingConfig, file_id
 from pagellm.stage.train import (
@@ -48,12 +46,9 @@ from pagellm.stage.train import (
     set_lr,
     shared_means,
 )
-from pagellm.vocab import Vocab
 
-__all__ = ["BUCKETS", "Config", "Corpus", "RatingHead", "next_token_loss", "run", "spectral_rows"]
+__all__ = ["BUCKETS", "Config", "RatingHead", "next_token_loss", "run"]
 
-
-KINDS = ("contents", "first_order", "second_order", "interaction")
 BUCKETS = 4  # parts in which a batch is read: of 2.2 padded tokens a token, 1.25 remain
 
 
@@ -141,130 +136,6 @@ class Config(TrainingConfig):
         lora.parse_targets(self.lora_targets, networks.trunk_of(SIZES[self.size]).TARGETS)
 
 
-def facts(c: Catalogue) -> Iterator[tuple[int, str, str]]:
-    """(item, field, text) of all that the catalogue says."""
-    for item in range(len(c)):
-        for field, text in (
-            ("title", c.title[item]),
-            ("brand", c.brand[item]),
-            ("category", ", ".join(c.categories[item])),
-            ("description", c.description[item]),
-        ):
-            if text:
-                yield item, field, text
-
-
-def opinions(shop: Shop) -> Iterator[tuple[int, int, str]]:
-    """(user, item, review) of the train rows that have one."""
-    return ((user, item, text) for user, item, text in zip(*shop.reviews(), strict=True) if text)
-
-
-def texts(shop: Shop) -> Iterator[str]:
-    """Everything the words are learnt from."""
-    yield from (text for _, _, text in facts(shop.catalogue))
-    yield from (text for _, _, text in opinions(shop))
-    yield from (
-        f" {word}:" for word in ("title", "brand", "category", "description", "history", "rating")
-    )
-
-
-class Tokens:
-    """Many texts as token ids in two files, which are mapped and not read: `ids` one after another, `start` of each."""
-
-    def __init__(self, path: Path):
-        self.ids, self.start = (
-            np.load(path / f"{name}.npy", mmap_mode="r") for name in ("ids", "start")
-        )
-
-    def __getitem__(self, index: int) -> list[int]:
-        return self.ids[self.start[index] : self.start[index + 1]].tolist()
-
-    @staticmethod
-    def write(path: Path, rows: Iterable[list[int]]) -> None:
-        """`start` comes last: where it is, both are whole."""
-        ids, start = array("i"), array("q", [0])
-        for row in rows:
-            ids.extend(row)
-            start.append(len(ids))
-        ids.append(0)  # an empty file cannot be mapped
-        path.mkdir(parents=True, exist_ok=True)
-        for name, values, kind in (("ids", ids, np.int32), ("start", start, np.int64)):
-            with atomic(path / f"{name}.npy") as beside, open(beside, "wb") as file:
-                # not np.save: on a full disk its error has no number
-                table = np.frombuffer(values, kind)
-                np.lib.format.write_array_header_1_0(
-                    file, np.lib.format.header_data_from_array_1_0(table)
-                )
-                file.write(table.data)
-
-    @staticmethod
-    def remove(path: Path) -> None:
-        (path / "start.npy").unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
-
-
-class Corpus:
-    """The four kinds of prompt over one shop; `draw` makes one example from (kind, generator).
-
-    path   directory for the texts' tokens, read from there ever after; the main process fills it once
-    """
-
-    def __init__(self, shop: Shop, prompts: Prompts, ordered: bool, path: Path):
-        self.shop, self.prompts, self.ordered = shop, prompts, ordered
-        c = shop.catalogue
-        said, heard = list(facts(c)), list(opinions(shop))
-        if dist.is_main() and not (path / "start.npy").exists():
-            Tokens.write(
-                path, (prompts.tokens(text)[: prompts.room] for _, _, text in (*said, *heard))
-            )
-        dist.barrier()
-        self.tokens = Tokens(path)
-        self.facts = [(item, field) for item, field, _ in said]
-        self.opinions = np.array([(user, item) for user, item, _ in heard], np.int64).reshape(-1, 2)
-        groups: dict[tuple[str, str], list[int]] = {}
-        for item in range(len(c)):
-            for field, names in (("category", c.categories[item]), ("brand", (c.brand[item],))):
-                for name in names:
-                    if name:
-                        groups.setdefault((field, name), []).append(item)
-        self.groups = [
-            (field, name, np.array(items))
-            for (field, name), items in groups.items()
-            if len(items) > 1
-        ]
-        self.train = shop.csr("train")
-        self.choosers = np.flatnonzero(self.train.counts() > 1)
-        self.sizes = {
-            "contents": len(self.facts),
-            "first_order": len(self.opinions),
-            "second_order": len(self.groups),
-            "interaction": len(self.choosers),
-        }
-
-    def draw(self, kind: str, rng: np.random.Generator) -> Example:
-        index = int(rng.integers(self.sizes[kind]))
-        if kind == "contents":
-            return self.prompts.contents(*self.facts[index], self.tokens[index])
-        if kind == "first_order":
-            return self.prompts.first_order(
-                *self.opinions[index].tolist(), self.tokens[len(self.facts) + index]
-            )
-        if kind == "second_order":
-            field, name, items = self.groups[index]
-            chunk = rng.permutation(items)[:32].tolist()
-            backwards = rng.random() < 0.5
-            return (
-                self.prompts.second_order_reverse(field, name, chunk[:8])
-                if backwards
-                else self.prompts.second_order(field, name, chunk)
-            )
-        user = int(self.choosers[index])
-        items, _ = self.train.of(user)
-        return self.prompts.interaction(
-            user, (items if self.ordered else rng.permutation(items)).tolist()
-        )
-
-
 class RatingHead(nn.Module):
     """Eq. 2: r = 1 + 4 sigmoid(w.h + b), h at the last token of the rating prompt. In stars."""
 
@@ -315,67 +186,6 @@ def next_token_loss(
             logp = linear_logp(hidden, rows, wanted)
         total = total - logp.sum()
     return total / max(len(target), 1)
-
-
-def spectral_rows(shop: Shop, n_embd: int, seed: int, facts: float = 0.5) -> tuple[Tensor, Tensor]:
-    """User and item rows from a truncated SVD of what the train rows and the catalogue link items to.
-
-    Not in the paper. One sparse matrix: a row for every user, category and brand, a column for every item, each
-    entry / sqrt(row count * column count), categories and brands times `facts`. Structure that second-order prompts
-    would have to teach is there from the start. Scaled to GPT-2's 0.02; columns past the rank stay random.
-
-    returns (U, n_embd), (N, n_embd) float32
-    """
-    c, train = shop.catalogue, shop.csr("train")
-    leaf, brand = np.flatnonzero(c.leaf_id >= 0), np.flatnonzero(c.brand_id >= 0)
-    links = [
-        (np.repeat(np.arange(shop.n_users), train.counts()), train.items, 1.0),
-        (c.leaf_id[leaf], leaf, facts),
-        (c.brand_id[brand], brand, facts),
-    ]
-    rows, columns, values, first = [], [], [], 0
-    for row, item, weight in links:
-        n = int(row.max(initial=-1)) + 1 if rows else shop.n_users
-        degree = (
-            np.maximum(np.bincount(row, minlength=n), 1)[row]
-            * np.maximum(np.bincount(item), 1)[item]
-        )
-        rows.append(row + first)
-        columns.append(item)
-        values.append(weight / np.sqrt(degree))
-        first += n
-    matrix = torch.sparse_coo_tensor(
-        np.stack([np.concatenate(rows), np.concatenate(columns)]),
-        torch.from_numpy(np.concatenate(values)).float(),
-        (first, shop.n_items),
-        check_invariants=True,
-    ).coalesce()
-    rank = min(n_embd, *matrix.shape)
-    seed_torch(seed, "pretrain", "rows")
-    u, s, v = torch.svd_lowrank(matrix, q=min(rank + 8, *matrix.shape), niter=4)
-    users, items = torch.randn(shop.n_users, n_embd), torch.randn(shop.n_items, n_embd)
-    for table, factor in ((users, u[: shop.n_users]), (items, v)):
-        scaled = factor[:, :rank] * s[:rank].sqrt()
-        table[:, :rank] = scaled / scaled.std().clamp(min=1e-12)
-    return users * 0.02, items * 0.02
-
-
-def als_rows(shop: Shop, n_embd: int, config: Config) -> tuple[Tensor, Tensor]:
-    """User and item rows from implicit ALS (als.py) over the train rows and what the catalogue says.
-
-    Not in the paper. With `facts` every category, brand and title word counts as one more user (als.facts_of): an
-    item's row then also says what it is, and an item nobody bought has a row.
-
-    returns (U, n_embd), (N, n_embd) float32, items with standard deviation row_scale; columns past the rank are 0
-    """
-    rows = shop.csr("train")
-    rows = with_facts(rows, facts_of(shop.catalogue)) if config.facts > 0 else rows
-    rank = min(n_embd, shop.n_items, len(rows.counts()))
-    X, Y = als(
-        rows, len(rows.counts()), shop.n_items, rank, config.alpha0, config.reg, 1.0, config.seed
-    )
-    scale = config.row_scale / Y.std().clamp(min=1e-12)
-    return tuple(F.pad(factors * scale, (0, n_embd - rank)) for factors in (X[: shop.n_users], Y))
 
 
 def rating_rows(shop: Shop, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -458,7 +268,15 @@ def build(config: Config, shop: Shop) -> tuple[Backbone, RatingHead, Vocab]:
     head = RatingHead(model.shape.n_embd)
     if config.rows != "random":
         users, items = (
-            als_rows(shop, model.shape.n_embd, config)
+            als_rows(
+                shop,
+                model.shape.n_embd,
+                config.seed,
+                config.facts > 0,
+                config.alpha0,
+                config.reg,
+                config.row_scale,
+            )
             if config.rows == "als"
             else spectral_rows(shop, model.shape.n_embd, config.seed, config.facts)
         )

@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from pagellm.decode import ranking
-from pagellm.policy import MODES
+from pagellm.model.decode import ranking
+from pagellm.model.policy import MODES
 from pagellm.recommender import POLICIES, Ask, Cache, Filters, Recommender, Sources
 from pagellm.stage import dist
 from pagellm.stage.command import main

@@ -19,16 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagellm import lora
-from pagellm.backbone import KVCache
 from pagellm.data.shop import Rows, Shop, load, source
-from pagellm.decode import Pages, Unseen, beam, greedy, one_shot
+from pagellm.model import lora
+from pagellm.model.backbone import KVCache
+from pagellm.model.decode import LegalItems, Pages, beam, greedy, one_shot
+from pagellm.model.policy import Policy
+from pagellm.model.prompts import left_pad, pad_ids
+from pagellm.model.reward_model import RewardModel
 from pagellm.pages import metrics
 from pagellm.pages.energy import gain, near_duplicates, page_energy
 from pagellm.pages.truth import item_scores
-from pagellm.policy import Policy
-from pagellm.prompts import left_pad, pad_ids
-from pagellm.reward import RewardModel
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.dist import pick_device
 from pagellm.stage.run import StageConfig, file_id, finished
@@ -404,7 +404,7 @@ class Recommender:
             allowed = torch.stack([every if c.allowed is None else c.allowed for c in cases]).to(
                 ids.device
             )
-        constraint = Unseen(excluded.to(ids.device), p.model.n_items, allowed)
+        constraint = LegalItems(excluded.to(ids.device), p.model.n_items, allowed)
         legal = constraint.legal.clone()
         if mode == "beam":
             pages = beam(p.model, ids, valid, constraint, k, self.width, start)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from experiments import baselines
 from experiments.baselines import climb, read_rows, run
-from experiments.models import GRIDS, PLAIN, Fitted, fit
 from pagellm.data import prepare
 from pagellm.data.shop import load
+from pagellm.model.plain import GRIDS, PLAIN, Fitted, fit
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.run import file_id
 

@@ -6,7 +6,7 @@ import pytest
 from experiments import crossdomain
 from experiments.crossdomain import cut, halves, moved, predict_rows, ridge, words_of
 from pagellm.data.shop import load
-from pagellm.policy import Policy
+from pagellm.model.policy import Policy
 from pagellm.stage.config import PageLLMError
 
 

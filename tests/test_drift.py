@@ -12,12 +12,12 @@ from experiments import drift
 from pagellm import evaluate, export, ppo, pretrain, recommend, reward, sft
 from pagellm.data import prepare
 from pagellm.data.shop import load
+from pagellm.model.policy import Policy, PromptStyle
+from pagellm.model.prompts import Prompts
+from pagellm.model.vocab import SPECIALS, Vocab
 from pagellm.pages import ranked, truth
-from pagellm.policy import Policy, PromptStyle
-from pagellm.prompts import Prompts
 from pagellm.stage import randomness
 from pagellm.stage.config import PageLLMError
-from pagellm.vocab import SPECIALS, Vocab
 
 NANO = {"size": "nano", "steps": 4, "batch": 8, "rating_batch": 8, "words": 300}
 SMALL = {"epochs": 1, "batch": 16, "max_history": 8, "k": 6}

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pagellm import evaluate, pretrain, sft
 from pagellm.data import prepare
 from pagellm.data.shop import Rows, load
+from pagellm.model.policy import Policy
 from pagellm.pages import metrics, ranked
 from pagellm.pages.ranked import (
     RankedPages,
@@ -26,7 +27,6 @@ from pagellm.pages.ranked import (
     seen_rows,
     top_items,
 )
-from pagellm.policy import Policy
 from pagellm.stage import randomness
 from pagellm.stage.config import PageLLMError
 from tests.strategies import purchases, rows_of, seeds

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pagellm import export
 from pagellm.data.shop import load
 from pagellm.embeddings import NAMES, Embeddings, dequantise, quantise
-from pagellm.policy import Policy
+from pagellm.model.policy import Policy
 from pagellm.stage.config import PageLLMError
 
 

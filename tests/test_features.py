@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pagellm import features
-from pagellm.reward import mean_reward
+from pagellm.model.reward_model import mean_reward
 from pagellm.stage.config import PageLLMError
 
 

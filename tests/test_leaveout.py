@@ -9,7 +9,7 @@ import pytest
 from experiments.leaveout import LEFT, TAUGHT, Config, right_by_user, run, truth_records
 from pagellm import reward
 from pagellm.data.shop import load
-from pagellm.policy import Policy
+from pagellm.model.policy import Policy
 from pagellm.stage.config import PageLLMError
 
 SMALL = {

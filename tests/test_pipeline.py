@@ -14,14 +14,15 @@ from experiments import ablation
 from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.data import prepare
 from pagellm.data.shop import load
-from pagellm.decode import Unseen, greedy
+from pagellm.model import corpus, page_loss
+from pagellm.model.decode import LegalItems, greedy
+from pagellm.model.policy import Policy, Validation
+from pagellm.model.prompts import Prompts
+from pagellm.model.reward_model import RewardModel
+from pagellm.model.vocab import Vocab
 from pagellm.pages import ranked, truth
 from pagellm.pages.ranked import label_ranks
-from pagellm.policy import Policy, Validation
-from pagellm.prompts import Prompts
-from pagellm.reward import RewardModel
 from pagellm.stage.config import PageLLMError
-from pagellm.vocab import Vocab
 
 SMALL = {
     "pretrain": {
@@ -169,7 +170,7 @@ def test_one_page_served_from_memory(root):
     policy = Policy.load(root / "runs" / "base" / "ppo")
     prompt, valid = policy.prompt([None], [(np.array([3, 5]), np.array([5.0, np.nan]))])
     pages = greedy(
-        policy.model, prompt, valid, Unseen(torch.tensor([[3, 5]]), policy.model.n_items), 6
+        policy.model, prompt, valid, LegalItems(torch.tensor([[3, 5]]), policy.model.n_items), 6
     )
     assert pages.mask.all() and len(set(pages.item[0].tolist()) | {3, 5}) == 8
     judge = RewardModel.load(root / "runs" / "base" / "reward")
@@ -339,7 +340,7 @@ def test_hits_and_sfts_loss_keep_to_what_a_page_may_hold(root, monkeypatch):
         )[0]
         for c in (0.0, 3.0)
     )
-    nats = sft.sft_loss(model, r.sft, "both") * r.sft.mask.sum()
+    nats = page_loss.sft_loss(model, r.sft, "both") * r.sft.mask.sum()
     assert nats > 0 and (more - plain).item() == pytest.approx(
         3.0 * nats.item() / r.mask.sum().item(), rel=1e-4
     )
@@ -380,10 +381,10 @@ def test_sft_learns_exact_pages_by_heart(root):
     maker = truth.PageMaker(shop)
     users = maker.users[:32]
     examples = [maker.example(u, 0.3, np.random.default_rng(int(u)), 6) for u in users]
-    batch = sft.collate(policy, users, examples)
+    batch = page_loss.collate(policy, users, examples)
     opt = torch.optim.Adam(policy.model.parameters(), lr=3e-3)
     for _ in range(300):
-        loss = sft.sft_loss(policy.model, batch)
+        loss = page_loss.sft_loss(policy.model, batch)
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -391,7 +392,7 @@ def test_sft_learns_exact_pages_by_heart(root):
         policy.model,
         batch.prompt,
         batch.valid,
-        Unseen(batch.excluded, shop.n_items),
+        LegalItems(batch.excluded, shop.n_items),
         batch.item.shape[1],
     )
     assert loss < 0.1
@@ -403,10 +404,10 @@ def test_prompt_tokens_do_not_choose_the_targets(root):
     shop = load(root / "data" / "synthetic")
     policy, maker = Policy.load(root / "runs" / "base" / "sft"), truth.PageMaker(shop)
     examples = [maker.example(u, 0.3, np.random.default_rng(0)) for u in maker.users[:3]]
-    batch = sft.collate(policy, maker.users[:3], examples)
-    other = sft.collate(policy, maker.users[3:6], examples)
+    batch = page_loss.collate(policy, maker.users[:3], examples)
+    other = page_loss.collate(policy, maker.users[3:6], examples)
     assert torch.equal(batch.item, other.item) and torch.equal(batch.mask, other.mask)
-    assert sft.sft_loss(policy.model, batch) != sft.sft_loss(policy.model, other)
+    assert page_loss.sft_loss(policy.model, batch) != page_loss.sft_loss(policy.model, other)
 
 
 def test_labels_never_reach_their_own_prompt(root):
@@ -568,34 +569,32 @@ def test_texts_are_read_from_their_tokens_on_disk(root, tmp_path):
     shop = load(root / "data" / "synthetic")
     vocab = Vocab.load(root / "runs" / "base" / "pretrain")
     prompts = Prompts(vocab, 64)
-    corpus = pretrain.Corpus(shop, prompts, False, tmp_path / "tokens")
+    made = corpus.Corpus(shop, prompts, False, tmp_path / "tokens")
     said = [
         (kind, row)
         for kind, rows in (
-            ("contents", pretrain.facts(shop.catalogue)),
-            ("first_order", pretrain.opinions(shop)),
+            ("contents", corpus.facts(shop.catalogue)),
+            ("first_order", corpus.opinions(shop)),
         )
         for row in rows
     ]
-    assert (
-        len(said) == len(corpus.facts) + len(corpus.opinions) == len(corpus.tokens.start) - 1 > 100
-    )
+    assert len(said) == len(corpus.facts) + len(corpus.opinions) == len(made.tokens.start) - 1 > 100
     for i, (kind, row) in enumerate(said):
         got = (
-            prompts.contents(*corpus.facts[i], corpus.tokens[i])
+            prompts.contents(*corpus.facts[i], made.tokens[i])
             if kind == "contents"
             else prompts.first_order(
-                *corpus.opinions[i - len(corpus.facts)].tolist(), corpus.tokens[i]
+                *corpus.opinions[i - len(corpus.facts)].tolist(), made.tokens[i]
             )
         )
         assert got == getattr(prompts, kind)(*row)
-    assert isinstance(corpus.tokens.ids, np.memmap)
+    assert isinstance(made.tokens.ids, np.memmap)
     before = (tmp_path / "tokens" / "ids.npy").stat().st_mtime_ns
-    pretrain.Corpus(shop, prompts, False, tmp_path / "tokens")
+    corpus.Corpus(shop, prompts, False, tmp_path / "tokens")
     assert (tmp_path / "tokens" / "ids.npy").stat().st_mtime_ns == before
     assert not (root / "runs" / "base" / "pretrain" / "tokens").exists()
-    pretrain.Tokens.write(tmp_path / "none", [])
-    assert len(pretrain.Tokens(tmp_path / "none").start) == 1
+    made.Tokens.write(tmp_path / "none", [])
+    assert len(made.Tokens(tmp_path / "none").start) == 1
 
 
 def test_half_an_epoch_of_sft_is_half_its_steps(served, tmp_path):

@@ -9,8 +9,8 @@ import torch
 from experiments import precision
 from pagellm import ppo, pretrain, reward, sft
 from pagellm.data import prepare
-from pagellm.decode import Unseen, greedy, page_logp, slot_states
-from pagellm.gpt2 import GPT2, Shape
+from pagellm.model.decode import LegalItems, greedy, page_logp, slot_states
+from pagellm.model.gpt2 import GPT2, Shape
 from pagellm.stage import dist
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.run import Run, TrainingConfig
@@ -78,7 +78,7 @@ def test_only_the_trunk_is_rounded():
     two.bf16 = True
     prompt = torch.randint(0, 34, (4, 6), generator=torch.Generator().manual_seed(1))
     valid, none = torch.ones_like(prompt, dtype=torch.bool), torch.full((4, 1), -1)
-    pages = [greedy(m, prompt, valid, Unseen(none, 20), 5) for m in (one, two)]
+    pages = [greedy(m, prompt, valid, LegalItems(none, 20), 5) for m in (one, two)]
     assert torch.equal(pages[0].item, pages[1].item) and torch.equal(pages[0].logp, pages[1].logp)
     states = [slot_states(m, prompt, valid, pages[0].item, pages[0].mask) for m in (one, two)]
     assert states[1].dtype == torch.float32 and not torch.equal(*states)

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from pagellm.gpt2 import GPT2, Shape
+from pagellm.model.gpt2 import GPT2, Shape
+from pagellm.model.prompts import Example
 from pagellm.pretrain import next_token_loss
-from pagellm.prompts import Example
 
 WORDS, SPECIALS, USERS, ITEMS = 9, 3, 4, 6
 PAD = WORDS

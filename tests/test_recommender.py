@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagellm import recommender
-from pagellm.policy import MODES
+from pagellm.model.policy import MODES
 from pagellm.recommender import Ask, Cache, Filters, Recommender, Sources
 from pagellm.stage.config import PageLLMError
 

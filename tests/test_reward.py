@@ -11,16 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from pagellm.gpt2 import GPT2, Shape
+from pagellm.model.gpt2 import GPT2, Shape
+from pagellm.model.policy import Policy
+from pagellm.model.reward_model import Compare, RewardModel, mean_reward
 from pagellm.pages.pairs import Pair, from_table
 from pagellm.pages.stats import calibration, correlation
-from pagellm.policy import Policy
 from pagellm.reward import (
-    Compare,
     Config,
     PairBatch,
-    RewardModel,
-    mean_reward,
     page_loss,
     pair_loss,
     score_pairs,

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pagellm import decode, ppo, pretrain, reward, sft
+from pagellm import ppo, pretrain, reward, sft
 from pagellm.data import prepare
-from pagellm.gpt2 import GPT2, Shape
+from pagellm.model import decode
+from pagellm.model.gpt2 import GPT2, Shape
 from pagellm.stage import dist, train
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.train import GuardedStep, optimiser, prefetch

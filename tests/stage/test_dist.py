@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from pagellm import sft
 from pagellm.data import prepare
-from pagellm.networks import build, save_published
+from pagellm.model.networks import build, save_published
 from pagellm.stage import dist
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.train import shared_means

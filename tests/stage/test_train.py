@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagellm.gpt2 import GPT2, Shape
+from pagellm.model.gpt2 import GPT2, Shape
 from pagellm.stage import randomness
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.dist import pick_device

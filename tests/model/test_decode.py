@@ -8,20 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from pagellm.decode import (
-    Unseen,
+from pagellm.model.decode import (
+    LegalItems,
     beam,
-    drawn,
     greedy,
+    inverse_cdf,
     one_shot,
     page_logp,
     ranking,
     sample,
     shared_start,
     slot_states,
-    trimmed,
+    trim_padding,
 )
-from pagellm.gpt2 import GPT2, Shape
+from pagellm.model.gpt2 import GPT2, Shape
 from tests.strategies import seeds
 
 N, WORDS, USERS = 7, 5, 2
@@ -61,10 +61,10 @@ def modes(ids, valid, excluded, k, seed=0):
     uniform = torch.rand(
         len(ids), k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
-    yield "greedy", greedy(MODEL, ids, valid, Unseen(excluded, N), k)
-    yield "sample", sample(MODEL, ids, valid, Unseen(excluded, N), uniform)
-    yield "beam", beam(MODEL, ids, valid, Unseen(excluded, N), k, width=3)
-    yield "one_shot", one_shot(MODEL, ids, valid, Unseen(excluded, N), k)
+    yield "greedy", greedy(MODEL, ids, valid, LegalItems(excluded, N), k)
+    yield "sample", sample(MODEL, ids, valid, LegalItems(excluded, N), uniform)
+    yield "beam", beam(MODEL, ids, valid, LegalItems(excluded, N), k, width=3)
+    yield "one_shot", one_shot(MODEL, ids, valid, LegalItems(excluded, N), k)
 
 
 @settings(deadline=None, max_examples=40)
@@ -97,7 +97,7 @@ def test_generation_and_update_give_one_log_probability(batch, k, seed, temperat
     uniform = torch.rand(
         len(ids), k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
-    pages = sample(model, ids, valid, Unseen(excluded, N), uniform, temperature)
+    pages = sample(model, ids, valid, LegalItems(excluded, N), uniform, temperature)
     with torch.no_grad():
         states = slot_states(model, ids, valid, pages.item, pages.mask)
         logp, entropy = page_logp(
@@ -148,12 +148,12 @@ def test_prompts_read_once_for_several_pages_change_nothing(batch, owners, k, se
     start = lambda: shared_start(MODEL, ids, valid, k, group)  # noqa: E731
     for alone, together in (
         (
-            greedy(MODEL, prompt, seen, Unseen(gone, N), k),
-            greedy(MODEL, prompt, seen, Unseen(gone, N), k, start()),
+            greedy(MODEL, prompt, seen, LegalItems(gone, N), k),
+            greedy(MODEL, prompt, seen, LegalItems(gone, N), k, start()),
         ),
         (
-            sample(MODEL, prompt, seen, Unseen(gone, N), uniform),
-            sample(MODEL, prompt, seen, Unseen(gone, N), uniform, start=start()),
+            sample(MODEL, prompt, seen, LegalItems(gone, N), uniform),
+            sample(MODEL, prompt, seen, LegalItems(gone, N), uniform, start=start()),
         ),
     ):
         assert torch.equal(alone.item, together.item) and torch.equal(alone.mask, together.mask)
@@ -178,11 +178,11 @@ def test_probabilities_of_all_pages_sum_to_one_and_beam_finds_the_best(batch, k)
         states = slot_states(MODEL, ids.expand(n, -1), valid.expand(n, -1), pages, mask)
         logp = page_logp(states, MODEL.item, pages, mask, excluded.expand(n, -1)).sum(1)
     assert logp.exp().sum().item() == pytest.approx(1.0, abs=1e-4)
-    best = beam(MODEL, ids, valid, Unseen(excluded, N), k, width=300)
+    best = beam(MODEL, ids, valid, LegalItems(excluded, N), k, width=300)
     assert best.logp.sum().item() == pytest.approx(logp.max().item(), abs=1e-4)
     assert (
-        beam(MODEL, ids, valid, Unseen(excluded, N), k, width=1).item.tolist()
-        == greedy(MODEL, ids, valid, Unseen(excluded, N), k).item.tolist()
+        beam(MODEL, ids, valid, LegalItems(excluded, N), k, width=1).item.tolist()
+        == greedy(MODEL, ids, valid, LegalItems(excluded, N), k).item.tolist()
     )
 
 
@@ -192,12 +192,12 @@ def test_sampling_follows_the_distribution():
     ids, valid = torch.tensor([[1, 6, 9]]).expand(B, -1), torch.ones(B, 3, dtype=torch.bool)
     excluded = torch.tensor([[2, -1]]).expand(B, -1)
     uniform = torch.rand(B, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    pages = sample(MODEL, ids, valid, Unseen(excluded, N), uniform)
+    pages = sample(MODEL, ids, valid, LegalItems(excluded, N), uniform)
     logits = torch.where(torch.arange(N) == 2, -torch.inf, pages.first[0])
     want = logits.softmax(0)
     seen = torch.bincount(pages.item[:, 0], minlength=N) / B
     assert (seen - want).abs().max() < 4 * (0.25 / B) ** 0.5
-    again = sample(MODEL, ids[:5], valid[:5], Unseen(excluded[:5], N), uniform[:5])
+    again = sample(MODEL, ids[:5], valid[:5], LegalItems(excluded[:5], N), uniform[:5])
     assert torch.equal(again.item, pages.item[:5])
 
 
@@ -205,14 +205,14 @@ def test_sampling_follows_the_distribution():
 @given(prompts())
 def test_neighbours_in_the_batch_and_padding_do_not_matter(batch):
     ids, valid, excluded, _ = batch
-    together = greedy(MODEL, ids, valid, Unseen(excluded, N), 4)
+    together = greedy(MODEL, ids, valid, LegalItems(excluded, N), 4)
     for row in range(len(ids)):
         kept = valid[row]
         alone = greedy(
             MODEL,
             ids[row : row + 1, kept],
             valid[row : row + 1, kept],
-            Unseen(excluded[row : row + 1], N),
+            LegalItems(excluded[row : row + 1], N),
             4,
         )
         assert_close(alone.logp, together.logp[row : row + 1], atol=1e-4, rtol=1e-4)
@@ -222,7 +222,7 @@ def test_neighbours_in_the_batch_and_padding_do_not_matter(batch):
 @given(prompts(), st.integers(1, 4), st.integers(1, 10))
 def test_a_ranking_is_the_page_and_then_the_rest_by_first_logits(batch, k, depth):
     ids, valid, excluded, gone = batch
-    start = Unseen(excluded, N)
+    start = LegalItems(excluded, N)
     legal = start.legal.clone()
     pages = greedy(MODEL, ids, valid, start, k)
     item, score = ranking(pages, legal, depth)
@@ -240,7 +240,7 @@ def test_a_ranking_is_the_page_and_then_the_rest_by_first_logits(batch, k, depth
 
 def test_constraint_with_a_filter_and_copies():
     allowed = torch.tensor([True, False] * 3 + [True])
-    c = Unseen(torch.tensor([[0, -1], [-1, -1]]), N, allowed)
+    c = LegalItems(torch.tensor([[0, -1], [-1, -1]]), N, allowed)
     assert c.legal.int().tolist() == [[0, 0, 1, 0, 1, 0, 1], [1, 0, 1, 0, 1, 0, 1]]
     c.place(torch.tensor([2, -1]))
     assert c.legal[0, 2].item() is False and c.legal[1].sum() == 4
@@ -282,7 +282,7 @@ def test_a_draw_inverts_the_running_sum_and_never_takes_what_cannot_be(seed, N, 
             next(n for n in range(N) if total[b, n] > uniform[b] * total[b, -1] or n == N - 1)
             for b in range(B)
         ]
-        found = drawn(p, uniform)
+        found = inverse_cdf(p, uniform)
         assert (p.gather(1, found[:, None]) > 0).all()
         # times the whole that may round to the whole, which nothing exceeds
         if uniform[0] < 1 - 2.0**-53:
@@ -293,7 +293,7 @@ def test_what_is_barred_is_what_is_not_legal_slot_after_slot():
     generator = torch.Generator().manual_seed(0)
     excluded = torch.tensor([[0, 3, -1], [-1, -1, -1], [1, 1, 6]])
     allowed = torch.rand(3, N, generator=generator) < 0.8
-    one, two = Unseen(excluded, N, allowed), Unseen(excluded, N, allowed)
+    one, two = LegalItems(excluded, N, allowed), LegalItems(excluded, N, allowed)
     for item in ([2, 4, -1], [5, -1, 2], None, [1, 0, 0]):
         if item is None:
             one.select(torch.tensor([1, 1, 0]))
@@ -309,11 +309,11 @@ def test_what_is_barred_is_what_is_not_legal_slot_after_slot():
 def test_padding_that_all_rows_share_is_not_read():
     ids = torch.tensor([[0, 0, 0, 3, 4], [0, 0, 5, 6, 7]])
     valid = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 1, 1, 1]]).bool()
-    short = trimmed(ids, valid)
+    short = trim_padding(ids, valid)
     assert torch.equal(short[0], ids[:, 2:]) and torch.equal(short[1], valid[:, 2:])
-    assert torch.equal(trimmed(*short)[0], short[0])
+    assert torch.equal(trim_padding(*short)[0], short[0])
     for none in (torch.zeros(2, 5, dtype=torch.bool), torch.zeros(2, 0, dtype=torch.bool)):
-        assert trimmed(ids[:, : none.shape[1]], none)[0].shape == none.shape
+        assert trim_padding(ids[:, : none.shape[1]], none)[0].shape == none.shape
     item, mask, read = torch.tensor([[1, 2], [3, -1]]), torch.tensor([[1, 1], [1, 0]]).bool(), []
     hook = MODEL.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
     padded, alone = (

@@ -22,6 +22,7 @@ from kernels.logprob import linear_logp
 
 __all__ = ["Candidates", "Proposal", "locate", "sampled_logits", "sampled_logp"]
 
+
 # item (S,) int64, rising, distinct; log_weight (S,) float32, 0 for the targets
 Candidates = tuple[Tensor, Tensor]
 

@@ -9,12 +9,19 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from kernels import bench
-from pagellm import gpt2
-from pagellm.backbone import KVCache
-from pagellm.llama import LLAMA3, SIZES, Llama, RMSNorm, Shape, frequencies, rotate
-from pagellm.networks import build, from_state, load_published, save_published, to_state, trunk_of
+from pagellm.model import gpt2
+from pagellm.model.backbone import KVCache
+from pagellm.model.llama import LLAMA3, SIZES, Llama, RMSNorm, Shape, frequencies, rotate
+from pagellm.model.networks import (
+    build,
+    from_state,
+    load_published,
+    save_published,
+    to_state,
+    trunk_of,
+)
+from pagellm.model.weights import read_safetensors, write_safetensors
 from pagellm.stage.config import PageLLMError
-from pagellm.weights import read_safetensors, write_safetensors
 
 # A context of 16 before scaling puts some waves below, some above and some between the two bounds.
 SCALING = (32.0, 1.0, 4.0, 16)

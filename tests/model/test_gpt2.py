@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from pagellm.backbone import KVCache
-from pagellm.gpt2 import GPT2, SIZES, Shape
-from pagellm.networks import from_state, load_published, to_state
+from pagellm.model.backbone import KVCache
+from pagellm.model.gpt2 import GPT2, SIZES, Shape
+from pagellm.model.networks import from_state, load_published, to_state
 from pagellm.stage.config import PageLLMError
 
 SHAPE = Shape(n_layer=3, n_head=2, n_embd=16, n_ctx=24)

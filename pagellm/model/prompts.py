@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagellm.vocab import Vocab
+from pagellm.model.vocab import Vocab
 
 __all__ = ["Example", "Prompts", "left_pad", "pad_ids", "right_pad"]
 

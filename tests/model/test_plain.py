@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import models
-from experiments.models import ease_weights, fit, gram_matrix, knn_weights, sum_rows
+from pagellm.model import plain
+from pagellm.model.plain import ease_weights, fit, gram_matrix, knn_weights, sum_rows
 from pagellm.stage.config import PageLLMError
 from tests.strategies import purchases, rows_of, seeds
 
@@ -123,12 +123,12 @@ def test_a_user_without_rows_gets_finite_scores(name):
 
 
 def test_grids_stay_within_the_catalogue():
-    assert models.grid_of("ALS", 100)["factors"] == (8, 32, 64) and models.grid_of("ALS", 2)[
+    assert plain.grid_of("ALS", 100)["factors"] == (8, 32, 64) and plain.grid_of("ALS", 2)[
         "factors"
     ] == (8,)
     assert (
-        models.grid_of("ItemKNN", 11)["neighbours"] == (10,)
-        and models.grid_of("EASE", 5) == models.GRIDS["EASE"]
+        plain.grid_of("ItemKNN", 11)["neighbours"] == (10,)
+        and plain.grid_of("EASE", 5) == plain.GRIDS["EASE"]
     )
 
 
@@ -145,7 +145,7 @@ def test_wrong_calls_say_what_is_wanted(monkeypatch):
         fit("EASE", rows_of(BIG), *BIG.shape, {"lambda": 1.0})
     with pytest.raises(PageLLMError, match="popularity: none"):
         fit("SLIM", rows_of(BIG), *BIG.shape, {})
-    monkeypatch.setattr(models, "LARGEST", 10)
+    monkeypatch.setattr(plain, "LARGEST", 10)
     with pytest.raises(PageLLMError, match="--models popularity,ALS"):
         fit("EASE", rows_of(BIG), *BIG.shape, {"ridge": 1.0})
 

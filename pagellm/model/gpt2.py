@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pagellm.backbone import Backbone, KVCache
+from pagellm.model.backbone import Backbone, KVCache
 
 __all__ = ["GPT2", "SIZES", "Shape"]
 

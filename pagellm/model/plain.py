@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagellm.als import als, with_facts
 from pagellm.data.shop import Rows
+from pagellm.model.als import als, with_facts
 from pagellm.stage.config import PageLLMError
 
 __all__ = [

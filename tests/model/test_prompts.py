@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagellm.prompts import Prompts, left_pad, pad_ids, right_pad
-from pagellm.vocab import Vocab
+from pagellm.model.prompts import Prompts, left_pad, pad_ids, right_pad
+from pagellm.model.vocab import Vocab
 
 VOCAB = Vocab.train(
     ["title brand category history rating opinion chose contains share on"] * 2, 5, 9, 300

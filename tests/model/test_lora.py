@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pagellm import lora, pretrain
-from pagellm.backbone import KVCache
-from pagellm.networks import build, from_state, load_published, save_published, to_state
-from pagellm.policy import Policy
+from pagellm import pretrain
+from pagellm.model import lora
+from pagellm.model.backbone import KVCache
+from pagellm.model.networks import build, from_state, load_published, save_published, to_state
+from pagellm.model.policy import Policy
+from pagellm.model.vocab import Vocab
 from pagellm.recommender import Recommender, Sources
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.train import optimiser
-from pagellm.vocab import Vocab
 from tests.test_pipeline import SMALL, STAGES
 
 SIZES = {"nano": "q,v,down", "llama-nano": "q,k,v,o,gate,up,down"}

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pagellm.backbone import Backbone
+from pagellm.model.backbone import Backbone
 from pagellm.stage.config import PageLLMError
 
 __all__ = ["LowRank", "adapt", "counts", "is_merged", "merge", "parse_targets", "unmerge"]

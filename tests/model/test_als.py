@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagellm.als import als, als_side, facts_of, with_facts
 from pagellm.data.shop import Catalogue
+from pagellm.model.als import als, als_side, facts_of, with_facts
 from tests.strategies import purchases, rows_of, seeds
 
 STEADY = settings(deadline=None, max_examples=40)

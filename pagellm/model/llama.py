@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pagellm.backbone import Backbone, KVCache
+from pagellm.model.backbone import Backbone, KVCache
 
-__all__ = ["Llama", "RMSNorm", "SIZES", "Shape", "frequencies", "rotate"]
+__all__ = ["LLAMA3", "Llama", "RMSNorm", "SIZES", "Shape", "frequencies", "rotate"]
 
 
 @dataclass(frozen=True)

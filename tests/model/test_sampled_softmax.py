@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from kernels.logprob import linear_logp
-from pagellm.gpt2 import GPT2, Shape
-from pagellm.sampled import Proposal, locate, sampled_logits, sampled_logp
-from pagellm.sft import Batch, sft_loss
+from pagellm.model.gpt2 import GPT2, Shape
+from pagellm.model.page_loss import Batch, sft_loss
+from pagellm.model.sampled_softmax import Proposal, locate, sampled_logits, sampled_logp
 from pagellm.stage import dist
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.train import GuardedStep, RowAdamW, optimiser

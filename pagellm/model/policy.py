@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pagellm.backbone import Backbone
 from pagellm.data.shop import Rows, Shop
-from pagellm.decode import Pages, Unseen, beam, greedy, one_shot, ranking
-from pagellm.networks import from_state, to_state
+from pagellm.model.backbone import Backbone
+from pagellm.model.decode import LegalItems, Pages, beam, greedy, one_shot, ranking
+from pagellm.model.networks import from_state, to_state
+from pagellm.model.prompts import Prompts, left_pad
+from pagellm.model.vocab import Vocab
 from pagellm.pages.ranked import BLOCK, RankedPages, Scorer, tie_breaker
 from pagellm.pages.topk import Rank
-from pagellm.prompts import Prompts, left_pad
 from pagellm.stage import dist, randomness
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.run import load_model_file
-from pagellm.vocab import Vocab
 
 __all__ = ["MODES", "Policy", "PromptStyle", "Validation"]
 
@@ -110,7 +110,7 @@ class Policy:
         """Pages of one batch of users, and the legal set (B, N) they started from. when as in `prompt`, rank (not for
         beam) as in decode.greedy."""
         prompt, valid = self.prompt(users, [history.of(u) for u in users], when)
-        constraint = Unseen(
+        constraint = LegalItems(
             torch.from_numpy(seen.padded(users)).to(prompt.device), self.model.n_items
         )
         legal = constraint.legal.clone()

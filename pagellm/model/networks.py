@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pagellm import gpt2, llama
-from pagellm.backbone import Backbone
-from pagellm.lora import adapt, is_merged
+from pagellm.model import gpt2, llama
+from pagellm.model.backbone import Backbone
+from pagellm.model.lora import adapt, is_merged
+from pagellm.model.weights import read_weights, write_weights
 from pagellm.stage import dist
 from pagellm.stage.config import PageLLMError
-from pagellm.weights import read_weights, write_weights
 
 __all__ = [
     "SIZES",

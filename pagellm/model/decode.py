@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, from_numpy
 
 from kernels.logprob import linear_logp
-from pagellm.backbone import Backbone, KVCache
+from pagellm.model.backbone import Backbone, KVCache
+from pagellm.model.sampled_softmax import Candidates, sampled_logp
 from pagellm.pages.topk import Rank, argmax, top_k
-from pagellm.sampled import Candidates, sampled_logp
 
 __all__ = [
+    "LegalItems",
     "Pages",
-    "Unseen",
     "beam",
-    "drawn",
     "greedy",
+    "inverse_cdf",
     "item_tokens",
     "one_shot",
     "page_logp",
@@ -35,7 +35,7 @@ __all__ = [
     "sample",
     "shared_start",
     "slot_states",
-    "trimmed",
+    "trim_padding",
 ]
 
 
@@ -57,7 +57,7 @@ class Pages:
     first: Tensor
 
 
-class Unseen:
+class LegalItems:
     """The constraint of a page: catalogue minus excluded minus placed.
 
     excluded  (B, E) int64 item ids, padded with -1
@@ -144,7 +144,7 @@ def generate(
     model: Backbone,
     prompt: Tensor,
     valid: Tensor,
-    constraint: Unseen,
+    constraint: LegalItems,
     k: int,
     pick: Callable[[Tensor, int], tuple[Tensor, Tensor]],
     temperature: float = 1.0,
@@ -186,7 +186,7 @@ def greedy(
     model: Backbone,
     prompt: Tensor,
     valid: Tensor,
-    constraint: Unseen,
+    constraint: LegalItems,
     k: int,
     start: tuple[KVCache, Tensor] | None = None,
     rank: Rank | None = None,
@@ -210,7 +210,7 @@ def sample(
     model: Backbone,
     prompt: Tensor,
     valid: Tensor,
-    constraint: Unseen,
+    constraint: LegalItems,
     uniform: Tensor,
     temperature: float = 1.0,
     start: tuple[KVCache, Tensor] | None = None,
@@ -224,13 +224,13 @@ def sample(
 
     def pick(logits: Tensor, slot: int) -> tuple[Tensor, Tensor]:
         p = F.softmax(logits, dim=1)
-        best = drawn(p, uniform[:, slot])
+        best = inverse_cdf(p, uniform[:, slot])
         return best, p.gather(1, best[:, None])[:, 0].log()
 
     return generate(model, prompt, valid, constraint, uniform.shape[1], pick, temperature, start)
 
 
-def drawn(p: Tensor, uniform: Tensor) -> Tensor:
+def inverse_cdf(p: Tensor, uniform: Tensor) -> Tensor:
     """The first column at which the running sum of p (B, N) exceeds uniform (B,) times the whole: (B,) int64.
 
     First among the sums of pieces of a row, then within one; sums of more than a piece are float64. An entry of 0 is
@@ -268,7 +268,7 @@ def beam(
     model: Backbone,
     prompt: Tensor,
     valid: Tensor,
-    constraint: Unseen,
+    constraint: LegalItems,
     k: int,
     width: int = 4,
     start: tuple[KVCache, Tensor] | None = None,
@@ -321,7 +321,7 @@ def one_shot(
     model: Backbone,
     prompt: Tensor,
     valid: Tensor,
-    constraint: Unseen,
+    constraint: LegalItems,
     k: int,
     start: tuple[KVCache, Tensor] | None = None,
     rank: Rank | None = None,
@@ -365,7 +365,7 @@ def ranking(
     )
 
 
-def trimmed(prompt: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def trim_padding(prompt: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """prompt, valid (B, P) without the columns on the left that are padding in every row. As they are where looking
     would wait for a device."""
     if prompt.device.type in WHOLE or not valid.numel():
@@ -392,7 +392,7 @@ def slot_states(
         with torch.no_grad():
             after = model(item_tokens(model, item, 0), torch.cat([valid, mask], 1), cache, placed=0)
             return torch.cat([hidden[:, None], after], 1)
-    prompt, valid = trimmed(prompt, valid)
+    prompt, valid = trim_padding(prompt, valid)
     P = prompt.shape[1]
     ids = torch.cat([prompt, item_tokens(model, item, 0)], 1)
     return model(ids, torch.cat([valid, mask], 1), placed=P, first=P - 1)

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from pagellm.model.vocab import SPECIALS, Vocab
 from pagellm.stage.config import PageLLMError
-from pagellm.vocab import SPECIALS, Vocab
 
-GPT2 = Path(__file__).parent.parent.parent / "shared" / "data" / "gpt2"
+GPT2 = Path(__file__).parents[3] / "shared" / "data" / "gpt2"
 TRAINED = Vocab.train(
     ["a small blue drum", "a large drum for children"] * 3, n_users=3, n_items=4, size=300
 )

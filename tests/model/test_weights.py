@@ -9,8 +9,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pagellm.model.weights import (
+    DTYPES,
+    read_safetensors,
+    read_weights,
+    write_safetensors,
+    write_weights,
+)
 from pagellm.stage.config import PageLLMError
-from pagellm.weights import DTYPES, read_safetensors, read_weights, write_safetensors, write_weights
 
 tensors = st.dictionaries(
     st.text("abc.0", min_size=1, max_size=6),

@@ -1,0 +1,116 @@
+"""The reward model: a reward for every slot (token head) and one for the page (page head)."""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pagellm.model.backbone import Backbone
+from pagellm.model.decode import slot_states
+from pagellm.model.networks import from_state, to_state
+from pagellm.stage import dist
+from pagellm.stage.run import load_model_file
+
+__all__ = ["Compare", "RewardModel", "mean_reward"]
+
+
+class Compare(nn.Module):
+    """How much the item of each slot resembles the nearest one above it, by several learnt measures.
+
+    Not in the paper. Novelty and redundancy are statements about two items of a page; a small trunk answers them
+    by relevance and never learns to look them up (experiments/LOG.md). A measure is the cosine of the two item rows
+    after a linear map of its own; the largest over the slots above counts, -1 for the first slot.
+    """
+
+    def __init__(self, n_embd: int, measures: int = 4, features: int = 16):
+        super().__init__()
+        self.measures = measures
+        self.project = nn.Linear(n_embd, measures * (n_embd // 2), bias=False)
+        self.features = nn.Linear(measures, features)
+        for one in self.project.weight.chunk(measures):
+            nn.init.orthogonal_(one)
+        nn.init.normal_(self.features.weight)
+        nn.init.normal_(self.features.bias)
+
+    def forward(self, rows: Tensor, mask: Tensor) -> Tensor:
+        """rows (B, K, C) of the items, mask (B, K) bool -> (B, K, features) float32; off the mask anything finite."""
+        B, K, _ = rows.shape
+        x = F.normalize(self.project(rows).view(B, K, self.measures, -1).transpose(1, 2), dim=-1)
+        above = (
+            torch.ones(K, K, dtype=torch.bool, device=rows.device).tril(-1) & mask[:, None, None, :]
+        )
+        nearest = torch.where(above, x @ x.transpose(2, 3), -1.0).amax(3)  # (B, measures, K)
+        return F.gelu(self.features(nearest.transpose(1, 2).float()), approximate="tanh")
+
+
+class RewardModel(nn.Module):
+    """Token head (Eq. 6): r_t = v.h_t, h_t read after item t. Page head (Eq. 5): MLP([h_end; mean_t h_t; e_u]).
+
+    compare  both heads also read how much the items resemble those above them (`Compare`); off: the paper's heads
+    """
+
+    def __init__(self, trunk: Backbone, compare: bool = True):
+        super().__init__()
+        C = trunk.shape.n_embd
+        self.trunk = trunk
+        self.compare = Compare(C) if compare else None
+        more = self.compare.features.out_features if compare else 0
+        self.token_head = nn.Linear(C + more, 1, bias=False)
+        self.page_head = nn.Sequential(
+            nn.Linear(3 * C + more, C), nn.GELU(approximate="tanh"), nn.Linear(C, 1)
+        )
+        # Mean rewards of ground-truth pages, taken off after training: a score above 0 beats the average gold page.
+        self.register_buffer("token_mean", torch.zeros(()))
+        self.register_buffer("page_mean", torch.zeros(()))
+        for head in (self.token_head, self.page_head[2]):
+            nn.init.normal_(head.weight, std=1.0 / math.sqrt(head.in_features + 1))
+        nn.init.zeros_(self.page_head[2].bias)
+
+    def forward(
+        self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor, start: tuple | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rewards of given pages.
+
+        prompt, valid (B, P): left-padded page prompts      item, mask (B, K) as in decode.Pages
+        start         the prompt already read by this trunk, as in decode.slot_states
+        returns token_reward (B, K) float32, 0 off the mask; page_reward (B,) float32
+        """
+        after = slot_states(self.trunk, prompt, valid, item, mask, start)[:, 1:].float()
+        return self.heads(prompt, valid, item, mask, after)
+
+    def heads(
+        self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor, after: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` from after (B, K, C) float32, the trunk's states after each slot's item was read."""
+        count = mask.sum(1).clamp(min=1)
+        end = after[torch.arange(len(after), device=after.device), count - 1]
+        if self.compare is not None:
+            after = torch.cat(
+                [after, self.compare(self.trunk.item_rows(item.clamp(min=0)), mask)], 2
+            )
+        token = torch.where(mask, self.token_head(after)[..., 0] - self.token_mean, 0.0)
+        mean = torch.where(mask[..., None], after, 0.0).sum(1) / count[:, None]
+        # a prompt begins with its user
+        first = prompt.gather(1, (prompt.shape[1] - valid.sum(1))[:, None])
+        user = self.trunk.embed(first)[:, 0].float()
+        page = self.page_head(torch.cat([end, mean, user], 1))[:, 0] - self.page_mean
+        return token, page
+
+    def state(self) -> dict:
+        """What `load` reads. Ask on every process."""
+        heads = {name: w for name, w in dist.weights(self).items() if not name.startswith("trunk.")}
+        return {**to_state(self.trunk), "heads": heads, "compare": self.compare is not None}
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "RewardModel":
+        state = load_model_file(Path(path) / "model.pt")
+        model = cls(from_state(state), state["compare"])
+        dist.load_weights(model, {**model.state_dict(), **state["heads"]})
+        return model.to(device).eval()
+
+
+def mean_reward(token_reward: Tensor, mask: Tensor) -> Tensor:
+    """Eq. 6: R_f = (1/T) sum_t r_t over each row's own slots. (B, K) -> (B,); an empty row is 0."""
+    return torch.where(mask, token_reward, 0.0).sum(1) / mask.sum(1).clamp(min=1)
