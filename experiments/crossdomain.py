@@ -34,12 +34,12 @@ from experiments.ablation import overrides
 from pagellm import pretrain, sft
 from pagellm.data import prepare
 from pagellm.data.shop import Shop, load
-from pagellm.export import item_content
 from pagellm.model.networks import from_state, to_state
 from pagellm.model.policy import Policy, PromptStyle
 from pagellm.model.vocab import Vocab
 from pagellm.pages.ranked import Scorer, check_pages, popularity_pages, rank_all, seen_rows
 from pagellm.pages.tables import compare, markdown, write_table
+from pagellm.serving.export import item_content
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import Options, PageLLMError, check

@@ -24,8 +24,8 @@ from pagellm.model.reward_model import RewardModel
 from pagellm.pages import stats
 from pagellm.pages.pairs import KINDS, Pair, from_table
 from pagellm.pages.ranked import RankedPages, Scorer, read_pages, with_users
-from pagellm.recommender import Ask, Recommender, Sources
 from pagellm.reward import is_held_out, score_pairs
+from pagellm.serving.recommender import Ask, Recommender, Sources
 from pagellm.stage import randomness
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import read_json

@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import dataclass
 
 from experiments.load import needs, served
-from pagellm.recommender import Sources
+from pagellm.serving.recommender import Sources
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 

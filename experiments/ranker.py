@@ -26,7 +26,6 @@ from pathlib import Path
 import numpy as np
 
 from pagellm.data.shop import Shop, load
-from pagellm.features import pair_features
 from pagellm.model.plain import fit
 from pagellm.model.policy import MODES, Policy
 from pagellm.model.reward_model import RewardModel
@@ -34,6 +33,7 @@ from pagellm.pages.ranked import RankedPages, Scorer, check_pages, rank_all, see
 from pagellm.pages.stats import difference
 from pagellm.pages.tables import compare, markdown, save
 from pagellm.pages.truth import item_scores, popularity
+from pagellm.serving.features import pair_features
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check

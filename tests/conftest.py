@@ -5,7 +5,7 @@ import torch
 
 from pagellm import ppo, pretrain, reward, sft
 from pagellm.data import prepare
-from pagellm.recommender import Recommender, Sources
+from pagellm.serving.recommender import Recommender, Sources
 
 
 def train(data, runs, last="ppo"):

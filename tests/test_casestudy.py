@@ -8,7 +8,7 @@ import pytest
 
 from experiments import casestudy, findings
 from pagellm import evaluate
-from pagellm.recommender import Ask
+from pagellm.serving.recommender import Ask
 from pagellm.stage.config import PageLLMError
 
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from experiments import drift
-from pagellm import evaluate, export, ppo, pretrain, recommend, reward, sft
+from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.data import prepare
 from pagellm.data.shop import load
 from pagellm.model.policy import Policy, PromptStyle
 from pagellm.model.prompts import Prompts
 from pagellm.model.vocab import SPECIALS, Vocab
 from pagellm.pages import ranked, truth
+from pagellm.serving import export, recommend
 from pagellm.stage import randomness
 from pagellm.stage.config import PageLLMError
 

@@ -22,7 +22,7 @@ from pagellm import evaluate  # noqa: E402
 from pagellm.pages import stats  # noqa: E402
 from pagellm.pages.ranked import RankedPages  # noqa: E402
 from pagellm.pages.tables import write_table  # noqa: E402
-from pagellm.recommender import Ask  # noqa: E402
+from pagellm.serving.recommender import Ask  # noqa: E402
 from pagellm.stage.config import PageLLMError  # noqa: E402
 
 pytest.importorskip("matplotlib", reason="needs the extra: pip install 'pagellm[report]'")

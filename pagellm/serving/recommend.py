@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from pagellm.model.decode import ranking
 from pagellm.model.policy import MODES
-from pagellm.recommender import POLICIES, Ask, Cache, Filters, Recommender, Sources
+from pagellm.serving.recommender import POLICIES, Ask, Cache, Filters, Recommender, Sources
 from pagellm.stage import dist
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check

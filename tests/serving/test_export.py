@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagellm import export
 from pagellm.data.shop import load
-from pagellm.embeddings import NAMES, Embeddings, dequantise, quantise
 from pagellm.model.policy import Policy
+from pagellm.serving import export
+from pagellm.serving.embeddings import NAMES, Embeddings, dequantise, quantise
 from pagellm.stage.config import PageLLMError
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pagellm.recommender import POLICIES, Ask, Cache, Recommender, Sources, nothing
+from pagellm.serving.recommender import POLICIES, Ask, Cache, Recommender, Sources, nothing
 from pagellm.stage.command import Interrupted, main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.run import file_id
@@ -145,7 +145,7 @@ class Service:
 
     async def answer(self, ask: Ask) -> dict:
         """Raises PageLLMError for an ask that cannot be met, api.Busy, api.TooSlow."""
-        from pagellm.api import Busy, TooSlow
+        from pagellm.serving.api import Busy, TooSlow
 
         future: Future = Future()
         with self.change:
@@ -266,7 +266,8 @@ def run(config: Config) -> None:
     try:
         import uvicorn
 
-        from pagellm.api import Http, json_logs, make_app
+        from pagellm.serving.api import make_app
+        from pagellm.serving.gate import Http, json_logs
     except ImportError as error:
         raise PageLLMError(
             f"serving needs {error.name}, which is not installed\n"

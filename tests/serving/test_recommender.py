@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagellm import recommender
 from pagellm.model.policy import MODES
-from pagellm.recommender import Ask, Cache, Filters, Recommender, Sources
+from pagellm.serving import recommender
+from pagellm.serving.recommender import Ask, Cache, Filters, Recommender, Sources
 from pagellm.stage.config import PageLLMError
 
 

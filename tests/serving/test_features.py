@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pagellm import features
 from pagellm.model.reward_model import mean_reward
+from pagellm.serving import features
 from pagellm.stage.config import PageLLMError
 
 

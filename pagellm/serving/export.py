@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from pagellm.data.shop import Shop, load
-from pagellm.embeddings import NAMES, quantise
 from pagellm.model.policy import Policy
 from pagellm.model.prompts import left_pad
+from pagellm.serving.embeddings import NAMES, quantise
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.dist import pick_device

@@ -40,7 +40,7 @@ def url(served):
         "error",
     ]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
+        command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
     )
     yield re.search(r"http://[\d.:]+/", process.stdout.readline()).group()
     process.terminate()

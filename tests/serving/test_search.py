@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pagellm import export, search
-from pagellm.embeddings import Embeddings
+from pagellm.serving import export, search
+from pagellm.serving.embeddings import Embeddings
 from pagellm.stage.config import PageLLMError
 
 faiss = pytest.importorskip("faiss", reason="needs the extra [search]")

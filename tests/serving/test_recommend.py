@@ -10,9 +10,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pagellm import recommend
 from pagellm.pages.ranked import read_pages
-from pagellm.recommend import Config, parse_history
+from pagellm.serving import recommend
+from pagellm.serving.recommend import Config, parse_history
 from pagellm.stage import dist
 from pagellm.stage.config import PageLLMError
 
@@ -154,7 +154,7 @@ def test_two_processes_write_the_file_that_one_writes(served, tmp_path):
             str(tmp_path / "two.parquet"),
             *(f"--{name}={value}" for name, value in common.items()),
         ],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=150,

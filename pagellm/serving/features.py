@@ -30,7 +30,7 @@ from pagellm.model.decode import item_tokens
 from pagellm.model.policy import MODES, Policy
 from pagellm.model.prompts import pad_ids
 from pagellm.model.reward_model import RewardModel, mean_reward
-from pagellm.recommender import POLICIES, Recommender, Sources
+from pagellm.serving.recommender import POLICIES, Recommender, Sources
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic

@@ -18,28 +18,9 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx  # noqa: E402
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from pagellm import serve  # noqa: E402
-from pagellm.api import (
-    Error,  # noqa: E402
-    Item,  # noqa: E402
-    Lines,  # noqa: E402
-    Page,  # noqa: E402
-    ShopFacts,  # noqa: E402
-    User,  # noqa: E402
-    make_app,  # noqa: E402
-)
-from pagellm.recommender import Ask  # noqa: E402
-from pagellm.serve import (
-    Config,  # noqa: E402
-    Service,  # noqa: E402
-)
-from pagellm.stage.config import PageLLMError  # noqa: E402
-from pagellm.stage.run import file_id  # noqa: E402
 
 pytest.importorskip("fastapi", reason="needs the extra: pip install 'pagellm[serve]'")
 pytest.importorskip("uvicorn", reason="needs the extra: pip install 'pagellm[serve]'")
@@ -47,6 +28,26 @@ parser = pytest.importorskip(
     "prometheus_client.parser", reason="needs the extra: pip install 'pagellm[serve]'"
 )
 pytest.importorskip("httpx", reason="needs httpx: pip install 'pagellm[dev]'")
+
+import httpx  # noqa: E402
+
+from pagellm.serving import serve  # noqa: E402
+from pagellm.serving.api import make_app  # noqa: E402
+from pagellm.serving.gate import Lines  # noqa: E402
+from pagellm.serving.recommender import Ask  # noqa: E402
+from pagellm.serving.schema import (
+    Error,  # noqa: E402
+    Item,  # noqa: E402
+    Page,  # noqa: E402
+    ShopFacts,  # noqa: E402
+    User,  # noqa: E402
+)
+from pagellm.serving.serve import (
+    Config,  # noqa: E402
+    Service,  # noqa: E402
+)
+from pagellm.stage.config import PageLLMError  # noqa: E402
+from pagellm.stage.run import file_id  # noqa: E402
 
 
 def config(root, **more):
@@ -719,7 +720,7 @@ def running(root, *more):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     )
     try:
         yield (

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pagellm.embeddings import Embeddings
+from pagellm.serving.embeddings import Embeddings
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic, write_json

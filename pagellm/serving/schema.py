@@ -1,0 +1,252 @@
+"""The JSON bodies of the HTTP service, as pydantic models."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pagellm.serving.recommender import Ask, Filters
+
+__all__ = [
+    "Error",
+    "FoundList",
+    "Item",
+    "Page",
+    "PageRequest",
+    "ScoreRequest",
+    "ShopFacts",
+    "Status",
+    "User",
+]
+
+
+# Requests. Strict: "20" is no number and true is no 1; an unknown field is an error, not silence.
+
+Id = Annotated[str, Field(min_length=1, max_length=256)]
+IdList = Annotated[list[Id], Field(max_length=100_000)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class Event(Strict):
+    """An item of a history."""
+
+    item: Id
+    rating: Annotated[float, Field(ge=1, le=5, allow_inf_nan=False)] | None = Field(
+        None,
+        description="1 to 5; null: level unknown. Items rated low are kept off the page, not shown to the model",
+    )
+
+
+class PriceRange(Strict):
+    """Bounds in the shop's currency, both included. An item of unknown price fails."""
+
+    min: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    max: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def ordered(self):
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError("min is above max")
+        return self
+
+
+class Allowed(Strict):
+    """Hard constraints on every slot. Leave a field out for no filter; an empty list allows nothing."""
+
+    exclude: IdList = Field(default_factory=list, description="item ids that no slot may hold")
+    categories: Annotated[list[Id], Field(max_length=1000)] | None = Field(
+        None, description="an item needs at least one of these"
+    )
+    in_stock: IdList | None = Field(None, description="only these item ids")
+    price: PriceRange | None = None
+
+
+class Person(Strict):
+    """Who the page is for: a user, a history, or both (the history then follows what is stored)."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["user"], "properties": {"user": {"type": "string"}}},
+                {"required": ["history"], "properties": {"history": {"type": "array"}}},
+            ]
+        }
+    )
+
+    user: Id | None = Field(
+        None, description="the shop's id; a stranger is served from the history alone"
+    )
+    history: Annotated[list[Event], Field(max_length=1000)] | None = Field(
+        None,
+        description="oldest first; an empty list without a user asks for the page of a total stranger",
+    )
+    policy: Literal["ppo", "sft"] = Field(
+        "ppo", description="ppo: with the reward; sft: without it"
+    )
+    explain: bool = Field(False, description="add to each slot the nearest items of the history")
+
+    @model_validator(mode="after")
+    def somebody(self):
+        if self.user is None and self.history is None:
+            raise ValueError("give user, history, or both")
+        return self
+
+    def asked(self, **more) -> Ask:
+        history = tuple(
+            (e.item, float("nan") if e.rating is None else e.rating) for e in self.history or ()
+        )
+        return Ask(
+            user=self.user, history=history, policy=self.policy, explain=self.explain, **more
+        )
+
+
+class PageRequest(Person):
+    k: int = Field(20, ge=1, le=1000, description="slots; at most what GET /v1/shop says")
+    decoding: Literal["greedy", "beam", "one_shot"] = "greedy"
+    filters: Allowed = Field(default_factory=Allowed)
+
+    def ask(self) -> Ask:
+        f = self.filters
+        price = f.price or PriceRange()
+        return self.asked(
+            k=self.k,
+            mode=self.decoding,
+            filters=Filters(
+                tuple(f.exclude),
+                None if f.categories is None else tuple(f.categories),
+                None if f.in_stock is None else tuple(f.in_stock),
+                price.min,
+                price.max,
+            ),
+        )
+
+
+class ScoreRequest(Person):
+    items: Annotated[list[Id], Field(max_length=1000)] = Field(
+        description="the page in order, each item at most once",
+        json_schema_extra={"uniqueItems": True},
+    )
+
+    @model_validator(mode="after")
+    def distinct(self):
+        if len(set(self.items)) < len(self.items):
+            raise ValueError("items repeats an item; want each at most once")
+        return self
+
+    def ask(self) -> Ask:
+        return self.asked(page=tuple(self.items))
+
+
+# Answers: documented by these, built as plain values by recommender.Recommender.
+
+
+class Item(BaseModel):
+    item: str
+    title: str
+    category: str | None
+    brand: str | None
+    price: float | None
+
+
+class Similar(BaseModel):
+    item: str
+    title: str
+    similarity: float = Field(description="cosine of the two item rows, -1 to 1")
+
+
+class Slot(Item):
+    rank: int
+    score: float | None = Field(
+        description="log-probability of the item in this slot, in nats; null in /v1/score"
+    )
+    token_reward: float = Field(description="what the slot adds, in reward-model units")
+    held_out: bool | None = Field(
+        None, description="explain: the user chose it later, unseen by the model"
+    )
+    similar: list[Similar] | None = Field(None, description="explain: nearest items of the history")
+
+
+class Served(BaseModel):
+    id: str | None
+    known: bool
+    history: int = Field(description="items of history the page was made from")
+
+
+class Unknown(BaseModel):
+    user: bool
+    items: list[str]
+    categories: list[str]
+
+
+class Page(BaseModel):
+    user: Served
+    items: list[Slot]
+    page_reward: float | None = Field(
+        description="reward-model units, 0 is the mean ground-truth page; null if empty"
+    )
+    energy: float = Field(
+        description="page energy E; gains from the user's held-out ratings, 0 for all other items"
+    )
+    ild: float | None = Field(description="intra-list diversity, 0 to 1; null below two items")
+    entropy: float | None = Field(description="of categories, in nats; null if empty")
+    unknown: Unknown
+    notes: list[str]
+    policy: str
+    model: str = Field(description="hash of the policy's weights")
+    reward_model: str
+    latency_ms: float
+
+
+class Stored(Item):
+    rating: float | None
+
+
+class User(BaseModel):
+    id: str
+    history: list[Stored]
+
+
+class Found(BaseModel):
+    id: str
+    title: str
+
+
+class FoundList(BaseModel):
+    found: list[Found]
+
+
+class Category(BaseModel):
+    name: str
+    items: int
+
+
+class ShopFacts(BaseModel):
+    dataset: str
+    users: int
+    items: int
+    k_max: int
+    price: PriceRange | None
+    categories: list[Category]
+    models: dict[str, str]
+    version: str
+
+
+class Status(BaseModel):
+    status: str
+
+
+class Problem(BaseModel):
+    field: str
+    problem: str
+
+
+class ErrorBody(BaseModel):
+    code: str
+    message: str
+    fields: list[Problem] = []
+
+
+class Error(BaseModel):
+    error: ErrorBody
