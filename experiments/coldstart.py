@@ -25,11 +25,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from experiments import baselines
 from experiments.ablation import overrides
-from experiments.runfile import read_run
 from experiments.study import Stages, Variant, run_variant
 from pagellm import evaluate, ppo, pretrain, reward, sft
+from pagellm.baselines import compare
+from pagellm.baselines.runfile import read_run
 from pagellm.data import prepare
 from pagellm.data.filters import group_rank
 from pagellm.data.shop import Shop, load
@@ -185,7 +185,7 @@ def run(config: Config) -> list[dict]:
     if not (data / config.dataset / "source.json").exists():
         prepare.run(prepare.Config(dataset=config.dataset, raw=config.raw, data=config.data))
     options = {name: overrides(module, getattr(config, name)) for name, module in STAGES.items()}
-    plainly = overrides(baselines, config.baselines)
+    plainly = overrides(compare, config.baselines)
     for name, chosen in (*options.items(), ("baselines", plainly)):
         if FIXED & set(chosen):
             raise PageLLMError(
@@ -206,7 +206,7 @@ def run(config: Config) -> list[dict]:
         thin(data / config.dataset, data / half, config.share, seed)
 
     def plain(dataset: str, settings: str, seed: int) -> dict[str, dict[str, np.ndarray]]:
-        made = baselines.Config(
+        made = compare.Config(
             dataset=dataset,
             run=f"{config.study}/{dataset}",
             settings=settings,
@@ -214,8 +214,8 @@ def run(config: Config) -> list[dict]:
             trials=config.trials,
             **shared,
         )
-        baselines.run(made)
-        return baselines.read_rows(made.stage("baselines"))[0]
+        compare.run(made)
+        return compare.read_rows(made.stage("baselines"))[0]
 
     full = plain(config.dataset, config.settings, 0)
     chosen = str(Path(config.runs) / config.study / config.dataset / "baselines" / "settings.json")
@@ -257,7 +257,7 @@ def read_scores(folder: Path, path: Path) -> dict[str, np.ndarray]:
         raise PageLLMError(
             f"no run file {path}\n  Make it from {folder}, for example with experiments/outside.py."
         )
-    shop, plain = load(folder), baselines.Config()
+    shop, plain = load(folder), compare.Config()
     scorer = Scorer(shop, "test")
     ranked, notes = read_run(
         path, shop, scorer.users, seen_rows(shop, "test", MASK), plain.k, plain.depth

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.baselines import SHOWN, read_rows
+from pagellm.baselines.compare import SHOWN, read_rows
 from pagellm.pages.tables import compare, per_user, save
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check

@@ -2,8 +2,8 @@
 
 import json
 
+from tests.baselines.test_compare import permuted
 from tests.conftest import train
-from tests.test_baselines import permuted
 
 LEARNED = (
     "pretrain/model.pt",

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from experiments import baselines, seeds
+from experiments import seeds
 from pagellm import evaluate
+from pagellm.baselines import compare
 from pagellm.pages.tables import per_user
 from pagellm.stage.config import PageLLMError
 
@@ -48,8 +49,8 @@ def runs(served, tmp_path_factory):
         ),
         path,
     )
-    baselines.run(
-        baselines.Config(
+    compare.run(
+        compare.Config(
             dataset="synthetic",
             data=str(root / "data"),
             runs=str(root / "runs"),

@@ -29,6 +29,7 @@ parser = pytest.importorskip(
 )
 pytest.importorskip("httpx", reason="needs httpx: pip install 'pagellm[dev]'")
 
+
 import httpx  # noqa: E402
 
 from pagellm.serving import serve  # noqa: E402
@@ -36,15 +37,15 @@ from pagellm.serving.api import make_app  # noqa: E402
 from pagellm.serving.gate import Lines  # noqa: E402
 from pagellm.serving.recommender import Ask  # noqa: E402
 from pagellm.serving.schema import (
-    Error,  # noqa: E402
-    Item,  # noqa: E402
-    Page,  # noqa: E402
-    ShopFacts,  # noqa: E402
-    User,  # noqa: E402
+    Error,
+    Item,
+    Page,
+    ShopFacts,
+    User,
 )
 from pagellm.serving.serve import (
-    Config,  # noqa: E402
-    Service,  # noqa: E402
+    Config,
+    Service,
 )
 from pagellm.stage.config import PageLLMError  # noqa: E402
 from pagellm.stage.run import file_id  # noqa: E402

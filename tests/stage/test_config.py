@@ -346,7 +346,7 @@ def test_make_hands_the_presets_of_a_data_set_to_the_stages_of_a_study(study, pa
     ],
 )
 def test_make_baselines_takes_the_settings_that_a_search_found(words, settings, monkeypatch):
-    from experiments.baselines import Config
+    from pagellm.baselines.compare import Config
 
     monkeypatch.chdir(Path(__file__).parents[2])
     (line,) = [x for x in make("baselines", *words) if "-m experiments.baselines" in x]

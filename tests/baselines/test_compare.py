@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import baselines
-from experiments.baselines import climb, read_rows, run
+from pagellm.baselines import compare
+from pagellm.baselines.compare import climb, read_rows, run
 from pagellm.data import prepare
 from pagellm.data.shop import load
 from pagellm.model.plain import GRIDS, PLAIN, Fitted, fit
@@ -36,7 +36,7 @@ def root(tmp_path_factory):
 
 
 def config(root, **more):
-    return baselines.Config(
+    return compare.Config(
         **{
             "data": str(root / "data"),
             "runs": str(root / "runs"),
@@ -137,12 +137,12 @@ def test_a_run_leaves_everything_that_its_docstring_names(searched, root, capsys
     for name in names:
         assert results[name]["NDCG@100"]["mean"] == pytest.approx(np.mean(rows[name]["NDCG@100"]))
         assert results[name]["NDCG@100"]["count"] == len(np.unique(shop.user[shop.rows("test")]))
-        table = pq.read_table(searched / baselines.slug(name) / "pages.parquet").to_pydict()
+        table = pq.read_table(searched / compare.slug(name) / "pages.parquet").to_pydict()
         for user, item in zip(table["user"], table["item"], strict=True):
             assert item not in seen.of(user)[0]
     split = json.loads((searched / "split.json").read_text())
     assert split["rows"]["test"]["positive"] == int(shop.rows("test").sum())
-    assert split["id"] == baselines.file_id(shop.path / "interactions.parquet")
+    assert split["id"] == compare.file_id(shop.path / "interactions.parquet")
     settings_found = json.loads((searched / "settings.json").read_text())
     assert all(settings_found[name]["settings"].keys() == GRIDS[name].keys() for name in PLAIN)
     run(config(root, run="searched", settings="", trials=3, refit=True))
@@ -174,9 +174,9 @@ def test_an_unfinished_search_carries_on(root, searched, monkeypatch):
     folder.mkdir(parents=True)
     kept = dict(list(json.loads((searched / "trials.json").read_text()).items())[:-1])
     (folder / "trials.json").write_text(json.dumps(kept))
-    calls, plain = [], baselines.Bench.validate
+    calls, plain = [], compare.Bench.validate
     monkeypatch.setattr(
-        baselines.Bench, "validate", lambda self, f: calls.append(1) or plain(self, f)
+        compare.Bench, "validate", lambda self, f: calls.append(1) or plain(self, f)
     )
     run(made)
     assert len(calls) == 1
@@ -186,7 +186,7 @@ def test_an_unfinished_search_carries_on(root, searched, monkeypatch):
 
 def test_a_model_fitted_to_test_rows_is_stopped(root, monkeypatch):
     """A recommender that knows the test items; EASE beside it is honest and made weak."""
-    plain = baselines.fit
+    plain = compare.fit
 
     def leaky(name, rows, n_users, n_items, chosen, seed, gram, facts):
         if name == "ALS":
@@ -197,7 +197,7 @@ def test_a_model_fitted_to_test_rows_is_stopped(root, monkeypatch):
             return Fitted(lambda users: -fitted.score(users), fitted.learned)
         return plain(name, rows, n_users, n_items, chosen, seed, gram)
 
-    monkeypatch.setattr(baselines, "fit", leaky)
+    monkeypatch.setattr(compare, "fit", leaky)
     made = config(root, run="leak", models="EASE,ALS")
     with pytest.raises(PageLLMError, match="ALS: .* times EASE's .*: suspected leak"):
         run(made)
@@ -242,7 +242,7 @@ def test_wrong_options_say_what_is_wanted(root, tmp_path):
         {"trials": 0},
     ):
         with pytest.raises(PageLLMError, match=f"{next(iter(bad))}="):
-            baselines.Config(**bad)
+            compare.Config(**bad)
     (tmp_path / "half.json").write_text(json.dumps({"EASE": {"settings": {"ridge": 1.0}}}))
     with pytest.raises(PageLLMError, match="has no settings of popularity"):
         run(config(root, run="half", settings=str(tmp_path / "half.json")))

@@ -10,7 +10,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from experiments import baselines, runfile
+from pagellm.baselines import compare, runfile
 from pagellm.data import prepare
 from pagellm.data.shop import load
 from pagellm.pages.ranked import Scorer, seen_rows
@@ -25,8 +25,8 @@ def root(tmp_path_factory):
     (root / "settings.json").write_text(
         json.dumps({"popularity": {"settings": {}}, "EASE": {"settings": {"ridge": 20.0}}})
     )
-    baselines.run(
-        baselines.Config(
+    compare.run(
+        compare.Config(
             data=str(root / "data"),
             runs=str(root / "runs"),
             models="popularity,EASE",

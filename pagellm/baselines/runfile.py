@@ -24,7 +24,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
 
-from experiments.baselines import SHOWN, read_rows, score_row, slug
+from pagellm.baselines.compare import SHOWN, read_rows, score_row, slug
 from pagellm.data.shop import Rows, Shop, load
 from pagellm.pages.ranked import (
     RankedPages,

@@ -1,23 +1,15 @@
-"""One run as one HTML file: results, curves, what the reward changed, twenty users' pages, where it all came from.
+"""The sections of the report, one function each."""
 
-Reads   runs/<run>/*, data/<dataset>, studies and baselines below runs/
-Writes  runs/<run>/report.html              self-contained: no script, no request, light and dark
-
-    make report [RUN=...]                   python -m experiments.report --run synthetic
-
-Needs the extra [report] (matplotlib). Trains nothing; a stage that is missing is named with the command that makes it.
-The same files give the same bytes. About 20 seconds for the synthetic shop, most of it scoring pages and pairs.
-"""
-
-import html
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from experiments.findings import (
+from pagellm.evaluate import COLUMNS, LABELS
+from pagellm.model.policy import Policy
+from pagellm.pages import stats
+from pagellm.pages.stats import spearman, wilson
+from pagellm.report.findings import (
     STAGES,
     Found,
     Judged,
@@ -29,30 +21,33 @@ from experiments.findings import (
     margins,
     page_items,
     prompt_text,
-    read,
     trace,
 )
-from experiments.plots import available, clean, dots, lines
-from pagellm.evaluate import COLUMNS, LABELS
-from pagellm.model.policy import Policy
-from pagellm.pages import metrics, stats
-from pagellm.pages.stats import spearman, wilson
+from pagellm.report.html import (
+    POINTS,
+    Html,
+    esc,
+    figure,
+    figures,
+    heading,
+    span,
+    story,
+    table,
+    text,
+    thin,
+    up,
+    verdict,
+)
+from pagellm.report.plots import dots, lines
 from pagellm.stage import randomness
-from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
-from pagellm.stage.files import atomic
 from pagellm.stage.run import StageConfig, commit
 
-__all__ = ["Config", "SECTIONS", "build", "run"]
+__all__ = ["Config", "SECTIONS", "or_missing", "tiles"]
 
 
 SFT, PPO = LABELS["sft"], LABELS["ppo"]
 DIFFERENCE = "PageLLM - SFT"
-POINTS = 120  # of a learning curve, at most
-MISSING_EXTRA = (
-    "the report draws with matplotlib, which is not installed\n"
-    "  Install it with: pip install 'pagellm[report]', or run make report"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,86 +68,6 @@ class Config(StageConfig):
             judged=(self.judged > 1, "2 or more"),
             pairs=(self.pairs > 0, "1 or more"),
         )
-
-
-class Html(str):
-    """Markup that is safe as it is; every other string is escaped on its way into the page."""
-
-
-def esc(text) -> str:
-    return text if isinstance(text, Html) else html.escape(clean(str(text)))
-
-
-def table(head: list, rows: list[list], caption: str = "") -> str:
-    """Cells are escaped; Html goes in as it is, and may bring its own <td>."""
-    cells = [
-        "".join(
-            c if isinstance(c, Html) and c.startswith("<td") else f"<td>{esc(c)}</td>"
-            for c in row[1:]
-        )
-        for row in rows
-    ]
-    body = "".join(
-        f'<tr><th scope="row">{esc(row[0])}</th>{c}</tr>'
-        for row, c in zip(rows, cells, strict=True)
-    )
-    columns = "".join(f'<th scope="col">{esc(h)}</th>' for h in head)
-    label = f' aria-label="{esc(caption)}"' if caption else ""
-    return (
-        (f'<p class="quiet">{esc(caption)}</p>' if caption else "")
-        + f'<div class="scroll" tabindex="0"><table{label}>'
-        f"<thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def figure(svg: str, caption: str) -> str:
-    return f"<figure>{svg}<figcaption>{esc(caption)}</figcaption></figure>"
-
-
-def figures(parts: list[str]) -> str:
-    return f'<div class="figures">{"".join(parts)}</div>'
-
-
-def text(words: str) -> str:
-    return f"<p>{esc(words)}</p>"
-
-
-def up(metric: str) -> bool:
-    return metrics.DIRECTION.get(metric, "up") == "up"
-
-
-def heading(metric: str) -> str:
-    return f"{metric} {'↑' if up(metric) else '↓'}"
-
-
-def verdict(metric: str, low: float, high: float) -> str:
-    """What a difference's interval says: better, worse, within noise, or equal."""
-    if low == high == 0:
-        return "equal"
-    if low <= 0 <= high:
-        return "within noise"
-    return "better" if (low > 0) == up(metric) else "worse"
-
-
-def span(low: float, high: float, sign: str = "") -> str:
-    return f"[{low:{sign}.4f}, {high:{sign}.4f}]"
-
-
-def story(curves: dict, digits: int = 3) -> str:
-    """Curves in words, for those who cannot see them: where each begins, ends, and its extremes."""
-    return "; ".join(
-        f"{name} from {y[0]:.{digits}g} to {y[-1]:.{digits}g}, lowest {y.min():.{digits}g}, highest "
-        f"{y.max():.{digits}g}"
-        for name, (_, y, *_) in curves.items()
-    )
-
-
-def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most POINTS points: means of equally long runs of steps."""
-    if len(x) <= POINTS:
-        return x, y
-    parts = np.array_split(np.arange(len(x)), POINTS)
-    return np.array([x[p].mean() for p in parts]), np.array([y[p].mean() for p in parts])
 
 
 def shown_metrics(found: Found) -> list[str]:
@@ -1294,47 +1209,3 @@ def tiles(found: Found) -> str:
             f"<span class=quiet>{esc(change)}</span></div>"
         )
     return f"<div class=tiles>{''.join(out)}</div>"
-
-
-def build(found: Found, config: Config) -> str:
-    """The whole page."""
-    parts = []
-    for name, (title, section) in SECTIONS.items():
-        parts.append(
-            f'<section id="{name}"><h2>{esc(title)}</h2>'
-            + or_missing(lambda section=section: section(found, config))
-            + "</section>"
-        )
-    size = (
-        f"{found.shop.n_users:,} users, {found.shop.n_items:,} items"
-        if found.shop
-        else "no prepared data"
-    )
-    style = (Path(__file__).parent / "report.css").read_text()
-    links = "".join(
-        f'<li><a href="#{name}">{esc(title)}</a></li>' for name, (title, _) in SECTIONS.items()
-    )
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{esc(found.run)}: PageLLM report'
-        '</title><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{style}</style></head><body><header><h1>{esc(found.run)}</h1>"
-        f"<p>Data set {esc(found.dataset)}: {size}; {esc(found.split)} split, pages of {found.k}.</p>{tiles(found)}"
-        f"<nav aria-label=Sections><ul>{links}</ul></nav></header><main>{''.join(parts)}</main></body></html>\n"
-    )
-
-
-def run(config: Config) -> Path:
-    """Write the report; -> its path."""
-    if not available():
-        raise PageLLMError(MISSING_EXTRA)
-    name = config.run or config.dataset or "synthetic"
-    page = build(read(config.runs, name, config.data, config.dataset), config)
-    path = Path(config.out) if config.out else Path(config.runs) / name / "report.html"
-    with atomic(path) as beside:
-        beside.write_text(page, encoding="utf-8")
-    print(f"report: {path}, {len(page.encode()) / 1e6:.1f} MB")
-    return path
-
-
-if __name__ == "__main__":
-    sys.exit(main(Config, run, "experiments.report"))

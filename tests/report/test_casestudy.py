@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import casestudy, findings
 from pagellm import evaluate
+from pagellm.report import casestudy, findings
 from pagellm.serving.recommender import Ask
 from pagellm.stage.config import PageLLMError
 

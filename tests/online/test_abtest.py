@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import abtest
+from pagellm.online import abtest
 from pagellm.stage.config import PageLLMError
 
 

@@ -26,8 +26,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from experiments import abtest
 from pagellm.data.shop import Shop, load
+from pagellm.online import abtest
 from pagellm.pages.ranked import read_pages
 from pagellm.stage import randomness
 from pagellm.stage.command import main

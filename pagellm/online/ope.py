@@ -35,8 +35,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from experiments import abtest, simulator
 from pagellm.data.shop import load
+from pagellm.online import abtest, simulator
 from pagellm.pages.ranked import read_pages
 from pagellm.stage import randomness
 from pagellm.stage.command import main

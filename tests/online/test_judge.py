@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import judge
 from pagellm import evaluate
 from pagellm.data.shop import load
+from pagellm.online import judge
 from pagellm.stage.config import PageLLMError
 
 WHO = judge.Context(3, np.array([0, 1, 2]), np.array([5.0, 4.0, np.nan], np.float32))

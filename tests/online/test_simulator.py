@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from experiments import abtest, simulator
 from pagellm import evaluate
 from pagellm.data.shop import load
+from pagellm.online import abtest, simulator
 from pagellm.stage.config import PageLLMError
 
 

@@ -46,6 +46,7 @@ from scipy import sparse
 
 __all__ = ["GRIDS", "Likes", "Watch", "draws", "main", "mean_ndcg", "read", "top"]
 
+
 TRANSFORMER = {
     "n_blocks": (1, 2, 3),
     "n_heads": (2,),

@@ -9,17 +9,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from experiments import (
+sparse = pytest.importorskip("scipy.sparse", reason="the dev extra is not installed")
+
+from pagellm.baselines import (
     outside,  # noqa: E402
     runfile,  # noqa: E402
 )
-from pagellm.data import prepare
-from pagellm.data.shop import load
-from pagellm.pages import metrics
-from pagellm.pages.ranked import Scorer, seen_rows
-from tests.test_baselines import permuted  # noqa: E402
-
-sparse = pytest.importorskip("scipy.sparse", reason="the dev extra is not installed")
+from pagellm.data import prepare  # noqa: E402
+from pagellm.data.shop import load  # noqa: E402
+from pagellm.pages import metrics  # noqa: E402
+from pagellm.pages.ranked import (
+    Scorer,  # noqa: E402
+    seen_rows,  # noqa: E402
+)
+from tests.baselines.test_compare import permuted  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from experiments import ope, simulator
 from pagellm import evaluate
+from pagellm.online import ope, simulator
 from pagellm.stage.config import PageLLMError
 
 U, M, K = 4, 4, 3

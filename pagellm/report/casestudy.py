@@ -13,7 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.findings import (
+from pagellm.evaluate import LABELS
+from pagellm.model.policy import Policy
+from pagellm.pages.stats import difference
+from pagellm.pages.truth import ground_truth_page
+from pagellm.report.findings import (
     Found,
     Judged,
     brand_hits,
@@ -24,11 +28,7 @@ from experiments.findings import (
     read,
     trace,
 )
-from experiments.findings import Missing as NotThere
-from pagellm.evaluate import LABELS
-from pagellm.model.policy import Policy
-from pagellm.pages.stats import difference
-from pagellm.pages.truth import ground_truth_page
+from pagellm.report.findings import Missing as NotThere
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check

@@ -12,20 +12,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import (
-    baselines,  # noqa: E402
-    findings,  # noqa: E402
-    plots,  # noqa: E402
-    report,  # noqa: E402
-)
+pytest.importorskip("matplotlib", reason="needs the extra: pip install 'pagellm[report]'")
+
 from pagellm import evaluate  # noqa: E402
+from pagellm.baselines import compare  # noqa: E402
 from pagellm.pages import stats  # noqa: E402
 from pagellm.pages.ranked import RankedPages  # noqa: E402
 from pagellm.pages.tables import write_table  # noqa: E402
+from pagellm.report import (
+    findings,  # noqa: E402
+    html,  # noqa: E402
+    plots,  # noqa: E402
+    report,  # noqa: E402
+    sections,  # noqa: E402
+)
 from pagellm.serving.recommender import Ask  # noqa: E402
 from pagellm.stage.config import PageLLMError  # noqa: E402
-
-pytest.importorskip("matplotlib", reason="needs the extra: pip install 'pagellm[report]'")
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 EVIL = "</script><script>alert('1')</script><img src=x onerror=\"a\"> $\\frac{1}{0}$ & \x00\n`{{7*7}}` http://evil.example/"
@@ -90,8 +92,8 @@ def root(served, tmp_path_factory):
         "device": "cpu",
     }
     evaluate.run(evaluate.Config(k=6, depth=40, n_boot=50, quiet=True, **common))
-    baselines.run(
-        baselines.Config(
+    compare.run(
+        compare.Config(
             models="popularity,EASE", trials=2, refit=True, k=6, depth=40, n_boot=50, **common
         )
     )
@@ -136,7 +138,7 @@ def root(served, tmp_path_factory):
 
 
 def config(root, **more):
-    return report.Config(
+    return sections.Config(
         **{
             "run": "base",
             "data": str(root / "data"),
@@ -161,7 +163,7 @@ def page(text):
 
 
 def test_every_section_is_there_and_has_content(page):
-    assert list(page.sections) == list(report.SECTIONS)
+    assert list(page.sections) == list(sections.SECTIONS)
     for name, words in page.sections.items():
         assert "Missing" not in words, f"{name}: {words[:300]}"
         assert len(words) > 40 or name == "alarms", name
@@ -257,7 +259,7 @@ def said(heading, low, high):
 def test_verdicts():
     for metric, arrow in (("ILD", "↑"), ("WMRD", "↓")):
         for low, high in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1), (0.0, 0.0), (0.0, 0.1)):
-            assert report.verdict(metric, low, high).split()[0] == said(arrow, low, high)
+            assert html.verdict(metric, low, high).split()[0] == said(arrow, low, high)
 
 
 def test_numbers_are_those_of_metrics_json(root, page):
@@ -424,10 +426,10 @@ def test_curves_are_the_log(root):
 
 @given(st.lists(st.floats(-9, 9), min_size=1, max_size=700))
 def test_thinned_curves_keep_mean_and_range(values):
-    x, y = report.thin(np.arange(len(values)), np.array(values))
-    assert len(x) == len(y) == min(len(values), report.POINTS)
+    x, y = html.thin(np.arange(len(values)), np.array(values))
+    assert len(x) == len(y) == min(len(values), html.POINTS)
     assert min(values) - 1e-9 <= y.min() and y.max() <= max(values) + 1e-9
-    if len(values) % report.POINTS == 0:
+    if len(values) % html.POINTS == 0:
         assert y.mean() == pytest.approx(np.mean(values), abs=1e-6)
 
 
@@ -435,12 +437,12 @@ def test_thinned_curves_keep_mean_and_range(values):
 def test_bands(n, shift, scale):
     """The interval moves with the data, stretches with it, and ignores what is past a page's end."""
     x = np.random.default_rng(n).normal(size=(n, 3))
-    mean, low, high = report.band(x)
+    mean, low, high = sections.band(x)
     assert np.allclose(high - mean, 1.96 * x.std(0, ddof=1) / np.sqrt(n))
     assert np.allclose(
-        report.band(shift + scale * x), [shift + scale * v for v in (mean, low, high)]
+        sections.band(shift + scale * x), [shift + scale * v for v in (mean, low, high)]
     )
-    assert np.allclose(report.band(np.vstack([x, np.full((4, 3), np.nan)])), (mean, low, high))
+    assert np.allclose(sections.band(np.vstack([x, np.full((4, 3), np.nan)])), (mean, low, high))
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30).filter(any))
@@ -448,7 +450,7 @@ def test_gini(times):
     times = np.array(times)
     # half the relative mean difference
     pairs = np.abs(times[:, None] - times).mean() / (2 * times.mean())
-    assert report.gini(times) == pytest.approx(pairs, abs=1e-9)
+    assert sections.gini(times) == pytest.approx(pairs, abs=1e-9)
 
 
 def test_the_same_files_give_the_same_bytes(root, text):
@@ -474,7 +476,7 @@ def test_hostile_titles_stay_text(root):
     found.notes.append(EVIL)
     hostile = Page(report.build(found, config(root)))
     test_nothing_is_asked_of_the_network(hostile)
-    assert not hostile.open and list(hostile.sections) == list(report.SECTIONS)
+    assert not hostile.open and list(hostile.sections) == list(sections.SECTIONS)
     assert "</script><script>" in hostile.sections["popularity"]
     for section in ("examples", "studies", "data", "alarms", "provenance"):
         assert "<script>alert('1')" in hostile.sections[section], section  # shown as it is written
@@ -497,7 +499,7 @@ def test_a_missing_stage_is_named_with_its_command(root, tmp_path, gone, section
     for stage in gone:
         shutil.rmtree(tmp_path / "root" / "runs" / "base" / stage)
     missing = Page(report.run(config(tmp_path / "root")).read_text())
-    assert list(missing.sections) == list(report.SECTIONS)
+    assert list(missing.sections) == list(sections.SECTIONS)
     assert "Missing" in missing.sections[section] and command in missing.sections[section]
     assert command in missing.sections["provenance"]
 

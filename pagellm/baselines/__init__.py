@@ -1,0 +1,1 @@
+"""Other recommenders in the same table: searched settings, outside libraries, run files."""

@@ -1,0 +1,72 @@
+"""One run as one HTML file: results, curves, what the reward changed, twenty users' pages, where it all came from.
+
+Reads   runs/<run>/*, data/<dataset>, studies and baselines below runs/
+Writes  runs/<run>/report.html              self-contained: no script, no request, light and dark
+
+    make report [RUN=...]                   python -m experiments.report --run synthetic
+
+Needs the extra [report] (matplotlib). Trains nothing; a stage that is missing is named with the command that makes it.
+The same files give the same bytes. About 20 seconds for the synthetic shop, most of it scoring pages and pairs.
+"""
+
+import sys
+from pathlib import Path
+
+from pagellm.report.findings import Found, read
+from pagellm.report.html import esc
+from pagellm.report.plots import available
+from pagellm.report.sections import SECTIONS, Config, or_missing, tiles
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError
+from pagellm.stage.files import atomic
+
+__all__ = ["build", "run"]
+
+MISSING_EXTRA = (
+    "the report draws with matplotlib, which is not installed\n"
+    "  Install it with: pip install 'pagellm[report]', or run make report"
+)
+
+
+def build(found: Found, config: Config) -> str:
+    """The whole page."""
+    parts = []
+    for name, (title, section) in SECTIONS.items():
+        parts.append(
+            f'<section id="{name}"><h2>{esc(title)}</h2>'
+            + or_missing(lambda section=section: section(found, config))
+            + "</section>"
+        )
+    size = (
+        f"{found.shop.n_users:,} users, {found.shop.n_items:,} items"
+        if found.shop
+        else "no prepared data"
+    )
+    style = (Path(__file__).parent / "report.css").read_text()
+    links = "".join(
+        f'<li><a href="#{name}">{esc(title)}</a></li>' for name, (title, _) in SECTIONS.items()
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{esc(found.run)}: PageLLM report'
+        '</title><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{style}</style></head><body><header><h1>{esc(found.run)}</h1>"
+        f"<p>Data set {esc(found.dataset)}: {size}; {esc(found.split)} split, pages of {found.k}.</p>{tiles(found)}"
+        f"<nav aria-label=Sections><ul>{links}</ul></nav></header><main>{''.join(parts)}</main></body></html>\n"
+    )
+
+
+def run(config: Config) -> Path:
+    """Write the report; -> its path."""
+    if not available():
+        raise PageLLMError(MISSING_EXTRA)
+    name = config.run or config.dataset or "synthetic"
+    page = build(read(config.runs, name, config.data, config.dataset), config)
+    path = Path(config.out) if config.out else Path(config.runs) / name / "report.html"
+    with atomic(path) as beside:
+        beside.write_text(page, encoding="utf-8")
+    print(f"report: {path}, {len(page.encode()) / 1e6:.1f} MB")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main(Config, run, "experiments.report"))
