@@ -11,16 +11,17 @@ import pytest
 
 sparse = pytest.importorskip("scipy.sparse", reason="the dev extra is not installed")
 
+
 from pagellm.baselines import (
-    outside,  # noqa: E402
-    runfile,  # noqa: E402
+    outside,
+    runfile,
 )
 from pagellm.data import prepare  # noqa: E402
 from pagellm.data.shop import load  # noqa: E402
 from pagellm.pages import metrics  # noqa: E402
 from pagellm.pages.ranked import (
-    Scorer,  # noqa: E402
-    seen_rows,  # noqa: E402
+    Scorer,
+    seen_rows,
 )
 from tests.baselines.test_compare import permuted  # noqa: E402
 

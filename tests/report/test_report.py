@@ -14,17 +14,18 @@ from hypothesis import strategies as st
 
 pytest.importorskip("matplotlib", reason="needs the extra: pip install 'pagellm[report]'")
 
+
 from pagellm import evaluate  # noqa: E402
 from pagellm.baselines import compare  # noqa: E402
 from pagellm.pages import stats  # noqa: E402
 from pagellm.pages.ranked import RankedPages  # noqa: E402
 from pagellm.pages.tables import write_table  # noqa: E402
 from pagellm.report import (
-    findings,  # noqa: E402
-    html,  # noqa: E402
-    plots,  # noqa: E402
-    report,  # noqa: E402
-    sections,  # noqa: E402
+    findings,
+    html,
+    plots,
+    report,
+    sections,
 )
 from pagellm.serving.recommender import Ask  # noqa: E402
 from pagellm.stage.config import PageLLMError  # noqa: E402

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 
-from experiments.load import needs, served
+from experiments.stress.load import needs, served
 from pagellm.serving.recommender import Sources
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check

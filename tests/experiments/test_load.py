@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import fuzz, load
+from experiments.stress import fuzz, load
 from pagellm.stage.config import PageLLMError
 
 

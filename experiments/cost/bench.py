@@ -43,9 +43,9 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 
-from experiments.bench_prepare import Config as Lines
-from experiments.bench_prepare import write_reviews
-from experiments.parts import CLOCKS, borders, measure_parts, parts_table, unmarked
+from experiments.cost.bench_prepare import Config as Lines
+from experiments.cost.bench_prepare import write_reviews
+from experiments.cost.marks import CLOCKS, borders, measure_parts, parts_table, unmarked
 from kernels.bench import machine, milliseconds, peak_megabytes
 from kernels.logprob import linear_logp
 from pagellm.data import amazon, records, text_store
@@ -708,7 +708,7 @@ def compare(config: Config) -> dict:
 
     Raises PageLLMError naming the rows that are slower: by more than `slack` in the median, and in every pair.
     """
-    here = Path(__file__).parent.parent
+    here = Path(__file__).parents[2]
     folder = Path(tempfile.mkdtemp()) / "base"
     git = ["git", "-C", str(here), "worktree"]
     made = subprocess.run(

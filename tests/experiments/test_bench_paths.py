@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import bench, bench_prepare, parts
+from experiments.cost import bench, bench_prepare, marks
 from pagellm.stage.config import PageLLMError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ALONE = ("evaluate", "top", "reviews-2014", "reviews-2018", "reviews-2023", "histories", "tokens")
 
 
@@ -101,8 +101,8 @@ def test_time_goes_to_the_part_it_was_spent_in_and_the_parts_are_the_whole(slow,
     waits = {name: (0.0, 0.0) for name in ("rows", "blocks", "softmax")}
     waits[slow] = (0.05, 0.0) if way == 0 else (0.0, 0.05)
     trunk(x, waits).sum().backward()  # the first call of anything is slow
-    watch, began = parts.Watch("cpu"), time.perf_counter()
-    hooks = parts.borders(trunk, watch.mark)
+    watch, began = marks.Watch("cpu"), time.perf_counter()
+    hooks = marks.borders(trunk, watch.mark)
     loss = trunk(x, waits).sum()
     watch.mark("softmax, forward")
     loss.backward()
@@ -146,8 +146,8 @@ def test_a_profile_names_the_parts_of_both_and_their_sum(name, capsys):
 
 def test_processor_time_leaves_out_the_time_that_is_waited():
     spent = {}
-    for clock in parts.CLOCKS:
-        watch = parts.Watch("cpu", clock)
+    for clock in marks.CLOCKS:
+        watch = marks.Watch("cpu", clock)
         time.sleep(0.05)
         watch.mark("sleep")
         spent[clock] = watch.spent["sleep"]

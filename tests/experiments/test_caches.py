@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments import caches
+from experiments.cost import caches
 
 
 def test_hits_are_the_requests_of_users_met_before(served, capsys):

@@ -21,6 +21,7 @@ from locust import FastHttpUser, events, task
 
 __all__ = ["Asker"]
 
+
 PLAN = json.loads(Path(os.environ["PAGELLM_LOAD"]).read_text())
 NEW = itertools.cycle(PLAN["new"])
 rows: list[tuple[float, float, str]] = []

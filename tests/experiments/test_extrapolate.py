@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.extrapolate import Config, Parts, estimate, measure
+from experiments.cost.extrapolate import Config, Parts, estimate, measure
 from pagellm.stage.config import PageLLMError
 
 

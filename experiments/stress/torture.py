@@ -573,9 +573,7 @@ class Bench:
             "pagellm.sft",
             *merged(SMALL["sft"], more),
         ]
-        path = os.pathsep.join(
-            [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-        )
+        path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
         job = subprocess.Popen(
             command,
             cwd=folder,

@@ -18,6 +18,7 @@ from kernels.bench import synchronise
 
 __all__ = ["CLOCKS", "Watch", "borders", "measure_parts", "parts_table", "unmarked"]
 
+
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 HEADER = ("plain ms", "share", "ours ms", "share")
 

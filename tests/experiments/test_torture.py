@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments.torture import Config, fuzzed_line, merged
+from experiments.stress.torture import Config, fuzzed_line, merged
 from pagellm.stage.config import PageLLMError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def python(*words, seconds=800):

@@ -6,8 +6,9 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from experiments import sampled, scaling
-from experiments.scaling import (
+from experiments import sampled_softmax
+from experiments.cost import scaling
+from experiments.cost.scaling import (
     STAGES,
     Clock,
     Config,
@@ -291,8 +292,8 @@ def test_the_study_of_drawn_items_pairs_three_rows(tmp_path):
     from pagellm.data import prepare
 
     prepare.run(prepare.Config(data=str(tmp_path / "data"), users=40, items=40))
-    records = sampled.run(
-        sampled.Config(
+    records = sampled_softmax.run(
+        sampled_softmax.Config(
             data=str(tmp_path / "data"),
             runs=str(tmp_path / "runs"),
             seeds=1,
@@ -332,4 +333,4 @@ def test_the_study_of_drawn_items_pairs_three_rows(tmp_path):
     assert any(r["difference"] != 0 for r in records if r["variant"] == "8 drawn")
     for wrong in ({"sft": "--sampled_items 3"}, {"pretrain": "--seed 1"}):
         with pytest.raises(PageLLMError, match="must not set"):
-            sampled.Config(**wrong)
+            sampled_softmax.Config(**wrong)

@@ -1,0 +1,1 @@
+"""What breaks: pulled plugs, full disks, rubbish as input, load."""
