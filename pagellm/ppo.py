@@ -31,8 +31,7 @@ from tqdm import tqdm
 
 from kernels import masked
 from kernels.advantage import gae
-from pagellm.alarms import alarms
-from pagellm.data.shop import Shop, load
+from pagellm.data.shop import load
 from pagellm.model.backbone import Backbone
 from pagellm.model.critic import Critic
 from pagellm.model.decode import (
@@ -44,11 +43,34 @@ from pagellm.model.decode import (
     trim_padding,
 )
 from pagellm.model.networks import from_state
-from pagellm.model.page_loss import Batch, collate, sft_loss
+from pagellm.model.page_loss import collate, sft_loss
 from pagellm.model.policy import MODES, Policy, Validation
 from pagellm.model.reward_model import RewardModel
 from pagellm.pages import metrics
 from pagellm.pages.truth import PageMaker
+from pagellm.ppo_step import (
+    AdaptiveKL,
+    Rollout,
+    RunningMoments,
+    exact_kl,
+    hit_reward,
+    legal_logits,
+    normalise_reward,
+    policy_loss,
+    step_reward,
+    value_loss,
+)
+from pagellm.ppo_watch import (
+    alarms,
+    log_samples,
+    page_row,
+    policy_row,
+    rollout_row,
+    summarise,
+    to_numbers,
+    valid_row,
+    weighted_mean,
+)
 from pagellm.stage import dist, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
@@ -64,22 +86,7 @@ from pagellm.stage.train import (
     set_lr,
 )
 
-__all__ = [
-    "AdaptiveKL",
-    "Config",
-    "Rollout",
-    "RunningMoments",
-    "advantages",
-    "hit_reward",
-    "kl_k1",
-    "kl_k2",
-    "kl_k3",
-    "normalise_reward",
-    "policy_loss",
-    "run",
-    "step_reward",
-    "value_loss",
-]
+__all__ = ["Config", "advantages", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,230 +195,6 @@ class Config(TrainingConfig):
             )
         if self.w_token == self.w_page == self.w_hit == 0:
             raise PageLLMError("w_token, w_page and w_hit are all 0: nothing to optimise")
-
-
-def kl_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """log pi - log ref of each drawn token: unbiased for KL(pi || ref), and can be negative. In nats."""
-    return logp - ref_logp
-
-
-def kl_k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """Half the squared log-ratio: never negative, biased, low variance (Schulman, "Approximating KL", 2020)."""
-    return 0.5 * (logp - ref_logp).square()
-
-
-def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """exp(ref - logp) - 1 - (ref - logp): never negative, and unbiased for KL(pi || ref)."""
-    log_ratio = ref_logp - logp
-    return torch.expm1(log_ratio) - log_ratio
-
-
-def step_reward(
-    token_reward: Tensor,
-    page_reward: Tensor,
-    logp: Tensor,
-    ref_logp: Tensor,
-    mask: Tensor,
-    w_token: float,
-    w_page: float,
-    kl_coef: float,
-    hit: Tensor | float = 0.0,
-) -> Tensor:
-    """Reward of every slot: w_token token_k / T + hit_k - kl_coef (logp - ref_logp)_k, + w_page page at the last slot.
-
-    token_reward, logp, ref_logp, hit (B, K) float    page_reward (B,) float    mask (B, K) bool, a prefix of each row
-    returns (B, K), 0 off the mask. Its row sums are w_token mean(token) + w_page page + sum(hit) - kl_coef sum(k1).
-    A row without a slot gets nothing. Raises ValueError on unequal shapes.
-    """
-    if (
-        not token_reward.shape == logp.shape == ref_logp.shape == mask.shape
-        or page_reward.shape != mask.shape[:1]
-    ):
-        raise ValueError(
-            f"step_reward: token_reward {tuple(token_reward.shape)}, logp {tuple(logp.shape)}, ref_logp "
-            f"{tuple(ref_logp.shape)}, mask {tuple(mask.shape)}, page_reward {tuple(page_reward.shape)}: "
-            "want (B, K) four times and (B,)"
-        )
-    length = mask.sum(1, keepdim=True)
-    slot = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    reward = w_token * token_reward / length.clamp(min=1) + hit - kl_coef * (logp - ref_logp)
-    reward = reward + torch.where(slot == length, w_page * page_reward[:, None], 0.0)
-    return torch.where(mask, reward, 0.0)
-
-
-def policy_loss(
-    logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, clip: float
-) -> tuple[Tensor, Tensor]:
-    """Clipped objective (arXiv 1707.06347 eq. 7), negated: mean over kept slots of max(-r A, -clip(r, 1 +- clip) A).
-
-    logp, old_logp, advantage (B, K) float; mask (B, K) bool. r = exp(logp - old_logp).
-    returns loss (scalar) and the clip fraction: the share of kept slots whose clipped branch wins. 0, 0 on an
-    empty mask.
-    """
-    ratio = torch.exp(torch.where(mask, logp - old_logp, 0.0))
-    advantage = torch.where(mask, advantage, 0.0)
-    plain, clipped = -ratio * advantage, -ratio.clamp(1 - clip, 1 + clip) * advantage
-    loss = masked.mean(torch.maximum(plain, clipped), mask)
-    return loss, masked.mean((clipped > plain).to(loss.dtype), mask)
-
-
-def value_loss(
-    value: Tensor, old_value: Tensor, ret: Tensor, mask: Tensor, clip: float
-) -> tuple[Tensor, Tensor]:
-    """Half the mean over kept slots of max((V - R)^2, (V_clipped - R)^2), V_clipped within old_value +- clip.
-
-    All (B, K). returns loss (scalar) and the share of kept slots whose clipped branch wins; 0, 0 on an empty mask.
-    """
-    value, old_value, ret = (torch.where(mask, x, 0.0) for x in (value, old_value, ret))
-    # clamp(V, old - c, old + c), not old + clamp(V - old): the second rounds V even where nothing is clipped.
-    limited = torch.maximum(torch.minimum(value, old_value + clip), old_value - clip)
-    plain, clipped = (value - ret).square(), (limited - ret).square()
-    loss = 0.5 * masked.mean(torch.maximum(plain, clipped), mask)
-    return loss, masked.mean((clipped > plain).to(loss.dtype), mask)
-
-
-class RunningMoments:
-    """Count, mean and unbiased standard deviation of a whole stream, in any split or order (Welford; Chan et al.)."""
-
-    def __init__(self):
-        self.count, self.mean, self.m2 = 0, 0.0, 0.0
-
-    def update(self, x: Tensor) -> None:
-        """x: any shape, every entry counts. Raises ValueError on NaN or infinity, which would stay for ever."""
-        x = torch.as_tensor(x).detach().double().flatten()
-        if not x.isfinite().all():
-            raise ValueError(
-                f"RunningMoments: {int((~x.isfinite()).sum())} of {x.numel()} values are not finite"
-            )
-        n = x.numel()
-        if n == 0:
-            return
-        mean = float(x.mean())
-        delta, total = mean - self.mean, self.count + n
-        self.m2 += float((x - mean).square().sum()) + delta * delta * self.count * n / total
-        self.mean += delta * n / total
-        self.count = total
-
-    @property
-    def std(self) -> float:
-        """0 until two values were seen."""
-        return math.sqrt(self.m2 / (self.count - 1)) if self.count > 1 else 0.0
-
-    def state_dict(self) -> dict:
-        return {"count": self.count, "mean": self.mean, "m2": self.m2}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.count, self.mean, self.m2 = state["count"], state["mean"], state["m2"]
-
-
-class AdaptiveKL:
-    """KL coefficient that steers towards a target (Ziegler et al. 2019, section 2.2).
-
-    target   nats a page      horizon  pages over which a steady 20% error moves the coefficient by a factor e^0.2
-    """
-
-    def __init__(self, coef: float, target: float, horizon: float):
-        if target <= 0 or horizon <= 0:
-            raise ValueError(f"AdaptiveKL: target={target}, horizon={horizon}: want both above 0")
-        self.coef, self.target, self.horizon = coef, target, horizon
-
-    def update(self, kl: float, n_pages: int) -> float:
-        """kl: mean over pages of the sum over slots. coef *= 1 + clip(kl / target - 1, +-0.2) n_pages / horizon."""
-        error = min(0.2, max(-0.2, float(kl) / self.target - 1.0))
-        self.coef *= 1.0 + error * n_pages / self.horizon
-        return self.coef
-
-
-def hit_reward(item: Tensor, mask: Tensor, label: Tensor) -> Tensor:
-    """NDCG@K of every page against the items hidden from its prompt, slot by slot: a hit at slot k is worth
-    1 / log2(k + 1) over the DCG of the best page. Ours: the paper's reward is learnt throughout.
-
-    item, mask (B, K)    label (B, L) item ids, padded with -1    returns (B, K) float32, a row sums to its NDCG; 0
-    for pages without labels
-    """
-    discount = 1.0 / torch.arange(2, item.shape[1] + 2, device=item.device).log2()
-    hit = mask & (item[:, :, None] == label.masked_fill(label < 0, -2)[:, None]).any(2)
-    best = discount.cumsum(0)[(label >= 0).sum(1).clamp(1, len(discount)) - 1]
-    return hit * discount / best[:, None]
-
-
-def normalise_reward(
-    token_reward: Tensor,
-    page_reward: Tensor,
-    mask: Tensor,
-    moments: RunningMoments,
-    w_token: float,
-    w_page: float,
-    limit: float = 5.0,
-    hit: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Running normalisation of the page's whole reward S = w_token mean(token) + w_page page + sum(hit), in its parts.
-
-    token part w_token token / sigma and terminal part (w_page page - mu) / sigma, each clipped to +- limit, and hit /
-    sigma, which is bounded by itself, so that their sum is (S - mu) / sigma. `moments` takes in this batch first.
-    Before KL: that stays in nats.
-    returns token (B, K), page (B,), hit (B, K): weights are already inside
-    """
-    hit = torch.zeros_like(token_reward) if hit is None else torch.where(mask, hit, 0.0)
-    mean = torch.where(mask, token_reward, 0.0).sum(1) / mask.sum(1).clamp(min=1)
-    moments.update(w_token * mean + w_page * page_reward + hit.sum(1))
-    sigma = max(moments.std, 1e-6)
-    return (
-        (w_token * token_reward / sigma).clamp(-limit, limit),
-        ((w_page * page_reward - moments.mean) / sigma).clamp(-limit, limit),
-        hit / sigma,
-    )
-
-
-@dataclass
-class Rollout:
-    """Pages of one step and all that was known of them before the first update. (B, K) unless said otherwise."""
-
-    prompt: Tensor  # (B, P)
-    valid: Tensor  # (B, P)
-    excluded: Tensor  # (B, E) item ids, padded with -1
-    item: Tensor
-    mask: Tensor
-    old_logp: Tensor
-    ref_logp: Tensor
-    value: Tensor
-    token: Tensor  # raw token rewards
-    page: Tensor  # (B,) raw page rewards
-    entropy: Tensor  # of the legal distribution of each slot, nats
-    kl_exact: Tensor  # sum over the legal set of pi log(pi / ref)
-    drift: float  # largest |sampled logp - old_logp|: cached generation against the full pass
-    hit: Tensor | None = None  # NDCG of the page in its parts,
-    # if train items were hidden from its prompt
-    sft: Batch | None = None  # what SFT would teach of the same users
-
-    def __len__(self) -> int:
-        return len(self.item)
-
-    def state(self) -> dict:
-        """All of it as plain tensors."""
-        return vars(self) | {"sft": self.sft and vars(self.sft)}
-
-
-def legal_logits(states: Tensor, model: Backbone, item: Tensor, excluded: Tensor) -> Tensor:
-    """(B, K, N) item logits with -inf on whatever slot k may not hold. For exact KL on a micro-batch only."""
-    B, K = item.shape
-    logits = model.item_logits(states[:, :K])
-    illegal = torch.zeros(B, K, model.n_items + 1, dtype=torch.bool, device=item.device)
-    before = torch.ones(K, K, dtype=torch.bool, device=item.device).tril(-1)
-    placed = torch.where(before & (item[:, None] >= 0), item[:, None], model.n_items)
-    gone = torch.where(excluded >= 0, excluded, model.n_items)[:, None].expand(B, K, -1)
-    illegal.scatter_(2, torch.cat([placed, gone], 2), True)
-    return logits.masked_fill(illegal[..., :-1], -torch.inf)
-
-
-def exact_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
-    """KL(pi || ref) of every slot over its legal set, (B, K); 0 off the mask."""
-    safe = mask[..., None]
-    logp = torch.where(safe, logits, 0.0).log_softmax(-1)
-    ref = torch.where(safe, ref_logits, 0.0).log_softmax(-1)
-    return torch.where(
-        mask, torch.where(logp.isfinite(), logp.exp() * (logp - ref), 0.0).sum(-1), 0.0
-    )
 
 
 def share_prompts(
@@ -591,7 +374,7 @@ def passes(
         if weight:
             parts.append(row | {"share": share})
     if dist.world() > 1:
-        parts = [row for rows in dist.all_gather(settled(parts)) for row in rows]
+        parts = [row for rows in dist.all_gather(to_numbers(parts)) for row in rows]
     return parts
 
 
@@ -635,8 +418,8 @@ def learn(
             entry["halted"] = halt.double()
             heard.append(dist.AsyncScalars([entry["halted"]]))
         elif learn_policy:
-            entry["parts"] = settled(parts)
-            if pool(entry["parts"])["policy/approxkl_k3"] > config.max_kl:
+            entry["parts"] = to_numbers(parts)
+            if weighted_mean(entry["parts"])["policy/approxkl_k3"] > config.max_kl:
                 entry["halted"] = 1.0
                 for guard in (policy_step, critic_step):
                     guard.opt.zero_grad(set_to_none=True)
@@ -644,150 +427,7 @@ def learn(
         entry["val/grad_norm"] = critic_step.step(where, keep, halt)
         if learn_policy:
             entry["policy/grad_norm"] = policy_step.step(where, keep, halt)
-    return learnt(done, learn_policy)
-
-
-def learnt(done: list[dict], learn_policy: bool) -> dict[str, float]:
-    """What to log of the minibatches that `learn` has made: the last inner epoch's means."""
-    rows = iter(settled([row for entry in done for row in (entry, *entry["parts"])]))
-    row, seen, epoch = {}, [], -1
-    for entry in rows:
-        total = pool([next(rows) for _ in entry["parts"]])
-        moved = total.pop("max_logratio", 0.0)
-        if entry["epoch"] != epoch:
-            epoch, seen = entry["epoch"], []
-            if epoch == 0:  # before the first update of the step: the ratio must still be 1
-                row["rollout/first_epoch_max_abs_logratio"] = moved
-        if learn_policy:
-            total["policy/ratio_var"] = total.pop("ratio_sq") - total["policy/ratio_mean"] ** 2
-        if entry["halted"]:
-            row |= (pool(seen) if seen else total) | {"stopped": 1.0, "inner_epochs": epoch + 1}
-            break
-        seen.append(
-            total | {name: value for name, value in entry.items() if "/" in name or name == "share"}
-        )
-        row |= pool(seen) | {"stopped": 0.0, "inner_epochs": epoch + 1}
-    return row
-
-
-def policy_row(
-    logp: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, clip: float
-) -> dict[str, Tensor]:
-    """RECIPE's policy/* numbers of one micro-batch; pages were drawn from `old`, so the KL is KL(old || new)."""
-    ratio = torch.exp(torch.where(mask, logp - old, 0.0))
-    low, high = (ratio < 1 - clip) & (advantage < 0), (ratio > 1 + clip) & (advantage > 0)
-    return {
-        "policy/approxkl_k1": masked.mean(kl_k1(old, logp), mask),
-        "policy/approxkl_k2": masked.mean(kl_k2(old, logp), mask),
-        "policy/approxkl_k3": masked.mean(kl_k3(old, logp), mask),
-        "policy/clipfrac_low": masked.mean(low.float(), mask),
-        "policy/clipfrac_high": masked.mean(high.float(), mask),
-        "policy/ratio_mean": masked.mean(ratio, mask),
-        "ratio_sq": masked.mean(ratio.square(), mask),
-        "policy/ratio_max": ratio.max(),
-        "max_logratio": (ratio.log()).abs().max(),
-    }
-
-
-def pool(rows: list[dict], weight: str = "share") -> dict[str, float]:
-    """Share-weighted means of micro-batches or minibatches; "max" keys take the maximum."""
-    if not rows:
-        return {}
-    rows = settled(rows)
-    total = sum(row[weight] for row in rows) or 1.0
-    return {
-        name: max(row[name] for row in rows)
-        if "max" in name
-        else sum(row[name] * row[weight] for row in rows) / total
-        for name in rows[0]
-        if name != weight
-    }
-
-
-def settled(rows: list[dict]) -> list[dict]:
-    """The same rows with every scalar tensor a number, all fetched from the device at once."""
-    at = [
-        (i, name)
-        for i, row in enumerate(rows)
-        for name, value in row.items()
-        if isinstance(value, Tensor)
-    ]
-    rows = [dict(row) for row in rows]
-    for (i, name), value in zip(
-        at, dist.AsyncScalars([rows[i][name] for i, name in at]).read(), strict=True
-    ):
-        rows[i][name] = value
-    return rows
-
-
-def describe(values: Tensor, mask: Tensor, name: str) -> dict[str, float]:
-    kept = values[mask]
-    if kept.numel() == 0:
-        return {}
-    return {
-        f"{name}/mean": kept.mean(),
-        f"{name}/std": masked.variance(values, mask).sqrt(),
-        f"{name}/min": kept.min(),
-        f"{name}/max": kept.max(),
-    }
-
-
-def rollout_row(
-    r: Rollout, reward: Tensor, advantage: Tensor, ret: Tensor, moments: RunningMoments
-) -> dict:
-    """Everything RECIPE wants logged of a rollout before its first update."""
-    kl = (r.old_logp - r.ref_logp).masked_fill(~r.mask, 0.0)
-    token = torch.where(r.mask, r.token, 0.0).sum(1) / r.mask.sum(1).clamp(min=1)
-    pages = r.item.tolist()
-    flat = r.item[r.mask]
-    top = flat.bincount().max().item() / max(1, flat.numel()) if flat.numel() else 0.0
-    spread = masked.variance(ret, r.mask)
-    unexplained = masked.variance(ret - r.value, r.mask)
-    duplicates = sum(len(p) - len(set(p)) for p in ([i for i in page if i >= 0] for page in pages))
-    illegal = (r.item[:, :, None] == r.excluded[:, None, :]) & r.mask[:, :, None]
-    assert duplicates == 0 and not illegal.any(), "a page holds an item that its constraint forbids"
-    return {
-        "objective/kl_seq_sum": kl.sum(1).mean(),
-        "objective/kl_exact_per_item": masked.mean(r.kl_exact, r.mask),
-        "objective/entropy": masked.mean(r.entropy, r.mask),
-        "objective/reward_page": r.page.mean(),
-        "objective/reward_token": token.mean(),
-        "objective/reward_total": (r.page + token).mean(),
-        "objective/rlhf_reward": reward.sum(1).mean(),
-        **({} if r.hit is None else {"objective/reward_hit": r.hit.sum(1).mean()}),
-        "val/explained_var": 1.0 - (unexplained / spread).item() if spread > 0 else 0.0,
-        "val/mean": masked.mean(r.value, r.mask),
-        **describe(ret, r.mask, "returns"),
-        **describe(advantage, r.mask, "advantages"),
-        "rnorm/mean": moments.mean,
-        "rnorm/std": moments.std,
-        "rnorm/count": moments.count,
-        "rollout/invalid": int(illegal.sum()),
-        "rollout/duplicate": duplicates,
-        "rollout/short": int((~r.mask).any(1).sum()),
-        "rollout/gen_vs_train_logp_diff": r.drift,
-        "list/coverage": len(set(flat.tolist())),
-        "list/top1_item_share": top,
-        "list/distinct": len({tuple(page) for page in pages}) / len(pages),
-    }
-
-
-def page_row(pages: Tensor, categories: metrics.Described) -> dict[str, float]:
-    """Mean ILD and category entropy of sampled pages (B, K)."""
-    page, slot = np.nonzero(pages.cpu().numpy() >= 0)
-    none = np.zeros(0, dtype=np.int64)
-    scores = metrics.score_pages(
-        np.arange(len(pages)),
-        (page, slot + 1, pages.cpu().numpy()[page, slot]),
-        (none, none, none),
-        categories,
-        page_k=pages.shape[1],
-    )
-    return {
-        name: float(np.nanmean(scores[key]))
-        for name, key in (("list/ILD", "ILD"), ("list/category_entropy", "entropy"))
-        if not np.isnan(scores[key]).all()
-    }
+    return summarise(done, learn_policy)
 
 
 def gate(config: Config, record: dict, where) -> None:
@@ -996,7 +636,7 @@ def run(config: Config) -> None:
                 "learning": learning,
                 "kl_coef": kl_coef,
                 "lr": opt.param_groups[0]["lr"],
-                **settled([rollout_row(r, rewards, advantage, ret, moments)])[0],
+                **to_numbers([rollout_row(r, rewards, advantage, ret, moments)])[0],
                 **page_row(r.item, categories),
             }
             orders = [
@@ -1090,10 +730,6 @@ def run(config: Config) -> None:
             )
 
 
-def valid_row(scores: dict[str, float]) -> dict[str, float]:
-    return {f"valid/{name}": value for name, value in scores.items()}
-
-
 def keep_best(
     config: Config, best: dict, scores: dict[str, float], step: int, policy: Policy
 ) -> dict:
@@ -1104,29 +740,6 @@ def keep_best(
     if not score > best["score"]:
         return best
     return {"score": score, "step": step, "weights": dist.weights(policy.model, frozen=False)}
-
-
-def log_samples(out: Run, step: int, shop: Shop, shown: dict, r: Rollout) -> None:
-    """Pages of a rollout as people read them: history, gold, page, rewards and KL of every slot.
-
-    shown   row of the rollout -> its user, the items whose like the prompt knows
-    """
-    if not dist.is_main():
-        return
-    title, held = shop.catalogue.title, shop.csr("valid")
-    for i, (user, history) in shown.items():
-        kept = r.mask[i]
-        out.log(
-            step,
-            "samples",
-            user=shop.user_ids[user],
-            history=[title[j] for j in history.tolist() if j >= 0],
-            gold=[title[j] for j in held.of(user)[0]],
-            page=[title[j] for j in r.item[i][kept].tolist()],
-            page_reward=r.page[i],
-            token_reward=[round(x, 4) for x in r.token[i][kept].tolist()],
-            kl=[round(x, 4) for x in (r.old_logp - r.ref_logp)[i][kept].tolist()],
-        )
 
 
 if __name__ == "__main__":

@@ -352,7 +352,7 @@ def test_hits_and_sfts_loss_keep_to_what_a_page_may_hold(root, monkeypatch):
 
 def test_one_head_switched_off_has_no_say(root):
     """Item-only and page-only: what the other head says changes nothing."""
-    from pagellm.ppo import RunningMoments, normalise_reward
+    from pagellm.ppo_step import RunningMoments, normalise_reward
 
     token, page, mask = torch.randn(3, 4), torch.randn(3), torch.ones(3, 4, dtype=torch.bool)
     t, p, _ = normalise_reward(token, page, mask, RunningMoments(), 0.0, 1.0)

@@ -11,14 +11,12 @@ from torch.testing import assert_close
 
 from kernels import masked
 from kernels.advantage import gae
-from pagellm.alarms import alarms
 from pagellm.pages.metrics import ndcg
-from pagellm.ppo import (
+from pagellm.ppo import Config, advantages
+from pagellm.ppo_step import (
     AdaptiveKL,
-    Config,
     Rollout,
     RunningMoments,
-    advantages,
     hit_reward,
     kl_k1,
     kl_k2,
@@ -28,6 +26,7 @@ from pagellm.ppo import (
     step_reward,
     value_loss,
 )
+from pagellm.ppo_watch import alarms
 from pagellm.stage.config import PageLLMError
 
 unit = st.floats(0, 1)

@@ -1,0 +1,268 @@
+"""Signs in a PPO log that something is wrong: the reward is being hacked, the policy collapses, the maths is broken."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels import masked
+from pagellm.data.shop import Shop
+from pagellm.pages import metrics
+from pagellm.ppo_step import Rollout, RunningMoments, kl_k1, kl_k2, kl_k3
+from pagellm.stage import dist
+from pagellm.stage.run import Run
+
+__all__ = [
+    "alarms",
+    "log_samples",
+    "page_row",
+    "policy_row",
+    "rollout_row",
+    "summarise",
+    "to_numbers",
+    "valid_row",
+    "weighted_mean",
+]
+
+
+def alarms(log: list[dict], warmup: int, kl_target: float = 0.0) -> list[str]:
+    """What RECIPE section 3 calls reward hacking or collapse, read off the log; newest line last.
+
+    Each alarm says what was seen and where to look. Thresholds are judgements, not theorems.
+    """
+    rollouts = [row for row in log if "objective/entropy" in row]  # step 0 is a validation alone
+    if not rollouts:
+        return []
+    now, start, found = rollouts[-1], rollouts[0], []
+    learning = [row for row in log if row.get("learning")]
+    if now.get("rollout/first_epoch_max_abs_logratio", 0.0) > 1e-3:
+        found.append(
+            f"ratio is not 1 before the first update: |log ratio| "
+            f"{now['rollout/first_epoch_max_abs_logratio']:.1e}; old and new log-probs differ in mask, "
+            "temperature or dropout"
+        )
+    if now["rollout/gen_vs_train_logp_diff"] > 1e-3:
+        found.append(
+            f"generation and update log-probs differ by {now['rollout/gen_vs_train_logp_diff']:.1e}"
+        )
+    last = [row["objective/kl_seq_sum"] for row in learning[-3:]]
+    if len(last) == 3 and max(last) < 0:
+        found.append(
+            f"KL was negative three times in a row ({last[-1]:.3f}): policy and reference do not share a "
+            "legal set or temperature"
+        )
+    if kl_target and now["objective/kl_seq_sum"] > 2 * kl_target:
+        found.append(
+            f"KL {now['objective/kl_seq_sum']:.2f} nats a page is over twice the target {kl_target:.2f}"
+        )
+    if now["objective/entropy"] < 0.3 * start["objective/entropy"]:
+        found.append(
+            f"entropy fell to {now['objective/entropy']:.2f} from {start['objective/entropy']:.2f} nats a "
+            "slot: the policy collapses"
+        )
+    if now.get("policy/clipfrac", 0.0) > 0.3:
+        found.append(f"clip fraction {now['policy/clipfrac']:.2f}: the steps are too large")
+    if len(rollouts) > warmup + 5 and max(row["val/explained_var"] for row in rollouts[-5:]) < 0:
+        found.append(
+            "explained variance was negative five times in a row after warm-up: the critic does not help"
+        )
+    for name in ("list/coverage", "list/distinct"):
+        if now[name] < 0.5 * start[name]:
+            found.append(f"{name} halved: {start[name]:.3g} to {now[name]:.3g}")
+    if len(learning) >= 20 and abs(now["objective/kl_seq_sum"]) < 1e-4:
+        found.append(
+            "KL is still 0 after 20 updates: learning rate too small, kl_coef too large, or the reference "
+            "aliases the policy"
+        )
+    return found + hacking(log, start["objective/reward_total"])
+
+
+def hacking(log: list[dict], reward_before: float) -> list[str]:
+    """Reward up while something that should rise with it falls, from the first validation to the newest."""
+    evals = [row for row in log if "valid/NDCG@100" in row]
+    if len(evals) < 2 or evals[-1] is not log[-1]:
+        return []
+    first, now = evals[0], evals[-1]
+    if now["objective/reward_total"] <= reward_before:
+        return []
+    found = []
+    for name in ("energy", "NDCG@100", "ILD", "entropy"):
+        old, new = first.get(f"valid/{name}"), now.get(f"valid/{name}")
+        if old is not None and new is not None and new < old - 0.05 * abs(old):
+            found.append(
+                f"reward rose from {reward_before:.3f} to {now['objective/reward_total']:.3f} while "
+                f"validation {name} fell from {old:.4f} to {new:.4f}"
+            )
+    return found
+
+
+def summarise(done: list[dict], learn_policy: bool) -> dict[str, float]:
+    """What to log of the minibatches that `learn` has made: the last inner epoch's means."""
+    rows = iter(to_numbers([row for entry in done for row in (entry, *entry["parts"])]))
+    row, seen, epoch = {}, [], -1
+    for entry in rows:
+        total = weighted_mean([next(rows) for _ in entry["parts"]])
+        moved = total.pop("max_logratio", 0.0)
+        if entry["epoch"] != epoch:
+            epoch, seen = entry["epoch"], []
+            if epoch == 0:  # before the first update of the step: the ratio must still be 1
+                row["rollout/first_epoch_max_abs_logratio"] = moved
+        if learn_policy:
+            total["policy/ratio_var"] = total.pop("ratio_sq") - total["policy/ratio_mean"] ** 2
+        if entry["halted"]:
+            row |= (weighted_mean(seen) if seen else total) | {
+                "stopped": 1.0,
+                "inner_epochs": epoch + 1,
+            }
+            break
+        seen.append(
+            total | {name: value for name, value in entry.items() if "/" in name or name == "share"}
+        )
+        row |= weighted_mean(seen) | {"stopped": 0.0, "inner_epochs": epoch + 1}
+    return row
+
+
+def policy_row(
+    logp: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, clip: float
+) -> dict[str, Tensor]:
+    """RECIPE's policy/* numbers of one micro-batch; pages were drawn from `old`, so the KL is KL(old || new)."""
+    ratio = torch.exp(torch.where(mask, logp - old, 0.0))
+    low, high = (ratio < 1 - clip) & (advantage < 0), (ratio > 1 + clip) & (advantage > 0)
+    return {
+        "policy/approxkl_k1": masked.mean(kl_k1(old, logp), mask),
+        "policy/approxkl_k2": masked.mean(kl_k2(old, logp), mask),
+        "policy/approxkl_k3": masked.mean(kl_k3(old, logp), mask),
+        "policy/clipfrac_low": masked.mean(low.float(), mask),
+        "policy/clipfrac_high": masked.mean(high.float(), mask),
+        "policy/ratio_mean": masked.mean(ratio, mask),
+        "ratio_sq": masked.mean(ratio.square(), mask),
+        "policy/ratio_max": ratio.max(),
+        "max_logratio": (ratio.log()).abs().max(),
+    }
+
+
+def weighted_mean(rows: list[dict], weight: str = "share") -> dict[str, float]:
+    """Share-weighted means of micro-batches or minibatches; "max" keys take the maximum."""
+    if not rows:
+        return {}
+    rows = to_numbers(rows)
+    total = sum(row[weight] for row in rows) or 1.0
+    return {
+        name: max(row[name] for row in rows)
+        if "max" in name
+        else sum(row[name] * row[weight] for row in rows) / total
+        for name in rows[0]
+        if name != weight
+    }
+
+
+def to_numbers(rows: list[dict]) -> list[dict]:
+    """The same rows with every scalar tensor a number, all fetched from the device at once."""
+    at = [
+        (i, name)
+        for i, row in enumerate(rows)
+        for name, value in row.items()
+        if isinstance(value, Tensor)
+    ]
+    rows = [dict(row) for row in rows]
+    for (i, name), value in zip(
+        at, dist.AsyncScalars([rows[i][name] for i, name in at]).read(), strict=True
+    ):
+        rows[i][name] = value
+    return rows
+
+
+def describe(values: Tensor, mask: Tensor, name: str) -> dict[str, float]:
+    kept = values[mask]
+    if kept.numel() == 0:
+        return {}
+    return {
+        f"{name}/mean": kept.mean(),
+        f"{name}/std": masked.variance(values, mask).sqrt(),
+        f"{name}/min": kept.min(),
+        f"{name}/max": kept.max(),
+    }
+
+
+def rollout_row(
+    r: Rollout, reward: Tensor, advantage: Tensor, ret: Tensor, moments: RunningMoments
+) -> dict:
+    """Everything RECIPE wants logged of a rollout before its first update."""
+    kl = (r.old_logp - r.ref_logp).masked_fill(~r.mask, 0.0)
+    token = torch.where(r.mask, r.token, 0.0).sum(1) / r.mask.sum(1).clamp(min=1)
+    pages = r.item.tolist()
+    flat = r.item[r.mask]
+    top = flat.bincount().max().item() / max(1, flat.numel()) if flat.numel() else 0.0
+    spread = masked.variance(ret, r.mask)
+    unexplained = masked.variance(ret - r.value, r.mask)
+    duplicates = sum(len(p) - len(set(p)) for p in ([i for i in page if i >= 0] for page in pages))
+    illegal = (r.item[:, :, None] == r.excluded[:, None, :]) & r.mask[:, :, None]
+    assert duplicates == 0 and not illegal.any(), "a page holds an item that its constraint forbids"
+    return {
+        "objective/kl_seq_sum": kl.sum(1).mean(),
+        "objective/kl_exact_per_item": masked.mean(r.kl_exact, r.mask),
+        "objective/entropy": masked.mean(r.entropy, r.mask),
+        "objective/reward_page": r.page.mean(),
+        "objective/reward_token": token.mean(),
+        "objective/reward_total": (r.page + token).mean(),
+        "objective/rlhf_reward": reward.sum(1).mean(),
+        **({} if r.hit is None else {"objective/reward_hit": r.hit.sum(1).mean()}),
+        "val/explained_var": 1.0 - (unexplained / spread).item() if spread > 0 else 0.0,
+        "val/mean": masked.mean(r.value, r.mask),
+        **describe(ret, r.mask, "returns"),
+        **describe(advantage, r.mask, "advantages"),
+        "rnorm/mean": moments.mean,
+        "rnorm/std": moments.std,
+        "rnorm/count": moments.count,
+        "rollout/invalid": int(illegal.sum()),
+        "rollout/duplicate": duplicates,
+        "rollout/short": int((~r.mask).any(1).sum()),
+        "rollout/gen_vs_train_logp_diff": r.drift,
+        "list/coverage": len(set(flat.tolist())),
+        "list/top1_item_share": top,
+        "list/distinct": len({tuple(page) for page in pages}) / len(pages),
+    }
+
+
+def page_row(pages: Tensor, categories: metrics.Described) -> dict[str, float]:
+    """Mean ILD and category entropy of sampled pages (B, K)."""
+    page, slot = np.nonzero(pages.cpu().numpy() >= 0)
+    none = np.zeros(0, dtype=np.int64)
+    scores = metrics.score_pages(
+        np.arange(len(pages)),
+        (page, slot + 1, pages.cpu().numpy()[page, slot]),
+        (none, none, none),
+        categories,
+        page_k=pages.shape[1],
+    )
+    return {
+        name: float(np.nanmean(scores[key]))
+        for name, key in (("list/ILD", "ILD"), ("list/category_entropy", "entropy"))
+        if not np.isnan(scores[key]).all()
+    }
+
+
+def valid_row(scores: dict[str, float]) -> dict[str, float]:
+    return {f"valid/{name}": value for name, value in scores.items()}
+
+
+def log_samples(out: Run, step: int, shop: Shop, shown: dict, r: Rollout) -> None:
+    """Pages of a rollout as people read them: history, gold, page, rewards and KL of every slot.
+
+    shown   row of the rollout -> its user, the items whose like the prompt knows
+    """
+    if not dist.is_main():
+        return
+    title, held = shop.catalogue.title, shop.csr("valid")
+    for i, (user, history) in shown.items():
+        kept = r.mask[i]
+        out.log(
+            step,
+            "samples",
+            user=shop.user_ids[user],
+            history=[title[j] for j in history.tolist() if j >= 0],
+            gold=[title[j] for j in held.of(user)[0]],
+            page=[title[j] for j in r.item[i][kept].tolist()],
+            page_reward=r.page[i],
+            token_reward=[round(x, 4) for x in r.token[i][kept].tolist()],
+            kl=[round(x, 4) for x in (r.old_logp - r.ref_logp)[i][kept].tolist()],
+        )
