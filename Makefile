@@ -27,10 +27,10 @@ PREPARED := data/$(DATASET)/source.json
 RAW_ARG := $(if $(RAW),--raw $(RAW))
 # A study has several runs: RUN, where it is given, names the study.
 STUDY := $(if $(filter file,$(origin RUN)),,--study $(RUN))
-# presets/<dataset>/<stage> holds options found to fit a data set and two cores; ARGS override them. A study hands
-# them to its stages: $(call PRESETS,pretrain sft) is --pretrain=@presets/toys/pretrain --sft=@presets/toys/sft. All
-# rows of backbones begin from a published trunk, where other options fit: presets/<dataset>/backbones/<stage>.
-PRESET = $(addprefix @,$(wildcard presets/$(DATASET)/$(1)))
+# pagellm/presets/<dataset>/<stage> holds options found to fit a data set and two cores; ARGS override them. A study hands
+# them to its stages: $(call PRESETS,pretrain sft) is --pretrain=@pagellm/presets/toys/pretrain --sft=@pagellm/presets/toys/sft. All
+# rows of backbones begin from a published trunk, where other options fit: pagellm/presets/<dataset>/backbones/<stage>.
+PRESET = $(addprefix @,$(wildcard pagellm/presets/$(DATASET)/$(1)))
 PRESETS = $(foreach stage,$(1),$(addprefix --$(stage)=,$(call PRESET,$(2)$(stage))))
 
 .PHONY: all help install test lint serve recommend report load fuzz export ablation abtest ope judge backbones baselines seeds \
@@ -96,23 +96,23 @@ $(DONE)/evaluate/done: | $(FIRST)
 	$(STAGE) pagellm.evaluate $(COMMON) $(POLICIES_ARG)
 
 serve: $(VENV)/serve $(DONE)/ppo/done  ## the pages in a browser and over HTTP: http://127.0.0.1:8000/
-	$(PY) -m pagellm.serve $(COMMON) $(ARGS)
+	$(PY) -m pagellm.serving.serve $(COMMON) $(ARGS)
 
 load: $(VENV)/load $(DONE)/ppo/done  ## latency and pages a second of serve under 1, 8, 32 clients, cost of each part; ARGS="--soak 10"
-	$(PY) -m experiments.load $(COMMON) $(ARGS)
+	$(PY) -m experiments.stress.load $(COMMON) $(ARGS)
 
 fuzz: $(VENV)/load $(DONE)/ppo/done  ## schemathesis against the OpenAPI document of serve
-	$(PY) -m experiments.fuzz $(COMMON) $(ARGS)
+	$(PY) -m experiments.stress.fuzz $(COMMON) $(ARGS)
 
 recommend: $(DONE)/ppo/done  ## one page in the terminal: ARGS="--user ID"; everybody's: ARGS="--all --out pages.parquet"
-	$(STAGE) pagellm.recommend $(COMMON) $(ARGS)
+	$(STAGE) pagellm.serving.recommend $(COMMON) $(ARGS)
 
 # It shows what is there and names what is missing, so it needs no stage; DATASET only if it is given.
 report: $(VENV)/report  ## everything about RUN in one HTML file: runs/<run>/report.html
-	$(PY) -m experiments.report --run $(RUN) $(if $(filter file,$(origin DATASET)),,--dataset $(DATASET)) $(ARGS)
+	$(PY) -m pagellm.report.report --run $(RUN) $(if $(filter file,$(origin DATASET)),,--dataset $(DATASET)) $(ARGS)
 
 export: $(DONE)/ppo/done  ## embeddings of items and users as .npy for a ranker of your own: ARGS="--dtype int8 --pca 32 --out export-small"
-	$(PY) -m pagellm.export $(COMMON) $(ARGS)
+	$(PY) -m pagellm.serving.export $(COMMON) $(ARGS)
 
 ablation: | $(PREPARED)  ## the paper's Table 5 over several seeds
 	$(PY) -m experiments.ablation --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(call PRESETS,pretrain sft reward ppo) $(ARGS)
@@ -120,10 +120,10 @@ ablation: | $(PREPARED)  ## the paper's Table 5 over several seeds
 backbones: | $(PREPARED)  ## GPT-2, Llama and Llama with adapters side by side: the paper's Table 3
 	$(PY) -m experiments.backbones --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(call PRESETS,pretrain sft reward ppo,backbones/) $(ARGS)
 
-# Settings that an earlier search found are in experiments/settings/; ARGS="--settings=" searches anew.
-SETTINGS := $(if $(findstring --settings,$(ARGS)),,$(addprefix --settings ,$(wildcard experiments/settings/$(DATASET).json)))
+# Settings that an earlier search found are in pagellm/presets/; ARGS="--settings=" searches anew.
+SETTINGS := $(if $(findstring --settings,$(ARGS)),,$(addprefix --settings ,$(wildcard pagellm/presets/$(DATASET)/baselines.json)))
 baselines: | $(PREPARED)  ## popularity, ItemKNN, EASE, ALS: settings chosen on validation, refitted, one table
-	$(PY) -m experiments.baselines $(COMMON) --refit $(SETTINGS) $(ARGS)
+	$(PY) -m pagellm.baselines.compare $(COMMON) --refit $(SETTINGS) $(ARGS)
 
 seeds: | $(PREPARED)  ## the whole pipeline once for each of SEEDS, and one table with the baselines
 	for seed in $(SEEDS); do $(MAKE) $(DONE)-s$$seed/evaluate/done RUN=$(RUN)-s$$seed SEED=$$seed || exit; done
@@ -139,31 +139,31 @@ leaveout: | $(PREPARED)  ## what the reward knows untaught: a kind of pair left 
 # A log of one's own needs no run; --logging and its like name no log.
 OWN_LOG = $(filter --log --log=%,$(ARGS))
 abtest: $(if $(OWN_LOG),$(VENV)/installed,$(DONE)/evaluate/done)  ## SIMULATED online test of SFT against PPO; your own log: ARGS="--log log.csv --control a"
-	$(PY) -m $(if $(OWN_LOG),experiments.abtest,experiments.simulator $(COMMON)) $(ARGS)
+	$(PY) -m $(if $(OWN_LOG),pagellm.online.abtest,pagellm.online.simulator $(COMMON)) $(ARGS)
 
 ope: $(if $(OWN_LOG),$(VENV)/installed,$(DONE)/evaluate/done)  ## what PPO would earn, from SFT's SIMULATED log; ARGS="--log sessions.parquet"
-	$(PY) -m experiments.ope $(COMMON) $(ARGS)
+	$(PY) -m pagellm.online.ope $(COMMON) $(ARGS)
 
 judge: $(DONE)/evaluate/done  ## SFT's pages against PPO's, judged by rules; ARGS="--backend reward", http, replay
-	$(PY) -m experiments.judge $(COMMON) $(ARGS)
+	$(PY) -m pagellm.online.judge $(COMMON) $(ARGS)
 
 casestudy: $(DONE)/evaluate/done  ## prompt, true page, pages, hits and rewards slot by slot: ARGS="--user ID" (appendix H)
-	$(PY) -m experiments.casestudy --run $(RUN) $(ARGS)
+	$(PY) -m pagellm.report.casestudy --run $(RUN) $(ARGS)
 
 features: $(DONE)/ppo/done  ## dot(h_u, e_i) and the marginal page reward of (user, item) pairs: ARGS="--pairs pairs.parquet --out features.parquet"
-	$(PY) -m pagellm.features $(COMMON) $(ARGS)
+	$(PY) -m pagellm.serving.features $(COMMON) $(ARGS)
 
 ranker: $(VENV)/ranker $(DONE)/ppo/done  ## what dot(h_u, e_i) and the marginal page reward add to LightGBM, on held-out rows
 	$(PY) -m experiments.ranker $(COMMON) $(ARGS)
 
 search: $(VENV)/search $(DONE)/export-ppo/done  ## HNSW over the item rows: recall, queries a second, size; ARGS="--copies 30"
-	$(PY) -m pagellm.search $(COMMON) $(ARGS)
+	$(PY) -m pagellm.serving.search $(COMMON) $(ARGS)
 
 $(DONE)/export-ppo/done: | $(DONE)/ppo/done
-	$(PY) -m pagellm.export $(COMMON)
+	$(PY) -m pagellm.serving.export $(COMMON)
 
 caches: $(DONE)/ppo/done  ## requests that come back: hits of the prompt and user caches, seconds with and without
-	$(PY) -m experiments.caches $(COMMON) $(ARGS)
+	$(PY) -m experiments.cost.caches $(COMMON) $(ARGS)
 
 crossdomain: | $(PREPARED)  ## trained on half of the departments, tested on the others through rows made of words
 	$(PY) -m experiments.crossdomain --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(call PRESETS,pretrain sft) $(ARGS)
@@ -172,19 +172,19 @@ drift: | $(PREPARED)  ## trained on the past, tested on what came after; with an
 	$(PY) -m experiments.drift --dataset $(DATASET) $(STUDY) $(RAW_ARG) $(call PRESETS,prepare pretrain sft) $(ARGS)
 
 torture: $(VENV)/installed  ## pull the plug, fill the disk, feed rubbish: about five minutes, ends with counts
-	$(PY) -m experiments.torture $(ARGS)
+	$(PY) -m experiments.stress.torture $(ARGS)
 
 soak: $(VENV)/installed  ## all stages in a loop for half an hour: does anything grow?
-	$(PY) -m experiments.torture --suites soak $(ARGS)
+	$(PY) -m experiments.stress.torture --suites soak $(ARGS)
 
-# Rows chosen by --only, and --profile, are of experiments.bench alone.
+# Rows chosen by --only, and --profile, are of experiments.cost.bench alone.
 bench: $(VENV)/dev  ## every hot path beside a peer; BASE=<commit>: this commit against another, by turns; ARGS=--profile: parts
 	$(if $(BASE)$(filter --only% --profile,$(ARGS)),,$(PY) -m kernels.bench $(filter --quick,$(ARGS)) \
 		$(if $(filter cuda --device=cuda,$(ARGS)),--device cuda))
-	$(PY) -m experiments.bench $(if $(BASE),--base $(BASE)) $(ARGS)
+	$(PY) -m experiments.cost.bench $(if $(BASE),--base $(BASE)) $(ARGS)
 
 scaling: $(VENV)/report  ## time and memory of every stage as users, items, pages, histories grow: table, figure
-	$(PY) -m experiments.scaling $(ARGS)
+	$(PY) -m experiments.cost.scaling $(ARGS)
 
 test: $(VENV)/installed  ## all tests
 	$(PY) -m pytest $(ARGS)

@@ -7,7 +7,7 @@
 Each seed draws which half of every user's train rows stays, rounded up, so that nobody is left without. The others
 become `unused`: unknown to every model, and kept off every page (mask train+valid+unused), so that full and half are
 ranked among the same items and nobody pays for recommending what was taken away. Validation and test rows stay.
-Settings are chosen on the full data and kept for the halves. Whatever learns elsewhere (experiments/outside.py) is
+Settings are chosen on the full data and kept for the halves. Whatever learns elsewhere (pagellm/baselines/outside.py) is
 fitted to data/<dataset> and to each data/<dataset>-half-s<seed>, which an earlier run has made, and given as run files.
 
 Writes data/<dataset>-half-s<seed>/, runs/<study>/..., and runs/<study>/<dataset>.{parquet,md}
@@ -255,7 +255,7 @@ def read_scores(folder: Path, path: Path) -> dict[str, np.ndarray]:
     """Per-user scores of a run file for the data prepared in `folder`. Raises PageLLMError if it does not fit."""
     if not path.is_file():
         raise PageLLMError(
-            f"no run file {path}\n  Make it from {folder}, for example with experiments/outside.py."
+            f"no run file {path}\n  Make it from {folder}, for example with pagellm/baselines/outside.py."
         )
     shop, plain = load(folder), compare.Config()
     scorer = Scorer(shop, "test")

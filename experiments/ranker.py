@@ -12,7 +12,7 @@ not flatter them.)
 
     plain      popularity, item mean rating, price, price less the user's usual, affinity to category, department and
                brand, history length
-    dot        h_u . e_i           marginal  change of the page's reward (pagellm/features.py)
+    dot        h_u . e_i           marginal  change of the page's reward (pagellm/serving/features.py)
     first      EASE's score of the candidate
 
 About three minutes for the synthetic shop on one core. Needs the extra [ranker].

@@ -1,11 +1,11 @@
 """The item softmax over drawn items against all items: what it costs in quality, over seeds.
 
-    python -m experiments.sampled --dataset synthetic --sampled_items 64 --seeds 3
+    python -m experiments.sampled_softmax --dataset synthetic --sampled_items 64 --seeds 3
 
 Pretrain and SFT with the full softmax, with --sampled_items, and with --lazy_rows beside it; SFT's pages scored on the
 validation split, the paired difference to the full softmax over seeds and users. Rows already done are not run again.
 Writes <runs>/sampled/<dataset>-<sampled_items>.parquet and prints it. Two minutes a row and seed on the synthetic shop;
---pretrain and --sft hold options of those stages, or a preset: "--sft=@presets/toys/sft".
+--pretrain and --sft hold options of those stages, or a preset: "--sft=@pagellm/presets/toys/sft".
 """
 
 import sys
@@ -88,4 +88,4 @@ def run(config: Config) -> list[dict]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "experiments.sampled"))
+    sys.exit(main(Config, run, "experiments.sampled_softmax"))

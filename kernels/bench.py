@@ -25,7 +25,19 @@ from torch import Tensor
 
 from . import advantage, logprob, masked, reference
 
-__all__ = ["Case", "cases", "main", "measure", "plain_gae", "plain_linear_logp", "plain_whiten"]
+__all__ = [
+    "Case",
+    "cases",
+    "machine",
+    "main",
+    "measure",
+    "milliseconds",
+    "peak_megabytes",
+    "plain_gae",
+    "plain_linear_logp",
+    "plain_whiten",
+    "synchronise",
+]
 
 HEADER = (
     "kernel",

@@ -18,10 +18,10 @@ VERBS = {
     "reward": "pagellm.reward",
     "ppo": "pagellm.ppo",
     "evaluate": "pagellm.evaluate",
-    "export": "pagellm.export",
-    "recommend": "pagellm.recommend",
-    "features": "pagellm.features",
-    "serve": "pagellm.serve",
+    "export": "pagellm.serving.export",
+    "recommend": "pagellm.serving.recommend",
+    "features": "pagellm.serving.features",
+    "serve": "pagellm.serving.serve",
 }
 
 

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kernels import masked
-from kernels.advantage import gae
 from pagellm.data.shop import load
+from pagellm.kernels import masked
+from pagellm.kernels.advantage import gae
 from pagellm.model.backbone import Backbone
 from pagellm.model.critic import Critic
 from pagellm.model.decode import (

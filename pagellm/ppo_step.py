@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import masked
+from pagellm.kernels import masked
 from pagellm.model.backbone import Backbone
 from pagellm.model.page_loss import Batch
 

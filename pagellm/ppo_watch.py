@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import masked
 from pagellm.data.shop import Shop
+from pagellm.kernels import masked
 from pagellm.pages import metrics
 from pagellm.ppo_step import Rollout, RunningMoments, kl_k1, kl_k2, kl_k3
 from pagellm.stage import dist

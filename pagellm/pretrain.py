@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.logprob import linear_logp
 from pagellm.data.shop import Shop, load, source
+from pagellm.kernels.logprob import linear_logp
 from pagellm.model import gpt2, lora, networks
 from pagellm.model.backbone import Backbone
 from pagellm.model.corpus import KINDS, Corpus, Tokens, texts

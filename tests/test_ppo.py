@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from kernels import masked
-from kernels.advantage import gae
+from pagellm.kernels import masked
+from pagellm.kernels.advantage import gae
 from pagellm.pages.metrics import ndcg
 from pagellm.ppo import Config, advantages
 from pagellm.ppo_step import (

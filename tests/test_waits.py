@@ -48,7 +48,7 @@ def test_no_step_waits_for_the_device(root, monkeypatch):
     monkeypatch.setattr(train, "FUSED", ("cpu",))
     monkeypatch.setattr(decode, "WHOLE", ("cpu",))
     # asserts on the device on a GPU
-    monkeypatch.setattr("kernels.logprob.require", lambda ok, message: None)
+    monkeypatch.setattr("pagellm.kernels.logprob.require", lambda ok, message: None)
     questions, steps = Questions(), []
 
     def watched(all_steps, total, make):
@@ -120,7 +120,7 @@ def test_ppo_asks_nothing_from_a_rollout_to_its_last_update(root, monkeypatch):
         monkeypatch.setattr(train, "FUSED", fused)
         if fused:
             monkeypatch.setattr(decode, "WHOLE", ("cpu",))
-            monkeypatch.setattr("kernels.logprob.require", lambda ok, message: None)
+            monkeypatch.setattr("pagellm.kernels.logprob.require", lambda ok, message: None)
             monkeypatch.setattr(ppo, "learn", watched)
             monkeypatch.setattr(dist, "Fetch", Fetch)
         ppo.run(ppo.Config(**common, run=f"fused{len(fused)}", select="last"))

@@ -1,4 +1,4 @@
-"""Every hot path beside its plain version or a peer, in one run: python -m experiments.bench [--only row] [--quick]
+"""Every hot path beside its plain version or a peer, in one run: python -m experiments.cost.bench [--only row] [--quick]
 
     train            one step of AdamW, every position scored         peer: transformers' GPT2LMHeadModel
     train-page       the same, page positions against item rows       peer: the same, its labels masked
@@ -16,8 +16,8 @@ For each row: medians of both (they take turns), their ratio, the floor where on
 beyond their inputs, and the largest difference between the results: absolute for losses and scores, 0 where lists,
 tables and tokens are the same. Then one line of JSON. The kernels have a bench of their own: python -m kernels.bench.
 
-    python -m experiments.bench --profile            the parts of train, train-page, evaluate: which take how long
-    python -m experiments.bench --base <commit>      both benches here and at another commit, by turns; exit 2 if a
+    python -m experiments.cost.bench --profile            the parts of train, train-page, evaluate: which take how long
+    python -m experiments.cost.bench --base <commit>      both benches here and at another commit, by turns; exit 2 if a
                                                      row of ours became slower than its noise explains
 
 Rows with a peer need the extra [dev] and are left out, by name, without it. Only ratios within one run mean anything.
@@ -46,10 +46,10 @@ import torch.nn.functional as F
 from experiments.cost.bench_prepare import Config as Lines
 from experiments.cost.bench_prepare import write_reviews
 from experiments.cost.marks import CLOCKS, borders, measure_parts, parts_table, unmarked
-from kernels.bench import machine, milliseconds, peak_megabytes
-from kernels.logprob import linear_logp
 from pagellm.data import amazon, records, text_store
 from pagellm.data.shop import Rows
+from pagellm.kernels.bench import machine, milliseconds, peak_megabytes
+from pagellm.kernels.logprob import linear_logp
 from pagellm.model.decode import LegalItems, greedy, page_logp, sample, shared_start, slot_states
 from pagellm.model.gpt2 import GPT2, SIZES
 from pagellm.model.prompts import Example
@@ -756,7 +756,7 @@ def ours_at(place: Path, config: Config, here: Path) -> dict[str, float]:
     options = ["--device", config.device, "--repeats", "1", *(["--quick"] if config.quick else [])]
     extra = ["--size", config.size, *(["--only", config.only] if config.only else [])]
     found = {}
-    for module, more in (("kernels.bench", []), ("experiments.bench", extra)):
+    for module, more in (("kernels.bench", []), ("experiments.cost.bench", extra)):
         if not (place / (module.replace(".", "/") + ".py")).exists() or (
             config.only and module == "kernels.bench"
         ):
@@ -779,4 +779,4 @@ def ours_at(place: Path, config: Config, here: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(Config, run, "experiments.bench"))
+    raise SystemExit(main(Config, run, "experiments.cost.bench"))

@@ -1,7 +1,7 @@
 """How fast and in how much memory `prepare` reads a large review file.
 
-    python -m experiments.bench_prepare --lines 5000000        minutes; 4 GB of temporary disk
-    python -m experiments.bench_prepare --processes 2 --spelling 2023
+    python -m experiments.cost.bench_prepare --lines 5000000        minutes; 4 GB of temporary disk
+    python -m experiments.cost.bench_prepare --processes 2 --spelling 2023
 
 Writes a review file with text of realistic length, prepares it in a child process, and prints the lines a second,
 the processor time of all its processes, that of the first alone (while it works the others have nothing to do, or
@@ -30,7 +30,7 @@ __all__ = ["Config", "run", "write_reviews"]
 
 CHILD = """
 import resource, sys
-from pagellm.config import main
+from pagellm.stage.config import main
 from pagellm.data import prepare
 told = sys.argv.pop()
 code = main(prepare.Config, prepare.run, "pagellm.data.prepare")
@@ -161,4 +161,4 @@ def run(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(Config, run, "experiments.bench_prepare"))
+    raise SystemExit(main(Config, run, "experiments.cost.bench_prepare"))

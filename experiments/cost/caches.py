@@ -2,7 +2,7 @@
 
 Reads   data/<dataset>, runs/<run>/sft or ppo, reward
 
-    make caches                             python -m experiments.caches --dataset synthetic
+    make caches                             python -m experiments.cost.caches --dataset synthetic
 
 Users come back as people do: request r is of the user of rank n with probability ~ 1 / n (`--skew` is the exponent).
 Requests are answered `batch` at once, as `serve` does. Hits are counted for user states (history and what was met)
@@ -135,4 +135,4 @@ def pages(answers: list) -> list:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "experiments.caches"))
+    sys.exit(main(Config, run, "experiments.cost.caches"))

@@ -1,6 +1,6 @@
 """What a shop of millions would cost on 1, 8 and 64 GPUs: arithmetic on parts that are measured here.
 
-    python -m experiments.extrapolate             seconds; --users 10000000 --items 5000000 --size gpt2
+    python -m experiments.cost.extrapolate             seconds; --users 10000000 --items 5000000 --size gpt2
 
 Measured on this machine, from one real SFT step at two small shop sizes: floating-point operations of the trunk per
 token and parameter, of the item softmax per slot, item and column (every matrix product counted), bytes per row of
@@ -186,4 +186,4 @@ def run(config: Config) -> list[dict]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "experiments.extrapolate"))
+    sys.exit(main(Config, run, "experiments.cost.extrapolate"))

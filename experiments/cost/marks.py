@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from kernels.bench import synchronise
+from pagellm.kernels.bench import synchronise
 
 __all__ = ["CLOCKS", "Watch", "borders", "measure_parts", "parts_table", "unmarked"]
 

@@ -1,7 +1,7 @@
 """Time and memory of every stage as a shop grows: users, items, page length, history length. Measured, not estimated.
 
-    make scaling                            python -m experiments.scaling
-    python -m experiments.scaling --sweeps items --most 1000000
+    make scaling                            python -m experiments.cost.scaling
+    python -m experiments.cost.scaling --sweeps items --most 1000000
 
 Each measurement is a process of its own (so its peak memory is that stage's alone) that takes a few steps of the real
 stage on a made-up shop of that size: seconds before the first step, median seconds of a step between the first and
@@ -14,7 +14,7 @@ neither, and is measured once.
 
 Six processor minutes with --most 100000. Writes <runs>/scaling/results.jsonl, scaling.json, scaling.md
 and, with matplotlib (extra [report]), --figure. What a shop of millions would cost on GPUs is arithmetic from measured
-parts: experiments/extrapolate.py.
+parts: experiments/cost/extrapolate.py.
 """
 
 import csv
@@ -732,4 +732,4 @@ def figure(records: list[dict], path: Path, clock: str = "wall") -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "experiments.scaling"))
+    sys.exit(main(Config, run, "experiments.cost.scaling"))

@@ -1,6 +1,6 @@
-"""What locust's clients do (extra [load]): ask for pages, check them, keep every time. Started by experiments/load.py:
+"""What locust's clients do (extra [load]): ask for pages, check them, keep every time. Started by experiments/stress/load.py:
 
-    PAGELLM_LOAD=plan.json locust -f experiments/clients.py --headless --users 8 --run-time 10s --host http://...
+    PAGELLM_LOAD=plan.json locust -f experiments/stress/clients.py --headless --users 8 --run-time 10s --host http://...
 
 The plan: known, new  bodies of POST /v1/page: a client draws from `known`, or takes the next of `new`, which is asked
                       for once before it comes round again

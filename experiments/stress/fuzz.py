@@ -3,7 +3,7 @@
 Reads   data/<dataset>, runs/<run>/sft, runs/<run>/ppo, runs/<run>/reward
 Prints  what schemathesis says; ends with 2 if one answer is a 5xx, or is not what the document promises
 
-    make fuzz                               python -m experiments.fuzz --dataset synthetic
+    make fuzz                               python -m experiments.stress.fuzz --dataset synthetic
     make fuzz ARGS="--cases 1000 --seed 7"
 
 It makes requests that fit the document and requests that do not, and runs all of its checks on every answer but one:
@@ -77,4 +77,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "experiments.fuzz"))
+    sys.exit(main(Config, run, "experiments.stress.fuzz"))

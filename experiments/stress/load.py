@@ -4,7 +4,7 @@ hours of it leave anything behind. Needs the extras [serve] and [load]; the clie
 Reads   data/<dataset>, runs/<run>/sft, runs/<run>/ppo, runs/<run>/reward
 Prints  a row for each number of clients, with prompts the service knows and with new ones; costs; one line of JSON
 
-    make load                               python -m experiments.load --dataset synthetic
+    make load                               python -m experiments.stress.load --dataset synthetic
     make load ARGS="--soak 10"              then ten minutes at 80% of what was measured
 
 The service runs on `cores` cores and loopback; the clients on the others, or, where there are none, beside it. A minute
@@ -136,7 +136,7 @@ def served(config: Sources):
     command = [
         sys.executable,
         "-m",
-        "pagellm.serve",
+        "pagellm.serving.serve",
         "--port=0",
         "--reload=0",
         *(f"--{name}={value}" for name, value in options.items() if value != ""),
@@ -463,4 +463,4 @@ def grown(s: dict) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "experiments.load"))
+    sys.exit(main(Config, run, "experiments.stress.load"))

@@ -1,6 +1,6 @@
 """Pull the plug, fill the disk, flip bytes, feed rubbish: what the stages must survive, in one command.
 
-    make torture                            python -m experiments.torture --suites kill,signal,fault,input
+    make torture                            python -m experiments.stress.torture --suites kill,signal,fault,input
 
 kill    SIGKILL at random moments and at random file operations (also while a checkpoint is being written, and
         between its rename and LAST); the same command must end with the same bytes as a run left in peace
@@ -1036,4 +1036,4 @@ def run(config: Config) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "experiments.torture"))
+    sys.exit(main(Config, run, "experiments.stress.torture"))

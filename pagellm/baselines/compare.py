@@ -1,8 +1,8 @@
 """Plain baselines, scored by the same code as our policies: pages.parquet -> metrics.
 
-    make baselines DATASET=toys             python -m experiments.baselines --dataset toys --refit
+    make baselines DATASET=toys             python -m pagellm.baselines.compare --dataset toys --refit
 
-Popularity, ItemKNN, EASE and implicit ALS (experiments/models.py). Each is fitted to train rows only; its settings are
+Popularity, ItemKNN, EASE and implicit ALS (pagellm/model/plain.py). Each is fitted to train rows only; its settings are
 the best of `trials` on validation NDCG@100, searched the same way for all; the test rows are looked at once. --refit
 adds each model fitted to train + validation with those settings. --settings takes the settings of an earlier search.
 
@@ -336,4 +336,4 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "experiments.baselines"))
+    sys.exit(main(Config, run, "pagellm.baselines.compare"))

@@ -1,8 +1,8 @@
 """An outside library's recommender, in a process and environment of its own: prepared data in, run file out.
 
     python -m venv outside && outside/bin/pip install PACKAGES          see below: they do not fit into one environment
-    outside/bin/python experiments/outside.py --data data/toys --model sasrec --out runs/toys/outside/sasrec.parquet
-    python -m experiments.runfile --dataset toys --name SASRec --file runs/toys/outside/sasrec.parquet
+    outside/bin/python pagellm/baselines/outside.py --data data/toys --model sasrec --out runs/toys/outside/sasrec.parquet
+    python -m pagellm.baselines.runfile --dataset toys --name SASRec --file runs/toys/outside/sasrec.parquet
 
 model                                                              pip install
 %(models)s
@@ -15,7 +15,7 @@ keep their best epoch, and stop once they learn no more; when they are looked at
 search may end elsewhere. --fix holds some settings, so that the time goes into the others, or sets what the grids leave
 out: on Toys an epoch of SASRec takes 52 s of a core over the full softmax, 10 s with
 --fix loss=sampled_softmax n_negatives=64 session_max_len=12. --settings takes settings and epochs of an earlier search
-instead (experiments/settings/<dataset>.json); --refit then fits them to train + validation.
+instead (pagellm/presets/<dataset>/baselines.json); --refit then fits them to train + validation.
 
 SASRec, BERT4Rec and HSTU read each user's train items in the order of `time`: the reviews' dates, those of one day in
 order of item, or the place in the sequence where a shop's files hold only that. A random split takes items out of the

@@ -1,6 +1,6 @@
 """Anybody's run file -> pages.parquet -> our metrics, beside the baselines.
 
-    python -m experiments.runfile --dataset toys --name SASRec --file scores.csv
+    python -m pagellm.baselines.runfile --dataset toys --name SASRec --file scores.csv
 
 The file: Parquet, CSV or TSV (with a heading) of user, item and score or rank; identifiers are the shop's own, or
 the dense numbers of data/<dataset>/interactions.parquet. Ranked over the whole catalogue, deep enough that `depth`
@@ -264,4 +264,4 @@ def run(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "experiments.runfile"))
+    sys.exit(main(Config, run, "pagellm.baselines.runfile"))

@@ -1,4 +1,4 @@
-"""Implicit ALS, exact: factors of who has what. A plain baseline (experiments/models.py) and a start for rows.
+"""Implicit ALS, exact: factors of who has what. A plain baseline (pagellm/model/plain.py) and a start for rows.
 
 X, Y = als(shop.csr("train"), shop.n_users, shop.n_items, factors=64, alpha0=0.01, reg=0.01, nu=1.0)
 X[users] @ Y.T                          (B, N) scores

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, from_numpy
 
-from kernels.logprob import linear_logp
+from pagellm.kernels.logprob import linear_logp
 from pagellm.model.backbone import Backbone, KVCache
 from pagellm.model.sampled_softmax import Candidates, sampled_logp
 from pagellm.pages.topk import Rank, argmax, top_k

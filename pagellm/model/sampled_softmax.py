@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.logprob import linear_logp
+from pagellm.kernels.logprob import linear_logp
 
 __all__ = ["Candidates", "Proposal", "locate", "sampled_logits", "sampled_logp"]
 

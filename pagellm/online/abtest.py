@@ -3,8 +3,8 @@
 Reads   a Parquet or CSV file, one line a user; columns below
 Writes  abtest.json beside it, and prints the table
 
-    python -m experiments.abtest --log log.parquet --control sft
-    python -m experiments.abtest --log past.parquet --plan --mde 0.02 --daily 5000      # before there is a test
+    python -m pagellm.online.abtest --log log.parquet --control sft
+    python -m pagellm.online.abtest --log past.parquet --plan --mde 0.02 --daily 5000      # before there is a test
 
     user               identifier, at most once in the file
     arm                name of the arm the user was sent to; exactly two; --plan needs none
@@ -83,7 +83,7 @@ LARGEST = 1e15  # of a value: sums and squares stay numbers
 class Config:
     """Compare two arms of an online test."""
 
-    log: str = ""  # Parquet or CSV file, one line a user (python -m pydoc experiments.abtest:
+    log: str = ""  # Parquet or CSV file, one line a user (python -m pydoc pagellm.online.abtest:
     # columns)
     control: str = "control"  # name of the arm that the other is compared with
     alpha: float = 0.01  # error rate over all metrics together (Holm)
@@ -664,4 +664,4 @@ def run(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "experiments.abtest"))
+    sys.exit(main(Config, run, "pagellm.online.abtest"))

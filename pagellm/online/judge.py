@@ -3,8 +3,8 @@
 Reads   data/<dataset>, runs/<run>/evaluate/<policy>/pages.parquet of two policies; optionally people's verdicts
 Writes  runs/<run>/judge-<backend>          verdicts.parquet, opinions.jsonl (cache, and what `replay` reads), done
 
-    python -m experiments.judge --backend rules
-    OPENAI_API_KEY=... python -m experiments.judge --backend http --url https://host/v1 --model name --budget 400
+    python -m pagellm.online.judge --backend rules
+    OPENAI_API_KEY=... python -m pagellm.online.judge --backend http --url https://host/v1 --model name --budget 400
 
     rules    relevance to the history, diversity, redundancy, order: no model, no truth
     reward   the reward model; circular, and marked so, where it judges a policy that was trained on it
@@ -735,4 +735,4 @@ def run(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "experiments.judge"))
+    sys.exit(main(Config, run, "pagellm.online.judge"))

@@ -3,7 +3,7 @@
 Reads   a Parquet log, one line a session (columns below); without --log, a SIMULATED one on the synthetic shop
 Writes  ope.json beside the log, or under runs/<run>/ope
 
-    python -m experiments.ope                           python -m experiments.ope --log sessions.parquet
+    python -m pagellm.online.ope                           python -m pagellm.online.ope --log sessions.parquet
 
     user                 who saw the page; errors are clustered by user
     page                 list of K items (numbers or names), in order
@@ -308,7 +308,9 @@ def read_log(path: str | Path) -> Log:
     """Raises PageLLMError for missing columns or lists of unequal length."""
     given, path = str(path), Path(path)
     if not path.is_file():
-        raise PageLLMError(f"no log {given!r}; see python -m pydoc experiments.ope for its columns")
+        raise PageLLMError(
+            f"no log {given!r}; see python -m pydoc pagellm.online.ope for its columns"
+        )
     try:
         table = pq.read_table(path)
     except pa.ArrowInvalid as error:
@@ -470,7 +472,7 @@ def report(log: Log, found: dict[str, Value], truth: float | None) -> str:
     ]
     if truth is not None:
         lines = [
-            "SIMULATED visitors: assumptions, not people (experiments/simulator.py)",
+            "SIMULATED visitors: assumptions, not people (pagellm/online/simulator.py)",
             *lines,
             f"target's true value {truth:.4f}",
         ]
@@ -524,4 +526,4 @@ def run(config: Config) -> dict[str, Value]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "experiments.ope"))
+    sys.exit(main(Config, run, "pagellm.online.ope"))

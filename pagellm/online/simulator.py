@@ -1,9 +1,9 @@
 """Simulated visitors of the synthetic shop, and a simulated online test of two policies. No person is in it.
 
 Reads   data/<dataset> with truth.npy, runs/<run>/evaluate/<policy>/pages.parquet of two policies
-Writes  runs/<run>/simulator                log.parquet (user-level, as experiments.abtest reads it), abtest.json
+Writes  runs/<run>/simulator                log.parquet (user-level, as pagellm.online.abtest reads it), abtest.json
 
-    python -m experiments.simulator --control sft --treatment ppo
+    python -m pagellm.online.simulator --control sft --treatment ppo
 
 A page is a grid filled row by row. A visitor reads the first row; in a row a slot is looked at with a probability that
 falls from left to right; what is looked at may be clicked, what is clicked may be bought. Whoever buys leaves, and at
@@ -188,7 +188,7 @@ def online_log(
     seed: int = 0,
     failure: str = "click",
 ) -> dict[str, np.ndarray]:
-    """A user-level log of a simulated test, as experiments.abtest reads it.
+    """A user-level log of a simulated test, as pagellm.online.abtest reads it.
 
     pages     arm -> (users (U,), page (U, K)); the first is the control, which everybody sees before the test
     visitors  each has the taste of a shop user drawn with replacement; half of them, by a coin, go to either arm
@@ -275,7 +275,7 @@ class Config(StageConfig):
 
 
 def run(config: Config) -> dict:
-    """-> the result of experiments.abtest, with the closed-form change of every metric beside it as `truth`."""
+    """-> the result of pagellm.online.abtest, with the closed-form change of every metric beside it as `truth`."""
     shop = load(config.data_dir)
     world = world_of(shop, READERS[config.reading])
     inputs, pages = {"data": file_id(config.data_dir / "source.json")}, {}
@@ -300,7 +300,7 @@ def run(config: Config) -> dict:
         with atomic(out.path / "log.parquet") as beside:
             pq.write_table(pa.table(log), beside)
         print(
-            f"SIMULATED visitors of {config.dataset}: assumptions, not people (experiments/simulator.py)\n"
+            f"SIMULATED visitors of {config.dataset}: assumptions, not people (pagellm/online/simulator.py)\n"
         )
         result = abtest.run(
             abtest.Config(
@@ -337,4 +337,4 @@ def run(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "experiments.simulator"))
+    sys.exit(main(Config, run, "pagellm.online.simulator"))

@@ -60,7 +60,7 @@ def tie_breaker(seed: int, users: np.ndarray, n_users: int, n_items: int) -> Ran
     """How equal scores go: by a seeded shuffle, never by id. i is before j for half of the users, whatever their
     numbers.
 
-    users  (B,) of the rows that will be ranked        returns  shuffled[item] xor drawn[user], for top.largest
+    users  (B,) of the rows that will be ranked        returns  shuffled[item] xor drawn[user], for topk.largest
     """
     shuffled = randomness.rng(seed, "ties", "items").permutation(n_items)
     drawn = randomness.rng(seed, "ties", "users").integers(
@@ -150,7 +150,7 @@ def top_items(
     """The best `depth` items of each user that are not in `seen`, over the whole catalogue.
 
     score (B, N) float, users (B,). Returns item (B, depth) int64, -1 past the end, and score (B, depth) float32.
-    Equal scores go by policy.ties. Raises ValueError on a NaN.
+    Equal scores go by ranked.tie_breaker. Raises ValueError on a NaN.
     """
     score = score.detach().float().contiguous().numpy()
     row, gone = seen.flat(users)

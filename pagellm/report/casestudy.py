@@ -3,7 +3,7 @@
 Reads   data/<dataset>, runs/<run>/sft, reward, ppo, evaluate
 Prints  the users asked for, and exact, same-category and same-brand hits over all users with intervals
 
-    make casestudy                          python -m experiments.casestudy --user U0001000,U0001013
+    make casestudy                          python -m pagellm.report.casestudy --user U0001000,U0001013
 
 `make report` shows twenty users in the same way. Seconds for the synthetic shop.
 """
@@ -165,4 +165,4 @@ def run(config: Config) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "experiments.casestudy"))
+    sys.exit(main(Config, run, "pagellm.report.casestudy"))

@@ -3,7 +3,7 @@
 Reads   runs/<run>/*, data/<dataset>, studies and baselines below runs/
 Writes  runs/<run>/report.html              self-contained: no script, no request, light and dark
 
-    make report [RUN=...]                   python -m experiments.report --run synthetic
+    make report [RUN=...]                   python -m pagellm.report.report --run synthetic
 
 Needs the extra [report] (matplotlib). Trains nothing; a stage that is missing is named with the command that makes it.
 The same files give the same bytes. About 20 seconds for the synthetic shop, most of it scoring pages and pairs.
@@ -69,4 +69,4 @@ def run(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "experiments.report"))
+    sys.exit(main(Config, run, "pagellm.report.report"))

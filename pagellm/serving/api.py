@@ -7,7 +7,6 @@ No answer is a traceback: whatever is wrong with a request comes back as 4xx and
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Iterable
 from contextlib import asynccontextmanager
@@ -35,10 +34,9 @@ from pagellm.serving.schema import (
 )
 from pagellm.stage.config import PageLLMError
 
-__all__ = ["Busy", "TooSlow", "log", "make_app"]
+__all__ = ["Busy", "TooSlow", "make_app"]
 
 
-log = logging.getLogger("pagellm")
 STATIC = Path(__file__).parent / "static"
 FILES = {"page.css": "text/css", "page.js": "text/javascript"}
 

@@ -5,7 +5,7 @@
     rows.row("user_content", "A1B2")                # (d,)
     rows.dot("A1B2", ["B0001", "B0002"])            # (2,): the policy's logits of the page's first slot
 
-`python -m pagellm.export` writes them; manifest.json there says what is in which file.
+`python -m pagellm.serving.export` writes them; manifest.json there says what is in which file.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ class Embeddings:
         except (OSError, ValueError) as error:
             raise PageLLMError(
                 f"no readable manifest.json in {self.path} ({type(error).__name__})\n"
-                "  Make it with: python -m pagellm.export"
+                "  Make it with: python -m pagellm.serving.export"
             ) from None
 
     def _file(self, name: str) -> Path:

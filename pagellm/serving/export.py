@@ -3,12 +3,12 @@
 Reads   data/<dataset>, runs/<run>/ppo or sft
 Writes  runs/<run>/export-<policy> (--out)  <name>.npy, item_ids.json, user_ids.json, manifest.json
 
-    make export                             python -m pagellm.export --dtype int8 --pca 32 --out export-small
+    make export                             python -m pagellm.serving.export --dtype int8 --pca 32 --out export-small
 
     item_token     (N, d) the item rows e_i           item_content   (N, d) mean state over title, brand, category
     user_token     (U, d) the user rows               user_content   (U, d) h_u, state behind the page prompt
 
-h_u . e_i is the logit of item i in the first slot. `pagellm.embeddings` reads all this with numpy alone. Seconds.
+h_u . e_i is the logit of item i in the first slot. `pagellm.serving.embeddings` reads all this with numpy alone. Seconds.
 """
 
 import hashlib
@@ -196,4 +196,4 @@ def full_hash(path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.export"))
+    sys.exit(main(Config, run, "pagellm.serving.export"))

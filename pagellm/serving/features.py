@@ -3,7 +3,7 @@
 Reads   data/<dataset>, runs/<run>/ppo or sft, runs/<run>/reward; a Parquet file of pairs: user_id, item_id
 Writes  the pairs with two more columns
 
-    python -m pagellm.features --pairs pairs.parquet --out features.parquet
+    python -m pagellm.serving.features --pairs pairs.parquet --out features.parquet
 
     dot        h_u . e_i, the logit of item i in the first slot of u's page
     marginal   R(page with i) - R(page without i), R = R_c + R_f, of the page that the policy writes for u: an item of
@@ -214,4 +214,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.features"))
+    sys.exit(main(Config, run, "pagellm.serving.features"))

@@ -23,9 +23,9 @@ from prometheus_client import (
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from pagellm.serving.api import log
+__all__ = ["log", "Gate", "Http", "JSON", "Lines", "Meters", "json_logs", "problem"]
 
-__all__ = ["Gate", "Http", "JSON", "Lines", "Meters", "json_logs", "problem"]
+log = logging.getLogger("pagellm")
 
 SAFE = (
     (b"x-content-type-options", b"nosniff"),

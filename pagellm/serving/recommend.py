@@ -4,7 +4,7 @@ Reads   data/<dataset>, runs/<run>/sft | ppo, runs/<run>/reward
 Prints  a page                              pagellm recommend --user A1B2 --k 20
                                             pagellm recommend --history B0001000:5,B0001007:4 --categories "Office"
 Writes  pages.parquet                       pagellm recommend --all --out pages.parquet
-                                            torchrun --nproc_per_node 2 -m pagellm.recommend --all --out pages.parquet
+                                            torchrun --nproc_per_node 2 -m pagellm.serving.recommend --all --out pages.parquet
 
 The same command again carries on where an interrupted `--all` stopped. Seconds for the synthetic shop.
 """
@@ -351,4 +351,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.recommend"))
+    sys.exit(main(Config, run, "pagellm.serving.recommend"))

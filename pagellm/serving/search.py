@@ -1,10 +1,10 @@
 """Approximate search over exported item rows: the items with the largest h_u . e_i, without scoring them all.
 
-Reads   runs/<run>/export-<policy>          what pagellm.export wrote
+Reads   runs/<run>/export-<policy>          what pagellm.serving.export wrote
 Writes  runs/<run>/export-<policy>/<name>.hnsw and .hnsw.json
 
-    python -m pagellm.search --dataset synthetic                recall@k against exact, queries a second, size
-    python -m pagellm.search --copies 30                        the same for a catalogue grown 30 times: see `grown`
+    python -m pagellm.serving.search --dataset synthetic                recall@k against exact, queries a second, size
+    python -m pagellm.serving.search --copies 30                        the same for a catalogue grown 30 times: see `grown`
 
     index = Index.open("runs/toys/export-ppo")
     items, score = index.query(h, 100)                          (B, 100) ids of the shop, (B, 100) float32
@@ -145,12 +145,12 @@ class Index:
         except (OSError, ValueError, KeyError) as error:
             raise PageLLMError(
                 f"no index in {path} ({type(error).__name__})\n"
-                "  Make it with: python -m pagellm.search"
+                "  Make it with: python -m pagellm.serving.search"
             ) from None
         if not same:
             raise PageLLMError(
                 f"{path} is damaged or not of the rows beside it\n"
-                "  Make it anew with: python -m pagellm.search"
+                "  Make it anew with: python -m pagellm.serving.search"
             )
         return cls(library().read_index(str(path)), list(rows.items), about["longest"])
 
@@ -267,4 +267,4 @@ def run(config: Config) -> list[dict]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.search"))
+    sys.exit(main(Config, run, "pagellm.serving.search"))

@@ -2,7 +2,7 @@
 
 Reads   data/<dataset>, runs/<run>/sft, runs/<run>/ppo, runs/<run>/reward
 
-    make serve                              python -m pagellm.serve --dataset synthetic --port 8000
+    make serve                              python -m pagellm.serving.serve --dataset synthetic --port 8000
     curl -d '{"user": "U0001000", "k": 5}' -H 'content-type: application/json' http://127.0.0.1:8000/v1/page
 
 Requests that wait together are written together. A stage that is trained anew is taken up while serving: whole, between
@@ -318,4 +318,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.serve"))
+    sys.exit(main(Config, run, "pagellm.serving.serve"))

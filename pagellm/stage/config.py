@@ -36,7 +36,7 @@ class PageLLMError(Exception):
 class Options(str):
     """A field that holds the options of another stage, as on its command line: --sft="--lr 0.1 --epochs 2".
 
-    Given again it adds to what it had, so that a preset may come first: --sft=@presets/toys/sft --sft="--lr 0.1".
+    Given again it adds to what it had, so that a preset may come first: --sft=@pagellm/presets/toys/sft --sft="--lr 0.1".
     """
 
 

@@ -7,7 +7,7 @@
     sums = total(tensor)            over all processes
 
 Every function is also right in one process, where it costs nothing. Only the main process (rank 0) writes files.
-The same random numbers are drawn whatever the number of processes (train.keyed), so that all of them agree on what a
+The same random numbers are drawn whatever the number of processes (randomness.rng), so that all of them agree on what a
 batch holds, and each takes its share.
 """
 

@@ -43,7 +43,7 @@ def python(*words, seconds=800):
     ],
 )
 def test_nothing_breaks(suite, more, counted, least):
-    code, said = python("-m", "experiments.torture", "--suites", suite, "--seed", "1", *more)
+    code, said = python("-m", "experiments.stress.torture", "--suites", suite, "--seed", "1", *more)
     assert code == 0 and "nothing broke" in said, said[-3000:]
     counts = {
         what: int(n.replace(",", ""))
@@ -59,7 +59,7 @@ def test_nothing_breaks(suite, more, counted, least):
 NOTICE = """
 import sys, tempfile
 from pathlib import Path
-from experiments.torture import Bench
+from experiments.stress.torture import Bench
 with tempfile.TemporaryDirectory() as root:
     bench = Bench(Path(root) / "bench", 0)
     folder = bench.trial("sft")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from kernels import bench
+from pagellm.kernels import bench
 from pagellm.model import gpt2
 from pagellm.model.backbone import KVCache
 from pagellm.model.llama import LLAMA3, SIZES, Llama, RMSNorm, Shape, frequencies, rotate

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from kernels.logprob import linear_logp
+from pagellm.kernels.logprob import linear_logp
 from pagellm.model.gpt2 import GPT2, Shape
 from pagellm.model.page_loss import Batch, sft_loss
 from pagellm.model.sampled_softmax import Proposal, locate, sampled_logits, sampled_logp

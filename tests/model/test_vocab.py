@@ -63,7 +63,7 @@ def test_words_looked_up_one_by_one_are_what_the_tokeniser_makes_of_the_whole_te
 
 
 def test_the_memory_for_words_is_bounded(monkeypatch):
-    monkeypatch.setattr("pagellm.vocab.CACHED_WORDS", 3)
+    monkeypatch.setattr("pagellm.model.vocab.CACHED_WORDS", 3)
     v = Vocab(TRAINED.tokenizer, 3, 4)
     text = "one two three four five " + "x" * 100
     assert v.words(text) == v.words(text) == v.tokenizer.encode(text).ids

@@ -114,7 +114,7 @@ def test_the_loader_needs_numpy_alone(common, served):
     path = served / "runs" / "base" / "export-ppo"
     user, item = (json.loads((path / f"{n}_ids.json").read_text())[0] for n in ("user", "item"))
     code = (
-        "import sys; from pagellm.embeddings import Embeddings; "
+        "import sys; from pagellm.serving.embeddings import Embeddings; "
         f"print(Embeddings({str(path)!r}).dot({user!r}, [{item!r}])[0], "
         "*sorted({'torch', 'pyarrow', 'tokenizers'} & set(sys.modules)))"
     )

@@ -148,7 +148,7 @@ def test_two_processes_write_the_file_that_one_writes(served, tmp_path):
             "2",
             "-m",
             "--",
-            "pagellm.recommend",
+            "pagellm.serving.recommend",
             "--all",
             "--out",
             str(tmp_path / "two.parquet"),

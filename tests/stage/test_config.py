@@ -257,7 +257,7 @@ def test_a_later_preset_overrides_an_earlier_one(tmp_path):
 
 
 def test_options_of_a_stage_given_after_its_preset_override_it_one_by_one(tmp_path):
-    """`make ablation DATASET=toys ARGS='--sft="--lr 0.25"'`: Makefile gives --sft=@presets/toys/sft before ARGS."""
+    """`make ablation DATASET=toys ARGS='--sft="--lr 0.25"'`: Makefile gives --sft=@pagellm/presets/toys/sft before ARGS."""
 
     @dataclass(frozen=True)
     class Study:
@@ -339,7 +339,7 @@ def test_make_hands_the_presets_of_a_data_set_to_the_stages_of_a_study(study, pa
 @pytest.mark.parametrize(
     "words, settings",
     [
-        (["DATASET=toys"], "experiments/settings/toys.json"),
+        (["DATASET=toys"], "pagellm/presets/toys/baselines.json"),
         (["DATASET=none"], ""),
         (["DATASET=toys", "ARGS=--settings="], ""),
         (["DATASET=none", "ARGS=--settings setup.cfg"], "setup.cfg"),
@@ -349,9 +349,10 @@ def test_make_baselines_takes_the_settings_that_a_search_found(words, settings, 
     from pagellm.baselines.compare import Config
 
     monkeypatch.chdir(Path(__file__).parents[2])
-    (line,) = [x for x in make("baselines", *words) if "-m experiments.baselines" in x]
+    (line,) = [x for x in make("baselines", *words) if "-m pagellm.baselines.compare" in x]
     assert (
-        parse(Config, shlex.split(line.split("-m experiments.baselines")[1])).settings == settings
+        parse(Config, shlex.split(line.split("-m pagellm.baselines.compare")[1])).settings
+        == settings
     )
 
 
