@@ -4,17 +4,19 @@ Stages, in the order they run; each reads directories and writes one directory:
 
     data.prepare -> pretrain -> sft -> reward -> ppo -> evaluate
 
-What they share, from the ground up:
+Folders, from the ground up; each may import what stands before it:
 
-    config, run          command line, errors; run directories, checkpoints, logs
-    data.*               raw files of many spellings -> one data set; data.shop loads it
-    vocab, prompts       text and ids -> token ids; every template
-    lists, pairs         ground-truth pages, page energy; preference pairs
-    backbone, networks   the networks' surface; gpt2 and llama behind it, lora beside, weights from published files
-    decode               sampling, greedy, beam, one-shot under a constraint
-    metrics, train       scores of pages; optimiser, schedule, keyed randomness
-    recommender          pages on request, for `pagellm recommend` (terminal, files) and `pagellm serve` (HTTP)
-    export, embeddings   rows and states as .npy files; their loader, which needs numpy alone
+    kernels     log-probabilities, advantages and masked statistics over batches
+    stage       what every stage is made of: command line, run directory, processes, optimiser
+    data        raw files of many formats -> one prepared shop
+    pages       what a page is: truth, energy, pairs, metrics, statistics; knows no network
+    model       what writes a page: vocabulary, prompts, networks, decoding, reward model
+    (stages)    pretrain, sft, reward, ppo (with ppo_step, ppo_watch), evaluate
+    serving     pages and numbers for others: terminal, files, HTTP, embeddings
+    baselines   other recommenders in the same table
+    online      A/B tests, a simulator, off-policy estimates, a judge
+    report      everything about a run in one HTML file
+    presets     options that were found for a data set
 
 This file imports nothing, so that `python -m pagellm.ppo` loads ppo once.
 """

@@ -1,19 +1,20 @@
-"""PPO: pages sampled under the constraint, scored by the reward model, held to the SFT policy by KL (Eq. 9 to 11).
+"""PPO: sample pages, score them with the reward model, and learn, held near the SFT policy by KL.
 
 Reads   data/<dataset>, runs/<run>/sft, runs/<run>/reward
-Writes  runs/<run>/ppo                      model.pt of the step with the best validation score, log.jsonl,
-                                            samples.jsonl (pages at each validation)
+Writes  runs/<run>/ppo      model.pt of the step with the best validation score, log.jsonl,
+                            samples.jsonl (some pages at each validation)
 
-    make ppo                                python -m pagellm.ppo --dataset synthetic --kl_coef 0.02
+    make ppo                pagellm ppo --dataset synthetic --kl_coef 0.02
 
-About two minutes for the synthetic shop on two CPU cores. One step:
+About two minutes for the synthetic shop on two CPU cores. One step (Eq. 9 to 11 of arXiv
+2506.09084; arithmetic in ppo_step.py, what is logged in ppo_watch.py):
 
-    prompt (B, P) -> sample under the constraint -> item, logp (B, K); reference logp, value (B, K)
-      -> token_reward (B, K), page_reward (B,) -> normalise
-      -> r_k = w_token token_k / K - kl_coef (logp - ref_logp)_k, + w_page page at the last slot
-      -> gae -> whiten -> inner epochs of minibatches -> clipped policy loss, clipped value loss -> step
+    prompt (B, P) -> sample under the constraint -> item, logp (B, K); ref_logp, value (B, K)
+      -> token_reward (B, K), page_reward (B,) -> terms, name -> (B, K) -> normalise
+      -> r_k = sum of terms_k - kl_coef (logp - ref_logp)_k
+      -> gae -> whiten -> inner epochs of minibatches -> clipped policy and value loss -> step
 
-No dropout anywhere in here: the ratio must be 1 before the first update.
+There is no dropout anywhere in here: the ratio must be 1 before the first update.
 """
 
 import math
@@ -29,9 +30,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pagellm.data.shop import load
+from pagellm.data.shop import Shop, load
 from pagellm.kernels import masked
-from pagellm.kernels.advantage import gae
 from pagellm.model.backbone import Backbone
 from pagellm.model.critic import Critic
 from pagellm.model.decode import (
@@ -43,7 +43,7 @@ from pagellm.model.decode import (
     trim_padding,
 )
 from pagellm.model.networks import from_state
-from pagellm.model.page_loss import collate, sft_loss
+from pagellm.model.page_loss import Batch, collate, sft_loss
 from pagellm.model.policy import MODES, Policy, Validation
 from pagellm.model.reward_model import RewardModel
 from pagellm.pages import metrics
@@ -52,11 +52,12 @@ from pagellm.ppo_step import (
     AdaptiveKL,
     Rollout,
     RunningMoments,
+    advantages,
     exact_kl,
-    hit_reward,
     legal_logits,
-    normalise_reward,
+    normalise,
     policy_loss,
+    reward_terms,
     step_reward,
     value_loss,
 )
@@ -76,6 +77,7 @@ from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.run import Run, TrainingConfig, file_id, finished, load_model_file
 from pagellm.stage.train import (
+    Best,
     GuardedStep,
     Objective,
     batch_at,
@@ -86,7 +88,7 @@ from pagellm.stage.train import (
     set_lr,
 )
 
-__all__ = ["Config", "advantages", "run"]
+__all__ = ["Config", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,10 +199,101 @@ class Config(TrainingConfig):
             raise PageLLMError("w_token, w_page and w_hit are all 0: nothing to optimise")
 
 
+@dataclass
+class Networks:
+    """The policy that learns, the SFT policy it is held to, the reward model, and the critic."""
+
+    policy: Policy
+    ref: Backbone
+    reward: RewardModel
+    critic: Critic
+
+    @classmethod
+    def load(cls, config: Config, sft_dir: Path, reward_dir: Path, device) -> "Networks":
+        """The critic's trunk begins as the reward model's. Reference and reward are frozen."""
+        policy = Policy.load(sft_dir, device)
+        policy.check_room(config.k)
+        ref = from_state(load_model_file(sft_dir / "model.pt")).to(device).eval()
+        reward = RewardModel.load(reward_dir, device).requires_grad_(False)
+        critic = Critic(from_state(load_model_file(reward_dir / "model.pt"))).to(device).eval()
+        for trunk in (policy.model, critic.trunk):
+            trunk.checkpoint_blocks = config.checkpoint_blocks
+        return cls(policy, ref.requires_grad_(False), reward, critic)
+
+
+@dataclass
+class Asked:
+    """What one step samples pages for."""
+
+    users: np.ndarray  # (B,)
+    prompt: Tensor  # (B, P)
+    valid: Tensor  # (B, P)
+    excluded: Tensor  # (B, E) items that no page may hold, padded with -1
+    uniform: Tensor  # (B, K) float64 in [0, 1): the numbers that draw the pages
+    taught: Batch | None  # the hidden train items as pages, if w_hit or sft_coef needs them
+
+
+class Prompts:
+    """Which users each step asks, and their prompts. A step depends on its number alone."""
+
+    def __init__(self, config: Config, shop: Shop, policy: Policy):
+        self.config, self.policy = config, policy
+        self.device = policy.model.word.device
+        self.history, self.seen = shop.csr("train"), shop.csr("train", positive=None)
+        self.hides = config.w_hit > 0 or config.sft_coef > 0
+        self.users = np.flatnonzero(self.history.counts() > 0)
+        if self.hides:
+            if policy.vocab.times:
+                raise PageLLMError(
+                    "w_hit and sft_coef hide train items at random, and a policy with time tokens "
+                    "has learnt pages that come after their history: leave both at 0"
+                )
+            self.maker, self.disliked = PageMaker(shop), shop.csr("train", positive=False)
+            self.users = self.maker.users
+        self.per_step = config.rollout // config.samples
+
+    def __call__(self, step: int) -> Asked:
+        config, seed = self.config, self.config.seed
+        index = batch_at(step, len(self.users), self.per_step, seed, "ppo")[1]
+        users = self.users[index]
+        # Micro-batches of like length need little padding.
+        order = np.argsort(self.history.counts()[users], kind="stable")
+        users = users[order].repeat(config.samples)
+        draws = [
+            randomness.rng(seed, "ppo", "sample", step, int(u), i % config.samples).random(config.k)
+            for i, u in enumerate(users)
+        ]
+        uniform = dist.send(torch.from_numpy(np.stack(draws)), self.device)
+        taught = self.teach(step, users) if self.hides else None
+        if config.w_hit:
+            disliked = dist.send(torch.from_numpy(self.disliked.padded(users)), self.device)
+            excluded = torch.cat([taught.excluded, disliked], 1)
+            return Asked(users, taught.prompt, taught.valid, excluded, uniform, taught)
+        prompt, valid = self.policy.prompt(users, [self.history.of(u) for u in users])
+        excluded = dist.send(torch.from_numpy(self.seen.padded(users)), self.device)
+        return Asked(users, prompt, valid, excluded, uniform, taught)
+
+    def teach(self, step: int, users: np.ndarray) -> Batch:
+        """Pages of train items that are hidden from the prompt, drawn anew for every step."""
+        examples = [
+            self.maker.example(
+                u,
+                self.config.label_share,
+                randomness.rng(self.config.seed, "ppo", "split", step, int(u)),
+            )
+            for u in users
+        ]
+        return collate(self.policy, users, examples)
+
+
 def share_prompts(
     prompt: Tensor, valid: Tensor, k: int, user: np.ndarray, model: Backbone
 ) -> tuple | None:
-    """decode.shared_start for pages of which neighbours may be of one user; None if all are of different ones."""
+    """Read each user's prompt once for all of that user's pages (decode.shared_start).
+
+    user   (B,) which user each page is for; pages of one user are neighbours
+    returns None if no user has two pages
+    """
     _, first, group = np.unique(user, return_index=True, return_inverse=True)
     if len(first) == len(user):
         return None
@@ -209,100 +302,44 @@ def share_prompts(
 
 
 @torch.no_grad()
-def roll_out(
-    config: Config,
-    policy: Policy,
-    ref: Backbone,
-    reward: RewardModel,
-    critic: Critic,
-    prompt: Tensor,
-    valid: Tensor,
-    excluded: Tensor,
-    uniform: Tensor,
-) -> Rollout:
-    """Sample pages, then score them: one pass each of policy, reference, reward model and critic. Several processes
-    deal the pages out and then share all results.
+def roll_out(config: Config, nets: Networks, asked: Asked) -> Rollout:
+    """Sample pages, then score them: one pass each of policy, reference, reward model and critic.
 
-    old_logp comes from the same pass over the finished page that the updates make, not from the cached generation,
-    so that the ratio starts at 1 to the last bit of that pass. Everything else reads a user's prompt once for all
-    pages of that user.
+    Several processes share the pages and then exchange all results.
+
+    old_logp comes from a pass over the finished page, the same pass that the updates make, and not
+    from the cached generation. So the ratio starts at 1 to the last bit.
     """
-    parts = []
-    mine, busy = dist.shard(np.arange(len(prompt)))
+    policy, tau, parts = nets.policy.model, config.temperature, []
+    mine, busy = dist.shard(np.arange(len(asked.prompt)))
     for index in np.split(mine, range(config.micro, len(mine), config.micro)):
-        rows = torch.from_numpy(index).to(prompt.device)
-        (p, v), x = trim_padding(prompt[rows], valid[rows]), excluded[rows]
+        rows = torch.from_numpy(index).to(asked.prompt.device)
+        (p, v), x = trim_padding(asked.prompt[rows], asked.valid[rows]), asked.excluded[rows]
         start = partial(share_prompts, p, v, config.k, index // config.samples)
-        pages = sample(
-            policy.model,
-            p,
-            v,
-            LegalItems(x, policy.model.n_items),
-            uniform[rows],
-            config.temperature,
-            start(policy.model),
-        )
-        states = slot_states(policy.model, p, v, pages.item, pages.mask)
-        ref_states = slot_states(ref, p, v, pages.item, pages.mask, start(ref))
-        old, entropy = page_logp(
-            states,
-            policy.model.item,
-            pages.item,
-            pages.mask,
-            x,
-            config.temperature,
-            with_entropy=True,
-        )
-        old_ref = page_logp(ref_states, ref.item, pages.item, pages.mask, x, config.temperature)
+        legal = LegalItems(x, policy.n_items)
+        pages = sample(policy, p, v, legal, asked.uniform[rows], tau, start(policy))
+        item, mask = pages.item, pages.mask
+        states = slot_states(policy, p, v, item, mask)
+        ref_states = slot_states(nets.ref, p, v, item, mask, start(nets.ref))
+        old, entropy = page_logp(states, policy.item, item, mask, x, tau, with_entropy=True)
+        old_ref = page_logp(ref_states, nets.ref.item, item, mask, x, tau)
         exact = exact_kl(
-            legal_logits(states, policy.model, pages.item, x) / config.temperature,
-            legal_logits(ref_states, ref, pages.item, x) / config.temperature,
-            pages.mask,
+            legal_logits(states, policy, item, x) / tau,
+            legal_logits(ref_states, nets.ref, item, x) / tau,
+            mask,
         )
-        token, page = reward(p, v, pages.item, pages.mask, start(reward.trunk))
-        value = critic(p, v, pages.item, pages.mask, start(critic.trunk))
-        parts.append(
-            (
-                pages.item,
-                pages.mask,
-                old,
-                old_ref,
-                value,
-                token,
-                page,
-                entropy,
-                exact,
-                (pages.logp - old).abs(),
-            )
-        )
+        token, page = nets.reward(p, v, item, mask, start(nets.reward.trunk))
+        value = nets.critic(p, v, item, mask, start(nets.critic.trunk))
+        drift = (pages.logp - old).abs()
+        parts.append((item, mask, old, old_ref, value, token, page, entropy, exact, drift))
     columns = [torch.cat(column)[: None if busy else 0] for column in zip(*parts, strict=True)]
     if dist.world() > 1:
         columns = [
-            torch.from_numpy(dist.gather(column.cpu().numpy())).to(prompt.device)
+            torch.from_numpy(dist.gather(column.cpu().numpy())).to(asked.prompt.device)
             for column in columns
         ]
     *columns, drift = columns
-    return Rollout(prompt, valid, excluded, *columns, drift=float(drift.max()))
-
-
-def advantages(config: Config, r: Rollout, reward: Tensor) -> tuple[Tensor, Tensor]:
-    """advantage, ret (B, K) from the slots' rewards (B, K).
-
-    ppo        GAE with the critic, then masked whitening; the critic's target stays unwhitened
-    reinforce  the whole page's reward minus the batch mean (Eq. 11 with a baseline)
-    rloo       the whole page's reward minus the mean of the same user's other pages
-    """
-    if config.algo == "ppo":
-        advantage, ret = gae(reward, r.value, r.mask, config.gamma, config.lam)
-        return masked.whiten(advantage, r.mask), ret
-    total = reward.sum(1)
-    if config.algo == "reinforce":
-        advantage = total - total.mean()
-    else:
-        group = total.view(-1, config.samples)
-        others = (group.sum(1, keepdim=True) - group) / (config.samples - 1)
-        advantage = (group - others).flatten()
-    return torch.where(r.mask, advantage[:, None], 0.0), r.value
+    return Rollout(asked.prompt, asked.valid, asked.excluded, *columns, drift=float(drift.max()))
 
 
 def minibatch_loss(
@@ -314,7 +351,11 @@ def minibatch_loss(
     ret: Tensor,
     learn_policy: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Policy and value loss over some pages of a rollout, each a mean over kept slots, and what to log of them."""
+    """The loss over some pages of a rollout, and what to log of it.
+
+    vf_coef value_loss + policy_loss - entropy_coef entropy + sft_coef SFT's loss, each a mean over
+    the kept slots. Without `learn_policy` only the critic's part.
+    """
     x, mask, row = r.item[rows], r.mask[rows], {}
     value = learner.critic(r.prompt[rows], r.valid[rows], x, mask)
     v_loss, row["val/clipfrac"] = value_loss(
@@ -346,7 +387,7 @@ def minibatch_loss(
     return loss, row
 
 
-def passes(
+def backward_minibatch(
     config: Config,
     learner: nn.Module,
     r: Rollout,
@@ -355,16 +396,18 @@ def passes(
     ret: Tensor,
     learn_policy: bool,
 ) -> list[dict]:
-    """Forward and backward over one minibatch; what to log of its micro-batches, on the device.
+    """Forward and backward over one minibatch, in micro-batches; what to log of each.
 
-    Each loss is a mean over the kept slots of the minibatch; a micro-batch adds its share of that mean, whichever
-    process it is on (gradients are averaged over processes, hence the factor).
+    The loss is a mean over the kept slots of the whole minibatch. A micro-batch contributes its
+    share of that mean, on whichever process it is. Gradients are averaged over the processes,
+    hence the factor `world`.
     """
     slots = r.mask[mini].sum().clamp(min=1)
     mine, busy = dist.shard(mini)
     parts, micros = [], mine.split(config.micro) if busy else ()
-    most = math.ceil(len(mini) / dist.world())  # rows of the first process
-    count = math.ceil(most / config.micro)  # everybody makes as many, if need be idle ones
+    # Every process makes as many passes as the first one, which has most rows; surplus passes
+    # have weight 0.
+    count = math.ceil(math.ceil(len(mini) / dist.world()) / config.micro)
     for at in range(count):
         rows, weight = (micros[at], 1.0) if at < len(micros) else (mine[:1], 0.0)
         share = weight * r.mask[rows].sum() / slots
@@ -391,13 +434,17 @@ def learn(
     where: str,
     keep: Callable[[], Path] | None = None,
 ) -> dict[str, float]:
-    """All inner epochs over a rollout, each in its order; ended by the first minibatch that finds the policy moved
-    further than max_kl, which updates nothing any more. -> what to log; "stopped" 1.0 if it came to that.
+    """All inner epochs over a rollout. Returns what to log; "stopped" is 1.0 if it stopped early.
 
-    Where optimisers step in one launch (a GPU), nobody waits for that KL: from the minibatch on that exceeds it the
-    device leaves every step out by itself, and the host, which hears of it two minibatches later, ends the loop.
+    Stops early: once a minibatch measures a KL above max_kl, it and all later ones make no update.
+
+    On a GPU this check runs on the device, without a sync: the device skips the steps at once, and
+    the CPU leaves the loop two minibatches later.
+
+    orders   one permutation of the rollout's pages for each inner epoch
     """
-    late, halt, heard, done = policy_step.fused and dist.world() == 1 and learn_policy, None, [], []
+    on_device = policy_step.fused and dist.world() == 1 and learn_policy
+    halt, heard, done = None, [], []
     minis = [
         (epoch, mini)
         for epoch, order in enumerate(orders)
@@ -406,15 +453,14 @@ def learn(
     for epoch, mini in minis:
         if len(heard) > 1 and heard[-2].read()[0]:
             break
-        parts = passes(config, learner, r, mini, advantage, ret, learn_policy)
+        parts = backward_minibatch(config, learner, r, mini, advantage, ret, learn_policy)
         entry = {"epoch": epoch, "parts": parts, "share": len(mini) / len(r), "halted": 0.0}
         done.append(entry)
-        if late:
+        if on_device:
             share = torch.stack([row["share"] for row in parts])
-            moved = (
-                torch.stack([row["policy/approxkl_k3"] for row in parts]) * share
-            ).sum() / share.sum()
-            halt = moved > config.max_kl if halt is None else halt | (moved > config.max_kl)
+            k3 = torch.stack([row["policy/approxkl_k3"] for row in parts])
+            too_far = (k3 * share).sum() / share.sum() > config.max_kl
+            halt = too_far if halt is None else halt | too_far
             entry["halted"] = halt.double()
             heard.append(dist.AsyncScalars([entry["halted"]]))
         elif learn_policy:
@@ -430,8 +476,8 @@ def learn(
     return summarise(done, learn_policy)
 
 
-def gate(config: Config, record: dict, where) -> None:
-    """Warn about (strict: refuse) a reward model that is wrong too often on held-out pairs of some kind."""
+def check_reward_model(config: Config, record: dict, where: Path) -> None:
+    """Warn of a reward model that is often wrong on held-out pairs (strict: refuse it)."""
     weak = {
         kind: row["accuracy"]
         for kind, row in record["held_out"].items()
@@ -441,9 +487,10 @@ def gate(config: Config, record: dict, where) -> None:
         return
     text = (
         ", ".join(f"{kind} {accuracy:.3f}" for kind, accuracy in weak.items())
-        + f": the reward model's held-out accuracy is below {config.min_accuracy}. PPO will optimise its mistakes."
-        f"\n  Look closer: the pairs are in {where / 'pairs.parquet'}, accuracies per head in {where / 'done'}."
-        "\n  Usual causes: too few pairs (raise per_kind or epochs of reward), a weak SFT policy, no categories."
+        + f": the reward model's held-out accuracy is below {config.min_accuracy}. PPO will "
+        f"optimise its mistakes.\n  Look closer: the pairs are in {where / 'pairs.parquet'}, "
+        f"accuracies per head in {where / 'done'}.\n  Usual causes: too few pairs (raise per_kind "
+        "or epochs of reward), a weak SFT policy, no categories."
     )
     if config.strict:
         raise PageLLMError(text)
@@ -451,295 +498,230 @@ def gate(config: Config, record: dict, where) -> None:
         tqdm.write(f"WARNING {text}", file=sys.stderr)
 
 
+class Training:
+    """Everything that changes from step to step, and that a checkpoint therefore holds."""
+
+    def __init__(self, config: Config, nets: Networks, total: int):
+        self.config, self.nets, self.total = config, nets, total
+        policy, critic = nets.policy.model, nets.critic
+        updates = config.inner_epochs * (config.rollout // config.minibatch)
+        self.warmup = math.ceil(config.critic_warmup / updates)  # steps of the critic alone
+        self.objective = Objective(minibatch_loss, policy=policy, critic=critic)
+        self.learner = dist.wrap(self.objective, config.parallel)
+        adam = {"eps": 1e-5, "betas": (0.9, 0.999)}
+        self.opt = optimiser(policy, config.lr, row_lr=config.row_lr, **adam)
+        self.critic_opt = optimiser(critic, config.critic_lr, **adam)
+        self.policy_step = GuardedStep(self.opt, policy.parameters(), config.grad_clip)
+        self.critic_step = GuardedStep(self.critic_opt, critic.parameters(), config.grad_clip)
+        self.moments, self.best, self.steer = RunningMoments(), Best(), None
+        if config.kl_target:
+            self.steer = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
+
+    @property
+    def kl_coef(self) -> float:
+        return self.steer.coef if self.steer else self.config.kl_coef
+
+    def state(self, step: int) -> dict:
+        """Ask on every process."""
+        policy, critic = self.nets.policy.model, self.nets.critic
+        return {
+            "step": step,
+            "best": self.best.state(),
+            "policy": dist.weights(policy, frozen=False),
+            "critic": dist.weights(critic, frozen=False),
+            "opt": dist.optimiser_state(policy, self.opt),
+            "critic_opt": dist.optimiser_state(critic, self.critic_opt),
+            "moments": self.moments.state_dict(),
+            "kl_coef": self.kl_coef,
+        }
+
+    def load(self, state: dict) -> None:
+        policy, critic = self.nets.policy.model, self.nets.critic
+        self.best = Best(**state["best"])
+        dist.load_weights(policy, state["policy"])
+        dist.load_weights(critic, state["critic"])
+        dist.load_optimiser(policy, self.opt, state["opt"])
+        dist.load_optimiser(critic, self.critic_opt, state["critic_opt"])
+        self.moments.load_state_dict(state["moments"])
+        if self.steer:
+            self.steer.coef = state["kl_coef"]
+
+    def validate(self, validation: Validation, step: int) -> dict[str, float]:
+        """Score the policy on held-out items and keep its weights if they are the best so far."""
+        with dist.unsharded(self.objective):
+            scores = validation(self.nets.policy)
+        by = {"energy": scores["energy"], "ndcg": scores["NDCG@100"], "last": float(step)}
+        self.best.offer(by[self.config.select], step, self.nets.policy.model)
+        return valid_row(scores)
+
+    def step(self, step: int, r: Rollout, asked: Asked, out: Run) -> tuple[dict, Tensor]:
+        """Rewards, advantages and all updates of one rollout -> what to log."""
+        config = self.config
+        label = asked.taught.item if config.w_hit else None
+        r.terms = reward_terms(r, config.w_token, config.w_page, config.w_hit, label)
+        paid = normalise(r.terms, r.mask, self.moments)
+        reward = step_reward(paid, r.old_logp, r.ref_logp, r.mask, self.kl_coef)
+        advantage, ret = advantages(
+            config.algo, reward, r.value, r.mask, config.gamma, config.lam, config.samples
+        )
+        learning = step >= self.warmup
+        for opt, peak in ((self.opt, config.lr), (self.critic_opt, config.critic_lr)):
+            set_lr(opt, lr_at(step, self.total, peak, shape="linear"))
+        row = {
+            "learning": learning,
+            "kl_coef": self.kl_coef,
+            "lr": self.opt.param_groups[0]["lr"],
+            **to_numbers([rollout_row(r, reward, advantage, ret, self.moments)])[0],
+        }
+        orders = [
+            np.arange(len(r))
+            if config.minibatch >= len(r)
+            else randomness.rng(config.seed, "ppo", "minibatches", step, epoch).permutation(len(r))
+            for epoch in range(config.inner_epochs)
+        ]
+        row |= learn(
+            config,
+            self.learner,
+            self.policy_step,
+            self.critic_step,
+            r,
+            advantage,
+            ret,
+            orders,
+            learning,
+            f"ppo step {step}",
+            lambda: out.keep_for_replay(step, {**self.state(step), "rollout": r.state()}),
+        )
+        if self.steer:
+            self.steer.update(row["objective/kl_seq_sum"], len(r))
+        return row
+
+
+def check_finite(r: Rollout, step: int, training: Training, out: Run) -> None:
+    """Stop, with the rollout kept in a file, where a network gave a number that is not finite."""
+    values = (r.old_logp, r.ref_logp, r.value, r.token, r.page)
+    if torch.stack([x.isfinite().all() for x in values]).all():
+        return
+    kept = out.keep_for_replay(step, {**training.state(step), "rollout": r.state()})
+    raise PageLLMError(
+        f"ppo step {step}: log-probabilities, values or rewards are not finite; lower the learning "
+        f"rate (RUN=another, or remove {out.path})\n  The rollout, weights and moments are in "
+        f"{kept} for a closer look."
+    )
+
+
+class Watch:
+    """The log as it grows, and the alarms that have been raised; each kind is raised once."""
+
+    def __init__(self, config: Config, out: Run, warmup: int):
+        self.config, self.out, self.warmup = config, out, warmup
+        self.log = out.read_log()
+        self.raised = {text.split(":")[0] for row in self.log for text in row.get("alarms", [])}
+
+    def __call__(self, step: int, row: dict) -> None:
+        """Log a step. Raises PageLLMError for an alarm if the config is strict."""
+        numbers = {k: float(v) if isinstance(v, Tensor) else v for k, v in row.items()}
+        self.log.append({"step": step, **numbers})
+        found = alarms(self.log, self.warmup, self.config.kl_target)
+        fresh = [text for text in found if text.split(":")[0] not in self.raised]
+        self.raised |= {text.split(":")[0] for text in fresh}
+        for text in fresh if dist.is_main() else ():
+            tqdm.write(f"ALARM at step {step}: {text}", file=sys.stderr)
+        self.out.log(step, **row, alarms=fresh)
+        if fresh and self.config.strict:
+            raise PageLLMError(f"stopped at step {step}: {fresh[0]}")
+
+
 def run(config: Config) -> None:
     sft_dir = config.stage("sft", config.source_run)
     reward_dir = config.stage("reward", config.reward_run or config.source_run)
     sft = finished(sft_dir, "SFT policy", config.make("sft"))
-    judged = finished(
-        reward_dir, "reward model", config.make("reward") + "\n  PPO needs one to score pages."
-    )
+    need = config.make("reward") + "\n  PPO needs one to score pages."
+    judged = finished(reward_dir, "reward model", need)
     shop = load(config.data_dir)
     device = dist.start(config.device)
-    inputs = {
-        "data": file_id(config.data_dir / "source.json"),
-        "sft": sft["id"],
-        "reward": judged["id"],
-    }
+    data = file_id(config.data_dir / "source.json")
+    inputs = {"data": data, "sft": sft["id"], "reward": judged["id"]}
     with Run(config.stage("ppo"), config, inputs, free=("micro",)) as out:
-        if out.done:
-            if dist.is_main():
-                print(f"ppo: already done in {out.path}")
+        if out.already_done():
             return
-        gate(config, judged, reward_dir)
-        policy = Policy.load(sft_dir, device)
-        policy.check_room(config.k)
+        check_reward_model(config, judged, reward_dir)
+        nets = Networks.load(config, sft_dir, reward_dir, device)
+        policy = nets.policy
         if dist.is_main():
             policy.vocab.save(out.path)
-        ref = (
-            from_state(load_model_file(sft_dir / "model.pt"))
-            .to(device)
-            .eval()
-            .requires_grad_(False)
-        )
-        reward = RewardModel.load(reward_dir, device).requires_grad_(False)
-        critic = Critic(from_state(load_model_file(reward_dir / "model.pt"))).to(device).eval()
-        policy.model.checkpoint_blocks = critic.trunk.checkpoint_blocks = config.checkpoint_blocks
-
-        history, seen = shop.csr("train"), shop.csr("train", positive=None)
-        users, hides = np.flatnonzero(history.counts() > 0), config.w_hit > 0 or config.sft_coef > 0
-        if hides:
-            if policy.vocab.times:
-                raise PageLLMError(
-                    "w_hit and sft_coef hide train items at random, and a policy with time tokens has "
-                    "learnt pages that come after their history: leave both at 0"
-                )
-            maker, disliked = PageMaker(shop), shop.csr("train", positive=False)
-            users = maker.users
-            longest = min(config.max_page, policy.model.shape.n_ctx - policy.prompts.page_room)
-        per_step = config.rollout // config.samples
-        total = max(config.min_steps, round(config.epochs * len(users) / per_step))
-        frozen = -(
-            -config.critic_warmup // (config.inner_epochs * (config.rollout // config.minibatch))
-        )
-        learner = dist.wrap(
-            objective := Objective(minibatch_loss, policy=policy.model, critic=critic),
-            config.parallel,
-        )
-        opt = optimiser(policy.model, config.lr, eps=1e-5, betas=(0.9, 0.999), row_lr=config.row_lr)
-        critic_opt = optimiser(critic, config.critic_lr, eps=1e-5, betas=(0.9, 0.999))
-        policy_step = GuardedStep(opt, policy.model.parameters(), config.grad_clip)
-        critic_step = GuardedStep(critic_opt, critic.parameters(), config.grad_clip)
-        moments, steer = RunningMoments(), None
-        if config.kl_target:
-            steer = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
+        prompts = Prompts(config, shop, policy)
+        steps = round(config.epochs * len(prompts.users) / prompts.per_step)
+        total = max(config.min_steps, steps)
+        training = Training(config, nets, total)
         categories = metrics.described(shop.catalogue.categories)
         validation = Validation(
             shop, "valid", config.k, config.mode, config.eval_users, config.seed
         )
-
-        # Reward model and critic only. In bfloat16 the policy's pass over a page leaves the log-probabilities the page
-        # was sampled with by up to 0.04 nats a slot (float32: 1e-5): the ratio would not be the one that was drawn.
+        longest = min(config.max_page, policy.model.shape.n_ctx - policy.prompts.page_room)
+        # Reward model and critic only. In bfloat16 the policy's pass over a page leaves the
+        # log-probabilities the page was sampled with by up to 0.04 nats a slot (float32: 1e-5),
+        # so the ratio would not be that of the draw.
         low = out.precision(config.precision, device, policy.model.shape.n_embd) == "bfloat16"
-        reward.trunk.bf16 = critic.trunk.bf16 = low
+        nets.reward.trunk.bf16 = nets.critic.trunk.bf16 = low
 
-        start, best = 0, {"score": -math.inf, "step": 0, "weights": None}
+        start = 0
         if state := out.load():
-            start, best = state["step"], state["best"]
-            dist.load_weights(policy.model, state["policy"])
-            dist.load_weights(critic, state["critic"])
-            dist.load_optimiser(policy.model, opt, state["opt"])
-            dist.load_optimiser(critic, critic_opt, state["critic_opt"])
-            moments.load_state_dict(state["moments"])
-            if steer:
-                steer.coef = state["kl_coef"]
-        else:
-            with dist.unsharded(objective):
-                scores = validation(policy)
-            out.log(0, **valid_row(scores))
-            best = keep_best(config, best, scores, 0, policy)
+            start = state["step"]
+            training.load(state)
+        else:  # the SFT policy itself takes part as step 0
+            out.log(0, **training.validate(validation, 0))
         dist.barrier()
-        log = out.read_log()
-        raised = {text.split(":")[0] for row in log for text in row.get("alarms", [])}
-
-        def state_at(step: int) -> dict:
-            return {
-                "step": step,
-                "best": best,
-                "policy": dist.weights(policy.model, frozen=False),
-                "critic": dist.weights(critic, frozen=False),
-                "opt": dist.optimiser_state(policy.model, opt),
-                "critic_opt": dist.optimiser_state(critic, critic_opt),
-                "moments": moments.state_dict(),
-                "kl_coef": steer.coef if steer else config.kl_coef,
-            }
-
-        def questions(step: int) -> tuple:
-            """Users, what SFT would teach of them, prompts, what no page may hold, and the numbers that draw pages."""
-            some = users[batch_at(step, len(users), per_step, config.seed, "ppo")[1]]
-            # Micro-batches of like length: little padding to read.
-            some = some[np.argsort(history.counts()[some], kind="stable")].repeat(config.samples)
-            taught = (
-                collate(
-                    policy,
-                    some,
-                    [
-                        maker.example(
-                            u,
-                            config.label_share,
-                            randomness.rng(config.seed, "ppo", "split", step, int(u)),
-                        )
-                        for u in some
-                    ],
-                )
-                if hides
-                else None
-            )
-            uniform = np.stack(
-                [
-                    randomness.rng(
-                        config.seed, "ppo", "sample", step, int(u), i % config.samples
-                    ).random(config.k)
-                    for i, u in enumerate(some)
-                ]
-            )
-            uniform = dist.send(torch.from_numpy(uniform), device)
-            if config.w_hit:
-                gone = torch.cat(
-                    [taught.excluded, dist.send(torch.from_numpy(disliked.padded(some)), device)], 1
-                )
-                return some, taught, taught.prompt, taught.valid, gone, uniform
-            return (
-                some,
-                taught,
-                *policy.prompt(some, [history.of(u) for u in some]),
-                dist.send(torch.from_numpy(seen.padded(some)), device),
-                uniform,
-            )
+        watch = Watch(config, out, training.warmup)
 
         bar = progress(start, total, "ppo")
-        for step, (some, taught, *given) in prefetch(out.steps(bar), total, questions):
+        for step, asked in prefetch(out.steps(bar), total, prompts):
             began = time.time()
-            with dist.unsharded(objective):
-                r = roll_out(config, policy, ref, reward, critic, *given)
-            if not torch.stack(
-                [x.isfinite().all() for x in (r.old_logp, r.ref_logp, r.value, r.token, r.page)]
-            ).all():
-                kept = out.keep_for_replay(step, {**state_at(step), "rollout": r.state()})
-                raise PageLLMError(
-                    f"ppo step {step}: log-probabilities, values or rewards are not finite; lower the "
-                    f"learning rate (RUN=another, or remove {out.path})\n"
-                    f"  The rollout, weights and moments are in {kept} for a closer look."
-                )
-            kl_coef = steer.coef if steer else config.kl_coef
-            if config.w_hit:
-                r.hit = hit_reward(r.item, r.mask, taught.item)
-            r.sft = taught.head(longest) if config.sft_coef else None
-            token, page, hit = normalise_reward(
-                r.token,
-                r.page,
-                r.mask,
-                moments,
-                config.w_token,
-                config.w_page,
-                hit=None if r.hit is None else config.w_hit * r.hit,
-            )
-            # The weights are inside the parts already: normalisation needs the weighted sum.
-            rewards = step_reward(
-                token, page, r.old_logp, r.ref_logp, r.mask, 1.0, 1.0, kl_coef, hit
-            )
-            advantage, ret = advantages(config, r, rewards)
-
-            learning = step >= frozen
-            for group, peak in ((opt, config.lr), (critic_opt, config.critic_lr)):
-                set_lr(group, lr_at(step, total, peak, shape="linear"))
-            row = {
-                "learning": learning,
-                "kl_coef": kl_coef,
-                "lr": opt.param_groups[0]["lr"],
-                **to_numbers([rollout_row(r, rewards, advantage, ret, moments)])[0],
-                **page_row(r.item, categories),
-            }
-            orders = [
-                np.arange(len(r))
-                if config.minibatch >= len(r)
-                else randomness.rng(config.seed, "ppo", "minibatches", step, epoch).permutation(
-                    len(r)
-                )
-                for epoch in range(config.inner_epochs)
-            ]
-            row |= learn(
-                config,
-                learner,
-                policy_step,
-                critic_step,
-                r,
-                advantage,
-                ret,
-                orders,
-                learning,
-                f"ppo step {step}",
-                lambda step=step, r=r: out.keep_for_replay(
-                    step, {**state_at(step), "rollout": r.state()}
-                ),
-            )
-            if steer:
-                steer.update(row["objective/kl_seq_sum"], len(r))
-
+            with dist.unsharded(training.objective):
+                r = roll_out(config, nets, asked)
+            check_finite(r, step, training, out)
+            r.sft = asked.taught.head(longest) if config.sft_coef else None
+            row = training.step(step, r, asked, out) | page_row(r.item, categories)
             if (step + 1) % config.eval_every == 0 or step + 1 == total:
-                with dist.unsharded(objective):
-                    scores = validation(policy)
-                row |= valid_row(scores)
-                best = keep_best(config, best, scores, step + 1, policy)
-                rows = range(0, len(r), config.samples)[:3]
-                log_samples(
-                    out,
-                    step + 1,
-                    shop,
-                    {
-                        i: (
-                            int(some[i]),
-                            taught.excluded[i] if config.w_hit else history.of(some[i])[0],
-                        )
-                        for i in rows
-                    },
-                    r,
-                )
-            out.log(
-                step + 1,
-                "timing",
-                seconds=round(time.time() - began, 3),
-                peak_mb=dist.peak_memory(),
-            )
-            log.append(
-                {
-                    "step": step + 1,
-                    **{k: float(v) if isinstance(v, torch.Tensor) else v for k, v in row.items()},
-                }
-            )
-            fresh = [
-                text
-                for text in alarms(log, frozen, config.kl_target)
-                if text.split(":")[0] not in raised
-            ]
-            raised |= {text.split(":")[0] for text in fresh}
-            for text in fresh if dist.is_main() else ():
-                tqdm.write(f"ALARM at step {step + 1}: {text}", file=sys.stderr)
-            out.log(step + 1, **row, alarms=fresh)
-            if fresh and config.strict:
-                raise PageLLMError(f"stopped at step {step + 1}: {fresh[0]}")
+                row |= training.validate(validation, step + 1)
+                log_samples(out, step + 1, shop, shown(config, prompts, asked), r)
+            seconds = round(time.time() - began, 3)
+            out.log(step + 1, "timing", seconds=seconds, peak_mb=dist.peak_memory())
+            watch(step + 1, row)
+            last, best = watch.log[-1], training.best
             bar.set_postfix_str(
-                f"reward {log[-1]['objective/reward_total']:.3f}, KL "
-                f"{log[-1]['objective/kl_seq_sum']:.2f}, best {config.select} {best['score']:.4f}",
+                f"reward {last['objective/reward_total']:.3f}, KL "
+                f"{last['objective/kl_seq_sum']:.2f}, best {config.select} {best.score:.4f}",
                 refresh=False,
             )
             if out.due(step + 1, total):
-                out.save(state_at(step + 1))
-        final = state_at(total)
-        dist.load_weights(policy.model, best["weights"])
+                out.save(training.state(step + 1))
+        final, best = training.state(total), training.best
+        dist.load_weights(policy.model, best.weights)
         out.finish(
             policy.state(),
             final,
-            step=best["step"],
-            score=best["score"],
+            step=best.step,
+            score=best.score,
             steps=total,
-            alarms=sorted(raised),
+            alarms=sorted(watch.raised),
         )
         if dist.is_main():
             print(
-                f"ppo: {out.path}, step {best['step']} of {total}, validation {config.select} {best['score']:.4f}"
+                f"ppo: {out.path}, step {best.step} of {total}, "
+                f"validation {config.select} {best.score:.4f}"
             )
 
 
-def keep_best(
-    config: Config, best: dict, scores: dict[str, float], step: int, policy: Policy
-) -> dict:
-    """The best validation so far, with its weights. The SFT policy itself (step 0) takes part."""
-    score = {"energy": scores["energy"], "ndcg": scores["NDCG@100"], "last": float(step)}[
-        config.select
-    ]
-    if not score > best["score"]:
-        return best
-    return {"score": score, "step": step, "weights": dist.weights(policy.model, frozen=False)}
+def shown(config: Config, prompts: Prompts, asked: Asked) -> dict[int, tuple]:
+    """The first three users' row, number, and the items that their prompt shows."""
+    return {
+        i: (
+            int(asked.users[i]),
+            asked.taught.excluded[i] if config.w_hit else prompts.history.of(asked.users[i])[0],
+        )
+        for i in range(0, len(asked.users), config.samples)[:3]
+    }
 
 
 if __name__ == "__main__":

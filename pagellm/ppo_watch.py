@@ -1,4 +1,8 @@
-"""Signs in a PPO log that something is wrong: the reward is being hacked, the policy collapses, the maths is broken."""
+"""What PPO logs of a step, and the alarms that are read from that log.
+
+An alarm is a sign that the reward is being hacked, that the policy collapses, or that the maths is
+broken.
+"""
 
 import numpy as np
 import torch
@@ -7,7 +11,7 @@ from torch import Tensor
 from pagellm.data.shop import Shop
 from pagellm.kernels import masked
 from pagellm.pages import metrics
-from pagellm.ppo_step import Rollout, RunningMoments, kl_k1, kl_k2, kl_k3
+from pagellm.ppo_step import Rollout, RunningMoments, kl_k1, kl_k2, kl_k3, page_total
 from pagellm.stage import dist
 from pagellm.stage.run import Run
 
@@ -25,9 +29,9 @@ __all__ = [
 
 
 def alarms(log: list[dict], warmup: int, kl_target: float = 0.0) -> list[str]:
-    """What RECIPE section 3 calls reward hacking or collapse, read off the log; newest line last.
+    """Signs of reward hacking, collapse or broken maths in a log whose newest line is last.
 
-    Each alarm says what was seen and where to look. Thresholds are judgements, not theorems.
+    Each alarm says what was seen and where to look. The thresholds are judgements.
     """
     rollouts = [row for row in log if "objective/entropy" in row]  # step 0 is a validation alone
     if not rollouts:
@@ -37,8 +41,8 @@ def alarms(log: list[dict], warmup: int, kl_target: float = 0.0) -> list[str]:
     if now.get("rollout/first_epoch_max_abs_logratio", 0.0) > 1e-3:
         found.append(
             f"ratio is not 1 before the first update: |log ratio| "
-            f"{now['rollout/first_epoch_max_abs_logratio']:.1e}; old and new log-probs differ in mask, "
-            "temperature or dropout"
+            f"{now['rollout/first_epoch_max_abs_logratio']:.1e}; old and new log-probs differ in "
+            "mask, temperature or dropout"
         )
     if now["rollout/gen_vs_train_logp_diff"] > 1e-3:
         found.append(
@@ -47,37 +51,39 @@ def alarms(log: list[dict], warmup: int, kl_target: float = 0.0) -> list[str]:
     last = [row["objective/kl_seq_sum"] for row in learning[-3:]]
     if len(last) == 3 and max(last) < 0:
         found.append(
-            f"KL was negative three times in a row ({last[-1]:.3f}): policy and reference do not share a "
-            "legal set or temperature"
+            f"KL was negative three times in a row ({last[-1]:.3f}): policy and reference do not "
+            "share a legal set or temperature"
         )
     if kl_target and now["objective/kl_seq_sum"] > 2 * kl_target:
         found.append(
-            f"KL {now['objective/kl_seq_sum']:.2f} nats a page is over twice the target {kl_target:.2f}"
+            f"KL {now['objective/kl_seq_sum']:.2f} nats a page is over twice the target "
+            f"{kl_target:.2f}"
         )
     if now["objective/entropy"] < 0.3 * start["objective/entropy"]:
         found.append(
-            f"entropy fell to {now['objective/entropy']:.2f} from {start['objective/entropy']:.2f} nats a "
-            "slot: the policy collapses"
+            f"entropy fell to {now['objective/entropy']:.2f} from "
+            f"{start['objective/entropy']:.2f} nats a slot: the policy collapses"
         )
     if now.get("policy/clipfrac", 0.0) > 0.3:
         found.append(f"clip fraction {now['policy/clipfrac']:.2f}: the steps are too large")
     if len(rollouts) > warmup + 5 and max(row["val/explained_var"] for row in rollouts[-5:]) < 0:
         found.append(
-            "explained variance was negative five times in a row after warm-up: the critic does not help"
+            "explained variance was negative five times in a row after warm-up: the critic does "
+            "not help"
         )
     for name in ("list/coverage", "list/distinct"):
         if now[name] < 0.5 * start[name]:
             found.append(f"{name} halved: {start[name]:.3g} to {now[name]:.3g}")
     if len(learning) >= 20 and abs(now["objective/kl_seq_sum"]) < 1e-4:
         found.append(
-            "KL is still 0 after 20 updates: learning rate too small, kl_coef too large, or the reference "
-            "aliases the policy"
+            "KL is still 0 after 20 updates: learning rate too small, kl_coef too large, or the "
+            "reference is the policy itself"
         )
     return found + hacking(log, start["objective/reward_total"])
 
 
 def hacking(log: list[dict], reward_before: float) -> list[str]:
-    """Reward up while something that should rise with it falls, from the first validation to the newest."""
+    """The reward has risen since the first validation, but a score that should rise has fallen."""
     evals = [row for row in log if "valid/NDCG@100" in row]
     if len(evals) < 2 or evals[-1] is not log[-1]:
         return []
@@ -89,14 +95,14 @@ def hacking(log: list[dict], reward_before: float) -> list[str]:
         old, new = first.get(f"valid/{name}"), now.get(f"valid/{name}")
         if old is not None and new is not None and new < old - 0.05 * abs(old):
             found.append(
-                f"reward rose from {reward_before:.3f} to {now['objective/reward_total']:.3f} while "
-                f"validation {name} fell from {old:.4f} to {new:.4f}"
+                f"reward rose from {reward_before:.3f} to {now['objective/reward_total']:.3f} "
+                f"while validation {name} fell from {old:.4f} to {new:.4f}"
             )
     return found
 
 
 def summarise(done: list[dict], learn_policy: bool) -> dict[str, float]:
-    """What to log of the minibatches that `learn` has made: the last inner epoch's means."""
+    """What to log of the minibatches that `learn` went through: means over the last inner epoch."""
     rows = iter(to_numbers([row for entry in done for row in (entry, *entry["parts"])]))
     row, seen, epoch = {}, [], -1
     for entry in rows:
@@ -124,7 +130,7 @@ def summarise(done: list[dict], learn_policy: bool) -> dict[str, float]:
 def policy_row(
     logp: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, clip: float
 ) -> dict[str, Tensor]:
-    """RECIPE's policy/* numbers of one micro-batch; pages were drawn from `old`, so the KL is KL(old || new)."""
+    """The policy/* numbers of one micro-batch. Pages came from `old`, so KL is KL(old || new)."""
     ratio = torch.exp(torch.where(mask, logp - old, 0.0))
     low, high = (ratio < 1 - clip) & (advantage < 0), (ratio > 1 + clip) & (advantage > 0)
     return {
@@ -141,7 +147,7 @@ def policy_row(
 
 
 def weighted_mean(rows: list[dict], weight: str = "share") -> dict[str, float]:
-    """Share-weighted means of micro-batches or minibatches; "max" keys take the maximum."""
+    """Means of rows weighted by their share; a name with "max" in it takes the maximum."""
     if not rows:
         return {}
     rows = to_numbers(rows)
@@ -156,7 +162,7 @@ def weighted_mean(rows: list[dict], weight: str = "share") -> dict[str, float]:
 
 
 def to_numbers(rows: list[dict]) -> list[dict]:
-    """The same rows with every scalar tensor a number, all fetched from the device at once."""
+    """The same rows with numbers for scalar tensors, all fetched from the device at once."""
     at = [
         (i, name)
         for i, row in enumerate(rows)
@@ -186,7 +192,14 @@ def describe(values: Tensor, mask: Tensor, name: str) -> dict[str, float]:
 def rollout_row(
     r: Rollout, reward: Tensor, advantage: Tensor, ret: Tensor, moments: RunningMoments
 ) -> dict:
-    """Everything RECIPE wants logged of a rollout before its first update."""
+    """What to log of a rollout before its first update.
+
+    objective/reward_page, reward_token   the reward model's means, unweighted
+    objective/paid_<term>                 mean over pages of what each term pays, weights included
+    objective/reward_total                their sum: what the policy is paid, before the KL price
+    objective/rlhf_reward                 the same, normalised, after the KL price
+    objective/kl_seq_sum                  mean over pages of the sum over slots of k1, in nats
+    """
     kl = (r.old_logp - r.ref_logp).masked_fill(~r.mask, 0.0)
     token = torch.where(r.mask, r.token, 0.0).sum(1) / r.mask.sum(1).clamp(min=1)
     pages = r.item.tolist()
@@ -203,9 +216,9 @@ def rollout_row(
         "objective/entropy": masked.mean(r.entropy, r.mask),
         "objective/reward_page": r.page.mean(),
         "objective/reward_token": token.mean(),
-        "objective/reward_total": (r.page + token).mean(),
+        "objective/reward_total": page_total(r.terms).mean(),
         "objective/rlhf_reward": reward.sum(1).mean(),
-        **({} if r.hit is None else {"objective/reward_hit": r.hit.sum(1).mean()}),
+        **{f"objective/paid_{name}": term.sum(1).mean() for name, term in r.terms.items()},
         "val/explained_var": 1.0 - (unexplained / spread).item() if spread > 0 else 0.0,
         "val/mean": masked.mean(r.value, r.mask),
         **describe(ret, r.mask, "returns"),
@@ -246,9 +259,9 @@ def valid_row(scores: dict[str, float]) -> dict[str, float]:
 
 
 def log_samples(out: Run, step: int, shop: Shop, shown: dict, r: Rollout) -> None:
-    """Pages of a rollout as people read them: history, gold, page, rewards and KL of every slot.
+    """Write pages of a rollout for people to read: history, gold, page, rewards and KL by slot.
 
-    shown   row of the rollout -> its user, the items whose like the prompt knows
+    shown   row of the rollout -> its user and the items of its prompt
     """
     if not dist.is_main():
         return

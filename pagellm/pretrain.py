@@ -1,9 +1,9 @@
-"""Pre-training on meta-information: next token (Eq. 3) on four kinds of prompt, and rating prediction (Eq. 2).
+"""Pre-training on what the shop knows: next token (Eq. 3) on four kinds of prompt, ratings (Eq. 2).
 
-Reads   data/<dataset>                      the prepared shop, train rows only
-Writes  runs/<run>/pretrain                 model.pt, the vocabulary, log.jsonl
+Reads   data/<dataset>          the prepared shop, train rows only
+Writes  runs/<run>/pretrain     model.pt, the vocabulary, log.jsonl
 
-    make pretrain                           python -m pagellm.pretrain --dataset synthetic
+    make pretrain               pagellm pretrain --dataset synthetic
 
 About a minute for the synthetic shop on two CPU cores.
 """
@@ -49,7 +49,8 @@ from pagellm.stage.train import (
 
 __all__ = ["BUCKETS", "Config", "RatingHead", "next_token_loss", "run"]
 
-BUCKETS = 4  # parts in which a batch is read: of 2.2 padded tokens a token, 1.25 remain
+# Split each batch by length into 4 sub-batches: padding falls from 55% to 20% of the tokens.
+BUCKETS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +68,12 @@ class Config(TrainingConfig):
     times: int = 0  # time tokens: page prompts then show which of so many periods it is; 0: none
     rows: str = "spectral"  # start of user and item rows:
     # spectral (factors of the train matrix), als or random
-    facts: float = 0.5  # weight of category and brand beside users in spectral rows; als:
-    # above 0, they and the words of titles count as users of their items
-    alpha0: float = 0.01  # als: weight of what nobody chose
+    facts: float = 0.5  # spectral: weight of category and brand links against user links.
+    # als: any value above 0 adds every category, brand and title word as a pseudo-user
+    alpha0: float = 0.01  # als: weight of the pairs that are not in the log
     reg: float = 0.01  # als: regularisation
-    row_scale: float = 0.1  # als: standard deviation of item rows;
-    # more makes the first pages more certain
+    row_scale: float = 0.1  # als: standard deviation of item rows; larger values make the first
+    # pages more certain
     pool: bool = False  # begin as the mean of the history's rows (gpt2.GPT2.pool)
     steps: int = 240  # optimiser steps
     batch: int = 64  # examples of text or items in a step
@@ -137,7 +138,7 @@ class Config(TrainingConfig):
 
 
 class RatingHead(nn.Module):
-    """Eq. 2: r = 1 + 4 sigmoid(w.h + b), h at the last token of the rating prompt. In stars."""
+    """Eq. 2: r = 1 + 4 sigmoid(w.h + b), in stars; h is the state at the prompt's last token."""
 
     def __init__(self, n_embd: int):
         super().__init__()
@@ -155,11 +156,15 @@ def next_token_loss(
     draw: Callable[[Tensor], Candidates] | None = None,
     buckets: int = 1,
 ) -> Tensor:
-    """Eq. 3 as the mean over target tokens; words against words, items against items.
+    """Eq. 3: the mean of -log p over target tokens. Words compete with words, items with items.
 
-    The state at t scores token t + 1. `n_words` leaves the special tokens out of the word softmax. draw: target items
-    -> the items that stand for all in the softmax (sampled.py); None: all do. buckets: the trunk reads the examples in
-    so many parts of like length, each padded to its own longest: less to read, the same loss.
+    The state at t scores token t + 1.
+
+    n_words   words in the softmax; special tokens come after them and stay out
+    draw      target items -> a sample of items that stands for all in the softmax
+              (sampled_softmax.py); None: all items
+    buckets   the trunk reads the examples in so many parts, sorted by length, each padded to its
+              own longest: less padding, the same loss
     """
     device, first = model.word.device, model.n_words + model.n_users
     order = np.argsort([len(e.ids) for e in examples], kind="stable")
@@ -167,7 +172,7 @@ def next_token_loss(
     for part in np.array_split(order, min(buckets, len(order))):
         ids = right_pad([examples[i].ids for i in part], pad)
         kept = right_pad([examples[i].mask for i in part], 0).numpy()[:, 1:] > 0
-        # Which positions count is found on the host, which would have to wait for a GPU to tell.
+        # Find the positions that count on the CPU: asking a GPU for them would mean to wait.
         at = torch.from_numpy(np.flatnonzero(kept))
         states.append(model(dist.send(ids, device))[:, :-1].flatten(0, 1)[dist.send(at, device)])
         target.append(ids[:, 1:].flatten()[at])
@@ -189,6 +194,7 @@ def next_token_loss(
 
 
 def rating_rows(shop: Shop, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """User, item and stars (R,) of the rows of a split that have a rating."""
     keep = shop.rows(split, positive=None) & ~np.isnan(shop.rating)
     return shop.user[keep], shop.item[keep], shop.rating[keep]
 
@@ -196,7 +202,7 @@ def rating_rows(shop: Shop, split: str) -> tuple[np.ndarray, np.ndarray, np.ndar
 def predict(
     model: Backbone, head: RatingHead, prompts: Prompts, users, items, reviews=None
 ) -> Tensor:
-    """Predicted stars of (user, item) pairs."""
+    """Predicted stars of (user, item) pairs: (R,) float32."""
     text = reviews or [""] * len(users)
     rows = [prompts.rating(int(u), int(i), t) for u, i, t in zip(users, items, text, strict=True)]
     ids = dist.send(right_pad(rows, prompts.vocab.pad), model.word.device)
@@ -208,7 +214,7 @@ def predict(
 def rmse(
     model: Backbone, head: RatingHead, prompts: Prompts, rows, limit: int = 4096
 ) -> float | None:
-    """Root mean squared error in stars over (at most `limit` of) these rows; None where there are none."""
+    """Root mean squared error in stars over at most `limit` rows; None if there are none."""
     users, items, ratings = (column[:limit] for column in rows)
     if len(users) == 0:
         return None
@@ -234,10 +240,11 @@ def pretrain_loss(
     draw: Callable[[Tensor], Candidates] | None,
     buckets: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 3 and Eq. 2 as this process's shares of the batch's means (train.shared_means).
+    """Eq. 3 and Eq. 2: this process's shares of the means over the batch (train.shared_means).
 
-    buckets as in next_token_loss, the same number on every process
-    some_text, some_rated   False: the one row is a stand-in      rated   users, items, stars (R,), reviews or None
+    rated       users, items, stars (R,) each, and their reviews or None; None: no rating loss
+    some_text, some_rated   False: this process holds a stand-in row, which counts nothing
+    buckets     as in next_token_loss; the same number on every process
     """
     vocab = prompts.vocab
     loss = next_token_loss(both.model, examples, vocab.pad, vocab.n_words, draw, buckets)
@@ -257,8 +264,8 @@ def build(config: Config, shop: Shop) -> tuple[Backbone, RatingHead, Vocab]:
         vocab = Vocab.train(texts(shop), shop.n_users, shop.n_items, config.words, config.times)
     if config.weights and not config.bpe:
         raise PageLLMError(
-            "published weights know their own words only: give --bpe <tokenizer.json or directory> with "
-            "--weights"
+            "published weights know their own words only: give --bpe <tokenizer.json or directory> "
+            "with --weights"
         )
     seed_torch(config.seed, "pretrain", "start")
     model = networks.build(
@@ -294,46 +301,81 @@ def build(config: Config, shop: Shop) -> tuple[Backbone, RatingHead, Vocab]:
     return model, head, vocab
 
 
+class TextBatches:
+    """The texts and the rated pairs of every step. A step depends on its number alone."""
+
+    def __init__(self, config: Config, shop: Shop, corpus: Corpus, device):
+        self.config, self.corpus, self.device = config, corpus, device
+        self.weights = np.array(
+            [getattr(config, kind) * (corpus.sizes[kind] > 0) for kind in KINDS]
+        )
+        if not self.weights.sum():
+            raise PageLLMError(
+                f"{config.data_dir} has nothing for the kinds of prompt that have a weight: "
+                f"{corpus.sizes}"
+            )
+        self.users, self.items, self.ratings = rating_rows(shop, "train")
+        self.rated = config.rating > 0 and len(self.users) > 0
+        self.review_of = {}
+        if config.use_review:
+            user, item, text = shop.reviews()
+            self.review_of = dict(zip(zip(user, item, strict=True), text, strict=True))
+        self.proposal = Proposal(corpus.train.items, shop.n_items)
+
+    def __call__(self, step: int) -> tuple[str, tuple]:
+        """-> the kind of prompt, and what pretrain_loss takes after `prompts`."""
+        config = self.config
+        rng = randomness.rng(config.seed, "pretrain", step)
+        kind = KINDS[rng.choice(len(KINDS), p=self.weights / self.weights.sum())]
+        drawn = np.empty(config.batch, dtype=object)
+        drawn[:] = [self.corpus.draw(kind, rng) for _ in range(config.batch)]
+        examples, some_text = dist.shard(drawn)
+        rated, some_rated = None, True
+        if self.rated:
+            rows, some_rated = dist.shard(rng.integers(len(self.users), size=config.rating_batch))
+            users, items = self.users[rows], self.items[rows]
+            reviews = None
+            if self.review_of:
+                reviews = [self.review_of.get(pair, "") for pair in zip(users, items, strict=True)]
+            stars = dist.send(torch.from_numpy(self.ratings[rows]), self.device)
+            rated = (users, items, stars, reviews)
+        draw = None
+        if config.sampled_items:
+            rng = randomness.rng(config.seed, "pretrain", "items", step)
+            draw = partial(self.proposal.draw, n=config.sampled_items, rng=rng)
+        return kind, (examples.tolist(), some_text, rated, some_rated, draw)
+
+
+def for_replay(batch: tuple) -> dict:
+    """A batch as plain tensors and lists, for a file."""
+    examples, _, rated, *_ = batch
+    return {
+        "examples": [[e.ids, e.mask, e.over] for e in examples],
+        "rated": None if rated is None else [torch.as_tensor(x) for x in rated[:3]],
+    }
+
+
 def run(config: Config) -> None:
     shop = load(config.data_dir)
     inputs = {"data": file_id(config.data_dir / "source.json")}
     device = dist.start(config.device)
     with Run(config.stage("pretrain"), config, inputs) as out:
-        if out.done:
-            if dist.is_main():
-                print(f"pretrain: already done in {out.path}")
+        if out.already_done():
             return
         model, head, vocab = build(config, shop)
         if dist.is_main():
             vocab.save(out.path)
-        # From the whole batch: FSDP wants as many forward passes on every process.
+        # Counted from the whole batch: FSDP needs as many forward passes on every process.
         buckets = max(1, min(BUCKETS, config.batch // dist.world()))
         both = Objective(partial(pretrain_loss, buckets=buckets), model=model, head=head).to(device)
         prompts = Prompts(vocab, config.max_tokens)
-        corpus = Corpus(
-            shop,
-            prompts,
-            ordered=source(config.data_dir)["config"].get("split") == "temporal",
-            path=out.path / "tokens",
-        )
-        weights = np.array([getattr(config, kind) * (corpus.sizes[kind] > 0) for kind in KINDS])
-        if not weights.sum():
-            raise PageLLMError(
-                f"{config.data_dir} has nothing for the kinds of prompt that have a weight: "
-                f"{corpus.sizes}"
-            )
-        users, items, ratings = rating_rows(shop, "train")
-        text_of = (
-            dict(zip(zip(*shop.reviews()[:2], strict=True), shop.reviews()[2], strict=True))
-            if config.use_review
-            else {}
-        )
-        with_rating = config.rating > 0 and len(users) > 0
+        ordered = source(config.data_dir)["config"].get("split") == "temporal"
+        corpus = Corpus(shop, prompts, ordered=ordered, path=out.path / "tokens")
+        batches = TextBatches(config, shop, corpus, device)
         learner = dist.wrap(both, config.parallel)
         opt = optimiser(
             both, config.lr, config.weight_decay, lazy=config.lazy_rows, row_lr=config.row_lr
         )
-        proposal = Proposal(corpus.train.items, shop.n_items)
         guard = GuardedStep(opt, both.parameters(), config.grad_clip)
 
         start = 0
@@ -351,83 +393,43 @@ def run(config: Config) -> None:
                 "opt": dist.optimiser_state(both, opt),
             }
 
-        def batch(step: int) -> tuple:
-            rng = randomness.rng(config.seed, "pretrain", step)
-            kind = KINDS[rng.choice(len(KINDS), p=weights / weights.sum())]
-            drawn = np.empty(config.batch, dtype=object)
-            drawn[:] = [corpus.draw(kind, rng) for _ in range(config.batch)]
-            examples, some_text = dist.shard(drawn)
-            rated, some_rated = None, True
-            if with_rating:
-                rows, some_rated = dist.shard(rng.integers(len(users), size=config.rating_batch))
-                reviews = [text_of.get((users[r], items[r]), "") for r in rows] if text_of else None
-                rated = (
-                    users[rows],
-                    items[rows],
-                    dist.send(torch.from_numpy(ratings[rows]), device),
-                    reviews,
-                )
-            return kind, examples.tolist(), some_text, rated, some_rated
-
         bar = progress(start, config.steps, "pretrain")
-        for step, (kind, examples, some_text, rated, some_rated) in prefetch(
-            out.steps(bar), config.steps, batch
-        ):
+        for step, (kind, batch) in prefetch(out.steps(bar), config.steps, batches):
             seed_dropout(config.seed, "pretrain", step)
             set_lr(opt, lr_at(step, config.steps, config.lr, config.warmup))
-            draw = (
-                partial(
-                    proposal.draw,
-                    n=config.sampled_items,
-                    rng=randomness.rng(config.seed, "pretrain", "items", step),
-                )
-                if config.sampled_items
-                else None
-            )
-            loss, rating_loss = learner(prompts, examples, some_text, rated, some_rated, draw)
+            loss, rating_loss = learner(prompts, *batch)
             (loss + config.rating * rating_loss).backward()
             norm = guard.step(
                 f"pretrain step {step}",
-                lambda step=step, kept=examples, rows=rated: out.keep_for_replay(
-                    step,
-                    {
-                        **state_at(step),
-                        "examples": [[e.ids, e.mask, e.over] for e in kept],
-                        "rated": None if rows is None else [torch.as_tensor(x) for x in rows[:3]],
-                    },
+                lambda step=step, batch=batch: out.keep_for_replay(
+                    step, {**state_at(step), **for_replay(batch)}
                 ),
             )
             loss, rating_loss = logged(loss, rating_loss)
-            out.log(
-                step + 1,
-                kind=kind,
-                loss=loss,
-                rating_loss=rating_loss,
-                grad_norm=norm,
-                lr=opt.param_groups[0]["lr"],
-            )
-            shown = out.last.get("loss", math.nan), out.last.get("rating_loss", math.nan)
-            bar.set_postfix_str(
-                f"{kind} {shown[0]:.3f}" + (f", rating {shown[1]:.3f}" if with_rating else ""),
-                refresh=False,
-            )
+            row = {"loss": loss, "rating_loss": rating_loss, "grad_norm": norm}
+            out.log(step + 1, kind=kind, **row, lr=opt.param_groups[0]["lr"])
+            text = f"{kind} {out.last.get('loss', math.nan):.3f}"
+            if batches.rated:
+                text += f", rating {out.last.get('rating_loss', math.nan):.3f}"
+            bar.set_postfix_str(text, refresh=False)
             if out.due(step + 1, config.steps):
                 out.save(state_at(step + 1))
         model.bf16 = False
         result = {"steps": config.steps, "prompts": corpus.sizes, **lora.counts(model)}
-        if with_rating:
+        if batches.rated:
             held = rating_rows(shop, "valid")
             with dist.unsharded(both):
                 result["valid_rmse"] = rmse(model, head, prompts, held)
             result["valid_rmse_of_the_mean"] = (
-                math.sqrt(np.mean((held[2] - ratings.mean()) ** 2)) if len(held[2]) else None
+                math.sqrt(np.mean((held[2] - batches.ratings.mean()) ** 2))
+                if len(held[2])
+                else None
             )
         dist.barrier()
         if dist.is_main():
             Tokens.remove(out.path / "tokens")
-        out.finish(
-            {**to_state(model), "rating_head": dist.weights(head)}, state_at(config.steps), **result
-        )
+        weights = {**to_state(model), "rating_head": dist.weights(head)}
+        out.finish(weights, state_at(config.steps), **result)
         if dist.is_main():
             print(f"pretrain: {out.path} {result}")
 

@@ -1,9 +1,9 @@
-"""The reward model: one trunk, a reward for every slot and one for the page, fitted to pairs (Eq. 5 to 8).
+"""Fit the reward model, which scores each slot and the page, to preference pairs (Eq. 5 to 8).
 
 Reads   data/<dataset>, runs/<run>/sft
-Writes  runs/<run>/reward                   model.pt, pairs.parquet, log.jsonl; accuracy per kind in `done`
+Writes  runs/<run>/reward   model.pt, pairs.parquet, log.jsonl; accuracy for each kind in `done`
 
-    make reward                             python -m pagellm.reward --dataset synthetic
+    make reward             pagellm reward --dataset synthetic
 
 About a minute for the synthetic shop on two CPU cores.
 """
@@ -11,6 +11,7 @@ About a minute for the synthetic shop on two CPU cores.
 import math
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -115,9 +116,11 @@ class Config(TrainingConfig):
 
 
 def page_loss(chosen: Tensor, rejected: Tensor, target: Tensor | None = None) -> Tensor:
-    """Eq. 7 on page rewards (B,): -mean log sigma(g+ - g-). Finite for any margin.
+    """Eq. 7 on page rewards: -mean(t log sigma(g+ - g-) + (1 - t) log sigma(g- - g+)).
 
-    target  (B,) probability that the chosen page is the better one; None: 1, the paper's hard label
+    chosen, rejected  (B,) rewards g+ and g- of the two pages of every pair
+    target            (B,) t, the probability that the chosen page is better; None: 1, as the paper
+    returns a scalar, finite for any margin
     """
     margin = chosen - rejected
     if target is None:
@@ -132,11 +135,10 @@ def sequence_loss(
     rejected_mask: Tensor,
     target: Tensor | None = None,
 ) -> Tensor:
-    """Eq. 8: -mean log sigma(R_f+ - R_f-), R_f the mean token reward of a page.
+    """Eq. 8: `page_loss` on R_f, the mean token reward of each page.
 
-    chosen, rejected (B, T) token rewards with their masks (B, T) bool; the two T may differ. target as in page_loss.
-    Scalar out.
-    Raises ValueError on unequal shapes.
+    chosen, rejected (B, T) token rewards with their masks (B, T) bool. The two T may differ.
+    target as in page_loss. Returns a scalar. Raises ValueError on unequal shapes.
     """
     if (
         chosen.shape != chosen_mask.shape
@@ -144,22 +146,25 @@ def sequence_loss(
         or len(chosen) != len(rejected)
     ):
         raise ValueError(
-            f"sequence_loss: chosen {tuple(chosen.shape)} mask {tuple(chosen_mask.shape)}, rejected "
-            f"{tuple(rejected.shape)} mask {tuple(rejected_mask.shape)}: want (B, T) and its mask, twice"
+            f"sequence_loss: chosen {tuple(chosen.shape)} mask {tuple(chosen_mask.shape)}, "
+            f"rejected {tuple(rejected.shape)} mask {tuple(rejected_mask.shape)}: "
+            "want (B, T) and its mask for both"
         )
     return page_loss(mean_reward(chosen, chosen_mask), mean_reward(rejected, rejected_mask), target)
 
 
 def token_loss(chosen: Tensor, rejected: Tensor, edit_mask: Tensor) -> Tensor:
-    """-(1/|M|) sum_{t in M} log sigma(r_t+ - r_t-): the edited slots alone (SPEC 5); 0 where M is empty.
+    """-(1/|M|) sum over t in M of log sigma(r_t+ - r_t-), M the slots where the two pages differ.
 
-    chosen, rejected (B, T) token rewards; edit_mask (B, T) bool, M over the whole batch. Scalar out.
-    Raises ValueError on unequal shapes.
+    Beside the paper's losses: it tells the token head which slots make one page the better one.
+
+    chosen, rejected (B, T) token rewards; edit_mask (B, T) bool, True on M, over the whole batch
+    Returns a scalar, 0 if M is empty. Raises ValueError on unequal shapes.
     """
     if not chosen.shape == rejected.shape == edit_mask.shape:
         raise ValueError(
-            f"token_loss: chosen {tuple(chosen.shape)}, rejected {tuple(rejected.shape)}, edit_mask "
-            f"{tuple(edit_mask.shape)}: want one (B, T) for all three"
+            f"token_loss: chosen {tuple(chosen.shape)}, rejected {tuple(rejected.shape)}, "
+            f"edit_mask {tuple(edit_mask.shape)}: want one (B, T) for all three"
         )
     margin = torch.where(edit_mask, chosen - rejected, 0.0)
     return -torch.where(edit_mask, F.logsigmoid(margin), 0.0).sum() / edit_mask.sum().clamp(min=1)
@@ -167,21 +172,20 @@ def token_loss(chosen: Tensor, rejected: Tensor, edit_mask: Tensor) -> Tensor:
 
 @dataclass
 class PairBatch:
-    """prompt, valid (B, P); chosen, rejected, mask (B, K); edited (B, K); gap (B,): E(chosen) - E(rejected);
-    detail (n,) int64: the rows that are not preference pairs."""
+    """Pairs of pages as tensors."""
 
-    prompt: Tensor
-    valid: Tensor
-    chosen: Tensor
-    rejected: Tensor
-    mask: Tensor
-    edited: Tensor
-    detail: Tensor
-    gap: Tensor
+    prompt: Tensor  # (B, P)
+    valid: Tensor  # (B, P) bool, False on padding
+    chosen: Tensor  # (B, K) item ids of the better page, -1 past its end
+    rejected: Tensor  # (B, K)
+    mask: Tensor  # (B, K) bool, True on the slots of both pages
+    edited: Tensor  # (B, K) bool, True where the pages differ
+    detail: Tensor  # (n,) int64: the rows that are not preference pairs
+    gap: Tensor  # (B,) E(chosen) - E(rejected), the difference of page energies
 
 
 def tokens_of(pair: Pair) -> int:
-    """About as many tokens as its prompt and one of its pages have."""
+    """Roughly how many tokens the prompt and one page of a pair have."""
     return 2 * len(pair.history) + len(pair.chosen)
 
 
@@ -207,7 +211,10 @@ def collate(pairs: list[Pair], policy: Policy, device) -> PairBatch:
 
 
 def rewards_of(model: RewardModel, b: PairBatch):
-    """Both pages of every pair in one pass: token (B, K) and page (B,) rewards, chosen then rejected."""
+    """Rewards of both pages of every pair, in one pass.
+
+    returns token (B, K) of the chosen and of the rejected pages, then page (B,) of both
+    """
     token, page = model(
         torch.cat([b.prompt, b.prompt]),
         torch.cat([b.valid, b.valid]),
@@ -226,9 +233,15 @@ def pair_loss(
     page_rejected: Tensor,
     busy: bool = True,
 ) -> Tensor:
-    """SPEC 5's total, or this process's share of it (train.shared_means; busy as there).
+    """The weighted sum of all losses, or this process's share of it (train.shared_means).
 
-    Preference pairs teach the page head alone: they name no slot that is better.
+        page page_loss + sequence sequence_loss + token token_loss
+        + shrink / 2 (mean of both pages' g^2 + mean of their slots' r^2)
+
+    Labels are soft: sigma(gap / soften). Preference pairs teach the page head alone, since they do
+    not say which slot is better.
+
+    busy   False: this process holds a stand-in row, which counts nothing
     """
     target = torch.sigmoid(b.gap / config.soften) if config.soften else None
     d, slots = b.detail, b.mask.sum()
@@ -253,7 +266,8 @@ def pair_loss(
             (token_loss(token_chosen[d], token_rejected[d], b.edited[d]), b.edited[d].sum()),
         ]
     else:
-        terms += [(0.0 * token_chosen.sum(), 0)] * 2  # another process may have such pairs
+        # No such pairs here; another process may have some, and all must add the same terms.
+        terms += [(0.0 * token_chosen.sum(), 0)] * 2
     weights += [config.sequence, config.token]
     return sum(w * mean for w, mean in zip(weights, shared_means(terms, busy), strict=True))
 
@@ -261,7 +275,7 @@ def pair_loss(
 def learn_pairs(
     learner: Objective, config: Config, b: PairBatch, busy: bool
 ) -> tuple[Tensor, Tensor]:
-    """Loss, and how often the better page scores higher: this process's shares."""
+    """The loss, and how often the better page scores higher: this process's shares of both."""
     scores = rewards_of(learner.model, b)
     with torch.no_grad():
         right = scores[2] + mean_reward(scores[0], b.mask) > scores[3] + mean_reward(
@@ -276,13 +290,13 @@ def learn_pairs(
 def score_pairs(
     model: RewardModel, pairs: list[Pair], policy: Policy, batch: int = 256, rejected: bool = True
 ) -> dict[str, np.ndarray]:
-    """page and token (mean) reward of both pages of every pair, (n, 2) each: column 0 chosen, 1 rejected.
+    """ "page": page rewards, "token": mean token rewards; (n, 2) each, column 0 the chosen page.
 
-    rejected   False: of the chosen pages alone, (n, 1) each
+    rejected   False: score the chosen pages only, (n, 1) each
     """
     mine, busy = dist.shard(np.arange(len(pairs)))
     some = [pairs[i] for i in mine] if busy else []
-    # batches of like length: little padding
+    # Batches of like length need little padding.
     order = np.argsort([tokens_of(p) for p in some], kind="stable")
     found = [np.zeros((0, 2, 2 if rejected else 1))]
     for start in range(0, len(some), batch):
@@ -303,7 +317,10 @@ def score_pairs(
 
 
 def report(model: RewardModel, pairs: list[Pair], policy: Policy) -> dict:
-    """Accuracy per kind (both heads together, and each), calibration, correlation with the page energy."""
+    """Accuracy for each kind of pair, calibration error, correlation with the page energy.
+
+    Accuracies are of both heads' sum, and of each head alone.
+    """
     if not pairs:
         return {}
     scores = score_pairs(model, pairs, policy)
@@ -332,10 +349,11 @@ def report(model: RewardModel, pairs: list[Pair], policy: Policy) -> dict:
 
 
 def swapped(pair: Pair, seed: int) -> Pair:
-    """The control: chosen and rejected change places for half of the pairs, drawn once for good.
+    """The control: swap chosen and rejected for half of the pairs, drawn once.
 
-    Held-out pairs are swapped as well. All pairs of a kind differ in the same way, so a model that learnt nothing
-    still leans to one side of it, and against true labels would be right in nearly all of a kind or nearly none.
+    Held-out pairs are swapped as well. All pairs of a kind differ in the same way, so even a model
+    that learnt nothing prefers one side of them: against true labels it would be right on nearly
+    all pairs of a kind, or on nearly none.
     """
     if randomness.rng(seed, "reward", "shuffle", pair.seed).random() < 0.5:
         return pair
@@ -351,10 +369,34 @@ def is_held_out(user: int, config: Config) -> bool:
 
 @torch.no_grad()
 def centre(model: RewardModel, pairs: list[Pair], policy: Policy) -> None:
-    """Set the heads' offsets so that the ground-truth pages of these pairs score 0 on average."""
+    """Shift both heads so that the better pages of these pairs score 0 on average."""
     scores = score_pairs(model, pairs, policy, rejected=False)
     model.page_mean += float(scores["page"][:, 0].mean())
     model.token_mean += float(scores["token"][:, 0].mean())
+
+
+def split_pairs(config: Config, pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """-> the pairs to learn from, and those of held-out users."""
+    held = [p for p in pairs if is_held_out(p.user, config)]
+    train = [p for p in pairs if not is_held_out(p.user, config) and p.kind != config.leave_out]
+    if config.shuffle_labels:
+        held, train = ([swapped(p, config.seed) for p in some] for some in (held, train))
+    if not train:
+        raise PageLLMError(
+            f"all {len(pairs)} pairs are held out; lower held_out or take more users"
+        )
+    return train, held
+
+
+def new_model(config: Config, before: Path, device) -> RewardModel:
+    """The SFT policy's trunk with two new heads."""
+    randomness.seed_torch(config.seed, "reward", "heads")
+    trunk = from_state(load_model_file(before / "model.pt"))
+    model = RewardModel(trunk, config.compare).to(device)
+    if trunk.gate is not None:
+        nn.init.ones_(trunk.gate)  # the items of the page must be seen to be judged
+    trunk.checkpoint_blocks = config.checkpoint_blocks
+    return model
 
 
 def run(config: Config) -> None:
@@ -364,9 +406,7 @@ def run(config: Config) -> None:
     inputs = {"data": file_id(config.data_dir / "source.json"), "sft": record["id"]}
     device = dist.start(config.device)
     with Run(config.stage("reward"), config, inputs) as out:
-        if out.done:
-            if dist.is_main():
-                print(f"reward: already done in {out.path}")
+        if out.already_done():
             return
         policy = Policy.load(before, device)
         if dist.is_main():
@@ -386,30 +426,14 @@ def run(config: Config) -> None:
         if dist.is_main():
             with atomic(out.path / "pairs.parquet") as beside:
                 pq.write_table(to_table(pairs), beside)
-        held = [p for p in pairs if is_held_out(p.user, config)]
-        train = [p for p in pairs if not is_held_out(p.user, config) and p.kind != config.leave_out]
-        if config.shuffle_labels:
-            held, train = ([swapped(p, config.seed) for p in some] for some in (held, train))
-        if not train:
-            raise PageLLMError(
-                f"all {len(pairs)} pairs are held out; lower held_out or take more users"
-            )
-
-        torch.manual_seed(randomness.seed_of(config.seed, "reward", "heads") % (1 << 63))
-        model = RewardModel(from_state(load_model_file(before / "model.pt")), config.compare).to(
-            device
-        )
-        if model.trunk.gate is not None:
-            nn.init.ones_(model.trunk.gate)  # to judge a page is to see its items
-        model.trunk.checkpoint_blocks = config.checkpoint_blocks
-        lengths = tuple(map(tokens_of, train))
-        total = max(1, round(config.epochs * -(-len(train) // config.batch)))
+        train, held = split_pairs(config, pairs)
+        model = new_model(config, before, device)
+        width, lengths = model.trunk.shape.n_embd, tuple(map(tokens_of, train))
+        total = max(1, round(config.epochs * math.ceil(len(train) / config.batch)))
         learner = dist.wrap(objective := Objective(learn_pairs, model=model), config.parallel)
         opt = optimiser(model, config.lr, config.weight_decay, lazy=config.lazy_rows)
         guard = GuardedStep(opt, model.parameters(), config.grad_clip)
-        model.trunk.bf16 = (
-            out.precision(config.precision, device, model.trunk.shape.n_embd) == "bfloat16"
-        )
+        model.trunk.bf16 = out.precision(config.precision, device, width) == "bfloat16"
         start = 0
         if state := out.load():
             start = state["step"]
@@ -424,10 +448,8 @@ def run(config: Config) -> None:
             }
 
         def batch(step: int) -> tuple[PairBatch, bool]:
-            _, index = batch_at(
-                step, len(train), config.batch, config.seed, "reward", length=lengths
-            )
-            mine, busy = dist.shard(index)
+            at = batch_at(step, len(train), config.batch, config.seed, "reward", length=lengths)
+            mine, busy = dist.shard(at[1])
             return collate([train[i] for i in mine], policy, device), busy
 
         bar = progress(start, total, "reward")
@@ -442,14 +464,10 @@ def run(config: Config) -> None:
                 ),
             )
             loss, right = logged(loss, right)
-            out.log(
-                step + 1, loss=loss, accuracy=right, grad_norm=norm, lr=opt.param_groups[0]["lr"]
-            )
-            bar.set_postfix_str(
-                f"loss {out.last.get('loss', math.nan):.3f}, accuracy "
-                f"{out.last.get('accuracy', math.nan):.2f}",
-                refresh=False,
-            )
+            lr = opt.param_groups[0]["lr"]
+            out.log(step + 1, loss=loss, accuracy=right, grad_norm=norm, lr=lr)
+            shown = (out.last.get(name, math.nan) for name in ("loss", "accuracy"))
+            bar.set_postfix_str("loss {:.3f}, accuracy {:.2f}".format(*shown), refresh=False)
             if out.due(step + 1, total):
                 out.save(state_at(step + 1))
         model.eval()
@@ -460,14 +478,12 @@ def run(config: Config) -> None:
             result = {"held_out": report(model, held, policy), "made": counts}
         out.finish(model.state(), final, **result)
         if dist.is_main():
-            print(
-                f"reward: {out.path}, held-out accuracy "
-                + ", ".join(
-                    f"{kind} {result['held_out'][kind]['accuracy']:.3f}"
-                    for kind in KINDS
-                    if kind in result["held_out"]
-                )
+            accuracy = ", ".join(
+                f"{kind} {row['accuracy']:.3f}"
+                for kind, row in result["held_out"].items()
+                if kind in KINDS
             )
+            print(f"reward: {out.path}, held-out accuracy {accuracy}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""Supervised fine-tuning: the prompt of a user -> the ground-truth page (Eq. 4).
+"""Supervised fine-tuning: from the prompt of a user to the ground-truth page (Eq. 4).
 
 Reads   data/<dataset>, runs/<run>/pretrain
-Writes  runs/<run>/sft                      model.pt of the step with the best validation NDCG, log.jsonl
+Writes  runs/<run>/sft      model.pt of the step with the best validation NDCG@100, log.jsonl
 
-    make sft                                python -m pagellm.sft --dataset synthetic
+    make sft                pagellm sft --dataset synthetic
 
 About a minute for the synthetic shop on two CPU cores.
 """
 
+import math
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -27,6 +29,7 @@ from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.run import Run, TrainingConfig, file_id, finished, load_model_file
 from pagellm.stage.train import (
+    Best,
     GuardedStep,
     Objective,
     batch_at,
@@ -108,8 +111,66 @@ class Config(TrainingConfig):
 
 
 def batch_loss(learner: Objective, b: Batch, objective: str, busy: bool) -> Tensor:
-    """This process's share of `sft_loss` over the whole batch (train.shared_means)."""
+    """This process's share of the mean of `sft_loss` over the batch (train.shared_means)."""
     return shared_means([(sft_loss(learner.model, b, objective), b.mask.sum())], busy)[0]
+
+
+class PageBatches:
+    """The users of every step, their prompts and their ground-truth pages (Eq. 4).
+
+    A step depends on its number alone. Each process makes its own share of the batch.
+    """
+
+    def __init__(self, config: Config, policy: Policy, maker: PageMaker, n_items: int):
+        self.config, self.policy, self.maker = config, policy, maker
+        self.lengths = tuple(maker.train.counts()[maker.users].tolist())
+        self.proposal = Proposal(maker.train.items, n_items)
+        self.total = max(1, round(config.epochs * math.ceil(len(maker.users) / config.batch)))
+
+    def __call__(self, step: int) -> tuple[Batch, bool]:
+        """-> the batch, and False if this process has no user and holds a stand-in."""
+        config, users = self.config, self.maker.users
+        epoch, index = batch_at(
+            step, len(users), config.batch, config.seed, "sft", length=self.lengths
+        )
+        mine, busy = dist.shard(users[index])
+        splits = [(u, *draw(config, epoch, int(u))) for u in mine]
+        when = None
+        if config.cut == "time":
+            cuts = [self.maker.later(u, rng, config.max_page) for u, _, rng in splits]
+            examples, when = [cut[:2] for cut in cuts], np.array([cut[2] for cut in cuts])
+        else:
+            examples = [
+                self.maker.example(u, share, rng, config.max_page) for u, share, rng in splits
+            ]
+        batch = collate(self.policy, mine, examples, when)
+        if config.sampled_items:
+            rng = randomness.rng(config.seed, "sft", "items", step)
+            batch.candidates = self.proposal.draw(batch.item, config.sampled_items, rng)
+        return batch, busy
+
+
+def new_policy(config: Config, before: Path, maker: PageMaker, device) -> Policy:
+    """The pre-trained model as a policy. Raises PageLLMError where it cannot learn pages."""
+    vocab = Vocab.load(before)
+    if vocab.times and config.cut != "time":
+        raise PageLLMError(
+            "page prompts that show when (pretrain --times) learn from pages that come after their "
+            "history: give --cut time"
+        )
+    if len(maker.users) == 0:
+        raise PageLLMError(
+            f"no user of {config.data_dir} has two train items: there is no page to learn"
+        )
+    model = from_state(load_model_file(before / "model.pt"), config.dropout).to(device)
+    model.checkpoint_blocks = config.checkpoint_blocks
+    style = PromptStyle(
+        config.max_history, config.use_ratings, config.use_user, maker.clock(vocab.times)
+    )
+    policy = Policy(model, vocab, style)
+    longest = max(1, int(maker.train.counts().max()))
+    policy.check_room(max(config.k, min(longest, config.max_page)))
+    return policy
 
 
 def run(config: Config) -> None:
@@ -124,36 +185,15 @@ def run(config: Config) -> None:
     inputs = {"data": file_id(config.data_dir / "source.json"), "pretrain": record["id"]}
     device = dist.start(config.device)
     with Run(config.stage("sft"), config, inputs) as out:
-        if out.done:
-            if dist.is_main():
-                print(f"sft: already done in {out.path}")
+        if out.already_done():
             return
-        vocab = Vocab.load(before)
-        if dist.is_main():
-            vocab.save(out.path)
-        model = from_state(load_model_file(before / "model.pt"), config.dropout).to(device)
-        model.checkpoint_blocks = config.checkpoint_blocks
         maker = PageMaker(shop, config.shrink)
-        if vocab.times and config.cut != "time":
-            raise PageLLMError(
-                "page prompts that show when (pretrain --times) learn from pages that come after their "
-                "history: give --cut time"
-            )
-        policy = Policy(
-            model,
-            vocab,
-            PromptStyle(
-                config.max_history, config.use_ratings, config.use_user, maker.clock(vocab.times)
-            ),
-        )
-        if len(maker.users) == 0:
-            raise PageLLMError(
-                f"no user of {config.data_dir} has two train items: there is no page to learn"
-            )
-        lengths = tuple(maker.train.counts()[maker.users].tolist())
-        longest = max(1, int(maker.train.counts().max()))
-        policy.check_room(max(config.k, min(longest, config.max_page)))
-        total = max(1, round(config.epochs * -(-len(maker.users) // config.batch)))
+        policy = new_policy(config, before, maker, device)
+        model = policy.model
+        if dist.is_main():
+            policy.vocab.save(out.path)
+        batches = PageBatches(config, policy, maker, shop.n_items)
+        total = batches.total
         learner = dist.wrap(objective := Objective(batch_loss, model=model), config.parallel)
         opt = optimiser(
             model,
@@ -163,61 +203,38 @@ def run(config: Config) -> None:
             lazy=config.lazy_rows,
             row_lr=config.row_lr,
         )
-        proposal = Proposal(maker.train.items, shop.n_items)
         guard = GuardedStep(opt, model.parameters(), config.grad_clip)
-
         model.bf16 = out.precision(config.precision, device, model.shape.n_embd) == "bfloat16"
 
-        start, best = 0, {"score": -np.inf, "step": 0, "weights": None}
-        if state := out.load():
-            start, best = state["step"], state["best"]
-            dist.load_weights(model, state["model"])
-            dist.load_optimiser(model, opt, state["opt"])
-        elif validation:
+        def validate(step: int) -> dict[str, float]:
             with dist.unsharded(objective):
                 scores = validation(policy)
-            out.log(0, **{f"valid/{name}": value for name, value in scores.items()})
-            best = {
-                "score": scores["NDCG@100"],
-                "step": 0,
-                "weights": dist.weights(model, frozen=False),
-            }
+            if config.select == "ndcg" or step == 0:
+                best.offer(scores["NDCG@100"], step, model)
+            return {f"valid/{name}": value for name, value in scores.items()}
 
         def state_at(step: int) -> dict:
             return {
                 "step": step,
                 "model": dist.weights(model, frozen=False),
-                "best": best,
+                "best": best.state(),
                 "opt": dist.optimiser_state(model, opt),
             }
 
-        def batch(step: int) -> tuple[Batch, bool]:
-            epoch, index = batch_at(
-                step, len(maker.users), config.batch, config.seed, "sft", length=lengths
-            )
-            users, busy = dist.shard(maker.users[index])
-            when = None
-            if config.cut == "time":
-                cuts = [
-                    maker.later(u, draw(config, epoch, int(u))[1], config.max_page) for u in users
-                ]
-                examples, when = [cut[:2] for cut in cuts], np.array([cut[2] for cut in cuts])
-            else:
-                examples = [
-                    maker.example(u, *draw(config, epoch, int(u)), config.max_page) for u in users
-                ]
-            return collate(policy, users, examples, when), busy
+        start, best = 0, Best()
+        if state := out.load():
+            start, best = state["step"], Best(**state["best"])
+            dist.load_weights(model, state["model"])
+            dist.load_optimiser(model, opt, state["opt"])
+        elif validation:  # the start itself takes part as step 0
+            out.log(0, **validate(0))
 
         bar = progress(start, total, "sft")
-        for step, (b, busy) in prefetch(out.steps(bar), total, batch):
+        for step, (b, busy) in prefetch(out.steps(bar), total, batches):
             began = time.time()
             model.train()
             seed_dropout(config.seed, "sft", step)
             set_lr(opt, lr_at(step, total, config.lr, config.warmup))
-            if config.sampled_items:
-                b.candidates = proposal.draw(
-                    b.item, config.sampled_items, randomness.rng(config.seed, "sft", "items", step)
-                )
             loss = learner(b, config.objective, busy)
             loss.backward()
             norm = guard.step(
@@ -228,42 +245,34 @@ def run(config: Config) -> None:
             )
             row = {"loss": logged(loss)[0], "grad_norm": norm, "lr": opt.param_groups[0]["lr"]}
             out.log(step + 1, "timing", seconds=round(time.time() - began, 4))
-            scores = {}
-            if validation and ((step + 1) % config.eval_every == 0 or step + 1 == total):
-                with dist.unsharded(objective):
-                    scores = validation(policy)
-                row |= {f"valid/{name}": value for name, value in scores.items()}
-            better = scores.get("NDCG@100", -np.inf) > best["score"]
-            if step + 1 == total if config.select == "last" else better:
-                best = {
-                    "score": scores.get("NDCG@100"),
-                    "step": step + 1,
-                    "weights": dist.weights(model, frozen=False),
-                }
+            last = step + 1 == total
+            if validation and (last or (step + 1) % config.eval_every == 0):
+                row |= validate(step + 1)
+            if last and config.select == "last":
+                best.keep(row.get("valid/NDCG@100"), total, model)
             out.log(step + 1, **row)
-            bar.set_postfix_str(
-                f"loss {out.last.get('loss', np.nan):.3f}, {said(best)}", refresh=False
-            )
+            loss_now = out.last.get("loss", math.nan)
+            bar.set_postfix_str(f"loss {loss_now:.3f}, {said(best)}", refresh=False)
             if out.due(step + 1, total):
                 out.save(state_at(step + 1))
         final = state_at(total)
-        dist.load_weights(model, best["weights"])
+        dist.load_weights(model, best.weights)
         out.finish(
             policy.state(),
             final,
-            step=best["step"],
-            valid_ndcg=best["score"],
+            step=best.step,
+            valid_ndcg=best.score,
             single_level=maker.single_level_share(config.label_share, config.seed),
         )
         if dist.is_main():
-            print(f"sft: {out.path}, step {best['step']} of {total}, {said(best)}")
+            print(f"sft: {out.path}, step {best.step} of {total}, {said(best)}")
 
 
-def said(best: dict) -> str:
-    """What is known of the weights that would be kept."""
-    if best["score"] is None or best["score"] == -np.inf:
+def said(best: Best) -> str:
+    """What validation says of the best weights so far."""
+    if best.score is None or best.score == -math.inf:
         return "no validation rows"
-    return f"validation NDCG@100 {best['score']:.4f}"
+    return f"validation NDCG@100 {best.score:.4f}"
 
 
 def draw(config: Config, epoch: int, user: int) -> tuple[float, np.random.Generator]:

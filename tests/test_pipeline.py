@@ -350,28 +350,15 @@ def test_hits_and_sfts_loss_keep_to_what_a_page_may_hold(root, monkeypatch):
     assert all(len(row["history"]) < train[list(users).index(row["user"])] for row in samples)
 
 
-def test_one_head_switched_off_has_no_say(root):
-    """Item-only and page-only: what the other head says changes nothing."""
-    from pagellm.ppo_step import RunningMoments, normalise_reward
-
-    token, page, mask = torch.randn(3, 4), torch.randn(3), torch.ones(3, 4, dtype=torch.bool)
-    t, p, _ = normalise_reward(token, page, mask, RunningMoments(), 0.0, 1.0)
-    u, q, _ = normalise_reward(torch.randn(3, 4), page, mask, RunningMoments(), 0.0, 1.0)
-    assert torch.equal(t, u) and torch.equal(p, q) and (t == 0).all()
-    _, p, _ = normalise_reward(token, page, mask, RunningMoments(), 1.0, 0.0)
-    _, q, _ = normalise_reward(token, torch.randn(3), mask, RunningMoments(), 1.0, 0.0)
-    assert torch.equal(p, q) and (p == p[0]).all()
-
-
 def test_weak_reward_model_warns_and_strict_stops(root, tmp_path, capsys):
     weak = {
         "held_out": {"ranked": {"accuracy": 0.55}, "pairs": 3, "preference": {"accuracy": 0.99}}
     }
-    ppo.gate(config(root, "ppo"), weak, tmp_path)
+    ppo.check_reward_model(config(root, "ppo"), weak, tmp_path)
     said = capsys.readouterr().err
     assert "ranked 0.550" in said and "pairs.parquet" in said and "preference" not in said
     with pytest.raises(PageLLMError, match="ranked 0.550"):
-        ppo.gate(config(root, "ppo", strict=True), weak, tmp_path)
+        ppo.check_reward_model(config(root, "ppo", strict=True), weak, tmp_path)
 
 
 def test_sft_learns_exact_pages_by_heart(root):
@@ -527,7 +514,7 @@ def test_a_large_catalogue_is_ranked_in_smaller_blocks_to_the_same_pages(root, m
         "write",
         lambda some, *rest, **more: batches.append(len(some)) or write(some, *rest, **more),
     )
-    for module in ("policy", "evaluate"):
+    for module in ("model.policy", "pages.ranked"):
         monkeypatch.setattr(f"pagellm.{module}.BLOCK", 7 * shop.n_items)
     blocks = both()
     assert max(batches) == 7 and all(
@@ -578,14 +565,12 @@ def test_texts_are_read_from_their_tokens_on_disk(root, tmp_path):
         )
         for row in rows
     ]
-    assert len(said) == len(corpus.facts) + len(corpus.opinions) == len(made.tokens.start) - 1 > 100
+    assert len(said) == len(made.facts) + len(made.opinions) == len(made.tokens.start) - 1 > 100
     for i, (kind, row) in enumerate(said):
         got = (
-            prompts.contents(*corpus.facts[i], made.tokens[i])
+            prompts.contents(*made.facts[i], made.tokens[i])
             if kind == "contents"
-            else prompts.first_order(
-                *corpus.opinions[i - len(corpus.facts)].tolist(), made.tokens[i]
-            )
+            else prompts.first_order(*made.opinions[i - len(made.facts)].tolist(), made.tokens[i])
         )
         assert got == getattr(prompts, kind)(*row)
     assert isinstance(made.tokens.ids, np.memmap)
@@ -593,8 +578,8 @@ def test_texts_are_read_from_their_tokens_on_disk(root, tmp_path):
     corpus.Corpus(shop, prompts, False, tmp_path / "tokens")
     assert (tmp_path / "tokens" / "ids.npy").stat().st_mtime_ns == before
     assert not (root / "runs" / "base" / "pretrain" / "tokens").exists()
-    made.Tokens.write(tmp_path / "none", [])
-    assert len(made.Tokens(tmp_path / "none").start) == 1
+    corpus.Tokens.write(tmp_path / "none", [])
+    assert len(corpus.Tokens(tmp_path / "none").start) == 1
 
 
 def test_half_an_epoch_of_sft_is_half_its_steps(served, tmp_path):

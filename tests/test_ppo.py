@@ -12,21 +12,25 @@ from torch.testing import assert_close
 from pagellm.kernels import masked
 from pagellm.kernels.advantage import gae
 from pagellm.pages.metrics import ndcg
-from pagellm.ppo import Config, advantages
+from pagellm.ppo import Config
 from pagellm.ppo_step import (
     AdaptiveKL,
     Rollout,
     RunningMoments,
+    advantages,
     hit_reward,
     kl_k1,
     kl_k2,
     kl_k3,
-    normalise_reward,
+    last_slot,
+    normalise,
+    page_total,
     policy_loss,
+    reward_terms,
     step_reward,
     value_loss,
 )
-from pagellm.ppo_watch import alarms
+from pagellm.ppo_watch import alarms, rollout_row
 from pagellm.stage.config import PageLLMError
 
 unit = st.floats(0, 1)
@@ -47,13 +51,21 @@ def poison(x, mask, value):
     return torch.where(mask, x, value)
 
 
+def terms_of(mask, token, page, w_token=1.0, w_page=1.0, hit=None):
+    """The terms of pages with these raw rewards; hits (B, K) are a term beside them."""
+    r = rollout(mask, torch.zeros_like(token), token=token, page=page)
+    terms = reward_terms(r, w_token, w_page)
+    return terms if hit is None else terms | {"hit": torch.where(mask, hit, 0.0)}
+
+
 @settings(deadline=None)
 @given(batches(4, min_slots=1), weight, weight, st.floats(0, 2))
 def test_rewards_of_a_page_add_up(batch, w_token, w_page, kl_coef):
-    """sum_k r_k = w_token mean(token) + w_page page + sum(hit) - kl_coef sum(k1), for every length."""
+    """sum_k r_k = w_token mean(token) + w_page page + sum(hit) - kl_coef sum(k1), any length."""
     mask, token, logp, ref, hit = batch
     page = token[:, 0] * 3
-    r = step_reward(token, page, logp, ref, mask, w_token, w_page, kl_coef, hit)
+    terms = terms_of(mask, token, page, w_token, w_page, hit)
+    r = step_reward(terms, logp, ref, mask, kl_coef)
     n = mask.sum(1)
     want = (
         w_token * (token * mask).sum(1) / n
@@ -63,20 +75,30 @@ def test_rewards_of_a_page_add_up(batch, w_token, w_page, kl_coef):
     )
     assert_close(r.sum(1), want)
     assert (r[~mask] == 0).all()
+    assert_close(page_total(terms), want + kl_coef * ((logp - ref) * mask).sum(1))
 
 
 @settings(deadline=None)
 @given(batches(3, min_slots=1))
-def test_each_part_of_the_reward_lands_on_its_slots(batch):
+def test_each_term_lands_on_its_slots(batch):
     mask, token, logp, ref = batch
     last = mask & ~torch.nn.functional.pad(mask, (0, 1))[:, 1:]
     page = torch.arange(1.0, len(mask) + 1, dtype=torch.float64)
-    only_page = step_reward(token, page, logp, ref, mask, 0.0, 2.0, 0.0)
+    only_page = step_reward(terms_of(mask, token, page, 0.0, 2.0), logp, ref, mask, 0.0)
     assert torch.equal(only_page, torch.where(last, 2 * page[:, None], 0.0))
-    only_token = step_reward(token, page, logp, ref, mask, 1.0, 0.0, 0.0)
+    only_token = step_reward(terms_of(mask, token, page, 1.0, 0.0), logp, ref, mask, 0.0)
     assert_close(only_token * mask.sum(1, keepdim=True), torch.where(mask, token, 0.0))
-    only_kl = step_reward(token, page, logp, ref, mask, 0.0, 0.0, 1.0)
+    only_kl = step_reward(terms_of(mask, token, page, 0.0, 0.0), logp, ref, mask, 1.0)
     assert_close(only_kl, torch.where(mask, ref - logp, 0.0))
+
+
+def test_a_page_without_a_slot_earns_nothing():
+    mask = torch.tensor([[True, True], [False, False]])
+    terms = terms_of(mask, torch.ones(2, 2), torch.tensor([3.0, 5.0]))
+    assert page_total(terms).tolist() == [4.0, 0.0]
+    assert last_slot(mask).tolist() == [[False, True], [False, False]]
+    paid = normalise(terms, mask, RunningMoments())
+    assert all((x[1] == 0).all() for x in paid.values())
 
 
 @settings(deadline=None)
@@ -84,27 +106,25 @@ def test_each_part_of_the_reward_lands_on_its_slots(batch):
 def test_garbage_in_the_padding_changes_nothing(batch, junk):
     mask, a, b, c, d = batch
     page = a[:, 0] * 0 + 1.5
-    clean = [
-        step_reward(a, page, b, c, mask, 1.0, 1.0, 0.1),
-        *policy_loss(a, b, c, mask, 0.2),
-        *value_loss(a, b, c, mask, 0.2),
-    ]
-    a, b, c = (poison(x, mask, junk) for x in (a, b, c))
-    dirty = [
-        step_reward(a, page, b, c, mask, 1.0, 1.0, 0.1),
-        *policy_loss(a, b, c, mask, 0.2),
-        *value_loss(a, b, c, mask, 0.2),
-    ]
+
+    def everything(a, b, c):
+        return [
+            step_reward(terms_of(mask, a, page), b, c, mask, 0.1),
+            *policy_loss(a, b, c, mask, 0.2),
+            *value_loss(a, b, c, mask, 0.2),
+        ]
+
+    clean, dirty = everything(a, b, c), everything(*(poison(x, mask, junk) for x in (a, b, c)))
     for x, y in zip(clean, dirty, strict=True):
         assert torch.equal(x, y) and x.isfinite().all()
 
 
 def test_shapes_are_checked():
     x, m = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match="page_reward"):
-        step_reward(x, torch.zeros(3), x, x, m, 1, 1, 1)
-    with pytest.raises(ValueError, match="token_reward"):
-        step_reward(x[:, :2], torch.zeros(2), x, x, m, 1, 1, 1)
+    with pytest.raises(ValueError, match="ref_logp"):
+        step_reward({"token": x}, x, x[:, :2], m, 1.0)
+    with pytest.raises(ValueError, match="token"):
+        step_reward({"token": x[:, :2]}, x, x, m, 1.0)
 
 
 @settings(deadline=None)
@@ -225,21 +245,72 @@ def test_running_moments_at_the_edges():
 
 @settings(deadline=None)
 @given(batches(2, min_slots=1), st.floats(0, 3), st.floats(0.1, 3))
-def test_normalised_parts_add_up_to_the_normalised_whole(batch, w_token, w_page):
+def test_normalised_terms_add_up_to_the_normalised_whole(batch, w_token, w_page):
+    """sum over terms and slots = (S - mu) / sigma; every slot keeps its share of S."""
     mask, token, hit = batch
     page = token[:, -1] * 2 + 1
-    for hits in (None, torch.where(mask, hit, math.nan)):
+    for hits in (None, hit):
         moments = RunningMoments()
         moments.update(torch.tensor([-4.0, 0.0, 5.0]))
-        t, p, h = normalise_reward(token, page, mask, moments, w_token, w_page, limit=1e9, hit=hits)
+        terms = terms_of(mask, token, page, w_token, w_page, hits)
+        paid = normalise(terms, mask, moments, limit=1e9)
         total = w_token * (token * mask).sum(1) / mask.sum(1) + w_page * page
         total = total if hits is None else total + (hit * mask).sum(1)
-        assert_close(
-            (t * mask).sum(1) / mask.sum(1) + p + h.sum(1), (total - moments.mean) / moments.std
-        )
+        assert_close(page_total(paid), (total - moments.mean) / moments.std)
+        for name, term in terms.items():
+            assert_close(paid[name] * moments.std, term)
         assert moments.count == 3 + len(mask)
-    t, p, _ = normalise_reward(token * 1e6, page * 1e6, mask, moments, w_token, w_page)
-    assert t[mask].abs().max() <= 5 and p.abs().max() <= 5
+
+
+def test_one_head_switched_off_has_no_say():
+    """Item-only and page-only: whatever the other head says changes no term."""
+    token, page, mask = torch.randn(3, 4), torch.randn(3), torch.ones(3, 4, dtype=torch.bool)
+    for weights, other in (
+        ((0.0, 1.0), (torch.randn(3, 4), page)),
+        ((1.0, 0.0), (token, torch.randn(3))),
+    ):
+        mine = normalise(terms_of(mask, token, page, *weights), mask, RunningMoments())
+        theirs = normalise(terms_of(mask, *other, *weights), mask, RunningMoments())
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@settings(deadline=None)
+@given(batches(1, min_slots=1), st.floats(0.5, 5))
+def test_no_page_is_paid_more_than_the_limit(batch, limit):
+    mask, token = batch
+    moments = RunningMoments()
+    moments.update(torch.tensor([-1.0, 0.0, 1.0]).repeat(10_000))
+    paid = normalise(terms_of(mask, token * 1e3, token[:, 0]), mask, moments, limit)
+    plain = normalise(terms_of(mask, token * 1e3, token[:, 0]), mask, moments, 1e9)
+    assert (page_total(paid).abs() <= limit * (1 + 1e-9)).all()
+    assert (page_total(paid) * page_total(plain) >= 0).all()
+
+
+def test_what_is_logged_as_reward_total_is_what_the_policy_is_paid():
+    """reward_total = mean over pages of the sum of all terms, weights included."""
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    token = torch.tensor([[1.0, 2.0, 6.0], [4.0, 2.0, 99.0]])
+    page = torch.tensor([10.0, -20.0])
+    r = rollout(mask, torch.zeros(2, 3), token=token, page=page, item=PAGES, excluded=NOTHING)
+    for w_token, w_page, want in ((1.0, 1.0, -2.0), (2.0, 0.0, 6.0), (0.0, 0.5, -2.5)):
+        r.terms = reward_terms(r, w_token, w_page)
+        row = rollout_row(r, mask * 1.0, mask * 1.0, mask * 1.0, RunningMoments())
+        assert float(row["objective/reward_total"]) == pytest.approx(want)
+        assert float(row["objective/paid_token"]) == pytest.approx(w_token * 3.0)
+        assert float(row["objective/paid_page"]) == pytest.approx(w_page * -5.0)
+        assert float(row["objective/reward_page"]) == pytest.approx(-5.0)
+        assert float(row["objective/reward_token"]) == pytest.approx(3.0)
+
+
+def test_the_logged_kl_of_a_page_is_a_sum_over_its_slots():
+    """kl_seq_sum = mean over pages of sum over kept slots of (logp - ref): it steers AdaptiveKL."""
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    logp = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 77.0]])
+    r = rollout(mask, torch.zeros(2, 3), old_logp=logp, item=PAGES, excluded=NOTHING)
+    r.terms = reward_terms(r, 1.0, 1.0)
+    row = rollout_row(r, mask * 1.0, mask * 1.0, mask * 1.0, RunningMoments())
+    assert float(row["objective/kl_seq_sum"]) == pytest.approx((0.6 + 0.9) / 2)
 
 
 @settings(deadline=None)
@@ -271,6 +342,10 @@ def test_adaptive_kl_follows_ziegler():
         AdaptiveKL(0.1, 0.0, 10)
 
 
+PAGES = torch.tensor([[0, 1, 2], [3, 4, -1]])
+NOTHING = torch.full((2, 1), -1)
+
+
 def rollout(mask, value, **more):
     zero = torch.zeros_like(value)
     base = dict(
@@ -296,17 +371,16 @@ def rollout(mask, value, **more):
 def test_advantages_of_the_three_algorithms(batch):
     mask, reward, value = batch
     reward, value = reward * mask, value * mask
-    r = rollout(mask, value)
-    adv, ret = advantages(Config(lam=0.9), r, reward)
+    adv, ret = advantages("ppo", reward, value, mask, lam=0.9)
     plain, want = gae(reward, value, mask, 1.0, 0.9)
     assert_close(ret, want)
     assert_close(adv, masked.whiten(plain, mask))
-    adv, _ = advantages(Config(algo="reinforce"), r, reward)
+    adv, _ = advantages("reinforce", reward, value, mask)
     total = reward.sum(1)
     assert_close(adv, torch.where(mask, (total - total.mean())[:, None], 0.0))
-    twice = rollout(mask.repeat_interleave(2, 0), value.repeat_interleave(2, 0))
+    twice = mask.repeat_interleave(2, 0)
     noisy = torch.cat([reward, 2 * reward], 1).view(-1, reward.shape[1])
-    adv, _ = advantages(Config(algo="rloo", samples=2), twice, noisy)
+    adv, _ = advantages("rloo", noisy, noisy, twice, samples=2)
     a, b = noisy.view(-1, 2, reward.shape[1]).sum(2).unbind(1)
     for row, want in ((0, a - b), (1, b - a)):
         assert_close(

@@ -66,7 +66,7 @@ def test_no_step_waits_for_the_device(root, monkeypatch):
         (sft, {"epochs": 3, "batch": 16, "eval_every": 1000, "k": 5}),
         (reward, {"per_kind": 2, "batch": 16}),
     ):
-        monkeypatch.setattr(stage, "ahead", watched)
+        monkeypatch.setattr(stage, "prefetch", watched)
         before = len(steps)
         stage.run(stage.Config(**common, **more))
         assert len(steps) > before + 2, f"{stage.__name__}: nothing was watched"
@@ -122,7 +122,7 @@ def test_ppo_asks_nothing_from_a_rollout_to_its_last_update(root, monkeypatch):
             monkeypatch.setattr(decode, "WHOLE", ("cpu",))
             monkeypatch.setattr("pagellm.kernels.logprob.require", lambda ok, message: None)
             monkeypatch.setattr(ppo, "learn", watched)
-            monkeypatch.setattr(dist, "Fetch", Fetch)
+            monkeypatch.setattr(dist, "AsyncScalars", Fetch)
         ppo.run(ppo.Config(**common, run=f"fused{len(fused)}", select="last"))
         folder = root / "runs" / f"fused{len(fused)}" / "ppo"
         logs.append([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()])

@@ -329,6 +329,12 @@ class Run:
     def done(self) -> bool:
         return (self.path / "done").exists()
 
+    def already_done(self) -> bool:
+        """Whether this stage is done. If so, the main process says it on the screen."""
+        if self.done and dist.is_main():
+            print(f"{self.path.name}: already done in {self.path}")
+        return self.done
+
     def load(self) -> dict | None:
         """The newest whole checkpoint, log.jsonl cut back to it; None at the start of a run.
 

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from pagellm.stage.config import PageLLMError
 from pagellm.stage.randomness import seed_torch
 
 __all__ = [
+    "Best",
     "GuardedStep",
     "Objective",
     "RowAdamW",
@@ -343,3 +345,26 @@ def progress(start: int, total: int, name: str, unit: str = "step") -> tqdm:
         miniters=1,
         disable=not dist.is_main(),
     )
+
+
+@dataclass
+class Best:
+    """The best validation so far: its score, its step, and the weights at that step."""
+
+    score: float | None = -math.inf
+    step: int = 0
+    weights: dict[str, Tensor] | None = None
+
+    def offer(self, score: float | None, step: int, module: nn.Module) -> None:
+        """Keep the module's weights if this score is above the best one. Ask on every process."""
+        if score is not None and self.score is not None and score > self.score:
+            self.keep(score, step, module)
+
+    def keep(self, score: float | None, step: int, module: nn.Module) -> None:
+        """Keep the module's weights whatever the score; None where there is no validation."""
+        self.score, self.step = score, step
+        self.weights = dist.weights(module, frozen=False)
+
+    def state(self) -> dict:
+        """What a checkpoint holds; `Best(**state)` reads it."""
+        return {"score": self.score, "step": self.step, "weights": self.weights}

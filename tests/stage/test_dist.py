@@ -33,7 +33,7 @@ def as_rank(monkeypatch):
         monkeypatch.setattr(dist, "rank", lambda: rank)
         monkeypatch.setattr(dist, "world", lambda: world)
         if total is not None:
-            monkeypatch.setattr(dist, "total", total)
+            monkeypatch.setattr(dist, "all_reduce", total)
 
     return pretend
 
@@ -61,7 +61,7 @@ def test_shared_means_average_to_the_mean_over_everybody(values):
     sizes = torch.tensor([float(len(v)) for v in values], dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "world", lambda: len(values))
-        patch.setattr(dist, "total", lambda counts: sizes.sum().expand_as(counts))
+        patch.setattr(dist, "all_reduce", lambda counts: sizes.sum().expand_as(counts))
         parts = []
         for mine in values:
             mean = torch.tensor(mine or [123.0], dtype=torch.float64).mean()
