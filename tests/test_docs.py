@@ -1,0 +1,227 @@
+"""What the documents name exists: links, anchors, files, commands, the source of a number."""
+
+import dataclasses
+import importlib
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from pagellm.__main__ import VERBS
+
+ROOT = Path(__file__).parent.parent
+TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES = [*TOP, *sorted((ROOT / "docs").rglob("*.md"))]
+GENERATED = [ROOT / "docs" / "reference" / name for name in ("stages.md", "modules.md")]
+NO_NUMBERS = ("index.md", "paper-map.md")
+RESULTS = [p for p in sorted((ROOT / "docs" / "results").glob("*.md")) if p.name not in NO_NUMBERS]
+PACKAGES = ("kernels", "pagellm", "experiments", "tests", "docs")
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+@cache
+def text(path):
+    return path.read_text(encoding="utf-8")
+
+
+def prose(path):
+    """The page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", text(path), flags=re.MULTILINE | re.DOTALL)
+
+
+def code(path):
+    """All code of a page: fenced blocks, and inline code with its line breaks taken out."""
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```$", text(path), re.MULTILINE | re.DOTALL)
+    return [
+        *blocks,
+        *(" ".join(inline.split()) for inline in re.findall(r"`([^`]+)`", prose(path))),
+    ]
+
+
+def slug(heading):
+    """The anchor of a heading, as the sites that show the pages make it."""
+    plain = re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+    return re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+
+
+@cache
+def anchors(path):
+    return {slug(heading) for heading in re.findall(r"^#+ +(.+)$", prose(path), re.MULTILINE)}
+
+
+def links(path):
+    return [
+        link for link in re.findall(r"\]\(([^)\s]+)\)", prose(path)) if not re.match(r"\w+:", link)
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_link_and_anchor_leads_somewhere(page):
+    for link in links(page):
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), f"{link}: no such file"
+        if anchor:
+            assert anchor in anchors(target), (
+                f"{link}: headings there: {', '.join(sorted(anchors(target)))}"
+            )
+
+
+def test_every_page_of_the_docs_is_reached_from_its_front_page():
+    reached, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        if page in reached:
+            continue
+        reached.add(page)
+        targets = (
+            (page.parent / link.partition("#")[0]).resolve()
+            for link in links(page)
+            if link[0] != "#"
+        )
+        waiting += [target for target in targets if target.suffix == ".md"]
+    assert not [name(page) for page in PAGES if page not in reached]
+
+
+def test_the_readme_is_a_front_page():
+    assert len(text(ROOT / "README.md").splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p not in GENERATED], ids=name)
+def test_lines_of_prose_have_at_most_100_columns(page):
+    for line in prose(page).splitlines():
+        assert len(line) <= 100 or line.startswith("|") or "](" in line or "http" in line, line
+
+
+def tables(path):
+    """(heading, words above within its section, first line) of every table."""
+    found, heading, above, inside = [], "", "", False
+    for line in prose(path).splitlines():
+        if line.startswith("#"):
+            heading, above = line, ""
+        if line.startswith("|"):
+            if not inside:
+                found.append((heading, above, line))
+            inside = True
+        else:
+            inside = False
+            above += line + " "
+    return found
+
+
+@pytest.mark.parametrize("page", RESULTS, ids=name)
+def test_every_table_of_results_names_its_command_commit_date_and_machine(page):
+    assert "**Command**" in text(page), "a page of results without a measurement"
+    for heading, above, first in tables(page):
+        said = above.rpartition("**Command**")[2]
+        assert re.match(r" `[^`]+`", said), f"{heading}: {first}: no command above it"
+        assert re.search(r"\*\*Commit\*\*[^*]*`[0-9a-f]{7,}`[^*]*\d{4}-\d\d-\d\d", said), (
+            f"{heading}: {first}: no commit"
+        )
+        assert "**Machine**" in said, f"{heading}: {first}: no machine"
+
+
+@cache
+def targets():
+    return (
+        set(re.findall(r"^([a-z][a-z ]*):(?!=)", text(ROOT / "Makefile"), re.MULTILINE)) | phony()
+    )
+
+
+def phony():
+    """Targets of .PHONY, and of the variables that it names."""
+    whole = text(ROOT / "Makefile").replace("\\\n", " ")
+    said = " ".join(re.findall(r"^\.PHONY:(.*)$", whole, re.MULTILINE))
+    for variable in re.findall(r"\$\((\w+)\)", said):
+        said += " " + " ".join(re.findall(rf"^{variable} *:?= *(.*)$", whole, re.MULTILINE))
+    return set(re.findall(r"(?<![\w$(])[a-z]+\b", said))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_make_target_that_is_named_exists(page):
+    for piece in code(page):
+        for target in re.findall(r"(?:^|[;&] |\n|\d )make +([a-z][a-z_-]*)(?=$|[\s;])", piece):
+            assert target in targets(), f"make {target}: {piece}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_command_that_is_named_exists(page):
+    for piece in code(page):
+        for verb in re.findall(r"(?:^|[;&] |\n|bin/)pagellm +([a-z]+)", piece):
+            assert verb in VERBS, f"pagellm {verb}: {piece}"
+        for module in re.findall(
+            r"python -m (?:pydoc )?((?:pagellm|experiments|kernels)[\w.]*)", piece
+        ):
+            path = ROOT / module.replace(".", "/")
+            assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), (
+                f"python -m {module}: {piece}"
+            )
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=name)
+def test_every_source_file_that_is_named_exists(page):
+    for piece in code(page):
+        for path in re.findall(rf"(?<![\w./-])((?:{'|'.join(PACKAGES)})/[\w./-]*\w)", piece):
+            if "myshop" not in path:  # a preset that the reader is told to write
+                assert (ROOT / path).exists(), f"{path}: {piece}"
+
+
+def test_every_option_of_a_command_that_is_named_exists():
+    for page in PAGES:
+        for piece in code(page):
+            for verb, rest in re.findall(r"(?:^|\n|bin/)pagellm +([a-z]+)([^\n]*)", piece):
+                known = {
+                    f.name for f in dataclasses.fields(importlib.import_module(VERBS[verb]).Config)
+                } | {"help"}
+                for option in re.findall(r"(?<!\S)--(?:no-)?([a-z][a-z_]*)", rest):
+                    assert option in known, f"{name(page)}: --{option}: pagellm {verb}{rest}"
+
+
+def test_the_generated_reference_is_up_to_date():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_http_reference_names_every_route():
+    (api,) = (ROOT / "pagellm").rglob("api.py")
+    said = text(ROOT / "docs" / "reference" / "http.md")
+    routes = re.findall(r'@\w+\.(get|post)\(\s*"([^"]+)"', text(api))
+    assert len(routes) > 5
+    for method, route in routes:
+        assert f"{method.upper()} {route.replace(':path', '')}`" in said, f"{method} {route}"
+
+
+def test_the_file_reference_names_every_file_and_column_that_the_stages_write(served):
+    """From a small shop and its stages: every name of a file, and every column of every table."""
+    import pyarrow.parquet as pq
+
+    said = text(ROOT / "docs" / "reference" / "files.md")
+    written = [
+        path
+        for folder in ("data", "runs")
+        for path in (served / folder).rglob("*")
+        if path.is_file()
+    ]
+    assert len(written) > 10
+    for path in written:
+        if path.parent.name != "raw":
+            assert f"`{path.name}`" in said, path.relative_to(served)
+        if path.suffix == ".parquet":
+            for column in pq.read_schema(path).names:
+                assert f"`{column}`" in said, f"{path.relative_to(served)}: {column}"
+
+
+def test_the_contributing_guide_has_a_place_for_each_diff():
+    said = text(ROOT / "CONTRIBUTING.md")
+    for kind in ("metric", "reward_term", "format", "stage", "study"):
+        assert said.count(f"<!-- diff: {kind} -->") == 1
