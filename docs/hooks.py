@@ -23,6 +23,9 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, **_):
     """Mend links out of docs/, and links of the files outside into it."""
+    if page.file.src_uri == "reference/modules.md":
+        # pdoc writes beside mkdocs, which cannot check such a link: as HTML it is left alone.
+        markdown += '\n<a href="../../api/">Every function and class, from its docstring</a>\n'
     depth = page.file.src_uri.count("/")
     if page.file.src_uri in OUTSIDE:
         return re.sub(r"\]\((?:\.\./)*docs/", "](" + "../" * depth, markdown)

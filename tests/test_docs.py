@@ -129,9 +129,9 @@ def test_every_table_of_results_names_its_command_commit_date_and_machine(page):
 
 @cache
 def targets():
-    return (
-        set(re.findall(r"^([a-z][a-z ]*):(?!=)", text(ROOT / "Makefile"), re.MULTILINE)) | phony()
-    )
+    """Targets of the Makefile's rules, of .PHONY, and of the variables that it names."""
+    rules = re.findall(r"^([a-z][a-z_ -]*):(?!=)", text(ROOT / "Makefile"), re.MULTILINE)
+    return {target for rule in rules for target in rule.split()} | phony()
 
 
 def phony():
