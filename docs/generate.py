@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pagellm.__main__ import VERBS  # noqa: E402
-from pagellm.config import field_comments  # noqa: E402
+from pagellm.stage.config import field_comments  # noqa: E402
 
 PAGES = ROOT / "docs" / "reference"
 PACKAGES = ("kernels", "pagellm", "experiments")
