@@ -1,0 +1,173 @@
+"""What pages are held against: every base re-ranked for variety; metric by metric who is ahead.
+
+    records = sweep("ALS", ranked, scorer, kin, k=20)      # a frontier: one record per strength
+    strength = chosen(records, "ALS", "mmr")                # what validation allows
+    print(verdict_table(verdicts(ours, {"ALS + MMR": scores})))
+
+A frontier shows how much accuracy a base pays for variety. It is measured on validation rows, and
+so are the strengths: test rows are read once, at the chosen strength.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from pagellm.pages import rerank, stats
+from pagellm.pages.metrics import DIRECTION
+from pagellm.pages.ranked import RankedPages, Scorer
+
+__all__ = [
+    "ACCURACY",
+    "VARIETY",
+    "chosen",
+    "frontier_table",
+    "sweep",
+    "verdict",
+    "verdict_table",
+    "verdicts",
+]
+
+ACCURACY = ("Recall@20", "NDCG@100")
+VARIETY = ("ILD", "entropy", "redundancy", "energy")
+SHARE = 0.01  # of a row's value: how far below it an interval may reach and still be level
+
+
+def sweep(
+    base: str,
+    ranked: RankedPages,
+    scorer: Scorer,
+    kin: rerank.Kin,
+    k: int,
+    methods: Sequence[str] = tuple(rerank.METHODS),
+    users: int = 1000,
+) -> list[dict]:
+    """Re-rank a base's pages at rising strengths; one record per method and strength.
+
+    base     its name in the records
+    ranked   its ranks of validation users
+    users    the first so many users are measured; 0: all
+    returns  records {"base", "method", "strength", <metric>: mean over users}; strength 0 is there
+             once for each method. A method ends after the second strength in a row that `choose`
+             would not take, since accuracy only falls from there.
+    """
+    if 0 < users < len(ranked.user):
+        ranked = RankedPages(*(x[:users] for x in vars(ranked).values()))
+    plain, records = means(scorer(ranked, k)), []
+    for method in methods:
+        tried, beyond = {0.0: plain}, 0
+        for strength in rerank.STRENGTHS[method]:
+            again = rerank.reranked(ranked, kin, k, method, strength)
+            tried[strength] = means(scorer(again, k))
+            beyond = 0 if rerank.choose(tried) == strength else beyond + 1
+            if beyond == 2:
+                break
+        records += [
+            {"base": base, "method": method, "strength": strength, **row}
+            for strength, row in tried.items()
+        ]
+    return records
+
+
+def means(scores: dict[str, np.ndarray]) -> dict[str, float]:
+    """Metric -> mean over the users for whom it is defined; without metrics that nobody has."""
+    return {m: float(np.nanmean(v)) for m, v in scores.items() if not np.isnan(v).all()}
+
+
+def chosen(records: list[dict], base: str, method: str) -> float:
+    """The strength that `rerank.choose` takes from the records of one base and method."""
+    tried = {r["strength"]: r for r in records if (r["base"], r["method"]) == (base, method)}
+    return rerank.choose(tried)
+
+
+def verdict(low: float, high: float, value: float) -> str:
+    """ "ahead", "level" or "behind" from the 95% interval of a difference in which more is better.
+
+    Ahead: the whole interval is above 0. Level: it reaches at most 1% of the row's value below 0.
+
+    low, high  the interval      value  the mean of the row that is compared with
+    """
+    if low > 0:
+        return "ahead"
+    return "level" if low >= -SHARE * abs(value) else "behind"
+
+
+def verdicts(
+    ours: list[dict[str, np.ndarray]],
+    rows: dict[str, list[dict[str, np.ndarray]]],
+    columns: Sequence[str],
+    seed: int = 0,
+    n_boot: int = 1000,
+) -> list[dict]:
+    """Ours against every row, metric by metric.
+
+    ours, rows[name]  one {metric: (U,)} for each seed, the same users in the same order
+    returns           records {"row", "metric", "difference", "low", "high", "value", "verdict"};
+                      the difference is ours - row, turned so that more is better
+    """
+    records = []
+    for name, theirs in rows.items():
+        for metric in columns:
+            both = [(a.get(metric), b.get(metric)) for a, b in zip(ours, theirs, strict=True)]
+            if any(a is None or b is None or np.isnan(a - b).all() for a, b in both):
+                continue
+            mean, low, high = paired(both, seed, n_boot)
+            if DIRECTION.get(metric, "up") == "down":
+                mean, low, high = -mean, -high, -low
+            value = float(np.mean([np.nanmean(b) for _, b in both]))
+            records.append(
+                {
+                    "row": name,
+                    "metric": metric,
+                    "difference": mean,
+                    "low": low,
+                    "high": high,
+                    "value": value,
+                    "verdict": verdict(low, high, value),
+                }
+            )
+    return records
+
+
+def paired(both: list[tuple], seed: int, n_boot: int) -> tuple[float, float, float]:
+    """Mean of a - b and its 95% interval: over users, and over seeds where there are several."""
+    if len(both) == 1:
+        found = stats.paired(*both[0], seed, n_boot)
+        return found["mean"], found["low"], found["high"]
+    a, b = zip(*both, strict=True)
+    return stats.difference(list(a), list(b), n_boot, seed)
+
+
+def verdict_table(records: list[dict], ours: str = "PageLLM") -> str:
+    """One line per row: how often ours is ahead, level and behind, and where it is behind."""
+    lines = [f"{ours} against          ahead  level  behind   (95% intervals; level: within 1%)"]
+    for row in dict.fromkeys(r["row"] for r in records):
+        some = [r for r in records if r["row"] == row]
+        named = {
+            what: [r["metric"] for r in some if r["verdict"] == what]
+            for what in ("ahead", "level", "behind")
+        }
+        behind = f"   behind: {', '.join(named['behind'])}" if named["behind"] else ""
+        counts = "".join(f"{len(named[what]):>7}" for what in named)
+        lines.append(f"{row:<22}{counts}{behind}")
+    return "\n".join(lines)
+
+
+def frontier_table(
+    records: list[dict], pick: Callable[[list[dict], str, str], float] = chosen
+) -> str:
+    """Every base and method at strength 0 and at the strength that validation allows."""
+    columns = [m for m in (*ACCURACY, *VARIETY) if any(m in r for r in records)]
+    lines = [
+        f"{'validation rows':<18}{'method':<8}{'strength':>9}"
+        + "".join(f"{c:>12}" for c in columns)
+    ]
+    for base in dict.fromkeys(r["base"] for r in records):
+        methods = dict.fromkeys(r["method"] for r in records if r["base"] == base)
+        shown = [("", 0.0, next(iter(methods)))]
+        shown += [(m, s, m) for m in methods if (s := pick(records, base, m)) > 0]
+        for label, strength, method in shown:
+            key = (base, method, strength)
+            r = next(r for r in records if (r["base"], r["method"], r["strength"]) == key)
+            cells = "".join(f"{r[c]:>12.4f}" if c in r else f"{'–':>12}" for c in columns)
+            lines.append(f"{base:<18}{label or 'as it is':<8} {strength:>8g}{cells}")
+    return "\n".join(lines)
