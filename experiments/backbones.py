@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 
 from experiments.ablation import overrides
-from experiments.study import slug
 from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.data import prepare
 from pagellm.model.networks import SIZES, from_state, save_published
@@ -36,7 +35,7 @@ from pagellm.pages.stats import difference
 from pagellm.pages.tables import per_user, write_table
 from pagellm.stage.command import deferred_signals, main
 from pagellm.stage.config import Options, PageLLMError, check, check_numbers
-from pagellm.stage.files import atomic, read_json, write_json
+from pagellm.stage.files import atomic, read_json, slug, write_json
 from pagellm.stage.run import load_model_file
 
 __all__ = ["Config", "ROWS", "costs", "markdown", "run", "stand_in", "summary"]

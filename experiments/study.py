@@ -20,8 +20,9 @@ from pagellm.data import prepare
 from pagellm.pages.metrics import DIRECTION
 from pagellm.pages.stats import difference, effect
 from pagellm.pages.tables import per_user
+from pagellm.stage.files import slug
 
-__all__ = ["Stages", "Variant", "print_table", "rows_of", "run_variant", "slug", "study"]
+__all__ = ["Stages", "Variant", "print_table", "rows_of", "run_variant", "study"]
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,6 @@ class Stages:
     reward: dict = field(default_factory=dict)
     ppo: dict = field(default_factory=dict)
     evaluate: dict = field(default_factory=dict)
-
-
-def slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name.lower())
 
 
 def run_variant(name: str, dataset: str, variant: Variant, seed: int, stages: Stages) -> Path:

@@ -45,10 +45,10 @@ from pagellm.pages.ranked import (
 from pagellm.pages.tables import compare, per_user, save
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
-from pagellm.stage.files import atomic, write_json
+from pagellm.stage.files import atomic, slug, write_json
 from pagellm.stage.run import Run, StageConfig, file_id, finished
 
-__all__ = ["Config", "SHOWN", "climb", "read_rows", "run", "score_row", "slug"]
+__all__ = ["Config", "SHOWN", "climb", "read_rows", "run", "score_row"]
 
 
 SHOWN = (*COLUMNS, "energy", "true_energy")
@@ -133,10 +133,6 @@ def climb(
             moves.rotate(-1)
             failed += 1
     return settings(at), best, len(seen)
-
-
-def slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name.lower())
 
 
 class Bench:

@@ -24,7 +24,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
 
-from pagellm.baselines.compare import SHOWN, read_rows, score_row, slug
+from pagellm.baselines.compare import SHOWN, read_rows, score_row
 from pagellm.data.shop import Rows, Shop, load
 from pagellm.pages.ranked import (
     RankedPages,
@@ -38,7 +38,7 @@ from pagellm.pages.ranked import (
 from pagellm.pages.tables import compare, save
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
-from pagellm.stage.files import read_json, write_json
+from pagellm.stage.files import read_json, slug, write_json
 from pagellm.stage.run import Run, StageConfig, file_id, finished
 
 __all__ = ["Config", "read_run", "run"]

@@ -38,6 +38,7 @@ import pyarrow.parquet as pq
 from pagellm.data import filters, parallel, synthetic, text_store
 from pagellm.data.raw import Options, Raw, find
 from pagellm.data.records import NO_TIME, Item, Tally, batched
+from pagellm.data.shop import SPLITS
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check, check_numbers
 from pagellm.stage.files import file_id
@@ -48,7 +49,6 @@ __all__ = ["Config", "Table", "building", "catalogue", "run", "write_tables"]
 # What moves no byte: where files lie (their sha256 says what they are), how many processes read them.
 PLACES = ("raw", "data", "review_files", "item_files", "train", "valid", "test", "processes")
 SYNTHETIC_ONLY = ("users", "items")
-SPLIT_NAMES = ("train", "valid", "test", "unused")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class Table(NamedTuple):
     rating: np.ndarray  # (R,) float32, NaN where unknown
     time: np.ndarray  # (R,) int64, NO_TIME where unknown
     positive: np.ndarray  # (R,) bool
-    split: np.ndarray  # (R,) int8, index into SPLIT_NAMES
+    split: np.ndarray  # (R,) int8, index into SPLITS
     has_text: np.ndarray  # (R,) bool
     source: np.ndarray  # (R,) int64, number of the record it was read from
     user_ids: list[str]
@@ -247,13 +247,13 @@ def filtered(columns: text_store.Columns, config: Config, graded: bool) -> tuple
             "positive": int((positive & (split == code)).sum()),
             "other": int((~positive & (split == code)).sum()),
         }
-        for code, name in enumerate(SPLIT_NAMES)
+        for code, name in enumerate(SPLITS)
     }
     return table, counts
 
 
 def split_of(config: Config, user, item, time, positive, user_ids, item_ids) -> np.ndarray:
-    """(R,) int8 index into SPLIT_NAMES. Raises PageLLMError for a split by time without times."""
+    """(R,) int8 index into SPLITS. Raises PageLLMError for a split by time without times."""
     if config.split == "random":
         keys = filters.random_keys(config.seed, user, item, user_ids, item_ids)
         return filters.split_random(user, item, positive, keys)
@@ -329,7 +329,7 @@ def missing_shares(table: Table, items: dict[str, list]) -> dict[str, float]:
 
 
 def write_tables(folder: Path, table: Table, items: dict[str, list]) -> None:
-    split = pa.DictionaryArray.from_arrays(pa.array(table.split, pa.int32()), pa.array(SPLIT_NAMES))
+    split = pa.DictionaryArray.from_arrays(pa.array(table.split, pa.int32()), pa.array(SPLITS))
     columns = {
         "user": pa.array(table.user),
         "item": pa.array(table.item),

@@ -14,8 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pagellm.stage.config import PageLLMError
-from pagellm.stage.files import read_json
-from pagellm.stage.run import file_id
+from pagellm.stage.files import file_id, read_json
 
 __all__ = ["Catalogue", "Rows", "SPLITS", "Shop", "load", "source"]
 

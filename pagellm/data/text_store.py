@@ -19,6 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from pagellm.data.shop import SPLITS
+
 __all__ = [
     "Columns",
     "Names",
@@ -31,7 +33,7 @@ __all__ = [
 ]
 
 
-SPLIT_CODES = {"": -1, "train": 0, "valid": 1, "test": 2, "unused": 3}
+SPLIT_CODES = {name: code for code, name in enumerate(("", *SPLITS), start=-1)}  # "": none given
 REVIEWS = pa.schema([("user", pa.int32()), ("item", pa.int32()), ("text", pa.string())])
 NAMES = pa.dictionary(pa.int32(), pa.string())
 NUMBERS = pa.schema(

@@ -28,7 +28,7 @@ from pagellm.reward import is_held_out, score_pairs
 from pagellm.serving.recommender import Ask, Recommender, Sources
 from pagellm.stage import randomness
 from pagellm.stage.config import PageLLMError
-from pagellm.stage.files import read_json
+from pagellm.stage.files import read_json, slug
 from pagellm.stage.run import file_id
 
 __all__ = [
@@ -139,11 +139,6 @@ class Found:
                     self.stages["evaluate"].command,
                 )
         return self.pages["sft"], self.pages["ppo"]
-
-
-def slug(name: str) -> str:
-    """A row's name as baselines and run files spell it in a path."""
-    return "".join(c if c.isalnum() else "-" for c in name.lower())
 
 
 def read_log(path: Path) -> list[dict]:

@@ -11,7 +11,6 @@ Writes  runs/<run>/export-<policy> (--out)  <name>.npy, item_ids.json, user_ids.
 h_u . e_i is the logit of item i in the first slot. `pagellm.serving.embeddings` reads all this with numpy alone. Seconds.
 """
 
-import hashlib
 import sys
 from dataclasses import dataclass
 
@@ -25,7 +24,7 @@ from pagellm.serving.embeddings import NAMES, quantise
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.dist import pick_device
-from pagellm.stage.files import atomic, write_json
+from pagellm.stage.files import atomic, sha256, write_json
 from pagellm.stage.run import Run, StageConfig, file_id, finished
 
 __all__ = ["Config", "basis_of", "export_embeddings", "item_content", "run", "user_content"]
@@ -149,7 +148,7 @@ def run(config: Config) -> None:
             print(f"export: already done in {out.path}")
             return
         policy = Policy.load(where, pick_device(config.device))
-        found, sha256 = (
+        found, hashes = (
             export_embeddings(
                 policy, shop, config.names.split(","), config.split, config.batch, config.pca
             ),
@@ -168,10 +167,10 @@ def run(config: Config) -> None:
         for name, x in files.items():
             with atomic(out.path / name) as beside, open(beside, "wb") as file:
                 np.save(file, x, allow_pickle=False)
-            sha256[name] = full_hash(out.path / name)
+            hashes[name] = sha256(out.path / name)
         for name, ids in (("item_ids.json", shop.catalogue.ids), ("user_ids.json", shop.user_ids)):
             write_json(out.path / name, list(ids))
-            sha256[name] = full_hash(out.path / name)
+            hashes[name] = sha256(out.path / name)
         write_json(
             out.path / "manifest.json",
             {
@@ -181,18 +180,13 @@ def run(config: Config) -> None:
                 "dtype": config.dtype,
                 "pca": config.pca,
                 "split": config.split,
-                "sha256": sha256,
+                "sha256": hashes,
                 "matrices": {name: list(x.shape) for name, x in found.items()},
             },
         )
         out.finish(matrices={name: list(x.shape) for name, x in found.items()})
         size = sum((out.path / name).stat().st_size for name in files)
         print(f"export: {out.path}, {len(found)} matrices, {size / 1e6:.1f} MB in {config.dtype}")
-
-
-def full_hash(path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -8,13 +8,18 @@ from pathlib import Path
 
 from pagellm.stage.config import PageLLMError
 
-__all__ = ["atomic", "file_id", "read_json", "sha256", "write_json"]
+__all__ = ["atomic", "file_id", "read_json", "sha256", "slug", "write_json"]
 
 
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, 64 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def slug(name: str) -> str:
+    """A row's name as it is spelled in a path: lower case, and a dash for all but letters and digits."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
 
 
 def file_id(path: str | Path) -> str:
