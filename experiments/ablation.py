@@ -13,9 +13,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.study import Stages, Variant, print_table, rows_of, study
+from experiments.study import Stages, Variant, print_table, study
 from pagellm import evaluate, ppo, pretrain, reward, sft
-from pagellm.pages.tables import compare, save, write_table
+from pagellm.pages.tables import ALL_COLUMNS, compare, compare_seeds, save, write_table
 from pagellm.stage.command import main
 from pagellm.stage.config import Options, PageLLMError, check, parse
 
@@ -101,15 +101,14 @@ def run(config: Config) -> list[dict]:
         if fixed:
             raise PageLLMError(f"--{name} must not set {', '.join(sorted(fixed))}: the study does")
     results = study(config.study, config.dataset, SETS[config.rows], range(config.seeds), stages)
-    shown = [m for m in (*evaluate.COLUMNS, "energy", "true_energy")]
-    records = rows_of(results, shown)
+    records = compare_seeds(results, ALL_COLUMNS)
     path = Path(config.runs) / config.study / f"{config.dataset}-{config.rows}.parquet"
     write_table(path, records)
     heading = (
         f"{config.dataset}: {config.seeds} seeds; paired difference to {records[0]['variant']!r} with its 95% "
         "interval (bootstrap over seeds and users) and effect size d"
     )
-    save(path.with_suffix(""), compare(results, shown, records[0]["variant"]), heading)
+    save(path.with_suffix(""), compare(results, ALL_COLUMNS, records[0]["variant"]), heading)
     print(f"{print_table(records)}\n\n{heading}\n{path}")
     return records
 

@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.study import Stages, Variant, rows_of, run_variant
+from experiments.study import Stages, Variant, run_variant
 from pagellm import evaluate
 from pagellm.model.gpt2 import GPT2, SIZES
 from pagellm.model.page_loss import Batch, sft_loss
-from pagellm.pages.tables import per_user, spread, write_table
+from pagellm.pages.tables import ALL_COLUMNS, compare_seeds, per_user, spread, write_table
 from pagellm.stage import dist
 from pagellm.stage.command import main
 from pagellm.stage.config import check, check_numbers
@@ -100,7 +100,7 @@ def wait(device: torch.device) -> None:
 
 
 def quality(config: Config) -> list[dict]:
-    """One record for every policy, precision and metric, as study.rows_of makes them."""
+    """One record for every policy, precision and metric, as tables.compare_seeds makes them."""
     found: dict[str, dict[str, list]] = {
         policy: {name: [] for name in PRECISIONS} for policy in config.policies.split(",")
     }
@@ -127,7 +127,7 @@ def quality(config: Config) -> list[dict]:
                 found[policy][name].append(per_user(path))
     records = []
     for policy, results in found.items():
-        rows = rows_of(results, (*evaluate.COLUMNS, "energy", "true_energy"))
+        rows = compare_seeds(results, ALL_COLUMNS)
         print(f"\n{evaluate.LABELS[policy]}\n{spread(rows)}")
         records += [{"policy": policy, **row} for row in rows]
     path = Path(config.runs) / "precision" / f"{config.dataset}-{config.size}.parquet"

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.ablation import overrides
-from experiments.study import Stages, Variant, rows_of, run_variant
-from pagellm import evaluate, pretrain, sft
-from pagellm.pages.tables import per_user, spread, write_table
+from experiments.study import Stages, Variant, run_variant
+from pagellm import pretrain, sft
+from pagellm.pages.tables import COLUMNS, compare_seeds, per_user, spread, write_table
 from pagellm.stage.command import main
 from pagellm.stage.config import Options, PageLLMError, check, check_numbers
 
@@ -53,7 +53,7 @@ class Config:
 
 
 def run(config: Config) -> list[dict]:
-    """-> one record for every row and metric, as study.rows_of makes them."""
+    """-> one record for every row and metric, as tables.compare_seeds makes them."""
     drawn = {"sampled_items": config.sampled_items}
     ways = {
         "full": {},
@@ -77,7 +77,7 @@ def run(config: Config) -> list[dict]:
             results[name].append(
                 per_user(run_variant(folder, config.dataset, Variant(name, "sft"), seed, stages))
             )
-    records = rows_of(results, (*evaluate.COLUMNS[:3], "ILD", "energy"))
+    records = compare_seeds(results, (*COLUMNS[:3], "ILD", "energy"))
     path = Path(config.runs) / "sampled" / f"{config.dataset}-{config.sampled_items}.parquet"
     write_table(path, records)
     print(

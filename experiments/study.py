@@ -17,12 +17,10 @@ import numpy as np
 
 from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.data import prepare
-from pagellm.pages.metrics import DIRECTION
-from pagellm.pages.stats import difference, effect
 from pagellm.pages.tables import per_user
 from pagellm.stage.files import slug
 
-__all__ = ["Stages", "Variant", "print_table", "rows_of", "run_variant", "study"]
+__all__ = ["Stages", "Variant", "print_table", "run_variant", "study"]
 
 
 @dataclass(frozen=True)
@@ -94,33 +92,6 @@ def study(
         v.name: [per_user(run_variant(name, dataset, v, seed, stages)) for seed in seeds]
         for v in variants
     }
-
-
-def rows_of(results, metrics_shown) -> list[dict]:
-    """One record for every variant and metric: mean over seeds, their standard deviation; difference to row one with
-    its interval and effect size d."""
-    names = list(results)
-    records = []
-    for name in names:
-        for metric in metrics_shown:
-            values = [seed[metric] for seed in results[name] if metric in seed]
-            if not values or all(np.isnan(v).all() for v in values):
-                continue
-            means = [float(np.nanmean(v)) for v in values]
-            record = {
-                "variant": name,
-                "metric": metric,
-                "direction": DIRECTION.get(metric, "up"),
-                "seeds": len(values),
-                "mean": float(np.mean(means)),
-                "sd_over_seeds": float(np.std(means, ddof=1)) if len(means) > 1 else float("nan"),
-                "versus": names[0],
-            }
-            first = [seed[metric] for seed in results[names[0]]]
-            record["difference"], record["low"], record["high"] = difference(values, first)
-            record["effect"] = effect(values, first)
-            records.append(record)
-    return records
 
 
 def print_table(records: list[dict]) -> str:

@@ -17,49 +17,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pagellm.data.shop import Shop, load
 from pagellm.model.policy import MODES, Policy
-from pagellm.pages import metrics, stats
+from pagellm.pages import stats
 from pagellm.pages.ranked import (
     RankedPages,
     Scorer,
     audience,
     check_leak,
     check_mask,
-    check_pages,
     popularity_pages,
-    read_pages,
+    score_row,
     seen_rows,
-    with_users,
-    write_pages,
 )
+from pagellm.pages.tables import ALL_COLUMNS, COLUMNS, text_table
 from pagellm.stage import dist, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic, write_json
 from pagellm.stage.run import Run, StageConfig, file_id, finished
 
-__all__ = ["COLUMNS", "Config", "LABELS", "run", "table"]
+__all__ = ["Config", "LABELS", "run"]
 
 
 LABELS = {"popularity": "popularity", "sft": 'SFT = "w/o reward"', "ppo": "PageLLM"}
 DIFFERENCE = "PageLLM - SFT"  # the paired row of the table
-COLUMNS = (
-    "Recall@20",
-    "Recall@40",
-    "NDCG@100",
-    "WAS",
-    "PWKT",
-    "WMRD",
-    "DPA",
-    "ILD",
-    "entropy",
-    "redundancy",
-    "duplicate_rate",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,38 +80,6 @@ class Config(StageConfig):
             n_boot=(self.n_boot > 1, "2 or more"),
             examples=(self.examples >= 0, "0 or more"),
         )
-
-
-def heading(name: str) -> str:
-    """A column's heading: its name and the direction that is better."""
-    return f"{name} {'↑' if metrics.DIRECTION.get(name, 'up') == 'up' else '↓'}"
-
-
-def table(results: dict[str, dict[str, dict]], columns: tuple[str, ...], per_block: int = 6) -> str:
-    """Rows of policies, columns of metrics: the mean, and under it its 95% interval, in blocks of columns.
-
-    results  policy -> metric -> {mean, low, high} as metrics.summary gives; a metric nobody has is left out
-    """
-    columns = tuple(c for c in columns if any(c in scores for scores in results.values()))
-    width = max(20, *(len(LABELS.get(name, name)) + 2 for name in results)) if results else 20
-    lines = []
-    for start in range(0, len(columns), per_block):
-        block = columns[start : start + per_block]
-        lines.append(" " * width + "".join(f"{heading(c):>20}" for c in block))
-        for name, scores in results.items():
-            cells = [scores.get(c, {"mean": None}) for c in block]
-            sign = "+" if name == DIFFERENCE else ""
-            means = ["–" if c["mean"] is None else f"{c['mean']:{sign}.4f}" for c in cells]
-            spans = [
-                "" if c["mean"] is None else f"[{c['low']:{sign}.4f}, {c['high']:{sign}.4f}]"
-                for c in cells
-            ]
-            lines.append(
-                f"{LABELS.get(name, name):<{width}}" + "".join(f"{cell:>20}" for cell in means)
-            )
-            lines.append(" " * width + "".join(f"{cell:>20}" for cell in spans))
-        lines.append("")
-    return "\n".join(lines[:-1])
 
 
 def show_pages(
@@ -213,27 +164,18 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
                     shop.moments(config.split),
                     config.seed,
                 )
-            folder = out.path / name
             # it has done its share of the pages; the main process scores and writes
             if not dist.is_main():
                 continue
-            folder.mkdir(exist_ok=True)
-            write_pages(folder / "pages.parquet", ranked)
-            check_pages(name, ranked, users, seen)
-            scores = scorer(with_users(read_pages(folder / "pages.parquet", shop), users), config.k)
-            check_leak(name, scores, scorer.held.counts()[users], baselines.get("EASE"))
-            with atomic(folder / "per_user.parquet") as beside:
-                pq.write_table(pa.table({"user": ranked.user, **scores}), beside)
-            results[name] = {
-                metric: stats.summary(values, config.seed, config.n_boot)
-                for metric, values in scores.items()
-                if not np.isnan(values).all()
-            }
-            pages[name], rows[name] = ranked, scores
+            pages[name] = ranked
+            rows[name], results[name] = score_row(
+                out.path / name, name, ranked, scorer, seen, config.k, config.seed, config.n_boot
+            )
+            check_leak(name, rows[name], scorer.held.counts()[users], baselines.get("EASE"))
         if not dist.is_main():
             dist.barrier()
             return {}
-        text = table(results, COLUMNS)
+        text = text_table(results, COLUMNS, LABELS)
         if "sft" in rows and "ppo" in rows:
             results[DIFFERENCE] = {
                 metric: stats.paired(
@@ -241,7 +183,7 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
                 )
                 for metric in results["ppo"]
             }
-            text = table(results, (*COLUMNS, "energy", "true_energy"))
+            text = text_table(results, ALL_COLUMNS, LABELS, signed=(DIFFERENCE,))
         short = int((pages[names[-1]].slots < config.k).sum())
         text = (
             f"{config.dataset}: {len(users):,} users, {shop.n_items:,} items, {config.split} split, pages of "
@@ -263,7 +205,7 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
         if not config.quiet:
             print(text)
             print(
-                f"beside: runs of make baselines DATASET={config.dataset}\n\n{table(baselines, COLUMNS[:3])}"
+                f"beside: runs of make baselines DATASET={config.dataset}\n\n{text_table(baselines, COLUMNS[:3])}"
                 if baselines
                 else f"plain baselines beside this: make baselines DATASET={config.dataset}"
             )

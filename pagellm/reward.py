@@ -25,7 +25,7 @@ from pagellm.model.policy import Policy
 from pagellm.model.prompts import pad_ids
 from pagellm.model.reward_model import RewardModel, mean_reward
 from pagellm.pages.pairs import KINDS, Pair, make_pairs, to_table
-from pagellm.pages.stats import calibration, correlation
+from pagellm.pages.stats import calibration, spearman
 from pagellm.stage import dist, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
@@ -344,7 +344,7 @@ def report(model: RewardModel, pairs: list[Pair], policy: Policy) -> dict:
             }
     margin = both[:, 0] - both[:, 1]
     out["calibration_error"] = calibration(margin)
-    out["energy_correlation"] = correlation(margin, delta)
+    out["energy_correlation"] = spearman(margin, delta)
     return out
 
 

@@ -21,37 +21,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pagellm.data.shop import SPLITS, Rows, Shop, load
-from pagellm.evaluate import COLUMNS, table
 from pagellm.model.als import facts_of
 from pagellm.model.plain import GRIDS, PLAIN, Fitted, fit, gram_matrix, grid_of
-from pagellm.pages import stats
 from pagellm.pages.ranked import (
     RankedPages,
     Scorer,
     audience,
     check_leak,
     check_mask,
-    check_pages,
     rank_all,
-    read_pages,
+    score_row,
     seen_rows,
-    with_users,
-    write_pages,
 )
-from pagellm.pages.tables import compare, per_user, save
+from pagellm.pages.tables import ALL_COLUMNS, compare, per_user, save, text_table
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic, slug, write_json
 from pagellm.stage.run import Run, StageConfig, file_id, finished
 
-__all__ = ["Config", "SHOWN", "climb", "read_rows", "run", "score_row"]
+__all__ = ["Config", "climb", "read_rows", "run"]
 
 
-SHOWN = (*COLUMNS, "energy", "true_energy")
 GOAL = "NDCG@100"  # what settings are chosen by, on validation
 
 
@@ -202,26 +194,6 @@ class Bench:
         }, fitted
 
 
-def score_row(
-    folder: Path, name: str, ranked: RankedPages, shop: Shop, scorer: Scorer, seen: Rows, config
-) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
-    """Write pages.parquet, read it back, check it, score it, write per_user.parquet. Returns scores and summary.
-
-    config  has k, seed, n_boot
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    check_pages(name, ranked, scorer.users, seen)
-    write_pages(folder / "pages.parquet", ranked)
-    scores = scorer(with_users(read_pages(folder / "pages.parquet", shop), scorer.users), config.k)
-    with atomic(folder / "per_user.parquet") as beside:
-        pq.write_table(pa.table({"user": scorer.users, **scores}), beside)
-    return scores, {
-        m: stats.summary(v, config.seed, config.n_boot)
-        for m, v in scores.items()
-        if not np.isnan(v).all()
-    }
-
-
 def split_record(config: Config, shop: Shop) -> dict:
     """Hash of the split file and rows of each split."""
     return {
@@ -285,10 +257,11 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
                 out.path / slug(name),
                 name,
                 bench.rank(fitted, scorer.users, seen),
-                shop,
                 scorer,
                 seen,
-                config,
+                config.k,
+                config.seed,
+                config.n_boot,
             )
 
         for name in names:
@@ -307,7 +280,7 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
         heading = f"{config.dataset}: {audience(shop, scorer, config.mask)}"
         text = (
             f"{heading}; pages of {config.k}, mean over users and its 95% bootstrap interval\n\n"
-            f"{table(results, SHOWN)}\n\n"
+            f"{text_table(results, ALL_COLUMNS)}\n\n"
             + "\n".join(
                 f"{name}: {json.dumps(chosen[name]['settings'])}" for name in names if GRIDS[name]
             )
@@ -319,7 +292,7 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
             out.path,
             compare(
                 {name: [scores] for name, scores in rows.items()},
-                SHOWN,
+                ALL_COLUMNS,
                 config.versus,
                 config.seed,
                 config.n_boot,

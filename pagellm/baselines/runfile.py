@@ -24,7 +24,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
 
-from pagellm.baselines.compare import SHOWN, read_rows, score_row
+from pagellm.baselines.compare import read_rows
 from pagellm.data.shop import Rows, Shop, load
 from pagellm.pages.ranked import (
     RankedPages,
@@ -32,10 +32,11 @@ from pagellm.pages.ranked import (
     audience,
     check_leak,
     check_mask,
+    score_row,
     seen_rows,
     top_items,
 )
-from pagellm.pages.tables import compare, save
+from pagellm.pages.tables import ALL_COLUMNS, compare, save
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import read_json, slug, write_json
@@ -237,7 +238,7 @@ def run(config: Config) -> dict:
             config.ids,
         )
         rows[config.name], result = score_row(
-            out.path, config.name, ranked, shop, scorer, seen, config
+            out.path, config.name, ranked, scorer, seen, config.k, config.seed, config.n_boot
         )
         check_leak(
             config.name,
@@ -248,7 +249,7 @@ def run(config: Config) -> dict:
         write_json(out.path / "metrics.json", {config.name: result})
         records = compare(
             {name: [scores] for name, scores in rows.items()},
-            SHOWN,
+            ALL_COLUMNS,
             config.versus,
             config.seed,
             config.n_boot,

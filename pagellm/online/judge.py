@@ -39,6 +39,7 @@ from pagellm.model.reward_model import RewardModel
 from pagellm.pages import metrics
 from pagellm.pages.energy import near_duplicates
 from pagellm.pages.ranked import read_pages
+from pagellm.pages.stats import wilson
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
@@ -61,12 +62,12 @@ __all__ = [
     "read_labels",
     "run",
     "summarise",
-    "wilson",
 ]
 
 
 WINNERS = ("first", "second", "tie")
 SAME = ("the pages are equal",)
+Z95 = NormalDist().inv_cdf(0.975)  # standard errors on either side of a 95% interval
 SCHEMA = {
     "type": "object",
     "additionalProperties": False,
@@ -456,16 +457,6 @@ class Replay:
             ) from None
 
 
-def wilson(wins: float, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share wins / n; ties may count a half. (0, 1) for n = 0."""
-    if n == 0:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + level / 2)
-    p, q = wins / n, z * z / n
-    half = z * math.sqrt(p * (1 - p) / n + q / (4 * n))
-    return max(0.0, (p + q / 2 - half) / (1 + q)), min(1.0, (p + q / 2 + half) / (1 + q))
-
-
 def summarise(verdicts: Sequence[Verdict]) -> dict:
     """wins of a and b, ties; win_rate of b with ties a half, and its Wilson interval; inconsistent: share of pairs on
     which the orders disagree; first_rate: share of single decisive answers that named the page shown first, with
@@ -479,10 +470,10 @@ def summarise(verdicts: Sequence[Verdict]) -> dict:
         "pairs": n,
         **wins,
         "win_rate": half / n if n else None,
-        "interval": wilson(half, n),
+        "interval": wilson(half, n, Z95)[1:],
         "inconsistent": sum(not v.consistent for v in verdicts) / n if n else None,
         "first_rate": first / len(said) if said else None,
-        "first_interval": wilson(first, len(said)),
+        "first_interval": wilson(first, len(said), Z95)[1:],
     }
 
 
@@ -502,7 +493,7 @@ def agreement(ours: Sequence[str], people: Sequence[str]) -> dict:
     return {
         "pairs": n,
         "agreement": same / n if n else None,
-        "interval": wilson(same, n),
+        "interval": wilson(same, n, Z95)[1:],
         "kappa": (same / n - chance) / (1 - chance) if chance < 1 else None,
     }
 

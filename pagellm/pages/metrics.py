@@ -25,7 +25,6 @@ __all__ = [
     "BLOCK",
     "DIRECTION",
     "Described",
-    "average_ranks",
     "balance",
     "described",
     "dpa",
@@ -250,7 +249,7 @@ def was(
     w_i          1 / log2(1 + rank_i), rescaled to mean 1: the labels' own first ranks count most
     S            max(K, n), K the different items on the (cut) page, n the labels
     missing      a label that is not on the page: worst (similarity 0, shift S), append (rank K + 1), skip
-    ref_rank     ranks of the labels where some tie: see average_ranks; default 1..n
+    ref_rank     ranks of the labels where some tie: see stats.average_ranks; default 1..n
     paper_scale  ranks among the labels only, w = 1, S = 100 (SPEC 9): to compare with the paper's tables
 
     None without labels, or where all are skipped. The same arguments and cases serve pwkt, wmrd and dpa.
@@ -309,14 +308,6 @@ def dpa(
     A missing label adds 0 (missing=worst). Arguments as in `was`.
     """
     return one_user(dpa_rows, ref, gen, k, missing, ref_rank, paper_scale)
-
-
-def average_ranks(levels: Sequence[float]) -> np.ndarray:
-    """(n,) ranks from 1, highest level first; equal levels share the mean of their ranks; NaN is lowest."""
-    levels = np.asarray(levels, dtype=np.float64)
-    levels = np.where(np.isnan(levels), -np.inf, levels)
-    _, inverse, count = np.unique(-levels, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count - 1) / 2)[inverse]
 
 
 def names_of(categories: Categories, item: Hashable) -> frozenset:
@@ -564,7 +555,7 @@ def score_pages(
 
     users       (U,) int, rising; other users' entries are left out
     pages       (user, rank, item), (P,) int each: ranked lists, in any order of rows
-    refs        (user, item, rank), (R,) each: labels and the ranks they belong at, 1..n or average_ranks
+    refs        (user, item, rank), (R,) each: labels and the ranks they belong at, 1..n or stats.average_ranks
     categories  item -> its category names, () where unknown; or what `described` made of them, once for many calls
     page_k      entries of a list that are the page: all but Recall and NDCG look at these only
     rel         (R,) grades of the labels, for NDCG

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from pagellm.data.shop import Catalogue, Shop
 from pagellm.pages.energy import Near, energy, gain, gains, near_duplicates, page_energy
+from pagellm.pages.stats import average_ranks
 from pagellm.pages.truth import (
     ground_truth_page,
     item_scores,
@@ -87,9 +88,7 @@ class Stock:
         cuts = np.searchsorted(catalogue.leaf_id[order], np.arange(len(catalogue.leaf_names) + 1))
         known = ~np.isnan(s)
         middle = s[known].mean() if known.any() else 3.0
-        _, level, size = np.unique(count, return_inverse=True, return_counts=True)
-        # ties share a rank
-        rank = (np.cumsum(size) - (size + 1) / 2)[level] / max(1, len(count) - 1)
+        rank = (len(count) - average_ranks(count)) / max(1, len(count) - 1)
         coordinate = np.stack([rank, (np.where(known, s, middle) - 1.0) / 4.0], axis=1)
         return cls(
             catalogue,

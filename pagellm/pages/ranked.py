@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pagellm.data.shop import SPLITS, Rows, Shop
-from pagellm.pages import metrics
+from pagellm.pages import metrics, stats
 from pagellm.pages.energy import gain, gains, near_duplicates, page_energy
 from pagellm.pages.topk import Rank, largest
 from pagellm.pages.truth import item_scores
@@ -31,6 +31,7 @@ __all__ = [
     "popularity_pages",
     "rank_all",
     "read_pages",
+    "score_row",
     "seen_rows",
     "tie_breaker",
     "top_items",
@@ -251,6 +252,43 @@ def check_leak(
             f"{name}: NDCG@100 {mean:.4f} misses less than 1/{SUSPECT:g} of what EASE's {plain:.4f} "
             f"misses: suspected leak\n{look}"
         )
+
+
+def score_row(
+    folder: Path,
+    name: str,
+    ranked: RankedPages,
+    scorer: Scorer,
+    seen: Rows,
+    k: int,
+    seed: int = 0,
+    n_boot: int = 1000,
+) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
+    """Check one row of a results table, write its files into `folder`, and score what was written.
+
+    Writes pages.parquet and per_user.parquet (user and every score). The scores come from the file
+    read back, so that they are those of what others can read.
+
+    name          of the row, for errors
+    ranked        lists of exactly scorer.users, free of the items in `seen`
+    k             slots of a page
+    seed, n_boot  of the bootstrap
+    returns       metric -> (U,) scores, and metric -> stats.summary of them where any user counts
+
+    Raises PageLLMError as check_pages does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    check_pages(name, ranked, scorer.users, seen)
+    write_pages(folder / "pages.parquet", ranked)
+    written = read_pages(folder / "pages.parquet", scorer.shop)
+    scores = scorer(with_users(written, scorer.users), k)
+    with atomic(folder / "per_user.parquet") as beside:
+        pq.write_table(pa.table({"user": scorer.users, **scores}), beside)
+    return scores, {
+        metric: stats.summary(values, seed, n_boot)
+        for metric, values in scores.items()
+        if not np.isnan(values).all()
+    }
 
 
 def audience(shop: Shop, scorer: Scorer, mask: str, split: str = "test") -> str:

@@ -1,12 +1,15 @@
 """Statistics of results: intervals, paired differences, effect sizes, rank correlation."""
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 
 from pagellm.pages.metrics import BLOCK
 
 __all__ = [
+    "average_ranks",
     "calibration",
-    "correlation",
     "difference",
     "effect",
     "paired",
@@ -97,38 +100,43 @@ def effect(a: list[np.ndarray], b: list[np.ndarray]) -> float:
 
 
 def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float, float]:
-    """A share and its 95% Wilson interval. right: how many of n (may be half ones)."""
+    """A share right / n with its Wilson score interval.
+
+    right    how many of n are right; a tie may count one half
+    z        standard errors on either side: 1.96 for 95%
+    returns  share, low, high, with 0 <= low <= share <= high <= 1. For n = 0 the share is NaN and
+             the interval is the whole of 0 to 1.
+
+    Source: Wilson, Journal of the American Statistical Association 22, 1927.
+    """
     if n == 0:
-        return (float("nan"),) * 3
-    p = right / n
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return p, min(p, float(middle - half)), max(p, float(middle + half))
+        return math.nan, 0.0, 1.0
+    p, q = right / n, z * z / n
+    half = z * math.sqrt(p * (1 - p) / n + q / (4 * n))
+    low, high = (p + q / 2 - half) / (1 + q), (p + q / 2 + half) / (1 + q)
+    return p, min(p, max(0.0, low)), max(p, min(1.0, high))
+
+
+def average_ranks(levels: Sequence[float] | np.ndarray) -> np.ndarray:
+    """(n,) ranks from 1, highest level first; equal levels share the mean of their ranks.
+
+    NaN (unknown) is lowest.
+    """
+    levels = np.asarray(levels, dtype=np.float64)
+    levels = np.where(np.isnan(levels), -np.inf, levels)
+    _, inverse, count = np.unique(-levels, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[inverse]
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Rank correlation, ties sharing a rank; None where one side does not vary."""
-    ranks = []
-    for x in (a, b):
-        _, inverse, count = np.unique(x, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(count) - (count + 1) / 2)[inverse])
+    """Spearman's rank correlation of a and b, both (n,), in [-1, 1]; equal values share a rank.
+
+    None for fewer than 2 values, and where a or b holds one value only.
+    """
+    ranks = average_ranks(a), average_ranks(b)
     if len(a) < 2 or min(r.std() for r in ranks) == 0:
         return None
     return float(np.corrcoef(*ranks)[0, 1])
-
-
-def rank(x: np.ndarray) -> np.ndarray:
-    """Average ranks from 0."""
-    _, inverse, count = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count + 1) / 2)[inverse]
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Spearman's rank correlation; None where one side does not vary."""
-    a, b = rank(a), rank(b)
-    if len(a) < 2 or a.std() == 0 or b.std() == 0:
-        return None
-    return float(np.corrcoef(a, b)[0, 1])
 
 
 def calibration(margin: np.ndarray, bins: int = 10) -> float | None:

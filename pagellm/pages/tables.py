@@ -1,14 +1,20 @@
-"""Tables of results with paired intervals: records -> Markdown, LaTeX.
+"""Tables of results: scores of users -> records with paired differences -> text, Markdown, LaTeX.
 
-    records = compare({"EASE": [per_user], "ALS": [per_user]}, ("Recall@20", "NDCG@100"), versus="EASE")
+    records = compare({"EASE": [scores], "ALS": [scores]}, ("Recall@20", "NDCG@100"), versus="EASE")
     print(markdown(records))
 
-per_user is {metric: (U,) array} of one seed, users in the same order everywhere. A cell holds the mean, and in
-brackets the paired difference to `versus`, its 95% interval and d, the difference over its standard deviation
-among users. `spread` puts study.rows_of's records the other way round: metrics down, with the spread over seeds.
+`scores` is {metric: (U,) array} of one seed, with the users in the same order in every row. A record
+is a dict about one row and one metric: its mean, and its paired difference to the row `versus` with a
+95% interval and effect size d (the mean difference over its standard deviation among users).
+
+    text_table        means and intervals of single rows, for a terminal
+    compare           records, each row against `versus`
+    compare_seeds     records, each row against the first, with the standard deviation over seeds
+    markdown, latex   records as a table, metrics across
+    spread            records of compare_seeds as a table, metrics down
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +22,91 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pagellm.pages import metrics, stats
-from pagellm.pages.stats import difference, effect
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import atomic
 
-__all__ = ["compare", "latex", "markdown", "per_user", "save", "spread", "write_table"]
+__all__ = [
+    "ALL_COLUMNS",
+    "COLUMNS",
+    "compare",
+    "compare_seeds",
+    "heading",
+    "latex",
+    "markdown",
+    "per_user",
+    "save",
+    "spread",
+    "text_table",
+    "write_table",
+]
 
 
+# The metrics of a results table, in its order; on the right, with what only the energy knows.
+COLUMNS = (
+    "Recall@20",
+    "Recall@40",
+    "NDCG@100",
+    "WAS",
+    "PWKT",
+    "WMRD",
+    "DPA",
+    "ILD",
+    "entropy",
+    "redundancy",
+    "duplicate_rate",
+)
+ALL_COLUMNS = (*COLUMNS, "energy", "true_energy")
 ARROW = {"up": "↑", "down": "↓"}
+
+Scores = Mapping[str, np.ndarray]  # metric -> (U,) of one seed, NaN where undefined
+Interval = tuple[float, float, float]  # mean, low, high
+
+
+def heading(metric: str) -> str:
+    """A column's heading: the metric's name and an arrow in the direction that is better."""
+    return f"{metric} {ARROW[metrics.DIRECTION.get(metric, 'up')]}"
+
+
+def text_table(
+    results: Mapping[str, Mapping[str, Mapping]],
+    columns: Sequence[str],
+    labels: Mapping[str, str] | None = None,
+    signed: Collection[str] = (),
+    per_block: int = 6,
+) -> str:
+    """A table for a terminal: rows down, metrics across in blocks; each mean over its 95% interval.
+
+    results    row -> metric -> {mean, low, high} as stats.summary gives
+    columns    metrics to show, in order; one that no row has is left out
+    labels     row -> what to call it, where that is not its own name
+    signed     rows whose numbers carry a sign: differences
+    per_block  metrics side by side; more go into the next block of lines
+    """
+    labels = labels or {}
+    columns = [c for c in columns if any(c in scores for scores in results.values())]
+    width = max([20, *(len(labels.get(name, name)) + 2 for name in results)])
+    lines = []
+    for start in range(0, len(columns), per_block):
+        block = columns[start : start + per_block]
+        lines.append(" " * width + "".join(f"{heading(c):>20}" for c in block))
+        for name, scores in results.items():
+            cells = [scores.get(c, {"mean": None}) for c in block]
+            sign = "+" if name in signed else ""
+            means = ["–" if c["mean"] is None else f"{c['mean']:{sign}.4f}" for c in cells]
+            spans = [
+                "" if c["mean"] is None else f"[{c['low']:{sign}.4f}, {c['high']:{sign}.4f}]"
+                for c in cells
+            ]
+            lines.append(
+                f"{labels.get(name, name):<{width}}" + "".join(f"{cell:>20}" for cell in means)
+            )
+            lines.append(" " * width + "".join(f"{cell:>20}" for cell in spans))
+        lines.append("")
+    return "\n".join(lines[:-1])
 
 
 def compare(
-    results: dict[str, list[dict[str, np.ndarray]]],
+    results: Mapping[str, Sequence[Scores]],
     columns: Sequence[str],
     versus: str,
     seed: int = 0,
@@ -35,8 +114,11 @@ def compare(
 ) -> list[dict]:
     """One record for each row and metric: mean, and the paired difference to the row `versus`.
 
-    results  row -> one {metric: (U,)} a seed. One seed: bootstrap over users; several: over seeds, then users
-    Raises PageLLMError if there is no row `versus` or the rows have other numbers of seeds.
+    results  row -> scores of each seed. Intervals come from stats.paired for one seed (bootstrap over
+             users), from stats.difference for several (over seeds, then users)
+    columns  metrics, in order; one that a row lacks, or that is NaN for all of its users, is left out
+    seed     of the bootstrap; n_boot is its number of draws
+    Raises PageLLMError if there is no row `versus` or rows have different numbers of seeds.
     """
     if versus not in results:
         raise PageLLMError(f"no row {versus!r} to compare with; there are {', '.join(results)}")
@@ -45,38 +127,60 @@ def compare(
             f"rows have {', '.join(f'{name}: {len(s)}' for name, s in results.items())} seeds: "
             "want equally many"
         )
+
+    def interval(mine: list[np.ndarray], other: list[np.ndarray]) -> Interval:
+        if len(mine) > 1:
+            return stats.difference(mine, other, n_boot, seed)
+        found = stats.paired(mine[0], other[0], seed, n_boot)
+        return found["mean"], found["low"], found["high"]
+
+    return _records(results, columns, versus, interval, leave_out="sd_over_seeds")
+
+
+def compare_seeds(results: Mapping[str, Sequence[Scores]], columns: Sequence[str]) -> list[dict]:
+    """`compare` against the first row for studies of several seeds.
+
+    A record holds `sd_over_seeds`, the standard deviation of the seeds' means (NaN for one seed), and
+    no number of users. Intervals always come from stats.difference.
+    """
+    return _records(results, columns, next(iter(results)), stats.difference, leave_out="users")
+
+
+def _records(
+    results: Mapping[str, Sequence[Scores]],
+    columns: Sequence[str],
+    versus: str,
+    interval: Callable[[list[np.ndarray], list[np.ndarray]], Interval],
+    leave_out: str,
+) -> list[dict]:
+    """The records of `compare` and `compare_seeds`, without the key `leave_out`."""
     records = []
     for name, seeds in results.items():
         for metric in columns:
             if not all(metric in scores and not np.isnan(scores[metric]).all() for scores in seeds):
                 continue
+            mine = [scores[metric] for scores in seeds]
+            means = [float(np.nanmean(values)) for values in mine]
             record = {
                 "variant": name,
                 "metric": metric,
                 "direction": metrics.DIRECTION.get(metric, "up"),
                 "seeds": len(seeds),
-                "users": int((~np.isnan(seeds[0][metric])).sum()),
-                "mean": float(np.mean([np.nanmean(s[metric]) for s in seeds])),
+                "users": int((~np.isnan(mine[0])).sum()),
+                "mean": float(np.mean(means)),
+                "sd_over_seeds": float(np.std(means, ddof=1)) if len(means) > 1 else float("nan"),
                 "versus": versus,
                 "difference": 0.0,
                 "low": 0.0,
                 "high": 0.0,
                 "effect": 0.0,
             }
-            first = [scores[metric] for scores in results[versus] if metric in scores]
-            if name != versus and len(first) == len(seeds):
-                mine = [scores[metric] for scores in seeds]
-                if len(seeds) == 1:
-                    found = [
-                        stats.paired(mine[0], first[0], seed, n_boot)[k]
-                        for k in ("mean", "low", "high")
-                    ]
-                else:
-                    found = difference(mine, first, n_boot, seed)
-                record |= dict(
-                    zip(("difference", "low", "high"), found, strict=True),
-                    effect=effect(mine, first),
-                )
+            other = [scores[metric] for scores in results[versus] if metric in scores]
+            if name != versus and len(other) == len(mine):
+                found = interval(mine, other)
+                record |= zip(("difference", "low", "high"), found, strict=True)
+                record["effect"] = stats.effect(mine, other)
+            del record[leave_out]
             records.append(record)
     return records
 
@@ -116,7 +220,7 @@ def markdown(records: list[dict]) -> str:
 
 
 def spread(records: list[dict]) -> str:
-    """Markdown of study.rows_of's records: metrics down; each variant's mean ± its standard deviation over seeds (none
+    """Markdown of compare_seeds' records: metrics down; each variant's mean ± its standard deviation over seeds (none
     of one seed), then the paired difference to the first variant with its 95% interval and effect size d."""
     names, columns, at, _ = grid(records)
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]

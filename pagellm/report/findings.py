@@ -96,7 +96,7 @@ class Found:
               baselines as they are, and whatever other pages.parquet lies below the run, scored here
     labels    key -> row of the table: "ppo" -> "PageLLM"
     pages     key -> RankedPages        per_user  key -> {"user": (U,), metric: (U,)}
-    studies   file -> records of experiments.study.rows_of        cold  the same of experiments.coldstart.drops
+    studies   file -> records of tables.compare_seeds        cold  the same of experiments.coldstart.drops
     notes     what was found but could not be used, and why
     kept      results that several sections share
     """

@@ -13,7 +13,6 @@ __all__ = [
     "esc",
     "figure",
     "figures",
-    "heading",
     "span",
     "story",
     "table",
@@ -70,10 +69,6 @@ def text(words: str) -> str:
 
 def up(metric: str) -> bool:
     return metrics.DIRECTION.get(metric, "up") == "up"
-
-
-def heading(metric: str) -> str:
-    return f"{metric} {'↑' if up(metric) else '↓'}"
 
 
 def verdict(metric: str, low: float, high: float) -> str:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pagellm.evaluate import COLUMNS, LABELS
+from pagellm.evaluate import LABELS
 from pagellm.model.policy import Policy
 from pagellm.pages import stats
 from pagellm.pages.stats import spearman, wilson
+from pagellm.pages.tables import ALL_COLUMNS, heading
 from pagellm.report.findings import (
     STAGES,
     Found,
@@ -29,7 +30,6 @@ from pagellm.report.html import (
     esc,
     figure,
     figures,
-    heading,
     span,
     story,
     table,
@@ -71,11 +71,7 @@ class Config(StageConfig):
 
 
 def shown_metrics(found: Found) -> list[str]:
-    return [
-        m
-        for m in (*COLUMNS, "energy", "true_energy")
-        if any(m in s for s in found.results.values())
-    ]
+    return [m for m in ALL_COLUMNS if any(m in s for s in found.results.values())]
 
 
 def competitors(found: Found) -> list[str]:

@@ -4,8 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.study import rows_of
-from pagellm.pages.tables import compare, latex, markdown, save, spread
+from pagellm.pages.tables import compare, compare_seeds, latex, markdown, save, spread
 from pagellm.stage.config import PageLLMError
 
 rng = np.random.default_rng(0)
@@ -94,11 +93,11 @@ def test_an_unknown_reference_is_refused():
 def test_spread_over_seeds_stands_beside_the_mean_and_is_left_out_of_one_seed():
     a, b = [{"WMRD": BASE + s} for s in (0.0, 2.0)], [{"WMRD": BASE + s + 0.5} for s in (0.0, 4.0)]
     mean = BASE.mean()
-    line = spread(rows_of({"float32": a, "bfloat16": b}, ("WMRD", "absent"))).splitlines()
+    line = spread(compare_seeds({"float32": a, "bfloat16": b}, ("WMRD", "absent"))).splitlines()
     assert line[0] == "| | float32 | bfloat16 |" and len(line) == 3
     # Seeds differ by 2 and by 4: standard deviations 2 / sqrt 2 and 4 / sqrt 2; the difference is .5 and 2.5.
     assert line[2] == (
         f"| WMRD ↓ | {mean + 1:.4f} ± 1.4142 | {mean + 2.5:.4f} ± 2.8284, +1.5000 [+0.5000, +2.5000], "
         "d +inf |"
     )
-    assert "±" not in spread(rows_of({"float32": a[:1], "bfloat16": b[:1]}, ("WMRD",)))
+    assert "±" not in spread(compare_seeds({"float32": a[:1], "bfloat16": b[:1]}, ("WMRD",)))
