@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pagellm.baselines.compare import SHOWN, read_rows
-from pagellm.pages.tables import compare, per_user, save
+from pagellm.baselines.compare import read_rows
+from pagellm.pages.tables import ALL_COLUMNS, compare, per_user, save
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import read_json
@@ -95,7 +95,7 @@ def run(config: Config) -> list[dict]:
             "  Evaluate all on one prepared data set."
         )
     versus = config.versus or next(iter(ours.values()))
-    records = compare(results, SHOWN, versus, 0, config.n_boot)
+    records = compare(results, ALL_COLUMNS, versus, 0, config.n_boot)
     out = root / f"{name}-seeds"
     out.mkdir(parents=True, exist_ok=True)
     print(

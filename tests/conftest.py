@@ -5,6 +5,7 @@ import torch
 
 from pagellm import ppo, pretrain, reward, sft
 from pagellm.data import prepare
+from pagellm.data.shop import load
 from pagellm.serving.recommender import Recommender, Sources
 
 
@@ -47,6 +48,14 @@ def served(tmp_path_factory):
     prepare.run(prepare.Config(data=str(root / "data"), users=80, items=60))
     train(root / "data", root / "runs")
     return root
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory):
+    """A small synthetic shop, made by prepare; only to be read."""
+    root = tmp_path_factory.mktemp("shop")
+    prepare.run(prepare.Config(data=str(root), users=80, items=60))
+    return load(root / "synthetic")
 
 
 @pytest.fixture(scope="session")

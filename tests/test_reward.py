@@ -15,7 +15,6 @@ from pagellm.model.gpt2 import GPT2, Shape
 from pagellm.model.policy import Policy
 from pagellm.model.reward_model import Compare, RewardModel, mean_reward
 from pagellm.pages.pairs import Pair, from_table
-from pagellm.pages.stats import calibration, correlation
 from pagellm.reward import (
     Config,
     PairBatch,
@@ -279,21 +278,6 @@ def test_mean_reward_counts_own_slots():
     r = torch.tensor([[1.0, 3.0, 99.0], [5.0, 5.0, 5.0], [7.0, 7.0, 7.0]])
     m = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0]]).bool()
     assert mean_reward(r, m).tolist() == [2.0, 5.0, 0.0]
-
-
-def test_correlation_and_calibration():
-    x = np.arange(10.0)
-    assert correlation(x, x**3) == pytest.approx(1.0) and correlation(x, -x) == pytest.approx(-1.0)
-    assert correlation(x, np.ones(10)) is None
-    ties = correlation(np.array([1.0, 1, 2, 2]), np.array([1.0, 2, 3, 4]))
-    assert ties == pytest.approx(0.8944, abs=1e-4)
-    rng = np.random.default_rng(0)
-    margin = rng.normal(0, 2, 20_000)
-    truth = rng.random(20_000) < 1 / (1 + np.exp(-np.abs(margin)))
-    honest = np.where(truth, np.abs(margin), -np.abs(margin))
-    assert calibration(honest) < 0.02
-    assert calibration(honest * 5) > 0.1
-    assert calibration(np.zeros(0)) is None
 
 
 def test_the_control_swaps_half_of_the_pairs_and_nothing_else():

@@ -332,30 +332,6 @@ def test_kappa():
         judge.agreement(["a"], [])
 
 
-@given(st.integers(1, 500), st.floats(0, 1))
-def test_wilson_holds_the_shares_its_normal_test_accepts(n, share):
-    """At either end p0 the share lies exactly z standard errors, of p0, away."""
-    wins = share * n
-    low, high = judge.wilson(wins, n)
-    assert 0 <= low <= wins / n + 1e-12 and wins / n - 1e-12 <= high <= 1
-    for end in (low, high):
-        if 1e-9 < end < 1 - 1e-9:
-            assert (wins / n - end) ** 2 == pytest.approx(
-                1.959964**2 * end * (1 - end) / n, rel=1e-4, abs=1e-12
-            )
-
-
-def test_wilson_equals_statsmodels():
-    proportion = pytest.importorskip(
-        "statsmodels.stats.proportion", reason="statsmodels is in the extra dev"
-    )
-    for wins, n in ((0, 10), (3, 10), (60.5, 200), (10, 10)):
-        assert judge.wilson(wins, n) == pytest.approx(
-            proportion.proportion_confint(wins, n, method="wilson"), abs=1e-9
-        )
-    assert judge.wilson(0, 0) == (0.0, 1.0)
-
-
 def test_position_bias_is_seen():
     j = judge.Judge(Stub(lambda a, b: "first" if sum(a) % 3 else "second"))
     verdicts = [j.compare(WHO, [a], [b]) for a in range(12) for b in range(a)]

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from pagellm.pages import metrics
 from pagellm.pages.metrics import (
     DIRECTION,
-    average_ranks,
     balance,
     described,
     dpa,
@@ -19,6 +18,7 @@ from pagellm.pages.metrics import (
     entropy,
     ild,
     ndcg,
+    ndcg_bound,
     near_duplicate_pairs,
     paper_scale,
     pwkt,
@@ -29,7 +29,7 @@ from pagellm.pages.metrics import (
     was,
     wmrd,
 )
-from pagellm.pages.stats import paired, summary
+from pagellm.pages.stats import average_ranks
 
 law = settings(deadline=None, max_examples=80)
 few = settings(deadline=None, max_examples=40)
@@ -136,6 +136,25 @@ def test_ndcg_stays_under_its_recall_bound(ref, gen, k):
     best = sum(1 / math.log2(r + 1) for r in range(1, hits + 1))
     ideal = sum(1 / math.log2(r + 1) for r in range(1, min(k, len(ref)) + 1))
     assert ndcg(ref, gen, k) <= best / ideal + 1e-12
+
+
+@few
+@given(st.integers(1, 130), st.lists(st.integers(0, 199), min_size=1, max_size=110, unique=True))
+def test_no_ndcg_is_above_its_recall_bound(n, gen):
+    """NDCG@100 <= bound(Recall@20, Recall@40), for any list against the labels 0..n-1."""
+    ref = list(range(n))
+    bound = ndcg_bound([n], {k: np.array([recall(ref, gen, k)]) for k in (20, 40)})[0]
+    assert ndcg(ref, gen, 100) <= bound + 1e-12
+
+
+def test_the_bound_is_reached_by_hits_that_lead_each_band():
+    wrong = iter(range(1000, 2000))
+    gen = (
+        [0, 1] + [next(wrong) for _ in range(18)] + [2] + [next(wrong) for _ in range(19)] + [3, 4]
+    )
+    ref = list(range(5))
+    bound = ndcg_bound([5, 0], {k: np.array([recall(ref, gen, k), np.nan]) for k in (20, 40)})
+    assert bound[0] == pytest.approx(ndcg(ref, gen, 100)) and np.isnan(bound[1])
 
 
 @pytest.mark.slow
@@ -250,12 +269,6 @@ def test_reversing_the_labels_turns_tau_around(ref, gen):
     got = pwkt(ref, whole, paper_scale=True)
     assert pwkt(ref[::-1], whole, paper_scale=True) == pytest.approx(-got)
     assert pwkt(ref, whole, ref_rank=[(len(ref) + 1) / 2] * len(ref)) == 0
-
-
-def test_average_ranks():
-    assert average_ranks([5, 4, 5, math.nan, 4, 3]).tolist() == [1.5, 3.5, 1.5, 6, 3.5, 5]
-    assert average_ranks([]).tolist() == []
-    assert average_ranks([math.nan, math.nan]).tolist() == [1.5, 1.5]
 
 
 def test_wrong_calls_raise():
@@ -627,60 +640,3 @@ def test_paper_scale_by_hand():
         [0], ([0] * 50, range(50), range(50)), ([0], [0], [1]), ["x"] * 39 + ["y"] * 11
     )
     assert deep["entropy"] == pytest.approx(entropy(range(40), ["x"] * 39 + ["y"]))
-
-
-# Means and intervals
-
-scores = st.lists(
-    st.one_of(st.floats(-5, 5, allow_nan=False), st.just(math.nan)), min_size=1, max_size=12
-)
-
-
-@few
-@given(scores, st.integers(0, 5))
-def test_summary(values, seed):
-    """The mean of what is defined, inside its interval's range; the same seed, the same interval."""
-    got = summary(values, seed, n_boot=50)
-    kept = [x for x in values if not math.isnan(x)]
-    assert got["count"] == len(kept) and got["coverage"] == len(kept) / len(values)
-    if not kept:
-        assert got["mean"] is got["low"] is got["high"] is None
-        return
-    assert got["mean"] == pytest.approx(sum(kept) / len(kept))
-    assert min(kept) - 1e-9 <= got["low"] <= got["high"] <= max(kept) + 1e-9
-    assert summary(values, seed, n_boot=50) == got
-    shifted = summary([x + 3 for x in values], seed, n_boot=50)
-    for name in ("mean", "low", "high"):
-        assert shifted[name] == pytest.approx(got[name] + 3)
-
-
-def test_interval_is_that_of_a_mean():
-    """For many users: mean -+ 1.96 standard errors; blocks of draws do not change its width."""
-    x = np.random.default_rng(0).normal(2.0, 3.0, size=5000)
-    got = summary(x, 0)
-    se = x.std() / math.sqrt(len(x))
-    assert (got["mean"] - got["low"]) / se == pytest.approx(1.96, abs=0.2)
-    assert (got["high"] - got["mean"]) / se == pytest.approx(1.96, abs=0.2)
-    assert summary(x, 1) != got
-
-
-def test_bootstrap_makes_as_many_draws_as_asked(monkeypatch):
-    x = np.arange(10.0)
-    whole = summary(x, 3, n_boot=500)
-    monkeypatch.setattr(metrics, "BLOCK", 70)
-    got = summary(x, 3, n_boot=500)
-    assert got == whole  # the stream of draws is the same, cut differently
-
-
-def test_paired_uses_users_of_both_and_cancels_what_they_share():
-    rng = np.random.default_rng(0)
-    base = rng.normal(0, 10, size=400)
-    a, b = base + 0.1 + rng.normal(0, 0.1, 400), base.copy()
-    a[:3], b[3:5] = math.nan, math.nan
-    got = paired(a, b)
-    assert got["count"] == 395 and got["coverage"] == 395 / 400
-    assert 0.05 < got["low"] < got["mean"] < got["high"] < 0.15
-    assert got == summary(a - b, 0)
-    assert paired(b, a)["mean"] == pytest.approx(-got["mean"])
-    with pytest.raises(ValueError, match="same users"):
-        paired(a, b[:-1])

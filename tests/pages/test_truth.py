@@ -1,4 +1,4 @@
-"""Ground-truth pages, near-duplicates, energy and feedback: SPEC 2.2, 2.3."""
+"""Ground-truth pages of train rows: the split, the item scores, the order of a page."""
 
 import math
 
@@ -7,17 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagellm.data.shop import SPLITS, Catalogue, Shop
-from pagellm.pages.energy import (
-    Near,
-    cosine_pairs,
-    energy,
-    feedback,
-    gain,
-    gains,
-    near_duplicates,
-    page_energy,
-)
+from pagellm.data.shop import SPLITS
+from pagellm.pages.energy import Near
 from pagellm.pages.truth import (
     ground_truth_page,
     item_scores,
@@ -25,63 +16,13 @@ from pagellm.pages.truth import (
     single_level,
     split_history,
 )
+from tests.strategies import catalogue_of, near_relations, shop_with, stars
 
 law = settings(deadline=None, max_examples=60)
 
 N = 9
-stars = st.one_of(st.integers(1, 5).map(float), st.just(math.nan))
 liked = st.one_of(st.sampled_from([4.0, 5.0]), st.just(math.nan))
-
-
-def catalogue_of(leaf, title=None, brand=None) -> Catalogue:
-    n = len(leaf)
-    return Catalogue.of(
-        [f"i{i}" for i in range(n)],
-        title or [""] * n,
-        brand or [""] * n,
-        [(name,) if name else () for name in leaf],
-        leaf,
-        [""] * n,
-        [math.nan] * n,
-    )
-
-
-def shop_of(rows, n_users, n_items, catalogue=None) -> Shop:
-    """rows: (user, item, rating, split name); liked above 3 or where the rating is unknown."""
-    user, item, rating, split = zip(*sorted(rows), strict=True) if rows else ([], [], [], [])
-    rating, split = (
-        np.array(rating, dtype=np.float32),
-        np.array([SPLITS.index(s) for s in split], np.int8),
-    )
-    return Shop(
-        n_users,
-        n_items,
-        np.array(user, np.int64),
-        np.array(item, np.int64),
-        rating,
-        np.zeros(len(rows), np.int64),
-        ~(rating <= 3),
-        split,
-        catalogue or catalogue_of([""] * n_items),
-        [f"u{u}" for u in range(n_users)],
-    )
-
-
 no_near = Near.of_pairs(np.zeros((0, 2)), N)
-
-
-@st.composite
-def near_relations(draw, n=N):
-    two = st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)).filter(
-        lambda pair: pair[0] != pair[1]
-    )
-    pairs = draw(st.lists(two, max_size=6))
-    return Near.of_pairs(np.array(pairs).reshape(-1, 2), n)
-
-
-leaves = st.lists(st.integers(-1, 3), min_size=N, max_size=N).map(np.array)
-pages = st.lists(st.integers(0, N - 1), min_size=1, max_size=6)
-grades = st.floats(-2, 3, allow_nan=False, width=16)
 
 
 # The input/label split
@@ -165,7 +106,7 @@ def test_split_refuses(arguments):
 )
 def test_item_scores_are_shrunken_means_of_train_ratings(rows, shrink):
     """(n + m) s_i = sum r + m mu over train rows of any rating; NaN without one."""
-    shop = shop_of([(u, i, r, s) for (u, i), (r, s) in rows.items()], 4, 5)
+    shop = shop_with([(u, i, r, s) for (u, i), (r, s) in rows.items()], 4, 5)
     s = item_scores(shop, shrink)
     train = [(i, r) for (_, i), (r, split) in rows.items() if split == "train"]
     known = [(i, r) for i, r in train if not math.isnan(r)]
@@ -180,7 +121,7 @@ def test_item_scores_are_shrunken_means_of_train_ratings(rows, shrink):
 
 
 def test_scores_do_not_shrink_unless_asked():
-    assert item_scores(shop_of([(0, 0, 5.0, "train"), (0, 1, 1.0, "train")], 1, 2)).tolist() == [
+    assert item_scores(shop_with([(0, 0, 5.0, "train"), (0, 1, 1.0, "train")], 1, 2)).tolist() == [
         5.0,
         1.0,
     ]
@@ -188,117 +129,7 @@ def test_scores_do_not_shrink_unless_asked():
 
 def test_shrink_is_not_negative():
     with pytest.raises(ValueError, match="shrink"):
-        item_scores(shop_of([(0, 0, 5.0, "train")], 1, 1), -1.0)
-
-
-# Near-duplicates
-
-words = st.sampled_from("ab cd ef gh ij kl".split())
-
-
-@st.composite
-def small_catalogues(draw):
-    n = draw(st.integers(1, 8))
-    base = draw(st.lists(words, min_size=1, max_size=6))
-    title = [
-        " ".join(
-            draw(st.one_of(st.just(base), st.lists(words, max_size=6), st.just([*base, "xy"])))
-        )
-        for _ in range(n)
-    ]
-    title = [t.upper() if draw(st.booleans()) else t + " -" for t in title]
-    kinds = "xxxxxxy"  # mostly one shelf, else little can be near
-    return catalogue_of(
-        [draw(st.sampled_from(["", *kinds])) for _ in range(n)],
-        title,
-        [draw(st.sampled_from(["", *kinds])) for _ in range(n)],
-    )
-
-
-@law
-@given(small_catalogues(), st.sampled_from([0.3, 0.5, 0.8, 1.0]))
-def test_near_duplicates_are_those_of_the_rule(c, threshold):
-    """The prefix filter loses no pair and adds none."""
-    near = near_duplicates(c, jaccard=threshold)
-    sets = [frozenset(t.lower().replace("-", " ").split()) for t in c.title]
-    for i in range(len(c)):
-        want = [
-            j
-            for j in range(len(c))
-            if j != i
-            and c.brand[i] == c.brand[j] != ""
-            and c.leaf[i] == c.leaf[j] != ""
-            and sets[i] | sets[j]
-            and len(sets[i] & sets[j]) / len(sets[i] | sets[j]) >= threshold
-        ]
-        assert near.of(i).tolist() == want
-
-
-@law
-@given(st.integers(1, 40), st.integers(0, 50), st.integers(1, 9))
-def test_prefix_filter_is_exact_at_the_threshold(common, seed, extra):
-    """|A & B| / |A | B| = 0.8 exactly counts, whatever the rounding of 0.8 |A|."""
-    rng = np.random.default_rng(seed)
-    names = [f"w{i}" for i in range(5 * common + extra)]
-    rng.shuffle(names)
-    inner, only = names[: 4 * common], names[4 * common : 5 * common]
-    c = catalogue_of(["x"] * 2, [" ".join(inner), " ".join(inner + only)], ["b"] * 2)
-    assert near_duplicates(c).of(0).tolist() == [1]
-    c = catalogue_of(
-        ["x"] * 2, [" ".join(inner), " ".join(inner + only + names[5 * common :])], ["b"] * 2
-    )
-    assert near_duplicates(c).of(0).tolist() == []
-
-
-@law
-@given(st.integers(1, 12), st.integers(0, 99), st.integers(1, 5))
-def test_embeddings_are_compared_by_cosine_in_blocks(n, seed, block):
-    e = np.random.default_rng(seed).integers(-1, 2, size=(n, 3)).astype(np.float32)
-    length = np.linalg.norm(e, axis=1)
-    want = {
-        (i, j)
-        for i in range(n)
-        for j in range(i + 1, n)
-        if length[i] * length[j] > 0 and e[i] @ e[j] / length[i] / length[j] >= 0.6
-    }
-    assert {tuple(pair) for pair in cosine_pairs(e, 0.6, block).tolist()} == want
-    near = near_duplicates(catalogue_of([""] * n), 5.0 * e, cosine=0.6)  # length does not matter
-    assert {(i, j) for i in range(n) for j in near.of(i).tolist() if i < j} == want
-
-
-def test_near_duplicates_join_both_rules_and_refuse_wrong_embeddings():
-    c = catalogue_of(["x", "x", ""], ["red ball", "red ball", "blue"], ["b", "b", ""])
-    e = np.array([[1, 0], [0, 1], [0, 2.0]])
-    near = near_duplicates(c, e)
-    assert [near.of(i).tolist() for i in range(3)] == [[1], [0, 2], [1]]
-    assert near.group.tolist() == [0, 0, 0]
-    for wrong in (e[:2], np.array([1.0, 2, 3]), np.where(e > 1, np.nan, e)):
-        with pytest.raises(ValueError, match="embedding"):
-            near_duplicates(c, wrong)
-    for wrong in ({"jaccard": 0.0}, {"jaccard": 1.5}, {"cosine": 0.0}, {"cosine": 1.5}):
-        with pytest.raises(ValueError, match="above 0"):
-            near_duplicates(c, e, **wrong)
-    # 1 counts as near
-    assert near_duplicates(c, e, jaccard=1.0, cosine=1.0).of(1).tolist() == [0, 2]
-
-
-@law
-@given(near_relations())
-def test_near_is_symmetric_and_groups_are_its_components(near):
-    for i in range(N):
-        assert i not in near.of(i)
-        reach, edge = {i}, [i]
-        while edge:
-            fresh = {int(j) for e in edge for j in near.of(e)} - reach
-            reach |= fresh
-            edge = list(fresh)
-        assert near.group[i] == min(reach)
-        assert all(i in near.of(j) for j in near.of(i))
-
-
-def test_groups_of_a_long_chain():
-    chain = np.stack([np.arange(499), np.arange(1, 500)], 1)[::-1]
-    assert (Near.of_pairs(chain, 501).group == [0] * 500 + [500]).all()
+        item_scores(shop_with([(0, 0, 5.0, "train")], 1, 1), -1.0)
 
 
 # Ground-truth pages
@@ -338,7 +169,7 @@ def test_page_follows_rating_then_novelty_then_s_then_id(shelf, random):
 
 
 @law
-@given(shelves(), near_relations())
+@given(shelves(), near_relations(N))
 def test_redundant_items_leave_and_the_higher_one_stays(shelf, near):
     items, ratings, c, s = shelf
     whole, _ = ground_truth_page(items, ratings, c, s, no_near)
@@ -360,136 +191,3 @@ def test_the_same_item_twice_is_redundant():
         Near.of_pairs(np.zeros((0, 2)), 4),
     )
     assert page.tolist() == [3] and removed == 1
-
-
-# Energy
-
-
-def test_energy_by_hand():
-    """leaves x x y -; 0 and 1 near. Page 0 1 2 3 3, gains 1..5; d = 1, .6309, .5, .4307, .3869."""
-    near = Near.of_pairs(np.array([[0, 1]]), 4)
-    d = [1 / math.log2(k + 1) for k in range(1, 6)]
-    want = d[0] * 1.3 + d[1] * (2 - 0.3) + d[2] * 3.3 + d[3] * 4 + d[4] * (5 - 0.3)
-    assert energy([0, 1, 2, 3, 3], [1, 2, 3, 4, 5], np.array([0, 0, 1, -1]), near) == pytest.approx(
-        want
-    )
-    want = d[0] * 3 + d[1] * (2 - 0.7)
-    got = energy([0, 1], [1, 2], np.array([0, 0, 1, -1]), near, lambda_d=2.0, lambda_r=0.7)
-    assert got == pytest.approx(want)
-
-
-@law
-@given(
-    st.lists(pages, max_size=4),
-    leaves,
-    near_relations(),
-    st.data(),
-    st.sampled_from([0.0, 0.3, 2.0]),
-    st.sampled_from([0.0, 0.3, 2.0]),
-)
-def test_batch_energy_equals_energy_and_ignores_padding(
-    batch, leaf, near, data, lambda_d, lambda_r
-):
-    width = max(map(len, batch), default=0) + data.draw(st.integers(0, 2))
-    item = np.full((len(batch), width), -1)
-    for row, page in enumerate(batch):
-        item[row, : len(page)] = page
-    worth = np.full(item.shape, np.nan)
-    for row, page in enumerate(batch):
-        worth[row, : len(page)] = data.draw(
-            st.lists(grades, min_size=len(page), max_size=len(page))
-        )
-    got = page_energy(item, item >= 0, worth, leaf, near, lambda_d, lambda_r)
-    want = [
-        energy(page, worth[row, : len(page)], leaf, near, lambda_d, lambda_r)
-        for row, page in enumerate(batch)
-    ]
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
-
-
-@law
-@given(pages, leaves, near_relations(), st.data())
-def test_energy_laws(page, leaf, near, data):
-    """E is linear in the gains; an item at the end adds its own term alone; numbers of leaves are names."""
-    g = np.array(data.draw(st.lists(grades, min_size=len(page), max_size=len(page))))
-    e = energy(page, g, leaf, near)
-    d = 1 / np.log2(np.arange(len(page)) + 2)
-    assert energy(page, 3 * g + 1, leaf, near) - e == pytest.approx((d * (2 * g + 1)).sum())
-    assert energy(page[:-1], g[:-1], leaf, near) - e == pytest.approx(
-        -d[-1]
-        * (
-            g[-1]
-            + 0.3 * (leaf[page[-1]] >= 0 and leaf[page[-1]] not in leaf[page[:-1]])
-            - 0.3
-            * (page[-1] in page[:-1] or bool(set(near.of(page[-1]).tolist()) & set(page[:-1])))
-        )
-    )
-    assert energy(page, g, np.where(leaf >= 0, 40 - leaf, -1), near) == pytest.approx(e)
-
-
-def test_page_energy_refuses():
-    leaf, ones = np.zeros(N, int), np.ones((1, 2))
-    with pytest.raises(ValueError, match="want one"):
-        page_energy(np.array([[0, 1]]), np.array([[True]]), ones, leaf, no_near)
-    with pytest.raises(ValueError, match="hole"):
-        page_energy(np.array([[0, 1]]), np.array([[False, True]]), ones, leaf, no_near)
-
-
-def test_gain_of_known_and_unknown_ratings():
-    nan = math.nan
-    got = gain([5, 4, 1, 5, nan, nan], [4.2, 1.0, 5.0, nan, nan, 3.0])
-    assert got.tolist() == pytest.approx([2 + 0.4, 1, -2 + 0.5, 2, 1, 1 + 0.25])
-    assert gain(nan, nan, implicit_gain=0.5) == 0.5
-
-
-@law
-@given(
-    st.dictionaries(st.tuples(st.integers(0, 2), st.integers(0, 4)), stars, max_size=10),
-    st.lists(st.lists(st.integers(-1, 4), min_size=3, max_size=3), min_size=1, max_size=3),
-)
-def test_gains_look_up_each_users_own_rows(rows, page):
-    shop = shop_of([(u, i, r, "train") for (u, i), r in rows.items()], 3, 5)
-    s = item_scores(shop)
-    users = np.arange(len(page))[::-1]
-    got = gains(users, np.array(page), shop.csr("train", positive=None), s)
-    for b, user in enumerate(users.tolist()):
-        for k, item in enumerate(page[b]):
-            want = float(gain(rows[user, item], s[item])) if (user, item) in rows else 0.0
-            assert got[b, k] == pytest.approx(want)
-
-
-# Feedback
-
-
-@law
-@given(
-    st.lists(st.integers(0, N - 1), min_size=1, max_size=7, unique=True),
-    leaves,
-    near_relations(),
-    st.data(),
-)
-def test_feedback_is_every_move_that_changes_energy(page, leaf, near, data):
-    """delta_E of (i, k, k2): E after taking i out at k and putting it in at k2, less E before; reach 3."""
-    g = data.draw(st.lists(grades, min_size=len(page), max_size=len(page)))
-    of = dict(zip(page, g, strict=True))
-    want = {}
-    for k in range(len(page)):
-        for k2 in range(len(page)):
-            moved = page[:k] + page[k + 1 :]
-            moved.insert(k2, page[k])
-            delta = energy(moved, [of[i] for i in moved], leaf, near) - energy(page, g, leaf, near)
-            if 0 < abs(k - k2) <= 3 and abs(delta) > 1e-12:
-                want[page[k], k + 1, k2 + 1] = delta
-    got = feedback(page, g, leaf, near, reach=3)
-    # A change of about 1e-12 may fall on either side of the threshold.
-    clear = {key: delta for key, delta in want.items() if abs(delta) > 1e-9}
-    assert {m[:3]: m.delta_E for m in got if abs(m.delta_E) > 1e-9} == pytest.approx(clear)
-    assert feedback(page, g, leaf, near, reach=3, beneficial_only=True) == [
-        m for m in got if m.delta_E > 0
-    ]
-
-
-def test_feedback_reaches_five_slots():
-    moves = feedback(list(range(8)), [8, 7, 6, 5, 4, 3, 2, 1], np.full(N, -1), no_near)
-    assert max(abs(m.k - m.k2) for m in moves) == 5
-    assert all(m.delta_E < 0 for m in moves)  # a sorted page: every move hurts

@@ -17,7 +17,6 @@ pytest.importorskip("matplotlib", reason="needs the extra: pip install 'pagellm[
 
 from pagellm import evaluate  # noqa: E402
 from pagellm.baselines import compare  # noqa: E402
-from pagellm.pages import stats  # noqa: E402
 from pagellm.pages.ranked import RankedPages  # noqa: E402
 from pagellm.pages.tables import write_table  # noqa: E402
 from pagellm.report import (
@@ -622,29 +621,6 @@ def test_bins_are_a_partition_in_rising_order(values, n):
     assert sorted(np.concatenate(groups).tolist() if groups else []) == list(range(len(values)))
     assert len(groups) <= n and all(len(g) for g in groups)
     assert all(values[a].max() < values[b].min() for a, b in zip(groups, groups[1:], strict=False))
-
-
-@given(st.integers(1, 500), st.data())
-def test_wilson_holds_the_share_and_stays_a_share(n, data):
-    right = data.draw(st.integers(0, n))
-    share, low, high = stats.wilson(right, n)
-    assert -1e-9 <= low <= share <= high <= 1 + 1e-9 and low < high
-    mirrored = stats.wilson(n - right, n)
-    assert np.allclose([1 - mirrored[2], 1 - mirrored[1]], [low, high])
-
-
-@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=3, max_size=20))
-def test_spearman_knows_order_only(points):
-    a, b = np.array(points).T
-    rho = stats.spearman(a, b)
-    if rho is None:
-        assert len(set(a)) == 1 or len(set(b)) == 1
-    else:
-        assert -1 - 1e-9 <= rho <= 1 + 1e-9
-        assert stats.spearman(a, a) == pytest.approx(1) and stats.spearman(a, -a) == pytest.approx(
-            -1
-        )
-        assert stats.spearman(b, a) == pytest.approx(rho)
 
 
 def test_dollars_in_names_are_no_formula():

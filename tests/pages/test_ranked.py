@@ -1,0 +1,203 @@
+"""Ranked pages: whole catalogue, mask, every user, ties, leaks, and the file they are kept in."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pagellm.data.shop import Rows
+from pagellm.pages import ranked
+from pagellm.pages.ranked import (
+    RankedPages,
+    Scorer,
+    audience,
+    check_leak,
+    check_mask,
+    check_pages,
+    rank_all,
+    seen_rows,
+    top_items,
+)
+from pagellm.stage import randomness
+from pagellm.stage.config import PageLLMError
+from tests.strategies import purchases, rows_of, seeds
+
+STEADY = settings(deadline=None, max_examples=40)
+EMPTY = Rows(np.zeros(9, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
+
+
+@STEADY
+@given(purchases(), seeds, st.integers(1, 9), st.integers(1, 5))
+def test_top_items_are_the_best_of_the_whole_catalogue_less_the_seen(matrix, seed, depth, block):
+    U, N = matrix.shape
+    score = torch.randn(U, N, generator=torch.Generator().manual_seed(seed)).round(decimals=1)
+    ranked = rank_all(
+        lambda users: score[users], np.arange(U), rows_of(matrix), 3, depth, seed, block
+    )
+    for u in range(U):
+        got, legal = ranked.item[u][ranked.item[u] >= 0], np.flatnonzero(~matrix[u])
+        assert len(got) == len(set(got)) == min(depth, len(legal)) and set(got) <= set(legal)
+        np.testing.assert_array_equal(
+            ranked.score[u][: len(got)], np.sort(score[u, legal].numpy())[::-1][: len(got)]
+        )
+        assert (ranked.item[u][len(got) :] == -1).all() and ranked.slots[u] == min(3, len(got))
+
+
+def test_ties_are_shuffled_by_seed_and_user_not_by_item_or_block():
+    """Every item leads equally often among equals: 4,000 users, 8 items, about 500 each (sd 21)."""
+    users, seen = np.arange(4000), Rows(np.zeros(4001, np.int64), EMPTY.items, EMPTY.ratings)
+    flat = torch.full((4000, 8), -0.0)
+    flat[:, ::2] = 0.0
+    first = top_items(flat, users, seen, 8, seed=0)[0][:, 0]
+    assert (torch.bincount(first, minlength=8) - 500).abs().max() < 130
+    for i in range(8):
+        for j in range(i):
+            order = top_items(flat, users, seen, 8, seed=0)[0]
+            ahead = ((order == i).int().argmax(1) < (order == j).int().argmax(1)).float().mean()
+            assert abs(ahead - 0.5) < 0.05
+    blocks = rank_all(lambda some: flat[some], users, seen, 8, 8, seed=0, block=7)
+    np.testing.assert_array_equal(blocks.item, order.numpy())
+    assert not torch.equal(top_items(flat, users, seen, 8, seed=1)[0], order)
+
+
+@given(seeds, st.integers(1, 5), st.integers(1, 12), st.integers(1, 14))
+@settings(deadline=None)
+def test_the_order_among_equal_scores_is_that_of_the_shuffle_wherever_the_list_ends(
+    seed, U, N, depth
+):
+    """i goes before j if its score is higher, or equal and its rank in the user's shuffle is higher."""
+    rng = np.random.default_rng(seed)
+    score = torch.from_numpy(rng.integers(-2, 2, (U, N)).astype(np.float32)) * 0.5
+    score[torch.from_numpy(rng.random((U, N)) < 0.2)] = -math.inf
+    score[torch.from_numpy(rng.random((U, N)) < 0.2)] = -0.0
+    gone = [rng.permutation(N)[: rng.integers(0, N + 1)] for _ in range(U)]
+    seen = Rows(
+        np.cumsum([0, *map(len, gone)]),
+        np.concatenate(gone).astype(np.int64),
+        np.zeros(sum(map(len, gone)), np.float32),
+    )
+    item, value = top_items(score, np.arange(U), seen, depth, seed)
+    shuffled = randomness.rng(seed, "ties", "items").permutation(N)
+    drawn = randomness.rng(seed, "ties", "users").integers(
+        1 << max(1, (N - 1).bit_length()), size=U
+    )
+    for u in range(U):
+        legal = [i for i in range(N) if i not in gone[u] and score[u, i] > -math.inf]
+        want = sorted(
+            legal, key=lambda i: (-float(score[u, i]), -(int(shuffled[i]) ^ int(drawn[u])))
+        )[:depth]
+        assert item[u].tolist() == want + [-1] * (min(depth, N) - len(want))
+        assert value[u][: len(want)].tolist() == [float(score[u, i]) for i in want]
+
+
+def test_top_items_refuses_nan_and_drops_minus_infinity():
+    with pytest.raises(ValueError, match="NaN"):
+        top_items(torch.tensor([[0.0, math.nan]]), np.array([0]), EMPTY, 2)
+    item, score = top_items(torch.tensor([[-math.inf, -1.0, -2.0]]), np.array([0]), EMPTY, 3)
+    assert item.tolist() == [[1, 2, -1]] and score.tolist() == [[-1.0, -2.0, -math.inf]]
+
+
+def test_leaks_stop_the_run():
+    n, half = np.ones(4, int), np.full(4, 0.5)
+    honest = {"Recall@20": half.round(), "Recall@40": half.round(), "NDCG@100": np.zeros(4)}
+    check_leak("honest", honest, n, {m: {"mean": 0.0} for m in honest})
+    beyond = {"Recall@20": np.zeros(4), "Recall@40": np.zeros(4), "NDCG@100": half}
+    with pytest.raises(PageLLMError, match="4 users exceeds what their recall allows"):
+        check_leak("x", beyond, n)
+    perfect = {name: np.ones(4) for name in honest}
+    check_leak("x", perfect, n, {"Recall@20": {"mean": 0.4}})
+    with pytest.raises(PageLLMError, match="Recall@20 1.0000 is more than 3 times EASE's 0.3300"):
+        check_leak("x", perfect, n, {"Recall@20": {"mean": 0.33}})
+
+
+def test_a_leak_stops_where_three_times_ease_is_more_than_all():
+    """EASE misses m of NDCG: who misses less than m / 3 is stopped, who misses a little more is not."""
+    n, ease = np.ones(4, int), {"NDCG@100": {"mean": 0.4}}
+    for value, stops in ((0.79, False), (0.81, True)):
+        scores = {"Recall@20": np.ones(4), "Recall@40": np.ones(4), "NDCG@100": np.full(4, value)}
+        if stops:
+            with pytest.raises(
+                PageLLMError, match="misses less than 1/3 of what EASE's 0.4000 misses"
+            ):
+                check_leak("x", scores, n, ease)
+        else:
+            check_leak("x", scores, n, ease)
+    check_leak("x", scores, n)
+
+
+def test_masked_items_and_missing_users_are_refused(shop):
+    users, seen = Scorer(shop, "test").users, seen_rows(shop, "test", "train")
+    good = ranked.popularity_pages(shop, users, seen, 5, 20)
+    check_pages("popularity", good, users, seen)
+    with pytest.raises(PageLLMError, match="every one of them must count"):
+        check_pages(
+            "x", RankedPages(users[1:], good.item[1:], good.score[1:], good.slots[1:]), users, seen
+        )
+    item = good.item.copy()
+    item[3, 2] = seen.of(users[3])[0][0]
+    with pytest.raises(
+        PageLLMError,
+        match=f"1 listed items are masked, first item {item[3, 2]} of user {users[3]}\n",
+    ):
+        check_pages("x", RankedPages(users, item, good.score, good.slots), users, seen)
+
+
+def test_a_user_without_any_legal_item_still_counts(shop, tmp_path):
+    """A file holds no row of such a user; the score is 0, not one user fewer."""
+    scorer = Scorer(shop, "test")
+    good = ranked.popularity_pages(shop, scorer.users, seen_rows(shop, "test", "train"), 5, 20)
+    good.item[2] = -1
+    ranked.write_pages(tmp_path / "pages.parquet", good)
+    back = ranked.read_pages(tmp_path / "pages.parquet", shop)
+    assert len(back.user) == len(scorer.users) - 1
+    scores = scorer(ranked.with_users(back, scorer.users), 5)
+    assert scores["Recall@20"][2] == scores["NDCG@100"][2] == 0 and len(scores["Recall@20"]) == len(
+        scorer.users
+    )
+    want = scorer(good, 5)
+    for name in ("Recall@20", "NDCG@100", "ILD"):
+        np.testing.assert_array_equal(scores[name], want[name])
+
+
+def test_masks_take_out_what_they_name(shop):
+    assert check_mask("train+valid+unused")[0] and check_mask("train")[0]
+    assert not any(
+        check_mask(bad)[0] for bad in ("", "valid", "train+test", "train+train", "train+tset")
+    )
+    for mask, split, names in (
+        ("train", "test", "train"),
+        ("train+valid", "test", ("train", "valid")),
+        ("train+valid", "valid", "train"),
+    ):
+        want = shop.csr(names, positive=None)
+        np.testing.assert_array_equal(seen_rows(shop, split, mask).items, want.items)
+
+
+def test_the_train_mask_lets_validation_items_compete(shop):
+    users = Scorer(shop, "test").users
+    lists = {
+        mask: ranked.popularity_pages(shop, users, seen_rows(shop, "test", mask), 20, 60)
+        for mask in ("train", "train+valid")
+    }
+    valid = shop.csr("valid", positive=None)
+    for u, wide, narrow in zip(users, lists["train"].item, lists["train+valid"].item, strict=True):
+        mine = set(valid.of(u)[0])
+        assert mine <= set(wide) and not mine & set(narrow) and set(wide) - mine == set(narrow)
+
+
+def test_the_audience_counts_cold_users_and_items(shop):
+    text = audience(shop, Scorer(shop, "test"), "train")
+    assert (
+        f"{len(np.unique(shop.user[shop.rows('test')])):,} users, all counted, 0 of them cold"
+        in text
+    )
+    assert f"all {shop.n_items} items less the user's train rows" in text
+    user = int(Scorer(shop, "test").users[0])
+    cold = dataclasses.replace(
+        shop, split=np.where((shop.user == user) & (shop.split == 0), 3, shop.split)
+    )
+    assert "all counted, 1 of them cold" in audience(cold, Scorer(cold, "test"), "train")
