@@ -1,8 +1,9 @@
 """Generalised advantage estimation over a batch of right-padded rows, without a Python loop over T.
 
-The recurrence A_t = delta_t + ratio * A_{t+1} is a scan. Two forms of it, one for each kind of device, both of
-separate element-wise products and sums, so that a row's bits depend neither on its neighbours nor on how far it
-is padded. (Matrix products would be as fast on a CPU, but how they round depends on the shape of the batch.)
+The recurrence A_t = delta_t + ratio * A_{t+1} is a scan. It is computed in blocks on a CPU and by
+doubling on a GPU. Both use element-wise products and sums only, so that the bits of a row depend
+neither on the other rows nor on the length of its padding. Matrix products would be as fast on a
+CPU, but their rounding depends on the shape of the batch.
 """
 
 import math
@@ -15,12 +16,14 @@ from .checks import compute_dtype, kept, require
 
 __all__ = ["gae"]
 
-# Weights ratio^t of a block of steps reach down to 2^-RANGE. A float32 has all its digits from 2^-126 on, so entries
-# above 2^-62 = 2e-19 keep theirs. Blocks depend on the ratio alone, because the partition decides the rounding.
+# A block of steps is as long as its weights ratio^t stay above 2^-RANGE. A float32 has full
+# precision down to 2^-126, so weighted entries keep it if they are above 2^-62 = 2e-19. The length
+# of a block depends on the ratio alone, never on T, because the partition into blocks decides the
+# rounding.
 RANGE = 64
 
-# Entries of the rows taken at a time on CPU, 2 MB in float32: what is made of them stays in the cache. Rows are
-# independent, so this moves no bit.
+# Entries of the rows that are processed at a time on a CPU: 2 MB in float32, which stay in the
+# cache. Rows are independent, so this changes no bit of the result.
 ENTRIES = 2**19
 
 
@@ -40,8 +43,9 @@ def gae(
     returns advantage, ret: (B, T) float32 (float64 if an input is), 0 off the mask, not normalised;
             ret = A + V
 
-    Raises ValueError on unequal shapes, a mask that is not bool or has a hole, gamma or lam outside [0, 1].
-    Differentiable, twice too, in reward and value. Whatever the padding holds changes no bit.
+    Raises ValueError on unequal shapes, a mask that is not bool or has a hole, and gamma or lam
+    outside [0, 1]. Differentiable in reward and value, also twice. The contents of the padding
+    change no bit.
     Source: Schulman et al., arXiv 1506.02438, section 3.
     """
     if (
@@ -85,21 +89,28 @@ def step_error(
     dtype: torch.dtype,
     kept_value: Tensor | None = None,
 ) -> Tensor:
-    """delta_t of gae (B, T), 0 off the mask. kept_value  where to leave the value, 0 off the mask."""
+    """delta_t of `gae`, (B, T), 0 off the mask; arguments as there.
+
+    dtype       to compute in
+    kept_value  (B, T) or None: where to write the value, with 0 off the mask
+    """
     value = kept(value.to(dtype), mask, out=kept_value)
     delta = kept(reward.to(dtype), mask).sub_(value)
-    # the usual 1 saves a pass
+    # gamma = 1 is the usual case and saves a pass over memory
     delta[:, :-1] += value[:, 1:] if gamma == 1 else gamma * value[:, 1:]
     return delta
 
 
 class DiscountedSum(torch.autograd.Function):
-    """y_t = sum_{s >= t} ratio^(s - t) x_s along the rows of x (B, T); linear, so it saves nothing."""
+    """y_t = sum_{s >= t} ratio^(s - t) x_s along the rows of x (B, T).
+
+    Linear in x, so the backward pass needs no saved tensors.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, ratio: float) -> Tensor:
         ctx.ratio = ratio
-        # Few launches where a launch is dear, few passes over memory where memory is.
+        # A GPU spends its time on kernel launches, of which doubling needs few; a CPU on memory.
         return by_doubling(x, ratio) if x.device.type == "cuda" else by_blocks(x, ratio)
 
     @staticmethod
@@ -109,12 +120,12 @@ class DiscountedSum(torch.autograd.Function):
 
 
 def by_blocks(x: Tensor, ratio: float, out: Tensor | None = None) -> Tensor:
-    """The scan of x (B, T) -> (B, T), into `out` if given: running sums of weighted steps, block by block from the
-    right.
+    """The scan of x (B, T) -> (B, T), written into `out` if given: running sums, block by block.
 
-    y_t = ratio^-t sum_{s >= t} ratio^s x_s within a block. Summed from its end the small weights come first, so
-    that nothing cancels; torch's running sum on a CPU is taken in float64, one row after another. 5 passes over
-    memory, and launches by the block, of which ratio = 0.95 needs one for 865 steps.
+    Within a block y_t = ratio^-t sum_{s >= t} ratio^s x_s. The sum runs from the end of the row, so
+    that small weights are added first and nothing cancels. On a CPU torch computes the running sum
+    of each row in float64. It takes 5 passes over memory and a few calls a block; at ratio = 0.95 a
+    block has 865 steps.
     """
     T = x.shape[1]
     length = (
@@ -130,14 +141,14 @@ def by_blocks(x: Tensor, ratio: float, out: Tensor | None = None) -> Tensor:
     for start in reversed(range(0, T, length)):
         end = min(start + length, T)
         block = y[:, T - end : T - start]
-        if end < T:  # what the next block hands on joins the last step
+        if end < T:  # add the sum over all later blocks to this block's last step
             block[:, 0] += y[:, T - end - 1] * (ratio * weight[end - 1])
         block.cumsum_(1)
     return torch.mul(y.flip(1), inverse, out=out)
 
 
 def by_doubling(x: Tensor, ratio: float) -> Tensor:
-    """The scan of x (B, T) -> (B, T) in log2(T) rounds: after round k every entry has summed 2^k steps."""
+    """The scan of x (B, T) -> (B, T) in log2(T) rounds: after round k an entry sums 2^k steps."""
     shift, T = 1, x.shape[1]
     total = x.clone()
     while shift < T:

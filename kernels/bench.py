@@ -1,9 +1,18 @@
-"""Every kernel beside its plain version, timed in one run: python -m kernels.bench [--device cuda] [--quick]
+"""Every kernel beside its plain version, timed in one run.
 
-For each row: medians of both, their ratio, the floor (what the arithmetic or the memory traffic alone costs,
-timed here too) and floor / ours, the peak memory of both beyond their inputs, and the largest difference of
-values and gradients from the float64 reference, relative to the reference's largest entry. Then all of it as
-one line of JSON. Minutes on two CPU cores, seconds with --quick. Only ratios within one run mean anything.
+    python -m kernels.bench [--device cuda] [--quick]
+
+The columns of a row:
+
+    plain ms, ours ms    median time of the plain version and of ours
+    x                    plain / ours
+    floor ms, share      time of the unavoidable arithmetic or memory traffic alone; floor / ours
+    plain MB, ours MB    peak memory beyond the inputs
+    |diff|               largest difference of ours from the float64 reference, over values and
+                         gradients, relative to the largest entry of the reference
+
+One line of JSON with the same numbers follows. It takes minutes on two CPU cores, seconds with
+--quick. Times depend on the machine: compare ratios within one run only.
 """
 
 import argparse
@@ -55,7 +64,11 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Case:
-    """One row. The callables take nothing; plain, ours and exact return the same tensors in one order."""
+    """One row of the table.
+
+    plain, ours and exact take no argument and return the same tensors, in the same order; floor is
+    only timed.
+    """
 
     kernel: str
     shape: str
@@ -72,7 +85,7 @@ def plain_linear_logp(
     excluded: Tensor | None = None,
     with_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The usual way: all (N, V) logits, log_softmax, gather. Arguments as for linear_logp."""
+    """The usual way: all (N, V) logits, log_softmax, gather. Arguments as for `linear_logp`."""
     logits = (hidden @ weight.t()).float()
     if excluded is not None:
         illegal = torch.zeros(len(hidden), len(weight) + 1, dtype=torch.bool, device=hidden.device)
@@ -88,7 +101,7 @@ def plain_linear_logp(
 def plain_gae(
     reward: Tensor, value: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95
 ) -> list[Tensor]:
-    """The usual way: one step after the other over the columns of (B, T)."""
+    """The usual way: a Python loop over the T columns, from the last. Arguments as for `gae`."""
     next_value = F.pad(value * mask, (0, 1))[:, 1:]
     delta = (reward + gamma * next_value - value) * mask
     result, carry = torch.zeros_like(delta), delta.new_zeros(len(delta))
@@ -98,7 +111,7 @@ def plain_gae(
 
 
 def plain_whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """The usual way: sums of products with the mask."""
+    """The usual way: sums of products with the mask. Arguments as for `masked.whiten`."""
     count = mask.sum()
     middle = (x * mask).sum() / count
     spread = ((x - middle).square() * mask).sum() / (count - 1)
@@ -117,7 +130,10 @@ def linear_case(
 ) -> Case:
     """Forward and backward of the mean log-probability (plus the mean entropy) of N positions.
 
-    rows  choose among the first `rows` of the V head rows only; the plain version then masks all the others
+    N, C, V       positions, channels, rows of the head
+    n_excluded    random excluded ids of each position
+    with_entropy  compute the entropy as well
+    rows          choose among the first `rows` head rows only; the plain version masks the others
     """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(N, C, generator=generator).to(device, dtype)
@@ -162,7 +178,8 @@ def linear_case(
         ]
 
     def floor() -> None:
-        # What no tiling avoids: products for the logits, forward and again backward, and for two gradients.
+        # Matrix products that no tiling avoids: for the logits, forward and again backward, and for
+        # the two gradients.
         head = weight[: rows or V]
         tiles = logprob.even_slices(len(head), max(1, 2**21 // N))
         z, to_hidden, to_head = (
@@ -194,6 +211,7 @@ def linear_case(
 
 
 def gae_case(B: int, T: int, device: str) -> Case:
+    """Advantages of B rows of random length up to T."""
     generator = torch.Generator().manual_seed(0)
     reward, value = (torch.randn(B, T, generator=generator).to(device) for _ in range(2))
     mask = (torch.arange(T) < torch.randint(1, T + 1, (B, 1), generator=generator)).to(device)
@@ -208,6 +226,7 @@ def gae_case(B: int, T: int, device: str) -> Case:
 
 
 def whiten_case(B: int, T: int, device: str) -> Case:
+    """Whitening of B rows of random length up to T, with mean 100 and standard deviation 3."""
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(B, T, generator=generator) * 3 + 100).to(device)
     mask = (torch.arange(T) < torch.randint(1, T + 1, (B, 1), generator=generator)).to(device)
@@ -222,7 +241,7 @@ def whiten_case(B: int, T: int, device: str) -> Case:
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
-    """The rows of PERFORMANCE: one at a time, since the large ones do not fit beside each other."""
+    """The rows of the table; made one at a time, since the large ones do not fit side by side."""
     if quick:
         yield linear_case(64, 32, 500, device)
         yield linear_case(64, 32, 500, device, n_excluded=8, with_entropy=True)
@@ -244,7 +263,7 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
 
 
 def measure(case: Case, device: str, repeats: int) -> dict:
-    """One row of the table. Plain and ours take turns, so that a busy moment of the machine hits both."""
+    """One row of the table. Plain and ours take turns, so that a busy moment hits both."""
     exact = case.exact()
     scale = [max(1e-30, x.abs().max().item()) for x in exact]
     diff = max(
@@ -272,6 +291,7 @@ def measure(case: Case, device: str, repeats: int) -> dict:
 
 
 def milliseconds(function: Callable, device: str) -> float:
+    """Wall-clock time of function(), in ms; on CUDA until the device is done."""
     synchronise(device)
     start = time.perf_counter()
     function()
@@ -280,14 +300,16 @@ def milliseconds(function: Callable, device: str) -> float:
 
 
 def synchronise(device: str) -> None:
+    """Wait until a CUDA device is done; nothing to do on a CPU."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
 
 
 def peak_megabytes(function: Callable, device: str) -> float | None:
-    """Most memory in use during function() beyond what was in use before, in MB; None where nothing tells.
+    """Peak memory of function() beyond what was in use before, in MB; None if it cannot be read.
 
-    On CUDA torch counts; Linux keeps a high-water mark of resident memory, which can be reset.
+    On CUDA torch counts. On a CPU it is Linux's high-water mark of resident memory, which can be
+    reset.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -297,7 +319,7 @@ def peak_megabytes(function: Callable, device: str) -> float | None:
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     try:
-        # Freed memory that the C library keeps would be reused without raising the mark.
+        # Freed memory that the C library holds back could be used again without raising the mark.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = high_water()
@@ -316,7 +338,7 @@ def high_water() -> int:
 
 
 def machine(device: str) -> dict:
-    """What a reader needs to place the numbers."""
+    """CPU, threads, device, versions of torch and of this code: what the numbers depend on."""
     info = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     try:
@@ -354,7 +376,7 @@ def line(row: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table and the JSON line. Options: see the module's docstring."""
+    """Print the table and the JSON line. Options: see --help."""
     parser = argparse.ArgumentParser(prog="kernels.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument(

@@ -1,11 +1,13 @@
-"""Log-probability of chosen tokens and entropy of the choice, in float32 or float64 whatever comes in.
+"""Log-probability of chosen tokens and entropy of the choice, always in float32 or float64.
 
     token_logp, entropy   from logits that exist already, e.g. of one decoding step
-    linear_logp           from hidden states and head rows, large (N, V) logits never whole: training and scoring
+    linear_logp           from hidden states and the rows of the output head, without a tensor of
+                          all (N, V) logits: for training and scoring
 
-Both take the legal set of the choice, since a policy that may not pick an item must not be scored as if it
-might: as a bool mask beside the logits, or as short lists of excluded ids. To restrict the choice to items,
-hand linear_logp the item rows alone; the cost is then items times positions and nothing else.
+Both accept the legal set of the choice, because a policy that may not pick an item must not be
+scored as if it might: token_logp as a bool mask beside the logits, linear_logp as short lists of
+excluded ids. To restrict the choice to items, give linear_logp the head's item rows only; other
+rows then cost nothing.
 """
 
 from collections.abc import Sequence
@@ -18,18 +20,20 @@ from .checks import compute_dtype, require, require_temperature
 
 __all__ = ["entropy", "linear_logp", "token_logp"]
 
-# Entries of linear_logp's scratch tile. On CPU 8 MB in float32: larger was no faster at any shape tried. On a
-# GPU launches cost more than memory: 128 MB.
+# Entries of linear_logp's scratch tile. On a CPU 8 MB in float32: larger tiles were no faster at
+# any shape tried. On a GPU 128 MB, because there kernel launches cost more than memory.
 TILE = {"cpu": 2**21, "other": 2**25}
 TILE_ROWS = 2048
-# Logits of up to so many tiles (128 MB on a CPU, 512 MB on a GPU) are kept for backward, which saves one of four
-# matrix products; more are computed again. From KEEP_FROM columns on: in narrower states a product costs no more than
-# writing and reading what it made, and only a single tile is kept.
+# If all logits fit into KEEP tiles (128 MB on a CPU, 512 MB on a GPU), they are kept for the
+# backward pass, which saves one of four matrix products; otherwise they are computed again. Hidden
+# states narrower than KEEP_FROM channels keep at most one tile: for them a product is as cheap as
+# storing its result.
 KEEP, KEEP_FROM = {"cpu": 16, "other": 4}, 256
 PITCH = 16  # entries: 64 bytes in float32
 
-# exp(-60) = 9e-27 vanishes beside 1 even in float64, and is still a normal float32. Without the floor the
-# tail of a peaked softmax is denormal, and denormals slow a CPU's matrix product several times over.
+# exp(-60) = 9e-27 vanishes beside 1 even in float64 and is still a normal float32. Without this
+# floor the tail of a peaked softmax is denormal, and denormals make a CPU's matrix product several
+# times slower.
 FLOOR = -60.0
 
 
@@ -40,12 +44,12 @@ def token_logp(
 
     logits       (..., V) float
     ids          (...)    integer, in [0, V)
-    legal        (..., V) bool or None for all; what illegal logits hold, NaN included, changes nothing
-    temperature  positive
-    returns      (...) float32 (float64 if logits are), in nats; -inf, with gradient 0, on an illegal id
+    legal        (..., V) bool, or None for all; illegal logits may hold anything, also NaN
+    temperature  positive; divides the logits
+    returns      (...) float32 (float64 if logits are), in nats; an illegal id has -inf, gradient 0
 
-    Raises ValueError on unequal shapes, an id out of range, a row without a legal entry (named),
-    temperature <= 0.
+    Raises ValueError on unequal shapes, an id out of range, a row without a legal entry (the
+    message names the row), and a temperature that is not positive and finite.
     """
     logp = _log_softmax(logits, legal, temperature, "token_logp")
     if ids.shape != logits.shape[:-1]:
@@ -62,18 +66,19 @@ def token_logp(
 
 
 def entropy(logits: Tensor, legal: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-    """Entropy -sum_j p_j log p_j of softmax(logits / temperature) over the legal entries: 0 to log V nats.
+    """Entropy -sum_j p_j log p_j of softmax(logits / temperature) over the legal entries.
 
-    Arguments and errors as for `token_logp`. returns (...) float32 (float64 if logits are); gradients are
-    finite also where a legal logit is -inf.
+    Arguments and errors as for `token_logp`.
+    returns  (...) float32 (float64 if logits are), from 0 to log V nats; gradients are finite even
+             where a legal logit is -inf
     """
     logp = _log_softmax(logits, legal, temperature, "entropy")
-    # 0 * log 0 is 0 here. Filled before the product: -inf * 0 is NaN, forward and backward.
+    # 0 log 0 counts as 0. Fill before the product: -inf * 0 is NaN, forward and backward.
     return (logp.exp() * -logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
 
 
 def _log_softmax(logits: Tensor, legal: Tensor | None, temperature: float, where: str) -> Tensor:
-    """(..., V) log-probabilities, -inf on what is illegal."""
+    """(..., V) log-probabilities, -inf on illegal entries; `where` names the caller in errors."""
     require_temperature(temperature, where)
     logits = logits.to(compute_dtype(logits))
     if legal is not None:
@@ -97,21 +102,29 @@ def linear_logp(
     temperature: float = 1.0,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """token_logp(hidden @ weight.T, target) without (N, V) logits, unless they are few (KEEP), for N positions at once.
+    """token_logp(hidden @ weight.T, target) of N positions, without a tensor of all (N, V) logits.
 
-    hidden       (N, C) float  states that choose; weight (V, C) float  one row per choice
-    target       (N,)   integer, in [0, V)
-    excluded     (N, E) integer ids that row n may not choose, in any order, repeats allowed, padded with -1
+    hidden       (N, C) float    hidden states, one a position
+    weight       (V, C) float    rows of the output head, one a choice
+    target       (N,)   integer  chosen ids, in [0, V)
+    excluded     (N, E) integer  ids that row n may not choose, in any order, also twice; -1 is
+                                 padding
     temperature  positive; divides the logits
-    returns      logp (N,), and with return_entropy also the entropy (N,) of the choice, in nats; float32
-                 (float64 if an input is). logp is -inf, with gradient 0, where the target is excluded.
+    returns      logp (N,), with return_entropy also the entropy (N,) of the choice; in nats,
+                 float32 (float64 if an input is). logp is -inf with gradient 0 where the target is
+                 excluded.
 
-    Differentiable once in hidden and weight, through either output; create_graph is refused.
-    Memory beyond inputs and gradients: (N,) statistics and scratch of TILE entries, twice that with entropy; and
-    until backward all logits where these are no more than KEEP tiles.
-    Half precision is widened, so logits and sums are float32; only on CUDA do bf16 operands stay bf16, with
-    float32 sums. Raises ValueError on unequal shapes, ids out of range, a row with nothing left to choose
-    (named), temperature <= 0.
+    Differentiable once in hidden and weight, through either output. Second derivatives
+    (create_graph) raise NotImplementedError.
+
+    Memory beyond inputs and gradients: a few (N,) tensors and TILE entries of scratch, twice that
+    with entropy. If all logits fit into KEEP tiles, they are kept until the backward pass.
+
+    Half precision is widened, so that logits and sums are float32. Only on CUDA do bf16 operands
+    stay bf16; their products are still summed in float32.
+
+    Raises ValueError on unequal shapes, ids out of range, a row with nothing left to choose (the
+    message names the row), and a temperature that is not positive and finite.
     """
     require_temperature(temperature, "linear_logp")
     if (
@@ -136,7 +149,7 @@ def linear_logp(
             f"linear_logp: excluded id outside [0, {V}) and not -1 in row {{row}}",
         )
         excluded = excluded.long() if excluded.shape[1] else None
-    # Autocast would round the logits to bf16 on their way.
+    # Autocast would round the logits to bf16.
     with torch.autocast(hidden.device.type, enabled=False):
         logp, spread = LinearLogp.apply(
             hidden,
@@ -151,15 +164,15 @@ def linear_logp(
 
 
 class LinearLogp(torch.autograd.Function):
-    """Online softmax statistics forward; backward computes each tile of logits again, unless all were kept.
+    """Forward: online softmax statistics over tiles. Backward: the tiles again, or as kept.
 
-    Per row, with shifted logits L_j = z_j - m and e_j = exp(L_j):
+    For each row, with shifted logits L_j = z_j - m and e_j = exp(L_j):
 
         m = max_j z_j    s = sum_j e_j    u = sum_j e_j L_j / s          (p_j = e_j / s)
         logp = (z_target - m) - log s     entropy = log s - u
         d logp / d z_j = [j = target] - p_j      d entropy / d z_j = -p_j (L_j - u)
 
-    m is kept apart from log s: at logits of 1e4 their float32 sum would lose three digits of log s.
+    m and log s are stored apart: at logits of 1e4 their float32 sum would cost log s three digits.
     """
 
     @staticmethod
@@ -181,7 +194,7 @@ class LinearLogp(torch.autograd.Function):
             temperature,
             keep=for_backward and any(ctx.needs_input_grad[:2]),
         )
-        # finite: a tile without a legal entry gives no inf - inf
+        # Finite, so that a tile without a legal entry does not compute inf - inf.
         lowest = torch.finfo(tiles.dtype).min
         m = hidden.new_full((len(hidden),), lowest, dtype=tiles.dtype)
         s, u, chosen = (torch.zeros_like(m) for _ in range(3))
@@ -196,7 +209,7 @@ class LinearLogp(torch.autograd.Function):
 
                 peak = torch.maximum(m[rows], z.amax(1))
                 shifted = tiles.shift(z, peak)
-                # the sums so far are relative to the old peak
+                # the sums so far are relative to the old maximum
                 drop = (m[rows] - peak).clamp(min=FLOOR)
                 if with_entropy:
                     e = torch.exp(shifted, out=tiles.second(z))
@@ -219,8 +232,8 @@ class LinearLogp(torch.autograd.Function):
     def backward(
         ctx: FunctionCtx, grad_logp: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
-        # Autograd's own once_differentiable notices only when the incoming gradient has a graph; a gradient
-        # penalty would silently lose its term.
+        # Autograd's own once_differentiable raises only if the incoming gradient has a graph.
+        # Without this check a gradient penalty would silently lose its term.
         if torch.is_grad_enabled():
             raise NotImplementedError(
                 "linear_logp has no second derivative: leave create_graph out, or use "
@@ -241,7 +254,7 @@ class LinearLogp(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for columns in tiles.columns:
                 w = tiles.head_rows(columns)
-                # Summed in float32; of a half-precision gradient only one tile is ever held so wide.
+                # Summed in float32, tile by tile, even if the gradient itself is half precision.
                 grad_w = torch.zeros_like(w, dtype=tiles.dtype)
                 for rows in tiles.rows:
                     shifted = tiles.shift(tiles.logits(rows, columns, w), m[rows])
@@ -252,7 +265,7 @@ class LinearLogp(torch.autograd.Function):
                         dz = shifted.mul_(-slope[rows, None]).sub_(flat[rows, None]).mul_(e)
                     at, inside = position(target[rows], columns)
                     dz.scatter_add_(1, at, torch.where(inside, hit[rows], 0.0)[:, None])
-                    # Last, because exp of an excluded logit may have overflowed; its gradient is exactly 0.
+                    # Last, because exp of an excluded logit may overflow. Its gradient is 0.
                     tiles.strike(0.0)
                     dz = dz.to(tiles.operand)
                     if want_hidden:
@@ -266,10 +279,14 @@ class LinearLogp(torch.autograd.Function):
 
 
 class Tiles:
-    """The (N, V) logits cut into tiles, computed one at a time into one scratch buffer or, if few, kept in their own.
+    """The (N, V) logits cut into tiles, which are computed one at a time into a scratch buffer.
 
-    keep     keep the logits, if KEEP allows, in `kept`: one buffer a tile, which a backward pass hands in again
-    dtype    of logits, statistics and sums;  operand  what the matrix products read
+    Arguments as in `linear_logp`, and
+    keep     keep the logits of all tiles, if KEEP allows, in `kept`: one buffer a tile
+    kept     these buffers, handed in by the backward pass: nothing is computed again
+
+    dtype          of logits, statistics and sums
+    operand        dtype of the inputs of matrix products
     rows, columns  slices that cover N and V in even parts; a tile has about TILE entries
     """
 
@@ -284,7 +301,7 @@ class Tiles:
     ):
         (N, _), V = hidden.shape, len(weight)
         self.dtype = compute_dtype(hidden, weight)
-        # Tensor cores multiply bf16 exactly and add in float32. A CPU product would round its output to bf16.
+        # Tensor cores multiply bf16 exactly and add in float32; a CPU would round to bf16.
         in_bf16 = hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16
         self.operand = torch.bfloat16 if in_bf16 else self.dtype
         self.hidden, self.weight = hidden.to(self.operand), weight
@@ -293,8 +310,8 @@ class Tiles:
         self.height = self.rows[0].stop if N else 0
         device = "cpu" if hidden.device.type == "cpu" else "other"
         self.columns = even_slices(V, max(1, TILE[device] // max(self.height, 1)))
-        # At least one column more than asked for: ids that lie outside the tile are struck there. Rows begin at
-        # multiples of PITCH entries, or a CPU's matrix product takes 1.4 times as long to write them.
+        # At least one spare column: excluded ids that lie outside the tile are written there. Rows
+        # begin at multiples of PITCH entries; without that a CPU's product takes 1.4 times as long.
         self.pitch = -(-((self.columns[0].stop if V else 0) + 1) // PITCH) * PITCH
         self.scratch = hidden.new_empty(self.height * self.pitch, dtype=self.dtype)
         self.spare = None
@@ -307,7 +324,10 @@ class Tiles:
         return self.weight[columns].to(self.operand)
 
     def logits(self, rows: slice, columns: slice, w: Tensor) -> Tensor:
-        """hidden[rows] @ w.T / temperature, a view of a buffer: good until the next call, or for ever if kept."""
+        """hidden[rows] @ w.T / temperature, (n, v): a view of a buffer, valid until the next call.
+
+        If the logits are kept, the view stays valid.
+        """
         buffer = self.scratch
         if self.kept:
             column = columns.start // self.columns[0].stop
@@ -320,12 +340,12 @@ class Tiles:
         )
 
     def shift(self, z: Tensor, peak: Tensor) -> Tensor:
-        """z - peak, no less than FLOOR, in the scratch buffer. z (n, v) from `logits`, peak (n,)."""
+        """max(z - peak, FLOOR) in the scratch buffer, (n, v); z (n, v) from `logits`, peak (n,)."""
         self.tile = self._tile(self.scratch, *self.place)
         return torch.sub(z, peak[:, None], out=self.tile[:, :-1]).clamp_(min=FLOOR)
 
     def strike(self, value: float) -> None:
-        """Write `value` over the excluded entries of the tile that was written last."""
+        """Write `value` over the excluded entries of the last tile that was computed."""
         if self.excluded is not None:
             rows, columns = self.place
             width = columns.stop - columns.start
@@ -333,7 +353,7 @@ class Tiles:
             self.tile.scatter_(1, torch.where((at >= 0) & (at < width), at, width), value)
 
     def second(self, like: Tensor) -> Tensor:
-        """A second scratch tile."""
+        """A second scratch tile, shaped like the tile `like`."""
         if self.spare is None:
             self.spare = torch.empty_like(self.scratch)
         return self.spare[: len(like) * self.pitch].view(len(like), self.pitch)[:, : like.shape[1]]
@@ -344,7 +364,7 @@ class Tiles:
 
 
 def even_slices(n: int, most: int) -> list[slice]:
-    """range(n) in as few slices of at most `most` as possible, as even as possible, the longest first."""
+    """range(n) in as few slices of at most `most` as possible, of even length, longest first."""
     if n == 0:
         return []
     size = -(-n // -(-n // most))
@@ -352,7 +372,7 @@ def even_slices(n: int, most: int) -> list[slice]:
 
 
 def position(target: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """(n, 1) column of each target in a tile, 0 for those outside, and (n,) whether it lies inside."""
+    """Where targets (n,) stand in a tile: (n, 1) column, 0 if outside; (n,) whether inside."""
     at = target - columns.start
     inside = (at >= 0) & (at < columns.stop - columns.start)
     return torch.where(inside, at, 0)[:, None], inside

@@ -1,11 +1,12 @@
 """Mean, variance, centring and whitening over the entries that a mask keeps.
 
-The statistics run over the whole tensor, not over rows: PPO whitens advantages over the batch. What lies off
-the mask is replaced before any arithmetic, never multiplied by 0 (0 * NaN is NaN), so it moves no bit of any
-output.
+The statistics run over the whole tensor, not over rows: PPO whitens advantages over the batch.
+Entries off the mask are replaced by 0 before any arithmetic, not multiplied by 0 (0 * NaN is NaN),
+so they change no bit of any output.
 
-A large tensor on a CPU is read from memory once for its statistics, block by block; of each block, which stays in the
-cache, mean and squares about that mean are joined to those before it (Chan, Golub, LeVeque, 1979, eq. 2.1).
+For its statistics a large tensor on a CPU is read from memory once, in blocks that stay in the
+cache. The mean of each block and the squares about that mean are merged into those of the blocks
+before it (Chan, Golub, LeVeque, 1979, eq. 2.1).
 """
 
 from collections.abc import Iterator
@@ -25,8 +26,10 @@ def mean(x: Tensor, mask: Tensor) -> Tensor:
 
     x     (...) any number dtype
     mask  (...) bool, True on the entries that count
-    returns a scalar, float32 (float64 if x is). Differentiable: 1/n on each kept entry, 0 elsewhere.
-    Raises ValueError when shapes differ or mask is not bool.
+    returns a scalar, float32 (float64 if x is). Differentiable: the gradient is 1/n on each kept
+            entry, 0 elsewhere
+
+    Raises ValueError if the shapes differ or the mask is not bool.
     """
     _check(x, mask, "mean")
     if _large(x):
@@ -36,9 +39,9 @@ def mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def variance(x: Tensor, mask: Tensor) -> Tensor:
-    """Unbiased variance of the kept entries, sum (x - mean)^2 / (n - 1), a scalar in squared units of x.
+    """Unbiased variance of the n kept entries, sum (x - mean)^2 / (n - 1), in squared units of x.
 
-    Arguments and errors as for `mean`; 0 when fewer than two entries are kept.
+    A scalar; 0 if fewer than two entries are kept. Arguments and errors as for `mean`.
     """
     _check(x, mask, "variance")
     if _large(x):
@@ -47,7 +50,7 @@ def variance(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def center(x: Tensor, mask: Tensor) -> Tensor:
-    """x minus the mean of its kept entries, shaped like x, 0 off the mask. Arguments as for `mean`."""
+    """x minus the mean of its kept entries, 0 off the mask. Arguments and errors as for `mean`."""
     _check(x, mask, "center")
     if _large(x):
         return _scaled(x, mask, _moments(x, mask)[0], 1.0)
@@ -55,25 +58,27 @@ def center(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
-    """Centred and divided by the standard deviation: kept entries have mean 0 and unbiased variance 1.
+    """(x - mean) / sqrt(variance + eps^2): kept entries get mean 0 and unbiased variance 1.
 
-    x, mask  as for `mean`; returns a tensor shaped like x, 0 off the mask
-    eps      the least standard deviation worth dividing by, in units of x:
-             (x - mean) / sqrt(variance + eps^2). Fewer than two kept entries, or equal ones, give zeros.
+    x, mask  as for `mean`
+    eps      in units of x: standard deviations far below it are not scaled up to 1
+    returns  shaped like x, 0 off the mask. Fewer than two kept entries, or equal ones, give zeros
+
+    Errors as for `mean`.
     """
     _check(x, mask, "whiten")
     if _large(x):
         middle, spread = _moments(x, mask)
         return _scaled(x, mask, middle, (spread + eps * eps) ** -0.5 if spread + eps else 0.0)
     centred, spread = _centred(x, mask)
-    # eps^2, not eps: variance + 1e-8 would leave rewards of size 1e-4 visibly unwhitened, so that the result
-    # would depend on their unit. Inside the root, so that the gradient at spread 0 is finite.
+    # eps^2, not eps: with variance + 1e-8 rewards of size 1e-4 would not be scaled to 1, and the
+    # result would depend on their unit. Inside the root: the gradient at variance 0 is then finite.
     scale = torch.rsqrt(spread + eps * eps)
     return centred * scale if centred.requires_grad else centred.mul_(scale)
 
 
 def _large(x: Tensor) -> bool:
-    """Whether x is taken by blocks: more than one, on a CPU, without a gradient."""
+    """Whether x is processed in blocks: larger than one, on a CPU, without a gradient."""
     return (
         x.device.type == "cpu"
         and x.numel() > BLOCK
@@ -96,7 +101,8 @@ def _moments(x: Tensor, mask: Tensor) -> tuple[float, float]:
         y = kept(part.to(dtype), on, out=spare[: len(part)])
         pivot = y.sum() / n
         y = kept(y.sub_(pivot), on, out=y)
-        # The pivot is rounded: what is left of the mean is kept, and its squares are taken off.
+        # The pivot is a rounded mean. The remainder rest / n completes the mean, and n times its
+        # square is subtracted from the squares about the pivot.
         rest = float(y.sum())
         own, shift = float(y.mul_(y).sum()) - rest * rest / n, float(pivot) + rest / n - middle
         squares += own + shift * shift * (count * n / (count + n))
@@ -106,7 +112,10 @@ def _moments(x: Tensor, mask: Tensor) -> tuple[float, float]:
 
 
 def _scaled(x: Tensor, mask: Tensor, middle: float, scale: float) -> Tensor:
-    """(x - middle) * scale, 0 off the mask. The mean is taken off in two parts, since x's dtype may not hold it."""
+    """(x - middle) * scale, 0 off the mask.
+
+    The mean is subtracted in two parts, since the dtype of x may be too narrow to hold it exactly.
+    """
     out = torch.empty(x.shape, dtype=compute_dtype(x))
     high = float(torch.tensor(middle, dtype=out.dtype))
     for part, on, into in _blocks(x, mask, out):
@@ -120,25 +129,28 @@ def _scaled(x: Tensor, mask: Tensor, middle: float, scale: float) -> Tensor:
 
 
 def _deviations(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A rounded mean (scalar, no gradient), x minus it (0 off the mask), and the number of kept entries."""
+    """The pivot, x minus the pivot (0 off the mask), and the number of kept entries.
+
+    The pivot is a rounded mean of the kept entries: a scalar without gradient.
+    """
     x = x.to(compute_dtype(x))
     count = mask.sum()
     first = kept(x.detach(), mask)
     pivot = first.sum() / count.clamp(min=1)
-    # The subtraction is exact for entries near the pivot, so a large common offset costs no digits later on.
+    # The subtraction is exact for entries near the pivot, so a large common offset costs no digits.
     return pivot, _minus(x, pivot, mask, first), count
 
 
 def _centred(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """x minus its mean (0 off the mask), and the unbiased variance (scalar)."""
     _, deviation, count = _deviations(x, mask)
-    # The pivot is rounded; taking off what is left of the mean makes equal entries exactly 0, not one ulp.
+    # The pivot is rounded. Subtracting what is left of the mean makes equal entries exactly 0.
     centred = _minus(deviation, deviation.sum() / count.clamp(min=1), mask, deviation)
     return centred, centred.square().sum() / (count - 1).clamp(min=1)
 
 
 def _minus(x: Tensor, middle: Tensor, mask: Tensor, spare: Tensor) -> Tensor:
-    """x - middle, 0 off the mask: in the memory of `spare` unless autograd must remember x."""
+    """x - middle, 0 off the mask; written into `spare` unless autograd needs x."""
     if torch.is_grad_enabled() and x.requires_grad:
         return kept(x - middle, mask)
     return kept(torch.sub(x, middle, out=spare), mask, out=spare)

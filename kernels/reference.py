@@ -1,6 +1,6 @@
-"""Every kernel again, slow and obvious, in float64: the oracle of the tests and the place to start reading.
+"""Every kernel again, slow and plain, in float64: tests compare with it, and reading starts here.
 
-Nothing here is tiled, clamped or fused. Arguments and results as in the fast twins; nothing is checked.
+Nothing is tiled, clamped, fused or checked. Arguments and results are those of the fast versions.
 """
 
 import math
@@ -14,7 +14,7 @@ __all__ = ["center", "entropy", "gae", "linear_logp", "mean", "token_logp", "var
 def gae(
     reward: Tensor, value: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """See kernels.advantage.gae: one row after the other, one step after the other, from the end."""
+    """See kernels.advantage.gae. Row by row, and step by step from the end."""
     advantage, ret = (torch.zeros(reward.shape, dtype=torch.float64) for _ in range(2))
     for b in range(len(reward)):
         next_value = next_advantage = 0.0
@@ -56,7 +56,7 @@ def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
 def token_logp(
     logits: Tensor, ids: Tensor, legal: Tensor | None = None, temperature: float = 1.0
 ) -> Tensor:
-    """See kernels.logprob.token_logp: the quotient of the definition, after taking the largest logit off."""
+    """See kernels.logprob.token_logp. The log of the softmax's quotient."""
     return _probability(logits, legal, temperature).gather(-1, ids.long()[..., None])[..., 0].log()
 
 
@@ -74,14 +74,14 @@ def linear_logp(
     temperature: float = 1.0,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See kernels.logprob.linear_logp: all (N, V) logits at once. Differentiable by autograd."""
+    """See kernels.logprob.linear_logp. All (N, V) logits at once; differentiable by autograd."""
     logits = hidden.double() @ weight.double().t()
     legal = torch.ones(logits.shape, dtype=torch.bool, device=logits.device)
     for n, ids in enumerate([] if excluded is None else excluded.tolist()):
         for item in ids:
             if item >= 0:
                 legal[n, item] = False
-    # log_softmax, because the quotient underflows where a benchmark's logits are spread widely.
+    # log_softmax, because the quotient underflows at the widely spread logits of a benchmark.
     every = torch.log_softmax(logits.masked_fill(~legal, -torch.inf) / temperature, 1)
     logp = every.gather(1, target.long()[:, None])[:, 0]
     logp = torch.where(legal.gather(1, target.long()[:, None])[:, 0], logp, -torch.inf)
@@ -91,7 +91,7 @@ def linear_logp(
 
 
 def _probability(logits: Tensor, legal: Tensor | None, temperature: float) -> Tensor:
-    """softmax by its definition, (..., V), 0 on what is illegal."""
+    """softmax by its definition, (..., V); 0 on illegal entries."""
     logits = logits.double() if legal is None else torch.where(legal, logits.double(), -torch.inf)
     weight = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()
     return weight / weight.sum(-1, keepdim=True)
