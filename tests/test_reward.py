@@ -118,6 +118,45 @@ def test_shapes_are_checked():
         token_loss(x, x[:, :2], m)
 
 
+soft_labels = st.lists(
+    st.tuples(st.floats(-4, 4), st.floats(-4, 4), st.floats(0, 1)), min_size=1, max_size=4
+)
+
+
+@settings(deadline=None)
+@given(soft_labels)
+def test_a_soft_label_is_met_by_cross_entropy(rows):
+    """L = -mean [p log q + (1 - p) log (1 - q)] with q = sigma(g+ - g-), so that dL/dg+ = (q - p) / B."""
+    g, h, p = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
+    g.requires_grad_()
+    loss = page_loss(g, h, p)
+    q = 1 / (1 + (h - g.detach()).exp())
+    assert_close(loss.detach(), F.binary_cross_entropy(q, p), atol=1e-9, rtol=1e-9)
+    loss.backward()
+    assert_close(g.grad, (q - p) / len(p))
+    assert_close(page_loss(h, g, 1 - p), loss)  # the other page first, the other label
+    assert_close(page_loss(g, h, torch.ones_like(p)), page_loss(g, h))
+
+
+@pytest.mark.parametrize("soften", [None, 2.0])
+def test_soft_labels_ask_for_the_energy_gap_and_no_more(soften):
+    """At g+ - g- = gap / soften the page and sequence losses pull nowhere; soften is 0.5 by default."""
+    options = {} if soften is None else {"soften": soften}
+    config = Config(shrink=0.0, token=0.0, **options)
+    gap, m = torch.tensor([0.3, 1.2]), torch.ones(2, 3, dtype=torch.bool)
+    batch = PairBatch(m, m, m, m, m, m, detail=torch.tensor([0, 1]), gap=gap)
+    for stretch, sign in ((1.0, 0), (0.5, -1), (2.0, 1)):  # too small a margin is pulled up
+        margin = stretch * gap / (soften or 0.5)
+        tokens = [margin[:, None].repeat(1, 3).requires_grad_(), torch.zeros(2, 3)]
+        pages = [margin.clone().requires_grad_(), torch.zeros(2)]
+        pair_loss(config, batch, *tokens, *pages).backward()
+        for grad in (tokens[0].grad, pages[0].grad):
+            if sign:
+                assert (grad * sign > 1e-3).all()
+            else:
+                assert_close(grad, torch.zeros_like(grad), atol=1e-6, rtol=0)
+
+
 def test_preference_pairs_teach_the_page_head_alone():
     m = torch.ones(2, 3, dtype=torch.bool)
     zero = torch.zeros(2, 3, dtype=torch.long)
