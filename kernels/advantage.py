@@ -10,7 +10,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from .checks import compute_dtype, kept, require
 
@@ -108,13 +107,13 @@ class DiscountedSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, ratio: float) -> Tensor:
+    def forward(ctx, x: Tensor, ratio: float) -> Tensor:
         ctx.ratio = ratio
         # A GPU spends its time on kernel launches, of which doubling needs few; a CPU on memory.
         return by_doubling(x, ratio) if x.device.type == "cuda" else by_blocks(x, ratio)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         # The transpose of a sum over what follows is the same sum over what came before.
         return DiscountedSum.apply(grad.flip(1), ctx.ratio).flip(1), None
 

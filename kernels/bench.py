@@ -166,9 +166,10 @@ def linear_case(
                 None if excluded is None else excluded[some],
                 return_entropy=with_entropy,
             )
-            result = result if with_entropy else (result,)
-            grads = torch.autograd.grad(sum(x.sum() for x in result) / N, (h, w))
-            parts.append([x.detach() for x in result])
+            outputs = result if isinstance(result, tuple) else (result,)
+            total = torch.stack([x.sum() for x in outputs]).sum() / N
+            grads = torch.autograd.grad(total, (h, w))
+            parts.append([x.detach() for x in outputs])
             grad_hidden.append(grads[0])
             grad_head += grads[1]
         return [
@@ -271,7 +272,7 @@ def measure(case: Case, device: str, repeats: int) -> dict:
         for x, y, s in zip(case.ours(), exact, scale, strict=True)
     )
     del exact
-    times = {"plain": [], "ours": [], "floor": []}
+    times: dict[str, list[float]] = {"plain": [], "ours": [], "floor": []}
     for _ in range(repeats):
         for name, spent in times.items():
             spent.append(milliseconds(getattr(case, name), device))

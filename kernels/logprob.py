@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from .checks import compute_dtype, require, require_temperature
 
@@ -177,7 +176,7 @@ class LinearLogp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx,
         hidden: Tensor,
         weight: Tensor,
         target: Tensor,
@@ -230,7 +229,7 @@ class LinearLogp(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: FunctionCtx, grad_logp: Tensor | None, grad_entropy: Tensor | None
+        ctx, grad_logp: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         # Autograd's own once_differentiable raises only if the incoming gradient has a graph.
         # Without this check a gradient penalty would silently lose its term.
@@ -268,13 +267,14 @@ class LinearLogp(torch.autograd.Function):
                     # Last, because exp of an excluded logit may overflow. Its gradient is 0.
                     tiles.strike(0.0)
                     dz = dz.to(tiles.operand)
-                    if want_hidden:
+                    if grad_hidden is not None:
                         add_product(grad_hidden[rows], dz, w)
-                    if want_weight:
+                    if grad_weight is not None:
                         add_product(grad_w, dz.t(), tiles.hidden[rows])
-                if want_weight:
+                if grad_weight is not None:
                     grad_weight[columns] = grad_w
-        grad_hidden = grad_hidden.to(hidden.dtype) if want_hidden else None
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.to(hidden.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
@@ -314,7 +314,7 @@ class Tiles:
         # begin at multiples of PITCH entries; without that a CPU's product takes 1.4 times as long.
         self.pitch = -(-((self.columns[0].stop if V else 0) + 1) // PITCH) * PITCH
         self.scratch = hidden.new_empty(self.height * self.pitch, dtype=self.dtype)
-        self.spare = None
+        self.spare: Tensor | None = None
         self.known, self.kept = bool(kept), list(kept)
         n_tiles = len(self.rows) * len(self.columns)
         if keep and n_tiles <= (KEEP[device] if hidden.shape[1] >= KEEP_FROM else 1):

@@ -68,8 +68,8 @@ def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     """
     _check(x, mask, "whiten")
     if _large(x):
-        middle, spread = _moments(x, mask)
-        return _scaled(x, mask, middle, (spread + eps * eps) ** -0.5 if spread + eps else 0.0)
+        middle, square = _moments(x, mask)
+        return _scaled(x, mask, middle, (square + eps * eps) ** -0.5 if square + eps else 0.0)
     centred, spread = _centred(x, mask)
     # eps^2, not eps: with variance + 1e-8 rewards of size 1e-4 would not be scaled to 1, and the
     # result would depend on their unit. Inside the root: the gradient at variance 0 is then finite.

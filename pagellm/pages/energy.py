@@ -182,7 +182,7 @@ def gains(
 def energy(
     page: Sequence[int],
     gain: Sequence[float],
-    leaf: Sequence[int],
+    leaf: Sequence[int] | np.ndarray,
     near: Near,
     lambda_d: float = LAMBDA_D,
     lambda_r: float = LAMBDA_R,
@@ -289,17 +289,17 @@ def feedback(
     A move takes the item out and puts it back at k2; those between shift by one. The paper's section 3 keeps
     beneficial moves only, its Eq. 13 both signs: both here unless beneficial_only.
     """
-    page, gain = np.asarray(page, dtype=np.int64), np.asarray(gain, dtype=np.float64)
-    length = len(page)
+    items, worth = np.asarray(page, dtype=np.int64), np.asarray(gain, dtype=np.float64)
+    length = len(items)
     moves = [(k, k2) for k in range(length) for k2 in range(length) if 0 < abs(k - k2) <= reach]
     order = np.array(
         [np.insert(np.delete(np.arange(length), k), k2, k) for k, k2 in moves], dtype=np.int64
     )
     order = np.concatenate([np.arange(length)[None], order.reshape(-1, length)])
-    value = page_energy(page[order], np.ones(order.shape, dtype=bool), gain[order], leaf, near)
+    value = page_energy(items[order], np.ones(order.shape, dtype=bool), worth[order], leaf, near)
     delta = value[1:] - value[0]
     return [
-        Move(int(page[k]), k + 1, k2 + 1, float(change))
+        Move(int(items[k]), k + 1, k2 + 1, float(change))
         for (k, k2), change in zip(moves, delta, strict=True)
         # 1e-12: rounding is no change
         if abs(change) > 1e-12 and (change > 0 or not beneficial_only)

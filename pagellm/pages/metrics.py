@@ -14,10 +14,10 @@ A page is de-duplicated first; duplicate_rate reports the repeats. Without label
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,8 +68,8 @@ MISSING = ("worst", "append", "skip")
 BLOCK = 2_000_000  # numbers in the largest arrays held at once
 PAPER_SHIFT = 100.0  # max_shift that reproduces the paper's tables (SPEC 9)
 
-Items = Sequence[Hashable]
-Categories = Mapping[Hashable, Collection] | Sequence[Collection]
+Items = Sequence[Any]  # item ids: numbers, strings or anything else that is hashable
+Categories = Mapping[Any, Collection] | Sequence[Collection]  # item -> its category names
 
 
 def distinct(gen: Items, k: int | None = None) -> list:
@@ -310,7 +310,7 @@ def dpa(
     return one_user(dpa_rows, ref, gen, k, missing, ref_rank, paper_scale)
 
 
-def names_of(categories: Categories, item: Hashable) -> frozenset:
+def names_of(categories: Categories, item: Any) -> frozenset:
     """Category names of one item; empty where unknown. One name or number may stand without brackets."""
     names = categories.get(item) if isinstance(categories, Mapping) else categories[item]
     if names is None:
@@ -323,7 +323,7 @@ def names_of(categories: Categories, item: Hashable) -> frozenset:
 def ild(
     gen: Items,
     categories: Categories | None = None,
-    embedding: Mapping[Hashable, Sequence] | Sequence[Sequence] | None = None,
+    embedding: Mapping[Any, Sequence] | Sequence[Sequence] | np.ndarray | None = None,
 ) -> float | None:
     """Eq. 21, intra-list diversity: 1 - mean similarity of two different items of the page. Up.
 
@@ -338,13 +338,12 @@ def ild(
     if len(page) < 2:
         return None
     if categories is not None:
-        described, similarity = [names_of(categories, item) for item in page], jaccard
+        sets = [names_of(categories, item) for item in page]
+        pairs = [jaccard(a, b) for i, a in enumerate(sets) for b in sets[:i]]
     else:
-        described, similarity = (
-            [np.asarray(embedding[item], dtype=np.float64) for item in page],
-            cosine,
-        )
-    pairs = [similarity(a, b) for i, a in enumerate(described) for b in described[:i]]
+        assert embedding is not None  # one of the two, see above
+        vectors = [np.asarray(embedding[item], dtype=np.float64) for item in page]
+        pairs = [cosine(a, b) for i, a in enumerate(vectors) for b in vectors[:i]]
     return 1.0 - sum(pairs) / len(pairs)
 
 
@@ -364,7 +363,7 @@ def entropy(gen: Items, categories: Categories) -> float | None:
     the number of categories, not of items. In [0, ln min(K, C)] where m = 1. None for an empty page.
     """
     page = distinct(gen)
-    share: Counter = Counter()
+    share: dict[Any, float] = defaultdict(float)
     for item in page:
         names = names_of(categories, item) or {None}
         for name in names:
@@ -382,8 +381,8 @@ def balance(gen: Items, categories: Categories, n_categories: int | None = None)
     if n_categories is None:
         known, unknown = count_categories(categories)
         n_categories = known + (unknown or any(not names_of(categories, item) for item in page))
-    most = min(len(page), n_categories)
-    return min(1.0, entropy(page, categories) / math.log(most)) if most > 1 else None
+    h, most = entropy(page, categories), min(len(page), n_categories)
+    return None if h is None or most < 2 else min(1.0, h / math.log(most))
 
 
 def count_categories(categories: Categories) -> tuple[int, bool]:

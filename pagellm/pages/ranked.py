@@ -153,18 +153,18 @@ def top_items(
     score (B, N) float, users (B,). Returns item (B, depth) int64, -1 past the end, and score (B, depth) float32.
     Equal scores go by ranked.tie_breaker. Raises ValueError on a NaN.
     """
-    score = score.detach().float().contiguous().numpy()
+    table = score.detach().float().contiguous().numpy()
     row, gone = seen.flat(users)
-    before = score[row, gone]
+    before = table[row, gone]
     if np.isnan(before).any():
         raise ValueError("top_items: a score is NaN")
-    rank = tie_breaker(seed, users, len(seen.indptr) - 1, score.shape[1])
-    # in the caller's memory, and back again: a copy would cost more than all the rest
-    score[row, gone] = -np.inf
+    rank = tie_breaker(seed, users, len(seen.indptr) - 1, table.shape[1])
+    # Written into the caller's memory and restored: a copy would cost more than all the rest.
+    table[row, gone] = -np.inf
     try:
-        item, value = largest(score, depth, rank)
+        item, value = largest(table, depth, rank)
     finally:
-        score[row, gone] = before
+        table[row, gone] = before
     return torch.from_numpy(item), torch.from_numpy(value)
 
 

@@ -59,7 +59,7 @@ ALL_COLUMNS = (*COLUMNS, "energy", "true_energy")
 ARROW = {"up": "↑", "down": "↓"}
 
 Scores = Mapping[str, np.ndarray]  # metric -> (U,) of one seed, NaN where undefined
-Interval = tuple[float, float, float]  # mean, low, high
+Interval = tuple[float | None, float | None, float | None]  # mean, low, high; None: no user counts
 
 
 def heading(metric: str) -> str:

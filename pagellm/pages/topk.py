@@ -57,10 +57,13 @@ def largest(score: np.ndarray, k: int, rank: Rank | None = None) -> tuple[np.nda
     size = max(1, ENTRIES // max(1, N))
     for at in range(0, B if k else 0, size):
         some = slice(at, at + size)
-        item[some], value[some] = largest_of(
-            score[some], k, rank and (lambda row, column, at=at: rank(row + at, column))
-        )
+        item[some], value[some] = largest_of(score[some], k, rank and from_row(rank, at))
     return item, value
+
+
+def from_row(rank: Rank, start: int) -> Rank:
+    """`rank` for a table that begins at row `start` of the whole one."""
+    return lambda row, column: rank(row + start, column)
 
 
 def largest_of(score: np.ndarray, k: int, rank: Rank | None) -> tuple[np.ndarray, np.ndarray]:
@@ -108,10 +111,14 @@ def top_k(score: Tensor, k: int, rank: Rank | None = None) -> tuple[Tensor, Tens
     is given (then it is done on the CPU), it is torch.topk itself, with its own order of equals.
     """
     k = min(k, score.shape[1])
-    if score.device.type != "cpu" and rank is None:
-        return tuple(score.topk(k, dim=1))
-    try:
-        item, value = largest(score.detach().cpu().contiguous().numpy(), k, rank)
-    except ValueError:
-        return tuple(score.topk(k, dim=1))
+    found = None
+    if score.device.type == "cpu" or rank is not None:
+        try:
+            found = largest(score.detach().cpu().contiguous().numpy(), k, rank)
+        except ValueError:  # a NaN
+            pass
+    if found is None:
+        whole = score.topk(k, dim=1)
+        return whole.values, whole.indices
+    item, value = found
     return from_numpy(value).to(score.device), from_numpy(np.maximum(item, 0)).to(score.device)

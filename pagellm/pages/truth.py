@@ -121,7 +121,8 @@ def ground_truth_page(
         stop = start
         while stop < len(item_list) and level_list[stop] == level_list[start]:
             stop += 1
-        fresh, rest = [], []
+        fresh: list[int] = []  # of a category that the page does not show yet
+        rest: list[int] = []
         for at in range(start, stop):
             (rest if leaf[at] in seen else fresh).append(item_list[at])
             seen.add(leaf[at])
@@ -183,6 +184,6 @@ class PageMaker:
                 self.train.of(u)[1],
                 *split_history(*self.train.of(u), share, randomness.rng(seed, "levels", u)),
             )
-            for u in self.users
+            for u in self.users.tolist()
         ]
         return float(np.mean(alone))
