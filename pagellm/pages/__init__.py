@@ -1,1 +1,1 @@
-"""What a page is: truth, energy, pairs, metrics, ranked pages, statistics. Knows no network."""
+"""What a page is: truth, energy, pairs, metrics, ranked pages, statistics. No network."""

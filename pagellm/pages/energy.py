@@ -1,4 +1,10 @@
-"""Near-duplicate items, the gain of an item, and the energy E of a page."""
+"""Near-duplicate items, the gain of an item, and the energy E of a page.
+
+    near = near_duplicates(shop.catalogue)
+    energy(page, gain(ratings_on_page, s[page]), shop.catalogue.leaf_id, near)
+
+E is a value: higher is better. The paper's "potential energy", which it leaves undefined, is -E.
+"""
 
 import math
 import re
@@ -26,16 +32,17 @@ __all__ = [
 ]
 
 
-LAMBDA_D = 0.3  # what a slot earns by a category not seen above it
-LAMBDA_R = 0.3  # what a slot loses by repeating an item above it
+LAMBDA_D = 0.3  # added for a slot whose category stands nowhere above it
+LAMBDA_R = 0.3  # subtracted for a slot that repeats an item above it
 
 
 @dataclass(frozen=True)
 class Near:
-    """Which items nearly repeat which: a symmetric relation without (i, i), not transitive.
+    """The relation "near-duplicate of": symmetric, not transitive, and no item is one of itself.
 
-    indptr (N+1,), neighbour (E,) int64: item i repeats neighbour[indptr[i]:indptr[i + 1]], rising
-    group  (N,) int64: the smallest item reachable through near-duplicates; i itself where there is none
+    indptr (N + 1,), neighbour (E,) int64: the near-duplicates of item i are
+    neighbour[indptr[i] : indptr[i + 1]], rising
+    group  (N,) int64: the smallest item reachable over near-duplicates; i itself if it has none
     """
 
     indptr: np.ndarray
@@ -44,7 +51,7 @@ class Near:
 
     @classmethod
     def of_pairs(cls, pairs: np.ndarray, n_items: int) -> "Near":
-        """From pairs (E, 2) of different items, in any order, repeats allowed."""
+        """From (E, 2) pairs of different items, in any order, also repeated."""
         pairs = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
         both = np.unique(np.concatenate([pairs, pairs[:, ::-1]]), axis=0)
         indptr = np.zeros(n_items + 1, dtype=np.int64)
@@ -55,17 +62,17 @@ class Near:
         return len(self.group)
 
     def of(self, item: int) -> np.ndarray:
-        """The near-duplicates of one item, rising ids."""
+        """The near-duplicates of one item, by rising id."""
         return self.neighbour[self.indptr[item] : self.indptr[item + 1]]
 
 
 def components(both: np.ndarray, n_items: int) -> np.ndarray:
-    """The smallest item of each connected component, from directed pairs (E, 2) given both ways."""
+    """(N,) smallest item of each item's connected component; pairs (E, 2) hold both directions."""
     group = np.arange(n_items, dtype=np.int64)
     while len(both):
         lower = group.copy()
         np.minimum.at(lower, both[:, 0], group[both[:, 1]])
-        lower = lower[lower]  # jump: a chain of length n needs about log n rounds
+        lower = lower[lower]  # pointer jumping: a chain of length n takes about log n rounds
         if np.array_equal(lower, group):
             break
         group = lower
@@ -78,13 +85,19 @@ def near_duplicates(
     jaccard: float = 0.8,
     cosine: float = 0.95,
 ) -> Near:
-    """Items that nearly repeat each other (SPEC 2.2 step 5).
+    """Items that nearly repeat each other.
 
-    Same brand and same leaf category, both known, and title-token Jaccard >= jaccard; or, where an embedding
-    (N, d) is given, cosine >= cosine. Tokens are the distinct lower-case words and numbers of the title.
-    An item without title, or with an embedding of length 0, repeats nothing by that rule.
+    Two items are near-duplicates if they have the same brand and the same leaf category, both
+    known, and the Jaccard index of their title tokens is at least `jaccard`; or if the cosine of
+    their embeddings is at least `cosine`. The tokens are the distinct lower-case words and numbers
+    of a title. An item without a title, or with an embedding of length 0, has no near-duplicates by
+    that rule.
 
-    Raises ValueError if the embedding has not one finite row an item, or a threshold is outside (0, 1].
+    embedding  (N, d) finite float, or None: titles alone
+    jaccard    in (0, 1]
+    cosine     in (0, 1]
+
+    Raises ValueError on an embedding of another shape or a threshold outside (0, 1].
     """
     if not (0 < jaccard <= 1 and 0 < cosine <= 1):
         raise ValueError(
@@ -107,10 +120,11 @@ def near_duplicates(
 
 
 def title_pairs(catalogue: Catalogue, threshold: float) -> np.ndarray:
-    """(E, 2) items of one brand and leaf whose title tokens overlap by Jaccard >= threshold.
+    """(E, 2) items of one brand and leaf category whose title tokens have Jaccard >= threshold.
 
-    Prefix filter: sets with Jaccard >= t share at least ceil(t |A|) tokens, so with tokens in one fixed order
-    (rarest first: short lists) they must meet among the first |A| - ceil(t |A|) + 1. Exact, nearly linear.
+    Exact, and nearly linear in N by a prefix filter: two sets with Jaccard >= t share at least
+    ceil(t |A|) tokens. With all tokens in one fixed order they therefore share one among the first
+    |A| - ceil(t |A|) + 1 of A. The order is rarest first, which makes the candidate lists short.
     """
     brand, leaf = catalogue.brand_id.tolist(), catalogue.leaf_id.tolist()
     tokens = {
@@ -125,7 +139,7 @@ def title_pairs(catalogue: Catalogue, threshold: float) -> np.ndarray:
     index: dict[tuple, list[int]] = defaultdict(list)
     found = []
     for i, words in tokens.items():
-        need = math.ceil(threshold * len(words) - 1e-9)  # 1e-9: 0.8 * 5 may come out above 4
+        need = math.ceil(threshold * len(words) - 1e-9)  # 0.8 * 5 may round above 4
         prefix = sorted(words, key=lambda word: (frequency[word], word))[: len(words) - need + 1]
         keys = [(brand[i], leaf[i], word) for word in prefix]
         for j in {j for key in keys for j in index[key]}:
@@ -138,7 +152,7 @@ def title_pairs(catalogue: Catalogue, threshold: float) -> np.ndarray:
 
 
 def cosine_pairs(embedding: np.ndarray, threshold: float, block: int = 1024) -> np.ndarray:
-    """(E, 2) rows i < j of (N, d) with cosine >= threshold, `block` rows at a time: (N, N) is never whole."""
+    """(E, 2) rows i < j of embedding (N, d) with cosine >= threshold, `block` rows at a time."""
     length = np.linalg.norm(embedding, axis=1, keepdims=True)
     unit = np.divide(embedding, length, out=np.zeros_like(embedding), where=length > 0)
     found = [np.zeros((0, 2), dtype=np.int64)]
@@ -149,11 +163,15 @@ def cosine_pairs(embedding: np.ndarray, threshold: float, block: int = 1024) -> 
 
 
 def gain(rating: np.ndarray, s: np.ndarray, implicit_gain: float = 1.0) -> np.ndarray:
-    """g of items the user has rated or chosen:  g = (r - 3) + 0.5 (s_i - 1) / 4   (SPEC 2.2).
+    """Gain g of items that the user has rated or chosen:  g = (r - 3) + 0.5 (s_i - 1) / 4.
 
-    rating, s  arrays of one shape; s NaN adds nothing. A rating NaN is an implicit positive of unknown
-    level: implicit_gain stands for r - 3. That is a convention of the energy alone; no rating is invented.
-    An item the user has nothing to do with has g = 0: see `gains`.
+    rating         (...) r from 1 to 5; NaN where the user chose the item without a rating
+    s              (...) mean rating of each item, from truth.item_scores; NaN adds nothing
+    implicit_gain  stands for r - 3 where the rating is NaN. Only the energy uses it: no rating is
+                   made up
+    returns        (...) float64
+
+    An item that the user has nothing to do with has gain 0: see `gains`.
     """
     rating, s = np.asarray(rating, dtype=np.float64), np.asarray(s, dtype=np.float64)
     coarse = np.where(np.isnan(rating), implicit_gain, rating - 3.0)
@@ -163,9 +181,13 @@ def gain(rating: np.ndarray, s: np.ndarray, implicit_gain: float = 1.0) -> np.nd
 def gains(
     users: np.ndarray, pages: np.ndarray, rows: Rows, s: np.ndarray, implicit_gain: float = 1.0
 ) -> np.ndarray:
-    """Gain of every slot, looked up in `rows` (the users' known ratings); 0 for items not there and for pads.
+    """Gain of every slot, looked up in the users' known ratings.
 
-    users (B,) int    pages (B, K) int, pads -1    s (N,)    returns (B, K) float64
+    users    (B,) int
+    pages    (B, K) int item ids, -1 in empty slots
+    rows     the ratings to look up, of all users
+    s        (N,) from truth.item_scores
+    returns  (B, K) float64; 0 for items that are not among the user's rows, and for empty slots
     """
     n_items = len(s)
     code = np.repeat(np.arange(len(rows.indptr) - 1), rows.counts()) * n_items + rows.items
@@ -187,13 +209,16 @@ def energy(
     lambda_d: float = LAMBDA_D,
     lambda_r: float = LAMBDA_R,
 ) -> float:
-    """E of one page, slot by slot (SPEC 2.2); higher is better.
+    """Energy E of one page, slot by slot; higher is better.
 
         E = sum_k d_k (g_k + lambda_d nov_k - lambda_r red_k)        d_k = 1 / log2(k + 1), k from 1
 
-    page, gain (K,)    leaf (N,) leaf category of every item, -1 unknown
-    nov_k  1 if the item's leaf is known and stands nowhere above
-    red_k  1 if an item above is the same or a near-duplicate
+        nov_k = 1 if the item's leaf category is known and stands nowhere above, else 0
+        red_k = 1 if an item above is the same or a near-duplicate, else 0
+
+    page  (K,) item ids, best first
+    gain  (K,) g_k of each slot
+    leaf  (N,) leaf category of every item, -1 if unknown
     """
     total, leaves, repeats = 0.0, {-1}, set()
     for k, (item, g) in enumerate(zip(page, gain, strict=True), start=1):
@@ -218,8 +243,11 @@ def page_energy(
 ) -> np.ndarray:
     """`energy` of a batch of pages, without a loop over pages or slots.
 
-    pages (B, K) int    mask (B, K) bool, a prefix of each row    gain (B, K); pads may hold anything
-    leaf (N,)           returns (B,) float64; 0 for an empty page
+    pages    (B, K) int
+    mask     (B, K) bool, True on the slots of each page: True, then False
+    gain     (B, K) float; where the mask is False, pages and gain may hold anything
+    leaf     (N,) int, -1 if unknown
+    returns  (B,) float64; 0 for an empty page
 
     Raises ValueError on unequal shapes or a mask with a hole.
     """
@@ -235,7 +263,7 @@ def page_energy(
         )
     if (mask[:, 1:] & ~mask[:, :-1]).any():
         raise ValueError("page_energy: mask has a hole; every row must be True, then False")
-    row, slot = np.nonzero(mask)  # reading order: of two slots of a page the first stands higher
+    row, slot = np.nonzero(mask)  # in reading order: by page, then from the top
     item = pages[row, slot]
     worth = (
         gain[row, slot]
@@ -246,7 +274,7 @@ def page_energy(
 
 
 def novel_slots(row: np.ndarray, leaf: np.ndarray) -> np.ndarray:
-    """(S,) bool for slots in reading order: the first of its page with this leaf; False if unknown (-1)."""
+    """(S,) bool of slots in reading order: first of its page with this leaf; False for leaf -1."""
     base = leaf.max(initial=0) + 2
     novel = np.zeros(len(row), dtype=bool)
     novel[np.unique(row * base + leaf + 1, return_index=True)[1]] = True
@@ -254,7 +282,7 @@ def novel_slots(row: np.ndarray, leaf: np.ndarray) -> np.ndarray:
 
 
 def redundant_slots(row: np.ndarray, item: np.ndarray, near: Near) -> np.ndarray:
-    """(S,) bool for slots in reading order: the same item or a near-duplicate stands above on its page."""
+    """(S,) bool of slots in reading order: the same item or a near-duplicate stands above it."""
     code, first = np.unique(row * len(near) + item, return_index=True)
     redundant = np.ones(len(row), dtype=bool)
     redundant[first] = False
@@ -268,7 +296,10 @@ def redundant_slots(row: np.ndarray, item: np.ndarray, near: Near) -> np.ndarray
 
 
 class Move(NamedTuple):
-    """One element of F: moving `item` from slot k to slot k2 (from 1) changes E by delta_E."""
+    """One element of the feedback set F (the paper's Eq. 13), from `feedback`; no stage uses it.
+
+    Moving `item` from slot k to slot k2 (both from 1) changes the page's energy by delta_E.
+    """
 
     item: int
     k: int
@@ -284,10 +315,16 @@ def feedback(
     reach: int = 5,
     beneficial_only: bool = False,
 ) -> list[Move]:
-    """F of one page (Eq. 13): every move of one item by at most `reach` slots that changes E, with its sign.
+    """The feedback set F of one page (the paper's Eq. 13): every move of one item that changes E.
 
-    A move takes the item out and puts it back at k2; those between shift by one. The paper's section 3 keeps
-    beneficial moves only, its Eq. 13 both signs: both here unless beneficial_only.
+    No stage uses it: the reward model learns from pairs of pages (pairs.py).
+
+    A move takes an item out of its slot and puts it back at most `reach` slots away; the items
+    between shift by one. Section 3 of the paper keeps the beneficial moves only, Eq. 13 those of
+    either sign.
+
+    page, gain, leaf  as in `energy`
+    beneficial_only   leave out the moves that lower E
     """
     items, worth = np.asarray(page, dtype=np.int64), np.asarray(gain, dtype=np.float64)
     length = len(items)
@@ -301,6 +338,6 @@ def feedback(
     return [
         Move(int(items[k]), k + 1, k2 + 1, float(change))
         for (k, k2), change in zip(moves, delta, strict=True)
-        # 1e-12: rounding is no change
+        # a change below 1e-12 is rounding
         if abs(change) > 1e-12 and (change > 0 or not beneficial_only)
     ]

@@ -1,16 +1,18 @@
-"""Scores of pages (SPEC 8; Eq. 14 to 22): Recall, NDCG, WAS, PWKT, WMRD, DPA, ILD, entropy, redundancy.
+"""Scores of pages: Recall, NDCG, WAS, PWKT, WMRD, DPA, ILD, entropy, redundancy.
 
-One user, for reading and for checking by hand; None where a score is undefined:
+They are Eq. 14 to 22 of arXiv 2506.09084. Each stands here twice. For one user, to be read and
+checked by hand (None where a score is undefined):
 
-    was("abc", "baxyc")                     0.7531: ref is the labels, best first; gen the page, best first
-    entropy([4, 7], categories)             categories: item -> its category names, () where unknown
+    was("abc", "baxyc")              0.7531; first the labels, then the page, both best first
+    entropy([4, 7], categories)      categories: item -> its category names, () where unknown
 
-All users at once, by the same definitions and without a loop over users:
+And for all users at once, by the same definitions but without a loop over users:
 
-    per_user = score_pages(users, (user, rank, item), (user, item, rank), categories)    # name -> (U,), NaN
-    summary(per_user["WAS"], seed=0)        mean, 95% interval, coverage
+    scores = score_pages(users, (user, rank, item), (user, item, rank), categories)
+    scores["WAS"]                    (U,), NaN where undefined; stats.summary gives its mean
 
-A page is de-duplicated first; duplicate_rate reports the repeats. Without labels a score is undefined, not 0.
+Repeats are taken off a page first, and duplicate_rate reports them. A score that needs labels is
+undefined for a user without labels, not 0.
 """
 
 import math
@@ -45,7 +47,8 @@ __all__ = [
 ]
 
 
-# Which way is better, for every name that score_pages may return ("Recall@5" and the like go up too).
+# Which direction is better, for the names that score_pages returns. Names that are not here, such
+# as "Recall@5", go up.
 DIRECTION = {
     "Recall@20": "up",
     "Recall@40": "up",
@@ -66,7 +69,7 @@ DIRECTION = {
 
 MISSING = ("worst", "append", "skip")
 BLOCK = 2_000_000  # numbers in the largest arrays held at once
-PAPER_SHIFT = 100.0  # max_shift that reproduces the paper's tables (SPEC 9)
+PAPER_SHIFT = 100.0  # the S of `was` with which numbers come out on the scale of the paper's tables
 
 Items = Sequence[Any]  # item ids: numbers, strings or anything else that is hashable
 Categories = Mapping[Any, Collection] | Sequence[Collection]  # item -> its category names
@@ -80,6 +83,7 @@ def distinct(gen: Items, k: int | None = None) -> list:
 
 
 def labels_of(ref: Items) -> list:
+    """The labels as a list. Raises ValueError if one repeats."""
     ref = list(ref)
     if len(set(ref)) < len(ref):
         raise ValueError(f"the labels repeat an item: {ref}")
@@ -87,9 +91,12 @@ def labels_of(ref: Items) -> list:
 
 
 def recall(ref: Items, gen: Items, k: int | None = None, cap: bool = False) -> float | None:
-    """Eq. 14: labels among the first k of gen, divided by n labels; by min(k, n) with cap. In [0, 1].
+    """Recall@k (Eq. 14): the share of the n labels that are among the first k of gen. In [0, 1].
 
-    k None  the whole list        None without labels
+    ref, gen  labels and page, best first
+    k         None: the whole page
+    cap       divide by min(k, n) instead of n, so that a short list can reach 1
+    returns   None without labels
     """
     ref, gen = labels_of(ref), distinct(gen, k)
     if not ref:
@@ -100,10 +107,16 @@ def recall(ref: Items, gen: Items, k: int | None = None, cap: bool = False) -> f
 def ndcg(
     ref: Items, gen: Items, k: int | None = None, rel: Sequence[float] | None = None
 ) -> float | None:
-    """Eq. 15, 16: DCG / IDCG, both cut at k; gain 2^rel - 1, discount log2(rank + 1). In [0, 1].
+    """NDCG@k (Eq. 15, 16): DCG / ideal DCG, both of the first k ranks. In [0, 1].
 
-    rel  grade of each label, 0 or more, in the order of ref (graded form: rating - 3); default all 1
-    None without labels, or if every label has grade 0. Raises ValueError on negative or missing grades.
+        DCG = sum of (2^rel - 1) / log2(rank + 1)
+
+    ref, gen  labels and page, best first
+    k         None: the whole page
+    rel       grade of each label, 0 or more, in the order of ref, e.g. rating - 3; default all 1
+    returns   None without labels, or if every label has grade 0
+
+    Raises ValueError on negative or missing grades.
     """
     ref, gen = labels_of(ref), distinct(gen, k)
     rel = [1.0] * len(ref) if rel is None else list(rel)
@@ -117,17 +130,22 @@ def ndcg(
 
 
 def dcg(gains: Sequence[float]) -> float:
+    """Discounted sum of the gains at ranks 1, 2, 3 ..."""
     return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, start=1))
 
 
 def ndcg_bound(n: np.ndarray, recalls: Mapping[int, np.ndarray], k: int = 100) -> np.ndarray:
-    """The most that binary NDCG@k can be beside these recalls: hits lead their band, the rest follow the last cut.
+    """The highest NDCG@k (grades 0 and 1) that lists of these recalls can have.
 
-    n        (U,) labels of each user        recalls  cut -> (U,) Recall@cut, cuts up to k
-    returns  (U,), NaN without labels. A score above it was not computed from the same lists.
+    It is reached if the hits of each band between two cuts lead that band, and all labels not yet
+    found stand right behind the last cut. A higher score was not computed from the same lists.
+
+    n        (U,) number of labels of each user
+    recalls  cut -> (U,) Recall@cut, for cuts up to k
+    returns  (U,), NaN without labels
     """
     n = np.asarray(n, dtype=np.int64)
-    # by the first j ranks
+    # gained[j]: DCG of hits on the first j ranks
     gained = np.concatenate([[0.0], np.cumsum(1.0 / np.log2(np.arange(k) + 2.0))])
     total, found, start = np.zeros(len(n)), np.zeros(len(n), dtype=np.int64), 0
     for cut, recall_at in sorted(recalls.items()):
@@ -139,13 +157,14 @@ def ndcg_bound(n: np.ndarray, recalls: Mapping[int, np.ndarray], k: int = 100) -
 
 
 class Aligned(NamedTuple):
-    """How far each of n labels of u users stands from where it belongs. All (u, n), limit (u, 1).
+    """How far each of the n labels of u users stands from where it belongs; n is the same for all.
 
-    real, place  rank the label belongs at; its rank on the page, a missing one right behind the page
-    weight       1 / log2(1 + real); 0 where a missing label is skipped
-    shift        |real - place|, the limit where a missing label counts as worst
-    found        bool: earns similarity
-    limit        S, the largest shift that counts
+    real    (u, n) rank where the label belongs
+    place   (u, n) its rank on the page; a label not on the page stands right behind the page
+    weight  (u, n) 1 / log2(1 + real); 0 for a missing label that is skipped
+    shift   (u, n) |real - place|; the limit for a missing label that counts as worst
+    found   (u, n) bool: whether the label earns any similarity
+    limit   (u, 1) S, the largest shift that counts
     """
 
     real: np.ndarray
@@ -159,10 +178,17 @@ class Aligned(NamedTuple):
 def align(
     real: np.ndarray, place: np.ndarray, length: np.ndarray, missing: str, paper: bool
 ) -> Aligned:
-    """real (u, n); place (u, n), NaN where not on the page; length (u,), different items on the page."""
+    """Align the labels of u users with their pages.
+
+    real     (u, n) rank where each label belongs
+    place    (u, n) its rank on the page, NaN if it is not there
+    length   (u,) number of different items on the page
+    missing  how a label counts that is not on the page: see `was`
+    paper    whether to use the scale of the paper's tables: see `was`
+    """
     found = ~np.isnan(place)
     if paper:
-        # Ranks among the labels alone, weights 1, one fixed limit; labels that a cut ranking lacks come last.
+        # Ranks among the labels alone, weights 1, a fixed limit; labels not found come last.
         place = np.where(found, (place[:, None, :] < place[:, :, None]).sum(-1) + 1.0, np.nan)
         length, missing = found.sum(-1), "append"
         weight, limit = np.ones(real.shape), np.full((len(real), 1), PAPER_SHIFT)
@@ -181,17 +207,19 @@ def align(
 
 
 def weighted_mean(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Over the last axis; NaN if all weights are 0. For weights rescaled to mean 1 it is (1/n) sum w x."""
+    """sum w x / sum w over the last axis; NaN if all weights are 0."""
     total = weight.sum(-1)
     return (x * weight).sum(-1) / np.where(total > 0, total, np.nan)
 
 
 def was_rows(a: Aligned) -> np.ndarray:
+    """`was` of u users, (u,)."""
     return weighted_mean(np.where(a.found, np.maximum(0.0, 1.0 - a.shift / a.limit), 0.0), a.weight)
 
 
 def pwkt_rows(a: Aligned) -> np.ndarray:
-    # Missing labels share the rank behind the page: after every present one, tied among themselves.
+    """`pwkt` of u users, (u,)."""
+    # Missing labels share the rank behind the page: after all others, and tied with each other.
     concordance = np.sign(a.real[:, :, None] - a.real[:, None, :]) * np.sign(
         a.place[:, :, None] - a.place[:, None, :]
     )
@@ -200,10 +228,12 @@ def pwkt_rows(a: Aligned) -> np.ndarray:
 
 
 def wmrd_rows(a: Aligned) -> np.ndarray:
+    """`wmrd` of u users, (u,)."""
     return weighted_mean(a.shift, a.weight)
 
 
 def dpa_rows(a: Aligned) -> np.ndarray:
+    """`dpa` of u users, (u,)."""
     return weighted_mean(np.where(a.found, 1.0 / (1.0 + np.log2(1.0 + a.shift)), 0.0), a.weight)
 
 
@@ -216,7 +246,10 @@ def one_user(
     ref_rank: Sequence[float] | None,
     paper: bool,
 ) -> float | None:
-    """A rank score of one user. Raises ValueError on an unknown `missing` or ranks that do not fit."""
+    """One of the rank scores of one user; rows computes it for many. Other arguments as in `was`.
+
+    Raises ValueError on an unknown `missing`, repeated labels, or ranks that do not fit.
+    """
     ref, gen = labels_of(ref), distinct(gen, k)
     if missing not in MISSING:
         raise ValueError(f"missing={missing!r}: want one of {', '.join(MISSING)}")
@@ -243,16 +276,24 @@ def was(
     ref_rank: Sequence[float] | None = None,
     paper_scale: bool = False,
 ) -> float | None:
-    """Eq. 17, weighted agreement of positions: (1/n) sum_i w_i max(0, 1 - shift_i / S). In [0, 1], up.
+    """WAS (Eq. 17), weighted agreement of positions. In [0, 1], higher is better.
 
-    ref, gen     labels, page, best first; the page is de-duplicated, then cut at k (None: whole)
-    w_i          1 / log2(1 + rank_i), rescaled to mean 1: the labels' own first ranks count most
-    S            max(K, n), K the different items on the (cut) page, n the labels
-    missing      a label that is not on the page: worst (similarity 0, shift S), append (rank K + 1), skip
-    ref_rank     ranks of the labels where some tie: see stats.average_ranks; default 1..n
-    paper_scale  ranks among the labels only, w = 1, S = 100 (SPEC 9): to compare with the paper's tables
+        WAS = (1/n) sum_i w_i max(0, 1 - shift_i / S)
 
-    None without labels, or where all are skipped. The same arguments and cases serve pwkt, wmrd and dpa.
+    shift_i is the distance, in ranks, between where label i belongs and where it stands on the
+    page. The weights w_i = 1 / log2(1 + rank_i), rescaled to mean 1, make the first labels count
+    most. S is max(K, n), where K is the number of different items on the page and n that of labels.
+
+    ref, gen     labels and page, best first; repeats are taken off the page before it is cut at k
+    k            None: the whole page
+    missing      how a label counts that is not on the page: "worst" (similarity 0, shift S),
+                 "append" (as if it stood at rank K + 1) or "skip"
+    ref_rank     ranks of the labels if some of them tie, see stats.average_ranks; default 1 to n
+    paper_scale  use ranks among the labels only, w_i = 1 and S = 100, to compare with the paper's
+                 tables
+    returns      None without labels, or if all are skipped
+
+    pwkt, wmrd and dpa take the same arguments and treat the same cases alike.
     """
     return one_user(was_rows, ref, gen, k, missing, ref_rank, paper_scale)
 
@@ -265,10 +306,14 @@ def pwkt(
     ref_rank: Sequence[float] | None = None,
     paper_scale: bool = False,
 ) -> float | None:
-    """Eq. 18, weighted Kendall's tau: sum_{i<j} w_i w_j delta_ij / sum_{i<j} w_i w_j. In [-1, 1], up.
+    """PWKT (Eq. 18), weighted Kendall's tau. In [-1, 1], higher is better.
 
-    delta is 1 for a pair in the right order, -1 in the wrong one, 0 where tied or both missing; a present
-    label precedes a missing one. None with fewer than 2 labels (0 in paper_scale). Arguments as in `was`.
+        PWKT = sum_{i<j} w_i w_j delta_ij / sum_{i<j} w_i w_j
+
+    delta_ij is 1 if labels i and j stand in the right order on the page, -1 in the wrong one, 0 if
+    they tie or are both missing. A label on the page precedes a missing one.
+
+    Arguments as in `was`. None also for fewer than 2 labels (in paper_scale 0).
     """
     score = one_user(pwkt_rows, ref, gen, k, missing, ref_rank, paper_scale)
     return 0.0 if score is None and paper_scale and len(ref) else score
@@ -283,15 +328,19 @@ def wmrd(
     paper_scale: bool = False,
     normalize: bool = False,
 ) -> float | None:
-    """Eq. 19, weighted mean rank difference: sum_i w_i shift_i / sum_i w_i, in ranks. In [0, S], down.
+    """WMRD (Eq. 19), weighted mean rank difference, in ranks. In [0, S], lower is better.
 
-    normalize divides by S. The other arguments as in `was`.
+        WMRD = sum_i w_i shift_i / sum_i w_i
+
+    normalize  divide by S
+    The other arguments as in `was`.
     """
     rows = relative_wmrd_rows if normalize else wmrd_rows
     return one_user(rows, ref, gen, k, missing, ref_rank, paper_scale)
 
 
 def relative_wmrd_rows(a: Aligned) -> np.ndarray:
+    """`wmrd` with normalize of u users, (u,)."""
     return wmrd_rows(a) / a.limit[:, 0]
 
 
@@ -303,15 +352,17 @@ def dpa(
     ref_rank: Sequence[float] | None = None,
     paper_scale: bool = False,
 ) -> float | None:
-    """Eq. 20, discounted positional accuracy: sum_i w_i / (1 + log2(1 + shift_i)) / sum_i w_i. In [0, 1], up.
+    """DPA (Eq. 20), discounted positional accuracy. In [0, 1], higher is better.
 
-    A missing label adds 0 (missing=worst). Arguments as in `was`.
+        DPA = sum_i w_i / (1 + log2(1 + shift_i)) / sum_i w_i
+
+    With missing="worst" a missing label adds 0 to the first sum. Arguments as in `was`.
     """
     return one_user(dpa_rows, ref, gen, k, missing, ref_rank, paper_scale)
 
 
 def names_of(categories: Categories, item: Any) -> frozenset:
-    """Category names of one item; empty where unknown. One name or number may stand without brackets."""
+    """The set of category names of one item; empty if unknown. A single name needs no brackets."""
     names = categories.get(item) if isinstance(categories, Mapping) else categories[item]
     if names is None:
         return frozenset()
@@ -325,12 +376,16 @@ def ild(
     categories: Categories | None = None,
     embedding: Mapping[Any, Sequence] | Sequence[Sequence] | np.ndarray | None = None,
 ) -> float | None:
-    """Eq. 21, intra-list diversity: 1 - mean similarity of two different items of the page. Up.
+    """ILD (Eq. 21), intra-list diversity: 1 - mean similarity of two items. Higher is better.
 
-    categories  similarity is the Jaccard index of the category sets, 0 if both are unknown (unknown_rate
-                tells how often); ILD is then in [0, 1]
-    embedding   instead: item -> vector; similarity is the cosine, 0 for a vector of length 0; ILD in [0, 2]
-    None with fewer than 2 different items. Raises ValueError unless exactly one of the two is given.
+    gen         the page; the mean is over all pairs of different items
+    categories  similarity is the Jaccard index of the category sets, 0 if both are empty
+                (unknown_rate tells how often); ILD is then in [0, 1]
+    embedding   instead: item -> vector. Similarity is the cosine, 0 for a vector of length 0; ILD
+                is then in [0, 2]
+    returns     None with fewer than 2 different items
+
+    Raises ValueError unless exactly one of categories and embedding is given.
     """
     if (categories is None) == (embedding is None):
         raise ValueError("ild: want categories or embedding, one of them")
@@ -348,19 +403,24 @@ def ild(
 
 
 def jaccard(a: frozenset, b: frozenset) -> float:
+    """Jaccard index |a & b| / |a | b|; 0 of two empty sets."""
     return len(a & b) / max(1, len(a | b))
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Cosine of two vectors; 0 if one has length 0."""
     length = math.sqrt(float(a @ a) * float(b @ b))
     return float(a @ b) / length if length else 0.0
 
 
 def entropy(gen: Items, categories: Categories) -> float | None:
-    """Eq. 22: H = -sum_c p_c ln p_c over categories c, in nats. Up: more balanced.
+    """Entropy (Eq. 22) of the page's categories, H = -sum_c p_c ln p_c, in nats.
 
-    An item with m categories adds 1/m to each; items without share one category, unknown. The paper's N is
-    the number of categories, not of items. In [0, ln min(K, C)] where m = 1. None for an empty page.
+    Higher is better: more balanced. An item of m categories adds 1/m to each of them; items without
+    a category share one, unknown. The N of Eq. 22 is the number of categories, not of items.
+
+    returns  from 0 to ln min(K, C) if every item has one category, with K different items and C
+             categories; None for an empty page
     """
     page = distinct(gen)
     share: dict[Any, float] = defaultdict(float)
@@ -372,10 +432,14 @@ def entropy(gen: Items, categories: Categories) -> float | None:
 
 
 def balance(gen: Items, categories: Categories, n_categories: int | None = None) -> float | None:
-    """H / ln min(K, C), cut at 1: K different items, C categories of the catalogue. None where min(K, C) < 2.
+    """Entropy relative to its maximum: H / ln min(K, C), at most 1. Higher is better.
 
-    n_categories  C; default those in `categories`, and unknown as one more if any item there has none
-    Items of several categories can push H above ln min(K, C): that page is as balanced as pages get.
+    K is the number of different items on the page, C that of the catalogue's categories. Items of
+    several categories can push H above ln min(K, C): such a page counts as perfectly balanced.
+
+    n_categories  C; default: the categories in `categories`, and one more, unknown, if any item has
+                  none
+    returns       None if min(K, C) is below 2
     """
     page = distinct(gen)
     if n_categories is None:
@@ -386,7 +450,7 @@ def balance(gen: Items, categories: Categories, n_categories: int | None = None)
 
 
 def count_categories(categories: Categories) -> tuple[int, bool]:
-    """How many categories the catalogue has, and whether some item of it has none."""
+    """The number of categories in a catalogue, and whether some item of it has none."""
     sets = [
         names_of(categories, item)
         for item in (categories if isinstance(categories, Mapping) else range(len(categories)))
@@ -395,21 +459,21 @@ def count_categories(categories: Categories) -> tuple[int, bool]:
 
 
 def redundancy(gen: Items, categories: Categories, n_categories: int | None = None) -> float | None:
-    """1 - H / ln min(K, C): 0 for a page that is as balanced as can be, 1 for one category only. Down.
+    """1 - balance: 0 for a perfectly balanced page, 1 for a page of one category. Lower is better.
 
-    Arguments and cases as in `balance`. The paper calls H itself "redundancy" and marks it up.
+    Arguments and cases as in `balance`. The paper calls H itself "redundancy", higher being better.
     """
     score = balance(gen, categories, n_categories)
     return None if score is None else 1.0 - score
 
 
 def duplicate_rate(gen: Items) -> float | None:
-    """Share of slots that repeat an item above. Down. None for an empty page."""
+    """Share of slots that repeat an item above. Lower is better. None for an empty page."""
     return 1.0 - len(set(gen)) / len(gen) if len(gen) else None
 
 
 def near_duplicate_pairs(gen: Items, group: Mapping | Sequence) -> float:
-    """Pairs of different items of one near-duplicate group. Down.
+    """Number of pairs of different items in one near-duplicate group. Lower is better.
 
     group  item -> group; an item of group None, or not in the mapping, belongs to none
     """
@@ -420,19 +484,22 @@ def near_duplicate_pairs(gen: Items, group: Mapping | Sequence) -> float:
 
 
 def unknown_rate(gen: Items, categories: Categories) -> float | None:
-    """Share of the different items without a category: a flag for ILD and entropy. None for an empty page."""
+    """Share of the different items without a category; None for an empty page.
+
+    Tells how far ILD and entropy can be trusted.
+    """
     page = distinct(gen)
     return sum(not names_of(categories, item) for item in page) / len(page) if page else None
 
 
 class Lists(NamedTuple):
-    """Ranked lists of many users, one entry after another: by row, then from the first rank down.
+    """Ranked lists of many users as flat arrays, sorted by row (user), then by rank.
 
-    row     (P,) index into users
-    item    (P,) item ids
-    place   (P,) rank from 1 within the row, repeats counted
-    first   (P,) bool: not a repeat of an item above
-    order   (P,) rank from 1 within the row, repeats not counted; a repeat shares that of the entry above
+    row    (P,) index into users
+    item   (P,) item id
+    place  (P,) rank from 1 within the row, repeats counted
+    first  (P,) bool: not a repeat of an item above
+    order  (P,) rank from 1 within the row, repeats not counted; a repeat has the entry's above it
     """
 
     row: np.ndarray
@@ -443,7 +510,7 @@ class Lists(NamedTuple):
 
 
 def rows_among(users: np.ndarray, user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Index of every user in `users`, and whether it is there at all."""
+    """Index of every entry of `user` in the rising `users`, and whether it is there at all."""
     row = np.minimum(np.searchsorted(users, user), len(users) - 1)
     return row, users[row] == user
 
@@ -455,9 +522,13 @@ def within_rows(row: np.ndarray, n_rows: int) -> np.ndarray:
 
 
 class Index(NamedTuple):
-    """Where each item of each list stands: `code` (P,) sorted, (row * base + item) * width + place - 1.
+    """A sorted index of Lists, to look up where an item stands in a row.
 
-    begin (rows,)  where a row's entries begin        ids  items in `code` are positions in these (sorted); None: as is
+    code         (P,) int64, rising: (row * base + item) * width + place - 1
+    base, width  above any item, and the longest list
+    begin        (rows,) where a row's entries begin in Lists
+    ids          (base,) rising item ids, if `code` holds positions in them because they are too
+                 large themselves; None if it holds ids
     """
 
     code: np.ndarray
@@ -470,11 +541,11 @@ class Index(NamedTuple):
 def ranked_lists(
     users: np.ndarray, user: np.ndarray, rank: np.ndarray, item: np.ndarray
 ) -> tuple[Lists, Index]:
-    """Sort entries into Lists, leaving out users that are not among `users`."""
+    """Sort entries (P,) into Lists and their Index, leaving out users that are not in `users`."""
     row, kept = rows_among(users, user)
     row, rank, item = row[kept], rank[kept], item[kept]
     step = np.diff(row)
-    if not ((step > 0) | ((step == 0) & (np.diff(rank) >= 0))).all():  # most come sorted
+    if not ((step > 0) | ((step == 0) & (np.diff(rank) >= 0))).all():  # most inputs are sorted
         by_rank = np.lexsort((rank, row))
         row, item = row[by_rank], item[by_rank]
     place = within_rows(row, len(users)) + 1
@@ -489,14 +560,14 @@ def ranked_lists(
 
 
 def index_of(row: np.ndarray, item: np.ndarray, place: np.ndarray, n_rows: int) -> Index:
-    """`row` rises, and `place` from 1 within each row."""
+    """The Index of entries whose `row` rises, and whose `place` is 1, 2, 3 ... within each row."""
     count = np.bincount(row, minlength=n_rows)
     base, width, ids = int(item.max(initial=0)) + 1, int(place.max(initial=1)), None
     if n_rows * base * width >= 1 << 62:
         ids, item = np.unique(item, return_inverse=True)
         base = len(ids)
     code = item.astype(np.int64) * width + place - 1
-    if n_rows * width <= 2 * len(row):  # many short sorts take a fraction of the time of a long one
+    if n_rows * width <= 2 * len(row):  # many short sorts are several times faster than a long one
         table = np.full((n_rows, width), np.iinfo(np.int64).max)
         table[row, place - 1] = code
         table.sort(axis=1)
@@ -508,7 +579,7 @@ def index_of(row: np.ndarray, item: np.ndarray, place: np.ndarray, n_rows: int) 
 
 
 def entries(index: Index, at: np.ndarray) -> np.ndarray:
-    """Entries of the lists that stand at positions `at` of the sorted codes."""
+    """Positions in Lists of the entries at positions `at` of the sorted codes."""
     code = index.code[at]
     return index.begin[code // (index.base * index.width)] + code % index.width
 
@@ -516,8 +587,9 @@ def entries(index: Index, at: np.ndarray) -> np.ndarray:
 def places_of(
     row: np.ndarray, item: np.ndarray, lists: Lists, index: Index
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where each (row, item), all different, stands in the lists: order and place of its first entry, NaN where
-    nowhere.
+    """Where each (row, item) stands in the lists: order and place of its first entry, or NaN.
+
+    row, item  (R,), all pairs different
     """
     order, place = np.full(len(item), np.nan), np.full(len(item), np.nan)
     if len(item) and len(index.code):
@@ -550,19 +622,24 @@ def score_pages(
     group: np.ndarray | None = None,
     embedding: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Every score of every user: the functions above on each user's lists, without a loop over users.
+    """Every score of every user: the functions above, without a loop over users.
 
-    users       (U,) int, rising; other users' entries are left out
-    pages       (user, rank, item), (P,) int each: ranked lists, in any order of rows
-    refs        (user, item, rank), (R,) each: labels and the ranks they belong at, 1..n or stats.average_ranks
-    categories  item -> its category names, () where unknown; or what `described` made of them, once for many calls
-    page_k      entries of a list that are the page: all but Recall and NDCG look at these only
+    users       (U,) int, rising; entries of other users are left out
+    pages       (user, rank, item), (P,) int each: ranked lists, in any order
+    refs        (user, item, rank), (R,) each: labels, and the ranks where they belong, 1 to n or
+                stats.average_ranks
+    categories  item -> its category names, () where unknown; or, for many calls, what `described`
+                made of them
+    page_k      entries of a list that are the page: all scores but Recall and NDCG look at these
+                only
+    recall_k    cuts of Recall; ndcg_k: the cut of NDCG
     rel         (R,) grades of the labels, for NDCG
     group       (N,) int near-duplicate group of every item: adds near_duplicate_pairs
     embedding   (N, d) float: adds ILD_cosine
     The other options as in the functions for one user.
 
-    returns name -> (U,) float64, NaN where undefined: see DIRECTION
+    returns     name -> (U,) float64, NaN where undefined. Names: see DIRECTION
+
     Raises ValueError on users that do not rise, repeated labels, negative grades, unknown options.
     """
     users = np.asarray(users)
@@ -600,7 +677,7 @@ def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def labels(users: np.ndarray, refs: tuple, rel: np.ndarray | None) -> tuple[np.ndarray, ...]:
-    """row, item, rank, grade of the labels of `users`, sorted by row and rank."""
+    """row, item, rank and grade, (R,) each, of the labels of `users`, sorted by row and rank."""
     user, item, rank = (np.asarray(column) for column in refs)
     grade = np.ones(len(user)) if rel is None else np.asarray(rel, dtype=np.float64)
     if not (grade >= 0).all() or not (rank >= 1).all() or len(grade) != len(user):
@@ -624,7 +701,12 @@ def accuracy_scores(
     ndcg_k: int,
     cap: bool,
 ) -> dict[str, np.ndarray]:
-    """Recall and NDCG from where each label stands in the whole list (order, NaN where nowhere)."""
+    """Recall and NDCG, (n_users,) each, from where each label stands in the whole list.
+
+    row    (R,) rising: whose label
+    order  (R,) its rank in the list, NaN if it is not there
+    grade  (R,) of the label
+    """
     scores = {}
     count = np.bincount(row, minlength=n_users)
     for k in recall_k:
@@ -653,7 +735,13 @@ def order_scores(
     normalize: bool = False,
     paper: bool = False,
 ) -> dict[str, np.ndarray]:
-    """WAS, PWKT, WMRD, DPA: users with the same number of labels form one dense block."""
+    """WAS, PWKT, WMRD and DPA, (n_users,) each; users with equally many labels form a dense block.
+
+    row     (R,) rising: whose label
+    real    (R,) rank where the label belongs
+    place   (R,) its rank on the page, NaN if it is not there
+    length  (n_users,) number of different items on each page
+    """
     scores = {name: np.full(n_users, np.nan) for name in ("WAS", "PWKT", "WMRD", "DPA")}
     count = np.bincount(row, minlength=n_users)
     begin = np.cumsum(count) - count
@@ -675,12 +763,13 @@ def order_scores(
 
 
 class Described(NamedTuple):
-    """The categories of a catalogue as numbers: what `described` makes.
+    """The categories of a catalogue as numbers, made by `described`.
 
-    table  (N + 1, m) int32 category numbers, -1 behind an item's last; the last row, which index -1 finds, is an
-           empty slot of a page
-    size   (N + 1,) int64 how many each item has
-    known, some_unknown   categories of the whole catalogue; whether some item of it has none
+    table         (N + 1, m) int32: the category numbers of each item, then -1. The last row stands
+                  for an empty slot of a page, whose item is -1
+    size          (N + 1,) int64: how many categories each item has
+    known         number of categories in the catalogue
+    some_unknown  whether some item has none
     """
 
     table: np.ndarray
@@ -690,7 +779,10 @@ class Described(NamedTuple):
 
 
 def described(categories: Sequence) -> Described:
-    """categories  of every item, 0 to N - 1, its category names, () where unknown; no mapping."""
+    """Turn category names into numbers, once for many calls of score_pages.
+
+    categories  (N,) for every item from 0 to N - 1 its category names, () if unknown; no mapping
+    """
     if not all(type(names) is tuple for names in categories):
         categories = [tuple(names_of(categories, item)) for item in range(len(categories))]
     number: dict[Hashable, int] = {}
@@ -701,7 +793,7 @@ def described(categories: Sequence) -> Described:
     table = np.full((len(size), size.max()), -1, dtype=np.int32)
     table[np.arange(table.shape[1]) < size[:, None]] = flat
     order = np.sort(table, axis=1)
-    # no name, or one twice
+    # An empty name, or an item with the same name twice: clean up first.
     if "" in number or ((order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0)).any():
         return described([tuple(names_of(categories, item)) for item in range(len(categories))])
     return Described(table, size, len(number), bool((size[:-1] == 0).any()))
@@ -714,7 +806,10 @@ def category_scores(
     categories: Categories | Described,
     n_categories: int | None,
 ) -> dict[str, np.ndarray]:
-    """ILD, entropy, balance, redundancy and unknown_rate of pages without repeats."""
+    """ILD, entropy, balance, redundancy and unknown_rate of pages without repeats, (n_users,) each.
+
+    length  (n_users,) number of items on each page
+    """
     index = page.item
     if isinstance(categories, Mapping):
         items, index = np.unique(page.item, return_inverse=True)
@@ -748,11 +843,12 @@ def category_scores(
 
 
 def category_entropy(grid: np.ndarray, table: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """H (U,) of pages (U, K) of items, -1 in empty slots; an item without categories counts for one called unknown."""
+    """`entropy` (U,) of pages (U, K) of items, -1 in empty slots; arguments from Described."""
     (U, K), m = grid.shape, table.shape[1]
     base = m + 2  # above any count
     names, count, length = table[grid].astype(np.int64), size[grid][..., None], (grid >= 0).sum(1)
-    # One number for each category of each slot, so that a page's entries of one category come to stand together.
+    # One key for each category of each slot. Sorting brings a page's entries of one category
+    # together.
     key = np.where(names >= 0, (names + 1) * base + count, -1)
     unknown = np.where((grid >= 0)[..., None] & (count == 0), 1, -1)
     key = np.sort(np.concatenate([key, unknown], 2).reshape(U, K * (m + 1)), axis=1)
@@ -767,9 +863,9 @@ def category_entropy(grid: np.ndarray, table: np.ndarray, size: np.ndarray) -> n
 
 
 def jaccard_diversity(grid: np.ndarray, table: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """ILD (U,) by category sets of pages (U, K) of items, -1 in empty slots."""
+    """`ild` (U,) by categories, of pages (U, K) of items, -1 in empty slots."""
     U, K = grid.shape
-    # Users last: every operation then runs along them, however short the pages.
+    # Users along the last axis: operations then run along many users, even if pages are short.
     names = np.ascontiguousarray(table[grid.T].transpose(2, 0, 1))  # (m, K, U)
     mine = np.where(names < 0, -2, names)  # padding equals no padding
     count, similar = size.astype(np.int32)[grid.T], np.zeros(U)
@@ -786,7 +882,7 @@ def jaccard_diversity(grid: np.ndarray, table: np.ndarray, size: np.ndarray) -> 
 def cosine_diversity(
     n_users: int, page: Lists, length: np.ndarray, embedding: np.ndarray
 ) -> np.ndarray:
-    """ILD (U,) by cosine: sum_{i != j} cos_ij = |sum_i e_i|^2 - sum_i |e_i|^2 for unit vectors e_i."""
+    """`ild` (U,) by cosine: sum_{i != j} cos_ij = |sum_i e_i|^2 - sum_i |e_i|^2 of unit vectors."""
     vector = embedding[page.item].astype(np.float64)
     norm = np.linalg.norm(vector, axis=1, keepdims=True)
     unit = np.divide(vector, norm, out=np.zeros_like(vector), where=norm > 0)
@@ -797,22 +893,27 @@ def cosine_diversity(
 
 
 def group_pairs(n_users: int, page: Lists, group: np.ndarray) -> np.ndarray:
-    """Pairs in one near-duplicate group, (U,)."""
+    """`near_duplicate_pairs` (U,) of pages without repeats."""
     base = group.max(initial=0) + 1
     code, count = np.unique(page.row * base + group[page.item], return_counts=True)
     pairs = np.bincount(code // base, weights=count * (count - 1) // 2, minlength=n_users)
-    return pairs.astype(np.float64)  # bincount of nothing counts in whole numbers
+    return pairs.astype(np.float64)  # the bincount of nothing is int64
 
 
 def paper_scale(
     users: np.ndarray, pages: tuple, refs: tuple, leaf: Sequence | None = None, batch: int = 64
 ) -> dict[str, float]:
-    """The rank scores on the scale of the paper's tables, for comparison only (SPEC 8 and 9).
+    """The rank scores on the scale of the paper's tables, for comparison with them only.
 
-    Ranks among the labels only of a full ranking, w = 1, S = 100; a user with one label counts (1, 0, 0, 1);
-    and the plain mean over U users with labels times ceil(U / batch) / U: batch means added, over users.
+    The paper's numbers are of another size than Eq. 17 to 20 allow. This scale comes out near them:
+    ranks among the labels only of a full ranking, w_i = 1, S = 100; for a user with one label WAS
+    is 1, PWKT 0, WMRD 0 and DPA 1. Instead of the mean over the U users it takes the sum of the
+    batches' means divided by U, which is the mean times ceil(U / batch) / U.
 
-    users, pages, refs as in score_pages    leaf  item -> one category: adds the entropy of 40-item pages
+    users, pages, refs  as in `score_pages`
+    leaf                item -> one category: adds the entropy of pages of 40 items
+    batch               users in a batch
+    returns             name -> mean over users
     """
     users = np.asarray(users)
     lists, index = ranked_lists(users, *(np.asarray(column) for column in pages))
@@ -832,7 +933,7 @@ def paper_scale(
 
 
 def paper_mean(values: np.ndarray, batch: int) -> float:
-    """mean * ceil(U / batch) / U; NaN for no user."""
+    """mean * ceil(U / batch) / U of values (U,); NaN for no user."""
     return (
         float(np.mean(values)) * math.ceil(len(values) / batch) / len(values)
         if len(values)

@@ -1,15 +1,21 @@
-"""Pages -> pairs of pages, the better first: what the reward model learns from (SPEC 2.4; the paper's A.3).
+"""Pairs of pages, the better one first: what the reward model learns from (the paper's A.3).
 
     pairs, counts = make_pairs(shop, seed=0, kinds=KINDS, per_kind=4, label_share=0.5)
 
-preference   the other page holds what the user rated below 3, filled up with items nobody showed them
-ranked       1 to 3 position pairs swapped so that a better item stands below a worse one
-diversity    the only item of a category gives way to one of a category that the page already shows
-redundancy   an item gives way to a near-duplicate of one above it
+The better page is a user's ground-truth page. By the kind of pair, the worse one
 
-Both pages are equally long. Train rows only. A pair whose second page has not the lower energy E is dropped.
-The paper swaps positions for the last three alike. A swap cannot change the set on the page, so that only the
-order tells about diversity or redundancy; literal_swaps=True does it the paper's way all the same.
+    preference   holds what the user rated below 3, filled up with items the user has not dealt with
+    ranked       swaps 1 to 3 pairs of positions, so that a better item stands below a worse one
+    diversity    replaces the only item of a category by one of a category that the page already
+                 shows
+    redundancy   replaces an item by a near-duplicate of an item above it
+
+Both pages are equally long, and everything comes from train rows. A pair is dropped unless its
+second page has the lower energy E.
+
+The paper swaps positions for the last three kinds alike. But a swap cannot change which items the
+page holds, so only their order would tell about diversity or redundancy. literal_swaps=True does it
+that way.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -51,20 +57,20 @@ __all__ = [
 
 KINDS = ("preference", "ranked", "diversity", "redundancy")
 NEUTRAL = ("exclude", "weak_negative")
-MATCHES = 5  # a replacement is drawn from the 5 items nearest in popularity and s_i
+MATCHES = 5  # a replacement is drawn from so many items, those nearest in popularity and s_i
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two pages for one user. chosen, rejected and mask are equally long; all item ids are dense."""
+    """Two pages for one user: chosen, rejected and mask are equally long; ids are 0 to N - 1."""
 
     user: int
     kind: str
-    history: list[int]  # what the policy may see, oldest first
+    history: list[int]  # items that the policy may see, oldest first
     history_rating: list[float]  # NaN where unknown
     chosen: list[int]
     rejected: list[int]
-    mask: list[bool]  # edited positions; none for preference
+    mask: list[bool]  # True on edited positions; nowhere for preference
     delta_E: float  # E(chosen) - E(rejected)
     source: str  # of the rejected page: swap, replacement, rated, sampled or rated+sampled
     seed: int  # of the generator that drew the split and the edit
@@ -72,13 +78,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Stock:
-    """The catalogue as pairs need it, (N,) each: made once from the train rows, never changed."""
+    """The catalogue as pairs need it, made once from the train rows."""
 
     catalogue: Catalogue
     near: Near
-    s: np.ndarray
-    weight: np.ndarray  # popularity ** 0.75: how likely an item is to fill a rejected page
-    coordinate: np.ndarray  # (N, 2) in 0..1: popularity rank and s_i, to match a replacement by
+    s: np.ndarray  # (N,) truth.item_scores
+    weight: np.ndarray  # (N,) popularity ** 0.75: odds of an item to fill a rejected page
+    coordinate: np.ndarray  # (N, 2) in 0..1: popularity rank and s_i, to match replacements by
     by_leaf: list[np.ndarray]  # items of every leaf category
 
     @classmethod
@@ -105,16 +111,16 @@ class Buyer:
     """What the train rows say about one user."""
 
     user: int
-    items: np.ndarray  # liked, oldest first
+    items: np.ndarray  # liked ones, oldest first
     ratings: np.ndarray  # of the liked ones; NaN where unknown
     disliked: np.ndarray  # items rated below 3
-    gain: dict[int, float]  # of every train item, liked or not
-    free: np.ndarray  # (N,) bool: no train item of the user, whatever the rating
+    gain: dict[int, float]  # energy.gain of every train item, liked or not
+    free: np.ndarray  # (N,) bool: True unless the item is in the user's train rows
 
 
 @dataclass(frozen=True)
 class Side:
-    """One split of a buyer's liked items and the page made from it: what a kind of pair edits."""
+    """One random split of a buyer's liked items, and the page made from its labels."""
 
     buyer: Buyer
     history: list[int]
@@ -123,36 +129,40 @@ class Side:
     level: np.ndarray  # (K,) rating of each slot, -inf where unknown
 
 
-# What a kind of pair gives back: the rejected page, its edited positions, how it was made. None: impossible.
+# What the functions below return: the rejected page, its edited positions, and how it was made
+# (Pair.source); None if the page allows no such pair.
 Edit = tuple[list[int], list[int], str]
 
 
 def preference(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None:
-    """The user's disliked items in random order, filled up with unseen ones drawn by popularity^0.75."""
+    """Disliked items in random order, filled up with unseen ones drawn in proportion to weight."""
     length = len(side.page)
     bad = rng.permutation(side.buyer.disliked)[:length]
     fill = length - len(bad)
     if fill:
-        # An exponential race: the first `fill` arrivals are a weighted draw without replacement.
+        # Exponential race: the `fill` earliest arrivals are a weighted draw without replacement.
         eligible = np.flatnonzero(side.buyer.free & (stock.weight > 0))
         if len(eligible) < fill:
             return None
         arrival = rng.standard_exponential(len(eligible)) / stock.weight[eligible]
-        first = np.argpartition(arrival, fill - 1)[:fill]  # not sorted whole: there may be millions
+        first = np.argpartition(arrival, fill - 1)[:fill]  # sorts no more: there may be millions
         bad = rng.permutation(np.concatenate([bad, eligible[first[np.argsort(arrival[first])]]]))
     source = "rated" if fill == 0 else "sampled" if fill == length else "rated+sampled"
     return bad.tolist(), [], source
 
 
 def ranked(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None:
-    """Swap 1 to 3 disjoint position pairs a < b where a holds the better item by (rating, then s_i)."""
+    """Swap 1 to 3 disjoint pairs of positions a < b where a has the better (rating, s_i)."""
     level, s = side.level, rating_levels(stock.s[side.page])
     better = (level[:, None] > level) | ((level[:, None] == level) & (s[:, None] > s))
     return swap(side.page, better, rng, most=3)
 
 
 def swap(page: list[int], worth: np.ndarray, rng: np.random.Generator, most: int) -> Edit | None:
-    """Swap up to `most` disjoint positions a < b among those with worth[a, b], (K, K) bool."""
+    """Swap 1 to `most` disjoint pairs of positions a < b, drawn among those with worth[a, b].
+
+    worth  (K, K) bool
+    """
     candidates = rng.permutation(np.argwhere(np.triu(worth, 1))).tolist()
     if not candidates:
         return None
@@ -168,15 +178,15 @@ def swap(page: list[int], worth: np.ndarray, rng: np.random.Generator, most: int
 
 
 def lonely(leaf: np.ndarray) -> np.ndarray:
-    """(K,) bool: the only slot of its known leaf category."""
+    """(K,) bool: slots that are the only one of their (known) leaf category."""
     return (leaf >= 0) & ((leaf[:, None] == leaf).sum(1) == 1)
 
 
 def diversity(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None:
-    """Replace the only item of a category by an unseen one of a category that is already on the page.
+    """Replace the only item of a category by an unseen one of a category that is on the page.
 
-    It is drawn from the MATCHES nearest in popularity rank and s_i, so that neither gives the edit away;
-    never a near-duplicate of an item on the page, which would make it a redundancy pair.
+    The new item is one of the MATCHES nearest in popularity rank and s_i, so that neither gives the
+    edit away. It is never a near-duplicate of an item on the page: that would be a redundancy pair.
     """
     leaf = stock.catalogue.leaf_id[side.page]
     slots = np.flatnonzero(lonely(leaf))
@@ -198,7 +208,7 @@ def diversity(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None
 
 
 def redundancy(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None:
-    """Replace the item at b by an unseen near-duplicate of an item above b."""
+    """Replace an item by an unseen near-duplicate of an item above it."""
     copies = [
         (a, copy)
         for a, item in enumerate(side.page[:-1])
@@ -212,25 +222,27 @@ def redundancy(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | Non
 
 
 def replace(page: list[int], slot: int, item: int) -> Edit:
+    """The edit that puts `item` into `slot`."""
     return [*page[:slot], item, *page[slot + 1 :]], [slot], "replacement"
 
 
 def swapped_diversity(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None:
-    """The paper's way: the only item of a category changes places with a later one that has company."""
+    """The paper's way: swap the only item of a category with a later item of a shared category."""
     leaf = stock.catalogue.leaf_id[side.page]
     alone = lonely(leaf)
     return swap(side.page, alone[:, None] & ~alone, rng, most=1)
 
 
 def swapped_redundancy(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None:
-    """The paper's way: an item changes places with a higher one, nearer to another of its own category."""
+    """The paper's way: swap an item upwards, to below another item of its own category."""
     leaf = stock.catalogue.leaf_id[side.page]
     same = (leaf[:, None] == leaf) & (leaf >= 0)
-    alike_above = np.cumsum(same, axis=0) > 0  # [a, b]: a slot down to a has the category of b
+    alike_above = np.cumsum(same, axis=0) > 0  # [a, b]: b's category stands at a or above
     return swap(side.page, alike_above & ~same, rng, most=1)
 
 
 def makers(literal_swaps: bool) -> dict[str, Callable]:
+    """Kind of pair -> the function that makes its rejected page."""
     if literal_swaps:
         return dict(
             zip(KINDS, (preference, ranked, swapped_diversity, swapped_redundancy), strict=True)
@@ -239,7 +251,7 @@ def makers(literal_swaps: bool) -> dict[str, Callable]:
 
 
 def pair_seed(seed: int, user: int, kind: str, draw: int) -> int:
-    """63 bits from where the draw stands, so that neither order nor number of processes matters."""
+    """63 bits that depend on the arguments only, so that neither order nor processes matter."""
     state = np.random.SeedSequence([seed, user, KINDS.index(kind), draw]).generate_state(
         1, np.uint64
     )
@@ -264,21 +276,28 @@ def make_pairs(
     users: Sequence[int] | None = None,
     progress: bool = False,
 ) -> tuple[list[Pair], dict[str, dict]]:
-    """Pairs of every user with two liked train items or more, by user, kind and draw.
+    """Pairs of every user with two liked train items or more, ordered by user, kind and draw.
 
-    per_kind     draws of each kind a user; every draw makes its own input/label split
-    label_share  share of the user's liked train items that become the page; its first k slots are used
-    neutral      exclude: a rating of 3 is neither liked nor disliked; weak_negative: it is disliked
-    margin       least E(chosen) - E(rejected) of a pair that is kept
-    ranked_margin  more than that for ranked pairs, whose two orders may differ by less than a rating's noise
-    near         near-duplicates to use; default the rule on titles alone
-    users        default all
-    progress     show a bar
-    returns the pairs, and for every kind how many draws were tried, impossible (the page does not allow
-    it), rejected (by the margin) and emitted; lower_energy is the share of emitted ones with the better page
-    on the right side, by a second computation
+    kinds          kinds of pairs to make, some of KINDS
+    per_kind       draws of each kind for each user; every draw splits input and labels anew
+    label_share    share of the user's liked train items that go to the page
+    k              slots of a page at most
+    literal_swaps  make diversity and redundancy pairs by swaps, as the paper does
+    neutral        "exclude": a rating of 3 is neither liked nor disliked; "weak_negative": disliked
+    margin         E(chosen) - E(rejected) of a pair that is kept, at least
+    ranked_margin  the same for ranked pairs, if it is more: the difference between their two orders
+                   may be smaller than the noise of a rating
+    shrink         of truth.item_scores
+    implicit_gain  of energy.gain
+    near           near-duplicates to use; by default those that titles tell
+    users          users to make pairs of; by default all
+    progress       show a progress bar
+    returns        the pairs; and for every kind the numbers of draws tried, impossible (the page
+                   allows no such pair), rejected (by the margin) and emitted, and lower_energy: the
+                   share of emitted pairs whose rejected page has the lower energy, computed a
+                   second time
 
-    Raises ValueError on an unknown kind or neutral, per_kind or k below 1.
+    Raises ValueError on an unknown kind or neutral, or if per_kind or k is below 1.
     """
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise ValueError(
@@ -325,7 +344,7 @@ def make_pairs(
 def buyers(
     shop: Shop, stock: Stock, neutral: str, implicit_gain: float, users: Sequence[int] | None
 ) -> Iterator[Buyer]:
-    """Users with two liked train items or more: one for the history, one for the page."""
+    """Users with two liked train items or more: at least one for the history, one for the page."""
     liked, others = shop.csr("train"), shop.csr("train", positive=False)
     for user in range(shop.n_users) if users is None else users:
         items, ratings = liked.of(user)
@@ -344,7 +363,7 @@ def buyers(
 def draw_side(
     buyer: Buyer, stock: Stock, label_share: float, k: int, rng: np.random.Generator
 ) -> Side:
-    """Split one user's liked items and make the ground-truth page of the labels, cut at k slots."""
+    """Split one user's liked items at random; the labels make the page, cut at k slots."""
     items, ratings = buyer.items, buyer.ratings
     given, label = split_history(items, ratings, label_share, rng)
     page, _ = ground_truth_page(items[label], ratings[label], stock.catalogue, stock.s, stock.near)
@@ -360,6 +379,7 @@ def draw_side(
 
 
 def finish(side: Side, stock: Stock, kind: str, edit: Edit, seed: int) -> Pair:
+    """The pair that an edit makes, with the energies' difference."""
     rejected, edited, source = edit
     of, leaf = side.buyer.gain, stock.catalogue.leaf_id
     value = [
@@ -383,7 +403,10 @@ def finish(side: Side, stock: Stock, kind: str, edit: Edit, seed: int) -> Pair:
 def check_energy(
     pairs: list[Pair], counts: dict[str, dict], shop: Shop, stock: Stock, implicit_gain: float
 ) -> None:
-    """Score all pairs again by another road (in one batch) and note for each kind how many come out right."""
+    """Compute all energies again, in one batch; add the share that agrees to every kind's count.
+
+    The two ways to compute E must agree; that they do not is a bug, hence the assertions.
+    """
     rows, leaf = shop.csr("train", positive=None), stock.catalogue.leaf_id
     users = np.array([pair.user for pair in pairs], dtype=np.int64)
     values = []
@@ -422,7 +445,7 @@ SCHEMA = pa.schema(
 
 
 def to_table(pairs: Sequence[Pair]) -> pa.Table:
-    """One row a pair; ratings as float32."""
+    """A table with one row a pair; ratings as float32."""
     columns = {name: [getattr(pair, name) for pair in pairs] for name in SCHEMA.names}
     return pa.table(columns, schema=SCHEMA)
 

@@ -1,4 +1,7 @@
-"""Ranked pages of many users: their type, pages.parquet, the checks, and the one scorer of all rows."""
+"""Ranked pages of many users: their type, their file pages.parquet, checks, and the scorer.
+
+Whatever ranks items, ours or another library, comes out as RankedPages and is scored by one Scorer.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,16 +42,18 @@ __all__ = [
     "write_pages",
 ]
 
-# logits held at once, 128 MB in float32: 256 users of 131,000 items, 32 of a million
+# Scores held at once, 128 MB in float32: of 256 users at 131,000 items, of 32 at a million.
 BLOCK = 2**25
-# where the periods of time tokens end; (): none is shown
 
 
 @dataclass
 class RankedPages:
-    """Ranked items of many users; the first `slots` of a row are its page.
+    """Ranked items of many users; the first `slots` of a row are the page, the rest rank behind it.
 
-    user (U,) int64    item (U, depth) int64, -1 past the end    score (U, depth) float32    slots (U,) int64
+    user   (U,) int64, rising
+    item   (U, depth) int64, best first; -1 past the end of a row
+    score  (U, depth) float32
+    slots  (U,) int64
     """
 
     user: np.ndarray
@@ -58,10 +63,13 @@ class RankedPages:
 
 
 def tie_breaker(seed: int, users: np.ndarray, n_users: int, n_items: int) -> Rank:
-    """How equal scores go: by a seeded shuffle, never by id. i is before j for half of the users, whatever their
-    numbers.
+    """Breaks ties between equal scores by a seeded random order.
 
-    users  (B,) of the rows that will be ranked        returns  shuffled[item] xor drawn[user], for topk.largest
+    The order differs from user to user: of any two items each goes first for half of the users, so
+    no item is favoured because of its id.
+
+    users    (B,) users of the rows that will be ranked
+    returns  rank for topk.largest: shuffled[item] xor drawn[user]
     """
     shuffled = randomness.rng(seed, "ties", "items").permutation(n_items)
     drawn = randomness.rng(seed, "ties", "users").integers(
@@ -71,10 +79,14 @@ def tie_breaker(seed: int, users: np.ndarray, n_users: int, n_items: int) -> Ran
 
 
 class Scorer:
-    """Held-out truth of a shop, and the scores of ranked pages against it: metrics.py and the page energy.
+    """Scores ranked pages against the held-out rows of a split: metrics.py and the page energy.
 
-    The order of a user's labels is by rating, then s_i; labels equal in both share a rank (SPEC 8). On a shop whose
-    true utilities are known, `true_energy` is the energy with every slot's true rating.
+    A user's labels are ordered by rating, then by s_i; labels equal in both share a rank. `energy`
+    uses the held-out ratings as gains; on a synthetic shop, where every true rating is known,
+    `true_energy` uses those of all slots.
+
+    users  (U,) users with held-out items
+    held   the held-out rows of all users
     """
 
     def __init__(self, shop: Shop, split: str):
@@ -90,7 +102,7 @@ class Scorer:
         )
 
     def __call__(self, ranked: RankedPages, k: int) -> dict[str, np.ndarray]:
-        """name -> (U,) float64 aligned with ranked.user (rising), NaN where undefined."""
+        """metric -> (U,) float64 for pages of k slots, in the order of ranked.user; or NaN."""
         kept = ranked.item >= 0
         user = np.broadcast_to(ranked.user[:, None], kept.shape)[kept]
         rank = np.broadcast_to(np.arange(1, kept.shape[1] + 1), kept.shape)[kept]
@@ -112,10 +124,14 @@ class Scorer:
 
 
 def label_ranks(user: np.ndarray, rating: np.ndarray, s: np.ndarray) -> np.ndarray:
-    """(R,) ranks 1..n of each user's labels, best first by (rating, s_i); equals share their average rank."""
+    """Ranks 1 to n of each user's n labels by (rating, s_i), best first; equals share their mean.
+
+    user, rating, s  (R,) of each label, in any order; NaN in rating or s is lowest
+    returns          (R,) float64
+    """
     worth = np.stack([np.nan_to_num(x, nan=-1.0) for x in (rating, s)])
     order = np.lexsort((-worth[1], -worth[0], user))
-    start = np.searchsorted(user[order], user[order])  # where this user's labels begin
+    start = np.searchsorted(user[order], user[order])  # where the user's labels begin
     place = np.arange(len(user)) - start + 1.0
     new = np.ones(len(user), dtype=bool)
     new[1:] = (user[order][1:] != user[order][:-1]) | (
@@ -128,11 +144,14 @@ def label_ranks(user: np.ndarray, rating: np.ndarray, s: np.ndarray) -> np.ndarr
     return ranks
 
 
-SUSPECT = 3.0  # times EASE: more than any honest recommender gains on it
+SUSPECT = 3.0  # times EASE's score: more than this is suspected to be a leak
 
 
 def check_mask(mask: str) -> tuple[bool, str]:
-    """Whether a Config's mask is one, and what would be: a rule for config.check."""
+    """A rule for config.check: whether `mask` is valid, and what a valid one looks like.
+
+    mask  names of splits with + between them: train, and perhaps valid and unused
+    """
     names = mask.split("+")
     return (
         "train" in names and set(names) <= set(SPLITS) - {"test"} and len(set(names)) == len(names),
@@ -141,17 +160,24 @@ def check_mask(mask: str) -> tuple[bool, str]:
 
 
 def seen_rows(shop: Shop, split: str, mask: str) -> Rows:
-    """What no page may hold when `split` is scored: rows of the mask's splits, liked or not; for valid, train's."""
+    """The items that no page may hold when `split` is scored, liked or not.
+
+    For "test" these are the rows of the mask's splits, for "valid" always the train rows.
+    """
     return shop.csr(tuple(mask.split("+")) if split == "test" else "train", positive=None)
 
 
 def top_items(
     score: Tensor, users: np.ndarray, seen: Rows, depth: int, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The best `depth` items of each user that are not in `seen`, over the whole catalogue.
+    """The best `depth` items of each user in the whole catalogue, except those in `seen`.
 
-    score (B, N) float, users (B,). Returns item (B, depth) int64, -1 past the end, and score (B, depth) float32.
-    Equal scores go by ranked.tie_breaker. Raises ValueError on a NaN.
+    score    (B, N) float
+    users    (B,) users of the rows
+    seed     of tie_breaker, which orders equal scores
+    returns  item (B, depth) int64, best first, -1 past the end; their score (B, depth) float32
+
+    Raises ValueError if a score is NaN.
     """
     table = score.detach().float().contiguous().numpy()
     row, gone = seen.flat(users)
@@ -177,7 +203,12 @@ def rank_all(
     seed: int = 0,
     block: int = 128,
 ) -> RankedPages:
-    """`top_items` of many users, `block` at once; score: users (B,) -> (B, N)."""
+    """`top_items` of many users, `block` at a time.
+
+    score    a function: users (B,) -> scores (B, N)
+    users    (U,) rising
+    k        slots of a page; depth: ranks in all
+    """
     parts = [
         top_items(score(some), some, seen, depth, seed)
         for some in (users[at : at + block] for at in range(0, len(users), block))
@@ -189,14 +220,14 @@ def rank_all(
 def popularity_pages(
     shop: Shop, users: np.ndarray, seen: Rows, k: int, depth: int, seed: int = 0
 ) -> RankedPages:
-    """The most bought train items that a user has not seen."""
+    """For each user the most liked train items that are not in `seen`."""
     count = torch.from_numpy(np.bincount(shop.csr("train").items, minlength=shop.n_items)).float()
     block = max(1, min(512, BLOCK // max(1, shop.n_items)))
     return rank_all(lambda some: count.expand(len(some), -1), users, seen, k, depth, seed, block)
 
 
 def check_pages(name: str, ranked: RankedPages, users: np.ndarray, seen: Rows) -> None:
-    """Raise PageLLMError unless these are lists of exactly these users (rising), free of masked items."""
+    """Raise PageLLMError unless `ranked` has exactly these users (rising) and no item of `seen`."""
     if not np.array_equal(ranked.user, users):
         raise PageLLMError(
             f"{name}: lists of {len(ranked.user):,} users, where {len(users):,} have held-out "
@@ -220,11 +251,15 @@ def check_leak(
     n_labels: np.ndarray,
     ease: dict[str, dict] | None = None,
 ) -> None:
-    """Raise PageLLMError for scores that no honest run has.
+    """Raise PageLLMError for scores that an honest run cannot have.
 
-    scores    as Scorer gives them        n_labels (U,) held-out items of each user
-    ease      metric -> {"mean": ...} of EASE on the same users: more than SUSPECT times that is a suspected leak,
-              and where EASE is so good that nothing can be, an NDCG that misses less than 1 / SUSPECT of what it misses
+    These are an NDCG that the recall does not allow, and scores above SUSPECT times those of EASE.
+    Where EASE is too good for that, it is an NDCG that comes SUSPECT times closer to 1 than EASE's.
+
+    name      of the row, for errors
+    scores    as Scorer gives them
+    n_labels  (U,) number of held-out items of each user
+    ease      metric -> {"mean": ...} of EASE on the same users; None: not known
     """
     bound = metrics.ndcg_bound(n_labels, {20: scores["Recall@20"], 40: scores["Recall@40"]})
     above = scores["NDCG@100"] > bound + 1e-9
@@ -246,11 +281,11 @@ def check_leak(
                 f"{name}: {metric} {mean:.4f} is more than {SUSPECT:g} times EASE's {plain:.4f}: "
                 f"suspected leak\n{look}"
             )
-    # Recall is let off: where a page holds most of a small catalogue, anybody's is nearly 1.
+    # Not for recall: in a small catalogue a page holds most items, and any recall is nearly 1.
     if SUSPECT * plain >= 1 and 1 - mean < (1 - plain) / SUSPECT:
         raise PageLLMError(
-            f"{name}: NDCG@100 {mean:.4f} misses less than 1/{SUSPECT:g} of what EASE's {plain:.4f} "
-            f"misses: suspected leak\n{look}"
+            f"{name}: NDCG@100 {mean:.4f} misses less than 1/{SUSPECT:g} of what EASE's "
+            f"{plain:.4f} misses: suspected leak\n{look}"
         )
 
 
@@ -292,19 +327,20 @@ def score_row(
 
 
 def audience(shop: Shop, scorer: Scorer, mask: str, split: str = "test") -> str:
-    """One sentence on who and what is scored: users, cold users, cold held-out items, mask, candidates."""
+    """One sentence on what is scored: users, cold ones, held-out items, cold ones, candidates."""
     users, held = scorer.users, scorer.held
     cold = int((shop.csr("train").counts()[users] == 0).sum())
     trained = np.bincount(shop.csr("train").items, minlength=shop.n_items) > 0
     return (
-        f"{len(users):,} users, all counted, {cold:,} of them cold (no train row); {len(held.items):,} held-out "
-        f"items, {int((~trained[held.items]).sum()):,} of them cold; ranked: all {shop.n_items:,} items less the "
-        f"user's {mask if split == 'test' else 'train'} rows"
+        f"{len(users):,} users, all counted, {cold:,} of them cold (no train row); "
+        f"{len(held.items):,} held-out items, {int((~trained[held.items]).sum()):,} of them cold; "
+        f"ranked: all {shop.n_items:,} items less the user's "
+        f"{mask if split == 'test' else 'train'} rows"
     )
 
 
 def write_pages(path: Path, ranked: RankedPages) -> None:
-    """pages.parquet: user, rank (from 1), item, score, page (True on the page's own slots)."""
+    """Write pages.parquet: user, rank (from 1), item, score, page (True on the page's slots)."""
     kept = ranked.item >= 0
     rank = np.broadcast_to(np.arange(1, ranked.item.shape[1] + 1), kept.shape)
     user = np.broadcast_to(ranked.user[:, None], kept.shape)
@@ -325,9 +361,12 @@ def write_pages(path: Path, ranked: RankedPages) -> None:
 
 
 def read_pages(path: Path, shop: Shop) -> RankedPages:
-    """The inverse of write_pages; also takes pages.parquet from any other library (columns user, rank, item).
+    """Read pages.parquet as write_pages or another library wrote it.
 
-    Raises PageLLMError for missing columns, unknown users or items, or ranks that are not 1, 2, 3 ...
+    Columns user, rank and item are needed. Without score, items get falling scores by rank; without
+    page, all ranks are the page.
+
+    Raises PageLLMError on missing columns, unknown users or items, or ranks other than 1, 2, 3 ...
     """
     data = pq.read_table(path)
     missing = {"user", "rank", "item"} - set(data.column_names)
@@ -362,7 +401,10 @@ def read_pages(path: Path, shop: Shop) -> RankedPages:
 
 
 def with_users(ranked: RankedPages, users: np.ndarray) -> RankedPages:
-    """The same lists with an empty one for each of `users` (rising) that a file cannot hold, having no row."""
+    """The same lists, and an empty one for each of `users` (rising) that `ranked` lacks.
+
+    A user without any legal item has no row in a file, but still counts.
+    """
     at = np.searchsorted(users, ranked.user)
     item = np.full((len(users), ranked.item.shape[1]), -1, np.int64)
     score, slots = np.full(item.shape, -np.inf, np.float32), np.zeros(len(users), np.int64)

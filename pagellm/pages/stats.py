@@ -1,4 +1,15 @@
-"""Statistics of results: intervals, paired differences, effect sizes, rank correlation."""
+"""Statistics of results: intervals, differences, effect sizes, rank correlation, calibration.
+
+Three functions give a mean with a 95% bootstrap interval:
+
+    summary(x)         of one score a user: draws users
+    paired(a, b)       of a - b, two systems on the same users, one seed of training: draws users
+    difference(a, b)   the same for several seeds: draws seeds, then users
+
+All three draw with replacement from seeded generators, so the same input gives the same interval.
+`paired` is `summary` of the difference. `difference` has a generator of its own: for one seed its
+interval equals that of `paired` up to the noise of the draws, not in every digit.
+"""
 
 import math
 from collections.abc import Sequence
@@ -22,8 +33,11 @@ __all__ = [
 def summary(values: np.ndarray, seed: int, n_boot: int = 1000) -> dict[str, float | int | None]:
     """Mean over users with its 95% percentile bootstrap interval.
 
-    values  (U,) one score a user, NaN where undefined: left out, and told by the coverage
-    returns mean, low, high (None if no user counts), coverage (share of users that count), count (how many)
+    values   (U,) one score a user; NaN, where it is undefined, is left out
+    seed     of the draws
+    n_boot   number of draws
+    returns  mean, low, high (None if no user counts); count: how many users count; coverage: their
+             share of all users
     """
     values = np.asarray(values, dtype=np.float64)
     kept = values[~np.isnan(values)]
@@ -52,9 +66,11 @@ def summary(values: np.ndarray, seed: int, n_boot: int = 1000) -> dict[str, floa
 def paired(
     a: np.ndarray, b: np.ndarray, seed: int = 0, n_boot: int = 1000
 ) -> dict[str, float | int | None]:
-    """Mean of a - b over the users for whom both are defined, with its 95% paired bootstrap interval.
+    """Mean of a - b over the users for whom both are defined, with its paired bootstrap interval.
 
-    a, b  (U,) scores of the same users, in the same order; returns as in `summary`
+    a, b  (U,) scores of the same users, in the same order
+    The other arguments, and what it returns, as in `summary`.
+
     Raises ValueError on unequal lengths.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
@@ -66,10 +82,13 @@ def paired(
 def difference(
     a: list[np.ndarray], b: list[np.ndarray], draws: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Mean of a - b over seeds and users with a 95% interval; a, b: one (U,) array a seed, NaN where undefined.
+    """Mean of a - b over seeds and users with its 95% interval: a paired two-level bootstrap.
 
-    Two-level bootstrap: seeds are drawn with replacement, then users, the same users in a and b. With one seed it
-    is the plain paired bootstrap over users.
+    a, b     one (U,) array for each seed of training, users in the same order everywhere, NaN where
+             undefined
+    draws    each draws seeds with replacement, then users with replacement
+    seed     of the draws
+    returns  mean, low, high; NaN if no score is defined in both
     """
     delta = np.stack(a) - np.stack(b)  # (S, U)
     defined = ~np.isnan(delta)
@@ -89,8 +108,11 @@ def difference(
 
 
 def effect(a: list[np.ndarray], b: list[np.ndarray]) -> float:
-    """Effect size d: mean of a - b over its standard deviation among users; 0 where nothing differs, infinite where
-    all users differ by the same. Arguments as in `difference`."""
+    """Effect size d: the mean of a - b over its standard deviation among users.
+
+    0 where a and b are equal; infinite where all users differ by the same amount. A user's
+    difference is the mean over seeds. Arguments as in `difference`.
+    """
     gap = np.stack(a) - np.stack(b)  # (S, U)
     known = gap[:, ~np.isnan(gap).all(0)]
     if not known.size or not np.nanmax(np.abs(known)):
@@ -140,7 +162,15 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def calibration(margin: np.ndarray, bins: int = 10) -> float | None:
-    """Expected calibration error of p = sigma(margin): |share right - mean confidence| over bins of confidence."""
+    """Expected calibration error of the confidence p = sigma(|margin|), which is from 1/2 to 1.
+
+    The mean of |share right - mean confidence| over equally wide bins of confidence, weighted by
+    their counts.
+
+    margin   (n,) reward of the better page minus that of the worse one; above 0 is right, 0 is half
+             right
+    returns  from 0 to 1; None for n = 0
+    """
     if len(margin) == 0:
         return None
     confidence = 1.0 / (1.0 + np.exp(-np.clip(np.abs(margin), 0, 60)))

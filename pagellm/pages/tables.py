@@ -3,9 +3,10 @@
     records = compare({"EASE": [scores], "ALS": [scores]}, ("Recall@20", "NDCG@100"), versus="EASE")
     print(markdown(records))
 
-`scores` is {metric: (U,) array} of one seed, with the users in the same order in every row. A record
-is a dict about one row and one metric: its mean, and its paired difference to the row `versus` with a
-95% interval and effect size d (the mean difference over its standard deviation among users).
+`scores` is {metric: (U,) array} of one seed, with the users in the same order in every row. A
+record is a dict about one row and one metric: its mean, and its paired difference to the row
+`versus` with a 95% interval and effect size d (the mean difference over its standard deviation
+among users).
 
     text_table        means and intervals of single rows, for a terminal
     compare           records, each row against `versus`
@@ -114,9 +115,10 @@ def compare(
 ) -> list[dict]:
     """One record for each row and metric: mean, and the paired difference to the row `versus`.
 
-    results  row -> scores of each seed. Intervals come from stats.paired for one seed (bootstrap over
-             users), from stats.difference for several (over seeds, then users)
-    columns  metrics, in order; one that a row lacks, or that is NaN for all of its users, is left out
+    results  row -> scores of each seed. Intervals come from stats.paired for one seed (bootstrap
+             over users), from stats.difference for several (over seeds, then users)
+    columns  metrics, in order; one that a row lacks, or that is NaN for all of its users, is left
+             out
     seed     of the bootstrap; n_boot is its number of draws
     Raises PageLLMError if there is no row `versus` or rows have different numbers of seeds.
     """
@@ -140,8 +142,8 @@ def compare(
 def compare_seeds(results: Mapping[str, Sequence[Scores]], columns: Sequence[str]) -> list[dict]:
     """`compare` against the first row for studies of several seeds.
 
-    A record holds `sd_over_seeds`, the standard deviation of the seeds' means (NaN for one seed), and
-    no number of users. Intervals always come from stats.difference.
+    A record holds `sd_over_seeds`, the standard deviation of the seeds' means (NaN for one seed),
+    and no number of users. Intervals always come from stats.difference.
     """
     return _records(results, columns, next(iter(results)), stats.difference, leave_out="users")
 
@@ -186,7 +188,11 @@ def _records(
 
 
 def grid(records: list[dict]) -> tuple[list[str], list[str], dict, dict]:
-    """Row names, metrics, {(row, metric): record} and {metric: the best mean}; none where all rows are equal."""
+    """Records by row and metric.
+
+    returns  row names, metrics, {(row, metric): record}, and {metric: best mean}, which is None
+             where all rows have the same mean
+    """
     names, columns = (list(dict.fromkeys(r[key] for r in records)) for key in ("variant", "metric"))
     at = {(r["variant"], r["metric"]): r for r in records}
     best = {}
@@ -197,8 +203,14 @@ def grid(records: list[dict]) -> tuple[list[str], list[str], dict, dict]:
     return names, columns, at, best
 
 
+def change(record: dict) -> str:
+    """The paired difference of a record, its 95% interval and effect size d, as text."""
+    gap, low, high = (f"{record[key]:+.4f}" for key in ("difference", "low", "high"))
+    return f"{gap} [{low}, {high}], d {record['effect']:+.2f}"
+
+
 def markdown(records: list[dict]) -> str:
-    """Rows down, metrics across; the best mean of a column is bold, and so is any that equals it."""
+    """Markdown with rows down and metrics across; the best means of a column are bold."""
     names, columns, at, best = grid(records)
     direction = {r["metric"]: ARROW[r["direction"]] for r in records}
     lines = [
@@ -212,16 +224,17 @@ def markdown(records: list[dict]) -> str:
             value = "–" if r is None else f"{r['mean']:.4f}"
             cells.append(f"**{value}**" if r is not None and best[metric] == r["mean"] else value)
             if r is not None and name != r["versus"]:
-                cells[-1] += (
-                    f" ({r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}], d {r['effect']:+.2f})"
-                )
+                cells[-1] += f" ({change(r)})"
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def spread(records: list[dict]) -> str:
-    """Markdown of compare_seeds' records: metrics down; each variant's mean ± its standard deviation over seeds (none
-    of one seed), then the paired difference to the first variant with its 95% interval and effect size d."""
+    """Markdown of compare_seeds' records: metrics down, rows of the study across.
+
+    A cell is the mean ± its standard deviation over seeds (left out for one seed), then the paired
+    difference to the first row of the study with its 95% interval and effect size d.
+    """
     names, columns, at, _ = grid(records)
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for metric in columns:
@@ -234,18 +247,14 @@ def spread(records: list[dict]) -> str:
             cell = f"{r['mean']:.4f}" + (
                 "" if np.isnan(r["sd_over_seeds"]) else f" ± {r['sd_over_seeds']:.4f}"
             )
-            cells.append(
-                cell
-                if name == r["versus"]
-                else f"{cell}, {r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}], d {r['effect']:+.2f}"
-            )
+            cells.append(cell if name == r["versus"] else f"{cell}, {change(r)}")
         direction = next(ARROW[r["direction"]] for r in records if r["metric"] == metric)
         lines.append(f"| {metric} {direction} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def latex(records: list[dict]) -> str:
-    """The same as a booktabs table; differences stand in a small line under the means."""
+    """`markdown` as a LaTeX (booktabs) table; differences stand in a small line under the means."""
     names, columns, at, best = grid(records)
     arrow = {
         r["metric"]: r"$\uparrow$" if r["direction"] == "up" else r"$\downarrow$" for r in records
@@ -264,11 +273,11 @@ def latex(records: list[dict]) -> str:
             means.append(
                 rf"\textbf{{{value}}}" if r is not None and best[metric] == r["mean"] else value
             )
-            under.append(
-                ""
-                if r is None or name == r["versus"]
-                else rf"{{\scriptsize ${r['difference']:+.4f}$ [${r['low']:+.4f}$, ${r['high']:+.4f}$]}}"
-            )
+            if r is None or name == r["versus"]:
+                under.append("")
+            else:
+                low, high = (f"${r[key]:+.4f}$" for key in ("low", "high"))
+                under.append(rf"{{\scriptsize ${r['difference']:+.4f}$ [{low}, {high}]}}")
         lines.append(" & ".join(means) + r" \\")
         if any(under):
             lines.append(" & ".join(under) + r" \\")
@@ -276,11 +285,15 @@ def latex(records: list[dict]) -> str:
 
 
 def escape(text: str) -> str:
+    """Text with LaTeX's special characters escaped."""
     return "".join("\\" + c if c in "&%$#_{}" else c for c in text)
 
 
 def save(folder: Path, records: list[dict], heading: str) -> str:
-    """Write table.parquet, table.md, table.tex into `folder`; returns the Markdown with its heading."""
+    """Write table.parquet, table.md and table.tex into `folder`; return the text of table.md.
+
+    heading  lines above the table; in table.tex they are comments
+    """
     write_table(folder / "table.parquet", records)
     text = f"{heading}\n\n{markdown(records)}\n"
     comment = "".join(f"% {line}\n" for line in heading.splitlines())
@@ -291,11 +304,13 @@ def save(folder: Path, records: list[dict], heading: str) -> str:
 
 
 def per_user(path: Path) -> dict[str, np.ndarray]:
+    """Read per_user.parquet: metric -> (U,), and "user" -> (U,) ids."""
     table = pq.read_table(path)
     return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
 
 
 def write_table(path: Path, records: list[dict]) -> None:
+    """Write records as a Parquet table, one row a record, and its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as beside:
         pq.write_table(pa.Table.from_pylist(records), beside)

@@ -1,8 +1,9 @@
-"""The largest entries of every row of a wide table, exactly, in one reading of the table and little more.
+"""The largest entries of every row of a wide table: exact, with little more than one pass over it.
 
-On a CPU torch.topk of 12,000 columns takes several times as long as the matrix product they come from. Here the k-th
-largest of the maxima of a row's chunks bounds the k-th largest entry from below, since k different entries reach it.
-What reaches the bound is a little more than k entries a row; only these are sorted.
+On a CPU torch.topk of 12,000 columns takes several times as long as the matrix product that made
+them. Here every row is cut into chunks. The k-th largest of the chunks' maxima is a lower bound of
+the k-th largest entry, since k different entries reach it. Only a few more than k entries of a row
+reach that bound, and only these are sorted.
 """
 
 from collections.abc import Callable
@@ -13,24 +14,29 @@ from torch import Tensor, from_numpy
 __all__ = ["Rank", "argmax", "largest", "tie_key", "top_k"]
 
 
-# (row, column) -> int64, 0 or more, below 2^32, different within a row: of equal entries the higher one goes first
+# (row, column) -> int64 from 0 to 2^32 - 1, different within a row. Of equal entries the one with
+# the higher rank goes first.
 Rank = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-CHUNK = 32  # entries of a chunk where a row is long enough
-ENTRIES = 2**20  # of the rows taken at a time, 4 MB: what is made of them stays in the cache
+CHUNK = 32  # entries of a chunk; fewer if a row is short
+ENTRIES = 2**20  # entries of the rows processed at a time, 4 MB, so that they stay in the cache
 LOWEST = np.finfo(np.float32).min
 
 
 def contenders(score: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """row, column of all entries above -inf that are not below the k-th largest of their row, and of few others.
+    """The entries of every row that may be among its k largest: these, their equals, a few others.
 
-    score (B, N) float32, C-contiguous; k from 1. Rows rise, columns rise within a row. Raises ValueError on a NaN.
+    score    (B, N) float32, C-contiguous
+    k        1 or more
+    returns  row, column of the entries; rows rise, and columns within a row. None of them is -inf
+
+    Raises ValueError if a score is NaN.
     """
     B, N = score.shape
     chunk = min(CHUNK, N // (2 * k))
     bound = np.full(B, LOWEST)
     if chunk > 1:
-        # chunk j holds the columns j, j + M, j + 2 M ...; what is left over at the end is in none
+        # Chunk j holds the columns j, j + M, j + 2 M ...; columns left over at the end are in none.
         M = N // chunk
         best = score[:, : chunk * M].reshape(B, chunk, M).max(1)
         found = np.isnan(best).any() or np.isnan(score[:, chunk * M :]).any()
@@ -45,11 +51,14 @@ def contenders(score: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def largest(score: np.ndarray, k: int, rank: Rank | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The k largest entries above -inf of every row, falling: column (B, min(k, N)) int64, -1 past the end; value.
+    """The k largest entries of every row, largest first; entries of -inf do not count.
 
-    score  (B, N) float32, C-contiguous
-    rank   decides between equals, at the border too. None: the smaller column goes first
-    Raises ValueError on a NaN.
+    score    (B, N) float32, C-contiguous
+    rank     orders equal entries, also where the list ends. None: the smaller column goes first
+    returns  column (B, min(k, N)) int64, -1 past the last; value, shaped alike, float32, -inf past
+             the last
+
+    Raises ValueError if a score is NaN.
     """
     B, N = score.shape
     k = min(k, N)
@@ -67,7 +76,7 @@ def from_row(rank: Rank, start: int) -> Rank:
 
 
 def largest_of(score: np.ndarray, k: int, rank: Rank | None) -> tuple[np.ndarray, np.ndarray]:
-    """`largest` of a few rows, at least one; k from 1 to N."""
+    """`largest` of a few rows at once, at least one; k from 1 to N."""
     B, N = score.shape
     row, column = contenders(score, k)
     count = np.bincount(row, minlength=B)
@@ -85,14 +94,16 @@ def largest_of(score: np.ndarray, k: int, rank: Rank | None) -> tuple[np.ndarray
 
 
 def tie_key(score: np.ndarray, rank: np.ndarray) -> np.ndarray:
-    """int64 in the order of (score, rank); scores are float32 without NaN, ranks 0 or more and below 2^32."""
-    bits = (score + np.float32(0.0)).view(np.int32)  # + 0: -0 equals 0
+    """int64 that sort like (score, rank). score: float32 without NaN; rank: from 0 to 2^32 - 1."""
+    bits = (score + np.float32(0.0)).view(np.int32)  # + 0 turns -0 into 0
     return np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64) << 32 | rank
 
 
 def argmax(score: np.ndarray, rank: Rank | None = None) -> np.ndarray:
-    """Column (B,) int64 of the largest entry of every row of score (B, N); of equals the highest by rank, without one
-    the first."""
+    """Column (B,) int64 of the largest entry of every row of score (B, N).
+
+    Of equal entries the one of the highest rank counts, without a rank the first.
+    """
     column = score.argmax(1)
     if rank is None:
         return column
@@ -104,11 +115,13 @@ def argmax(score: np.ndarray, rank: Rank | None = None) -> np.ndarray:
 
 
 def top_k(score: Tensor, k: int, rank: Rank | None = None) -> tuple[Tensor, Tensor]:
-    """torch.topk(score, min(k, N), dim=1) of score (B, N) float32: value, column, falling; equals by rank, without one
-    by rising column.
+    """torch.topk(score, min(k, N), dim=1) of score (B, N) float32: value and column, largest first.
 
-    Past the last entry above -inf a row has value -inf and column 0. Where a score is NaN, and on a GPU unless a rank
-    is given (then it is done on the CPU), it is torch.topk itself, with its own order of equals.
+    Equal entries are ordered by rank, without a rank by rising column. Where a row has fewer than k
+    entries above -inf, the rest has value -inf and column 0.
+
+    torch.topk itself is called if a score is NaN, and on a GPU if no rank is given; equal entries
+    then come in its own order. With a rank, a GPU's scores are copied to the CPU.
     """
     k = min(k, score.shape[1])
     found = None

@@ -1,11 +1,10 @@
-"""Ground-truth pages, near-duplicates, page energy E, feedback set F (SPEC 2.2, 2.3; paper: A.2, Eq. 13).
+"""Ground-truth pages (appendix A.2 of arXiv 2506.09084): the best page for some items of one user.
 
     s, near = item_scores(shop), near_duplicates(shop.catalogue)
-    given, label = split_history(items, ratings, 0.2, rng)              # of one user's train positives
+    given, label = split_history(items, ratings, 0.2, rng)     # of one user's liked train items
     page, removed = ground_truth_page(items[label], ratings[label], shop.catalogue, s, near)
-    energy(page, gain(ratings_on_page, s[page]), shop.catalogue.leaf_id, near)
 
-E is a value: higher is better (the paper's "potential energy" is -E). Everything reads train rows only.
+Everything here reads train rows only.
 """
 
 import math
@@ -28,15 +27,16 @@ __all__ = [
 
 
 def popularity(shop: Shop) -> np.ndarray:
-    """(N,) int64: train interactions of every item, liked or not."""
+    """(N,) int64: number of train rows of every item, liked or not."""
     return np.bincount(shop.csr("train", positive=None).items, minlength=shop.n_items)
 
 
 def item_scores(shop: Shop, shrink: float = 0.0) -> np.ndarray:
-    """s_i, the mean train rating of every item over all its raters (SPEC 2.2 step 3).
+    """The score s_i of every item: the mean of its train ratings over all raters.
 
-    shrink  m in (sum r + m mu) / (n_i + m), mu the mean of all train ratings: few raters pull an item less
-    returns (N,) float64 in rating units; NaN for an item nobody rated, whatever shrink: no rating is invented
+    shrink   m in (sum of ratings + m mu) / (n_i + m), where n_i is the number of raters and mu the
+             mean of all train ratings. It pulls items with few raters towards mu
+    returns  (N,) float64 in rating units. NaN for an item without ratings, whatever shrink is
 
     Raises ValueError on a negative shrink.
     """
@@ -55,7 +55,7 @@ def item_scores(shop: Shop, shrink: float = 0.0) -> np.ndarray:
 
 
 def rating_levels(ratings: np.ndarray) -> np.ndarray:
-    """Ratings as comparable numbers: NaN (level unknown) becomes one level below all known ones."""
+    """Ratings as numbers to sort by: NaN (unknown) becomes -inf, one level below all known ones."""
     ratings = np.asarray(ratings, dtype=np.float64)
     return np.where(np.isnan(ratings), -np.inf, ratings)
 
@@ -63,13 +63,17 @@ def rating_levels(ratings: np.ndarray) -> np.ndarray:
 def split_history(
     items: np.ndarray, ratings: np.ndarray, share: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Input/label split of one user's positives, stratified by rating level (SPEC 2.2 step 2).
+    """Split one user's liked items into input and labels, at random within each rating level.
 
-    Of a level with m items, max(1, round(share m)) but never all become labels; a level of one item is input.
-    If that leaves no label, one item drawn at random becomes the label.
+    Of a level with m items max(1, round(share * m)) become labels, but never all of them: a level
+    of one item is input. If that leaves no label at all, one item drawn at random becomes the
+    label.
 
-    items, ratings (n,): NaN ratings form one level of their own    share  of the labels, between 0 and 1
-    returns given, label: index arrays into items, each rising (so a history keeps its order); together 0..n-1
+    items    (n,) item ids
+    ratings  (n,) float; items of unknown rating (NaN) form one level of their own
+    share    of the labels, between 0 and 1
+    returns  given, label: two rising index arrays into items, together 0 to n - 1. Rising, so that
+             a history keeps its order
 
     Raises ValueError on no items, unequal lengths, or a share outside (0, 1).
     """
@@ -91,7 +95,10 @@ def split_history(
 
 
 def single_level(ratings: np.ndarray, given: np.ndarray, label: np.ndarray) -> bool:
-    """True if some rating level of the user stands on one side of the split only (SPEC 2.2 step 2)."""
+    """Whether some rating level occurs on one side of the split only.
+
+    ratings (n,) of one user; given, label as split_history returns them
+    """
     level = rating_levels(ratings)
     return set(level[given]) != set(level[label])
 
@@ -99,14 +106,17 @@ def single_level(ratings: np.ndarray, given: np.ndarray, label: np.ndarray) -> b
 def ground_truth_page(
     items: np.ndarray, ratings: np.ndarray, catalogue: Catalogue, s: np.ndarray, near: Near
 ) -> tuple[np.ndarray, int]:
-    """The best page of some items of one user (SPEC 2.2 steps 4 and 5; the paper's A.2).
+    """The best page that some items of one user make (the paper's appendix A.2).
 
-    Rating levels from high to low, the unknown level last. Inside a level: first items of a leaf category
-    that the page does not show yet, then higher s_i (unknown last), then smaller id. Of near-duplicates the
-    higher one stays. Diversity acts within a level only: across levels it would break the coarse order.
+    Items are ordered by rating, highest first, unknown ratings last. Within one rating level come
+    first the items of a leaf category that the page does not show yet, then those of higher s_i
+    (unknown last), then smaller ids. Diversity counts within a level only; otherwise it would put
+    worse items before better ones. Of near-duplicates only the highest one stays.
 
-    items, ratings (n,)    s (N,) from item_scores
-    returns the page (<= n,) int64, best first, and how many items were removed as redundant
+    items    (n,) item ids
+    ratings  (n,) float, NaN where unknown
+    s        (N,) from item_scores
+    returns  the page, (n or fewer,) int64, best first; and the number of items removed as redundant
     """
     items = np.asarray(items, dtype=np.int64)
     level = rating_levels(ratings)
@@ -115,7 +125,7 @@ def ground_truth_page(
     item_list, level_list = items[order].tolist(), level[order].tolist()
     leaf = catalogue.leaf_id[items[order]].tolist()
     ordered: list[int] = []
-    seen = {-1}  # an unknown leaf never counts as a new category
+    seen = {-1}  # an unknown leaf category (-1) never counts as new
     start = 0
     while start < len(item_list):
         stop = start
@@ -138,28 +148,37 @@ def ground_truth_page(
 
 
 class PageMaker:
-    """Histories and ground-truth pages of a shop's train rows (SPEC 2.2)."""
+    """Draws training examples, histories with their ground-truth pages, from a shop's train rows.
+
+    users  (U,) those with two liked train items or more: at least one for each side
+    """
 
     def __init__(self, shop: Shop, shrink: float = 0.0):
         self.catalogue, self.train = shop.catalogue, shop.csr("train")
         self.time = shop.time[shop.rows("train")]
         self.s = item_scores(shop, shrink)
         self.near = near_duplicates(shop.catalogue)
-        # one for the history, one for the page
         self.users = np.flatnonzero(self.train.counts() > 1)
 
     def example(
         self, user: int, share: float, rng: np.random.Generator, longest: int | None = None
     ):
-        """-> (items, ratings) of the history, and the page (item ids, best first, at most `longest`)."""
+        """One random example of a user: (items, ratings) of the history, and the page of the rest.
+
+        share    of the user's liked items that go to the page
+        longest  slots of the page at most
+        """
         items, ratings = self.train.of(user)
         given, label = split_history(items, ratings, share, rng)
         page, _ = ground_truth_page(items[label], ratings[label], self.catalogue, self.s, self.near)
         return (items[given], ratings[given]), page[:longest]
 
     def later(self, user: int, rng: np.random.Generator, longest: int | None = None):
-        """`example` cut at a moment: what the user had before it, the page of what came after; and the moment (s) of
-        the page's earliest item. Equal moments count in the order of the rows."""
+        """`example`, but split in time: the history is what the user liked before a random point.
+
+        returns  (items, ratings) of the history, the page of what came after, and the time of the
+                 page's earliest item in seconds. Rows of equal time count in their order
+        """
         items, ratings = self.train.of(user)
         at = int(rng.integers(1, len(items)))
         page, _ = ground_truth_page(items[at:], ratings[at:], self.catalogue, self.s, self.near)
@@ -170,7 +189,10 @@ class PageMaker:
         )
 
     def clock(self, times: int) -> tuple[int, ...]:
-        """times - 1 rising moments that cut the train rows into about equal parts; fewer where rows share a moment."""
+        """times - 1 rising times, in seconds, that cut the train rows into about equal parts.
+
+        Fewer where many rows have the same time.
+        """
         if times < 2:
             return ()
         return tuple(
@@ -178,7 +200,7 @@ class PageMaker:
         )
 
     def single_level_share(self, share: float, seed: int) -> float:
-        """Share of users with a rating level on one side of the split only (SPEC 2.2 step 2), over one draw."""
+        """Share of users for whom one random split leaves some rating level on one side only."""
         alone = [
             single_level(
                 self.train.of(u)[1],

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import advantage, reference
 from kernels.advantage import by_blocks, by_doubling, gae
@@ -107,7 +108,29 @@ def test_neither_neighbours_nor_padding_move_a_bit_of_a_scan(scan, T, ratio):
 @pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("shape", [(0, 0), (0, 3), (3, 0)])
 def test_scans_of_nothing(scan, shape):
-    assert scan(torch.zeros(shape), 0.9).shape == shape
+    for ratio in (0.0, 0.9, 1.0):
+        assert scan(torch.zeros(shape), ratio).shape == shape
+
+
+class Sums(TorchDispatchMode):
+    """How many running sums are taken."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "cumsum" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "ratio, T, blocks",
+    [(0.95, 865, 1), (0.95, 866, 2), (0.5, 65, 1), (0.5, 130, 2), (1.0, 9000, 1), (0.0, 3, 3)],
+)
+def test_a_block_is_as_long_as_its_weights_stay_above_two_to_the_minus_64(ratio, T, blocks):
+    """Calls cost time, so that a page of 20 slots must be one block at any usual ratio."""
+    with Sums() as seen:
+        by_blocks(torch.ones(2, T), ratio)
+    assert seen.count == blocks
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

@@ -1,6 +1,7 @@
 """Ground-truth pages of train rows: the split, the item scores, the order of a page."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from pagellm.data.shop import SPLITS
 from pagellm.pages.energy import Near
 from pagellm.pages.truth import (
+    PageMaker,
     ground_truth_page,
     item_scores,
     popularity,
@@ -191,3 +193,92 @@ def test_the_same_item_twice_is_redundant():
         Near.of_pairs(np.zeros((0, 2)), 4),
     )
     assert page.tolist() == [3] and removed == 1
+
+
+# Training examples
+
+
+@st.composite
+def dated_shops(draw):
+    """A shop with times, all ratings kinds and splits; rows of a user in the order of time."""
+    rows = {
+        (u, i): (r, s)
+        for u in range(3)
+        for i, r, s in draw(
+            st.lists(
+                st.tuples(st.integers(0, 7), stars, st.sampled_from(["train", "train", "test"])),
+                max_size=8,
+            )
+        )
+    }
+    shop = shop_with([(u, i, r, s) for (u, i), (r, s) in rows.items()], 3, 8)
+    return replace(shop, time=np.sort(draw(times_of(len(rows)))))
+
+
+def times_of(n):
+    return st.lists(st.integers(0, 5), min_size=n, max_size=n).map(lambda t: np.array(t, np.int64))
+
+
+@law
+@given(dated_shops(), st.integers(0, 9), st.sampled_from([None, 1, 2]))
+def test_examples_are_made_of_liked_train_items_alone(shop, seed, longest):
+    """History and page share nothing; all of a user's liked train items are in one of them."""
+    maker, liked_of = PageMaker(shop), shop.csr("train")
+    assert maker.users.tolist() == [u for u in range(3) if len(liked_of.of(u)[0]) > 1]
+    for user in maker.users.tolist():
+        items, ratings = liked_of.of(user)
+        rating = dict(zip(items.tolist(), np.nan_to_num(ratings, nan=-1.0), strict=True))
+        for draw in (maker.example, None):
+            rng = np.random.default_rng(seed)
+            if draw:
+                (history, given_), page = draw(user, 0.4, rng, longest)
+                whole = draw(user, 0.4, np.random.default_rng(seed))[1]
+            else:
+                (history, given_), page, _ = maker.later(user, rng, longest)
+                whole = maker.later(user, np.random.default_rng(seed))[1]
+            assert sorted([*history, *whole]) == sorted(items)
+            assert (
+                len(history) and len(whole) and list(history) == [i for i in items if i in history]
+            )
+            assert [rating[i] for i in history.tolist()] == np.nan_to_num(given_, nan=-1.0).tolist()
+            assert page.tolist() == whole[:longest].tolist()
+
+
+@law
+@given(dated_shops(), st.integers(0, 9))
+def test_a_later_page_comes_after_its_history(shop, seed):
+    """No item of the page is older than one of the history; the time is that of its earliest item."""
+    maker, train = PageMaker(shop), np.flatnonzero(shop.rows("train"))
+    for user in maker.users.tolist():
+        time = {int(shop.item[row]): int(shop.time[row]) for row in train if shop.user[row] == user}
+        (history, _), page, start = maker.later(user, np.random.default_rng(seed))
+        assert max(time[i] for i in history.tolist()) <= start
+        assert start == min(time[i] for i in page.tolist())
+
+
+def test_a_later_page_begins_anywhere_but_at_the_first_item():
+    rows = [(0, i, 5.0, "train") for i in range(4)]
+    maker = PageMaker(replace(shop_with(rows, 1, 4), time=np.arange(4)))
+    starts = {maker.later(0, np.random.default_rng(n))[2] for n in range(60)}
+    assert starts == {1, 2, 3}
+
+
+def test_the_clock_cuts_train_rows_into_equal_parts():
+    rows = [(0, i, 5.0, "train") for i in range(12)] + [(1, 0, 5.0, "test")]
+    time = np.append(np.arange(12) * 10, 10**6)
+    maker = PageMaker(replace(shop_with(rows, 2, 12), time=time))
+    assert maker.clock(1) == ()
+    for times in (2, 3, 4):
+        cuts = maker.clock(times)
+        counts = np.histogram(maker.time, [-1, *(c - 1 for c in cuts), 200])[0]
+        assert len(cuts) == times - 1 and counts.max() - counts.min() <= 2
+    still = PageMaker(replace(shop_with(rows, 2, 12), time=np.zeros(13, np.int64)))
+    assert still.clock(4) == (0,)
+
+
+def test_the_share_of_users_with_a_level_on_one_side_only():
+    """Two items of one level: a level on both sides; two items of two levels: never."""
+    alike = [(u, i, 5.0, "train") for u in range(3) for i in range(2)]
+    unlike = [(3, 0, 5.0, "train"), (3, 1, 4.0, "train")]
+    assert PageMaker(shop_with(alike, 4, 2)).single_level_share(0.5, 0) == 0
+    assert PageMaker(shop_with(alike + unlike, 4, 2)).single_level_share(0.5, 0) == 1 / 4
