@@ -43,7 +43,7 @@ from pagellm.model.decode import (
     trim_padding,
 )
 from pagellm.model.networks import from_state
-from pagellm.model.page_loss import Batch, collate, sft_loss
+from pagellm.model.page_loss import Batch, page_batch, sft_loss
 from pagellm.model.policy import MODES, Policy, Validation
 from pagellm.model.reward_model import RewardModel
 from pagellm.pages import metrics
@@ -283,7 +283,7 @@ class Prompts:
             )
             for u in users
         ]
-        return collate(self.policy, users, examples)
+        return page_batch(self.policy, users, examples)
 
 
 def share_prompts(
@@ -381,7 +381,7 @@ def minibatch_loss(
         row |= policy_row(logp.detach(), old, A, mask, config.clip)
         row |= {"policy/loss": p_loss.detach(), "policy/entropy": bonus.detach()}
         if config.sft_coef:
-            b = r.sft.part(rows)
+            b = r.sft.select(rows)
             taught = sft_loss(learner.policy, b, "both") * b.mask.sum() / mask.sum().clamp(min=1)
             loss, row["policy/sft_loss"] = loss + config.sft_coef * taught, taught.detach()
     return loss, row

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pagellm.data.shop import load
 from pagellm.model.networks import from_state
-from pagellm.model.page_loss import Batch, collate, sft_loss
+from pagellm.model.page_loss import Batch, page_batch, sft_loss
 from pagellm.model.policy import MODES, Policy, PromptStyle, Validation
 from pagellm.model.sampled_softmax import Proposal
 from pagellm.model.vocab import Vocab
@@ -143,7 +143,7 @@ class PageBatches:
             examples = [
                 self.maker.example(u, share, rng, config.max_page) for u, share, rng in splits
             ]
-        batch = collate(self.policy, mine, examples, when)
+        batch = page_batch(self.policy, mine, examples, when)
         if config.sampled_items:
             rng = randomness.rng(config.seed, "sft", "items", step)
             batch.candidates = self.proposal.draw(batch.item, config.sampled_items, rng)

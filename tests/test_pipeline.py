@@ -288,11 +288,11 @@ def test_micro_batches_move_nothing(root, more):
 def test_hits_and_sfts_loss_keep_to_what_a_page_may_hold(root, monkeypatch):
     """Hidden items may be on a page, disliked ones not; SFT's pages are cut; a page without a slot ends no run."""
     disliked = load(root / "data" / "synthetic").csr("train", positive=False)
-    collate, roll_out, asked, seen = ppo.collate, ppo.roll_out, [], []
+    page_batch, roll_out, asked, seen = ppo.page_batch, ppo.roll_out, [], []
 
     def asking(policy, users, examples, when=None):
         asked.append((np.array(users), [page for _, page in examples]))
-        return collate(policy, users, examples, when)
+        return page_batch(policy, users, examples, when)
 
     def rolling(*args):
         r = roll_out(*args)
@@ -300,7 +300,7 @@ def test_hits_and_sfts_loss_keep_to_what_a_page_may_hold(root, monkeypatch):
         seen.append(r)
         return r
 
-    monkeypatch.setattr(ppo, "collate", asking)
+    monkeypatch.setattr(ppo, "page_batch", asking)
     monkeypatch.setattr(ppo, "roll_out", rolling)
     ppo.run(
         config(
@@ -368,7 +368,7 @@ def test_sft_learns_exact_pages_by_heart(root):
     maker = truth.PageMaker(shop)
     users = maker.users[:32]
     examples = [maker.example(u, 0.3, np.random.default_rng(int(u)), 6) for u in users]
-    batch = page_loss.collate(policy, users, examples)
+    batch = page_loss.page_batch(policy, users, examples)
     opt = torch.optim.Adam(policy.model.parameters(), lr=3e-3)
     for _ in range(300):
         loss = page_loss.sft_loss(policy.model, batch)
@@ -391,8 +391,8 @@ def test_prompt_tokens_do_not_choose_the_targets(root):
     shop = load(root / "data" / "synthetic")
     policy, maker = Policy.load(root / "runs" / "base" / "sft"), truth.PageMaker(shop)
     examples = [maker.example(u, 0.3, np.random.default_rng(0)) for u in maker.users[:3]]
-    batch = page_loss.collate(policy, maker.users[:3], examples)
-    other = page_loss.collate(policy, maker.users[3:6], examples)
+    batch = page_loss.page_batch(policy, maker.users[:3], examples)
+    other = page_loss.page_batch(policy, maker.users[3:6], examples)
     assert torch.equal(batch.item, other.item) and torch.equal(batch.mask, other.mask)
     assert page_loss.sft_loss(policy.model, batch) != page_loss.sft_loss(policy.model, other)
 
@@ -560,17 +560,17 @@ def test_texts_are_read_from_their_tokens_on_disk(root, tmp_path):
     said = [
         (kind, row)
         for kind, rows in (
-            ("contents", corpus.facts(shop.catalogue)),
-            ("first_order", corpus.opinions(shop)),
+            ("contents", corpus.catalogue_texts(shop.catalogue)),
+            ("first_order", corpus.review_texts(shop)),
         )
         for row in rows
     ]
-    assert len(said) == len(made.facts) + len(made.opinions) == len(made.tokens.start) - 1 > 100
+    assert len(said) == len(made.contents) + len(made.reviews) == len(made.tokens.start) - 1 > 100
     for i, (kind, row) in enumerate(said):
         got = (
-            prompts.contents(*made.facts[i], made.tokens[i])
+            prompts.contents(*made.contents[i], made.tokens[i])
             if kind == "contents"
-            else prompts.first_order(*made.opinions[i - len(made.facts)].tolist(), made.tokens[i])
+            else prompts.first_order(*made.reviews[i - len(made.contents)].tolist(), made.tokens[i])
         )
         assert got == getattr(prompts, kind)(*row)
     assert isinstance(made.tokens.ids, np.memmap)

@@ -46,7 +46,7 @@ def root(tmp_path_factory):
 
 def test_no_step_waits_for_the_device(root, monkeypatch):
     monkeypatch.setattr(train, "FUSED", ("cpu",))
-    monkeypatch.setattr(decode, "WHOLE", ("cpu",))
+    monkeypatch.setattr(decode, "ASYNC_DEVICES", ("cpu",))
     # asserts on the device on a GPU
     monkeypatch.setattr("pagellm.kernels.logprob.require", lambda ok, message: None)
     questions, steps = Questions(), []
@@ -119,7 +119,7 @@ def test_ppo_asks_nothing_from_a_rollout_to_its_last_update(root, monkeypatch):
     for fused in ((), ("cpu",)):
         monkeypatch.setattr(train, "FUSED", fused)
         if fused:
-            monkeypatch.setattr(decode, "WHOLE", ("cpu",))
+            monkeypatch.setattr(decode, "ASYNC_DEVICES", ("cpu",))
             monkeypatch.setattr("pagellm.kernels.logprob.require", lambda ok, message: None)
             monkeypatch.setattr(ppo, "learn", watched)
             monkeypatch.setattr(dist, "AsyncScalars", Fetch)

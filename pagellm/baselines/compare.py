@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from pagellm.data.shop import SPLITS, Rows, Shop, load
-from pagellm.model.als import facts_of
+from pagellm.model.als import item_groups
 from pagellm.model.plain import GRIDS, PLAIN, Fitted, fit, gram_matrix, grid_of
 from pagellm.pages.ranked import (
     RankedPages,
@@ -145,8 +145,8 @@ class Bench:
             if self._gram[0] != splits:
                 self._gram = (splits, gram_matrix(rows, shop.n_items))
             gram = self._gram[1]
-        facts = facts_of(shop.catalogue) if name == "ALS+facts" else None
-        return fit(name, rows, shop.n_users, shop.n_items, settings, self.config.seed, gram, facts)
+        groups = item_groups(shop.catalogue) if name == "ALS+facts" else None
+        return fit(name, rows, shop.n_users, shop.n_items, settings, self.config.seed, gram, groups)
 
     def rank(self, fitted: Fitted, users: np.ndarray, seen: Rows) -> RankedPages:
         return rank_all(

@@ -13,7 +13,7 @@ from torch import Tensor
 from pagellm.data.shop import Catalogue, Rows
 from pagellm.stage import randomness
 
-__all__ = ["als", "als_side", "facts_of", "with_facts"]
+__all__ = ["als", "als_side", "item_groups", "add_pseudo_users"]
 
 
 WIDEST = 1000  # items of a category, brand or title word; wider ones say little and cost much
@@ -94,9 +94,9 @@ def als_side(Y: Tensor, rows: Rows, alpha0: float, reg: Tensor, block: int = 4_0
     return out
 
 
-def facts_of(catalogue: Catalogue) -> list[np.ndarray]:
+def item_groups(catalogue: Catalogue) -> list[np.ndarray]:
     """Items (rising) of every category, brand and title word that 2 to WIDEST of them share."""
-    groups: dict[tuple[str, str], list[int]] = {}
+    found: dict[tuple[str, str], list[int]] = {}
     for item in range(len(catalogue)):
         names = {("category", name) for name in catalogue.categories[item]} | {
             ("brand", catalogue.brand[item])
@@ -104,14 +104,14 @@ def facts_of(catalogue: Catalogue) -> list[np.ndarray]:
         names |= {("word", word) for word in re.findall(r"\w+", catalogue.title[item].lower())}
         for name in names:
             if name[1]:
-                groups.setdefault(name, []).append(item)
-    return [np.array(items) for _, items in sorted(groups.items()) if 2 <= len(items) <= WIDEST]
+                found.setdefault(name, []).append(item)
+    return [np.array(items) for _, items in sorted(found.items()) if 2 <= len(items) <= WIDEST]
 
 
-def with_facts(rows: Rows, facts: list[np.ndarray]) -> Rows:
-    """`rows` and behind them one more user for every set of items in `facts`, who has chosen these."""
-    sizes = np.array([len(items) for items in facts], np.int64)
-    more = np.concatenate(facts) if facts else rows.items[:0]
+def add_pseudo_users(rows: Rows, groups: list[np.ndarray]) -> Rows:
+    """`rows` and behind them one more user for every set of items in `groups`, who has chosen these."""
+    sizes = np.array([len(items) for items in groups], np.int64)
+    more = np.concatenate(groups) if groups else rows.items[:0]
     return Rows(
         np.concatenate([rows.indptr, rows.indptr[-1] + np.cumsum(sizes)]),
         np.concatenate([rows.items, more]),

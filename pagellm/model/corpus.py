@@ -18,7 +18,7 @@ __all__ = ["Corpus", "KINDS", "Tokens", "texts"]
 KINDS = ("contents", "first_order", "second_order", "interaction")
 
 
-def facts(c: Catalogue) -> Iterator[tuple[int, str, str]]:
+def catalogue_texts(c: Catalogue) -> Iterator[tuple[int, str, str]]:
     """(item, field, text) of all that the catalogue says."""
     for item in range(len(c)):
         for field, text in (
@@ -31,15 +31,15 @@ def facts(c: Catalogue) -> Iterator[tuple[int, str, str]]:
                 yield item, field, text
 
 
-def opinions(shop: Shop) -> Iterator[tuple[int, int, str]]:
+def review_texts(shop: Shop) -> Iterator[tuple[int, int, str]]:
     """(user, item, review) of the train rows that have one."""
     return ((user, item, text) for user, item, text in zip(*shop.reviews(), strict=True) if text)
 
 
 def texts(shop: Shop) -> Iterator[str]:
     """Everything the words are learnt from."""
-    yield from (text for _, _, text in facts(shop.catalogue))
-    yield from (text for _, _, text in opinions(shop))
+    yield from (text for _, _, text in catalogue_texts(shop.catalogue))
+    yield from (text for _, _, text in review_texts(shop))
     yield from (
         f" {word}:" for word in ("title", "brand", "category", "description", "history", "rating")
     )
@@ -89,15 +89,17 @@ class Corpus:
     def __init__(self, shop: Shop, prompts: Prompts, ordered: bool, path: Path):
         self.shop, self.prompts, self.ordered = shop, prompts, ordered
         c = shop.catalogue
-        said, heard = list(facts(c)), list(opinions(shop))
+        contents, reviews = list(catalogue_texts(c)), list(review_texts(shop))
         if dist.is_main() and not (path / "start.npy").exists():
             Tokens.write(
-                path, (prompts.tokens(text)[: prompts.room] for _, _, text in (*said, *heard))
+                path, (prompts.tokens(text)[: prompts.room] for _, _, text in (*contents, *reviews))
             )
         dist.barrier()
         self.tokens = Tokens(path)
-        self.facts = [(item, field) for item, field, _ in said]
-        self.opinions = np.array([(user, item) for user, item, _ in heard], np.int64).reshape(-1, 2)
+        self.contents = [(item, field) for item, field, _ in contents]
+        self.reviews = np.array([(user, item) for user, item, _ in reviews], np.int64).reshape(
+            -1, 2
+        )
         groups: dict[tuple[str, str], list[int]] = {}
         for item in range(len(c)):
             for field, names in (("category", c.categories[item]), ("brand", (c.brand[item],))):
@@ -112,8 +114,8 @@ class Corpus:
         self.train = shop.csr("train")
         self.choosers = np.flatnonzero(self.train.counts() > 1)
         self.sizes = {
-            "contents": len(self.facts),
-            "first_order": len(self.opinions),
+            "contents": len(self.contents),
+            "first_order": len(self.reviews),
             "second_order": len(self.groups),
             "interaction": len(self.choosers),
         }
@@ -121,10 +123,10 @@ class Corpus:
     def draw(self, kind: str, rng: np.random.Generator) -> Example:
         index = int(rng.integers(self.sizes[kind]))
         if kind == "contents":
-            return self.prompts.contents(*self.facts[index], self.tokens[index])
+            return self.prompts.contents(*self.contents[index], self.tokens[index])
         if kind == "first_order":
             return self.prompts.first_order(
-                *self.opinions[index].tolist(), self.tokens[len(self.facts) + index]
+                *self.reviews[index].tolist(), self.tokens[len(self.contents) + index]
             )
         if kind == "second_order":
             field, name, items = self.groups[index]

@@ -40,7 +40,7 @@ __all__ = [
 
 
 # devices on which finding the kept slots (a wait for the GPU) costs more than the empty ones
-WHOLE = ("cuda",)
+ASYNC_DEVICES = ("cuda",)
 
 
 @dataclass
@@ -72,29 +72,29 @@ class LegalItems:
         self.legal = legal[:, :n_items].contiguous()
         if allowed is not None:
             self.legal &= allowed
-        self.barred: Tensor | None = None
+        self.illegal: Tensor | None = None
 
-    def bar(self, logits: Tensor) -> Tensor:
+    def mask(self, logits: Tensor) -> Tensor:
         """logits (B, N) with -inf where an item is not legal, in their memory on a CPU."""
         if logits.device.type != "cpu":
             return torch.where(self.legal, logits, -torch.inf)
         # few entries are illegal, as a rule, and it is these that are written
-        if self.barred is None:
-            self.barred = from_numpy(np.flatnonzero(~self.legal.numpy()))
-        logits.view(-1).index_fill_(0, self.barred, -torch.inf)
+        if self.illegal is None:
+            self.illegal = from_numpy(np.flatnonzero(~self.legal.numpy()))
+        logits.view(-1).index_fill_(0, self.illegal, -torch.inf)
         return logits
 
-    def place(self, item: Tensor) -> None:
+    def remove(self, item: Tensor) -> None:
         """item (B,) int64: no later slot may hold it; -1 places nothing."""
         held = item >= 0
         index = item.clamp(min=0)[:, None]
         self.legal.scatter_(1, index, self.legal.gather(1, index) & ~held[:, None])
-        if self.barred is not None:
+        if self.illegal is not None:
             flat = torch.arange(len(item)) * self.legal.shape[1] + item
-            self.barred = torch.cat([self.barred, flat[held]])
+            self.illegal = torch.cat([self.illegal, flat[held]])
 
     def select(self, rows: Tensor) -> None:
-        self.legal, self.barred = self.legal[rows], None
+        self.legal, self.illegal = self.legal[rows], None
 
 
 def legal_logp(logits: Tensor, legal: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -164,7 +164,7 @@ def generate(
     first = model.item_logits(hidden)
     logits = first.clone()
     for slot in range(k):
-        scores = constraint.bar(logits if temperature == 1 else logits.div_(temperature))
+        scores = constraint.mask(logits if temperature == 1 else logits.div_(temperature))
         alive = scores.amax(1) != -torch.inf
         best, best_logp = pick(scores, slot)
         chosen = torch.where(alive, best, -1)
@@ -173,7 +173,7 @@ def generate(
             alive,
             torch.where(alive, best_logp, 0.0),
         )
-        constraint.place(chosen)
+        constraint.remove(chosen)
         if slot + 1 < k:
             valid = torch.cat([valid, alive[:, None]], 1)
             logits = model.item_logits(
@@ -189,7 +189,7 @@ def greedy(
     constraint: LegalItems,
     k: int,
     start: tuple[KVCache, Tensor] | None = None,
-    rank: Rank | None = None,
+    ties: Rank | None = None,
 ) -> Pages:
     """The likeliest legal item in every slot; of equals the highest by `rank`, without one the smallest id. start as in
     `generate`."""
@@ -198,8 +198,8 @@ def greedy(
         # numpy's takes a tenth of the time of torch's on a CPU; both take the first of equals there.
         chosen = (
             logits.argmax(1)
-            if logits.device.type != "cpu" and rank is None
-            else from_numpy(argmax(logits.cpu().numpy(), rank)).to(logits.device)
+            if logits.device.type != "cpu" and ties is None
+            else from_numpy(argmax(logits.cpu().numpy(), ties)).to(logits.device)
         )
         return chosen, F.softmax(logits, dim=1).gather(1, chosen[:, None])[:, 0].log()
 
@@ -306,7 +306,7 @@ def beam(
         constraint.select(source)
         item[:, slot], mask[:, slot] = chosen, live
         logp[:, slot] = torch.where(live, step_logp, 0.0)
-        constraint.place(chosen)
+        constraint.remove(chosen)
         if slot + 1 < k:
             valid = torch.cat([valid, live[:, None]], 1)
             logits = model.item_logits(
@@ -324,13 +324,13 @@ def one_shot(
     constraint: LegalItems,
     k: int,
     start: tuple[KVCache, Tensor] | None = None,
-    rank: Rank | None = None,
+    ties: Rank | None = None,
 ) -> Pages:
     """Rank by the first slot's distribution alone: one pass, no slot sees another. start as in `generate`, rank as in
     `greedy`."""
     first = model.item_logits(model(prompt, valid)[:, -1] if start is None else start[1])
     logp, _ = legal_logp(first, constraint.legal, 1.0)
-    value, column = top_k(logp, k, rank)
+    value, column = top_k(logp, k, ties)
     mask = value.isfinite()
     pad = (0, k - mask.shape[1])
     return Pages(
@@ -342,7 +342,7 @@ def one_shot(
 
 
 def ranking(
-    pages: Pages, legal: Tensor, depth: int, rank: Rank | None = None
+    pages: Pages, legal: Tensor, depth: int, ties: Rank | None = None
 ) -> tuple[Tensor, Tensor]:
     """The page, then the remaining legal items by the first slot's logits (SPEC 7: NDCG@100 needs 100 ranks).
 
@@ -356,7 +356,7 @@ def ranking(
     above = over + K - torch.arange(K, device=score.device, dtype=score.dtype)
     padded = F.pad(score, (0, 1))  # the last column takes the empty slots
     padded.scatter_(1, torch.where(pages.mask, pages.item, score.shape[1]), above)
-    value, column = top_k(padded[:, :-1], depth, rank)
+    value, column = top_k(padded[:, :-1], depth, ties)
     kept = value.isfinite()
     pad = (0, depth - kept.shape[1])
     return (
@@ -368,7 +368,7 @@ def ranking(
 def trim_padding(prompt: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """prompt, valid (B, P) without the columns on the left that are padding in every row. As they are where looking
     would wait for a device."""
-    if prompt.device.type in WHOLE or not valid.numel():
+    if prompt.device.type in ASYNC_DEVICES or not valid.numel():
         return prompt, valid
     first = int(valid.any(0).int().argmax())
     return prompt[:, first:], valid[:, first:]
@@ -424,7 +424,9 @@ def page_logp(
     if candidates is not None:
         logp = sampled_logp(states[:, :K][mask], rows, candidates, item[mask], illegal[mask])
         return torch.zeros(B, K, device=item.device).masked_scatter(mask, logp)
-    if mask.device.type in WHOLE:  # empty slots choose freely, and what they choose is dropped
+    if (
+        mask.device.type in ASYNC_DEVICES
+    ):  # empty slots choose freely, and what they choose is dropped
         out = linear_logp(
             states[:, :K].flatten(0, 1),
             rows,

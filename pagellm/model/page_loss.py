@@ -12,7 +12,7 @@ from pagellm.model.prompts import pad_ids
 from pagellm.model.sampled_softmax import Candidates, locate, sampled_logits
 from pagellm.stage import dist
 
-__all__ = ["Batch", "collate", "sft_loss"]
+__all__ = ["Batch", "page_batch", "sft_loss"]
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Batch:
     excluded: Tensor
     candidates: Candidates | None = None
 
-    def part(self, rows: Tensor) -> "Batch":
+    def select(self, rows: Tensor) -> "Batch":
         """Some rows of it, all items in the softmax."""
         return Batch(
             self.prompt[rows],
@@ -44,7 +44,7 @@ class Batch:
         )
 
 
-def collate(policy: Policy, users, examples, when=None) -> Batch:
+def page_batch(policy: Policy, users, examples, when=None) -> Batch:
     histories = [history for history, _ in examples]
     prompt, valid = policy.prompt(users, histories, when)
     item = dist.send(torch.from_numpy(pad_ids([page for _, page in examples], -1)), prompt.device)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pagellm.data.shop import Rows
-from pagellm.model.als import als, with_facts
+from pagellm.model.als import add_pseudo_users, als
 from pagellm.stage.config import PageLLMError
 
 __all__ = [
@@ -78,12 +78,12 @@ def fit(
     settings: dict,
     seed: int = 0,
     gram: Tensor | None = None,
-    facts: list[np.ndarray] | None = None,
+    groups: list[np.ndarray] | None = None,
 ) -> Fitted:
     """Fit one of GRIDS to the positives `rows` of n_users users.
 
     settings  values for that model's names in GRIDS        gram  (N, N), if it is at hand already
-    facts     als.facts_of, for ALS+facts: categories, brands and title words are then users of their items
+    groups    als.item_groups, for ALS+facts: categories, brands and title words are then users of their items
     Raises PageLLMError for an unknown model, other settings than its own, or too many items for N x N.
     """
     if name not in GRIDS or set(settings) != set(GRIDS[name]):
@@ -95,7 +95,7 @@ def fit(
         count = torch.from_numpy(np.bincount(rows.items, minlength=n_items)).float()
         return Fitted(lambda users: count.expand(len(users), -1), {"count": count})
     if name in ("ALS", "ALS+facts"):
-        rows = with_facts(rows, facts or []) if name == "ALS+facts" else rows
+        rows = add_pseudo_users(rows, groups or []) if name == "ALS+facts" else rows
         X, Y = als(rows, len(rows.counts()), n_items, **settings, seed=seed)
         X = X[:n_users]
         return Fitted(lambda users: X[torch.from_numpy(users)] @ Y.T, {"users": X, "items": Y})

@@ -105,7 +105,7 @@ class Policy:
         mode: str = "greedy",
         width: int = 4,
         when: np.ndarray | None = None,
-        rank: Rank | None = None,
+        ties: Rank | None = None,
     ) -> tuple[Pages, Tensor]:
         """Pages of one batch of users, and the legal set (B, N) they started from. when as in `prompt`, rank (not for
         beam) as in decode.greedy."""
@@ -115,11 +115,11 @@ class Policy:
         )
         legal = constraint.legal.clone()
         if mode == "greedy":
-            return greedy(self.model, prompt, valid, constraint, k, rank=rank), legal
+            return greedy(self.model, prompt, valid, constraint, k, ties=ties), legal
         if mode == "beam":
             return beam(self.model, prompt, valid, constraint, k, width), legal
         if mode == "one_shot":
-            return one_shot(self.model, prompt, valid, constraint, k, rank=rank), legal
+            return one_shot(self.model, prompt, valid, constraint, k, ties=ties), legal
         raise PageLLMError(f"mode={mode!r}: want one of {', '.join(MODES)}")
 
     def rank(
@@ -159,11 +159,11 @@ class Policy:
         )
         for start in range(0, len(mine), batch):
             some = mine[order[start : start + batch]]
-            rank = tie_breaker(seed, some, len(seen.indptr) - 1, self.model.n_items)
+            ties = tie_breaker(seed, some, len(seen.indptr) - 1, self.model.n_items)
             pages, legal = self.write(
-                some, history, seen, k, mode, when=None if when is None else when[some], rank=rank
+                some, history, seen, k, mode, when=None if when is None else when[some], ties=ties
             )
-            item, score = ranking(pages, legal, max(depth, k), rank)
+            item, score = ranking(pages, legal, max(depth, k), ties)
             items.append(item.cpu())
             scores.append(score.cpu())
             slots.append(pages.mask.sum(1).cpu())

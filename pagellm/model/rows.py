@@ -6,17 +6,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pagellm.data.shop import Shop
-from pagellm.model.als import als, facts_of, with_facts
+from pagellm.model.als import add_pseudo_users, als, item_groups
 from pagellm.stage.randomness import seed_torch
 
 __all__ = ["als_rows", "spectral_rows"]
 
 
-def spectral_rows(shop: Shop, n_embd: int, seed: int, facts: float = 0.5) -> tuple[Tensor, Tensor]:
+def spectral_rows(shop: Shop, n_embd: int, seed: int, weight: float = 0.5) -> tuple[Tensor, Tensor]:
     """User and item rows from a truncated SVD of what the train rows and the catalogue link items to.
 
     Not in the paper. One sparse matrix: a row for every user, category and brand, a column for every item, each
-    entry / sqrt(row count * column count), categories and brands times `facts`. Structure that second-order prompts
+    entry / sqrt(row count * column count), categories and brands times `weight`. Structure that second-order prompts
     would have to teach is there from the start. Scaled to GPT-2's 0.02; columns past the rank stay random.
 
     returns (U, n_embd), (N, n_embd) float32
@@ -25,11 +25,11 @@ def spectral_rows(shop: Shop, n_embd: int, seed: int, facts: float = 0.5) -> tup
     leaf, brand = np.flatnonzero(c.leaf_id >= 0), np.flatnonzero(c.brand_id >= 0)
     links = [
         (np.repeat(np.arange(shop.n_users), train.counts()), train.items, 1.0),
-        (c.leaf_id[leaf], leaf, facts),
-        (c.brand_id[brand], brand, facts),
+        (c.leaf_id[leaf], leaf, weight),
+        (c.brand_id[brand], brand, weight),
     ]
     rows, columns, values, first = [], [], [], 0
-    for row, item, weight in links:
+    for row, item, value in links:
         n = int(row.max(initial=-1)) + 1 if rows else shop.n_users
         degree = (
             np.maximum(np.bincount(row, minlength=n), 1)[row]
@@ -37,7 +37,7 @@ def spectral_rows(shop: Shop, n_embd: int, seed: int, facts: float = 0.5) -> tup
         )
         rows.append(row + first)
         columns.append(item)
-        values.append(weight / np.sqrt(degree))
+        values.append(value / np.sqrt(degree))
         first += n
     matrix = torch.sparse_coo_tensor(
         np.stack([np.concatenate(rows), np.concatenate(columns)]),
@@ -59,20 +59,20 @@ def als_rows(
     shop: Shop,
     n_embd: int,
     seed: int,
-    facts: bool,
+    catalogue: bool,
     alpha0: float,
     reg: float,
     row_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """User and item rows from implicit ALS (als.py) over the train rows and what the catalogue says.
 
-    Not in the paper. With `facts` every category, brand and title word counts as one more user (als.facts_of): an
+    Not in the paper. With `catalogue` every category, brand and title word counts as one more user (als.item_groups): an
     item's row then also says what it is, and an item nobody bought has a row.
 
     returns (U, n_embd), (N, n_embd) float32, items with standard deviation row_scale; columns past the rank are 0
     """
     rows = shop.csr("train")
-    rows = with_facts(rows, facts_of(shop.catalogue)) if facts else rows
+    rows = add_pseudo_users(rows, item_groups(shop.catalogue)) if catalogue else rows
     rank = min(n_embd, shop.n_items, len(rows.counts()))
     X, Y = als(rows, len(rows.counts()), shop.n_items, rank, alpha0, reg, 1.0, seed)
     scale = row_scale / Y.std().clamp(min=1e-12)

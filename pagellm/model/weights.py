@@ -33,7 +33,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-WHOLE = ("model.safetensors", "pytorch_model.bin")
+SINGLE = ("model.safetensors", "pytorch_model.bin")
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 HEADER_LIMIT = 100 << 20  # bytes; as the format's own readers have it
 
@@ -113,7 +113,7 @@ def write_weights(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
     if not shard_mb:
-        write_safetensors(folder / WHOLE[0], weights)
+        write_safetensors(folder / SINGLE[0], weights)
         return
     shards, room = [{}], 0.0
     for name, w in weights.items():
@@ -139,9 +139,9 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict]:
     """
     path = Path(source)
     if path.is_dir():
-        found = [path / name for name in (*WHOLE, *INDEX) if (path / name).exists()]
+        found = [path / name for name in (*SINGLE, *INDEX) if (path / name).exists()]
         if not found:
-            raise PageLLMError(f"no weights in {path}; want {', '.join((*WHOLE, INDEX[0]))}")
+            raise PageLLMError(f"no weights in {path}; want {', '.join((*SINGLE, INDEX[0]))}")
         path = found[0]
     elif not path.exists():
         path = fetch(str(source))
@@ -200,7 +200,7 @@ def fetch(name: str) -> Path:
         ) from None
     try:
         try:
-            path = Path(hf_hub_download(name, WHOLE[0]))
+            path = Path(hf_hub_download(name, SINGLE[0]))
         except EntryNotFoundError:
             path = Path(hf_hub_download(name, INDEX[0]))
             for file in sorted(set(map(str, read_table(path).get("weight_map", {}).values()))):

@@ -188,7 +188,7 @@ def test_a_model_fitted_to_test_rows_is_stopped(root, monkeypatch):
     """A recommender that knows the test items; EASE beside it is honest and made weak."""
     plain = compare.fit
 
-    def leaky(name, rows, n_users, n_items, chosen, seed, gram, facts):
+    def leaky(name, rows, n_users, n_items, chosen, seed, gram, groups):
         if name == "ALS":
             rows = load(root / "data" / "synthetic").csr("test")
             chosen = chosen | {"factors": 32, "alpha0": 0.001, "reg": 0.0003}

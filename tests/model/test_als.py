@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagellm.data.shop import Catalogue
-from pagellm.model.als import als, als_side, facts_of, with_facts
+from pagellm.model.als import add_pseudo_users, als, als_side, item_groups
 from tests.strategies import purchases, rows_of, seeds
 
 STEADY = settings(deadline=None, max_examples=40)
@@ -96,11 +96,11 @@ def test_facts_are_sets_of_items_that_share_something():
         [np.nan] * 3,
     )
     # brand X; categories Drums, Music; words blue, drum
-    assert [f.tolist() for f in facts_of(c)] == [[0, 2], [0, 2], [0, 1, 2], [0, 1], [0, 2]]
+    assert [f.tolist() for f in item_groups(c)] == [[0, 2], [0, 2], [0, 1, 2], [0, 1], [0, 2]]
 
 
 def test_facts_join_as_users_and_leave_the_users_alone():
-    rows = with_facts(rows_of(BIG), [np.array([3, 4]), np.array([0, 7, 9])])
+    rows = add_pseudo_users(rows_of(BIG), [np.array([3, 4]), np.array([0, 7, 9])])
     assert len(rows.counts()) == len(BIG) + 2
     assert rows.of(len(BIG))[0].tolist() == [3, 4] and rows.of(len(BIG) + 1)[0].tolist() == [
         0,
@@ -109,15 +109,17 @@ def test_facts_join_as_users_and_leave_the_users_alone():
     ]
     for u in range(len(BIG)):
         assert rows.of(u)[0].tolist() == rows_of(BIG).of(u)[0].tolist()
-    assert with_facts(rows_of(BIG), []).items.tolist() == rows_of(BIG).items.tolist()
+    assert add_pseudo_users(rows_of(BIG), []).items.tolist() == rows_of(BIG).items.tolist()
 
 
 def test_an_item_nobody_bought_is_near_what_it_shares_words_with():
     bought = BIG.copy()
     bought[:, 24] = False
     with_none, with_some = (
-        als(with_facts(rows_of(bought), facts), len(BIG) + len(facts), 25, 5, 0.1, 0.01, 1.0)[1]
-        for facts in ([], [np.array([3, 24])])
+        als(
+            add_pseudo_users(rows_of(bought), groups), len(BIG) + len(groups), 25, 5, 0.1, 0.01, 1.0
+        )[1]
+        for groups in ([], [np.array([3, 24])])
     )
     cosine = torch.nn.functional.cosine_similarity
     assert with_none[24].norm() < 1e-4

@@ -242,7 +242,7 @@ def test_constraint_with_a_filter_and_copies():
     allowed = torch.tensor([True, False] * 3 + [True])
     c = LegalItems(torch.tensor([[0, -1], [-1, -1]]), N, allowed)
     assert c.legal.int().tolist() == [[0, 0, 1, 0, 1, 0, 1], [1, 0, 1, 0, 1, 0, 1]]
-    c.place(torch.tensor([2, -1]))
+    c.remove(torch.tensor([2, -1]))
     assert c.legal[0, 2].item() is False and c.legal[1].sum() == 4
     c.select(torch.tensor([0, 0, 1]))
     assert c.legal.shape == (3, N)
@@ -299,11 +299,11 @@ def test_what_is_barred_is_what_is_not_legal_slot_after_slot():
             one.select(torch.tensor([1, 1, 0]))
             two.select(torch.tensor([1, 1, 0]))
         else:
-            one.place(torch.tensor(item))
-            two.place(torch.tensor(item))
+            one.remove(torch.tensor(item))
+            two.remove(torch.tensor(item))
         logits = torch.randn(3, N, generator=generator)
         want = torch.where(two.legal, logits, -torch.inf)
-        assert torch.equal(one.bar(logits), want) and torch.equal(one.legal, two.legal)
+        assert torch.equal(one.mask(logits), want) and torch.equal(one.legal, two.legal)
 
 
 def test_padding_that_all_rows_share_is_not_read():

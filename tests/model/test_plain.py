@@ -154,7 +154,7 @@ def test_als_with_facts_ranks_what_nobody_bought():
     bought = BIG.copy()
     bought[:, 24] = False
     plain, told = (
-        fit(name, rows_of(bought), *bought.shape, SETTINGS["ALS"], facts=[np.array([3, 24])])
+        fit(name, rows_of(bought), *bought.shape, SETTINGS["ALS"], groups=[np.array([3, 24])])
         for name in ("ALS", "ALS+facts")
     )
     fans, others = np.flatnonzero(bought[:, 3]), np.flatnonzero(~bought[:, 3])
