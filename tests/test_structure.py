@@ -43,7 +43,7 @@ OUTSIDE = {
 }
 LEAVES = {
     "serving.api": WEB,
-    "serving.gate": WEB,
+    "serving.middleware": WEB,
     "serving.schema": WEB,
     "baselines.outside": OUTSIDE,
 }

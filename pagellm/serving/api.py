@@ -1,14 +1,15 @@
-"""The HTTP side of `pagellm serve`: requests, answers, limits, logs and meters. Needs the extra [serve].
+"""The HTTP side of `pagellm serve`: routes, error answers and the OpenAPI document.
 
-    app = make_app(service)          service is serve.Service; anything with its methods will do
+    app = make_app(service)          service is a serve.Service, or anything with its methods
 
-No answer is a traceback: whatever is wrong with a request comes back as 4xx and
-{"error": {"code", "message", "fields": [{"field", "problem"}]}}. Logs name routes, never people or items.
+No answer is a traceback. Whatever is wrong with a request comes back as 4xx with the body
+{"error": {"code", "message", "fields": [{"field", "problem"}]}}. Logs name routes, never people
+or items. Needs the extra [serve].
 """
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +21,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from pagellm import __version__
-from pagellm.serving.gate import JSON, Gate, Meters, problem
+from pagellm.serving.middleware import JSON, Meters, Middleware, problem
 from pagellm.serving.schema import (
     Error,
     FoundList,
@@ -42,40 +43,17 @@ FILES = {"page.css": "text/css", "page.js": "text/javascript"}
 
 
 class Busy(Exception):
-    """More requests wait than the queue holds."""
+    """The queue of waiting requests is full."""
 
 
 class TooSlow(Exception):
-    """No answer within the time-out."""
-
-
-def errors(*codes: int) -> dict:
-    why = {
-        400: "The body cannot be read",
-        404: "No such user or item",
-        408: "The body came too slowly",
-        413: "The body is too large",
-        415: "The body is not sent as JSON",
-        422: "Something in the request is wrong; the body says what",
-        503: "Too many requests wait, or not ready; try again",
-        504: "No answer in time; try again",
-    }
-    return {code: {"model": Error, "description": why[code]} for code in codes}
-
-
-ASKED = errors(400, 408, 413, 415, 422, 503, 504)
-
-
-def clean(text) -> str:
-    """A field name of the client's, fit for an answer."""
-    return str(text).encode("utf-8", "backslashreplace").decode()[:120]
+    """The answer was not ready within the time-out."""
 
 
 def make_app(service) -> FastAPI:
-    """The application. Starts `service` with its lifespan, and stops it after the last request."""
+    """The application. It starts `service` when it starts, and closes it after the last request."""
     meters = Meters(service)
     service.observe = meters.observe
-    limits = service.config
 
     @asynccontextmanager
     async def lifespan(app):
@@ -92,7 +70,52 @@ def make_app(service) -> FastAPI:
         default_response_class=JSON,
         description="Whole recommendation pages, with and without the reward. Logs hold no personal data.",
     )
-    app.add_middleware(Gate, meters=meters, max_body=limits.max_body, body_timeout=limits.timeout)
+    limits = service.config
+    app.add_middleware(
+        Middleware, meters=meters, max_body=limits.max_body, body_timeout=limits.timeout
+    )
+    add_error_handlers(app, limits.timeout)
+    add_page_routes(app, service)
+    add_catalogue_routes(app, service)
+    add_shop_route(app, service)
+    add_status_routes(app, service, meters)
+    add_static_routes(app)
+    show_longest_page(app, service)
+    return app
+
+
+def longest_page(service) -> int:
+    """Slots of the longest page that this service writes, whatever the policy."""
+    recommender = service.recommender
+    return min(service.config.max_k, *map(recommender.slots, recommender.policies))
+
+
+# Errors.
+
+MEANING = {
+    400: "The body cannot be read",
+    404: "No such user or item",
+    408: "The body came too slowly",
+    413: "The body is too large",
+    415: "The body is not sent as JSON",
+    422: "Something in the request is wrong; the body says what",
+    503: "Too many requests wait, or not ready; try again",
+    504: "No answer in time; try again",
+}
+
+
+def errors(*codes: int) -> dict:
+    """Entries of the OpenAPI document for these status codes."""
+    return {code: {"model": Error, "description": MEANING[code]} for code in codes}
+
+
+def clean(text) -> str:
+    """A field name that the client sent, made safe to repeat in an answer: 120 characters at most."""
+    return str(text).encode("utf-8", "backslashreplace").decode()[:120]
+
+
+def add_error_handlers(app: FastAPI, timeout: float) -> None:
+    """Turn every exception that a route may raise into an Error body. timeout is in seconds."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError):
@@ -139,61 +162,68 @@ def make_app(service) -> FastAPI:
         return problem(
             504,
             "timeout",
-            f"no answer within {limits.timeout:g} s; try again, or ask for less",
+            f"no answer within {timeout:g} s; try again, or ask for less",
             headers={"retry-after": "1"},
         )
 
-    def k_max() -> int:
-        return min(limits.max_k, *map(service.recommender.slots, service.recommender.policies))
+
+# Routes. The functions' names are part of the OpenAPI document.
+
+
+def add_page_routes(app: FastAPI, service) -> None:
+    """POST /v1/page writes a page, POST /v1/score scores a given one."""
+    responses = {200: {"model": Page}, **errors(400, 408, 413, 415, 422, 503, 504)}
 
     async def answered(asked: PageRequest | ScoreRequest) -> JSON:
         started = time.perf_counter()
         ask = asked.ask()
-        if ask.page is None and ask.k > k_max():
-            raise PageLLMError(f"k={ask.k}: this service writes pages of at most {k_max()} slots")
+        k_max = longest_page(service)
+        if ask.page is None and ask.k > k_max:
+            raise PageLLMError(f"k={ask.k}: this service writes pages of at most {k_max} slots")
         answer = await service.answer(ask)
         return JSON({**answer, "latency_ms": round(1000 * (time.perf_counter() - started), 2)})
 
-    @app.post("/v1/page", responses={200: {"model": Page}, **ASKED}, summary="Write a page")
+    @app.post("/v1/page", responses=responses, summary="Write a page")
     async def page(asked: PageRequest):
         return await answered(asked)
 
-    @app.post(
-        "/v1/score",
-        responses={200: {"model": Page}, **ASKED},
-        summary="Score a page in a given order",
-    )
+    @app.post("/v1/score", responses=responses, summary="Score a page in a given order")
     async def score(asked: ScoreRequest):
         return await answered(asked)
+
+
+Id = Annotated[str, InPath(max_length=256)]
+Words = Annotated[str, Query(max_length=256)]
+Limit = Annotated[int, Query(ge=1, le=100)]
+
+
+def add_catalogue_routes(app: FastAPI, service) -> None:
+    """GET /v1/users and /v1/items: one by its id, or those that hold some words."""
 
     @app.get(
         "/v1/users/{id:path}",
         responses={200: {"model": User}, **errors(404, 422)},
         summary="What is known",
     )
-    def user(id: Annotated[str, InPath(max_length=256)]):
+    def user(id: Id):
         r = service.recommender
         if id not in r.user_of:
             raise HTTPException(
                 404, "no such user; strangers are served by POST /v1/page with a history"
             )
         items, ratings, _ = r.user_state(r.user_of[id])
-        return JSON(
-            {
-                "id": id,
-                "history": [
-                    {**r.cards[i], "rating": None if x != x else round(x, 2)}
-                    for i, x in zip(items.tolist(), ratings.tolist(), strict=True)
-                ],
-            }
-        )
+        history = [
+            {**r.cards[i], "rating": None if x != x else round(x, 2)}
+            for i, x in zip(items.tolist(), ratings.tolist(), strict=True)
+        ]
+        return JSON({"id": id, "history": history})
 
     @app.get(
         "/v1/items/{id:path}",
         responses={200: {"model": Item}, **errors(404, 422)},
         summary="One item",
     )
-    def item(id: Annotated[str, InPath(max_length=256)]):
+    def item(id: Id):
         r = service.recommender
         if id not in r.item_of:
             raise HTTPException(404, "no such item")
@@ -204,24 +234,34 @@ def make_app(service) -> FastAPI:
         responses={200: {"model": FoundList}, **errors(422)},
         summary="Find users by id",
     )
-    def users(
-        query: Annotated[str, Query(max_length=256)] = "",
-        limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    ):
-        r = service.recommender
-        return JSON({"found": find(query, limit, ((i, "") for i in r.shop.user_ids))})
+    def users(query: Words = "", limit: Limit = 20):
+        ids = service.recommender.shop.user_ids
+        return JSON({"found": find(query, limit, ((i, "") for i in ids))})
 
     @app.get(
         "/v1/items",
         responses={200: {"model": FoundList}, **errors(422)},
         summary="Find items by title or id",
     )
-    def items(
-        query: Annotated[str, Query(max_length=256)] = "",
-        limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    ):
+    def items(query: Words = "", limit: Limit = 20):
         c = service.recommender.shop.catalogue
         return JSON({"found": find(query, limit, zip(c.ids, c.title, strict=True))})
+
+
+def find(query: str, limit: int, rows: Iterable[tuple[str, str]]) -> list[dict]:
+    """The first `limit` (id, title) that hold every word of the query, in any case."""
+    words, found = query.casefold().split(), []
+    for name, title in rows:
+        text = f"{name} {title}".casefold()
+        if all(word in text for word in words):
+            found.append({"id": name, "title": title})
+            if len(found) == limit:
+                break
+    return found
+
+
+def add_shop_route(app: FastAPI, service) -> None:
+    """GET /v1/shop: sizes, prices, categories, and the hashes of what is served."""
 
     @app.get("/v1/shop", responses={200: {"model": ShopFacts}}, summary="What can be asked for")
     def shop():
@@ -234,16 +274,20 @@ def make_app(service) -> FastAPI:
         )
         return JSON(
             {
-                "dataset": limits.dataset,
+                "dataset": service.config.dataset,
                 "users": r.shop.n_users,
                 "items": r.shop.n_items,
                 "price": price,
-                "k_max": k_max(),
+                "k_max": longest_page(service),
                 "categories": [{"name": n, "items": len(i)} for n, i in r.members.items()],
                 "models": r.hashes,
                 "version": __version__,
             }
         )
+
+
+def add_status_routes(app: FastAPI, service, meters: Meters) -> None:
+    """GET /healthz, /readyz and /metrics, for load balancers and monitors."""
 
     @app.get("/healthz", responses={200: {"model": Status}}, summary="The process runs")
     async def healthz():
@@ -268,14 +312,9 @@ def make_app(service) -> FastAPI:
     def metrics():
         return Response(meters.text(), headers={"content-type": CONTENT_TYPE_LATEST})
 
-    plain = app.openapi
 
-    def document():
-        whole = plain()
-        whole["components"]["schemas"]["PageRequest"]["properties"]["k"]["maximum"] = k_max()
-        return whole
-
-    app.openapi = document
+def add_static_routes(app: FastAPI) -> None:
+    """The page in the browser: its files are read once, here."""
     kept = {name: (STATIC / name).read_bytes() for name in ("index.html", *FILES)}
 
     @app.get("/", include_in_schema=False)
@@ -290,16 +329,15 @@ def make_app(service) -> FastAPI:
             raise HTTPException(404, "no such file")
         return Response(kept[name], media_type=FILES[name], headers={"cache-control": "no-cache"})
 
-    return app
 
+def show_longest_page(app: FastAPI, service) -> None:
+    """Put the longest page served now into the OpenAPI document, as the maximum of k."""
+    plain: Callable[[], dict] = app.openapi
 
-def find(query: str, limit: int, rows: Iterable[tuple[str, str]]) -> list[dict]:
-    """The first `limit` (id, title) that hold every word of the query, in any case."""
-    words, found = query.casefold().split(), []
-    for name, title in rows:
-        text = f"{name} {title}".casefold()
-        if all(word in text for word in words):
-            found.append({"id": name, "title": title})
-            if len(found) == limit:
-                break
-    return found
+    def document() -> dict:
+        whole = plain()
+        properties = whole["components"]["schemas"]["PageRequest"]["properties"]
+        properties["k"]["maximum"] = longest_page(service)
+        return whole
+
+    app.openapi = document  # type: ignore[method-assign]

@@ -267,7 +267,7 @@ def run(config: Config) -> None:
         import uvicorn
 
         from pagellm.serving.api import make_app
-        from pagellm.serving.gate import Http, json_logs
+        from pagellm.serving.middleware import HttpWithTimeout, json_logs
     except ImportError as error:
         raise PageLLMError(
             f"serving needs {error.name}, which is not installed\n"
@@ -297,7 +297,7 @@ def run(config: Config) -> None:
         f"PageLLM: http://{f'[{host}]' if ':' in host else host}:{port}/   (Ctrl+C stops)",
         flush=True,
     )
-    http = type("Http", (Http,), {"patience": config.timeout})
+    http = type("Http", (HttpWithTimeout,), {"patience": config.timeout})
     server = uvicorn.Server(
         uvicorn.Config(
             make_app(service),

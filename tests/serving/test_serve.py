@@ -1,6 +1,7 @@
 """The service: every bad request gets a clear 4xx, batches and swaps lose nothing, logs name nobody."""
 
 import asyncio
+import http.client
 import io
 import json
 import logging
@@ -34,7 +35,7 @@ import httpx  # noqa: E402
 
 from pagellm.serving import serve  # noqa: E402
 from pagellm.serving.api import make_app  # noqa: E402
-from pagellm.serving.gate import Lines  # noqa: E402
+from pagellm.serving.middleware import JsonLines  # noqa: E402
 from pagellm.serving.recommender import Ask  # noqa: E402
 from pagellm.serving.schema import (
     Error,
@@ -77,9 +78,9 @@ class Client:
     async def send(self, *requests):
         """(method, path, options) of each, all at once."""
         transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://service") as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://service") as sender:
             return await asyncio.gather(
-                *(http.request(method, path, **options) for method, path, options in requests)
+                *(sender.request(method, path, **options) for method, path, options in requests)
             )
 
     def __call__(self, method, path, **options):
@@ -172,6 +173,22 @@ def test_users_items_and_shop(client, some):
         "/nope",
     ):
         assert refused(client("GET", path), 404).code == "not_found"
+
+
+def test_head_is_get_without_the_body(client, some):
+    """Load balancers and uptime monitors ask by HEAD: same status and headers (RFC 9110, 9.3.2)."""
+    paths = [
+        *("/healthz", "/readyz", "/metrics", "/openapi.json", "/", "/static/page.css"),
+        *("/v1/shop", "/v1/users?limit=3", "/v1/items?query=a", f"/v1/users/{some.user_ids[1]}"),
+        *(f"/v1/items/{some.catalogue.ids[2]}", "/v1/users/nobody", "/nope", "/v1/items?limit=x"),
+    ]
+    for path in paths:
+        head, get = client("HEAD", path), client("GET", path)
+        assert (head.status_code, head.content) == (get.status_code, b""), path
+        assert head.headers["content-type"] == get.headers["content-type"]
+        assert "content-length" in head.headers
+    reply = client("HEAD", "/v1/page")
+    assert reply.status_code == 405 and reply.headers["allow"] == "POST"
 
 
 GOOD = {"user": "a", "k": 3}
@@ -432,7 +449,7 @@ def test_one_request_that_breaks_a_batch_breaks_alone(served, caplog):
     assert (
         len(faults) == 1
         and faults[0].fields["type"] == "RuntimeError"
-        and "secret" not in Lines().format(faults[0])
+        and "secret" not in JsonLines().format(faults[0])
     )
 
 
@@ -565,7 +582,7 @@ def test_the_watch_sees_new_weights_by_itself(served, tmp_path):
 def test_logs_are_json_and_name_nobody(client, some):
     out = io.StringIO()
     handler = logging.StreamHandler(out)
-    handler.setFormatter(Lines())
+    handler.setFormatter(JsonLines())
     logger = logging.getLogger("pagellm")
     logger.addHandler(handler)
     before = logger.level
@@ -749,6 +766,12 @@ def test_the_real_process_answers_what_is_under_way_before_it_stops(served):
                 return error.code, json.load(error)
 
         assert post(GOOD)[0] == 200 and post({})[0] == 422
+        kept = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        for method in ("HEAD", "GET", "HEAD", "GET"):  # a body after HEAD would be read as the next
+            kept.request(method, "/v1/items?limit=2")
+            reply = kept.getresponse()
+            assert reply.status == 200 and bool(reply.read()) == (method == "GET")
+        kept.close()
         results = []
         askers = [
             threading.Thread(

@@ -1,4 +1,4 @@
-"""What stands between HTTP and the pages: limits, time-outs, error bodies, metrics, logs."""
+"""What stands around every request: limits, time-outs, error bodies, meters, logs."""
 
 import asyncio
 import json
@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import h11
@@ -23,11 +23,20 @@ from prometheus_client import (
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-__all__ = ["log", "Gate", "Http", "JSON", "Lines", "Meters", "json_logs", "problem"]
+__all__ = [
+    "HttpWithTimeout",
+    "JSON",
+    "JsonLines",
+    "Meters",
+    "Middleware",
+    "json_logs",
+    "log",
+    "problem",
+]
 
 log = logging.getLogger("pagellm")
 
-SAFE = (
+SECURITY_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"x-frame-options", b"DENY"),
@@ -40,15 +49,20 @@ SAFE = (
 
 
 class JSON(JSONResponse):
-    """Plain ASCII JSON: no text a client sends can break the encoding of its own answer."""
+    """JSON in plain ASCII, so that no text which a client sends can break the answer's encoding."""
 
     def render(self, content) -> bytes:
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
 def problem(
-    status: int, code: str, message: str, fields: Iterable[dict] = (), headers: dict | None = None
+    status: int,
+    code: str,
+    message: str,
+    fields: Iterable[dict] = (),
+    headers: Mapping[str, str] | None = None,
 ) -> JSON:
+    """An error answer. fields: {"field", "problem"} of each part of the request that is wrong."""
     return JSON(
         {"error": {"code": code, "message": message, "fields": list(fields)}}, status, headers
     )
@@ -114,7 +128,7 @@ class Meters:
         self.service = service
 
     def observe(self, what: str, value: float) -> None:
-        """What Service reports: "batch" with its pages, a stage with its seconds, or one event."""
+        """Count what Service reports: a batch with its pages, a stage with its seconds, an event."""
         if what == "batch":
             self.batch.observe(value)
         elif what in ("prompt", "decode", "reward", "metrics"):
@@ -129,8 +143,11 @@ class Meters:
         return generate_latest(self.registry)
 
 
-class Http(H11Protocol):
-    """uvicorn's HTTP/1.1, which waits for a request's head for ever: this one hangs up after `patience` seconds."""
+class HttpWithTimeout(H11Protocol):
+    """uvicorn's HTTP/1.1 with a limit on the time that the head of a request may take.
+
+    patience  seconds; the connection is then closed. uvicorn itself waits for ever.
+    """
 
     patience = 10.0
     late: asyncio.TimerHandle | None = None
@@ -150,7 +167,7 @@ class Http(H11Protocol):
     def expect_head(self):
         if self.conn.their_state is not h11.IDLE:
             self.unexpect()
-        elif self.late is None:  # counts from the first byte: drips buy no time
+        elif self.late is None:  # time runs from the first byte, so that sending slowly gains none
             self.late = self.loop.call_later(self.patience, self.transport.close)
 
     def unexpect(self):
@@ -160,89 +177,84 @@ class Http(H11Protocol):
 
 
 class TooLarge(Exception):
-    pass
+    """The body holds more bytes than the service takes."""
 
 
-class Gate:
-    """Around every request: size and time of the body, headers, one log line, meters; a fault is a bare 500.
+class Middleware:
+    """Wraps the application: limits the body, adds headers, writes one log line, counts.
 
-    max_body  bytes    body_timeout  seconds for the whole body
+    max_body      bytes of a body
+    body_timeout  seconds for the whole body
+    A fault of the application becomes a 500 that says nothing about it. HEAD is answered as GET,
+    without the body (RFC 9110, 9.3.2).
     """
 
     def __init__(self, app, meters: Meters, max_body: int, body_timeout: float):
-        self.app, self.meters, self.max_body, self.body_timeout = (
-            app,
-            meters,
-            max_body,
-            body_timeout,
-        )
+        self.app, self.meters = app, meters
+        self.max_body, self.body_timeout = max_body, body_timeout
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started, status, mark = time.perf_counter(), 0, uuid.uuid4().hex[:16]
+        head = scope["method"] == "HEAD"
+        inner = {**scope, "method": "GET"} if head else scope
 
         async def reply(message):
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {
-                    **message,
-                    "headers": [*message["headers"], *SAFE, (b"x-request-id", mark.encode())],
-                }
+                more = [*SECURITY_HEADERS, (b"x-request-id", mark.encode())]
+                message = {**message, "headers": [*message["headers"], *more]}
+            elif head:
+                message = {**message, "body": b""}
             await send(message)
 
         try:
             body = await self.body(scope, receive)
-            await self.app(scope, again(body, receive), reply)
-        except TooLarge:
-            await problem(
-                413,
-                "too_large",
-                f"the body is larger than {self.max_body:,} bytes",
-                headers={"connection": "close"},
-            )(scope, receive, reply)
-        except TimeoutError:
-            await problem(
-                408,
-                "slow_body",
-                f"the body did not arrive within {self.body_timeout:g} s",
-                headers={"connection": "close"},
-            )(scope, receive, reply)
+            await self.app(inner, replay(body, receive), reply)
         except ConnectionError:
             status = 499  # the client left; nobody reads an answer
         except Exception as error:
-            self.meters.observe("fault", 1)
-            place = fault_place(error)
-            log.error(
-                "fault", extra={"fields": {"id": mark, "type": type(error).__name__, "at": place}}
-            )
+            answer = self.refusal(error, mark)
             if not status:
-                await problem(500, "fault", f"a fault of the service; its log has it under {mark}")(
-                    scope, receive, reply
-                )
+                await answer(inner, receive, reply)
+        self.record(inner, scope["method"], mark, status, time.perf_counter() - started)
+
+    def refusal(self, error: Exception, mark: str) -> JSON:
+        """The answer to a body over a limit, or to a fault, which is logged under `mark`."""
+        close = {"connection": "close"}
+        if isinstance(error, TooLarge):
+            text = f"the body is larger than {self.max_body:,} bytes"
+            return problem(413, "too_large", text, headers=close)
+        if isinstance(error, TimeoutError):
+            text = f"the body did not arrive within {self.body_timeout:g} s"
+            return problem(408, "slow_body", text, headers=close)
+        self.meters.observe("fault", 1)
+        fields = {"id": mark, "type": type(error).__name__, "at": fault_place(error)}
+        log.error("fault", extra={"fields": fields})
+        return problem(500, "fault", f"a fault of the service; its log has it under {mark}")
+
+    def record(self, scope, method: str, mark: str, status: int, seconds: float) -> None:
+        """One log line and the meters of a request that has ended. scope: with its route."""
         route = getattr(scope.get("route"), "path", "unmatched")
-        method = (
-            scope["method"] if scope["method"] in ("GET", "POST", "HEAD", "OPTIONS") else "other"
-        )
-        seconds = time.perf_counter() - started
+        method = method if method in ("GET", "POST", "HEAD", "OPTIONS") else "other"
         self.meters.requests.labels(route, method, str(status)).inc()
         self.meters.seconds.labels(route).observe(seconds)
-        log.info(
-            "request",
-            extra={
-                "fields": {
-                    "id": mark,
-                    "route": route,
-                    "method": method,
-                    "status": status,
-                    "ms": round(1000 * seconds, 2),
-                }
-            },
-        )
+        fields = {
+            "id": mark,
+            "route": route,
+            "method": method,
+            "status": status,
+            "ms": round(1000 * seconds, 2),
+        }
+        log.info("request", extra={"fields": fields})
 
     async def body(self, scope, receive) -> bytes:
-        """The whole body. Raises TooLarge, TimeoutError, or ConnectionError for a client that leaves."""
+        """The whole body.
+
+        Raises TooLarge, TimeoutError, or ConnectionError if the client leaves.
+        """
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return b""
         length = dict(scope["headers"]).get(b"content-length", b"0")
@@ -261,8 +273,8 @@ class Gate:
         return b"".join(parts)
 
 
-def again(body: bytes, receive):
-    """A `receive` that gives the body read already, then what follows on the connection."""
+def replay(body: bytes, receive):
+    """A `receive` that first gives the body, which was read already, then what follows it."""
     given = False
 
     async def read():
@@ -276,15 +288,15 @@ def again(body: bytes, receive):
 
 
 def fault_place(error: BaseException) -> str:
-    """file:line where it was raised: enough to find it, nothing of what was being handled."""
+    """file:line where an error was raised: enough to find it, without the request's content."""
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
     return f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else ""
 
 
-class Lines(logging.Formatter):
-    """One JSON object a line; of an exception only its type."""
+class JsonLines(logging.Formatter):
+    """One JSON object a line. Of an exception only the type: its text may hold a person's data."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -300,9 +312,9 @@ class Lines(logging.Formatter):
 
 
 def json_logs(level: str = "info") -> None:
-    """Send this program's logs and uvicorn's to stderr, a JSON object a line."""
+    """Send the logs of this program and of uvicorn to stderr, one JSON object a line."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Lines())
+    handler.setFormatter(JsonLines())
     for name in ("pagellm", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
