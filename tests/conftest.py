@@ -1,12 +1,15 @@
 """What several test files share and is slow to make."""
 
+import shutil
+
 import pytest
 import torch
 
 from pagellm import ppo, pretrain, reward, sft
 from pagellm.data import prepare
 from pagellm.data.shop import load
-from pagellm.serving.recommender import Recommender, Sources
+from pagellm.serving.recommender import Recommender
+from pagellm.serving.sources import Sources
 
 
 def train(data, runs, last="ppo"):
@@ -59,8 +62,23 @@ def shop(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def sft_alone(served, tmp_path_factory):
+    """The shop of `served` and its SFT policy, without PPO and without a reward model."""
+    root = tmp_path_factory.mktemp("sft-alone")
+    shutil.copytree(served / "data", root / "data")
+    shutil.copytree(served / "runs" / "base" / "sft", root / "runs" / "base" / "sft")
+    return root
+
+
+@pytest.fixture(scope="session")
 def rec(served):
-    """A Recommender over `served`."""
+    """A Recommender over `served`, test rows held out as in evaluate."""
     return Recommender.load(
-        Sources(run="base", data=str(served / "data"), runs=str(served / "runs"), device="cpu")
+        Sources(
+            run="base",
+            data=str(served / "data"),
+            runs=str(served / "runs"),
+            device="cpu",
+            split="test",
+        )
     )

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pagellm.pages.stats import difference
-from pagellm.serving.recommender import POLICIES, Ask, Cache, Recommender, Sources
+from pagellm.serving.cache import Cache
+from pagellm.serving.recommender import Ask, Recommender
+from pagellm.serving.sources import POLICIES, Sources
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import check

@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import dataclass
 
 from experiments.stress.load import needs, served
-from pagellm.serving.recommender import Sources
+from pagellm.serving.sources import Sources
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from pagellm.data.shop import load
-from pagellm.serving.recommender import Sources
+from pagellm.serving.sources import Sources
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check

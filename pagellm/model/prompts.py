@@ -11,6 +11,7 @@ those that count in the loss.
                   (with time tokens, <t7> before <page>: the period in which it is shown)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -116,7 +117,9 @@ class Prompts:
         )
 
 
-def pad_ids(rows: list[list[int]], fill: int, width: int | None = None) -> np.ndarray:
+def pad_ids(
+    rows: Sequence[Sequence[int] | np.ndarray], fill: int, width: int | None = None
+) -> np.ndarray:
     """Ragged rows -> (B, width), `fill` on the right. width defaults to the longest row."""
     width = max((len(row) for row in rows), default=0) if width is None else width
     out = np.full((len(rows), width), fill, dtype=np.int64)

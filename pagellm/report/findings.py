@@ -25,7 +25,8 @@ from pagellm.pages import stats
 from pagellm.pages.pairs import KINDS, Pair, from_table
 from pagellm.pages.ranked import RankedPages, Scorer, read_pages, with_users
 from pagellm.reward import is_held_out, score_pairs
-from pagellm.serving.recommender import Ask, Recommender, Sources
+from pagellm.serving.recommender import Ask, Recommender
+from pagellm.serving.sources import Sources
 from pagellm.stage import randomness
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import read_json, slug
@@ -410,15 +411,16 @@ def judge_rows(found: Found, config, row: np.ndarray, batch: int = 128) -> Judge
             device=config.device,
         ),
         policies=("sft",),
+        reward=True,
     )
     token, total = np.full((2, len(row), found.k), np.nan), np.zeros((2, len(row)))
     for side, pages in enumerate(both):
         items = page_items(pages, found.k)[row]
         for at in range(0, len(row), batch):
             some, users = items[at : at + batch], pages.user[row[at : at + batch]]
-            cases = [rec.case(Ask(user=found.shop.user_ids[u], policy="sft", k=1)) for u in users]
+            asks = [rec.resolve(Ask(user=found.shop.user_ids[u], policy="sft", k=1)) for u in users]
             item = torch.from_numpy(pad_ids([i[i >= 0] for i in some], -1, found.k))
-            slots, page = rec.judge(cases, item, item >= 0)
+            slots, page = rec.rewards(asks, item, item >= 0)
             kept = (item >= 0).numpy()
             token[side, at : at + batch] = np.where(kept, slots.numpy(), np.nan)
             total[side, at : at + batch] = page.numpy() + np.where(kept, slots.numpy(), 0).sum(

@@ -281,6 +281,7 @@ def add_shop_route(app: FastAPI, service) -> None:
                 "k_max": longest_page(service),
                 "categories": [{"name": n, "items": len(i)} for n, i in r.members.items()],
                 "models": r.hashes,
+                "split": r.split,
                 "version": __version__,
             }
         )

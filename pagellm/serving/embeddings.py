@@ -40,7 +40,8 @@ class Embeddings:
     """One export directory; files are checked against the manifest when they are first read."""
 
     def __init__(self, path: str | Path):
-        self.path, self._kept = Path(path), {}
+        self.path = Path(path)
+        self._kept: dict[str, np.ndarray] = {}
         try:
             self.manifest = json.loads((self.path / "manifest.json").read_text())
         except (OSError, ValueError) as error:

@@ -3,16 +3,20 @@
 Reads   data/<dataset>, runs/<run>/ppo or sft
 Writes  runs/<run>/export-<policy> (--out)  <name>.npy, item_ids.json, user_ids.json, manifest.json
 
-    make export                             python -m pagellm.serving.export --dtype int8 --pca 32 --out export-small
+    make export         pagellm export --dtype int8 --pca 32 --out export-small
 
-    item_token     (N, d) the item rows e_i           item_content   (N, d) mean state over title, brand, category
-    user_token     (U, d) the user rows               user_content   (U, d) h_u, state behind the page prompt
+    item_token     (N, d) the item rows e_i
+    item_content   (N, d) mean state over an item's title, brand and category
+    user_token     (U, d) the user rows
+    user_content   (U, d) h_u, the state behind the page prompt
 
-h_u . e_i is the logit of item i in the first slot. `pagellm.serving.embeddings` reads all this with numpy alone. Seconds.
+h_u . e_i is the logit of item i in the first slot. `pagellm.serving.embeddings` reads all this with
+numpy alone. It takes seconds.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +25,7 @@ from pagellm.data.shop import Shop, load
 from pagellm.model.policy import Policy
 from pagellm.model.prompts import left_pad
 from pagellm.serving.embeddings import NAMES, quantise
+from pagellm.serving.sources import NEED, check_policy, pick_policy, split_in_words
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.dist import pick_device
@@ -38,34 +43,38 @@ class Config(StageConfig):
     """Write item and user embeddings as .npy files with ids and a manifest."""
 
     source_run: str = ""  # run whose sft is read; empty: this run
-    policy: str = "ppo"  # whose embeddings: ppo or sft
+    policy: str = ""  # whose embeddings: ppo or sft; empty: ppo if it is there, else sft
     names: str = ",".join(NAMES)  # which matrices, comma-separated
     dtype: str = "float16"  # float32, float16, or int8 (a float32 scale a row beside it)
     pca: int = 0  # dimensions kept; 0: all
-    split: str = "test"  # held-out rows kept from the prompts of user_content: test,
-    # or none for serving
+    split: str = "none"  # rows held out from the prompts of user_content. none: all rows, for
+    # serving; test: train rows alone, as in evaluate
     batch: int = 256  # rows in a forward pass
-    out: str = ""  # directory under the run, so that others can lie beside; empty: export-<policy>
+    out: str = ""  # name of the directory under the run; empty: export-<policy>
+
+    def where(self, policy: str) -> Path:
+        """Directory of sft or ppo."""
+        return self.stage(policy, self.source_run if policy == "sft" else "")
 
     def __post_init__(self):
         super().__post_init__()
         names = self.names.split(",")
         check(
             self,
-            policy=(self.policy in ("ppo", "sft"), "ppo or sft"),
+            policy=check_policy(self.policy),
             dtype=(self.dtype in DTYPES, ", ".join(DTYPES)),
             names=(
                 set(names) <= set(NAMES) and len(set(names)) == len(names),
                 f"some of {','.join(NAMES)}",
             ),
-            split=(self.split in ("test", "none"), "test or none"),
+            split=(self.split in ("none", "test"), "none or test"),
             batch=(self.batch > 0, "1 or more"),
         )
 
 
 @torch.no_grad()
 def states(policy: Policy, rows: list[list[int]], batch: int, mean: bool) -> np.ndarray:
-    """(len(rows), C) float32: the last token's state of each row of ids, or the mean over its tokens."""
+    """(len(rows), C) float32: the state of each row's last token, or the mean over its tokens."""
     out, device = [], policy.model.word.device
     for at in range(0, len(rows), batch):
         ids, valid = (x.to(device) for x in left_pad(rows[at : at + batch], policy.vocab.pad))
@@ -80,7 +89,10 @@ def states(policy: Policy, rows: list[list[int]], batch: int, mean: bool) -> np.
 
 
 def item_content(policy: Policy, shop: Shop, batch: int = 256) -> np.ndarray:
-    """(N, C) float32: what the words alone say about an item; an item without any text has the padding's state."""
+    """(N, C) float32: what the words alone say about each item.
+
+    An item without any text has the state of the padding token.
+    """
     c, room = shop.catalogue, policy.model.shape.n_ctx
     texts = [
         " ".join(part for part in (title, brand, leaf) if part)
@@ -90,10 +102,10 @@ def item_content(policy: Policy, shop: Shop, batch: int = 256) -> np.ndarray:
     return states(policy, rows, batch, mean=True)
 
 
-def user_content(policy: Policy, shop: Shop, split: str = "test", batch: int = 256) -> np.ndarray:
-    """(U, C) float32: the state behind each user's page prompt, from which the first slot is drawn.
+def user_content(policy: Policy, shop: Shop, split: str = "none", batch: int = 256) -> np.ndarray:
+    """(U, C) float32: the state behind each user's page prompt, which gives the first slot's logits.
 
-    split  test: train rows in the prompt, as in evaluate; none: all that is known
+    split  none: all rows in the prompt; test: train rows, as in evaluate
     """
     history = shop.csr("train" if split == "test" else None)
     rows = [
@@ -104,16 +116,21 @@ def user_content(policy: Policy, shop: Shop, split: str = "test", batch: int = 2
 
 
 def basis_of(x: np.ndarray, d: int) -> np.ndarray:
-    """(C, d) orthonormal: the d directions that keep most of the rows' squared length. Not centred, so that dot
-    products of rows projected by one basis come near those before."""
+    """(C, d) orthonormal: the d directions that keep most of the rows' squared length.
+
+    The rows are not centred, so that dot products of projected rows stay near those before.
+    """
     return np.linalg.svd(x.astype(np.float64), full_matrices=False)[2][:d].T.astype(np.float32)
 
 
 def export_embeddings(
-    policy: Policy, shop: Shop, names=NAMES, split: str = "test", batch: int = 256, pca: int = 0
+    policy: Policy, shop: Shop, names=NAMES, split: str = "none", batch: int = 256, pca: int = 0
 ) -> dict[str, np.ndarray]:
-    """name -> (rows, d) float32. With pca, item_token and user_content share the basis of the item rows, since they
-    meet in a dot product; the others have their own. Raises PageLLMError for pca above the model's width."""
+    """name -> (rows, d) float32.
+
+    With pca, item_token and user_content share the basis of the item rows, since they meet in a dot
+    product; the others have bases of their own. Raises PageLLMError for pca above the rows' rank.
+    """
     policy.model.eval()
     width = policy.model.shape.n_embd
     if pca > min(width, shop.n_items, shop.n_users):
@@ -137,56 +154,66 @@ def export_embeddings(
 
 
 def run(config: Config) -> None:
-    where = config.stage(config.policy, config.source_run if config.policy == "sft" else "")
-    record = finished(where, f"{config.policy} policy", config.make(config.policy))
+    """Write the matrices, the ids and the manifest. Raises PageLLMError where a dtype is too small."""
+    policy = pick_policy(config.policy, config.where, config.make)
+    config = replace(config, policy=policy)
+    record = finished(config.where(policy), NEED[policy], config.make(policy))
     shop = load(config.data_dir)
     inputs = {"data": file_id(config.data_dir / "source.json"), "policy": record["id"]}
-    with Run(
-        config.stage(config.out or f"export-{config.policy}"), config, inputs, ("batch",)
-    ) as out:
+    with Run(config.stage(config.out or f"export-{policy}"), config, inputs, ("batch",)) as out:
         if out.done:
             print(f"export: already done in {out.path}")
             return
-        policy = Policy.load(where, pick_device(config.device))
-        found, hashes = (
-            export_embeddings(
-                policy, shop, config.names.split(","), config.split, config.batch, config.pca
-            ),
-            {},
+        found = export_embeddings(
+            Policy.load(config.where(policy), pick_device(config.device)),
+            shop,
+            config.names.split(","),
+            config.split,
+            config.batch,
+            config.pca,
         )
-        files = {}
-        for name, x in found.items():
-            if config.dtype == "int8":
-                files[f"{name}.npy"], files[f"{name}.scale.npy"] = quantise(x)
-            else:
-                files[f"{name}.npy"] = x.astype(config.dtype)
-                if not np.isfinite(files[f"{name}.npy"]).all():
-                    raise PageLLMError(
-                        f"{name} does not fit in {config.dtype}; export with --dtype float32"
-                    )
+        files = converted(found, config.dtype)
         for name, x in files.items():
             with atomic(out.path / name) as beside, open(beside, "wb") as file:
                 np.save(file, x, allow_pickle=False)
-            hashes[name] = sha256(out.path / name)
-        for name, ids in (("item_ids.json", shop.catalogue.ids), ("user_ids.json", shop.user_ids)):
-            write_json(out.path / name, list(ids))
-            hashes[name] = sha256(out.path / name)
+        ids = {"item_ids.json": shop.catalogue.ids, "user_ids.json": shop.user_ids}
+        for name, values in ids.items():
+            write_json(out.path / name, list(values))
+        shapes = {name: list(x.shape) for name, x in found.items()}
         write_json(
             out.path / "manifest.json",
             {
                 "dataset": config.dataset,
-                "policy": config.policy,
+                "policy": policy,
                 "inputs": inputs,
                 "dtype": config.dtype,
                 "pca": config.pca,
                 "split": config.split,
-                "sha256": hashes,
-                "matrices": {name: list(x.shape) for name, x in found.items()},
+                "sha256": {name: sha256(out.path / name) for name in (*files, *ids)},
+                "matrices": shapes,
             },
         )
-        out.finish(matrices={name: list(x.shape) for name, x in found.items()})
+        out.finish(matrices=shapes)
         size = sum((out.path / name).stat().st_size for name in files)
         print(f"export: {out.path}, {len(found)} matrices, {size / 1e6:.1f} MB in {config.dtype}")
+        held = split_in_words(config.split).partition(":")[0]
+        print(f"export: {policy} {record['id']}; {held}")
+
+
+def converted(matrices: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    """File name -> array of the matrices in `dtype`; int8 has a file of scales beside each.
+
+    Raises PageLLMError where a number is too large for dtype.
+    """
+    files = {}
+    for name, x in matrices.items():
+        if dtype == "int8":
+            files[f"{name}.npy"], files[f"{name}.scale.npy"] = quantise(x)
+        else:
+            files[f"{name}.npy"] = x.astype(dtype)
+            if not np.isfinite(files[f"{name}.npy"]).all():
+                raise PageLLMError(f"{name} does not fit in {dtype}; export with --dtype float32")
+    return files
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
-"""Features of (user, item) pairs for a ranker that serves without this library (the paper's 5.4 and 6.6).
+"""Features of (user, item) pairs for a ranker that serves without this library (paper, 5.4, 6.6).
 
-Reads   data/<dataset>, runs/<run>/ppo or sft, runs/<run>/reward; a Parquet file of pairs: user_id, item_id
+Reads   data/<dataset>, runs/<run>/ppo or sft, runs/<run>/reward where it is there; a Parquet file of
+        pairs: user_id, item_id
 Writes  the pairs with two more columns
 
-    python -m pagellm.serving.features --pairs pairs.parquet --out features.parquet
+    pagellm features --pairs pairs.parquet --out features.parquet
 
     dot        h_u . e_i, the logit of item i in the first slot of u's page
-    marginal   R(page with i) - R(page without i), R = R_c + R_f, of the page that the policy writes for u: an item of
-               the page is taken off it and the rest closes up, any other is put at its end
+    marginal   R(page with i) - R(page without i), R = R_c + R_f (Eq. 5, 6), of the page that the
+               policy writes for u. An item of the page is taken off it, and the rest closes up; any
+               other item is put at the page's end. Left out where there is no reward model
 
-`python -m experiments.ranker` measures what they add to a LightGBM ranker. Some 4,000 pairs a second on one core.
+`python -m experiments.ranker` measures what they add to a LightGBM ranker. About 4,000 pairs a
+second on one core.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +33,8 @@ from pagellm.model.decode import item_tokens
 from pagellm.model.policy import MODES, Policy
 from pagellm.model.prompts import pad_ids
 from pagellm.model.reward_model import RewardModel, mean_reward
-from pagellm.serving.recommender import POLICIES, Recommender, Sources
+from pagellm.serving.recommender import Recommender
+from pagellm.serving.sources import Sources, check_policy
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic
@@ -44,7 +48,9 @@ class Config(Sources):
 
     pairs: str = ""  # Parquet file with user_id and item_id, the shop's own; other columns are kept
     out: str = ""  # Parquet file to write
-    policy: str = "ppo"  # whose h_u, e_i and pages: ppo or sft
+    policy: str = ""  # whose h_u, e_i and pages: ppo or sft; empty: ppo if it is there, else sft
+    split: str = "test"  # rows held out from prompts and pages, as in evaluate: a ranker that is
+    # tested on them must not have them in its features. none: all rows, for pairs that are served
     k: int = 20  # slots of the page that an item is added to or taken from
     mode: str = "greedy"  # how that page is decoded: greedy, beam or one_shot
     batch: int = 512  # pages in a forward pass of the reward model
@@ -53,7 +59,7 @@ class Config(Sources):
         super().__post_init__()
         check(
             self,
-            policy=(self.policy in POLICIES, " or ".join(POLICIES)),
+            policy=check_policy(self.policy),
             mode=(self.mode in MODES, ", ".join(MODES)),
             k=(self.k > 0, "1 or more"),
             batch=(self.batch > 0, "1 or more"),
@@ -74,9 +80,12 @@ def marginal_reward(
 ) -> Tensor:
     """How much each of some items changes the reward R = R_c + R_f (Eq. 5, 6) of its user's page.
 
-    prompt, valid (B, P); page, mask (B, K) as in decode.Pages; item (B, M) int64, -1: none
-    returns (B, M) float32 on the CPU: R(page) - R(page less the item) where it is on the page, else R(page and then
-    the item) - R(page); NaN where there is none
+    prompt, valid  (B, P)
+    page, mask     (B, K) as in decode.Pages
+    item           (B, M) int64, -1: none
+    batch          pages in a forward pass
+    returns        (B, M) float32 on the CPU: R(page) - R(page less the item) where it is on the
+                   page, else R(page and then the item) - R(page); NaN where there is no item
     """
     (B, M), K, device, trunk = item.shape, page.shape[1], page.device, reward.trunk
     page = torch.where(mask, page, -1)
@@ -88,7 +97,7 @@ def marginal_reward(
     base, out = total + mean_reward(token, mask), torch.full((B, M), torch.nan, device=device)
     there = (page[:, None] == item[..., None]).any(2) & (item >= 0)  # (B, M)
     for row, column in chunks(~there & (item >= 0), batch):
-        # The prompt and the page were read once; only the new item's column is computed for each of them.
+        # The prompt and the page were read once; only the new item's column is computed here.
         mine = KVCache(trunk.shape, 0, 0, trunk.word)
         mine.keys, mine.values, mine.length = cache.keys, cache.values, cache.length
         mine.select(row)
@@ -118,17 +127,15 @@ def marginal_reward(
 
 def chunks(chosen: Tensor, size: int):
     """(row, column) indices of the True cells, `size` at a time."""
-    yield from (
-        zip(*(x.split(size) for x in chosen.nonzero(as_tuple=True)), strict=True)
-        if chosen.any()
-        else ()
-    )
+    if chosen.any():
+        row, column = chosen.nonzero(as_tuple=True)
+        yield from zip(row.split(size), column.split(size), strict=True)
 
 
 @torch.no_grad()
 def pair_features(
     policy: Policy,
-    reward: RewardModel,
+    reward: RewardModel | None,
     history: Rows,
     seen: Rows,
     users: np.ndarray,
@@ -137,10 +144,12 @@ def pair_features(
     mode: str = "greedy",
     batch: int = 512,
     progress: str = "",
-) -> tuple[np.ndarray, np.ndarray]:
-    """dot, marginal (U, M) float32 of items (U, M) int64, -1: none (NaN), for users (U,).
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """dot and marginal (U, M) float32 of items (U, M) int64, -1: none (NaN), for users (U,).
 
-    history  what the prompts show       seen  what no page may hold
+    reward   None: marginal is None
+    history  what the prompts show
+    seen     what no page may hold
     """
     policy.check_room(k + 1)
     dots, margins, device = [], [], policy.model.word.device
@@ -149,56 +158,73 @@ def pair_features(
     ):
         some, mine = users[at : at + 64], torch.from_numpy(item[at : at + 64]).to(device)
         prompt, valid = policy.prompt(some, [history.of(u) for u in some])
-        dot = (
-            policy.model.item_logits(policy.model(prompt, valid)[:, -1])
-            .float()
-            .gather(1, mine.clamp(min=0))
-        )
-        pages, _ = policy.write(some, history, seen, k, mode)
+        logits = policy.model.item_logits(policy.model(prompt, valid)[:, -1])
+        dot = logits.float().gather(1, mine.clamp(min=0))
         dots.append(torch.where(mine >= 0, dot, torch.nan).cpu())
-        margins.append(marginal_reward(reward, prompt, valid, pages.item, pages.mask, mine, batch))
-    return torch.cat(dots).numpy(), torch.cat(margins).numpy()
+        if reward is not None:
+            pages, _ = policy.write(some, history, seen, k, mode)
+            margins.append(
+                marginal_reward(reward, prompt, valid, pages.item, pages.mask, mine, batch)
+            )
+    return torch.cat(dots).numpy(), torch.cat(margins).numpy() if margins else None
+
+
+def read_pairs(path: str) -> pa.Table:
+    """The file of pairs. Raises PageLLMError if it cannot be read, is empty, or has our columns."""
+    try:
+        pairs = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise PageLLMError(f"--pairs {path} cannot be read ({error})") from None
+    if not len(pairs):
+        raise PageLLMError(f"{path} has no rows; want one a pair of user_id and item_id")
+    if twice := {"dot", "marginal"} & set(pairs.column_names):
+        raise PageLLMError(f"{path} has a column {' and '.join(sorted(twice))} already; rename it")
+    return pairs
+
+
+def dense_ids(config: Config, pairs: pa.Table, name: str, known: dict[str, int]) -> np.ndarray:
+    """(R,) int64: a column of ids as dense ids. Whole numbers count as the text of their digits.
+
+    Raises PageLLMError for a column that is missing, and for ids that the data do not have.
+    """
+    if name not in pairs.column_names:
+        raise PageLLMError(
+            f"{config.pairs}: no column {name}; it has {', '.join(pairs.column_names)}"
+        )
+    column = pairs[name]
+    if pa.types.is_integer(column.type):
+        column = column.cast(pa.string())
+    ids = column.to_pylist()
+    if strange := [i for i in ids if i not in known]:
+        raise PageLLMError(
+            f"{config.pairs}: {len(strange):,} rows of column {name} are not in {config.data_dir}, "
+            f"first {strange[0]!r}\n  Leave them out: the model has no row for them."
+        )
+    return np.array([known[i] for i in ids], np.int64)
 
 
 def run(config: Config) -> None:
-    """Raises PageLLMError for pairs that cannot be read, are none, lack a column or have ours, or name an unknown user
-    or item."""
-    try:
-        pairs = pq.read_table(config.pairs)
-    except (OSError, pa.ArrowException) as error:
-        raise PageLLMError(f"--pairs {config.pairs} cannot be read ({error})") from None
-    if not len(pairs):
-        raise PageLLMError(f"{config.pairs} has no rows; want one a pair of user_id and item_id")
-    if twice := {"dot", "marginal"} & set(pairs.column_names):
-        raise PageLLMError(
-            f"{config.pairs} has a column {' and '.join(sorted(twice))} already; rename it"
-        )
+    """Write the file with its features. Errors as in `read_pairs` and `dense_ids`."""
+    pairs = read_pairs(config.pairs)
+    config = replace(config, policy=config.policy_there(config.policy))
     rec = Recommender.load(config, (config.policy,))
-    dense = []
-    for name, known in (("user_id", rec.user_of), ("item_id", rec.item_of)):
-        if name not in pairs.column_names:
-            raise PageLLMError(
-                f"{config.pairs}: no column {name}; it has {', '.join(pairs.column_names)}"
-            )
-        ids = pairs[name].to_pylist()
-        if strange := [i for i in ids if i not in known]:
-            raise PageLLMError(
-                f"{config.pairs}: {len(strange):,} rows of column {name} are not in {config.data_dir}, "
-                f"first {strange[0]!r}\n  Leave them out: the model has no row for them."
-            )
-        dense.append(np.array([known[i] for i in ids], np.int64))
-    users, back = np.unique(dense[0], return_inverse=True)
-    order = np.argsort(back, kind="stable")
-    item = pad_ids(
-        np.split(dense[1][order], np.cumsum(np.bincount(back, minlength=len(users)))[:-1]), -1
+    print(f"features: {rec.in_words()}")
+    user, item = (
+        dense_ids(config, pairs, name, known)
+        for name, known in (("user_id", rec.user_of), ("item_id", rec.item_of))
     )
-    found = pair_features(
+    # Every user's pages are written once: a row a user, that user's items side by side.
+    users, back = np.unique(user, return_inverse=True)
+    order = np.argsort(back, kind="stable")
+    ends = np.cumsum(np.bincount(back, minlength=len(users)))[:-1]
+    grid = pad_ids(np.split(item[order], ends), -1)
+    dot, marginal = pair_features(
         rec.policies[config.policy],
         rec.reward,
         rec.history,
         rec.met,
         users,
-        item,
+        grid,
         config.k,
         config.mode,
         config.batch,
@@ -206,11 +232,13 @@ def run(config: Config) -> None:
     )
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
-    for name, values in zip(("dot", "marginal"), found, strict=True):
-        pairs = pairs.append_column(name, pa.array(values[item >= 0][place]))
+    for name, values in (("dot", dot), ("marginal", marginal)):
+        if values is not None:
+            pairs = pairs.append_column(name, pa.array(values[grid >= 0][place]))
     with atomic(Path(config.out)) as beside:
         pq.write_table(pairs, beside)
-    print(f"features: {config.out}, {len(pairs):,} pairs of {len(users):,} users")
+    missing = "" if marginal is not None else "; no reward model, so no column marginal"
+    print(f"features: {config.out}, {len(pairs):,} pairs of {len(users):,} users{missing}")
 
 
 if __name__ == "__main__":

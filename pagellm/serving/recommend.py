@@ -1,12 +1,14 @@
 """Recommend: one person's page in the terminal, or everybody's in one file.
 
-Reads   data/<dataset>, runs/<run>/sft | ppo, runs/<run>/reward
-Prints  a page                              pagellm recommend --user A1B2 --k 20
-                                            pagellm recommend --history B0001000:5,B0001007:4 --categories "Office"
-Writes  pages.parquet                       pagellm recommend --all --out pages.parquet
-                                            torchrun --nproc_per_node 2 -m pagellm.serving.recommend --all --out pages.parquet
+Reads   data/<dataset>, runs/<run>/ppo or sft, runs/<run>/reward where it is there
+Prints  a page      pagellm recommend --user A1B2 --k 20
+                    pagellm recommend --history B0001000:5,B0001007:4 --categories "Office"
+Writes  a file      pagellm recommend --all --out pages.parquet
+                    torchrun --nproc_per_node 2 -m pagellm.serving.recommend --all --out FILE
 
-The same command again carries on where an interrupted `--all` stopped. Seconds for the synthetic shop.
+Nothing is held out unless --split says so: prompts show all that is known of a user, and no page
+holds an item that its user has. The same command again carries on where an interrupted --all
+stopped. It takes seconds for the synthetic shop.
 """
 
 import fcntl
@@ -22,12 +24,17 @@ from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from pagellm.data.shop import source
 from pagellm.model.decode import ranking
 from pagellm.model.policy import MODES
-from pagellm.serving.recommender import POLICIES, Ask, Cache, Filters, Recommender, Sources
+from pagellm.serving.cache import Cache
+from pagellm.serving.filters import Filters, look_up
+from pagellm.serving.recommender import Ask, Recommender
+from pagellm.serving.sources import Sources, check_policy, split_in_words
 from pagellm.stage import dist
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
@@ -38,7 +45,7 @@ __all__ = ["Config", "parse_history", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Sources):
-    """Print one person's page (--user, --history), or write everybody's to a file (--all --out pages.parquet)."""
+    """Print one person's page (--user, --history), or write everybody's to a file (--all --out)."""
 
     INFINITE: ClassVar[tuple[str, ...]] = ("price_max",)
 
@@ -46,27 +53,29 @@ class Config(Sources):
     history: str = ""  # items and ratings 1 to 5, oldest first: id:rating,id:rating;
     # a bare id has no rating
     k: int = 20  # slots of a page
-    policy: str = "ppo"  # ppo: with the reward; sft: without it
+    policy: str = ""  # ppo: with the reward; sft: without it; empty: ppo if it is there, else sft
     mode: str = "greedy"  # greedy, beam, or one_shot
-    exclude: str = ""  # item ids that no page may hold, comma-separated
+    exclude: str = ""  # item ids that no page may hold, comma-separated; @path: a file of them,
+    # one a line
     categories: str = ""  # only items of these categories, separated by |; empty: all
     in_stock: str = ""  # only these item ids, comma-separated; @path: a file of them,
     # one a line; empty: all
     price_min: float = 0.0  # only items at this price or above;
     # items of unknown price fail any price filter
     price_max: float = math.inf  # only items at this price or below
-    all: bool = False  # every user of the data set, to --out
-    out: str = ""  # Parquet file: user, rank, item, score, page, user_id, item_id
-    depth: int = 0  # ranks a user in the file; past the page by the first slot's logits; 0: k
+    all: bool = False  # a page for every user, to --out
+    out: str = ""  # Parquet file: user, rank, item, score, page, user_id, item_id, known
+    depth: int = 0  # ranks a user in the file; those behind the page are ordered by the first
+    # slot's logits; 0: k
     batch: int = 256  # users decoded at once
-    part: int = 512  # users in a part: what an interrupted --all repeats at most
+    part: int = 512  # users in a part; an interrupted --all repeats one part at most
 
     def __post_init__(self):
         super().__post_init__()
         check(
             self,
             k=(self.k > 0, "1 or more"),
-            policy=(self.policy in POLICIES, " or ".join(POLICIES)),
+            policy=check_policy(self.policy),
             mode=(self.mode in MODES, ", ".join(MODES)),
             price_min=(0 <= self.price_min < math.inf, "a price"),
             price_max=(self.price_max >= self.price_min, f"price_min={self.price_min} or more"),
@@ -87,8 +96,9 @@ class Config(Sources):
 
 
 def parse_history(text: str, known: dict[str, int] | None = None) -> tuple[tuple[str, float], ...]:
-    """ "id:rating,id" -> ((id, rating), (id, NaN)); an id that itself holds a colon is one if `known` has it.
+    """ "id:rating,id" -> ((id, rating), (id, NaN)).
 
+    known  ids of the shop; a word that is one of them is an id, even if it holds a colon
     Raises PageLLMError for a rating that is not a number from 1 to 5, or an empty id.
     """
     out = []
@@ -109,29 +119,28 @@ def parse_history(text: str, known: dict[str, int] | None = None) -> tuple[tuple
     return tuple(out)
 
 
-def id_list(text: str) -> tuple[str, ...]:
-    """Comma-separated ids, or @path of a file with one a line."""
+def id_list(option: str, text: str) -> tuple[str, ...]:
+    """Comma-separated ids, or @path of a file with one a line. option: its name, for the error."""
     if not text.startswith("@"):
         return tuple(word.strip() for word in text.split(",") if word.strip())
     try:
-        return tuple(
-            line.strip()
-            for line in Path(text[1:]).read_text(encoding="utf-8").splitlines()
-            if line.strip()
-        )
+        # utf-8-sig: a byte order mark is no part of the first id
+        lines = Path(text[1:]).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise PageLLMError(
-            f"--in_stock {text}: cannot be read ({error}); want a text file, one id a line"
+            f"--{option} {text}: cannot be read ({error}); want a text file, one id a line"
         ) from None
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def filters_of(config: Config) -> Filters:
+    """The options as Filters. Reads the files that --exclude and --in_stock name."""
     return Filters(
-        exclude=id_list(config.exclude),
+        exclude=id_list("exclude", config.exclude),
         categories=tuple(w.strip() for w in config.categories.split("|"))
         if config.categories
         else None,
-        in_stock=id_list(config.in_stock) if config.in_stock else None,
+        in_stock=id_list("in_stock", config.in_stock) if config.in_stock else None,
         price_min=config.price_min or None,
         price_max=config.price_max if config.price_max < math.inf else None,
     )
@@ -154,7 +163,8 @@ def page_text(answer: dict, history: list[str]) -> str:
     ]
     wide = min(60, max([len(s["title"] or s["item"]) for s in answer["items"]], default=0))
     lines += [
-        f"{s['rank']:3d}  {(s['title'] or s['item'])[:wide]:<{wide}}  {s['item']}  {s['token_reward']:+.3f}"
+        f"{s['rank']:3d}  {(s['title'] or s['item'])[:wide]:<{wide}}  {s['item']}"
+        + (f"  {s['token_reward']:+.3f}" if s["token_reward"] is not None else "")
         + (f"  [{s['category']}]" if s["category"] else "")
         + (f"  {s['price']:.2f}" if s["price"] is not None else "")
         for s in answer["items"]
@@ -177,75 +187,180 @@ def page_text(answer: dict, history: list[str]) -> str:
 
 
 def show(config: Config) -> None:
-    recommender = Recommender.load(config, (config.policy,))
+    """Print one page."""
+    recommender = Recommender.load(config, (config.policy_there(config.policy),))
     ask = Ask(
-        config.user or None,
-        parse_history(config.history, recommender.item_of) if config.history else (),
-        config.k,
-        config.mode,
-        config.policy,
-        filters_of(config),
+        user=config.user or None,
+        history=parse_history(config.history, recommender.item_of) if config.history else (),
+        k=config.k,
+        mode=config.mode,
+        filters=filters_of(config),
     )
     (answer,) = recommender.answers([ask])
     if isinstance(answer, PageLLMError):
         raise answer
-    case = recommender.case(ask)
-    print(
-        page_text(
-            answer,
-            [
-                recommender.cards[i]["title"] or recommender.cards[i]["item"]
-                for i in case.items[-6:].tolist()
-            ],
-        )
-    )
+    shown = [recommender.cards[i] for i in recommender.resolve(ask).items[-6:].tolist()]
+    print(f"recommend: {recommender.in_words()}")
+    print(page_text(answer, [card["title"] or card["item"] for card in shown]))
 
 
-def file_rows(recommender: Recommender, config: Config, users: range) -> pa.Table:
-    """Rows of pages.parquet for some users, `config.batch` of them at once."""
-    shop, tables = recommender.shop, []
-    blank = Ask(None, (), config.k, config.mode, config.policy, filters_of(config))
-    depth = max(config.depth, config.k)
-    for start in range(users.start, users.stop, config.batch):
-        some = range(start, min(start + config.batch, users.stop))
-        cases = [recommender.case(replace(blank, user=shop.user_ids[u])) for u in some]
-        pages, legal = recommender.write(config.policy, cases, config.k, config.mode)
+def everybody(recommender: Recommender, config: Config) -> list[Ask]:
+    """An Ask for every user of the data, then for those whom the k-core left out.
+
+    These are in data/<dataset>/dropped.parquet, where prepare has written one: user_id, item_id
+    and rating (null: none) of a row each, every user's rows together, oldest first. The model has
+    no row for these users, so their pages follow from their histories alone.
+    """
+    blank = Ask(None, (), config.k, config.mode, filters=filters_of(config))
+    asks = [replace(blank, user=name) for name in recommender.shop.user_ids]
+    path = config.data_dir / "dropped.parquet"
+    if not path.exists():
+        return asks
+    table = pq.read_table(path, columns=["user_id", "item_id", "rating"])
+    histories: dict[str, list[tuple[str, float]]] = {}
+    for user, item, rating in zip(*(c.to_pylist() for c in table.columns), strict=True):
+        event = (item, math.nan if rating is None else float(rating))
+        histories.setdefault(user, []).append(event)
+    return asks + [replace(blank, user=u, history=tuple(h)) for u, h in histories.items()]
+
+
+def file_rows(recommender: Recommender, config: Config, asks: list[Ask]) -> pa.Table:
+    """Rows of the file for some Asks, `config.batch` of them at once."""
+    depth, tables = max(config.depth, config.k), []
+    for start in range(0, len(asks), config.batch):
+        some = [recommender.resolve(ask) for ask in asks[start : start + config.batch]]
+        pages, legal = recommender.write(recommender.default, some, config.k, config.mode)
         item, score = (x.cpu().numpy() for x in ranking(pages, legal, depth))
         slots = pages.mask.sum(1).cpu().numpy()
         row, place = np.nonzero(item >= 0)
-        user, item, score = np.asarray(some)[row], item[row, place], score[row, place]
-        names = [
-            pa.array(ids, pa.string()).take(pa.array(index))
-            for ids, index in ((shop.user_ids, user), (shop.catalogue.ids, item))
-        ]
+        item, score = item[row, place], score[row, place]
+        user = pa.array([a.user for a in some], pa.int32())
+        name = pa.array([a.ask.user for a in some], pa.string())
+        ids = pa.array(recommender.shop.catalogue.ids, pa.string())
         tables.append(
             pa.table(
                 {
-                    "user": user.astype(np.int32),
+                    "user": user.take(pa.array(row)),
                     "rank": (place + 1).astype(np.int32),
                     "item": item.astype(np.int32),
                     "score": score,
                     "page": place < slots[row],
-                    "user_id": names[0],
-                    "item_id": names[1],
+                    "user_id": name.take(pa.array(row)),
+                    "item_id": ids.take(pa.array(item)),
+                    "known": user.is_valid().take(pa.array(row)),
                 }
             )
         )
     return pa.concat_tables(tables)
 
 
-def write_all(config: Config) -> None:
-    """Everybody's page, in parts of `config.part` users; process r of torchrun's n writes every n-th part.
+def remarks(recommender: Recommender, config: Config) -> list[str]:
+    """What a person should know before reading the file.
 
-    Whoever finds all parts there joins them, so a rerun with another number of processes carries on as well.
+    Ids and categories of the options that the data do not have, and how many users and items
+    of the log have no row in the data.
+    """
+    found, f = [], filters_of(config)
+    for option, names in (("exclude", f.exclude), ("in_stock", f.in_stock or ())):
+        if unknown := look_up(names, recommender.item_of)[1]:
+            found.append(unknown_names("items", option, unknown, len(names)))
+    categories = f.categories or ()
+    if unknown := [name for name in categories if name not in recommender.members]:
+        found.append(unknown_names("categories", "categories", unknown, len(categories)))
+    rounds = source(config.data_dir).get("counts", {}).get("k_core") or [{}]
+    for what, have in (("users", recommender.shop.n_users), ("items", recommender.shop.n_items)):
+        all_of_them = rounds[0].get(what, have)
+        if all_of_them > have:
+            found.append(
+                f"{all_of_them - have:,} of {all_of_them:,} {what} of the log are below the k-core "
+                f"of {config.data_dir}; the model has no row for them (prepare --k_core)"
+            )
+    return found
+
+
+def unknown_names(what: str, option: str, names: list[str], of: int) -> str:
+    """ "unknown items: 2 of the 2 of --exclude, a, b" """
+    more = ", ..." if len(names) > 10 else ""
+    return (
+        f"unknown {what}: {len(names):,} of the {of:,} of --{option}, {', '.join(names[:10])}{more}"
+    )
+
+
+def write_all(config: Config) -> None:
+    """Everybody's page, in parts of `config.part` users.
+
+    Process r of torchrun's n writes every n-th part. Whichever process finds all parts there joins
+    them, so a run may be carried on with another number of processes.
     """
     out = Path(config.out)
     if not out.parent.is_dir():
         raise PageLLMError(f"--out {out}: there is no directory {out.parent}; make it first")
     config = replace(config, device=str(dist.start(config.device)))
-    rank, world = dist.rank(), dist.world()
+    config = replace(config, policy=config.policy_there(config.policy))
     recommender = Recommender.load(config, (config.policy,), reward=False, cache=Cache(0))
     recommender.policies[config.policy].check_room(config.k)
+    if dist.is_main():
+        made_by = f"{config.policy} {recommender.hashes[config.policy]}"
+        print(f"recommend: {made_by}; {split_in_words(config.split)}")
+        for line in remarks(recommender, config):
+            print(f"recommend: {line}")
+    made_from = identity(recommender, config)
+    if out.exists():
+        refuse_other(
+            out, json.loads((pq.read_schema(out).metadata or {}).get(b"pagellm", b"{}")), made_from
+        )
+        print(f"recommend: {out} is already there")
+        return
+    folder = out.with_name(out.name + ".parts")
+    folder.mkdir(exist_ok=True)
+    note = folder / "made_from.json"
+    if note.exists():
+        refuse_other(folder, json.loads(note.read_text()), made_from)
+    else:
+        write_json(note, made_from)
+    asks = everybody(recommender, config)
+    parts = [asks[at : at + config.part] for at in range(0, len(asks), config.part)]
+    files = [folder / f"part-{n:06d}.parquet" for n in range(len(parts))]
+    write_parts(
+        recommender, config, list(zip(files, parts, strict=True))[dist.rank() :: dist.world()]
+    )
+    join(out, folder, files, made_from, len(asks))
+
+
+def write_parts(
+    recommender: Recommender, config: Config, parts: list[tuple[Path, list[Ask]]]
+) -> None:
+    """This process's parts, those aside that are there already."""
+    rank, world = dist.rank(), dist.world()
+    kept = sum(len(asks) for file, asks in parts if file.exists())
+    started = time.perf_counter()
+    bar = tqdm(
+        total=sum(len(asks) for _, asks in parts),
+        initial=kept,
+        desc="pages",
+        unit="page",
+        disable=rank > 0,
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 10.0,
+    )
+    for file, asks in parts:
+        if not file.exists():
+            rows = file_rows(recommender, config, asks)
+            with atomic(file) as beside:
+                pq.write_table(rows, beside)
+            bar.update(len(asks))
+    bar.close()
+    seconds, wrote = time.perf_counter() - started, sum(len(asks) for _, asks in parts) - kept
+    rate = (
+        f"{wrote:,} pages in {seconds:.1f} s, {wrote / max(seconds, 1e-9):,.0f} pages/s"
+        if wrote
+        else "no page left"
+    )
+    print(f"recommend: {f'process {rank} of {world}: ' if world > 1 else ''}{rate}")
+
+
+def identity(recommender: Recommender, config: Config) -> dict[str, str]:
+    """What the file depends on; kept in its metadata, so that no other file is carried on."""
     names = (
         "k",
         "depth",
@@ -260,59 +375,19 @@ def write_all(config: Config) -> None:
         "part",
     )
     made_from = {name: str(getattr(config, name)) for name in names} | recommender.hashes
-    made_from["in_stock"] = str(hash_of(filters_of(config).in_stock))
-    if out.exists():
-        refuse_other(
-            out, json.loads((pq.read_schema(out).metadata or {}).get(b"pagellm", b"{}")), made_from
-        )
-        print(f"recommend: {out} is already there")
-        return
-    folder = out.with_name(out.name + ".parts")
-    folder.mkdir(exist_ok=True)
-    note = folder / "made_from.json"
-    if note.exists():
-        refuse_other(folder, json.loads(note.read_text()), made_from)
-    else:
-        write_json(note, made_from)
-    n_users = recommender.shop.n_users
-    parts = [
-        range(start, min(start + config.part, n_users)) for start in range(0, n_users, config.part)
-    ]
-    files = [folder / f"part-{start:06d}.parquet" for start in range(len(parts))]
-    mine = list(zip(files, parts, strict=True))[rank::world]
-    kept = sum(len(users) for file, users in mine if file.exists())
-    started = time.perf_counter()
-    bar = tqdm(
-        total=sum(len(users) for _, users in mine),
-        initial=kept,
-        desc="pages",
-        unit="page",
-        disable=rank > 0,
-        dynamic_ncols=True,
-        mininterval=0.2 if sys.stderr.isatty() else 10.0,
-    )
-    for file, users in mine:
-        if not file.exists():
-            rows = file_rows(recommender, config, users)
-            with atomic(file) as beside:
-                pq.write_table(rows, beside)
-            bar.update(len(users))
-    bar.close()
-    seconds, wrote = time.perf_counter() - started, sum(len(users) for _, users in mine) - kept
-    rate = (
-        f"{wrote:,} pages in {seconds:.1f} s, {wrote / max(seconds, 1e-9):,.0f} pages/s"
-        if wrote
-        else "no page left"
-    )
-    print(f"recommend: {f'process {rank} of {world}: ' if world > 1 else ''}{rate}")
-    join(out, folder, files, made_from)
+    filters = filters_of(config)
+    for name in ("exclude", "in_stock"):  # their files may change
+        made_from[name] = str(hash_of(getattr(filters, name)))
+    return made_from
 
 
 def hash_of(names: tuple[str, ...] | None) -> str | None:
+    """16 hex digits of some ids in their order."""
     return None if names is None else hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
 
 def refuse_other(path: Path, before: dict, now: dict) -> None:
+    """Raise PageLLMError if what is at `path` was made from something else."""
     changed = [name for name in sorted(now) if before.get(name) != now[name]]
     if changed:
         raise PageLLMError(
@@ -321,8 +396,11 @@ def refuse_other(path: Path, before: dict, now: dict) -> None:
         )
 
 
-def join(out: Path, folder: Path, files: list[Path], made_from: dict) -> None:
-    """All parts -> one file, a part in memory at a time; nothing while a part is missing."""
+def join(out: Path, folder: Path, files: list[Path], made_from: dict, pages: int) -> None:
+    """All parts -> one file, with one part in memory at a time; nothing if a part is missing.
+
+    Says how many pages are shorter than was asked for.
+    """
     try:
         lock = open(folder / "lock", "w")
     except FileNotFoundError:
@@ -335,11 +413,19 @@ def join(out: Path, folder: Path, files: list[Path], made_from: dict) -> None:
         if not all(file.exists() for file in files):
             return
         schema = pq.read_schema(files[0]).with_metadata({"pagellm": json.dumps(made_from)})
+        k, full = int(made_from["k"]), 0
         with atomic(out) as beside, pq.ParquetWriter(beside, schema) as writer:
             for file in files:
-                writer.write_table(pq.read_table(file).cast(schema))
+                table = pq.read_table(file).cast(schema)
+                full += pc.sum(pc.and_(pc.equal(table["rank"], k), table["page"])).as_py() or 0
+                writer.write_table(table)
         shutil.rmtree(folder)
         print(f"recommend: wrote {out}")
+        if short := pages - full:
+            print(
+                f"recommend: {short:,} of {pages:,} pages have fewer than {k} slots: no more items "
+                "pass the filters"
+            )
 
 
 def run(config: Config) -> None:

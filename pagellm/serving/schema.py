@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pagellm.serving.recommender import Ask, Filters
+from pagellm.serving.filters import Filters
+from pagellm.serving.recommender import Ask
 
 __all__ = [
     "Error",
@@ -82,8 +83,9 @@ class Person(Strict):
         None,
         description="oldest first; an empty list without a user asks for the page of a total stranger",
     )
-    policy: Literal["ppo", "sft"] = Field(
-        "ppo", description="ppo: with the reward; sft: without it"
+    policy: Literal["ppo", "sft"] | None = Field(
+        None,
+        description="ppo: with the reward; sft: without it; null: ppo where it is served, else sft",
     )
     explain: bool = Field(False, description="add to each slot the nearest items of the history")
 
@@ -98,14 +100,14 @@ class Person(Strict):
             (e.item, float("nan") if e.rating is None else e.rating) for e in self.history or ()
         )
         return Ask(
-            user=self.user, history=history, policy=self.policy, explain=self.explain, **more
+            user=self.user, history=history, policy=self.policy or "", explain=self.explain, **more
         )
 
 
 class PageRequest(Person):
     k: int = Field(20, ge=1, le=1000, description="slots; at most what GET /v1/shop says")
     decoding: Literal["greedy", "beam", "one_shot"] = "greedy"
-    filters: Allowed = Field(default_factory=Allowed)
+    filters: Allowed = Field(default_factory=Allowed)  # type: ignore[arg-type]
 
     def ask(self) -> Ask:
         f = self.filters
@@ -161,9 +163,11 @@ class Slot(Item):
     score: float | None = Field(
         description="log-probability of the item in this slot, in nats; null in /v1/score"
     )
-    token_reward: float = Field(description="what the slot adds, in reward-model units")
+    token_reward: float | None = Field(
+        description="what the slot adds, in reward-model units; null without a reward model"
+    )
     held_out: bool | None = Field(
-        None, description="explain: the user chose it later, unseen by the model"
+        None, description="explain: held out, so the user chose it unseen by the model"
     )
     similar: list[Similar] | None = Field(None, description="explain: nearest items of the history")
 
@@ -184,10 +188,12 @@ class Page(BaseModel):
     user: Served
     items: list[Slot]
     page_reward: float | None = Field(
-        description="reward-model units, 0 is the mean ground-truth page; null if empty"
+        description="reward-model units, 0 is the mean ground-truth page; null if the page is "
+        "empty or there is no reward model"
     )
     energy: float = Field(
-        description="page energy E; gains from the user's held-out ratings, 0 for all other items"
+        description="page energy E; gains from the user's held-out ratings, 0 for all other items "
+        "(and for all where nothing is held out)"
     )
     ild: float | None = Field(description="intra-list diversity, 0 to 1; null below two items")
     entropy: float | None = Field(description="of categories, in nats; null if empty")
@@ -195,7 +201,7 @@ class Page(BaseModel):
     notes: list[str]
     policy: str
     model: str = Field(description="hash of the policy's weights")
-    reward_model: str
+    reward_model: str | None = Field(description="hash of its weights; null without one")
     latency_ms: float
 
 
@@ -229,7 +235,8 @@ class ShopFacts(BaseModel):
     k_max: int
     price: PriceRange | None
     categories: list[Category]
-    models: dict[str, str]
+    models: dict[str, str] = Field(description="ppo, sft, reward: hashes of what is served; data")
+    split: str = Field(description="rows held out from prompts: none, test or valid")
     version: str
 
 

@@ -1,28 +1,34 @@
-"""Approximate search over exported item rows: the items with the largest h_u . e_i, without scoring them all.
+"""Approximate search over exported item rows: the largest h_u . e_i without scoring all items.
 
 Reads   runs/<run>/export-<policy>          what pagellm.serving.export wrote
 Writes  runs/<run>/export-<policy>/<name>.hnsw and .hnsw.json
 
-    python -m pagellm.serving.search --dataset synthetic                recall@k against exact, queries a second, size
-    python -m pagellm.serving.search --copies 30                        the same for a catalogue grown 30 times: see `grown`
+    python -m pagellm.serving.search --dataset synthetic     recall@k against exact search, queries
+                                                             a second, size
+    python -m pagellm.serving.search --copies 30             the same for a catalogue that is 30
+                                                             times as large: see `grown`
 
     index = Index.open("runs/toys/export-ppo")
-    items, score = index.query(h, 100)                          (B, 100) ids of the shop, (B, 100) float32
+    items, score = index.query(h, 100)                       (B, 100) ids of the shop, float32
 
-The graph is faiss's HNSW (Malkov and Yashunin, arXiv 1603.09320). It wants a distance, so every row gets one more
-dimension that makes all rows equally long, and the nearest row is the one with the largest product (Bachrach et al.,
-RecSys 2014). Needs the extra [search].
+The graph is faiss's HNSW (Malkov and Yashunin, arXiv 1603.09320). HNSW finds the nearest row, not
+the largest product. So every row gets one more dimension that makes all rows equally long; the
+nearest row is then the one with the largest product (Bachrach et al., RecSys 2014). Needs the extra
+[search].
 """
 
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from pagellm.serving.embeddings import Embeddings
+from pagellm.serving.sources import POLICIES, check_policy
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic, write_json
@@ -31,6 +37,7 @@ from pagellm.stage.run import StageConfig, file_id
 __all__ = ["Config", "Index", "exact", "grown", "run"]
 
 
+T = TypeVar("T")
 MISSING_EXTRA = (
     "approximate search needs faiss, which is not installed\n"
     "  Install it with: pip install 'pagellm[search]'"
@@ -41,21 +48,22 @@ MISSING_EXTRA = (
 class Config(StageConfig):
     """Build an HNSW index over an export's item rows and measure it beside exact search."""
 
-    policy: str = "ppo"  # whose export is read: ppo or sft
+    policy: str = ""  # whose export is read: ppo or sft; empty: ppo's if it is there, else sft's
     k: int = 100  # items wanted for each user
     degree: int = 32  # links of an item in the graph
-    build: int = 200  # items looked at when a link is made
-    search: str = "100,200,400"  # items looked at in a query, comma-separated; each is measured
+    build: int = 200  # items that HNSW visits to find the links of a new one (efConstruction)
+    search: str = "100,200,400"  # items that HNSW visits in a query (efSearch), comma-separated;
+    # each is measured
     users: int = 1000  # queries, drawn from the export's users
-    copies: int = 1  # the catalogue is grown this many times (`grown`), to see how search scales
-    repeats: int = 3  # timings of each; the fastest counts
+    copies: int = 1  # the catalogue is made this many times as large, to see how search scales
+    repeats: int = 3  # timings of each search; the fastest counts
 
     def __post_init__(self):
         super().__post_init__()
         looked = self.search.split(",")
         check(
             self,
-            policy=(self.policy in ("ppo", "sft"), "ppo or sft"),
+            policy=check_policy(self.policy),
             k=(self.k > 0, "1 or more"),
             degree=(self.degree > 1, "2 or more"),
             build=(self.build > 0, "1 or more"),
@@ -79,14 +87,17 @@ def library():
 
 
 class Index:
-    """An HNSW graph over item rows (N, d) and the shop's ids of its rows. longest: the largest |e|^2 of them."""
+    """An HNSW graph over item rows (N, d), and the shop's ids of its rows.
+
+    longest  the largest |e|^2 of the rows
+    """
 
     def __init__(self, graph, ids: list[str], longest: float):
         self.graph, self.ids, self.longest = graph, np.array(ids, dtype=object), longest
 
     @classmethod
     def build(cls, rows: np.ndarray, ids: list[str], degree: int = 32, build: int = 200) -> "Index":
-        """rows (N, d) float32. degree: links of an item. build: items looked at when one is linked."""
+        """rows (N, d) float32. degree: links of an item. build: items visited to find these."""
         if len(rows) != len(ids):
             raise PageLLMError(f"{len(rows)} rows and {len(ids)} ids: want one id a row")
         faiss = library()
@@ -100,15 +111,16 @@ class Index:
         return cls(graph, ids, longest)
 
     def query(self, h: np.ndarray, k: int, looked: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """ids (B, k) object, "" past what was found, and h . e (B, k) float32, best first, for h (B, d).
+        """ids (B, k) object and h . e (B, k) float32, best first, for h (B, d).
 
-        looked  items looked at, at least k; 0: 2 k
+        looked  items that the search visits, at least k; 0: 2 k
+        Past what was found the id is "" and the product -inf.
         """
         place, score = self.places(h, k, looked)
         return np.where(place >= 0, self.ids[np.maximum(place, 0)], ""), score
 
     def places(self, h: np.ndarray, k: int, looked: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """`query` with row numbers (B, k) int64, -1 past what was found."""
+        """As `query`, with row numbers (B, k) int64 instead of ids, -1 past what was found."""
         faiss = library()
         if h.ndim != 2 or h.shape[1] + 1 != self.graph.d:
             raise PageLLMError(
@@ -118,12 +130,12 @@ class Index:
         distance, place = self.graph.search(
             np.column_stack([h, np.zeros(len(h))]).astype(np.float32), k, params=how
         )
-        # |h - e|^2 = |h|^2 + longest - 2 h.e in the longer space.
+        # In the space with one more dimension, |h - e|^2 = |h|^2 + longest - 2 h.e.
         score = ((h.astype(np.float64) ** 2).sum(1, keepdims=True) + self.longest - distance) / 2
         return place, np.where(place >= 0, score, -np.inf).astype(np.float32)
 
     def save(self, folder: str | Path, name: str, about: dict) -> int:
-        """Write <name>.hnsw and <name>.hnsw.json into `folder`; -> bytes of the graph."""
+        """Write <name>.hnsw and <name>.hnsw.json into `folder`. Returns the graph's bytes."""
         path = Path(folder) / f"{name}.hnsw"
         with atomic(path) as beside:
             library().write_index(self.graph, str(beside))
@@ -134,7 +146,10 @@ class Index:
 
     @classmethod
     def open(cls, folder: str | Path, name: str = "item_token") -> "Index":
-        """Raises PageLLMError for an index that is missing, damaged, or older than the export beside it."""
+        """Read an index.
+
+        Raises PageLLMError if it is missing, damaged, or older than the export beside it.
+        """
         rows, path = Embeddings(folder), Path(folder) / f"{name}.hnsw"
         try:
             about = json.loads(path.with_suffix(".hnsw.json").read_text())
@@ -156,7 +171,7 @@ class Index:
 
 
 def exact(rows: np.ndarray, h: np.ndarray, k: int, block: int = 256) -> np.ndarray:
-    """(B, k) rows with the largest h . e, best first: every item scored. rows (N, d), h (B, d)."""
+    """(B, k) rows with the largest h . e, best first. rows (N, d), h (B, d). Scores every item."""
     out = []
     for at in range(0, len(h), block):
         score = h[at : at + block] @ rows.T
@@ -172,8 +187,11 @@ def exact(rows: np.ndarray, h: np.ndarray, k: int, block: int = 256) -> np.ndarr
 
 
 def grown(rows: np.ndarray, copies: int, seed: int = 0) -> np.ndarray:
-    """(N copies, d): the rows, and for each of them copies - 1 made-up neighbours, moved by a tenth of each
-    dimension's spread. A stand-in for a larger catalogue with the same clusters; no shop's rows."""
+    """(N copies, d): the rows, and for each of them copies - 1 made-up neighbours.
+
+    A neighbour is moved at random by a tenth of each dimension's standard deviation. This stands in
+    for a larger catalogue with the same clusters; no shop has these rows.
+    """
     rng = np.random.Generator(np.random.Philox(key=seed))
     more = np.tile(rows, (copies - 1, 1))
     return np.concatenate(
@@ -181,20 +199,23 @@ def grown(rows: np.ndarray, copies: int, seed: int = 0) -> np.ndarray:
     )
 
 
-def fastest(call, repeats: int) -> tuple[float, object]:
-    """Seconds of the fastest of some calls, and what the last returned."""
-    seconds = []
+def fastest(call: Callable[[], T], repeats: int) -> tuple[float, T]:
+    """Seconds of the fastest of some calls, and what the last one returned."""
+    seconds, out = [], None
     for _ in range(repeats):
         started = time.perf_counter()
         out = call()
         seconds.append(time.perf_counter() - started)
+    assert out is not None
     return min(seconds), out
 
 
 def run(config: Config) -> list[dict]:
-    """Print and return one record for exact search and for each number of items looked at."""
+    """Print and return one record for exact search and for each number of items visited."""
     library().omp_set_num_threads(1)
-    folder = config.stage(f"export-{config.policy}")
+    names = [f"export-{name}" for name in ([config.policy] if config.policy else POLICIES)]
+    folders = [config.stage(name) for name in names]
+    folder = next((f for f in folders if (f / "manifest.json").exists()), folders[0])
     source = Embeddings(folder)
     rows, users = source.matrix("item_token"), source.matrix("user_content")
     rng = np.random.Generator(np.random.Philox(key=config.seed))
@@ -206,64 +227,62 @@ def run(config: Config) -> list[dict]:
     if config.k > len(rows):
         raise PageLLMError(f"k={config.k}: the export has {len(rows):,} items")
     seconds, true = fastest(lambda: exact(rows, h, config.k), config.repeats)
-    records = [
-        {
-            "search": "exact",
-            "recall": 1.0,
-            "low": 1.0,
-            "high": 1.0,
-            "qps": len(h) / seconds,
-            "bytes": rows.nbytes,
-        }
-    ]
     started = time.perf_counter()
     index = Index.build(rows, ids, config.degree, config.build)
     built = time.perf_counter() - started
     if config.copies == 1:
-        size = index.save(
-            folder,
-            "item_token",
-            {
-                "rows": source.manifest["sha256"]["item_token.npy"],
-                "degree": config.degree,
-                "build": config.build,
-            },
-        )
+        about = {
+            "rows": source.manifest["sha256"]["item_token.npy"],
+            "degree": config.degree,
+            "build": config.build,
+        }
+        size = index.save(folder, "item_token", about)
     else:
         size = library().serialize_index(index.graph).nbytes
+    records = [record("exact", np.ones(len(h)), None, len(h) / seconds, rows.nbytes)]
     for looked in dict.fromkeys(max(int(x), config.k) for x in config.search.split(",")):
         seconds, (place, _) = fastest(
-            lambda looked=looked: index.places(h, config.k, looked), config.repeats
+            lambda looked=looked: index.places(h, config.k, looked),  # type: ignore[misc]
+            config.repeats,
         )
-        found = (
-            np.array([len(np.intersect1d(a, b)) for a, b in zip(place, true, strict=True)])
-            / config.k
-        )
-        boot = found[rng.integers(len(found), size=(1000, len(found)))].mean(1)
-        records.append(
-            {
-                "search": f"HNSW, {looked} looked at",
-                "recall": float(found.mean()),
-                "low": float(np.quantile(boot, 0.025)),
-                "high": float(np.quantile(boot, 0.975)),
-                "qps": len(h) / seconds,
-                "bytes": size,
-            }
-        )
+        hits = [len(np.intersect1d(a, b)) for a, b in zip(place, true, strict=True)]
+        recall = np.array(hits) / config.k
+        name = f"HNSW, {looked} looked at"
+        records.append(record(name, recall, rng, len(h) / seconds, size))
     made_up = (
         f" ({config.copies} times the catalogue, made up; kept nowhere)"
         if config.copies > 1
         else ""
     )
     print(
-        f"{folder}: {len(rows):,} items{made_up} of {rows.shape[1]} dimensions, {len(h):,} users, k={config.k}, one "
-        f"thread; built in {built:.1f} s"
+        f"{folder}: {len(rows):,} items{made_up} of {rows.shape[1]} dimensions, {len(h):,} users, "
+        f"k={config.k}, one thread; built in {built:.1f} s"
     )
     print(f"\n{'':<24}{'recall@' + str(config.k):<28}{'queries/s':>10}{'MB':>8}")
     for r in records:
         span = f"{r['recall']:.4f} [{r['low']:.4f}, {r['high']:.4f}]"
         print(f"{r['search']:<24}{span:<28}{r['qps']:>10,.0f}{r['bytes'] / 1e6:>8.1f}")
     return records
+
+
+def record(
+    search: str, recall: np.ndarray, rng: np.random.Generator | None, qps: float, size: int
+) -> dict:
+    """One line of the table: mean recall of the queries (n,) with its bootstrap 95% interval.
+
+    rng  None: every query has the same recall, so there is nothing to draw
+    """
+    boot = recall
+    if rng is not None:
+        boot = recall[rng.integers(len(recall), size=(1000, len(recall)))].mean(1)
+    return {
+        "search": search,
+        "recall": float(recall.mean()),
+        "low": float(np.quantile(boot, 0.025)),
+        "high": float(np.quantile(boot, 0.975)),
+        "qps": qps,
+        "bytes": size,
+    }
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Serve: pages over HTTP, and a page in the browser that people can look at. Needs the extra [serve].
+"""Serve: pages over HTTP, and a page in the browser to look at them. Needs the extra [serve].
 
-Reads   data/<dataset>, runs/<run>/sft, runs/<run>/ppo, runs/<run>/reward
+Reads   data/<dataset>, runs/<run>/ppo and sft, runs/<run>/reward; what is there of these, at least
+        one policy
 
-    make serve                              python -m pagellm.serving.serve --dataset synthetic --port 8000
-    curl -d '{"user": "U0001000", "k": 5}' -H 'content-type: application/json' http://127.0.0.1:8000/v1/page
+    make serve          pagellm serve --dataset synthetic --port 8000
+    curl -d '{"user": "U0001000", "k": 5}' -H 'content-type: application/json' \\
+         http://127.0.0.1:8000/v1/page
 
-Requests that wait together are written together. A stage that is trained anew is taken up while serving: whole, between
-two batches, so that every answer comes from one model, the one whose hash it names. api.py has the HTTP side.
+Requests that wait together are written together. When a stage is trained anew, or for the first
+time, its weights are taken up between two batches, so every answer comes from one model: the one
+whose hash it names. api.py has the HTTP side.
 """
 
 import asyncio
@@ -19,13 +22,15 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 
-from pagellm.serving.recommender import POLICIES, Ask, Cache, Recommender, Sources, nothing
+from pagellm.serving.cache import Cache
+from pagellm.serving.recommender import Ask, Recommender, no_observer
+from pagellm.serving.sources import POLICIES, Sources
 from pagellm.stage.command import Interrupted, main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.run import file_id
@@ -38,24 +43,23 @@ log = logging.getLogger("pagellm")
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Sources):
-    """Serve pages over HTTP until stopped. There is no log-in: think before binding to more than loopback."""
+    """Serve pages over HTTP until stopped. There is no log-in: keep it on loopback or behind a proxy."""
 
     host: str = "127.0.0.1"  # address to listen on
     port: int = 8000  # TCP port; 0 takes a free one and says which
     batch: int = 32  # pages written at once
-    queue: int = 256  # requests that may wait; more are refused with 503
+    queue: int = 256  # requests that may wait; further ones are refused with 503
     timeout: float = 10.0  # seconds a request may take to arrive, and again to be answered
-    keep_alive: int = 75  # seconds an idle connection stays open.
-    # Longer than clients and proxies keep theirs (60 is usual), or a request meets a connection
-    # that is just being closed, and is lost
+    keep_alive: int = 75  # seconds an idle connection stays open; longer than clients and proxies
+    # keep theirs (60 is usual), so that no request meets a connection that is just being closed
     max_body: int = 4 << 20  # bytes of a request
     max_k: int = 100  # slots of a page; the model's context may allow fewer
     width: int = 4  # pages a beam keeps
     cache_mb: int = 128  # MiB of prompt columns and user states
-    reload: float = 2.0  # seconds between looks for new weights; 0: never
-    drain: int = 30  # seconds for requests under way when stopped
+    reload: float = 2.0  # seconds between two looks for new weights; 0: never
+    drain: int = 30  # seconds that requests under way have when the service is stopped
     threads: int = 0  # CPU threads of a batch; 0: torch's choice
-    log: str = "info"  # least level that is logged: debug, info, warning, error
+    log: str = "info"  # lowest level that is logged: debug, info, warning, error
 
     def __post_init__(self):
         super().__post_init__()
@@ -80,13 +84,13 @@ class Config(Sources):
         )
 
 
-TIDY = 10.0  # seconds between two calls of give_back
+TRIM_EVERY = 10.0  # seconds between two calls of trim_memory
 
 
-def give_back() -> None:
-    """Hand free memory back to the system (glibc; elsewhere nothing happens).
+def trim_memory() -> None:
+    """Hand free memory back to the system (with glibc; elsewhere nothing happens).
 
-    A full cache swaps prompts of many lengths for others, and the holes between them grow (experiments/LOG.md).
+    A full cache swaps prompts of many lengths for others, which leaves growing holes between them.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -95,6 +99,8 @@ def give_back() -> None:
 
 @dataclass
 class Job:
+    """An Ask that waits, and the future that its answer is set on."""
+
     ask: Ask
     future: Future
 
@@ -102,10 +108,11 @@ class Job:
 class Service:
     """Asks in, answers out: one thread writes batches, another looks for new weights.
 
-    observe  called with (event, value): "batch" with its pages, stages with seconds, "swap", "swap_failed", ...
+    observe  called with (event, value): "batch" and its number of pages, a stage of the Recommender
+             and its seconds, or "swap", "swap_failed", "timeout", "busy" and 1
     """
 
-    def __init__(self, config: Config, observe: Callable[[str, float], None] = nothing):
+    def __init__(self, config: Config, observe: Callable[[str, float], None] = no_observer):
         self.config, self.observe = config, observe
         self.cache = Cache(config.cache_mb << 20)
         self.recommender = self.load()
@@ -113,9 +120,10 @@ class Service:
         self.change = threading.Condition()
         self.closed = threading.Event()
         self.threads: list[threading.Thread] = []
-        self.told: str | None = None
+        self.reported: str | None = None  # the state on disk whose failed swap is logged
 
     def load(self) -> Recommender:
+        """Everything that is finished now."""
         return Recommender.load(
             self.config,
             cache=self.cache,
@@ -124,13 +132,14 @@ class Service:
         )
 
     def start(self) -> None:
-        work = [self.work] + ([self.watch] if self.config.reload else [])
+        """Start the threads."""
+        work = [self.run_batches] + ([self.watch] if self.config.reload else [])
         self.threads = [threading.Thread(target=f, name=f.__name__, daemon=True) for f in work]
         for thread in self.threads:
             thread.start()
 
     def close(self) -> None:
-        """Answer what waits, then stop."""
+        """Answer the requests that wait, then stop."""
         self.closed.set()
         with self.change:
             self.change.notify_all()
@@ -138,13 +147,18 @@ class Service:
             thread.join()
 
     def ready(self) -> bool:
+        """Whether pages can be asked for."""
         return bool(self.threads) and self.threads[0].is_alive() and not self.closed.is_set()
 
     def waiting(self) -> int:
+        """Requests that wait for a batch."""
         return len(self.jobs)
 
     async def answer(self, ask: Ask) -> dict:
-        """Raises PageLLMError for an ask that cannot be met, api.Busy, api.TooSlow."""
+        """What Recommender.answers gives for it.
+
+        Raises PageLLMError for an ask that cannot be met, api.Busy and api.TooSlow.
+        """
         from pagellm.serving.api import Busy, TooSlow
 
         future: Future = Future()
@@ -160,41 +174,48 @@ class Service:
             self.observe("timeout", 1)
             raise TooSlow from None
 
-    def take(self) -> list[Job]:
-        """The oldest job and those that can go with it, in order; [] when closed and nothing waits."""
+    def next_batch(self) -> list[Job]:
+        """Wait for a job; return it and those that can go with it, oldest first.
+
+        [] when the service is closed and no job waits.
+        """
         with self.change:
             while not self.jobs and not self.closed.is_set():
                 self.change.wait()
             if not self.jobs:
                 return []
             group = self.recommender.group(self.jobs[0].ask)
-            taken, left = [], deque()
+            taken: list[Job] = []
+            left: deque[Job] = deque()
             for job in self.jobs:
                 fits = len(taken) < self.config.batch and self.recommender.group(job.ask) == group
                 (taken if fits else left).append(job)
             self.jobs = left
             return taken
 
-    def work(self) -> None:
-        tidied = time.monotonic()
-        while jobs := self.take():
-            # False: its client has timed out or left, and the future was cancelled.
+    def run_batches(self) -> None:
+        """The thread that writes: batch after batch until the service is closed."""
+        trimmed = time.monotonic()
+        while jobs := self.next_batch():
+            # False: the client has timed out or left, and its future was cancelled.
             jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
             if jobs:
                 self.observe("batch", len(jobs))
-                self.settle(self.recommender, jobs)
-            if time.monotonic() - tidied > TIDY:
-                give_back()
-                tidied = time.monotonic()
+                self.answer_jobs(self.recommender, jobs)
+            if time.monotonic() - trimmed > TRIM_EVERY:
+                trim_memory()
+                trimmed = time.monotonic()
 
-    def settle(self, recommender: Recommender, jobs: list[Job]) -> None:
-        """Answer all jobs from one model. If a batch fails its jobs go one by one: one cannot fail the others."""
+    def answer_jobs(self, recommender: Recommender, jobs: list[Job]) -> None:
+        """Answer all jobs from one model. If the batch fails, its jobs are tried one by one, so that
+        a job that fails does not fail the others."""
+        answers: Sequence[dict | Exception]
         try:
             answers = recommender.answers([job.ask for job in jobs])
         except Exception as error:
             if len(jobs) > 1:
                 for job in jobs:
-                    self.settle(recommender, [job])
+                    self.answer_jobs(recommender, [job])
                 return
             answers = [error]
         for job, answer in zip(jobs, answers, strict=True):
@@ -204,22 +225,26 @@ class Service:
                 job.future.set_result(answer)
 
     def on_disk(self) -> dict[str, str] | None:
-        """The ids of what is on disk now; None while a stage is missing or unfinished."""
+        """Ids of all that is finished on disk; None while a stage that is served is not."""
+        served, found = self.recommender.hashes, {}
+        for name in (*POLICIES, "reward"):
+            try:
+                found[name] = json.loads((self.config.where(name) / "done").read_text())["id"]
+            except (OSError, ValueError, KeyError, TypeError):
+                if name in served:
+                    return None
         try:
-            found = {
-                name: json.loads((self.config.where(name) / "done").read_text())["id"]
-                for name in (*POLICIES, "reward")
-            }
             return found | {"data": file_id(self.config.data_dir / "source.json")}
-        except (OSError, ValueError, KeyError, TypeError):
+        except OSError:
             return None
 
     def watch(self) -> None:
+        """The thread that looks for new weights."""
         while not self.closed.wait(self.config.reload):
-            self.look()
+            self.take_new_weights()
 
-    def look(self) -> bool:
-        """Take up new weights if there are any: load and try them here, then swap. True if swapped."""
+    def take_new_weights(self) -> bool:
+        """Load new weights if there are any, try them here, then swap. True if swapped."""
         found = self.on_disk()
         if found is None or found == self.recommender.hashes:
             return False
@@ -227,14 +252,13 @@ class Service:
             fresh = self.load()
             fresh.answers([Ask(k=1)])
         except Exception as error:
-            # Still being copied, or broken: the old model goes on. Tried again at the next look, said once.
-            if self.told != (told := str(found)):
-                self.told = told
+            # The files are still being copied, or broken: the old model goes on. The swap is tried
+            # again at every look, and its failure is logged once.
+            if self.reported != str(found):
+                self.reported = str(found)
                 self.observe("swap_failed", 1)
-                log.error(
-                    "swap_failed",
-                    extra={"fields": {"type": type(error).__name__, "why": str(error)[:300]}},
-                )
+                fields = {"type": type(error).__name__, "why": str(error)[:300]}
+                log.error("swap_failed", extra={"fields": fields})
             return False
         self.recommender = fresh
         self.observe("swap", 1)
@@ -244,7 +268,7 @@ class Service:
 
 def listen(host: str, port: int) -> socket.socket:
     """A TCP socket that listens. Raises PageLLMError if it cannot."""
-    # The protocol is named because asyncio switches Nagle's delay off only then: without it an answer waits 40 ms.
+    # asyncio switches Nagle's delay (40 ms an answer) off only where the protocol is named.
     sock = socket.socket(
         socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP
     )
@@ -289,6 +313,7 @@ def run(config: Config) -> None:
         extra={
             "fields": {
                 "models": service.recommender.hashes,
+                "split": config.split,
                 "seconds": round(time.perf_counter() - started, 2),
             }
         },
@@ -297,6 +322,7 @@ def run(config: Config) -> None:
         f"PageLLM: http://{f'[{host}]' if ':' in host else host}:{port}/   (Ctrl+C stops)",
         flush=True,
     )
+    print(f"  {service.recommender.in_words()}", flush=True)
     http = type("Http", (HttpWithTimeout,), {"patience": config.timeout})
     server = uvicorn.Server(
         uvicorn.Config(

@@ -172,7 +172,7 @@ def test_every_later_stage_reads_time_tokens(root, capsys):
     export.run(export.Config(**common))
     users = np.load(where / "export-ppo" / "user_content.npy")
     policy = Policy.load(where / "ppo")
-    prompt, valid = policy.prompt([0], [shop.csr("train").of(0)])
+    prompt, valid = policy.prompt([0], [shop.csr(None).of(0)])
     assert prompt[0, -2] == policy.vocab.time(3)
     with torch.no_grad():
         assert users[0] == pytest.approx(policy.model(prompt, valid)[0, -1].numpy(), abs=5e-3)

@@ -12,7 +12,8 @@ from pagellm.model.backbone import KVCache
 from pagellm.model.networks import build, from_state, load_published, save_published, to_state
 from pagellm.model.policy import Policy
 from pagellm.model.vocab import Vocab
-from pagellm.serving.recommender import Recommender, Sources
+from pagellm.serving.recommender import Recommender
+from pagellm.serving.sources import Sources
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.train import optimiser
 from tests.test_pipeline import SMALL, STAGES

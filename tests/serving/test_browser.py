@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,21 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def url(served):
+    """The page over PPO, SFT and the reward model, test rows held out, as a researcher looks at it."""
+    with serving(served, "--split", "test") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def plain_url(sft_alone):
+    """The page over SFT alone."""
+    with serving(sft_alone) as found:
+        yield found
+
+
+@contextmanager
+def serving(root, *more):
+    """A real service; yields its address."""
     command = [
         sys.executable,
         "-m",
@@ -29,15 +45,16 @@ def url(served):
         "--run",
         "base",
         "--data",
-        str(served / "data"),
+        str(root / "data"),
         "--runs",
-        str(served / "runs"),
+        str(root / "runs"),
         "--device",
         "cpu",
         "--port",
         "0",
         "--log",
         "error",
+        *more,
     ]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
@@ -160,6 +177,27 @@ def test_filters_and_history_change_the_pages(desk):
     assert typed not in desk.items("ppo") + desk.items("sft")
     desk.page.fill("#user", "<b>nobody</b>")
     desk.status("has not met")
+
+
+def test_sft_alone_is_one_column_without_rewards(chromium, plain_url):
+    screen = Screen(chromium, plain_url, viewport={"width": 1200, "height": 1400})
+    page = screen.page
+    assert len(screen.items("sft")) == 20 and screen.items("ppo") == []
+    expect(page.locator("#ppo")).to_be_hidden()
+    assert page.locator("#sft").bounding_box()["width"] > 1000
+    assert page.locator(".worth").count() == page.locator(".tag").count() == 0
+    page.locator("#sft .why summary").first.click()
+    shown = page.locator("main").inner_text()
+    assert "reward of" not in shown.lower() and "page reward" not in shown and "✓" not in shown
+    assert "Log-probability" in shown and page.locator("#go").inner_text() == "Write the page"
+    assert "reward model" not in page.locator("#models").inner_text()
+    before = screen.items("sft")
+    page.locator("#sft .grip").nth(0).focus()
+    page.keyboard.press("ArrowDown")
+    assert "reward" not in screen.status("New order: energy")
+    assert screen.items("sft") == [before[1], before[0], *before[2:]]
+    assert screen.faults == []
+    page.context.close()
 
 
 def test_mistakes_are_said_not_thrown(desk):

@@ -1,6 +1,7 @@
 """Exported embeddings: read without torch, they give the policy's own logits."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -41,7 +42,7 @@ def test_dot_products_are_the_logits_of_the_first_slot(common, served, tmp_path,
         Policy.load(served / "runs" / "base" / "sft"),
     )
     users = np.arange(shop.n_users)
-    prompt, valid = policy.prompt(users, [shop.csr("train").of(u) for u in users])
+    prompt, valid = policy.prompt(users, [shop.csr(None).of(u) for u in users])
     with torch.no_grad():
         logits = policy.model.item_logits(policy.model(prompt, valid)[:, -1]).numpy()
     got = rows.matrix("user_content") @ rows.matrix("item_token").T
@@ -124,6 +125,22 @@ def test_the_loader_needs_numpy_alone(common, served):
     assert len(said) == 1 and float(said[0]) == pytest.approx(
         Embeddings(path).dot(user, [item])[0], rel=1e-5
     )
+
+
+def test_sft_alone_is_exported_with_all_that_is_known_of_its_users(sft_alone, capsys):
+    """No policy named: the one that is there. Nothing held out: prompts hold every liked row."""
+    base = {"run": "base", "data": str(sft_alone / "data"), "runs": str(sft_alone / "runs")}
+    export.run(export.Config(**base, device="cpu", dtype="float32"))
+    assert re.search("export: sft [0-9a-f]{16}; no rows held out", capsys.readouterr().out)
+    rows = Embeddings(sft_alone / "runs" / "base" / "export-sft")
+    shop = load(sft_alone / "data" / "synthetic")
+    policy = Policy.load(sft_alone / "runs" / "base" / "sft")
+    prompt, valid = policy.prompt([7], [shop.csr(None).of(7)])
+    with torch.no_grad():
+        want = policy.model(prompt, valid)[0, -1].numpy()
+    assert rows.row("user_content", shop.user_ids[7]) == pytest.approx(want, abs=1e-4)
+    with pytest.raises(PageLLMError, match="make ppo"):
+        export.run(export.Config(**base, device="cpu", policy="ppo"))
 
 
 def test_what_is_wrong_is_named(common, served, tmp_path, capsys):

@@ -103,6 +103,34 @@ def test_the_command_adds_both_columns_to_the_pairs_in_their_order(served, rec, 
         assert out["marginal"][n] == pytest.approx(float(want), abs=1e-4)
 
 
+def test_without_a_reward_model_there_is_no_marginal(sft_alone, rec, tmp_path, capsys):
+    """SFT alone: the same dot as beside the other models."""
+    ids = {"user_id": rec.shop.user_ids[:5], "item_id": rec.shop.catalogue.ids[:5]}
+    pq.write_table(pa.table(ids), tmp_path / "pairs.parquet")
+    base = {
+        "run": "base",
+        "data": str(sft_alone / "data"),
+        "runs": str(sft_alone / "runs"),
+        "device": "cpu",
+    }
+    out = tmp_path / "out.parquet"
+    features.run(features.Config(**base, pairs=str(tmp_path / "pairs.parquet"), out=str(out), k=6))
+    table = pq.read_table(out)
+    assert table.column_names == ["user_id", "item_id", "dot"]
+    assert "no reward model, so no column marginal" in capsys.readouterr().out
+    want, none = features.pair_features(
+        rec.policies["sft"], None, rec.history, rec.met, np.arange(5), np.arange(5)[:, None], 6
+    )
+    assert none is None and table["dot"].to_numpy() == pytest.approx(want[:, 0], abs=1e-4)
+
+
+def test_whole_numbers_are_ids_as_their_digits():
+    """An id column that a tool has turned into integers still names the shop's text ids."""
+    table = pa.table({"item_id": pa.array([12, 7])})
+    config = features.Config(pairs="x", out="y")
+    assert features.dense_ids(config, table, "item_id", {"7": 0, "12": 3}).tolist() == [3, 0]
+
+
 def test_bad_pairs_are_named(served, tmp_path):
     base = {
         "run": "base",

@@ -3,16 +3,20 @@
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pagellm.data.shop import source
 from pagellm.pages.ranked import read_pages
 from pagellm.serving import recommend
 from pagellm.serving.recommend import Config, parse_history
+from pagellm.serving.recommender import Ask, Recommender
 from pagellm.stage import dist
 from pagellm.stage.config import PageLLMError
 
@@ -162,6 +166,100 @@ def test_two_processes_write_the_file_that_one_writes(served, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "two.parquet").read_bytes() == (tmp_path / "one.parquet").read_bytes()
     assert not list(tmp_path.glob("*.parts"))
+
+
+def test_sft_alone_has_pages_in_the_terminal_and_in_files(sft_alone, rec, tmp_path, capsys):
+    recommend.run(config(sft_alone, user=rec.shop.user_ids[0], k=4))
+    text = capsys.readouterr().out
+    assert re.match("recommend: sft [0-9a-f]{16}, no reward model; no rows held out", text)
+    assert len(re.findall(r"^ +\d+  ", text, re.M)) == 4 and "page reward" not in text
+    recommend.run(config(sft_alone, all=True, out=str(tmp_path / "p.parquet"), k=4))
+    assert "no rows held out" in capsys.readouterr().out
+    assert len(rows(tmp_path / "p.parquet")["rank"]) == 4 * rec.shop.n_users
+    with pytest.raises(PageLLMError, match="make ppo"):
+        recommend.run(config(sft_alone, user="x", policy="ppo"))
+
+
+def test_everybodys_pages_hold_nothing_that_their_users_have(served, rec, tmp_path):
+    """The default; a researcher holds rows out, and then pages may hold them."""
+
+    def owned(**more):
+        out = tmp_path / f"{len(more)}.parquet"
+        recommend.run(config(served, all=True, out=str(out), k=12, **more))
+        table, have = rows(out), set(zip(rec.shop.user.tolist(), rec.shop.item.tolist()))
+        return sum(pair in have for pair in zip(table["user"], table["item"], strict=True))
+
+    assert owned() == 0 < owned(split="test")
+
+
+def test_users_below_the_k_core_have_pages_from_their_histories(served, rec, tmp_path, capsys):
+    """dropped.parquet in the data: one row an event, oldest first; the column `known` says whom
+    the model has met."""
+    root, items = tmp_path / "copy", rec.shop.catalogue.ids
+    shutil.copytree(served, root)
+    dropped = {"new": [(items[3], 5.0), (items[8], None)], "odd": [("gone", 5.0), (items[1], 1.0)]}
+    table = pa.table(
+        {
+            "user_id": [u for u, events in dropped.items() for _ in events],
+            "item_id": [item for events in dropped.values() for item, _ in events],
+            "rating": [rating for events in dropped.values() for _, rating in events],
+        }
+    )
+    pq.write_table(table, root / "data" / "synthetic" / "dropped.parquet")
+    recommend.run(config(root, all=True, out=str(tmp_path / "p.parquet"), k=6, part=16))
+    found = rows(tmp_path / "p.parquet")
+    assert {u for u, known in zip(found["user_id"], found["known"]) if known} == set(
+        rec.shop.user_ids
+    )
+    r = Recommender.load(config(root, user="x"))
+    for user, history in (
+        ("new", ((items[3], 5.0), (items[8], math.nan))),
+        ("odd", ((items[1], 1.0),)),
+    ):
+        mine = [n for n, name in enumerate(found["user_id"]) if name == user]
+        (want,) = r.answers([Ask(user=user, history=history, k=6)])
+        assert [found["item_id"][n] for n in mine] == [s["item"] for s in want["items"]]
+        assert not any(found["known"][n] or found["user"][n] is not None for n in mine)
+
+
+def test_what_is_wrong_for_everybody_is_said_once(served, rec, tmp_path, capsys):
+    """Ids of a recall list that nobody knows exclude nothing: the screen says so."""
+    recall = tmp_path / "recall.txt"
+    recall.write_text(f"\ufeff{rec.shop.catalogue.ids[0]}\nwith,comma\n", encoding="utf-8")
+    recommend.run(
+        config(
+            served,
+            all=True,
+            out=str(tmp_path / "p.parquet"),
+            k=6,
+            exclude=f"@{recall}",
+            in_stock=",".join([*rec.shop.catalogue.ids[:4], "no such"]),
+            categories="|".join(["Nope", *rec.members]),
+        )
+    )
+    said = capsys.readouterr().out
+    assert "unknown items: 1 of the 2 of --exclude, with,comma" in said
+    assert "unknown items: 1 of the 5 of --in_stock, no such" in said
+    assert "unknown categories: 1 of the" in said and "Nope" in said
+    n = rec.shop.n_users
+    assert f"{n} of {n} pages have fewer than 6 slots" in said  # 3 items are left
+    assert rec.shop.catalogue.ids[0] not in rows(tmp_path / "p.parquet")["item_id"]
+    before = source(served / "data" / "synthetic")["counts"]["k_core"][0]
+    gone = before["items"] - rec.shop.n_items
+    assert gone > 0 and f"{gone} of {before['items']} items of the log are below the k-core" in said
+    with pytest.raises(PageLLMError, match="another exclude"):
+        recall.write_text("other")
+        recommend.run(
+            config(
+                served,
+                all=True,
+                out=str(tmp_path / "p.parquet"),
+                k=6,
+                exclude=f"@{recall}",
+                in_stock=",".join([*rec.shop.catalogue.ids[:4], "no such"]),
+                categories="|".join(["Nope", *rec.members]),
+            )
+        )
 
 
 def test_filters_hold_in_the_file_too(served, rec, tmp_path):

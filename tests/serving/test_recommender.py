@@ -2,6 +2,8 @@
 
 import math
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,10 @@ from hypothesis import strategies as st
 
 from pagellm.model.policy import MODES
 from pagellm.serving import recommender
-from pagellm.serving.recommender import Ask, Cache, Filters, Recommender, Sources
+from pagellm.serving.cache import Cache
+from pagellm.serving.filters import Filters
+from pagellm.serving.recommender import Ask, Recommender
+from pagellm.serving.sources import Sources
 from pagellm.stage.config import PageLLMError
 
 
@@ -39,7 +44,7 @@ def test_a_known_users_page_is_the_page_that_evaluation_scores(rec, mode):
 def test_split_says_what_the_prompts_show_and_what_no_page_holds(rec, split, told, met):
     r = Recommender(rec.shop, rec.policies, rec.reward, rec.hashes, split)
     user = int(np.argmax(rec.shop.csr(None).counts()))
-    case = r.case(Ask(user=rec.shop.user_ids[user]))
+    case = r.resolve(Ask(user=rec.shop.user_ids[user]))
     assert case.items.tolist() == rec.shop.csr(told).of(user)[0].tolist()
     assert sorted(case.seen) == sorted(rec.shop.csr(met, positive=None).of(user)[0])
 
@@ -70,7 +75,7 @@ def test_rewards_from_kept_prompts_are_those_of_the_model_alone(rec):
     shared = Cache(1 << 24)
     r = Recommender(rec.shop, rec.policies, rec.reward, rec.hashes, cache=shared)
     cases = [
-        r.case(ask)
+        r.resolve(ask)
         for ask in (Ask(user=rec.shop.user_ids[3]), Ask(), Ask(user=rec.shop.user_ids[5]))
     ]
     item = torch.tensor([[4, 9, 2], [1, 0, 7], [8, 3, -1]])
@@ -78,15 +83,15 @@ def test_rewards_from_kept_prompts_are_those_of_the_model_alone(rec):
     prompt, valid = reader.prompt([c.user for c in cases], [(c.items, c.ratings) for c in cases])
     want = rec.reward(prompt, valid, item, item >= 0)
     for _ in range(2):
-        token, page = r.judge(cases, item, item >= 0)
+        token, page = r.rewards(cases, item, item >= 0)
         torch.testing.assert_close(token, want[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(page, want[1], atol=1e-5, rtol=1e-5)
     missed = shared.misses
-    r.judge(cases, item, item >= 0)
+    r.rewards(cases, item, item >= 0)
     assert shared.misses == missed
     Recommender(
         rec.shop, rec.policies, rec.reward, rec.hashes | {"reward": "other"}, cache=shared
-    ).judge(cases, item, item >= 0)
+    ).rewards(cases, item, item >= 0)
     assert shared.misses == missed + len(cases)
 
 
@@ -168,7 +173,7 @@ def test_filters_act_inside_decoding(rec):
     only = one(rec, filters=Filters(in_stock=(a,)))
     assert ids(only) == [a] and only["items"][0]["score"] == pytest.approx(0, abs=1e-6)
     first = one(rec, k=1, filters=Filters(in_stock=(a, b)))["items"][0]
-    free = rec.write("ppo", [rec.case(Ask(k=1))], 1, "greedy")[0].first[0]
+    free = rec.write("ppo", [rec.resolve(Ask(k=1))], 1, "greedy")[0].first[0]
     both = free[:2].log_softmax(0)
     assert first["item"] == (a, b)[int(both.argmax())]
     assert first["score"] == pytest.approx(float(both.max()), abs=1e-5)
@@ -208,7 +213,7 @@ def test_a_typed_history_follows_the_stored_one_and_overrides_it(rec):
     stored = rec.history.of(user)[0].tolist()
     new = next(i for i in range(rec.shop.n_items) if i not in rec.met.of(user)[0])
     name = rec.shop.catalogue.ids
-    case = rec.case(
+    case = rec.resolve(
         Ask(
             user=rec.shop.user_ids[user],
             history=(
@@ -285,7 +290,82 @@ def test_weights_that_do_not_belong_together_are_refused(served, rec, tmp_path, 
             Recommender.load(sources, ("ppo",), reward=False)
     done.unlink()
     with pytest.raises(PageLLMError, match="make ppo"):
-        Recommender.load(sources)
+        Recommender.load(sources, ("ppo",))
     fewer = rec.shop.__class__(**{**vars(rec.shop), "n_users": 3})
     with pytest.raises(PageLLMError, match="3 and"):
         Recommender(fewer, rec.policies, rec.reward, rec.hashes)
+    narrow = SimpleNamespace(trunk=SimpleNamespace(n_users=3, n_items=rec.shop.n_items))
+    with pytest.raises(PageLLMError, match="reward was made for 3 users"):
+        Recommender(rec.shop, rec.policies, narrow, rec.hashes)
+
+
+def sources(root, **more):
+    return Sources(
+        run="base", data=str(root / "data"), runs=str(root / "runs"), device="cpu", **more
+    )
+
+
+def test_what_is_there_is_taken(served, sft_alone, tmp_path):
+    """PPO where it is finished, else SFT; rewards where there is a reward model."""
+
+    def loaded(*stages):
+        runs = tmp_path / "-".join(stages)
+        for name in stages:
+            shutil.copytree(served / "runs" / "base" / name, runs / "base" / name)
+        return Recommender.load(replace(sources(served), runs=str(runs)))
+
+    for stages, policies, default in (
+        (("sft",), ["sft"], "sft"),
+        (("sft", "reward"), ["sft"], "sft"),
+        (("ppo",), ["ppo"], "ppo"),
+        (("sft", "ppo", "reward"), ["ppo", "sft"], "ppo"),
+    ):
+        r = loaded(*stages)
+        assert sorted(r.policies) == policies and r.default == default
+        answer = one(r, user=r.shop.user_ids[0])
+        assert answer["policy"] == default and answer["model"] == r.hashes[default]
+        has_reward = "reward" in stages
+        rewards = [answer["page_reward"], *(s["token_reward"] for s in answer["items"])]
+        assert [x is not None for x in rewards] == [has_reward] * 7
+        assert answer["reward_model"] == r.hashes.get("reward")
+    begun = sources(sft_alone).where("ppo")
+    begun.mkdir()
+    (begun / "config.json").write_text("{}")
+    assert Recommender.load(sources(sft_alone)).default == "sft"  # PPO is still in training
+    shutil.rmtree(begun)
+
+
+def test_what_is_missing_is_named(sft_alone, tmp_path):
+    with pytest.raises(PageLLMError, match="no PageLLM policy(.|\\n)*make ppo"):
+        Recommender.load(sources(sft_alone), ("ppo",))
+    with pytest.raises(PageLLMError, match="no reward model(.|\\n)*make reward"):
+        Recommender.load(sources(sft_alone), reward=True)
+    with pytest.raises(PageLLMError, match="no reward model in .*other"):
+        Recommender.load(sources(sft_alone, reward_run="other"))
+    with pytest.raises(PageLLMError, match="no SFT policy(.|\\n)*make sft"):
+        Recommender.load(replace(sources(sft_alone), runs=str(tmp_path)))
+    (error,) = Recommender.load(sources(sft_alone)).answers([Ask(policy="ppo")])
+    assert "policy=ppo: not served here, there is sft" in str(error)
+
+
+def test_sfts_page_does_not_depend_on_what_else_is_there(rec, sft_alone):
+    alone = Recommender.load(sources(sft_alone, split="test"))
+    for user in rec.shop.user_ids[:4]:
+        a, b = one(alone, user=user), one(rec, user=user, policy="sft")
+        assert [(s["item"], s["score"]) for s in a["items"]] == [
+            (s["item"], pytest.approx(s["score"], abs=1e-5)) for s in b["items"]
+        ]
+        assert a["energy"] == b["energy"] and a["ild"] == b["ild"]
+    order = tuple(reversed(ids(a)))
+    scored = one(alone, user=user, page=order)
+    assert tuple(ids(scored)) == order and scored["page_reward"] is None
+
+
+def test_by_default_no_page_holds_what_its_user_has(rec, served):
+    """A shop's page: whatever split a row is in, and however it was rated."""
+    r = Recommender.load(sources(served))
+    had = rec.shop.csr(None, positive=None)
+    for user, answer in enumerate(r.answers([Ask(user=u, k=12) for u in rec.shop.user_ids])):
+        assert not set(ids(answer)) & {rec.shop.catalogue.ids[i] for i in had.of(user)[0]}
+        assert answer["user"]["history"] == len(rec.shop.csr(None).of(user)[0])
+    assert "no rows held out" in r.in_words() and "test rows held out" in rec.in_words()

@@ -147,7 +147,7 @@ def test_a_page_is_what_the_documents_say(client, some):
 
 def test_users_items_and_shop(client, some):
     user = User.model_validate(client("GET", f"/v1/users/{some.user_ids[1]}").json())
-    items, ratings = some.csr("train").of(1)
+    items, ratings = some.csr(None).of(1)
     assert [e.item for e in user.history] == [some.catalogue.ids[i] for i in items]
     assert [e.rating for e in user.history] == pytest.approx(ratings.tolist())
     item = Item.model_validate(client("GET", f"/v1/items/{some.catalogue.ids[2]}").json())
@@ -393,8 +393,8 @@ def test_requests_that_wait_together_are_written_together(served, some):
 
 def test_memory_is_given_back_between_batches(served, monkeypatch):
     given = []
-    monkeypatch.setattr(serve, "TIDY", 0.0)
-    monkeypatch.setattr(serve, "give_back", lambda plain=serve.give_back: given.append(plain()))
+    monkeypatch.setattr(serve, "TRIM_EVERY", 0.0)
+    monkeypatch.setattr(serve, "trim_memory", lambda plain=serve.trim_memory: given.append(plain()))
     with Client(Service(config(served))) as client:
         assert [client.page(history=[], k=3).status_code for _ in range(3)] == [200] * 3
     assert len(given) == 3
@@ -515,9 +515,9 @@ def test_new_weights_are_taken_up_without_losing_a_request(served, some, tmp_pat
             thread.start()
         while len(replies) < 20:
             time.sleep(0.01)
-        assert not service.look()  # nothing new
+        assert not service.take_new_weights()  # nothing new
         other_weights(root)
-        assert service.look() and not service.look()
+        assert service.take_new_weights() and not service.take_new_weights()
         after = len(replies)
         while len(replies) < after + 30:
             time.sleep(0.01)
@@ -556,14 +556,45 @@ def test_weights_that_are_half_written_are_not_taken_up(served, tmp_path):
     stage = root / "runs" / "base" / "ppo"
     whole = (stage / "model.pt").read_bytes()
     (stage / "done").rename(stage / "kept")
-    assert not service.look() and events == []  # being trained anew: no done file
+    assert not service.take_new_weights() and events == []  # being trained anew: no done file
     (stage / "done").write_text(json.dumps({"id": "0" * 16}))
-    assert not service.look() and not service.look()
+    assert not service.take_new_weights() and not service.take_new_weights()
     (stage / "model.pt").write_bytes(whole[: len(whole) // 2])
-    assert not service.look() and service.recommender is before
+    assert not service.take_new_weights() and service.recommender is before
     assert events.count("swap_failed") == 1  # said once, tried at every look
     other_weights(root)
-    assert service.look() and service.recommender is not before
+    assert service.take_new_weights() and service.recommender is not before
+
+
+def test_sft_alone_is_served_and_what_comes_later_is_taken_up(sft_alone, served, some, tmp_path):
+    """Rewards are null, PPO is refused by name; PPO and a reward model, once finished, are swapped in."""
+    root = tmp_path / "copy"
+    shutil.copytree(sft_alone, root)
+    service = Service(config(root))
+    with Client(service) as client:
+        reply = client.page(user=some.user_ids[0], k=3, explain=True)
+        page = Page.model_validate(reply.json(), strict=True)
+        assert page.policy == "sft" and page.page_reward is None and page.reward_model is None
+        assert len(page.items) == 3 and all(s.token_reward is None for s in page.items)
+        items = [s.item for s in page.items][::-1]
+        scored = client("POST", "/v1/score", json={"user": some.user_ids[0], "items": items})
+        assert Page.model_validate(scored.json()).page_reward is None
+        facts = ShopFacts.model_validate(client("GET", "/v1/shop").json())
+        assert set(facts.models) == {"sft", "data"} and facts.split == "none"
+        error = refused(client.page(user="a", policy="ppo"), 422)
+        assert "not served here, there is sft" in error.message
+        assert not service.take_new_weights()
+        for stage in ("reward", "ppo"):
+            shutil.copytree(
+                served / "runs" / "base" / stage,
+                root / "runs" / "base" / stage,
+                ignore=shutil.ignore_patterns("done"),
+            )
+            assert not service.take_new_weights()  # begun, not finished
+            shutil.copy(served / "runs" / "base" / stage / "done", root / "runs" / "base" / stage)
+            assert service.take_new_weights()
+        page = Page.model_validate(client.page(user=some.user_ids[0], k=3).json())
+        assert page.policy == "ppo" and page.page_reward is not None
 
 
 def test_the_watch_sees_new_weights_by_itself(served, tmp_path):

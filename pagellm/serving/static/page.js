@@ -6,6 +6,8 @@ const typed = new Map();        // item id -> {title, rating}
 const excluded = new Map();     // item id -> title
 const shown = {};               // policy -> {answer, order: [slots as they stand now], now: answer for that order}
 let asked = 0;                  // the newest question; older answers are dropped
+let policies = [];              // those that are served, in the order of their columns
+let rated = false;              // whether there is a reward model
 
 function make(tag, options = {}, ...children) {
   const { on = {}, ...rest } = options;
@@ -61,12 +63,11 @@ async function write() {
                  explain: true };
   say("Writing…");
   try {
-    const [sft, ppo] = await Promise.all(["sft", "ppo"].map((policy) => call("/v1/page", { ...body, policy })));
+    const answers = await Promise.all(policies.map((policy) => call("/v1/page", { ...body, policy })));
     if (mine !== asked) return;
-    Object.assign(shown, { sft: fresh(sft, body), ppo: fresh(ppo, body) });
-    draw("sft");
-    draw("ppo");
-    say(remarks(ppo));
+    policies.forEach((policy, at) => { shown[policy] = fresh(answers[at], body); });
+    policies.forEach(draw);
+    say(remarks(answers.at(-1)));
   } catch (error) {
     if (mine === asked) say(`That did not work: ${error.message}`);
   }
@@ -85,7 +86,8 @@ function remarks(answer) {
 
 function sums(policy) {
   const { answer, now } = shown[policy];
-  const parts = [["energy", "energy"], ["page reward", "page_reward"], ["diversity", "ild"], ["entropy", "entropy"]];
+  const parts = [["energy", "energy"], ...(rated ? [["page reward", "page_reward"]] : []), ["diversity", "ild"],
+                 ["entropy", "entropy"]];
   const nodes = parts.map(([name, key]) => {
     const change = answer[key] === null ? 0 : now[key] - answer[key];
     const moved = Math.abs(change) >= 0.0005;
@@ -102,13 +104,14 @@ function sums(policy) {
 function draw(policy) {
   sums(policy);
   const { order, now } = shown[policy];
-  const other = new Set(shown[policy === "ppo" ? "sft" : "ppo"].answer.items.map((slot) => slot.item));
+  const other = policies.find((name) => name !== policy);
+  const there = other && new Set(shown[other].answer.items.map((slot) => slot.item));
   const rewards = Object.values(shown).flatMap((page) => page.now.items.map((slot) => slot.token_reward));
   const low = Math.min(...rewards), span = Math.max(...rewards) - low || 1;
   const reward = new Map(now.items.map((slot) => [slot.item, slot.token_reward]));
   const list = document.querySelector(`#${policy} ol`);
   list.replaceChildren(...order.map((slot, at) => row(policy, slot, at, reward.get(slot.item), low, span,
-                                                      !other.has(slot.item))));
+                                                      there && !there.has(slot.item))));
   if (!order.length) list.append(make("li", {}, "No item passes the filters."));
 }
 
@@ -130,17 +133,19 @@ function row(policy, slot, at, reward, low, span, alone) {
                                       pointerdown: (event) => drag(event, policy, at) } }, "⠿");
   const like = slot.similar.map((near) => `${near.title || near.item} (${fixed(near.similarity, 2)})`).join("; ");
   const why = make("details", { className: "why" }, make("summary", {}, "why"),
-    make("p", {}, `Reward of this slot ${fixed(reward)}; log-probability ${fixed(slot.score, 2)} when it was written.`),
+    make("p", {}, `${rated ? `Reward of this slot ${fixed(reward)}; log` : "Log"}-probability ` +
+      `${fixed(slot.score, 2)} when it was written.`),
     make("p", {}, like ? `Like, in the history: ${like}.` : "No history to compare with."),
-    slot.held_out ? make("p", {}, "✓ The user chose it later; the model has not seen that.") : "",
+    slot.held_out ? make("p", {}, "✓ The user chose it; the model has not seen that.") : "",
     make("button", { type: "button", on: { click: () => { excluded.set(slot.item, title); chips(); write(); } } },
       "leave out"));
   return make("li", {}, grip, make("span", { className: "rank" }, String(at + 1)),
-    make("div", { className: "what" }, make("p", {}, slot.held_out ? make("span", { title: "chosen later" }, "✓ ") : "",
+    make("div", { className: "what" }, make("p", {}, slot.held_out ? make("span", { title: "held out" }, "✓ ") : "",
       title, " ", alone ? make("span", { className: "tag" }, "only here") : ""),
       make("small", {}, [slot.category, slot.price === null ? null : slot.price.toFixed(2), slot.item]
         .filter(Boolean).join(" · ")), why),
-    make("div", { className: "worth", title: "reward of this slot" }, fixed(reward, 2), bar((reward - low) / span)));
+    rated ? make("div", { className: "worth", title: "reward of this slot" }, fixed(reward, 2),
+      bar((reward - low) / span)) : "");
 }
 
 // Moving an item. The keyboard moves one slot; the pointer moves freely and scores on release.
@@ -164,8 +169,8 @@ async function rescore(policy) {
     const inside = focus && focus.closest("article")?.id === policy;
     draw(policy);
     if (inside) document.querySelectorAll(`#${policy} .grip`)[at]?.focus();
-    say(`New order: energy ${fixed(now.energy)} (was ${fixed(page.answer.energy)}), page reward ` +
-        `${fixed(now.page_reward)} (was ${fixed(page.answer.page_reward)}).`);
+    say(`New order: energy ${fixed(now.energy)} (was ${fixed(page.answer.energy)})` + (rated ?
+        `, page reward ${fixed(now.page_reward)} (was ${fixed(page.answer.page_reward)}).` : "."));
   } catch (error) {
     say(`That did not work: ${error.message}`);
   }
@@ -266,12 +271,26 @@ async function stored() {
   } catch { /* a stranger: the page says so itself */ }
 }
 
+// One column a policy that is served; what cannot be shown is not explained either.
+function columns({ models, split }) {
+  policies = ["sft", "ppo"].filter((policy) => models[policy]);
+  rated = Boolean(models.reward);
+  for (const policy of ["sft", "ppo"]) byId(policy).hidden = !models[policy];
+  byId("pages").classList.toggle("unrated", !rated);
+  byId("go").textContent = policies.length > 1 ? "Write both pages" : "Write the page";
+  byId("about-bar").hidden = !rated;
+  byId("about-both").hidden = policies.length < 2;
+  byId("about-held").hidden = split === "none";
+}
+
 async function begin() {
   const shop = await call("/v1/shop");
   const count = (n) => n.toLocaleString("en");
   byId("facts").textContent = `${shop.dataset}: ${count(shop.users)} users, ${count(shop.items)} items`;
-  byId("models").textContent = `version ${shop.version}, with the reward ${shop.models.ppo}, ` +
-    `without ${shop.models.sft}, reward model ${shop.models.reward}`;
+  const names = { ppo: "with the reward", sft: "without the reward", reward: "reward model" };
+  byId("models").textContent = [`version ${shop.version}`, ...Object.keys(names).filter((name) => shop.models[name])
+    .map((name) => `${names[name]} ${shop.models[name]}`)].join(", ");
+  columns(shop);
   byId("k").max = shop.k_max;
   byId("k").value = Math.min(20, shop.k_max);
   if (shop.price) {
