@@ -1,10 +1,13 @@
-"""Implicit ALS, exact: factors of who has what. A plain baseline (pagellm/model/plain.py) and a start for rows.
+"""Implicit ALS: factors of who chose what, and how much they liked it.
 
-X, Y = als(shop.csr("train"), shop.n_users, shop.n_items, factors=64, alpha0=0.01, reg=0.01, nu=1.0)
-X[users] @ Y.T                          (B, N) scores
+It is a plain baseline (model/plain.py) and a start for the network's rows (model/rows.py).
+
+    X, Y = als(shop.csr("train"), U, N, factors=64, alpha0=0.01, reg=0.01, nu=1.0)
+    X[users] @ Y.T                          (B, N) scores
 """
 
 import re
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +16,15 @@ from torch import Tensor
 from pagellm.data.shop import Catalogue, Rows
 from pagellm.stage import randomness
 
-__all__ = ["als", "als_side", "item_groups", "add_pseudo_users"]
+__all__ = [
+    "Stars",
+    "add_pseudo_users",
+    "als",
+    "als_side",
+    "fit_stars",
+    "item_groups",
+    "rating_targets",
+]
 
 
 WIDEST = 1000  # items of a category, brand or title word; wider ones say little and cost much
@@ -29,15 +40,28 @@ def als(
     nu: float,
     seed: int = 0,
     iterations: int = 15,
+    target: np.ndarray | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Implicit ALS (Hu et al., ICDM 2008) with Rendle et al.'s (RecSys 2022) regularisation. X (U, d), Y (N, d).
+    """Implicit ALS: user factors X (U, d) and item factors Y (N, d).
 
-        sum_seen (1 - x_u.y_i)^2 + alpha0 sum_all (x_u.y_i)^2 + sum_u reg_u |x_u|^2 + sum_i reg_i |y_i|^2
+        minimise  sum over rows (v_ui - x_u.y_i)^2 + alpha0 sum over all pairs (x_u.y_i)^2
+                  + sum_u reg_u |x_u|^2 + sum_i reg_i |y_i|^2
 
-    reg_u = reg * c * (n_u + alpha0 N)^nu, likewise reg_i with (n_i + alpha0 U); c keeps the sum of all reg what it is
-    at nu = 1. nu = 0 is one penalty for all. Each half step is solved exactly, users last.
+    reg_u = reg * c * (n_u + alpha0 N)^nu, and likewise reg_i with (n_i + alpha0 U). The constant c
+    keeps the sum of all penalties what it is at nu = 1. nu = 0 is one penalty for all. Each half
+    step is solved exactly, users last.
+
+    target  (R,) the targets v of `rows`, as `rating_targets` makes them; None: 1 for all. Pairs
+            without a row have target 0.
+
+    Source: Hu, Koren and Volinsky, ICDM 2008; penalties of Rendle et al., RecSys 2022; a target
+    for pairs that nobody rated: Steck, KDD 2010.
     """
     by_item = transpose(rows, n_items)
+    item_target = None
+    if target is not None:
+        target = np.asarray(target, np.float32)
+        item_target = target[np.argsort(rows.items, kind="stable")]  # in the order of `transpose`
     size_u, size_i = (
         torch.from_numpy(r.counts()).double() + alpha0 * n
         for r, n in ((rows, n_items), (by_item, n_users))
@@ -47,9 +71,9 @@ def als(
     start = randomness.rng(seed, "als").standard_normal((n_items, factors), dtype=np.float32)
     Y = torch.from_numpy(start) * (0.1 / factors**0.5)
     for _ in range(iterations):
-        X = als_side(Y, rows, alpha0, reg_u.float())
-        Y = als_side(X, by_item, alpha0, reg_i.float())
-    return als_side(Y, rows, alpha0, reg_u.float()), Y
+        X = als_side(Y, rows, alpha0, reg_u.float(), target=target)
+        Y = als_side(X, by_item, alpha0, reg_i.float(), target=item_target)
+    return als_side(Y, rows, alpha0, reg_u.float(), target=target), Y
 
 
 def transpose(rows: Rows, n_items: int) -> Rows:
@@ -61,13 +85,23 @@ def transpose(rows: Rows, n_items: int) -> Rows:
     return Rows(indptr, user[order], rows.ratings[order])
 
 
-def als_side(Y: Tensor, rows: Rows, alpha0: float, reg: Tensor, block: int = 4_000_000) -> Tensor:
-    """The best x_u for fixed Y (N, d), all u at once: (Y_u'Y_u + alpha0 Y'Y + reg_u I) x_u = Y_u'1. Returns (U, d).
+def als_side(
+    Y: Tensor,
+    rows: Rows,
+    alpha0: float,
+    reg: Tensor,
+    block: int = 4_000_000,
+    target: np.ndarray | None = None,
+) -> Tensor:
+    """The best x_u for fixed Y, for all users: (Y_u'Y_u + alpha0 Y'Y + reg_u I) x_u = Y_u'v_u.
 
-    Y_u (n, d) holds the rows of Y that u has; reg (U,). Users with equally many rows share a batch. In the basis Q
-    where Y'Y = Q diag(e) Q' is diagonal, H = alpha0 e + reg_u is too, so that few rows need only an n x n system:
+    Y_u (n, d) holds the rows of Y that user u has, v_u their targets. Users with equally many rows
+    share a batch. In the basis Q in which Y'Y = Q diag(e) Q' is diagonal, H = alpha0 e + reg_u is
+    diagonal too. So a user with few rows needs only an n x n system:
 
-        x_u = Q H^-1 W' (I + W H^-1 W')^-1 1,   W = Y_u Q          (push-through identity)
+        x_u = Q H^-1 W' (I + W H^-1 W')^-1 v_u,   W = Y_u Q          (push-through identity)
+
+    Y (N, d)    reg (U,)    target (R,), or None for 1 throughout    returns (U, d)
     """
     e, Q = torch.linalg.eigh((Y.T @ Y).double())
     Q, e = Q.to(Y.dtype), e.clamp_min(0.0).to(Y.dtype)
@@ -78,18 +112,21 @@ def als_side(Y: Tensor, rows: Rows, alpha0: float, reg: Tensor, block: int = 4_0
         members = np.flatnonzero(counts == n)
         step = max(1, int(block // (n * d + min(n, d) ** 2)))
         for some in (members[at : at + step] for at in range(0, len(members), step)):
-            # (B, n, d)
-            W = V[torch.from_numpy(rows.items[rows.indptr[some][:, None] + np.arange(n)])]
+            where = rows.indptr[some][:, None] + np.arange(n)
+            W = V[torch.from_numpy(rows.items[where])]  # (B, n, d)
+            v = None if target is None else torch.from_numpy(target[where])[..., None]  # (B, n, 1)
             H = alpha0 * e + reg[torch.from_numpy(some), None]  # (B, d)
             if n <= d:
                 WH = W / H[:, None]
                 K = WH @ W.mT
                 K.diagonal(dim1=1, dim2=2).add_(1.0)
-                z = torch.cholesky_solve(W.new_ones(len(some), n, 1), torch.linalg.cholesky(K))
+                ones = W.new_ones(len(some), n, 1) if v is None else v
+                z = torch.cholesky_solve(ones, torch.linalg.cholesky(K))
                 x = (WH.mT @ z)[..., 0]
             else:
                 A = W.mT @ W + torch.diag_embed(H)
-                x = torch.cholesky_solve(W.sum(1)[..., None], torch.linalg.cholesky(A))[..., 0]
+                right = W.sum(1)[..., None] if v is None else W.mT @ v
+                x = torch.cholesky_solve(right, torch.linalg.cholesky(A))[..., 0]
             out[torch.from_numpy(some)] = x @ Q.T
     return out
 
@@ -117,3 +154,71 @@ def add_pseudo_users(rows: Rows, groups: list[np.ndarray]) -> Rows:
         np.concatenate([rows.items, more]),
         np.concatenate([rows.ratings, np.full(len(more), np.nan, np.float32)]),
     )
+
+
+def rating_targets(
+    ratings: np.ndarray, liked: np.ndarray, disliked: float = 0.35, slope: float = 0.15
+) -> np.ndarray:
+    """Targets (R,) float32 for `als`: how much a user liked what they chose.
+
+    A liked item of average or unknown stars has target 1. Without ratings and dislikes all targets
+    are 1, which is plain ALS.
+
+    ratings   (R,) stars, NaN where unknown
+    liked     (R,) bool
+    disliked  target of a disliked item of average stars: above 0, because the user did choose it
+    slope     added for every star above the average of the liked, or of the disliked, items.
+              Targets are never below 0.
+    """
+    stars, liked = np.asarray(ratings, np.float64), np.asarray(liked, bool)
+    out = np.where(liked, 1.0, disliked)
+    for group in (liked, ~liked):
+        known = group & ~np.isnan(stars)
+        if known.any():
+            out[known] += slope * (stars[known] - stars[known].mean())
+    return np.maximum(out, 0.0).astype(np.float32)
+
+
+class Stars(NamedTuple):
+    """Predicted stars of user u and item i: mean + user[u] + item[i] + taste[u].place[i]."""
+
+    mean: float  # of all ratings
+    user: Tensor  # (U,) biases
+    item: Tensor  # (N,) biases
+    taste: Tensor  # (U, d)
+    place: Tensor  # (N, d) unit rows
+
+    def score(self, users: np.ndarray) -> Tensor:
+        """Predicted stars of all items: (B, N) float32."""
+        u = torch.from_numpy(users)
+        biases = self.mean + self.user[u][:, None] + self.item
+        return biases + self.taste[u] @ self.place.T
+
+
+def fit_stars(
+    rows: Rows, Y: Tensor, shrink: float = 3.0, reg: float = 0.5, rounds: int = 10
+) -> Stars:
+    """Predict ratings by biases, and by a ridge regression of each user on the rows of Y.
+
+    rows    what users rated, liked or not; rows without a rating are left out
+    Y       (N, d) item factors; they are scaled to length 1
+    shrink  every user and item begins with so many ratings of average height (Koren, KDD 2008, 2.1)
+    reg     ridge of the regression, in ratings
+    """
+    n_users, n_items = len(rows.indptr) - 1, len(Y)
+    user = np.repeat(np.arange(n_users), rows.counts())
+    known = ~np.isnan(rows.ratings)
+    u, i, r = user[known], rows.items[known], rows.ratings[known].astype(np.float64)
+    mean = float(r.mean()) if len(r) else 0.0
+    of_user, of_item = np.zeros(n_users), np.zeros(n_items)
+    many_u, many_i = np.bincount(u, minlength=n_users), np.bincount(i, minlength=n_items)
+    for _ in range(rounds):
+        of_item = np.bincount(i, r - mean - of_user[u], n_items) / (many_i + shrink)
+        of_user = np.bincount(u, r - mean - of_item[i], n_users) / (many_u + shrink)
+    place = Y / Y.norm(dim=1, keepdim=True).clamp_min(1e-9)
+    indptr = np.concatenate([[0], np.cumsum(many_u)])
+    rest = (r - mean - of_user[u] - of_item[i]).astype(np.float32)
+    ridge = torch.full((n_users,), reg)
+    taste = als_side(place, Rows(indptr, i, rows.ratings[known]), 0.0, ridge, target=rest)
+    biases = (torch.from_numpy(x).float() for x in (of_user, of_item))
+    return Stars(mean, *biases, taste, place)

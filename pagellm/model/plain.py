@@ -1,10 +1,14 @@
-"""Plain recommenders, exact and small: popularity, ItemKNN, EASE, implicit ALS. Train rows in, scores out.
+"""Plain recommenders, exact and small: popularity, ItemKNN, EASE, implicit ALS.
 
     fitted = fit("EASE", shop.csr("train"), shop.n_users, shop.n_items, {"ridge": 200.0}, seed=0)
-    fitted.score(users)                     (B, N) float32, higher is better; unseen and seen items alike
+    fitted.score(users)         (B, N) float32, higher is better; unseen and seen items alike
 
-Nothing here sees a validation or test row: `rows` is all there is. ItemKNN and EASE hold N x N float32 (570 MB at
-12,000 items; EASE three of them for a moment).
+Most of them read who liked what, and nothing else. ALS+facts reads titles, categories and brands
+too. ALS+ratings reads all of that, the ratings, and what users chose but did not like: it is the
+strongest simple row of the tables.
+
+Nothing here sees a validation or test row. ItemKNN and EASE hold N x N float32: 570 MB at 12,000
+items; EASE holds three of them for a moment.
 """
 
 from collections.abc import Callable
@@ -15,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagellm.data.shop import Rows
-from pagellm.model.als import add_pseudo_users, als
+from pagellm.data.shop import Rows, Shop
+from pagellm.model.als import add_pseudo_users, als, fit_stars, rating_targets
 from pagellm.stage.config import PageLLMError
 
 __all__ = [
+    "Chosen",
     "Fitted",
     "GRIDS",
     "PLAIN",
@@ -51,6 +56,14 @@ GRIDS: dict[str, dict[str, tuple]] = {
 }
 PLAIN = tuple(GRIDS)  # users and items alone; the next reads titles, categories and brands too
 GRIDS["ALS+facts"] = GRIDS["ALS"]
+# disliked, slope: as in als.rating_targets. facts: target of a category, brand or title word.
+# stars: how many standard deviations of a user's scores one predicted star is worth.
+GRIDS["ALS+ratings"] = GRIDS["ALS"] | {
+    "disliked": (0.0, 0.15, 0.35, 0.6, 1.0),
+    "slope": (0.0, 0.08, 0.15, 0.3),
+    "facts": (0.25, 0.5, 1.0),
+    "stars": (0.0, 0.1, 0.2, 0.4),
+}
 
 
 def grid_of(name: str, n_items: int) -> dict[str, tuple]:
@@ -61,6 +74,19 @@ def grid_of(name: str, n_items: int) -> dict[str, tuple]:
         else values
         for what, values in GRIDS[name].items()
     }
+
+
+class Chosen(NamedTuple):
+    """What users chose, liked or not."""
+
+    rows: Rows
+    liked: np.ndarray  # (R,) bool
+
+    @classmethod
+    def of(cls, shop: Shop, splits: str | tuple[str, ...] = "train") -> "Chosen":
+        """The rows of these splits."""
+        keep = shop.rows(splits, positive=None)
+        return cls(shop.csr(splits, positive=None), shop.positive[keep])
 
 
 class Fitted(NamedTuple):
@@ -79,11 +105,16 @@ def fit(
     seed: int = 0,
     gram: Tensor | None = None,
     groups: list[np.ndarray] | None = None,
+    chosen: Chosen | None = None,
 ) -> Fitted:
     """Fit one of GRIDS to the positives `rows` of n_users users.
 
-    settings  values for that model's names in GRIDS        gram  (N, N), if it is at hand already
-    groups    als.item_groups, for ALS+facts: categories, brands and title words are then users of their items
+    settings  values for the model's names in GRIDS
+    gram      (N, N) of gram_matrix, if it is at hand already
+    groups    als.item_groups, for ALS+facts and ALS+ratings: categories, brands and title words,
+              each of which counts as one more user of its items
+    chosen    for ALS+ratings, which learns from disliked items and from stars too
+
     Raises PageLLMError for an unknown model, other settings than its own, or too many items for N x N.
     """
     if name not in GRIDS or set(settings) != set(GRIDS[name]):
@@ -99,9 +130,33 @@ def fit(
         X, Y = als(rows, len(rows.counts()), n_items, **settings, seed=seed)
         X = X[:n_users]
         return Fitted(lambda users: X[torch.from_numpy(users)] @ Y.T, {"users": X, "items": Y})
+    if name == "ALS+ratings":
+        return fit_ratings(chosen, n_users, n_items, settings, seed, groups or [])
     gram = gram_matrix(rows, n_items) if gram is None else gram
     W = (knn_weights if name == "ItemKNN" else ease_weights)(gram, **settings)
     return Fitted(lambda users: sum_rows(W, rows, users), {"weights": W})
+
+
+def fit_ratings(
+    chosen: Chosen, n_users: int, n_items: int, settings: dict, seed: int, groups: list[np.ndarray]
+) -> Fitted:
+    """ALS whose targets are ratings (als.rating_targets), and predicted stars beside its scores."""
+    rows = add_pseudo_users(chosen.rows, groups)
+    target = rating_targets(
+        chosen.rows.ratings, chosen.liked, settings["disliked"], settings["slope"]
+    )
+    more = np.full(len(rows.items) - len(target), settings["facts"], np.float32)
+    plain = (settings[name] for name in ("factors", "alpha0", "reg", "nu"))
+    target = np.concatenate([target, more])
+    X, Y = als(rows, len(rows.counts()), n_items, *plain, seed=seed, target=target)
+    X, weight, stars = X[:n_users], settings["stars"], fit_stars(chosen.rows, Y)
+
+    def score(users: np.ndarray) -> Tensor:
+        out = X[torch.from_numpy(users)] @ Y.T
+        return out + weight * out.std(1, keepdim=True) * stars.score(users) if weight else out
+
+    learned = {"users": X, "items": Y, "taste": stars.taste, "user": stars.user, "item": stars.item}
+    return Fitted(score, learned)
 
 
 def gram_matrix(rows: Rows, n_items: int, block: int = 4_000_000) -> Tensor:

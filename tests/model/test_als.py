@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagellm.data.shop import Catalogue
-from pagellm.model.als import add_pseudo_users, als, als_side, item_groups
+from pagellm.model.als import (
+    add_pseudo_users,
+    als,
+    als_side,
+    fit_stars,
+    item_groups,
+    rating_targets,
+)
 from tests.strategies import purchases, rows_of, seeds
 
 STEADY = settings(deadline=None, max_examples=40)
@@ -127,3 +134,128 @@ def test_an_item_nobody_bought_is_near_what_it_shares_words_with():
     assert cosine(with_some[24], with_some[3], 0) > cosine(
         with_some[24][None], with_some[others], 1
     ).quantile(0.8)
+
+
+@STEADY
+@given(purchases(), st.floats(0.01, 2), st.floats(0.01, 2), st.integers(1, 6), seeds)
+def test_als_half_step_with_targets_solves_the_same_equations_for_them(
+    matrix, alpha0, reg, d, seed
+):
+    """(Y_u'Y_u + alpha0 Y'Y + reg_u I) x_u = Y_u'v_u; targets of 1 change nothing."""
+    Y = torch.randn(
+        matrix.shape[1], d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    regs, rows = reg * torch.ones(len(matrix), dtype=torch.float64), rows_of(matrix)
+    value = np.random.default_rng(seed).standard_normal(len(rows.items))
+    X = als_side(Y, rows, alpha0, regs, target=value)
+    for u, mine in enumerate(matrix):
+        v = torch.from_numpy(value[rows.indptr[u] : rows.indptr[u + 1]])
+        A = Y[mine].T @ Y[mine] + alpha0 * Y.T @ Y + regs[u] * torch.eye(d, dtype=torch.float64)
+        torch.testing.assert_close(X[u], torch.linalg.solve(A, Y[mine].T @ v), atol=1e-8, rtol=1e-6)
+    torch.testing.assert_close(
+        als_side(Y, rows, alpha0, regs, target=np.ones(len(value))),
+        als_side(Y, rows, alpha0, regs),
+        atol=1e-9,
+        rtol=1e-7,
+    )
+
+
+def test_als_with_targets_converges_to_a_minimum_of_its_objective():
+    U, N, alpha0, reg = *BIG.shape, 0.2, 0.01
+    rows = rows_of(BIG)
+    value = np.random.default_rng(3).random(len(rows.items)).astype(np.float32)
+    X, Y = (
+        m.double().requires_grad_()
+        for m in als(rows, U, N, 3, alpha0, reg, 1.0, iterations=300, target=value)
+    )
+    M, V = dense(BIG), torch.zeros(U, N, dtype=torch.float64)
+    V[M > 0] = torch.from_numpy(value).double()
+    score = X @ Y.T
+    cost = (
+        (M * (V - score) ** 2).sum()
+        + alpha0 * score.square().sum()
+        + reg
+        * (
+            ((M.sum(1) + alpha0 * N) * X.square().sum(1)).sum()
+            + ((M.sum(0) + alpha0 * U) * Y.square().sum(1)).sum()
+        )
+    )
+    for grad in torch.autograd.grad(cost, (X, Y)):
+        assert grad.abs().max() < 2e-2
+
+
+@STEADY
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([1.0, 2.0, 3.0, 4.0, 5.0, np.nan]), st.booleans()), max_size=12
+    ),
+    st.floats(0, 1),
+    st.floats(0, 0.5),
+)
+def test_levels_rise_with_the_stars_and_average_1_where_liked(pairs, disliked, slope):
+    rating, liked = np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs], bool)
+    value = rating_targets(rating, liked, disliked, slope)
+    assert (value >= 0).all() and len(value) == len(pairs)
+    for group, average in ((liked, 1.0), (~liked, disliked)):
+        known = group & ~np.isnan(rating)
+        np.testing.assert_allclose(value[group & np.isnan(rating)], average, atol=1e-6)
+        order = np.argsort(rating[known])
+        assert (np.diff(value[known][order]) >= -1e-6).all()
+        raw = (
+            average + slope * (rating[known] - rating[known].mean()) if known.any() else np.zeros(0)
+        )
+        if (raw >= 0).all() and known.any():
+            assert abs(value[known].mean() - average) < 1e-5
+
+
+def test_without_ratings_and_dislikes_levels_are_plain_als():
+    assert (rating_targets(np.full(5, np.nan), np.ones(5, bool)) == 1).all()
+
+
+def rated(matrix, seed):
+    rows = rows_of(matrix)
+    return rows._replace(
+        ratings=np.random.default_rng(seed).integers(1, 6, len(rows.items)).astype(np.float32)
+    )
+
+
+def test_stars_are_a_minimum_of_their_ridge():
+    """Each user's taste solves (P'P + reg I) t = P' (rating - mean - biases) on the unit rows P of the rated items."""
+    rows, Y = (
+        rated(BIG, 1),
+        torch.randn(BIG.shape[1], 4, generator=torch.Generator().manual_seed(0)),
+    )
+    found = fit_stars(rows, Y, reg=0.5)
+    for u, mine in enumerate(BIG):
+        P = found.place[mine]
+        rest = torch.from_numpy(rows.of(u)[1]) - found.mean - found.user[u] - found.item[mine]
+        expected = torch.linalg.solve(P.T @ P + 0.5 * torch.eye(4), P.T @ rest)
+        torch.testing.assert_close(found.taste[u], expected, atol=1e-4, rtol=1e-3)
+    users = np.array([2, 0])
+    torch.testing.assert_close(
+        found.score(users)[1],
+        found.mean + found.user[0] + found.item + found.place @ found.taste[0],
+    )
+
+
+def test_stars_leave_out_unknown_ratings():
+    rows, Y = (
+        rated(BIG, 2),
+        torch.randn(BIG.shape[1], 4, generator=torch.Generator().manual_seed(0)),
+    )
+    hole = rows._replace(
+        ratings=np.where(np.arange(len(rows.items)) % 3 == 0, np.nan, rows.ratings).astype(
+            np.float32
+        )
+    )
+    keep = ~np.isnan(hole.ratings)
+    user = np.repeat(np.arange(len(BIG)), rows.counts())[keep]
+    fewer = type(rows)(
+        np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(BIG)))]),
+        rows.items[keep],
+        rows.ratings[keep],
+    )
+    for a, b in zip(fit_stars(hole, Y)[1:], fit_stars(fewer, Y)[1:], strict=True):
+        torch.testing.assert_close(a, b)
+    none = fit_stars(rows._replace(ratings=np.full(len(rows.items), np.nan, np.float32)), Y)
+    assert none.mean == 0 and not none.score(np.arange(3)).any()
