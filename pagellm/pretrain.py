@@ -70,6 +70,10 @@ class Config(TrainingConfig):
     # spectral (factors of the train matrix), als or random
     facts: float = 0.5  # spectral: weight of category and brand links against user links.
     # als: any value above 0 adds every category, brand and title word as a pseudo-user
+    rated: bool = False  # als: learn from disliked items and from stars too; `facts` is then the
+    # target of a category, brand or word
+    disliked: float = 0.35  # als, rated: target of a disliked item (1: as good as a liked one)
+    slope: float = 0.15  # als, rated: added to the target for every star above the average
     alpha0: float = 0.01  # als: weight of the pairs that are not in the log
     reg: float = 0.01  # als: regularisation
     row_scale: float = 0.1  # als: standard deviation of item rows; larger values make the first
@@ -110,6 +114,7 @@ class Config(TrainingConfig):
             rows=(self.rows in ("spectral", "als", "random"), "spectral, als or random"),
             alpha0=(self.alpha0 > 0, "above 0"),
             reg=(self.reg > 0, "above 0"),
+            disliked=(0 <= self.disliked <= 1, "0 to 1"),
             row_scale=(self.row_scale > 0, "above 0"),
             row_lr=(self.row_lr > 0, "above 0"),
             pool=(
@@ -279,10 +284,11 @@ def build(config: Config, shop: Shop) -> tuple[Backbone, RatingHead, Vocab]:
                 shop,
                 model.shape.n_embd,
                 config.seed,
-                config.facts > 0,
+                config.facts,
                 config.alpha0,
                 config.reg,
                 config.row_scale,
+                (config.disliked, config.slope) if config.rated else None,
             )
             if config.rows == "als"
             else spectral_rows(shop, model.shape.n_embd, config.seed, config.facts)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pagellm.data.shop import Shop
-from pagellm.model.als import add_pseudo_users, als, item_groups
+from pagellm.model.als import add_pseudo_users, als, item_groups, rating_targets
 from pagellm.stage.randomness import seed_torch
 
 __all__ = ["als_rows", "spectral_rows"]
@@ -59,21 +59,35 @@ def als_rows(
     shop: Shop,
     n_embd: int,
     seed: int,
-    catalogue: bool,
+    facts: float,
     alpha0: float,
     reg: float,
     row_scale: float,
+    rated: tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """User and item rows from implicit ALS (als.py) over the train rows and what the catalogue says.
+    """User and item rows from implicit ALS over the train rows and what the catalogue says.
 
-    Not in the paper. With `catalogue` every category, brand and title word counts as one more user (als.item_groups): an
-    item's row then also says what it is, and an item nobody bought has a row.
+    Not in the paper. With facts above 0 every category, brand and title word counts as one more
+    user (als.item_groups). So an item's row says what it is, and an item that nobody chose has a
+    row.
 
-    returns (U, n_embd), (N, n_embd) float32, items with standard deviation row_scale; columns past the rank are 0
+    rated    (disliked, slope) of als.rating_targets: learn from disliked items and from stars too;
+             a category, brand or word then has the target `facts`. None: liked items alone, with
+             target 1 for everything
+    returns  (U, n_embd), (N, n_embd) float32. Item rows have standard deviation row_scale; columns
+             past the rank are 0.
     """
-    rows = shop.csr("train")
-    rows = add_pseudo_users(rows, item_groups(shop.catalogue)) if catalogue else rows
+    rows, target = shop.csr("train"), None
+    if rated:
+        rows = shop.csr("train", positive=None)
+        liked = shop.positive[shop.rows("train", positive=None)]
+        target = rating_targets(rows.ratings, liked, *rated)
+    if facts > 0:
+        rows = add_pseudo_users(rows, item_groups(shop.catalogue))
+        if rated:
+            more = np.full(len(rows.items) - len(target), facts, np.float32)
+            target = np.concatenate([target, more])
     rank = min(n_embd, shop.n_items, len(rows.counts()))
-    X, Y = als(rows, len(rows.counts()), shop.n_items, rank, alpha0, reg, 1.0, seed)
+    X, Y = als(rows, len(rows.counts()), shop.n_items, rank, alpha0, reg, 1.0, seed, target=target)
     scale = row_scale / Y.std().clamp(min=1e-12)
     return tuple(F.pad(factors * scale, (0, n_embd - rank)) for factors in (X[: shop.n_users], Y))

@@ -1,0 +1,297 @@
+"""Learn what a user will pick, and choose on validation how a page is made of it.
+
+Reads   data/<dataset>, runs/<run>/sft (or ppo: --policy)
+Writes  runs/<run>/compose      model.pt, choice.json (what validation was asked, and its answers)
+
+    make compose                pagellm compose --dataset synthetic
+
+Seconds to minutes on two CPU cores. Four steps:
+
+1. Fit the outcome model (model/outcome.py): folds hide train rows, the plain judges are fitted to
+   the others, and a small network learns which candidates were among the hidden rows.
+2. Calibrate its chances on validation rows, beside the policy's log-probabilities.
+3. Score what a shop would ship anyway on validation: EASE, ALS, ALS with titles, ALS with titles
+   and ratings, each as it is and re-ranked for variety.
+4. Choose worth, order and spread of a page (pages/compose.py): the setting whose worst margin over
+   all these rows and all measures is best.
+
+No test row is read. The judges never see a row that they are asked about.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from pagellm.data.shop import Shop, load
+from pagellm.model.als import item_groups
+from pagellm.model.composer import Composer, picks
+from pagellm.model.outcome import DENSE, SETTINGS, Calibration, learn
+from pagellm.model.plain import Chosen, fit, gram_matrix
+from pagellm.model.policy import Policy
+from pagellm.pages import stats
+from pagellm.pages.compose import GRID, Opinion, Taste, choose, compose
+from pagellm.pages.ranked import RankedPages, Scorer, rank_all, seen_rows
+from pagellm.pages.rerank import METHODS, Kin, reranked
+from pagellm.pages.yardstick import chosen, sweep
+from pagellm.stage import dist
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.files import write_json
+from pagellm.stage.run import Run, StageConfig, file_id, finished
+
+__all__ = ["Config", "run"]
+
+MEASURES = (
+    "Recall@20",
+    "Recall@40",
+    "NDCG@100",
+    "WAS",
+    "PWKT",
+    "WMRD",
+    "DPA",
+    "ILD",
+    "entropy",
+    "redundancy",
+    "energy",
+)
+# Settings of the plain rows where no search has found others.
+PLAIN = {
+    "EASE": {"ridge": 200.0},
+    "ALS": {"factors": 64, "alpha0": 0.1, "reg": 0.03, "nu": 1.0},
+    "ALS+facts": {"factors": 64, "alpha0": 0.1, "reg": 0.03, "nu": 1.0},
+    "ALS+ratings": {
+        "factors": 64,
+        "alpha0": 0.03,
+        "reg": 0.03,
+        "nu": 1.0,
+        "disliked": 0.35,
+        "slope": 0.15,
+        "facts": 0.5,
+        "stars": 0.0,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(StageConfig):
+    """Fit the outcome model and choose how pages are composed."""
+
+    source_run: str = ""  # run whose policy is read; empty: this run (studies share one)
+    policy: str = "sft"  # the policy that proposes: sft or ppo
+    settings: str = ""  # settings.json of `pagellm baselines`, for the plain models; empty: the
+    # data set's preset if there is one, else defaults
+    folds: int = 2  # folds of train rows that are hidden, one after the other
+    share: float = 0.2  # of each user's train rows that a fold hides
+    networks: int = 2  # outcome networks, begun differently; their chances are averaged
+    fold_users: int = 6000  # users of a fold that the networks learn from, drawn at random; 0: all
+    eval_users: int = 2000  # validation users that choose; 0: all
+    k: int = 20  # slots of a page
+    depth: int = 100  # ranks in all
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(
+            self,
+            policy=(self.policy in ("sft", "ppo"), "sft or ppo"),
+            folds=(self.folds > 0, "1 or more"),
+            share=(0 < self.share * self.folds <= 1, "above 0, and folds * share at most 1"),
+            networks=(self.networks > 0, "1 or more"),
+            k=(self.k > 0, "1 or more"),
+            depth=(self.depth >= self.k, f"k={self.k} or more"),
+        )
+
+
+def plain_settings(config: Config) -> dict[str, dict]:
+    """Settings of every plain row: of the file, of the data set's preset, or the defaults."""
+    path = Path(config.settings)
+    if not config.settings:
+        path = resources.files("pagellm") / "presets" / config.dataset / "baselines.json"
+        if not path.is_file():
+            return PLAIN
+    try:
+        found = {name: row["settings"] for name, row in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PageLLMError(
+            f"{path} holds no settings of plain models ({error})\n"
+            "  Take the settings.json that `pagellm baselines` wrote, or leave --settings out."
+        ) from None
+    facts = {"ALS+facts": found["ALS"]} if "ALS" in found else {}
+    return PLAIN | facts | {name: found[name] for name in PLAIN if name in found}
+
+
+def judge_settings(plain: dict[str, dict]) -> dict:
+    """Settings of the outcome model's judges: those of the plain rows where they are the same."""
+    rated = {name: plain["ALS+ratings"][name] for name in SETTINGS["levels"]}
+    return SETTINGS | {"levels": rated, "EASE": plain["EASE"]}
+
+
+def plain_rows(
+    config: Config, shop: Shop, scorer: Scorer, users: np.ndarray, plain: dict, kin: Kin
+) -> tuple[dict[str, list[dict]], list[dict]]:
+    """Validation scores of every plain row, as it is and re-ranked at the strength chosen.
+
+    returns  name -> its scores, the re-ranked ones behind them; and the records of the frontier
+    """
+    seen, rows, frontier = seen_rows(shop, "valid", "train"), {}, []
+    train, groups = shop.csr("train"), item_groups(shop.catalogue)
+    for name, settings in plain.items():
+        if name == "EASE" and shop.n_items > DENSE:
+            continue
+        gram = gram_matrix(train, shop.n_items) if name == "EASE" else None
+        model = fit(
+            name,
+            train,
+            shop.n_users,
+            shop.n_items,
+            settings,
+            config.seed,
+            gram,
+            groups,
+            Chosen.of(shop),
+        )
+        pages = rank_all(model.score, users, seen, config.k, config.depth, config.seed)
+        records = sweep(name, pages, scorer, kin, config.k, users=0)
+        rows[name] = [scorer(pages, config.k)]
+        for method in METHODS:
+            if strength := chosen(records, name, method):
+                again = reranked(pages, kin, config.k, method, strength)
+                rows[name].append(scorer(again, config.k))
+        frontier += records
+    return rows, frontier
+
+
+def within_users(score: np.ndarray, picked: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Correlation of a score with the picks among each user's candidates; NaN without a pick.
+
+    score, picked, there (U, M) -> (U,)
+    """
+    x, y = (np.where(there, v, np.nan).astype(float) for v in (score, picked))
+    x, y = (v - np.nanmean(v, 1, keepdims=True) for v in (x, y))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.nansum(x * y, 1) / np.sqrt(np.nansum(x * x, 1) * np.nansum(y * y, 1))
+
+
+def reliability(chance: np.ndarray, picked: np.ndarray, there: np.ndarray) -> list[float]:
+    """Observed over predicted picks in ten bins of equally many candidates, by rising chance."""
+    p, y = chance[there], picked[there]
+    bins = np.array_split(np.argsort(p, kind="stable"), 10)
+    return [round(float(y[b].sum() / max(p[b].sum(), 1e-12)), 4) for b in bins]
+
+
+def choose_taste(
+    config: Config,
+    shop: Shop,
+    scorer: Scorer,
+    opinion: Opinion,
+    rows: dict[str, list[dict]],
+    kin: Kin,
+) -> tuple[Taste, int]:
+    """The taste that validation chooses, and how many were tried.
+
+    The rows without ratings count first, those with ratings then. Where a shop has no ratings,
+    worth and order mean nothing and stay 0.
+    """
+    rated = rows.get("ALS+ratings", [])
+    others = [row for name, some in rows.items() if name != "ALS+ratings" for row in some]
+    has_stars = not np.isnan(shop.rating[shop.rows("train", None)]).all()
+    grid = GRID if has_stars else GRID | {"worth": (0.0,), "order": (0.0,)}
+
+    def scored(taste: Taste) -> dict[str, np.ndarray]:
+        pages = compose(opinion, kin, taste, config.k, config.depth)
+        return scorer(RankedPages(opinion.user, *pages), config.k)
+
+    groups = [group for group in (others, rated) if group]
+    taste, tried = choose(scored, groups, MEASURES, grid)
+    return taste, len(tried)
+
+
+def run(config: Config) -> None:
+    where = config.stage(config.policy, config.source_run)
+    record = finished(where, f"{config.policy} policy", config.make(config.policy))
+    shop = load(config.data_dir)
+    inputs = {"data": file_id(config.data_dir / "source.json"), config.policy: record["id"]}
+    if config.settings:
+        inputs["settings"] = file_id(config.settings)
+    device = dist.start(config.device)
+    with Run(config.stage("compose"), config, inputs, free=("settings",)) as out:
+        if out.already_done():
+            return
+        if not dist.is_main():  # one process is enough: the others wait for its result
+            dist.barrier()
+            return
+        scorer = Scorer(shop, "valid")
+        users = scorer.users[shop.csr("train").counts()[scorer.users] > 0]
+        if len(users) == 0:
+            raise PageLLMError(
+                f"no user of {config.data_dir} has both train and validation items: nothing to "
+                "calibrate and choose on"
+            )
+        if 0 < config.eval_users < len(users):
+            rng = np.random.default_rng(config.seed)
+            users = np.sort(rng.permutation(users)[: config.eval_users])
+        plain, took = plain_settings(config), {}
+
+        def timed(what: str, began: float) -> None:
+            took[what] = round(time.process_time() - began, 1)
+
+        began = time.process_time()
+        settings = judge_settings(plain)
+        outcome = learn(
+            shop,
+            settings,
+            config.folds,
+            config.share,
+            networks=config.networks,
+            seed=config.seed,
+            users=config.fold_users,
+        )
+        composer = Composer(shop, Policy.load(where, device), outcome, settings, seed=config.seed)
+        timed("outcome model", began)
+
+        began = time.process_time()
+        seen = seen_rows(shop, "valid", "train")
+        opinion, raw, other = composer.opinion(users, seen)
+        there = opinion.item >= 0
+        picked = picks(users, opinion.item, scorer.held, shop.n_items)
+        composer.scale = Calibration.fit(raw[there], other[there], picked[there])
+        chance = np.where(there, composer.scale(raw, other), 0.0)
+        opinion = Opinion(users, opinion.item, chance, opinion.stars, opinion.mean)
+        timed("opinions", began)
+
+        began = time.process_time()
+        rows, frontier = plain_rows(config, shop, scorer, users, plain, composer.kin)
+        timed("plain rows", began)
+        began = time.process_time()
+        composer.taste, tried = choose_taste(config, shop, scorer, opinion, rows, composer.kin)
+        timed("choice", began)
+
+        knows = {
+            name: stats.summary(within_users(score, picked, there), config.seed)
+            for name, score in (("outcome", chance), ("policy", other))
+        }
+        result = {
+            "taste": asdict(composer.taste),
+            "tried": tried,
+            "calibration": asdict(composer.scale),
+            "reliability": reliability(chance, picked, there),
+            "correlation": knows,
+            "processor_seconds": took,
+        }
+        write_json(out.path / "choice.json", result | {"settings": plain, "frontier": frontier})
+        out.finish(composer.state(), **result)
+        dist.barrier()
+        means = {name: f"{row['mean']:.3f}" for name, row in knows.items()}
+        print(
+            f"compose: {out.path}, {composer.taste}, {tried} tried; within-user correlation with "
+            f"validation picks: outcome {means['outcome']}, {config.policy} {means['policy']}; "
+            f"processor seconds {took}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(Config, run, "pagellm.compose"))

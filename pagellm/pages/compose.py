@@ -1,0 +1,147 @@
+"""A page from opinions: which items are shown, and in which slots. Numpy alone, many users at once.
+
+    page = compose(opinion, kin, Taste(worth=0.4, order=0.5, spread=0.4), k=20)
+    taste = choose(lambda t: scores_of(compose(opinion, kin, t, 20)), [plain rows], GRID)
+
+Three numbers make the page:
+
+    worth   chances are multiplied by exp(worth * stars), the stars that user and item let expect
+    spread  MMR then takes the items: strength `spread`, in units of the mean chance of a page
+    order   these stand in the order of chance * worth * exp(order * mean stars of the item)
+
+Variety decides which items are on the page, worth decides in which slots. They need not be traded.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from pagellm.pages.rerank import Kin, mmr, placed, sort_page
+
+__all__ = ["DOWN", "ENOUGH", "GRID", "Opinion", "Taste", "choose", "compose", "margin", "worst"]
+
+DOWN = ("WMRD", "redundancy")  # measures of which less is better
+# Standard errors that a margin needs: 2 would be level at the 95% level, the best of many settings
+# flatters, so one more.
+ENOUGH = 3.0
+FEWEST = 30  # users
+GRID: dict[str, tuple[float, ...]] = {
+    "worth": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
+    "order": (0.0, 0.15, 0.3, 0.5, 0.75, 1.0),
+    "spread": (0.0, 0.2, 0.4, 0.6, 0.9, 1.3, 1.8, 2.5),
+}
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What is thought of the candidates of some users.
+
+    user   (U,) int64
+    item   (U, M) int64, -1 where there is no candidate
+    chance (U, M) chance of a pick, comparable over users (outcome.Calibration)
+    stars  (U, M) expected stars less the shop's mean; 0 where the shop has none
+    mean   (U, M) mean stars of the item less the shop's mean; 0 where unknown
+    """
+
+    user: np.ndarray
+    item: np.ndarray
+    chance: np.ndarray
+    stars: np.ndarray
+    mean: np.ndarray
+
+
+@dataclass(frozen=True)
+class Taste:
+    """How a page is made of an opinion; all 0: the candidates of largest chance, in that order."""
+
+    worth: float = 0.0
+    order: float = 0.0
+    spread: float = 0.0
+
+
+def compose(
+    o: Opinion, kin: Kin, taste: Taste, k: int = 20, depth: int = 100
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Page of k and the ranks behind it: item (U, depth), score (U, depth), slots (U,) filled.
+
+    The `depth` candidates of largest chance * worth are ranked; -1 past the last. Scores fall.
+    """
+    value = np.where(o.item >= 0, o.chance * np.exp(taste.worth * (o.stars + o.mean)), -np.inf)
+    best = np.argsort(-value, axis=1, kind="stable")[:, :depth]
+    item, value, mean = (np.take_along_axis(x, best, 1) for x in (o.item, value, o.mean))
+    unit = float(np.maximum(value[:, :k], 0.0).mean()) if value.size else 0.0
+    column = mmr(item, value, kin, k, taste.spread * unit)
+    column = sort_page(column, np.log(np.maximum(value, 1e-12)) + taste.order * mean)
+    item, score = placed(item, value, column)
+    return item, score, np.minimum((item >= 0).sum(1), k)
+
+
+def margin(
+    ours: dict[str, np.ndarray], row: dict[str, np.ndarray], name: str
+) -> tuple[float, float]:
+    """By how much a measure is better than 1% below a row's: mean over users, standard error.
+
+    ours, row  name -> (U,) scores of the same users (ranked.Scorer), NaN where undefined
+    """
+    sign = -1.0 if name in DOWN else 1.0
+    difference = sign * (ours[name] - row[name])
+    kept = difference[~np.isnan(difference)]
+    if len(kept) < 2:
+        return 0.0, np.inf
+    allowed = 0.01 * abs(float(np.nanmean(row[name])))
+    return float(kept.mean()) + allowed, max(float(kept.std()) / len(kept) ** 0.5, 1e-9)
+
+
+def worst(
+    ours: dict[str, np.ndarray], rows: list[dict[str, np.ndarray]], names: tuple[str, ...]
+) -> float:
+    """The smallest margin over rows and measures, in standard errors; inf where none is defined.
+
+    A measure that fewer than FEWEST users have says too little to choose by, and is left out.
+    """
+    found = [
+        margin(ours, row, name)
+        for row in rows
+        for name in names
+        if name in row and (~np.isnan(row[name])).sum() >= FEWEST and np.nanstd(row[name]) > 0
+    ]
+    return min((mean / error for mean, error in found), default=np.inf)
+
+
+def choose(
+    scored: Callable[[Taste], dict[str, np.ndarray]],
+    rows: list[list[dict]],
+    names: tuple[str, ...],
+    grid: dict[str, tuple[float, ...]] = GRID,
+    rounds: int = 3,
+) -> tuple[Taste, dict[Taste, tuple[float, ...]]]:
+    """The taste whose worst margin over `rows` is best; and what was tried.
+
+    scored  a taste -> validation scores of its pages        rows  groups, first things first
+    Up to ENOUGH standard errors the first group's worst margin counts, beyond that the second's,
+    and so on. Every other value of each grid is tried with those of the others: from the middle
+    alone the search can get stuck. From the best of these one number after the other is moved over
+    its whole grid, until none gains.
+    """
+    tried: dict[Taste, tuple[float, ...]] = {}
+
+    def value(taste: Taste) -> tuple[float, ...]:
+        if taste not in tried:
+            ours = scored(taste)
+            found = [worst(ours, group, names) for group in rows]
+            tried[taste] = tuple(min(x, ENOUGH) for x in found[:-1]) + (found[-1],)
+        return tried[taste]
+
+    coarse = product(*(values[::2] for values in grid.values()))
+    at = max(
+        (dict(zip(grid, some, strict=True)) for some in coarse), key=lambda x: value(Taste(**x))
+    )
+    for _ in range(rounds):
+        before = dict(at)
+        for name, values in grid.items():
+            at[name] = max(values, key=lambda v, name=name: value(Taste(**(at | {name: v}))))
+        if at == before:
+            break
+    return Taste(**at), tried
