@@ -115,7 +115,7 @@ def plain_settings(config: Config) -> dict[str, dict]:
             return PLAIN
     try:
         found = {name: row["settings"] for name, row in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PageLLMError(
             f"{path} holds no settings of plain models ({error})\n"
             "  Take the settings.json that `pagellm baselines` wrote, or leave --settings out."

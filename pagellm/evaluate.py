@@ -1,24 +1,26 @@
-"""Evaluation: policies -> pages.parquet -> one piece of code that scores them all.
+"""Evaluation: every policy's pages, scored by one piece of code.
 
-Reads   data/<dataset>, runs/<run>/sft, runs/<run>/ppo
-Writes  runs/<run>/evaluate                 <policy>/pages.parquet (user, rank, item, score, page)
-                                            <policy>/per_user.parquet, metrics.json, table.txt
+Reads   data/<dataset>, runs/<run>/sft, ppo and compose, where they are
+Writes  runs/<run>/evaluate     <policy>/pages.parquet (user, rank, item, score, page)
+                                <policy>/per_user.parquet, metrics.json, versus.json, table.txt
 
-    make evaluate                           python -m pagellm.evaluate --dataset synthetic --policies popularity,sft
+    make evaluate               pagellm evaluate --dataset synthetic --policies popularity,sft
 
-Every ranking is over the whole catalogue less what the mask takes out, and every test user counts. Equal scores go by
-a seeded shuffle. Where runs/<dataset>/baselines lies, its rows are printed below, and a policy beyond three times
-EASE stops as a suspected leak. Seconds for the synthetic shop on two CPU cores.
+Every ranking is over the whole catalogue less what the mask takes out, and every test user counts.
+Ties between equal scores are broken by a seeded random order. Where runs/<dataset>/baselines lies,
+the last policy is compared with each of its rows, metric by metric, and a policy that scores more
+than three times EASE stops as a suspected leak. Seconds for the synthetic shop on two CPU cores.
 """
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from pagellm.data.shop import Shop, load
+from pagellm.model.composer import Composer
 from pagellm.model.policy import MODES, Policy
 from pagellm.pages import stats
 from pagellm.pages.ranked import (
@@ -31,26 +33,33 @@ from pagellm.pages.ranked import (
     score_row,
     seen_rows,
 )
-from pagellm.pages.tables import ALL_COLUMNS, COLUMNS, text_table
+from pagellm.pages.tables import ALL_COLUMNS, COLUMNS, per_user, text_table
+from pagellm.pages.yardstick import verdict_table, verdicts
 from pagellm.stage import dist, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
-from pagellm.stage.files import atomic, write_json
+from pagellm.stage.files import atomic, slug, write_json
 from pagellm.stage.run import Run, StageConfig, file_id, finished
 
 __all__ = ["Config", "LABELS", "run"]
 
 
-LABELS = {"popularity": "popularity", "sft": 'SFT = "w/o reward"', "ppo": "PageLLM"}
+LABELS = {
+    "popularity": "popularity",
+    "sft": 'SFT = "w/o reward"',
+    "ppo": "PageLLM",
+    "compose": "PageLLM, composed",
+}
 DIFFERENCE = "PageLLM - SFT"  # the paired row of the table
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(StageConfig):
-    """Write everybody's pages with each policy, score them on held-out items, print the table and some pages."""
+    """Write everybody's pages with each policy, score them, print the table and some pages."""
 
     source_run: str = ""  # run whose sft is read; empty: this run (studies share one)
-    policies: str = "popularity,sft,ppo"  # which to evaluate, comma-separated
+    policies: str = "auto"  # which to evaluate, comma-separated: popularity, sft, ppo, compose;
+    # auto: popularity, sft, ppo, and compose if it is done
     split: str = "test"  # held-out rows that count as right: test or valid
     mask: str = "train+valid"  # splits whose items no page may hold; "train":
     # as some papers do. With split=valid always train
@@ -68,8 +77,10 @@ class Config(StageConfig):
         check(
             self,
             policies=(
-                set(names) <= set(LABELS) and len(set(names)) == len(names),
-                f"some of {','.join(LABELS)}",
+                self.policies == "auto"
+                or set(names) <= set(LABELS)
+                and len(set(names)) == len(names),
+                f"auto, or some of {','.join(LABELS)}",
             ),
             split=(self.split in ("test", "valid"), "test or valid"),
             mask=check_mask(self.mask),
@@ -85,7 +96,7 @@ class Config(StageConfig):
 def show_pages(
     shop: Shop, pages: dict[str, RankedPages], held, history, count: int, k: int, seed: int
 ) -> str:
-    """The pages of a few users as people read them: history, held-out items, then each policy's first k."""
+    """The pages of a few users for people to read: history, held-out items, each policy's page."""
     if not pages or not count:
         return ""
     last = list(pages.values())[-1]
@@ -121,8 +132,8 @@ def show_pages(
 
 
 def run(config: Config) -> dict[str, dict[str, dict]]:
-    """-> policy -> metric -> {mean, low, high, coverage, count}; {} elsewhere than in the main process."""
-    where = {"sft": config.stage("sft", config.source_run), "ppo": config.stage("ppo")}
+    """-> policy -> metric -> {mean, low, high, coverage, count}; {} but in the main process."""
+    config, where = with_policies(config)
     shop = load(config.data_dir)
     names, inputs = config.policies.split(","), {"data": file_id(config.data_dir / "source.json")}
     for name in names:
@@ -136,46 +147,30 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
                 print((out.path / "table.txt").read_text())
             return json.loads((out.path / "metrics.json").read_text())
         scorer = Scorer(shop, config.split)
-        history, held = shop.csr("train"), scorer.held
-        seen = seen_rows(shop, config.split, config.mask)
-        baselines = baselines_of(config)
-        users = scorer.users
+        seen, users = seen_rows(shop, config.split, config.mask), scorer.users
+        plain = baselines_of(config)
         if len(users) == 0:
-            raise PageLLMError(
-                f"{config.data_dir} has no {config.split} rows: nothing to evaluate on"
-            )
+            raise PageLLMError(f"{config.data_dir} has no {config.split} rows: nothing to evaluate")
         results, pages, rows, written = {}, {}, {}, {}
         for name in names:
-            if name == "popularity":
-                ranked = popularity_pages(shop, users, seen, config.k, config.depth, config.seed)
-            elif inputs[name] in written:  # ppo kept sft's weights: its pages are these
+            if inputs.get(name) in written:  # ppo kept sft's weights: its pages are these
                 ranked = written[inputs[name]]
             else:
-                policy = Policy.load(where[name], device)
-                ranked = written[inputs[name]] = policy.rank(
-                    users,
-                    history,
-                    seen,
-                    config.k,
-                    config.depth,
-                    config.mode,
-                    config.batch,
-                    "" if config.quiet else f"pages of {name}",
-                    shop.moments(config.split),
-                    config.seed,
-                )
-            # it has done its share of the pages; the main process scores and writes
+                ranked = pages_of(config, name, where, shop, scorer, device)
+                written[inputs.get(name, name)] = ranked
+            # Every process has made its share of the pages; the main one scores and writes.
             if not dist.is_main():
                 continue
             pages[name] = ranked
             rows[name], results[name] = score_row(
                 out.path / name, name, ranked, scorer, seen, config.k, config.seed, config.n_boot
             )
-            check_leak(name, rows[name], scorer.held.counts()[users], baselines.get("EASE"))
+            n_labels = scorer.held.counts()[users]
+            check_leak(name, rows[name], n_labels, plain.summary.get("EASE"))
         if not dist.is_main():
             dist.barrier()
             return {}
-        text = text_table(results, COLUMNS, LABELS)
+        columns, signed = COLUMNS, ()
         if "sft" in rows and "ppo" in rows:
             results[DIFFERENCE] = {
                 metric: stats.paired(
@@ -183,46 +178,119 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
                 )
                 for metric in results["ppo"]
             }
-            text = text_table(results, ALL_COLUMNS, LABELS, signed=(DIFFERENCE,))
-        short = int((pages[names[-1]].slots < config.k).sum())
-        text = (
-            f"{config.dataset}: {len(users):,} users, {shop.n_items:,} items, {config.split} split, pages of "
-            f"{config.k}; mean over users and its 95% bootstrap interval\n"
-            f"{audience(shop, scorer, config.mask, config.split)}\n\n{text}\n"
-            + (
-                f"\n{short} pages are shorter than {config.k}: no more legal items\n"
-                if short
-                else ""
-            )
-            + "\n"
-            + show_pages(shop, pages, held, history, config.examples, config.k, config.seed)
-            + "\n"
-        )
+            columns, signed = ALL_COLUMNS, (DIFFERENCE,)
+        table = text_table(results, columns, LABELS, signed=signed)
+        versus = compared(config, rows, plain)
+        text = in_words(config, shop, scorer, pages, table)
         write_json(out.path / "metrics.json", results)
+        write_json(out.path / "versus.json", versus)
         with atomic(out.path / "table.txt") as beside:
-            beside.write_text(text)
+            beside.write_text(text + said_of_plain(config, names[-1], plain, versus))
         out.finish(users=len(users))
         if not config.quiet:
-            print(text)
-            print(
-                f"beside: runs of make baselines DATASET={config.dataset}\n\n{text_table(baselines, COLUMNS[:3])}"
-                if baselines
-                else f"plain baselines beside this: make baselines DATASET={config.dataset}"
-            )
+            print((out.path / "table.txt").read_text())
         return results
 
 
-def baselines_of(config: Config) -> dict[str, dict[str, dict]]:
-    """The baselines' scores of this data set, if they are there and were made on the same split under the same mask."""
+def with_policies(config: Config) -> tuple[Config, dict[str, Path]]:
+    """The config with its policies named, and where each of them lies."""
+    where = {
+        "sft": config.stage("sft", config.source_run),
+        "ppo": config.stage("ppo"),
+        "compose": config.stage("compose"),
+    }
+    if config.policies != "auto":
+        return config, where
+    composed = ("compose",) if (where["compose"] / "done").exists() else ()
+    names = ("popularity", "sft", "ppo", *composed)
+    return replace(config, policies=",".join(names)), where
+
+
+def pages_of(
+    config: Config, name: str, where: dict[str, Path], shop: Shop, scorer: Scorer, device
+) -> RankedPages:
+    """One policy's pages of all users who have held-out items."""
+    users, seen = scorer.users, seen_rows(shop, config.split, config.mask)
+    if name == "popularity":
+        return popularity_pages(shop, users, seen, config.k, config.depth, config.seed)
+    if name == "compose":
+        made = json.loads((where[name] / "config.json").read_text())["config"]
+        policy = config.stage(made["policy"], made["source_run"] or config.source_run)
+        composer = Composer.load(where[name], shop, Policy.load(policy, device))
+        return composer.rank(users, seen, config.k, config.depth)
+    return Policy.load(where[name], device).rank(
+        users,
+        shop.csr("train"),
+        seen,
+        config.k,
+        config.depth,
+        config.mode,
+        config.batch,
+        "" if config.quiet else f"pages of {name}",
+        shop.moments(config.split),
+        config.seed,
+    )
+
+
+def in_words(
+    config: Config, shop: Shop, scorer: Scorer, pages: dict[str, RankedPages], table: str
+) -> str:
+    """What table.txt says: who is scored, the table, the pages of some users."""
+    last = list(pages.values())[-1]
+    short = int((last.slots < config.k).sum())
+    note = f"\n{short} pages are shorter than {config.k}: no more legal items\n" if short else ""
+    examples = show_pages(
+        shop, pages, scorer.held, shop.csr("train"), config.examples, config.k, config.seed
+    )
+    return (
+        f"{config.dataset}: {len(scorer.users):,} users, {shop.n_items:,} items, {config.split} "
+        f"split, pages of {config.k}; mean over users and its 95% bootstrap interval\n"
+        f"{audience(shop, scorer, config.mask, config.split)}\n\n{table}\n{note}\n{examples}\n"
+    )
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The rows of `pagellm baselines`: summaries, and every user's scores; {} if there are none."""
+
+    summary: dict[str, dict[str, dict]]
+    scores: dict[str, dict[str, np.ndarray]]
+
+
+def compared(config: Config, rows: dict[str, dict], plain: Plain) -> list[dict]:
+    """The last policy against every plain row that was scored on the same users."""
+    ours = list(rows.values())[-1]
+    same = {
+        name: [scores]
+        for name, scores in plain.scores.items()
+        if len(scores["user"]) == len(ours["ILD"])
+    }
+    return verdicts([ours], same, ALL_COLUMNS, config.seed, config.n_boot)
+
+
+def said_of_plain(config: Config, name: str, plain: Plain, versus: list[dict]) -> str:
+    """The plain rows, and where the last policy is ahead of them, level or behind."""
+    command = replace(config, run="").make("baselines")
+    if not plain.summary:
+        return f"\nplain baselines beside this: {command}\n"
+    return (
+        f"\nplain rows of {command}\n\n{text_table(plain.summary, COLUMNS[:3])}\n\n"
+        f"{verdict_table(versus, LABELS[name])}\n"
+    )
+
+
+def baselines_of(config: Config) -> Plain:
+    """The plain rows of this data set, if they were made on the same split under the same mask."""
     folder = Path(config.runs) / config.dataset / "baselines"
     if config.split != "test" or not (folder / "done").exists():
-        return {}
+        return Plain({}, {})
     made = json.loads((folder / "config.json").read_text())
-    if made["config"]["mask"] != config.mask or made["inputs"]["data"] != file_id(
-        config.data_dir / "source.json"
-    ):
-        return {}
-    return json.loads((folder / "metrics.json").read_text())
+    data = file_id(config.data_dir / "source.json")
+    if made["config"]["mask"] != config.mask or made["inputs"]["data"] != data:
+        return Plain({}, {})
+    names = json.loads((folder / "done").read_text())["rows"]
+    scores = {name: per_user(folder / slug(name) / "per_user.parquet") for name in names}
+    return Plain(json.loads((folder / "metrics.json").read_text()), scores)
 
 
 if __name__ == "__main__":

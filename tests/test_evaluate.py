@@ -75,14 +75,14 @@ def test_evaluate_reads_the_baselines_beside_it_and_stops_at_a_leak(shop, tmp_pa
     (folder / "metrics.json").write_text(
         json.dumps({"EASE": {"Recall@20": {"mean": 1e-4, "low": 0, "high": 1}}})
     )
-    assert evaluate.baselines_of(config) == {}  # not finished yet
-    (folder / "done").write_text("{}")
+    assert evaluate.baselines_of(config).summary == {}  # not finished yet
+    (folder / "done").write_text('{"rows": []}')
     with pytest.raises(
         PageLLMError, match="popularity: Recall@20 .* times EASE's 0.0001: suspected leak"
     ):
         evaluate.run(config)
     other = evaluate.Config(data=str(shop.path.parent), runs=str(tmp_path), mask="train")
-    assert evaluate.baselines_of(other) == {}  # made under another mask
+    assert evaluate.baselines_of(other).summary == {}  # made under another mask
 
 
 def test_pages_of_the_same_weights_are_written_once(tmp_path, monkeypatch):

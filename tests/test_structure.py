@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
+STAGES = ("pretrain", "sft", "reward", "ppo", "compose", "evaluate")
 # From the ground up. A module imports its own folder and what stands below; no stage imports a stage.
 LAYERS = (
     {"kernels"},

@@ -1,16 +1,17 @@
-"""What a user will pick: the chance that a candidate is among what somebody will choose and like next.
+"""What a user will pick: the chance that a candidate is among what somebody chooses and likes next.
 
-    history = History.of(shop, shop.rows("train", None))
-    judges = Judges.fit(shop.catalogue, history)                    plain models: what each says of a user and an item
-    outcome = learn(shop)                                           a small network over what they say
-    item, x = judges.candidates(users, seen, 150)                   (B, 150) items, (B, 150, F) features
-    p = outcome(x)                                                  (B, 150) chances
+    judges = Judges(shop.catalogue, History.of(shop, shop.rows("train", None)))      plain models
+    outcome = learn(shop)                               a small network over what such models say
+    item, x = judges.candidates(users, seen, 150)       (B, 150) items, (B, 150, F) features
+    p = outcome(x)                                      (B, 150) chances
 
-The network must not learn from answers that its inputs have seen. So each fold hides a share of everybody's train rows
-and fits the judges to the others; the network learns which candidates were among the hidden ones. Candidates come from
-one pool in training and in use, whatever the answers are: a hidden item outside the pool is left out.
+The network must not learn from answers that its inputs have seen. So each fold hides a share of
+everybody's train rows and fits the judges to the others; the network learns which candidates were
+among the hidden ones. Candidates come from one pool in training and in use, whatever the answers
+are: a hidden item outside the pool is left out.
 
-Source of the idea: stacking (Wolpert, Neural Networks 1992), cross-fitted. Seconds for 2,000 users and 1,000 items.
+Source of the idea: stacking (Wolpert, Neural Networks 1992), cross-fitted. Seconds for 2,000 users
+and 1,000 items.
 """
 
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ __all__ = [
     "learn",
 ]
 
-# Of the judges. factors, alpha0, reg: of als; disliked, slope: of levels; facts: target of a category, brand or word
+# Of the judges. factors, alpha0, reg: of als; disliked, slope: of levels; facts: target of a
+# category, brand or word.
 SETTINGS = {
     "levels": {
         "factors": 64,
@@ -55,7 +57,7 @@ SETTINGS = {
 }
 DAY = 86_400
 DENSE = 20_000  # items up to which EASE and ItemKNN (N x N) are fitted
-WINDOW = 30  # days on either side of a user's rows in which an item's rows count as of that time
+WINDOW = 30  # days around a user's rows in which an item's rows count as of that time
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,8 @@ class History:
     @classmethod
     def of(cls, shop: Shop, keep: np.ndarray) -> "History":
         """The shop's rows where keep (R,) bool."""
-        return cls(
-            by_user(shop.user[keep], shop.item[keep], shop.rating[keep], shop.n_users),
-            shop.positive[keep],
-            shop.time[keep],
-        )
+        rows = by_user(shop.user[keep], shop.item[keep], shop.rating[keep], shop.n_users)
+        return cls(rows, shop.positive[keep], shop.time[keep])
 
     @property
     def user(self) -> np.ndarray:
@@ -105,12 +104,12 @@ def hide(shop: Shop, folds: int, share: float, seed: int) -> list[np.ndarray]:
     if not 0 < folds * share <= 1 + 1e-9:
         raise ValueError(f"hide: {folds} folds of {share} each: want no more than all rows in all")
     train = np.flatnonzero(shop.rows("train", None))
-    train = train[
-        np.lexsort((randomness.rng(seed, "outcome", "folds").random(len(train)), shop.user[train]))
-    ]
-    count = np.bincount(shop.user[train], minlength=shop.n_users)
+    drawn = randomness.rng(seed, "outcome", "folds").random(len(train))
+    train = train[np.lexsort((drawn, shop.user[train]))]
+    user = shop.user[train]
+    count = np.bincount(user, minlength=shop.n_users)
     first = np.cumsum(count) - count
-    place = (np.arange(len(train)) - first[shop.user[train]] + 0.5) / count[shop.user[train]]
+    place = (np.arange(len(train)) - first[user] + 0.5) / count[user]
     out = []
     for fold in range(folds):
         hidden = np.zeros(len(shop.user), bool)
@@ -120,7 +119,8 @@ def hide(shop: Shop, folds: int, share: float, seed: int) -> list[np.ndarray]:
 
 
 def contents(catalogue: Catalogue, width: int = 64, seed: int = 0) -> np.ndarray:
-    """(N, width) float32 unit rows: TF-IDF of title words, categories and brands, by a truncated SVD; 0 where unknown."""
+    """(N, width) float32 unit rows: TF-IDF of title words, categories, brands by a truncated SVD;
+    0 where unknown."""
     facts, n = item_groups(catalogue), len(catalogue)
     if not facts:
         return np.zeros((n, 1), np.float32)
@@ -128,11 +128,9 @@ def contents(catalogue: Catalogue, width: int = 64, seed: int = 0) -> np.ndarray
     weight = np.repeat(np.log(n / size), size)
     item, word = np.concatenate(facts), np.repeat(np.arange(len(facts)), size)
     length = np.sqrt(np.bincount(item, weight**2, n))
+    value = torch.from_numpy(weight / length[item]).float()
     matrix = torch.sparse_coo_tensor(
-        np.stack([item, word]),
-        torch.from_numpy(weight / length[item]).float(),
-        (n, len(facts)),
-        check_invariants=True,
+        np.stack([item, word]), value, (n, len(facts)), check_invariants=True
     ).coalesce()
     torch.manual_seed(int(randomness.rng(seed, "outcome", "contents").integers(2**31)))
     u, s, _ = torch.svd_lowrank(matrix, q=min(width, n, len(facts)), niter=3)
@@ -149,33 +147,23 @@ def factors(
     settings: dict,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """X (U, d), Y (N, d) of als over `rows` and, as users more, the facts of the catalogue (als.add_pseudo_users)."""
+    """X (U, d), Y (N, d) of als over `rows` and, as users more, the facts of the catalogue."""
     both = add_pseudo_users(rows, facts)
     if value is not None:
-        value = np.concatenate(
-            [value, np.full(len(both.items) - len(rows.items), settings["facts"], np.float32)]
-        )
-    width = min(settings["factors"], n_items)
-    X, Y = als(
-        both,
-        len(both.indptr) - 1,
-        n_items,
-        width,
-        settings["alpha0"],
-        settings["reg"],
-        1.0,
-        seed,
-        target=value,
-    )
+        more = len(both.items) - len(rows.items)
+        value = np.concatenate([value, np.full(more, settings["facts"], np.float32)])
+    width, alpha0, reg = min(settings["factors"], n_items), settings["alpha0"], settings["reg"]
+    X, Y = als(both, len(both.indptr) - 1, n_items, width, alpha0, reg, 1.0, seed, target=value)
     return X[: len(rows.indptr) - 1], Y
 
 
 class Judges:
-    """Plain models of one shop, fitted to one history. What they say of (user, item) pairs is `candidates`.
+    """Plain models of one shop, fitted to one history. What they say is `candidates`.
 
-    They rank the whole catalogue: `levels`, ALS over all that was chosen, with targets that tell how much it was liked;
-    `liked` and `chosen`, ALS over one or all of these rows; EASE and ItemKNN over the liked rows. And they know what
-    stars to expect, how popular and how dear an item is, when it sold, and what it shares with a user's history.
+    Some rank the whole catalogue: `levels`, ALS over all that was chosen, with targets that tell
+    how much it was liked; `liked` and `chosen`, plain ALS over the liked rows and over all; EASE and
+    ItemKNN over the liked rows. Others know what stars to expect, how popular and how dear an item
+    is, when it sold, and what it shares with a user's history.
     """
 
     def __init__(
@@ -188,45 +176,30 @@ class Judges:
     ):
         """Fit every judge to `history`. content: of `contents`, where it is at hand."""
         s = SETTINGS | (settings or {})
-        n, rows, liked, facts = (
-            len(catalogue),
-            history.rows,
-            history.part(True),
-            item_groups(catalogue),
-        )
+        n, rows, facts = len(catalogue), history.rows, item_groups(catalogue)
+        liked, disliked = history.part(True), history.part(False)
         value = rating_targets(
             rows.ratings, history.liked, s["levels"]["disliked"], s["levels"]["slope"]
         )
-        self.catalogue, self.history, self.liked, self.disliked = (
-            catalogue,
-            history,
-            liked,
-            history.part(False),
-        )
+        self.catalogue, self.history = catalogue, history
+        self.liked, self.disliked = liked, disliked
+        fits = (("levels", rows, value), ("liked", liked, None), ("chosen", rows, None))
         self.factors = {
-            name: factors(which, target, facts, n, s[name], seed)
-            for name, which, target in (
-                ("levels", rows, value),
-                ("liked", liked, None),
-                ("chosen", rows, None),
-            )
+            name: factors(which, target, facts, n, s[name], seed) for name, which, target in fits
         }
         self.weights = {}
         if n <= DENSE:
-            gram = gram_matrix(liked, n)
+            gram, near = gram_matrix(liked, n), s["ItemKNN"]
             self.weights = {
                 "EASE": ease_weights(gram, s["EASE"]["ridge"]),
-                "ItemKNN": knn_weights(
-                    gram, min(s["ItemKNN"]["neighbours"], n), s["ItemKNN"]["shrink"]
-                ),
+                "ItemKNN": knn_weights(gram, min(near["neighbours"], n), near["shrink"]),
             }
         self.stars: Stars = fit_stars(rows, self.factors["levels"][1])
         self.content = contents(catalogue) if content is None else content
         self.profile = [mean_rows(self.content, part) for part in (self.liked, self.disliked)]
         price = np.log(np.maximum(catalogue.price.astype(np.float64), 0.01))
-        self.price = np.where(
-            np.isnan(price), np.nanmedian(price) if not np.isnan(price).all() else 0.0, price
-        )
+        usual = 0.0 if np.isnan(price).all() else np.nanmedian(price)
+        self.price = np.where(np.isnan(price), usual, price)
         self.paid = mean_rows(self.price[:, None], rows)[:, 0]
         many, good = (np.bincount(r.items, minlength=n) for r in (rows, liked))
         self.of_item = np.stack(
@@ -239,14 +212,9 @@ class Judges:
             ],
             1,
         )
+        share = (liked.counts() + 1) / (rows.counts() + 2)
         self.of_user = np.stack(
-            [
-                np.log1p(rows.counts()),
-                (liked.counts() + 1) / (rows.counts() + 2),
-                self.stars.user.numpy(),
-                self.paid,
-            ],
-            1,
+            [np.log1p(rows.counts()), share, self.stars.user.numpy(), self.paid], 1
         )
         self.when(history, n)
 
@@ -256,19 +224,14 @@ class Judges:
         day = day - day.min(initial=0)
         self.span = int(day.max(initial=0)) + 2 * WINDOW + 2
         self.days = np.sort(history.rows.items * self.span + day + WINDOW)
-        self.first, self.last = (
-            np.zeros(len(history.rows.indptr) - 1),
-            np.zeros(len(history.rows.indptr) - 1),
-        )
+        self.first, self.last = (np.zeros(len(history.rows.indptr) - 1) for _ in range(2))
         known = history.rows.counts() > 0
         start = history.rows.indptr[:-1][known]
         if known.any():
-            self.first[known], self.last[known] = (
-                f.reduceat(day, start) for f in (np.minimum, np.maximum)
-            )
-        at = np.minimum(
-            np.searchsorted(self.days, np.arange(n) * self.span), max(len(self.days) - 1, 0)
-        )
+            self.first[known] = np.minimum.reduceat(day, start)
+            self.last[known] = np.maximum.reduceat(day, start)
+        at = np.searchsorted(self.days, np.arange(n) * self.span)
+        at = np.minimum(at, max(len(self.days) - 1, 0))
         self.born = (self.days[at] - WINDOW) % self.span if len(self.days) else np.zeros(n)
 
     def scores(self, users: np.ndarray) -> dict[str, np.ndarray]:
@@ -282,10 +245,11 @@ class Judges:
     def candidates(
         self, users: np.ndarray, seen: Rows, depth: int, more: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The pool of some users, and what the judges say of it: item (B, depth) int64, -1 past the end; (B, depth, F).
+        """The pool of some users, and what the judges say of it.
 
         The pool takes the best of `levels`, EASE and `liked` by turns, without those in `seen`.
-        more  (B, m) items, best first, -1 past the end: another ranker's, a policy's for instance, by turns as well
+        more     (B, m) items, best first, -1 past the end: a policy's, for instance; by turns too
+        returns  item (B, depth) int64, -1 past the end; features (B, depth, F) float32
         """
         scores = self.scores(users)
         row, gone = seen.flat(users)
@@ -311,9 +275,7 @@ class Judges:
             out += [mine, (mine - mean) / std, above]
         taste = torch.einsum("bd,bmd->bm", self.stars.taste[users], self.stars.place[at]).numpy()
         out += [taste, taste + self.of_item[at, 3]]
-        out += [
-            np.einsum("bd,bmd->bm", profile[users], self.content[at]) for profile in self.profile
-        ]
+        out += [np.einsum("bd,bmd->bm", p[users], self.content[at]) for p in self.profile]
         for name in (self.catalogue.leaf_id, self.catalogue.brand_id):
             for part in (self.liked, self.disliked):
                 count = counts(name, part, users)
@@ -333,14 +295,14 @@ class Judges:
         return np.stack(out, 2).astype(np.float32)
 
     def sold(self, item: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-        """Rows of every item from WINDOW days before day `start` to WINDOW days behind day `end`, exclusive: (B, M)."""
+        """(B, M) rows of every item from WINDOW days before `start` to WINDOW days behind `end`."""
         base = item * self.span
         low = np.searchsorted(self.days, base + start)
         return np.searchsorted(self.days, base + np.minimum(end + 2 * WINDOW, self.span - 1)) - low
 
 
 def mean_rows(table: np.ndarray, rows: Rows) -> np.ndarray:
-    """(U, d) float64: the mean of the rows of table (N, d) that each user has; 0 for a user without any."""
+    """(U, d) float64: the mean of the rows of table (N, d) that each user has; 0 without any."""
     out = np.zeros((len(rows.indptr) - 1, table.shape[1]))
     known = rows.counts() > 0
     if known.any():
@@ -349,7 +311,7 @@ def mean_rows(table: np.ndarray, rows: Rows) -> np.ndarray:
 
 
 def counts(name: np.ndarray, rows: Rows, users: np.ndarray) -> np.ndarray:
-    """(B, names + 1) how many items of each name these users have; the last column counts those without a name."""
+    """(B, names + 1) how many items of each name these users have; last, those without a name."""
     row, item = rows.flat(users)
     width = int(name.max(initial=-1)) + 2
     code = row * width + np.where(name[item] >= 0, name[item], width - 1)
@@ -357,7 +319,7 @@ def counts(name: np.ndarray, rows: Rows, users: np.ndarray) -> np.ndarray:
 
 
 def by_turns(lists: list[np.ndarray], depth: int) -> np.ndarray:
-    """(B, depth) the first `depth` different items, read off the lists (B, m) by turns; -1 past the end."""
+    """(B, depth) the first different items, read off the lists (B, m) by turns; -1 past the end."""
     width = max(x.shape[1] for x in lists)
     padded = [np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=-1) for x in lists]
     line = np.stack(padded, 2).reshape(len(lists[0]), -1)
@@ -415,7 +377,10 @@ def fit_network(
     width: int = 32,
     weight_decay: float = 0.01,
 ) -> Network:
-    """x (R, F) float32, picked (R,) bool -> a network of least log loss on them. AdamW, warm-up, then linear to 0."""
+    """x (R, F) float32, picked (R,) bool -> a network of small log loss on them.
+
+    AdamW; the rate rises for 50 steps and then falls to 0 in a line.
+    """
     torch.manual_seed(int(randomness.rng(seed, "outcome", "network").integers(2**31)))
     x, y = torch.from_numpy(x), torch.from_numpy(picked.astype(np.float32))
     network = Network(x.mean(0), x.std(0) + 1e-6, width)
@@ -439,10 +404,10 @@ def fit_network(
 def learn(
     shop: Shop,
     settings: dict | None = None,
-    folds: int = 3,
+    folds: int = 2,
     share: float = 0.2,
     depth: int = 150,
-    networks: int = 2,
+    networks: int = 1,
     seed: int = 0,
     users: int = 0,
     block: int = 256,
@@ -474,10 +439,10 @@ def learn(
 
 @dataclass
 class Calibration:
-    """Chances on the scale of a split: sigmoid(a + b logit p + c other), a logistic regression with three numbers.
+    """Chances on the scale of a split: sigmoid(a + b logit p + c other), a logistic regression.
 
-    other  a second opinion, in standard deviations of a user's candidates: a policy's log-probability, for instance.
-           c says what it knows that the outcome does not; 0 where none is given.
+    other  a second opinion, in standard deviations of a user's candidates: a policy's
+           log-probability, for instance. c says what it knows that the outcome does not.
     """
 
     a: float = 0.0
@@ -494,9 +459,8 @@ class Calibration:
         for _ in range(25):
             q = 1 / (1 + np.exp(-x @ w))
             gradient = x.T @ (picked - q) - prior @ (w - np.array([0.0, 1.0, 0.0]))
-            step = np.linalg.solve(
-                (x * (q * (1 - q))[:, None]).T @ x + prior + 1e-9 * np.eye(3), gradient
-            )
+            curve = (x * (q * (1 - q))[:, None]).T @ x + prior + 1e-9 * np.eye(3)
+            step = np.linalg.solve(curve, gradient)
             w = w + step
             if np.abs(step).max() < 1e-9:
                 break

@@ -1,0 +1,170 @@
+"""The outcome model: folds, the pool of candidates, features that know no answer, a network that learns, calibration."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pagellm.data import prepare
+from pagellm.data.shop import load
+from pagellm.model.outcome import (
+    Calibration,
+    History,
+    Judges,
+    Outcome,
+    by_turns,
+    contents,
+    fit_network,
+    hide,
+    learn,
+)
+
+STEADY = settings(deadline=None, max_examples=40)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    data = tmp_path_factory.mktemp("outcome") / "data"
+    prepare.run(prepare.Config(data=str(data), users=80, items=60))
+    return load(data / "synthetic")
+
+
+@pytest.fixture(scope="module")
+def judges(shop):
+    return Judges(shop.catalogue, History.of(shop, shop.rows("train", None)))
+
+
+@pytest.mark.parametrize("folds, share", [(1, 0.2), (3, 0.2), (4, 0.25)])
+def test_folds_hide_train_rows_of_everybody_and_none_twice(shop, folds, share):
+    hidden = hide(shop, folds, share, seed=0)
+    assert len(hidden) == folds and max(sum(h.astype(int) for h in hidden)) <= 1
+    count = np.bincount(shop.user[shop.rows("train", None)], minlength=shop.n_users)
+    for h in hidden:
+        assert not (h & ~shop.rows("train", None)).any()
+        assert (
+            np.abs(np.bincount(shop.user[h], minlength=shop.n_users) - share * count) <= 1
+        ).all()
+    with pytest.raises(ValueError, match="no more than all"):
+        hide(shop, 3, 0.5, seed=0)
+
+
+@STEADY
+@given(st.integers(0, 10_000), st.integers(1, 9))
+def test_the_pool_takes_from_its_lists_by_turns_and_nothing_twice(seed, depth):
+    rng = np.random.default_rng(seed)
+    lists = [np.stack([rng.permutation(8)[:w] for _ in range(3)]) for w in (5, 3)]
+    lists[0][0, 3:] = -1
+    for row, found in enumerate(by_turns(lists, depth)):
+        line = []
+        for turn in range(5):
+            for one in lists:
+                if turn < one.shape[1] and one[row, turn] >= 0 and one[row, turn] not in line:
+                    line.append(int(one[row, turn]))
+        line = line[:depth]
+        assert found[found >= 0].tolist() == line and (found[len(line) :] == -1).all()
+
+
+def test_candidates_are_different_and_unseen(shop, judges):
+    seen, users = shop.csr(("train", "valid"), positive=None), np.arange(10)
+    item, x = judges.candidates(users, seen, 40)
+    assert x.shape[:2] == item.shape == (10, 40) and np.isfinite(x).all() and x.dtype == np.float32
+    for u, mine in zip(users, item, strict=True):
+        mine = mine[mine >= 0]
+        assert len(set(mine)) == len(mine) and not set(mine) & set(seen.of(u)[0])
+    first = item[:, ::-1][:, :5]
+    again, _ = judges.candidates(users, seen, 40, first)
+    assert (np.isin(first, again) | (first < 0)).all()  # another ranker's best are in the pool
+
+
+def test_a_users_features_do_not_depend_on_who_else_is_asked_about(shop, judges):
+    seen = shop.csr("train", positive=None)
+    item, x = judges.candidates(np.array([3, 5, 9]), seen, 20)
+    alone, y = judges.candidates(np.array([5]), seen, 20)
+    assert (item[1] == alone[0]).all()
+    np.testing.assert_allclose(x[1], y[0], atol=2e-4)
+
+
+def test_features_do_not_know_a_hidden_row(shop):
+    """Whatever a hidden row says (item, rating, liked, time), candidates and features are the same."""
+    train = shop.rows("train", None)
+    hidden = hide(shop, 1, 0.2, seed=0)[0]
+    rng = np.random.default_rng(0)
+    lie = replace(
+        shop,
+        item=np.where(hidden, rng.integers(shop.n_items, size=len(shop.item)), shop.item),
+        rating=np.where(hidden, 1.0, shop.rating).astype(np.float32),
+        positive=np.where(hidden, ~shop.positive, shop.positive),
+        time=np.where(hidden, 0, shop.time),
+    )
+    users, found = np.arange(20), []
+    for one in (shop, lie):
+        history = History.of(one, train & ~hidden)
+        found.append(Judges(one.catalogue, history).candidates(users, history.rows, 30))
+    assert (found[0][0] == found[1][0]).all() and (found[0][1] == found[1][1]).all()
+
+
+def test_a_shop_without_ratings_texts_prices_times_has_features_too(shop):
+    n = shop.n_items
+    bare = type(shop.catalogue).of(
+        shop.catalogue.ids, [""] * n, [""] * n, [()] * n, [""] * n, [""] * n, [np.nan] * n
+    )
+    poor = replace(
+        shop,
+        catalogue=bare,
+        rating=np.full(len(shop.rating), np.nan, np.float32),
+        positive=np.ones(len(shop.item), bool),
+        time=np.zeros(len(shop.item), np.int64),
+    )
+    judges = Judges(bare, History.of(poor, poor.rows("train", None)))
+    item, x = judges.candidates(np.arange(5), poor.csr("train"), 10)
+    assert (item >= 0).all() and np.isfinite(x).all()
+    assert contents(bare).shape == (n, 1)
+
+
+def test_the_network_finds_what_decides_and_is_the_same_for_the_same_seed():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4000, 5)).astype(np.float32)
+    p = 1 / (1 + np.exp(-(2 * x[:, 1] + np.abs(x[:, 2]) * 2 - 3)))  # a line and a bend
+    picked = rng.random(len(x)) < p
+    found = Outcome([fit_network(x, picked, seed=1, epochs=20, batch=256)])(x)
+    assert np.corrcoef(found, p)[0, 1] > 0.97
+    again = Outcome([fit_network(x, picked, seed=1, epochs=20, batch=256)])(x)
+    assert (found == again).all()
+
+
+def test_learnt_chances_rank_hidden_rows_above_chance(shop):
+    outcome = learn(shop, folds=2, depth=40, networks=1)
+    judges, seen = (
+        Judges(shop.catalogue, History.of(shop, shop.rows("train", None))),
+        shop.csr("train", positive=None),
+    )
+    users = np.flatnonzero(shop.csr("valid").counts() > 0)
+    item, x = judges.candidates(users, seen, 40)
+    held = shop.csr("valid")
+    picked = np.isin(
+        users[:, None] * shop.n_items + item,
+        np.repeat(np.arange(shop.n_users), held.counts()) * shop.n_items + held.items,
+    )
+    p = outcome(x)
+    assert p[picked].mean() > 1.1 * p[~picked].mean()
+
+
+@STEADY
+@given(st.integers(0, 10_000))
+def test_calibrated_chances_add_up_to_what_was_picked(seed):
+    """The constant is free, so the sum of chances on the rows it was fitted to is the number of picks."""
+    rng = np.random.default_rng(seed)
+    p, other = rng.random(500) * 0.3 + 0.01, rng.standard_normal(500)
+    picked = rng.random(500) < p * 0.5
+    scale = Calibration.fit(p, other, picked)
+    assert abs(scale(p, other).sum() - picked.sum()) < 1e-3
+
+
+def test_calibration_finds_the_weight_of_a_second_opinion():
+    rng = np.random.default_rng(0)
+    p, other = rng.random(50_000) * 0.5 + 0.05, rng.standard_normal(50_000)
+    truth = Calibration(-0.5, 0.8, 0.6)
+    found = Calibration.fit(p, other, rng.random(50_000) < truth(p, other))
+    np.testing.assert_allclose([found.a, found.b, found.c], [-0.5, 0.8, 0.6], atol=0.06)

@@ -1,0 +1,137 @@
+"""A page from opinions: each of the three numbers does what it says; the choice takes no setting that is behind."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pagellm.data.shop import Catalogue
+from pagellm.pages.compose import ENOUGH, Opinion, Taste, choose, compose, margin, worst
+from pagellm.pages.energy import Near
+from pagellm.pages.rerank import Kin, relevance
+
+STEADY = settings(deadline=None, max_examples=40)
+SEEDS = st.integers(0, 10_000)
+
+
+def world(seed: int, n: int = 12, users: int = 3, m: int = 7):
+    """A small catalogue with shared categories and near-duplicates, and candidates of a few users; scores differ."""
+    rng = np.random.default_rng(seed)
+    categories = [tuple(f"c{c}" for c in np.flatnonzero(rng.random(4) < 0.4)) for _ in range(n)]
+    categories[n - 3 :] = categories[:3]  # near-duplicates lie in one category
+    leaf = [names[-1] if names else "" for names in categories]
+    catalogue = Catalogue.of(
+        [str(i) for i in range(n)], [""] * n, [""] * n, categories, leaf, [""] * n, [np.nan] * n
+    )
+    kin = Kin.of(catalogue, Near.of_pairs(np.array([[n - 3, 0], [n - 2, 1], [n - 1, 2]]), n))
+    item = np.stack([rng.permutation(n)[:m] for _ in range(users)])
+    item[-1, m - 2 :] = -1  # a user with fewer candidates
+    return (
+        kin,
+        categories,
+        item,
+        relevance(item, rng.permutation(users * m).reshape(users, m) / 7.0),
+    )
+
+
+def opinion(seed: int) -> tuple[Opinion, object]:
+    kin, _, item, _ = world(seed)
+    rng = np.random.default_rng(seed)
+    return Opinion(
+        np.arange(len(item)),
+        item,
+        rng.random(item.shape) * 0.2,
+        rng.normal(size=item.shape),
+        rng.normal(size=item.shape),
+    ), kin
+
+
+@STEADY
+@given(SEEDS, st.integers(1, 8))
+def test_all_zero_ranks_by_chance(seed, k):
+    o, kin = opinion(seed)
+    item, score, slots = compose(o, kin, Taste(), k)
+    order = np.argsort(-np.where(o.item >= 0, o.chance, -1), axis=1)
+    assert (item == np.take_along_axis(o.item, order, 1)).all()
+    assert slots.tolist() == [min(k, int((mine >= 0).sum())) for mine in o.item]
+
+
+@STEADY
+@given(SEEDS, st.floats(0, 2), st.floats(0, 2), st.floats(0, 3), st.integers(1, 7))
+def test_a_page_is_a_rearrangement_of_the_candidates_with_falling_scores(
+    seed, worth, order, spread, k
+):
+    o, kin = opinion(seed)
+    item, score, _ = compose(o, kin, Taste(worth, order, spread), k)
+    assert (np.sort(item, 1) == np.sort(o.item, 1)).all()
+    with np.errstate(invalid="ignore"):
+        steps = np.diff(score, axis=1)
+    assert (steps[~np.isnan(steps)] <= 0).all()
+
+
+@STEADY
+@given(SEEDS, st.floats(0, 2), st.floats(0, 3), st.integers(1, 7))
+def test_order_moves_items_within_the_page_only(seed, worth, spread, k):
+    o, kin = opinion(seed)
+    pages = [compose(o, kin, Taste(worth, order, spread), k)[0] for order in (0.0, 1.5)]
+    assert (np.sort(pages[0][:, :k], 1) == np.sort(pages[1][:, :k], 1)).all()
+    assert (pages[0][:, k:] == pages[1][:, k:]).all()
+
+
+@STEADY
+@given(SEEDS, st.floats(0.01, 100))
+def test_a_scale_of_all_chances_changes_nothing(seed, scale):
+    """Spread is counted in mean chances, so rarer picks ask for no other number."""
+    o, kin = opinion(seed)
+    taste = Taste(0.3, 0.2, 0.7)
+    again = Opinion(o.user, o.item, o.chance * scale, o.stars, o.mean)
+    assert (compose(o, kin, taste, 4)[0] == compose(again, kin, taste, 4)[0]).all()
+
+
+def test_stars_lift_an_item_by_worth():
+    o = Opinion(
+        np.array([0]),
+        np.array([[4, 7]]),
+        np.array([[0.2, 0.1]]),
+        np.array([[0.0, 1.0]]),
+        np.zeros((1, 2)),
+    )
+    kin, *_ = world(0)
+    # 0.1 e^0.6 < 0.2 < 0.1 e^0.8
+    assert compose(o, kin, Taste(worth=0.6), 1)[0].tolist() == [[4, 7]]
+    assert compose(o, kin, Taste(worth=0.8), 1)[0].tolist() == [[7, 4]]
+
+
+def test_a_margin_allows_1_percent_and_knows_what_is_better():
+    ours, row = (
+        {"ILD": np.array([0.5, 0.5]), "WMRD": np.array([3.0, 5.0])},
+        {"ILD": np.array([0.6, 0.4]), "WMRD": np.array([5.0, 7.0])},
+    )
+    assert np.isclose(margin(ours, row, "ILD")[0], 0.005)
+    assert np.isclose(margin(ours, row, "WMRD")[0], 2.06)
+    assert worst(ours, [row], ("ILD", "WMRD")) == np.inf  # two users say nothing
+    ours, row = ({n: np.tile(v, 20) for n, v in x.items()} for x in (ours, row))
+    assert (
+        worst(ours, [row], ("ILD", "WMRD"))
+        == margin(ours, row, "ILD")[0] / margin(ours, row, "ILD")[1]
+    )
+
+
+def test_the_choice_is_level_with_the_first_rows_before_it_looks_at_the_second():
+    """Of two measures one rises with spread and one falls; the first row is met in between, the second pulls on."""
+    noise = np.random.default_rng(0).normal(size=400) * 0.1
+
+    def scored(taste):
+        return {"ILD": taste.spread + noise, "Recall@20": 1 - taste.spread + noise}
+
+    def row(ild, recall):
+        return {"ILD": np.full(400, ild) - noise, "Recall@20": np.full(400, recall) - noise}
+
+    grid = {"worth": (0.0,), "order": (0.0,), "spread": tuple(np.linspace(0, 1, 11))}
+    names = ("ILD", "Recall@20")
+    taste, tried = choose(scored, [[row(0.3, 0.3)], [row(0.65, 0.1)]], names, grid)
+    # the second row alone is best met at 0.8, the first is not
+    assert np.isclose(taste.spread, 0.6)
+    first = worst(scored(taste), [row(0.3, 0.3)], names)
+    assert tried[taste][0] == min(first, ENOUGH) == ENOUGH
+    alone, _ = choose(scored, [[row(0.65, 0.1)]], names, grid)
+    assert np.isclose(alone.spread, 0.8)
