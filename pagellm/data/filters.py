@@ -1,7 +1,10 @@
-"""Which rows of a table of interactions stay, and where they go. Pure functions on numpy columns.
+"""Which rows of a table of interactions stay, and which split each belongs to.
 
-Users and items are integers here, and equal to the rank of their identifier among all identifiers: so an
-order by item number is an order by identifier, whatever order the raw file had.
+Pure functions on numpy columns. Users and items are integers: the rank of their identifier among
+all identifiers, so that nothing depends on the order of the lines in a file.
+
+Rows of one user at one time have no order among them. Wherever an order is needed all the same,
+`tie_ranks` decides: a hash of seed, user and item, and never the item's number or rating.
 """
 
 import hashlib
@@ -23,6 +26,7 @@ __all__ = [
     "split_by_time",
     "split_random",
     "thin",
+    "tie_ranks",
 ]
 
 TRAIN, VALID, TEST, UNUSED = range(4)
@@ -133,6 +137,27 @@ def random_keys(
     return keys
 
 
+def tie_ranks(
+    seed: int | str, user, item, time, user_ids: Sequence[str], item_ids: Sequence[str]
+) -> np.ndarray:
+    """(R,) int64: the order among rows of one user at one time, drawn by `random_keys`.
+
+    Rows whose (user, time) no other row has get 0; the others their rank by hash. Shopping baskets
+    and logs with dates only have many equal times, and if the item's number decided between
+    them, identifiers would choose the test row.
+    """
+    order = np.lexsort((time, user))
+    same = np.zeros(len(user), dtype=bool)
+    same[1:] = (np.diff(user[order]) == 0) & (np.diff(time[order]) == 0)
+    same[:-1] |= same[1:]
+    rows = order[same]
+    rank = np.zeros(len(user), dtype=np.int64)
+    keys = random_keys(f"{seed} order", user[rows], item[rows], user_ids, item_ids)
+    # Two equal hashes are as good as impossible; the item's number keeps even those apart.
+    rank[rows[np.lexsort((item[rows], keys))]] = np.arange(len(rows))
+    return rank
+
+
 def group_rank(group, *keys) -> tuple[np.ndarray, np.ndarray]:
     """Place of each row within its group in the order of keys, the first counting most; the group's size.
 
@@ -165,23 +190,29 @@ def split_random(user, item, positive, keys) -> np.ndarray:
     return split
 
 
-def split_by_time(user, item, time, positive, leave_one_out: bool) -> np.ndarray:
+def split_by_time(user, tie, time, positive, leave_one_out: bool) -> np.ndarray:
     """(R,) int8 of TRAIN, VALID, TEST: each user's latest positives are held out.
 
-    leave_one_out: the last one is test, the one before it validation; otherwise as many as in `split_random`.
-    Equal times go by item number. A row that is not positive goes where its moment falls: before the user's
-    first held-out positive to train, before the first test positive to validation, after it to test.
+    user, tie (R,) int; time (R,); positive (R,) bool. `tie` orders rows of one user at one time: see
+    `tie_ranks`.
+
+    leave_one_out: the last positive is test, the one before it validation. Otherwise as many are
+    held out as in `split_random`.
+
+    A row that is not positive belongs where its time falls: before the user's first held-out
+    positive to train; from there on to validation; from the first test positive on to test. Rows
+    at the very time of a held-out positive, such as a basket's other lines, are not before it.
+    A row whose time is unknown (below 0) stays in train.
     """
     split = np.full(len(user), TRAIN, dtype=np.int8)
-    rank, size = group_rank(user[positive], time[positive], item[positive])
+    rank, size = group_rank(user[positive], time[positive], tie[positive])
     n = np.where(size >= 3, 1, 0) if leave_one_out else held_out(size)
     split[positive] = np.select([rank >= size - n, rank >= size - 2 * n], [TEST, VALID], TRAIN)
-    # Walking through a user's rows in time, the split only ever moves forward: train, valid, test.
-    order = np.lexsort((item, time, user))
-    moved = np.where(positive, split, TRAIN)[order].astype(np.int64) + 3 * user[order].astype(
-        np.int64
-    )
-    forward = np.maximum.accumulate(moved) - 3 * user[order].astype(np.int64)
-    other = ~positive[order]
-    split[order[other]] = forward[other]
+    other = ~positive
+    for part in (VALID, TEST):
+        first = np.full(int(user.max(initial=-1)) + 1, np.inf)
+        rows = split == part
+        rows &= positive
+        np.minimum.at(first, user[rows], time[rows])
+        split[other & (time >= np.maximum(first[user], 0))] = part
     return split

@@ -9,7 +9,8 @@ Writes, all or nothing:
 
     interactions.parquet  user, item int32; rating float32 (null = none); time int64 seconds (null = none);
                           positive bool; split train | valid | test | unused. One row per (user, item), by
-                          user, time, item. Positive: rated above positive_above, or not rated at all.
+                          user and time; rows of one user at one time in an order drawn from `seed`.
+                          Positive: rated above positive_above, or not rated at all.
     reviews.parquet       user, item, text of train rows. Text of held-out rows is stored nowhere.
     items.parquet         item, id, title, brand, categories, leaf, price, description
     users.parquet         user, id
@@ -219,14 +220,15 @@ def filtered(columns: text_store.Columns, config: Config, graded: bool) -> tuple
     )
     rating, time, positive, rows = rating[keep], time[keep], positive[keep], rows[keep]
 
-    order = text_store.by_time(user, time, item)
-    user, item, rating, time, positive, rows = (
-        x[order] for x in (user, item, rating, time, positive, rows)
+    tie = filters.tie_ranks(config.seed, user, item, time, user_ids, item_ids)
+    order = text_store.by_time(user, time, tie)
+    user, item, rating, time, positive, rows, tie = (
+        x[order] for x in (user, item, rating, time, positive, rows, tie)
     )
     if config.split == "given":
         split = np.where(c.split[rows] < 0, filters.UNUSED, c.split[rows]).astype(np.int8)
     else:
-        split = split_of(config, user, item, time, positive, user_ids, item_ids)
+        split = split_of(config, user, item, time, tie, positive, user_ids, item_ids)
     if config.refit:
         split = np.where(split == filters.VALID, filters.TRAIN, split).astype(np.int8)
     table = Table(
@@ -252,7 +254,7 @@ def filtered(columns: text_store.Columns, config: Config, graded: bool) -> tuple
     return table, counts
 
 
-def split_of(config: Config, user, item, time, positive, user_ids, item_ids) -> np.ndarray:
+def split_of(config: Config, user, item, time, tie, positive, user_ids, item_ids) -> np.ndarray:
     """(R,) int8 index into SPLITS. Raises PageLLMError for a split by time without times."""
     if config.split == "random":
         keys = filters.random_keys(config.seed, user, item, user_ids, item_ids)
@@ -262,7 +264,7 @@ def split_of(config: Config, user, item, time, positive, user_ids, item_ids) -> 
             f"split={config.split} needs times, and no row has one\n"
             "  Name their column with --time_column, or use --split random."
         )
-    return filters.split_by_time(user, item, time, positive, config.split == "leave_one_out")
+    return filters.split_by_time(user, tie, time, positive, config.split == "leave_one_out")
 
 
 def catalogue(items: Iterator[Item], item_ids: list[str], max_text: int) -> dict[str, list]:

@@ -192,19 +192,22 @@ def gather(stems: list[Path]) -> Columns:
     return Columns(user_ids, item_ids, user, item, *joined(parts, NUMBERS.types[2:]))
 
 
-def by_time(user: np.ndarray, time: np.ndarray, item: np.ndarray) -> np.ndarray:
-    """(R,) int64: the rows in the order of user, then time, then item, as np.lexsort((item, time, user)) has them.
+def by_time(user: np.ndarray, time: np.ndarray, tie: np.ndarray) -> np.ndarray:
+    """(R,) int64: the rows by user, then time, then tie, as np.lexsort((tie, time, user)) has them.
 
-    All three are integers. One sort of numbers that hold all three, where 63 bits are enough for that.
+    user, tie (R,) int; time (R,) int or float. Where all times are whole and 63 bits can hold the
+    three columns together, this is one sort of integers instead of three sorts.
     """
+    if (time != np.floor(time)).any():
+        return np.lexsort((tie, time, user))
     codes, room = [], 1
-    for column in (user, time, item):
+    for column in (user, time, tie):
         low = int(column.min(initial=0))
         size = int(column.max(initial=0)) - low + 1
         codes.append((column.astype(np.int64) - low, size))
         room *= size
     if room >= 1 << 63:
-        return np.lexsort((item, time, user))
+        return np.lexsort((tie, time, user))
     code = np.zeros(len(user), dtype=np.int64)
     for column, size in codes:
         code *= size

@@ -19,6 +19,7 @@ from pagellm.data.filters import (
     split_by_time,
     split_random,
     thin,
+    tie_ranks,
 )
 
 few = settings(deadline=None, max_examples=80)
@@ -194,19 +195,53 @@ def test_a_random_split_holds_out_the_papers_shares(table, seed):
 @few
 @given(tables(), st.booleans())
 def test_a_split_by_time_never_looks_back(table, leave_one_out):
-    """Within a user the split only moves forward in (time, item), and holds out the stated number."""
-    user, item, time, positive = table
-    split = split_by_time(user, item, time, positive, leave_one_out)
+    """Positives only move forward in (time, tie), and the stated number of them is held out.
+
+    Any other row goes by its time alone: what is at or after a held-out positive is held out too.
+    """
+    user, tie, time, positive = table
+    split = split_by_time(user, tie, time, positive, leave_one_out)
     for u in range(3):
         mine = np.flatnonzero(user == u)
-        order = sorted(mine, key=lambda n: (time[n], item[n]))
-        assert [split[n] for n in order] == sorted(split[n] for n in order)
-        n_positive = positive[mine].sum()
-        expected = (1 if n_positive >= 3 else 0) if leave_one_out else held_out(n_positive)
+        liked = sorted((n for n in mine if positive[n]), key=lambda n: (time[n], tie[n]))
+        assert [split[n] for n in liked] == sorted(split[n] for n in liked)
+        expected = (1 if len(liked) >= 3 else 0) if leave_one_out else held_out(len(liked))
         for part in (TEST, VALID):
-            assert sum(split[n] == part for n in mine if positive[n]) == expected
-            if expected:  # the first row of a held-out part is a positive
-                assert positive[next(n for n in order if split[n] == part)]
+            assert sum(split[n] == part for n in liked) == expected
+        for n in set(mine) - set(liked):
+            reached = [split[m] for m in liked if split[m] != TRAIN and time[m] <= time[n]]
+            assert split[n] == (max(reached, default=TRAIN) if time[n] >= 0 else TRAIN)
+
+
+@few
+@given(tables(), st.integers(0, 99), st.randoms(use_true_random=False))
+def test_equal_times_are_ordered_by_a_draw_and_different_times_by_themselves(table, seed, random):
+    """The order is that of SHA-256 draws of user and item, whatever the order of the rows."""
+    user, item, time, _ = table
+    ids = ["a", "b", "c"], [str(n) for n in range(40)]
+    rank = tie_ranks(seed, user, item, time, *ids)
+    draw = random_keys(f"{seed} order", user, item, *ids)
+    for n in range(len(user)):
+        same = [m for m in range(len(user)) if (user[m], time[m]) == (user[n], time[n])]
+        if len(same) == 1:
+            assert rank[n] == 0
+        assert sorted(same, key=lambda m: rank[m]) == sorted(same, key=lambda m: draw[m])
+    order = np.array(random.sample(range(len(user)), len(user)), dtype=int)
+    again = tie_ranks(seed, user[order], item[order], time[order], *ids)
+    assert np.array_equal(rank[order], again)
+
+
+@pytest.mark.parametrize("leave_one_out", [True, False])
+def test_item_numbers_do_not_choose_the_test_row(leave_one_out):
+    """200 users with 8 items on one day: the largest number, and the smallest, about as often as any."""
+    user, item = np.repeat(np.arange(200), 8), np.tile(np.arange(8), 200)
+    day, liked = np.zeros(1600, int), np.ones(1600, bool)
+    ids = [f"u{n}" for n in range(200)], [f"i{n}" for n in range(8)]
+    tie = tie_ranks(0, user, item, day, *ids)
+    split = split_by_time(user, tie, day, liked, leave_one_out)
+    for part in (TEST, VALID):
+        chosen = np.bincount(item[split == part], minlength=8)
+        assert chosen.sum() == 200 and 8 <= chosen.min() <= chosen.max() <= 50
 
 
 @few
@@ -219,7 +254,7 @@ def test_splits_follow_the_rows_when_they_are_shuffled(table, seed, random):
     def both(user, item, time, positive):
         return [
             split_random(user, item, positive, random_keys(seed, user, item, *ids)),
-            split_by_time(user, item, time, positive, False),
+            split_by_time(user, tie_ranks(seed, user, item, time, *ids), time, positive, False),
         ]
 
     shuffled = both(*(column[order] for column in table))
