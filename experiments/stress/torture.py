@@ -42,7 +42,7 @@ from tqdm import tqdm
 from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.data import prepare, synthetic
 from pagellm.data.amazon import parse_item, parse_review
-from pagellm.data.interactions import ITEM_COLUMNS, LOG_COLUMNS, match, read_items, read_log
+from pagellm.data.logs import ITEM_COLUMNS, LOG_COLUMNS, match, read_items, read_log
 from pagellm.data.records import Tally, parsed
 from pagellm.data.sequences import read_sequences
 from pagellm.stage.command import main

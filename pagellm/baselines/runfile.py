@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet as pq
 import torch
 
 from pagellm.baselines.compare import read_rows
 from pagellm.data.shop import Rows, Shop, load
+from pagellm.data.tables import ids_of, read_table
+from pagellm.data.values import is_number
 from pagellm.pages.ranked import (
     RankedPages,
     Scorer,
@@ -77,26 +77,9 @@ class Config(StageConfig):
         )
 
 
-def read_table(path: Path) -> pa.Table:
+def read_file(path: Path) -> pa.Table:
     """A run file's table. Raises PageLLMError if it cannot be read or a column is missing."""
-    try:
-        if path.suffix == ".parquet":
-            data = pq.read_table(path)
-        else:
-            delimiter = "," if ".csv" in path.suffixes else "\t"
-            # As text: an identifier such as 0439893577 must keep its zero.
-            kinds = pyarrow.csv.ConvertOptions(
-                column_types={"user": pa.string(), "item": pa.string()}
-            )
-            data = pyarrow.csv.read_csv(
-                path,
-                parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter),
-                convert_options=kinds,
-            )
-    except pa.ArrowInvalid as error:
-        raise PageLLMError(
-            f"{path} cannot be read ({error})\n  Want .parquet, .csv or .tsv."
-        ) from error
+    data = read_table(path, ("user", "item"))
     missing = {"user", "item"} - set(data.column_names)
     if missing or not {"score", "rank"} & set(data.column_names):
         raise PageLLMError(
@@ -105,12 +88,56 @@ def read_table(path: Path) -> pa.Table:
     return data
 
 
-def numbers(column: pa.ChunkedArray, own: list[str], what: str, path: Path, ids: str) -> np.ndarray:
+def orders(data: pa.Table, path: Path) -> np.ndarray:
+    """(R,) int64 or float64 that order a user's items, larger first: scores, or ranks negated.
+
+    As exact as the file: times and sums of logarithms differ in digits that float32 does not have.
+    Raises PageLLMError for what is not a finite number.
+    """
+    name = "rank" if "rank" in data.column_names else "score"
+    column = data[name].combine_chunks()
+    if pa.types.is_decimal(column.type):
+        column = column.cast(pa.float64())
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        values = (v for v in column.to_pylist() if not is_number(v))
+        raise PageLLMError(
+            f"{path}: column {name} is not numbers: {next(values, column[0].as_py())!r}"
+        )
+    if column.null_count or not np.isfinite(column.to_numpy(zero_copy_only=False)).all():
+        wrong = column.null_count + int(
+            (~np.isfinite(column.drop_null().to_numpy().astype(np.float64))).sum()
+        )
+        raise PageLLMError(f"{path}: {wrong:,} {name}s are not finite numbers")
+    order = column.to_numpy()
+    return (
+        -order.astype(np.int64 if order.dtype.kind in "iu" else np.float64)
+        if (name == "rank")
+        else order
+    )
+
+
+def places(user: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """(R,) float32: each row's place in its user's list from below, equal orders sharing one.
+
+    user (R,) int, sorted; order (R,). A list is shorter than 2^24, so that float32 holds its places.
+    """
+    by = np.lexsort((order, user))
+    new = np.ones(len(by), dtype=bool)
+    new[1:] = (np.diff(user[by]) != 0) | (order[by][1:] != order[by][:-1])
+    count = np.cumsum(new)
+    first = np.searchsorted(user[by], user[by])
+    place = np.empty(len(by), np.float32)
+    place[by] = count - count[first] if len(by) else count
+    return place
+
+
+def numbers(column: list[str], own: list[str], what: str, path: Path, ids: str) -> np.ndarray:
     """Dense numbers of a column that holds either those or the shop's own identifiers: see Config.ids.
 
-    Raises PageLLMError for a value that is neither, and in auto where it might be both.
+    Raises PageLLMError for a value that is neither, and in auto where it might be both: also where it
+    would be an identifier but for zeros in front, which spreadsheets and data frames take off.
     """
-    text = column.cast(pa.string())
+    text = pa.array(column, pa.string())
     found = {
         "shop": pc.index_in(text, pa.array(own, pa.string())),
         "dense": pc.index_in(text, pa.array(list(map(str, range(len(own)))))),
@@ -128,6 +155,15 @@ def numbers(column: pa.ChunkedArray, own: list[str], what: str, path: Path, ids:
                 "dense": f"in 0..{len(own) - 1}",
             }[ids]
         )
+    if ids == "auto" and fits == ["dense"]:
+        padded = {name.lstrip("0"): name for name in own}
+        if all(name.lstrip("0") in padded for name in set(column)):
+            raise PageLLMError(
+                f"{path}: column {what}: {column[0]!r} is not one of the shop's identifiers, but "
+                f"{padded[column[0].lstrip('0')]!r} is; were zeros in front lost?\n"
+                "  Write identifiers as text, or say --ids dense if the numbers of "
+                "interactions.parquet are meant."
+            )
     chosen = [found[name].to_numpy().astype(np.int64) for name in fits]
     if len(fits) > 1 and (chosen[0] != chosen[1]).any():
         raise PageLLMError(
@@ -152,22 +188,15 @@ def read_run(
     Equal scores go by a seeded shuffle. With ranks, scores are not looked at: a page's slots need not fall in score.
     Raises PageLLMError for unknown identifiers, repeated (user, item) or scores that are not numbers.
     """
-    data = read_table(path)
-    user = numbers(data["user"], shop.user_ids, "user", path, ids)
-    item = numbers(data["item"], shop.catalogue.ids, "item", path, ids)
-    score = (
-        (pc.negate(data["rank"]) if "rank" in data.column_names else data["score"])
-        .to_numpy()
-        .astype(np.float32)
-    )
-    if not np.isfinite(score).all():
-        raise PageLLMError(
-            f"{path}: {int((~np.isfinite(score)).sum()):,} scores are not finite numbers"
-        )
+    data = read_file(path)
+    user = numbers(ids_of(data, "user", path), shop.user_ids, "user", path, ids)
+    item = numbers(ids_of(data, "item", path), shop.catalogue.ids, "item", path, ids)
+    score = orders(data, path)
     if len(np.unique(user * shop.n_items + item)) < len(user):
         raise PageLLMError(f"{path}: a user's list repeats an item; want each (user, item) once")
     order = np.argsort(user, kind="stable")
     user, item, score = user[order], item[order], score[order]
+    place = places(user, score)
     indptr = np.searchsorted(user, np.arange(shop.n_users + 1))
     items, values = [], []
     for at in range(0, len(users), 512):
@@ -176,10 +205,13 @@ def read_run(
         span = [np.arange(indptr[u], indptr[u + 1]) for u in some]
         row = np.repeat(np.arange(len(some)), [len(s) for s in span])
         span = np.concatenate(span)
-        full[row, item[span]] = torch.from_numpy(score[span])
+        full[row, item[span]] = torch.from_numpy(place[span])
         best, value = top_items(full, some, seen, depth, seed)
+        own = np.full(full.shape, -np.inf)  # the file's own scores, for whoever reads the pages
+        own[row, item[span]] = score[span]
+        own = torch.from_numpy(own.astype(np.float32)).gather(1, best.clamp(min=0))
         items.append(best)
-        values.append(value)
+        values.append(torch.where(best >= 0, own, value))
     ranked = RankedPages(users, torch.cat(items).numpy(), torch.cat(values).numpy(), np.zeros(0))
     length = (ranked.item >= 0).sum(1)
     ranked.slots = np.minimum(length, k)

@@ -1,4 +1,4 @@
-"""Amazon reviews and metadata in their three published spellings, one line at a time -> Review, Item.
+"""Amazon reviews and metadata in their three published spellings: a line -> Review or Item.
 
     2014  reviews: JSON, reviewerID asin overall reviewText summary unixReviewTime, helpful
           items:   Python literals, categories (list of paths), description a string, price a number
@@ -15,44 +15,98 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as paj
 
-from pagellm.data.records import (
-    COLUMNS,
+from pagellm.data.files import Options, RawFile
+from pagellm.data.records import COLUMNS, Item, Review, Tally, parsed, parsed_batches
+from pagellm.data.values import (
+    EARLIEST,
     LATEST_TIME,
     NO_TIME,
     Broken,
-    Item,
-    Review,
     clean,
     identifier,
     opinion,
     price,
     rating_in,
-    time_seconds,
+    time_in,
 )
 
 __all__ = [
+    "as_object",
     "as_review",
     "is_items",
     "is_reviews",
+    "items",
     "json_object",
     "mapping",
     "parse_item",
     "parse_review",
+    "recognise",
+    "release",
     "review_table",
+    "reviews",
 ]
 
 # characters of a Python literal: parsing one takes a hundred times its memory
 LITERAL_LIMIT = 1_000_000
 NAME_LIMIT = 100  # characters of a category or brand; longer ones are pieces of the page
+# A piece of page script: a call of "function" needs its brace, for titles speak of functions too.
 SCRIPT = re.compile(
-    r"function\s*\(|aPageStart|getTime\(|</?(script|span|div|a|style)\b", re.IGNORECASE
+    r"\bfunction\s*\w*\([^)]*\)\s*\{|aPageStart|getTime\(|</?(script|span|div|a|style)\b",
+    re.IGNORECASE,
 )
+
+
+def recognise(path: Path, first_lines: list[str], options: Options) -> RawFile | None:
+    """Lines of Amazon's reviews or items, by their fields; None where columns are named by option."""
+    named = [getattr(options, name) for name in vars(options) if name.endswith("_column")]
+    objects = [as_object(text) for text in first_lines if text.startswith("{")]
+    fields = {name for record in objects if record is not None for name in record}
+    if not fields or any(named):
+        return None
+    if year := is_reviews(fields):
+        return RawFile(path, "amazon", "interactions", year, "amazon reviews", by_line=True)
+    if year := is_items(fields):
+        return RawFile(path, "amazon", "items", year, "amazon items", by_line=True)
+    return None
+
+
+def release(file: RawFile) -> str:
+    """What source.json calls interactions of this format."""
+    return f"amazon{file.spelling}"
+
+
+def reviews(files: list[RawFile], options: Options, tally: Tally) -> Iterator[pa.Table]:
+    """The reviews as tables of records.COLUMNS, many lines at once where the lines are plain."""
+    for file in files:
+        quick = partial(review_table, spelling=file.spelling)
+        for table in parsed_batches(file.path, parse_review, quick, tally, file.span):
+            if file.split:
+                split = pa.array([file.split] * len(table), pa.string())
+                table = table.set_column(5, COLUMNS.field("split"), split)
+            yield table
+
+
+def items(files: list[RawFile], options: Options, tally: Tally) -> Iterator[Item]:
+    """The lines of metadata."""
+    for file in files:
+        yield from parsed(file.path, partial(parse_item, tally=tally), tally)
+
+
+def as_object(text: str) -> dict | None:
+    """`mapping` of a line, None where it is none."""
+    try:
+        return mapping(text)
+    except Broken:
+        return None
 
 
 def json_object(text: str) -> dict:
@@ -69,7 +123,7 @@ def json_object(text: str) -> dict:
 
 
 def mapping(text: str) -> dict:
-    """One object, in JSON or as a Python literal, which is read and never evaluated. Raises Broken."""
+    """One object, in JSON or as a Python literal, which is never evaluated. Raises Broken."""
     if not text.startswith("{'"):
         return json_object(text)
     if len(text) > LITERAL_LIMIT:
@@ -118,14 +172,14 @@ def as_review(record: dict) -> Review:
             identifier(record.get("reviewerID"), "user"),
             identifier(record.get("asin"), "item"),
             rating_in(record.get("overall")),
-            time_seconds(record.get("unixReviewTime")),
+            time_in(record.get("unixReviewTime")),
             opinion(record.get("summary"), record.get("reviewText")),
         )
     return Review(
         identifier(record.get("user_id"), "user"),
         identifier(record.get("parent_asin") or record.get("asin"), "item"),
         rating_in(record.get("rating")),
-        time_seconds(record.get("timestamp"), milliseconds=True),
+        time_in(record.get("timestamp"), "ms"),
         opinion(record.get("title"), record.get("text")),
     )
 
@@ -146,6 +200,7 @@ FIELDS = {
 }
 LETTER = re.compile(rb"\\u00[4-7]")  # of ASCII, written as an escape
 PLAIN_ID = r"^[\x21-\x7e]{1,256}$"
+ODD_ID = r"(?i)^(null|none|nan|nat|\\n|<na>|#n/a|-?[0-9]+\.0)$"  # what `identifier` changes
 UNCLEAN = r"[^\x20-\x7e]|[&<]|  "  # what `clean` might change, beside spaces at both ends
 QUOTES = {"&#34;": '"', "&#39;": "'", "&quot;": '"'}
 DEEPEST = 500  # brackets in a line that json.loads is sure to follow
@@ -182,12 +237,16 @@ def review_table(data: bytes, spelling: str = "2014") -> pa.Table | None:
     stars, moments = rating.drop_null().to_numpy(), time.drop_null().to_numpy()
     if not (
         all(pc.all(pc.match_substring_regex(ids, PLAIN_ID)).as_py() for ids in (user, item))
+        and not any(pc.any(pc.match_substring_regex(ids, ODD_ID)).as_py() for ids in (user, item))
         and not ((stars < 1) | (stars > 5)).any()
         and not ((moments < 0) | (moments > LATEST_TIME * (1000 if newer else 1))).any()
     ):
         return None
+    time = pc.cast(time, pa.float64())
     if newer:
-        time = pc.divide(time, 1000)
+        if pc.any(pc.and_(pc.greater(time, 0), pc.less(time, EARLIEST * 1000))).as_py():
+            return None
+        time = pc.divide(time, 1000.0)
     there = faults(data)
     summary, body = cleaned(summary, there), cleaned(body, there)
     alone = pc.or_(pc.equal(summary, ""), pc.equal(body, ""))
@@ -272,20 +331,33 @@ def cleaned(text: pa.StringArray, there: set[str]) -> pa.StringArray:
     )
 
 
-def parse_item(text: str) -> Item:
-    """A line of metadata in any of the spellings. Raises Broken."""
+def parse_item(text: str, tally: Tally | None = None) -> Item:
+    """A line of metadata in any of the spellings. Raises Broken.
+
+    A field that cannot be read is left empty, and counted in the tally if there is one: an odd price
+    or category must not cost an item its title.
+    """
     record = mapping(text)
+
+    def kept(value, read, empty):
+        try:
+            return read(value)
+        except Broken as broken:
+            if tally:
+                tally.drop(str(broken), value)
+            return empty
+
     details = record.get("details")
     brand = record.get("brand") or record.get("store")
     if not brand and isinstance(details, dict):
         brand = details.get("Brand")
     return Item(
         identifier(record.get("parent_asin") or record.get("asin"), "item"),
-        unscripted(clean(record.get("title"))),
-        unscripted(clean(brand), NAME_LIMIT),
-        category_paths(record.get("categories") or record.get("category")),
+        kept(record.get("title"), lambda v: unscripted(clean(v)), ""),
+        kept(brand, lambda v: unscripted(clean(v), NAME_LIMIT), ""),
+        kept(record.get("categories") or record.get("category"), category_paths, ()),
         price(record.get("price")),
-        unscripted(clean(record.get("description"))),
+        kept(record.get("description"), lambda v: unscripted(clean(v)), ""),
     )
 
 

@@ -55,7 +55,7 @@ def store(
 
 def read(raw: Raw, stem: Path, min_text: int, max_text: int) -> Tally:
     tally = Tally()
-    text_store.store(raw.batches(tally), stem, min_text, max_text)
+    text_store.store(raw.reviews(tally), stem, min_text, max_text)
     return tally
 
 

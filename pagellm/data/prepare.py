@@ -7,8 +7,8 @@
 
 Writes, all or nothing:
 
-    interactions.parquet  user, item int32; rating float32 (null = none); time int64 seconds (null = none);
-                          positive bool; split train | valid | test | unused. One row per (user, item), by
+    interactions.parquet  user, item int32; rating float32 on 1..5 (null = none); time int64 seconds,
+                          or float64 where some have a fraction (null = none); positive bool; split train | valid | test | unused. One row per (user, item), by
                           user and time; rows of one user at one time in an order drawn from `seed`.
                           Positive: rated above positive_above, or not rated at all.
     reviews.parquet       user, item, text of train rows. Text of held-out rows is stored nowhere.
@@ -37,9 +37,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pagellm.data import filters, parallel, synthetic, text_store
-from pagellm.data.raw import Options, Raw, find
-from pagellm.data.records import NO_TIME, Item, Tally, batched
+from pagellm.data.account import Account, Join, account_of
+from pagellm.data.files import Options
+from pagellm.data.raw import Raw, find
+from pagellm.data.records import Item, Tally, batched
 from pagellm.data.shop import SPLITS
+from pagellm.data.values import NO_TIME
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check, check_numbers
 from pagellm.stage.files import file_id
@@ -48,7 +51,12 @@ __all__ = ["Config", "Table", "building", "catalogue", "run", "write_tables"]
 
 
 # What moves no byte: where files lie (their sha256 says what they are), how many processes read them.
-PLACES = ("raw", "data", "review_files", "item_files", "train", "valid", "test", "processes")
+PLACES = (
+    *("raw", "data", "review_files", "item_files", "train", "valid", "test"),
+    *("processes", "strict"),
+)
+# Options that came later: data prepared before them were prepared as with their defaults.
+LATER = ("thin_users", "refit", "columns", "item_columns", "where", "time_form", "categories")
 SYNTHETIC_ONLY = ("users", "items")
 
 
@@ -57,7 +65,7 @@ class Config(Options):
     """Read raw files, filter, split, and write data/<dataset>/."""
 
     k_core: int = 5  # positives that every user and item needs; split=given filters nothing
-    positive_above: float = 3.0  # rating above which a row is positive;
+    positive_above: float = 3.0  # rating above which a row is positive, on the shop's own scale;
     # rows without a rating are positive
     thin_users: int = 0  # rows are left out at random until the k-core keeps this many users;
     # 0: all rows stay
@@ -67,6 +75,7 @@ class Config(Options):
     max_broken: float = 0.01  # share of broken lines above which reading stops with an error
     users: int = 2000  # users of the synthetic shop
     items: int = 1000  # items of the synthetic shop
+    strict: bool = False  # stop at a warning, such as an item table that knows none of the items
     processes: int = 1  # that read several files, or pieces of large plain ones; 0:
     # as many as cores
 
@@ -103,7 +112,7 @@ class Table(NamedTuple):
     user: np.ndarray  # (R,) int32
     item: np.ndarray  # (R,) int32
     rating: np.ndarray  # (R,) float32, NaN where unknown
-    time: np.ndarray  # (R,) int64, NO_TIME where unknown
+    time: np.ndarray  # (R,) float64 seconds, NO_TIME where unknown
     positive: np.ndarray  # (R,) bool
     split: np.ndarray  # (R,) int8, index into SPLITS
     has_text: np.ndarray  # (R,) bool
@@ -115,7 +124,7 @@ class Table(NamedTuple):
 def recorded(config: Config) -> dict:
     """The Config as source.json keeps it: all that can move a byte."""
     left_out = PLACES if config.dataset == "synthetic" else PLACES + SYNTHETIC_ONLY
-    left_out += tuple(name for name in ("thin_users", "refit") if not getattr(config, name))
+    left_out += tuple(name for name in LATER if not getattr(config, name))
     return {name: value for name, value in asdict(config).items() if name not in left_out}
 
 
@@ -166,8 +175,16 @@ def moved_away(config: Config) -> bool:
     )
 
 
-def filtered(columns: text_store.Columns, config: Config, graded: bool) -> tuple[Table, dict]:
-    """Duplicates out, k-core on positive rows, split. Returns the table and the counts of every step."""
+def filtered(
+    columns: text_store.Columns,
+    config: Config,
+    graded: bool,
+    scale: tuple[float, float] = (1.0, 5.0),
+) -> tuple[Table, dict]:
+    """Duplicates out, k-core on positive rows, split. Returns the table and the counts of each step.
+
+    scale  lowest and highest rating; positive is decided on it, then ratings are brought to 1..5
+    """
     c = columns
     counts: dict = {"records": len(c.user)}
     if graded:
@@ -179,6 +196,9 @@ def filtered(columns: text_store.Columns, config: Config, graded: bool) -> tuple
         time = c.time[rows]
     user, item, rating = c.user[rows], c.item[rows], c.rating[rows]
     positive = np.isnan(rating) | (rating > config.positive_above)
+    if scale != (1, 5):
+        rating = 1 + 4 * (rating - scale[0]) / (scale[1] - scale[0])
+    rating = rating.astype(np.float32)
     counts |= {
         "duplicates": len(c.user) - len(rows),
         "distinct": len(rows),
@@ -267,22 +287,33 @@ def split_of(config: Config, user, item, time, tie, positive, user_ids, item_ids
     return filters.split_by_time(user, tie, time, positive, config.split == "leave_one_out")
 
 
-def catalogue(items: Iterator[Item], item_ids: list[str], max_text: int) -> dict[str, list]:
+def catalogue(
+    items: Iterator[Item], item_ids: list[str], max_text: int, join: Join | None = None
+) -> dict[str, list]:
     """Columns of items.parquet for these identifiers; "" and NaN where the item table says nothing.
 
-    max_text is the most characters of a description.
+    max_text  most characters of a description
+    join      is filled with how the table met the items, if given
+
     Of several lines for one item the first that fills a field fills it.
     """
     number = {name: n for n, name in enumerate(item_ids)}
     found: dict[int, Item] = {}
     for item in items:
         at = number.get(item.id)
+        if join is not None:
+            join.lines += 1
+            if at is None:
+                join.stranger = join.stranger or item.id
         if at is None:
             continue
         before = found.get(at, item)
         found[at] = Item(
             *(new if is_unknown(old) else old for old, new in zip(before, item, strict=True))
         )
+    if join is not None:
+        join.items, join.known = len(item_ids), {item_ids[n] for n in found}
+        join.missing = next((name for name in item_ids if name not in join.known), "")
     rows = [found.get(n, Item(name)) for n, name in enumerate(item_ids)]
     root = common_root(row.paths for row in rows)
     below = [[path[path[:1] == (root,) :] for path in row.paths] for row in rows]
@@ -336,7 +367,7 @@ def write_tables(folder: Path, table: Table, items: dict[str, list]) -> None:
         "user": pa.array(table.user),
         "item": pa.array(table.item),
         "rating": pa.array(table.rating, mask=np.isnan(table.rating)),
-        "time": pa.array(table.time, mask=table.time == NO_TIME),
+        "time": pa.array(time_column(table.time), mask=table.time == NO_TIME),
         "positive": pa.array(table.positive),
         "split": split,
     }
@@ -358,6 +389,11 @@ def write_tables(folder: Path, table: Table, items: dict[str, list]) -> None:
         "id": pa.array(table.user_ids, pa.string()),
     }
     pq.write_table(pa.table(columns), folder / "users.parquet", compression="zstd")
+
+
+def time_column(time: np.ndarray) -> np.ndarray:
+    """Whole seconds as int64; where some have a fraction, all as float64."""
+    return time.astype(np.int64) if (time == np.floor(time)).all() else time
 
 
 def write_truth(folder: Path, shop: synthetic.SyntheticShop, table: Table) -> None:
@@ -425,7 +461,7 @@ def run(config: Config) -> Path:
     if already(config, raw):
         print(f"{config.target} is already prepared", flush=True)
         return config.target
-    tally, item_tally = Tally(), Tally()
+    tally, item_tally, join = Tally(), Tally(), Join()
     with building(config.target) as folder:
         texts = (config.min_text, config.max_text)
         stems = (
@@ -437,7 +473,8 @@ def run(config: Config) -> Path:
         )
         columns = text_store.gather(stems)
         tally.check("review", config.max_broken)
-        table, counts = filtered(columns, config, graded=bool(raw and raw.graded))
+        scale = raw.scale if raw else (1.0, 5.0)
+        table, counts = filtered(columns, config, bool(raw and raw.graded), scale)
         position = np.full(len(columns.user), -1, dtype=np.int64)
         train = np.flatnonzero(table.split == filters.TRAIN)
         position[table.source[train]] = np.arange(len(train))
@@ -448,8 +485,16 @@ def run(config: Config) -> Path:
             raw.items(item_tally) if raw else counted(shop.items, item_tally),
             table.item_ids,
             config.max_text,
+            join,
         )
         item_tally.check("item", config.max_broken)
+        account = (
+            account_of(raw, config, tally, item_tally, columns, counts, join) if raw else Account()
+        )
+        if config.strict and account.warnings:
+            raise PageLLMError(
+                f"{account.text()}\n  --strict: nothing was written, for the warnings above."
+            )
         write_tables(folder, table, items)
         if shop:
             write_truth(folder, shop, table)
@@ -459,12 +504,13 @@ def run(config: Config) -> Path:
             "files": raw.described() if raw else [],
             "unused_files": raw.unused if raw else [],
             "config": recorded(config),
+            "read": account.facts | {"lines": [line.strip() for line in account.lines]},
             "missing": missing_shares(table, items),
             "written": {path.name: file_id(path) for path in sorted(folder.iterdir())},
             "counts": {"lines": tally.counts(), "item_lines": item_tally.counts(), **counts},
         }
         (folder / "source.json").write_text(json.dumps(source, indent=1, sort_keys=True) + "\n")
-    print(summary(config, counts), flush=True)
+    print("\n".join(filter(None, (account.text(), summary(config, counts)))), flush=True)
     return config.target
 
 

@@ -4,17 +4,12 @@ A reader is a generator of Review or Item. A record that cannot be understood ra
 reader, which counts it in a Tally and goes on: so read = kept + broken, by reason, always.
 """
 
-import gzip
-import html
 import io
 import itertools
 import math
-import re
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import NamedTuple
@@ -22,51 +17,35 @@ from typing import NamedTuple
 import pyarrow as pa
 from tqdm import tqdm
 
+from pagellm.data.packed import DAMAGED, is_plain, open_bytes
+from pagellm.data.values import NO_TIME, Broken, PassedOver
 from pagellm.stage.config import PageLLMError
 
 __all__ = [
-    "Broken",
     "COLUMNS",
     "Item",
-    "LATEST_TIME",
-    "NO_TIME",
     "Review",
     "Span",
     "Tally",
     "WHOLE",
     "batched",
     "blocks",
-    "clean",
     "decoded",
-    "identifier",
-    "is_packed",
     "lines",
-    "number",
-    "opinion",
     "parsed",
     "parsed_batches",
-    "price",
     "progress",
-    "rating_in",
+    "spans",
     "text_lines",
-    "time_seconds",
 ]
 
 
-NO_TIME = -1  # an unknown time; real ones are never negative
 LINE_LIMIT = 10_000_000  # bytes; a longer line is broken, and read in pieces of this size
-ID_LIMIT = 256  # characters
-LATEST_TIME = 4_102_444_800  # 1 January 2100, in seconds: later dates are mistakes
-PRICE_LIMIT = 1e7
 CHUNK = 4_000_000  # bytes of lines read and parsed at once; of the first ones:
 FIRST_READ = 1 << 16
 MARK = b"\xef\xbb\xbf"  # of byte order, at the start of a file
 PIECES = 16  # that a chunk is cut into where not all of its lines are plain
 EXAMPLES = 5  # broken records shown with file and line
-
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
-LINE_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
-PRICE = re.compile(r"\$?\s*(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?\s*", re.ASCII)
 
 
 class Review(NamedTuple):
@@ -74,8 +53,8 @@ class Review(NamedTuple):
 
     user: str  # identifiers exactly as in the file
     item: str
-    rating: float = math.nan  # NaN where there is none
-    time: int = NO_TIME  # seconds since 1970; in sequence files the position 0, 1, 2 ...
+    rating: float = math.nan  # on the file's own scale; NaN where there is none
+    time: float = NO_TIME  # seconds since 1970; in sequence files the position 0, 1, 2 ...
     text: str = ""  # summary, newline, text; entities unescaped
     split: str = ""  # train, valid, test or unused where somebody else made the split
 
@@ -85,7 +64,7 @@ COLUMNS = pa.schema(
         ("user", pa.string()),
         ("item", pa.string()),
         ("rating", pa.float64()),
-        ("time", pa.int64()),
+        ("time", pa.float64()),
         ("text", pa.string()),
         ("split", pa.string()),
     ]
@@ -105,28 +84,38 @@ class Item(NamedTuple):
     description: str = ""
 
 
-class Broken(ValueError):
-    """A record that cannot be understood; the message is the reason it is counted under."""
-
-
 @dataclass
 class Tally:
-    """How many records were read, and why some were left out."""
+    """How many records were read, and why some were left out: read = kept + passed + broken."""
 
     read: int = 0
-    broken: Counter = field(default_factory=Counter)  # reason -> records
-    noted: list[tuple[str, int, str]] = field(default_factory=list)  # the first few: file,
-    # line, reason
+    broken: Counter = field(default_factory=Counter)  # reason -> records that are damaged
+    passed: Counter = field(default_factory=Counter)  # reason -> whole records, not wanted
+    fields: Counter = field(default_factory=Counter)  # reason -> values dropped from kept records
+    noted: list[tuple[str, int, str]] = field(default_factory=list)  # first broken: file, line, why
+    odd: dict[str, str] = field(default_factory=dict)  # reason of `fields` -> the first such value
 
-    def note(self, reason: str, path: Path, line: int) -> None:
-        self.broken[reason] += 1
+    def note(self, reason: Broken | str, path: Path, line: int) -> None:
+        """Count a record that is left out; only broken ones count towards --max_broken."""
+        if isinstance(reason, PassedOver):
+            self.passed[str(reason)] += 1
+            return
+        self.broken[str(reason)] += 1
         if len(self.noted) < EXAMPLES:
-            self.noted.append((path.name, line, reason))
+            self.noted.append((path.name, line, str(reason)))
+
+    def drop(self, reason: str, value) -> None:
+        """Count a value that is taken for unknown, in a record that is kept."""
+        self.fields[reason] += 1
+        self.odd.setdefault(reason, str(value)[:40])
 
     def add(self, other: "Tally", lines_before: int = 0) -> None:
-        """Count what another one has counted, further down, in a file of which `lines_before` lines came before."""
+        """Add the counts of another part of the file, before which `lines_before` lines came."""
         self.read += other.read
         self.broken.update(other.broken)
+        self.passed.update(other.passed)
+        self.fields.update(other.fields)
+        self.odd = other.odd | self.odd
         self.noted += [
             (name, line + lines_before, reason)
             for name, line, reason in other.noted[: EXAMPLES - len(self.noted)]
@@ -138,13 +127,18 @@ class Tally:
 
     @property
     def kept(self) -> int:
-        return self.read - self.broken.total()
+        return self.read - self.broken.total() - self.passed.total()
 
     def counts(self) -> dict:
-        return {"read": self.read, "kept": self.kept, "broken": dict(sorted(self.broken.items()))}
+        """read, kept and broken; passed and fields where there are any."""
+        found = {"read": self.read, "kept": self.kept, "broken": dict(sorted(self.broken.items()))}
+        for name in ("passed", "fields"):
+            if counter := getattr(self, name):
+                found[name] = dict(sorted(counter.items()))
+        return found
 
     def check(self, what: str, max_broken: float) -> None:
-        """Print what was left out. Raises PageLLMError when its share is above max_broken."""
+        """Print what is broken. Raises PageLLMError when its share is above max_broken."""
         if not self.broken:
             return
         total = self.broken.total()
@@ -172,10 +166,10 @@ WHOLE = Span()
 
 
 def lines(path: Path, span: Span = WHOLE) -> Iterator[bytes | None]:
-    """The lines of a plain or gzip file without their ends; None for one of more than LINE_LIMIT bytes.
+    """The lines of a file, plain or packed, without their ends; None for an overlong one.
 
-    Memory is bounded by LINE_LIMIT whatever the file holds. Raises PageLLMError for a damaged gzip file:
-    a file that is cut short must never pass for a small data set.
+    Memory is bounded by LINE_LIMIT bytes, whatever the file holds. Raises PageLLMError for a damaged
+    packed file: a file that is cut short must never pass for a small data set.
     """
     for block in blocks(path, span):
         yield from split_lines(block)
@@ -191,7 +185,7 @@ def split_lines(block: bytes | None) -> list[bytes | None]:
 
 
 def blocks(path: Path, span: Span = WHOLE) -> Iterator[bytes | None]:
-    """The same lines with their ends, a few MB at once; None for one that is too long. Errors as in `lines`."""
+    """The same lines with their ends, a few MB at once; None for an overlong one."""
     try:
         with open_bytes(path) as file:
             at = first_line(file, span.start) if span.start else 0
@@ -210,7 +204,7 @@ def blocks(path: Path, span: Span = WHOLE) -> Iterator[bytes | None]:
                     for line in io.BytesIO(data):
                         yield line if len(line.removesuffix(b"\n")) <= LINE_LIMIT else None
                 at, size = file.tell(), min(2 * size, CHUNK)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except DAMAGED as error:
         raise PageLLMError(
             f"{path} is damaged or cut short ({error})\n  Fetch it again."
         ) from error
@@ -219,27 +213,25 @@ def blocks(path: Path, span: Span = WHOLE) -> Iterator[bytes | None]:
 
 
 def first_line(file, start: int) -> int:
-    """Go to where the first line begins that begins at byte `start` or after it; returns that place."""
+    """Go to the first line that begins at byte `start` or later; returns its place."""
     file.seek(start - 1)
     while (rest := file.readline(LINE_LIMIT)) and not rest.endswith(b"\n"):
         pass
     return file.tell()
 
 
-def is_packed(path: Path) -> bool:
-    """Whether a file is gzip, by content: names lie."""
-    with open(path, "rb") as file:
-        return file.read(2) == b"\x1f\x8b"
-
-
-def open_bytes(path: Path):
-    return gzip.open(path, "rb") if is_packed(path) else open(path, "rb", buffering=1 << 20)
+def spans(path: Path, size: int, by_line: bool) -> list[Span]:
+    """A file in parts of about `size` bytes; in one part if it cannot be read from any line on."""
+    length = path.stat().st_size
+    parts = max(1, round(length / size)) if by_line and is_plain(path) else 1
+    edges = [length * n // parts for n in range(parts)]
+    return [Span(a, b) for a, b in itertools.pairwise([*edges, None])]
 
 
 def progress(stream: Iterable | None, path: Path) -> tqdm:
-    """The same stream with a bar that shows lines a second, once it has taken more than a second.
+    """The same stream with a bar of lines a second, shown once it has taken more than a second.
 
-    No bar in a process of its own: who started it shows one for all.
+    A process that reads a part of the files shows no bar: who started it shows one for all.
     """
     return tqdm(
         stream,
@@ -253,7 +245,7 @@ def progress(stream: Iterable | None, path: Path) -> tqdm:
 
 
 def text_lines(path: Path, tally: Tally, keep_empty: bool = False) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text) of every line that is text; the others are counted. Counts what is read.
+    """(line number from 1, text) of every line that is text; the others are counted as broken.
 
     keep_empty  yield "" for an empty line instead of counting it as broken
     """
@@ -268,7 +260,7 @@ def texts(
         try:
             text = "" if keep_empty and raw == b"" else decoded(raw)
         except Broken as broken:
-            tally.note(str(broken), path, at)
+            tally.note(broken, path, at)
         else:
             yield at, text
 
@@ -301,7 +293,7 @@ def parsed_lines(
         try:
             record = parse(text)
         except Broken as broken:
-            tally.note(str(broken), path, at)
+            tally.note(broken, path, at)
         else:
             yield record
 
@@ -332,8 +324,8 @@ def parsed_batches(
 ) -> Iterator[pa.Table]:
     """`parsed`, with many lines at once where all of them are plain.
 
-    quick   bytes of lines, "\\n" between them -> a table of COLUMNS with one row a line, equal to what `parse`
-            makes of them; None for lines that `parse` must look at one by one
+    quick   bytes of lines, "\\n" between them -> a table of COLUMNS with one row a line, equal to
+            what `parse` makes of them; None for lines that `parse` must look at one by one
     """
     first = 1
     with progress(None, path) as bar:
@@ -374,117 +366,3 @@ def cut(block: bytes | None) -> list[bytes | None]:
         end = block.find(b"\n", min(edges[-1] + len(block) // PIECES, len(block) - 1))
         edges.append(end + 1 if end >= 0 else len(block))
     return [block[a:b] for a, b in itertools.pairwise(edges)]
-
-
-def identifier(value, role: str) -> str:
-    """A user's or item's id, exactly as written. role: "user" or "item". Raises Broken."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    if value is None or value == "":
-        raise Broken(f"no {role}")
-    if not isinstance(value, str):
-        raise Broken(f"{role} of a wrong type")
-    if not value.isprintable() and CONTROL.search(value):
-        raise Broken(f"control characters in the {role}")
-    if len(value) > ID_LIMIT:
-        raise Broken(f"{role} longer than {ID_LIMIT} characters")
-    if value.isspace():
-        raise Broken(f"no {role}")
-    return value
-
-
-def number(value, what: str) -> float:
-    """A finite number, or NaN where the value is missing (None, "", NaN). Raises Broken."""
-    if value is None or value == "":
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise Broken(f"{what} of a wrong type")
-    try:
-        value = float(value)
-    except (ValueError, OverflowError):
-        raise Broken(f"{what} of a wrong type") from None
-    if math.isinf(value):
-        raise Broken(f"absurd {what}")
-    return value
-
-
-def time_seconds(value, milliseconds: bool = False) -> int:
-    """Seconds since 1970, NO_TIME where missing. Raises Broken for what lies before 1970 or after 2100.
-
-    value         a number of seconds, or a date in ISO 8601 (UTC unless it says otherwise)
-    milliseconds  the number counts milliseconds. Without it, numbers too large for seconds are taken for
-                  milli-, micro- or nanoseconds: 1e11 seconds is the year 5138.
-    """
-    if isinstance(value, str) and not is_number(value):
-        if not value.strip():
-            return NO_TIME
-        try:
-            moment = datetime.fromisoformat(value.strip())
-        except ValueError:
-            raise Broken("time of a wrong type") from None
-        value = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    seconds = number(value, "time")
-    if math.isnan(seconds):
-        return NO_TIME
-    if milliseconds:
-        seconds /= 1000
-    else:
-        for _ in range(3):
-            if seconds > 1e11:
-                seconds /= 1000
-    if not 0 <= seconds <= LATEST_TIME:
-        raise Broken("absurd time")
-    return int(seconds)
-
-
-def is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def clean(value) -> str:
-    """One line of readable text: entities unescaped; line breaks, controls, runs of space one space.
-
-    value  a string, None, or a list of strings (joined). Raises Broken for anything else.
-    """
-    if value is None:
-        return ""
-    if isinstance(value, list):
-        return " ".join(filter(None, map(clean, value)))
-    if not isinstance(value, str):
-        raise Broken("text of a wrong type")
-    if "&" in value:
-        # nearly all there are
-        quoted = value.replace("&#34;", '"').replace("&#39;", "'").replace("&quot;", '"')
-        value = html.unescape(value) if "&" in quoted else quoted
-    if "<" in value:
-        value = LINE_BREAK.sub(" ", value)
-    if not value.isprintable():
-        value = CONTROL.sub(" ", value)
-    return " ".join(value.split())
-
-
-def opinion(summary, text) -> str:
-    """The text of a review: its summary and its body, each cleaned, on lines of their own."""
-    return "\n".join(filter(None, (clean(summary), clean(text))))
-
-
-def rating_in(value, low: float = 1.0, high: float = 5.0) -> float:
-    """A rating on the scale low..high, brought to 1..5; NaN where missing. Raises Broken off the scale."""
-    rating = number(value, "rating")
-    if rating < low or rating > high:
-        raise Broken(f"rating outside {low:g}..{high:g}")
-    return rating if (low, high) == (1, 5) else 1 + 4 * (rating - low) / (high - low)
-
-
-def price(value) -> float:
-    """ "$40.00", "1,299.5", 40.0 -> a number above 0; NaN for all else: ranges, page script, nothing."""
-    if isinstance(value, str):
-        match = PRICE.fullmatch(value.strip()[:40])
-        value = float("".join(match.groups("")).replace(",", "")) if match else math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    return float(value) if 0 < value < PRICE_LIMIT else math.nan

@@ -40,8 +40,8 @@ NUMBERS = pa.schema(
     [
         ("user", NAMES),
         ("item", NAMES),
-        ("rating", pa.float32()),
-        ("time", pa.int64()),
+        ("rating", pa.float64()),
+        ("time", pa.float64()),
         ("tie", pa.uint64()),
         ("split", pa.int8()),
     ]
@@ -62,8 +62,8 @@ class Columns:
     item_ids: list[str]  # sorted
     user: np.ndarray  # (R,) int32, index into user_ids
     item: np.ndarray  # (R,) int32, index into item_ids
-    rating: np.ndarray  # (R,) float32, NaN where unknown
-    time: np.ndarray  # (R,) int64 seconds, NO_TIME where unknown
+    rating: np.ndarray  # (R,) float64, NaN where unknown
+    time: np.ndarray  # (R,) float64 seconds, NO_TIME where unknown
     tie: np.ndarray  # (R,) uint64, a digest of the text; 0 where there is none
     split: np.ndarray  # (R,) int8, a value of SPLIT_CODES
 
@@ -128,7 +128,7 @@ def store(batches: Iterable[pa.Table], stem: Path, min_text: int = 1, max_text: 
             )
             parts.append(
                 [
-                    rating.to_numpy(zero_copy_only=False).astype(np.float32),
+                    rating.to_numpy(zero_copy_only=False),
                     time.to_numpy(),
                     digests(text),
                     codes[code.indices.to_numpy()],

@@ -27,11 +27,9 @@ from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet as pq
 import torch
 
+from pagellm.data.tables import ids_of, read_table
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check, check_numbers
 from pagellm.stage.files import write_json
@@ -340,11 +338,7 @@ def read_log(path: str | Path, arms: bool = True) -> dict[str, np.ndarray]:
         raise PageLLMError(
             f"no log {given!r}; give one with --log (columns: user, arm, {', '.join(COLUMNS)})"
         )
-    try:
-        table = pyarrow.csv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
-    except pa.ArrowInvalid as error:
-        kind = "CSV" if path.suffix == ".csv" else "Parquet"
-        raise PageLLMError(f"{path} cannot be read as {kind}: {error}") from None
+    table = read_table(path, ("user", "arm"))
     who = ("user", "arm") if arms else ("user",)
     missing = [c for c in (*who, *COLUMNS) if c not in table.column_names]
     if missing:
@@ -355,11 +349,7 @@ def read_log(path: str | Path, arms: bool = True) -> dict[str, np.ndarray]:
         raise PageLLMError(f"{path} has no lines; want one a user")
     log = {}
     for name in who:
-        if table[name].null_count:
-            raise PageLLMError(
-                f"{path}: column {name} is empty in {table[name].null_count:,} lines; want one in each"
-            )
-        log[name] = np.array([str(value) for value in table[name].to_pylist()])
+        log[name] = np.array(ids_of(table, name, path))
     for name in table.column_names:
         if name in COLUMNS or name == "day" or name.removeprefix("pre_") in COLUMNS:
             try:

@@ -29,11 +29,11 @@ from statistics import NormalDist
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
 
 from pagellm.data.shop import Shop, load
+from pagellm.data.tables import ids_of, read_table
 from pagellm.model.policy import Policy
 from pagellm.model.reward_model import RewardModel
 from pagellm.pages import metrics
@@ -66,6 +66,7 @@ __all__ = [
 
 
 WINNERS = ("first", "second", "tie")
+ABSTAINED = "abstain"  # what stands for an answer that says nothing
 SAME = ("the pages are equal",)
 Z95 = NormalDist().inv_cdf(0.975)  # standard errors on either side of a 95% interval
 SCHEMA = {
@@ -102,7 +103,7 @@ class Opinion:
     reasons: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.winner not in WINNERS or not 0 <= self.confidence <= 1:
+        if self.winner not in (*WINNERS, ABSTAINED) or not 0 <= self.confidence <= 1:
             raise ValueError(
                 f"opinion {self.winner!r} with confidence {self.confidence}: want one of "
                 f"{', '.join(WINNERS)} and 0 to 1"
@@ -111,7 +112,7 @@ class Opinion:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Both orders together. winner: a, b or tie; forward: a stood first; backward: b stood first."""
+    """Both orders together. winner: a, b, tie, or abstain where an order has no answer; forward: a stood first; backward: b stood first."""
 
     winner: str
     confidence: float
@@ -145,6 +146,8 @@ class Judge:
         winner = {("first", "second"): "a", ("second", "first"): "b"}.get(
             (forward.winner, backward.winner), "tie"
         )
+        if ABSTAINED in (forward.winner, backward.winner):
+            winner = ABSTAINED
         agreed = winner != "tie" or forward.winner == backward.winner == "tie"
         return Verdict(
             winner,
@@ -248,6 +251,26 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def answer_in(text: str) -> dict:
+    """The verdict within an answer: the last JSON object that names a winner.
+
+    Servers that do not enforce the schema put it into a code fence, behind reasoning, or between
+    sentences. Raises ValueError if there is none.
+    """
+    decoder, found, at = json.JSONDecoder(), None, text.find("{")
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            end = at + 1
+        else:
+            found = value if isinstance(value, dict) and "winner" in value else found
+        at = text.find("{", end)
+    if found is None:
+        raise ValueError(f"no verdict in {text[:80]!r}")
+    return found
+
+
 def opinion_of(answer) -> Opinion:
     """An answer that fits SCHEMA; ValueError or KeyError for any other, since not every server holds to it."""
     confidence, reasons = answer["confidence"], answer["reasons"]
@@ -259,6 +282,8 @@ def opinion_of(answer) -> Opinion:
         raise ValueError(
             f"confidence {confidence!r}, reasons {reasons!r}: want a number and a list of sentences"
         )
+    if answer["winner"] not in WINNERS:
+        raise ValueError(f"winner {answer['winner']!r}")
     return Opinion(answer["winner"], float(confidence), tuple(reasons))
 
 
@@ -267,7 +292,8 @@ class Http:
 
     key      sent as a bearer token; empty: none
     budget   requests this object may send, repeats counted; retries  repeats of one question, after 1, 2, 4 ... seconds
-             or what Retry-After says: for 408, 409, 429, 5xx, a broken connection, or an answer unlike SCHEMA
+             or what Retry-After says: for 408, 409, 429, 5xx or a broken connection
+    An answer without a verdict is asked for once more, and then counts as an abstention.
     Redirects are not followed, so that the key goes to no other address. Raises PageLLMError when the budget or the
     retries are used up, or the server refuses (3xx, any other 4xx).
     """
@@ -331,6 +357,7 @@ class Http:
 
     def ask(self, context: Context, first: Sequence[int], second: Sequence[int]) -> Opinion:
         body, said, wait = json.dumps(self.request(context, first, second)).encode(), "", 0.0
+        useless = 0
         for attempt in range(self.retries + 1):
             if attempt:
                 self.sleep(wait)
@@ -352,15 +379,13 @@ class Http:
                     ) from None
                 after = error.headers.get("Retry-After", "")
                 wait = min(float(after), 300.0) if after.isdigit() else wait
-            except (
-                OSError,
-                http.client.HTTPException,
-                ValueError,
-                KeyError,
-                TypeError,
-                IndexError,
-            ) as error:
+            except (OSError, http.client.HTTPException) as error:
                 said = f"{type(error).__name__}: {error}"
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+                said = f"{type(error).__name__}: {error}"
+                useless += 1
+                if useless > 1 or attempt == self.retries:
+                    return Opinion(ABSTAINED, 0.0, (said[:200],))
         raise PageLLMError(
             f"{self.url} gave no answer in {self.retries + 1} attempts; the last said: {said}\n"
             "  Answers so far are kept; the same command carries on."
@@ -372,9 +397,8 @@ class Http:
         )
         request = urllib.request.Request(f"{self.url}/chat/completions", body, headers)
         with urllib.request.build_opener(NoRedirect).open(request, timeout=self.timeout) as reply:
-            return opinion_of(
-                json.loads(json.loads(reply.read(1 << 20))["choices"][0]["message"]["content"])
-            )
+            message = json.loads(reply.read(1 << 20))["choices"][0]["message"]
+            return opinion_of(answer_in(message["content"]))
 
 
 def question_key(context: Context, first: Sequence[int], second: Sequence[int]) -> str:
@@ -458,9 +482,11 @@ class Replay:
 
 
 def summarise(verdicts: Sequence[Verdict]) -> dict:
-    """wins of a and b, ties; win_rate of b with ties a half, and its Wilson interval; inconsistent: share of pairs on
+    """abstained: pairs without a verdict, left out; wins of a and b, ties; win_rate of b with ties a half, and its Wilson interval; inconsistent: share of pairs on
     which the orders disagree; first_rate: share of single decisive answers that named the page shown first, with
     interval: 0.5 is no position bias."""
+    abstained = sum(v.winner == ABSTAINED for v in verdicts)
+    verdicts = [v for v in verdicts if v.winner != ABSTAINED]
     n = len(verdicts)
     wins = {name: sum(v.winner == name for v in verdicts) for name in ("a", "b", "tie")}
     said = [o.winner for v in verdicts for o in (v.forward, v.backward) if o.winner != "tie"]
@@ -468,6 +494,7 @@ def summarise(verdicts: Sequence[Verdict]) -> dict:
     first = said.count("first")
     return {
         "pairs": n,
+        "abstained": abstained,
         **wins,
         "win_rate": half / n if n else None,
         "interval": wilson(half, n, Z95)[1:],
@@ -505,31 +532,18 @@ def read_labels(path: str | Path, policies: tuple[str, str]) -> dict[str, str]:
         raise PageLLMError(
             f"no labels {str(path)!r}; want a CSV or Parquet file with columns user, winner"
         )
-    try:
-        # Names, not numbers: user 007 is not user 7.
-        names = pyarrow.csv.ConvertOptions(
-            column_types={"user": pa.string(), "winner": pa.string()}
-        )
-        table = (
-            pyarrow.csv.read_csv(path, convert_options=names)
-            if path.suffix == ".csv"
-            else pq.read_table(path)
-        )
-    except pa.ArrowInvalid as error:
-        raise PageLLMError(
-            f"{path} cannot be read: {error}; want CSV or Parquet with columns user, winner"
-        ) from None
+    table = read_table(path, ("user", "winner"))
     if not {"user", "winner"} <= set(table.column_names):
         raise PageLLMError(f"{path} has {', '.join(table.column_names)}; want columns user, winner")
     name = {policies[0]: "a", policies[1]: "b", "tie": "tie"}
     found = {}
-    for user, winner in zip(table["user"].to_pylist(), table["winner"].to_pylist(), strict=True):
-        if winner not in name or str(user) in found:
+    for user, winner in zip(ids_of(table, "user", path), table["winner"].to_pylist(), strict=True):
+        if winner not in name or user in found:
             raise PageLLMError(
                 f"{path}: user {user}, winner {winner!r}: want each user once, and one of "
                 f"{', '.join(name)}"
             )
-        found[str(user)] = name[winner]
+        found[user] = name[winner]
     return found
 
 
@@ -608,6 +622,8 @@ def circular(config: Config) -> list[str]:
 
 
 def report(config: Config, name: str, found: dict) -> str:
+    if not found["pairs"]:
+        return f"judge: {name}; no verdict on any of {found['abstained']} pairs"
     low, high = found["interval"]
     same = f"; {found['equal']} of them have equal pages, a tie unasked" if found["equal"] else ""
     lines = [
@@ -616,6 +632,8 @@ def report(config: Config, name: str, found: dict) -> str:
         f"win rate of {config.b}, ties a half: {found['win_rate']:.3f} [{low:.3f}, {high:.3f}] (Wilson, 95%)",
         f"the orders disagree on {found['inconsistent']:.1%}",
     ]
+    if found["abstained"]:
+        lines.append(f"no verdict on {found['abstained']} further pairs, which are left out")
     if found["first_rate"] is not None:
         low, high = found["first_interval"]
         lines[-1] += (
@@ -696,7 +714,11 @@ def run(config: Config) -> dict:
             "circular": circular(config),
         }
         ids = [shop.user_ids[u] for u in pairs.user]
-        both = [(v.winner, labels[u]) for u, v in zip(ids, verdicts, strict=True) if u in labels]
+        both = [
+            (v.winner, labels[u])
+            for u, v in zip(ids, verdicts, strict=True)
+            if u in labels and v.winner != ABSTAINED
+        ]
         if labels:
             found["people"] = agreement([v for v, _ in both], [p for _, p in both])
             if not both:

@@ -36,6 +36,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pagellm.data.shop import load
+from pagellm.data.tables import ids_of, read_table
+from pagellm.data.values import Broken, identifier
 from pagellm.online import abtest, simulator
 from pagellm.pages.ranked import read_pages
 from pagellm.stage import randomness
@@ -311,10 +313,7 @@ def read_log(path: str | Path) -> Log:
         raise PageLLMError(
             f"no log {given!r}; see python -m pydoc pagellm.online.ope for its columns"
         )
-    try:
-        table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
-        raise PageLLMError(f"{path} cannot be read as Parquet: {error}") from None
+    table = read_table(path, ("user",))
     need, more = (
         ("page", "reward", "propensity", "target_propensity"),
         ("candidates", "logging_score", "target_score"),
@@ -340,9 +339,14 @@ def read_log(path: str | Path) -> Log:
                 f"{path}: column {name} wants lists of one length above 0, without gaps"
             )
         try:
-            columns.append(
-                np.array(rows) if name in ("page", "candidates") else np.array(rows, np.float64)
-            )
+            if name in ("page", "candidates"):
+                columns.append(
+                    np.array([[identifier(item, "item") for item in row] for row in rows])
+                )
+            else:
+                columns.append(np.array(rows, np.float64))
+        except Broken as broken:
+            raise PageLLMError(f"{path}: column {name}: {broken}") from None
         except (ValueError, TypeError):
             raise PageLLMError(f"{path}: column {name} wants lists of numbers") from None
     for some, what in (
@@ -351,7 +355,7 @@ def read_log(path: str | Path) -> Log:
     ):
         if len({c.shape for c in some}) > 1:
             raise PageLLMError(f"{path}: {what} want lists of one length")
-    return Log(np.array(table["user"].to_pylist()), *columns)
+    return Log(np.array(ids_of(table, "user", path)), *columns)
 
 
 def rank_scores(candidates: np.ndarray, ranked: np.ndarray, temperature: float) -> np.ndarray:

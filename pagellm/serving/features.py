@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pagellm.data.shop import Rows
+from pagellm.data.tables import ids_of, read_table
 from pagellm.model.backbone import KVCache
 from pagellm.model.decode import item_tokens
 from pagellm.model.policy import MODES, Policy
@@ -171,10 +172,7 @@ def pair_features(
 
 def read_pairs(path: str) -> pa.Table:
     """The file of pairs. Raises PageLLMError if it cannot be read, is empty, or has our columns."""
-    try:
-        pairs = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise PageLLMError(f"--pairs {path} cannot be read ({error})") from None
+    pairs = read_table(Path(path), ("user_id", "item_id"))
     if not len(pairs):
         raise PageLLMError(f"{path} has no rows; want one a pair of user_id and item_id")
     if twice := {"dot", "marginal"} & set(pairs.column_names):
@@ -183,7 +181,7 @@ def read_pairs(path: str) -> pa.Table:
 
 
 def dense_ids(config: Config, pairs: pa.Table, name: str, known: dict[str, int]) -> np.ndarray:
-    """(R,) int64: a column of ids as dense ids. Whole numbers count as the text of their digits.
+    """(R,) int64: a column of ids as dense ids. Ids are text: see `pagellm.data.values.identifier`.
 
     Raises PageLLMError for a column that is missing, and for ids that the data do not have.
     """
@@ -191,10 +189,7 @@ def dense_ids(config: Config, pairs: pa.Table, name: str, known: dict[str, int])
         raise PageLLMError(
             f"{config.pairs}: no column {name}; it has {', '.join(pairs.column_names)}"
         )
-    column = pairs[name]
-    if pa.types.is_integer(column.type):
-        column = column.cast(pa.string())
-    ids = column.to_pylist()
+    ids = ids_of(pairs, name, config.pairs)
     if strange := [i for i in ids if i not in known]:
         raise PageLLMError(
             f"{config.pairs}: {len(strange):,} rows of column {name} are not in {config.data_dir}, "

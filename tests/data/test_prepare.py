@@ -287,7 +287,8 @@ def test_source_json_counts_add_up(tmp_path):
     assert info["counts"]["lines"] == {
         "read": 75,
         "kept": 72,
-        "broken": {"bad JSON": 1, "no user": 1, "rating outside 1..5": 1},
+        "broken": {"bad JSON": 1, "rating outside 1..5": 1},
+        "passed": {"no user": 1},
     }
     rows = table(path)
     for split, parts in info["counts"]["rows"].items():
@@ -308,7 +309,7 @@ def test_source_json_counts_add_up(tmp_path):
         len(info["files"][0]["sha256"]) == 64
         and str(tmp_path) not in (path / "source.json").read_text()
     )
-    unnamed = {"users", "items", "refit", "thin_users", *prepare.PLACES}
+    unnamed = {"users", "items", *prepare.LATER, *prepare.PLACES}
     assert set(info["config"]) | unnamed == set(Config.__dataclass_fields__)
 
 

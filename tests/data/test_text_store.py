@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagellm.data import text_store
-from pagellm.data.records import NO_TIME, Review, batched
+from pagellm.data.records import Review, batched
+from pagellm.data.values import NO_TIME
 
 few = settings(deadline=None, max_examples=50)
 reviews = st.lists(
@@ -20,7 +21,7 @@ reviews = st.lists(
         st.sampled_from("cab"),
         st.sampled_from("yxz"),
         st.sampled_from([math.nan, 1.0, 5.0]),
-        st.sampled_from([NO_TIME, 3, 10**9]),
+        st.sampled_from([NO_TIME, 3.0, 1e9, 1e9 + 0.125]),
         st.sampled_from(["", "a", "ab", "long text é"]),
         st.sampled_from(["", "train", "valid", "test", "unused"]),
     ),

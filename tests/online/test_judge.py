@@ -148,9 +148,7 @@ def test_rules_prefer_what_they_say(shop):
 def test_http_asks_as_documented_and_retries(shop):
     answer = '{"winner": "second", "confidence": 1, "reasons": []}'
     slept = []
-    with Server(
-        [503, "not json", '{"winner": "both", "confidence": 1, "reasons": []}', 429, answer]
-    ) as server:
+    with Server([503, "not json", 503, 429, answer]) as server:
         backend = judge.Http(shop, server.url, "m", key="secret", sleep=slept.append)
         assert backend.ask(WHO, [1, 2], [3]) == judge.Opinion("second", 1.0)
         assert slept == [1, 2, 4, 8] and backend.sent == 5
@@ -188,6 +186,38 @@ def test_an_answer_that_does_not_fit_the_schema_is_asked_for_again(shop, answer)
         assert (
             backend.ask(WHO, [1], [2]) == judge.Opinion("first", 0.9, ("ok",)) and backend.sent == 2
         )
+
+
+VERDICT = '{"winner": "second", "confidence": 0.7, "reasons": ["{braces}"]}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"```json\n{VERDICT}\n```",
+        f"<think>first? {{hm}} {{}} [1]</think>\n{VERDICT}",
+        f"My verdict: {VERDICT} I hope that helps {{}}.",
+        f'Draft {{"winner": "first", "confidence": 1, "reasons": []}}, no: {VERDICT}',
+    ],
+)
+def test_a_verdict_is_found_within_a_fence_reasoning_or_prose(shop, text):
+    with Server([text]) as server:
+        backend = judge.Http(shop, server.url, "m", sleep=lambda seconds: None)
+        assert backend.ask(WHO, [1], [2]) == judge.Opinion("second", 0.7, ("{braces}",))
+        assert backend.sent == 1
+
+
+def test_useless_answers_cost_one_retry_and_are_counted_abstentions(shop):
+    """A judgement goes on: the pair is left out of the win rate and counted."""
+    sent = ["I cannot say.", '{"winner": "both", "confidence": 1, "reasons": []}'] * 2
+    with Server(sent) as server:
+        backend = judge.Http(shop, server.url, "m", sleep=lambda seconds: None)
+        lost = judge.Judge(backend).compare(WHO, [1], [2])
+        assert (lost.winner, backend.sent) == ("abstain", 4)
+    won = judge.Verdict("b", 1.0, (), judge.Opinion("second", 1.0), judge.Opinion("first", 1.0))
+    found, alone = judge.summarise([lost, won]), judge.summarise([won])
+    assert found == alone | {"abstained": 1} and found["pairs"] == 1
+    assert "no verdict" in judge.report(judge.Config(), "m", judge.summarise([lost]))
 
 
 def test_the_key_is_not_taken_to_another_address(shop):

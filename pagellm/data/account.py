@@ -1,0 +1,226 @@
+"""What `prepare` decided for its user, in one short paragraph: on the screen and in source.json.
+
+Files and folders read and passed over; the columns taken for each role and those left over; rows with
+and without rating and time; the scale; how many items the item table knows; prices that could not be
+read; what the k-core took away. What changes the meaning of the data is a warning.
+"""
+
+import math
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import numpy as np
+
+from pagellm.data import logs
+from pagellm.data.evidence import is_numeric
+from pagellm.data.files import Options, RawFile
+from pagellm.data.raw import Raw
+from pagellm.data.records import Tally
+from pagellm.data.values import NO_TIME
+from pagellm.data.where import Where
+
+__all__ = ["Account", "Join", "account_of"]
+
+SHOWN = 6  # names of a list that are shown
+MOST_LINES = 25  # of the whole paragraph
+JOINED = 0.1  # share of the log's items below which an item table is of something else
+# Role -> what a column's name holds if it may be meant for it.
+NEAR = {
+    "user": ("user", "customer", "visitor", "client", "member"),
+    "item": ("item", "product", "article"),
+    "rating": ("rating", "score", "stars", "grade"),
+    "time": ("time", "date"),
+    "title": ("title", "name"),
+    "price": ("price", "cost"),
+    "category": ("categor", "genre"),
+}
+UNITS = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
+
+
+@dataclass
+class Join:
+    """How the item table met the items of the log."""
+
+    lines: int = 0
+    items: int = 0  # of the log, before the k-core
+    known: set = field(default_factory=set)  # items of the log that the table has
+    stranger: str = ""  # the first of the table that the log does not have
+    missing: str = ""  # the first of the log that the table does not have
+
+
+@dataclass
+class Account:
+    """Lines for the screen, warnings, and the same as values for source.json."""
+
+    lines: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    facts: dict = field(default_factory=dict)
+
+    def say(self, what: str, text: str) -> None:
+        self.lines.append(f"  {what:<10} {text}")
+
+    def text(self) -> str:
+        """At most MOST_LINES lines, warnings last and whole."""
+        warned = [f"  WARNING    {text}" for text in self.warnings]
+        room = max(0, MOST_LINES - 1 - len(warned))
+        return "\n".join(self.lines[:room] + warned)
+
+
+def several(names: list[str]) -> str:
+    """The first few names and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def share(part: int, whole: int) -> str:
+    return f"{part:,} of {whole:,}" + (f" ({part / whole:.1%})" if whole else "")
+
+
+def account_of(
+    raw: Raw, options: Options, tally: Tally, item_tally: Tally, columns, counts: dict, join: Join
+) -> Account:
+    """columns: text_store.Columns of what was kept; counts: of prepare.filtered."""
+    account = Account(warnings=list(raw.warnings))
+    files(account, raw, options)
+    rows(account, raw, options, tally, columns, counts)
+    if raw.item_files:
+        items(account, raw, item_tally, join)
+    if counts.get("k_core"):
+        core(account, options, counts["k_core"])
+    account.facts["warnings"] = account.warnings
+    return account
+
+
+def files(account: Account, raw: Raw, options: Options) -> None:
+    """Files read, passed over, and their columns."""
+    names = [f"{f.path.name} ({f.spelling} {f.kind})".replace("( ", "(") for f in raw.review_files]
+    names += [f"{f.path.name} (items)" for f in raw.item_files]
+    account.say("read", several(names))
+    if raw.passed:
+        account.say("not read", several(raw.passed))
+    account.facts["passed_over"], account.facts["columns"] = raw.passed, {}
+    wanted = Where.parse(options.where).columns
+    said = set()
+    for file in raw.review_files + raw.item_files:
+        if not file.names or (file.role, file.names) in said:
+            continue
+        said.add((file.role, file.names))
+        taken = file.item_columns if file.role == "items" else file.columns
+        also = [f.item_columns.values() for f in raw.item_files if f.path == file.path]
+        used = {*taken.values(), *wanted, *(name for names in also for name in names)}
+        used |= {part for name in used for part in name.split("+")}
+        left = [name for name in file.names if name and name not in used]
+        form = file.reading.time if file.reading else "s"
+        shown = ", ".join(
+            f"{role} = {name}" + (f" ({UNITS.get(form, form)})" if role == "time" else "")
+            for role, name in taken.items()
+        )
+        account.say(file.path.name, shown + (f"; left over: {several(left)}" if left else ""))
+        account.facts["columns"][f"{file.path.name} {file.role}"] = {"taken": taken, "left": left}
+        near_misses(account, raw, file, options, taken, left)
+
+
+def near_misses(
+    account: Account, raw: Raw, file: RawFile, options: Options, taken: dict, left: list[str]
+) -> None:
+    """Columns left over that may have been meant."""
+    roles = logs.ITEM_COLUMNS if file.role == "items" else logs.LOG_COLUMNS
+    name = file.path.name
+    for role, others in logs.rivals(file, options.chosen(roles)).items():
+        text = f"{name}: {taken[role]} is taken for the {role}, {' and '.join(others)} is not"
+        if role in ("user", "item"):
+            account.warnings.append(f"{text}; --{role}_column decides")
+        else:
+            account.say("", f"{text} (--{role}_column)")
+    for role in roles:
+        close = [c for c in left if any(word in logs.spelling(c) for word in NEAR.get(role, ()))]
+        if role not in taken and close:
+            account.say("", f"{name}: no {role}; is it {several(close)}? (--{role}_column)")
+    if file.role == "interactions" and not {"rating", "event"} & taken.keys():
+        values = raw.samples.get(name, {})
+        numeric = [column for column in left if is_numeric(values.get(column, []))]
+        if numeric:
+            account.warnings.append(
+                f"{name}: no rating is read, so every row counts as liked; columns of numbers left "
+                f"over: {several(numeric)} (--rating_column, or --event_column)"
+            )
+
+
+def rows(account: Account, raw: Raw, options: Options, tally: Tally, columns, counts: dict) -> None:
+    """Rows kept and not, with and without rating and time; the scale and what is liked on it."""
+    out = [f"{n:,} {why}" for why, n in (tally.passed + tally.broken).most_common(SHOWN)]
+    kept = len(columns.user)
+    text = f"{tally.read:,} lines read, {kept:,} rows kept"
+    account.say("rows", text + (f"; left out: {'; '.join(out)}" if out else ""))
+    rated = int((~np.isnan(columns.rating)).sum())
+    timed = int((columns.time != NO_TIME).sum())
+    low, high = raw.scale
+    liked = f"liked above {options.positive_above:g}"
+    scale = f" on the scale {low:g}..{high:g}" if rated else ""
+    if raw.graded:
+        scale += ", events graded by --event_values"
+    account.say(
+        "",
+        f"rating in {share(rated, kept)}{scale}; {liked}, or without a rating: "
+        f"{share(counts['positives'], counts['distinct'])} of different rows",
+    )
+    account.say("", f"time in {share(timed, kept)}{between(columns.time)}")
+    account.facts["rows"] = {"with_rating": rated, "with_time": timed, "scale": [low, high]}
+    if options.positive_above < (low + high) / 2 and (low, high) != (1, 5) and rated:
+        account.warnings.append(
+            f"liked is what is rated above {options.positive_above:g} on the scale {low:g}..{high:g}, "
+            "which is below its middle; --positive_above decides"
+        )
+
+
+def between(time: np.ndarray) -> str:
+    """The days of the first and the last time; "" where they are positions, as in sequences."""
+    known = time[time != NO_TIME]
+    if not len(known) or known.max() < 1e7:
+        return ""
+    first, last = (datetime.fromtimestamp(float(t), UTC).date() for t in (known.min(), known.max()))
+    return f", {first} to {last}"
+
+
+def items(account: Account, raw: Raw, tally: Tally, join: Join) -> None:
+    """What the item table knows of the log's items, and what could not be read in it."""
+    names = several(sorted({file.path.name for file in raw.item_files}))
+    known = len(join.known)
+    account.say("items", f"{share(known, join.items)} of the log's items are in {names}")
+    account.facts["items"] = {"in_log": join.items, "in_table": known}
+    if join.items and known < JOINED * join.items:
+        account.warnings.append(
+            f"{names} knows {known:,} of {join.items:,} items of the log: it has "
+            f"{join.stranger!r}, the log has {join.missing!r}"
+        )
+    forms = {(f.reading.categories, f.reading.mark) for f in raw.item_files if f.reading}
+    with_category = any("category" in file.item_columns for file in raw.item_files)
+    for form, mark in sorted(forms) if with_category else ():
+        account.say(
+            "",
+            f"a category is read as a {form}"
+            + (f", names parted by {mark.strip()!r}" if mark else "")
+            + " (--categories)",
+        )
+        account.facts["categories"] = form
+    for why, n in tally.fields.most_common(SHOWN):
+        account.say("", f"{why}: {n:,} of {tally.kept:,} lines, e.g. {tally.odd[why]!r}")
+        if n > 0.5 * tally.kept:
+            account.warnings.append(f"{names}: {why} in {n:,} of {tally.kept:,} lines")
+
+
+def core(account: Account, options: Options, rounds: list[dict]) -> None:
+    """Users and items that the k-core took away."""
+    k, before, after = getattr(options, "k_core", 0), rounds[0], rounds[-1]
+    users, things = (before[name] - after[name] for name in ("users", "items"))
+    lost = users / max(1, before["users"])
+    text = (
+        f"{k} liked rows each: {share(after['users'], before['users'])} users and "
+        f"{share(after['items'], before['items'])} items stay"
+    )
+    hint = f"; --k_core {max(1, math.ceil(k / 2))} keeps more" if users or things else ""
+    account.say("k-core", text + hint)
+    if lost > 0.5:
+        account.warnings.append(
+            f"the k-core of {k} leaves out {users:,} of {before['users']:,} users; --k_core decides"
+        )

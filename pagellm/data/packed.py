@@ -1,0 +1,160 @@
+"""Raw files as bytes of UTF-8 lines, however they are packed, encoded or ended.
+
+    gzip, bzip2, xz, Zstandard     unpacked while being read
+    zip                            if it holds one file
+    UTF-16                         turned into UTF-8
+    CR line ends                   turned into LF
+    a JSON array of objects        one object a line
+
+All of this is told from a file's first bytes: names lie.
+"""
+
+import bz2
+import codecs
+import gzip
+import io
+import itertools
+import json
+import lzma
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from pagellm.stage.config import PageLLMError
+
+__all__ = ["DAMAGED", "is_plain", "open_bytes", "packing"]
+
+MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+}
+LOOK = 1 << 16  # bytes that show the encoding and the line ends
+PART = 1 << 18  # characters of a JSON array read at once
+OBJECT_LIMIT = 50_000_000  # characters of one object of an array
+DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
+
+
+def packing(path: Path) -> str:
+    """gzip, bzip2, xz, zstd, zip, or "" for a file that is not packed."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    return next((name for magic, name in MAGIC.items() if start.startswith(magic)), "")
+
+
+def is_plain(path: Path) -> bool:
+    """Whether the file's bytes are the lines themselves, so that it can be read from any place."""
+    with open(path, "rb") as file:
+        return not packing(path) and not recoding(file.read(LOOK))
+
+
+def recoding(start: bytes) -> str:
+    """What must be done to unpacked bytes to make them UTF-8 lines: "", utf-16, cr or array."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if b"\r" in start[:-1] and b"\n" not in start:
+        return "cr"
+    text = start.removeprefix(codecs.BOM_UTF8).lstrip()
+    return "array" if text.startswith(b"[") and text[1:].lstrip().startswith(b"{") else ""
+
+
+def open_bytes(path: Path) -> io.BufferedIOBase:
+    """The file's lines as a stream of UTF-8 bytes. Raises PageLLMError for a zip of several files."""
+    form = packing(path)
+    with unpacked(path, form) as file:
+        what = recoding(file.read(LOOK))
+    file = unpacked(path, form)
+    if not what:
+        return file
+    if what == "cr":
+        chunks = (block.replace(b"\r", b"\n") for block in iter(lambda: file.read(LOOK), b""))
+    elif what == "utf-16":
+        text = io.TextIOWrapper(file, "utf-16", errors="replace", newline="")
+        start = text.read(LOOK)
+        cr = "\r" in start[:-1] and "\n" not in start
+        parts = itertools.chain([start], iter_text(text))
+        chunks = ((p.replace("\r", "\n") if cr else p).encode("utf-8", "replace") for p in parts)
+    else:
+        text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape")
+        chunks = (f"{line}\n".encode("utf-8", "surrogateescape") for line in array_items(text))
+    return io.BufferedReader(Chunks(chunks), LOOK)
+
+
+def iter_text(file: io.TextIOBase) -> Iterator[str]:
+    return iter(lambda: file.read(LOOK), "")
+
+
+def unpacked(path: Path, form: str):
+    """A stream of the file's own bytes."""
+    if form == "gzip":
+        return gzip.open(path, "rb")
+    if form == "bzip2":
+        return bz2.open(path, "rb")
+    if form == "xz":
+        return lzma.open(path, "rb")
+    if form == "zstd":
+        stream = pa.input_stream(str(path), compression="zstd")
+        return io.BufferedReader(Chunks(iter(lambda: stream.read(LOOK), b"")), LOOK)
+    if form == "zip":
+        archive = zipfile.ZipFile(path)
+        names = [name for name in archive.namelist() if not name.endswith("/")]
+        if len(names) != 1:
+            raise PageLLMError(
+                f"{path} is a zip archive of {len(names)} files ({', '.join(names[:3])} ...)\n"
+                "  Unpack it into a folder and name that with --raw."
+            )
+        return archive.open(names[0])
+    return open(path, "rb", buffering=1 << 20)
+
+
+def array_items(file: io.TextIOBase) -> Iterator[str]:
+    """The members of a JSON array, each as one line; what cannot be parsed ends the array."""
+    decoder, text = json.JSONDecoder(), file.read(PART)
+    at = text.index("[") + 1
+    while True:
+        while at < len(text) and text[at] in " \t\r\n,":
+            at += 1
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            if at < len(text) and text[at] == "]":
+                return
+            part = file.read(PART) if len(text) - at < OBJECT_LIMIT else ""
+            if not part:
+                if text[at:].strip():
+                    yield " ".join(text[at : at + LOOK].split())  # a broken line, counted as such
+                return
+            text, at = text[at:] + part, 0
+            continue
+        yield json.dumps(value)
+        at = end
+        if at > PART:
+            text, at = text[at:], 0
+
+
+class Chunks(io.RawIOBase):
+    """A stream of bytes out of an iterator of byte strings."""
+
+    def __init__(self, chunks: Iterator[bytes]):
+        self._chunks, self._rest, self._at = chunks, b"", 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._rest:
+            if (chunk := next(self._chunks, None)) is None:
+                return 0
+            self._rest = chunk
+        taken, self._rest = self._rest[: len(buffer)], self._rest[len(buffer) :]
+        buffer[: len(taken)] = taken
+        self._at += len(taken)
+        return len(taken)
+
+    def tell(self) -> int:
+        return self._at
