@@ -6,6 +6,7 @@ read; what the k-core took away. What changes the meaning of the data is a warni
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -34,6 +35,8 @@ NEAR = {
     "price": ("price", "cost"),
     "category": ("categor", "genre"),
 }
+MOST_GRADES = 1000  # different values in a sample, above which a column does not grade anything
+NUMBERING = re.compile(r"(id|no|number|code|index)$")
 UNITS = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 
 
@@ -138,12 +141,18 @@ def near_misses(
             account.say("", f"{name}: no {role}; is it {several(close)}? (--{role}_column)")
     if file.role == "interactions" and not {"rating", "event"} & taken.keys():
         values = raw.samples.get(name, {})
-        numeric = [column for column in left if is_numeric(values.get(column, []))]
+        numeric = [c for c in left if is_numeric(values.get(c, [])) and may_rate(c, values[c])]
         if numeric:
             account.warnings.append(
                 f"{name}: no rating is read, so every row counts as liked; columns of numbers left "
                 f"over: {several(numeric)} (--rating_column, or --event_column)"
             )
+
+
+def may_rate(column: str, values: list) -> bool:
+    """Whether a column of numbers may hold ratings or counts, rather than number what it lists."""
+    grades = len(set(map(str, values))) <= MOST_GRADES
+    return grades and not NUMBERING.search(logs.spelling(column))
 
 
 def rows(account: Account, raw: Raw, options: Options, tally: Tally, columns, counts: dict) -> None:

@@ -22,7 +22,7 @@ def names_in(cell, mark: str) -> list:
     """
     if is_missing(cell):
         return []
-    if isinstance(cell, str) and cell.lstrip().startswith(("[", "(")):
+    if isinstance(cell, str) and cell.lstrip().startswith("["):
         cell = literal(cell.strip())
     if isinstance(cell, str) and ">" in cell and mark == ">":
         return [part.split(">") for part in cell.split("|")]
@@ -76,7 +76,7 @@ def category_form(cells: list, chosen: str = "") -> tuple[str, str]:
     first name, while those of a set stand in any place, or in the order of letters.
     """
     texts = list(dict.fromkeys(c for c in cells if isinstance(c, str) and not is_missing(c)))
-    texts = [text for text in texts if not text.lstrip().startswith(("[", "("))]
+    texts = [text for text in texts if not text.lstrip().startswith("[")]
     if chosen == "name":
         return "name", ""
     mark = ">" if any(">" in text for text in texts) else ""

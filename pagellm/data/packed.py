@@ -126,8 +126,8 @@ def array_items(file: io.TextIOBase) -> Iterator[str]:
                 return
             part = file.read(PART) if len(text) - at < OBJECT_LIMIT else ""
             if not part:
-                if text[at:].strip():
-                    yield " ".join(text[at : at + LOOK].split())  # a broken line, counted as such
+                # Cut short: a line that is no JSON, so that it is counted as broken.
+                yield " ".join(text[at : at + LOOK].split()) or "an array without its end"
                 return
             text, at = text[at:] + part, 0
             continue

@@ -246,3 +246,36 @@ def test_wrong_options_say_what_is_wanted(tmp_path):
         runfile.Config(file=__file__)
     with pytest.raises(PageLLMError, match="file="):
         runfile.Config(name="x", file=str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("scale", [2.0**40, 1_700_000_000 * 10**9])
+def test_scores_keep_every_digit_of_the_file(shop, tmp_path, scale):
+    """Large scores one apart, such as times: the same lists as from small ones, in every format."""
+    user, item, _ = everything(shop)
+    small = np.argsort(np.argsort(np.random.default_rng(1).random(len(user))))
+    large = small + int(scale)
+    wanted = read(write(tmp_path / "a.parquet", user, item, small), shop)[0].item
+    for path in (tmp_path / "b.parquet", tmp_path / "b.csv"):
+        np.testing.assert_array_equal(read(write(path, user, item, large), shop)[0].item, wanted)
+    tiny = write(tmp_path / "c.parquet", user, item, 1 + small * 1e-9)
+    np.testing.assert_array_equal(read(tiny, shop)[0].item, wanted)
+
+
+@pytest.mark.parametrize("name", ["score", "rank"])
+def test_text_where_a_number_should_be_is_named(shop, tmp_path, name):
+    user, item, _ = everything(shop)
+    path = write(tmp_path / "x.csv", user, item, ["12 pts"] * len(user), name)
+    with pytest.raises(PageLLMError, match=rf"x\.csv: column {name} is not numbers: '12 pts'"):
+        read(path, shop)
+
+
+def test_ids_that_lost_their_zeros_are_not_taken_for_row_numbers(shop, tmp_path):
+    """Shop ids 0001, 0002 ...: "1" fits as a row number, and is another user's."""
+    padded = dataclasses.replace(shop, user_ids=[f"{n + 1:04d}" for n in range(shop.n_users)])
+    user, item, score = everything(shop)
+    some = user < shop.n_users - 1
+    path = write(tmp_path / "x.csv", user[some] + 1, item[some], score[some])
+    users, seen = Scorer(shop, "test").users, seen_rows(shop, "test", "train+valid")
+    with pytest.raises(PageLLMError, match=r"column user: '\d+' is not .*'0\d+' is; were zeros"):
+        runfile.read_run(path, padded, users, seen, 10, 15)
+    runfile.read_run(path, padded, users, seen, 10, 15, ids="dense")

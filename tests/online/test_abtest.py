@@ -331,3 +331,18 @@ def test_a_metric_of_zeros_is_reported_as_undefined(tmp_path):
     m = json.loads((tmp_path / "abtest.json").read_text(), parse_constant=refuse)["metrics"]
     assert m["GMV per user"]["relative"] is None and m["GMV per user"]["sequential"] == {}
     assert m["GMV per user"]["p"] == 1.0 and m["CTR"]["relative"] is not None
+
+
+@pytest.mark.parametrize("spelled", ["csv", "csv.gz", "parquet"])
+def test_users_and_arms_are_text(tmp_path, spelled):
+    """00000 and 0 are two users, and an arm called true is called so, in every format."""
+    columns = {name: [1, 1, 1, 1] for name in abtest.COLUMNS}
+    table = {"user": ["0", "00", "000", "0000"], "arm": ["true", "false"] * 2} | columns
+    path = tmp_path / f"log.{spelled}"
+    if spelled == "parquet":
+        pq.write_table(pa.table(table | {"arm": [True, False] * 2}), path)
+    else:
+        with pa.output_stream(str(path), compression="detect") as stream:
+            pyarrow.csv.write_csv(pa.table(table), stream)
+    log = abtest.read_log(path)
+    assert log["user"].tolist() == table["user"] and log["arm"].tolist() == table["arm"]
