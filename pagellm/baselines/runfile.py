@@ -2,14 +2,16 @@
 
     python -m pagellm.baselines.runfile --dataset toys --name SASRec --file scores.csv
 
-The file: Parquet, CSV or TSV (with a heading) of user, item and score or rank; identifiers are the shop's own, or
-the dense numbers of data/<dataset>/interactions.parquet. Ranked over the whole catalogue, deep enough that `depth`
-ranks are left once masked items are out.
+The file: Parquet, JSON lines, CSV or TSV (with a heading) of user, item and score or rank.
+Identifiers are the shop's own, or the dense numbers of data/<dataset>/interactions.parquet. Lists
+rank the whole catalogue, deep enough that `depth` ranks are left when masked items are taken out.
 
-Writes runs/<run>/runfile-<name>/  pages.parquet, per_user.parquet, metrics.json, table.{parquet,md,tex}
+Writes runs/<run>/runfile-<name>/  pages.parquet, per_user.parquet, metrics.json,
+                                   table.{parquet,md,tex}
 
-What is done to it is printed: masked items taken out, users without a list (they count, with 0), users without
-held-out items (left out), short lists, equal scores (a seeded shuffle). Beyond three times EASE it is refused.
+What is done to the file is printed: masked items are taken out, users without a list count with 0,
+users without held-out items are left out, short lists are counted. Equal scores are ordered by a
+seeded shuffle. Beyond three times EASE the file is refused.
 """
 
 import json
@@ -119,7 +121,8 @@ def orders(data: pa.Table, path: Path) -> np.ndarray:
 def places(user: np.ndarray, order: np.ndarray) -> np.ndarray:
     """(R,) float32: each row's place in its user's list from below, equal orders sharing one.
 
-    user (R,) int, sorted; order (R,). A list is shorter than 2^24, so that float32 holds its places.
+    user (R,) int, sorted; order (R,). A list has fewer than 2^24 items, so float32 holds its
+    places.
     """
     by = np.lexsort((order, user))
     new = np.ones(len(by), dtype=bool)
@@ -132,10 +135,10 @@ def places(user: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 def numbers(column: list[str], own: list[str], what: str, path: Path, ids: str) -> np.ndarray:
-    """Dense numbers of a column that holds either those or the shop's own identifiers: see Config.ids.
+    """Dense numbers of a column of those, or of the shop's own identifiers: see Config.ids.
 
-    Raises PageLLMError for a value that is neither, and in auto where it might be both: also where it
-    would be an identifier but for zeros in front, which spreadsheets and data frames take off.
+    Raises PageLLMError for a value that is neither and, with auto, for one that might be both. It
+    also might where it is an identifier without its leading zeros, which spreadsheets drop.
     """
     text = pa.array(column, pa.string())
     found = {
@@ -167,8 +170,8 @@ def numbers(column: list[str], own: list[str], what: str, path: Path, ids: str) 
     chosen = [found[name].to_numpy().astype(np.int64) for name in fits]
     if len(fits) > 1 and (chosen[0] != chosen[1]).any():
         raise PageLLMError(
-            f"{path}: column {what} can be read as the shop's own identifiers and as the numbers of "
-            "interactions.parquet\n  Say which with --ids shop or --ids dense."
+            f"{path}: column {what} can be read as the shop's own identifiers and as the "
+            "numbers of interactions.parquet\n  Say which with --ids shop or --ids dense."
         )
     return chosen[0]
 
@@ -183,10 +186,11 @@ def read_run(
     seed: int = 0,
     ids: str = "auto",
 ) -> tuple[RankedPages, str]:
-    """Lists (U, depth) of exactly `users`, free of what they have seen; and what was done to the file, in words.
+    """Lists (U, depth) of exactly `users`, free of what they have seen; what was done, in words.
 
-    Equal scores go by a seeded shuffle. With ranks, scores are not looked at: a page's slots need not fall in score.
-    Raises PageLLMError for unknown identifiers, repeated (user, item) or scores that are not numbers.
+    Equal scores are ordered by a seeded shuffle. Where there are ranks, scores are not looked at.
+    Raises PageLLMError for unknown identifiers, repeated (user, item) or scores that are not
+    numbers.
     """
     data = read_file(path)
     user = numbers(ids_of(data, "user", path), shop.user_ids, "user", path, ids)
@@ -221,8 +225,9 @@ def read_run(
     given = np.diff(indptr)[users]
     room = np.minimum(depth, shop.n_items - seen.counts()[users])
     notes = (
-        f"{len(user):,} rows read; {masked:,} masked items taken out, {int((given == 0).sum()):,} users without a "
-        f"list count with 0, {len(np.unique(user[~scored])):,} users without held-out items left out, "
+        f"{len(user):,} rows read; {masked:,} masked items taken out, "
+        f"{int((given == 0).sum()):,} users without a list count with 0, "
+        f"{len(np.unique(user[~scored])):,} users without held-out items left out, "
         f"{int(((given > 0) & (length < room)).sum()):,} lists shorter than {depth}"
     )
     return ranked, notes
@@ -245,8 +250,8 @@ def run(config: Config) -> dict:
     ]
     if other or config.name in rows:
         raise PageLLMError(
-            f"{baselines} was made with {', '.join(other + ['rows ' + ', '.join(rows)])}; want the same "
-            f"mask, k and depth, and another name than {config.name!r}"
+            f"{baselines} was made with {', '.join(other + ['rows ' + ', '.join(rows)])}; want the "
+            f"same mask, k and depth, and another name than {config.name!r}"
         )
     if read_json(baselines / "config.json")["inputs"]["data"] != inputs["data"]:
         raise PageLLMError(

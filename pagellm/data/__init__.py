@@ -1,1 +1,1 @@
-"""Raw files of many spellings -> one data set on disk (`prepare`), and back into memory (`shop`)."""
+"""Raw files of many formats -> one data set on disk (`prepare`) -> back into memory (`shop`)."""

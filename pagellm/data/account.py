@@ -1,8 +1,8 @@
 """What `prepare` decided for its user, in one short paragraph: on the screen and in source.json.
 
-Files and folders read and passed over; the columns taken for each role and those left over; rows with
-and without rating and time; the scale; how many items the item table knows; prices that could not be
-read; what the k-core took away. What changes the meaning of the data is a warning.
+Files and folders read and passed over; the columns taken for each role and those left over; rows
+with and without rating and time; the scale; how many items the item table knows; prices that could
+not be read; what the k-core took away. What changes the meaning of the data is a warning.
 """
 
 import math
@@ -177,8 +177,8 @@ def rows(account: Account, raw: Raw, options: Options, tally: Tally, columns, co
     account.facts["rows"] = {"with_rating": rated, "with_time": timed, "scale": [low, high]}
     if options.positive_above < (low + high) / 2 and (low, high) != (1, 5) and rated:
         account.warnings.append(
-            f"liked is what is rated above {options.positive_above:g} on the scale {low:g}..{high:g}, "
-            "which is below its middle; --positive_above decides"
+            f"liked is what is rated above {options.positive_above:g} on the scale "
+            f"{low:g}..{high:g}, which is below its middle; --positive_above decides"
         )
 
 

@@ -3,11 +3,12 @@
     2014  reviews: JSON, reviewerID asin overall reviewText summary unixReviewTime, helpful
           items:   Python literals, categories (list of paths), description a string, price a number
     2018  reviews: JSON, as 2014 with verified, vote, style; reviewText may be absent
-          items:   JSON, category (one path), description (list), price "$40.00" or a piece of page script
+          items:   JSON, category (one path), description (list), price "$40.00" or page script
     2023  reviews: JSON, user_id parent_asin rating title text, timestamp in milliseconds
-          items:   JSON, parent_asin, store, categories (one path), description (list), price a number
+          items:   JSON, parent_asin, store, categories (one path), description (list), a price
 
-2014: R. He, J. McAuley, WWW 2016. 2018: J. Ni et al., EMNLP 2019. 2023: Y. Hou et al., arXiv 2403.03952.
+2014: R. He, J. McAuley, WWW 2016. 2018: J. Ni et al., EMNLP 2019.
+2023: Y. Hou et al., arXiv 2403.03952.
 """
 
 import ast
@@ -66,7 +67,10 @@ SCRIPT = re.compile(
 
 
 def recognise(path: Path, first_lines: list[str], options: Options) -> RawFile | None:
-    """Lines of Amazon's reviews or items, by their fields; None where columns are named by option."""
+    """Lines of Amazon's reviews or items, by their fields.
+
+    None where columns are named by option: then the file is read as any other table.
+    """
     named = [getattr(options, name) for name in vars(options) if name.endswith("_column")]
     objects = [as_object(text) for text in first_lines if text.startswith("{")]
     fields = {name for record in objects if record is not None for name in record}
@@ -207,9 +211,12 @@ DEEPEST = 500  # brackets in a line that json.loads is sure to follow
 
 
 def review_table(data: bytes, spelling: str = "2014") -> pa.Table | None:
-    """Lines of reviews, "\\n" between them -> a table of COLUMNS, row for row what `parse_review` makes of them.
+    """Many lines of reviews at once -> a table of COLUMNS, as `parse_review` reads each of them.
 
-    None as soon as anything is not as in nearly all lines of this spelling: those are for `parse_review`.
+    data  lines with "\\n" between them
+
+    None as soon as one line differs from what nearly all lines of this spelling look like. The
+    caller then gives the lines to `parse_review` one by one.
     """
     rows = separate_objects(data)
     newer = spelling == "2023"
@@ -269,7 +276,7 @@ def review_table(data: bytes, spelling: str = "2014") -> pa.Table | None:
 
 
 def may_be_older(data: bytes) -> bool:
-    """Whether one of the names may be there that make a line an older review, in plain letters or escaped."""
+    """Whether a field name of the older reviews may be there, in plain letters or escaped."""
     code = np.frombuffer(data, np.uint8)
     # a tenth of what it takes bytes to find four in a row
     escaped = np.flatnonzero(code[:-1] == ord("\\")) + 1
@@ -283,8 +290,9 @@ def may_be_older(data: bytes) -> bool:
 def separate_objects(data: bytes) -> int:
     """The number of lines, if each one is as an object without lines within, not too deep; else 0.
 
-    An object that begins and ends its line can neither hold a line end nor share the line with another one
-    without changing the number of rows. Any other byte below 32 is an error that Arrow might not see.
+    An object that begins and ends its line cannot hold a line end. If it shared its line with
+    another one, the number of rows would differ. Any other byte below 32 is an error that Arrow
+    might not see.
     """
     code = np.frombuffer(data, np.uint8)
     ends = np.flatnonzero(code == ord("\n"))
@@ -334,8 +342,8 @@ def cleaned(text: pa.StringArray, there: set[str]) -> pa.StringArray:
 def parse_item(text: str, tally: Tally | None = None) -> Item:
     """A line of metadata in any of the spellings. Raises Broken.
 
-    A field that cannot be read is left empty, and counted in the tally if there is one: an odd price
-    or category must not cost an item its title.
+    A field that cannot be read is left empty, and counted in the tally if there is one: an odd
+    category must not cost an item its title.
     """
     record = mapping(text)
 
@@ -369,7 +377,8 @@ def unscripted(text: str, limit: int | None = None) -> str:
 def category_paths(value) -> tuple[tuple[str, ...], ...]:
     """A path or a list of paths -> paths of clean names. Raises Broken for anything else.
 
-    Some 2018 paths run on into a product's features; they are cut where a name looks like page text.
+    Some 2018 paths run on into a product's features. They are cut where a name looks like page
+    text.
     """
     if not value:
         return ()

@@ -2,8 +2,8 @@
 
     python -m pagellm.data.download --dataset toys
 
-A file is fetched into NAME.part and gets its name when it is whole. The same command again goes on where a
-cut download stopped. `prepare` calls this by itself for a data set that has no raw files.
+A file is fetched into NAME.part and renamed when it is whole. The same command again goes on where
+an interrupted download stopped. `prepare` calls this for a data set that has no raw files.
 """
 
 import gzip
@@ -22,19 +22,21 @@ from pagellm.stage.config import PageLLMError, check
 __all__ = ["CATEGORIES", "Config", "SHORT_NAMES", "SOURCES", "download", "fetch", "official", "run"]
 
 
-# Release -> addresses of reviews and of metadata; {} is the category. 2014 and 2018: the 5-core reviews.
+UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data/"
+# Release -> addresses of reviews and of metadata; {} is the category.
+# 2014 and 2018: the 5-core reviews.
 SOURCES = {
     "2014": (
         "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/reviews_{}_5.json.gz",
         "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/meta_{}.json.gz",
     ),
     "2018": (
-        "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/categoryFilesSmall/{}_5.json.gz",
-        "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/metaFiles2/meta_{}.json.gz",
+        UCSD + "amazon_v2/categoryFilesSmall/{}_5.json.gz",
+        UCSD + "amazon_v2/metaFiles2/meta_{}.json.gz",
     ),
     "2023": (
-        "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw/review_categories/{}.jsonl.gz",
-        "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw/meta_categories/meta_{}.jsonl.gz",
+        UCSD + "amazon_2023/raw/review_categories/{}.jsonl.gz",
+        UCSD + "amazon_2023/raw/meta_categories/meta_{}.jsonl.gz",
     ),
 }
 CATEGORIES = {
@@ -110,9 +112,10 @@ def official(dataset: str, release: str = "") -> tuple[str, str] | None:
 
 
 def download(category: str, release: str, dest: str | Path) -> list[Path]:
-    """Fetch reviews and metadata of a category into the directory dest; files that are there are left alone.
+    """Fetch reviews and metadata of a category into the directory dest; present files stay.
 
-    Returns the two paths. Raises PageLLMError naming the file and where to put it when it cannot be had.
+    Returns the two paths. Raises PageLLMError when a file cannot be fetched, and says where to put
+    it.
     """
     dest = Path(dest)
     dest.mkdir(parents=True, exist_ok=True)
@@ -127,8 +130,8 @@ def download(category: str, release: str, dest: str | Path) -> list[Path]:
 def fetch(url: str, path: Path) -> None:
     """Fetch one gzip file to `path`, resuming from `path`.part. Does nothing if `path` is there.
 
-    Raises PageLLMError when there is no connection, the server lacks the file, or what came is not a whole
-    gzip file.
+    Raises PageLLMError when there is no connection, the server lacks the file, or the result is not
+    a whole gzip file.
     """
     if path.exists():
         return
@@ -166,7 +169,7 @@ def fetch(url: str, path: Path) -> None:
 
 
 def transfer(url: str, part: Path) -> bool:
-    """One connection: append to `part` what it lacks. Returns whether it has the size the server names."""
+    """One connection: append to `part` what it lacks. Returns whether it is whole by its size."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "pagellm", "Accept-Encoding": "identity"}
     if have:

@@ -1,4 +1,4 @@
-"""What a sample of a column says about all of it: how categories are written, what stays with an item."""
+"""What a sample of a column tells: how categories are written, whether it describes the item."""
 
 import ast
 import json

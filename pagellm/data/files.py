@@ -1,4 +1,4 @@
-"""What the user says about raw files (`Options`), and what one of them was recognised as (`RawFile`)."""
+"""What the user says about raw files (`Options`), and what one file was found to be (`RawFile`)."""
 
 import math
 from dataclasses import dataclass

@@ -33,10 +33,10 @@ TRAIN, VALID, TEST, UNUSED = range(4)
 
 
 def latest(user, item, time, rating, tie) -> np.ndarray:
-    """Row numbers, one per (user, item): the latest; of equal times the best rated, then the largest tie.
+    """Row numbers, one per (user, item): the latest; then the best rated; then the largest tie.
 
-    user, item (R,) int; time (R,) int, NO_TIME first; rating (R,) float, NaN lowest; tie (R,) any order that
-    does not depend on the order of rows. Returned in order of (user, item).
+    user, item (R,) int; time (R,), NO_TIME first; rating (R,) float, NaN lowest; tie (R,) any order
+    that does not depend on the order of rows. Returned in order of (user, item).
     """
     order = np.lexsort((tie, np.nan_to_num(rating, nan=-np.inf), time, item, user))
     return order[last_of_pair(user[order], item[order])]
@@ -86,11 +86,12 @@ def k_core(user, item, k: int) -> tuple[np.ndarray, list[dict]]:
 
 
 def thin(user, item, counted, keys, k: int, n_users: int) -> np.ndarray:
-    """(R,) bool: as many rows, those of the lowest keys, as leave closest to n_users users with k-core after them.
+    """(R,) bool: the rows of the lowest keys, as many as make the k-core keep about n_users users.
 
-    user, item (R,) int, one row per pair; counted (R,) bool, the rows that the k-core counts; keys (R,) a random draw.
-    More rows never leave fewer users, since a core only grows with its rows: so the number is found by halving. Of two
-    numbers of users equally far off the larger one. Raises ValueError if even all rows leave fewer than n_users.
+    user, item (R,) int, one row per pair; counted (R,) bool, the rows that the k-core counts; keys
+    (R,) a random draw. A core only grows with its rows, so more rows never leave fewer users, and
+    the number of rows is found by halving. Of two numbers of users equally far off, the larger is
+    taken. Raises ValueError if even all rows leave fewer than n_users.
     """
     order = np.argsort(keys, kind="stable")
 
@@ -114,8 +115,8 @@ def random_keys(
 ) -> np.ndarray:
     """(R,) uint64: a draw for each row that depends on the seed and the two identifiers alone.
 
-    SHA-256 instead of a generator: the same on every machine, for every order of lines, and for a user
-    the same whether or not other users are there.
+    SHA-256 instead of a generator: the draw is the same on every machine, for every order of lines,
+    and whether or not other users are there.
     """
     keys = np.empty(len(user), dtype=np.uint64)
     item_bytes = [name.encode() for name in item_ids]
@@ -159,7 +160,7 @@ def tie_ranks(
 
 
 def group_rank(group, *keys) -> tuple[np.ndarray, np.ndarray]:
-    """Place of each row within its group in the order of keys, the first counting most; the group's size.
+    """Each row's place within its group in the order of keys, the first key first; group sizes.
 
     group (R,) int >= 0; keys: (R,) columns. Returns rank, size: (R,) int64.
     """
@@ -172,15 +173,16 @@ def group_rank(group, *keys) -> tuple[np.ndarray, np.ndarray]:
 
 
 def held_out(size) -> np.ndarray:
-    """How many of a user's n positives go to validation, and to test: max(1, floor(n / 10)); none below 3."""
+    """How many of n positives go to each held-out part: max(1, floor(n / 10)); none below 3."""
     return np.where(size >= 3, np.maximum(1, size // 10), 0)
 
 
 def split_random(user, item, positive, keys) -> np.ndarray:
     """(R,) int8 of TRAIN, VALID, TEST: the paper's split, drawn per user by `random_keys`.
 
-    Of a user's positives max(1, floor(0.1 n)) go to validation and as many to test; users with fewer than 3
-    stay in train. Rows that are not positive are split likewise without the minimum: floor(0.1 m).
+    Of a user's positives max(1, floor(0.1 n)) go to validation and as many to test; users with
+    fewer than 3 stay in train. Rows that are not positive are split likewise without the minimum:
+    floor(0.1 m).
     """
     split = np.full(len(user), TRAIN, dtype=np.int8)
     for rows, count in ((positive, held_out), (~positive, lambda size: size // 10)):
@@ -193,8 +195,8 @@ def split_random(user, item, positive, keys) -> np.ndarray:
 def split_by_time(user, tie, time, positive, leave_one_out: bool) -> np.ndarray:
     """(R,) int8 of TRAIN, VALID, TEST: each user's latest positives are held out.
 
-    user, tie (R,) int; time (R,); positive (R,) bool. `tie` orders rows of one user at one time: see
-    `tie_ranks`.
+    user, tie (R,) int; time (R,); positive (R,) bool. `tie` orders rows of one user at one time:
+    see `tie_ranks`.
 
     leave_one_out: the last positive is test, the one before it validation. Otherwise as many are
     held out as in `split_random`.

@@ -1,8 +1,8 @@
 """Any shop's own log, and item tables: CSV, Parquet or JSON lines.
 
-A log has a user and an item column, and perhaps a rating or an event, a time, a text, a split. Columns
-are named by option or recognised by the common spellings below. What holds for a whole column, such
-as the unit of its times, is told from a sample of its values: see `settled`.
+A log has a user and an item column, and perhaps a rating or an event, a time, a text, a split.
+Columns are named by option or recognised by the common spellings below. What holds for a whole
+column, such as the unit of its times, is told from a sample of its values: see `settled`.
 """
 
 import csv
@@ -66,8 +66,8 @@ __all__ = [
 ]
 
 
-# Role -> spellings, the first that is there is taken. Compared without case, spaces, punctuation and
-# what stands in brackets. An id goes before the plain word, which often is a name.
+# Role -> spellings, the first that is there is taken. Compared without case, spaces, punctuation
+# and what stands in brackets. An id goes before the plain word, which often is a name.
 LOG_COLUMNS = {
     "user": (
         *("userid", "reviewerid", "uid", "customerid", "visitorid", "memberid", "accountid"),
@@ -261,9 +261,9 @@ def settled(file: RawFile, options: Options, values: dict[str, list]) -> Reading
     if form is None:
         seen = ", ".join(str(v) for v in [v for v in values[time] if not is_missing(v)][:3])
         raise PageLLMError(
-            f"{file.path.name}: column {time} ({seen}, ...) mixes units, or could have day and month "
-            "exchanged\n  Say which with --time_form s, ms, us, ns, yyyymmdd, iso, or a pattern such "
-            "as %d/%m/%Y."
+            f"{file.path.name}: column {time} ({seen}, ...) mixes units, or could have day and "
+            "month exchanged\n  Say which with --time_form s, ms, us, ns, yyyymmdd, iso, or a "
+            "pattern such as %d/%m/%Y."
         )
     cells = values.get(file.item_columns.get("category"), [])
     comma = decimal_comma(values.get(file.item_columns.get("price"), []))
@@ -378,8 +378,9 @@ def read_items(
     """The rows of an item table; columns: role of ITEM_COLUMNS -> column, at least id.
 
     A category is a list of names, a list of such lists, or text: "Music > Drums", "Comedy|Drama", a
-    list as JSON or Python writes it. reading: how prices and categories are written; None: told from
-    the file's first values. A field that cannot be read is counted and left empty; the line stays.
+    list as JSON or Python writes it. reading: how prices and categories are written; None: told
+    from the file's first values. A field that cannot be read is counted and left empty; the line
+    stays.
     """
     names = tuple(dict.fromkeys(columns.values()))
     file = RawFile(path, "logs", "items", form, item_columns=columns, names=names, reading=reading)
@@ -515,8 +516,8 @@ def csv_rows(
 
     names  of the columns, where the file has no heading
 
-    A quote that never closes costs its own line at most, not the rest of the file. A heading that is
-    repeated, as in files put behind each other, is passed over.
+    A quote that never closes costs its own line at most, not the rest of the file. A heading that
+    is repeated, as in files put behind each other, is passed over.
     """
     stream = text_lines(path, tally, keep_empty=True)
     waiting: deque[tuple[int, str]] = deque()  # lines to look at before the stream goes on

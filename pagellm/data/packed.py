@@ -64,7 +64,7 @@ def recoding(start: bytes) -> str:
 
 
 def open_bytes(path: Path) -> io.BufferedIOBase:
-    """The file's lines as a stream of UTF-8 bytes. Raises PageLLMError for a zip of several files."""
+    """The file's lines as UTF-8 bytes. Raises PageLLMError for a zip of several files."""
     form = packing(path)
     with unpacked(path, form) as file:
         what = recoding(file.read(LOOK))

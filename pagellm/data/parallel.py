@@ -1,8 +1,9 @@
-"""Raw files read by several processes at once; the records come out as if one had read them in order.
+"""Raw files read by several processes; the records come out as if one process had read them.
 
-Each process takes one piece after another, a file or some of its lines, and stores it in temporary files, from which
-this one takes the numbers; texts are not touched before they are written. What is broken is counted per piece and
-added up in order, so that nothing depends on the number of processes.
+A piece is a file or some of its lines. Each process reads one piece after another and stores it in
+temporary files; this process then takes the numbers from there, and copies the texts when it
+writes. Broken lines are counted per piece and added up in order. So nothing depends on the number
+of processes.
 """
 
 import os
@@ -29,9 +30,10 @@ PIECE = 32_000_000  # bytes of a large file that are one piece
 def store(
     raw: Raw, tally: Tally, processes: int, folder: Path, min_text: int, max_text: int
 ) -> list[Path]:
-    """Every interaction of every file through spool.store, by up to `processes` processes. Returns the stems, in order.
+    """Store every interaction of every file with text_store.store. Returns the stems, in order.
 
-    processes  0: one a core. What is one piece (a gzip, CSV or Parquet file, all sequence files) is read by one
+    processes  most processes at once; 0: one per core. A piece is read by one process: a packed,
+               CSV or Parquet file, or all sequence files together
     folder     for temporary files; if this process is killed, those that it started remove it
     Raises PageLLMError as a single process would, or if a process dies.
     """
@@ -60,7 +62,7 @@ def read(raw: Raw, stem: Path, min_text: int, max_text: int) -> Tally:
 
 
 def in_processes(jobs: list[tuple], processes: int, folder: Path) -> list[Tally]:
-    """What `read` returns for each of the jobs. Of several errors the one of the first job is raised."""
+    """What `read` returns for each job. Of several errors, that of the first job is raised."""
     # Started afresh, not forked: a fork would take over locks that other threads hold.
     context = get_context("spawn")
     workers, answers, waiting, doing = {}, {}, list(reversed(range(len(jobs)))), {}
@@ -119,7 +121,7 @@ def work(pipe, folder: Path) -> None:
 
 
 def outlive(folder: Path) -> None:
-    """Wait until the process that started this one has died, killed or not; remove what it can no longer."""
+    """Wait until the parent process has died, then remove the folder that it no longer can."""
     connection.wait([parent_process().sentinel])
     while folder.exists():
         shutil.rmtree(folder, ignore_errors=True)

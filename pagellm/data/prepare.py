@@ -1,24 +1,29 @@
 """Raw files -> data/<dataset>/: duplicates out, k-core, dense ids, a split. The first stage.
 
-    python -m pagellm.data.prepare                                   the synthetic shop, seconds
-    python -m pagellm.data.prepare --dataset toys                    data/raw/toys; if need be downloaded
-    python -m pagellm.data.prepare --dataset myshop --raw ~/exports  any shop's own log
-    python -m pagellm.data.prepare --dataset small --raw data/raw/toys --thin_users 5000     rows left out at random
+    python -m pagellm.data.prepare                                    the synthetic shop, seconds
+    python -m pagellm.data.prepare --dataset toys                     data/raw/toys, or downloaded
+    python -m pagellm.data.prepare --dataset myshop --raw ~/exports   any shop's own log
+    python -m pagellm.data.prepare --dataset small --raw data/raw/toys --thin_users 5000
 
 Writes, all or nothing:
 
-    interactions.parquet  user, item int32; rating float32 on 1..5 (null = none); time int64 seconds,
-                          or float64 where some have a fraction (null = none); positive bool; split train | valid | test | unused. One row per (user, item), by
-                          user and time; rows of one user at one time in an order drawn from `seed`.
+    interactions.parquet  user, item int32; rating float32 on 1..5 (null = none); time int64 seconds
+                          or, where some have a fraction, float64 (null = none); positive bool;
+                          split train | valid | test | unused. One row per (user, item), by user
+                          and time; rows of one user at one time in an order drawn from `seed`.
                           Positive: rated above positive_above, or not rated at all.
     reviews.parquet       user, item, text of train rows. Text of held-out rows is stored nowhere.
     items.parquet         item, id, title, brand, categories, leaf, price, description
     users.parquet         user, id
     truth.npy             synthetic only: (U, N) float32 expected ratings
-    source.json           release, files with sha256, counts before and after each filter, this Config, and the
-                          hashes of what was written: `load` refuses anything else
+    source.json           release, files with sha256, what was decided while reading, counts before
+                          and after each filter, this Config, and the hashes of what was written:
+                          `load` refuses anything else
 
-Dense ids are ranks of the sorted identifiers. The bytes depend on the raw files and the Config alone.
+After reading, a paragraph says what was read and passed over, which columns were taken and left,
+and what was lost; --strict stops at its warnings. See pagellm.data.account.
+
+Dense ids are ranks of the sorted identifiers. The bytes depend on the raw files and Config alone.
 """
 
 import glob
@@ -50,7 +55,7 @@ from pagellm.stage.files import file_id
 __all__ = ["Config", "Table", "building", "catalogue", "run", "write_tables"]
 
 
-# What moves no byte: where files lie (their sha256 says what they are), how many processes read them.
+# Options that change no byte: where files lie (their sha256 says what they are), how they are read.
 PLACES = (
     *("raw", "data", "review_files", "item_files", "train", "valid", "test"),
     *("processes", "strict"),
@@ -129,7 +134,10 @@ def recorded(config: Config) -> dict:
 
 
 def already(config: Config, raw: Raw | None) -> bool:
-    """Whether the target holds the same data already. Raises PageLLMError if it holds something else."""
+    """Whether the target holds the same data already.
+
+    Raises PageLLMError if it holds something else.
+    """
     path = config.target / "source.json"
     if not path.exists():
         if config.target.exists() and any(config.target.iterdir()):
@@ -181,7 +189,7 @@ def filtered(
     graded: bool,
     scale: tuple[float, float] = (1.0, 5.0),
 ) -> tuple[Table, dict]:
-    """Duplicates out, k-core on positive rows, split. Returns the table and the counts of each step.
+    """Duplicates out, k-core on positive rows, split. Returns the table and counts of each step.
 
     scale  lowest and highest rating; positive is decided on it, then ratings are brought to 1..5
     """
@@ -190,7 +198,7 @@ def filtered(
     if graded:
         rows, time = filters.highest(c.user, c.item, c.time, c.rating, c.tie)
     else:
-        # Where one pair is in two of somebody else's splits and no time decides, the later split has it.
+        # Where a pair is in two given splits and no time decides, the later split has it.
         tie = (c.tie >> np.uint64(2)) | (np.maximum(c.split, 0).astype(np.uint64) << np.uint64(62))
         rows = filters.latest(c.user, c.item, c.time, c.rating, tie)
         time = c.time[rows]
@@ -420,7 +428,7 @@ def is_running(pid: str) -> bool:
 
 @contextmanager
 def building(target: Path):
-    """Yield a temporary directory beside target; it becomes target if all goes well, and vanishes if not."""
+    """Yield a temporary directory that becomes target if all goes well, and is removed if not."""
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
         if not is_running(left.name.split(".")[-2]):
@@ -450,7 +458,8 @@ def building(target: Path):
 def run(config: Config) -> Path:
     """Prepare a data set; returns its directory. Does nothing if the same one is there.
 
-    Raises PageLLMError if the directory holds another one, or raw files are missing, ambiguous or broken.
+    Raises PageLLMError if the directory holds another one, if raw files are missing, ambiguous or
+    broken, and with strict at a warning.
     """
     shop = (
         synthetic.make(config.users, config.items, config.seed)
@@ -530,7 +539,8 @@ def summary(config: Config, counts: dict) -> str:
     )
     return (
         f"{config.target}: {counts['users']:,} users, {counts['items']:,} items, "
-        f"{counts['interactions']:,} rows; positives {rows['train']:,} train, {rows['valid']:,} valid, "
+        f"{counts['interactions']:,} rows; positives {rows['train']:,} train, "
+        f"{rows['valid']:,} valid, "
         f"{rows['test']:,} test "
         f"({counts['duplicates']:,} duplicates out of {counts['records']:,} records{thinned})"
     )

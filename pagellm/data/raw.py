@@ -1,7 +1,7 @@
 """Which raw files there are, what each of them is, and one stream of records out of them.
 
-Files are recognised by their content, by the formats of FORMATS in turn. Where that leaves a choice,
-nothing is guessed: the error lists what was found and names the option that decides.
+Files are recognised by their content, by the formats of FORMATS in turn. Where that leaves a
+choice, nothing is guessed: the error lists what was found and names the option that decides.
 """
 
 import itertools
@@ -30,14 +30,16 @@ __all__ = ["FORMATS", "Raw", "find"]
 #   reviews(files, options, tally) -> tables of records.COLUMNS    the interactions of such files
 #   items(files, options, tally) -> Item, Item, ...                the lines of such item tables
 #   release(file) -> str                                           its name in source.json
-# The first format that recognises a file has it; one that finds no role in it leaves it to the next.
+# The first format that recognises a file has it; one that finds no role in it leaves it to the
+# next.
 FORMATS = {"amazon": amazon, "logs": logs, "sequences": sequences}
 
 SNIFFED_LINES = 20
 FORMS = """\
-  Interactions are Amazon reviews (2014, 2018, 2023), sequence files (user item item ...), or a table
-  with a user and an item column (CSV, Parquet, JSON lines); name these with --user_column and
-  --item_column, and the columns of a table without a heading with --columns user,item,rating,time."""
+  Interactions are Amazon reviews (2014, 2018, 2023), sequence files (user item item ...), or a
+  table with a user and an item column (CSV, Parquet, JSON lines); name these with --user_column
+  and --item_column, and the columns of a table without a heading with
+  --columns user,item,rating,time."""
 SPLITS = {"train": r"train(ing)?", "valid": r"val(id|idation)?|dev", "test": r"test(ing)?"}
 
 
@@ -86,8 +88,8 @@ class Raw:
 
         size  bytes of a piece, about
 
-        Only a plain file of which every line is a record can be cut. Files in which a user may go on
-        from one to the next stay together.
+        Only a plain file of which every line is a record can be cut. Files in which a user may go
+        on from one to the next stay together.
         """
         if any(file.joined for file in self.review_files):
             return [self]
@@ -236,7 +238,7 @@ def first_lines(path: Path) -> list[str]:
 
 
 def parts_without_heading(files: list[RawFile], warnings: list[str]) -> list[RawFile]:
-    """A table whose name continues a log's, with as many columns but no heading, is its next part."""
+    """A table without a heading whose name continues a log's is that log's next part."""
     found = []
     for file in files:
         whole = [

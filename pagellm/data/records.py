@@ -1,7 +1,7 @@
 """What every reader yields, one record at a time, and how broken input is counted.
 
-A reader is a generator of Review or Item. A record that cannot be understood raises Broken inside the
-reader, which counts it in a Tally and goes on: so read = kept + broken, by reason, always.
+A reader is a generator of Review or Item. A record that cannot be understood raises Broken inside
+the reader, which counts it in a Tally and goes on. So read = kept + passed + broken, by reason.
 """
 
 import io
@@ -168,8 +168,8 @@ WHOLE = Span()
 def lines(path: Path, span: Span = WHOLE) -> Iterator[bytes | None]:
     """The lines of a file, plain or packed, without their ends; None for an overlong one.
 
-    Memory is bounded by LINE_LIMIT bytes, whatever the file holds. Raises PageLLMError for a damaged
-    packed file: a file that is cut short must never pass for a small data set.
+    Memory is bounded by LINE_LIMIT bytes, whatever the file holds. Raises PageLLMError for a
+    damaged packed file: a file that is cut short must never pass for a small data set.
     """
     for block in blocks(path, span):
         yield from split_lines(block)

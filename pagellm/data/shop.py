@@ -3,7 +3,7 @@
 shop = load("data/toys")
 shop.n_users, shop.n_items
 shop.catalogue.title[12]
-indptr, items, ratings = shop.csr("train")        # positives of user u: items[indptr[u]:indptr[u + 1]]
+indptr, items, ratings = shop.csr("train")   # positives of u: items[indptr[u]:indptr[u + 1]]
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ SPLITS = ("train", "valid", "test", "unused")
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The items and their text, by dense item id 0..N-1. Unknown text is "", unknown numbers are NaN."""
+    """The items by dense id 0..N-1. Unknown text is "", unknown numbers are NaN."""
 
     ids: list[str]  # the shop's own identifiers
     title: list[str]
@@ -101,7 +101,10 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Shop:
-    """Interactions sorted by (user, time, item), one per (user, item), and the catalogue."""
+    """Interactions by user and time, one per (user, item), and the catalogue.
+
+    Rows of one user at one time stand in an order drawn by `prepare`.
+    """
 
     n_users: int
     n_items: int
@@ -120,21 +123,24 @@ class Shop:
     def rows(
         self, split: str | tuple[str, ...] | None = None, positive: bool | None = True
     ) -> np.ndarray:
-        """(R,) bool: rows of one split, several, or all (None); positive True, False, or both (None)."""
+        """(R,) bool: rows of one split, several or all (None); positive None: both kinds."""
         names = SPLITS if split is None else (split,) if isinstance(split, str) else split
         keep = np.isin(self.split, [SPLITS.index(name) for name in names])
         return keep if positive is None else keep & (self.positive == positive)
 
     def csr(self, split: str | tuple[str, ...] | None, positive: bool | None = True) -> Rows:
-        """The chosen rows by user: (indptr, items, ratings). Within a user: by time, then item."""
+        """The chosen rows by user: (indptr, items, ratings). Within a user: by time."""
         keep = self.rows(split, positive)
         indptr = np.zeros(self.n_users + 1, dtype=np.int64)
         np.cumsum(np.bincount(self.user[keep], minlength=self.n_users), out=indptr[1:])
         return Rows(indptr, self.item[keep], self.rating[keep])
 
     def moments(self, split: str) -> np.ndarray:
-        """(U,) int64 seconds: each user's first positive of a split, when a page would have been asked for; the last
-        moment of the train rows for users without one."""
+        """(U,) int64 seconds: when each user would have asked for a page.
+
+        That is the time of the user's first positive of the split; for users without one, the last
+        time of all train rows.
+        """
         keep = self.rows(split)
         first = np.full(self.n_users, np.iinfo(np.int64).max)
         np.minimum.at(first, self.user[keep], self.time[keep])
@@ -157,7 +163,10 @@ class Shop:
 
 
 def load(path: str | Path) -> Shop:
-    """Read a directory that `prepare` wrote. Raises PageLLMError if it is not there, or not as it was written."""
+    """Read a directory that `prepare` wrote.
+
+    Raises PageLLMError if it is not there, or has changed since.
+    """
     path = Path(path)
     if not (path / "source.json").exists():
         raise PageLLMError(

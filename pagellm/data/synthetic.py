@@ -1,12 +1,13 @@
-"""A made-up shop whose tastes are known: for the demo, for tests, and to compare results with the truth.
+"""A made-up shop whose tastes are known, for the demo, for tests, and to compare with the truth.
 
     shop = make(users=2000, items=1000, seed=0)       seconds
     shop.truth[u, i]                                  expected rating 1..5, without noise
-    write(shop, "raw/", "amazon2018")                 the same shop in any spelling that prepare reads
+    write(shop, "raw/", "amazon2018")                 the same shop in a format that prepare reads
 
-An item has a place in a two-level category tree, a brand, a price, a quality, and a position along six styles
-(rustic or modern, quiet or bold, ...). A user likes some styles, some categories and some brands, and minds
-prices more or less. What people buy follows popularity and taste; titles, descriptions and reviews tell it.
+An item has a place in a two-level category tree, a brand, a price, a quality, and a position along
+six styles (rustic or modern, quiet or bold, ...). A user likes some styles, categories and brands,
+and minds prices more or less. People buy what is popular and to their taste; titles, descriptions
+and reviews mention the styles.
 """
 
 import csv
@@ -105,7 +106,7 @@ VERDICTS = (
 
 @dataclass(frozen=True)
 class SyntheticShop:
-    """The shop: items, ratings in columns of R rows, and the truth. Users and items are in no order."""
+    """Items, R ratings in columns, and the truth. Users and items are in no order."""
 
     user_ids: list[str]
     items: list[Item]
@@ -187,7 +188,7 @@ def make(users: int = 2000, items: int = 1000, seed: int = 0) -> SyntheticShop:
     noise = rng.normal(size=len(user)) * NOISE
     rating = np.clip(np.rint(truth[user, item] + noise), 1, 5).astype(np.int64)
     time = draw_times(rng, user, users)
-    # Rows by user and time; ties by identifier, which is how prepare breaks them.
+    # Rows by user and time; equal times by identifier, so that the same shop is drawn every time.
     names = np.array([entry.id for entry in catalogue])
     order = np.lexsort((names[item], time, user))
     user_ids = [f"U{n:07d}" for n in rng.permutation(users) * 13 + 1000]
@@ -207,7 +208,10 @@ def make(users: int = 2000, items: int = 1000, seed: int = 0) -> SyntheticShop:
 
 
 def draw_items(rng: np.random.Generator, n: int):
-    """leaf, brand, style (n, 6), quality, price, fame, copies of n items; the last 8% nearly repeat some."""
+    """leaf, brand, style (n, 6), quality, price, fame, copies of n items.
+
+    The last 8% of the items nearly repeat other ones.
+    """
     n_brands = max(6, n // 20)
     home = rng.integers(0, len(TOPS), size=n_brands)  # a brand lives in one department
     lean = rng.normal(size=(n_brands, len(STYLES))) * 0.6  # and has a style of its own
@@ -268,13 +272,13 @@ def describe(
 
 
 def adjective(position: np.ndarray, place: int, choice: int) -> str:
-    """A word for the place-th strongest style at a position (6,): its low or high end, one of four words."""
+    """One of four words for the place-th strongest style at a position (6,), low end or high."""
     strongest = int(np.argsort(-np.abs(position), kind="stable")[place])
     return STYLES[strongest][int(position[strongest] > 0)][choice]
 
 
 def draw_times(rng: np.random.Generator, user: np.ndarray, users: int) -> np.ndarray:
-    """(R,) seconds at midnight: each user is a customer for some stretch of the years 2010 to 2014."""
+    """(R,) seconds at midnight: each user is a customer for some part of the years 2010 to 2014."""
     start = rng.integers(0, 1200, size=users)
     stretch = rng.integers(60, 600, size=users)
     return (
@@ -288,7 +292,7 @@ def draw_times(rng: np.random.Generator, user: np.ndarray, users: int) -> np.nda
 def write(shop: SyntheticShop, folder: str | Path, spelling: str, compress: bool = True) -> None:
     """Write the shop to `folder` as one of FORMATS; compress: gzip the text formats.
 
-    Sequence files carry identifiers, order and titles with categories only; the others carry everything.
+    Sequence files carry identifiers, order, titles and categories; the others carry everything.
     Raises PageLLMError for another spelling.
     """
     if spelling not in FORMATS:

@@ -1,7 +1,7 @@
 """Small tables that users hand to a command: run files, logs of tests, pairs, people's verdicts.
 
-CSV (with any of the usual marks), JSON lines and Parquet, packed or not, told from the content. Columns
-of identifiers are read as text; see `pagellm.data.values.identifier`.
+CSV (with any of the usual marks), JSON lines and Parquet, packed or not, told from the content.
+Columns of identifiers are read as text; see `pagellm.data.values.identifier`.
 """
 
 from pathlib import Path

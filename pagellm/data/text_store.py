@@ -1,9 +1,9 @@
-"""Records to compact columns, their text to disk: memory does not grow with the text of the reviews.
+"""Records to compact columns, their texts to disk: memory does not grow with the texts.
 
-Whoever reads a part of the records stores it in two temporary files: numbers and the identifiers they stand for in
-one, texts in the other. The first are put together; when it is known which rows stay and in what order, one pass
-deals the texts out into files of neighbouring rows, and each of those, small enough to hold, is put in order and
-written.
+Each part of the records is stored in two temporary files: one of numbers and identifiers, one of
+texts. `gather` puts the numbers of all parts together. When it is known which rows stay and in what
+order, one pass distributes the texts over files of neighbouring rows. Each of these is small enough
+to be sorted in memory and written.
 """
 
 import hashlib
@@ -56,7 +56,7 @@ BUCKETS = 200  # files open at once
 
 @dataclass(frozen=True)
 class Columns:
-    """R records in the order they were read. Users and items are ranks of their sorted identifiers."""
+    """R records in the order they were read. Users and items are ranks of sorted identifiers."""
 
     user_ids: list[str]  # sorted
     item_ids: list[str]  # sorted
@@ -97,7 +97,7 @@ class Names:
         )
 
     def ranked(self) -> tuple[list[str], np.ndarray]:
-        """The different identifiers in order; (rows,) int32: for each row the place of its own in that order."""
+        """The different identifiers in order, and (rows,) int32 the place of each row's own."""
         coded = self.coded()
         # of UTF-8 bytes, which is that of characters
         order = pc.array_sort_indices(coded.dictionary)
@@ -107,7 +107,7 @@ class Names:
 
 
 def store(batches: Iterable[pa.Table], stem: Path, min_text: int = 1, max_text: int = 2000) -> Path:
-    """Read every record: numbers to <stem>.numbers, texts to <stem>.texts, for `gather` and `write_reviews`.
+    """Store every record: numbers in <stem>.numbers, texts in <stem>.texts.
 
     batches             tables of records.COLUMNS, whose texts begin and end without spaces
     min_text, max_text  characters: a shorter text is left out, a longer one cut
@@ -161,7 +161,7 @@ def shortened(text: pa.StringArray, low: int, high: int) -> pa.StringArray:
 
 
 def digests(text: pa.StringArray) -> np.ndarray:
-    """(R,) uint64: 64 bits of each text, to break ties without regard to the order of lines; 0 for no text."""
+    """(R,) uint64: 64 bits of each text, 0 for no text: a tie-breaker independent of line order."""
     if not len(text):
         return np.zeros(0, np.uint64)
     _, offsets, data = text.buffers()
@@ -216,7 +216,9 @@ def by_time(user: np.ndarray, time: np.ndarray, tie: np.ndarray) -> np.ndarray:
 
 
 def write_reviews(stems: list[Path], position: np.ndarray, user, item, path: Path) -> int:
-    """Write reviews.parquet: texts of the rows with position >= 0, in order of position. Their files are used up.
+    """Write reviews.parquet: the texts of rows with position >= 0, in order of position.
+
+    The files of texts are deleted.
 
     position (R,) int64   where each row of the parts belongs, -1 for nowhere
     user, item (P,) int32 columns by position

@@ -1,7 +1,8 @@
 """What one value of a raw file means: identifiers, numbers, times, ratings, prices, texts.
 
-Every reader of the package takes identifiers from here, so that CSV, JSON and Parquet files give the
-same ones. A value that cannot be understood raises Broken, whose message is the reason to count.
+Every reader of the package takes identifiers from here, so that CSV, JSON and Parquet files give
+the same ones. A value that cannot be understood raises Broken, whose message is the reason to
+count.
 """
 
 import calendar
@@ -274,7 +275,7 @@ def understood(text, form: str) -> bool:
 
 
 def rating_in(value, low: float = 1.0, high: float = 5.0) -> float:
-    """A rating as it stands in the file, NaN where missing. Raises Broken off the scale low..high."""
+    """A rating on the file's own scale, NaN where missing. Raises Broken outside low..high."""
     rating = number(value, "rating")
     if rating < low or rating > high:
         raise Broken(f"rating outside {low:g}..{high:g}")
@@ -319,7 +320,7 @@ def decimal_comma(values: list) -> bool:
 
 
 def clean(value) -> str:
-    """One line of readable text: entities unescaped; line breaks, controls, runs of space one space.
+    """One line of readable text: entities unescaped, every run of blanks or controls one space.
 
     value  a string, None, or a list of strings, which are joined. Raises Broken for anything else.
     """

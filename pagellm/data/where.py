@@ -1,4 +1,4 @@
-"""Row filters: `quantity > 0 and status != cancelled`, read as conditions and never evaluated as code.
+"""Row filters: `quantity > 0 and status != cancelled`, read as conditions, never run as code.
 
     condition   column operator value        operators: > >= < <= == != in
     value       a number, a word, or text in quotes; for `in` a list: (a, b)
@@ -102,7 +102,7 @@ def tokens_of(text: str) -> list[str]:
 
 
 def take(tokens: list[str], at: int) -> tuple[Condition | None, int]:
-    """The condition that begins at a token, and where the next one begins; None if there is none."""
+    """The condition that begins at a token (None if none does), and where the next begins."""
     words = tokens[at : at + 3]
     if len(words) < 3 or words[0][0] in "<>=!(),":
         return None, at

@@ -149,7 +149,10 @@ def test_broken_files_are_refused(shop, tmp_path, change, words):
 
 
 def test_numbers_that_could_be_both_must_be_named(shop, tmp_path):
-    """A shop whose own identifiers are numbers, in another order than the dense ones; zeros in front are kept."""
+    """A shop whose own identifiers are numbers, in another order than the dense ones.
+
+    Zeros in front are kept.
+    """
     users, items = ([str(i) for i in range(n)][::-1] for n in (shop.n_users, shop.n_items))
     numeric = dataclasses.replace(
         shop, user_ids=users, catalogue=dataclasses.replace(shop.catalogue, ids=items)
@@ -223,7 +226,10 @@ def test_a_run_files_row_stands_beside_the_baselines(root, shop, capsys):
 
 
 def test_baselines_of_another_split_are_refused(root, tmp_path):
-    """The data are prepared anew with another seed; the baselines beside them are of the old split."""
+    """The data are prepared anew with another seed.
+
+    The baselines beside them are of the old split.
+    """
     shutil.copytree(root / "runs", tmp_path / "runs")
     prepare.run(prepare.Config(data=str(tmp_path / "data"), users=80, items=60, seed=1))
     path = root / "runs" / "synthetic" / "baselines" / "ease" / "pages.parquet"

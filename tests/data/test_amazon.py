@@ -417,7 +417,8 @@ def test_many_lines_at_once_are_what_they_are_one_by_one(
         ),
         (
             "2023",
-            ', "helpful_vote": 0, "verified_purchase": true, "images": [{"small_image_url": "https://x/y.jpg"}]',
+            ', "helpful_vote": 0, "verified_purchase": true,'
+            ' "images": [{"small_image_url": "https://x/y.jpg"}]',
             {"user_id", "parent_asin"},
         ),
     ],
@@ -442,7 +443,10 @@ def test_plain_lines_need_no_second_look(spelling, more, least):
 
 
 def test_what_only_escapes_hold_is_cleaned_too():
-    line = '{"reviewerID": "A", "asin": "B", "summary": "a\\u0020\\u0020b", "reviewText": "\\u0026#34;c"}'
+    line = (
+        '{"reviewerID": "A", "asin": "B", "summary": "a\\u0020\\u0020b",'
+        ' "reviewText": "\\u0026#34;c"}'
+    )
     (found,) = review_table(line.encode()).to_pylist()
     assert found["text"] == 'a b\n"c' == parse_review(line).text
 

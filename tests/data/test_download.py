@@ -23,7 +23,10 @@ BODY = gzip.compress(bytes(range(256)) * 400, compresslevel=0)
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """/NAME.gz: `plan` holds what to do at each: "ok", "cut", "ignore range", "wrong piece", a status."""
+    """/NAME.gz: `plan` holds what to do at each.
+
+    "ok", "cut", "ignore range", "wrong piece", a status.
+    """
 
     files: dict[str, bytes]
     plan: list

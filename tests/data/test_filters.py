@@ -1,4 +1,7 @@
-"""Laws of duplicates, k-core and splits; each against a slow statement of itself where there is one."""
+"""Laws of duplicates, k-core and splits.
+
+Each against a slow statement of itself where there is one.
+"""
 
 import math
 
@@ -41,7 +44,9 @@ def columns(rows, dtypes=(int, int, int, float, int)):
 @few
 @given(rows_with_repeats, st.randoms(use_true_random=False))
 def test_latest_keeps_one_row_a_pair_whatever_the_order(rows, random):
-    """Of each (user, item) the largest (time, rating with NaN lowest, tie) stays, in any order of rows."""
+    """Of each (user, item) the largest (time, rating with NaN lowest, tie) stays,
+    in any order of rows.
+    """
 
     def kept(rows):
         return [rows[n] for n in latest(*columns(rows))]
@@ -103,7 +108,10 @@ def test_k_core_is_what_is_left_when_rows_are_taken_out_one_by_one(rows, k, rand
 def test_thin_keeps_the_lowest_keys_and_comes_as_close_as_any_number_of_rows(
     rows, k, wanted, random
 ):
-    """Of all prefixes of the rows by key, one whose core's users are nearest to what was asked; fewer users: no."""
+    """Of all prefixes of the rows by key, one whose core's users are nearest to what was asked.
+
+    Fewer users: no.
+    """
     user, item = columns(rows, (int, int))
     counted = np.array([random.random() < 0.8 for _ in rows], bool)
     keys = np.array(random.sample(range(100), len(rows)), np.uint64)
@@ -161,7 +169,10 @@ def held_out(n):
 
 @st.composite
 def tables(draw, users=3, most=34):
-    """user, item, time, positive: one row a pair, users with few and many rows, days with many rows."""
+    """user, item, time, positive.
+
+    One row a pair, users with few and many rows, days with many rows.
+    """
     user, item, time, positive = [], [], [], []
     for u in range(users):
         count = draw(st.one_of(st.integers(0, 6), st.integers(0, most)))
@@ -177,7 +188,10 @@ def tables(draw, users=3, most=34):
 @few
 @given(tables(), st.integers(0, 99))
 def test_a_random_split_holds_out_the_papers_shares(table, seed):
-    """valid = test = max(1, floor(n/10)) of n >= 3 positives, none of fewer; floor(m/10) of m other rows."""
+    """valid = test = max(1, floor(n/10)) of n >= 3 positives, none of fewer.
+
+    Floor(m/10) of m other rows.
+    """
     user, item, _, positive = table
     keys = random_keys(seed, user, item, ["a", "b", "c"], [str(n) for n in range(40)])
     split = split_random(user, item, positive, keys)
@@ -233,7 +247,10 @@ def test_equal_times_are_ordered_by_a_draw_and_different_times_by_themselves(tab
 
 @pytest.mark.parametrize("leave_one_out", [True, False])
 def test_item_numbers_do_not_choose_the_test_row(leave_one_out):
-    """200 users with 8 items on one day: the largest number, and the smallest, about as often as any."""
+    """200 users with 8 items on one day.
+
+    The largest number, and the smallest, about as often as any.
+    """
     user, item = np.repeat(np.arange(200), 8), np.tile(np.arange(8), 200)
     day, liked = np.zeros(1600, int), np.ones(1600, bool)
     ids = [f"u{n}" for n in range(200)], [f"i{n}" for n in range(8)]

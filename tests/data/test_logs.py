@@ -1,4 +1,7 @@
-"""A shop's own log in every form, item tables, sequence files; good rows survive what lies between."""
+"""A shop's own log in every form, item tables, sequence files.
+
+Good rows survive what lies between.
+"""
 
 import csv
 import io

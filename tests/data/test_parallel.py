@@ -1,4 +1,7 @@
-"""Several processes read what one reads: the same bytes, the same counts, the same message for the same fault."""
+"""Several processes read what one reads.
+
+The same bytes, the same counts, the same message for the same fault.
+"""
 
 import gzip
 import itertools
@@ -108,7 +111,10 @@ def test_a_damaged_part_is_named(folder, tmp_path):
 def test_parts_of_a_file_are_its_lines_wherever_it_is_cut(
     tmp_path_factory, content, end, last, cuts, first
 ):
-    """Inside a line, a line end or a character, in places that are none: every line once, in order."""
+    """Inside a line, a line end or a character, in places that are none.
+
+    Every line once, in order.
+    """
     path = tmp_path_factory.getbasetemp() / "cut"
     data = (end.join(content) + end * last).encode()
     path.write_bytes(data)
@@ -146,7 +152,9 @@ def test_only_plain_files_of_lines_are_cut(tmp_path):
 
 
 def review_files(folder, spelling):
-    """A shop's reviews in two plain files, an empty one and a packed one, with all that may be odd about them."""
+    """A shop's reviews in two plain files, an empty one and a packed one,
+    with all that may be odd about them.
+    """
     shop = synthetic.make(60, 40, seed=0)
     rows = [
         {
@@ -185,7 +193,10 @@ def review_files(folder, spelling):
 def test_pieces_of_files_move_no_byte_and_no_line_number(
     tmp_path, monkeypatch, capsys, spelling, several
 ):
-    """More processes than files; files cut at any byte; broken lines, NUL, BOM, CRLF, no last line end, nothing."""
+    """More processes than files; files cut at any byte.
+
+    Broken lines, NUL, BOM, CRLF, no last line end, nothing.
+    """
     review_files(tmp_path / "raw", spelling)
     monkeypatch.setattr(parallel, "PIECE", 7_001)
     names = ",".join(f"part-{n}.json" for n in (0, 1, 3))

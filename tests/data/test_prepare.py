@@ -146,7 +146,10 @@ def test_reviews_are_of_train_rows_in_their_order(tmp_path):
 
 @pytest.mark.parametrize("split", ["random", "temporal", "leave_one_out"])
 def test_nothing_of_held_out_rows_is_in_any_file(tmp_path, split):
-    """The split does not look at texts: so mark the held-out texts, prepare again, look everywhere."""
+    """The split does not look at texts.
+
+    So mark the held-out texts, prepare again, look everywhere.
+    """
     rows = table(prepared(tmp_path / "plain", dense(), split=split))
     held_out = {(f"u{row['user']}", f"i{row['item']}") for row in rows if row["split"] != "train"}
     assert held_out
@@ -185,7 +188,10 @@ def test_the_order_of_lines_moves_no_byte(tmp_path_factory, seed, split):
 
 
 def test_thinning_leaves_the_users_asked_for_whatever_the_order_of_lines(tmp_path, capsys):
-    """Rows go at random, then the k-core: close to the users asked for, the same each time, another draw by seed."""
+    """Rows go at random, then the k-core.
+
+    Close to the users asked for, the same each time, another draw by seed.
+    """
     rng = random.Random(0)
     records = [review(f"u{u}", f"i{i}") for u in range(60) for i in rng.sample(range(25), 9)]
     full = table(prepared(tmp_path / "full", records, k_core=4))
@@ -260,7 +266,10 @@ def test_missing_ratings_and_times_stay_missing(tmp_path):
 
 
 def test_disliked_rows_of_survivors_stay_and_others_go(tmp_path):
-    """k-core on positives: u9 has 9 rows but 4 positives, i9 likewise; their dislikes go with them."""
+    """k-core on positives: u9 has 9 rows but 4 positives, i9 likewise.
+
+    Their dislikes go with them.
+    """
     lonely = [review("u9", f"i{i}", 5.0 if i < 4 else 1.0) for i in range(9)]
     path = prepared(
         tmp_path,
@@ -386,7 +395,10 @@ path_lists = st.lists(st.lists(names, min_size=1, max_size=3).map(tuple), max_si
 @settings(deadline=None, max_examples=100)
 @given(st.lists(path_lists, min_size=1, max_size=4))
 def test_a_root_that_all_items_share_is_left_out(all_paths):
-    """Putting one root above every path changes nothing; names are distinct; leaf ends the first path."""
+    """Putting one root above every path changes nothing; names are distinct.
+
+    Leaf ends the first path.
+    """
     ids = [f"i{n}" for n in range(len(all_paths))]
 
     def columns(all_paths):
@@ -832,7 +844,10 @@ def real(name):
     ],
 )
 def test_real_files(tmp_path, name, release, records, duplicates, users, items):
-    """Counts as published or as counted by hand; 134 users because All Beauty's core is of liked rows."""
+    """Counts as published or as counted by hand.
+
+    134 users because All Beauty's core is of liked rows.
+    """
     path = run(Config(dataset=name, data=str(tmp_path), raw=real(name)))
     info = source(path)
     counts = info["counts"]

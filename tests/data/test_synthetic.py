@@ -1,4 +1,7 @@
-"""The made-up shop: the same from the same seed, learnable, and the same again through every file format."""
+"""The made-up shop.
+
+The same from the same seed, learnable, and the same again through every file format.
+"""
 
 import re
 
@@ -71,7 +74,10 @@ def tokens(title):
 
 
 def test_near_duplicates(shop):
-    """8% of items: brand and leaf of another, titles with Jaccard >= 0.8, and nearly the same liking."""
+    """8% of items.
+
+    Brand and leaf of another, titles with Jaccard >= 0.8, and nearly the same liking.
+    """
     copies = np.flatnonzero(shop.copies >= 0)
     assert len(copies) == 16 and len(set(shop.copies[copies].tolist())) == 16
     for n in copies:
@@ -104,7 +110,10 @@ def test_text_tells_the_style(shop):
 
 
 def test_a_good_recommender_beats_popularity_which_beats_chance():
-    """EASE (Steck 2019) has at least twice the Recall@20 of popularity: there is structure to be learned."""
+    """EASE (Steck 2019) has at least twice the Recall@20 of popularity.
+
+    There is structure to be learned.
+    """
     shop = make(users=800, items=300, seed=0)
     positive = shop.rating > 3
     fold = np.random.default_rng(0).integers(0, 5, len(positive))

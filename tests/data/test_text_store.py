@@ -132,7 +132,10 @@ def test_texts_are_cut_and_short_ones_left_out(folder):
 @few
 @given(st.data(), reviews, st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
 def test_reviews_come_out_in_the_order_asked_for(folder, data, records, bucket, buckets, pieces):
-    """Whatever the number of parts and the size of buckets: rows with a position and a text, by position, only."""
+    """Whatever the number of parts and the size of buckets.
+
+    Rows with a position and a text, by position, only.
+    """
     keep = data.draw(
         st.lists(st.sampled_from(range(len(records))), unique=True) if records else st.just([])
     )

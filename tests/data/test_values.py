@@ -99,7 +99,10 @@ def test_identifiers_are_text_whatever_their_type(value, text):
 @few
 @given(st.lists(st.none() | st.integers(0, 2**53), min_size=1, max_size=6))
 def test_a_column_with_gaps_gives_the_ids_that_it_would_without(ids):
-    """One missing value turns a data frame's integers into floats: the identifiers stay the same."""
+    """One missing value turns a data frame's integers into floats.
+
+    The identifiers stay the same.
+    """
     expected = [None if n is None else str(n) for n in ids]
     for kind in (pa.int64(), pa.float64(), pa.string(), pa.decimal128(38, 0)):
         column = pa.array(ids, pa.int64()).cast(kind, safe=False)
