@@ -1082,6 +1082,9 @@ def data_card(found: Found, config: Config) -> str:
             f"{steps[0]['items']:,} items, {steps[0]['rows']:,} rows to {steps[-1]['users']:,}, "
             f"{steps[-1]['items']:,}, {steps[-1]['rows']:,}."
         )
+    if read := s.get("read"):
+        said = read.get("lines", []) + [f"Warning: {w}" for w in read.get("warnings", [])]
+        out += table(["what was read, and how"], [[line] for line in said]) if said else ""
     if s.get("missing"):
         out += table(
             ["field", "share missing"], [[n, f"{v:.1%}"] for n, v in sorted(s["missing"].items())]
