@@ -23,9 +23,9 @@ BODY = gzip.compress(bytes(range(256)) * 400, compresslevel=0)
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """/NAME.gz: `plan` holds what to do at each.
+    """Serves /NAME.gz. `plan` says how to answer each request.
 
-    "ok", "cut", "ignore range", "wrong piece", a status.
+    "ok", "cut", "ignore range", "wrong piece", or the number of a status.
     """
 
     files: dict[str, bytes]

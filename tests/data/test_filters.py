@@ -1,7 +1,4 @@
-"""Laws of duplicates, k-core and splits.
-
-Each against a slow statement of itself where there is one.
-"""
+"""Laws of duplicates, k-core and splits, compared with a slow version where there is one."""
 
 import math
 
@@ -108,9 +105,9 @@ def test_k_core_is_what_is_left_when_rows_are_taken_out_one_by_one(rows, k, rand
 def test_thin_keeps_the_lowest_keys_and_comes_as_close_as_any_number_of_rows(
     rows, k, wanted, random
 ):
-    """Of all prefixes of the rows by key, one whose core's users are nearest to what was asked.
+    """Of all prefixes of the rows by key, the one whose core's users are nearest to what was asked.
 
-    Fewer users: no.
+    Fewer users than were asked for in all rows is an error.
     """
     user, item = columns(rows, (int, int))
     counted = np.array([random.random() < 0.8 for _ in rows], bool)
@@ -169,9 +166,9 @@ def held_out(n):
 
 @st.composite
 def tables(draw, users=3, most=34):
-    """user, item, time, positive.
+    """Columns user, item, time, positive with one row per pair.
 
-    One row a pair, users with few and many rows, days with many rows.
+    Some users have few rows and some many; some days have many rows.
     """
     user, item, time, positive = [], [], [], []
     for u in range(users):
@@ -190,7 +187,7 @@ def tables(draw, users=3, most=34):
 def test_a_random_split_holds_out_the_papers_shares(table, seed):
     """valid = test = max(1, floor(n/10)) of n >= 3 positives, none of fewer.
 
-    Floor(m/10) of m other rows.
+    Of m other rows floor(m/10) are held out.
     """
     user, item, _, positive = table
     keys = random_keys(seed, user, item, ["a", "b", "c"], [str(n) for n in range(40)])
@@ -247,10 +244,7 @@ def test_equal_times_are_ordered_by_a_draw_and_different_times_by_themselves(tab
 
 @pytest.mark.parametrize("leave_one_out", [True, False])
 def test_item_numbers_do_not_choose_the_test_row(leave_one_out):
-    """200 users with 8 items on one day.
-
-    The largest number, and the smallest, about as often as any.
-    """
+    """200 users have 8 items on one day: each number is held out about equally often."""
     user, item = np.repeat(np.arange(200), 8), np.tile(np.arange(8), 200)
     day, liked = np.zeros(1600, int), np.ones(1600, bool)
     ids = [f"u{n}" for n in range(200)], [f"i{n}" for n in range(8)]

@@ -1,6 +1,6 @@
 """A shop's own log in every form, item tables, sequence files.
 
-Good rows survive what lies between.
+Good rows are read whatever stands between them.
 """
 
 import csv

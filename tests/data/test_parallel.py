@@ -1,7 +1,4 @@
-"""Several processes read what one reads.
-
-The same bytes, the same counts, the same message for the same fault.
-"""
+"""Several processes read what one reads: the same bytes, counts and messages."""
 
 import gzip
 import itertools
@@ -111,10 +108,7 @@ def test_a_damaged_part_is_named(folder, tmp_path):
 def test_parts_of_a_file_are_its_lines_wherever_it_is_cut(
     tmp_path_factory, content, end, last, cuts, first
 ):
-    """Inside a line, a line end or a character, in places that are none.
-
-    Every line once, in order.
-    """
+    """Wherever a file is cut, even within a character, every line is read once and in order."""
     path = tmp_path_factory.getbasetemp() / "cut"
     data = (end.join(content) + end * last).encode()
     path.write_bytes(data)
@@ -152,9 +146,7 @@ def test_only_plain_files_of_lines_are_cut(tmp_path):
 
 
 def review_files(folder, spelling):
-    """A shop's reviews in two plain files, an empty one and a packed one,
-    with all that may be odd about them.
-    """
+    """A shop's reviews in two plain files, an empty one and a packed one, with odd lines."""
     shop = synthetic.make(60, 40, seed=0)
     rows = [
         {
@@ -193,9 +185,9 @@ def review_files(folder, spelling):
 def test_pieces_of_files_move_no_byte_and_no_line_number(
     tmp_path, monkeypatch, capsys, spelling, several
 ):
-    """More processes than files; files cut at any byte.
+    """The result is the same with more processes than files, and files cut at any byte.
 
-    Broken lines, NUL, BOM, CRLF, no last line end, nothing.
+    The files hold broken lines, NUL, a byte order mark, CRLF, no last line end, or nothing.
     """
     review_files(tmp_path / "raw", spelling)
     monkeypatch.setattr(parallel, "PIECE", 7_001)

@@ -146,10 +146,7 @@ def test_reviews_are_of_train_rows_in_their_order(tmp_path):
 
 @pytest.mark.parametrize("split", ["random", "temporal", "leave_one_out"])
 def test_nothing_of_held_out_rows_is_in_any_file(tmp_path, split):
-    """The split does not look at texts.
-
-    So mark the held-out texts, prepare again, look everywhere.
-    """
+    """The split does not depend on texts, so held-out texts can be marked and looked for."""
     rows = table(prepared(tmp_path / "plain", dense(), split=split))
     held_out = {(f"u{row['user']}", f"i{row['item']}") for row in rows if row["split"] != "train"}
     assert held_out
@@ -188,9 +185,9 @@ def test_the_order_of_lines_moves_no_byte(tmp_path_factory, seed, split):
 
 
 def test_thinning_leaves_the_users_asked_for_whatever_the_order_of_lines(tmp_path, capsys):
-    """Rows go at random, then the k-core.
+    """Rows are left out at random, then the k-core is taken.
 
-    Close to the users asked for, the same each time, another draw by seed.
+    About as many users stay as were asked for: the same each time, others with another seed.
     """
     rng = random.Random(0)
     records = [review(f"u{u}", f"i{i}") for u in range(60) for i in rng.sample(range(25), 9)]
@@ -395,9 +392,9 @@ path_lists = st.lists(st.lists(names, min_size=1, max_size=3).map(tuple), max_si
 @settings(deadline=None, max_examples=100)
 @given(st.lists(path_lists, min_size=1, max_size=4))
 def test_a_root_that_all_items_share_is_left_out(all_paths):
-    """Putting one root above every path changes nothing; names are distinct.
+    """Putting one root above every path changes nothing.
 
-    Leaf ends the first path.
+    Names are distinct, and the leaf is the end of the first path.
     """
     ids = [f"i{n}" for n in range(len(all_paths))]
 

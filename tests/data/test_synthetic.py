@@ -1,7 +1,4 @@
-"""The made-up shop.
-
-The same from the same seed, learnable, and the same again through every file format.
-"""
+"""The made-up shop: one seed gives one shop, it can be learned, and every format keeps it."""
 
 import re
 
@@ -74,9 +71,9 @@ def tokens(title):
 
 
 def test_near_duplicates(shop):
-    """8% of items.
+    """8% of items have another's brand and leaf, a title like it, and are liked alike.
 
-    Brand and leaf of another, titles with Jaccard >= 0.8, and nearly the same liking.
+    Titles are alike from a Jaccard index of 0.8 on.
     """
     copies = np.flatnonzero(shop.copies >= 0)
     assert len(copies) == 16 and len(set(shop.copies[copies].tolist())) == 16

@@ -132,9 +132,9 @@ def test_texts_are_cut_and_short_ones_left_out(folder):
 @few
 @given(st.data(), reviews, st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
 def test_reviews_come_out_in_the_order_asked_for(folder, data, records, bucket, buckets, pieces):
-    """Whatever the number of parts and the size of buckets.
+    """Only rows with a position and a text are written, in order of position.
 
-    Rows with a position and a text, by position, only.
+    The number of parts and the size of the buckets change nothing.
     """
     keep = data.draw(
         st.lists(st.sampled_from(range(len(records))), unique=True) if records else st.just([])
