@@ -46,7 +46,7 @@ def train(data, runs, last="ppo"):
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory):
-    """Directory with a small shop under data/ and, under runs/base, the stages that a page needs."""
+    """A directory with a small shop in data/ and, in runs/base, the stages that a page needs."""
     root = tmp_path_factory.mktemp("served")
     prepare.run(prepare.Config(data=str(root / "data"), users=80, items=60))
     train(root / "data", root / "runs")

@@ -1,4 +1,4 @@
-"""Hypothesis strategies that several test files share. Sizes stay tiny: an exception needs no more."""
+"""Hypothesis strategies and small builders that several test files share. Sizes stay tiny."""
 
 import math
 

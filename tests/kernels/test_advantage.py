@@ -113,7 +113,7 @@ def test_scans_of_nothing(scan, shape):
 
 
 class Sums(TorchDispatchMode):
-    """How many running sums are taken."""
+    """Counts running sums."""
 
     count = 0
 
@@ -127,7 +127,7 @@ class Sums(TorchDispatchMode):
     [(0.95, 865, 1), (0.95, 866, 2), (0.5, 65, 1), (0.5, 130, 2), (1.0, 9000, 1), (0.0, 3, 3)],
 )
 def test_a_block_is_as_long_as_its_weights_stay_above_two_to_the_minus_64(ratio, T, blocks):
-    """Calls cost time, so that a page of 20 slots must be one block at any usual ratio."""
+    """Each block costs calls: a page of 20 slots is one block at any usual ratio."""
     with Sums() as seen:
         by_blocks(torch.ones(2, T), ratio)
     assert seen.count == blocks

@@ -55,7 +55,7 @@ def choices(draw, dtype=torch.float64, width=6):
 
 @st.composite
 def heads(draw, dtype=torch.float64, excluding=True):
-    """hidden (N, C), weight (V, C), target (N,), excluded (N, E) with repeats and padding anywhere."""
+    """hidden (N, C), weight (V, C), target (N,), excluded (N, E), repeats and padding anywhere."""
     N, C, V, E = (draw(st.integers(low, high)) for low, high in ((0, 5), (1, 3), (2, 9), (0, 6)))
     generator = torch.Generator().manual_seed(draw(seeds))
     hidden, weight = (torch.randn(n, C, generator=generator, dtype=dtype) * 2 for n in (N, V))
@@ -76,7 +76,7 @@ def legal_set(excluded, V):
 
 
 def gradients(outputs, inputs, weights_seed=5):
-    """Of one fixed random combination of all finite outputs."""
+    """Gradients of one fixed random combination of all finite outputs."""
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     total = sum(
         (torch.where(x.isfinite(), x, 0.0) * randn(*x.shape, seed=weights_seed + i)).sum()
@@ -286,7 +286,7 @@ def test_linear_refuses_a_second_derivative():
 
 @pytest.mark.parametrize("tiling", [(7, 3, 0), (7, 3, 99), (2**21, 2048, 1)], indirect=True)
 def test_each_gradient_alone_and_each_output_alone(tiling):
-    """Asking for less gives the same numbers, as does asking twice."""
+    """One gradient or output alone has the same numbers as all together, also asked for twice."""
     hidden, weight = (randn(n, 3, seed=n).requires_grad_() for n in (5, 6))
     rest = torch.tensor([3] * 5), torch.tensor([[0, 1]] * 5), 1.0, True
     both = gradients(linear_logp(hidden, weight, *rest), (hidden, weight))
@@ -335,7 +335,7 @@ def test_order_and_repeats_of_excluded_ids_move_no_bit(tiling, head, seed):
 @pytest.mark.parametrize("only", [0, 3, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_only_choice_is_certain(tiling, only, dtype):
-    """|C| = 1: logp 0, entropy 0, exactly no gradient, even beside excluded logits that are far larger."""
+    """One legal choice: logp, entropy and gradient are 0, however large the excluded logits are."""
     hidden = (randn(4, 3) * 100).to(dtype).requires_grad_()
     weight = (randn(7, 3, seed=1) * 100).to(dtype).requires_grad_()
     excluded = torch.tensor([[j for j in range(7) if j != only]] * 4)
@@ -353,7 +353,7 @@ def test_the_only_choice_is_certain(tiling, only, dtype):
 
 @pytest.mark.parametrize("tiling", TILINGS, indirect=True)
 def test_an_excluded_entry_gets_exactly_no_gradient(tiling):
-    """Nothing else moves either when its logit grows past every other one."""
+    """Nothing else changes when the logit of the excluded entry grows beyond all others."""
     hidden, target, excluded = randn(3, 2), torch.tensor([0, 1, 2]), torch.tensor([[5]] * 3)
     results = []
     for size in (1.0, 1e4):
@@ -370,7 +370,7 @@ def test_an_excluded_entry_gets_exactly_no_gradient(tiling):
 
 @pytest.mark.parametrize("tiling", TILINGS, indirect=True)
 def test_linear_is_stable_at_logits_of_ten_thousand(tiling):
-    """float32 against float64: logits spread over 2e4, and ties at 1e4, where log s needs its digits."""
+    """float32 against float64: logits spread over 2e4, and ties at 1e4."""
     spread_out = (
         torch.tensor([[1e4], [-1e4]]),
         torch.linspace(-1, 1, 7)[:, None],
@@ -449,7 +449,7 @@ def test_autocast_rounds_nothing():
 
 
 class Watch(TorchDispatchMode):
-    """The most entries of any tensor that an operation made, and whether any was denormal."""
+    """Records the entries of the largest tensor made, and whether any entry was denormal."""
 
     def __init__(self):
         super().__init__()
@@ -467,7 +467,7 @@ class Watch(TorchDispatchMode):
 
 
 class Products(TorchDispatchMode):
-    """How many matrix products ran, and what all new tensors together hold."""
+    """Counts matrix products, and the entries of all new tensors together."""
 
     def __init__(self):
         super().__init__()
@@ -484,7 +484,7 @@ class Products(TorchDispatchMode):
 def test_few_logits_of_wide_states_are_kept_and_all_others_computed_again(
     monkeypatch, C, keep, products
 ):
-    """Kept: forward a product a tile, backward two; computed again: three. Without gradients nothing is kept."""
+    """Products a tile: one forward; backward two with kept logits, else three."""
     monkeypatch.setitem(logprob.TILE, "cpu", 40)
     monkeypatch.setattr(logprob, "TILE_ROWS", 4)
     monkeypatch.setitem(logprob.KEEP, "cpu", keep)
@@ -570,7 +570,7 @@ def test_states_without_channels_choose_evenly():
 
 
 def test_rows_of_a_larger_table_and_short_integers():
-    """The item head is a slice of one table, transposed tables included; ids may be int32."""
+    """weight may be a slice of a larger, also of a transposed table; ids may be int32."""
     table, hidden = randn(6, 9), randn(4, 6, seed=1)
     target, excluded = torch.tensor([0, 1, 2, 3]), torch.tensor([[4], [3], [0], [-1]])
     expected = linear_logp(hidden, table.t()[3:].contiguous(), target, excluded)

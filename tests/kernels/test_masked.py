@@ -82,7 +82,7 @@ def test_order_does_not_matter(case, seed):
 @given(st.floats(-1e4, 1e4, width=32), st.integers(1, 3000))
 @settings(deadline=None)
 def test_equal_entries_are_exactly_their_mean(dtype, value, n):
-    """No rounding of the mean survives to be divided by a spread of nearly nothing."""
+    """The rounding of the mean leaves nothing that a tiny spread could blow up."""
     n = min(n, 40 * masked.BLOCK)  # so many blocks are enough, and a block of one entry is slow
     x, mask = torch.full((n,), value, dtype=dtype) / 3, torch.ones(n, dtype=torch.bool)
     assert_close(masked.mean(x, mask), x[0], rtol=1e-6 if dtype == torch.float32 else 1e-15, atol=0)
@@ -101,7 +101,7 @@ def test_a_large_offset_costs_no_digits():
 
 @pytest.mark.parametrize("offset", [0.0, 1e4, -3e6])
 def test_blocks_of_different_levels_join_to_the_variance_of_all(offset, monkeypatch):
-    """What the means of blocks differ by is most of this variance; float64 is the judge."""
+    """Most of this variance is that of the blocks' means; float64 is the reference."""
     monkeypatch.setattr(masked, "BLOCK", 5000)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5 * masked.BLOCK + 7, generator=generator) + offset

@@ -187,7 +187,7 @@ def test_batch_energy_equals_energy_and_ignores_padding(
 @law
 @given(pages, leaves, near_relations(N), st.data())
 def test_energy_laws(page, leaf, near, data):
-    """E is linear in the gains; an item at the end adds its own term alone; numbers of leaves are names."""
+    """E is linear in the gains; a last item adds one term; numbers of leaf categories are names."""
     g = np.array(data.draw(st.lists(grades, min_size=len(page), max_size=len(page))))
     e = energy(page, g, leaf, near)
     d = 1 / np.log2(np.arange(len(page)) + 2)
@@ -246,7 +246,7 @@ def test_gains_look_up_each_users_own_rows(rows, page):
     st.data(),
 )
 def test_feedback_is_every_move_that_changes_energy(page, leaf, near, data):
-    """delta_E of (i, k, k2): E after taking i out at k and putting it in at k2, less E before; reach 3."""
+    """delta_E of (i, k, k2) is E after moving i from k to k2 less E before; here within 3 slots."""
     g = data.draw(st.lists(grades, min_size=len(page), max_size=len(page)))
     of = dict(zip(page, g, strict=True))
     want = {}

@@ -1,4 +1,4 @@
-"""Scores of pages: SPEC 8, 13.9."""
+"""Scores of pages: bounds, hand-made cases, and the batch equal to one user at a time."""
 
 import math
 import random
@@ -49,7 +49,7 @@ cuts = st.one_of(st.none(), st.integers(1, 9))
 modes = st.sampled_from(["worst", "append", "skip"])
 
 
-# Golden vectors of SPEC 8
+# Cases by hand
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_moving_a_label_up_never_lowers_recall_or_ndcg(ref, gen, k, data):
 @law
 @given(refs, pages, st.integers(1, 9))
 def test_ndcg_stays_under_its_recall_bound(ref, gen, k):
-    """Given h hits in the first k, NDCG is largest with all of them in front (SPEC 9)."""
+    """Of all lists with h hits in the first k, those with the hits in front have the highest NDCG."""
     hits = round(recall(ref, gen, k) * len(ref))
     best = sum(1 / math.log2(r + 1) for r in range(1, hits + 1))
     ideal = sum(1 / math.log2(r + 1) for r in range(1, min(k, len(ref)) + 1))
@@ -159,7 +159,7 @@ def test_the_bound_is_reached_by_hits_that_lead_each_band():
 
 @pytest.mark.slow
 def test_recall_and_ndcg_equal_ranx():
-    """An independent implementation; most of the time here is its compilation."""
+    """ranx is an independent implementation; most of this test's time is its compilation."""
     ranx = pytest.importorskip("ranx", reason="the dev extra is not installed")
     rng = np.random.default_rng(0)
     qrels, run, lists = {}, {}, {}
@@ -189,7 +189,7 @@ def test_recall_and_ndcg_equal_ranx():
 
 
 def slow(ref, gen, k, missing, real=None):
-    """SPEC 8's definitions, pair by pair; None where undefined."""
+    """The definitions of was, pwkt, wmrd and dpa as plain loops; None where undefined."""
     gen = list(dict.fromkeys(gen))[:k]
     n, size = len(ref), len(gen)
     rank = dict(zip(ref, real or range(1, n + 1), strict=True))
@@ -228,7 +228,7 @@ def test_order_scores_equal_the_definitions(ref, gen, k, missing, data):
 @law
 @given(refs, pages, modes)
 def test_order_scores_keep_their_bounds(ref, gen, missing):
-    """WAS, DPA in [0, 1]; PWKT in [-1, 1]; WMRD in [0, S]; perfect exactly when the page begins with ref."""
+    """WAS, DPA in [0, 1]; PWKT in [-1, 1]; WMRD in [0, S]; perfect if the page begins with ref."""
     size = len(set(gen))
     limit = max(size, len(ref))
     got = [score(ref, gen, missing=missing) for score in ORDER]
@@ -263,7 +263,7 @@ def test_scores_do_not_depend_on_names_or_repeats(ref, gen, k, missing, new):
 @law
 @given(refs, clean)
 def test_reversing_the_labels_turns_tau_around(ref, gen):
-    """Without missing labels and with equal weights tau changes sign; where all labels tie it is 0."""
+    """Without missing labels and with equal weights tau changes sign; if all labels tie it is 0."""
     assume(len(ref) > 1)
     whole = gen + [i for i in ref if i not in gen]
     got = pwkt(ref, whole, paper_scale=True)
@@ -311,7 +311,7 @@ def test_set_scores_ignore_order_and_repeats(gen, categories, random):
 @law
 @given(clean, catalogues)
 def test_set_scores_keep_their_bounds(gen, categories):
-    """ILD is 1 exactly for disjoint sets, 0 exactly for equal known ones; H = 0 for one category."""
+    """ILD is 1 only for disjoint sets, 0 only for equal known ones; H = 0 only for one category."""
     d, h, r = ild(gen, categories), entropy(gen, categories), redundancy(gen, categories)
     sets = [categories[i] for i in gen]
     if len(gen) < 2:
@@ -403,7 +403,7 @@ def test_duplicates_by_hand():
 
 @st.composite
 def populations(draw):
-    """users, pages, labels of several users; ids with gaps; some users without labels or without a page."""
+    """users, pages and labels; user ids with gaps; some users without labels or without a page."""
     users = np.array(sorted(draw(st.sets(st.integers(0, 30), min_size=1, max_size=4))))
     everyone = [*users.tolist(), 31]  # 31 is nobody's business
     gen = {u: draw(st.lists(item, max_size=10)) for u in everyone}
@@ -445,7 +445,7 @@ def test_score_pages_equals_the_one_user_functions(
 @pytest.mark.parametrize("flag", [False, True])
 @pytest.mark.parametrize("missing", ["worst", "append", "skip"])
 def test_score_pages_equals_the_one_user_functions_on_many_users(flag, missing):
-    """Enough users that every case occurs: ties, repeats, equal and disjoint category sets, short pages."""
+    """Enough users for every case: ties, repeats, equal and disjoint category sets, short pages."""
     rng = np.random.default_rng(1)
     everyone = range(0, 200, 2)
     gen = {u: rng.integers(0, N, rng.integers(0, 11)).tolist() for u in everyone}
@@ -537,7 +537,7 @@ def test_score_pages_defaults_and_mappings():
 
 
 def test_score_pages_cuts_its_blocks(monkeypatch):
-    """Many users of as many labels go block by block; the seams do not show."""
+    """Users are processed in blocks, whose size changes no score."""
     rng = np.random.default_rng(0)
     users, lists = np.arange(30), [rng.permutation(N)[:6] for _ in range(30)]
     pages = np.repeat(users, 6), np.tile(np.arange(1, 7), 30), np.concatenate(lists)
@@ -625,7 +625,7 @@ def test_paper_scale_is_the_plain_mean_times_its_factor(population, batch):
 
 
 def test_paper_scale_by_hand():
-    """Other items do not count; one label: (1, 0, 0, 1); S = 100, w = 1."""
+    """Other items do not count; one label gives 1, 0, 0, 1; S = 100, w = 1."""
     assert [score("a", "xyza", paper_scale=True) for score in ORDER] == [1, 0, 0, 1]
     assert [score("a", "", paper_scale=True) for score in ORDER] == [1, 0, 0, 1]
     assert [score("ab", "xbya", paper_scale=True) for score in ORDER] == [0.99, -1, 1, 0.5]

@@ -1,4 +1,4 @@
-"""Pairs of pages: SPEC 2.4 and 13.1."""
+"""Pairs of pages: what holds for every pair, for each kind, and for where pairs come from."""
 
 import math
 from collections import Counter
@@ -32,7 +32,7 @@ TRAIN, VALID, TEST = (SPLITS.index(name) for name in ("train", "valid", "test"))
 
 
 def shop_of(seed=0, n_users=12, n_items=60, implicit=False, per_user=24, leaves=6) -> Shop:
-    """A small shop: every third item nearly repeats the one before it; some leaves and brands are unknown."""
+    """A small shop: every third item nearly repeats the one before; some categories are unknown."""
     rng = np.random.default_rng(seed)
     leaf = [f"leaf{i % leaves}" for i in rng.integers(0, leaves, n_items)]
     brand = [f"brand{i}" for i in rng.integers(0, 4, n_items)]
@@ -155,7 +155,7 @@ def test_every_pair(shop, seed, literal):
 @law
 @given(shops, st.integers(0, 9))
 def test_literal_swaps_leave_sets_alone(shop, seed):
-    """SPEC 13.1: ILD, H and duplicates do not depend on order, so that a swap cannot change them."""
+    """ILD, H and duplicates do not depend on the order, so a swap cannot change them."""
     pairs, _ = make_pairs(shop, seed, KINDS[1:], per_kind=2, literal_swaps=True)
     categories, group = shop.catalogue.categories, near_duplicates(shop.catalogue).group
     for pair in pairs:
@@ -206,7 +206,7 @@ def test_literal_swaps_carry_their_signal_in_the_order():
 @law
 @given(shops, st.integers(0, 9))
 def test_ranked_pairs_swap_true_inversions(shop, seed):
-    """One to three disjoint swaps; of a swapped two the better by (rating, s_i) comes to stand below."""
+    """One to three disjoint swaps, each of which puts the better item by (rating, s_i) below."""
     s = np.nan_to_num(item_scores(shop), nan=-1.0)
     train = by_user(shop)
     for pair in make_pairs(shop, seed, ("ranked",), per_kind=3)[0]:
@@ -264,7 +264,7 @@ def test_two_liked_items_make_a_pair_and_one_does_not():
 @law
 @given(shops, st.integers(0, 9))
 def test_diversity_pairs_lose_a_category(shop, seed):
-    """The edited slot's category leaves the page; the newcomer's was there; the newcomer repeats nothing."""
+    """The old item's category leaves the page; the new item's was there; it repeats nothing."""
     leaf, near = shop.catalogue.leaf_id, near_duplicates(shop.catalogue)
     for pair in make_pairs(shop, seed, ("diversity",), per_kind=3)[0]:
         (slot,) = np.flatnonzero(pair.mask)
@@ -278,7 +278,7 @@ def test_diversity_pairs_lose_a_category(shop, seed):
 
 
 def test_diversity_matches_popularity_and_score():
-    """The replacement is one of the 5 nearest in (popularity rank, (s - 1) / 4) among those allowed."""
+    """The new item is one of the 5 nearest allowed ones in (popularity rank, (s - 1) / 4)."""
     shop = shop_of(2, n_users=20, n_items=150, leaves=4)
     stock = Stock.of(shop)
     count, s = popularity(shop), item_scores(shop)
@@ -325,7 +325,7 @@ def test_redundancy_reaches_every_slot_but_the_first():
 
 
 def test_preference_takes_disliked_items_first():
-    """The user's items below 3, whole if they fit; only then others; source says which."""
+    """All of the user's items below 3 that fit, and only then others; source says which."""
     shop = shop_of(5, n_users=30)
     train, sources = by_user(shop), set()
     for neutral, most in (("exclude", 2), ("weak_negative", 3)):
@@ -354,7 +354,7 @@ def side_of(shop, user=0, share=0.5, seed=0, neutral="exclude"):
 
 
 def test_fill_is_drawn_by_popularity():
-    """First place of the fill falls on item i with probability proportional to pop_i ^ 0.75."""
+    """The first item of the fill is i with a probability proportional to popularity_i ^ 0.75."""
     shop = shop_of(4, n_items=12, per_user=6, implicit=True)
     count = popularity(shop)
     side, stock = side_of(shop)
@@ -401,7 +401,7 @@ def test_pages_of_one_slot_give_preference_pairs_only():
 
 
 def test_only_train_rows_matter():
-    """Other ratings, users and items in validation and test rows: the very same pairs."""
+    """Validation and test rows may hold anything: the pairs stay the same."""
     shop = shop_of(6)
     held = shop.split != TRAIN
     rng = np.random.default_rng(0)
@@ -416,7 +416,7 @@ def test_only_train_rows_matter():
 
 
 def test_a_draw_depends_on_its_own_place_only():
-    """(seed, user, kind, draw) decide: not the other users, kinds or draws, nor their order."""
+    """Only (seed, user, kind, draw) decide, not the other users, kinds or draws, or their order."""
     shop = shop_of(7)
     whole, _ = make_pairs(shop, 3, per_kind=3)
     assert len({pair.seed for pair in whole}) == len(whole)

@@ -69,7 +69,7 @@ def test_ties_are_shuffled_by_seed_and_user_not_by_item_or_block():
 def test_the_order_among_equal_scores_is_that_of_the_shuffle_wherever_the_list_ends(
     seed, U, N, depth
 ):
-    """i goes before j if its score is higher, or equal and its rank in the user's shuffle is higher."""
+    """i goes before j if its score is higher, or if it is equal and the shuffle ranks i higher."""
     rng = np.random.default_rng(seed)
     score = torch.from_numpy(rng.integers(-2, 2, (U, N)).astype(np.float32)) * 0.5
     score[torch.from_numpy(rng.random((U, N)) < 0.2)] = -math.inf
@@ -115,7 +115,7 @@ def test_leaks_stop_the_run():
 
 
 def test_a_leak_stops_where_three_times_ease_is_more_than_all():
-    """EASE misses m of NDCG: who misses less than m / 3 is stopped, who misses a little more is not."""
+    """EASE's NDCG is 1 - m: one above 1 - m / 3 is stopped, one a little below is not."""
     n, ease = np.ones(4, int), {"NDCG@100": {"mean": 0.4}}
     for value, stops in ((0.79, False), (0.81, True)):
         scores = {"Recall@20": np.ones(4), "Recall@40": np.ones(4), "NDCG@100": np.full(4, value)}
@@ -147,7 +147,7 @@ def test_masked_items_and_missing_users_are_refused(shop):
 
 
 def test_a_user_without_any_legal_item_still_counts(shop, tmp_path):
-    """A file holds no row of such a user; the score is 0, not one user fewer."""
+    """A file has no row of such a user, but the user counts, with score 0."""
     scorer = Scorer(shop, "test")
     good = ranked.popularity_pages(shop, scorer.users, seen_rows(shop, "test", "train"), 5, 20)
     good.item[2] = -1

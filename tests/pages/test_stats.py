@@ -31,7 +31,7 @@ scores = st.lists(
 @few
 @given(scores, st.integers(0, 5))
 def test_summary(values, seed):
-    """The mean of what is defined, inside its interval's range; the same seed, the same interval."""
+    """The mean of defined values; low and high within them; the same seed, the same interval."""
     got = summary(values, seed, n_boot=50)
     kept = [x for x in values if not math.isnan(x)]
     assert got["count"] == len(kept) and got["coverage"] == len(kept) / len(values)
@@ -60,7 +60,7 @@ def test_bootstrap_makes_as_many_draws_as_asked(monkeypatch):
     x = np.random.default_rng(0).normal(size=10)
     whole = summary(x, 3, n_boot=500)
     monkeypatch.setattr(stats, "BLOCK", 70)
-    # The stream of draws is the same, cut differently; 503 is no multiple of the 7 draws of a block.
+    # The same draws, cut into blocks of 7; 503 is no multiple of 7.
     assert summary(x, 3, n_boot=503) != whole == summary(x, 3, n_boot=500)
 
 
@@ -79,7 +79,7 @@ def test_paired_uses_users_of_both_and_cancels_what_they_share():
 
 
 def test_several_seeds_are_drawn_as_well_as_users():
-    """Equal users, unlike seeds: the interval is that of the seeds' means; equal seeds: that of the users."""
+    """With equal users the interval is that of the seeds, with equal seeds that of the users."""
     rng = np.random.default_rng(0)
     shift = rng.normal(0, 1, 8)
     a, b = [np.full(50, 0.5 + x) for x in shift], [np.zeros(50)] * 8
@@ -95,7 +95,7 @@ def test_several_seeds_are_drawn_as_well_as_users():
 
 
 def test_a_difference_leaves_out_users_without_both_scores():
-    """A user counts for the seeds in which both scores are defined; without any the result is NaN."""
+    """A user counts in the seeds where both scores are defined; if there is none, all is NaN."""
     nan = math.nan
     a, b = [np.array([1.0, nan, 5.0]), np.array([2.0, 7.0, nan])], [np.array([0.0, 1.0, nan])] * 2
     mean, low, high = difference(a, b)
@@ -197,7 +197,7 @@ def test_calibration_is_small_exactly_where_confidence_is_right():
 
 
 def test_calibration_by_hand():
-    """One bin: |share right - mean confidence|, a margin of 0 half right; two bins: their weighted mean."""
+    """|share right - mean confidence| in a bin, weighted over bins; a margin of 0 is half right."""
     log3 = math.log(3)  # confidence 3/4
     assert calibration(np.array([log3, log3, log3, -log3])) == pytest.approx(0, abs=1e-12)
     assert calibration(np.array([log3, -log3])) == pytest.approx(0.25)

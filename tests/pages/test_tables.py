@@ -95,9 +95,10 @@ def test_spread_over_seeds_stands_beside_the_mean_and_is_left_out_of_one_seed():
     mean = BASE.mean()
     line = spread(compare_seeds({"float32": a, "bfloat16": b}, ("WMRD", "absent"))).splitlines()
     assert line[0] == "| | float32 | bfloat16 |" and len(line) == 3
-    # Seeds differ by 2 and by 4: standard deviations 2 / sqrt 2 and 4 / sqrt 2; the difference is .5 and 2.5.
+    # Seeds are 2 and 4 apart: standard deviations 2 / sqrt 2 and 4 / sqrt 2. The differences are
+    # 0.5 in one seed and 2.5 in the other.
     assert line[2] == (
-        f"| WMRD ↓ | {mean + 1:.4f} ± 1.4142 | {mean + 2.5:.4f} ± 2.8284, +1.5000 [+0.5000, +2.5000], "
-        "d +inf |"
+        f"| WMRD ↓ | {mean + 1:.4f} ± 1.4142 "
+        f"| {mean + 2.5:.4f} ± 2.8284, +1.5000 [+0.5000, +2.5000], d +inf |"
     )
     assert "±" not in spread(compare_seeds({"float32": a[:1], "bfloat16": b[:1]}, ("WMRD",)))

@@ -1,4 +1,4 @@
-"""The largest entries of every row: those that a full sort finds, whatever the chunks, blocks and ties."""
+"""The largest entries of every row are those of a full sort, whatever chunks, blocks and ties."""
 
 import math
 
@@ -16,7 +16,7 @@ from tests.strategies import seeds
 
 
 def tables(rng, B, N, levels):
-    """Scores of few different values, so that equals stand in many chunks, some 0, -0 and infinities among them."""
+    """Scores of few values, so that equals stand in many chunks; also 0, -0 and infinities."""
     score = rng.integers(-levels, levels + 1, (B, N)).astype(np.float32) / 3
     for value, share in ((-0.0, 0.1), (-math.inf, 0.2), (math.inf, 0.01)):
         score[rng.random((B, N)) < share] = value
@@ -24,7 +24,7 @@ def tables(rng, B, N, levels):
 
 
 def sorted_whole(score, k, rank):
-    """The definition: every row sorted by (score, rank), both falling, entries of -inf left out."""
+    """The definition: every row sorted by (score, rank), highest first, without entries of -inf."""
     item = np.full((len(score), min(k, score.shape[1])), -1)
     for row, values in enumerate(score):
         order = sorted(

@@ -49,7 +49,7 @@ def test_split_is_a_partition_in_order_with_a_label(history, share, seed):
 @law
 @given(histories(), st.floats(0.01, 0.99), st.integers(0, 99))
 def test_split_is_stratified(history, share, seed):
-    """Of m items of a level: within one of share m labels and one on either side, all input if m = 1."""
+    """About share * m of a level's m items are labels, never none or all; a single one is input."""
     items, ratings = history
     _, label = split_history(items, ratings, share, np.random.default_rng(seed))
     if all((np.nan_to_num(ratings) == r).sum() == 1 for r in np.nan_to_num(ratings)):
@@ -151,7 +151,7 @@ def shelves(draw):
 @law
 @given(shelves(), st.randoms())
 def test_page_follows_rating_then_novelty_then_s_then_id(shelf, random):
-    """Greedy: at every slot no remaining item of the best remaining level is (new, s, -id)-better."""
+    """At every slot no remaining item is better by (rating, new category, s, -id)."""
     items, ratings, c, s = shelf
     page, removed = ground_truth_page(items, ratings, c, s, no_near)
     assert removed == 0 and sorted(page) == sorted(items)
@@ -247,7 +247,7 @@ def test_examples_are_made_of_liked_train_items_alone(shop, seed, longest):
 @law
 @given(dated_shops(), st.integers(0, 9))
 def test_a_later_page_comes_after_its_history(shop, seed):
-    """No item of the page is older than one of the history; the time is that of its earliest item."""
+    """No item of the page is older than one of the history; the time is that of its earliest."""
     maker, train = PageMaker(shop), np.flatnonzero(shop.rows("train"))
     for user in maker.users.tolist():
         time = {int(shop.item[row]): int(shop.time[row]) for row in train if shop.user[row] == user}
