@@ -126,7 +126,7 @@ soft_labels = st.lists(
 @settings(deadline=None)
 @given(soft_labels)
 def test_a_soft_label_is_met_by_cross_entropy(rows):
-    """L = -mean [p log q + (1 - p) log (1 - q)] with q = sigma(g+ - g-), so that dL/dg+ = (q - p) / B."""
+    """L = -mean [p log q + (1 - p) log (1 - q)], q = sigma(g+ - g-): dL/dg+ = (q - p) / B."""
     g, h, p = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
     g.requires_grad_()
     loss = page_loss(g, h, p)
@@ -140,7 +140,7 @@ def test_a_soft_label_is_met_by_cross_entropy(rows):
 
 @pytest.mark.parametrize("soften", [None, 2.0])
 def test_soft_labels_ask_for_the_energy_gap_and_no_more(soften):
-    """At g+ - g- = gap / soften the page and sequence losses pull nowhere; soften is 0.5 by default."""
+    """At g+ - g- = gap / soften page and sequence losses have gradient 0; soften is 0.5 by default."""
     options = {} if soften is None else {"soften": soften}
     config = Config(shrink=0.0, token=0.0, **options)
     gap, m = torch.tensor([0.3, 1.2]), torch.ones(2, 3, dtype=torch.bool)

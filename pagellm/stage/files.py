@@ -18,7 +18,7 @@ def sha256(path: str | Path) -> str:
 
 
 def slug(name: str) -> str:
-    """A row's name as it is spelled in a path: lower case, and a dash for all but letters and digits."""
+    """A row's name as spelled in a path: lower case, a dash for all but letters and digits."""
     return "".join(c if c.isalnum() else "-" for c in name.lower())
 
 

@@ -131,7 +131,7 @@ def test_moving_a_label_up_never_lowers_recall_or_ndcg(ref, gen, k, data):
 @law
 @given(refs, pages, st.integers(1, 9))
 def test_ndcg_stays_under_its_recall_bound(ref, gen, k):
-    """Of all lists with h hits in the first k, those with the hits in front have the highest NDCG."""
+    """Of lists with h hits in the first k, those with the hits in front have the highest NDCG."""
     hits = round(recall(ref, gen, k) * len(ref))
     best = sum(1 / math.log2(r + 1) for r in range(1, hits + 1))
     ideal = sum(1 / math.log2(r + 1) for r in range(1, min(k, len(ref)) + 1))
