@@ -6,13 +6,14 @@ Three functions give a mean with a 95% bootstrap interval:
     paired(a, b)       of a - b, two systems on the same users, one seed of training: draws users
     difference(a, b)   the same for several seeds: draws seeds, then users
 
-All three draw with replacement from seeded generators, so the same input gives the same interval.
+interval(a, b) takes whichever of the last two fits the number of seeds. All three draw with replacement from seeded generators, so the same input gives the same interval.
 `paired` is `summary` of the difference. `difference` has a generator of its own: for one seed its
 interval equals that of `paired` up to the noise of the draws, not in every digit.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ __all__ = [
     "calibration",
     "difference",
     "effect",
+    "interval",
     "paired",
     "spearman",
     "summary",
@@ -30,7 +32,7 @@ __all__ = [
 ]
 
 
-def summary(values: np.ndarray, seed: int, n_boot: int = 1000) -> dict[str, float | int | None]:
+def summary(values: np.ndarray, seed: int, n_boot: int = 1000) -> dict[str, Any]:
     """Mean over users with its 95% percentile bootstrap interval.
 
     values   (U,) one score a user; NaN, where it is undefined, is left out
@@ -63,9 +65,7 @@ def summary(values: np.ndarray, seed: int, n_boot: int = 1000) -> dict[str, floa
     }
 
 
-def paired(
-    a: np.ndarray, b: np.ndarray, seed: int = 0, n_boot: int = 1000
-) -> dict[str, float | int | None]:
+def paired(a: np.ndarray, b: np.ndarray, seed: int = 0, n_boot: int = 1000) -> dict[str, Any]:
     """Mean of a - b over the users for whom both are defined, with its paired bootstrap interval.
 
     a, b  (U,) scores of the same users, in the same order
@@ -105,6 +105,22 @@ def difference(
         means[d] = (seeds @ filled) @ users / max(weight @ users, 1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(filled.sum() / defined.sum()), float(low), float(high)
+
+
+def interval(
+    a: list[np.ndarray], b: list[np.ndarray], seed: int = 0, n_boot: int = 1000
+) -> tuple[float, float, float]:
+    """Mean of a - b with its 95% interval: by `paired` for one seed, by `difference` for several.
+
+    a, b     one (U,) array for each seed of training, users in the same order everywhere
+    returns  mean, low, high; NaN if no score is defined in both
+    """
+    if len(a) > 1:
+        return difference(a, b, n_boot, seed)
+    found = paired(a[0], b[0], seed, n_boot)
+    if not found["count"]:
+        return (math.nan,) * 3
+    return found["mean"], found["low"], found["high"]
 
 
 def effect(a: list[np.ndarray], b: list[np.ndarray]) -> float:

@@ -60,7 +60,7 @@ ALL_COLUMNS = (*COLUMNS, "energy", "true_energy")
 ARROW = {"up": "↑", "down": "↓"}
 
 Scores = Mapping[str, np.ndarray]  # metric -> (U,) of one seed, NaN where undefined
-Interval = tuple[float | None, float | None, float | None]  # mean, low, high; None: no user counts
+Interval = tuple[float, float, float]  # mean, low, high
 
 
 def heading(metric: str) -> str:
@@ -115,8 +115,8 @@ def compare(
 ) -> list[dict]:
     """One record for each row and metric: mean, and the paired difference to the row `versus`.
 
-    results  row -> scores of each seed. Intervals come from stats.paired for one seed (bootstrap
-             over users), from stats.difference for several (over seeds, then users)
+    results  row -> scores of each seed. Intervals come from stats.interval: a bootstrap over users
+             for one seed, over seeds and users for several
     columns  metrics, in order; one that a row lacks, or that is NaN for all of its users, is left
              out
     seed     of the bootstrap; n_boot is its number of draws
@@ -131,10 +131,7 @@ def compare(
         )
 
     def interval(mine: list[np.ndarray], other: list[np.ndarray]) -> Interval:
-        if len(mine) > 1:
-            return stats.difference(mine, other, n_boot, seed)
-        found = stats.paired(mine[0], other[0], seed, n_boot)
-        return found["mean"], found["low"], found["high"]
+        return stats.interval(mine, other, seed, n_boot)
 
     return _records(results, columns, versus, interval, leave_out="sd_over_seeds")
 

@@ -107,13 +107,15 @@ def verdicts(
     records = []
     for name, theirs in rows.items():
         for metric in columns:
-            both = [(a.get(metric), b.get(metric)) for a, b in zip(ours, theirs, strict=True)]
-            if any(a is None or b is None or np.isnan(a - b).all() for a, b in both):
+            if not all(metric in scores for scores in (*ours, *theirs)):
                 continue
-            mean, low, high = paired(both, seed, n_boot)
+            mine, other = ([s[metric] for s in seeds] for seeds in (ours, theirs))
+            if any(np.isnan(a - b).all() for a, b in zip(mine, other, strict=True)):
+                continue
+            mean, low, high = stats.interval(mine, other, seed, n_boot)
             if DIRECTION.get(metric, "up") == "down":
                 mean, low, high = -mean, -high, -low
-            value = float(np.mean([np.nanmean(b) for _, b in both]))
+            value = float(np.mean([np.nanmean(b) for b in other]))
             records.append(
                 {
                     "row": name,
@@ -126,15 +128,6 @@ def verdicts(
                 }
             )
     return records
-
-
-def paired(both: list[tuple], seed: int, n_boot: int) -> tuple[float, float, float]:
-    """Mean of a - b and its 95% interval: over users, and over seeds where there are several."""
-    if len(both) == 1:
-        found = stats.paired(*both[0], seed, n_boot)
-        return found["mean"], found["low"], found["high"]
-    a, b = zip(*both, strict=True)
-    return stats.difference(list(a), list(b), n_boot, seed)
 
 
 def verdict_table(records: list[dict], ours: str = "PageLLM") -> str:

@@ -13,6 +13,7 @@ from pagellm.pages.stats import (
     calibration,
     difference,
     effect,
+    interval,
     paired,
     spearman,
     summary,
@@ -101,6 +102,15 @@ def test_a_difference_leaves_out_users_without_both_scores():
     mean, low, high = difference(a, b)
     assert mean == pytest.approx((1 + 2 + 6) / 3) and 0 <= low <= mean <= high <= 6
     assert np.isnan(difference([np.array([nan])], [np.array([1.0])])).all()
+
+
+def test_an_interval_is_that_of_the_number_of_seeds():
+    rng = np.random.default_rng(0)
+    a, b = ([rng.normal(size=40) for _ in range(2)] for _ in range(2))
+    one = paired(a[0], b[0], 3, 200)
+    assert interval(a[:1], b[:1], 3, 200) == (one["mean"], one["low"], one["high"])
+    assert interval(a, b, 3, 200) == difference(a, b, 200, 3)
+    assert np.isnan(interval([np.array([math.nan])], [np.ones(1)])).all()
 
 
 def test_an_effect_is_the_mean_over_the_spread_of_the_users_means():
