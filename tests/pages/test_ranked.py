@@ -4,13 +4,16 @@ import dataclasses
 import math
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagellm.data.shop import Rows
-from pagellm.pages import ranked
+from pagellm.pages import metrics, ranked, stats
+from pagellm.pages.energy import energy, gain, near_duplicates
 from pagellm.pages.ranked import (
     RankedPages,
     Scorer,
@@ -18,10 +21,13 @@ from pagellm.pages.ranked import (
     check_leak,
     check_mask,
     check_pages,
+    label_ranks,
     rank_all,
+    score_row,
     seen_rows,
     top_items,
 )
+from pagellm.pages.tables import per_user
 from pagellm.stage import randomness
 from pagellm.stage.config import PageLLMError
 from tests.strategies import purchases, rows_of, seeds
@@ -127,6 +133,8 @@ def test_a_leak_stops_where_three_times_ease_is_more_than_all():
         else:
             check_leak("x", scores, n, ease)
     check_leak("x", scores, n)
+    with pytest.raises(PageLLMError, match="misses less than 1/3"):  # three times EASE is 1 exactly
+        check_leak("x", scores, n, {"NDCG@100": {"mean": 1 / 3}})
 
 
 def test_masked_items_and_missing_users_are_refused(shop):
@@ -201,3 +209,115 @@ def test_the_audience_counts_cold_users_and_items(shop):
         shop, split=np.where((shop.user == user) & (shop.split == 0), 3, shop.split)
     )
     assert "all counted, 1 of them cold" in audience(cold, Scorer(cold, "test"), "train")
+
+
+# Labels and scores
+
+
+@STEADY
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 2),
+            st.sampled_from([math.nan, 3.0, 4.0, 5.0]),
+            st.sampled_from([math.nan, 2.5, 4.5]),
+        ),
+        max_size=12,
+    )
+)
+def test_label_ranks_are_average_ranks_within_the_user(labels):
+    """1 + labels of the user that are better by (rating, s) + half of the others that are equal."""
+    user, rating, s = (np.array([row[i] for row in labels]) for i in range(3))
+    worth = [(u, -1.0 if r != r else r, -1.0 if x != x else x) for u, r, x in labels]
+    got = label_ranks(user.astype(int), rating, s)
+    for (u, *mine), rank in zip(worth, got, strict=True):
+        others = [tuple(rest) for v, *rest in worth if v == u]
+        above, equal = sum(o > tuple(mine) for o in others), sum(o == tuple(mine) for o in others)
+        assert rank == 1 + above + (equal - 1) / 2
+
+
+def test_scores_are_those_of_the_one_user_functions(shop):
+    """Labels by (rating, s), gains from the held-out ratings, true gains from the true ratings."""
+    scorer, k = Scorer(shop, "test"), 6
+    pages = ranked.popularity_pages(shop, scorer.users, seen_rows(shop, "test", "train"), k, 15)
+    got = scorer(pages, k)
+    near, leaf = near_duplicates(shop.catalogue), shop.catalogue.leaf_id
+    for row, user in enumerate(scorer.users.tolist()):
+        labels, ratings = scorer.held.of(user)
+        page = pages.item[row, :k].tolist()
+        rank = label_ranks(np.zeros(len(labels), int), ratings, scorer.s[labels])
+        assert got["WAS"][row] == pytest.approx(
+            metrics.was(labels.tolist(), page, ref_rank=rank.tolist())
+        )
+        assert got["Recall@20"][row] == metrics.recall(
+            labels.tolist(), pages.item[row].tolist(), 20
+        )
+        held = dict(zip(labels.tolist(), ratings.tolist(), strict=True))
+        gains = [float(gain(held[i], scorer.s[i])) if i in held else 0.0 for i in page]
+        assert got["energy"][row] == pytest.approx(energy(page, gains, leaf, near))
+        true = gain(shop.truth[user, page], scorer.s[page]).tolist()
+        assert got["true_energy"][row] == pytest.approx(energy(page, true, leaf, near))
+    unknown = Scorer(dataclasses.replace(shop, truth=None), "test")(pages, k)
+    assert set(got) - set(unknown) == {"true_energy"}
+    for name, values in unknown.items():
+        np.testing.assert_array_equal(values, got[name])
+
+
+def test_a_row_is_checked_scored_from_its_file_and_summed_up(shop, tmp_path):
+    scorer, seen = Scorer(shop, "test"), seen_rows(shop, "test", "train")
+    pages = ranked.popularity_pages(shop, scorer.users, seen, 5, 20)
+    scores, summary = score_row(tmp_path / "row", "x", pages, scorer, seen, 5, n_boot=20)
+    for name, values in scorer(pages, 5).items():
+        np.testing.assert_array_equal(scores[name], values)
+        if name in summary:
+            assert summary[name] == stats.summary(values, 0, 20)
+    kept = per_user(tmp_path / "row" / "per_user.parquet")
+    np.testing.assert_array_equal(kept.pop("user"), scorer.users)
+    assert set(kept) == set(scores)
+    pages.item[0, 0] = seen.of(scorer.users[0])[0][0]
+    with pytest.raises(PageLLMError, match="masked"):
+        score_row(tmp_path / "bad", "x", pages, scorer, seen, 5)
+    assert not (tmp_path / "bad" / "pages.parquet").exists()
+
+
+# The file
+
+
+def test_pages_read_back_as_they_were_written(shop, tmp_path):
+    """Rows of different length, pages shorter than the list, users with gaps."""
+    item = np.array([[4, 2, 9], [7, -1, -1], [1, 3, -1]])
+    score = np.where(item < 0, -np.inf, np.arange(9).reshape(3, 3)).astype(np.float32)
+    pages = RankedPages(np.array([0, 5, 6]), item, score, np.array([2, 1, 2]))
+    ranked.write_pages(tmp_path / "pages.parquet", pages)
+    back = ranked.read_pages(tmp_path / "pages.parquet", shop)
+    for name in ("user", "item", "score", "slots"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(pages, name))
+    pages.item[:] = -1
+    ranked.write_pages(tmp_path / "none.parquet", pages)
+    none = ranked.read_pages(tmp_path / "none.parquet", shop)
+    assert len(none.user) == len(none.slots) == 0
+    assert ranked.with_users(none, np.array([3])).item.tolist() == [[-1]]
+
+
+def test_pages_of_another_library_need_user_rank_and_item(shop, tmp_path):
+    """In any order of rows; without a score it falls by rank; without a page all ranks are the page."""
+    path = tmp_path / "pages.parquet"
+    columns = {"user": [3, 1, 3], "rank": [2, 1, 1], "item": [8, 0, 53]}
+    pq.write_table(pa.table(columns), path)
+    back = ranked.read_pages(path, shop)
+    assert back.user.tolist() == [1, 3] and back.item.tolist() == [[0, -1], [53, 8]]
+    assert back.score.tolist() == [[-1, -math.inf], [-1, -2]] and back.slots.tolist() == [1, 2]
+    for wrong, words in (
+        ({"user": [3, 1, 80]}, "user 1..80 is outside 0..79"),
+        ({"item": [8, 0, 54]}, "item 0..54 is outside 0..53"),
+        ({"item": [8, -1, 53]}, "item -1..53 is outside"),
+        ({"rank": [3, 1, 1]}, "without gap or repeat"),
+        ({"rank": [1, 1, 1]}, "without gap or repeat"),
+        ({"rank": [1, 1, 0]}, "without gap or repeat"),
+    ):
+        pq.write_table(pa.table(columns | wrong), path)
+        with pytest.raises(PageLLMError, match=words):
+            ranked.read_pages(path, shop)
+    pq.write_table(pa.table({"user": [1], "item": [2]}), path)
+    with pytest.raises(PageLLMError, match="no column rank"):
+        ranked.read_pages(path, shop)
