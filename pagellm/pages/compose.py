@@ -141,7 +141,8 @@ def choose(
     for _ in range(rounds):
         before = dict(at)
         for name, values in grid.items():
-            at[name] = max(values, key=lambda v, name=name: value(Taste(**(at | {name: v}))))
+            found = [value(Taste(**(at | {name: v}))) for v in values]
+            at[name] = values[found.index(max(found))]
         if at == before:
             break
     return Taste(**at), tried
