@@ -1,1 +1,1 @@
-"""What writes a page: vocabulary, prompts, networks, decoding, plain recommenders, the reward model."""
+"""What writes a page: vocabulary, prompts, networks, decoding, plain and reward models."""

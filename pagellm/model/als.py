@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 
-WIDEST = 1000  # items of a category, brand or title word; wider ones say little and cost much
+WIDEST = 1000  # items of the largest category, brand or title word that counts
 
 
 def als(
@@ -77,7 +77,7 @@ def als(
 
 
 def transpose(rows: Rows, n_items: int) -> Rows:
-    """Users of every item, in place of items of every user."""
+    """The users of every item, from the items of every user."""
     user = np.repeat(np.arange(len(rows.indptr) - 1), rows.counts())
     indptr = np.zeros(n_items + 1, np.int64)
     np.cumsum(np.bincount(rows.items, minlength=n_items), out=indptr[1:])
@@ -146,7 +146,7 @@ def item_groups(catalogue: Catalogue) -> list[np.ndarray]:
 
 
 def add_pseudo_users(rows: Rows, groups: list[np.ndarray]) -> Rows:
-    """`rows` and behind them one more user for every set of items in `groups`, who has chosen these."""
+    """`rows` with one more user for every set of items in `groups`, who has these items."""
     sizes = np.array([len(items) for items in groups], np.int64)
     more = np.concatenate(groups) if groups else rows.items[:0]
     return Rows(

@@ -1,13 +1,16 @@
-"""What every backbone offers, whatever its blocks: rows for words, users and items, one forward pass, item logits.
+"""What every backbone offers: rows for words, users and items, one forward pass, item logits.
 
     hidden = model(ids, valid, cache)                # (B, T, C), after the last norm
-    logits = model.item_logits(hidden)               # (B, T, N): item rows only, tied to the item embedding
+    logits = model.item_logits(hidden)               # (B, T, N): against the item rows alone
 
-`gpt2.GPT2` and `llama.Llama` are the two; `networks` makes either from a size, a saved state or published weights.
+The item rows are both the input embedding and the output matrix (tied). `gpt2.GPT2` and
+`llama.Llama` are the two backbones; `networks` makes either from the name of a size, from a saved
+state, or from published weights.
 """
 
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +21,11 @@ __all__ = ["Backbone", "KVCache", "attention_mask"]
 
 
 class KVCache:
-    """Keys and values of every layer, in buffers made once: (B, H, room, D), H key heads. Only for inference."""
+    """Keys and values of every layer, for inference: (B, H, room, D), H heads of keys.
+
+    shape  of the backbone        like  a tensor whose type and device the buffers have
+    room   columns that fit       length  columns that are filled
+    """
 
     def __init__(self, shape, batch: int, room: int, like: Tensor):
         size = (batch, shape.n_kv_head, room, shape.head_dim)
@@ -27,7 +34,10 @@ class KVCache:
         self.length = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new columns of one layer; return all columns so far. k, v (B, H, T, D)."""
+        """Store the new columns k, v (B, H, T, D) of one layer; return all columns so far.
+
+        Raises ValueError if they do not fit.
+        """
         end = self.length + k.shape[2]
         if end > self.keys[layer].shape[2]:
             raise ValueError(f"KVCache: {end} columns do not fit in {self.keys[layer].shape[2]}")
@@ -36,31 +46,42 @@ class KVCache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def select(self, rows: Tensor) -> None:
-        """Keep (and repeat) these rows of the batch: beams move, samples of one prompt share its columns."""
+        """Keep these rows of the batch, in this order; a row may be repeated.
+
+        Beams need that when they move, and several pages of one prompt when they share its columns.
+        """
         self.keys = [k[rows] for k in self.keys]
         self.values = [v[rows] for v in self.values]
 
 
 class Backbone(nn.Module):
-    """Three tables of rows in one id space, and the blocks `h` that a trunk brings: words and specials, users, items.
+    """Tables of word, user and item rows in one id space, and the transformer blocks `h`.
 
-    n_words counts words and specials together; ids n_words.. are users, then items (vocab.Vocab has the map).
-    A trunk sets KIND (its name in a saved state), the constants below, makes `drop`, `h` and `ln_f`, calls `reset`,
-    and has `enter`.
-    bf16 (attribute, False)  the blocks' matrix products and attention read bfloat16 and sum in float32. Weights, what
-    is added up along the blocks, the norms and both softmax heads stay float32, and so does decoding with a cache.
-    lazy (attribute, False)  gradients of user and item rows are sparse: only the rows that were read (train.RowAdamW)
+    n_words counts words and special tokens together; ids from n_words on are users, then items
+    (vocab.Vocab). A trunk (GPT2, Llama) sets the constants below, makes `drop`, `h` and `ln_f`,
+    calls `reset`, and defines `enter`.
+
+    bf16  (attribute, False) the blocks' matrix products and attention take bfloat16 and sum in
+          float32. Weights, the residual stream, norms and both softmax heads stay float32, and so
+          does decoding with a cache
+    lazy  (attribute, False) gradients of user and item rows are sparse: they hold only the rows
+          that were read (train.RowAdamW)
     """
 
     bf16 = lazy = False
 
-    KIND = ""
-    RESIDUAL: tuple[str, ...] = ()  # projections back into the residual
-    TARGETS: dict[str, tuple[str, int, int]] = {}  # adapter target -> (module in a block, part,
-    # of how many equal parts)
+    KIND = ""  # name in a saved state
+    RESIDUAL: tuple[str, ...] = ()  # names of the projections back into the residual stream
+    # LoRA target -> module in a block, which of its equal parts, how many parts it has
+    TARGETS: dict[str, tuple[str, int, int]] = {}
     PREFIX = ""  # of all names in a published file but lm_head
-    TRANSPOSED: tuple[str, ...] = ()  # what published files store as (in, out)
-    UNUSED: tuple[str, ...] = ()  # ends of names that published files hold besides weights
+    TRANSPOSED: tuple[str, ...] = ()  # ends of names that published files store as (in, out)
+    UNUSED: tuple[str, ...] = ()  # ends of names in published files that are no weights
+
+    h: nn.ModuleList
+    ln_f: nn.Module
+    special: nn.Parameter | None
+    gate: nn.Parameter | None
 
     def __init__(self, shape, n_words: int, n_users: int, n_items: int):
         super().__init__()
@@ -71,15 +92,18 @@ class Backbone(nn.Module):
         self.register_parameter("special", None)
         self.user = nn.Parameter(torch.empty(n_users, shape.n_embd))
         self.item = nn.Parameter(torch.empty(n_items, shape.n_embd))
-        # how loud items of the page are (`add_gate`); None: as all
+        # factor on the rows of items on the page (`add_gate`); None: 1
         self.register_parameter("gate", None)
         self.lora: dict | None = None  # what lora.adapt was called with
-        # backward computes each block anew instead of keeping its insides
+        # the backward pass computes each block again instead of keeping its activations
         self.checkpoint_blocks = False
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """GPT-2's initialisation: normal 0.02; projections back into the residual scaled by 1/sqrt(2 layers)."""
+        """GPT-2's initialisation: normal with standard deviation 0.02.
+
+        Projections back into the residual stream are scaled by 1 / sqrt(2 layers).
+        """
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
                 weight.zero_()
@@ -91,7 +115,10 @@ class Backbone(nn.Module):
                 weight.normal_(0.0, std, generator=generator)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """ids (...) -> rows (..., C). A gather and a selection a table: the tables are never joined in memory."""
+        """ids (...) -> rows (..., C).
+
+        Each table is read by itself, so that the tables are never joined in memory.
+        """
         user, item = ids - self.n_words, ids - self.n_words - self.n_users
         rows = F.embedding(ids.clamp(max=len(self.word) - 1), self.word)
         if self.special is not None:
@@ -111,7 +138,10 @@ class Backbone(nn.Module):
         return F.embedding(item, self.item, sparse=self.lazy)
 
     def add_gate(self, value: float = 0.0) -> None:
-        """Let items placed on the page be read times `gate`, which learns; at 0 a page's states do not see them."""
+        """Multiply the rows of items on the page by a learnt vector `gate` (C,) when they are read.
+
+        At 0 the states of a page do not depend on the items placed on it.
+        """
         self.gate = nn.Parameter(
             torch.full_like(self.item[0], value)
             if self.n_items
@@ -119,14 +149,17 @@ class Backbone(nn.Module):
         )
 
     def read(self, ids: Tensor, placed: int | None) -> Tensor:
-        """Rows (B, T, C) of ids (B, T), of which those from column `placed` on are items of the page."""
+        """Rows (B, T, C) of ids (B, T). From column `placed` on they are items of the page."""
         rows = self.embed(ids)
         if placed is None or self.gate is None:
             return rows
         return torch.cat([rows[:, :placed], rows[:, placed:] * self.gate], 1)
 
     def enter(self, rows: Tensor, position: Tensor) -> tuple[Tensor, tuple]:
-        """What the first block reads (B, T, C), and what every block is told. rows (B, T, C), position (B, T)."""
+        """The input (B, T, C) of the first block, and further arguments for every block.
+
+        rows (B, T, C), position (B, T).
+        """
         raise NotImplementedError
 
     def forward(
@@ -140,15 +173,15 @@ class Backbone(nn.Module):
         """Hidden states after the last norm.
 
         ids     (B, T) int64
-        valid   (B, S) bool, S = cache.length + T: False on padding, left or right; None: no padding on the left.
-                Positions count valid tokens only, so a left-padded row equals the row alone.
+        valid   (B, S) bool, S = cache.length + T: False on padding, left or right. Positions count
+                valid tokens only, so a left-padded row equals the row alone. None: no padding on
+                the left; padding on the right is then harmless, since no kept token can see it
         cache   columns already computed; the new ones are added
         placed  column of ids from which on they are items of the page, for `gate`; None: none are
         first   column from which on states are wanted; the last block computes no others
         returns (B, T - first, C)
 
-        Without `valid` and cache the causal mask alone is used, and padding on the right is harmless: no kept
-        token can see it.
+        Raises ValueError if the tokens do not fit in the context.
         """
         B, T = ids.shape
         past = cache.length if cache is not None else 0
@@ -158,25 +191,24 @@ class Backbone(nn.Module):
             position = torch.arange(past, past + T, device=ids.device).expand(B, T)
         else:
             position = (valid.long().cumsum(1) - 1).clamp(min=0)[:, past:]
-        x, told = self.enter(self.read(ids, placed), position)
+        x, more = self.enter(self.read(ids, placed), position)
         allowed = attention_mask(valid, past, T, ids.device)
-        anew = self.checkpoint_blocks and cache is None and torch.is_grad_enabled()
-        low = self.bf16 and cache is None
-        with torch.autocast(x.device.type, torch.bfloat16) if low else nullcontext():
+        recompute = self.checkpoint_blocks and cache is None and torch.is_grad_enabled()
+        bf16 = self.bf16 and cache is None
+        with torch.autocast(x.device.type, torch.bfloat16) if bf16 else nullcontext():
             for layer, block in enumerate(self.h):
-                wanted = {}
+                wanted: dict[str, Any] = {}
                 if first and layer == len(self.h) - 1:
                     wanted, allowed = (
                         {"first": first},
                         attention_mask(valid, past, T, ids.device, first),
                     )
-                # Dropout is drawn again from the same state, so gradients are the same to the last bit.
+                args = (x, allowed, cache, layer, *more)
+                # Dropout is drawn again from the same state, so gradients keep every bit.
                 x = (
-                    checkpoint(
-                        block, x, allowed, cache, layer, *told, use_reentrant=False, **wanted
-                    )
-                    if anew
-                    else block(x, allowed, cache, layer, *told, **wanted)
+                    checkpoint(block, *args, use_reentrant=False, **wanted)
+                    if recompute
+                    else block(*args, **wanted)
                 )
         if cache is not None:
             cache.length += T
@@ -187,7 +219,7 @@ class Backbone(nn.Module):
         return hidden.float() @ self.item.float().T
 
     def word_logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) -> (..., n_words) in float32, against words and specials."""
+        """(..., C) -> (..., n_words) in float32, against words and special tokens."""
         rows = self.word if self.special is None else torch.cat([self.word, self.special])
         return hidden.float() @ rows.float().T
 
@@ -205,7 +237,10 @@ class Backbone(nn.Module):
 def attention_mask(
     valid: Tensor | None, past: int, T: int, device, first: int = 0
 ) -> Tensor | None:
-    """(B or 1, 1, T - first, S) bool, True where a query may look; None where plain causal attention does."""
+    """(B or 1, 1, T - first, S) bool, True where a query may look.
+
+    None where the plain causal mask is enough.
+    """
     if valid is None and past == first == 0:
         return None
     S = past + T

@@ -19,7 +19,7 @@ KINDS = ("contents", "first_order", "second_order", "interaction")
 
 
 def catalogue_texts(c: Catalogue) -> Iterator[tuple[int, str, str]]:
-    """(item, field, text) of all that the catalogue says."""
+    """(item, field, text) of every text in the catalogue."""
     for item in range(len(c)):
         for field, text in (
             ("title", c.title[item]),
@@ -32,12 +32,12 @@ def catalogue_texts(c: Catalogue) -> Iterator[tuple[int, str, str]]:
 
 
 def review_texts(shop: Shop) -> Iterator[tuple[int, int, str]]:
-    """(user, item, review) of the train rows that have one."""
+    """(user, item, review) of the train rows that have a review."""
     return ((user, item, text) for user, item, text in zip(*shop.reviews(), strict=True) if text)
 
 
 def texts(shop: Shop) -> Iterator[str]:
-    """Everything the words are learnt from."""
+    """All text that the words are learnt from."""
     yield from (text for _, _, text in catalogue_texts(shop.catalogue))
     yield from (text for _, _, text in review_texts(shop))
     yield from (
@@ -46,7 +46,10 @@ def texts(shop: Shop) -> Iterator[str]:
 
 
 class Tokens:
-    """Many texts as token ids in two files, which are mapped and not read: `ids` one after another, `start` of each."""
+    """Many texts as token ids in two files, which are mapped into memory instead of read.
+
+    `ids` holds all texts one after another; text i is ids[start[i] : start[i + 1]].
+    """
 
     def __init__(self, path: Path):
         self.ids, self.start = (
@@ -58,16 +61,16 @@ class Tokens:
 
     @staticmethod
     def write(path: Path, rows: Iterable[list[int]]) -> None:
-        """`start` comes last: where it is, both are whole."""
+        """Write both files. `start` is written last: where it exists, both are complete."""
         ids, start = array("i"), array("q", [0])
         for row in rows:
             ids.extend(row)
             start.append(len(ids))
-        ids.append(0)  # an empty file cannot be mapped
+        ids.append(0)  # because an empty file cannot be mapped
         path.mkdir(parents=True, exist_ok=True)
         for name, values, kind in (("ids", ids, np.int32), ("start", start, np.int64)):
             with atomic(path / f"{name}.npy") as beside, open(beside, "wb") as file:
-                # not np.save: on a full disk its error has no number
+                # np.save would raise an error without an error number on a full disk
                 table = np.frombuffer(values, kind)
                 np.lib.format.write_array_header_1_0(
                     file, np.lib.format.header_data_from_array_1_0(table)
@@ -76,14 +79,16 @@ class Tokens:
 
     @staticmethod
     def remove(path: Path) -> None:
+        """Remove the directory, `start` first."""
         (path / "start.npy").unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
 
 
 class Corpus:
-    """The four kinds of prompt over one shop; `draw` makes one example from (kind, generator).
+    """The four kinds of prompt over one shop. `draw` makes one Example of a kind.
 
-    path   directory for the texts' tokens, read from there ever after; the main process fills it once
+    ordered  interaction prompts list a user's items in order of time; False: in random order
+    path     directory for the token ids of all texts; the main process fills it once
     """
 
     def __init__(self, shop: Shop, prompts: Prompts, ordered: bool, path: Path):
@@ -121,13 +126,14 @@ class Corpus:
         }
 
     def draw(self, kind: str, rng: np.random.Generator) -> Example:
+        """A random Example of one of KINDS."""
         index = int(rng.integers(self.sizes[kind]))
         if kind == "contents":
             return self.prompts.contents(*self.contents[index], self.tokens[index])
         if kind == "first_order":
-            return self.prompts.first_order(
-                *self.reviews[index].tolist(), self.tokens[len(self.contents) + index]
-            )
+            user, item = self.reviews[index].tolist()
+            user, item = self.reviews[index].tolist()
+            return self.prompts.first_order(user, item, self.tokens[len(self.contents) + index])
         if kind == "second_order":
             field, name, items = self.groups[index]
             chunk = rng.permutation(items)[:32].tolist()
@@ -137,8 +143,8 @@ class Corpus:
                 if backwards
                 else self.prompts.second_order(field, name, chunk)
             )
-        user = int(self.choosers[index])
-        items, _ = self.train.of(user)
+        chooser = int(self.choosers[index])
+        chosen, _ = self.train.of(chooser)
         return self.prompts.interaction(
-            user, (items if self.ordered else rng.permutation(items)).tolist()
+            chooser, (chosen if self.ordered else rng.permutation(chosen)).tolist()
         )

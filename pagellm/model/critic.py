@@ -1,4 +1,4 @@
-"""The critic: the value of every slot of a page before it is drawn."""
+"""The critic: the value of every slot of a page before its item is drawn."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,10 @@ __all__ = ["Critic"]
 
 
 class Critic(nn.Module):
-    """V_t, the reward still to come before slot t is drawn. Its own trunk (the reward model's), head at zero."""
+    """V_t, the reward still to come before slot t is drawn.
+
+    trunk  a copy of the reward model's trunk, trained further. The head starts at zero.
+    """
 
     def __init__(self, trunk: Backbone):
         super().__init__()
@@ -22,6 +25,6 @@ class Critic(nn.Module):
     def forward(
         self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor, start: tuple | None = None
     ) -> Tensor:
-        """(B, K) float32, 0 off the mask. start as in decode.slot_states."""
+        """Values (B, K) float32, 0 off the mask. Arguments as in decode.slot_states."""
         before = slot_states(self.trunk, prompt, valid, item, mask, start)[:, :-1].float()
         return torch.where(mask, self.head(before)[..., 0], 0.0)

@@ -1,11 +1,12 @@
-"""Writing pages: sample, greedy, beam, one-shot, always legal and distinct (SPEC 7, RECIPE 2).
+"""Writing pages: sample, greedy, beam and one-shot. Every item is legal, and none is repeated.
 
-The legal set of a slot is a pure function of the user's excluded items and the slots before it,
+The legal set of a slot depends only on the user's excluded items and on the slots before it:
 
     C(s_t) = catalogue \\ excluded \\ {a_<t}
 
-and it is the same in sampling and in every log-probability, or PPO's ratio would not start at 1. Where fewer
-than K legal items exist the page is as long as there are: `mask` says which slots hold one.
+Sampling and every log-probability use the same set; otherwise PPO's ratio would not start at 1.
+Where fewer than K items are legal, the page has as many slots as there are items: `mask` says which
+slots hold one.
 """
 
 import math
@@ -39,7 +40,8 @@ __all__ = [
 ]
 
 
-# devices on which finding the kept slots (a wait for the GPU) costs more than the empty ones
+# Devices that work through a queue. There, asking which slots are filled makes the host wait, which
+# costs more than computing the empty slots too.
 ASYNC_DEVICES = ("cuda",)
 
 
@@ -47,8 +49,10 @@ ASYNC_DEVICES = ("cuda",)
 class Pages:
     """A batch of pages.
 
-    item   (B, K) int64, -1 off the mask     logp   (B, K) log-probability of each item under its legal set
-    mask   (B, K) bool, a prefix of each row first  (B, N) item logits before the first slot
+    item   (B, K) int64, -1 off the mask
+    logp   (B, K) log-probability of each item under its legal set
+    mask   (B, K) bool, a prefix of each row
+    first  (B, N) item logits before the first slot
     """
 
     item: Tensor
@@ -58,10 +62,11 @@ class Pages:
 
 
 class LegalItems:
-    """The constraint of a page: catalogue minus excluded minus placed.
+    """The constraint of a page: the catalogue without excluded items and items already on the page.
 
     excluded  (B, E) int64 item ids, padded with -1
     allowed   (N,) or (B, N) bool, optional: a hard filter on top (stock, category, price)
+    legal     (B, N) bool, the items that the next slot may hold
     """
 
     def __init__(self, excluded: Tensor, n_items: int, allowed: Tensor | None = None):
@@ -72,20 +77,20 @@ class LegalItems:
         self.legal = legal[:, :n_items].contiguous()
         if allowed is not None:
             self.legal &= allowed
-        self.illegal: Tensor | None = None
+        self.illegal: Tensor | None = None  # flat indices of what is not legal; on a CPU only
 
     def mask(self, logits: Tensor) -> Tensor:
-        """logits (B, N) with -inf where an item is not legal, in their memory on a CPU."""
+        """logits (B, N) with -inf where an item is not legal; changed in place on a CPU."""
         if logits.device.type != "cpu":
             return torch.where(self.legal, logits, -torch.inf)
-        # few entries are illegal, as a rule, and it is these that are written
+        # Few entries are illegal, as a rule, so writing these is faster than a selection.
         if self.illegal is None:
             self.illegal = from_numpy(np.flatnonzero(~self.legal.numpy()))
         logits.view(-1).index_fill_(0, self.illegal, -torch.inf)
         return logits
 
     def remove(self, item: Tensor) -> None:
-        """item (B,) int64: no later slot may hold it; -1 places nothing."""
+        """item (B,) int64: no later slot may hold it. -1 removes nothing."""
         held = item >= 0
         index = item.clamp(min=0)[:, None]
         self.legal.scatter_(1, index, self.legal.gather(1, index) & ~held[:, None])
@@ -94,23 +99,25 @@ class LegalItems:
             self.illegal = torch.cat([self.illegal, flat[held]])
 
     def select(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, in this order; a row may be repeated."""
         self.legal, self.illegal = self.legal[rows], None
 
 
 def legal_logp(logits: Tensor, legal: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-softmax over the legal items, -inf elsewhere; and which rows have a legal item at all.
+    """Log-softmax (B, N) over the legal items, -inf elsewhere; and which rows (B,) have one.
 
-    A row without one comes back as all -inf instead of NaN.
+    A row without a legal item comes back as all -inf instead of NaN.
     """
-    alive = legal.view(torch.uint8).amax(1) > 0  # any() of bools takes 20 times as long on a CPU
+    alive = legal.view(torch.uint8).amax(1) > 0  # bool.any() takes 20 times as long on a CPU
     masked = torch.where(legal, logits if temperature == 1 else logits / temperature, -torch.inf)
-    if masked.device.type == "cpu" and alive.all():  # the usual case; a GPU is not asked
+    if masked.device.type == "cpu" and alive.all():  # the usual case; asking a GPU would wait
         return F.log_softmax(masked, dim=1), alive
     logp = F.log_softmax(torch.where(alive[:, None], masked, 0.0), dim=1)
     return torch.where(legal, logp, -torch.inf), alive
 
 
 def prefill(model: Backbone, prompt: Tensor, valid: Tensor, k: int) -> tuple[KVCache, Tensor]:
+    """Read the prompts: a cache with room for k more columns, and the last states (B, C)."""
     cache = KVCache(model.shape, len(prompt), prompt.shape[1] + k, model.word)
     return cache, model(prompt, valid, cache)[:, -1]
 
@@ -119,9 +126,11 @@ def prefill(model: Backbone, prompt: Tensor, valid: Tensor, k: int) -> tuple[KVC
 def shared_start(
     model: Backbone, prompt: Tensor, valid: Tensor, k: int, group: Tensor
 ) -> tuple[KVCache, Tensor]:
-    """Prompts read once for several pages each: what `sample`, `greedy` and `slot_states` take as `start`.
+    """Prompts that are read once for several pages each.
 
-    prompt, valid  (U, P)    group  (B,) int64, which of the prompts each page goes on from
+    prompt, valid  (U, P)
+    group          (B,) int64, the prompt of each page
+    returns        what `sample`, `greedy` and `slot_states` take as `start`
     """
     cache, hidden = prefill(model, prompt, valid, k)
     cache.select(group)
@@ -131,11 +140,12 @@ def shared_start(
 def started(
     model: Backbone, prompt: Tensor, valid: Tensor, k: int, start
 ) -> tuple[KVCache, Tensor]:
-    """`start`, or the prompt read now; a service that has read it before hands in what it kept."""
+    """`start` if it is given, else the prompts, read now."""
     return prefill(model, prompt, valid, k) if start is None else start
 
 
 def item_tokens(model: Backbone, item: Tensor, pad: int) -> Tensor:
+    """Token ids of dense item ids; `pad` where the item is -1."""
     return torch.where(item >= 0, item + model.n_words + model.n_users, pad)
 
 
@@ -152,9 +162,10 @@ def generate(
 ) -> Pages:
     """Fill k slots one after another.
 
-    pick   (logits (B, N) / temperature, -inf where illegal; slot) -> item (B,), its log-probability (B,); read on rows
-           that have a legal item
-    start  the prompt already read: a cache with room for k more columns, and the last hidden state (B, C)
+    pick   (logits (B, N) / temperature, -inf where illegal; slot) -> item (B,) and its
+           log-probability (B,). What it returns for a row without a legal item is dropped
+    start  prompts that were read before: a cache with room for k more columns, and the last hidden
+           states (B, C); None: they are read here
     """
     B, device = len(prompt), prompt.device
     item = torch.full((B, k), -1, dtype=torch.long, device=device)
@@ -191,11 +202,14 @@ def greedy(
     start: tuple[KVCache, Tensor] | None = None,
     ties: Rank | None = None,
 ) -> Pages:
-    """The likeliest legal item in every slot; of equals the highest by `rank`, without one the smallest id. start as in
-    `generate`."""
+    """The likeliest legal item in every slot.
+
+    start  as in `generate`
+    ties   of equally likely items the one that is highest by `ties` is taken; None: the smallest id
+    """
 
     def pick(logits: Tensor, slot: int) -> tuple[Tensor, Tensor]:
-        # numpy's takes a tenth of the time of torch's on a CPU; both take the first of equals there.
+        # On a CPU numpy's argmax takes a tenth of torch's time. Both take the first of equals.
         chosen = (
             logits.argmax(1)
             if logits.device.type != "cpu" and ties is None
@@ -215,10 +229,11 @@ def sample(
     temperature: float = 1.0,
     start: tuple[KVCache, Tensor] | None = None,
 ) -> Pages:
-    """Draw every slot from its legal distribution: Plackett-Luce given the prefix, never a repeat.
+    """Draw every slot from its legal distribution: Plackett-Luce given the slots before it.
 
-    uniform  (B, K) float64 in [0, 1): one number a slot turns the distribution into a choice (inverse of the
-             cumulative sum), so a page depends on its own numbers alone, not on its neighbours in the batch
+    uniform  (B, K) float64 in [0, 1): the number that turns a slot's distribution into a choice, by
+             the inverse of its cumulative sum. So a page depends on its own numbers alone, not on
+             its neighbours in the batch
     start    as in `generate`
     """
 
@@ -231,10 +246,11 @@ def sample(
 
 
 def inverse_cdf(p: Tensor, uniform: Tensor) -> Tensor:
-    """The first column at which the running sum of p (B, N) exceeds uniform (B,) times the whole: (B,) int64.
+    """The first column at which the running sum of p (B, N) exceeds uniform (B,) times the total.
 
-    First among the sums of pieces of a row, then within one; sums of more than a piece are float64. An entry of 0 is
-    never drawn, as a sum that it ends exceeds no more than the one before it.
+    Returns (B,) int64. A row is cut into about sqrt(N) pieces: the piece is found first, then the
+    column within it. Sums over more than a piece are float64. An entry of 0 is never drawn, since
+    the running sum there is no larger than before it.
     """
     N = p.shape[1]
     size = max(1, math.isqrt(N))
@@ -252,9 +268,10 @@ def inverse_cdf(p: Tensor, uniform: Tensor) -> Tensor:
 
 
 def first_above(total: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
-    """First column of the running sums (B, M) that exceeds point (B,), and point less the sum before it.
+    """The first column of the running sums (B, M) that exceeds point (B,), and what remains.
 
-    A point that rounding has lifted to the whole sum is taken as just below it.
+    What remains is the point less the sum before that column. A point that rounding has lifted to
+    the total counts as just below it.
     """
     last = total[:, -1]
     point = torch.minimum(point, torch.nextafter(last, torch.zeros_like(last)))
@@ -273,9 +290,10 @@ def beam(
     width: int = 4,
     start: tuple[KVCache, Tensor] | None = None,
 ) -> Pages:
-    """The page of highest total log-probability among those a beam of `width` pages a user keeps.
+    """The page of highest total log-probability that beam search finds.
 
-    start as in `generate`; its cache is spent afterwards.
+    width  pages that are kept for each user
+    start  as in `generate`; its cache must not be used afterwards
     """
     B, N, device = len(prompt), model.n_items, prompt.device
     cache, hidden = started(model, prompt, valid, k, start)
@@ -287,12 +305,12 @@ def beam(
     item = torch.full((B * width, k), -1, dtype=torch.long, device=device)
     logp = torch.zeros(B * width, k, device=device)
     mask = torch.zeros(B * width, k, dtype=torch.bool, device=device)
-    # All beams of a user start alike; only the first may branch at slot 0.
+    # All beams of a user are alike at first, so only the first of them may branch at slot 0.
     total = torch.full((B, width), -torch.inf, device=device)
     total[:, 0] = 0.0
     for slot in range(k):
         scores, alive = legal_logp(logits, constraint.legal, 1.0)
-        # A finished page carries itself on through one made-up column of cost 0.
+        # A page without a legal item goes on through an extra column, whose log-probability is 0.
         stay = torch.where(alive, -torch.inf, 0.0)[:, None]
         options = (total.reshape(-1, 1) + torch.cat([scores, stay], 1)).view(B, -1)
         total, best = top_k(options, width)
@@ -326,8 +344,10 @@ def one_shot(
     start: tuple[KVCache, Tensor] | None = None,
     ties: Rank | None = None,
 ) -> Pages:
-    """Rank by the first slot's distribution alone: one pass, no slot sees another. start as in `generate`, rank as in
-    `greedy`."""
+    """Rank by the first slot's distribution alone: one forward pass, no slot depends on another.
+
+    start  as in `generate`        ties  as in `greedy`
+    """
     first = model.item_logits(model(prompt, valid)[:, -1] if start is None else start[1])
     logp, _ = legal_logp(first, constraint.legal, 1.0)
     value, column = top_k(logp, k, ties)
@@ -344,11 +364,13 @@ def one_shot(
 def ranking(
     pages: Pages, legal: Tensor, depth: int, ties: Rank | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The page, then the remaining legal items by the first slot's logits (SPEC 7: NDCG@100 needs 100 ranks).
+    """The page, then the remaining legal items by the first slot's logits.
+
+    Metrics such as NDCG@100 need more ranks than a page has slots.
 
     legal    (B, N) bool, before any slot was filled
-    rank     as in `greedy`
-    returns  item (B, depth) int64, -1 past the end; score (B, depth) float32, falling along each row
+    ties     as in `greedy`
+    returns  item (B, depth) int64, -1 past the end; score (B, depth) float32, falling in each row
     """
     B, K = pages.item.shape
     score = torch.where(legal, pages.first, -torch.inf)
@@ -366,8 +388,10 @@ def ranking(
 
 
 def trim_padding(prompt: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """prompt, valid (B, P) without the columns on the left that are padding in every row. As they are where looking
-    would wait for a device."""
+    """prompt, valid (B, P) without the columns on the left that are padding in every row.
+
+    They are returned as they are on devices where looking would make the host wait.
+    """
     if prompt.device.type in ASYNC_DEVICES or not valid.numel():
         return prompt, valid
     first = int(valid.any(0).int().argmax())
@@ -384,8 +408,10 @@ def slot_states(
 ) -> Tensor:
     """Hidden states around the slots of given pages, in one pass: (B, K + 1, C).
 
-    Column t is the state before slot t is drawn; column t + 1 the state after its item was read. With `start` (see
-    shared_start; spent afterwards) the prompt is not read again; no gradient then.
+    Column t is the state before slot t is drawn, column t + 1 the state after its item was read.
+
+    start  as in `generate`: the prompt is not read again, and there is no gradient. Its cache must
+           not be used afterwards
     """
     if start is not None:
         cache, hidden = start
@@ -410,11 +436,14 @@ def page_logp(
 ):
     """Log-probability of every slot under its legal set, without a tensor of slots x items.
 
-    states    (B, K or K + 1, C) from slot_states      rows      (N, C) item rows
-    item      (B, K), mask (B, K) as in Pages          excluded  (B, E) int64, padded with -1
-    candidates  items that stand for all in the softmax (sampled.py); `rows` (S, C) are then theirs, and temperature 1
-                without entropy is all there is
-    returns   logp (B, K) float32, 0 off the mask [, entropy (B, K) of the legal distribution]
+    states      (B, K or K + 1, C) from slot_states
+    rows        (N, C) item rows
+    item, mask  (B, K) as in Pages
+    excluded    (B, E) int64, padded with -1
+    candidates  items that stand for all in the softmax (sampled_softmax.py). `rows` (S, C) are then
+                theirs, temperature has to be 1, and there is no entropy
+    returns     logp (B, K) float32, 0 off the mask; with_entropy: and the entropy (B, K) of the
+                legal distribution
     """
     B, K = item.shape
     # slot t sees slots < t
@@ -424,9 +453,7 @@ def page_logp(
     if candidates is not None:
         logp = sampled_logp(states[:, :K][mask], rows, candidates, item[mask], illegal[mask])
         return torch.zeros(B, K, device=item.device).masked_scatter(mask, logp)
-    if (
-        mask.device.type in ASYNC_DEVICES
-    ):  # empty slots choose freely, and what they choose is dropped
+    if mask.device.type in ASYNC_DEVICES:  # what is computed for empty slots is dropped
         out = linear_logp(
             states[:, :K].flatten(0, 1),
             rows,
@@ -435,7 +462,8 @@ def page_logp(
             temperature,
             return_entropy=with_entropy,
         )
-        spread = [torch.where(mask, x.view(B, K), 0.0) for x in (out if with_entropy else (out,))]
+        columns = out if isinstance(out, tuple) else (out,)
+        spread = [torch.where(mask, x.view(B, K), 0.0) for x in columns]
     else:
         out = linear_logp(
             states[:, :K][mask],
@@ -445,8 +473,9 @@ def page_logp(
             temperature,
             return_entropy=with_entropy,
         )
+        columns = out if isinstance(out, tuple) else (out,)
         spread = [
             torch.zeros(B, K, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
-            for x in (out if with_entropy else (out,))
+            for x in columns
         ]
     return tuple(spread) if with_entropy else spread[0]

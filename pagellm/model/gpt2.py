@@ -1,10 +1,11 @@
-"""GPT-2 by hand, with rows for users and items beside the words (SPEC 3).
+"""GPT-2 by hand, with rows for users and items beside the words.
 
     model = GPT2(SIZES["tiny"], n_words=2057, n_users=2000, n_items=1000)
     hidden = model(ids)                              # (B, T, C), after the last layer norm
-    logits = model.item_logits(hidden)               # (B, T, N): item rows only, tied to the item embedding
+    logits = model.item_logits(hidden)               # (B, T, N): against the item rows alone
 
-Published weights drop into the trunk and the word rows (`networks.load_published`); user and item rows are ours.
+Published weights can be loaded into the trunk and the word rows (`networks.load_published`); user
+and item rows are not part of any published model.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ __all__ = ["GPT2", "SIZES", "Shape"]
 
 @dataclass(frozen=True)
 class Shape:
+    """Sizes of a GPT-2: layers, heads, channels, and tokens of the context."""
+
     n_layer: int
     n_head: int
     n_embd: int
@@ -53,6 +56,8 @@ SIZES = {
 
 
 class Attention(nn.Module):
+    """Causal self-attention; one matrix makes queries, keys and values."""
+
     def __init__(self, shape: Shape, dropout: float):
         super().__init__()
         self.n_head, self.p = shape.n_head, dropout
@@ -77,6 +82,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two layers with GELU, four times as wide inside."""
+
     def __init__(self, shape: Shape, dropout: float):
         super().__init__()
         self.c_fc = nn.Linear(shape.n_embd, 4 * shape.n_embd)
@@ -105,7 +112,10 @@ class Block(nn.Module):
 
 
 class GPT2(Backbone):
-    """Learnt positions, layer norm, one matrix for queries, keys and values. Radford et al., 2019."""
+    """Learnt positions, layer norm, one matrix for queries, keys and values.
+
+    Source: Radford et al., 2019.
+    """
 
     KIND = "gpt2"
     RESIDUAL = ("c_proj",)
@@ -147,15 +157,19 @@ class GPT2(Backbone):
 
     @torch.no_grad()
     def pool(self, loud: float = 1e-4) -> None:
-        """Start so that the state before every slot is, nearly, the mean of the history's item rows.
+        """Start from a network whose state before every slot is nearly the history's mean item row.
 
-        In the first block values and their projection are the identity and queries meet keys at random, so attention
-        averages; what follows adds nothing yet; words, specials and positions are too quiet (`loud`) to be heard over
-        the items, and items placed on the page are gated off (`add_gate`). Item logits are then a history's mean row
-        times item rows, the scores of the factorisation the rows come from. Everything learns on from there.
+        In the first block, values and their projection are the identity, and queries and keys are
+        random, so that attention averages its inputs. All later projections into the residual
+        stream are 0. Words, special tokens and positions are scaled to a standard deviation of
+        `loud`, far below that of the items. Items placed on the page are gated off (`add_gate`).
+        Item logits are then the history's mean row times the item rows: the scores of the
+        factorisation that the rows come from. Training goes on from there.
         """
-        C, first = self.shape.n_embd, self.h[0].attn
-        for block in self.h:
+        C = self.shape.n_embd
+        blocks = [block for block in self.h if isinstance(block, Block)]
+        first = blocks[0].attn
+        for block in blocks:
             block.attn.c_proj.weight.zero_()
             block.mlp.c_proj.weight.zero_()
         first.c_attn.weight[2 * C :] = torch.eye(C)

@@ -1,14 +1,15 @@
-"""Llama 3.2 by hand, with rows for users and items beside the words: the other backbone of the paper's Table 3.
+"""Llama 3.2 by hand, with rows for users and items: the other backbone of the paper's Table 3.
 
     model = Llama(SIZES["llama-tiny"], n_words=2057, n_users=2000, n_items=1000)
 
-The surface is backbone.Backbone's, the same as GPT-2's. Root mean square norm, rotary positions with Llama 3's
-scaling, grouped-query attention, SwiGLU, no biases, tied embeddings. Published weights drop in, one file or shards
-(`networks.load_published`).
+It has root mean square norms, rotary positions with Llama 3's scaling, grouped-query attention,
+SwiGLU, no biases, and tied embeddings. Its methods are those of backbone.Backbone, as GPT-2's are.
+Published weights can be loaded from one file or from shards (`networks.load_published`).
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,14 @@ __all__ = ["LLAMA3", "Llama", "RMSNorm", "SIZES", "Shape", "frequencies", "rotat
 
 @dataclass(frozen=True)
 class Shape:
-    """n_kv_head heads of keys and values serve n_head heads of queries; n_hidden is the width inside the MLP.
+    """Sizes of a Llama.
 
-    theta    base of the rotary frequencies
-    scaling  (factor, low, high, original context) as in `frequencies`; None: none
+    n_head     heads of queries
+    n_kv_head  heads of keys and values, each shared by n_head / n_kv_head heads of queries
+    n_hidden   width inside the MLP
+    theta      base of the rotary frequencies
+    scaling    (factor, low, high, original context) as in `frequencies`; None: no scaling
+    eps        added to the mean square in the norms
     """
 
     n_layer: int
@@ -40,8 +45,8 @@ class Shape:
     def __post_init__(self):
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head or self.head_dim % 2:
             raise ValueError(
-                f"n_embd={self.n_embd}, n_head={self.n_head}, n_kv_head={self.n_kv_head}: want each a "
-                "multiple of the next, and an even width of a head"
+                f"n_embd={self.n_embd}, n_head={self.n_head}, n_kv_head={self.n_kv_head}: want "
+                "each a multiple of the next, and an even width of a head"
             )
 
     @property
@@ -49,11 +54,11 @@ class Shape:
         return self.n_embd // self.n_head
 
 
-LLAMA3 = {"theta": 500_000.0, "scaling": (32.0, 1.0, 4.0, 8192)}
+LLAMA3: dict[str, Any] = {"theta": 500_000.0, "scaling": (32.0, 1.0, 4.0, 8192)}
 
 SIZES = {
     "llama-nano": Shape(2, 2, 1, 32, 88, 256),
-    # the MLP holds about as much as GPT-2's: 3 C x 8/3 C
+    # n_hidden is about 8/3 C, so that the MLP has as many parameters as GPT-2's
     "llama-tiny": Shape(2, 4, 2, 64, 176, 256),
     "llama-mini": Shape(2, 4, 2, 128, 344, 512),
     "llama-small": Shape(4, 4, 2, 256, 688, 512),
@@ -67,8 +72,10 @@ def frequencies(
 ) -> Tensor:
     """Radians a position of each pair of channels, (D / 2,) float32: theta^(-2 i / D).
 
-    scaling  (factor, low, high, original): waves longer than original / low are slowed by factor, those shorter than
-             original / high stay, those between are blended. Source: the Llama 3.1 release.
+    scaling  (factor, low, high, original): waves longer than original / low are slowed by factor,
+             waves shorter than original / high stay, those between are blended
+
+    Source: the Llama 3.1 release.
     """
     plain = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
     if scaling is None:
@@ -80,7 +87,7 @@ def frequencies(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + D / 2) by their angles. x (B, H, T, D); cos, sin (B, 1, T, D / 2)."""
+    """Turn channel pairs (i, i + D / 2) of x (B, H, T, D) by angles; cos, sin (B, 1, T, D / 2)."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -101,6 +108,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal self-attention with rotary positions; several heads of queries share one of keys."""
+
     def __init__(self, shape: Shape, dropout: float):
         super().__init__()
         self.groups, self.head_dim, self.p = (
@@ -134,7 +143,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos[:, :, first:], sin[:, :, first:]), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        # Each head of keys stands beside the queries it serves; the fast attention kernels want equally many.
+        # The fast attention kernels want a head of keys for each head of queries.
         k, v = (z.repeat_interleave(self.groups, dim=1) for z in (k, v))
         p = self.p if self.training else 0.0
         y = F.scaled_dot_product_attention(
@@ -186,7 +195,7 @@ INSIDE = {"attn.": "self_attn.", "ln_1.": "input_layernorm.", "ln_2.": "post_att
 
 
 class Llama(Backbone):
-    """Dropout is ours, at the places where GPT-2 has it; the published models were trained without."""
+    """The published models were trained without dropout. Ours stands where GPT-2 has it."""
 
     KIND = "llama"
     RESIDUAL = ("o_proj", "down_proj")
@@ -195,6 +204,8 @@ class Llama(Backbone):
     }
     PREFIX = "model."
     UNUSED = ("rotary_emb.inv_freq",)
+
+    frequency: Tensor
 
     def __init__(
         self,

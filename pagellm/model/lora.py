@@ -1,15 +1,17 @@
-"""Low-rank adapters by hand: a published trunk stays as it is, a few small matrices beside it learn.
+"""Low-rank adapters by hand: the published trunk is frozen, small matrices beside it learn.
 
     adapt(model, rank=8, alpha=16.0, targets="q,v", n_specials=9)
-    merge(model); unmerge(model)                     # for inference at the trunk's own speed, and back to the bit
+    merge(model)            # for inference at the speed of the trunk alone
+    unmerge(model)          # back to the same bits
 
-W x becomes W x + (alpha / rank) B A x, A (rank, in) random, B (out, rank) zero, so that a new adapter changes
-nothing. Trunk and words are frozen; what no published model knows learns beside them: special tokens, user and item
-rows. Source: Hu et al., arXiv 2106.09685.
+W x becomes W x + (alpha / rank) B A x with A (rank, in) random and B (out, rank) zero, so a new
+adapter changes nothing. Trunk and words are frozen. What no published model knows learns: special
+tokens, user rows and item rows. Source: Hu et al., arXiv 2106.09685.
 """
 
 import difflib
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +24,11 @@ __all__ = ["LowRank", "adapt", "counts", "is_merged", "merge", "parse_targets", 
 
 
 class LowRank(nn.Module):
-    """A linear layer with an adapter on some of its output's equal parts (GPT-2 has q, k, v in one matrix).
+    """A linear layer with an adapter on some of the equal parts of its output.
 
-    parts  which parts      of  how many there are
+    GPT-2 has queries, keys and values in one matrix; these are its parts.
+
+    parts  which parts have an adapter      of  how many parts there are
     """
 
     def __init__(self, linear: nn.Linear, parts: tuple[int, ...], of: int, rank: int, alpha: float):
@@ -32,7 +36,7 @@ class LowRank(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self.of, self.scale = of, alpha / rank
         wide, narrow = self.weight.shape[1], self.weight.shape[0] // of
-        like = {"device": self.weight.device, "dtype": self.weight.dtype}
+        like: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
         self.lora_a = nn.Parameter(torch.randn(len(parts), rank, wide, **like) / math.sqrt(wide))
         self.lora_b = nn.Parameter(torch.zeros(len(parts), narrow, rank, **like))
         self.register_buffer(
@@ -53,6 +57,7 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
+        """Add the adapter to the matrix; a copy of the matrix is kept."""
         if self.kept is None:
             self.kept = self.weight.detach().clone()
             self.weight.unflatten(0, (self.of, -1)).index_add_(
@@ -61,20 +66,25 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
+        """The matrix as it was, to the last bit."""
         if self.kept is not None:
             self.weight.copy_(self.kept)  # subtracting would leave rounding behind
             self.kept = None
 
 
 def parse_targets(text: str, known: dict) -> list[str]:
-    """ "q,v" -> ["q", "v"]. Raises PageLLMError for a name that is not in `known`, repeated, or for none at all."""
+    """ "q,v" -> ["q", "v"].
+
+    Raises PageLLMError for a name that is not in `known`, a repeated name, and no name at all.
+    """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise PageLLMError(
-                f"lora_targets={text!r}: no {name!r} in this backbone{hint} (it has {','.join(known)})"
+                f"lora_targets={text!r}: no {name!r} in this backbone{hint} "
+                f"(it has {','.join(known)})"
             )
     if not names or len(set(names)) < len(names):
         raise PageLLMError(f"lora_targets={text!r}: want some of {','.join(known)}, each once")
@@ -82,11 +92,12 @@ def parse_targets(text: str, known: dict) -> list[str]:
 
 
 def adapt(model: Backbone, rank: int, alpha: float, targets: str, n_specials: int) -> None:
-    """Freeze trunk and words of a model and put adapters beside `targets` in every block. Draws from torch's generator.
+    """Freeze trunk and words of a model and put adapters beside `targets` in every block.
 
     targets     comma-separated names from model.TARGETS
     n_specials  the last rows of `word`; they become `special` and learn, as user and item rows do
-    Raises PageLLMError for an unknown target or a rank that is not below the widths of a matrix it adapts.
+    A is drawn from torch's global generator. Raises PageLLMError for an unknown target and for a
+    rank that is not below both sides of a matrix that it adapts.
     """
     if model.lora is not None:
         raise ValueError("adapt: this model has adapters already")
@@ -117,11 +128,12 @@ def adapt(model: Backbone, rank: int, alpha: float, targets: str, n_specials: in
 
 
 def adapters(model: nn.Module) -> list[LowRank]:
+    """All adapted layers of a model."""
     return [module for module in model.modules() if isinstance(module, LowRank)]
 
 
 def merge(model: nn.Module) -> None:
-    """Add every adapter to its matrix, for inference; the matrices as they were are kept in memory."""
+    """Add every adapter to its matrix, for inference; copies of the matrices are kept."""
     for module in adapters(model):
         module.merge()
 
@@ -133,11 +145,12 @@ def unmerge(model: nn.Module) -> None:
 
 
 def is_merged(model: nn.Module) -> bool:
+    """Whether adapters are part of their matrices now."""
     return any(module.kept is not None for module in adapters(model))
 
 
 def counts(model: nn.Module) -> dict[str, int]:
-    """parameters: all of a model's numbers; trainable: those that learn."""
+    """parameters: how many numbers a model has; trainable: how many of them learn."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return {
         "parameters": sum(n for n, _ in sizes),

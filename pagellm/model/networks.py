@@ -7,6 +7,7 @@ model = from_state(to_state(model))
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,32 +31,37 @@ __all__ = [
 
 
 SIZES = gpt2.SIZES | llama.SIZES
-TRUNKS = {"gpt2": (gpt2.GPT2, gpt2.Shape), "llama": (llama.Llama, llama.Shape)}
+TRUNKS: dict[str, tuple[Any, Any]] = {
+    "gpt2": (gpt2.GPT2, gpt2.Shape),
+    "llama": (llama.Llama, llama.Shape),
+}
 
 
 def trunk_of(shape) -> type[Backbone]:
-    """The class of network that a shape is of."""
+    """The class of network that a shape belongs to."""
     return next(trunk for trunk, kind in TRUNKS.values() if type(shape) is kind)
 
 
 def build(size: str, n_words: int, n_users: int, n_items: int, dropout: float = 0.1) -> Backbone:
-    """A new network of a size in SIZES."""
-    return trunk_of(SIZES[size])(SIZES[size], n_words, n_users, n_items, dropout)
+    """A new network of a size in SIZES, randomly initialised."""
+    trunk = trunk_of(SIZES[size])
+    return trunk(SIZES[size], n_words, n_users, n_items, dropout)  # type: ignore[call-arg]
 
 
 def to_state(model: Backbone) -> dict:
-    """Plain values and whole tensors that `from_state` turns back into the model. Ask on every process.
+    """Plain values and whole tensors that `from_state` turns back into the model.
 
-    Raises ValueError while adapters are merged: the matrices are then not the ones to keep.
+    Call it on every process. Raises ValueError while adapters are merged: the matrices are then not
+    the ones to save.
     """
     if is_merged(model):
         raise ValueError("to_state: unmerge the adapters first")
-    state = {
+    state: dict[str, Any] = {
         "shape": asdict(model.shape),
         "rows": [model.n_words, model.n_users, model.n_items],
         "weights": dist.weights(model),
     }
-    if model.KIND != "gpt2":  # states from when there was one backbone do not name it
+    if model.KIND != "gpt2":  # states of before there were two backbones name none
         state["trunk"] = model.KIND
     if model.gate is not None:
         state["gated"] = True
@@ -63,7 +69,10 @@ def to_state(model: Backbone) -> dict:
 
 
 def from_state(state: dict, dropout: float = 0.0) -> Backbone:
-    """The model of a state, adapters and what they freeze included. Raises PageLLMError for an unknown trunk."""
+    """The model of a saved state, with its adapters and what they freeze.
+
+    Raises PageLLMError for an unknown kind of trunk.
+    """
     kind = state.get("trunk", "gpt2")
     if kind not in TRUNKS:
         raise PageLLMError(f"a model of the kind {kind!r}; this version knows {', '.join(TRUNKS)}")
@@ -88,12 +97,14 @@ def published(model: Backbone) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_published(model: Backbone, source: str | Path, n_words: int | None = None) -> None:
-    """Copy published weights into the trunk and the first word rows; specials, users, items stay.
+    """Copy published weights into the trunk and the first word rows.
+
+    Special tokens, users and items keep their rows.
 
     source   as for weights.read_weights
     n_words  words that the tokeniser knows; None: as many rows as the file has
-    Raises PageLLMError if a weight is missing, unknown, or of another shape, if config.json says another shape or
-    arithmetic, or if the output rows are not the input rows.
+    Raises PageLLMError if a weight is missing, unknown, or of another shape, if config.json states
+    another shape or arithmetic, or if the output rows are not the input rows.
     """
     if model.lora is not None:
         raise ValueError("load_published: load first, then adapt")
@@ -120,8 +131,8 @@ def load_published(model: Backbone, source: str | Path, n_words: int | None = No
         )
     if n_words is not None and len(words) != n_words:
         raise PageLLMError(
-            f"{source} has {len(words)} word rows, the tokeniser knows {n_words} words: these are not "
-            "of one model; give --bpe the files published with these weights"
+            f"{source} has {len(words)} word rows, the tokeniser knows {n_words} words: these are "
+            "not of one model; give --bpe the files published with these weights"
         )
     if head is not None and not (head.shape == words.shape and torch.equal(head, words)):
         raise PageLLMError(
@@ -130,7 +141,8 @@ def load_published(model: Backbone, source: str | Path, n_words: int | None = No
     missing, extra = sorted(set(ours) - set(weights)), sorted(set(weights) - set(ours))
     if missing or extra:
         raise PageLLMError(
-            f"{source} is not a {model.KIND} of this size: missing {missing[:3]}, unknown {extra[:3]}"
+            f"{source} is not a {model.KIND} of this size: missing {missing[:3]}, "
+            f"unknown {extra[:3]}"
         )
     for name, weight in weights.items():
         if name == rows:
@@ -147,8 +159,11 @@ def load_published(model: Backbone, source: str | Path, n_words: int | None = No
 
 
 def check_config(model: Backbone, config: dict, source: str | Path) -> None:
-    """Raise PageLLMError where a published config.json (as far as it says) is not this model's: heads and rotary
-    scaling leave no trace in the weights' shapes."""
+    """Raise PageLLMError where a published config.json does not describe this model.
+
+    Numbers of heads and rotary scaling leave no trace in the weights' shapes. A field that the file
+    leaves out is not checked.
+    """
     rope = config.get("rope_parameters")  # the newer spelling has all of it in one table
     if isinstance(rope, dict):
         scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
@@ -170,8 +185,10 @@ def check_config(model: Backbone, config: dict, source: str | Path) -> None:
 def save_published(
     model: Backbone, folder: str | Path, n_words: int, shard_mb: float = 0.0
 ) -> None:
-    """Trunk and the first n_words word rows as a published model has them, which `load_published` and transformers
-    read; merged adapters are part of the matrices."""
+    """Write trunk and the first n_words word rows in the form of a published model.
+
+    `load_published` and transformers read it. Merged adapters are part of the matrices.
+    """
     weights = {
         name: w.T if name.endswith(model.TRANSPOSED) else w for name, w in published(model).items()
     }

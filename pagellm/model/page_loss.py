@@ -1,4 +1,4 @@
-"""SFT's loss over a batch of pages (Eq. 4), which PPO may keep beside its own."""
+"""The loss of SFT over a batch of pages (Eq. 4), which PPO may add to its own."""
 
 from dataclasses import dataclass
 
@@ -17,8 +17,13 @@ __all__ = ["Batch", "page_batch", "sft_loss"]
 
 @dataclass
 class Batch:
-    """prompt, valid (B, P); page item ids and mask (B, K); excluded (B, E), padded with -1; candidates: items that
-    stand for all in the softmax (sampled.py)."""
+    """Pages to learn from, with their prompts.
+
+    prompt, valid  (B, P), left-padded
+    item, mask     (B, K) item ids, -1 off the mask
+    excluded       (B, E) item ids that no slot may hold, padded with -1
+    candidates     items that stand for all in the softmax (sampled_softmax.py); None: all items
+    """
 
     prompt: Tensor
     valid: Tensor
@@ -28,7 +33,7 @@ class Batch:
     candidates: Candidates | None = None
 
     def select(self, rows: Tensor) -> "Batch":
-        """Some rows of it, all items in the softmax."""
+        """Some rows of the batch, with all items in the softmax."""
         return Batch(
             self.prompt[rows],
             self.valid[rows],
@@ -38,13 +43,18 @@ class Batch:
         )
 
     def head(self, slots: int) -> "Batch":
-        """The same with no page longer than `slots`."""
+        """The same pages cut after `slots` slots, with all items in the softmax."""
         return Batch(
             self.prompt, self.valid, self.item[:, :slots], self.mask[:, :slots], self.excluded
         )
 
 
 def page_batch(policy: Policy, users, examples, when=None) -> Batch:
+    """A Batch of pages on the policy's device.
+
+    examples  ((items, ratings) of the history, items of the page) of each user
+    when      as in Policy.prompt
+    """
     histories = [history for history, _ in examples]
     prompt, valid = policy.prompt(users, histories, when)
     item = dist.send(torch.from_numpy(pad_ids([page for _, page in examples], -1)), prompt.device)
@@ -57,9 +67,8 @@ def page_batch(policy: Policy, users, examples, when=None) -> Batch:
 def sft_loss(model: Backbone, b: Batch, objective: str = "list") -> Tensor:
     """Eq. 4 as the mean over the batch's slots: -log p(i_k | q, i_<k) over the legal items.
 
-    multinomial  every label is scored by the state before the first slot, none excludes another: what the ranks
-                 behind the page are read from
-    both         the sum of the two
+    objective  list: that loss. multinomial: the state before the first slot scores every label, and
+               no label excludes another; this trains the ranks behind the page. both: their sum
     """
     states = slot_states(model, b.prompt, b.valid, b.item, b.mask)
     rows = model.item if b.candidates is None else model.item_rows(b.candidates[0])

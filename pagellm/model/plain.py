@@ -1,14 +1,14 @@
-"""Plain recommenders, exact and small: popularity, ItemKNN, EASE, implicit ALS.
+"""Plain recommenders, small and exact: popularity, ItemKNN, EASE, implicit ALS.
 
     fitted = fit("EASE", shop.csr("train"), shop.n_users, shop.n_items, {"ridge": 200.0}, seed=0)
-    fitted.score(users)         (B, N) float32, higher is better; unseen and seen items alike
+    fitted.score(users)         (B, N) float32, higher is better; of seen and unseen items alike
 
 Most of them read who liked what, and nothing else. ALS+facts reads titles, categories and brands
 too. ALS+ratings reads all of that, the ratings, and what users chose but did not like: it is the
 strongest simple row of the tables.
 
-Nothing here sees a validation or test row. ItemKNN and EASE hold N x N float32: 570 MB at 12,000
-items; EASE holds three of them for a moment.
+They learn from the rows that they are given, never from a validation or test row. ItemKNN and EASE
+hold N x N float32: 570 MB for 12,000 items, and EASE three times that for a moment.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ __all__ = [
 
 LARGEST = 40_000  # items for which N x N float32 (6.4 GB) is still worth trying
 
-# Values to try, in order; a search starts in the middle of each.
+# Values that a search may try, in order. It starts in the middle of each list.
 GRIDS: dict[str, dict[str, tuple]] = {
     "popularity": {},
     "ItemKNN": {
@@ -54,7 +54,7 @@ GRIDS: dict[str, dict[str, tuple]] = {
         "nu": (0.0, 0.5, 1.0),
     },
 }
-PLAIN = tuple(GRIDS)  # users and items alone; the next reads titles, categories and brands too
+PLAIN = tuple(GRIDS)  # these know users and items alone; the next ones read the catalogue too
 GRIDS["ALS+facts"] = GRIDS["ALS"]
 # disliked, slope: as in als.rating_targets. facts: target of a category, brand or title word.
 # stars: how many standard deviations of a user's scores one predicted star is worth.
@@ -67,7 +67,7 @@ GRIDS["ALS+ratings"] = GRIDS["ALS"] | {
 
 
 def grid_of(name: str, n_items: int) -> dict[str, tuple]:
-    """GRIDS[name] without numbers of factors or neighbours that the catalogue is too small for."""
+    """GRIDS[name] without numbers of factors or neighbours that are too large for the catalogue."""
     return {
         what: tuple(v for v in values if v < n_items) or values[:1]
         if what in ("factors", "neighbours")
@@ -90,7 +90,10 @@ class Chosen(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """A fitted recommender: how it scores, and every array it learned (what a leak would have to show in)."""
+    """A fitted recommender: how it scores, and every array that it learned.
+
+    A test row that has leaked would have to show in one of these arrays.
+    """
 
     score: Callable[[np.ndarray], Tensor]  # users (B,) int64 -> (B, N) float32
     learned: dict[str, Tensor]
@@ -110,12 +113,12 @@ def fit(
     """Fit one of GRIDS to the positives `rows` of n_users users.
 
     settings  values for the model's names in GRIDS
-    gram      (N, N) of gram_matrix, if it is at hand already
+    gram      (N, N) of gram_matrix, if it has been computed already
     groups    als.item_groups, for ALS+facts and ALS+ratings: categories, brands and title words,
               each of which counts as one more user of its items
     chosen    for ALS+ratings, which learns from disliked items and from stars too
 
-    Raises PageLLMError for an unknown model, other settings than its own, or too many items for N x N.
+    Raises PageLLMError for an unknown model, settings that are not its own, or too many items.
     """
     if name not in GRIDS or set(settings) != set(GRIDS[name]):
         raise PageLLMError(
@@ -162,7 +165,8 @@ def fit_ratings(
 def gram_matrix(rows: Rows, n_items: int, block: int = 4_000_000) -> Tensor:
     """X'X (N, N) float32: how many users have both items; the diagonal counts an item's users.
 
-    Sums over pairs of each user's items, `block` pairs at once. Raises PageLLMError where N x N is too large.
+    It sums over the pairs of each user's items, `block` pairs at a time. Raises PageLLMError where
+    N x N is too large.
     """
     if n_items > LARGEST:
         raise PageLLMError(
@@ -199,9 +203,10 @@ def sum_rows(W: Tensor, rows: Rows, users: np.ndarray) -> Tensor:
 
 
 def knn_weights(gram: Tensor, neighbours: int, shrink: float) -> Tensor:
-    """Cosine of item columns, g_ij / (sqrt(g_ii g_jj) + shrink), each row cut to its nearest; (N, N).
+    """Cosine of item columns, g_ij / (sqrt(g_ii g_jj) + shrink), (N, N) with a diagonal of 0.
 
-    Every item tied with the last neighbour stays: a cut by item number would decide otherwise. The diagonal is 0.
+    Of each row only the nearest `neighbours` stay. All items that are tied with the last of these
+    stay too, so that item numbers decide nothing.
     """
     size = gram.diagonal().sqrt()
     S = gram / (torch.outer(size, size) + shrink).clamp_min(torch.finfo(gram.dtype).tiny)
@@ -213,9 +218,12 @@ def knn_weights(gram: Tensor, neighbours: int, shrink: float) -> Tensor:
 
 
 def ease_weights(gram: Tensor, ridge: float) -> Tensor:
-    """EASE (Steck, WWW 2019): B (N, N), zero diagonal, argmin |X - XB|^2 + ridge |B|^2, from X'X (N, N).
+    """EASE: B (N, N) from X'X (N, N).
 
-    With P = (X'X + ridge I)^-1:  B_ij = -P_ij / P_jj off the diagonal.
+        argmin |X - XB|^2 + ridge |B|^2   with a diagonal of 0:   B_ij = -P_ij / P_jj,
+        P = (X'X + ridge I)^-1
+
+    Source: Steck, WWW 2019.
     """
     A = gram.clone()
     A.diagonal().add_(ridge)

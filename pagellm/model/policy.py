@@ -1,5 +1,7 @@
-"""A policy: the network, its vocabulary, and how its prompts are written. What sft and ppo save and all later
-stages load; and how a policy writes and ranks pages for many users.
+"""A policy: a network, its vocabulary, and the style of its prompts.
+
+It is what sft and ppo save and what all later stages load. It also writes and ranks pages for many
+users, and scores them on validation rows.
 """
 
 from dataclasses import asdict, dataclass
@@ -30,15 +32,18 @@ MODES = ("greedy", "beam", "one_shot")
 
 @dataclass(frozen=True)
 class PromptStyle:
-    """How a page prompt is written; saved with the weights, since a policy knows no other style."""
+    """How a page prompt is written. It is saved with the weights, which know no other style."""
 
     max_history: int = 24  # items
     use_ratings: bool = True
     use_user: bool = True  # False: every prompt begins with <user_unk>
-    clock: tuple[int, ...] = ()  # rising moments, in seconds,
+    clock: tuple[int, ...] = ()  # rising moments, in seconds, at which the periods of the time
+    # tokens end; (): prompts show no time
 
 
 class Policy:
+    """A network with its vocabulary and prompt style."""
+
     def __init__(self, model: Backbone, vocab: Vocab, style: PromptStyle):
         self.model, self.vocab, self.style = model, vocab, style
         self.prompts = Prompts(
@@ -59,13 +64,17 @@ class Policy:
         return cls(model, Vocab.load(path), PromptStyle(**state["style"]))
 
     def state(self) -> dict:
+        """What `load` reads, the vocabulary aside. Call it on every process."""
         style = {
             name: value for name, value in asdict(self.style).items() if name != "clock" or value
         }
         return {**to_state(self.model), "style": style}
 
     def periods(self, when: np.ndarray | None, n: int) -> list[int | None]:
-        """Period of each of n moments, in seconds; n times None where none is given or there are no time tokens."""
+        """Time period of each of n moments (seconds), counted from 0.
+
+        n times None where no moments are given or the vocabulary has no time tokens.
+        """
         if when is None or not self.vocab.times:
             return [None] * n
         return np.searchsorted(np.array(self.style.clock), when, side="right").tolist()
@@ -75,20 +84,22 @@ class Policy:
         need, room = self.prompts.page_room + slots, self.model.shape.n_ctx
         if need > room:
             raise PageLLMError(
-                f"a history of {self.style.max_history} items and a page of {slots} need {need} tokens, "
-                f"the context has {room}; lower max_history or k, or take a larger size"
+                f"a history of {self.style.max_history} items and a page of {slots} need {need} "
+                f"tokens, the context has {room}; lower max_history or k, or take a larger size"
             )
 
     def prompt(self, users, histories, when: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-        """ids (B, P), valid (B, P), left-padded. histories: (items, ratings) of each user, oldest first.
+        """ids (B, P), valid (B, P), left-padded.
 
-        when  (B,) seconds: the moment of each page, where the policy has time tokens; None: now, the last period
+        histories  (items, ratings) of each user, oldest first
+        when       (B,) seconds: the moment of each page, if the policy has time tokens; None: now,
+                   the last period
         """
         rows = [
             self.prompts.page(
-                int(u) if self.style.use_user and u is not None else None, *history, period
+                int(u) if self.style.use_user and u is not None else None, items, ratings, period
             )
-            for u, history, period in zip(
+            for u, (items, ratings), period in zip(
                 users, histories, self.periods(when, len(users)), strict=True
             )
         ]
@@ -107,8 +118,11 @@ class Policy:
         when: np.ndarray | None = None,
         ties: Rank | None = None,
     ) -> tuple[Pages, Tensor]:
-        """Pages of one batch of users, and the legal set (B, N) they started from. when as in `prompt`, rank (not for
-        beam) as in decode.greedy."""
+        """Pages of one batch of users, and the legal set (B, N) before any slot was filled.
+
+        when  as in `prompt`        ties  as in decode.greedy; beam ignores it
+        Raises PageLLMError for an unknown mode.
+        """
         prompt, valid = self.prompt(users, [history.of(u) for u in users], when)
         constraint = LegalItems(
             torch.from_numpy(seen.padded(users)).to(prompt.device), self.model.n_items
@@ -135,20 +149,22 @@ class Policy:
         when: np.ndarray | None = None,
         seed: int = 0,
     ) -> RankedPages:
-        """Page of k and the ranks behind it for every user, `batch` at once; several processes share the users.
+        """The page of k slots and the ranks behind it, for every user.
 
         history  what the prompts show        seen  what no page may hold
-        Of a catalogue so large that logits of `batch` users exceed BLOCK numbers, fewer users at once.
+        batch    users at once; fewer where the catalogue is so large that their logits would be
+                 more than BLOCK numbers. Several processes share the users
         when     (all users of the shop,) seconds: the moment of each one's page, as in `prompt`
-        seed     of the order of equal scores (`ties`)
+        seed     of the random order among equal scores (`tie_breaker`)
         """
         self.check_room(k)
         batch = max(1, min(batch, BLOCK // max(1, self.model.n_items)))
-        was_training, self.model.bf16, low = self.model.training, False, self.model.bf16
+        was_training, bf16 = self.model.training, self.model.bf16
+        self.model.bf16 = False
         self.model.eval()
         items, scores, slots = [], [], []
         mine, busy = dist.shard(users)
-        # batches of like length: little padding to read
+        # Users with histories of similar length share a batch, so that there is little padding.
         order = np.argsort(history.counts()[mine], kind="stable")
         bar = tqdm(
             total=len(mine),
@@ -170,7 +186,7 @@ class Policy:
             bar.update(len(some))
         bar.close()
         self.model.train(was_training)
-        self.model.bf16 = low
+        self.model.bf16 = bf16
         back = np.argsort(order)[: None if busy else 0]
         return RankedPages(
             users,
@@ -179,9 +195,9 @@ class Policy:
 
 
 class Validation:
-    """The same users' pages, written and scored again and again while a policy learns.
+    """Pages of the same users, written and scored again and again while a policy learns.
 
-    limit  users, drawn once for good from those with held-out items; 0: all
+    limit  users, drawn once from those with held-out items; 0: all
     """
 
     def __init__(
@@ -201,7 +217,10 @@ class Validation:
         self.users, self.when = users, shop.moments(split)
 
     def __call__(self, policy: Policy) -> dict[str, float]:
-        """name -> mean over the users for whom it is defined; left out where it is for nobody."""
+        """name -> mean over the users for whom the score is defined.
+
+        A score that is defined for nobody is left out.
+        """
         ranked = policy.rank(
             self.users, self.history, self.seen, self.k, self.depth, self.mode, when=self.when
         )

@@ -17,11 +17,12 @@ __all__ = ["Compare", "RewardModel", "mean_reward"]
 
 
 class Compare(nn.Module):
-    """How much the item of each slot resembles the nearest one above it, by several learnt measures.
+    """How much the item of each slot resembles the nearest one above it, by learnt measures.
 
-    Not in the paper. Novelty and redundancy are statements about two items of a page; a small trunk answers them
-    by relevance and never learns to look them up (experiments/LOG.md). A measure is the cosine of the two item rows
-    after a linear map of its own; the largest over the slots above counts, -1 for the first slot.
+    Not in the paper. Whether an item is novel or redundant depends on two items of the page. A
+    small trunk judges them by relevance instead and does not learn to compare items. A measure
+    is the cosine of two item rows after a linear map of its own. Of the slots above, the largest
+    value counts; for the first slot it is -1.
     """
 
     def __init__(self, n_embd: int, measures: int = 4, features: int = 16):
@@ -35,7 +36,10 @@ class Compare(nn.Module):
         nn.init.normal_(self.features.bias)
 
     def forward(self, rows: Tensor, mask: Tensor) -> Tensor:
-        """rows (B, K, C) of the items, mask (B, K) bool -> (B, K, features) float32; off the mask anything finite."""
+        """(B, K, features) float32; any finite number off the mask.
+
+        rows (B, K, C) of the items, mask (B, K) bool.
+        """
         B, K, _ = rows.shape
         x = F.normalize(self.project(rows).view(B, K, self.measures, -1).transpose(1, 2), dim=-1)
         above = (
@@ -46,9 +50,11 @@ class Compare(nn.Module):
 
 
 class RewardModel(nn.Module):
-    """Token head (Eq. 6): r_t = v.h_t, h_t read after item t. Page head (Eq. 5): MLP([h_end; mean_t h_t; e_u]).
+    """Token head (Eq. 6): r_t = v.h_t, where h_t is read after item t.
+    Page head (Eq. 5): MLP([h_end; mean_t h_t; e_u]).
 
-    compare  both heads also read how much the items resemble those above them (`Compare`); off: the paper's heads
+    compare  both heads also read how much the items resemble those above them (`Compare`); False:
+             the paper's heads
     """
 
     def __init__(self, trunk: Backbone, compare: bool = True):
@@ -56,26 +62,30 @@ class RewardModel(nn.Module):
         C = trunk.shape.n_embd
         self.trunk = trunk
         self.compare = Compare(C) if compare else None
-        more = self.compare.features.out_features if compare else 0
+        more = 0 if self.compare is None else self.compare.features.out_features
         self.token_head = nn.Linear(C + more, 1, bias=False)
         self.page_head = nn.Sequential(
             nn.Linear(3 * C + more, C), nn.GELU(approximate="tanh"), nn.Linear(C, 1)
         )
-        # Mean rewards of ground-truth pages, taken off after training: a score above 0 beats the average gold page.
+        # Mean rewards of ground-truth pages, subtracted after training: a reward above 0 means
+        # better than the average ground-truth page.
         self.register_buffer("token_mean", torch.zeros(()))
         self.register_buffer("page_mean", torch.zeros(()))
-        for head in (self.token_head, self.page_head[2]):
+        last = self.page_head[2]
+        assert isinstance(last, nn.Linear)
+        for head in (self.token_head, last):
             nn.init.normal_(head.weight, std=1.0 / math.sqrt(head.in_features + 1))
-        nn.init.zeros_(self.page_head[2].bias)
+        nn.init.zeros_(last.bias)
 
     def forward(
         self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor, start: tuple | None = None
     ) -> tuple[Tensor, Tensor]:
         """Rewards of given pages.
 
-        prompt, valid (B, P): left-padded page prompts      item, mask (B, K) as in decode.Pages
-        start         the prompt already read by this trunk, as in decode.slot_states
-        returns token_reward (B, K) float32, 0 off the mask; page_reward (B,) float32
+        prompt, valid  (B, P): left-padded page prompts
+        item, mask     (B, K) as in decode.Pages
+        start          the prompts, read before by this trunk, as in decode.slot_states
+        returns        token_reward (B, K) float32, 0 off the mask; page_reward (B,) float32
         """
         after = slot_states(self.trunk, prompt, valid, item, mask, start)[:, 1:].float()
         return self.heads(prompt, valid, item, mask, after)
@@ -83,7 +93,10 @@ class RewardModel(nn.Module):
     def heads(
         self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor, after: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`forward` from after (B, K, C) float32, the trunk's states after each slot's item was read."""
+        """`forward`, given the trunk's states.
+
+        after  (B, K, C) float32, the states after each slot's item was read
+        """
         count = mask.sum(1).clamp(min=1)
         end = after[torch.arange(len(after), device=after.device), count - 1]
         if self.compare is not None:
@@ -99,12 +112,13 @@ class RewardModel(nn.Module):
         return token, page
 
     def state(self) -> dict:
-        """What `load` reads. Ask on every process."""
+        """What `load` reads. Call it on every process."""
         heads = {name: w for name, w in dist.weights(self).items() if not name.startswith("trunk.")}
         return {**to_state(self.trunk), "heads": heads, "compare": self.compare is not None}
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "RewardModel":
+        """Read model.pt from the reward stage's directory."""
         state = load_model_file(Path(path) / "model.pt")
         model = cls(from_state(state), state["compare"])
         dist.load_weights(model, {**model.state_dict(), **state["heads"]})
@@ -112,5 +126,8 @@ class RewardModel(nn.Module):
 
 
 def mean_reward(token_reward: Tensor, mask: Tensor) -> Tensor:
-    """Eq. 6: R_f = (1/T) sum_t r_t over each row's own slots. (B, K) -> (B,); an empty row is 0."""
+    """Eq. 6: R_f = (1/T) sum_t r_t over each row's own slots.
+
+    (B, K) -> (B,); 0 for an empty row.
+    """
     return torch.where(mask, token_reward, 0.0).sum(1) / mask.sum(1).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Where user and item rows begin: spectral factors or implicit ALS."""
+"""How user and item rows begin: from spectral factors or from implicit ALS."""
 
 import numpy as np
 import torch
@@ -13,11 +13,13 @@ __all__ = ["als_rows", "spectral_rows"]
 
 
 def spectral_rows(shop: Shop, n_embd: int, seed: int, weight: float = 0.5) -> tuple[Tensor, Tensor]:
-    """User and item rows from a truncated SVD of what the train rows and the catalogue link items to.
+    """User and item rows from a truncated SVD of the links of train rows and catalogue.
 
-    Not in the paper. One sparse matrix: a row for every user, category and brand, a column for every item, each
-    entry / sqrt(row count * column count), categories and brands times `weight`. Structure that second-order prompts
-    would have to teach is there from the start. Scaled to GPT-2's 0.02; columns past the rank stay random.
+    Not in the paper. The SVD is of one sparse matrix with a row for every user, category and brand
+    and a column for every item. An entry is 1 / sqrt(row count * column count); those of categories
+    and brands are multiplied by `weight`. So items that go together begin close to each other; the
+    second-order prompts alone would have to teach that otherwise. Rows are scaled to GPT-2's
+    standard deviation of 0.02; columns past the rank of the matrix are random.
 
     returns (U, n_embd), (N, n_embd) float32
     """
@@ -28,7 +30,8 @@ def spectral_rows(shop: Shop, n_embd: int, seed: int, weight: float = 0.5) -> tu
         (c.leaf_id[leaf], leaf, weight),
         (c.brand_id[brand], brand, weight),
     ]
-    rows, columns, values, first = [], [], [], 0
+    rows: list[np.ndarray] = []
+    columns, values, first = [], [], 0
     for row, item, value in links:
         n = int(row.max(initial=-1)) + 1 if rows else shop.n_users
         degree = (
@@ -40,7 +43,7 @@ def spectral_rows(shop: Shop, n_embd: int, seed: int, weight: float = 0.5) -> tu
         values.append(value / np.sqrt(degree))
         first += n
     matrix = torch.sparse_coo_tensor(
-        np.stack([np.concatenate(rows), np.concatenate(columns)]),
+        torch.from_numpy(np.stack([np.concatenate(rows), np.concatenate(columns)])),
         torch.from_numpy(np.concatenate(values)).float(),
         (first, shop.n_items),
         check_invariants=True,
@@ -90,4 +93,5 @@ def als_rows(
     rank = min(n_embd, shop.n_items, len(rows.counts()))
     X, Y = als(rows, len(rows.counts()), shop.n_items, rank, alpha0, reg, 1.0, seed, target=target)
     scale = row_scale / Y.std().clamp(min=1e-12)
-    return tuple(F.pad(factors * scale, (0, n_embd - rank)) for factors in (X[: shop.n_users], Y))
+    pad = (0, n_embd - rank)
+    return F.pad(X[: shop.n_users] * scale, pad), F.pad(Y * scale, pad)

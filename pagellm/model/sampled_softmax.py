@@ -1,4 +1,5 @@
-"""The item softmax over some items instead of all, for catalogues whose full softmax is too dear.
+"""The softmax over items, estimated from some of them, for catalogues whose full softmax costs too
+much.
 
     proposal = Proposal(train.items, n_items)
     candidates = proposal.draw(target, 8192, rng)                       # shared by the whole batch
@@ -6,12 +7,15 @@
 
 The sum over a row's legal items is replaced by
 
-    Z^ = sum_{j in T} e^{z_j} + sum_{draws s not in T} e^{z_s} / (n q_s)        (illegal items left out of both)
+    Z^ = sum_{j in T} e^{z_j} + sum_{draws s not in T} e^{z_s} / (n q_s)
 
-T holds the batch's own targets, each counted once and exactly; the n draws come from q with replacement, and
-dividing by n q_s (the logQ correction: z_s - log(n q_s)) makes E[Z^] = Z for any states. The loss -z_t + log Z^ is
-too small on average by about Var(Z^) / (2 Z^2), by Jensen, which vanishes as 1/n; so does the bias of its gradient.
-Source: Bengio and Senecal, IEEE TNN 2008; Jean et al., arXiv 1412.2007; exact in-batch items are ours.
+with illegal items left out of both sums. T holds the batch's own targets, each counted once and
+exactly. The n draws come from q with replacement. Dividing by n q_s (the logQ correction,
+z_s - log(n q_s)) makes E[Z^] = Z for any states. By Jensen's inequality the loss -z_t + log Z^ is
+too small on average, by about Var(Z^) / (2 Z^2); this bias and that of the gradient vanish as 1/n.
+
+Source: Bengio and Senecal, IEEE TNN 2008; Jean et al., arXiv 1412.2007. Counting the batch's
+targets exactly is ours.
 """
 
 import numpy as np
@@ -28,9 +32,12 @@ Candidates = tuple[Tensor, Tensor]
 
 
 class Proposal:
-    """q over items: `share` by popularity in the train rows, the rest uniform, so that no item is never drawn.
+    """The distribution q over items: a share by popularity in the train rows, the rest uniform.
+
+    The uniform part gives every item a chance.
 
     items  (R,) int64, one entry a train row
+    share  weight of popularity; 0 where there are no train rows
     """
 
     def __init__(self, items: np.ndarray, n_items: int, share: float = 0.5):
@@ -41,7 +48,10 @@ class Proposal:
             self.q += self.share / len(items) * np.bincount(items, minlength=n_items)
 
     def draw(self, target: Tensor, n: int, rng: np.random.Generator) -> Candidates:
-        """Candidates of one step: every item in `target` (any shape, -1 is none), and n draws, on target's device."""
+        """Candidates of one step, on target's device: every item in `target`, and n draws.
+
+        target  any shape; -1 is no item
+        """
         popular = rng.random(n) < self.share
         drawn = rng.integers(self.n_items, size=n)
         if popular.any():
@@ -62,14 +72,17 @@ class Proposal:
 
 
 def locate(candidates: Candidates, items: Tensor) -> Tensor:
-    """Where each item stands among the candidates; -1 if it does not, and for -1."""
+    """Where each item stands among the candidates; -1 for an item that does not, and for -1."""
     known = candidates[0]
     at = torch.searchsorted(known, items.contiguous()).clamp(max=len(known) - 1)
     return torch.where(known[at] == items, at, -1)
 
 
 def sampled_logits(hidden: Tensor, rows: Tensor, candidates: Candidates) -> Tensor:
-    """(..., S) float32: what the candidates weigh in Z^, as logits. hidden (..., C); rows (S, C), the candidates'."""
+    """(..., S) float32: logits of the candidates, corrected so that their exponentials sum to Z^.
+
+    hidden (..., C); rows (S, C), those of the candidates.
+    """
     return hidden.float() @ rows.float().T + candidates[1]
 
 
@@ -80,17 +93,26 @@ def sampled_logp(
     target: Tensor,
     illegal: Tensor | None = None,
 ) -> Tensor:
-    """z_target - log Z^ of every row, (n,) float32: the estimate of the full softmax's log-probability.
+    """z_target - log Z^ of every row, (n,) float32: estimates the full softmax's log-probability.
 
-    hidden (n, C)    rows (S, C), the candidates'    target (n,) item ids, each among the candidates
-    illegal          (n, E) item ids that row n may not choose, padded with -1
+    hidden   (n, C)
+    rows     (S, C), those of the candidates
+    target   (n,) item ids, each among the candidates
+    illegal  (n, E) item ids that row n may not choose, padded with -1
     """
-    # One more column: 1 beside the states, log(1 / (n q)) beside the rows. So the kernel adds the correction.
+    # One more channel, 1 in the states and log(1 / (n q)) in the rows: so the kernel adds the
+    # correction to every logit.
     state = torch.cat([hidden.float(), hidden.new_ones(len(hidden), 1, dtype=torch.float32)], 1)
     head = torch.cat([rows.float(), candidates[1][:, None]], 1)
-    return linear_logp(
+    logp = linear_logp(
         state,
         head,
         locate(candidates, target),
         None if illegal is None else locate(candidates, illegal),
     )
+    assert isinstance(logp, Tensor)
+    return logp
+    assert isinstance(logp, Tensor)
+    return logp
+    assert isinstance(logp, Tensor)
+    return logp

@@ -1,7 +1,8 @@
-"""One id space in four runs: words | specials | users | items (SPEC 3).
+"""One id space in four runs: words | special tokens | users | items.
 
-Words are a published model's byte-level BPE (GPT-2's two files, or a tokenizer.json such as Llama's), or the same kind
-of tokeniser trained on the shop's own text. Byte-level means that no text is unknown: every byte has a token.
+Words are the byte-level BPE of a published model (GPT-2's two files, or a tokenizer.json such as
+Llama's), or the same kind of tokeniser trained on the shop's own text. Byte-level means that no
+text is unknown: every byte has a token.
 
     vocab = Vocab.train(texts, n_users=2000, n_items=1000, size=2048)
     vocab = Vocab.published("data/gpt2", n_users=2000, n_items=1000)
@@ -23,11 +24,12 @@ from pagellm.stage.files import atomic
 __all__ = ["SPECIALS", "Vocab"]
 
 
-# <r?> is "liked, level unknown": implicit feedback has no rating and none is invented for it.
+# <r?> means "liked, level unknown": implicit feedback has no rating, and none is invented.
 SPECIALS = ("<pad>", "<page>", "<user_unk>", "<r?>", "<r1>", "<r2>", "<r3>", "<r4>", "<r5>")
 TWO_FILES = ("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")
 
-# How a byte-level BPE cuts ASCII text into words before it merges: GPT-2's pattern with letters and digits spelled out.
+# How a byte-level BPE cuts ASCII text into words before it merges: GPT-2's pattern, with letters
+# and digits written as ranges.
 WORD = re.compile(
     r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII
 )
@@ -38,7 +40,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def plain_words(tokenizer: Tokenizer) -> bool:
-    """Whether a tokeniser cuts text as GPT-2 does and merges within words alone, so that each may be looked up."""
+    """Whether a tokeniser cuts text as GPT-2 does and merges within words alone.
+
+    The tokens of each word may then be looked up.
+    """
     form = json.loads(tokenizer.to_str())
     cut = form["pre_tokenizer"] or {}
     return (
@@ -51,16 +56,17 @@ def plain_words(tokenizer: Tokenizer) -> bool:
 
 
 class Vocab:
-    """words 0..W-1 | specials W..W+S-1 | users | items; every id has one meaning, every meaning one id.
+    """words 0..W-1 | special tokens W..W+S-1 | users | items.
 
-    times  time tokens <t1>..<t{times}> behind the other specials, for prompts that show when; 0: none
+    times  time tokens <t1>..<t{times}> behind the other special tokens, for prompts that show the
+           time; 0: none
     """
 
     def __init__(self, tokenizer: Tokenizer, n_users: int, n_items: int, times: int = 0):
         self.tokenizer = tokenizer
         # a review that says "<|end_of_text|>" is text like any other
         tokenizer.encode_special_tokens = True
-        # of words seen before
+        # tokens of words that were met before
         self._tokens: dict[str, list[int]] | None = {} if plain_words(tokenizer) else None
         self.n_words = tokenizer.get_vocab_size()
         self.times = times
@@ -77,7 +83,10 @@ class Vocab:
     def train(
         cls, texts: Iterable[str], n_users: int, n_items: int, size: int = 2048, times: int = 0
     ) -> "Vocab":
-        """Byte-level BPE of at most `size` words from `texts`; with no text at all it is the 256 bytes."""
+        """Byte-level BPE of at most `size` words from `texts`; without any text, the 256 bytes.
+
+        Raises PageLLMError for a size below 256.
+        """
         if size < 256:
             raise PageLLMError(f"words={size}: want at least 256, one for each byte")
         tokenizer = Tokenizer(models.BPE())
@@ -92,14 +101,17 @@ class Vocab:
 
     @classmethod
     def gpt2(cls, path: str | Path, n_users: int, n_items: int, times: int = 0) -> "Vocab":
-        """GPT-2's words from encoder.json and vocab.bpe (or vocab.json and merges.txt) in `path`."""
+        """GPT-2's words from encoder.json and vocab.bpe (or vocab.json and merges.txt) in `path`.
+
+        Raises PageLLMError if the files are not there.
+        """
         path = Path(path)
         for words, merges in TWO_FILES:
             if (path / words).exists() and (path / merges).exists():
                 index = json.loads((path / words).read_text(encoding="utf-8"))
                 lines = (path / merges).read_text(encoding="utf-8").split("\n")
                 pairs = [
-                    tuple(line.split(" "))
+                    (line.split(" ")[0], line.split(" ")[1])
                     for line in lines
                     if line and not line.startswith("#version")
                 ]
@@ -113,10 +125,11 @@ class Vocab:
 
     @classmethod
     def published(cls, path: str | Path, n_users: int, n_items: int, times: int = 0) -> "Vocab":
-        """The words of a published model: a tokenizer.json, or a directory with it or with GPT-2's two files.
+        """The words of a published model.
 
-        Its own special tokens stay words, and nothing is put before or behind a text. Raises PageLLMError for files
-        that are not there or cannot be read, and for ids with gaps.
+        path  a tokenizer.json, or a directory with it or with GPT-2's two files
+        The model's own special tokens stay words, and no token is added before or after a text.
+        Raises PageLLMError for files that are missing or cannot be read, and for ids with gaps.
         """
         path = Path(path)
         two = any(all((path / name).exists() for name in pair) for pair in TWO_FILES)
@@ -125,8 +138,8 @@ class Vocab:
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.exists():
             raise PageLLMError(
-                f"no {path}\n  Want a model's tokenizer.json, or a directory with it or with GPT-2's "
-                "encoder.json and vocab.bpe."
+                f"no {path}\n  Want a model's tokenizer.json, or a directory with it or with "
+                "GPT-2's encoder.json and vocab.bpe."
             )
         try:
             tokenizer = Tokenizer.from_file(str(path))
@@ -144,10 +157,11 @@ class Vocab:
         return cls(tokenizer, n_users, n_items, times)
 
     def special(self, name: str) -> int:
+        """Token of one of SPECIALS."""
         return self.n_words + SPECIALS.index(name)
 
     def user(self, user) -> int:
-        """Token of a dense user id; None or an id outside the table is <user_unk>."""
+        """Token of a dense user id; <user_unk> for None and for an id outside the table."""
         return (
             self.user_unk
             if user is None or not 0 <= user < self.n_users
@@ -155,24 +169,28 @@ class Vocab:
         )
 
     def item(self, item: int) -> int:
+        """Token of a dense item id. Raises ValueError for an id outside the table."""
         if not 0 <= item < self.n_items:
             raise ValueError(f"item {item} is outside 0..{self.n_items - 1}")
         return self.item0 + int(item)
 
     def rating(self, rating: float) -> int:
-        """<r1>..<r5> by the nearest whole star; NaN is <r?>."""
+        """<r1>..<r5> by the nearest whole star; <r?> for NaN."""
         if np.isnan(rating):
             return self.special("<r?>")
         return self.special(f"<r{min(5, max(1, round(float(rating))))}>")
 
     def time(self, period: int) -> int:
-        """<t1>.. of a period counted from 0."""
+        """Token <t1>.. of a period counted from 0. Raises ValueError for one outside the table."""
         if not 0 <= period < self.times:
             raise ValueError(f"period {period} is outside 0..{self.times - 1}")
         return self.n_words + len(SPECIALS) + int(period)
 
     def words(self, text: str) -> list[int]:
-        """Token ids of a text. GPT-2 merges nothing across words, so those of ASCII text are looked up one by one."""
+        """Token ids of a text.
+
+        GPT-2's tokeniser merges nothing across words, so words of ASCII text are looked up.
+        """
         if self._tokens is None or not text.isascii():
             return self.tokenizer.encode(text, add_special_tokens=False).ids
         tokens, known = [], self._tokens
@@ -186,6 +204,7 @@ class Vocab:
         return tokens
 
     def words_batch(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of several texts."""
         return [
             encoding.ids
             for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -232,6 +251,7 @@ class Vocab:
 
     @classmethod
     def load(cls, path: str | Path) -> "Vocab":
+        """Read what `save` wrote. Raises PageLLMError if it is not there."""
         path = Path(path)
         try:
             sizes = json.loads((path / "vocab.json").read_text())
@@ -242,11 +262,11 @@ class Vocab:
                 sizes.get("times", 0),
             )
         except FileNotFoundError as error:
-            raise PageLLMError(
-                f"no vocabulary in {path} ({Path(error.filename or 'tokenizer.json').name} is missing)"
-            ) from None
+            missing = Path(error.filename or "tokenizer.json").name
+            raise PageLLMError(f"no vocabulary in {path} ({missing} is missing)") from None
 
 
 def byte_level(tokenizer: Tokenizer) -> None:
+    """Let a tokeniser cut and join text by bytes, as GPT-2 does."""
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,11 +1,11 @@
-"""Published weight files: .safetensors and .bin, one file or shards, from a directory, a file, or the hub.
+"""Published weight files: .safetensors and .bin, one file or shards, local or from the hub.
 
     weights, config = read_weights("models/Llama-3.2-1B")     # {name: tensor}, config.json or {}
     write_weights("models/mine", weights, config, shard_mb=500)
 
-safetensors is read and written here, with nothing but torch: 8 bytes of header length, a JSON header, the numbers.
-Files are mapped into memory, so a tensor is read when it is used. Nothing pickled is loaded. Source of the format:
-the documentation of huggingface/safetensors.
+safetensors files are read and written here with torch alone: 8 bytes that give the length of the
+header, a JSON header, the numbers. Files are mapped into memory, so a tensor is read when it is
+used. Nothing pickled is loaded. Source of the format: the documentation of huggingface/safetensors.
 """
 
 import json
@@ -39,7 +39,10 @@ HEADER_LIMIT = 100 << 20  # bytes; as the format's own readers have it
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """{name: tensor}, mapped from the file. Raises PageLLMError for a file that is gone, cut short, or another."""
+    """{name: tensor}, mapped from the file.
+
+    Raises PageLLMError for a file that is gone, cut short, or of another format.
+    """
     path = Path(path)
 
     def bad(what: str) -> PageLLMError:
@@ -78,7 +81,8 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         except (KeyError, TypeError, ValueError) as error:
             raise bad(f"{name}: {error}") from None
         raw = data[start + first : start + last]
-        # A view needs its place to be a multiple of the element's size; writers pad the header, but need not.
+        # A view must begin at a multiple of the element's size. Most writers pad the header for
+        # that, but they need not.
         if (start + first) % dtype.itemsize:
             raw = raw.clone()
         found[name] = raw.view(dtype).view(shape)
@@ -86,9 +90,10 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def write_safetensors(path: str | Path, weights: dict[str, Tensor]) -> None:
-    """The inverse of `read_safetensors`, written beside and renamed."""
+    """The inverse of `read_safetensors`. The file appears under its name when it is whole."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header, place = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    place = 0
     flat = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
     for name, w in flat.items():
         header[name] = {
@@ -102,27 +107,31 @@ def write_safetensors(path: str | Path, weights: dict[str, Tensor]) -> None:
     with atomic(path) as beside, open(beside, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for w in flat.values():
-            file.write(w.reshape(-1).view(torch.uint8).numpy())
+            file.write(w.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_weights(
     folder: str | Path, weights: dict[str, Tensor], config: dict, shard_mb: float = 0.0
 ) -> None:
-    """model.safetensors (or shards of about `shard_mb` MB and their index; 0: one file) and config.json."""
+    """Write model.safetensors and config.json.
+
+    shard_mb  about how many MB a shard has; an index is then written too. 0: one file
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
     if not shard_mb:
         write_safetensors(folder / SINGLE[0], weights)
         return
-    shards, room = [{}], 0.0
+    shards: list[dict[str, Tensor]] = [{}]
+    room = 0.0
     for name, w in weights.items():
         if shards[-1] and room + w.nbytes > shard_mb * 2**20:
             shards.append({})
             room = 0.0
         shards[-1][name] = w
         room += w.nbytes
-    where = {}
+    where: dict[str, str] = {}
     for at, shard in enumerate(shards, 1):
         file = f"model-{at:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(folder / file, shard)
@@ -134,8 +143,10 @@ def write_weights(
 def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict]:
     """{name: tensor} of a published model and its config.json ({} where there is none).
 
-    source  a directory, a weight file, an index of shards, or a name on the hub ("gpt2", "meta-llama/Llama-3.2-1B")
-    Raises PageLLMError if there is nothing of the kind, a shard is missing or damaged, or the hub cannot be reached.
+    source  a directory, a weight file, an index of shards, or a name on the hub ("gpt2",
+            "meta-llama/Llama-3.2-1B")
+    Raises PageLLMError if there are no such files, a shard is missing or damaged, or the hub cannot
+    be reached.
     """
     path = Path(source)
     if path.is_dir():
@@ -171,6 +182,7 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def read_table(path: Path) -> dict:
+    """A JSON object from a file. Raises PageLLMError if it is none."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -181,6 +193,7 @@ def read_table(path: Path) -> dict:
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
+    """{name: tensor} of one .safetensors or .bin file."""
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     weights = load_model_file(path)
@@ -190,7 +203,10 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def fetch(name: str) -> Path:
-    """The weight file or index of a model on the hub, its shards and config.json beside it in the hub's cache."""
+    """The weight file or index of a model on the hub; its shards and config.json lie beside it.
+
+    The files are in the cache of huggingface_hub. Raises PageLLMError if it cannot be reached.
+    """
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.utils import EntryNotFoundError

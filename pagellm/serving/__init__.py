@@ -1,1 +1,1 @@
-"""Pages, rows and scores for others: terminal, files, HTTP, embeddings. Nothing below imports it."""
+"""Pages, embeddings and features for others: terminal, files, HTTP. No stage imports it."""
