@@ -68,7 +68,8 @@ def make_app(service) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         default_response_class=JSON,
-        description="Whole recommendation pages, with and without the reward. Logs hold no personal data.",
+        description="Whole recommendation pages, with and without the reward. "
+        "Logs hold no personal data.",
     )
     limits = service.config
     app.add_middleware(
@@ -110,7 +111,7 @@ def errors(*codes: int) -> dict:
 
 
 def clean(text) -> str:
-    """A field name that the client sent, made safe to repeat in an answer: 120 characters at most."""
+    """A field name of the client's, made safe to repeat in an answer: 120 characters at most."""
     return str(text).encode("utf-8", "backslashreplace").decode()[:120]
 
 

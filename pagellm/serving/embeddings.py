@@ -1,11 +1,11 @@
-"""Exported embeddings on a machine without torch: numpy is all that this file needs.
+"""Exported embeddings on a machine without torch: this file needs numpy alone.
 
     rows = Embeddings("runs/toys/export-ppo")
     rows.matrix("item_token")                       # (N, d) float32, whatever the file's type
     rows.row("user_content", "A1B2")                # (d,)
-    rows.dot("A1B2", ["B0001", "B0002"])            # (2,): the policy's logits of the page's first slot
+    rows.dot("A1B2", ["B0001", "B0002"])            # (2,): the policy's logits of the first slot
 
-`python -m pagellm.serving.export` writes them; manifest.json there says what is in which file.
+`pagellm export` writes them; manifest.json there says what is in which file.
 """
 
 import hashlib
@@ -25,7 +25,10 @@ NAMES = ("item_token", "item_content", "user_token", "user_content")
 
 
 def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(n, d) float -> int8 (n, d) in -127..127 and float32 scale (n,): x = scale * int8 within scale / 2."""
+    """(n, d) float -> int8 (n, d) in -127..127 and float32 scale (n,).
+
+    x = scale * int8, within scale / 2.
+    """
     scale = (np.abs(x).max(axis=1, initial=0.0) / 127.0).astype(np.float32)
     safe = np.where(scale > 0, scale, 1.0).astype(np.float32)
     return np.clip(np.rint(x / safe[:, None]), -127, 127).astype(np.int8), scale
@@ -37,7 +40,10 @@ def dequantise(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 class Embeddings:
-    """One export directory; files are checked against the manifest when they are first read."""
+    """One export directory. A file is checked against the manifest when it is first read.
+
+    Raises PageLLMError for a directory without a readable manifest.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -60,7 +66,10 @@ class Embeddings:
         return path
 
     def matrix(self, name: str) -> np.ndarray:
-        """(rows, d) float32; kept, so treat it as read-only."""
+        """(rows, d) float32. It is kept, so treat it as read-only.
+
+        Raises PageLLMError for a name that was not exported.
+        """
         if name not in self.manifest["matrices"]:
             raise PageLLMError(
                 f"{self.path} has no {name}; it has {', '.join(self.manifest['matrices'])}"
@@ -87,7 +96,10 @@ class Embeddings:
         }
 
     def row(self, name: str, key: str) -> np.ndarray:
-        """(d,) of one item or user by the shop's id. Raises PageLLMError for an id that was not exported."""
+        """(d,) of one item or user, by the shop's id.
+
+        Raises PageLLMError for an id that was not exported.
+        """
         ids = self.items if name.startswith("item") else self.users
         if key not in ids:
             raise PageLLMError(
@@ -96,6 +108,6 @@ class Embeddings:
         return self.matrix(name)[ids[key]]
 
     def dot(self, user: str, items: Sequence[str]) -> np.ndarray:
-        """(len(items),) h_u . e_i: user_content against item_token, the policy's logits of the first slot."""
+        """(len(items),) h_u . e_i: the policy's logits of the first slot."""
         h = self.row("user_content", user)
         return np.array([self.row("item_token", i) @ h for i in items], dtype=np.float32)

@@ -103,7 +103,7 @@ def item_content(policy: Policy, shop: Shop, batch: int = 256) -> np.ndarray:
 
 
 def user_content(policy: Policy, shop: Shop, split: str = "none", batch: int = 256) -> np.ndarray:
-    """(U, C) float32: the state behind each user's page prompt, which gives the first slot's logits.
+    """(U, C) float32: the state behind each user's page prompt, from which the first slot follows.
 
     split  none: all rows in the prompt; test: train rows, as in evaluate
     """
@@ -135,7 +135,8 @@ def export_embeddings(
     width = policy.model.shape.n_embd
     if pca > min(width, shop.n_items, shop.n_users):
         raise PageLLMError(
-            f"pca={pca}: these rows have {min(width, shop.n_items, shop.n_users)} dimensions at most"
+            f"pca={pca}: these rows have {min(width, shop.n_items, shop.n_users)} dimensions "
+            "at most"
         )
     item, user = (w.detach().float().cpu().numpy() for w in (policy.model.item, policy.model.user))
     make = {
@@ -154,7 +155,10 @@ def export_embeddings(
 
 
 def run(config: Config) -> None:
-    """Write the matrices, the ids and the manifest. Raises PageLLMError where a dtype is too small."""
+    """Write the matrices, the ids and the manifest.
+
+    Raises PageLLMError where a dtype is too small.
+    """
     policy = pick_policy(config.policy, config.where, config.make)
     config = replace(config, policy=policy)
     record = finished(config.where(policy), NEED[policy], config.make(policy))

@@ -1,7 +1,7 @@
 """Features of (user, item) pairs for a ranker that serves without this library (paper, 5.4, 6.6).
 
-Reads   data/<dataset>, runs/<run>/ppo or sft, runs/<run>/reward where it is there; a Parquet file of
-        pairs: user_id, item_id
+Reads   data/<dataset>, runs/<run>/ppo or sft, runs/<run>/reward where it is there; a Parquet file
+        of pairs: user_id, item_id
 Writes  the pairs with two more columns
 
     pagellm features --pairs pairs.parquet --out features.parquet

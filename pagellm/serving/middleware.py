@@ -128,7 +128,7 @@ class Meters:
         self.service = service
 
     def observe(self, what: str, value: float) -> None:
-        """Count what Service reports: a batch with its pages, a stage with its seconds, an event."""
+        """Count a report of Service: a batch's pages, a stage's seconds, or an event."""
         if what == "batch":
             self.batch.observe(value)
         elif what in ("prompt", "decode", "reward", "metrics"):
@@ -137,6 +137,7 @@ class Meters:
             self.events.labels(what).inc(value)
 
     def text(self) -> bytes:
+        """All meters in Prometheus' text format."""
         self.model.clear()
         for name, hash_ in self.service.recommender.hashes.items():
             self.model.labels(name, hash_).set(1)

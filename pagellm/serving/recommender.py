@@ -523,4 +523,5 @@ def prompt_rows(policy: Policy, asks: list[ResolvedAsk]) -> list[list[int]]:
 
 
 def rounded(value: float | None) -> float | None:
+    """Six digits after the point; None stays None."""
     return None if value is None else round(value, 6)

@@ -1,4 +1,7 @@
-"""The JSON bodies of the HTTP service, as pydantic models."""
+"""The JSON bodies of the HTTP service, as pydantic models.
+
+Docstrings and names of the models are part of the OpenAPI document.
+"""
 
 from typing import Annotated, Literal
 
@@ -20,7 +23,7 @@ __all__ = [
 ]
 
 
-# Requests. Strict: "20" is no number and true is no 1; an unknown field is an error, not silence.
+# Requests. They are strict: "20" is no number, true is no 1, and an unknown field is an error.
 
 Id = Annotated[str, Field(min_length=1, max_length=256)]
 IdList = Annotated[list[Id], Field(max_length=100_000)]
@@ -36,7 +39,8 @@ class Event(Strict):
     item: Id
     rating: Annotated[float, Field(ge=1, le=5, allow_inf_nan=False)] | None = Field(
         None,
-        description="1 to 5; null: level unknown. Items rated low are kept off the page, not shown to the model",
+        description="1 to 5; null: level unknown. Items rated low are kept off the page, "
+        "not shown to the model",
     )
 
 
@@ -54,7 +58,7 @@ class PriceRange(Strict):
 
 
 class Allowed(Strict):
-    """Hard constraints on every slot. Leave a field out for no filter; an empty list allows nothing."""
+    """Hard constraints on every slot. No field is no filter; an empty list allows nothing."""
 
     exclude: IdList = Field(default_factory=list, description="item ids that no slot may hold")
     categories: Annotated[list[Id], Field(max_length=1000)] | None = Field(
@@ -81,7 +85,8 @@ class Person(Strict):
     )
     history: Annotated[list[Event], Field(max_length=1000)] | None = Field(
         None,
-        description="oldest first; an empty list without a user asks for the page of a total stranger",
+        description="oldest first; an empty list without a user asks for the page of a total "
+        "stranger",
     )
     policy: Literal["ppo", "sft"] | None = Field(
         None,
@@ -141,7 +146,7 @@ class ScoreRequest(Person):
         return self.asked(page=tuple(self.items))
 
 
-# Answers: documented by these, built as plain values by recommender.Recommender.
+# Answers. These models document them; recommender.Recommender builds them as plain values.
 
 
 class Item(BaseModel):

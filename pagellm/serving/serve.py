@@ -43,7 +43,10 @@ log = logging.getLogger("pagellm")
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Sources):
-    """Serve pages over HTTP until stopped. There is no log-in: keep it on loopback or behind a proxy."""
+    """Serve pages over HTTP until stopped.
+
+    There is no log-in: keep the service on loopback or behind a proxy.
+    """
 
     host: str = "127.0.0.1"  # address to listen on
     port: int = 8000  # TCP port; 0 takes a free one and says which
@@ -207,8 +210,10 @@ class Service:
                 trimmed = time.monotonic()
 
     def answer_jobs(self, recommender: Recommender, jobs: list[Job]) -> None:
-        """Answer all jobs from one model. If the batch fails, its jobs are tried one by one, so that
-        a job that fails does not fail the others."""
+        """Answer all jobs from one model.
+
+        If the batch fails, its jobs are tried one by one, so that one job cannot fail the others.
+        """
         answers: Sequence[dict | Exception]
         try:
             answers = recommender.answers([job.ask for job in jobs])

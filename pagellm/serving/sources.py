@@ -65,6 +65,7 @@ class Sources(StageConfig):
 
 
 def is_done(path: Path) -> bool:
+    """Whether a stage has finished in this directory."""
     return (path / "done").exists()
 
 
@@ -109,5 +110,5 @@ def split_in_words(split: str) -> str:
     return {
         "none": "no rows held out: prompts show all that is known, pages repeat none of it",
         "test": "test rows held out: prompts show train rows, pages may hold test items",
-        "valid": "valid rows held out: prompts show train rows, pages may hold valid and test items",
+        "valid": "valid rows held out: prompts show train rows, pages may hold valid, test items",
     }[split]

@@ -1,4 +1,6 @@
-"""Implicit ALS: each half step exact, the whole at a minimum of its objective, equal to a well-kept implementation."""
+"""Implicit ALS: each half step is exact, the whole is at a minimum of its objective, and it equals
+a well-kept implementation.
+"""
 
 import numpy as np
 import pytest
@@ -50,7 +52,10 @@ def test_als_half_step_solves_each_users_normal_equations(matrix, alpha0, reg, d
 
 @pytest.mark.parametrize("nu", [0.0, 0.5, 1.0])
 def test_als_converges_to_a_minimum_of_its_objective(nu):
-    """After many exact half steps no small change of X or Y lowers the documented sum; nor is it the zero solution."""
+    """After many exact half steps no small change of X or Y lowers the documented sum.
+
+    Nor are all factors 0.
+    """
     U, N, alpha0, reg = *BIG.shape, 0.2, 0.01
     X, Y = (
         m.double().requires_grad_()
@@ -73,7 +78,10 @@ def test_als_converges_to_a_minimum_of_its_objective(nu):
 
 
 def test_als_half_step_equals_implicits():
-    """implicit: confidence alpha on what was bought, 1 elsewhere, penalty lambda. Ours, scaled by alpha - 1."""
+    """implicit has confidence alpha on what was bought, 1 elsewhere, and penalty lambda.
+
+    Our objective is theirs divided by alpha - 1.
+    """
     library = pytest.importorskip("implicit.als", reason="the dev extra is not installed")
     sparse = pytest.importorskip("scipy.sparse")
     alpha, penalty, d = 5.0, 0.7, 6

@@ -1,4 +1,4 @@
-"""Pages: always legal, always distinct; generation, scoring and enumeration agree."""
+"""Pages: always legal, no item twice; generation, scoring and enumeration agree."""
 
 import itertools
 
@@ -113,7 +113,7 @@ def test_generation_and_update_give_one_log_probability(batch, k, seed, temperat
 
 
 def test_the_gate_says_how_loud_placed_items_are():
-    """At 1 they are read like any item; at 0 which items stand on the page makes no difference to its states."""
+    """At 1, items on the page are read like any others. At 0, the states do not depend on them."""
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(0, WORDS + USERS + N, (3, 4), generator=g)
     valid, mask = torch.ones(3, 4, dtype=torch.bool), torch.ones(3, 5, dtype=torch.bool)
@@ -168,7 +168,7 @@ def test_prompts_read_once_for_several_pages_change_nothing(batch, owners, k, se
 @settings(deadline=None, max_examples=15)
 @given(prompts(max_excluded=3), st.integers(1, 3))
 def test_probabilities_of_all_pages_sum_to_one_and_beam_finds_the_best(batch, k):
-    """Enumerate every legal page: sum exp(logp) = 1; a beam as wide as the tree returns the likeliest."""
+    """Over all legal pages, sum exp(logp) = 1; a beam as wide as the tree returns the likeliest."""
     ids, valid, excluded, gone = (x[:1] for x in batch)
     legal = [i for i in range(N) if i not in gone[0]]
     pages = torch.tensor(list(itertools.permutations(legal, k)))
@@ -187,7 +187,10 @@ def test_probabilities_of_all_pages_sum_to_one_and_beam_finds_the_best(batch, k)
 
 
 def test_sampling_follows_the_distribution():
-    """Frequencies of the first slot match exp(logp) over many draws; a fixed number gives a fixed page."""
+    """Over many draws the first slot's frequencies are exp(logp).
+
+    The same random numbers give the same page.
+    """
     B = 4000
     ids, valid = torch.tensor([[1, 6, 9]]).expand(B, -1), torch.ones(B, 3, dtype=torch.bool)
     excluded = torch.tensor([[2, -1]]).expand(B, -1)
@@ -264,7 +267,10 @@ def test_gradient_reaches_legal_rows_only():
 @given(seeds, st.integers(1, 40), st.integers(1, 6))
 @settings(deadline=None, max_examples=100)
 def test_a_draw_inverts_the_running_sum_and_never_takes_what_cannot_be(seed, N, B):
-    """In eighths, whose sums are exact: the item is the first at which the sum exceeds uniform times the whole."""
+    """The item is the first at which the running sum exceeds uniform times the total.
+
+    Probabilities are multiples of 1/8, whose sums are exact.
+    """
     generator = torch.Generator().manual_seed(seed)
     p = (
         torch.randint(0, 4, (B, N), generator=generator).float()

@@ -1,4 +1,4 @@
-"""The network: equal to a published implementation, causal, and the same with cache and padding."""
+"""GPT-2: equal to a published implementation, causal, the same with cache and padding."""
 
 import pytest
 import torch
@@ -108,7 +108,7 @@ def test_no_state_sees_a_later_token(length, data):
 
 
 def test_every_id_reads_its_own_row():
-    """Relabelling: words, users and items are three tables, and an id picks exactly one row of one of them."""
+    """Words, users and items are three tables, and an id reads exactly one row of one of them."""
     model = make(seed=9)
     table = torch.cat([model.word, model.user, model.item])
     assert torch.equal(model.embed(torch.arange(22)), table)
@@ -178,7 +178,10 @@ def test_published_weights_load_from_a_local_path(tmp_path, form):
 
 
 def test_pool_starts_as_the_mean_of_the_history():
-    """Before every slot: item rows against the mean of the history's normalised rows, whatever is on the page."""
+    """Item logits before every slot are item rows times the mean of the history's normalised rows.
+
+    Items on the page do not change them.
+    """
     model = GPT2(Shape(2, 2, 16, 24), 11, 4, 30, generator=torch.Generator().manual_seed(0)).eval()
     with torch.no_grad():
         model.item.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))

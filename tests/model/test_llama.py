@@ -1,4 +1,6 @@
-"""Llama by hand: equal to a published implementation, the same with cache and padding, its weights in and out."""
+"""Llama by hand: equal to a published implementation, the same with cache and padding, and its
+weights are read as they were written.
+"""
 
 import json
 
@@ -59,7 +61,10 @@ def all_logits(model, hidden):
 
 
 def published(model: Llama, folder):
-    """transformers' Llama, read from the files that we write: our words, users and items as its words."""
+    """transformers' Llama, read from the files that we write.
+
+    Our words, users and items are its words.
+    """
     transformers = pytest.importorskip(
         "transformers", reason="compare with transformers: pip install -e '.[dev]'"
     )
@@ -104,7 +109,10 @@ def test_logits_equal_transformers_with_left_padding_and_cache(tmp_path):
 
 
 def test_the_rotary_frequencies_are_llama_3s():
-    """Against transformers' own table for Llama 3.2 1B, and its first, middle and last numbers where it is absent."""
+    """They equal transformers' table for Llama 3.2 1B.
+
+    Where transformers is not installed: its first, middle and last numbers.
+    """
     got = frequencies(64, LLAMA3["theta"], LLAMA3["scaling"])
     assert got[0] == 1.0
     assert_close(got[[10, 16, 31]], torch.tensor(GOLDEN_FREQUENCIES), rtol=1e-5, atol=0)
@@ -130,8 +138,10 @@ def by_formula(model):
 
 
 def test_logits_equal_those_that_transformers_gave():
-    """For where transformers is not installed: its logits (4.57) of the first four words, weights by a formula, one
-    row left-padded by two."""
+    """The logits that transformers 4.57 gave, for where it is not installed.
+
+    Of the first four words, weights by a formula, one row left-padded by two.
+    """
     model = by_formula(
         Llama(Shape(2, 4, 2, 16, 24, 32, theta=100.0, scaling=(4.0, 1.0, 3.0, 8)), 9, 0, 0)
     )
@@ -159,7 +169,7 @@ def test_a_padded_row_equals_the_row_alone(length, left, right, seed):
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 2**31))
 def test_rotated_products_know_distances_only(p, q, shift, seed):
-    """<R_p x, R_q y> depends on p - q alone, and turning keeps lengths."""
+    """<R_p x, R_q y> depends on p - q alone, and rotation keeps lengths."""
     x, y = torch.randn(
         2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )

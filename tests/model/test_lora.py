@@ -1,4 +1,6 @@
-"""Adapters: a new one changes nothing, merged equals unmerged, unmerging is exact, only what should learns."""
+"""Adapters: a new one changes nothing, merged equals unmerged, unmerging is exact, and nothing
+learns that is meant to be frozen.
+"""
 
 import json
 
@@ -271,7 +273,7 @@ def test_a_stage_that_was_stopped_ends_with_the_same_bytes(root, stage, monkeypa
         name.removeprefix("model.")
         for name in held[{"pretrain": "both", "ppo": "policy"}.get(stage, "model")]
     }
-    # A checkpoint holds what learns; the published trunk and its words are where they were read from.
+    # A checkpoint holds what learns; the published trunk and words stay where they were read from.
     assert (
         {"user", "item", "special"} < kept
         and "word" not in kept

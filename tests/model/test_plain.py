@@ -1,4 +1,6 @@
-"""Plain recommenders: each equals its slow definition, and a well-kept implementation where one is installed."""
+"""Plain recommenders: each equals its slow definition, and a well-kept implementation where one is
+installed.
+"""
 
 import numpy as np
 import pytest
@@ -97,7 +99,10 @@ def test_knn_is_shrunk_cosine_of_the_nearest_and_of_those_tied_with_the_last(
 
 @pytest.mark.parametrize("name", list(SETTINGS))
 def test_new_numbers_for_users_and_items_change_nothing(name):
-    """Scores follow the numbering: nothing is decided by an id. ALS starts at random rows, so it needs its minimum."""
+    """New numbers permute the scores: nothing is decided by an id.
+
+    ALS starts at random rows, so it is run until it is at its minimum.
+    """
     rng = np.random.default_rng(3)
     users, items = rng.permutation(BIG.shape[0]), rng.permutation(BIG.shape[1])
     chosen = SETTINGS[name] if name != "ALS" else SETTINGS[name] | {"factors": 1}

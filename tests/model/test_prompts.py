@@ -1,4 +1,4 @@
-"""Templates: the loss falls on the target alone, truncation never eats the instruction."""
+"""Templates: the loss falls on the target alone, and only the target is ever cut."""
 
 import numpy as np
 from hypothesis import given, settings

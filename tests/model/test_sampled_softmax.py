@@ -1,4 +1,6 @@
-"""The softmax over drawn items: unbiased where it says so, and the full softmax in the limit; lazy rows."""
+"""The softmax over drawn items: its sum is unbiased, and it tends to the full softmax; sparse
+gradients of rows.
+"""
 
 import itertools
 
@@ -22,7 +24,10 @@ TRAIN = np.array([0, 0, 0, 1, 2, 2, 5])  # items 3, 4, 6 and 7 were never bought
 
 
 class Fixed:
-    """A generator whose choices are given: every draw uniform over items or, as `popular` says, over train rows."""
+    """A generator whose draws are given.
+
+    popular  which draws come from the train rows; the others are uniform over items
+    """
 
     def __init__(self, popular, uniform, row):
         self.popular, self.values = np.array(popular), [np.array(uniform), np.array(row)]
@@ -43,7 +48,7 @@ def problem(seed):
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 99))
 def test_the_estimated_sum_is_right_on_average_by_enumeration(seed):
-    """E[Z^] = Z exactly, over all 2 N R ways that two draws can fall (here one of the two is given)."""
+    """E[Z^] = Z exactly, over all 2 N R ways in which two draws can fall; one of them is given."""
     hidden, rows, target, illegal = problem(seed)
     proposal, want = Proposal(TRAIN, N), torch.zeros(2, dtype=torch.float64)
     assert proposal.q.sum() == pytest.approx(1.0) and (proposal.q > 0).all()
@@ -78,7 +83,10 @@ def losses(n, seed, draws=60):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_more_draws_come_closer_to_the_full_softmax_in_loss_and_gradient(seed):
-    """The mean square error falls about as 1/n: 64 times the draws, at most an eighth of the error's root."""
+    """The mean square error falls about as 1/n.
+
+    64 times the draws give at most an eighth of its root.
+    """
     error = {}
     for n in (16, 1024):
         got, want = losses(n, seed)
@@ -150,7 +158,10 @@ def test_the_fine_tuning_loss_tends_to_the_full_one(objective):
 
 
 def test_a_row_goes_as_plain_adamw_would_with_its_own_gradients():
-    """Row r under RowAdamW = torch's AdamW on that row alone, fed the gradients of the steps that meet it."""
+    """Row r under RowAdamW moves as under torch's AdamW on that row alone.
+
+    AdamW gets the gradients of the steps in which the row occurs.
+    """
     torch.manual_seed(1)
     table = torch.nn.Parameter(torch.randn(5, 3))
     alone = [torch.nn.Parameter(row.detach().clone()) for row in table]

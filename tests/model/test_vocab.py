@@ -114,7 +114,8 @@ def test_save_and_load(tmp_path):
 
 
 def test_no_text_at_all_still_has_every_byte():
-    assert Vocab.train([], 1, 1, 256).decode(Vocab.train([], 1, 1, 256).words("é☃\0")) == "é☃\0"
+    untrained = Vocab.train([], 1, 1, 256)
+    assert untrained.decode(untrained.words("é☃\0")) == "é☃\0"
     with pytest.raises(PageLLMError, match="at least 256"):
         Vocab.train([], 1, 1, 200)
 
@@ -131,7 +132,10 @@ def test_published_words():
 
 
 def like_llama(path):
-    """A tokenizer.json of Llama 3's kind: digits in threes, special tokens behind the words, one put before a text."""
+    """A tokenizer.json of Llama 3's kind.
+
+    It cuts digits in threes, has special tokens behind the words, and puts one before a text.
+    """
     tokenizer = Tokenizer(models.BPE())
     split = Regex(r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

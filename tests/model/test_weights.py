@@ -1,4 +1,6 @@
-"""Weight files: what we write is what the format's own package reads, and the other way round; damage is named."""
+"""Weight files: the format's own package reads what we write, and we read what it writes; a damaged
+file is named.
+"""
 
 import json
 import sys
@@ -70,7 +72,10 @@ def test_the_formats_own_package_agrees(tmp_path):
 )
 @given(st.data())
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path, data):
-    """Cut short, or a byte of length and header changed: the same tensors, others of the same kind, or our error."""
+    """A file is cut short, or a byte of the length or the header is changed.
+
+    We read the same tensors, others of the same kind, or raise our error.
+    """
     path = tmp_path / "x.safetensors"
     path.unlink(missing_ok=True)
     write_safetensors(path, {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(4)})

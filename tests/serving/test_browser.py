@@ -1,4 +1,4 @@
-"""The browser's page, in headless Chromium: what a person does there, at a desk and on a phone."""
+"""The page in the browser, in headless Chromium, at a desk and on a phone."""
 
 import re
 import shutil
@@ -22,14 +22,14 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def url(served):
-    """The page over PPO, SFT and the reward model, test rows held out, as a researcher looks at it."""
+    """PPO, SFT and the reward model, test rows held out, as a researcher looks at them."""
     with serving(served, "--split", "test") as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def plain_url(sft_alone):
-    """The page over SFT alone."""
+    """SFT alone."""
     with serving(sft_alone) as found:
         yield found
 
@@ -73,12 +73,15 @@ def chromium():
 
 
 class Screen:
-    """A page that is open, its pages written; `faults` and `asked` collect what the browser complains of and loads."""
+    """The page in a browser, after the first pages were written.
+
+    faults  what the browser complains of        asked  what it loads
+    """
 
     def __init__(self, chromium, url, **options):
         self.page = chromium.new_context(**options).new_page()
         self.faults, self.asked = [], []
-        # A 4xx that the page handles is noted by the browser all the same; faults are everything else.
+        # The browser also notes a 4xx that the page handles; all other messages are faults.
         self.page.on(
             "console",
             lambda m: (

@@ -15,7 +15,10 @@ from pagellm.stage.config import PageLLMError
 
 @pytest.fixture(scope="module")
 def parts(rec):
-    """policy, reward model, prompts of 6 users, their pages of 6 slots (one cut short, one empty)."""
+    """policy, reward model, prompts of 6 users, and their pages of 6 slots.
+
+    One page is cut short, one is empty.
+    """
     policy, users = rec.policies["ppo"], np.arange(6)
     prompt, valid = policy.prompt(users, [rec.history.of(u) for u in users])
     page, _ = policy.write(users, rec.history, rec.met, 6)

@@ -132,7 +132,7 @@ def test_everybodys_pages_whole_resumed_and_shared_are_the_same(
 
 
 def test_two_processes_write_the_file_that_one_writes(served, tmp_path):
-    """NPROC=2 make recommend: really two, started as the Makefile starts them, whichever is done first."""
+    """NPROC=2 make recommend: two real processes, started as the Makefile starts them."""
     common = {
         "run": "base",
         "data": str(served / "data"),

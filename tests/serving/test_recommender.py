@@ -1,4 +1,4 @@
-"""Pages on request: filters hold in every slot; caches, batches and neighbours change nothing."""
+"""Pages on request: filters hold in every slot; caches and batches change nothing."""
 
 import math
 import shutil
@@ -51,7 +51,7 @@ def test_split_says_what_the_prompts_show_and_what_no_page_holds(rec, split, tol
 
 @pytest.mark.parametrize("mode", MODES)
 def test_caches_and_neighbours_change_no_page(rec, mode):
-    """Cold, warm, without a cache, alone or among others of other lengths: the same page and scores."""
+    """The same page and scores, with a cold cache, a warm one or none, alone or in a batch."""
     some = [
         Ask(user=rec.shop.user_ids[3], k=6, mode=mode),
         Ask(history=((rec.shop.catalogue.ids[1], 5.0),), k=4, mode=mode),
@@ -71,7 +71,10 @@ def test_caches_and_neighbours_change_no_page(rec, mode):
 
 
 def test_rewards_from_kept_prompts_are_those_of_the_model_alone(rec):
-    """RewardModel.forward on prompt and page together knows no cache; the kept prompts go by the reward's hash."""
+    """RewardModel.forward reads prompt and page together and knows no cache.
+
+    Kept prompts are found by the reward model's hash.
+    """
     shared = Cache(1 << 24)
     r = Recommender(rec.shop, rec.policies, rec.reward, rec.hashes, cache=shared)
     cases = [
@@ -168,7 +171,10 @@ def test_filters_hold_in_every_slot_and_fill_the_page_as_far_as_they_allow(rec, 
 
 
 def test_filters_act_inside_decoding(rec):
-    """The softmax runs over what passes: the only item in stock has probability 1, and two share it."""
+    """The softmax runs over what passes the filters.
+
+    The only item in stock has probability 1, and two items share it.
+    """
     a, b = rec.shop.catalogue.ids[:2]
     only = one(rec, filters=Filters(in_stock=(a,)))
     assert ids(only) == [a] and only["items"][0]["score"] == pytest.approx(0, abs=1e-6)

@@ -1,4 +1,6 @@
-"""Approximate search: near exact search on rows of every length, refused where it is not of the export beside it."""
+"""Approximate search: nearly what exact search finds, on rows of every length. An index that does
+not belong to the export beside it is refused.
+"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The service: every bad request gets a clear 4xx, batches and swaps lose nothing, logs name nobody."""
+"""The service: a bad request gets a clear 4xx, swaps lose nothing, logs name nobody."""
 
 import asyncio
 import http.client
@@ -567,7 +567,7 @@ def test_weights_that_are_half_written_are_not_taken_up(served, tmp_path):
 
 
 def test_sft_alone_is_served_and_what_comes_later_is_taken_up(sft_alone, served, some, tmp_path):
-    """Rewards are null, PPO is refused by name; PPO and a reward model, once finished, are swapped in."""
+    """Rewards are null and PPO is refused by name, until PPO and a reward model are finished."""
     root = tmp_path / "copy"
     shutil.copytree(sft_alone, root)
     service = Service(config(root))
@@ -823,7 +823,10 @@ def test_the_real_process_answers_what_is_under_way_before_it_stops(served):
 
 
 def until_closed(sock, sent=b"", drip=b""):
-    """Send, then read until the service hangs up: (seconds, what it said). drip is sent again and again meanwhile."""
+    """Send, then read until the service hangs up: (seconds, what it said).
+
+    drip  bytes that are sent again and again meanwhile
+    """
     sock.settimeout(0.2)
     started, said = time.monotonic(), b""
     try:
@@ -843,7 +846,9 @@ def until_closed(sock, sent=b"", drip=b""):
 
 
 def test_who_sends_nothing_or_drips_or_raves_is_hung_up_on(served):
-    """timeout = 0.6 s: silence, heads and bodies that never end, a body far too large, and what is no HTTP."""
+    """With timeout = 0.6 s: silence, heads and bodies that never end, a body that is far too large,
+    and bytes that are no HTTP.
+    """
     whole = b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n"
     post = (
         b"POST /v1/page HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: "
