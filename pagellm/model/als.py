@@ -220,5 +220,5 @@ def fit_stars(
     rest = (r - mean - of_user[u] - of_item[i]).astype(np.float32)
     ridge = torch.full((n_users,), reg)
     taste = als_side(place, Rows(indptr, i, rows.ratings[known]), 0.0, ridge, target=rest)
-    biases = (torch.from_numpy(x).float() for x in (of_user, of_item))
-    return Stars(mean, *biases, taste, place)
+    bias_u, bias_i = (torch.from_numpy(x).float() for x in (of_user, of_item))
+    return Stars(mean, bias_u, bias_i, taste, place)

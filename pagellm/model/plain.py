@@ -134,6 +134,8 @@ def fit(
         X = X[:n_users]
         return Fitted(lambda users: X[torch.from_numpy(users)] @ Y.T, {"users": X, "items": Y})
     if name == "ALS+ratings":
+        if chosen is None:
+            raise ValueError("fit: ALS+ratings wants `chosen`")
         return fit_ratings(chosen, n_users, n_items, settings, seed, groups or [])
     gram = gram_matrix(rows, n_items) if gram is None else gram
     W = (knn_weights if name == "ItemKNN" else ease_weights)(gram, **settings)
@@ -149,9 +151,9 @@ def fit_ratings(
         chosen.rows.ratings, chosen.liked, settings["disliked"], settings["slope"]
     )
     more = np.full(len(rows.items) - len(target), settings["facts"], np.float32)
-    plain = (settings[name] for name in ("factors", "alpha0", "reg", "nu"))
+    plain = {name: settings[name] for name in ("factors", "alpha0", "reg", "nu")}
     target = np.concatenate([target, more])
-    X, Y = als(rows, len(rows.counts()), n_items, *plain, seed=seed, target=target)
+    X, Y = als(rows, len(rows.counts()), n_items, **plain, seed=seed, target=target)
     X, weight, stars = X[:n_users], settings["stars"], fit_stars(chosen.rows, Y)
 
     def score(users: np.ndarray) -> Tensor:

@@ -228,7 +228,10 @@ def rated(matrix, seed):
 
 
 def test_stars_are_a_minimum_of_their_ridge():
-    """Each user's taste solves (P'P + reg I) t = P' (rating - mean - biases) on the unit rows P of the rated items."""
+    """Each user's taste solves (P'P + reg I) t = P' (rating - mean - biases).
+
+    P holds the unit rows of the rated items.
+    """
     rows, Y = (
         rated(BIG, 1),
         torch.randn(BIG.shape[1], 4, generator=torch.Generator().manual_seed(0)),

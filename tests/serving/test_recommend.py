@@ -186,7 +186,10 @@ def test_everybodys_pages_hold_nothing_that_their_users_have(served, rec, tmp_pa
     def owned(**more):
         out = tmp_path / f"{len(more)}.parquet"
         recommend.run(config(served, all=True, out=str(out), k=12, **more))
-        table, have = rows(out), set(zip(rec.shop.user.tolist(), rec.shop.item.tolist()))
+        table, have = (
+            rows(out),
+            set(zip(rec.shop.user.tolist(), rec.shop.item.tolist(), strict=True)),
+        )
         return sum(pair in have for pair in zip(table["user"], table["item"], strict=True))
 
     assert owned() == 0 < owned(split="test")
@@ -208,7 +211,7 @@ def test_users_below_the_k_core_have_pages_from_their_histories(served, rec, tmp
     pq.write_table(table, root / "data" / "synthetic" / "dropped.parquet")
     recommend.run(config(root, all=True, out=str(tmp_path / "p.parquet"), k=6, part=16))
     found = rows(tmp_path / "p.parquet")
-    assert {u for u, known in zip(found["user_id"], found["known"]) if known} == set(
+    assert {u for u, known in zip(found["user_id"], found["known"], strict=True) if known} == set(
         rec.shop.user_ids
     )
     r = Recommender.load(config(root, user="x"))

@@ -37,17 +37,8 @@ from pagellm.serving import serve  # noqa: E402
 from pagellm.serving.api import make_app  # noqa: E402
 from pagellm.serving.middleware import JsonLines  # noqa: E402
 from pagellm.serving.recommender import Ask  # noqa: E402
-from pagellm.serving.schema import (
-    Error,
-    Item,
-    Page,
-    ShopFacts,
-    User,
-)
-from pagellm.serving.serve import (
-    Config,
-    Service,
-)
+from pagellm.serving.schema import Error, Item, Page, ShopFacts, User  # noqa: E402
+from pagellm.serving.serve import Config, Service  # noqa: E402
 from pagellm.stage.config import PageLLMError  # noqa: E402
 from pagellm.stage.run import file_id  # noqa: E402
 
