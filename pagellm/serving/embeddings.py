@@ -53,7 +53,7 @@ class Embeddings:
         except (OSError, ValueError) as error:
             raise PageLLMError(
                 f"no readable manifest.json in {self.path} ({type(error).__name__})\n"
-                "  Make it with: python -m pagellm.serving.export"
+                "  Make it with: pagellm export"
             ) from None
 
     def _file(self, name: str) -> Path:

@@ -73,7 +73,7 @@ def test_the_command_measures_keeps_and_refuses(served, capsys):
         "runs": str(served / "runs"),
         "device": "cpu",
     }
-    with pytest.raises(PageLLMError, match="python -m pagellm.serving.export"):
+    with pytest.raises(PageLLMError, match="pagellm export"):
         search.run(search.Config(**base, policy="sft", k=10))
     export.run(export.Config(**base, source_run="base", policy="sft"))
     folder = served / "runs" / "search" / "export-sft"
