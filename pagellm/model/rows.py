@@ -87,7 +87,7 @@ def als_rows(
         target = rating_targets(rows.ratings, liked, *rated)
     if facts > 0:
         rows = add_pseudo_users(rows, item_groups(shop.catalogue))
-        if rated:
+        if target is not None:
             more = np.full(len(rows.items) - len(target), facts, np.float32)
             target = np.concatenate([target, more])
     rank = min(n_embd, shop.n_items, len(rows.counts()))
