@@ -58,7 +58,7 @@ class PriceRange(Strict):
 
 
 class Allowed(Strict):
-    """Hard constraints on every slot. No field is no filter; an empty list allows nothing."""
+    """Constraints on every slot. Leave a field out for no filter; an empty list allows nothing."""
 
     exclude: IdList = Field(default_factory=list, description="item ids that no slot may hold")
     categories: Annotated[list[Id], Field(max_length=1000)] | None = Field(
