@@ -1,4 +1,4 @@
-"""The command `pagellm`: `pagellm ppo --dataset toys` is `python -m pagellm.ppo --dataset toys`."""
+"""The command `pagellm`: `pagellm ppo --dataset toys` runs stage `ppo` of data set toys."""
 
 import difflib
 import importlib
@@ -7,43 +7,68 @@ import sys
 from pagellm import __version__
 from pagellm.stage.command import main as run_main
 
-__all__ = ["VERBS", "main"]
+__all__ = ["GROUPS", "VERBS", "main"]
 
 
-VERBS = {
-    "prepare": "pagellm.data.prepare",
-    "download": "pagellm.data.download",
-    "pretrain": "pagellm.pretrain",
-    "sft": "pagellm.sft",
-    "reward": "pagellm.reward",
-    "ppo": "pagellm.ppo",
-    "evaluate": "pagellm.evaluate",
-    "export": "pagellm.serving.export",
-    "recommend": "pagellm.serving.recommend",
-    "features": "pagellm.serving.features",
-    "serve": "pagellm.serving.serve",
+# Heading -> command -> (module with Config and run, what it does in one line).
+GROUPS: dict[str, dict[str, tuple[str, str]]] = {
+    "The pipeline, in order": {
+        "download": ("pagellm.data.download", "fetch the raw files of a public data set"),
+        "prepare": ("pagellm.data.prepare", "raw files -> data/<dataset>: filter, number, split"),
+        "pretrain": ("pagellm.pretrain", "train on next tokens and ratings"),
+        "sft": ("pagellm.sft", "fine-tune on the pages that users would have liked"),
+        "reward": ("pagellm.reward", "train the reward model on pairs of pages"),
+        "ppo": ("pagellm.ppo", "train the policy against the reward model"),
+        "evaluate": ("pagellm.evaluate", "write every user's page and score it on held-out rows"),
+    },
+    "Pages and what they are made of": {
+        "recommend": ("pagellm.serving.recommend", "pages of some users or of all, to a file"),
+        "serve": ("pagellm.serving.serve", "pages over HTTP and in a browser"),
+        "export": ("pagellm.serving.export", "embeddings of items and users as .npy files"),
+        "features": ("pagellm.serving.features", "scores of (user, item) pairs for a ranker"),
+        "search": ("pagellm.serving.search", "approximate search over exported embeddings"),
+        "report": ("pagellm.report.report", "everything about a run in one HTML file"),
+        "casestudy": ("pagellm.report.casestudy", "some users' pages, slot by slot"),
+    },
+    "Comparisons": {
+        "baselines": ("pagellm.baselines.compare", "popularity, ItemKNN, EASE and ALS, one table"),
+        "runfile": ("pagellm.baselines.runfile", "score what another library recommends"),
+        "judge": ("pagellm.online.judge", "a language model or rules judge pages side by side"),
+    },
+    "Online tests": {
+        "abtest": ("pagellm.online.abtest", "plan or read an A/B test from a log"),
+        "simulator": ("pagellm.online.simulator", "an A/B test with simulated visitors"),
+        "ope": ("pagellm.online.ope", "what a policy would earn, from another policy's log"),
+    },
 }
+VERBS = {verb: module for group in GROUPS.values() for verb, (module, _) in group.items()}
+
+
+def usage() -> str:
+    """The text of `pagellm --help`."""
+    lines = ["usage: pagellm <command> [--option value ...]", ""]
+    for heading, group in GROUPS.items():
+        lines += [f"{heading}:", *(f"  {verb:<10} {line}" for verb, (_, line) in group.items()), ""]
+    lines += ["pagellm <command> --help   every option of a command", "pagellm --version"]
+    return "\n".join(lines)
 
 
 def main() -> int:
+    """Run the command that sys.argv names; -> its exit code."""
     argv = sys.argv[1:]
     if not argv or argv[0] in ("--help", "-h", "help"):
-        print(
-            f"usage: pagellm <stage> [--field value ...]     stages, in order: {', '.join(VERBS)}\n"
-            "       pagellm <stage> --help                  every field of a stage\n"
-            "       pagellm --version"
-        )
+        print(usage())
         return 0
     if argv[0] == "--version":
         print(__version__)
         return 0
     if argv[0] not in VERBS:
         near = difflib.get_close_matches(argv[0], VERBS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"stages: {', '.join(VERBS)}"
-        print(f"pagellm: no stage {argv[0]!r}; {hint}", file=sys.stderr)
+        hint = f"did you mean {near[0]}?" if near else "pagellm --help lists the commands"
+        print(f"pagellm: no command {argv[0]!r}; {hint}", file=sys.stderr)
         return 2
     module = importlib.import_module(VERBS[argv[0]])
-    return run_main(module.Config, module.run, VERBS[argv[0]], argv[1:])
+    return run_main(module.Config, module.run, f"pagellm {argv[0]}", argv[1:])
 
 
 if __name__ == "__main__":

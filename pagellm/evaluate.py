@@ -35,7 +35,7 @@ from pagellm.pages.ranked import (
 )
 from pagellm.pages.tables import ALL_COLUMNS, COLUMNS, per_user, text_table
 from pagellm.pages.yardstick import verdict_table, verdicts
-from pagellm.stage import dist, randomness
+from pagellm.stage import dist, hints, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic, slug, write_json
@@ -270,7 +270,7 @@ def compared(config: Config, rows: dict[str, dict], plain: Plain) -> list[dict]:
 
 def said_of_plain(config: Config, name: str, plain: Plain, versus: list[dict]) -> str:
     """The plain rows, and where the last policy is ahead of them, level or behind."""
-    command = replace(config, run="").make("baselines")
+    command = hints.command("baselines", config.dataset)
     if not plain.summary:
         return f"\nplain baselines beside this: {command}\n"
     return (
@@ -294,4 +294,4 @@ def baselines_of(config: Config) -> Plain:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.evaluate"))
+    sys.exit(main(Config, run, "pagellm evaluate"))

@@ -72,7 +72,7 @@ from pagellm.ppo_watch import (
     valid_row,
     weighted_mean,
 )
-from pagellm.stage import dist, randomness
+from pagellm.stage import dist, hints, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.run import Run, TrainingConfig, file_id, finished, load_model_file
@@ -605,7 +605,7 @@ def check_finite(r: Rollout, step: int, training: Training, out: Run) -> None:
     kept = out.keep_for_replay(step, {**training.state(step), "rollout": r.state()})
     raise PageLLMError(
         f"ppo step {step}: log-probabilities, values or rewards are not finite; lower the learning "
-        f"rate (RUN=another, or remove {out.path})\n  The rollout, weights and moments are in "
+        f"rate ({hints.another_run()}, or remove {out.path})\n  The rollout, weights and moments are in "
         f"{kept} for a closer look."
     )
 
@@ -725,4 +725,4 @@ def shown(config: Config, prompts: Prompts, asked: Asked) -> dict[int, tuple]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.ppo"))
+    sys.exit(main(Config, run, "pagellm ppo"))

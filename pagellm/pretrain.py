@@ -441,4 +441,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.pretrain"))
+    sys.exit(main(Config, run, "pagellm pretrain"))

@@ -487,4 +487,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.reward"))
+    sys.exit(main(Config, run, "pagellm reward"))

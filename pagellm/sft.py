@@ -285,4 +285,4 @@ def draw(config: Config, epoch: int, user: int) -> tuple[float, np.random.Genera
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.sft"))
+    sys.exit(main(Config, run, "pagellm sft"))

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -36,6 +37,7 @@ from pagellm.pages.ranked import (
     seen_rows,
 )
 from pagellm.pages.tables import ALL_COLUMNS, compare, per_user, save, text_table
+from pagellm.stage import hints, presets
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic, slug, write_json
@@ -51,11 +53,15 @@ GOAL = "NDCG@100"  # what settings are chosen by, on validation
 class Config(StageConfig):
     """Choose settings on validation, fit, write pages, score them on the test split, print the table."""
 
+    PRESET_FILES: ClassVar[dict[str, str]] = {"settings": "baselines.json"}
+
     models: str = ",".join(PLAIN)  # which, comma-separated; also ALS+facts,
     # which reads titles and categories too
     trials: int = 24  # settings tried for each model on validation;
     # fewer where none is better nearby
-    settings: str = ""  # settings.json of an earlier search, used instead of searching
+    settings: str = ""  # settings.json of an earlier search, used instead of searching. On the
+    # command line the data set's own is taken (<dataset>/baselines.json in ./presets or in the
+    # package), if it is there; none: search
     refit: bool = False  # also fit each model to train + validation with the chosen settings
     mask: str = "train+valid"  # splits whose items no page may hold; "train": as some papers do
     versus: str = "EASE"  # row that differences are taken to
@@ -79,7 +85,7 @@ class Config(StageConfig):
                 "one of the rows",
             ),
             settings=(
-                not self.settings or Path(self.settings).is_file(),
+                not self.settings or presets.resolve(self.settings).is_file(),
                 "a settings.json, or empty",
             ),
             depth=(self.depth >= self.k, f"k={self.k} or more"),
@@ -219,14 +225,14 @@ def stored(path: Path, names: list[str]) -> dict[str, dict]:
     except (ValueError, KeyError, TypeError) as error:
         raise PageLLMError(
             f"{path} has no settings of {', '.join(names)} ({error})\n"
-            "  Take a settings.json that this command wrote, or leave --settings out."
+            "  Take a settings.json that this command wrote, or search anew: --settings none"
         ) from error
     return found
 
 
 def read_rows(folder: Path) -> tuple[dict[str, dict[str, np.ndarray]], dict]:
     """name -> per-user scores of finished baselines, in the table's order; and the Config they were made with."""
-    names = finished(folder, "baselines", "make baselines")["rows"]
+    names = finished(folder, "baselines", hints.command("baselines"))["rows"]
     return (
         {name: per_user(folder / slug(name) / "per_user.parquet") for name in names},
         json.loads((folder / "config.json").read_text())["config"],
@@ -239,7 +245,7 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
     bench = Bench(config)
     inputs = {"data": file_id(config.data_dir / "source.json")}
     if config.settings:
-        inputs["settings"] = file_id(config.settings)
+        inputs["settings"] = file_id(presets.resolve(config.settings))
     with Run(
         config.stage("baselines"), config, inputs, ("device", "save_every", "settings")
     ) as out:
@@ -249,7 +255,7 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
         shop, scorer = bench.shop, bench.test
         seen = seen_rows(shop, "test", config.mask)
         names = config.models.split(",")
-        chosen = stored(Path(config.settings), names) if config.settings else {}
+        chosen = stored(presets.resolve(config.settings), names) if config.settings else {}
         results, rows = {}, {}
 
         def add(name: str, fitted: Fitted) -> None:
@@ -305,4 +311,4 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.baselines.compare"))
+    sys.exit(main(Config, run, "pagellm baselines"))

@@ -568,7 +568,9 @@ def main(argv: list[str] | None = None) -> int:
     options = options_of(argv)
     if not (options.data / "interactions.parquet").is_file():
         print(
-            f"outside: no prepared data in {options.data}\n  Make it with: make prepare DATASET={options.data.name}",
+            f"outside: no prepared data in {options.data}\n"
+            f"  Make it with: pagellm prepare --dataset {options.data.name}   "
+            f"(in a checkout: make prepare DATASET={options.data.name})",
             file=sys.stderr,
         )
         return 2

@@ -302,4 +302,4 @@ def run(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.baselines.runfile"))
+    sys.exit(main(Config, run, "pagellm runfile"))

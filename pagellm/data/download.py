@@ -234,4 +234,4 @@ def run(config: Config) -> list[Path]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(Config, run, "pagellm.data.download"))
+    raise SystemExit(main(Config, run, "pagellm download"))

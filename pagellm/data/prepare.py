@@ -58,7 +58,7 @@ __all__ = ["Config", "Table", "building", "catalogue", "run", "write_tables"]
 # Options that change no byte: where files lie (their sha256 says what they are), how they are read.
 PLACES = (
     *("raw", "data", "review_files", "item_files", "train", "valid", "test"),
-    *("processes", "strict"),
+    *("processes", "strict", "preset"),
 )
 # Options that came later: data prepared before them were prepared as with their defaults.
 LATER = ("thin_users", "refit", "columns", "item_columns", "where", "time_form", "categories")
@@ -74,6 +74,8 @@ class Config(Options):
     # rows without a rating are positive
     thin_users: int = 0  # rows are left out at random until the k-core keeps this many users;
     # 0: all rows stay
+    preset: str = "auto"  # options found to fit the data set; others on the command line override
+    # them. auto: <dataset>/prepare in ./presets or in the package, if it is there; none; or a path
     seed: int = 0  # of the random split, of thinning, and of the synthetic shop
     refit: bool = False  # validation rows join train: for a last fit with settings that are already
     # chosen
@@ -547,4 +549,4 @@ def summary(config: Config, counts: dict) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(Config, run, "pagellm.data.prepare"))
+    raise SystemExit(main(Config, run, "pagellm prepare"))

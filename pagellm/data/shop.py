@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
+from pagellm.stage import hints
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import file_id, read_json
 
@@ -171,14 +172,14 @@ def load(path: str | Path) -> Shop:
     if not (path / "source.json").exists():
         raise PageLLMError(
             f"no prepared data in {path}\n"
-            f"  Make it with: make prepare DATASET={path.name} [RAW=directory of the raw files]"
+            f"  Make it with: {hints.prepare(path.name, str(path.parent))}"
         )
     for name, written in source(path).get("written", {}).items():
         if not (path / name).exists() or file_id(path / name) != written:
             state = "is gone" if not (path / name).exists() else "has changed since it was written"
             raise PageLLMError(
                 f"{path / name} {state}\n  Remove {path} and prepare it again: "
-                f"make prepare DATASET={path.name} [RAW=directory of the raw files]"
+                f"{hints.prepare(path.name, str(path.parent))}"
             )
     rows = pq.read_table(path / "interactions.parquet")
     items = pq.read_table(path / "items.parquet").to_pydict()

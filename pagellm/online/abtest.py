@@ -654,4 +654,4 @@ def run(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.online.abtest"))
+    sys.exit(main(Config, run, "pagellm abtest"))

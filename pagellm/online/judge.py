@@ -748,4 +748,4 @@ def run(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.online.judge"))
+    sys.exit(main(Config, run, "pagellm judge"))

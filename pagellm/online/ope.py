@@ -530,4 +530,4 @@ def run(config: Config) -> dict[str, Value]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.online.ope"))
+    sys.exit(main(Config, run, "pagellm ope"))

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from pagellm.data.shop import Shop, load
 from pagellm.online import abtest
 from pagellm.pages.ranked import read_pages
-from pagellm.stage import randomness
+from pagellm.stage import hints, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic
@@ -110,7 +110,7 @@ def world_of(shop: Shop, how: Behaviour = Behaviour()) -> World:  # noqa: B008 (
     if shop.truth is None:
         raise PageLLMError(
             f"{shop.path} has no truth.npy: visitors can be simulated on the synthetic shop only\n"
-            "  Make it with: make prepare DATASET=synthetic"
+            f"  Make it with: {hints.command('prepare', 'synthetic')}"
         )
     price = np.where(
         np.isnan(shop.catalogue.price), np.nanmedian(shop.catalogue.price), shop.catalogue.price
@@ -337,4 +337,4 @@ def run(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.online.simulator"))
+    sys.exit(main(Config, run, "pagellm simulator"))

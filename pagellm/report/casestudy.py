@@ -165,4 +165,4 @@ def run(config: Config) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.report.casestudy"))
+    sys.exit(main(Config, run, "pagellm casestudy"))

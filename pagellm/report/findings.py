@@ -27,7 +27,7 @@ from pagellm.pages.ranked import RankedPages, Scorer, read_pages, with_users
 from pagellm.reward import is_held_out, score_pairs
 from pagellm.serving.recommender import Ask, Recommender
 from pagellm.serving.sources import Sources
-from pagellm.stage import randomness
+from pagellm.stage import hints, randomness
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import read_json, slug
 from pagellm.stage.run import file_id
@@ -173,7 +173,7 @@ def read(runs: str, run: str, data: str, dataset: str = "") -> Found:
     if not recorded:
         raise PageLLMError(
             f"no stage in {root}: nothing to report\n"
-            f"  Make one with: make evaluate DATASET={dataset or run} RUN={run}"
+            f"  Make one with: {hints.command('evaluate', dataset or run, run)}"
         )
     dataset = dataset or recorded[0]["dataset"]
     of = {
@@ -192,7 +192,7 @@ def read(runs: str, run: str, data: str, dataset: str = "") -> Found:
             name: read_stage(
                 name,
                 Path(runs) / (place.get(name) or run) / name,
-                f"make {name} DATASET={dataset} RUN={place.get(name) or run}",
+                hints.command(name, dataset, place.get(name) or run),
             )
             for name in STAGES
         },
@@ -464,7 +464,7 @@ def margins(found: Found, config, per_kind: int) -> dict[str, np.ndarray]:
     if not stage.done or not (stage.path / "pairs.parquet").exists():
         raise Missing(f"no reward model in {stage.path}", stage.command)
     if found.shop is None:
-        raise Missing(found.notes[0], f"make prepare DATASET={found.dataset}")
+        raise Missing(found.notes[0], hints.command("prepare", found.dataset))
     before = SimpleNamespace(**stage.recorded["config"])
     table = pq.read_table(stage.path / "pairs.parquet")
     users, back = np.unique(table["user"].to_numpy(), return_inverse=True)

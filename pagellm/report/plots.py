@@ -15,6 +15,7 @@ import warnings
 
 import numpy as np
 
+from pagellm.stage import hints
 from pagellm.stage.config import PageLLMError
 
 __all__ = ["available", "clean", "dots", "inline", "lines"]
@@ -74,7 +75,7 @@ def canvas(height: float):
     except ImportError:
         raise PageLLMError(
             "the report draws with matplotlib, which is not installed\n"
-            "  Install it with: pip install 'pagellm[report]', or run make report"
+            f"  Install it with: {hints.install('report')}"
         ) from None
     matplotlib.rcdefaults()
     matplotlib.rcParams.update(SETTINGS)

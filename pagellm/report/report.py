@@ -16,16 +16,12 @@ from pagellm.report.findings import Found, read
 from pagellm.report.html import esc
 from pagellm.report.plots import available
 from pagellm.report.sections import SECTIONS, Config, or_missing, tiles
+from pagellm.stage import hints
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import atomic
 
 __all__ = ["build", "run"]
-
-MISSING_EXTRA = (
-    "the report draws with matplotlib, which is not installed\n"
-    "  Install it with: pip install 'pagellm[report]', or run make report"
-)
 
 
 def build(found: Found, config: Config) -> str:
@@ -58,7 +54,10 @@ def build(found: Found, config: Config) -> str:
 def run(config: Config) -> Path:
     """Write the report; -> its path."""
     if not available():
-        raise PageLLMError(MISSING_EXTRA)
+        raise PageLLMError(
+            "the report draws with matplotlib, which is not installed\n"
+            f"  Install it with: {hints.install('report')}"
+        )
     name = config.run or config.dataset or "synthetic"
     page = build(read(config.runs, name, config.data, config.dataset), config)
     path = Path(config.out) if config.out else Path(config.runs) / name / "report.html"
@@ -69,4 +68,4 @@ def run(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.report.report"))
+    sys.exit(main(Config, run, "pagellm report"))

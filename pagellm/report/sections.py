@@ -39,7 +39,7 @@ from pagellm.report.html import (
     verdict,
 )
 from pagellm.report.plots import dots, lines
-from pagellm.stage import randomness
+from pagellm.stage import hints, randomness
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.run import StageConfig, commit
 
@@ -124,7 +124,7 @@ def results(found: Found, config: Config) -> str:
     out += versus(found, names, shown)
     if not set(found.labels.values()) - set(LABELS.values()):
         out += missing_note(
-            Missing("stronger baselines to stand beside", f"make baselines DATASET={found.dataset}")
+            Missing("stronger baselines to stand beside", hints.command("baselines", found.dataset))
         )
     return out
 
@@ -754,7 +754,7 @@ def baselines(found: Found) -> str:
     """Every row of the results table as a dot with its interval, a figure a metric."""
     names = competitors(found)
     if not set(names) - set(LABELS.values()):
-        raise Missing(f"no baselines of {found.dataset}", f"make baselines DATASET={found.dataset}")
+        raise Missing(f"no baselines of {found.dataset}", hints.command("baselines", found.dataset))
     parts = []
     for metric in shown_metrics(found):
         values = [
@@ -791,14 +791,14 @@ def studies(found: Found, config: Config) -> str:
         out += missing_note(
             Missing(
                 f"no ablation of {found.dataset} below {config.runs}",
-                f'make ablation DATASET={found.dataset} ARGS="--seeds 3"',
+                hints.study("ablation", found.dataset, "--seeds 3"),
             )
         )
     if not found.cold:
         out += missing_note(
             Missing(
                 f"no cold start study of {found.dataset} below {config.runs}",
-                f"make coldstart DATASET={found.dataset}",
+                hints.study("coldstart", found.dataset),
             )
         )
     return out
@@ -1060,7 +1060,7 @@ def example_page(found: Found, name: str, items, exact, same, brand, token, heat
 
 def data_card(found: Found, config: Config) -> str:
     if not found.source:
-        raise Missing(f"no source.json of {found.dataset}", f"make prepare DATASET={found.dataset}")
+        raise Missing(f"no source.json of {found.dataset}", hints.command("prepare", found.dataset))
     s, counts = found.source, found.source.get("counts", {})
     plain = [
         [name, f"{value:,}" if isinstance(value, int) else value]

@@ -221,4 +221,4 @@ def converted(matrices: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarr
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.serving.export"))
+    sys.exit(main(Config, run, "pagellm export"))

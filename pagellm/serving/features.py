@@ -237,4 +237,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.serving.features"))
+    sys.exit(main(Config, run, "pagellm features"))

@@ -437,4 +437,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.serving.recommend"))
+    sys.exit(main(Config, run, "pagellm recommend"))

@@ -29,6 +29,7 @@ import numpy as np
 
 from pagellm.serving.embeddings import Embeddings
 from pagellm.serving.sources import POLICIES, check_policy
+from pagellm.stage import hints
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic, write_json
@@ -38,10 +39,6 @@ __all__ = ["Config", "Index", "exact", "grown", "run"]
 
 
 T = TypeVar("T")
-MISSING_EXTRA = (
-    "approximate search needs faiss, which is not installed\n"
-    "  Install it with: pip install 'pagellm[search]'"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +79,10 @@ def library():
     try:
         import faiss
     except ImportError:
-        raise PageLLMError(MISSING_EXTRA) from None
+        raise PageLLMError(
+            "approximate search needs faiss, which is not installed\n"
+            f"  Install it with: {hints.install('search')}"
+        ) from None
     return faiss
 
 
@@ -160,12 +160,12 @@ class Index:
         except (OSError, ValueError, KeyError) as error:
             raise PageLLMError(
                 f"no index in {path} ({type(error).__name__})\n"
-                "  Make it with: python -m pagellm.serving.search"
+                f"  Make it with: {hints.command('search')}"
             ) from None
         if not same:
             raise PageLLMError(
                 f"{path} is damaged or not of the rows beside it\n"
-                "  Make it anew with: python -m pagellm.serving.search"
+                f"  Make it anew with: {hints.command('search')}"
             )
         return cls(library().read_index(str(path)), list(rows.items), about["longest"])
 
@@ -286,4 +286,4 @@ def record(
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.serving.search"))
+    sys.exit(main(Config, run, "pagellm search"))

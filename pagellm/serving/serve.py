@@ -31,6 +31,7 @@ import torch
 from pagellm.serving.cache import Cache
 from pagellm.serving.recommender import Ask, Recommender, no_observer
 from pagellm.serving.sources import POLICIES, Sources
+from pagellm.stage import hints
 from pagellm.stage.command import Interrupted, main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.run import file_id
@@ -300,7 +301,7 @@ def run(config: Config) -> None:
     except ImportError as error:
         raise PageLLMError(
             f"serving needs {error.name}, which is not installed\n"
-            "  Make it work with: pip install 'pagellm[serve]'   (make serve does)"
+            f"  Install it with: {hints.install('serve')}"
         ) from None
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -349,4 +350,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.serving.serve"))
+    sys.exit(main(Config, run, "pagellm serve"))

@@ -1,4 +1,4 @@
-"""Run a stage as a command: exit codes, signals, and faults of the machine in words."""
+"""Run a stage as a command: exit codes, signals, and messages for faults such as a full disk."""
 
 import dataclasses
 import errno
@@ -9,13 +9,17 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 
+from pagellm.stage import hints
 from pagellm.stage.config import PageLLMError, help_text, parse
 
 __all__ = ["Interrupted", "Waiting", "deferred_signals", "main"]
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM asked this process to stop: exit code 128 + signum. `saved` says what can be carried on."""
+    """SIGINT or SIGTERM asked this process to stop. The exit code is 128 + signum.
+
+    saved  what has been written, for the message; empty if nothing can be carried on
+    """
 
     def __init__(self, signum: int, saved: str = ""):
         super().__init__(signum, saved)
@@ -23,16 +27,19 @@ class Interrupted(BaseException):
 
 
 class Waiting:
-    """The signal that came while signals are deferred, or None."""
+    """Holds the signal that arrived inside a `deferred_signals` block, or None."""
 
     signum: int | None = None
 
 
-deferring: list[Waiting] = []  # the innermost block that puts signals off, if any
+deferring: list[Waiting] = []  # open `deferred_signals` blocks, innermost last
 
 
 def on_signal(signum: int, _frame) -> None:
-    """Stop here and now, unless a block wants to end its step first; a second signal does not wait."""
+    """Signal handler: raise Interrupted at once, or let the innermost block finish first.
+
+    A second signal never waits.
+    """
     if deferring and deferring[-1].signum is None:
         deferring[-1].signum = signum
         return
@@ -41,8 +48,11 @@ def on_signal(signum: int, _frame) -> None:
 
 @contextmanager
 def deferred_signals():
-    """Put SIGINT and SIGTERM off; the yielded object's `signum` says which one waits. Whatever still waits at the
-    end of the block stops the process there."""
+    """Hold SIGINT and SIGTERM back inside the block.
+
+    Yields a Waiting, whose `signum` is the signal that arrived, or None. If one arrived, the end of
+    the block raises Interrupted.
+    """
     waiting = Waiting()
     deferring.append(waiting)
     try:
@@ -55,7 +65,7 @@ def deferred_signals():
 
 @contextmanager
 def handled_signals():
-    """SIGINT and SIGTERM reach `on_signal` within the block; elsewhere than in the main thread nothing changes."""
+    """Inside the block `on_signal` handles SIGINT and SIGTERM; only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -90,7 +100,12 @@ OUT_OF_MEMORY = (
 
 
 def explain(error: Exception, cls) -> str | None:
-    """One message for a fault of the machine: full or read-only disk, too little memory. None for any other error."""
+    """A message for a fault of the machine, or None for any other error.
+
+    Faults are a full or read-only disk, too little memory, and a lost process of the job.
+
+    cls  the command's Config: the message names those of its options that lower memory
+    """
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError)
         and any(words in str(error).lower() for words in OUT_OF_MEMORY)
@@ -112,14 +127,16 @@ def explain(error: Exception, cls) -> str | None:
         return (
             "out of memory"
             + (f"; lower {', '.join(lower)}" if lower else "")
-            + (
-                ". The same command carries on from the last checkpoint; a changed option may need RUN=another."
-            )
+            + ". The same command carries on from the last checkpoint; "
+            + f"a changed option may need {hints.another_run()}."
         )
     if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PROCESS):
-        return "another process of this job has ended; the same command carries on from the last checkpoint"
+        return (
+            "another process of this job has ended; "
+            "the same command carries on from the last checkpoint"
+        )
     if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-        # torch.save wraps what its file said; any other mistake keeps its traceback
+        # torch.save wraps the file's error. Any other mistake keeps its traceback.
         error = error.__context__
     if isinstance(error, OSError) and error.errno is not None:
         where = f" ({error.filename})" if error.filename else ""
@@ -130,24 +147,42 @@ def explain(error: Exception, cls) -> str | None:
             )
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return (
-                f"cannot write or read{where}: {os.strerror(error.errno)}; give yourself the right, "
-                "or use another directory"
+                f"cannot write or read{where}: {os.strerror(error.errno)}; "
+                "give yourself the right, or use another directory"
             )
     return None
 
 
+def verb_of(prog: str) -> str:
+    """The name of a command: "sft" of "pagellm sft", "ablation" of "experiments.ablation"."""
+    return prog.split()[-1].rpartition(".")[2]
+
+
 def main(cls, run: Callable, prog: str, argv: list[str] | None = None) -> int:
-    """Parse the command line and run the stage. -> exit code: 0; 2 with one message for what a person can mend;
-    130 or 143 after Ctrl-C or SIGTERM. Of several processes (torchrun) those beside the first name their rank."""
+    """Parse the command line, run the command, and return the exit code.
+
+    The code is 0 after success; 2, with one message, after an error that the user can correct; 130
+    after Ctrl-C, 143 after SIGTERM.
+
+    cls   the command's Config      run   called with it      argv  default: sys.argv
+    prog  the command as it is typed, "pagellm sft": every message begins with it. Its last word is
+          the name under which the data set's preset is looked up (`verb_of`). Processes of torchrun
+          other than the first add their rank.
+    """
     argv = sys.argv[1:] if argv is None else argv
     rank = os.environ.get("RANK", "0")
     who = prog if rank == "0" else f"{prog} (rank {rank})"
+
+    def tell(line: str) -> None:
+        if rank == "0":
+            print(f"{prog}: {line}", file=sys.stderr, flush=True)
+
     try:
         if any(word in ("--help", "-h") for word in argv):
             print(help_text(cls, prog), flush=True)
             return 0
         with handled_signals():
-            run(parse(cls, argv, prog))
+            run(parse(cls, argv, prog, verb_of(prog), tell))
             sys.stdout.flush()
     except PageLLMError as error:
         print(f"{who}: {error}", file=sys.stderr)
@@ -157,12 +192,13 @@ def main(cls, run: Callable, prog: str, argv: list[str] | None = None) -> int:
         saved = getattr(error, "saved", "") or "nothing is half-written"
         if rank == "0":
             print(
-                f"\n{prog}: stopped by {signal.Signals(signum).name}; {saved}. The same command carries on.",
+                f"\n{prog}: stopped by {signal.Signals(signum).name}; {saved}. "
+                "The same command carries on.",
                 file=sys.stderr,
             )
         return 128 + signum
     except BrokenPipeError:
-        # Whoever read our output has gone (`| head`): no message, and none at exit either.
+        # The reader of our output has gone (`| head`). Print nothing now, and nothing at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as error:

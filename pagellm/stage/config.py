@@ -1,7 +1,7 @@
-"""Errors that a person can mend, and command lines made from dataclasses.
+"""Errors that a person can correct, and command lines made from dataclasses.
 
-A stage has one frozen dataclass, `Config`. The comment at the end of a field's line is its help text,
-so that the source and `--help` cannot drift apart:
+Each command has one frozen dataclass, `Config`. Its fields are the command's options. The comment
+at the end of a field's line is the option's help text, so source and `--help` always agree:
 
     clip: float = 0.2        # epsilon of the clipped objective, arXiv 1707.06347 eq. 7
 """
@@ -14,6 +14,9 @@ import math
 import shlex
 import textwrap
 import tokenize
+from collections.abc import Callable
+
+from pagellm.stage import presets
 
 __all__ = [
     "Options",
@@ -27,28 +30,35 @@ __all__ = [
 
 
 class PageLLMError(Exception):
-    """Something the reader can put right: printed without a traceback, exit code 2.
+    """An error that the user can correct. It is printed without a traceback and gives exit code 2.
 
     The message says what happened, what was looked at, and what to do next.
     """
 
 
 class Options(str):
-    """A field that holds the options of another stage, as on its command line: --sft="--lr 0.1 --epochs 2".
+    """A field that holds the options of another stage: --sft="--lr 0.1 --epochs 2".
 
-    Given again it adds to what it had, so that a preset may come first: --sft=@pagellm/presets/toys/sft --sft="--lr 0.1".
+    Given again, it adds to what it had. A preset of the data set comes first: "@toys/sft --lr 0.1".
     """
 
 
 def check(config, **rules: tuple[bool, str]) -> None:
-    """Raise for the first broken rule: check(self, clip=(0 < self.clip < 1, "between 0 and 1"))."""
+    """Raise PageLLMError for the first rule that does not hold.
+
+    rules  field -> (whether it holds, what is wanted):
+           check(self, clip=(0 < self.clip < 1, "between 0 and 1"))
+    """
     for field, (holds, wanted) in rules.items():
         if not holds:
             raise PageLLMError(f"{field}={getattr(config, field)!r}: want {wanted}")
 
 
 def check_numbers(config, negative: tuple[str, ...] = (), infinite: tuple[str, ...] = ()) -> None:
-    """Raise for a number below 0 (fields in `negative` may be) or not finite (fields in `infinite` may be)."""
+    """Raise PageLLMError for a field that holds a number below 0, infinity or NaN.
+
+    negative  fields that may be below 0      infinite  fields that may be infinite
+    """
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -58,7 +68,10 @@ def check_numbers(config, negative: tuple[str, ...] = (), infinite: tuple[str, .
 
 
 def field_comments(cls) -> dict[str, str]:
-    """Field name -> the comment on its line and on comment-only lines right under it; parents first."""
+    """Field name -> its comment, of a dataclass and its parents.
+
+    A field's comment stands behind # on its line, and on the lines under it that hold nothing else.
+    """
     comments: dict[str, str] = {}
     for parent in reversed([c for c in cls.__mro__ if dataclasses.is_dataclass(c)]):
         comments.update(own_comments(parent))
@@ -66,6 +79,7 @@ def field_comments(cls) -> dict[str, str]:
 
 
 def own_comments(cls) -> dict[str, str]:
+    """`field_comments` of the fields that this class itself declares, read from its source."""
     source = textwrap.dedent(inspect.getsource(cls))
     names = [f.name for f in dataclasses.fields(cls)]
     comments: dict[str, str] = {}
@@ -86,14 +100,14 @@ def own_comments(cls) -> dict[str, str]:
 
 
 def help_text(cls, prog: str) -> str:
-    """The whole --help page: what the stage does, then every field with default, unit and meaning."""
+    """The text of --help: what the command does, then type, meaning and default of every option."""
     comments = field_comments(cls)
     lines = [
-        f"usage: {prog} [--field value ...]",
+        f"usage: {prog} [--option value ...]",
         "",
         inspect.cleandoc(cls.__doc__ or ""),
         "",
-        "fields:",
+        "options:",
     ]
     for f in dataclasses.fields(cls):
         default = '""' if f.default == "" else f.default
@@ -106,6 +120,7 @@ def help_text(cls, prog: str) -> str:
 
 
 def read_value(field: dataclasses.Field, text: str):
+    """The value of a field from its text. Raises PageLLMError if it is not of the field's type."""
     kind = (
         field.type
         if isinstance(field.type, type)
@@ -128,26 +143,105 @@ def read_value(field: dataclasses.Field, text: str):
     return value
 
 
-def parse(cls, argv: list[str], prog: str = "pagellm"):
-    """argv -> an instance of the dataclass `cls`. Accepts --name value, --name=value, --flag, --no-flag, and @file: a
-    preset, a text file of such options, which later presets and options on the command line override.
+def parse(
+    cls,
+    argv: list[str],
+    prog: str = "pagellm",
+    verb: str = "",
+    tell: Callable[[str], None] = lambda line: None,
+):
+    """argv -> an instance of the dataclass `cls`.
 
-    Raises PageLLMError for an option that is unknown (naming the nearest), repeated, without a value, or wrong.
+    Accepts --name value, --name=value, --flag, --no-flag, and @preset, a text file of such options.
+    A later preset overrides an earlier one; options on the command line override every preset.
+
+    verb  name of the command whose preset of the data set is to be taken (`with_presets`);
+          empty: none is. Only a class with the fields `preset` and `dataset` has any
+    tell  is called with one line for each preset that was found
+
+    Raises PageLLMError for an option that is unknown (and names the nearest), repeated, without a
+    value, or wrong.
     """
-    presets = [word[1:] for word in argv if word.startswith("@")]
-    values, preset = options(cls, [word for word in argv if not word.startswith("@")], prog), {}
-    for path in presets:
-        try:
-            with open(path, encoding="utf-8") as file:
-                words = shlex.split(file.read(), comments=True)
-        except (OSError, ValueError) as error:
-            raise PageLLMError(f"preset {path} cannot be read: {error}") from None
-        preset |= options(cls, words, f"{prog}: preset {path}")
-    return cls(**preset | values)
+    typed = options(cls, [word for word in argv if not word.startswith("@")], prog)
+    given: dict[str, object] = {}
+    for word in argv:
+        if word.startswith("@"):
+            given |= preset_options(cls, word[1:], prog)
+    given |= typed
+    if verb and "preset" in {f.name for f in dataclasses.fields(cls)}:
+        given = with_presets(cls, given, prog, verb, tell)
+    return cls(**given)
+
+
+def with_presets(cls, given: dict, prog: str, verb: str, tell: Callable[[str], None]) -> dict:
+    """The options given, and below them those of the data set's presets.
+
+    Field `preset` says which preset is taken: "auto", the data set's for this command, if there is
+    one; "none"; or another one, by its path or name. Afterwards it holds the name of the one taken.
+    Unless it is "none":
+
+    - A field of type Options holds the options of another stage. It begins with that stage's
+      preset: --sft "--lr 0.1" becomes "@toys/sft --lr 0.1". The preset is looked up in the data
+      set's folder cls.PRESET_FOLDER, if cls has that attribute.
+    - cls.PRESET_FILES is field -> file name. Such a field takes the name of the data set's file,
+      unless it was given; "none" leaves it empty.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    which = given.get("preset", fields["preset"].default)
+    dataset = given.get("dataset", fields["dataset"].default)
+    files = getattr(cls, "PRESET_FILES", {})
+    given = {k: "" if k in files and v == "none" else v for k, v in given.items()}
+    if which == "none":
+        return given
+    if name := presets.find(dataset, verb) if which == "auto" else which:
+        taken = preset_options(cls, name, prog)
+        if fixed := {"dataset", "preset"} & set(taken):
+            raise PageLLMError(f"preset {name} must not set {', '.join(sorted(fixed))}")
+        kept = {k: v for k, v in taken.items() if k not in given}
+        tell(f"preset {name}: {as_words(kept) or 'every option of it was given'}")
+        given = taken | given | {"preset": name}
+    folder = [cls.PRESET_FOLDER] if hasattr(cls, "PRESET_FOLDER") else []
+    for field in [f.name for f in fields.values() if f.type in (Options, "Options")]:
+        if found := presets.find(dataset, *folder, field):
+            given[field] = Options(f"@{shlex.quote(found)} {given.get(field, '')}".rstrip())
+            tell(f"preset {found}: --{field} {shlex.quote(shlex.join(words_of(found)))}")
+    for field, file in files.items():
+        if field not in given and (found := presets.find(dataset, file)):
+            given[field] = found
+            tell(f"preset {found}: --{field} {found}")
+    return given
+
+
+def preset_options(cls, name: str, prog: str) -> dict[str, object]:
+    """Field -> value, for each option of a preset. Raises PageLLMError as `parse` does."""
+    words = words_of(name)
+    try:
+        return options(cls, words, prog)
+    except PageLLMError as error:
+        raise PageLLMError(f"preset {name}: {error}") from None
+
+
+def words_of(name: str) -> list[str]:
+    """The words of a preset, comments left out. name: its path, or its name in the package."""
+    try:
+        return shlex.split(presets.resolve(name).read_text(encoding="utf-8"), comments=True)
+    except (OSError, ValueError) as error:
+        raise PageLLMError(f"preset {name} cannot be read: {error}") from None
+
+
+def as_words(values: dict[str, object]) -> str:
+    """Options as they stand on a command line."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
 def options(cls, argv: list[str], prog: str) -> dict[str, object]:
-    """Field -> value of the options in argv."""
+    """Field -> value, for each option in argv. Raises PageLLMError as `parse` does."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     values: dict[str, object] = {}
     rest = list(argv)

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from pagellm import __version__
-from pagellm.stage import dist
+from pagellm.stage import dist, hints
 from pagellm.stage.command import Interrupted, Waiting, deferred_signals
 from pagellm.stage.config import PageLLMError, check, check_numbers
 from pagellm.stage.files import atomic, file_id, read_json, write_json
@@ -51,23 +51,24 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """Fields that every stage has."""
+    """Options that every stage has."""
 
+    # Fields of subclasses that may be infinity, which means no limit.
     INFINITE: ClassVar[tuple[str, ...]] = ("grad_clip", "max_kl", "value_clip")
-    # infinity: no limit
 
-    dataset: str = "synthetic"  # name of the data set: prepared data lie in <data>/<dataset>
-    run: str = ""  # name of the run: results lie in <runs>/<run>/<stage>; empty:
-    # the data set's name
+    dataset: str = "synthetic"  # name of the data set: its prepared data are in <data>/<dataset>
+    run: str = ""  # name of the run: results go to <runs>/<run>/<stage>; empty: the data set's name
+    preset: str = "auto"  # options found to fit the data set; others on the command line override
+    # them. auto: <dataset>/<stage> in ./presets or in the package, if it is there; none; or a path
     data: str = "data"  # directory of prepared data sets
     runs: str = "runs"  # directory of runs
-    seed: int = 0  # of every random draw in this stage
-    device: str = "auto"  # cpu, cuda, cuda:1; auto takes cuda where there is one
+    seed: int = 0  # seed of every random draw in this stage
+    device: str = "auto"  # cpu, cuda, cuda:1; auto: cuda if there is a GPU, else cpu
     save_every: int = 50  # steps between checkpoints
-    parallel: str = "ddp"  # with several processes: ddp (each holds everything) or fsdp (weights
-    # and moments cut)
-    checkpoint_blocks: bool = False  # training computes a block's insides again instead of keeping
-    # them: less memory
+    parallel: str = "ddp"  # how several processes share a model: ddp, each holds all of it; or
+    # fsdp, weights and moments are split among them
+    checkpoint_blocks: bool = False  # compute a block's activations again in the backward pass
+    # instead of storing them: slower, less memory
 
     def __post_init__(self):
         check_numbers(self, infinite=self.INFINITE)
@@ -81,24 +82,26 @@ class StageConfig:
 
     @property
     def data_dir(self) -> Path:
+        """Directory of the prepared data set."""
         return Path(self.data) / self.dataset
 
     def stage(self, verb: str, run: str = "") -> Path:
-        """Directory of a stage, in this run or in another."""
+        """Directory of a stage of this run, or of the run named."""
         return Path(self.runs) / (run or self.run or self.dataset) / verb
 
     def make(self, target: str) -> str:
-        """The command that makes an earlier stage."""
-        return f"make {target} DATASET={self.dataset}" + (f" RUN={self.run}" if self.run else "")
+        """The command that runs an earlier stage of this run."""
+        elsewhere = {n: getattr(self, n) for n in ("data", "runs") if getattr(self, n) != n}
+        return hints.command(target, self.dataset, self.run, **elsewhere)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(StageConfig):
-    """Fields of every stage that trains."""
+    """Options of every stage that trains."""
 
-    precision: str = "auto"  # of the trunk's matrix products in training: float32, bfloat16,
-    # or auto: bfloat16 where the processor has it and the trunk is wide enough to gain. Kept over a
-    # resume
+    precision: str = "auto"  # of the trunk's matrix products in training: float32, bfloat16, or
+    # auto: bfloat16 if the processor has it and the trunk is wide enough to gain. A run that is
+    # carried on keeps the one it began with
 
     def __post_init__(self):
         super().__post_init__()
@@ -228,7 +231,9 @@ def versions() -> dict[str, str]:
     return out
 
 
-FREE = ("device", "save_every", "parallel", "checkpoint_blocks")
+# Options that may differ when a run is carried on. `preset` is one of them, since the options that a
+# preset sets are compared themselves.
+FREE = ("preset", "device", "save_every", "parallel", "checkpoint_blocks")
 
 
 class Run:
@@ -265,7 +270,7 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise PageLLMError(
-                f"another process works in {self.path}; wait for it, or use RUN=another"
+                f"another process works in {self.path}; wait for it, or use {hints.another_run()}"
             ) from None
         for left in self.path.rglob(".*.tmp"):
             left.unlink(missing_ok=True)
@@ -274,30 +279,16 @@ class Run:
         self._check(config, inputs, (*FREE, *free))
 
     def _check(self, dataclass, inputs: dict, free: tuple[str, ...]) -> None:
+        """Write config.json, or compare with the one there: PageLLMError if the run differs."""
         config, default = asdict(dataclass), {f.name: f.default for f in fields(dataclass)}
+        if config.get("preset") == "auto":
+            config["preset"] = "none"  # none was found, or none was looked for
         path = self.path / "config.json"
         if path.exists():
-            before = read_json(path)
-            for name in sorted(set(before["config"]) | set(config)):
-                # A field that came later is as if it had had its default: what the stage did before there was one.
-                old, new = before["config"].get(name, default.get(name)), config.get(name)
-                if name == "precision":
-                    # "auto" takes what was chosen at the start; runs from before there was a choice are float32.
-                    old = before.get("precision", old if old in dist.PRECISIONS[1:] else "float32")
-                    new = old if new in ("auto", None) else new
-                if old != new and name not in free:
-                    raise PageLLMError(
-                        f"{self.path} was made with {name}={old!r}, now {name}={new!r}\n"
-                        f"  Keep both with RUN=another, or remove {self.path} to make it anew."
-                    )
-            for name in sorted(set(before["inputs"]) | set(inputs)):
-                if before["inputs"].get(name) != inputs.get(name):
-                    raise PageLLMError(
-                        f"{self.path} was made from another {name}, which has changed since\n"
-                        f"  Remove {self.path} to make it anew, or use RUN=another."
-                    )
+            self._compare(read_json(path), config, default, inputs, free)
         else:
-            # Never compared: a run may be carried on by another commit or elsewhere, and this says where it began.
+            # Versions, commit and machine say where a run began. They are never compared: another
+            # commit or machine may carry it on.
             write_json(
                 path,
                 {
@@ -307,6 +298,36 @@ class Run:
                     | {"commit": commit(), "machine": machine(config.get("device", "cpu"))},
                 },
             )
+
+    def _compare(
+        self, before: dict, config: dict, default: dict, inputs: dict, free: tuple[str, ...]
+    ) -> None:
+        """Raise PageLLMError if the run was made with other options or from other inputs."""
+        for name in sorted(set(before["config"]) | set(config)):
+            # A run made before an option existed counts as made with its default.
+            old, new = before["config"].get(name, default.get(name)), config.get(name)
+            if name == "precision":
+                # "auto" keeps what was chosen at the start; a run older than the choice is float32.
+                old = before.get("precision", old if old in dist.PRECISIONS[1:] else "float32")
+                new = old if new in ("auto", None) else new
+            if old != new and name not in free:
+                taken, then = config.get("preset", "none"), before["config"].get("preset", "none")
+                raise PageLLMError(
+                    f"{self.path} was made with {name}={old!r}, now {name}={new!r}\n"
+                    f"  Keep both with {hints.another_run()}, "
+                    f"or remove {self.path} to make it anew."
+                    + (
+                        f"\n  If it was made without the preset {taken}, add --preset none."
+                        if taken != "none" and then == "none"
+                        else ""
+                    )
+                )
+        for name in sorted(set(before["inputs"]) | set(inputs)):
+            if before["inputs"].get(name) != inputs.get(name):
+                raise PageLLMError(
+                    f"{self.path} was made from another {name}, which has changed since\n"
+                    f"  Remove {self.path} to make it anew, or use {hints.another_run()}."
+                )
 
     def precision(self, name: str, device: torch.device, width: int) -> str:
         """What the trunk multiplies in: decided at the start of a run (dist.pick_precision), kept in config.json, and

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from pagellm.stage import dist, randomness
+from pagellm.stage import dist, hints, randomness
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.randomness import seed_torch
 
@@ -283,7 +283,7 @@ class GuardedStep:
             )
             raise PageLLMError(
                 f"{where}: the gradient was not finite {count} times in a row; lower the "
-                f"learning rate (RUN=another, or remove this stage's directory){kept}"
+                f"learning rate ({hints.another_run()}, or remove this stage's directory){kept}"
             )
         self.opt.zero_grad(set_to_none=True)
         return norm

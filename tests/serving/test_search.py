@@ -77,7 +77,7 @@ def test_the_command_measures_keeps_and_refuses(served, capsys):
         search.run(search.Config(**base, policy="sft", k=10))
     export.run(export.Config(**base, source_run="base", policy="sft"))
     folder = served / "runs" / "search" / "export-sft"
-    with pytest.raises(PageLLMError, match="python -m pagellm.serving.search"):
+    with pytest.raises(PageLLMError, match="make search"):
         search.Index.open(folder)
     records = search.run(search.Config(**base, policy="sft", k=10, search="10,50", users=30))
     assert [r["search"] for r in records] == ["exact", "HNSW, 10 looked at", "HNSW, 50 looked at"]

@@ -85,12 +85,12 @@ def test_a_config_survives_its_command_line(seed, kl_coef, name, fresh):
 )
 def test_mistakes_are_named(argv, message):
     with pytest.raises(PageLLMError) as error:
-        parse(Config, argv, "pagellm.ppo")
+        parse(Config, argv, "pagellm ppo")
     assert message in str(error.value)
 
 
 def test_help_lists_every_field_with_default_and_meaning():
-    text = help_text(Config, "pagellm.ppo")
+    text = help_text(Config, "pagellm ppo")
     for piece in (
         "What the stage does.",
         "--seed int",
@@ -231,7 +231,7 @@ def test_a_reader_that_goes_away_is_no_error():
     """`pagellm ppo --help | head -1`"""
     command = f"{sys.executable} -m pagellm.ppo --help | head -1; exit ${{PIPESTATUS[0]}}"
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100)
-    assert ended.stderr == "" and ended.stdout.startswith("usage: pagellm.ppo")
+    assert ended.stderr == "" and ended.stdout.startswith("usage: pagellm ppo")
 
 
 def test_a_preset_is_overridden_by_the_command_line(tmp_path):
@@ -248,7 +248,7 @@ def test_a_preset_is_overridden_by_the_command_line(tmp_path):
 
 
 def test_a_later_preset_overrides_an_earlier_one(tmp_path):
-    """`make sft DATASET=toys ARGS=@mine`: the data set's preset comes first, and mine is what I asked for."""
+    """@theirs @mine: mine is what I asked for last."""
     first, mine = tmp_path / "first", tmp_path / "mine"
     first.write_text("--batch 3 --lr 0.5")
     mine.write_text("--lr 0.25 --low 2")
@@ -257,7 +257,7 @@ def test_a_later_preset_overrides_an_earlier_one(tmp_path):
 
 
 def test_options_of_a_stage_given_after_its_preset_override_it_one_by_one(tmp_path):
-    """`make ablation DATASET=toys ARGS='--sft="--lr 0.25"'`: Makefile gives --sft=@pagellm/presets/toys/sft before ARGS."""
+    """A field of kind Options adds up: a preset, then what was typed."""
 
     @dataclass(frozen=True)
     class Study:
@@ -299,7 +299,7 @@ def test_make_takes_raw_files_from_raw_then_from_data_raw_then_from_beside_the_p
         (line,) = [
             x
             for x in make("-C", str(here), "prepare", "DATASET=toys", *words)
-            if "pagellm.data.prepare" in x
+            if "pagellm prepare" in x
         ]
         return shlex.split(line.split("--dataset toys")[1])
 
@@ -311,76 +311,15 @@ def test_make_takes_raw_files_from_raw_then_from_data_raw_then_from_beside_the_p
     assert raw() == []
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[2] / "presets").glob("*")), ids=lambda p: p.name
-)
-@pytest.mark.parametrize(
-    "study", ["ablation", "backbones", "coldstart", "crossdomain", "drift", "leaveout"]
-)
-def test_make_hands_the_presets_of_a_data_set_to_the_stages_of_a_study(study, path):
-    """Those that there are, of stages that the study has options for; ARGS come last, so that they override."""
-    import importlib
-
-    module = importlib.import_module(f"experiments.{study}")
-    (line,) = [
-        x
-        for x in make(study, f"DATASET={path.name}", 'ARGS=--seeds 1 --sft="--lr 0.25"')
-        if f"-m experiments.{study}" in x
-    ]
-    config = parse(module.Config, shlex.split(line.split(f"-m experiments.{study}")[1]))
-    assert config.dataset == path.name and config.seeds == 1
-    folder = path / "backbones" if study == "backbones" else path
-    for stage in [f.name for f in fields(config) if f.type is Options]:
-        preset = f"@presets/{folder.relative_to(path.parent)}/{stage}"
-        assert getattr(config, stage).startswith(preset) == (folder / stage).exists()
-    assert config.sft.endswith("--lr 0.25")
-
-
-@pytest.mark.parametrize(
-    "words, settings",
-    [
-        (["DATASET=toys"], "pagellm/presets/toys/baselines.json"),
-        (["DATASET=none"], ""),
-        (["DATASET=toys", "ARGS=--settings="], ""),
-        (["DATASET=none", "ARGS=--settings setup.cfg"], "setup.cfg"),
-    ],
-)
-def test_make_baselines_takes_the_settings_that_a_search_found(words, settings, monkeypatch):
-    from pagellm.baselines.compare import Config
-
-    monkeypatch.chdir(Path(__file__).parents[2])
-    (line,) = [x for x in make("baselines", *words) if "-m pagellm.baselines.compare" in x]
-    assert (
-        parse(Config, shlex.split(line.split("-m pagellm.baselines.compare")[1])).settings
-        == settings
-    )
-
-
-def test_make_runs_a_study_of_a_data_set_without_presets_with_the_defaults_of_the_study():
-    (line,) = [x for x in make("drift", "DATASET=none") if "-m experiments.drift" in x]
-    assert "@" not in line
-
-
 def test_make_needs_no_run_for_a_log_of_ones_own():
     """And does for an option that only begins like --log."""
     for target in ("abtest", "ope"):
         for args in ("--log sessions.parquet", "--alpha 0.05 --log=sessions.parquet"):
             assert not [
-                x for x in make(target, "RUN=none", f"ARGS={args}") if "pagellm.evaluate" in x
+                x for x in make(target, "RUN=none", f"ARGS={args}") if "pagellm evaluate" in x
             ]
     for target, args in (("abtest", ""), ("ope", ""), ("ope", "--logging_temperature 2")):
-        assert [x for x in make(target, "RUN=none", f"ARGS={args}") if "pagellm.evaluate" in x]
-
-
-def test_every_preset_of_the_repository_is_understood():
-    import importlib
-
-    from pagellm.__main__ import VERBS
-
-    found = [path for path in (Path(__file__).parents[2] / "presets").rglob("*") if path.is_file()]
-    assert found
-    for path in found:
-        parse(importlib.import_module(VERBS[path.name]).Config, [f"@{path}"])
+        assert [x for x in make(target, "RUN=none", f"ARGS={args}") if "pagellm evaluate" in x]
 
 
 def test_a_mistake_made_while_handling_a_fault_keeps_its_traceback():

@@ -1,0 +1,59 @@
+"""Commands that messages suggest, as the reader can type them.
+
+In a checkout, where the Makefile stands in the working directory beside this package, they are
+targets of make. Elsewhere, where a wheel was installed, they are `pagellm <command>`.
+"""
+
+from pathlib import Path
+
+__all__ = ["another_run", "command", "in_checkout", "install", "prepare", "study"]
+
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def in_checkout() -> bool:
+    """Whether `make` in the working directory runs this package."""
+    try:
+        here = Path.cwd()
+        return (here / "Makefile").is_file() and (here / PACKAGE.name).resolve() == PACKAGE
+    except OSError:  # the working directory has been removed
+        return False
+
+
+def command(verb: str, dataset: str = "", run: str = "", seed: str = "", **options: str) -> str:
+    """The command that runs `verb`: "make sft DATASET=toys" or "pagellm sft --dataset toys".
+
+    dataset, run, seed  left out if empty
+    options             others, for `pagellm` only: data="elsewhere"
+    """
+    given = {"dataset": dataset, "run": run, "seed": seed}
+    if in_checkout():
+        return " ".join([f"make {verb}", *(f"{k.upper()}={v}" for k, v in given.items() if v)])
+    return " ".join([f"pagellm {verb}", *(f"--{k} {v}" for k, v in (given | options).items() if v)])
+
+
+def study(name: str, dataset: str, args: str = "") -> str:
+    """The command that runs a study, which a checkout has and a wheel has not."""
+    if in_checkout():
+        return f"make {name} DATASET={dataset}" + (f' ARGS="{args}"' if args else "")
+    words = f"python -m experiments.{name} --dataset {dataset} {args}".rstrip()
+    return f"{words}   (in a checkout of the source)"
+
+
+def prepare(dataset: str, data: str = "data") -> str:
+    """The command that prepares a data set, and how it is told where the raw files are."""
+    elsewhere = {} if data == "data" else {"data": data}
+    told = "RAW=" if in_checkout() else "--raw "
+    return f"{command('prepare', dataset, **elsewhere)} [{told}directory of the raw files]"
+
+
+def install(extra: str, target: str = "") -> str:
+    """The command that installs an extra; in a checkout also the make target that does so."""
+    also = f", or run make {target or extra}" if in_checkout() else ""
+    return f"pip install 'pagellm[{extra}]'{also}"
+
+
+def another_run() -> str:
+    """The option that gives a run another name."""
+    return "RUN=another" if in_checkout() else "--run another"

@@ -1,0 +1,100 @@
+"""What a message tells the reader to type works where the reader is."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from pagellm.__main__ import GROUPS, VERBS
+from pagellm.__main__ import main as front_door
+from pagellm.stage import hints
+from pagellm.stage.run import StageConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_in_a_checkout_hints_are_targets_of_make(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = StageConfig(dataset="toys", run="mine", data="elsewhere")
+    assert config.make("sft") == "make sft DATASET=toys RUN=mine"
+    assert StageConfig().make("sft") == "make sft DATASET=synthetic"
+    assert hints.prepare("toys").startswith("make prepare DATASET=toys [RAW=")
+    assert hints.study("ablation", "toys", "--seeds 3") == (
+        'make ablation DATASET=toys ARGS="--seeds 3"'
+    )
+    assert hints.install("serve") == "pip install 'pagellm[serve]', or run make serve"
+    assert hints.another_run() == "RUN=another"
+
+
+def test_elsewhere_hints_are_commands_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Makefile").touch()  # somebody else's
+    config = StageConfig(dataset="toys", run="mine", data="elsewhere")
+    assert config.make("sft") == "pagellm sft --dataset toys --run mine --data elsewhere"
+    assert StageConfig().make("sft") == "pagellm sft --dataset synthetic"
+    assert hints.prepare("toys").startswith("pagellm prepare --dataset toys [--raw ")
+    assert hints.study("ablation", "toys").startswith("python -m experiments.ablation")
+    assert hints.install("serve") == "pip install 'pagellm[serve]'"
+    assert hints.another_run() == "--run another"
+
+
+def test_a_working_directory_that_is_gone_is_no_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert not hints.in_checkout()
+
+
+def strings(path):
+    """Every text of a module that is no docstring."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docs = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            yield node.value
+
+
+def test_no_message_of_the_package_names_make_by_itself():
+    """hints.py does, which looks where the reader is; outside.py stands alone and names both."""
+    for path in (ROOT / "pagellm").rglob("*.py"):
+        if path.name in ("hints.py", "outside.py"):
+            continue
+        for text in strings(path):
+            assert not re.search(r"\bmake [a-z]+ [A-Z]+=|\bRUN=|python -m pagellm", text), (
+                f"{path.name}: {text}"
+            )
+
+
+def test_every_command_of_a_hint_exists():
+    targets = set(re.findall(r"^([a-z]+):.* ## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(VERBS) - {"download", "runfile", "simulator"} <= targets
+
+
+def test_help_has_one_line_for_each_command(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["pagellm", "--help"])
+    assert front_door() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    for heading, group in GROUPS.items():
+        at = lines.index(f"{heading}:")
+        assert [line.split()[0] for line in lines[at + 1 : at + 1 + len(group)]] == list(group)
+
+
+@pytest.mark.parametrize("argv, code", [(["--version"], 0), ([], 0), (["zzz"], 2), (["sfd"], 2)])
+def test_the_front_door(argv, code, capsys, monkeypatch):
+    from pagellm import __version__
+
+    monkeypatch.setattr("sys.argv", ["pagellm", *argv])
+    assert front_door() == code
+    said = capsys.readouterr()
+    assert {
+        "--version": said.out == f"{__version__}\n",
+        "zzz": "no command 'zzz'; pagellm --help lists" in said.err,
+        "sfd": "no command 'sfd'; did you mean sft?" in said.err,
+    }.get(*argv or [""], "usage: pagellm <command>" in said.out)
