@@ -8,18 +8,17 @@ runs/<study>/<dataset>-<rows>/table.{md,tex,parquet}. About six minutes a seed o
 rows already done are not run again.
 """
 
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.study import Stages, Variant, print_table, study
+from experiments.study import Stages, Variant, overrides, print_table, study
 from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.pages.tables import ALL_COLUMNS, compare, compare_seeds, save, write_table
 from pagellm.stage.command import main
-from pagellm.stage.config import Options, PageLLMError, check, parse
+from pagellm.stage.config import Options, PageLLMError, check
 
-__all__ = ["Config", "PAIRS", "TABLE5", "overrides", "run"]
+__all__ = ["Config", "PAIRS", "TABLE5", "run"]
 
 
 TABLE5 = [
@@ -56,6 +55,8 @@ class Config:
     rows: str = "table5"  # table5 (the paper's four), pairs (reward models without a kind of pair)
     # or hits (ours: SFT's loss and hits on hidden train items beside the learnt reward)
     seeds: int = 3  # seeds 0, 1, ...; each trains all stages anew
+    preset: str = "auto"  # auto: every stage begins with the data set's preset, if there is one;
+    # none: with its defaults
     data: str = "data"  # directory of prepared data sets
     runs: str = "runs"  # directory of runs
     pretrain: Options = ""  # options for that stage in every row, as on its command line
@@ -72,21 +73,12 @@ class Config:
         )
 
 
-def overrides(module, text: str) -> dict:
-    """ "--lr 0.1 --k 10" -> {"lr": 0.1, "k": 10}, checked against the stage's own fields."""
-    config, default = parse(module.Config, shlex.split(text), module.__name__), module.Config()
-    return {
-        name: getattr(config, name)
-        for name in config.__dataclass_fields__
-        if getattr(config, name) != getattr(default, name)
-    }
-
-
 def run(config: Config) -> list[dict]:
     stages = Stages(
         config.data,
         config.runs,
         config.raw,
+        config.preset,
         **{
             m.__name__.rsplit(".", 1)[-1]: overrides(
                 m, getattr(config, m.__name__.rsplit(".", 1)[-1])

@@ -23,10 +23,11 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
-from experiments.ablation import overrides
+from experiments.study import overrides, prepared
 from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.data import prepare
 from pagellm.model.networks import SIZES, from_state, save_published
@@ -51,6 +52,10 @@ STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "evalu
 class Config:
     """Compare backbones: ranking, seconds, memory, parameters."""
 
+    PRESET_FOLDER: ClassVar[str] = (
+        "backbones"  # where rows begin from a published trunk, other options fit
+    )
+
     dataset: str = "synthetic"  # name of the data set
     raw: str = ""  # directory of its raw files, if it is not prepared yet
     study: str = "backbones"  # name of the study: results lie in <runs>/<study>
@@ -67,6 +72,8 @@ class Config:
     lora_alpha: float = 16.0  # their scale is lora_alpha / lora_rank
     lora_targets: str = "q,k,v,o,gate,up,down"  # matrices that have one
     device: str = "auto"  # cpu, cuda, cuda:1; auto takes cuda where there is one
+    preset: str = "auto"  # auto: every stage begins with the data set's preset, if there is one;
+    # none: with its defaults
     data: str = "data"  # directory of prepared data sets
     runs: str = "runs"  # directory of runs
     pretrain: Options = ""  # options for that stage in every row, as on its command line
@@ -134,6 +141,7 @@ def alone(module, **options) -> None:
         sys.executable,
         "-m",
         module.__name__,
+        "--preset=none",  # the study has looked it up
         *(f"--{name}={value}" for name, value in options.items()),
     ]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -310,8 +318,7 @@ def markdown(records: list[dict]) -> str:
 def run(config: Config) -> list[dict]:
     for stage in STAGES:
         config.options(stage)
-    if not (Path(config.data) / config.dataset / "source.json").exists():
-        prepare.run(prepare.Config(dataset=config.dataset, raw=config.raw, data=config.data))
+    prepared(config.dataset, config.raw, config.data, config.preset)
     starts = {}
     for name, size, weights, bpe in (
         ("gpt2", config.gpt2, config.gpt2_weights, config.gpt2_bpe),

@@ -25,8 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from experiments.ablation import overrides
-from experiments.study import Stages, Variant, run_variant
+from experiments.study import Stages, Variant, overrides, prepared, run_variant
 from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.baselines import compare
 from pagellm.baselines.runfile import read_run
@@ -80,6 +79,8 @@ class Config:
     run_files: str = ""  # rows of others: NAME=FULL+HALF of seed 0+...,
     # comma-separated (runfile.py)
     bins: str = "4,8,16"  # users by full train rows: up to 4, 5 to 8, 9 to 16, more
+    preset: str = "auto"  # auto: every stage begins with the data set's preset, if there is one;
+    # none: with its defaults
     data: str = "data"  # directory of prepared data sets
     runs: str = "runs"  # directory of runs
     pretrain: Options = ""  # options for that stage of our rows, as on its command line
@@ -182,8 +183,7 @@ def groups(shop: Shop, users: np.ndarray, edges: Iterable[int]) -> dict[str, np.
 
 def run(config: Config) -> list[dict]:
     data = Path(config.data)
-    if not (data / config.dataset / "source.json").exists():
-        prepare.run(prepare.Config(dataset=config.dataset, raw=config.raw, data=config.data))
+    prepared(config.dataset, config.raw, config.data, config.preset)
     options = {name: overrides(module, getattr(config, name)) for name, module in STAGES.items()}
     plainly = overrides(compare, config.baselines)
     for name, chosen in (*options.items(), ("baselines", plainly)):

@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from experiments.ablation import overrides
+from experiments.study import overrides, prepared
 from pagellm import pretrain, sft
 from pagellm.data import prepare
 from pagellm.data.shop import Shop, load
@@ -64,6 +64,8 @@ class Config:
     target_raw: str = ""  # the same for the target
     study: str = "crossdomain"  # name of the study: results lie in <runs>/<study>
     seeds: int = 3  # seeds 0, 1, ...; each trains anew, and cuts anew where there is no target
+    preset: str = "auto"  # auto: every stage begins with the data set's preset, if there is one;
+    # none: with its defaults
     data: str = "data"  # directory of prepared data sets
     runs: str = "runs"  # directory of runs
     pretrain: Options = "--steps 160"  # options for that stage, as on its command line
@@ -292,8 +294,8 @@ def run(config: Config) -> list[dict]:
         if fixed := FIXED & set(overrides(module, getattr(config, stage))):
             raise PageLLMError(f"--{stage} must not set {', '.join(sorted(fixed))}: the study does")
     for name, raw in ((config.dataset, config.raw), (config.target, config.target_raw)):
-        if name and not (data / name / "source.json").exists():
-            prepare.run(prepare.Config(dataset=name, raw=raw, data=config.data))
+        if name:
+            prepared(name, raw, config.data, config.preset)
     whole = load(data / (config.target or config.dataset))
     if not any(whole.catalogue.title):
         raise PageLLMError(f"{whole.path} has no titles: rows cannot be made of words")

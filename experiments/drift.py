@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from experiments.ablation import overrides
+from experiments.study import overrides
 from pagellm import pretrain, sft
 from pagellm.data import prepare
 from pagellm.data.filters import split_by_time
@@ -71,6 +71,8 @@ class Config:
     seeds: int = 3  # seeds 0, 1, ...; each trains anew
     times: int = 8  # periods that the time token tells apart, about equally full of train rows
     recent: float = 0.2  # share of the train rows, the latest, that recent popularity counts
+    preset: str = "auto"  # auto: every stage begins with the data set's preset, if there is one;
+    # none: with its defaults
     data: str = "data"  # directory of prepared data sets
     runs: str = "runs"  # directory of runs
     prepare: Options = ""  # options for prepare, which splits by time, as on its command line

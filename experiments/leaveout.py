@@ -23,9 +23,8 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from experiments.ablation import overrides
+from experiments.study import overrides, prepared
 from pagellm import pretrain, reward, sft
-from pagellm.data import prepare
 from pagellm.data.shop import Shop, load
 from pagellm.model.decode import LegalItems, sample
 from pagellm.model.policy import Policy
@@ -64,6 +63,8 @@ class Config:
     pages: int = 16  # of each of them
     k: int = 20  # slots of a page
     temperature: float = 0.3  # of sampling, as in ppo
+    preset: str = "auto"  # auto: every stage begins with the data set's preset, if there is one;
+    # none: with its defaults
     data: str = "data"  # directory of prepared data sets
     runs: str = "runs"  # directory of runs
     pretrain: Options = ""  # options for that stage, as on its command line
@@ -89,8 +90,7 @@ class Config:
 
 def run(config: Config) -> list[dict]:
     """-> the records of both tables (tables.compare; `truth_records`)."""
-    if not (Path(config.data) / config.dataset / "source.json").exists():
-        prepare.run(prepare.Config(dataset=config.dataset, raw=config.raw, data=config.data))
+    prepared(config.dataset, config.raw, config.data, config.preset)
     shop = load(Path(config.data) / config.dataset)
     taught, left, truths = [], [], []
     for seed in range(config.seeds):

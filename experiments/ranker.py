@@ -34,7 +34,7 @@ from pagellm.pages.stats import difference
 from pagellm.pages.tables import compare, markdown, save
 from pagellm.pages.truth import item_scores, popularity
 from pagellm.serving.features import pair_features
-from pagellm.stage import randomness
+from pagellm.stage import hints, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.dist import pick_device
@@ -66,10 +66,6 @@ ROWS = {
 }
 SHOWN = ("Recall@20", "Recall@40", "NDCG@100", "ILD", "true_energy")
 MASK = "train+valid"
-MISSING_EXTRA = (
-    "the ranker learns with LightGBM, which is not installed\n"
-    "  Install it with: pip install 'pagellm[ranker]', or run make ranker"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +274,10 @@ def run(config: Config) -> list[dict]:
     try:
         import lightgbm  # noqa: F401
     except ImportError:
-        raise PageLLMError(MISSING_EXTRA) from None
+        raise PageLLMError(
+            "the ranker learns with LightGBM, which is not installed\n"
+            f"  Install it with: {hints.install('ranker')}"
+        ) from None
     where = {
         config.policy: config.stage(
             config.policy, config.source_run if config.policy == "sft" else ""

@@ -12,8 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.ablation import overrides
-from experiments.study import Stages, Variant, run_variant
+from experiments.study import Stages, Variant, overrides, run_variant
 from pagellm import pretrain, sft
 from pagellm.pages.tables import COLUMNS, compare_seeds, per_user, spread, write_table
 from pagellm.stage.command import main

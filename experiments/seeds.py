@@ -18,6 +18,7 @@ import numpy as np
 
 from pagellm.baselines.compare import read_rows
 from pagellm.pages.tables import ALL_COLUMNS, compare, per_user, save
+from pagellm.stage import hints
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import read_json
@@ -70,13 +71,13 @@ def run(config: Config) -> list[dict]:
         finished(
             folder,
             f"evaluation of seed {seed}",
-            f"make evaluate DATASET={config.dataset} RUN={name}-s{seed} SEED={seed}",
+            hints.command("evaluate", config.dataset, f"{name}-s{seed}", seed),
         )
         made = read_json(folder / "config.json")
         if made["config"]["seed"] != int(seed):
             raise PageLLMError(
                 f"{folder} was made with seed {made['config']['seed']}, not {seed}\n  Make it with: "
-                f"make evaluate DATASET={config.dataset} RUN={name}-s{seed} SEED={seed}"
+                + hints.command("evaluate", config.dataset, f"{name}-s{seed}", seed)
             )
         data.add(made["inputs"]["data"])
         for policy, row in ours.items():
@@ -86,9 +87,7 @@ def run(config: Config) -> list[dict]:
         data.add(read_json(folder / "config.json")["inputs"]["data"])
         results |= {row: [scores] * len(seeds) for row, scores in read_rows(folder)[0].items()}
     elif config.baselines:
-        finished(
-            folder, "baselines", f"make baselines DATASET={config.dataset} RUN={config.baselines}"
-        )
+        finished(folder, "baselines", hints.command("baselines", config.dataset, config.baselines))
     if len(data) > 1:
         raise PageLLMError(
             f"these runs were scored on different data: their source.json have the ids {sorted(data)}\n"

@@ -9,6 +9,7 @@ changes it. Whatever is already done is not run again: a stage knows its own `do
 Intervals: the per-user difference to the first row, two-level bootstrap (seeds, then users), since both vary.
 """
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,21 @@ from pathlib import Path
 import numpy as np
 
 from pagellm import evaluate, ppo, pretrain, reward, sft
+from pagellm.__main__ import VERBS
 from pagellm.data import prepare
 from pagellm.pages.tables import per_user
+from pagellm.stage.config import PageLLMError, parse
 from pagellm.stage.files import slug
 
-__all__ = ["Stages", "Variant", "print_table", "run_variant", "study"]
+__all__ = [
+    "Stages",
+    "Variant",
+    "overrides",
+    "prepared",
+    "print_table",
+    "run_variant",
+    "study",
+]
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,7 @@ class Stages:
     data: str = "data"
     runs: str = "runs"
     raw: str = ""
+    preset: str = "auto"  # "none": no preset where the data set has to be prepared
     pretrain: dict = field(default_factory=dict)
     sft: dict = field(default_factory=dict)
     reward: dict = field(default_factory=dict)
@@ -47,12 +59,42 @@ class Stages:
     evaluate: dict = field(default_factory=dict)
 
 
+def overrides(module, text: str) -> dict:
+    """Options of a stage that differ from its defaults: "--lr 0.1 --k 10" -> {"lr": 0.1, "k": 10}.
+
+    Such a text is in a study's field of type Options. Where the study runs as a command, `parse` has
+    put the data set's preset before what was typed: "@toys/sft --lr 0.1". Raises PageLLMError for
+    what is no option of the stage.
+    """
+    verb = next(verb for verb, name in VERBS.items() if name == module.__name__)
+    config, default = parse(module.Config, shlex.split(text), f"pagellm {verb}"), module.Config()
+    found = {
+        name: getattr(config, name)
+        for name in config.__dataclass_fields__
+        if getattr(config, name) != getattr(default, name)
+    }
+    if "preset" in found:
+        raise PageLLMError(
+            f"--{verb} must not set preset\n  Name it as @{found['preset']}, or switch presets off "
+            "for the whole study: --preset none"
+        )
+    return found
+
+
+def prepared(dataset: str, raw: str, data: str, preset: str = "auto") -> None:
+    """Prepare a data set as `pagellm prepare` does, with its preset, unless it is there."""
+    if (Path(data) / dataset / "source.json").exists():
+        return
+    words = [f"--dataset={dataset}", f"--raw={raw}", f"--data={data}"]
+    words += ["--preset=none"] if preset == "none" else []
+    prepare.run(parse(prepare.Config, words, "pagellm prepare", "prepare"))
+
+
 def run_variant(name: str, dataset: str, variant: Variant, seed: int, stages: Stages) -> Path:
     """Make what is missing and return the per_user.parquet of this variant and seed."""
     base = f"{name}/{dataset}-s{seed}"
     common = {"dataset": dataset, "seed": seed, "data": stages.data, "runs": stages.runs}
-    if not (Path(stages.data) / dataset / "source.json").exists():
-        prepare.run(prepare.Config(dataset=dataset, raw=stages.raw, data=stages.data))
+    prepared(dataset, stages.raw, stages.data, stages.preset)
     pretrain.run(pretrain.Config(run=base, **common, **stages.pretrain))
     sft.run(sft.Config(run=base, **common, **stages.sft))
     own = base

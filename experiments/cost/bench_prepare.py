@@ -30,10 +30,10 @@ __all__ = ["Config", "run", "write_reviews"]
 
 CHILD = """
 import resource, sys
-from pagellm.stage.config import main
+from pagellm.stage.command import main
 from pagellm.data import prepare
 told = sys.argv.pop()
-code = main(prepare.Config, prepare.run, "pagellm.data.prepare")
+code = main(prepare.Config, prepare.run, "pagellm prepare")
 used = resource.getrusage(resource.RUSAGE_SELF)
 open(told, "w").write(str(used.ru_utime + used.ru_stime))
 sys.exit(code)

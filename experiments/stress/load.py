@@ -31,7 +31,7 @@ import numpy as np
 
 from pagellm.data.shop import load
 from pagellm.serving.sources import Sources
-from pagellm.stage import randomness
+from pagellm.stage import hints, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.run import commit, machine, versions
@@ -179,7 +179,7 @@ def needs(*modules: str) -> None:
         if find_spec(module) is None:
             raise PageLLMError(
                 f"this needs {module}, which is not installed here\n"
-                "  Install it with: pip install 'pagellm[serve,load]', or use make"
+                f"  Install it with: {hints.install('serve,load', 'load')}"
             )
 
 

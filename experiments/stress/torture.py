@@ -286,7 +286,7 @@ class Bench:
         """The stage's own command line in a child."""
         module, options = VERBS[verb], merged(SMALL[verb], more)
         return forked(
-            folder, lambda: main(module.Config, module.run, f"pagellm.{verb}", options), **how
+            folder, lambda: main(module.Config, module.run, f"pagellm {verb}", options), **how
         )
 
     def trial(self, verb: str) -> Path:
@@ -522,10 +522,10 @@ class Bench:
         def both() -> int:
             child = os.fork()
             if child == 0:
-                os._exit(main(sft.Config, sft.run, "pagellm.sft", SMALL["sft"].split()))
+                os._exit(main(sft.Config, sft.run, "pagellm sft", SMALL["sft"].split()))
             while not (place / "config.json").exists():
                 time.sleep(0.002)
-            second = main(sft.Config, sft.run, "pagellm.sft", SMALL["sft"].split())
+            second = main(sft.Config, sft.run, "pagellm sft", SMALL["sft"].split())
             first = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             return second if first == 0 else 98
 
@@ -751,7 +751,7 @@ class Bench:
                         words = ["--dataset", "odd", "--raw", "raw", "--k_core", "0"]
                     ended = forked(
                         folder,
-                        lambda m=module, v=verb, w=words: main(m.Config, m.run, f"pagellm.{v}", w),
+                        lambda m=module, v=verb, w=words: main(m.Config, m.run, f"pagellm {v}", w),
                         arm=lambda: signal.alarm(120),
                     )
                     self.expect(
@@ -933,7 +933,7 @@ def rounds(seconds: float, least: int = 8) -> int:
     while time.time() < end or least > 0:
         least -= 1
         for verb, module in VERBS.items():
-            code = main(module.Config, module.run, f"pagellm.{verb}", SMALL[verb].split())
+            code = main(module.Config, module.run, f"pagellm {verb}", SMALL[verb].split())
             if code:
                 return code
         left = sum(1 for path in Path(".").rglob(".*") if path.name.endswith(".tmp"))
