@@ -605,8 +605,8 @@ def check_finite(r: Rollout, step: int, training: Training, out: Run) -> None:
     kept = out.keep_for_replay(step, {**training.state(step), "rollout": r.state()})
     raise PageLLMError(
         f"ppo step {step}: log-probabilities, values or rewards are not finite; lower the learning "
-        f"rate ({hints.another_run()}, or remove {out.path})\n  The rollout, weights and moments are in "
-        f"{kept} for a closer look."
+        f"rate ({hints.another_run()}, or remove {out.path})\n"
+        f"  The rollout, weights and moments are in {kept} for a closer look."
     )
 
 
