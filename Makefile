@@ -138,7 +138,8 @@ lint: $(VENV)/extra-dev  ## ruff's rules alone
 	$(PY) -m ruff check .
 test: $(VENV)/installed  ## all tests
 	$(PY) -m pytest $(ARGS)
-docs: $(VENV)/extra-docs  ## the documentation as a site: site/index.html
-	$(PY) docs/generate.py && $(PY) -m mkdocs build --strict && $(PY) -m pdoc --output-directory site/api kernels pagellm
+docs: $(VENV)/extra-docs,serve  ## the documentation as a site: site/index.html
+	$(PY) docs/generate.py && $(PY) -m mkdocs build --strict
+	$(PY) -m pdoc --output-directory site/api pagellm '!pagellm.baselines.outside'
 clean:  ## remove runs of RUN (prepared data and other runs stay)
 	rm -rf runs/$(RUN)
