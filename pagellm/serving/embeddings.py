@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from pagellm.stage import hints
 from pagellm.stage.config import PageLLMError
 
 __all__ = ["Embeddings", "NAMES", "dequantise", "quantise"]
