@@ -12,7 +12,7 @@ ARGS ?=
 NPROC ?= 1
 SEED ?=
 SEEDS ?= 0 1 2 3 4
-POLICIES ?= popularity,sft,ppo
+POLICIES ?= popularity,sft,ppo,compose
 PYTHON ?= python3
 VENV ?= .venv
 
@@ -28,15 +28,16 @@ RAW_ARG := $(if $(RAW),--raw $(RAW))
 POLICIES_ARG := $(call given,POLICIES,--policies $(POLICIES))
 comma := ,
 WRITERS := $(subst $(comma), ,$(POLICIES))
-$(if $(filter-out popularity sft ppo,$(WRITERS)),$(error POLICIES=$(POLICIES): want some of popularity,sft,ppo))
+$(if $(filter-out popularity sft ppo compose,$(WRITERS)),$(error POLICIES=$(POLICIES): want some of \
+popularity,sft,ppo,compose))
 
 PREPARED := data/$(DATASET)/source.json
 DONE := runs/$(RUN)
-LAST := $(DONE)/$(if $(filter ppo,$(WRITERS)),ppo,sft)/done
+LAST := $(patsubst %,$(DONE)/%/done,$(filter sft ppo compose,sft $(WRITERS)))
 # A log of one's own needs no run; --logging and its like name no log.
 OWN_LOG := $(filter --log --log=%,$(ARGS))
 SHOWN := $(if $(OWN_LOG),$(VENV)/installed,$(DONE)/evaluate/done)
-STAGES := pretrain sft reward ppo evaluate
+STAGES := pretrain sft reward ppo compose evaluate
 STUDIES := ablation backbones coldstart crossdomain drift leaveout
 
 .PHONY: all help install check lint test docs clean prepare $(STAGES) recommend serve export features search baselines \
@@ -44,7 +45,7 @@ STUDIES := ablation backbones coldstart crossdomain drift leaveout
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
-all: evaluate  ## the whole pipeline: prepare, pretrain, sft, reward, ppo, evaluate; prints table and pages
+all: $(DONE)/baselines/done evaluate  ## the whole pipeline: prepare, plain rows, pretrain, sft, reward, ppo, compose, evaluate; prints table and pages
 help:  ## this list
 	@echo "make [target] [DATASET=synthetic] [RUN=<dataset>] [RAW=directory of raw files] [ARGS=\"--option value\"] [NPROC=1] [SEED=0]"
 	@awk -F ':.*## ' '/^[a-z][a-z ]*:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,9 +66,12 @@ $(DONE)/pretrain/done: | $(PREPARED)
 $(DONE)/sft/done: | $(DONE)/pretrain/done
 $(DONE)/reward/done: | $(DONE)/sft/done
 $(DONE)/ppo/done: | $(DONE)/reward/done
+$(DONE)/compose/done: | $(DONE)/sft/done
 $(DONE)/evaluate/done: | $(LAST)
 $(STAGES:%=$(DONE)/%/done): $(DONE)/%/done:
 	$(ALL) $* $(COMMON) $(if $(filter evaluate,$*),$(POLICIES_ARG))
+$(DONE)/baselines/done: | $(PREPARED)
+	$(ONE) baselines $(COMMON)
 $(DONE)/export-ppo/done: | $(DONE)/ppo/done
 	$(ONE) export $(COMMON)
 
@@ -77,7 +81,8 @@ pretrain: $(PREPARED)  ## next token and rating prediction on what the shop know
 sft: $(DONE)/pretrain/done  ## supervised fine-tuning on ground-truth pages
 reward: $(DONE)/sft/done  ## reward model from preference pairs
 ppo: $(DONE)/reward/done  ## PPO against the reward model
-evaluate: $(LAST)  ## pages and the results table: popularity, SFT, PageLLM; POLICIES=sft stops at SFT
+compose: $(DONE)/sft/done  ## what will be picked, and how a page is made of it, chosen on validation
+evaluate: $(LAST)  ## pages and the results table: popularity, SFT, PPO, composed pages; POLICIES=sft stops at SFT
 recommend: $(DONE)/ppo/done  ## one page in the terminal: ARGS="--user ID"; everybody's: ARGS="--all --out pages.parquet"
 $(STAGES) recommend:
 	$(ALL) $@ $(COMMON) $(if $(filter evaluate,$@),$(POLICIES_ARG)) $(ARGS)

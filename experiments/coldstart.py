@@ -198,6 +198,7 @@ def run(config: Config) -> list[dict]:
         "runs": config.runs,
         "mask": MASK,
         "models": config.models,
+        "rerank": "",
         "versus": config.models.split(",")[0],
         **plainly,
     }

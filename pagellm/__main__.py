@@ -19,6 +19,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "sft": ("pagellm.sft", "fine-tune on the pages that users would have liked"),
         "reward": ("pagellm.reward", "train the reward model on pairs of pages"),
         "ppo": ("pagellm.ppo", "train the policy against the reward model"),
+        "compose": ("pagellm.compose", "learn what will be picked, and how to make a page of it"),
         "evaluate": ("pagellm.evaluate", "write every user's page and score it on held-out rows"),
     },
     "Pages and what they are made of": {
@@ -31,7 +32,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "casestudy": ("pagellm.report.casestudy", "some users' pages, slot by slot"),
     },
     "Comparisons": {
-        "baselines": ("pagellm.baselines.compare", "popularity, ItemKNN, EASE and ALS, one table"),
+        "baselines": ("pagellm.baselines.compare", "plain recommenders, re-ranked too, one table"),
         "runfile": ("pagellm.baselines.runfile", "score what another library recommends"),
         "judge": ("pagellm.online.judge", "a language model or rules judge pages side by side"),
     },

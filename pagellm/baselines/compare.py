@@ -25,7 +25,7 @@ import numpy as np
 
 from pagellm.data.shop import SPLITS, Rows, Shop, load
 from pagellm.model.als import item_groups
-from pagellm.model.plain import GRIDS, PLAIN, Fitted, fit, gram_matrix, grid_of
+from pagellm.model.plain import GRIDS, Chosen, Fitted, fit, gram_matrix, grid_of
 from pagellm.pages.ranked import (
     RankedPages,
     Scorer,
@@ -36,7 +36,10 @@ from pagellm.pages.ranked import (
     score_row,
     seen_rows,
 )
-from pagellm.pages.tables import ALL_COLUMNS, compare, per_user, save, text_table
+from pagellm.pages.rerank import METHODS, Kin, reranked
+from pagellm.pages.tables import ALL_COLUMNS, compare, per_user, save, text_table, write_table
+from pagellm.pages.yardstick import chosen as allowed
+from pagellm.pages.yardstick import frontier_table, sweep
 from pagellm.stage import hints, presets
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
@@ -47,6 +50,8 @@ __all__ = ["Config", "climb", "read_rows", "run"]
 
 
 GOAL = "NDCG@100"  # what settings are chosen by, on validation
+# What ALS+ratings takes beside the settings of ALS, where no search has found others.
+RATED = {"disliked": 0.35, "slope": 0.15, "facts": 0.5, "stars": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +60,10 @@ class Config(StageConfig):
 
     PRESET_FILES: ClassVar[dict[str, str]] = {"settings": "baselines.json"}
 
-    models: str = ",".join(PLAIN)  # which, comma-separated; also ALS+facts,
-    # which reads titles and categories too
+    models: str = ",".join(GRIDS)  # which, comma-separated. ALS+facts reads titles and categories
+    # too, ALS+ratings also ratings and disliked items
+    rerank: str = "mmr"  # also each of them re-ranked for variety, at the strength that validation
+    # allows: some of mmr, dpp, energy; empty: none
     trials: int = 24  # settings tried for each model on validation;
     # fewer where none is better nearby
     settings: str = ""  # settings.json of an earlier search, used instead of searching. On the
@@ -76,6 +83,10 @@ class Config(StageConfig):
             models=(
                 set(names) <= set(GRIDS) and len(set(names)) == len(names),
                 f"some of {','.join(GRIDS)}",
+            ),
+            rerank=(
+                set(self.rerank.split(",")) <= {"", *METHODS},
+                f"some of {','.join(METHODS)}, or empty",
             ),
             trials=(self.trials > 0, "1 or more"),
             mask=check_mask(self.mask),
@@ -144,6 +155,7 @@ class Bench:
                 f"{config.data_dir} has no validation or no test rows: nothing to choose or score by"
             )
         self._gram: tuple = (None, None)
+        self.kin = Kin.of(self.shop.catalogue, self.test.near)
 
     def fit(self, name: str, settings: dict, splits: tuple[str, ...] = ("train",)) -> Fitted:
         shop, rows, gram = self.shop, self.shop.csr(splits), None
@@ -151,13 +163,33 @@ class Bench:
             if self._gram[0] != splits:
                 self._gram = (splits, gram_matrix(rows, shop.n_items))
             gram = self._gram[1]
-        groups = item_groups(shop.catalogue) if name == "ALS+facts" else None
-        return fit(name, rows, shop.n_users, shop.n_items, settings, self.config.seed, gram, groups)
+        reads = name in ("ALS+facts", "ALS+ratings")
+        groups = item_groups(shop.catalogue) if reads else None
+        chosen = Chosen.of(shop, splits) if name == "ALS+ratings" else None
+        return fit(
+            name,
+            rows,
+            shop.n_users,
+            shop.n_items,
+            settings,
+            self.config.seed,
+            gram,
+            groups,
+            chosen,
+        )
 
     def rank(self, fitted: Fitted, users: np.ndarray, seen: Rows) -> RankedPages:
         return rank_all(
             fitted.score, users, seen, self.config.k, self.config.depth, self.config.seed
         )
+
+    def frontier(self, name: str, fitted: Fitted) -> list[dict]:
+        """The model's pages of validation users, re-ranked at rising strengths."""
+        methods = [m for m in self.config.rerank.split(",") if m]
+        if not methods:
+            return []
+        ranked = self.rank(fitted, self.valid.users, seen_rows(self.shop, "valid", "train"))
+        return sweep(name, ranked, self.valid, self.kin, self.config.k, methods)
 
     def validate(self, fitted: Fitted) -> float:
         """Mean validation NDCG@100."""
@@ -216,18 +248,21 @@ def split_record(config: Config, shop: Shop) -> dict:
 
 
 def stored(path: Path, names: list[str]) -> dict[str, dict]:
-    """Settings of an earlier search. Raises PageLLMError if a model is missing."""
+    """Settings of an earlier search, for those of `names` that it has.
+
+    ALS+facts and ALS+ratings take those of ALS where they have none of their own.
+    Raises PageLLMError for a file that holds no settings, or none of a model that needs some.
+    """
     try:
-        found = {
-            name: {"settings": json.loads(path.read_text())[name]["settings"], "from": path.name}
-            for name in names
-        }
-    except (ValueError, KeyError, TypeError) as error:
+        known = {name: row["settings"] for name, row in json.loads(path.read_text()).items()}
+        if "ALS" in known:
+            known = {"ALS+facts": known["ALS"], "ALS+ratings": known["ALS"] | RATED} | known
+        return {name: {"settings": known[name], "from": path.name} for name in names}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PageLLMError(
             f"{path} has no settings of {', '.join(names)} ({error})\n"
             "  Take a settings.json that this command wrote, or search anew: --settings none"
         ) from error
-    return found
 
 
 def read_rows(folder: Path) -> tuple[dict[str, dict[str, np.ndarray]], dict]:
@@ -258,11 +293,11 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
         chosen = stored(presets.resolve(config.settings), names) if config.settings else {}
         results, rows = {}, {}
 
-        def add(name: str, fitted: Fitted) -> None:
+        def add(name: str, pages: RankedPages) -> None:
             rows[name], results[name] = score_row(
                 out.path / slug(name),
                 name,
-                bench.rank(fitted, scorer.users, seen),
+                pages,
                 scorer,
                 seen,
                 config.k,
@@ -270,16 +305,27 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
                 config.n_boot,
             )
 
+        frontier, strengths = [], {}
         for name in names:
             if name in chosen:
                 fitted = bench.fit(name, chosen[name]["settings"])
             else:
                 chosen[name], fitted = bench.choose(name, out.path / "trials.json")
-            add(name, fitted)
+            pages = bench.rank(fitted, scorer.users, seen)
+            add(name, pages)
+            records = bench.frontier(name, fitted)
+            frontier += records
+            for method in dict.fromkeys(r["method"] for r in records):
+                strength = strengths[f"{name} + {method}"] = allowed(records, name, method)
+                again = reranked(pages, bench.kin, config.k, method, strength)
+                add(f"{name} + {method.upper()}", again)
         write_json(out.path / "settings.json", chosen)
+        write_json(out.path / "strengths.json", strengths)
+        write_table(out.path / "frontier.parquet", frontier)
         write_json(out.path / "split.json", split_record(config, shop))
         for name in names if config.refit else ():
-            add(f"{name}, refit", bench.fit(name, chosen[name]["settings"], ("train", "valid")))
+            fitted = bench.fit(name, chosen[name]["settings"], ("train", "valid"))
+            add(f"{name}, refit", bench.rank(fitted, scorer.users, seen))
         for name, scores in rows.items():
             check_leak(name, scores, scorer.held.counts()[scorer.users], results.get("EASE"))
         write_json(out.path / "metrics.json", results)
@@ -290,6 +336,7 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
             + "\n".join(
                 f"{name}: {json.dumps(chosen[name]['settings'])}" for name in names if GRIDS[name]
             )
+            + (f"\n\n{frontier_table(frontier)}" if frontier else "")
             + "\n"
         )
         with atomic(out.path / "table.txt") as beside:

@@ -42,6 +42,8 @@ def config(root, **more):
             "runs": str(root / "runs"),
             "n_boot": 20,
             "settings": str(root / "settings.json"),
+            "models": ",".join(PLAIN),
+            "rerank": "",
         }
         | more
     )
@@ -188,7 +190,7 @@ def test_a_model_fitted_to_test_rows_is_stopped(root, monkeypatch):
     """A recommender that knows the test items; EASE beside it is honest and made weak."""
     plain = compare.fit
 
-    def leaky(name, rows, n_users, n_items, chosen, seed, gram, groups):
+    def leaky(name, rows, n_users, n_items, chosen, seed, gram, *_):
         if name == "ALS":
             rows = load(root / "data" / "synthetic").csr("test")
             chosen = chosen | {"factors": 32, "alpha0": 0.001, "reg": 0.0003}
@@ -253,3 +255,29 @@ def test_a_shop_that_is_not_there_leaves_no_run_behind(root):
     with pytest.raises(PageLLMError, match="make prepare"):
         run(missing)
     assert not missing.stage("baselines").exists()
+
+
+def test_every_model_is_there_re_ranked_at_the_strength_that_validation_allows(root):
+    made = config(root, run="varied", models="EASE,ALS,ALS+facts,ALS+ratings", rerank="mmr,dpp")
+    results, folder = run(made), made.stage("baselines")
+    strengths = json.loads((folder / "strengths.json").read_text())
+    assert sorted(strengths) == sorted(
+        f"{name} + {method}" for name in made.models.split(",") for method in ("mmr", "dpp")
+    )
+    frontier = pq.read_table(folder / "frontier.parquet").to_pylist()
+    for label, strength in strengths.items():
+        base, method = label.split(" + ")
+        assert {"base": base, "method": method, "strength": strength}.items() <= next(
+            r
+            for r in frontier
+            if (r["base"], r["method"], r["strength"]) == (base, method, strength)
+        ).items()
+        if strength == 0:
+            assert results[f"{base} + {method.upper()}"] == results[base]
+    assert "as it is" in (folder / "table.txt").read_text()
+
+
+def test_settings_of_als_serve_the_models_that_are_built_on_it(root):
+    found = compare.stored(root / "settings.json", ["ALS", "ALS+facts", "ALS+ratings"])
+    assert found["ALS+facts"]["settings"] == SETTINGS["ALS"]
+    assert found["ALS+ratings"]["settings"] == SETTINGS["ALS"] | compare.RATED

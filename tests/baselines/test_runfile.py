@@ -30,6 +30,7 @@ def root(tmp_path_factory):
             data=str(root / "data"),
             runs=str(root / "runs"),
             models="popularity,EASE",
+            rerank="",
             settings=str(root / "settings.json"),
             n_boot=20,
         )

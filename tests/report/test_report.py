@@ -94,7 +94,14 @@ def root(served, tmp_path_factory):
     evaluate.run(evaluate.Config(k=6, depth=40, n_boot=50, quiet=True, **common))
     compare.run(
         compare.Config(
-            models="popularity,EASE", trials=2, refit=True, k=6, depth=40, n_boot=50, **common
+            models="popularity,EASE",
+            rerank="",
+            trials=2,
+            refit=True,
+            k=6,
+            depth=40,
+            n_boot=50,
+            **common,
         )
     )
     write_table(
