@@ -101,7 +101,8 @@ def test_a_difference_leaves_out_users_without_both_scores():
     a, b = [np.array([1.0, nan, 5.0]), np.array([2.0, 7.0, nan])], [np.array([0.0, 1.0, nan])] * 2
     mean, low, high = difference(a, b)
     assert mean == pytest.approx((1 + 2 + 6) / 3) and 0 <= low <= mean <= high <= 6
-    assert np.isnan(difference([np.array([nan])], [np.array([1.0])])).all()
+    mean, low, high = difference([np.array([nan])], [np.array([1.0])])
+    assert math.isnan(mean) and math.isnan(low) and math.isnan(high)
 
 
 def test_an_interval_is_that_of_the_number_of_seeds():
@@ -120,6 +121,8 @@ def test_an_effect_is_the_mean_over_the_spread_of_the_users_means():
     assert effect(a, a) == 0 == effect([np.array([math.nan])], [np.zeros(1)])
     assert effect([np.full(4, 2.0)], [np.zeros(4)]) == math.inf
     assert effect([np.full(4, -0.1)], [np.zeros(4)]) == -math.inf
+    for unit in (1e-9, 1e9):  # d has no unit
+        assert effect([unit * x for x in a], b) == pytest.approx(3)
 
 
 # Shares
@@ -212,6 +215,7 @@ def test_calibration_by_hand():
     assert calibration(np.array([log3, log3, log3, -log3])) == pytest.approx(0, abs=1e-12)
     assert calibration(np.array([log3, -log3])) == pytest.approx(0.25)
     assert calibration(np.zeros(5)) == pytest.approx(0, abs=1e-12)
-    assert calibration(np.array([0.0, 100.0, -100.0, -100.0]), bins=2) == pytest.approx(
-        3 * (1 - 1 / 3) / 4
-    )
+    # A bin of confidence 1/2 that is right and one of confidence 1 that is wrong: gaps do not cancel.
+    two = np.array([1e-9, -100.0])
+    assert calibration(two, bins=2) == pytest.approx((0.5 + 1) / 2)
+    assert calibration(two, bins=1) == pytest.approx(0.75 - 0.5)
