@@ -6,9 +6,10 @@ Three functions give a mean with a 95% bootstrap interval:
     paired(a, b)       of a - b, two systems on the same users, one seed of training: draws users
     difference(a, b)   the same for several seeds: draws seeds, then users
 
-interval(a, b) takes whichever of the last two fits the number of seeds. All three draw with replacement from seeded generators, so the same input gives the same interval.
-`paired` is `summary` of the difference. `difference` has a generator of its own: for one seed its
-interval equals that of `paired` up to the noise of the draws, not in every digit.
+`interval(a, b)` takes whichever of the last two fits the number of seeds. All three draw with
+replacement from seeded generators, so the same input gives the same interval. `paired` is `summary`
+of the difference. `difference` has a generator of its own: for one seed its interval equals that of
+`paired` up to the noise of the draws, not in every digit.
 """
 
 import math

@@ -300,7 +300,7 @@ def test_pages_read_back_as_they_were_written(shop, tmp_path):
 
 
 def test_pages_of_another_library_need_user_rank_and_item(shop, tmp_path):
-    """Rows in any order; without a score it falls by rank; without a page all ranks are the page."""
+    """Rows in any order; without a score it falls by rank; without a page all ranks are it."""
     path = tmp_path / "pages.parquet"
     columns = {"user": [3, 1, 3], "rank": [2, 1, 1], "item": [8, 0, 53]}
     pq.write_table(pa.table(columns), path)

@@ -215,7 +215,7 @@ def test_calibration_by_hand():
     assert calibration(np.array([log3, log3, log3, -log3])) == pytest.approx(0, abs=1e-12)
     assert calibration(np.array([log3, -log3])) == pytest.approx(0.25)
     assert calibration(np.zeros(5)) == pytest.approx(0, abs=1e-12)
-    # A bin of confidence 1/2 that is right and one of confidence 1 that is wrong: gaps do not cancel.
+    # A bin of confidence 1/2 that is right, one of confidence 1 that is wrong: they do not cancel.
     two = np.array([1e-9, -100.0])
     assert calibration(two, bins=2) == pytest.approx((0.5 + 1) / 2)
     assert calibration(two, bins=1) == pytest.approx(0.75 - 0.5)
