@@ -20,7 +20,8 @@ def composed(served, tmp_path_factory):
     """A shop with every stage up to ppo, and compose."""
     root = tmp_path_factory.mktemp("composed")
     shutil.copytree(served / "data", root / "data")
-    shutil.copytree(served / "runs", root / "runs")
+    for stage in ("sft", "ppo"):
+        shutil.copytree(served / "runs" / "base" / stage, root / "runs" / "base" / stage)
     compose.run(compose.Config(**where(root), networks=1))
     return root
 
