@@ -1,14 +1,16 @@
-"""torch.distributed as torchrun starts it: several processes share one job, or there is one process alone.
+"""Several processes that train one model together, through torch.distributed, or one process alone.
 
     NPROC=2 make sft                torchrun --standalone --nproc_per_node 2 -m pagellm.sft ...
 
-    device = start(config.device)   joins the group that torchrun describes; alone: nothing but a device
-    rows, busy = part(index)        this process's part of a batch or of the users
-    sums = total(tensor)            over all processes
+    device = start(config.device)   join the process group that torchrun describes, if there is one
+    rows, busy = shard(index)       this process's rows of a batch
+    total = all_reduce(tensor)      the sum over all processes
 
-Every function is also right in one process, where it costs nothing. Only the main process (rank 0) writes files.
-The same random numbers are drawn whatever the number of processes (randomness.rng), so that all of them agree on what a
-batch holds, and each takes its share.
+Every function also works in a single process, where it costs nothing. Only the main process (rank
+0) writes files.
+
+All processes draw the same random numbers (`randomness.rng`), so they agree on the rows of each
+batch without exchanging them; `shard` then gives each process its own part.
 """
 
 import atexit
@@ -17,11 +19,13 @@ import os
 import resource
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -60,14 +64,18 @@ __all__ = [
 
 MODES = ("ddp", "fsdp")
 PRECISIONS = ("auto", "float32", "bfloat16")
-# Columns from which bfloat16 was measured to pay on a CPU (experiments/precision.py); below, casts eat the gain.
+# The narrowest network that bfloat16 makes faster on a CPU, as experiments/precision.py measured
+# it. In narrower networks the conversions cost more than the products gain.
 BF16_WIDTH = 128
-# the main process may make pairs or validate for long while the others wait
+# Processes wait this long for each other: the main process may be busy with pairs or a validation.
 TIMEOUT = timedelta(minutes=30)
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is cuda where there is one, else cpu. Raises PageLLMError for a device that is not here."""
+    """The device of this name; "auto" takes cuda where there is one, else cpu.
+
+    Raises PageLLMError for a device that this machine does not have.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -81,16 +89,21 @@ def pick_device(name: str) -> torch.device:
 
 
 def send(x: Tensor, device: torch.device | str) -> Tensor:
-    """x on the device. To a GPU it goes from pinned memory, and nobody waits for it."""
+    """x on the device.
+
+    A copy to a GPU goes through pinned memory, and the CPU does not wait for it.
+    """
     device = torch.device(device)
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def pick_precision(name: str, device: torch.device, width: int) -> str:
-    """ "auto" is bfloat16 where the processor multiplies it and the trunk is `width` >= BF16_WIDTH columns wide, else
-    float32. By capability, not by a stopwatch: the same machine must choose alike whatever else it is doing.
+    """The number format of the network's matrix products: "float32" or "bfloat16".
 
-    CPUs with AMX or AVX512-BF16, GPUs from compute capability 8.0. -> "float32" or "bfloat16"
+    name     one of PRECISIONS. "auto" takes bfloat16 if the processor has instructions for it and
+             the network is at least BF16_WIDTH columns wide. It looks at the processor and never at
+             a clock: the same machine must always choose the same format, however busy it is.
+    width    columns of the network's hidden states
     """
     if name != "auto":
         return name
@@ -98,7 +111,11 @@ def pick_precision(name: str, device: torch.device, width: int) -> str:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the processor has instructions for bfloat16 products; others emulate them, slower than float32."""
+    """Whether the processor has instructions for bfloat16 products.
+
+    CPUs with AMX or AVX512-BF16 have them, and GPUs from compute capability 8.0 on. Others emulate
+    such products, slower than float32.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     tests = (
@@ -109,7 +126,10 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def start(name: str) -> torch.device:
-    """Join the processes of torchrun (gloo on CPUs, nccl on GPUs) if it started this one; -> the device to work on."""
+    """Join the process group if torchrun started this process, and return the device to work on.
+
+    Processes exchange tensors through gloo on CPUs and through nccl on GPUs.
+    """
     device = pick_device(name)
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         return device
@@ -117,7 +137,7 @@ def start(name: str) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not td.is_initialized():
-        # gloo beside nccl: what processes tell each other about themselves is on the host and stays there.
+        # On GPUs gloo is there too: `any_rank` exchanges a number that is on the CPU.
         td.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT
         )
@@ -126,14 +146,22 @@ def start(name: str) -> torch.device:
 
 
 def stop() -> None:
-    """Leave the group. Wrapped models and their optimisers must be gone by then, or gloo may abort the process."""
+    """Leave the process group.
+
+    Drop wrapped models and their optimisers before the call: if one is freed later, gloo may abort
+    the process.
+    """
     if td.is_initialized():
         gc.collect()
         td.destroy_process_group()
 
 
 def peak_memory() -> float:
-    """Largest memory so far in MB: allocated on the GPU that has most, where one is in use; else this process's."""
+    """The most memory used so far, in MB.
+
+    Where a GPU is in use: memory allocated on the GPU that needed most. Else: resident memory of
+    this process.
+    """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return (
             max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
@@ -143,41 +171,51 @@ def peak_memory() -> float:
 
 
 def rank() -> int:
+    """The number of this process, from 0."""
     return td.get_rank() if td.is_initialized() else 0
 
 
 def world() -> int:
+    """The number of processes."""
     return td.get_world_size() if td.is_initialized() else 1
 
 
 def is_main() -> bool:
+    """Whether this is the process that writes files (rank 0)."""
     return rank() == 0
 
 
 def barrier() -> None:
+    """Wait until every process has come here."""
     if world() > 1:
         td.barrier()
 
 
 def shard(rows: np.ndarray) -> tuple[np.ndarray, bool]:
-    """This process's rows, every world-th from its rank on, and True; if that is none, the first row and False.
+    """This process's part of a batch: rows `rank`, `rank + world`, `rank + 2 world`, ...
 
-    The row of an idle process keeps it in step with the others; it must weigh nothing.
+    rows     (n,) or (n, ...), n >= 1, the same on every process
+    returns  the rows, and whether they count. With fewer rows than processes some get none. Such a
+             process gets row 0 and False: it must still run the forward pass, because the others
+             wait for it, but the row must have weight 0
     """
     mine = rows[rank() :: world()]
     return (mine, True) if len(mine) else (rows[:1], False)
 
 
 def all_reduce(x: Tensor) -> Tensor:
-    """Sum over all processes."""
+    """The sum of x over all processes, element by element. It carries no gradient."""
     if world() > 1:
         x = x.detach().clone()
         td.all_reduce(x)
     return x
 
 
-def all_gather(value) -> list:
-    """This value of every process, by rank."""
+def all_gather(value: Any) -> list[Any]:
+    """The values that all processes pass, in order of rank.
+
+    They may be any Python objects; torch pickles them on the way.
+    """
     if world() == 1:
         return [value]
     values: list = [None] * world()
@@ -186,7 +224,10 @@ def all_gather(value) -> list:
 
 
 def any_rank(flag: bool) -> bool:
-    """True on every process if it is True on one: one number from host to host, so cheap enough for every step."""
+    """True on every process if `flag` is True on any of them.
+
+    One number goes from CPU to CPU, which is cheap enough for every step.
+    """
     if world() == 1:
         return flag
     x = torch.tensor(int(flag), dtype=torch.int32)
@@ -195,11 +236,17 @@ def any_rank(flag: bool) -> bool:
 
 
 class AsyncScalars:
-    """Scalars (float, of one device) on their way to the host. `read` waits for them, not for what was queued since."""
+    """Scalars copied to the CPU in the background.
+
+    scalars   float tensors without dimensions, all on one device
+
+    On a GPU the constructor only queues the copy. `read` waits until that copy is done, but not for
+    the work that was queued on the GPU after it.
+    """
 
     def __init__(self, scalars: list[Tensor]):
         values = torch.stack([x.detach().double() for x in scalars]) if scalars else torch.zeros(0)
-        self.event = None
+        self.event: torch.cuda.Event | None = None
         if values.is_cuda:
             self.host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self.host.copy_(values, non_blocking=True)
@@ -209,13 +256,18 @@ class AsyncScalars:
             self.host = values
 
     def read(self) -> list[float]:
+        """The scalars' values, in the order in which they were given."""
         if self.event is not None:
             self.event.synchronize()
         return self.host.tolist()
 
 
 def gather(mine: np.ndarray) -> np.ndarray:
-    """Rows that `part` dealt out, back in their old order on every process. An idle process gives no rows."""
+    """Undo `shard`: all processes' rows, in the order in which they were before, on every process.
+
+    mine   (m, ...) this process's results for the rows that it got from `shard`; none (m = 0) if
+           they did not count
+    """
     if world() == 1:
         return mine
     parts = all_gather(mine)
@@ -226,31 +278,41 @@ def gather(mine: np.ndarray) -> np.ndarray:
 
 
 def wrap(module: nn.Module, mode: str) -> nn.Module:
-    """The module whose backward leaves the same gradient on every process: the mean of all (so a loss is a share of
-    the whole batch's, times `world`).
+    """Make the processes average their gradients in every backward pass through `module`.
 
-    ddp   every process holds everything        fsdp  parameters, gradients and moments are cut among processes
-    (FSDP2's fully_shard, changed in place); alone: the module itself
-    Every forward must use every parameter: see `idle`.
+    mode   "ddp": every process holds the whole model. "fsdp": parameters, gradients and moments are
+           divided among the processes (FSDP2's fully_shard, which changes the module in place). In
+           one process the module is returned as it is
+
+    As gradients are averaged, a loss that is a sum over the batch has to be multiplied by `world`
+    in each process; `train.shared_means` does that. Every forward pass must use every parameter:
+    see `idle`.
     """
     if world() == 1:
         return module
     if mode == "fsdp":
-        from torch.distributed.fsdp import fully_shard
-
-        return fully_shard(module, reshard_after_forward=False)
+        return cast(nn.Module, fully_shard(module, reshard_after_forward=False))
     return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
 def idle(module: nn.Module) -> Tensor | float:
-    """0, with a gradient of 0 for every parameter of a module that a forward pass leaves out."""
+    """Zero, to be added to the loss when a forward pass does not use `module`.
+
+    With several processes each parameter has to get a gradient in every backward pass, because the
+    processes wait for each other's. This zero gives every parameter of `module` a gradient of 0. In
+    one process it is the number 0.0.
+    """
     return 0.0 if world() == 1 else 0.0 * sum(p.sum() for p in module.parameters())
 
 
 @contextmanager
 def unsharded(module: nn.Module):
-    """Within the block a module that `wrap` cut can be used outside its forward: validation, rollouts."""
-    if not hasattr(module, "unshard"):
+    """Within the block every process holds the whole of a module that `wrap` divided among them.
+
+    Use it where parameters are read outside the module's own forward pass, as in validation and
+    rollouts.
+    """
+    if not isinstance(module, FSDPModule):
         yield
         return
     module.unshard()
@@ -262,28 +324,40 @@ def unsharded(module: nn.Module):
 
 @contextmanager
 def sync_gradients(module: nn.Module, last: bool):
-    """Only the last of several backward passes before a step exchanges gradients."""
+    """Within the block a backward pass exchanges gradients among the processes only if `last`.
+
+    last   whether this is the last backward pass before an optimiser step. Passes before it add up
+           their gradients locally, so that one step costs one exchange
+
+    In one process nothing is exchanged, and the block changes nothing.
+    """
     if last or world() == 1:
         yield
-    elif hasattr(module, "set_requires_gradient_sync"):
+    elif isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(False)
         yield
         module.set_requires_gradient_sync(True)
     else:
-        with module.no_sync():
+        with cast(DistributedDataParallel, module).no_sync():
             yield
 
 
-def full(value):
-    """A whole tensor on the CPU, whatever it was cut into; a copy. Ask on every process."""
+def full(value: Any) -> Any:
+    """A copy on the CPU of a whole tensor, also where it is divided among the processes.
+
+    What is no tensor is returned as it is. Call it on every process.
+    """
     if not isinstance(value, Tensor):
         return value
     value = value.detach()
     return (value.full_tensor() if isinstance(value, DTensor) else value).cpu().clone()
 
 
-def like(value, parameter: Tensor):
-    """A whole tensor cut and placed as `parameter` is; scalars stay whole."""
+def like(value: Any, parameter: Tensor) -> Any:
+    """The inverse of `full`: a tensor placed and divided among the processes as `parameter` is.
+
+    Scalars stay whole, and what is no tensor is returned as it is.
+    """
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     value = value.to(parameter.device)
@@ -292,33 +366,50 @@ def like(value, parameter: Tensor):
     return value.clone()
 
 
+def inner(module: nn.Module) -> nn.Module:
+    """The module that was given to `wrap`: DistributedDataParallel keeps it in an attribute."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
 def weights(module: nn.Module, frozen: bool = True) -> dict[str, Tensor]:
-    """Plain names -> whole tensors of a module, before or after `wrap`; frozen=False: without parameters that do not
-    learn, as a checkpoint keeps them."""
-    module = getattr(module, "module", module)
-    left = set() if frozen else still(module)
+    """The state_dict of a module, as whole tensors on the CPU.
+
+    module   as it was, or what `wrap` made of it: the names are the same
+    frozen   False: leave out parameters that do not learn, which a checkpoint need not hold
+
+    Call it on every process.
+    """
+    module = inner(module)
+    left = set() if frozen else frozen_names(module)
     return {name: full(value) for name, value in module.state_dict().items() if name not in left}
 
 
-def still(module: nn.Module) -> set[str]:
+def frozen_names(module: nn.Module) -> set[str]:
+    """Names of the parameters that do not learn."""
     return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
 
 
 @torch.no_grad()
 def load_weights(module: nn.Module, values: dict[str, Tensor]) -> None:
-    """The inverse of `weights`, into any number of processes: frozen parameters may be absent and stay as they are.
-    Raises PageLLMError for another set of names."""
-    module = getattr(module, "module", module)
+    """The inverse of `weights`, whatever the number of processes was then and is now.
+
+    Frozen parameters may be missing from `values`; they stay as they are. Raises PageLLMError if
+    any other name is missing, or if there is a name that the module does not have.
+    """
+    module = inner(module)
     own = module.state_dict()
-    if strange := (set(own) ^ set(values)) - (still(module) - set(values)):
+    if strange := (set(own) ^ set(values)) - (frozen_names(module) - set(values)):
         raise PageLLMError(f"the checkpoint's weights are not this model's: {sorted(strange)[:3]}")
     for name, value in values.items():
         own[name].copy_(like(value, own[name]))
 
 
 def optimiser_state(module: nn.Module, opt: torch.optim.Optimizer) -> dict[str, dict]:
-    """Parameter name -> its moments, whole. Parameters that took no step yet are left out."""
-    name_of = {p: name for name, p in getattr(module, "module", module).named_parameters()}
+    """Parameter name -> the optimiser's state of that parameter: whole tensors on the CPU.
+
+    Parameters that the optimiser has not moved yet are left out. Call it on every process.
+    """
+    name_of: dict[Tensor, str] = {p: name for name, p in inner(module).named_parameters()}
     return {
         name_of[p]: {key: full(value) for key, value in moments.items()}
         for p, moments in opt.state.items()
@@ -326,11 +417,12 @@ def optimiser_state(module: nn.Module, opt: torch.optim.Optimizer) -> dict[str, 
 
 
 def load_optimiser(module: nn.Module, opt: torch.optim.Optimizer, state: dict[str, dict]) -> None:
-    """The inverse of `optimiser_state`."""
-    parameters = dict(getattr(module, "module", module).named_parameters())
+    """The inverse of `optimiser_state`, whatever the number of processes was then and is now."""
+    parameters = dict(inner(module).named_parameters())
     for name, moments in state.items():
         opt.state[parameters[name]] = {
             key: like(value, parameters[name]) for key, value in moments.items()
         }
-        if opt.defaults["fused"]:  # counts its steps where its parameters are
+        if opt.defaults["fused"]:
+            # it keeps the count of steps beside the parameter
             opt.state[parameters[name]]["step"] = moments["step"].to(parameters[name].device)

@@ -1,10 +1,12 @@
-"""Whole files: what identifies one."""
+"""Reading and writing whole files: checksums, replacement in one go, JSON."""
 
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pagellm.stage.config import PageLLMError
 
@@ -23,13 +25,17 @@ def slug(name: str) -> str:
 
 
 def file_id(path: str | Path) -> str:
-    """The first 16 hex digits of it."""
+    """The first 16 hex digits of `sha256`: what configs and `done` records name a file by."""
     return sha256(path)[:16]
 
 
 @contextmanager
-def atomic(path: str | Path):
-    """Yield a temporary path beside `path`; on success sync it and rename it into place, else remove it."""
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Replace `path` in one go: nobody ever sees a half-written file under its name.
+
+    Yields a temporary path in the same directory, for the block to write. If the block ends without
+    an exception, that file is synced to disk and renamed to `path`; otherwise it is removed.
+    """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -44,8 +50,11 @@ def atomic(path: str | Path):
         beside.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> dict:
-    """Raises PageLLMError if the file is damaged; FileNotFoundError if there is none."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises PageLLMError if the file is damaged, and FileNotFoundError if there is none.
+    """
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -54,6 +63,7 @@ def read_json(path: Path) -> dict:
         ) from None
 
 
-def write_json(path: str | Path, value) -> None:
+def write_json(path: str | Path, value: Any) -> None:
+    """Replace a file by `value` as indented JSON with sorted keys, see `atomic`."""
     with atomic(path) as beside:
         beside.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")

@@ -1,13 +1,17 @@
-"""A run directory: runs/<run>/<verb>/. Whatever a stage leaves behind is written through here.
+"""A run directory, runs/<run>/<stage>/: a stage writes all its files through here.
 
-    config.json    the stage's whole Config, the ids of the stages it read; versions, commit and machine at its start
-    log.jsonl      one line a step; other .jsonl files likewise
-    step-000120.pt a checkpoint, written beside, synced, renamed; LAST names the two newest and their checksums
-    model.pt       what the next stage reads
-    done           written last: the id of this stage's result, and what it cost
+    config.json       the stage's whole Config, and the ids of what it read. Also where it began:
+                      versions of packages, git commit, machine
+    log.jsonl         one line a step; so have other .jsonl files
+    step-00000120.pt  a checkpoint
+    LAST              names the two newest checkpoints, with their checksums
+    model.pt          what the next stage reads
+    done              written last: the id of model.pt, and how long the stage took
 
-The same command again carries on from LAST; a damaged checkpoint is passed over for the one before. Nothing that is
-pickled is ever loaded. Of several processes only the main one writes.
+Every file but the logs is written under another name, synced to disk and renamed, so a file that is
+there is whole. The same command again carries on from the newest checkpoint; if that is damaged,
+from the one before. Only tensors and plain values are loaded, never a pickle. Of several processes
+only the main one writes.
 """
 
 import fcntl
@@ -24,7 +28,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, TextIO
 
 import torch
 from tqdm import tqdm
@@ -108,20 +112,24 @@ class TrainingConfig(StageConfig):
         check(self, precision=(self.precision in dist.PRECISIONS, ", ".join(dist.PRECISIONS)))
 
 
-def save_tensors(state, path: Path) -> None:
-    """torch.save through a plain file, so that a full disk is an OSError like everywhere else."""
+def save_tensors(state: Any, path: Path) -> None:
+    """torch.save to an open file: a full disk then raises OSError and not RuntimeError."""
     with open(path, "wb") as file:
         torch.save(state, file)
 
 
-def digest(state) -> str:
-    """A hash of nested dicts, lists, tensors and plain values: equal if and only if every bit is (16 hex digits)."""
+def digest(state: Any) -> str:
+    """A hash (16 hex digits) of nested dicts, lists, tensors and plain values.
+
+    Two states have the same hash if they are equal to the last bit, whatever device they are on.
+    """
     hashed = hashlib.sha256()
 
-    def add(value) -> None:
+    def add(value: Any) -> None:
         if isinstance(value, torch.Tensor):
             hashed.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            hashed.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            hashed.update(flat.numpy().data)
         elif isinstance(value, dict):
             for key in sorted(value, key=str):
                 hashed.update(f"{key}:".encode())
@@ -137,8 +145,15 @@ def digest(state) -> str:
     return hashed.hexdigest()[:16]
 
 
-def finished(path: str | Path, need: str, make: str) -> dict:
-    """The `done` record of an earlier stage. Raises PageLLMError saying what is missing and how to make it."""
+def finished(path: str | Path, need: str, make: str) -> dict[str, Any]:
+    """The `done` record of an earlier stage.
+
+    path   the stage's directory
+    need   what is missing without it, in words, e.g. "reward model"
+    make   the command that makes it
+
+    Raises PageLLMError if the stage is not finished.
+    """
     path = Path(path)
     try:
         return read_json(path / "done")
@@ -147,10 +162,11 @@ def finished(path: str | Path, need: str, make: str) -> dict:
         raise PageLLMError(f"no {need} in {path}{half}\n  Make it with: {make}") from None
 
 
-def load_model_file(path: str | Path) -> dict:
-    """torch.load with weights_only: tensors and plain values, never a pickle.
+def load_model_file(path: str | Path) -> dict[str, Any]:
+    """The tensors and plain values in a model.pt or checkpoint, on the CPU.
 
-    A stage's model.pt must still be what its `done` says. Raises PageLLMError for a file that is gone or damaged.
+    No pickle is run (torch.load with weights_only). A model.pt must be the file that the `done`
+    record beside it names. Raises PageLLMError for a file that is gone, changed or damaged.
     """
     path = Path(path)
     record = path.parent / "done"
@@ -178,18 +194,19 @@ def load_model_file(path: str | Path) -> dict:
 
 
 def commit(folder: str | Path = Path(__file__).parent) -> str | None:
-    """The git commit of the source tree that holds run.py in `folder`, "-dirty" behind it if tracked files are changed.
+    """The git commit of the source tree that holds the run.py in `folder`: 12 hex digits.
 
-    None without git, and for an installed copy, also one inside somebody else's repository.
+    "-dirty" follows if tracked files were changed. None without git, and for an installed copy,
+    even if it lies inside some other repository.
     """
-    # a hook sets them
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    # Within a git hook these variables would point git to the repository of the hook.
+    outer = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*words: str) -> str:
         return subprocess.run(
             ["git", "--no-optional-locks", *words],
             cwd=folder,
-            env=plain,
+            env=outer,
             capture_output=True,
             text=True,
             timeout=10,
@@ -204,7 +221,11 @@ def commit(folder: str | Path = Path(__file__).parent) -> str | None:
 
 
 def machine(device: str = "cpu") -> str:
-    """Processor, cores this process may use, threads of torch, processes of the job, and a GPU if `device` is one."""
+    """This machine in one line, as config.json keeps it.
+
+    Processor, cores that this process may use, threads of torch, processes of the job if there are
+    several, the GPU if `device` is one, operating system.
+    """
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -221,7 +242,7 @@ def machine(device: str = "cpu") -> str:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers of a stage depend on beside its options; a package that is not installed is left out."""
+    """Package -> version, for those on which the numbers of a stage depend."""
     out = {"pagellm": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in ("numpy", "pyarrow", "tokenizers"):
         try:
@@ -231,42 +252,68 @@ def versions() -> dict[str, str]:
     return out
 
 
-# Options that may differ when a run is carried on. `preset` is one of them, since the options that a
-# preset sets are compared themselves.
+# Options that may differ when a run is carried on: no result depends on them. `preset` is one, since
+# the options that a preset sets are compared themselves.
 FREE = ("preset", "device", "save_every", "parallel", "checkpoint_blocks")
 
 
 class Run:
-    """One stage's directory, locked while this object lives.
+    """One stage's directory. No other process can use it until this object is closed.
 
+    path     the directory; made if it is not there
     config   the stage's Config (a dataclass)
-    inputs   name -> id of everything it reads; a changed input is refused like a changed option
-    free     fields that may differ when a run is carried on (they move no number), beside FREE
+    inputs   name -> id of everything that the stage reads
+    free     fields of the Config, beside FREE, that may differ when a run is carried on, because no
+             result depends on them
+
+    A stage uses it like this:
+
+        with Run(config.stage("sft"), config, inputs) as out:
+            if out.already_done():
+                return
+            state = out.load()                          # None at the start of a run
+            for step in out.steps(range(begin, total)):
+                ...
+                out.log(step, loss=loss)
+                if out.due(step + 1, total):
+                    out.save({"step": step + 1, ...})
+            out.finish(model)
+
+    Raises PageLLMError if another process uses the directory, if it cannot be written, or if it was
+    begun with other options or inputs.
     """
 
     def __init__(
-        self, path: str | Path, config, inputs: dict[str, str], free: tuple[str, ...] = ()
+        self,
+        path: str | Path,
+        config: Any,
+        inputs: dict[str, str],
+        free: tuple[str, ...] = (),
     ):
         self.path = Path(path)
         self.started = time.time()
         self.save_every = getattr(config, "save_every", 0)
-        self._logs: dict = {}
-        self._queue: list[tuple] = []  # lines whose numbers may still be on the GPU
-        self.last: dict = {}  # the newest line of log.jsonl that was written
-        self._lock = None
+        self._logs: dict[str, TextIO] = {}
+        # lines of the logs whose numbers may still be on the GPU: file, step, values, names of the
+        # values that are tensors, their numbers
+        self._queue: list[tuple[str, int, dict[str, Any], list[str], dist.AsyncScalars]] = []
+        self.last: dict[str, Any] = {}  # the newest line of log.jsonl that was written
+        self._lock: TextIO | None = None
         self._waiting = Waiting()
         if dist.is_main():
             self._open(config, inputs, free)
         dist.barrier()
 
-    def _open(self, config, inputs: dict, free: tuple[str, ...]) -> None:
+    def _open(self, config: Any, inputs: dict[str, str], free: tuple[str, ...]) -> None:
+        """Lock the directory, clear what a killed run left behind, and compare the options."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / "lock", "w")
         except OSError as error:
             raise PageLLMError(f"cannot write in {self.path}: {error.strerror}") from error
         try:
-            # The kernel drops the lock with the process, so a lock file left by a killed run is no obstacle.
+            # The system drops the lock when the process ends, so the lock file of a killed run does
+            # no harm.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise PageLLMError(
@@ -278,8 +325,8 @@ class Run:
             self._drop_checkpoints()
         self._check(config, inputs, (*FREE, *free))
 
-    def _check(self, dataclass, inputs: dict, free: tuple[str, ...]) -> None:
-        """Write config.json, or compare with the one there: PageLLMError if the run differs."""
+    def _check(self, dataclass: Any, inputs: dict[str, str], free: tuple[str, ...]) -> None:
+        """Write config.json, or compare options and inputs with those of the one that is there."""
         config, default = asdict(dataclass), {f.name: f.default for f in fields(dataclass)}
         if config.get("preset") == "auto":
             config["preset"] = "none"  # none was found, or none was looked for
@@ -300,7 +347,12 @@ class Run:
             )
 
     def _compare(
-        self, before: dict, config: dict, default: dict, inputs: dict, free: tuple[str, ...]
+        self,
+        before: dict[str, Any],
+        config: dict[str, Any],
+        default: dict[str, Any],
+        inputs: dict[str, str],
+        free: tuple[str, ...],
     ) -> None:
         """Raise PageLLMError if the run was made with other options or from other inputs."""
         for name in sorted(set(before["config"]) | set(config)):
@@ -330,8 +382,11 @@ class Run:
                 )
 
     def precision(self, name: str, device: torch.device, width: int) -> str:
-        """What the trunk multiplies in: decided at the start of a run (dist.pick_precision), kept in config.json, and
-        the same whenever and wherever the run is carried on. Ask on every process. -> "float32" or "bfloat16"
+        """The number format of the network's matrix products: "float32" or "bfloat16".
+
+        It is chosen at the start of a run (see `dist.pick_precision` for the arguments) and kept in
+        config.json, so it stays the same when the run is carried on, on whatever machine. Call it
+        on every process.
         """
         chosen = None
         if dist.is_main():
@@ -348,6 +403,7 @@ class Run:
 
     @property
     def done(self) -> bool:
+        """Whether the stage is finished."""
         return (self.path / "done").exists()
 
     def already_done(self) -> bool:
@@ -356,11 +412,12 @@ class Run:
             print(f"{self.path.name}: already done in {self.path}")
         return self.done
 
-    def load(self) -> dict | None:
-        """The newest whole checkpoint, log.jsonl cut back to it; None at the start of a run.
+    def load(self) -> dict[str, Any] | None:
+        """The newest undamaged checkpoint; None at the start of a run.
 
-        A checkpoint whose checksum differs is passed over, which is said on stderr. The run then repeats the steps
-        since the one before, and ends the same.
+        The logs are cut back to its step. If a checkpoint's checksum is wrong, a message on stderr
+        says so and the one before is loaded: the run repeats the steps between them, with the same
+        result. Call it on every process.
         """
         last = self.path / "LAST"
         state = None
@@ -371,11 +428,9 @@ class Run:
                 state = load_model_file(path)
                 break
             if dist.is_main():
-                tqdm.write(
-                    f"{path} is {'damaged' if path.exists() else 'gone'}; going on from the one before",
-                    file=sys.stderr,
-                )
-        dist.barrier()  # everybody has read before the main process writes
+                fault = "damaged" if path.exists() else "gone"
+                tqdm.write(f"{path} is {fault}; going on from the one before", file=sys.stderr)
+        dist.barrier()  # the main process writes only after all others have read
         if dist.is_main():
             for path in self.path.glob("*.jsonl"):
                 self._cut(path, state["step"] if state else -1)
@@ -383,21 +438,22 @@ class Run:
 
     @staticmethod
     def _cut(path: Path, step: int) -> None:
-        """Drop lines past the checkpoint: they are about to be written again, identically."""
+        """Drop the lines after a checkpoint's step: the run is about to write them again."""
         kept = []
         for line in path.read_text(errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
-                break  # a line that a dying process left half-written
+                break  # a half-written line, left by a process that was killed
         with atomic(path) as beside:
             beside.write_text("".join(kept))
 
-    def log(self, step: int, file: str = "log", **values) -> None:
+    def log(self, step: int, file: str = "log", **values: Any) -> None:
         """Append one line to <file>.jsonl. Numbers are written so that they read back exactly.
 
-        A line of numbers on a GPU is written with the next step's, or by `flush`: nobody waits for the GPU.
+        Numbers that are on a GPU are copied in the background. Their line is written with that of
+        the next step, or by `flush`, so that the CPU does not wait for the GPU.
         """
         if not dist.is_main():
             return
@@ -410,7 +466,7 @@ class Run:
         self.flush(before=step if any(v.is_cuda for v in scalars.values()) else None)
 
     def flush(self, before: int | None = None) -> None:
-        """Write the lines that wait: all, or those of earlier steps."""
+        """Write the lines that still wait for numbers: all, or those of steps below `before`."""
         while self._queue and (before is None or self._queue[0][1] < before):
             file, step, values, names, fetch = self._queue.pop(0)
             numbers = dict(zip(names, fetch.read(), strict=True))
@@ -425,29 +481,38 @@ class Run:
             self._logs[file].write(json.dumps(row) + "\n")
             self._logs[file].flush()
 
-    def read_log(self) -> list[dict]:
+    def read_log(self) -> list[dict[str, Any]]:
+        """All lines of log.jsonl so far."""
         self.flush()
         path = self.path / "log.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def steps(self, bar: Iterable[int]) -> Iterator[int]:
-        """The steps of a loop. SIGINT and SIGTERM wait for the end of a step, where `due` says to save and `save`
-        stops; a second signal stops at once."""
+        """Yield the steps of a training loop, with interruptions put off to the end of a step.
+
+        After SIGINT or SIGTERM the step in progress is finished. Then `due` returns True, and
+        `save` raises Interrupted once the checkpoint is written. A second signal stops at once.
+        """
         with deferred_signals() as self._waiting:
             yield from bar
 
     def due(self, step: int, total: int) -> bool:
-        """Whether a checkpoint is to be written after `step` of `total`: every save_every, or on a signal to any of
-        the processes."""
+        """Whether a checkpoint is to be written after `step` of `total` steps, counted from 1.
+
+        That is every `save_every` steps, and after a signal to any of the processes; never after
+        the last step, which `finish` follows. Call it on every process.
+        """
         if dist.any_rank(self._waiting.signum is not None):
             self._waiting.signum = self._waiting.signum or signal.SIGTERM
             return step < total
         return step % self.save_every == 0 and step < total
 
-    def save(self, state: dict) -> None:
-        """Write a checkpoint (state["step"] is its number), then LAST, then drop all but the last two.
+    def save(self, state: dict[str, Any]) -> None:
+        """Write a checkpoint, and remove all but the two newest.
 
-        Raises Interrupted, everything written, if a signal waits for the end of the step.
+        state   tensors and plain values; state["step"] is the number of steps done
+
+        Raises Interrupted afterwards if a signal came during the step. Call it on every process.
         """
         if dist.is_main():
             self._write_checkpoint(state)
@@ -457,7 +522,7 @@ class Run:
                 self._waiting.signum, f"{self.path} holds the checkpoint of step {state['step']}"
             )
 
-    def _write_checkpoint(self, state: dict) -> None:
+    def _write_checkpoint(self, state: dict[str, Any]) -> None:
         name = f"step-{state['step']:08d}.pt"
         self.flush()
         for file in self._logs.values():
@@ -484,19 +549,23 @@ class Run:
         for old in self.path.glob("step-*.pt"):
             old.unlink(missing_ok=True)
 
-    def keep_for_replay(self, step: int, state: dict) -> Path:
-        """bad-<step>.pt: what made a step go wrong, to be looked at; -> its path."""
+    def keep_for_replay(self, step: int, state: dict[str, Any]) -> Path:
+        """Write what made a step go wrong to bad-<step>.pt, for a closer look; returns its path."""
         path = self.path / f"bad-{step:08d}.pt"
         if dist.is_main():
             with atomic(path) as beside:
                 save_tensors(state, beside)
         return path
 
-    def finish(self, model: dict | None = None, state=None, **result) -> None:
-        """Write model.pt and `done`; the checkpoints are no longer needed.
+    def finish(self, model: dict[str, Any] | None = None, state: Any = None, **result: Any) -> None:
+        """Write model.pt and `done`, and remove the checkpoints, which are no longer needed.
 
-        state  weights, moments and whatever else a checkpoint would hold; its digest goes into `done`, so that two
-               runs can be compared to the last bit
+        model    what the next stage reads; None: no model.pt
+        state    weights, moments and whatever else a checkpoint would hold. Its `digest` goes into
+                 `done`, so that two runs can be compared to the last bit
+        result   what else `done` is to say: plain values
+
+        Call it on every process.
         """
         if dist.is_main():
             identity = None
@@ -522,6 +591,7 @@ class Run:
         dist.barrier()
 
     def close(self) -> None:
+        """Write what waits, close the logs, and let other processes use the directory."""
         self.flush()
         for file in self._logs.values():
             file.close()
@@ -532,11 +602,12 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def plain(value):
+def plain(value: Any) -> Any:
+    """A tensor or NumPy number as a Python number or list, which JSON can hold."""
     if isinstance(value, torch.Tensor):
         return value.item() if value.ndim == 0 else value.tolist()
     return value.item() if hasattr(value, "item") else value

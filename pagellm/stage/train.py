@@ -1,16 +1,18 @@
-"""What every training stage needs: keyed randomness, epoch order, optimiser groups, schedule, one careful step.
+"""What the training stages share: order of examples, optimiser groups, schedule, a guarded step.
 
-Randomness is a function of (seed, names, numbers), never of an iterator's past. So a resumed run draws what the
-uninterrupted one would have drawn, and a draw does not depend on how the batch was cut.
+Randomness is a function of a seed, names and numbers (`randomness.rng`) and not of what was drawn
+before. A resumed run draws what the uninterrupted run would have drawn, and cutting a batch into
+smaller pieces changes no draw.
 """
 
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,23 +41,37 @@ __all__ = [
 ]
 
 
-# devices whose optimiser skips a bad step by itself, so that the host need not ask about it
+T = TypeVar("T")
+
+# Device types on which a fused optimiser can itself leave out a step with gradients that are not
+# finite, so that the CPU need not wait to hear about it.
 FUSED = ("cuda",)
 
 
 def seed_dropout(seed: int, verb: str, step: int) -> None:
-    """Dropout of one step, another in every process."""
+    """Seed torch's generator for the dropout of one step.
+
+    verb   name of the stage
+    step   number of the step, from 0
+
+    Each process gets another seed: it drops other entries, as it sees other rows.
+    """
     seed_torch(seed, verb, "dropout", step, *([dist.rank()] if dist.rank() else []))
 
 
 def batch_at(
-    step: int, n: int, batch: int, *parts, length: tuple[int, ...] | None = None
+    step: int, n: int, batch: int, *parts: object, length: tuple[int, ...] | None = None
 ) -> tuple[int, np.ndarray]:
-    """Which examples step `step` (from 0) sees: epochs of a keyed permutation, an uneven last batch.
+    """Which examples a step sees. An epoch sees each example once, in a random order.
 
-    length   of every example: batches then hold examples of like length (sorted within pools of 16 batches, batches
-             in random order), so that little is spent on padding
-    returns  epoch, index (at most `batch`,)
+    step     number of the step, from 0
+    n        examples in an epoch
+    batch    examples in a step; the last step of an epoch may have fewer
+    parts    seed and names that decide the order
+    length   the length of every example, if batches shall hold examples of similar length, so that
+             little is padded: examples are sorted by length within pools of 16 batches, and the
+             batches are taken in random order
+    returns  epoch (from 0), index (at most `batch`,) of the examples
     """
     per_epoch = max(1, math.ceil(n / batch))
     epoch, at = divmod(step, per_epoch)
@@ -64,8 +80,9 @@ def batch_at(
 
 @lru_cache(maxsize=4)
 def epoch_batches(
-    n: int, batch: int, parts: tuple, epoch: int, length: tuple[int, ...] | None
+    n: int, batch: int, parts: tuple[object, ...], epoch: int, length: tuple[int, ...] | None
 ) -> list[np.ndarray]:
+    """All batches of one epoch, see `batch_at`."""
     rng = randomness.rng(*parts, "order", epoch)
     order = rng.permutation(n)
     if length is None:
@@ -80,15 +97,15 @@ def epoch_batches(
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def prefetch(
-    steps: Iterable[int], total: int, make: Callable[[int], object]
-) -> Iterator[tuple[int, object]]:
-    """(step, make(step)); the next step's is made in the background meanwhile.
+def prefetch(steps: Iterable[int], total: int, make: Callable[[int], T]) -> Iterator[tuple[int, T]]:
+    """Yield (step, make(step)) for each step, and make the next one in a background thread.
 
-    make   a function of the step alone, so that nothing depends on who is first; steps rise by one up to `total`
+    steps   consecutive numbers below `total`
+    make    makes a step's batch. It must depend on the step alone and change nothing else, since
+            it runs beside the training step before
     """
     with ThreadPoolExecutor(1, "batches") as pool:
-        coming = None
+        coming: Future[T] | None = None
         for step in steps:
             made = (coming or pool.submit(make, step)).result()
             coming = pool.submit(make, step + 1) if step + 1 < total else None
@@ -96,16 +113,20 @@ def prefetch(
 
 
 class RowAdamW(torch.optim.AdamW):
-    """AdamW; of the parameters in groups with lazy=True only rows whose gradient is not zero are touched, at all.
+    """AdamW that updates only the rows that a step used, for parameter groups with lazy=True.
 
-    A row's weight, moments and own count of steps stay as they are until it is next met: each row goes as plain AdamW
-    would with that row's gradients alone. Plain AdamW on the whole table differs: between two meetings it lets a
-    row's moments decay, moves the row on by them, decays its weight, and counts the steps for the correction of
-    the bias. Where every row is met in every step the two are the same. Gradients may be sparse or dense.
+    A row is used in a step if its gradient is not zero. Each row is trained as plain AdamW would
+    train a parameter of its own that sees only the steps in which the row is used: between them the
+    row's weight, moments and count of steps do not change. Plain AdamW on the whole table would
+    meanwhile decay the row's moments and weight, move the row by its old moments, and count the
+    steps for the bias correction. If every step uses every row, the two are the same.
+
+    Gradients may be sparse or dense. Groups without lazy=True are trained by plain AdamW.
     """
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step of all groups. `closure` is ignored."""
         lazy = [
             (group, p, p.grad)
             for group in self.param_groups
@@ -120,7 +141,8 @@ class RowAdamW(torch.optim.AdamW):
             self.step_rows(group, p, grad)
             p.grad = grad
 
-    def step_rows(self, group: dict, p: nn.Parameter, grad: Tensor) -> None:
+    def step_rows(self, group: dict[str, Any], p: nn.Parameter, grad: Tensor) -> None:
+        """Update the rows of one parameter p (rows, C) whose gradient is not zero."""
         (b1, b2), lr, state = group["betas"], group["lr"], self.state[p]
         if not state:
             state["step"] = torch.zeros(len(p), dtype=torch.int32, device=p.device)
@@ -154,16 +176,24 @@ def optimiser(
     lazy: bool = False,
     row_lr: float = 1.0,
 ) -> torch.optim.AdamW:
-    """AdamW in groups: matrices (weight_decay), user and item rows (row_decay), the rest (none).
+    """AdamW over the parameters that learn, in groups.
 
-    lazy     the rows by RowAdamW, with sparse gradients where a backbone can give them. One process only: PageLLMError
-    row_lr   learning rate of everything that is looked up (users, items, words, positions, gate) / that of the rest
+    lr             learning rate
+    weight_decay   of the matrices
+    row_decay      weight decay of user and item rows. All else (norms, biases, words, positions)
+                   has none
+    lazy           train user and item rows with RowAdamW, and ask the network for sparse gradients
+                   of them. It works in one process only
+    row_lr         learning rate of all that is looked up (users, items, words, positions, gate) as
+                   a multiple of `lr`
+
+    Raises PageLLMError for lazy=True with several processes.
     """
     if lazy and dist.world() > 1:
         raise PageLLMError("lazy_rows works in one process only: leave it out, or NPROC")
     for module in model.modules():
         if hasattr(module, "lazy"):
-            module.lazy = lazy
+            module.lazy = lazy  # type: ignore[assignment]
     rows, matrices, looked_up, rest = [], [], [], []
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
@@ -177,17 +207,16 @@ def optimiser(
             looked_up.append(weight)
         else:
             rest.append(weight)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": rows, "weight_decay": row_decay, "share": row_lr},
         {"params": rest, "weight_decay": 0.0},
         {"params": looked_up, "weight_decay": 0.0, "share": row_lr},
     ]
-    # One pass over weights, gradients and moments; one small operation after another takes three to four times as long
-    kind, fused = (
-        torch.optim.AdamW,
-        all(p.device.type in ("cpu", "cuda") for g in groups for p in g["params"]),
-    )
+    kind: type[torch.optim.AdamW] = torch.optim.AdamW
+    # A fused step passes once over weights, gradients and moments. As a series of small operations
+    # it takes three to four times as long.
+    fused = all(p.device.type in ("cpu", "cuda") for g in groups for p in g["params"])
     if lazy:
         kind, groups[1]["lazy"], fused = RowAdamW, True, False
     return kind(
@@ -203,7 +232,13 @@ def optimiser(
 def lr_at(
     step: int, total: int, lr: float, warmup: int = 0, shape: str = "cosine", floor: float = 0.1
 ) -> float:
-    """Learning rate of step `step` (from 0): linear warm-up, then cosine to floor * lr or linear to 0."""
+    """The learning rate of a step: a linear warm-up, then a decay until the last step.
+
+    step     number of the step, from 0
+    total    number of steps
+    lr       the peak, reached after `warmup` steps
+    shape    "cosine" decays to floor * lr, "linear" to 0
+    """
     if step < warmup:
         return lr * (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
@@ -213,12 +248,17 @@ def lr_at(
 
 
 def set_lr(opt: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate; a group with a "share" gets that multiple of it (see `optimiser`)."""
     for group in opt.param_groups:
         group["lr"] = lr * group.get("share", 1.0)
 
 
 def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-    """torch's clip_grad_norm_, which knows no sparse gradients; these are coalesced on the way."""
+    """torch's clip_grad_norm_ that also accepts sparse gradients, which it coalesces.
+
+    max_norm   the largest norm of all gradients together; larger ones are scaled down to it
+    returns    () the norm before that
+    """
     for p in parameters:
         if p.grad is not None and p.grad.is_sparse:
             p.grad = p.grad.coalesce()
@@ -233,10 +273,13 @@ def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
 
 
 class GuardedStep:
-    """Take an optimiser step unless a gradient is not finite; give up after `patience` such steps in a row.
+    """Clips gradients and takes optimiser steps, but skips a step if a gradient is not finite.
 
-    On a GPU (`optimiser` is fused there) the host is never waited for: the GPU leaves a bad step out by itself, and
-    giving up comes one step later than elsewhere.
+    max_norm   the largest gradient norm; larger gradients are scaled down to it
+    patience   how many skipped steps in a row stop the run
+
+    On a GPU nobody waits for the gradient norm: the fused optimiser itself leaves a bad step out,
+    and the CPU hears of it one step later, so the run also stops one step later than on a CPU.
     """
 
     def __init__(
@@ -247,32 +290,41 @@ class GuardedStep:
         patience: int = 5,
     ):
         self.opt, self.parameters = opt, [p for p in parameters if p.requires_grad]
-        self.max_norm, self.patience, self.bad = max_norm, patience, 0
+        self.max_norm, self.patience = max_norm, patience
+        self.bad: int | Tensor = 0  # steps skipped in a row so far; a tensor where it is on a GPU
         self.fused = opt.defaults["fused"] and all(p.device.type in FUSED for p in self.parameters)
-        self.fetch = None
+        self.fetch: dist.AsyncScalars | None = None  # `bad` after the last step, on its way here
 
     def step(
         self, where: str, keep: Callable[[], Path] | None = None, skip: Tensor | None = None
     ) -> float | Tensor:
-        """-> the gradient norm before clipping, which is not finite where the step was skipped.
+        """Take one step and clear the gradients.
 
-        keep   writes what made the last of the bad steps and says where
-        skip   bool, on a GPU only: True leaves weights, moments and counts of steps as they are
-        Raises PageLLMError after `patience` non-finite norms in a row.
+        where    named in the error, e.g. "sft, step 12"
+        keep     called before giving up: writes a file with what made the step go wrong, and
+                 returns its path
+        skip     () bool, on a GPU only: if True, leave out this step, whatever the gradients.
+                 Weights, moments and counts of steps then stay as they are
+        returns  the gradient norm before clipping; not finite if the step was skipped for that
+
+        Raises PageLLMError after `patience` steps in a row whose norm was not finite.
         """
+        norm: float | Tensor
         norm = clip_grad_norm(self.parameters, self.max_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if self.fused:
             bad = ~norm.isfinite()
-            self.opt.found_inf = (bad if skip is None else bad | skip).float()
+            # a fused optimiser leaves the step out where found_inf is not 0
+            found_inf = (bad if skip is None else bad | skip).float()
+            self.opt.found_inf = found_inf  # type: ignore[attr-defined]
             self.opt.step()
-            count = torch.where(bad, self.bad + 1.0, 0.0)
-            self.bad = count if skip is None else torch.where(skip, self.bad, count)
+            now = torch.where(bad, self.bad + 1.0, 0.0)
+            self.bad = now if skip is None else torch.where(skip, self.bad, now)
             before, self.fetch = self.fetch, dist.AsyncScalars([self.bad])
             count = int(before.read()[0]) if before else 0
         else:
             norm = float(norm)
-            self.bad = count = 0 if math.isfinite(norm) else self.bad + 1
+            self.bad = count = 0 if math.isfinite(norm) else int(self.bad) + 1
             if not count:
                 self.opt.step()
         if count >= self.patience:
@@ -290,28 +342,42 @@ class GuardedStep:
 
 
 class Objective(nn.Module):
-    """Modules that learn together and the loss that teaches them, in one forward: what `dist.wrap` takes.
+    """A loss and the modules that it trains, as one module for `dist.wrap`.
 
-    Gradients meet when a backward pass through this forward ends, so everything differentiable happens inside.
+    loss      a function of this object, which has the modules as attributes, and of whatever
+              `forward` is given
+    modules   the modules by name
+
+    Distributed training exchanges gradients of what happens inside the wrapped module's forward
+    pass. So everything that carries a gradient happens in `loss`.
     """
 
-    def __init__(self, loss: Callable, **modules: nn.Module):
+    def __init__(self, loss: Callable[..., Any], **modules: nn.Module):
         super().__init__()
         self.loss = loss
         for name, module in modules.items():
             self.add_module(name, module)
 
-    def forward(self, *args):
+    def forward(self, *args: Any) -> Any:
         return self.loss(self, *args)
 
 
 def shared_means(terms: list[tuple[Tensor, Tensor | float]], busy: bool = True) -> list[Tensor]:
-    """Means over a batch that several processes share, from each one's own.
+    """Losses to call `backward` on, from means over this process's part of a batch.
 
-    terms    (mean over this process's elements, how many these are)
-    busy     False: this process has only a stand-in row, which weighs nothing
-    returns  scalars whose averages over the processes, gradients included, are the means over all elements. In one
-             process: the means themselves
+    `dist.wrap` averages gradients over the processes with equal weights. But one process may have
+    more elements (tokens, pairs) than another, so the average of their means would not be the mean
+    over the whole batch. Here each mean is multiplied by its process's weight,
+
+        n_p * P / (n_1 + ... + n_P)      n_p elements in process p, P processes
+
+    so that the average over the processes, of values and gradients alike, is the mean over all
+    elements of the batch.
+
+    terms    for each loss: (mean over this process's elements () float, number of these elements)
+    busy     False if this process has only the stand-in row that `dist.shard` gives to a process
+             without rows: its elements count as 0
+    returns  one scalar a term. In one process: the means as they are
     """
     if dist.world() == 1:
         return [mean for mean, _ in terms]
@@ -324,7 +390,12 @@ def shared_means(terms: list[tuple[Tensor, Tensor | float]], busy: bool = True) 
 
 
 def logged(*values: Tensor) -> list[Tensor]:
-    """Averages over the processes of what `shared_means` gave each: the whole batch's numbers, still on the device."""
+    """Means over the whole batch, for the log, from the scalars that `shared_means` returned.
+
+    values   () float each, this process's results of `shared_means`
+    returns  their averages over the processes, without gradients, still on the device. In one
+             process: the values, detached
+    """
     if dist.world() == 1:
         return [value.detach() for value in values]
     return list(
@@ -333,7 +404,11 @@ def logged(*values: Tensor) -> list[Tensor]:
 
 
 def progress(start: int, total: int, name: str, unit: str = "step") -> tqdm:
-    """A bar over range(start, total) with rate and remaining time; in a log file one line in ten seconds."""
+    """A progress bar over range(start, total), with rate and remaining time.
+
+    On a terminal it moves; if stderr is a file, it writes a line at most every ten seconds. Only
+    the main process shows it.
+    """
     return tqdm(
         range(start, total),
         initial=start,
@@ -349,22 +424,30 @@ def progress(start: int, total: int, name: str, unit: str = "step") -> tqdm:
 
 @dataclass
 class Best:
-    """The best validation so far: its score, its step, and the weights at that step."""
+    """The best validation so far.
+
+    score     the validation's score, higher is better; None where there is no validation
+    step      the number of steps done then
+    weights   what learns, as it was then (`dist.weights`); None before the first validation
+    """
 
     score: float | None = -math.inf
     step: int = 0
     weights: dict[str, Tensor] | None = None
 
     def offer(self, score: float | None, step: int, module: nn.Module) -> None:
-        """Keep the module's weights if this score is above the best one. Ask on every process."""
+        """Keep the module's weights if the score is above the best so far.
+
+        Call it on every process.
+        """
         if score is not None and self.score is not None and score > self.score:
             self.keep(score, step, module)
 
     def keep(self, score: float | None, step: int, module: nn.Module) -> None:
-        """Keep the module's weights whatever the score; None where there is no validation."""
+        """Keep the module's weights whatever the score."""
         self.score, self.step = score, step
         self.weights = dist.weights(module, frozen=False)
 
-    def state(self) -> dict:
-        """What a checkpoint holds; `Best(**state)` reads it."""
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it; Best(**state) is the same object again."""
         return {"score": self.score, "step": self.step, "weights": self.weights}

@@ -253,7 +253,7 @@ def test_one_process_carries_on_what_two_began(folder, monkeypatch):
     (source / "sft").mkdir(parents=True)
     script = folder / "stop.py"
     script.write_text(
-        "import sys, os, torch\nfrom pagellm import sft, run\n"
+        "import sys, os, torch\nfrom pagellm import sft\nfrom pagellm.stage import run\n"
         "torch.set_num_threads(1)\nold = run.Run.save\n"
         "def save(self, state):\n    old(self, state)\n    os._exit(0) if state['step'] == 4 else None\n"
         "run.Run.save = save\n"
