@@ -19,6 +19,7 @@ from pagellm.data.shop import load
 from pagellm.model import gpt2, networks
 from pagellm.model.policy import Policy
 from pagellm.model.reward_model import RewardModel
+from pagellm.ppo_step import last_slot, page_total
 from pagellm.stage.run import load_model_file, machine
 
 HERE = Path(__file__).parent / "old_run"
@@ -133,9 +134,24 @@ def same_arithmetic():
     )
 
 
+def limited_by_slot(terms, mask, moments, limit=5.0):
+    """The old arithmetic of `ppo_step.normalise`: the limit held for each slot's token reward and
+    for the page reward, and not for the page's whole reward as today."""
+    moments.update(page_total(terms))
+    sigma, slots = max(moments.std, 1e-6), mask.sum(1, keepdim=True)
+    token = (terms["token"] * slots / sigma).clamp(-limit, limit) / slots
+    page = ((terms["page"].sum(1, keepdim=True) - moments.mean) / sigma).clamp(-limit, limit)
+    return {"token": token, "page": torch.where(last_slot(mask), page, 0.0).to(token.dtype)}
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"])
-def test_a_half_finished_old_stage_carries_on_to_the_end_of_the_old_code(old, stage):
-    """Weights agree to rounding everywhere; on the processor that made the old run, every bit of the state does."""
+def test_a_half_finished_old_stage_carries_on_to_the_end_of_the_old_code(old, stage, monkeypatch):
+    """Weights agree to rounding. On the processor that made the old run, every bit does.
+
+    PPO's limit on large rewards is another one today; with that of then it ends as it did, but for
+    the order of its sums.
+    """
+    monkeypatch.setattr(ppo, "normalise", limited_by_slot)
     there = old / "runs" / "base" / stage
     was = there.rename(old / "was")
     (old / "half" / stage).rename(there)
@@ -144,7 +160,7 @@ def test_a_half_finished_old_stage_carries_on_to_the_end_of_the_old_code(old, st
     log, before = ((folder / "log.jsonl").read_text().splitlines() for folder in (there, was))
     assert len(log) == len(before)
     close(load_model_file(there / "model.pt"), load_model_file(was / "model.pt"))
-    if same_arithmetic():
+    if stage != "ppo" and same_arithmetic():
         assert json.loads((there / "done").read_text())["state"] == MADE["state"][stage]
 
 
