@@ -1,8 +1,13 @@
-"""All training stages by whatever number of processes started this file: run by tests/test_dist.py.
+"""Training stages by whatever number of processes started this file, for tests/stage/test_dist.py.
 
-    python tests/two_processes.py FOLDER RUN MODE [OPTIONS]     torchrun --nproc_per_node 2 tests/two_processes.py ...
+    torchrun --nproc_per_node 2 tests/two_processes.py FOLDER JOBS
 
-OPTIONS is a JSON table of pretrain's fields.
+JOBS is a JSON list of tables with these keys, all optional but "run":
+
+    run    name of the run
+    mode   ddp or fsdp
+    more   fields of pretrain
+    stop   [stage, step]: only this stage, until its checkpoint of that step is written
 """
 
 import json
@@ -11,8 +16,10 @@ import sys
 import torch
 
 from pagellm import evaluate, ppo, pretrain, reward, sft
+from pagellm.stage.run import Run
 
-# Batches that two processes cannot halve, a last batch of one, rollouts of one page: every uneven case.
+# Every uneven case: batches that two processes cannot halve, a last batch of one, rollouts of one
+# page.
 SMALL = {
     pretrain: {
         "size": "nano",
@@ -39,21 +46,54 @@ SMALL = {
 }
 
 
-def main(folder: str, run: str, mode: str, more: str = "{}") -> None:
+class Stopped(Exception):
+    pass
+
+
+def stage_of(folder, stage, run, mode="ddp", more=None):
+    """The stage's Config."""
+    return stage.Config(
+        data=f"{folder}/data",
+        runs=f"{folder}/runs",
+        run=run,
+        device="cpu",
+        parallel=mode,
+        save_every=2,
+        **SMALL[stage] | ((more or {}) if stage is pretrain else {}),
+    )
+
+
+def until(step, stage, config):
+    """Run a stage until the checkpoint of a step is written."""
+    save = Run.save
+
+    def stop(self, state):
+        save(self, state)
+        if state["step"] == step:
+            raise Stopped
+
+    Run.save = stop
+    try:
+        stage.run(config)
+    except Stopped:
+        return
+    finally:
+        Run.save = save
+    raise AssertionError(f"no checkpoint of step {step} was written")
+
+
+def main(folder, jobs):
     torch.set_num_threads(1)
-    common = {
-        "data": f"{folder}/data",
-        "runs": f"{folder}/runs",
-        "run": run,
-        "device": "cpu",
-        "parallel": mode,
-        "save_every": 2,
-    }
-    for stage, options in SMALL.items():
-        stage.run(
-            stage.Config(**common, **options | (json.loads(more) if stage is pretrain else {}))
-        )
+    for job in jobs:
+        job = dict(job)
+        name, step = job.pop("stop", (None, None))
+        for stage in SMALL:
+            config = stage_of(folder, stage, **job)
+            if name is None:
+                stage.run(config)
+            elif stage.__name__ == f"pagellm.{name}":
+                until(step, stage, config)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], json.loads(sys.argv[2]))

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from pagellm import sft
 from pagellm.data import prepare
 from pagellm.model.networks import build, save_published
+from pagellm.model.weights import read_weights
 from pagellm.stage import dist
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.train import shared_means
@@ -112,40 +113,57 @@ def test_moments_and_weights_come_back_by_name():
         dist.load_weights(other, {"weight": torch.zeros(2, 3)})
 
 
+def lora(folder):
+    """pretrain's fields for adapters beside a frozen published trunk, blocks computed anew."""
+    return {
+        "size": "llama-nano",
+        "weights": str(folder / "llama"),
+        "lora_rank": 2,
+        "lora_targets": "q,down",
+        "bpe": str(folder / "runs" / "alone" / "pretrain"),
+        "checkpoint_blocks": True,
+    }
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The same stages by one process and by two, with DDP and with FSDP2."""
+    """The same stages by one process and by two, with DDP and with FSDP2; again with adapters.
+
+    runs/alone, runs/ddp, runs/fsdp           runs/alone-lora, runs/ddp-lora, runs/fsdp-lora
+    runs/carried/sft                          begun by two processes with FSDP2, stopped at step 4
+    """
     folder = tmp_path_factory.mktemp("dist")
     prepare.run(prepare.Config(data=str(folder / "data"), users=53, items=45))
-    two_processes.main(str(folder), "alone", "ddp")
-    for mode in dist.MODES:
-        done = launch(folder, mode)
-        assert done.returncode == 0, done.stdout[-3000:]
-        assert "Warning" not in done.stdout, done.stdout
+    two_processes.main(folder, [{"run": "alone"}])
+    save_published(build("llama-nano", 300, 0, 0), folder / "llama", 300)
+    (folder / "runs" / "carried").mkdir()
+    os.symlink(folder / "runs" / "alone" / "pretrain", folder / "runs" / "carried" / "pretrain")
+    two_processes.main(folder, [{"run": "alone-lora", "more": lora(folder)}])
+    jobs = [
+        job
+        for mode in dist.MODES
+        for job in (
+            {"run": mode, "mode": mode},
+            {"run": f"{mode}-lora", "mode": mode, "more": lora(folder)},
+        )
+    ]
+    done = launch(folder, [*jobs, {"run": "carried", "mode": "fsdp", "stop": ["sft", 4]}])
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "Warning" not in done.stdout, done.stdout
     return folder
 
 
-def launch(folder, mode, processes=2, run="", more="{}"):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def launch(folder, jobs, processes=2):
+    """Start two_processes.py under torchrun; one start for many jobs, as starting takes longest."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = [ROOT / "tests" / "two_processes.py", folder, json.dumps(jobs)]
     return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(processes),
-            str(ROOT / "tests" / "two_processes.py"),
-            str(folder),
-            run or mode,
-            mode,
-            more,
-        ],
-        env=environment,
+        [*command, "--nproc_per_node", str(processes), *map(str, script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=150,
+        timeout=300,
     )
 
 
@@ -153,21 +171,20 @@ def log_of(folder, run, stage):
     return [json.loads(line) for line in open(folder / "runs" / run / stage / "log.jsonl")]
 
 
+@pytest.mark.parametrize("more", ["", "-lora"])
 @pytest.mark.parametrize("mode", dist.MODES)
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_log_what_one_does(folder, mode, stage):
-    alone, both = log_of(folder, "alone", stage), log_of(folder, mode, stage)
+def test_two_processes_log_what_one_does(folder, mode, stage, more):
+    """Also with "-lora": adapters beside a frozen trunk and words, blocks computed anew."""
+    alone, both = log_of(folder, f"alone{more}", stage), log_of(folder, f"{mode}{more}", stage)
     assert len(alone) == len(both) > 3
     for one, two in zip(alone, both, strict=True):
         assert one.keys() == two.keys()
         for name in one:
             # that one is rounding alone
             if isinstance(one[name], float) and name not in ("advantages/mean",):
-                assert two[name] == pytest.approx(one[name], rel=2e-3, abs=2e-5), (
-                    stage,
-                    one["step"],
-                    name,
-                )
+                same = pytest.approx(one[name], rel=2e-3, abs=2e-5)
+                assert two[name] == same, (stage, one["step"], name)
 
 
 @pytest.mark.parametrize("mode", dist.MODES)
@@ -185,44 +202,16 @@ def test_two_processes_end_with_the_metrics_of_one(folder, mode):
 
 
 @pytest.mark.parametrize("mode", dist.MODES)
-def test_two_processes_learn_adapters_as_one_does(folder, mode):
-    """Llama with a frozen trunk and words, adapters, and blocks computed anew: every stage, as by one process."""
-    source = build("llama-nano", 300, 0, 0)
-    save_published(source, folder / "llama", 300)
-    more = json.dumps(
-        {
-            "size": "llama-nano",
-            "weights": str(folder / "llama"),
-            "lora_rank": 2,
-            "lora_targets": "q,down",
-            "bpe": str(folder / "runs" / "alone" / "pretrain"),
-            "checkpoint_blocks": True,
-        }
-    )
-    two_processes.main(str(folder), f"{mode}-lora-one", "ddp", more)
-    done = launch(folder, mode, run=f"{mode}-lora-two", more=more)
-    assert done.returncode == 0, done.stdout[-3000:]
-    for stage in STAGES:
-        for one, two in zip(
-            log_of(folder, f"{mode}-lora-one", stage),
-            log_of(folder, f"{mode}-lora-two", stage),
-            strict=True,
-        ):
-            for name in one:
-                if isinstance(one[name], float) and name != "advantages/mean":
-                    assert two[name] == pytest.approx(one[name], rel=2e-3, abs=2e-5), (
-                        stage,
-                        one["step"],
-                        name,
-                    )
-    state = torch.load(folder / "runs" / f"{mode}-lora-two" / "ppo" / "model.pt", weights_only=True)
-    assert torch.equal(state["weights"]["word"], source.word)
+def test_frozen_words_stay_as_they_were_published(folder, mode):
+    published, _ = read_weights(folder / "llama")
+    state = torch.load(folder / "runs" / f"{mode}-lora" / "ppo" / "model.pt", weights_only=True)
+    assert torch.equal(state["weights"]["word"], published["model.embed_tokens.weight"])
 
 
 def test_the_same_number_of_processes_gives_the_same_bytes(folder):
     before = (folder / "runs" / "ddp" / "ppo" / "log.jsonl").read_bytes()
     (folder / "runs" / "ddp").rename(folder / "runs" / "first")
-    assert launch(folder, "ddp").returncode == 0
+    assert launch(folder, [{"run": "ddp", "mode": "ddp"}]).returncode == 0
     assert (folder / "runs" / "ddp" / "ppo" / "log.jsonl").read_bytes() == before
 
 
@@ -237,48 +226,12 @@ def test_what_two_processes_wrote_one_reads(folder):
         assert_close(state[1]["weights"][name], weight, atol=1e-4, rtol=1e-3)
 
 
-def test_one_process_carries_on_what_two_began(folder, monkeypatch):
+def test_one_process_carries_on_what_two_began(folder):
     """A checkpoint of FSDP2 goes on in one process: the same losses to the end."""
-    run = folder / "runs" / "fsdp" / "sft"
-    want = log_of(folder, "alone", "sft")
-    options = {
-        "data": f"{folder}/data",
-        "runs": f"{folder}/runs",
-        "device": "cpu",
-        "save_every": 2,
-        "parallel": "fsdp",
-        **two_processes.SMALL[sft],
-    }
-    source = folder / "runs" / "carried"
-    (source / "sft").mkdir(parents=True)
-    script = folder / "stop.py"
-    script.write_text(
-        "import sys, os, torch\nfrom pagellm import sft\nfrom pagellm.stage import run\n"
-        "torch.set_num_threads(1)\nold = run.Run.save\n"
-        "def save(self, state):\n    old(self, state)\n    os._exit(0) if state['step'] == 4 else None\n"
-        "run.Run.save = save\n"
-        f"sft.run(sft.Config(run='carried', **{options!r}))\n"
-    )
-    (source / "sft").rmdir()
-    os.symlink(folder / "runs" / "alone" / "pretrain", source / "pretrain")
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            str(script),
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=200,
-        capture_output=True,
-    )
-    assert (source / "sft" / "LAST").read_text().startswith("step-00000004") and run.exists()
-    sft.run(sft.Config(run="carried", **options))
-    got = log_of(folder, "carried", "sft")
+    last = folder / "runs" / "carried" / "sft" / "LAST"
+    assert last.read_text().startswith("step-00000004")
+    sft.run(two_processes.stage_of(folder, sft, "carried", "fsdp"))
+    got, want = (log_of(folder, run, "sft") for run in ("carried", "alone"))
     assert [row["step"] for row in got] == [row["step"] for row in want]
     assert all(
         a["loss"] == pytest.approx(b["loss"], rel=1e-4)
