@@ -1,6 +1,7 @@
-"""What several test files share and is slow to make."""
+"""What all test files share: marks, skips that may be, and a small run, which is slow to make."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,27 @@ from pagellm.data import prepare
 from pagellm.data.shop import load
 from pagellm.serving.recommender import Recommender
 from pagellm.serving.sources import Sources
+from tests.only_skips import (  # noqa: F401  pytest finds its hooks here
+    pytest_addoption,
+    pytest_make_collect_report,
+    pytest_runtest_makereport,
+)
+
+TESTS = Path(__file__).parent
+# `make check` runs these (pytest -m quick): a minute at most.
+QUICK = ("kernels/", "pages/", "stage/test_config.py", "test_structure.py")
+# The longest files come first, so that none of several workers is left with one of them at the end.
+LONGEST = ("experiments/test_torture.py", "stage/test_dist.py", "experiments/test_load.py")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    place = {name: i for i, name in enumerate(LONGEST)}
+    where = {item: item.path.relative_to(TESTS).as_posix() for item in items}
+    for item in items:
+        if where[item].startswith(QUICK):
+            item.add_marker(pytest.mark.quick)
+    items.sort(key=lambda item: place.get(where[item], len(LONGEST)))
 
 
 def train(data, runs, last="ppo"):

@@ -827,7 +827,7 @@ def test_a_split_column_that_was_not_asked_for_is_ignored(tmp_path):
 
 def real(name):
     if not (REAL / name).is_dir():
-        pytest.skip(f"no real data in {REAL / name}")
+        pytest.skip(f"shared: no real data in {REAL / name}")
     return str(REAL / name)
 
 

@@ -232,7 +232,7 @@ def test_wrong_calls_are_refused():
                 gae(x, x, mask, **rates)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="cuda: no CUDA device")
 def test_a_gpu_gives_the_same():
     page = randn(5, 200), randn(5, 200), prefix_mask([200, 0, 1, 33, 150], 200)
     there = [x.cuda() for x in page]

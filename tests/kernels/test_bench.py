@@ -54,7 +54,7 @@ def test_peak_memory_sees_what_a_function_holds_and_forgets_what_came_before():
 @pytest.mark.parametrize("argv", [["--device", "cuda"], ["--repeats", "0"], ["--shape", "3"]])
 def test_wrong_options_stop_it(argv, capsys):
     if argv == ["--device", "cuda"] and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device here")
+        pytest.skip("cuda: there is a CUDA device here")
     with pytest.raises(SystemExit) as stop:
         bench.main(argv)
     assert stop.value.code == 2 and argv[0] in capsys.readouterr().err

@@ -120,9 +120,7 @@ def test_no_text_at_all_still_has_every_byte():
         Vocab.train([], 1, 1, 200)
 
 
-@pytest.mark.skipif(
-    not GPT2.exists(), reason="optional GPT-2 word files are not in ../shared/data/gpt2"
-)
+@pytest.mark.skipif(not GPT2.exists(), reason="shared: no GPT-2 word files in ../shared/data/gpt2")
 def test_published_words():
     v = Vocab.gpt2(GPT2, 3, 4)
     assert v.n_words == 50257 and v.item(0) == 50257 + len(SPECIALS) + 3
