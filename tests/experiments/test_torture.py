@@ -17,7 +17,7 @@ from pagellm.stage.config import PageLLMError
 ROOT = Path(__file__).parents[2]
 
 
-def python(*words, seconds=800):
+def python(*words, seconds=1800):
     """A Python of its own; -> exit code and all it said."""
     ended = subprocess.run(
         [sys.executable, *words],
