@@ -205,6 +205,15 @@ def test_the_base_alone_imports_every_module_but_the_leaves():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("folder", ["pagellm", "kernels", "experiments"])
+def test_no_function_is_longer_than_100_lines(folder):
+    for path in python_files(folder):
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.FunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                assert lines <= 100, f"{path}: {node.name} has {lines} lines"
+
+
 def test_no_pickle_and_no_eval():
     for folder in ("pagellm", "kernels", "experiments"):
         for path in (ROOT / folder).rglob("*.py"):
