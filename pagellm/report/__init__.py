@@ -1,1 +1,1 @@
-"""Everything about a run in one HTML file, and single users' pages slot by slot."""
+"""One run shown to people: an HTML report, and single users' pages slot by slot."""

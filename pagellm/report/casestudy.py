@@ -1,9 +1,10 @@
-"""Case study (the paper's appendix H): one user's prompt, true page, both policies' pages, hits and reward trace.
+"""Case study (the paper's appendix H): single users' prompts, pages, hits and rewards, in text.
 
 Reads   data/<dataset>, runs/<run>/sft, reward, ppo, evaluate
-Prints  the users asked for, and exact, same-category and same-brand hits over all users with intervals
+Prints  for each user: prompt, true page, and both policies' pages with hits and rewards by slot;
+        then exact, same-category and same-brand hits over all users, with intervals
 
-    make casestudy                          python -m pagellm.report.casestudy --user U0001000,U0001013
+    make casestudy                  python -m pagellm.report.casestudy --user U0001000,U0001013
 
 `make report` shows twenty users in the same way. Seconds for the synthetic shop.
 """
@@ -17,18 +18,16 @@ from pagellm.evaluate import LABELS
 from pagellm.model.policy import Policy
 from pagellm.pages.stats import difference
 from pagellm.pages.truth import ground_truth_page
-from pagellm.report.findings import (
-    Found,
-    Judged,
+from pagellm.report.findings import Found, Missing, read
+from pagellm.report.measure import (
+    PageRewards,
     brand_hits,
     hits,
-    judge_rows,
     page_items,
     prompt_text,
-    read,
+    rewards_of_rows,
     trace,
 )
-from pagellm.report.findings import Missing as NotThere
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
@@ -46,8 +45,8 @@ class Config(StageConfig):
     """Print users' prompts, true and predicted pages, hits and rewards slot by slot."""
 
     dataset: str = ""  # name of the data set; empty: the one the run's stages name
-    user: str = ""  # the shop's ids, comma-separated; empty: some drawn at random
-    users: int = 2  # how many are drawn where none is named
+    user: str = ""  # users to show: the shop's ids, comma-separated; empty: drawn at random
+    users: int = 2  # number of users drawn at random where --user is empty
 
     def __post_init__(self):
         super().__post_init__()
@@ -55,7 +54,10 @@ class Config(StageConfig):
 
 
 def counts(found: Found, policy: str) -> np.ndarray:
-    """(3, U) slots of each user's page that are KINDS; a slot that is exact is nothing else, the others may both be."""
+    """Hits of each kind on each user's page, (3, U), in the order of KINDS.
+
+    A slot that is an exact hit counts only there; another slot may share category and brand both.
+    """
     pages = found.pages[policy]
     exact, same = hits(pages, found.scorer, found.k)
     return np.stack(
@@ -64,18 +66,20 @@ def counts(found: Found, policy: str) -> np.ndarray:
 
 
 def clip(words: str, width: int) -> str:
+    """`words` cut to at most `width` characters, the last of them an ellipsis."""
     return words if len(words) <= width else words[: width - 1] + "…"
 
 
-def case_text(found: Found, policy: Policy, judged: Judged, at: int) -> str:
-    """One user as people read it: row `at` of `judged`."""
-    user, row, c = int(judged.user[at]), int(judged.row[at]), found.shop.catalogue
+def case_text(found: Found, policy: Policy, rewards: PageRewards, at: int) -> str:
+    """The text about one user, who is row `at` of `rewards`."""
+    user, row, c = int(rewards.user[at]), int(rewards.row[at]), found.shop.catalogue
     items, ratings = found.scorer.held.of(user)
     page, removed = ground_truth_page(items, ratings, c, found.scorer.s, found.scorer.near)
     star = dict(zip(items.tolist(), ratings.tolist(), strict=True))
 
     def line(item: int) -> str:
-        return f"{clip(c.title[item] or c.ids[item], 44):<44}  {clip(c.leaf[item], 18):<18}  {c.brand[item]}".rstrip()
+        title = clip(c.title[item] or c.ids[item], 44)
+        return f"{title:<44}  {clip(c.leaf[item], 18):<18}  {c.brand[item]}".rstrip()
 
     lines = [
         f"user {found.shop.user_ids[user]}",
@@ -94,7 +98,7 @@ def case_text(found: Found, policy: Policy, judged: Judged, at: int) -> str:
         pages = found.pages[name]
         mine = page_items(pages, found.k)[row]
         marks = [*hits(pages, found.scorer, found.k), brand_hits(pages, found.scorer, found.k)]
-        token, so_far = judged.token[side, at], trace(judged.token[side, at])
+        token, so_far = rewards.token[side, at], trace(rewards.token[side, at])
         kept = np.flatnonzero(mine >= 0)
         sums = ", ".join(
             f"{int(m[row].sum())} {kind}" for kind, m in zip(KINDS, marks, strict=True)
@@ -108,13 +112,13 @@ def case_text(found: Found, policy: Policy, judged: Judged, at: int) -> str:
         if len(kept):
             lines.append(
                 f"  token reward R_f {so_far[kept[-1]]:+.3f}, page reward R_c "
-                f"{judged.total[side, at] - so_far[kept[-1]]:+.3f}"
+                f"{rewards.total[side, at] - so_far[kept[-1]]:+.3f}"
             )
     return "\n".join(lines)
 
 
 def table(found: Found) -> str:
-    """Hits a page, mean over users; the paired difference with its 95% interval (bootstrap over users)."""
+    """Mean hits on a page; the paired difference with its 95% interval (bootstrap over users)."""
     sft, ppo = (counts(found, name) for name in ("sft", "ppo"))
     lines = [f"{'slots a page':<16}{'SFT':>9}{'PageLLM':>9}  difference"]
     c = found.shop.catalogue
@@ -130,7 +134,10 @@ def table(found: Found) -> str:
 
 
 def run(config: Config) -> str:
-    """Print and return the text. Raises PageLLMError for a stage that is missing or a user without a page."""
+    """Print and return the text.
+
+    Raises PageLLMError if a stage is missing or a user has no page.
+    """
     found = read(
         config.runs, config.run or config.dataset or "synthetic", config.data, config.dataset
     )
@@ -150,16 +157,15 @@ def run(config: Config) -> str:
             rows = np.sort(
                 randomness.rng(config.seed, "casestudy").permutation(len(of))[: config.users]
             )
-        judged = judge_rows(found, config, rows)
-    except NotThere as missing:
+        rewards = rewards_of_rows(found, config, rows)
+    except Missing as missing:
         raise PageLLMError(f"{missing.what}\n  Make it with: {missing.command}") from None
     policy = Policy.load(found.stages["ppo"].path)
-    cases = [case_text(found, policy, judged, at) for at in range(len(rows))]
+    cases = [case_text(found, policy, rewards, at) for at in range(len(rows))]
     text = "\n\n\n".join(cases + [f"all {len(of):,} users\n\n{table(found)}"])
     print(
-        text
-        + "\n\n✓ held out   ≈ a held-out item's category   ◇ a held-out item's brand   sum/T: rewards down to "
-        "this slot over all slots (Eq. 6)"
+        text + "\n\n✓ held out   ≈ a held-out item's category   ◇ a held-out item's brand   sum/T: "
+        "rewards down to this slot over all slots (Eq. 6)"
     )
     return text
 

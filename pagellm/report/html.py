@@ -1,11 +1,14 @@
-"""Pieces of HTML for the report: tables, figures, escaping."""
+"""Pieces of HTML for the report: tables, figures, escaping, notes on what is missing."""
 
 import html
+from collections.abc import Callable
 
 import numpy as np
 
 from pagellm.pages import metrics
+from pagellm.report.findings import Missing
 from pagellm.report.plots import clean
+from pagellm.stage.config import PageLLMError
 
 __all__ = [
     "Html",
@@ -13,6 +16,8 @@ __all__ = [
     "esc",
     "figure",
     "figures",
+    "missing_note",
+    "or_missing",
     "span",
     "story",
     "table",
@@ -22,19 +27,23 @@ __all__ = [
     "verdict",
 ]
 
-POINTS = 120  # of a learning curve, at most
+POINTS = 120  # most points that a learning curve is drawn with
 
 
 class Html(str):
-    """Markup that is safe as it is; every other string is escaped on its way into the page."""
+    """Finished markup. Every other string is escaped before it is put into the page."""
 
 
 def esc(text) -> str:
+    """Text with &, <, > and quotes escaped and without control characters; Html as it is."""
     return text if isinstance(text, Html) else html.escape(clean(str(text)))
 
 
 def table(head: list, rows: list[list], caption: str = "") -> str:
-    """Cells are escaped; Html goes in as it is, and may bring its own <td>."""
+    """An HTML table. The first cell of a row is its heading.
+
+    Cells are escaped. A cell that is Html is not, and may come with its own <td>.
+    """
     cells = [
         "".join(
             c if isinstance(c, Html) and c.startswith("<td") else f"<td>{esc(c)}</td>"
@@ -72,7 +81,7 @@ def up(metric: str) -> bool:
 
 
 def verdict(metric: str, low: float, high: float) -> str:
-    """What a difference's interval says: better, worse, within noise, or equal."""
+    """What the interval [low, high] of a difference says: better, worse, within noise or equal."""
     if low == high == 0:
         return "equal"
     if low <= 0 <= high:
@@ -85,17 +94,32 @@ def span(low: float, high: float, sign: str = "") -> str:
 
 
 def story(curves: dict, digits: int = 3) -> str:
-    """Curves in words, for those who cannot see them: where each begins, ends, and its extremes."""
+    """Describe curves in words, for a figure's alternative text: first, last, lowest, highest."""
     return "; ".join(
-        f"{name} from {y[0]:.{digits}g} to {y[-1]:.{digits}g}, lowest {y.min():.{digits}g}, highest "
-        f"{y.max():.{digits}g}"
+        f"{name} from {y[0]:.{digits}g} to {y[-1]:.{digits}g}, lowest {y.min():.{digits}g}, "
+        f"highest {y.max():.{digits}g}"
         for name, (_, y, *_) in curves.items()
     )
 
 
 def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most POINTS points: means of equally long runs of steps."""
+    """Reduce a curve to at most POINTS points, each the mean of neighbouring steps."""
     if len(x) <= POINTS:
         return x, y
     parts = np.array_split(np.arange(len(x)), POINTS)
     return np.array([x[p].mean() for p in parts]), np.array([y[p].mean() for p in parts])
+
+
+def or_missing(make: Callable[[], str]) -> str:
+    """Return make(), or a note on what is missing or damaged and which command mends it."""
+    try:
+        return make()
+    except Missing as missing:
+        return missing_note(missing)
+    except PageLLMError as error:
+        return missing_note(Missing(str(error)))
+
+
+def missing_note(missing: Missing) -> str:
+    command = f"<br>Make it with: <code>{esc(missing.command)}</code>" if missing.command else ""
+    return f'<p class="missing">Missing: {esc(missing.what)}{command}</p>'

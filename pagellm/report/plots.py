@@ -1,17 +1,19 @@
-"""Three kinds of figure as inline SVG that takes its colours from the page around it (extra [report]: matplotlib).
+"""Figures as inline SVG whose colours come from the page around them. Needs matplotlib ([report]).
 
-    lines({"SFT": (x, y)}, "step", "loss", alt="...")                    # (x, y) or (x, y, low, high)
+    lines({"SFT": (x, y)}, "step", "loss", alt="...")            # (x, y) or (x, y, low, high)
     dots(["Recall@20", "ILD"], {"PageLLM": [(mean, low, high), ...]}, "difference", alt="...")
 
-matplotlib draws with placeholder colours; `inline` replaces them by currentColor and CSS variables, so one drawing
-serves light and dark. Series differ by colour (Okabe and Ito), line style and marker: any one of them is enough. The
-same input gives the same bytes.
+matplotlib draws with placeholder colours. `inline` replaces them by currentColor and by CSS
+variables, so one drawing serves light and dark pages. Series differ by colour (the palette of Okabe
+and Ito), by line style and by marker; any one of the three is enough to tell them apart. The same
+input gives the same bytes.
 """
 
 import html
 import io
 import re
 import warnings
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +29,7 @@ INK, GRID = "#010203", "#010204"
 SERIES = [f"#0100a{i}" for i in range(6)]
 STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3))]
 MARKERS = ["o", "s", "^", "D", "v", "X"]
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 9,
@@ -50,7 +52,7 @@ SETTINGS = {
     "lines.markersize": 4.5,
     "path.simplify": True,
 }
-WIDTH = 4.6  # inches, at 72 a unit of the viewBox: a phone's width without shrinking the text
+WIDTH = 4.6  # inches; 331 units of the viewBox, which a phone shows without shrinking the text
 
 
 def available() -> bool:
@@ -63,12 +65,12 @@ def available() -> bool:
 
 
 def clean(text: str) -> str:
-    """Text without control characters, which neither SVG nor a reader can use; line breaks become spaces."""
+    """Text with every control character and line break replaced by a space: SVG forbids them."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
 def canvas(height: float):
-    """An empty figure and its axes, drawn without any display; the same whatever the user's matplotlibrc says."""
+    """An empty figure and its axes. Needs no display and ignores the user's matplotlibrc."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -84,20 +86,23 @@ def canvas(height: float):
 
 
 def inline(figure, alt: str) -> str:
-    """A matplotlib figure -> <svg role="img" aria-label=alt>, without ids that could clash and without any address."""
+    """A matplotlib figure as <svg role="img" aria-label=alt>.
+
+    Ids are unique to the figure, so that several fit on one page; no URL of a schema remains.
+    """
     import matplotlib
 
-    # ids of clip paths and markers: one namespace a figure
+    # matplotlib hashes the ids of clip paths and markers with this salt
     matplotlib.rcParams["svg.hashsalt"] = alt
     file = io.StringIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # glyphs that our font lacks: the reader's has them
+        warnings.simplefilter("ignore")  # glyphs that matplotlib's font lacks; a browser has them
         figure.savefig(file, format="svg", transparent=True)
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
-    box = re.search(r'viewBox="[^"]*"', svg).group()
+    box = re.findall(r'viewBox="[^"]*"', svg)[0]
     svg = (
         f'<svg {box} role="img" aria-label="{html.escape(clean(alt))}">' + svg[svg.index(">") + 1 :]
     )
@@ -135,11 +140,15 @@ def lines(
     x_names: list[str] | None = None,
     height: float = 2.7,
 ) -> str:
-    """Curves, with a band where low and high are given.
+    """Draw curves, with a band around those that have low and high. Returns SVG.
 
-    level      (name, y) of a horizontal line to compare with     diagonal  y = x, for calibration
-    markers    on every point; None: where a curve has at most 25
-    x_names    text under x = 0, 1, ...
+    curves    name -> (x, y) or (x, y, low, high), arrays of one length
+    alt       description of the figure for people who cannot see it
+    level     (name, y) of a horizontal line to compare with
+    diagonal  draw y = x from 0.5 to 1, for calibration
+    markers   draw a marker on every point; None: only on curves of at most 25 points
+    x_names   labels of x = 0, 1, ...
+    height    inches
     """
     figure, axes = canvas(height)
     for i, (name, (x, y, *band)) in enumerate(curves.items()):
@@ -185,9 +194,12 @@ def dots(
     alt: str,
     level: float | None = None,
 ) -> str:
-    """One row a name, one dot with its interval a series: (mean, low, high), None where there is nothing.
+    """Draw means with their intervals: one row for each name, one dot for each series. Returns SVG.
 
-    level  x of a vertical line to compare with, such as 0 for differences
+    names   labels of the rows
+    series  name -> one (mean, low, high) for each row; None leaves the dot out
+    alt     description of the figure for people who cannot see it
+    level   x of a vertical line to compare with, such as 0 for differences
     """
     n = max(1, len(series))
     figure, axes = canvas(0.85 + (0.13 + 0.09 * n) * len(names))

@@ -1,31 +1,34 @@
-"""One run as one HTML file: results, curves, what the reward changed, twenty users' pages, where it all came from.
+"""Show one run as one HTML file: results, learning curves, example pages, options and versions.
 
-Reads   runs/<run>/*, data/<dataset>, studies and baselines below runs/
-Writes  runs/<run>/report.html              self-contained: no script, no request, light and dark
+Reads   runs/<run>/*, data/<dataset>, and studies and baselines below runs/
+Writes  runs/<run>/report.html      self-contained: no script, no request; light and dark
 
-    make report [RUN=...]                   python -m pagellm.report.report --run synthetic
+    make report [RUN=...]           python -m pagellm.report.report --run synthetic
 
-Needs the extra [report] (matplotlib). Trains nothing; a stage that is missing is named with the command that makes it.
-The same files give the same bytes. About 20 seconds for the synthetic shop, most of it scoring pages and pairs.
+Needs the extra [report] (matplotlib). Trains nothing. Where a stage is missing, the report names
+the command that makes it. The same files give the same bytes. About 20 seconds for the synthetic
+shop, most of them for scoring pages and pairs with the reward model.
 """
 
 import sys
 from pathlib import Path
 
 from pagellm.report.findings import Found, read
-from pagellm.report.html import esc
+from pagellm.report.html import esc, or_missing
+from pagellm.report.options import Config
 from pagellm.report.plots import available
-from pagellm.report.sections import SECTIONS, Config, or_missing, tiles
+from pagellm.report.results import tiles
+from pagellm.report.sections import SECTIONS
 from pagellm.stage import hints
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import atomic
 
-__all__ = ["build", "run"]
+__all__ = ["Config", "build", "run"]
 
 
 def build(found: Found, config: Config) -> str:
-    """The whole page."""
+    """The report as one HTML page."""
     parts = []
     for name, (title, section) in SECTIONS.items():
         parts.append(
@@ -43,16 +46,19 @@ def build(found: Found, config: Config) -> str:
         f'<li><a href="#{name}">{esc(title)}</a></li>' for name, (title, _) in SECTIONS.items()
     )
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{esc(found.run)}: PageLLM report'
-        '</title><meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>{esc(found.run)}: PageLLM report</title>"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{style}</style></head><body><header><h1>{esc(found.run)}</h1>"
-        f"<p>Data set {esc(found.dataset)}: {size}; {esc(found.split)} split, pages of {found.k}.</p>{tiles(found)}"
-        f"<nav aria-label=Sections><ul>{links}</ul></nav></header><main>{''.join(parts)}</main></body></html>\n"
+        f"<p>Data set {esc(found.dataset)}: {size}; "
+        f"{esc(found.split)} split, pages of {found.k}.</p>{tiles(found)}"
+        f"<nav aria-label=Sections><ul>{links}</ul></nav></header>"
+        f"<main>{''.join(parts)}</main></body></html>\n"
     )
 
 
 def run(config: Config) -> Path:
-    """Write the report; -> its path."""
+    """Write the report and return its path. Raises PageLLMError if matplotlib is not installed."""
     if not available():
         raise PageLLMError(
             "the report draws with matplotlib, which is not installed\n"

@@ -1,4 +1,4 @@
-"""The case study: hits counted by hand, rewards that add up, users that are not there."""
+"""The case study: hits equal those counted by hand, rewards add up, unknown users are refused."""
 
 import re
 import shutil
@@ -7,16 +7,18 @@ import numpy as np
 import pytest
 
 from pagellm import evaluate
-from pagellm.report import casestudy, findings
+from pagellm.report import casestudy, findings, measure
 from pagellm.serving.recommender import Ask
 from pagellm.stage.config import PageLLMError
 
 
 @pytest.fixture(scope="module")
 def root(served, tmp_path_factory):
-    """The small shop with its pages of six slots."""
+    """The small shop's runs, evaluated with pages of six slots."""
     root = tmp_path_factory.mktemp("case")
     shutil.copytree(served, root, dirs_exist_ok=True)
+    # another test of the session may have left one
+    shutil.rmtree(root / "runs" / "base" / "evaluate", ignore_errors=True)
     evaluate.run(
         evaluate.Config(
             run="base",
@@ -63,17 +65,17 @@ def test_hits_are_those_counted_by_hand(found):
 def test_unknown_brands_and_empty_slots_hit_nothing(found):
     pages = found.pages["sft"]
     group = np.full(found.shop.n_items, -1)
-    item = findings.page_items(pages, 6)
-    assert not findings.shared(pages.user, item, found.scorer, group).any()
-    assert not findings.shared(
+    item = measure.page_items(pages, 6)
+    assert not measure.shared(pages.user, item, found.scorer, group).any()
+    assert not measure.shared(
         pages.user, np.full_like(item, -1), found.scorer, np.zeros_like(group)
     ).any()
-    assert findings.shared(pages.user, item, found.scorer, np.zeros_like(group))[item >= 0].all()
+    assert measure.shared(pages.user, item, found.scorer, np.zeros_like(group))[item >= 0].all()
 
 
 def test_the_trace_ends_in_the_mean():
     token = np.array([[0.5, -1.0, 2.0], [3.0, 1.0, np.nan]])
-    assert findings.trace(token) == pytest.approx(
+    assert measure.trace(token) == pytest.approx(
         np.array([[0.5, -0.5, 1.5], [3.0, 4.0, np.nan]]) / [[3], [2]], nan_ok=True
     )
 

@@ -1,4 +1,4 @@
-"""The report: complete, true to metrics.json, self-contained, escaped, honest about what is missing."""
+"""The report is complete, equals metrics.json, needs no network, escapes text, names gaps."""
 
 import json
 import re
@@ -19,9 +19,11 @@ from pagellm import evaluate  # noqa: E402
 from pagellm.baselines import compare  # noqa: E402
 from pagellm.pages.ranked import RankedPages  # noqa: E402
 from pagellm.pages.tables import write_table  # noqa: E402
-from pagellm.report import (
+from pagellm.report import (  # noqa: E402
     findings,
     html,
+    measure,
+    pages,
     plots,
     report,
     sections,
@@ -30,11 +32,14 @@ from pagellm.serving.recommender import Ask  # noqa: E402
 from pagellm.stage.config import PageLLMError  # noqa: E402
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
-EVIL = "</script><script>alert('1')</script><img src=x onerror=\"a\"> $\\frac{1}{0}$ & \x00\n`{{7*7}}` http://evil.example/"
+EVIL = (
+    "</script><script>alert('1')</script><img src=x onerror=\"a\"> $\\frac{1}{0}$ & \x00\n"
+    "`{{7*7}}` http://evil.example/"
+)
 
 
 class Page(HTMLParser):
-    """tags: (name, attributes) in order; text of each section; cells of each table, row by row."""
+    """Parsed report. tags: (name, attributes) in order; sections: text; tables: rows of cells."""
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
@@ -83,7 +88,7 @@ def root(served, tmp_path_factory):
     """`served` with an evaluation, baselines, and two studies."""
     root = tmp_path_factory.mktemp("report") / "root"
     shutil.copytree(served, root)
-    # another test's, made elsewhere
+    # another test of the session may have left one
     shutil.rmtree(root / "runs" / "base" / "evaluate", ignore_errors=True)
     common = {
         "run": "base",
@@ -145,7 +150,7 @@ def root(served, tmp_path_factory):
 
 
 def config(root, **more):
-    return sections.Config(
+    return report.Config(
         **{
             "run": "base",
             "data": str(root / "data"),
@@ -257,7 +262,7 @@ def test_light_and_dark(text, page):
 
 
 def said(heading, low, high):
-    """First word of the verdict on a difference."""
+    """First word of the report's verdict on a difference."""
     if low <= 0 <= high:
         return "equal" if low == high else "within"
     return "better" if (high < 0) == ("↓" in heading) else "worse"
@@ -354,7 +359,7 @@ def test_baselines_are_drawn_with_the_intervals_of_metrics_json(root, page):
 
 
 def test_examples_mark_exactly_the_hits(root, page):
-    """The summaries count what the pages mark, and the pages count what the held-out rows say."""
+    """Hits in the summary lines equal the marks on the pages and the held-out rows of the data."""
     found = findings.read(str(root / "runs"), "base", str(root / "data"))
     told = re.findall(
         r"user (\S+): (\d+) held-out items found without reward, (\d+) with",
@@ -385,9 +390,9 @@ def test_examples_mark_exactly_the_hits(root, page):
 
 
 def test_rewards_are_those_of_the_recommender(root, page, rec):
-    """Every strip says what Recommender.answers gives for the same page; judge adds the page's reward."""
+    """Token rewards in every strip equal Recommender.answers'; totals add the page's reward."""
     found = findings.read(str(root / "runs"), "base", str(root / "data"))
-    judged = findings.judge(found, config(root), 30)
+    judged = measure.sample_rewards(found, config(root), 30)
     strips = [attrs["aria-label"] for tag, attrs in page.tags if attrs.get("class") == "strip"]
     users = re.findall(r"user (\S+): \d+ held-out", page.sections["examples"])
     for at, name in enumerate(users):
@@ -442,14 +447,14 @@ def test_thinned_curves_keep_mean_and_range(values):
 
 @given(st.integers(2, 50), st.floats(-3, 3), st.floats(0.1, 3))
 def test_bands(n, shift, scale):
-    """The interval moves with the data, stretches with it, and ignores what is past a page's end."""
+    """band(shift + scale x) = shift + scale band(x); slots past a page's end do not count."""
     x = np.random.default_rng(n).normal(size=(n, 3))
-    mean, low, high = sections.band(x)
+    mean, low, high = pages.band(x)
     assert np.allclose(high - mean, 1.96 * x.std(0, ddof=1) / np.sqrt(n))
     assert np.allclose(
-        sections.band(shift + scale * x), [shift + scale * v for v in (mean, low, high)]
+        pages.band(shift + scale * x), [shift + scale * v for v in (mean, low, high)]
     )
-    assert np.allclose(sections.band(np.vstack([x, np.full((4, 3), np.nan)])), (mean, low, high))
+    assert np.allclose(pages.band(np.vstack([x, np.full((4, 3), np.nan)])), (mean, low, high))
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30).filter(any))
@@ -457,7 +462,7 @@ def test_gini(times):
     times = np.array(times)
     # half the relative mean difference
     pairs = np.abs(times[:, None] - times).mean() / (2 * times.mean())
-    assert sections.gini(times) == pytest.approx(pairs, abs=1e-9)
+    assert pages.gini(times) == pytest.approx(pairs, abs=1e-9)
 
 
 def test_the_same_files_give_the_same_bytes(root, text):
@@ -542,7 +547,7 @@ def test_damage_is_told_not_hidden(root, tmp_path):
     shutil.copytree(root, tmp_path / "root")
     runs = tmp_path / "root" / "runs"
     with open(runs / "base" / "ppo" / "log.jsonl", "a") as file:
-        file.write('{"step": 99, "objec')  # a process died here
+        file.write('{"step": 99, "objec')  # what a killed process leaves
     (runs / "base" / "reward" / "model.pt").write_bytes(b"no model")
     pq.write_table(pa.table({"a": [1]}), runs / "ablation" / "synthetic-other.parquet")
     found = findings.read(str(runs), "base", str(tmp_path / "root" / "data"))
@@ -606,7 +611,7 @@ def test_hits_agree_with_a_plain_loop(root):
         rng.integers(0, 10, len(pages.user)),
     )
     for some in (pages, mixed):
-        exact, same = findings.hits(some, found.scorer, 6)
+        exact, same = measure.hits(some, found.scorer, 6)
         assert exact.any() and same.any() and not (exact & same).any()
         for row, user in enumerate(some.user):
             held = set(found.scorer.held.of(user)[0].tolist())
@@ -624,7 +629,7 @@ def test_hits_agree_with_a_plain_loop(root):
 @given(st.lists(st.integers(0, 9), max_size=40), st.integers(1, 8))
 def test_bins_are_a_partition_in_rising_order(values, n):
     values = np.array(values)
-    groups = findings.bins_of(values, n)
+    groups = measure.bins_of(values, n)
     assert sorted(np.concatenate(groups).tolist() if groups else []) == list(range(len(values)))
     assert len(groups) <= n and all(len(g) for g in groups)
     assert all(values[a].max() < values[b].min() for a, b in zip(groups, groups[1:], strict=False))
