@@ -1,1 +1,1 @@
-"""Other recommenders in the same table: searched settings, outside libraries, run files."""
+"""Other recommenders in the same table: plain models, outside libraries, run files."""

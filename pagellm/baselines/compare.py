@@ -1,15 +1,21 @@
 """Plain baselines, scored by the same code as our policies: pages.parquet -> metrics.
 
-    make baselines DATASET=toys             python -m pagellm.baselines.compare --dataset toys --refit
+    make baselines DATASET=toys       python -m pagellm.baselines.compare --dataset toys --refit
 
-Popularity, ItemKNN, EASE and implicit ALS (pagellm/model/plain.py). Each is fitted to train rows only; its settings are
-the best of `trials` on validation NDCG@100, searched the same way for all; the test rows are looked at once. --refit
-adds each model fitted to train + validation with those settings. --settings takes the settings of an earlier search.
+Popularity, ItemKNN, EASE and implicit ALS (pagellm/model/plain.py). Every model is fitted to train
+rows only. Its settings are those with the best validation NDCG@100 out of at most `trials`, which
+are searched in the same way for all models. Test rows are used once, for the final scores. --refit
+adds each model fitted to train + validation with the chosen settings. --settings takes the settings
+of an earlier search instead of searching.
 
-Writes runs/<run>/baselines/  settings.json (chosen, searched grid, validation score), trials.json, split.json,
-                              metrics.json, table.{txt,md,tex,parquet}, <model>/{pages,per_user}.parquet
+Writes runs/<run>/baselines/
+    settings.json                        chosen settings, searched grid, validation score
+    trials.json, split.json              every setting tried; hash and sizes of the split
+    metrics.json, table.{txt,md,tex,parquet}
+    <model>/{pages,per_user}.parquet
 
-Seconds for 1,000 items. Minutes for 12,000, where one EASE is an inverse of N x N (a minute, 2 GB, on one core).
+Takes seconds for 1,000 items and minutes for 12,000, where EASE inverts an N x N matrix (a minute
+and 2 GB on one core).
 """
 
 import json
@@ -56,7 +62,7 @@ RATED = {"disliked": 0.35, "slope": 0.15, "facts": 0.5, "stars": 0.0}
 
 @dataclass(frozen=True, kw_only=True)
 class Config(StageConfig):
-    """Choose settings on validation, fit, write pages, score them on the test split, print the table."""
+    """Choose settings on validation, fit, write pages, score them on the test split."""
 
     PRESET_FILES: ClassVar[dict[str, str]] = {"settings": "baselines.json"}
 
@@ -70,10 +76,12 @@ class Config(StageConfig):
     # command line the data set's own is taken (<dataset>/baselines.json in ./presets or in the
     # package), if it is there; none: search
     refit: bool = False  # also fit each model to train + validation with the chosen settings
-    mask: str = "train+valid"  # splits whose items no page may hold; "train": as some papers do
-    versus: str = "EASE"  # row that differences are taken to
-    k: int = 20  # slots of a page
-    depth: int = 100  # ranks in all
+    mask: str = (
+        "train+valid"  # splits whose items may not be on a page; some papers mask train only
+    )
+    versus: str = "EASE"  # row that every other row's differences are taken to
+    k: int = 20  # slots on a page
+    depth: int = 100  # length of the ranked list, k or more
     n_boot: int = 1000  # bootstrap draws behind an interval
 
     def __post_init__(self):
@@ -107,10 +115,15 @@ class Config(StageConfig):
 def climb(
     grid: dict[str, tuple], value: Callable[[dict], float], trials: int
 ) -> tuple[dict, float, int]:
-    """Walk uphill on a grid: one setting at a time, further the same way while it gains (Hooke and Jeeves, 1961).
+    """Coordinate search for the settings with the largest value (Hooke and Jeeves, 1961).
 
-    Starts in the middle with strides of a quarter of each range, halved where no step gains; ends where no neighbour
-    is better, or after `trials` values. Returns settings, value, tries.
+    Starts in the middle of the grid. Changes one setting at a time, and goes on in the same
+    direction while the value rises. Strides begin at a quarter of each range and are halved when no
+    step is better. Ends when no neighbour is better, or after `trials` values.
+
+    grid     name of a setting -> its values, in order
+    value    settings -> the number to maximise
+    returns  the best settings, their value, the number of settings tried
     """
     at = {name: len(values) // 2 for name, values in grid.items()}
     stride = {name: max(1, round(len(values) / 4)) for name, values in grid.items()}
@@ -144,20 +157,22 @@ def climb(
     return settings(at), best, len(seen)
 
 
-class Bench:
-    """What all models share: data, scorers, the N x N Gram matrix of the rows last asked for."""
+class Workbench:
+    """What all models share: the data, the scorers, and the N x N Gram matrix last computed."""
 
     def __init__(self, config: Config):
         self.config, self.shop = config, load(config.data_dir)
         self.test, self.valid = Scorer(self.shop, "test"), Scorer(self.shop, "valid")
         if len(self.test.users) == 0 or len(self.valid.users) == 0:
             raise PageLLMError(
-                f"{config.data_dir} has no validation or no test rows: nothing to choose or score by"
+                f"{config.data_dir} has no validation or no test rows: nothing to choose or score "
+                "by"
             )
         self._gram: tuple = (None, None)
         self.kin = Kin.of(self.shop.catalogue, self.test.near)
 
     def fit(self, name: str, settings: dict, splits: tuple[str, ...] = ("train",)) -> Fitted:
+        """Fit the model `name` to the rows of these splits."""
         shop, rows, gram = self.shop, self.shop.csr(splits), None
         if name in ("ItemKNN", "EASE"):
             if self._gram[0] != splits:
@@ -179,6 +194,7 @@ class Bench:
         )
 
     def rank(self, fitted: Fitted, users: np.ndarray, seen: Rows) -> RankedPages:
+        """Ranked pages of these users, without the items they have seen."""
         return rank_all(
             fitted.score, users, seen, self.config.k, self.config.depth, self.config.seed
         )
@@ -197,7 +213,11 @@ class Bench:
         return float(np.mean(self.valid(ranked, self.config.k)[GOAL]))
 
     def choose(self, name: str, path: Path) -> tuple[dict, Fitted]:
-        """The best settings on validation, and the model fitted with them; what was tried is kept in `path`."""
+        """Search the settings that are best on validation.
+
+        path     file that keeps every setting tried, so that an interrupted search continues
+        returns  the record for settings.json, and the model fitted with the chosen settings
+        """
         tried = json.loads(path.read_text()) if path.exists() else {}
         best: tuple = (-np.inf, None, None)
         started = time.perf_counter()
@@ -219,7 +239,8 @@ class Bench:
         grid = grid_of(name, self.shop.n_items)
         settings, found, tries = climb(grid, value, self.config.trials)
         print(
-            f"{name}: {settings or 'nothing to choose'}, validation {GOAL} {found:.4f}, {tries} tried",
+            f"{name}: {settings or 'nothing to choose'}, validation {GOAL} {found:.4f}, {tries} "
+            "tried",
             flush=True,
         )
         fitted = best[2] if best[1] == settings else self.fit(name, settings)
@@ -266,7 +287,10 @@ def stored(path: Path, names: list[str]) -> dict[str, dict]:
 
 
 def read_rows(folder: Path) -> tuple[dict[str, dict[str, np.ndarray]], dict]:
-    """name -> per-user scores of finished baselines, in the table's order; and the Config they were made with."""
+    """Read finished baselines.
+
+    Returns row -> per-user scores, in the table's order, and the Config they were made with.
+    """
     names = finished(folder, "baselines", hints.command("baselines"))["rows"]
     return (
         {name: per_user(folder / slug(name) / "per_user.parquet") for name in names},
@@ -275,9 +299,9 @@ def read_rows(folder: Path) -> tuple[dict[str, dict[str, np.ndarray]], dict]:
 
 
 def run(config: Config) -> dict[str, dict[str, dict]]:
-    """-> row -> metric -> {mean, low, high, coverage, count}."""
-    # before the directory of the run: a shop that cannot be read leaves no trace there
-    bench = Bench(config)
+    """Fit, score and write all baselines. Returns row -> metric -> {mean, low, high, ...}."""
+    # Before the run's directory is made: a shop that cannot be read must not leave one behind.
+    bench = Workbench(config)
     inputs = {"data": file_id(config.data_dir / "source.json")}
     if config.settings:
         inputs["settings"] = file_id(presets.resolve(config.settings))

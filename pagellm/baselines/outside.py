@@ -1,29 +1,36 @@
-"""An outside library's recommender, in a process and environment of its own: prepared data in, run file out.
+"""Recommenders of other libraries, each in an environment of its own: prepared data -> run file.
 
-    python -m venv outside && outside/bin/pip install PACKAGES          see below: they do not fit into one environment
-    outside/bin/python pagellm/baselines/outside.py --data data/toys --model sasrec --out runs/toys/outside/sasrec.parquet
-    python -m pagellm.baselines.runfile --dataset toys --name SASRec --file runs/toys/outside/sasrec.parquet
+    python -m venv outside && outside/bin/pip install PACKAGES      (see below)
+    outside/bin/python pagellm/baselines/outside.py --data data/toys --model sasrec \\
+        --out runs/toys/outside/sasrec.parquet
+    python -m pagellm.baselines.runfile --dataset toys --name SASRec \\
+        --file runs/toys/outside/sasrec.parquet
 
 model                                                              pip install
 %(models)s
 
-Imports nothing of ours, so that a library's pins never meet our environment.
+The packages exclude one another, so each library needs its own environment. This file imports
+nothing of PageLLM, and runs in any of them.
 
-Search: the middle of each grid first, then settings drawn at random, until `minutes` of processor time are over; chosen
-on validation NDCG@100, full catalogue less train items. Networks that learn in epochs are looked at while they learn,
-keep their best epoch, and stop once they learn no more; when they are looked at hangs on the clock, so that another
-search may end elsewhere. --fix holds some settings, so that the time goes into the others, or sets what the grids leave
-out: on Toys an epoch of SASRec takes 52 s of a core over the full softmax, 10 s with
---fix loss=sampled_softmax n_negatives=64 session_max_len=12. --settings takes settings and epochs of an earlier search
-instead (pagellm/presets/<dataset>/baselines.json); --refit then fits them to train + validation.
+Search. The middle of each grid is tried first, then settings drawn at random, until `minutes` of
+processor time are over. The best validation NDCG@100 wins, ranked over the full catalogue without
+train items. Networks that learn in epochs are scored while they learn, keep their best epoch, and
+stop when they no longer improve. When they are scored depends on the clock, so two searches may end
+with different settings. --fix holds some settings and leaves the time to the others, or sets one
+that the grids leave out. Example: on Toys an epoch of SASRec takes 52 s of a core with the full
+softmax, and 10 s with --fix loss=sampled_softmax n_negatives=64 session_max_len=12. --settings
+takes the settings and epochs of an earlier search (pagellm/presets/<dataset>/baselines.json)
+instead of searching; --refit then fits them to train + validation.
 
-SASRec, BERT4Rec and HSTU read each user's train items in the order of `time`: the reviews' dates, those of one day in
-order of item, or the place in the sequence where a shop's files hold only that. A random split takes items out of the
-middle of these sequences, as it does in the paper. HSTU goes without its attention to time: with such a split no
-moment is known at which a page would be asked for; logits_t divides its cosines, which a softmax could not tell apart.
+SASRec, BERT4Rec and HSTU read each user's train items in the order of `time`: the reviews' dates
+(items of one day by their number), or the place in the sequence if the shop's files have no dates.
+A random split takes items out of the middle of these sequences, as it does in the paper. HSTU runs
+without its attention to time, because such a split has no moment at which a page would be asked
+for. Its cosines are divided by logits_t; otherwise the softmax could hardly tell them apart.
 
-Writes the run file (user, item, score: the best `depth` of the full catalogue less what the model was fitted to; equal
-scores in a seeded random order) and beside it, as .json, what was chosen and what was tried.
+Writes the run file: user, item and score of the best `depth` items of the full catalogue without
+those that the model was fitted to; equal scores in a seeded random order. A .json beside it records
+what was chosen and what was tried.
 """
 
 import argparse
@@ -47,7 +54,7 @@ from scipy import sparse
 __all__ = ["GRIDS", "Likes", "Watch", "draws", "main", "mean_ndcg", "read", "top"]
 
 
-TRANSFORMER = {
+TRANSFORMER: dict[str, tuple] = {
     "n_blocks": (1, 2, 3),
     "n_heads": (2,),
     "n_factors": (32, 64, 128),
@@ -57,7 +64,7 @@ TRANSFORMER = {
     "batch_size": (128,),
     "session_max_len": (20,),
 }
-GRIDS = {
+GRIDS: dict[str, dict[str, tuple]] = {
     "multivae": {
         "k": (50, 100, 200),
         "hidden": (200, 600),
@@ -83,7 +90,7 @@ GRIDS = {
     "hstu": TRANSFORMER | {"logits_t": (0.03, 0.05, 0.1)},
 }
 RECTOOLS = '"rectools[torch]==0.19.*" "numpy<2" "pyarrow<25" torch==2.13.0'
-# model -> its row's name, where from, what to install
+# model -> name of its row, source, packages to install
 LIBRARY = {
     "multivae": (
         "Multi-VAE",
@@ -109,7 +116,7 @@ __doc__ %= {
 
 
 class Likes(NamedTuple):
-    """Positives: as a matrix, and one by one, by user and time."""
+    """Positive interactions, as a matrix and one by one, ordered by user and time."""
 
     matrix: sparse.csr_matrix  # (U, N) float32, 1 where a user liked an item
     user: np.ndarray  # (R,) int32
@@ -118,7 +125,7 @@ class Likes(NamedTuple):
 
 
 def read(folder: Path) -> dict[str, Likes]:
-    """train, valid and train+valid -> what users liked there."""
+    """Read prepared data: "train", "valid" and "train+valid" -> the positives of those splits."""
     rows = pq.read_table(folder / "interactions.parquet")
     user, item, when = (rows[name].to_numpy() for name in ("user", "item", "time"))
     when = np.nan_to_num(when).astype(np.int64)
@@ -141,8 +148,9 @@ def read(folder: Path) -> dict[str, Likes]:
     }
 
 
-# Every model: likes, seed, depth -> nothing. After an epoch (or at the end, where the library shows nothing between) it
-# calls after(epochs, scorer); scorer() gives users (B,) -> scores (B, N); a true answer means stop.
+# Every model is a function of (train, seed, depth, after, settings) that returns nothing. After
+# each epoch, or at the end if the library allows no look before, it calls after(epochs, scorer)
+# and stops if the answer is true. scorer() returns a function users (B,) -> scores (B, N).
 
 
 def multivae(
@@ -176,7 +184,7 @@ def multivae(
         seed=seed,
         verbose=False,
     ).fit(uir)
-    column = np.fromiter(uir.iid_map, int)  # item of each of its columns; untrained items have none
+    column = np.fromiter(uir.iid_map, int)  # column of the model -> item; untrained items have none
 
     def score(users):
         full = np.full((len(users), train.matrix.shape[1]), -np.inf, np.float32)
@@ -236,14 +244,14 @@ def lightgcn(
     edges, weight = gcn_norm(
         torch.cat([ends, ends.flip(0)], 1), num_nodes=U + N, add_self_loops=False
     )
-    warnings.simplefilter("ignore")  # of sparse tensors in beta
+    warnings.simplefilter("ignore")  # PyTorch warns that sparse tensors are in beta
     graph = torch.sparse_coo_tensor(edges, weight, (U + N, U + N)).coalesce().to_sparse_csr()
     model = LightGCN(U + N, embedding_dim, num_layers, normalize=False)
     optimiser = torch.optim.Adam(model.parameters(), lr=lr)
     code = np.sort(train.user.astype(np.int64) * N + train.item)
 
     def not_liked(users):
-        """An item drawn for each of users (B,) among those that the user has not liked."""
+        """One random item for each of users (B,), among those that the user has not liked."""
         items, bad = np.empty(len(users), np.int64), np.ones(len(users), bool)
         while bad.any():
             items[bad] = draw.integers(N, size=bad.sum())
@@ -277,7 +285,7 @@ def lightgcn(
 
 
 def transformer(name: str, **more):
-    """RecTools' model of this name, as a function like the others."""
+    """RecTools' model of this name, as a function with the arguments of the others."""
 
     def fit(train: Likes, seed: int, depth: int, after: Callable, logits_t=1.0, **settings):
         import pandas as pd
@@ -287,7 +295,7 @@ def transformer(name: str, **more):
 
         logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
-        # Microseconds keep the order of one day's rows.
+        # Rows of one day have equal times: microseconds keep their order.
         moment = pd.to_datetime(train.time * 1_000_000_000 + 1000 * np.arange(len(train.time)))
         rows = pd.DataFrame(
             {
@@ -300,7 +308,7 @@ def transformer(name: str, **more):
         data, users = Dataset.construct(rows), np.unique(train.user)
 
         def scorer():
-            model.is_fitted = True  # while it learns: the library would set it at the end
+            model.is_fitted = True  # the library sets this at the end of training; we ask before
             lists = model.recommend(
                 users, data, k=min(depth, len(np.unique(train.item))), filter_viewed=True
             )
@@ -365,7 +373,10 @@ FIT = {
 def top(
     score, train: sparse.csr_matrix, users: np.ndarray, depth: int, seed: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yield user, items, scores: the best `depth` (or fewer) not in train; equal scores in a seeded random order."""
+    """Yield user, items, scores: the best items that are not in train, at most `depth`.
+
+    Equal scores are ranked in a seeded random order.
+    """
     shuffle = np.random.default_rng(seed)
     for at in range(0, len(users), 256):
         some = users[at : at + 256]
@@ -379,8 +390,10 @@ def top(
 
 
 def mean_ndcg(lists, held: sparse.csr_matrix, depth: int = 100) -> float:
-    """Mean binary NDCG@depth of users with held-out items, to choose settings by; what is reported, our own metrics
-    count anew from the file."""
+    """Mean binary NDCG@depth of the users with held-out items.
+
+    Used only to choose settings: the reported metrics are computed later, from the run file.
+    """
     gained = 1.0 / np.log2(np.arange(depth) + 2.0)
     values = [
         gained[: len(items[:depth])][np.isin(items[:depth], held[user].indices)].sum()
@@ -392,7 +405,7 @@ def mean_ndcg(lists, held: sparse.csr_matrix, depth: int = 100) -> float:
 
 
 def draws(grid: dict[str, tuple], seed: int) -> list[dict]:
-    """All settings of a grid: the middle of each range first, the others in a seeded random order."""
+    """All settings of a grid: the middle of each range, then the others in a seeded order."""
     middle = {name: values[len(values) // 2] for name, values in grid.items()}
     others = [
         drawn
@@ -404,11 +417,12 @@ def draws(grid: dict[str, tuple], seed: int) -> list[dict]:
 
 
 class Watch:
-    """Looks at a model while it learns: keeps the lists of its best epoch, says when to stop.
+    """Score a model while it learns: keep the lists of its best epoch, and say when to stop.
 
-    Looks where that costs at most a tenth of the time since it last looked. Stops past the deadline (seconds of
-    time.process_time), after three looks without a gain and half as many epochs again as the best had; or at `epochs`,
-    without looking before, where that is given.
+    Scores only when that costs at most a tenth of the time since the last scoring. Stops after the
+    deadline (seconds of time.process_time); or after three scores without a gain, once the model
+    has had half as many epochs again as its best. If `epochs` is given, scores once, at that epoch,
+    and stops.
     """
 
     def __init__(
@@ -422,7 +436,8 @@ class Watch:
     ):
         self.train, self.held, self.depth, self.seed = train.matrix, held, depth, seed
         self.deadline, self.wanted = deadline, epochs
-        self.value, self.epochs, self.lists, self.stale, self.again = -1.0, 0, [], 0, 0.0
+        self.value, self.epochs, self.stale, self.again = -1.0, 0, 0, 0.0
+        self.lists: list[tuple[int, np.ndarray, np.ndarray]] = []
 
     def __call__(self, epochs: int, scorer: Callable) -> bool:
         now = time.process_time()
@@ -444,19 +459,22 @@ class Watch:
 
 
 def stored(path: Path, row: str) -> tuple[dict, int]:
-    """Settings and epochs of an earlier search. Raises ValueError if there are none."""
+    """Settings and epochs that an earlier search chose. Raises ValueError if there are none."""
     try:
         found = json.loads(path.read_text())[row]
         return found["settings"], found["epochs"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} has no settings of {row} ({error})\n  Take a file that this command wrote, or leave "
-            "--settings out."
+            f"{path} has no settings of {row} ({error})\n"
+            "  Take a file that this command wrote, or leave --settings out."
         ) from error
 
 
 def fixed(text: str) -> tuple[str, object]:
-    """ "lr=1e-3" -> ("lr", 0.001). Raises argparse.ArgumentTypeError without a name or a value."""
+    """Parse "lr=1e-3" into ("lr", 0.001).
+
+    Raises argparse.ArgumentTypeError if the name or the value is missing.
+    """
     name, _, value = text.partition("=")
     if not (name.isidentifier() and value):
         raise argparse.ArgumentTypeError(f"{text!r}: want NAME=VALUE, as in lr=1e-3")
@@ -503,7 +521,8 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.fix and options.settings:
         parser.error(
-            "--fix holds settings in a search, and --settings takes the place of the search: leave one out"
+            "--fix holds settings in a search, and --settings takes the place of the search: leave "
+            "one out"
         )
     return options
 
@@ -511,7 +530,11 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
 def search(
     options: argparse.Namespace, split: dict[str, Likes], given: tuple[dict, int] | None
 ) -> tuple[dict, Watch]:
-    """What is written beside the run file, and the watch that has its lists. given: settings and epochs, or None."""
+    """Search settings, or fit the given ones.
+
+    given    (settings, epochs) of an earlier search; None: search
+    returns  the record written beside the run file, and the Watch that holds its lists
+    """
     row, grid, train, held = (
         LIBRARY[options.model][0],
         GRIDS[options.model],
@@ -519,7 +542,8 @@ def search(
         split["valid"].matrix,
     )
     grid = grid | {name: (value,) for name, value in options.fix}
-    fit, started, tried, best = FIT[options.model], time.process_time(), [], None
+    fit, started, tried = FIT[options.model], time.process_time(), []
+    best: tuple[Watch, dict] | None = None
     deadline = started + 60 * options.minutes
     for settings in [given[0]] if given else draws(grid, options.seed):
         watch = Watch(
@@ -528,13 +552,15 @@ def search(
         fit(train, options.seed, options.depth, watch, **settings)
         tried.append({"settings": settings, "epochs": watch.epochs, "valid NDCG@100": watch.value})
         print(
-            f"  {settings}: {watch.value:.5f}, {watch.epochs} epochs, {time.process_time() - started:.0f} s",
+            f"  {settings}: {watch.value:.5f}, {watch.epochs} epochs, "
+            f"{time.process_time() - started:.0f} s",
             flush=True,
         )
         if best is None or watch.value > best[0].value:
             best = watch, settings
         if time.process_time() > deadline:
             break
+    assert best is not None  # at least one setting is tried
     watch, settings = best
     chosen = {
         "settings": settings,
@@ -592,7 +618,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except ImportError as error:
         print(
-            f"outside: {options.model} cannot be loaded here ({error})\n  Give it an environment of its own:\n"
+            f"outside: {options.model} cannot be loaded here ({error})\n"
+            "  Give it an environment of its own:\n"
             f"  python -m venv outside && outside/bin/pip install {LIBRARY[options.model][2]}",
             file=sys.stderr,
         )

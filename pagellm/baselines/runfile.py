@@ -1,17 +1,19 @@
-"""Anybody's run file -> pages.parquet -> our metrics, beside the baselines.
+"""Score another recommender's run file by our metrics, beside the baselines.
 
     python -m pagellm.baselines.runfile --dataset toys --name SASRec --file scores.csv
 
-The file: Parquet, JSON lines, CSV or TSV (with a heading) of user, item and score or rank.
-Identifiers are the shop's own, or the dense numbers of data/<dataset>/interactions.parquet. Lists
-rank the whole catalogue, deep enough that `depth` ranks are left when masked items are taken out.
+The file is Parquet, JSON lines, or CSV or TSV with a header line; its columns are user, item, and
+score or rank. Identifiers are the shop's own, or the dense numbers of
+data/<dataset>/interactions.parquet. Lists should rank the whole catalogue, and be long enough that
+`depth` ranks remain when masked items are removed.
 
 Writes runs/<run>/runfile-<name>/  pages.parquet, per_user.parquet, metrics.json,
                                    table.{parquet,md,tex}
 
-What is done to the file is printed: masked items are taken out, users without a list count with 0,
-users without held-out items are left out, short lists are counted. Equal scores are ordered by a
-seeded shuffle. Beyond three times EASE the file is refused.
+Prints what was done to the file: masked items are removed; users without a list count with score 0;
+users without held-out items are left out; lists shorter than `depth` are counted. Equal scores are
+put in a seeded random order. A file that scores more than three times EASE is refused, because its
+model has probably seen test rows.
 """
 
 import json
@@ -52,13 +54,15 @@ class Config(StageConfig):
     """Score somebody's run file by our metrics and print it beside the baselines."""
 
     name: str = ""  # name of the row
-    file: str = ""  # run file: user, item, and score or rank
-    ids: str = "auto"  # what user and item are: shop (its own identifiers), dense (the numbers of
-    # interactions.parquet and pages.parquet), or auto: whichever fits all
-    mask: str = "train+valid"  # splits whose items are taken out; as the baselines were made
-    k: int = 20  # slots of a page
-    depth: int = 100  # ranks in all
-    versus: str = "EASE"  # row that differences are taken to
+    file: str = ""  # run file with columns user, item, and score or rank
+    ids: str = (
+        "auto"  # what user and item are: shop (the shop's own identifiers), dense (the numbers
+    )
+    # of interactions.parquet and pages.parquet), or auto: whichever fits every row
+    mask: str = "train+valid"  # splits whose items are removed; the baselines' mask
+    k: int = 20  # slots on a page; the baselines' k
+    depth: int = 100  # length of the ranked list; the baselines' depth
+    versus: str = "EASE"  # row that every other row's differences are taken to
     n_boot: int = 1000  # bootstrap draws behind an interval
 
     def __post_init__(self):
@@ -186,11 +190,10 @@ def read_run(
     seed: int = 0,
     ids: str = "auto",
 ) -> tuple[RankedPages, str]:
-    """Lists (U, depth) of exactly `users`, free of what they have seen; what was done, in words.
+    """Lists (U, depth) of exactly `users`, without items they have seen; and notes in words.
 
-    Equal scores are ordered by a seeded shuffle. Where there are ranks, scores are not looked at.
-    Raises PageLLMError for unknown identifiers, repeated (user, item) or scores that are not
-    numbers.
+    Equal scores are put in a seeded random order. If the file has ranks, its scores are ignored.
+    Raises PageLLMError for unknown identifiers, repeated (user, item), scores that are not numbers.
     """
     data = read_file(path)
     user = numbers(ids_of(data, "user", path), shop.user_ids, "user", path, ids)
@@ -234,6 +237,7 @@ def read_run(
 
 
 def run(config: Config) -> dict:
+    """Score the run file and print the table. Returns {name: metric -> {mean, low, high, ...}}."""
     shop = load(config.data_dir)
     baselines = config.stage("baselines")
     finished(baselines, "baselines", config.make("baselines"))

@@ -1,1 +1,1 @@
-"""Online tests and what stands in for them: A/B tests, a simulator, off-policy estimates, a judge."""
+"""Online tests: A/B tests, simulated visitors, off-policy estimates, a judge of pages."""

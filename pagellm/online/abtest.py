@@ -1,23 +1,28 @@
 """Online test of two arms from a user-level log (the paper's RQ5, Table 4).
 
-Reads   a Parquet or CSV file, one line a user; columns below
+Reads   a Parquet or CSV file with one line for each user; columns below
 Writes  abtest.json beside it, and prints the table
 
     python -m pagellm.online.abtest --log log.parquet --control sft
-    python -m pagellm.online.abtest --log past.parquet --plan --mde 0.02 --daily 5000      # before there is a test
+    python -m pagellm.online.abtest --log past.parquet --plan --mde 0.02 --daily 5000
+
+The second command plans a test, from what users did before it.
 
     user               identifier, at most once in the file
-    arm                name of the arm the user was sent to; exactly two; --plan needs none
+    arm                name of the arm the user was sent to; exactly two names; not needed by --plan
     impressions, clicks, sessions, purchases      counts over the test
     failed_sessions    sessions that were abandoned: no click and no purchase
     purchase_sessions  sessions with a purchase
-    gmv                gross merchandise value, in the shop's money
-    day                optional: whole number, the user's first day in the test; gives one look a day
-    pre_<column>       optional: the same column over a period before the test, for CUPED; empty: 0, as of a new user
+    gmv                gross merchandise value, in the shop's currency
+    day                optional: whole number, the user's first day in the test. With it, the
+                       sequential test looks at the data after each day
+    pre_<column>       optional: the same column over a period before the test, for CUPED
+                       (variance reduction); empty counts as 0, as for a new user
 
-A metric is a ratio of sums over users, sum x / sum y; GMV and purchases have y = 1. Users are drawn, not sessions, so
-that the delta method is applied to users. A ratio whose denominator nobody of an arm has is left out, and said so.
-Seconds for a million users.
+A metric is a ratio of sums over users, sum x / sum y; for GMV and purchases y = 1. Users are
+assigned to arms at random, not sessions, so the delta method treats users as independent. A ratio
+is left out, and named, if its denominator is 0 for all users of an arm. Seconds for a million
+users.
 """
 
 import math
@@ -25,6 +30,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,27 +80,25 @@ METRICS = {
     "session purchase": ("purchase_sessions", "sessions"),
 }
 NORMAL = NormalDist()
-LARGEST = 1e15  # of a value: sums and squares stay numbers
+LARGEST = 1e15  # largest value of a column, so that sums and squares do not overflow
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Compare two arms of an online test."""
 
-    log: str = ""  # Parquet or CSV file, one line a user (python -m pydoc pagellm.online.abtest:
-    # columns)
+    log: str = ""  # Parquet or CSV file, one line for each user; for its columns see
+    # python -m pydoc pagellm.online.abtest
     control: str = "control"  # name of the arm that the other is compared with
     alpha: float = 0.01  # error rate over all metrics together (Holm)
-    power: float = 0.8  # of the planner
-    mde: float = 0.02  # smallest relative change worth finding: the planner's,
-    # and the sequential mixture's
+    power: float = 0.8  # probability with which a planned test finds a change of --mde
+    mde: float = 0.02  # smallest relative change worth finding; used by the planner and by the
+    # sequential test
     share: float = 0.5  # share of users meant to be in the treatment
-    srm_alpha: float = 0.001  # a sample ratio with p below this refuses the test; 0:
-    # show the numbers all the same
-    daily: float = 0.0  # new users a day, both arms; 0: no duration is planned
-    cuped: bool = True  # use pre_<column> where there are such columns
-    plan: bool = False  # no test yet: how many users and days would one take,
-    # from what users did before
+    srm_alpha: float = 0.001  # refuse the test if the sample ratio has a p below this; 0: never
+    daily: float = 0.0  # new users a day in both arms together; 0: plan no duration
+    cuped: bool = True  # reduce the variance with the columns pre_<column>, if there are any
+    plan: bool = False  # plan a test from users' earlier behaviour: how many users, how many days
     out: str = ""  # result file; empty: abtest.json beside the log, plan.json with --plan
 
     def __post_init__(self):
@@ -120,7 +124,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Test:
-    """Treatment against control on one metric. low, high: interval of the difference at 1 - alpha; p two-sided."""
+    """Treatment against control on one metric.
+
+    difference  treatment - control, with its standard error se and interval low..high at 1 - alpha
+    relative    difference / |control|, with its interval relative_low..relative_high
+    df          degrees of freedom; infinite where nothing varies
+    p           two-sided
+    """
 
     control: float
     treatment: float
@@ -138,12 +148,13 @@ class Test:
 def estimate(
     x: np.ndarray, y: np.ndarray | None = None, pre: np.ndarray | None = None, theta: float = 0.0
 ) -> Estimate:
-    """sum x / sum y over the users of an arm, with the delta method's variance, clustered by user.
+    """Ratio of sums over the users of an arm, with the variance of the delta method.
 
         R = sum x / sum y      z_i = (x_i - R y_i) / mean(y)      Var(R) = Var(z) / n
 
-    x, y   (n,) per user; y None: 1 for everybody, and R is the plain mean
-    pre    (n,) CUPED covariate with mean 0 over both arms; theta its coefficient: R - theta mean(pre)
+    x, y   (n,) one value for each user; y None: 1 for everybody, so that R is the plain mean
+    pre    (n,) CUPED covariate with mean 0 over both arms
+    theta  its coefficient: the estimate becomes R - theta mean(pre)
     Raises PageLLMError for fewer than 2 users or a denominator of 0.
     Source: Deng, Knoblich, Lu, KDD 2018, section 3; CUPED: Deng et al., WSDM 2013.
     """
@@ -151,8 +162,8 @@ def estimate(
     y = np.ones(n) if y is None else y
     if n < 2 or y.sum() <= 0:
         raise PageLLMError(
-            f"{n} users with a denominator of {y.sum():g}: a standard error wants 2 users or more, and "
-            "a denominator above 0"
+            f"{n} users with a denominator of {y.sum():g}: a standard error wants 2 users or more, "
+            "and a denominator above 0"
         )
     value = x.sum() / y.sum()
     z = (x - value * y) / y.mean()
@@ -162,16 +173,17 @@ def estimate(
 
 
 def linear(x: np.ndarray, y: np.ndarray | None) -> np.ndarray:
-    """Each user's pull on the ratio of sums, (n,), mean 0."""
+    """Each user's influence z_i on the ratio of sums (see `estimate`), (n,), with mean 0."""
     y = np.ones(len(x)) if y is None else y
     return (x - x.sum() / y.sum() * y) / y.mean() if y.sum() > 0 else np.zeros(len(x))
 
 
 def welch(control: Estimate, treatment: Estimate, alpha: float = 0.05) -> Test:
-    """Welch's test of two independent estimates, degrees of freedom by Satterthwaite.
+    """Welch's test of two independent estimates, with Satterthwaite's degrees of freedom.
 
-    The relative change, by the control's size (so that more is positive where returns make it negative), has the delta
-    method's interval; NaN where the control's value is 0. Equal and without any spread: p = 1; different: p = 0.
+    The relative change is the difference divided by |control|: an increase is positive even if
+    returns make the control's value negative. Its interval comes from the delta method; it is NaN
+    if the control's value is 0. If nothing varies, p is 1 for equal values and 0 for others.
     """
     difference, var = treatment.value - control.value, control.var + treatment.var
     se = math.sqrt(var)
@@ -206,7 +218,7 @@ def welch(control: Estimate, treatment: Estimate, alpha: float = 0.05) -> Test:
 
 
 def t_sf(t: float, df: float) -> float:
-    """P(T > t) of Student's t, t any number, df > 0 (infinity: normal)."""
+    """P(T > t) of Student's t distribution, for any t and df > 0; df infinite: the normal's."""
     if math.isinf(df):
         return 0.5 * math.erfc(t / math.sqrt(2))
     if t < 0:
@@ -215,7 +227,7 @@ def t_sf(t: float, df: float) -> float:
 
 
 def t_quantile(p: float, df: float) -> float:
-    """t with P(T <= t) = p, by bisection on t_sf; 0.5 <= p < 1."""
+    """The t with P(T <= t) = p, by bisection of t_sf; 0.5 <= p < 1."""
     low, high = 0.0, 1.0
     while t_sf(high, df) > 1 - p:
         high *= 2
@@ -226,7 +238,10 @@ def t_quantile(p: float, df: float) -> float:
 
 
 def beta_cdf(x: float, a: float, b: float) -> float:
-    """Regularised incomplete beta I_x(a, b) by its continued fraction (DLMF 8.17.22), evaluated after Lentz."""
+    """Regularised incomplete beta function I_x(a, b).
+
+    Its continued fraction (DLMF 8.17.22), evaluated by Lentz's method.
+    """
     if x <= 0 or x >= 1:
         return float(x >= 1)
     if x > (a + 1) / (a + b + 2):
@@ -258,7 +273,11 @@ def beta_cdf(x: float, a: float, b: float) -> float:
 
 
 def sample_ratio(counts, shares) -> float:
-    """p of Pearson's chi-square: are users spread over the arms as meant? counts, shares: one an arm."""
+    """p of Pearson's chi-square test that users are spread over the arms as planned.
+
+    counts  users of each arm
+    shares  planned share of each arm, in any unit
+    """
     counts, shares = np.asarray(counts, float), np.asarray(shares, float)
     want = counts.sum() * shares / shares.sum()
     statistic = float(((counts - want) ** 2 / want).sum())
@@ -271,8 +290,9 @@ def sample_ratio(counts, shares) -> float:
 
 
 def holm(p) -> np.ndarray:
-    """Holm's adjusted p-values, (m,), in the order given: reject below alpha, and the family errs with at most alpha.
+    """Holm's adjusted p-values of m tests, (m,), in the order given.
 
+    Rejecting those below alpha makes any wrong rejection at most alpha likely.
     Source: Holm, Scandinavian Journal of Statistics 6, 1979.
     """
     p = np.asarray(p, float)
@@ -286,9 +306,11 @@ def holm(p) -> np.ndarray:
 def users_needed(
     sd: float, effect: float, alpha: float = 0.05, power: float = 0.8, share: float = 0.5
 ) -> float:
-    """Users in both arms together so that a two-sided normal test finds `effect` (absolute) with `power`.
+    """Users, in both arms together, with which a two-sided normal test finds an effect.
 
-    sd  standard deviation of a user's pull on the metric (z in `estimate`); share  of users in the treatment
+    sd      standard deviation of a user's influence on the metric (z in `estimate`)
+    effect  absolute difference to find, with probability `power`; 0 takes infinitely many users
+    share   share of users in the treatment
     """
     if effect == 0:
         return math.inf
@@ -299,22 +321,29 @@ def users_needed(
 def detectable(
     sd: float, users: float, alpha: float = 0.05, power: float = 0.8, share: float = 0.5
 ) -> float:
-    """The absolute effect that `users` in both arms together find with `power`: the inverse of users_needed."""
+    """Absolute effect that a number of users, both arms together, find with probability `power`.
+
+    The inverse of users_needed.
+    """
     return math.sqrt(users_needed(sd, 1.0, alpha, power, share) / users)
 
 
 def days_needed(users: float, daily: float) -> int:
-    """Whole days until `users` have come, `daily` new ones a day."""
+    """Whole days until `users` have come, at `daily` new ones a day."""
     return math.ceil(users / daily)
 
 
 def always_valid(difference, var, tau: float, alpha: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
-    """p-values and half-widths that hold at every look at once: the mixture sequential probability ratio test.
+    """p-values and interval half-widths that stay valid however often the test is looked at.
 
-        L = sqrt(V / (V + tau^2)) exp(tau^2 d^2 / (2 V (V + tau^2)))      p = min over looks so far of 1 / L
+    The mixture sequential probability ratio test:
 
-    difference, var  (looks,) estimate and its squared standard error at each look; infinite before there is any
-    tau              standard deviation of the normal mixture, in the difference's unit; fixed before the test
+        L = sqrt(V / (V + tau^2)) exp(tau^2 d^2 / (2 V (V + tau^2)))
+        p = min over looks so far of 1 / L
+
+    difference  (looks,) estimate d at each look
+    var         (looks,) its squared standard error V; infinite before there is any estimate
+    tau         standard deviation of the normal mixture, in the difference's unit; fixed in advance
     Source: Johari, Pekelis, Walsh, arXiv 1512.04922, section 5.
     """
     d, V = np.asarray(difference, float), np.maximum(np.asarray(var, float), 1e-300)
@@ -365,8 +394,8 @@ def read_log(path: str | Path, arms: bool = True) -> dict[str, np.ndarray]:
                 first = int(wrong.argmax())
                 raise PageLLMError(
                     f"{path}: column {name} is {log[name][first]:g} for user {log['user'][first]} "
-                    f"({int(wrong.sum()):,} such); want numbers, none missing, not finite, below 0 or "
-                    f"above {LARGEST:g}"
+                    f"({int(wrong.sum()):,} such); want numbers, none missing, not finite, below 0 "
+                    f"or above {LARGEST:g}"
                 )
     user, count = np.unique(log["user"], return_counts=True)
     if (count > 1).any():
@@ -375,13 +404,14 @@ def read_log(path: str | Path, arms: bool = True) -> dict[str, np.ndarray]:
             f" in arm {' and '.join(sorted(set(log['arm'][log['user'] == twice])))}" if arms else ""
         )
         raise PageLLMError(
-            f"{path}: user {twice} has {count.max()} lines{where}; want one line a user, summed over "
-            "the test, and nobody in two arms"
+            f"{path}: user {twice} has {count.max()} lines{where}; want one line a user, summed "
+            "over the test, and nobody in two arms"
         )
     for part in ("failed_sessions", "purchase_sessions"):
         if (log[part] > log["sessions"]).any():
             raise PageLLMError(
-                f"{path}: {part} above sessions for {int((log[part] > log['sessions']).sum())} users"
+                f"{path}: {part} above sessions for {int((log[part] > log['sessions']).sum())} "
+                "users"
             )
     return log
 
@@ -389,19 +419,20 @@ def read_log(path: str | Path, arms: bool = True) -> dict[str, np.ndarray]:
 def compare(
     log: dict[str, np.ndarray], control: str, metric: str, alpha: float = 0.05, cuped: bool = True
 ) -> tuple[Test, float]:
-    """One metric of METRICS, and the share of variance that CUPED took off (0 without pre_ columns)."""
+    """Test one metric of METRICS.
+
+    Returns the Test, and the share of variance that CUPED removed (0 without pre_ columns).
+    """
     top, bottom = METRICS[metric]
     arms = [log["arm"] == control, log["arm"] != control]
     x, y = log[top], log[bottom] if bottom else None
 
     def both(pre=None, theta=0.0) -> Test:
-        return welch(
-            *(
-                estimate(x[a], None if y is None else y[a], None if pre is None else pre[a], theta)
-                for a in arms
-            ),
-            alpha,
+        first, second = (
+            estimate(x[a], None if y is None else y[a], None if pre is None else pre[a], theta)
+            for a in arms
         )
+        return welch(first, second, alpha)
 
     plain = both()
     needed = [f"pre_{name}" for name in (top, bottom) if name]
@@ -422,13 +453,17 @@ def compare(
 
 
 def defined(log: dict[str, np.ndarray], metric: str, arms: list[np.ndarray]) -> bool:
-    """Whether each of these arms, (U,) bool, has a denominator above 0."""
+    """Whether the metric's denominator is above 0 in each of these arms, (U,) bool."""
     bottom = METRICS[metric][1]
     return not bottom or all(log[bottom][a].sum() > 0 for a in arms)
 
 
 def sequence(log: dict, config: Config, metric: str) -> dict:
-    """Looks at the end of each day, at all users who came so far: the always-valid p and the first day below alpha."""
+    """Sequential test: one look at the end of each day, at all users who have come so far.
+
+    Returns the number of looks, the last always-valid p, its interval, and the first day on which p
+    was below alpha; {} if no day has 100 users in both arms.
+    """
     days, differences, variances, tau = [], [], [], 0.0
     for day in np.unique(log["day"]):
         so_far = {name: column[log["day"] <= day] for name, column in log.items()}
@@ -436,13 +471,13 @@ def sequence(log: dict, config: Config, metric: str) -> dict:
             min((so_far["arm"] == config.control).sum(), (so_far["arm"] != config.control).sum())
             < 100
         ):
-            continue  # the normal approximation wants users in both arms
+            continue  # too few for the normal approximation
         if not defined(
             so_far, metric, [so_far["arm"] == config.control, so_far["arm"] != config.control]
         ):
             continue
         test, _ = compare(so_far, config.control, metric, config.alpha, config.cuped)
-        tau = tau or config.mde * abs(test.control)  # from the first look on, fixed
+        tau = tau or config.mde * abs(test.control)  # fixed at the first look
         days.append(int(day))
         differences.append(test.difference)
         variances.append(test.se**2)
@@ -460,7 +495,7 @@ def sequence(log: dict, config: Config, metric: str) -> dict:
 
 
 def finite(value):
-    """Nested dicts and lists with None for NaN and infinity, which JSON does not know."""
+    """Replace NaN and infinity, which JSON does not have, by None in nested dicts and lists."""
     if isinstance(value, dict):
         return {name: finite(v) for name, v in value.items()}
     if isinstance(value, list | tuple):
@@ -471,8 +506,8 @@ def finite(value):
 def table(result: dict, config: Config) -> str:
     shown = f"{100 * (1 - config.alpha):g}%"
     lines = [
-        f"{result['users'][0]:,} users in {result['control']}, {result['users'][1]:,} in {result['treatment']}; "
-        f"sample ratio p = {result['sample_ratio_p']:.3f}",
+        f"{result['users'][0]:,} users in {result['control']}, {result['users'][1]:,} in "
+        f"{result['treatment']}; sample ratio p = {result['sample_ratio_p']:.3f}",
         "",
         f"{'':<20}{result['control'][:10]:>11}{result['treatment'][:10]:>11}{'change':>9}   "
         f"{shown + ' interval':<19}{'p':>8}{'Holm':>8}{'CUPED':>7}{'finds':>8}"
@@ -481,15 +516,15 @@ def table(result: dict, config: Config) -> str:
     for name, m in result["metrics"].items():
         span = f"[{m['relative_low']:+.2%}, {m['relative_high']:+.2%}]"
         lines.append(
-            f"{name:<20}{m['control']:>11.4f}{m['treatment']:>11.4f}{m['relative']:>+9.2%}   {span:<19}"
-            f"{m['p']:>8.4f}{m['holm']:>8.4f}{-m['variance_saved']:>+7.0%}{m['detectable']:>8.1%}"
-            f"{m['users_needed']:>17,.0f}"
+            f"{name:<20}{m['control']:>11.4f}{m['treatment']:>11.4f}{m['relative']:>+9.2%}   "
+            f"{span:<19}{m['p']:>8.4f}{m['holm']:>8.4f}{-m['variance_saved']:>+7.0%}"
+            f"{m['detectable']:>8.1%}{m['users_needed']:>17,.0f}"
             + (f"{m['sequential']['p']:>14.4f}" if m["sequential"] else f"{'–':>14}")
         )
     lines += [
         "",
-        f"change: relative to {result['control']}; interval: for one metric alone; Holm: over all, below "
-        f"{config.alpha:g} is a finding",
+        f"change: relative to {result['control']}; interval: for one metric alone; Holm: over all, "
+        f"below {config.alpha:g} is a finding",
         "CUPED: change of the variance; finds: the relative change that these "
         f"users find with power {config.power:g}",
     ]
@@ -503,21 +538,27 @@ def table(result: dict, config: Config) -> str:
 
 
 def duration(users: dict[str, float], config: Config) -> list[str]:
-    """One line: the days until all of these metrics have as many users as they need; none without --daily."""
+    """One line: days until all of these metrics have the users they need; none without --daily.
+
+    users  metric -> users needed
+    """
     wanted = {name: n for name, n in users.items() if 0 < n < math.inf}
     if not config.daily or not wanted:
         return []
     names = "all metrics find" if len(wanted) == len(METRICS) else f"{', '.join(wanted)}:"
     return [
-        f"{names} {config.mde:.1%} after {days_needed(max(wanted.values()), config.daily):,} days of "
-        f"{config.daily:,.0f} new users"
+        f"{names} {config.mde:.1%} after {days_needed(max(wanted.values()), config.daily):,} days "
+        f"of {config.daily:,.0f} new users"
     ]
 
 
 def plan(log: dict[str, np.ndarray], config: Config) -> dict[str, dict]:
-    """Metric -> its value, the spread of a user's pull on it, and the users that --mde takes, of both arms together,
-    plainly and with CUPED (the share of variance that the pre_ columns would save). The log is of users as they were,
-    over as long a period as the test will see of each."""
+    """Plan a test from a log of users before it, over as long a period as the test will last.
+
+    Returns for each metric: value; sd, the standard deviation of a user's influence on it; users
+    that finding --mde takes, both arms together; the same with CUPED, and the share of variance
+    that the pre_ columns would remove.
+    """
     found = {}
     for name, (top, bottom) in METRICS.items():
         if not defined(log, name, [np.ones(len(log[top]), bool)]):
@@ -552,15 +593,15 @@ def plan(log: dict[str, np.ndarray], config: Config) -> dict[str, dict]:
 def plan_table(found: dict[str, dict], users: int, config: Config) -> str:
     days = "".join(f"{'days':>9}{'with CUPED':>12}" if config.daily else "")
     lines = [
-        f"{users:,} users; a change of {config.mde:.1%} at {100 * config.alpha:g}%, found with power "
-        f"{config.power:g}, a share of {config.share:g} treated",
+        f"{users:,} users; a change of {config.mde:.1%} at {100 * config.alpha:g}%, found with "
+        f"power {config.power:g}, a share of {config.share:g} treated",
         "",
         f"{'':<20}{'now':>11}{'spread':>11}{'users':>14}{'CUPED':>7}{'with CUPED':>14}{days}",
     ]
     for name, m in found.items():
         line = (
-            f"{name:<20}{m['value']:>11.4f}{m['sd']:>11.4f}{m['users']:>14,.0f}{-m['variance_saved']:>+7.0%}"
-            f"{m['users_cuped']:>14,.0f}"
+            f"{name:<20}{m['value']:>11.4f}{m['sd']:>11.4f}{m['users']:>14,.0f}"
+            f"{-m['variance_saved']:>+7.0%}{m['users_cuped']:>14,.0f}"
         )
         if config.daily:
             line += "".join(
@@ -581,8 +622,9 @@ def plan_table(found: dict[str, dict], users: int, config: Config) -> str:
 
 
 def run(config: Config) -> dict:
-    """-> what abtest.json, or plan.json, holds."""
+    """Print the table; write and return what abtest.json (with --plan: plan.json) holds."""
     log = read_log(config.log, arms=not config.plan)
+    result: dict[str, Any]
     if config.plan:
         result = {
             "log": config.log,
@@ -607,15 +649,15 @@ def run(config: Config) -> dict:
     ratio = sample_ratio(counts, [1 - config.share, config.share])
     if ratio < config.srm_alpha:
         raise PageLLMError(
-            f"sample ratio mismatch: {counts[0]:,} users in {config.control}, {counts[1]:,} in {other}, "
-            f"meant {1 - config.share:g} to {config.share:g}; p = {ratio:.2g}\n"
-            "  Users were lost or sent wrongly in one arm, so no difference can be believed: find out "
-            "why. --srm_alpha 0 shows the numbers all the same."
+            f"sample ratio mismatch: {counts[0]:,} users in {config.control}, {counts[1]:,} in "
+            f"{other}, meant {1 - config.share:g} to {config.share:g}; p = {ratio:.2g}\n"
+            "  Users were lost or sent wrongly in one arm, so no difference can be believed: find "
+            "out why. --srm_alpha 0 shows the numbers all the same."
         )
     if min(counts) < 2:
         raise PageLLMError(
-            f"{config.log}: {counts[0]:,} users in {config.control}, {counts[1]:,} in {other}; want 2 "
-            "or more in each"
+            f"{config.log}: {counts[0]:,} users in {config.control}, {counts[1]:,} in {other}; "
+            "want 2 or more in each"
         )
     found, sides = {}, [log["arm"] == a for a in arms]
     for name in METRICS:
@@ -623,7 +665,8 @@ def run(config: Config) -> dict:
             continue
         test, saved = compare(log, config.control, name, config.alpha, config.cuped)
         users, share = sum(counts), counts[1] / sum(counts)
-        sd = test.se * math.sqrt(users * share * (1 - share))  # of one user's pull, both arms alike
+        # standard deviation of one user's influence, taken to be equal in both arms
+        sd = test.se * math.sqrt(users * share * (1 - share))
         found[name] = {
             **asdict(test),
             "variance_saved": saved,

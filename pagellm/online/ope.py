@@ -1,28 +1,32 @@
-"""Off-policy evaluation: what a target policy would have earned, from pages that another policy logged.
+"""Off-policy evaluation: what a target policy would have earned, from another policy's log.
 
-Reads   a Parquet log, one line a session (columns below); without --log, a SIMULATED one on the synthetic shop
+Reads   a Parquet log with one line for each session (columns below); without --log, simulates one
+        on the synthetic shop
 Writes  ope.json beside the log, or under runs/<run>/ope
 
-    python -m pagellm.online.ope                           python -m pagellm.online.ope --log sessions.parquet
+    python -m pagellm.online.ope          python -m pagellm.online.ope --log sessions.parquet
 
-    user                 who saw the page; errors are clustered by user
-    page                 list of K items (numbers or names), in order
-    reward               list of K numbers: a slot's clicks, money, ...
-    propensity           list of K: P(item | those above) under the policy that logged; above 0
+    user                 who saw the page; standard errors are clustered by user
+    page                 list of K items (numbers or names), first slot first
+    reward               list of K numbers: clicks, money, ... of each slot
+    propensity           list of K: P(item | items above) under the logging policy; above 0
     target_propensity    list of K: the same under the target policy
-    candidates           optional, list of M items that the page was drawn from, without repeats
-    logging_score, target_score     optional, lists of M: Plackett-Luce scores of both policies
+    candidates           optional: list of M items that the page was drawn from, without repeats
+    logging_score, target_score     optional: lists of M, Plackett-Luce scores of both policies
 
-    IPS             sum of rewards, weighted by the ratio of page probabilities
-    SNIPS           the same over the sum of the weights: biased, steadier
-    cascade IPS     slot k weighted by the slots down to k alone: nothing below changes it
-    cascade DR      cascade IPS around a fitted value of the slots to come
-    pseudo-inverse  page weights for rewards that add up over slots, each by item and place alone
-    direct          the fitted values alone: biased, and its interval does not know by how much; refused with IPS
+    IPS             rewards weighted by the ratio of the two policies' page probabilities
+    SNIPS           the same, divided by the sum of the weights: biased, but less variable
+    cascade IPS     slot k is weighted by the slots down to k only; valid if the slots below do not
+                    influence a slot's reward
+    cascade DR      cascade IPS, with fitted values of the slots to come as a control variate
+    pseudo-inverse  page weights, valid if rewards add up over slots and each depends on its item
+                    and place alone
+    direct          the fitted values alone: biased, and the interval does not include the bias;
+                    refused whenever IPS is
 
-The last three need the optional columns. An estimate that rests on few sessions is refused: see `effective`.
-Sources: Swaminathan et al., NeurIPS 2017 (pseudo-inverse); McInerney et al., KDD 2020 (cascade IPS);
-Kiyohara et al., WSDM 2022 (cascade DR). Seconds.
+The last three need the optional columns. An estimate that rests on few sessions is refused: see
+`effective`. Sources: Swaminathan et al., NeurIPS 2017 (pseudo-inverse); McInerney et al., KDD 2020
+(cascade IPS); Kiyohara et al., WSDM 2022 (cascade DR). Takes seconds.
 """
 
 import itertools
@@ -65,13 +69,19 @@ __all__ = [
 ]
 
 
-MOST_PAGES = 5040  # pages that the pseudo-inverse enumerates: 7 candidates in any order
+MOST_PAGES = 5040  # most pages that the pseudo-inverse enumerates: 7 candidates in any order
 
 
 @dataclass
 class Log:
-    """S logged sessions, pages of K. user (S,); page, reward, propensity, target (S, K); propensities conditional on
-    the slots above. candidates, logging_score, target_score (S, M) or None: Plackett-Luce policies."""
+    """S logged sessions with pages of K slots.
+
+    user                 (S,)
+    page, reward         (S, K)
+    propensity, target   (S, K) probability of each slot's item, given the slots above, under the
+                         logging and the target policy
+    candidates, logging_score, target_score    (S, M), for Plackett-Luce policies; else None
+    """
 
     user: np.ndarray
     page: np.ndarray
@@ -83,17 +93,23 @@ class Log:
     target_score: np.ndarray | None = None
 
     def weights(self) -> np.ndarray:
-        """(S, K): ratio of the probabilities of the first k slots, k = 1..K."""
+        """(S, K): target's over logging policy's probability of the first k slots, k = 1..K."""
         return np.cumprod(self.target / self.propensity, axis=1)
 
     def place(self) -> np.ndarray:
-        """(S, K) index of every slot's item among its candidates."""
+        """(S, K): index of every slot's item among its session's candidates."""
+        assert self.candidates is not None
         return (self.page[:, :, None] == self.candidates[:, None, :]).argmax(2)
 
 
 @dataclass(frozen=True)
 class Value:
-    """An estimate a session with its standard error, clustered by user; ess sessions carry it. refused: why none."""
+    """Estimated reward of a session under the target policy.
+
+    se       standard error, clustered by user
+    ess      effective number of sessions behind the estimate
+    refused  why there is no estimate; "" if there is one
+    """
 
     value: float
     se: float
@@ -102,7 +118,7 @@ class Value:
 
 
 def effective(weight: np.ndarray) -> float:
-    """Effective sample size (sum w)^2 / sum w^2 of weights (S,); 0 if all are 0. Source: Kish, 1965."""
+    """Effective sample size (sum w)^2 / sum w^2 of weights (S,); 0 if all are 0 (Kish, 1965)."""
     square = float((weight**2).sum())
     return float(weight.sum()) ** 2 / square if square else 0.0
 
@@ -113,14 +129,17 @@ def softmax(score: np.ndarray) -> np.ndarray:
 
 
 def rest_of(score: np.ndarray, place: np.ndarray, k: int) -> np.ndarray:
-    """(S, M) P(candidate | slots above k): softmax over those not yet placed."""
+    """(S, M) P(candidate | slots above k): softmax of score (S, M) over those not yet placed."""
     left = score.copy()
     np.put_along_axis(left, place[:, :k], -np.inf, axis=1)
     return softmax(left)
 
 
 def pl_propensity(score: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Plackett-Luce: (S, K) conditional probabilities of the candidates at `place` (S, K), from scores (S, M)."""
+    """Plackett-Luce probabilities, (S, K), of each slot's candidate given the slots above.
+
+    score (S, M); place (S, K): index of each slot's candidate
+    """
     return np.stack(
         [
             np.take_along_axis(rest_of(score, place, k), place[:, k : k + 1], 1)[:, 0]
@@ -131,27 +150,35 @@ def pl_propensity(score: np.ndarray, place: np.ndarray) -> np.ndarray:
 
 
 def draw_pages(score: np.ndarray, K: int, rng: np.random.Generator) -> np.ndarray:
-    """One Plackett-Luce page each: (S, K) places among M candidates, by the largest of score + Gumbel noise."""
+    """Draw one Plackett-Luce page for each row of score (S, M).
+
+    Takes the K candidates with the largest score + Gumbel noise; returns their places, (S, K).
+    """
     return np.argsort(-(score + rng.gumbel(size=score.shape)), axis=1)[:, :K]
 
 
 def all_pages(M: int, K: int) -> np.ndarray:
-    """(P, K) every page of K of M candidates. Raises PageLLMError above MOST_PAGES."""
+    """Every page of K out of M candidates, (pages, K). Raises PageLLMError above MOST_PAGES."""
     if math.perm(M, K) > MOST_PAGES:
         raise PageLLMError(
-            f"{math.perm(M, K):,} pages of {K} slots from {M} candidates; the pseudo-inverse lists at "
-            f"most {MOST_PAGES:,}: log shorter pages or fewer candidates"
+            f"{math.perm(M, K):,} pages of {K} slots from {M} candidates; the pseudo-inverse lists "
+            f"at most {MOST_PAGES:,}: log shorter pages or fewer candidates"
         )
     return np.array(list(itertools.permutations(range(M), K)))
 
 
 def page_moments(score: np.ndarray, K: int) -> tuple[np.ndarray, np.ndarray]:
-    """E 1_A (C, K M) and E 1_A 1_A' (C, K M, K M) of Plackett-Luce pages; score (C, M); 1_A marks (slot, candidate)."""
+    """First and second moments of Plackett-Luce pages.
+
+    score (C, M). A page is the 0/1 vector 1_A over its (slot, candidate) pairs, (K M,). Returns
+    E 1_A, (C, K M), and E 1_A 1_A', (C, K M, K M).
+    """
     C, M = score.shape
     pages = all_pages(M, K)
     mark = np.zeros((len(pages), K * M))
     mark[np.arange(len(pages))[:, None], np.arange(K) * M + pages] = 1.0
-    left, p = np.repeat(np.exp(score - score.max(1, keepdims=True))[:, None], len(pages), 1), 1.0
+    left = np.repeat(np.exp(score - score.max(1, keepdims=True))[:, None], len(pages), 1)
+    p = np.ones((C, len(pages)))
     for k in range(K):
         p = p * left[:, np.arange(len(pages)), pages[:, k]] / left.sum(2)
         left[:, np.arange(len(pages)), pages[:, k]] = 0.0
@@ -160,10 +187,16 @@ def page_moments(score: np.ndarray, K: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pseudo_inverse_weights(log: Log, block: int = 256) -> np.ndarray:
-    """(S,) q' G^+ 1_A: q the target's slot marginals, G the logging policy's second moments, 1_A the logged page.
+    """Weights of the sessions, (S,):  q' G^+ 1_A.
 
-    Raises PageLLMError where the target shows what the logging policy never does (q outside the range of G).
+    q is the target's E 1_A, G the logging policy's E 1_A 1_A' (see page_moments), 1_A the logged
+    page. Computes `block` different contexts at a time.
+
+    Raises PageLLMError if the target shows items where the logging policy never does (q outside the
+    range of G).
     """
+    assert log.candidates is not None
+    assert log.logging_score is not None and log.target_score is not None
     K, M = log.page.shape[1], log.candidates.shape[1]
     context, inverse = np.unique(
         np.hstack([log.logging_score, log.target_score]), axis=0, return_inverse=True
@@ -187,18 +220,24 @@ def pseudo_inverse_weights(log: Log, block: int = 256) -> np.ndarray:
 
 
 def cascade_dr(log: Log, prior: float = 20.0) -> np.ndarray:
-    """(S,) contributions of the cascade doubly robust estimator; their mean is unbiased for any fitted values."""
+    """Sessions' terms of the cascade doubly robust estimator, (S,).
+
+    Their mean is unbiased whatever the fitted values are.
+    """
     return values(log, prior)[1]
 
 
 def values(log: Log, prior: float = 20.0) -> tuple[np.ndarray, np.ndarray]:
-    """(S,) E_target[Q_1], the direct estimate of every session, and (S,) its doubly robust correction, which is
+    """Direct and cascade doubly robust estimates of every session, (S,) each.
 
-        sum_k  w_{1:k-1} E_target[Q_k | slots above] + w_{1:k} (r_k - Q_k)
+        direct          E_target[Q_1]
+        doubly robust   sum_k  w_{1:k-1} E_target[Q_k | slots above] + w_{1:k} (r_k - Q_k)
 
-    Q_k: mean reward from slot k on by item, shrunk to the slot's mean as by `prior` sessions; fitted backwards on one
-    half of the users and used on the other.
+    Q_k is the mean reward from slot k on, by the item in slot k. It is shrunk towards the slot's
+    mean with the weight of `prior` sessions, fitted from the last slot backwards on one half of the
+    users, and used on the other half.
     """
+    assert log.candidates is not None and log.target_score is not None
     S, K = log.page.shape
     names, candidates = np.unique(log.candidates, return_inverse=True)
     place, items, candidates = log.place(), len(names), candidates.reshape(S, -1)
@@ -222,15 +261,17 @@ def values(log: Log, prior: float = 20.0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def estimates(log: Log, min_ess: float = 100.0) -> dict[str, Value]:
-    """Estimator -> Value a session. Below min_ess effective sessions there is no value, and `refused` says why.
+    """Estimator -> Value.
 
-    Raises PageLLMError for a propensity that is not in (0, 1], or that the scores contradict, and for a single user.
+    With fewer than min_ess effective sessions there is no value, and `refused` says why.
+    Raises PageLLMError for a propensity that is not in (0, 1] or that the scores contradict, and if
+    all sessions are of one user.
     """
     check_log(log)
     if len(np.unique(log.user)) < 2:
         raise PageLLMError(
-            f"all {len(log.user):,} sessions are one user's; errors are clustered by user, so that two "
-            "or more are wanted"
+            f"all {len(log.user):,} sessions are one user's; errors are clustered by user, so that "
+            "two or more are wanted"
         )
     w, total = log.weights(), log.reward.sum(1)
     ones, whole, found = np.ones(len(total)), w[:, -1], {}
@@ -266,6 +307,7 @@ def estimates(log: Log, min_ess: float = 100.0) -> dict[str, Value]:
 
 
 def check_log(log: Log) -> None:
+    """Raise PageLLMError for values that no session can have, naming the session."""
     for name, p, low in (
         ("propensity", log.propensity, "above 0"),
         ("target_propensity", log.target, "0 or more"),
@@ -273,8 +315,8 @@ def check_log(log: Log) -> None:
         bad = ~np.isfinite(p) | (p > 1 + 1e-6) | ((p <= 0) if low == "above 0" else (p < 0))
         if bad.any():
             raise PageLLMError(
-                f"{name} of session {int(np.argwhere(bad)[0, 0])} is {p[bad][0]:g}; want {low}, at most "
-                "1, as it was when the page was drawn"
+                f"{name} of session {int(np.argwhere(bad)[0, 0])} is {p[bad][0]:g}; want {low}, at "
+                "most 1, as it was when the page was drawn"
             )
     if not np.isfinite(log.reward).all():
         raise PageLLMError("a reward is missing or not finite; mend the log")
@@ -286,7 +328,7 @@ def check_log(log: Log) -> None:
             raise PageLLMError(
                 f"{name} of session {int(twice.argmax())} names an item twice; want each once"
             )
-    if log.candidates is None:
+    if log.candidates is None or log.logging_score is None or log.target_score is None:
         return
     if not np.isfinite(log.logging_score).all() or not np.isfinite(log.target_score).all():
         raise PageLLMError(
@@ -301,13 +343,13 @@ def check_log(log: Log) -> None:
         off = np.abs(pl_propensity(score, log.place()) - p).max(1)
         if off.max() > 1e-4:
             raise PageLLMError(
-                f"{name} of session {off.argmax()} is off by {off.max():.2g} from what its scores give; "
-                "log the scores that the page was drawn from, or leave the score columns out"
+                f"{name} of session {off.argmax()} is off by {off.max():.2g} from what its scores "
+                "give; log the scores that the page was drawn from, or leave the score columns out"
             )
 
 
 def read_log(path: str | Path) -> Log:
-    """Raises PageLLMError for missing columns or lists of unequal length."""
+    """Read a log. Raises PageLLMError for missing columns or lists of unequal length."""
     given, path = str(path), Path(path)
     if not path.is_file():
         raise PageLLMError(
@@ -327,8 +369,8 @@ def read_log(path: str | Path) -> Log:
         )
     if not len(table) or table["user"].null_count:
         raise PageLLMError(
-            f"{path} has {len(table):,} sessions, {table['user'].null_count:,} of them of nobody; want "
-            "a user in each, and some sessions"
+            f"{path} has {len(table):,} sessions, {table['user'].null_count:,} of them of nobody; "
+            "want a user in each, and some sessions"
         )
     columns = []
     for name in names:
@@ -359,7 +401,10 @@ def read_log(path: str | Path) -> Log:
 
 
 def rank_scores(candidates: np.ndarray, ranked: np.ndarray, temperature: float) -> np.ndarray:
-    """Plackett-Luce scores (U, M): minus the rank a policy gives a candidate, over temperature; unranked ones last."""
+    """Plackett-Luce scores (U, M): minus the rank a policy gives a candidate, over temperature.
+
+    candidates (U, M); ranked (U, depth), the policy's list. Candidates not in the list rank last.
+    """
     same = candidates[:, :, None] == ranked[:, None, :]
     return -np.where(same.any(2), same.argmax(2), ranked.shape[1]) / temperature
 
@@ -374,9 +419,11 @@ def simulated_log(
     sessions: int,
     seed: int = 0,
 ) -> Log:
-    """Sessions of simulated visitors who see pages drawn by the logging policy; the reward is clicks.
+    """Simulate visitors who see pages drawn by the logging policy. The reward is clicks.
 
-    users (U,) rows of the world; candidates, logging, target (U, M): their items and both policies' scores
+    users            (U,) rows of the world
+    candidates       (U, M) items of each user's pages
+    logging, target  (U, M) Plackett-Luce scores of both policies
     """
     rng = randomness.rng(seed, "ope", "log")
     row = rng.integers(len(users), size=sessions)
@@ -398,7 +445,7 @@ def simulated_log(
 def true_value(
     world: simulator.World, users: np.ndarray, candidates: np.ndarray, score: np.ndarray, K: int
 ) -> float:
-    """Mean clicks a session under a Plackett-Luce policy, over users and all its pages, without chance."""
+    """Exact mean of clicks in a session under a Plackett-Luce policy, over users and all pages."""
     pages, total = all_pages(candidates.shape[1], K), 0.0
     for place in pages:
         p = pl_propensity(score, np.broadcast_to(place, (len(users), K))).prod(1)
@@ -410,18 +457,17 @@ def true_value(
 
 @dataclass(frozen=True, kw_only=True)
 class Config(StageConfig):
-    """Estimate a target policy's value from another policy's log; without a log, a simulated one with its truth."""
+    """Estimate a target policy's value from another policy's log, or from a simulated one."""
 
     log: str = ""  # Parquet log of sessions; empty: simulate one on the synthetic shop
-    logging: str = "sft"  # simulated: policy whose first items are candidates and whose ranks are
-    # logged
-    target: str = "ppo"  # simulated: policy to be judged
-    candidates: int = 6  # simulated: items a page is drawn from
-    k: int = 3  # simulated: slots
-    sessions: int = 20000  # simulated: sessions logged
-    logging_temperature: float = 3.0  # simulated: ranks that change a score by 1;
-    # higher explores more
-    target_temperature: float = 1.5  # simulated: of the target
+    logging: str = "sft"  # simulation: policy that writes the logged pages, from its first items
+    target: str = "ppo"  # simulation: policy whose value is estimated
+    candidates: int = 6  # simulation: number of items that a page is drawn from
+    k: int = 3  # simulation: slots on a page
+    sessions: int = 20000  # simulation: number of sessions
+    logging_temperature: float = 3.0  # simulation: a rank lower is a score 1 / this lower; higher
+    # explores more
+    target_temperature: float = 1.5  # simulation: the same for the target policy
     min_ess: float = 100.0  # effective sessions below which an estimate is refused
 
     def __post_init__(self):
@@ -437,13 +483,13 @@ class Config(StageConfig):
 
 
 def simulate(config: Config) -> tuple[Log, float, dict[str, str]]:
-    """-> log, true value of the target, ids of what was read."""
+    """Simulate a log. Returns it, the target's true value, and the ids of the files read."""
     shop, ranked, inputs = (
         load(config.data_dir),
         [],
         {"data": file_id(config.data_dir / "source.json")},
     )
-    # Rewards must add up over slots for the pseudo-inverse, so a purchase does not end a session here.
+    # The pseudo-inverse needs rewards that add up over slots: a purchase must not end a session.
     world = simulator.world_of(shop, simulator.Behaviour(leave_on_purchase=False))
     for name in dict.fromkeys((config.logging, config.target)):
         path = config.stage("evaluate") / name / "pages.parquet"
@@ -471,8 +517,8 @@ def simulate(config: Config) -> tuple[Log, float, dict[str, str]]:
 
 def report(log: Log, found: dict[str, Value], truth: float | None) -> str:
     lines = [
-        f"{len(log.user):,} sessions of {len(np.unique(log.user)):,} users, pages of {log.page.shape[1]}; "
-        f"logged reward a session {log.reward.sum(1).mean():.4f}"
+        f"{len(log.user):,} sessions of {len(np.unique(log.user)):,} users, pages of "
+        f"{log.page.shape[1]}; logged reward a session {log.reward.sum(1).mean():.4f}"
     ]
     if truth is not None:
         lines = [
@@ -495,7 +541,7 @@ def report(log: Log, found: dict[str, Value], truth: float | None) -> str:
 
 
 def run(config: Config) -> dict[str, Value]:
-    """Raises PageLLMError if every estimate is refused."""
+    """Print and write all estimates. Raises PageLLMError if every one is refused."""
     truth = None
     if config.log:
         log, out = read_log(config.log), Path(config.log).with_name("ope.json")
@@ -520,7 +566,8 @@ def run(config: Config) -> dict[str, Value]:
     if all(v.refused for v in found.values()):
         raise PageLLMError(
             f"every estimate is refused, the best with {max(v.ess for v in found.values()):.1f} "
-            f"effective sessions of {len(log.user):,}; log more, explore more, or take a nearer target"
+            f"effective sessions of {len(log.user):,}; log more, explore more, or take a nearer "
+            "target"
         )
     write_json(
         out, abtest.finite({"truth": truth, "estimates": {n: vars(v) for n, v in found.items()}})

@@ -1,26 +1,30 @@
-"""Simulated visitors of the synthetic shop, and a simulated online test of two policies. No person is in it.
+"""Simulated visitors of the synthetic shop, and a simulated online test of two policies.
 
 Reads   data/<dataset> with truth.npy, runs/<run>/evaluate/<policy>/pages.parquet of two policies
-Writes  runs/<run>/simulator                log.parquet (user-level, as pagellm.online.abtest reads it), abtest.json
+Writes  runs/<run>/simulator      log.parquet (user-level, as pagellm.online.abtest reads it),
+                                  abtest.json
 
     python -m pagellm.online.simulator --control sft --treatment ppo
 
-A page is a grid filled row by row. A visitor reads the first row; in a row a slot is looked at with a probability that
-falls from left to right; what is looked at may be clicked, what is clicked may be bought. Whoever buys leaves, and at
-the end of a row some of the others do. Attraction and purchase follow the shop's true taste and the price:
+A page is a grid that is filled row by row. A visitor reads the first row. In a row, the probability
+that a slot is looked at falls from left to right. What is looked at may be clicked, and what is
+clicked may be bought. A visitor who buys leaves; at the end of a row some of the others leave.
+Clicks and purchases follow the shop's true ratings and the price:
 
     P(click | seen)    = sigma(c0 + c1 (truth - 3))          truth in 1..5
     P(buy | clicked)   = sigma(b0 + b1 (truth - 3) - b2 log(price / median price))
 
-That is `--reading carousel`. Two plainer readers, slot after slot, go on with probability 0.9: `position` whatever they
-do, `cascade` until they click.
+This is `--reading carousel`. There are two simpler readers, who read slot after slot and go on with
+probability 0.9: `position` always, `cascade` until the first click.
 
-`expected` gives what a session brings on average in closed form, so that samples, tests and estimators can be checked.
-Every coefficient is an assumption: the result tells how the test behaves, not what a real shop would earn. Seconds.
+`expected` gives the mean result of a session in closed form, so that samples, tests and estimators
+can be checked against it. Every coefficient is an assumption: the result shows how the test
+behaves, not what a real shop would earn. Takes seconds.
 """
 
 import sys
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import pyarrow as pa
@@ -51,20 +55,19 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Behaviour:
-    """How visitors read a page. Probabilities unless said otherwise."""
+    """How visitors read a page."""
 
     columns: int = 5  # slots in a row of the grid
-    glance: float = 0.85  # a slot is looked at with glance ** column
-    next_row: float = 0.75  # who has not bought goes on to the next row
-    click_base: float = -2.5  # c0, logit
-    click_taste: float = 1.0  # c1, logits per star
-    buy_base: float = -1.5  # b0
-    buy_taste: float = 0.8  # b1
-    buy_price: float = 0.5  # b2, logits per e-fold of price
-    leave_on_purchase: bool = True  # off: slots of a row do not depend on each other,
-    # and rewards add up
-    leave_on_click: bool = False  # the first click ends the visit,
-    # after the purchase if there is one
+    glance: float = 0.85  # a slot is looked at with probability glance ** column
+    next_row: float = 0.75  # probability of going on to the next row
+    click_base: float = -2.5  # c0, in logits
+    click_taste: float = 1.0  # c1, logits for each star
+    buy_base: float = -1.5  # b0, in logits
+    buy_taste: float = 0.8  # b1, logits for each star
+    buy_price: float = 0.5  # b2, logits for each factor e of price
+    leave_on_purchase: bool = True  # a purchase ends the visit; off: slots do not depend on each
+    # other, and rewards add up over them
+    leave_on_click: bool = False  # the first click ends the visit, after its purchase if any
 
 
 READERS = {
@@ -76,7 +79,13 @@ READERS = {
 
 @dataclass(frozen=True)
 class World:
-    """click, buy (U, N) probabilities: of a click on what is seen, of a purchase of what is clicked; price (N,)."""
+    """What U users would do with N items.
+
+    click  (U, N) probability of a click on an item that is seen
+    buy    (U, N) probability of buying an item that is clicked
+    price  (N,)
+    how    how they read a page
+    """
 
     click: np.ndarray
     buy: np.ndarray
@@ -84,11 +93,11 @@ class World:
     how: Behaviour
 
     def look(self, K: int) -> np.ndarray:
-        """(K,) probability that a slot is looked at by a visitor who reads its row."""
+        """(K,): probability that a visitor who reads a slot's row looks at the slot."""
         return self.how.glance ** (np.arange(K) % self.how.columns)
 
     def stay(self, K: int) -> np.ndarray:
-        """(K,) probability to go on behind a slot: next_row at the end of a row, else 1."""
+        """(K,): probability of going on after a slot: next_row at the end of a row, else 1."""
         return np.where((np.arange(K) + 1) % self.how.columns == 0, self.how.next_row, 1.0)
 
 
@@ -106,7 +115,10 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def world_of(shop: Shop, how: Behaviour = Behaviour()) -> World:  # noqa: B008 (frozen)
-    """Raises PageLLMError for a shop whose truth is not known: any but the synthetic one."""
+    """The world of a shop whose true ratings are known. Raises PageLLMError for any other.
+
+    Only the synthetic shop has them.
+    """
     if shop.truth is None:
         raise PageLLMError(
             f"{shop.path} has no truth.npy: visitors can be simulated on the synthetic shop only\n"
@@ -127,7 +139,7 @@ def world_of(shop: Shop, how: Behaviour = Behaviour()) -> World:  # noqa: B008 (
 
 
 def rates(world: World, user: np.ndarray, page: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """P(click | reads the row), P(buy | clicked) of every slot, (S, K); 0 off the page (-1)."""
+    """P(click | row is read) and P(buy | clicked) of every slot, (S, K); 0 past the page's end."""
     there = page >= 0
     item, who = np.maximum(page, 0), np.asarray(user)[:, None]
     return (
@@ -137,7 +149,10 @@ def rates(world: World, user: np.ndarray, page: np.ndarray) -> tuple[np.ndarray,
 
 
 def visit(world: World, user: np.ndarray, page: np.ndarray, rng: np.random.Generator) -> Sessions:
-    """One session each of S visitors: user (S,) rows of the world, page (S, K) items, -1 past the end."""
+    """Draw one session for each of S visitors.
+
+    user (S,) rows of the world; page (S, K) items, -1 past the page's end
+    """
     S, K = page.shape
     item, who = np.maximum(page, 0), np.asarray(user)[:, None]
     draw = rng.random((4, S, K))
@@ -155,8 +170,12 @@ def visit(world: World, user: np.ndarray, page: np.ndarray, rng: np.random.Gener
 
 
 def expected(world: World, user: np.ndarray, page: np.ndarray) -> dict[str, np.ndarray]:
-    """Closed-form means of one session of each (user, page): impressions, clicks, purchases, gmv, failure, purchase,
-    and the click probability of every slot, `slots`. (S,) each, slots (S, K); arguments as in `visit`."""
+    """Closed-form means of one session for each (user, page); arguments as in `visit`.
+
+    returns impressions, clicks, purchases, gmv   (S,) expected numbers, and money
+            failure, purchase                     (S,) P(no click), P(a purchase)
+            slots                                 (S, K) click probability of every slot
+    """
     click, buy = rates(world, user, page)
     sale, stay = click * buy, world.stay(page.shape[1])
     how = world.how
@@ -175,8 +194,13 @@ def expected(world: World, user: np.ndarray, page: np.ndarray) -> dict[str, np.n
 
 
 def before(on: np.ndarray) -> np.ndarray:
-    """Product of a row's entries before each slot, (S, K) -> (S, K)."""
+    """Product of the entries before each slot, row by row: (S, K) -> (S, K)."""
     return np.cumprod(np.concatenate([np.ones((len(on), 1)), on[:, :-1]], axis=1), axis=1)
+
+
+def common_users(pages: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Users who have a page in every arm, in rising order."""
+    return reduce(np.intersect1d, (users for users, _ in pages.values()))
 
 
 def online_log(
@@ -188,18 +212,21 @@ def online_log(
     seed: int = 0,
     failure: str = "click",
 ) -> dict[str, np.ndarray]:
-    """A user-level log of a simulated test, as pagellm.online.abtest reads it.
+    """Simulate a test. Returns its user-level log for pagellm.online.abtest: column -> (visitors,).
 
-    pages     arm -> (users (U,), page (U, K)); the first is the control, which everybody sees before the test
-    visitors  each has the taste of a shop user drawn with replacement; half of them, by a coin, go to either arm
-    sessions  mean number a visitor in the test, 1 or more; as many before it
-    failure   what an abandoned session lacks: a click (and so a purchase too), or a purchase
+    pages     arm -> (users (U,), page (U, K)); the first arm is the control, whose pages everybody
+              sees before the test
+    visitors  number of visitors; each has the taste of a random shop user and goes to a random arm
+    days      visitors come evenly over this many days
+    sessions  mean number of a visitor's sessions in the test, 1 or more; as many before it
+    failure   what an abandoned session lacks: "click" (and so a purchase too) or "purchase"
     """
     arms = list(pages)
-    users = np.intersect1d(*(u for u, _ in pages.values()))
+    users = common_users(pages)
     if len(arms) != 2 or len(users) == 0:
         raise PageLLMError(
-            f"arms {', '.join(arms)} with {len(users)} users in common: want two arms and some users"
+            f"arms {', '.join(arms)} with {len(users)} users in common: want two arms and some "
+            "users"
         )
     rng = randomness.rng(seed, "simulator", "visitors")
     taste, arm = rng.choice(users, visitors), rng.integers(2, size=visitors)
@@ -240,19 +267,19 @@ def online_log(
 class Config(StageConfig):
     """Simulate a two-arm online test on the synthetic shop and analyse it."""
 
-    control: str = "sft"  # policy of the control: pages in <runs>/<run>/evaluate/<policy>,
-    # or a pages.parquet
-    treatment: str = "ppo"  # policy of the treatment; the same again is an A/A test
+    control: str = "sft"  # policy of the control: its name in <runs>/<run>/evaluate, or a
+    # pages.parquet
+    treatment: str = "ppo"  # policy of the treatment; the same as the control makes an A/A test
     visitors: int = 20000  # simulated visitors in both arms together
-    days: int = 14  # of the test; visitors come evenly
-    sessions: float = 3.0  # mean number of sessions a visitor
+    days: int = 14  # length of the test; visitors come evenly
+    sessions: float = 3.0  # mean number of sessions of a visitor
     k: int = 20  # slots shown
     reading: str = "carousel"  # how a page is read: carousel, position, cascade
-    failure: str = "click"  # what an abandoned session lacks: a click (and so a purchase too),
-    # or a purchase
+    failure: str = "click"  # what an abandoned session lacks: click (and so a purchase too), or
+    # purchase
     alpha: float = 0.01  # error rate over all metrics together
-    mde: float = 0.02  # relative change that the planner wants to find
-    out: str = "simulator"  # directory under the run, so that another test can lie beside
+    mde: float = 0.02  # smallest relative change worth finding
+    out: str = "simulator"  # directory under the run; another name keeps a second test
 
     def __post_init__(self):
         super().__post_init__()
@@ -275,7 +302,10 @@ class Config(StageConfig):
 
 
 def run(config: Config) -> dict:
-    """-> the result of pagellm.online.abtest, with the closed-form change of every metric beside it as `truth`."""
+    """Simulate and analyse the test.
+
+    Returns the result of pagellm.online.abtest, with `truth`: each metric's exact values.
+    """
     shop = load(config.data_dir)
     world = world_of(shop, READERS[config.reading])
     inputs, pages = {"data": file_id(config.data_dir / "source.json")}, {}
@@ -300,7 +330,8 @@ def run(config: Config) -> dict:
         with atomic(out.path / "log.parquet") as beside:
             pq.write_table(pa.table(log), beside)
         print(
-            f"SIMULATED visitors of {config.dataset}: assumptions, not people (pagellm/online/simulator.py)\n"
+            f"SIMULATED visitors of {config.dataset}: assumptions, not people "
+            "(pagellm/online/simulator.py)\n"
         )
         result = abtest.run(
             abtest.Config(
@@ -311,7 +342,7 @@ def run(config: Config) -> dict:
                 daily=config.visitors / config.days,
             )
         )
-        users = np.intersect1d(*(u for u, _ in pages.values()))
+        users = common_users(pages)
         true = [
             expected(world, users, page[np.searchsorted(owner, users)])
             for owner, page in pages.values()

@@ -1,4 +1,4 @@
-"""Baselines from data to table: what they may see, what they leave out, and that a search is a search."""
+"""Baselines from data to table: which rows they see, what they mask, and the search of settings."""
 
 import json
 
@@ -57,7 +57,7 @@ def searched(root):
 
 
 def permuted(source, target, splits, seed=0):
-    """A copy of a prepared data set in which rows of `splits` have traded items, and valid and test their names."""
+    """Copy a data set; swap items among rows of `splits`, and the names of valid and test."""
     target.mkdir(parents=True)
     for path in source.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
@@ -90,7 +90,7 @@ def permuted(source, target, splits, seed=0):
 
 
 def artefacts(data, root, settings_file, name):
-    """Everything the baselines learn from `data`, and the pages they write under the train mask, as bytes."""
+    """All that baselines learn from `data`, and their pages with train items masked, as bytes."""
     shop = load(data / "synthetic")
     found = {}
     for model, chosen in SETTINGS.items():
@@ -107,7 +107,7 @@ def artefacts(data, root, settings_file, name):
 
 
 def test_held_out_rows_move_no_byte_of_what_is_trained(root, tmp_path):
-    """Validation and test rows trade items and places: weights, factors, counts and pages stay. Train rows' do not."""
+    """Changing validation and test rows changes nothing fitted; changing train rows does."""
     source = root / "data" / "synthetic"
     permuted(source, tmp_path / "held" / "synthetic", ["valid", "test"])
     permuted(source, tmp_path / "train" / "synthetic", ["train"])
@@ -121,7 +121,7 @@ def test_held_out_rows_move_no_byte_of_what_is_trained(root, tmp_path):
 
 
 def test_test_rows_move_no_byte_of_a_search(root, tmp_path, searched):
-    """Settings are chosen on validation: the test rows' items may be anybody's."""
+    """Settings are chosen on validation: changing the items of test rows changes none."""
     permuted(root / "data" / "synthetic", tmp_path / "synthetic", ["test"])
     made = config(root, data=str(tmp_path), runs=str(tmp_path / "runs"), settings="", trials=3)
     run(made)
@@ -170,15 +170,15 @@ def test_refitting_sees_validation_rows_and_plain_fitting_does_not(searched, roo
 
 
 def test_an_unfinished_search_carries_on(root, searched, monkeypatch):
-    """Values already found are not looked for again, and the result is the same."""
+    """A continued search does not repeat settings already tried, and ends with the same result."""
     made = config(root, run="again", settings="", trials=3, refit=True)
     folder = made.stage("baselines")
     folder.mkdir(parents=True)
     kept = dict(list(json.loads((searched / "trials.json").read_text()).items())[:-1])
     (folder / "trials.json").write_text(json.dumps(kept))
-    calls, plain = [], compare.Bench.validate
+    calls, plain = [], compare.Workbench.validate
     monkeypatch.setattr(
-        compare.Bench, "validate", lambda self, f: calls.append(1) or plain(self, f)
+        compare.Workbench, "validate", lambda self, f: calls.append(1) or plain(self, f)
     )
     run(made)
     assert len(calls) == 1
@@ -187,7 +187,7 @@ def test_an_unfinished_search_carries_on(root, searched, monkeypatch):
 
 
 def test_a_model_fitted_to_test_rows_is_stopped(root, monkeypatch):
-    """A recommender that knows the test items; EASE beside it is honest and made weak."""
+    """A recommender that knows the test items is refused; EASE beside it is honest but weakened."""
     plain = compare.fit
 
     def leaky(name, rows, n_users, n_items, chosen, seed, gram, *_):
@@ -211,7 +211,7 @@ def test_a_model_fitted_to_test_rows_is_stopped(root, monkeypatch):
     st.lists(st.integers(1, 6), min_size=0, max_size=3), st.integers(0, 10**6), st.integers(1, 40)
 )
 def test_climb_keeps_its_budget_and_ends_on_a_peak(sizes, seed, trials):
-    """Never a worse value than any tried; with budget left, no neighbour is better."""
+    """The result is the best value tried; if trials are left, no neighbour is better."""
     grid = {f"x{i}": tuple(range(n)) for i, n in enumerate(sizes)}
     surface = np.random.default_rng(seed).random(sizes or 1)
     tried = []

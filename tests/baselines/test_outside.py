@@ -1,4 +1,4 @@
-"""Outside libraries: their process reads our tables and writes a run file that ours takes in."""
+"""Outside libraries: their process reads prepared data and writes a run file that ours reads."""
 
 import json
 import os
@@ -13,17 +13,11 @@ import pytest
 sparse = pytest.importorskip("scipy.sparse", reason="the dev extra is not installed")
 
 
-from pagellm.baselines import (
-    outside,
-    runfile,
-)
+from pagellm.baselines import outside, runfile  # noqa: E402
 from pagellm.data import prepare  # noqa: E402
 from pagellm.data.shop import load  # noqa: E402
 from pagellm.pages import metrics  # noqa: E402
-from pagellm.pages.ranked import (
-    Scorer,
-    seen_rows,
-)
+from pagellm.pages.ranked import Scorer, seen_rows  # noqa: E402
 from tests.baselines.test_compare import permuted  # noqa: E402
 
 
@@ -53,7 +47,7 @@ def test_it_reads_train_and_validation_positives_and_nothing_of_test(shop):
         dense[shop.user[keep], shop.item[keep]] = 1
         np.testing.assert_array_equal(likes.matrix.toarray(), dense)
         for mine, ours in zip(likes[1:], (shop.user, shop.item, shop.time), strict=True):
-            # by user, then time: what sequences are made of
+            # rows are ordered by user, then time, as sequences need them
             np.testing.assert_array_equal(mine, ours[keep])
 
 
@@ -77,7 +71,7 @@ def test_its_lists_are_the_best_unseen_and_its_ndcg_is_ours(shop):
 
 
 def test_equal_scores_are_shuffled_and_unknown_items_left_out(shop):
-    """All scores equal: the lists are random and not by number, other with another seed; -inf is no score."""
+    """Equal scores are ranked at random, differently for every seed; -inf is never listed."""
     train = outside.read(shop.path)["train"].matrix
     equal, users = np.zeros((shop.n_users, shop.n_items), np.float32), np.arange(shop.n_users)
     equal[:, ::3] = -np.inf
@@ -105,7 +99,10 @@ def test_draws_are_the_whole_grid_once_and_begin_in_its_middle(model):
 
 
 def learning(shop, hits):
-    """Watch's answers, and the Watch, when the model's lists hit validation items as `hits` says, epoch by epoch."""
+    """Run a Watch on a model whose lists hit hits[e] validation items in epoch e.
+
+    Returns its answers and the Watch.
+    """
     split = outside.read(shop.path)
     held, looked = split["valid"].matrix.toarray(), []
 
@@ -116,14 +113,14 @@ def learning(shop, hits):
     watch = outside.Watch(split["train"], split["valid"].matrix, 20, 0, np.inf)
     answers = []
     for epoch, value in enumerate(hits, 1):
-        watch.again = 0.0  # looking is cheap
+        watch.again = 0.0  # scoring is cheap: do it in every epoch
         answers.append(watch(epoch, lambda value=value: scorer(value)))
     return answers, watch, looked
 
 
 def test_a_watch_keeps_the_best_epoch_and_stops_where_no_more_is_gained(shop):
     answers, watch, _ = learning(shop, [0.1, 0.9, 2.0, 0.5, 0.5, 0.5, 0.5])
-    # 3 looks without, 6 >= 1.5 * 3
+    # three scores without a gain, and 6 >= 1.5 * 3 epochs
     assert watch.epochs == 3 and answers == [False] * 5 + [True, True]
     assert (
         watch.value == outside.mean_ndcg(watch.lists, outside.read(shop.path)["valid"].matrix) > 0.9
@@ -138,7 +135,7 @@ def test_a_watch_looks_seldom_and_at_the_deadline_and_once_where_epochs_are_give
         return lambda users: np.zeros((len(users), shop.n_items))
 
     watch = outside.Watch(split["train"], split["valid"].matrix, 20, 0, np.inf)
-    assert not watch(1, scorer) and not watch(2, scorer) and len(looks) == 1  # just looked
+    assert not watch(1, scorer) and not watch(2, scorer) and len(looks) == 1  # scored just before
     watch.deadline = 0.0
     assert watch(3, scorer) and len(looks) == 2
     given = outside.Watch(split["train"], split["valid"].matrix, 20, 0, 0.0, epochs=3)
@@ -150,7 +147,7 @@ def test_a_watch_looks_seldom_and_at_the_deadline_and_once_where_epochs_are_give
 
 
 def together(train, seed, depth, after, *, power):
-    """A model of a few lines in place of a library: items that stand beside the user's own."""
+    """A small model in place of a library's: it scores items numbered next to the user's own."""
     beside = (train.matrix.T @ train.matrix).toarray() ** power
     after(1, lambda: lambda users: train.matrix[users] @ beside)
 
@@ -168,7 +165,7 @@ def written(data, out, *more):
 def test_test_rows_move_no_byte_and_with_given_settings_no_held_out_row_does(
     shop, tmp_path, monkeypatch
 ):
-    """As for our own baselines: rows of other splits trade items and names; the run file stays, until train's do."""
+    """Changing validation and test rows leaves the run file as it is; train rows change it."""
     monkeypatch.setitem(outside.FIT, "bpr", together)
     monkeypatch.setitem(outside.GRIDS, "bpr", {"power": (0.5, 1.0, 2.0)})
     for name, splits in (("test", ["test"]), ("held", ["valid", "test"]), ("train", ["train"])):
@@ -266,7 +263,7 @@ def test_a_librarys_run_file_is_taken_in(shop, tmp_path, model, library):
 def test_a_missing_library_is_one_message_that_says_what_to_install(
     shop, tmp_path, capsys, monkeypatch, model
 ):
-    for name in (PACKAGE[model], "pandas"):  # as if they were not there
+    for name in (PACKAGE[model], "pandas"):  # importing them fails, as if not installed
         for loaded in (name, *(other for other in sys.modules if other.startswith(f"{name}."))):
             monkeypatch.setitem(sys.modules, loaded, None)
     assert (

@@ -1,4 +1,4 @@
-"""Anybody's run file: read in every spelling, mended in the open, refused where it cannot be."""
+"""Run files: read in every format, corrected with a note, refused if they cannot be."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from pagellm.stage.config import PageLLMError
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A shop of 60 users and its EASE."""
+    """A shop of 60 users with its baselines, among them EASE."""
     root = tmp_path_factory.mktemp("runfile")
     prepare.run(prepare.Config(data=str(root / "data"), users=80, items=60))
     (root / "settings.json").write_text(
@@ -44,7 +44,7 @@ def shop(root):
 
 
 def everything(shop, seed=0):
-    """A score for every user and item, seen or not: (user, item, score), in no order."""
+    """Random scores of every user and item, seen or not: (user, item, score), in random order."""
     rng = np.random.default_rng(seed)
     code = rng.permutation(shop.n_users * shop.n_items)
     return (
@@ -100,7 +100,7 @@ def test_every_spelling_reads_the_same(shop, tmp_path):
 
 
 def test_a_rank_goes_before_a_score(shop, tmp_path):
-    """Our own pages have both, and their scores do not fall from slot to slot."""
+    """Our own pages.parquet has rank and score, and its scores need not fall from slot to slot."""
     user, item, score = everything(shop)
     rank = np.argsort(np.argsort(score)) + 1
     pq.write_table(
@@ -118,7 +118,7 @@ def test_every_test_user_counts_and_equal_scores_are_shuffled(shop, tmp_path):
     assert (ranked.item[0] == -1).all() and "1 users without a list count with 0" in notes
     np.testing.assert_array_equal(ranked.item, read(path, shop)[0].item)
     assert (ranked.item != read(path, shop, seed=1)[0].item).any()
-    assert abs(np.mean(np.diff(ranked.item[1:], axis=1) > 0) - 0.5) < 0.1  # not by item number
+    assert abs(np.mean(np.diff(ranked.item[1:], axis=1) > 0) - 0.5) < 0.1  # a random order
 
 
 def test_short_lists_and_strangers_are_reported(shop, tmp_path):
@@ -127,6 +127,32 @@ def test_short_lists_and_strangers_are_reported(shop, tmp_path):
     assert (
         f"{len(Scorer(shop, 'test').users)} lists shorter than 15"
         in read(write(tmp_path / "x.csv", user[some], item[some], score[some]), shop)[1]
+    )
+
+
+@pytest.mark.parametrize("depth", [12, 60])
+def test_the_notes_hold_the_counts_of_a_plain_loop(shop, tmp_path, depth):
+    """Lists of random lengths, some empty, some complete, some of users who are not asked for."""
+    user, item, score = everything(shop)
+    share = np.random.default_rng(1).choice([0.0, 0.2, 0.5, 1.0], shop.n_users)
+    some = np.random.default_rng(2).random(len(user)) < share[user]
+    user, item, score = user[some], item[some], score[some]
+    users, seen = Scorer(shop, "test").users[::2], seen_rows(shop, "test", "train+valid")
+    path = write(tmp_path / "x.parquet", user, item, score)
+    ranked, notes = runfile.read_run(path, shop, users, seen, 10, depth)
+    masked = missing = short = 0
+    for u, slots in zip(users, ranked.slots, strict=True):
+        given, gone = set(item[user == u].tolist()), set(seen.of(u)[0].tolist())
+        masked += len(given & gone)
+        missing += not given
+        short += 0 < len(given) and len(given - gone) < min(depth, shop.n_items - len(gone))
+        assert slots == min(10, len(given - gone))
+    others = len(set(user.tolist()) - set(users.tolist()))
+    assert masked and missing and short and others and (share[users] == 1).any()
+    assert notes == (
+        f"{len(user):,} rows read; {masked:,} masked items taken out, {missing:,} users without a "
+        f"list count with 0, {others:,} users without held-out items left out, {short:,} lists "
+        f"shorter than {depth}"
     )
 
 
@@ -150,10 +176,7 @@ def test_broken_files_are_refused(shop, tmp_path, change, words):
 
 
 def test_numbers_that_could_be_both_must_be_named(shop, tmp_path):
-    """A shop whose own identifiers are numbers, in another order than the dense ones.
-
-    Zeros in front are kept.
-    """
+    """A shop's own identifiers may be numbers in another order; their leading zeros are kept."""
     users, items = ([str(i) for i in range(n)][::-1] for n in (shop.n_users, shop.n_items))
     numeric = dataclasses.replace(
         shop, user_ids=users, catalogue=dataclasses.replace(shop.catalogue, ids=items)
@@ -201,7 +224,7 @@ def config(root, path, **more):
 
 
 def test_a_run_files_row_stands_beside_the_baselines(root, shop, capsys):
-    """EASE's own pages, handed in as a stranger's, score as EASE."""
+    """The pages that EASE wrote, given as a run file, get EASE's scores."""
     path = root / "runs" / "synthetic" / "baselines" / "ease" / "pages.parquet"
     result = runfile.run(config(root, path, name="Their EASE"))["Their EASE"]
     mine = json.loads((root / "runs" / "synthetic" / "baselines" / "metrics.json").read_text())[
@@ -220,6 +243,8 @@ def test_a_run_files_row_stands_beside_the_baselines(root, shop, capsys):
         runfile.run(config(root, path, name="EASE"))
     with pytest.raises(PageLLMError, match="want the same mask"):
         runfile.run(config(root, path, name="x", mask="train"))
+    with pytest.raises(PageLLMError, match="was made with depth=100, rows"):
+        runfile.run(config(root, path, name="x", depth=50))
     with pytest.raises(
         PageLLMError, match="was made with k=20, rows popularity, EASE; want the same mask, k"
     ):
@@ -227,10 +252,7 @@ def test_a_run_files_row_stands_beside_the_baselines(root, shop, capsys):
 
 
 def test_baselines_of_another_split_are_refused(root, tmp_path):
-    """The data are prepared anew with another seed.
-
-    The baselines beside them are of the old split.
-    """
+    """Baselines made on an earlier split of the data are refused."""
     shutil.copytree(root / "runs", tmp_path / "runs")
     prepare.run(prepare.Config(data=str(tmp_path / "data"), users=80, items=60, seed=1))
     path = root / "runs" / "synthetic" / "baselines" / "ease" / "pages.parquet"

@@ -1,4 +1,4 @@
-"""Online test: calibrated where nothing happens, right where the answer is known, equal to scipy and statsmodels."""
+"""A/B tests: calibrated under no effect, right on known effects, equal to scipy and statsmodels."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from pagellm.stage.config import PageLLMError
 
 
 def draw_log(n=4000, seed=0, lift=0.0):
-    """Users with a level of their own, which both periods share; the treatment clicks `lift` more often."""
+    """Users with a level of their own in both periods; the treatment clicks `lift` more often."""
     rng = np.random.default_rng(seed)
     level, arm = rng.gamma(2.0, 0.5, n), np.where(rng.random(n) < 0.5, "a", "b")
     log = {"user": np.arange(n), "arm": arm, "day": rng.integers(10, size=n)}
@@ -50,7 +50,7 @@ def save(log, path):
 @pytest.mark.parametrize("cuped", [False, True])
 @pytest.mark.parametrize("metric", list(abtest.METRICS))
 def test_p_values_of_a_against_a_are_uniform(metric, cuped):
-    """Kolmogorov's distance of 400 p-values to the uniform stays below its 0.0001 quantile, 2.23 / sqrt(n)."""
+    """400 p-values: Kolmogorov's distance to the uniform < its 0.0001 quantile, 2.23 / sqrt(n)."""
     log, p = draw_log(1500), []
     for split in range(400):
         log["arm"] = np.where(np.random.default_rng(split).random(1500) < 0.5, "a", "b")
@@ -61,7 +61,7 @@ def test_p_values_of_a_against_a_are_uniform(metric, cuped):
 
 
 def test_clusters_matter_to_ctr():
-    """A binomial standard error over impressions would be far too small: users differ."""
+    """A binomial standard error over impressions is far too small, because users differ."""
     log = draw_log()
     a = log["arm"] == "a"
     e = abtest.estimate(log["clicks"][a], log["impressions"][a])
@@ -83,7 +83,7 @@ def test_cuped_saves_variance_and_keeps_the_effect():
     better, saved = abtest.compare(log, "a", "CTR")
     assert none == 0.0 and saved > 0.3 and better.se < 0.85 * test.se
     assert abs(better.difference - test.difference) < 3 * test.se
-    for seed in range(60):  # the adjusted estimate is centred where the plain one is
+    for seed in range(60):  # the adjusted and the plain estimate have the same mean
         log = draw_log(1000, seed, lift=0.1)
         for out, cuped in ((plain, False), (adjusted, True)):
             out.append(abtest.compare(log, "a", "CTR", cuped=cuped)[0].difference)
@@ -105,7 +105,7 @@ def test_peeking_at_welch_errs_often_and_the_sequential_test_does_not():
 
 
 def test_the_sequential_interval_and_p_agree():
-    """0 is outside the interval exactly where 1 / L is below alpha."""
+    """0 is outside the interval if and only if 1 / L < alpha."""
     for d in np.linspace(0, 0.5, 60):
         p, half = abtest.always_valid([d], [0.01], 0.2, 0.05)
         assert (abs(d) > half[0]) == (p[0] < 0.05)
@@ -124,9 +124,46 @@ def test_power_is_what_the_planner_promised():
     assert abtest.days_needed(101, 10) == 11
 
 
+def test_the_relative_interval_covers_large_changes_as_often_as_it_says():
+    """Estimates around 1 and 3: the interval of the relative change holds 2 in 95% of draws."""
+    rng = np.random.default_rng(0)
+    covered = [
+        (test := abtest.welch(abtest.Estimate(c, 0.01**2, 9000), abtest.Estimate(t, 0.02**2, 9000)))
+        and test.relative_low < 2 < test.relative_high
+        for c, t in zip(rng.normal(1, 0.01, 4000), rng.normal(3, 0.02, 4000), strict=True)
+    ]
+    assert 0.94 < np.mean(covered) < 0.96
+
+
+@pytest.mark.parametrize("cuped", [False, True])
+def test_the_looks_are_at_all_users_so_far_with_the_first_looks_mixture(cuped):
+    """sequence = always_valid over the days, with tau = mde |control| of the first look."""
+    log = draw_log(lift=0.2)
+    log["arm"][(log["day"] == 0) & (np.cumsum(log["day"] == 0) > 150)] = "a"
+    config = abtest.Config(control="a", mde=0.03, alpha=0.05, cuped=cuped)
+    tests, days = [], []
+    for day in range(10):
+        some = {name: column[log["day"] <= day] for name, column in log.items()}
+        if min((some["arm"] == "a").sum(), (some["arm"] == "b").sum()) >= 100:
+            tests.append(abtest.compare(some, "a", "CTR", 0.05, cuped)[0])
+            days.append(day)
+    assert 0 < days[0] and tests[0].control != pytest.approx(tests[-1].control, rel=1e-3)
+    p, half = abtest.always_valid(
+        [t.difference for t in tests], [t.se**2 for t in tests], 0.03 * tests[0].control, 0.05
+    )
+    stopped = [day for day, value in zip(days, p, strict=True) if value < 0.05]
+    assert abtest.sequence(log, config, "CTR") == {
+        "looks": len(days),
+        "p": pytest.approx(p[-1]),
+        "low": pytest.approx(tests[-1].difference - half[-1]),
+        "high": pytest.approx(tests[-1].difference + half[-1]),
+        "stopped_on_day": stopped[0],
+    }
+
+
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 def test_holm_is_the_step_down_procedure(p):
-    """Adjusted p below alpha exactly where every p up to it in size is below alpha / (number not yet rejected)."""
+    """Adjusted p < alpha if and only if Holm's step-down procedure rejects."""
     alpha, adjusted = 0.05, abtest.holm(p)
     rejected, order = set(), np.argsort(p, kind="stable")
     for step, i in enumerate(order):
@@ -178,7 +215,7 @@ def test_a_log_is_read_tested_and_written(tmp_path, capsys):
     m = result["metrics"]["CTR"]
     assert m["holm"] < 0.01 and m["relative_low"] < 0.15 < m["relative_high"]
     assert m["sequential"]["looks"] == 10 and m["sequential"]["stopped_on_day"] is not None
-    # looking often has its price
+    # an interval that is valid at every look is wider
     assert m["sequential"]["high"] - m["sequential"]["low"] > m["high"] - m["low"]
     assert result["metrics"]["session failure"]["p"] > 1e-3
     assert json.loads((tmp_path / "abtest.json").read_text()) == json.loads(json.dumps(result))
@@ -229,7 +266,7 @@ def test_a_wrong_log_is_named(tmp_path, change, said):
 
 
 def test_a_metric_that_nobody_could_have_is_left_out(tmp_path, capsys):
-    """No impressions at all: CTR is undefined, the rest is as if it had never been asked for."""
+    """No impressions at all: CTR is undefined, and the other metrics do not change."""
     log = draw_log(1000)
     log["clicks"], log["impressions"] = np.zeros(1000), np.zeros(1000)
     result = abtest.run(
@@ -272,7 +309,7 @@ def test_an_arm_of_one_user_and_a_loss_that_shrinks(tmp_path):
 
 
 def test_a_plan_promises_what_a_test_then_needs(tmp_path, capsys):
-    """From a log without arms; and its users are those that the test itself asks for when nothing happens."""
+    """A log without arms gives the users that a test with no effect would ask for."""
     log = draw_log(20_000)
     test = abtest.run(abtest.Config(log=save(log, tmp_path / "log.parquet"), control="a"))[
         "metrics"
@@ -319,7 +356,7 @@ def test_edges():
 
 
 def test_a_metric_of_zeros_is_reported_as_undefined(tmp_path):
-    """Nobody bought: no relative change, no planner, no sequential test, and the file is JSON that anybody reads."""
+    """Nobody bought: no relative change, no plan, no sequential test, and still valid JSON."""
     log = draw_log(1000)
     for name in ("gmv", "purchases", "purchase_sessions"):
         log[name] = np.zeros(1000)

@@ -1,4 +1,4 @@
-"""The judge: swapping pages swaps the verdict, a server that misbehaves costs retries and no answer, counts add up."""
+"""The judge: swapped pages swap the verdict, faulty servers are retried, counts add up."""
 
 import json
 import threading
@@ -34,7 +34,10 @@ def common(served):
 
 
 class Server:
-    """A chat server on this machine. script: for each request a status, or an answer's content; then always `last`."""
+    """A chat server on this machine.
+
+    script  one entry for each request: a status, or an answer's content; `last` from then on
+    """
 
     def __init__(
         self,
@@ -80,7 +83,7 @@ class Server:
 
 
 class Stub:
-    """Prefers by a rule on the two pages."""
+    """A backend that decides by a function of the two pages."""
 
     name = "stub"
 
@@ -108,7 +111,7 @@ def test_both_orders_must_agree():
 
 @given(st.data())
 def test_swapping_the_pages_swaps_the_verdict(data):
-    """For any backend, however odd: compare(a, b) and compare(b, a) name the same page."""
+    """compare(a, b) and compare(b, a) name the same page, for any backend."""
     taste = data.draw(
         st.dictionaries(
             st.tuples(st.integers(0, 3), st.integers(0, 3)), st.sampled_from(judge.WINNERS)
@@ -241,7 +244,7 @@ def test_http_honours_retry_after_and_gives_up_with_a_reason(shop):
         assert len(server.seen) == 3
     with Server(last=401) as server, pytest.raises(PageLLMError, match="refuses: 401"):
         judge.Http(shop, server.url, "m", sleep=slept.append).ask(WHO, [1], [2])
-    # nobody listens there any more
+    # the server is gone
     with pytest.raises(PageLLMError, match="no answer in 1 attempts"):
         judge.Http(shop, server.url, "m", retries=0, timeout=5).ask(WHO, [1], [2])
     with pytest.raises(PageLLMError, match="address of a chat server"):
@@ -263,7 +266,7 @@ def test_http_keeps_answers_within_the_budget_and_carries_on(common, capsys):
         found = judge.run(judge.Config(**config, budget=100))
         asked = len(server.seen)
         again = judge.run(judge.Config(**config, budget=0))
-        assert len(server.seen) == asked and again == found  # all from the file
+        assert len(server.seen) == asked and again == found  # every opinion came from the file
     assert asked == 2 * found["pairs"] - 2 * sum(
         x == "the pages are equal" for x in first_reasons(common, "http")
     )
@@ -348,7 +351,7 @@ def test_people(common, tmp_path, shop, capsys):
 
 
 def test_kappa():
-    """Cohen's own measure: 1 for equal, 0 where agreement is chance, known value for a table of 20, 5, 10, 15."""
+    """1 for equal verdicts, 0 for agreement by chance, 0.4 for the table 20, 5, 10, 15."""
     ours = ["a"] * 25 + ["b"] * 25
     people = ["a"] * 20 + ["b"] * 5 + ["a"] * 10 + ["b"] * 15
     assert judge.agreement(ours, people)["kappa"] == pytest.approx(0.4)

@@ -1,4 +1,4 @@
-"""Off-policy estimators: their expectation over every page is the simulator's truth, and small samples are refused."""
+"""Off-policy estimators: their expectation is the true value; small samples are refused."""
 
 import math
 
@@ -32,7 +32,7 @@ def setting(leave=False, spread=1.0, seed=0):
 
 
 def every_page(leave=False):
-    """A log of every page of every user with its expected rewards, and the probability that it was logged."""
+    """Every page of every user with its expected rewards, and the probability of each page."""
     world, users, candidates, logging, target = setting(leave)
     place = np.tile(ope.all_pages(M, K), (U, 1))
     row = np.repeat(users, len(place) // U)
@@ -63,10 +63,10 @@ def contributions(log):
 
 @pytest.mark.parametrize("leave", [False, True])
 def test_the_expectation_over_every_page_is_the_truth(leave):
-    """Exactly, for every estimator; but the pseudo-inverse needs rewards that add up, which leaving breaks."""
+    """E[estimate] = true value; for the pseudo-inverse only if rewards add up over slots."""
     log, p, truth = every_page(leave)
     assert p.sum() == pytest.approx(1.0)
-    # the logged value is another
+    # the logging policy's value differs, so the estimators have something to correct
     assert (p * log.reward.sum(1)).sum() != pytest.approx(truth, rel=1e-3)
     for name, x in contributions(log).items():
         off = abs((p * x).sum() - truth)
@@ -83,11 +83,11 @@ def test_intervals_cover_the_truth_and_doubly_robust_is_steadier_than_ips():
     covered, value = {}, {}
     for seed in range(120):
         log = ope.simulated_log(world, users, candidates, logging, target, K, 1500, seed)
-        # clusters that hold nothing in common
+        # clusters without a common user
         log.user = np.random.default_rng(seed).integers(300, size=1500)
         for name, v in ope.estimates(log, 1.0).items():
             if name == "direct":
-                continue  # its fitted values know items, not users, and it does not say so
+                continue  # biased: its fitted values depend on items, not on users
             covered.setdefault(name, []).append(abs(v.value - truth) < 1.96 * v.se)
             value.setdefault(name, []).append(v.value)
     for name, hits in covered.items():
@@ -98,8 +98,29 @@ def test_intervals_cover_the_truth_and_doubly_robust_is_steadier_than_ips():
     assert spread["pseudo-inverse"] < spread["IPS"]
 
 
+def test_an_estimate_rests_on_its_own_weights_and_is_clustered_by_user():
+    """ess = (sum w)^2 / sum w^2 of the estimator's weights; IPS's se from sums over each user."""
+    log = ope.simulated_log(*setting(), K, 600)
+    page, pi = log.weights()[:, -1], ope.pseudo_inverse_weights(log)
+    found = ope.estimates(log, 1.0)
+    for name, value in found.items():
+        weight = pi if name == "pseudo-inverse" else page
+        assert value.ess == pytest.approx(weight.sum() ** 2 / (weight**2).sum()), name
+    assert abs(found["pseudo-inverse"].ess / found["IPS"].ess - 1) > 0.01
+    x, owners = page * log.reward.sum(1), np.unique(log.user)
+    z = np.array([(x - x.mean())[log.user == u].sum() for u in owners]) / (600 / len(owners))
+    assert found["IPS"].value == pytest.approx(x.mean())
+    assert found["IPS"].se == pytest.approx(z.std(ddof=1) / math.sqrt(len(owners)))
+
+
+def test_the_printed_interval_is_1_96_standard_errors_wide():
+    log = ope.simulated_log(*setting(), K, 50)
+    text = ope.report(log, {"IPS": ope.Value(1.0, 0.5, 300.0)}, None)
+    assert "   1.0000    [0.0200, 1.9800]                 300" in text
+
+
 def test_cascade_dr_of_a_certain_reward_has_no_spread():
-    """Where every slot brings r, fitted values are exact: each contribution is K r, whatever its weight."""
+    """If every slot earns r, fitted values are exact: every session's term is K r."""
     world, users, candidates, logging, target = setting()
     log = ope.simulated_log(world, users, candidates, logging, target, K, 200)
     log.reward[:] = 0.25
@@ -108,8 +129,10 @@ def test_cascade_dr_of_a_certain_reward_has_no_spread():
 
 
 def test_the_direct_estimate_is_the_fitted_values_alone():
-    """Where a slot's reward depends on its item alone it is nearly right (what follows a slot also depends on the user,
-    whom fitted values do not know), and steadier than IPS."""
+    """If a slot's reward depends on its item alone, `direct` is nearly right, steadier than IPS.
+
+    It is not exact: the rewards of later slots depend on the user, and fitted values do not.
+    """
     world, users, candidates, logging, target = setting()
     items, rng = np.random.default_rng(1).uniform(0.1, 0.9, 8), np.random.default_rng(2)
     log = ope.simulated_log(world, users, candidates, logging, target, K, 40_000)
@@ -132,7 +155,7 @@ def test_the_direct_estimate_is_the_fitted_values_alone():
     )["IPS"].std()
     log.target = log.target * 0
     log.candidates = None
-    assert all(v.refused for v in ope.estimates(log, 0.0).values())  # nothing weighs anything
+    assert all(v.refused for v in ope.estimates(log, 0.0).values())  # all weights are 0
 
 
 def test_equal_policies_give_the_logged_mean():

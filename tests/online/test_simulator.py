@@ -1,4 +1,4 @@
-"""The page simulator: samples agree with its closed form, the closed form with an enumeration, SFT against PPO runs."""
+"""The simulator: samples agree with the closed form, and the closed form with an enumeration."""
 
 import itertools
 
@@ -22,7 +22,7 @@ def small_world(how, seed=0, users=3, items=6):
 
 
 def enumerated(world, user, page):
-    """Means of one session, by walking through every course that it can take."""
+    """Means of one session, summed over every course that it can take."""
     out = dict.fromkeys(("impressions", "clicks", "purchases", "gmv", "failure", "purchase"), 0.0)
     K = len(page)
     for course in itertools.product(
@@ -33,7 +33,7 @@ def enumerated(world, user, page):
         for k, item in enumerate(page):
             if not reads:
                 if fate[k] != "unseen" or not on[k]:
-                    p = 0.0  # one course stands for all that nobody sees
+                    p = 0.0  # courses that differ in unseen slots count once
                 continue
             look, click, buy = (
                 world.how.glance ** (k % world.how.columns),
@@ -117,7 +117,7 @@ def test_a_better_item_higher_up_earns_more_and_the_last_row_least():
 
 
 def test_a_simulated_effect_is_found_and_none_is_not():
-    """One arm shows the best items, the other the worst: the estimate covers the closed form. A against A: no find."""
+    """Best items against worst: the interval covers the closed form. A against A: no finding."""
     world = small_world(simulator.Behaviour(columns=3), users=20, items=30)
     users = np.arange(20)
     best, worst = (np.argsort(sign * world.click, axis=1)[:, :6] for sign in (-1, 1))
@@ -141,7 +141,7 @@ def test_a_simulated_effect_is_found_and_none_is_not():
 
 @pytest.mark.parametrize("metric", list(abtest.METRICS))
 def test_p_values_of_simulated_a_against_a_are_uniform(metric):
-    """200 new coins for the same visitors: Kolmogorov's distance below its 0.0001 quantile, 2.23 / sqrt(n)."""
+    """200 random assignments of the same visitors: Kolmogorov's distance < 2.23 / sqrt(n)."""
     world, users = small_world(simulator.Behaviour(columns=3), users=20, items=30), np.arange(20)
     page = np.argsort(-world.click, axis=1)[:, :6]
     log = simulator.online_log(world, {"a": (users, page), "b": (users, page)}, 1500, 5, 2.0)
@@ -171,7 +171,7 @@ def test_sft_against_ppo_end_to_end(served, tmp_path, capsys):
 
 @pytest.mark.parametrize("reading", simulator.READERS)
 def test_another_reader_and_another_failure(served, reading, capsys):
-    """A session that ends without a purchase may count as failed: then failure and purchase are one less the other."""
+    """If a session without a purchase counts as failed, failure = 1 - purchase."""
     common = {"run": "base", "data": str(served / "data"), "runs": str(served / "runs")}
     evaluate.run(
         evaluate.Config(**common, k=6, depth=20, policies="sft,ppo", quiet=True, n_boot=10)
