@@ -1,1 +1,1 @@
-"""Studies: many runs compared. They import pagellm through each module's __all__; nothing imports them."""
+"""Studies that compare many runs. They use what pagellm's modules export; nothing imports them."""

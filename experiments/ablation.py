@@ -1,11 +1,15 @@
-"""The paper's Table 5: mixed reward, item-only, page-only, without reward; reward models without a pair kind; and
-what is not the paper's: SFT's loss beside PPO's, and hits on hidden train items beside the learnt reward.
+"""Ablation of the reward (the paper's Table 5), over several seeds.
 
-    python -m experiments.ablation --dataset synthetic --seeds 3
+    make ablation                       python -m experiments.ablation --dataset synthetic --seeds 3
 
-Writes runs/<study>/<dataset>-<rows>.parquet and prints it; the same as Markdown and LaTeX, with effect sizes, in
-runs/<study>/<dataset>-<rows>/table.{md,tex,parquet}. About six minutes a seed on the synthetic shop with two cores;
-rows already done are not run again.
+--rows table5   mixed reward, item-only, page-only, without reward: the paper's four rows
+--rows pairs    reward models that are fitted without one kind of pair
+--rows hits     not in the paper: SFT's loss added to PPO's, and a reward for hits on hidden train
+                items beside the learnt one
+
+Writes runs/<study>/<dataset>-<rows>.parquet and prints it; Markdown and LaTeX with effect sizes lie
+in runs/<study>/<dataset>-<rows>/table.{md,tex,parquet}. About six minutes a seed on the synthetic
+shop with two cores. Rows already done are not run again.
 """
 
 import sys
@@ -43,6 +47,8 @@ HITS = [
     Variant("SFT's loss, hits", ppo=KEEP | {"w_hit": 3.0, "w_token": 0.0, "w_page": 0.0}),
 ]
 SETS = {"table5": TABLE5, "pairs": PAIRS, "hits": HITS}
+STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "evaluate": evaluate}
+FIXED = {"dataset", "run", "data", "runs", "seed", "source_run"}  # fields that the study sets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +58,9 @@ class Config:
     dataset: str = "synthetic"  # name of the data set
     raw: str = ""  # directory of its raw files, if it is not prepared yet
     study: str = "ablation"  # name of the study: results lie in <runs>/<study>
-    rows: str = "table5"  # table5 (the paper's four), pairs (reward models without a kind of pair)
-    # or hits (ours: SFT's loss and hits on hidden train items beside the learnt reward)
-    seeds: int = 3  # seeds 0, 1, ...; each trains all stages anew
+    rows: str = "table5"  # table5 (the paper's four rows), pairs (reward models without one kind of
+    # pair) or hits (SFT's loss and hits on hidden train items beside the learnt reward)
+    seeds: int = 3  # number of seeds: 0, 1, ...; each trains all stages anew
     preset: str = "auto"  # auto: every stage begins with the data set's preset, if there is one;
     # none: with its defaults
     data: str = "data"  # directory of prepared data sets
@@ -74,31 +80,19 @@ class Config:
 
 
 def run(config: Config) -> list[dict]:
-    stages = Stages(
-        config.data,
-        config.runs,
-        config.raw,
-        config.preset,
-        **{
-            m.__name__.rsplit(".", 1)[-1]: overrides(
-                m, getattr(config, m.__name__.rsplit(".", 1)[-1])
-            )
-            for m in (pretrain, sft, reward, ppo, evaluate)
-        },
-    )
-    for name in ("pretrain", "sft", "reward", "ppo", "evaluate"):
-        fixed = {"dataset", "run", "data", "runs", "seed", "source_run"} & set(
-            getattr(stages, name)
-        )
-        if fixed:
+    """Train and compare the rows. Returns the records of compare_seeds."""
+    options = {name: overrides(module, getattr(config, name)) for name, module in STAGES.items()}
+    for name, chosen in options.items():
+        if fixed := FIXED & set(chosen):
             raise PageLLMError(f"--{name} must not set {', '.join(sorted(fixed))}: the study does")
+    stages = Stages(config.data, config.runs, config.raw, config.preset, **options)
     results = study(config.study, config.dataset, SETS[config.rows], range(config.seeds), stages)
     records = compare_seeds(results, ALL_COLUMNS)
     path = Path(config.runs) / config.study / f"{config.dataset}-{config.rows}.parquet"
     write_table(path, records)
     heading = (
-        f"{config.dataset}: {config.seeds} seeds; paired difference to {records[0]['variant']!r} with its 95% "
-        "interval (bootstrap over seeds and users) and effect size d"
+        f"{config.dataset}: {config.seeds} seeds; paired difference to {records[0]['variant']!r} "
+        "with its 95% interval (bootstrap over seeds and users) and effect size d"
     )
     save(path.with_suffix(""), compare(results, ALL_COLUMNS, records[0]["variant"]), heading)
     print(f"{print_table(records)}\n\n{heading}\n{path}")

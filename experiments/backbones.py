@@ -1,18 +1,20 @@
-"""The paper's Table 3 (RQ4): GPT-2, Llama, and Llama with low-rank adapters through the same stages, side by side.
+"""Study of backbones (the paper's Table 3, RQ4): GPT-2, Llama, and Llama with low-rank adapters.
 
-    python -m experiments.backbones                     # make backbones
+    make backbones                      python -m experiments.backbones
     python -m experiments.backbones --dataset toys --raw path/to/files --seeds 1
 
     python -m experiments.backbones --gpt2 gpt2 --gpt2_weights models/gpt2 --gpt2_bpe models/gpt2 \\
         --llama llama-3.2-1b --llama_weights models/Llama-3.2-1B --llama_bpe models/Llama-3.2-1B \\
         --pretrain "--lr 1e-4" --sft "--lr 1e-4 --checkpoint_blocks"
 
-All rows begin from a published trunk and its words. Where no weights are named, a stand-in takes their place: the same
-network pre-trained here on another synthetic shop (seed 1: other items, users and brands, the same kind of text), saved
-and read back as published files are. Each stage has a process of its own, so that its peak memory is its own; a stage
-that is done is not run again. Writes runs/<study>/<dataset>.parquet and .md, and prints the table: ranking with 95%
-intervals (bootstrap over seeds and users), then what each backbone costs, mean and range over the seeds. Seconds of a
-stage that was interrupted are those since it was carried on.
+All rows start from published weights and their tokeniser. If none are named, a stand-in is used:
+the same network pre-trained here on another synthetic shop (seed 1: other items, users and brands,
+the same kind of text), saved and read back like published files. Each stage runs in a process of
+its own, so that its peak memory can be measured. Stages that are done are not run again.
+
+Writes runs/<study>/<dataset>.parquet and .md, and prints the table: ranking metrics with 95%
+intervals (bootstrap over seeds and users), then what each backbone costs (mean and range over the
+seeds). For a stage that was interrupted, the seconds count from its last start.
 """
 
 import json
@@ -23,7 +25,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -52,9 +54,8 @@ STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "evalu
 class Config:
     """Compare backbones: ranking, seconds, memory, parameters."""
 
-    PRESET_FOLDER: ClassVar[str] = (
-        "backbones"  # where rows begin from a published trunk, other options fit
-    )
+    PRESET_FOLDER: ClassVar[str] = "backbones"  # where rows begin from a published trunk, other
+    # options fit
 
     dataset: str = "synthetic"  # name of the data set
     raw: str = ""  # directory of its raw files, if it is not prepared yet
@@ -62,15 +63,15 @@ class Config:
     seeds: int = 3  # seeds 0, 1, ...; each trains all stages anew
     policy: str = "sft"  # the policy that is scored: sft, or ppo (reward and ppo are run as well)
     gpt2: str = "tiny"  # size of GPT-2
-    gpt2_weights: str = ""  # published weights for it: a path or a name on the hub; empty:
-    # the stand-in
-    gpt2_bpe: str = ""  # the words published with them
+    gpt2_weights: str = ""  # published weights for GPT-2: a path or a name on the hub; empty: a
+    # stand-in
+    gpt2_bpe: str = ""  # the tokeniser published with them
     llama: str = "llama-tiny"  # size of Llama, with and without adapters
-    llama_weights: str = ""  # published weights for it
-    llama_bpe: str = ""  # the words published with them
-    lora_rank: int = 8  # of the adapters
-    lora_alpha: float = 16.0  # their scale is lora_alpha / lora_rank
-    lora_targets: str = "q,k,v,o,gate,up,down"  # matrices that have one
+    llama_weights: str = ""  # published weights for Llama; empty: a stand-in
+    llama_bpe: str = ""  # the tokeniser published with them
+    lora_rank: int = 8  # rank of the adapters
+    lora_alpha: float = 16.0  # the adapters' scale is lora_alpha / lora_rank
+    lora_targets: str = "q,k,v,o,gate,up,down"  # matrices that get an adapter
     device: str = "auto"  # cpu, cuda, cuda:1; auto takes cuda where there is one
     preset: str = "auto"  # auto: every stage begins with the data set's preset, if there is one;
     # none: with its defaults
@@ -96,7 +97,8 @@ class Config:
         for name in ("gpt2", "llama"):
             if bool(getattr(self, f"{name}_weights")) != bool(getattr(self, f"{name}_bpe")):
                 raise PageLLMError(
-                    f"--{name}_weights and --{name}_bpe go together: weights know their own words only"
+                    f"--{name}_weights and --{name}_bpe go together: weights know their own words "
+                    "only"
                 )
 
     @property
@@ -104,7 +106,7 @@ class Config:
         return Path(self.runs) / self.study
 
     def options(self, stage: str) -> dict:
-        """What --<stage> asks for. Raises PageLLMError for fields that the study sets."""
+        """Fields that --<stage> sets. Raises PageLLMError for those that the study sets itself."""
         found = overrides(STAGES[stage], getattr(self, stage))
         fixed = set(found) & {
             "dataset",
@@ -129,9 +131,11 @@ class Config:
 
 
 def alone(module, **options) -> None:
-    """Run a stage in a process of its own; in this one where it is done, which checks that it was the same stage.
+    """Run a stage in a process of its own, with these fields of its Config.
 
-    A signal is handed on and waits until the child has written its checkpoint. Raises PageLLMError if the child fails.
+    If the stage is done already, it runs in this process, which only compares its options. A signal
+    is passed on to the child, and this process waits for the child's checkpoint. Raises
+    PageLLMError if the child fails.
     """
     config = module.Config(**options)
     if (config.stage(module.__name__.rsplit(".", 1)[-1]) / "done").exists():
@@ -146,7 +150,8 @@ def alone(module, **options) -> None:
     ]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with deferred_signals() as waiting:
-        # A session of its own: a terminal's Ctrl-C would reach the child beside our message, and two stop it at once.
+        # In a session of its own the child gets a terminal's Ctrl-C only from us. Otherwise it
+        # would get two signals, and the second would end it before its checkpoint is written.
         child = subprocess.Popen(
             command, env={**os.environ, "PYTHONPATH": path}, start_new_session=True
         )
@@ -171,7 +176,8 @@ def alone(module, **options) -> None:
 
 
 def stand_in(config: Config, size: str) -> Path:
-    """A directory as a published model has it, of a network pre-trained on another shop: weights, config, words."""
+    """Pre-train a network on another shop and save it like a published model: weights, config,
+    tokeniser. Returns the directory."""
     root = config.folder / "other"
     if not (root / "data" / "synthetic" / "source.json").exists():
         prepare.run(prepare.Config(data=str(root / "data"), seed=1))
@@ -190,9 +196,9 @@ def stand_in(config: Config, size: str) -> Path:
 
 
 def train(config: Config, row: str, seed: int, start: tuple[str, str, str]) -> str:
-    """All stages of one row and seed; -> the run's name. start: size, weights, words."""
+    """Run all stages of one row and seed; returns the run. start: size, weights, tokeniser."""
     name = f"{config.study}/{config.dataset}-{slug(row)}-s{seed}"
-    common = {
+    common: dict[str, Any] = {
         "dataset": config.dataset,
         "run": name,
         "seed": seed,
@@ -221,7 +227,7 @@ def train(config: Config, row: str, seed: int, start: tuple[str, str, str]) -> s
 
 
 def costs(folder: Path) -> dict[str, float]:
-    """What the stages of one run left in `done`, and the seconds of an epoch of SFT, validation not counted."""
+    """Costs of one run's stages, from their `done` files. An SFT epoch excludes validation."""
     done = {
         stage: read_json(folder / stage / "done")
         for stage in STAGES
@@ -243,10 +249,13 @@ def costs(folder: Path) -> dict[str, float]:
 
 
 def summary(scores: dict[str, list[dict]], spent: dict[str, list[dict]]) -> list[dict]:
-    """One record for each row and quantity. Ranking: mean, low, high, and the paired difference to the first row with
-    its interval; costs: mean, and low, high are the range over the seeds.
+    """One record for each row and quantity.
 
-    scores  row -> one {metric: (U,)} a seed      spent  row -> one `costs` a seed
+    For a metric: mean, interval low..high, and the paired difference to the first row with its
+    interval. For a cost: mean, and low..high is the range over the seeds.
+
+    scores  row -> {metric: (U,)} for each seed
+    spent   row -> `costs` for each seed
     """
     records, first = [], next(iter(scores))
     for row in scores:
@@ -283,7 +292,7 @@ def summary(scores: dict[str, list[dict]], spent: dict[str, list[dict]]) -> list
 
 
 def markdown(records: list[dict]) -> str:
-    """Backbones across, quantities down."""
+    """The records as a Markdown table: quantities down, backbones across."""
     rows = list(dict.fromkeys(r["row"] for r in records))
     names = list(dict.fromkeys(r["quantity"] for r in records))
     at = {(r["row"], r["quantity"]): r for r in records}
@@ -299,7 +308,8 @@ def markdown(records: list[dict]) -> str:
             lines.append(
                 f"| − {rows[0]} | | "
                 + " | ".join(
-                    f"{r['difference']:+.4f} [{r['difference_low']:+.4f}, {r['difference_high']:+.4f}]"
+                    f"{r['difference']:+.4f} [{r['difference_low']:+.4f}, "
+                    f"{r['difference_high']:+.4f}]"
                     for r in found[1:]
                 )
                 + " |"
@@ -344,16 +354,17 @@ def run(config: Config) -> list[dict]:
         for name in starts
     }
     heading = (
-        f"{config.dataset}, {config.policy}, {config.seeds} seeds. GPT-2: {config.gpt2}, {origin['gpt2']}; "
-        f"Llama: {config.llama}, {origin['llama']}; adapters of rank {config.lora_rank} on "
-        f"{config.lora_targets}"
+        f"{config.dataset}, {config.policy}, {config.seeds} seeds. GPT-2: {config.gpt2}, "
+        f"{origin['gpt2']}; Llama: {config.llama}, {origin['llama']}; adapters of rank "
+        f"{config.lora_rank} on {config.lora_targets}"
     )
     text = f"{heading}\n\n{markdown(records)}\n"
     with atomic(config.folder / f"{config.dataset}.md") as beside:
         beside.write_text(text)
     print(
-        f"{text}\nIn brackets 95% intervals (bootstrap over seeds and users), behind costs their range over the "
-        f"seeds\n{config.folder / config.dataset}.parquet, .md"
+        f"{text}\n"
+        "In brackets 95% intervals (bootstrap over seeds and users), behind costs their range "
+        f"over the seeds\n{config.folder / config.dataset}.parquet, .md"
     )
     return records
 

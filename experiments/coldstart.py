@@ -1,14 +1,18 @@
-"""Cold start (the paper's appendix F): half of the training interactions; users by how many they have.
+"""Cold start (the paper's appendix F): train on half of the interactions.
 
     make coldstart DATASET=toys             python -m experiments.coldstart --dataset toys --seeds 3
-    python -m experiments.coldstart --policies sft,ppo       our rows beside the baselines'
-    python -m experiments.coldstart --seeds 1 --run_files SASRec=full.parquet+half-s0.parquet      an outside library's
+    python -m experiments.coldstart --policies sft,ppo
+    python -m experiments.coldstart --seeds 1 --run_files SASRec=full.parquet+half-s0.parquet
 
-Each seed draws which half of every user's train rows stays, rounded up, so that nobody is left without. The others
-become `unused`: unknown to every model, and kept off every page (mask train+valid+unused), so that full and half are
-ranked among the same items and nobody pays for recommending what was taken away. Validation and test rows stay.
-Settings are chosen on the full data and kept for the halves. Whatever learns elsewhere (pagellm/baselines/outside.py) is
-fitted to data/<dataset> and to each data/<dataset>-half-s<seed>, which an earlier run has made, and given as run files.
+--policies adds our rows to the baselines', --run_files those of other libraries.
+
+Each seed draws which half of every user's train rows stays, rounded up, so that every user keeps
+some. The others become `unused`: no model sees them, and no page may hold them (mask
+train+valid+unused). Full and half are thus ranked among the same items, and no model loses by
+recommending an item that was removed. Validation and test rows do not change. Baselines' settings
+are chosen on the full data and kept for the halves. Other libraries (pagellm/baselines/outside.py)
+are fitted to data/<dataset> and to each data/<dataset>-half-s<seed>, which a first run of this
+study makes; their run files are given with --run_files.
 
 Writes data/<dataset>-half-s<seed>/, runs/<study>/..., and runs/<study>/<dataset>.{parquet,md}
 """
@@ -20,6 +24,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -64,21 +69,21 @@ STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "evalu
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What half of the training interactions costs each recommender, for users with few and with many."""
+    """What removing training interactions costs each recommender, by how many a user has."""
 
     dataset: str = "synthetic"  # name of the data set
     raw: str = ""  # directory of its raw files, if it is not prepared yet
     study: str = "coldstart"  # name of the study: results lie in <runs>/<study>
-    share: float = 0.5  # of each user's train rows that stay, rounded up
-    seeds: int = 3  # seeds 0, 1, ...; each draws its own half
+    share: float = 0.5  # share of each user's train rows that stays, rounded up
+    seeds: int = 3  # number of seeds: 0, 1, ...; each draws its own half
     models: str = ",".join(PLAIN)  # baselines, comma-separated
-    trials: int = 24  # settings tried for each on the full data
-    settings: str = ""  # settings.json of an earlier search, used instead
-    policies: str = ""  # our rows: sft, ppo, or both, comma-separated;
-    # trained on full and on each half
-    run_files: str = ""  # rows of others: NAME=FULL+HALF of seed 0+...,
-    # comma-separated (runfile.py)
-    bins: str = "4,8,16"  # users by full train rows: up to 4, 5 to 8, 9 to 16, more
+    trials: int = 24  # most settings tried for each baseline, on the full data
+    settings: str = ""  # settings.json of an earlier search, used instead of searching
+    policies: str = ""  # our rows: sft, ppo, or both, comma-separated; each is trained on the full
+    # data and on every half
+    run_files: str = ""  # rows of other libraries: NAME=FULL+HALF0+HALF1..., comma-separated; one
+    # run file for the full data and one for each seed's half
+    bins: str = "4,8,16"  # groups of users by their full train rows: up to 4, 5 to 8, 9 to 16, more
     preset: str = "auto"  # auto: every stage begins with the data set's preset, if there is one;
     # none: with its defaults
     data: str = "data"  # directory of prepared data sets
@@ -104,21 +109,23 @@ class Config:
             bins=(rising, "rising whole numbers, comma-separated"),
             run_files=(
                 all(len(files) == 1 + self.seeds for files in self.others().values()),
-                f"NAME= and {1 + self.seeds} files joined by +: of the full data and of each seed's half",
+                f"NAME= and {1 + self.seeds} files joined by +: of the full data and of each "
+                "seed's half",
             ),
         )
 
     def others(self) -> dict[str, list[Path]]:
-        """Row -> its run files: the full data's, then each seed's half's."""
+        """Row -> its run files: that of the full data, then those of each seed's half."""
         named = (text.partition("=") for text in filter(None, self.run_files.split(",")))
         return {name: [Path(path) for path in paths.split("+") if path] for name, _, paths in named}
 
 
 def thin(source: Path, target: Path, share: float, seed: int) -> None:
-    """Copy a prepared data set with only `share` of each user's train rows, rounded up; the others become unused.
+    """Copy a prepared data set, keeping `share` of each user's train rows, rounded up.
 
-    Rows that were liked and rows that were not are thinned apart. Review text of dropped rows goes too. Does nothing
-    where the same copy is there; raises PageLLMError where another is.
+    The other train rows become `unused`. Positive and other rows are thinned separately. The review
+    text of removed rows is removed too. Does nothing if the same copy exists; raises PageLLMError
+    if there is another.
     """
     record = {"from": file_id(source / "interactions.parquet"), "share": share, "seed": seed}
     if (target / "source.json").exists():
@@ -169,7 +176,7 @@ def thin(source: Path, target: Path, share: float, seed: int) -> None:
 
 
 def groups(shop: Shop, users: np.ndarray, edges: Iterable[int]) -> dict[str, np.ndarray]:
-    """name -> (U,) bool: all users, and users by their train positives: up to each edge, more than the last."""
+    """Groups of users, name -> (U,) bool: all, and by train positives: up to each edge, or more."""
     count, low, found = (
         shop.csr("train").counts()[users],
         0,
@@ -182,6 +189,7 @@ def groups(shop: Shop, users: np.ndarray, edges: Iterable[int]) -> dict[str, np.
 
 
 def run(config: Config) -> list[dict]:
+    """Thin the data, train and score all rows, print the table. Returns the records of `drops`."""
     data = Path(config.data)
     prepared(config.dataset, config.raw, config.data, config.preset)
     options = {name: overrides(module, getattr(config, name)) for name, module in STAGES.items()}
@@ -193,7 +201,7 @@ def run(config: Config) -> list[dict]:
             )
     options["evaluate"]["mask"] = MASK
     stages = Stages(config.data, config.runs, config.raw, **options)
-    shared = {
+    shared: dict[str, Any] = {
         "data": config.data,
         "runs": config.runs,
         "mask": MASK,
@@ -242,9 +250,9 @@ def run(config: Config) -> list[dict]:
     folder = Path(config.runs) / config.study
     write_table(folder / f"{config.dataset}.parquet", records)
     text = (
-        f"{config.dataset}: {config.share:g} of each user's train rows, {config.seeds} draws; mean on full, on the "
-        f"thinned data, drop in percent; difference with its 95% interval (bootstrap over seeds and users), d\n\n"
-        f"{show(records)}\n"
+        f"{config.dataset}: {config.share:g} of each user's train rows, {config.seeds} draws; mean "
+        "on full, on the thinned data, drop in percent; difference with its 95% interval "
+        f"(bootstrap over seeds and users), d\n\n{show(records)}\n"
     )
     with atomic(folder / f"{config.dataset}.md") as beside:
         beside.write_text(text)
@@ -253,10 +261,12 @@ def run(config: Config) -> list[dict]:
 
 
 def read_scores(folder: Path, path: Path) -> dict[str, np.ndarray]:
-    """Per-user scores of a run file for the data prepared in `folder`. Raises PageLLMError if it does not fit."""
+    """Per-user scores of a run file for the prepared data in `folder`. Raises PageLLMError if they
+    do not fit."""
     if not path.is_file():
         raise PageLLMError(
-            f"no run file {path}\n  Make it from {folder}, for example with pagellm/baselines/outside.py."
+            f"no run file {path}\n"
+            f"  Make it from {folder}, for example with pagellm/baselines/outside.py."
         )
     shop, plain = load(folder), compare.Config()
     scorer = Scorer(shop, "test")
@@ -268,7 +278,11 @@ def read_scores(folder: Path, path: Path) -> dict[str, np.ndarray]:
 
 
 def drops(rows: dict[str, tuple[list, list]], members: dict[str, np.ndarray]) -> list[dict]:
-    """One record for each row, metric and group of users. rows: name -> (full, thinned), one per-user dict a seed."""
+    """One record for each row, metric and group of users.
+
+    rows     name -> (full, thinned): per-user scores of each seed
+    members  group -> (U,) bool
+    """
     records = []
     for name, (full, thinned) in rows.items():
         for group, mine in members.items():
@@ -299,7 +313,7 @@ def drops(rows: dict[str, tuple[list, list]], members: dict[str, np.ndarray]) ->
 
 
 def show(records: list[dict]) -> str:
-    """Markdown: rows and groups down, metrics across."""
+    """The records as a Markdown table: rows and groups down, metrics across."""
     lines = ["| | users | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
     for first in range(0, len(records), len(METRICS)):
         some = records[first : first + len(METRICS)]

@@ -1,22 +1,23 @@
-"""Across domains (the paper's limitations): train on one category, write pages in another that was never seen.
+"""Across domains (the paper's limitations): train on one category, write pages in an unseen one.
 
-    make crossdomain                                    python -m experiments.crossdomain
+    make crossdomain                    python -m experiments.crossdomain
     python -m experiments.crossdomain --dataset gift_cards --target scientific
 
-A policy is trained on the source (pretrain, sft; no user tokens). Its item rows are then predicted from words: ridge
-regression from the title, brand and category of the source's items to their trained rows. The target's items get the
-rows that their words predict, and the source's policy writes pages from the histories of the target's users. No row of
-the target is trained on. Without --target the synthetic shop is cut: half of the departments and half of the users on
-either side, drawn anew for each seed.
+A policy is trained on the source (pretrain and sft, without user tokens). Ridge regression then
+predicts item rows (embeddings) from words: it is fitted from the title, brand and category of the
+source's items to their trained rows. The target's items get the rows that their words predict, and
+the source's policy writes pages from the histories of the target's users. No row of the target is
+trained on. Without --target the data set is cut in two: half of the departments and half of the
+users on either side, drawn anew for each seed.
 
     popularity      of the target's train rows: knows the target
-    content kNN     cosine of an item's words to those of the history
-    rows: words     ridge from TF-IDF of words
-    rows: states    ridge from the policy's own mean states over words, as `export` writes them
-    rows: shuffled  those of words, dealt to the wrong items: what the network does without content
+    content kNN     cosine between an item's words and those of the history
+    rows: words     ridge from the words' TF-IDF
+    rows: states    ridge from the policy's own mean states over the words, as `export` writes them
+    rows: shuffled  the rows of `words` given to random items: the network without content
     trained there   the same two stages on the target's own train rows
 
-Writes data/<dataset>-<side>-s<seed>/, runs/<study>/..., runs/<study>/<dataset>-to-<target>.parquet
+Writes data/<dataset>-<side>-s<seed>/, runs/<study>/..., runs/<study>/<dataset>-to-<target>.parquet.
 About a minute a seed for the synthetic shop on one core.
 """
 
@@ -24,6 +25,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -56,14 +58,14 @@ FIXED = {"dataset", "run", "data", "runs", "seed", "source_run"}
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Pages in a category that the policy has never seen, through rows made of words."""
+    """Write pages in a category that the policy has never seen, with item rows made from words."""
 
     dataset: str = "synthetic"  # name of the source
-    target: str = ""  # name of the target; empty: the source is cut into two halves of departments
+    target: str = ""  # name of the target; empty: cut the source into two halves of departments
     raw: str = ""  # directory of the source's raw files, if it is not prepared yet
-    target_raw: str = ""  # the same for the target
+    target_raw: str = ""  # directory of the target's raw files, if it is not prepared yet
     study: str = "crossdomain"  # name of the study: results lie in <runs>/<study>
-    seeds: int = 3  # seeds 0, 1, ...; each trains anew, and cuts anew where there is no target
+    seeds: int = 3  # number of seeds: 0, 1, ...; each trains anew, and cuts anew without --target
     preset: str = "auto"  # auto: every stage begins with the data set's preset, if there is one;
     # none: with its defaults
     data: str = "data"  # directory of prepared data sets
@@ -80,10 +82,11 @@ class Config:
 
 
 def cut(source: Path, target: Path, users: np.ndarray, items: np.ndarray, note: dict) -> None:
-    """A prepared data set with only these users (U,) and items (N,) bool, numbered anew; splits stay as they are.
+    """Write a prepared data set with only these users (U,) and items (N,) bool, numbered anew.
 
-    Users without a train positive among the items, and items that nobody left has, go too. Does nothing where the
-    same cut is there; raises PageLLMError where another is, or nothing would be left.
+    Also removes users without a train positive among the items, and items that no remaining user
+    has. Splits do not change. Does nothing if the same cut exists; raises PageLLMError if there is
+    another, or if nothing would be left.
     """
     record = {"from": file_id(source / "interactions.parquet"), **note}
     if (target / "source.json").exists():
@@ -139,7 +142,7 @@ def cut(source: Path, target: Path, users: np.ndarray, items: np.ndarray, note: 
 def halves(
     shop: Shop, seed: int
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """(users, items) of the source and of the target: bool masks, half of the departments and of the users each."""
+    """Masks (users, items) of source and target: each half of the departments and of the users."""
     top = np.array([names[0] if names else "" for names in shop.catalogue.categories])
     names = np.unique(top)
     if len(names) < 2:
@@ -153,8 +156,10 @@ def halves(
 
 
 def words_of(shop: Shop, vocab: Vocab) -> np.ndarray:
-    """(N, words) float32: how often each word stands in an item's title, brand and categories, rare words counting
-    more (TF-IDF over this catalogue), rows of length 1; zeros where an item has no text."""
+    """TF-IDF of the words in items' titles, brands and categories, (N, words) float32.
+
+    Rows have length 1; they are zero for items without text.
+    """
     c = shop.catalogue
     out = np.zeros((shop.n_items, vocab.n_words), np.float32)
     for i in range(shop.n_items):
@@ -167,7 +172,10 @@ def words_of(shop: Shop, vocab: Vocab) -> np.ndarray:
 def ridge(
     x: np.ndarray, y: np.ndarray, strength: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """mean of x (F,), weights (F, d), mean of y (d,) that minimise |y - predicted|^2 + strength |weights|^2."""
+    """Ridge regression: minimise |y - predicted|^2 + strength |weights|^2.
+
+    x (n, F), y (n, d); returns the mean of x (F,), weights (F, d), the mean of y (d,)
+    """
     mx, my = x.mean(0), y.mean(0)
     a, b = (x - mx).astype(np.float64), (y - my).astype(np.float64)
     gram = a @ a.T
@@ -177,11 +185,13 @@ def ridge(
 def predict_rows(
     x: np.ndarray, rows: np.ndarray, new: np.ndarray, seed: int
 ) -> tuple[np.ndarray, float]:
-    """Rows (M, d) of new items from their features (M, F), and how well it went on items held back.
+    """Predict rows of new items by ridge regression from known items.
 
-    x (N, F), rows (N, d): features and trained rows of known items. The strength is the best of STRENGTHS on a fifth
-    of them by the mean cosine of centred rows, which is returned. Predictions are stretched to the known rows' mean
-    length.
+    x (N, F), rows (N, d)   features and trained rows of known items
+    new (M, F)              features of the new items
+    returns                 rows (M, d), scaled to the mean length of the known rows; and the mean
+                            cosine of centred rows on a fifth of the known items, which were held
+                            back to choose the ridge's strength from STRENGTHS
     """
     drawn = randomness.rng(seed, "crossdomain", "rows").permutation(len(x))
     held, taught = drawn[: max(1, len(x) // 5)], drawn[max(1, len(x) // 5) :]
@@ -207,7 +217,10 @@ def predict_rows(
 
 
 def moved(policy: Policy, shop: Shop, rows: np.ndarray) -> Policy:
-    """The policy's network and words for another shop: `rows` (N, C) as item rows, every user <user_unk>."""
+    """The policy for another shop: the same network and words, `rows` (N, C) as its item rows.
+
+    Every user is <user_unk>.
+    """
     state = to_state(policy.model)
     n_words = policy.model.n_words
     weights = state["weights"] | {
@@ -222,8 +235,8 @@ def moved(policy: Policy, shop: Shop, rows: np.ndarray) -> Policy:
 
 
 def trained(config: Config, dataset: str, seed: int) -> Policy:
-    """pretrain and sft on this data set, without user tokens; what is done is not done again."""
-    common = {
+    """Run pretrain and sft on this data set, without user tokens, unless they are done."""
+    common: dict[str, Any] = {
         "dataset": dataset,
         "run": f"{config.study}/{dataset}-t{seed}",
         "seed": seed,
@@ -239,7 +252,11 @@ def trained(config: Config, dataset: str, seed: int) -> Policy:
 def scores(
     config: Config, source: str, target: str, seed: int
 ) -> tuple[dict[str, dict], dict[str, float], Shop]:
-    """row -> per-user scores on the target's test rows; feature -> cosine of predicted rows held back; the target."""
+    """Score all rows of the table for one seed.
+
+    Returns row -> per-user scores on the target's test rows; kind of feature -> cosine of predicted
+    rows on held-back items; the target's Shop.
+    """
     policy = trained(config, source, seed)
     known, shop = (load(Path(config.data) / name) for name in (source, target))
     scorer, train, seen = Scorer(shop, "test"), shop.csr("train"), seen_rows(shop, "test", MASK)
@@ -278,7 +295,7 @@ def scores(
 def aligned(
     found: dict[str, np.ndarray], ids: list[str], everybody: dict[str, int]
 ) -> dict[str, np.ndarray]:
-    """The same scores over everybody, NaN for those who are not among these users."""
+    """Spread the users' scores over all users (id -> place): NaN for those without a score."""
     at = np.array([everybody[ids[u]] for u in found["user"]])
     out = {}
     for name, values in found.items():
@@ -321,9 +338,10 @@ def run(config: Config) -> list[dict]:
     write_table(path, records)
     kept = ", ".join(f"{name} {np.mean([f[name] for f in fits]):.2f}" for name in fits[0])
     print(
-        f"{config.dataset} to {config.target or 'the other half of its departments'}, {config.seeds} seeds; mean, "
-        "and the difference to shuffled rows with its 95% interval (bootstrap over seeds and users)\n\n"
-        f"{markdown(records)}\n\ncosine of predicted and trained rows, items of the source held back: {kept}\n{path}"
+        f"{config.dataset} to {config.target or 'the other half of its departments'}, "
+        f"{config.seeds} seeds; mean, and the difference to shuffled rows with its 95% interval "
+        f"(bootstrap over seeds and users)\n\n{markdown(records)}\n\n"
+        f"cosine of predicted and trained rows, items of the source held back: {kept}\n{path}"
     )
     return records
 

@@ -1,22 +1,28 @@
-"""Drift (the paper's limitations): a shop changes; trained on the past, scored on what came after.
+"""Drift (the paper's limitations): a shop changes; train on the past, score on what came after.
 
     make drift                              python -m experiments.drift --dataset synthetic
-    make drift DATASET=instruments RAW=...  python -m experiments.drift --dataset synthetic --planted
+    make drift DATASET=instruments RAW=...  python -m experiments.drift --planted
 
-Each user's latest tenth is the test split, the tenth before it validation, in `<data>/temporal/<dataset>`.
+Each user's latest tenth is the test split, and the tenth before it validation, in
+<data>/temporal/<dataset>. Rows:
 
-    popularity          of the train rows                   recent popularity   of their latest `--recent` share
-    random cuts         SFT as it is: histories and pages mix past and future
-    time cuts           what comes after a moment is the page (--cut time)
-    time cuts, token    and a token shows which of `times` periods it is (pretrain --times)
-    ... token, told the first   the same policy, told that it is the first period: does it listen?
+    popularity                  of the train rows
+    recent popularity           of the latest `--recent` share of the train rows
+    random cuts                 SFT by default: histories and pages mix past and future
+    time cuts                   SFT whose page comes after its history (--cut time)
+    time cuts, token            the same, and a token in the prompt shows which of `times` periods
+                                it is (pretrain --times)
+    ... token, told the first   the same policy, but the prompt shows the first period: does the
+                                policy use the token?
 
-and, on the same users, SFT and popularity under the paper's random split: what the split itself hides. --planted gives
-the synthetic shop's rows other moments: a fashion moves through the departments, the same for everybody. Time then says
-something; in the shop as it is, it does not.
+SFT and popularity are also scored on the same users under the paper's random split, to show what
+that split hides. --planted gives the synthetic shop's rows other times, so that a fashion moves
+through the departments for everybody. Then time carries information; in the plain synthetic shop it
+does not.
 
-Writes data/temporal/<dataset>[-planted]/, runs/<study>/..., runs/<study>/<dataset>[-planted].parquet
-About two and a half minutes a seed for the synthetic shop on two idle cores.
+Writes data/temporal/<dataset>[-planted]/, runs/<study>/...,
+runs/<study>/<dataset>[-planted].parquet. About two and a half minutes a seed for the synthetic shop
+on two idle cores.
 """
 
 import json
@@ -24,6 +30,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -62,15 +69,16 @@ FIXED = {"dataset", "run", "data", "runs", "seed", "source_run", "times", "cut",
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Random and temporal splits; prompts that show when, and that do not."""
+    """Compare random and temporal splits, and prompts with and without a token for the time."""
 
     dataset: str = "synthetic"  # name of the data set; its rows need times
     raw: str = ""  # directory of its raw files
-    planted: bool = False  # synthetic only: a fashion that moves through the departments is planted
+    planted: bool = False  # synthetic shop only: plant a fashion that moves through the departments
     study: str = "drift"  # name of the study: results lie in <runs>/<study>
-    seeds: int = 3  # seeds 0, 1, ...; each trains anew
-    times: int = 8  # periods that the time token tells apart, about equally full of train rows
-    recent: float = 0.2  # share of the train rows, the latest, that recent popularity counts
+    seeds: int = 3  # number of seeds: 0, 1, ...; each trains anew
+    times: int = 8  # number of periods that the time token distinguishes, with about equally many
+    # train rows each
+    recent: float = 0.2  # share of the train rows that recent popularity counts: the latest
     preset: str = "auto"  # auto: every stage begins with the data set's preset, if there is one;
     # none: with its defaults
     data: str = "data"  # directory of prepared data sets
@@ -93,11 +101,11 @@ class Config:
 
 
 def plant(source: Path, target: Path, seed: int, passes: int = 2, noise: float = 0.1) -> None:
-    """Copy a prepared data set with other moments: a fashion moves through the departments, the same for everybody,
-    and comes round `passes` times. A row's moment is its department's in a pass drawn at random, with some noise (in
-    passes). Splits are by time again.
+    """Copy a prepared data set with other times, so that a fashion moves through the departments.
 
-    Does nothing where the copy is there; raises PageLLMError where another is.
+    The fashion is the same for everybody and passes through all departments `passes` times. A row's
+    time is that of its department in a random pass, plus noise (in units of a pass). Rows are split
+    by the new times. Does nothing if the copy exists; raises PageLLMError if there is another.
     """
     record = {
         "from": file_id(source / "interactions.parquet"),
@@ -145,7 +153,7 @@ def plant(source: Path, target: Path, seed: int, passes: int = 2, noise: float =
             folder / "interactions.parquet",
             compression="zstd",
         )
-        if (folder / "reviews.parquet").exists():  # text of rows that are held out now goes
+        if (folder / "reviews.parquet").exists():  # remove the text of rows that are now held out
             reviews = pq.read_table(folder / "reviews.parquet")
             held = (shop.user * shop.n_items + item)[kinds != "train"]
             code = (
@@ -170,7 +178,7 @@ def plant(source: Path, target: Path, seed: int, passes: int = 2, noise: float =
 
 
 def recent_pages(shop: Shop, users: np.ndarray, seen, share: float, seed: int = 0) -> RankedPages:
-    """The most bought items of the latest `share` of the train rows."""
+    """Pages of the items bought most often in the latest `share` of the train rows."""
     rows = np.flatnonzero(shop.rows("train"))
     late = rows[np.argsort(shop.time[rows], kind="stable")[-max(1, round(share * len(rows))) :]]
     count = torch.from_numpy(np.bincount(shop.item[late], minlength=shop.n_items)).float()
@@ -186,8 +194,8 @@ def trained(
     times: int = 0,
     cut: str = "random",
 ) -> Policy:
-    """pretrain and sft of one row; what is done is not done again."""
-    common = {
+    """Run pretrain and sft of one row, unless they are done. Returns SFT's policy."""
+    common: dict[str, Any] = {
         "dataset": dataset,
         "run": f"{config.study}/{dataset}-{name}-s{seed}",
         "seed": seed,
@@ -203,9 +211,11 @@ def trained(
 def scored(
     shop: Shop, policy: Policy | None, seed: int, recent: float = 0.0, first: bool = False
 ) -> dict[str, np.ndarray]:
-    """Per-user scores (all users of the shop, NaN without test rows) of a policy, or of popularity where it is None.
+    """Per-user scores of a policy for all users of the shop; NaN for users without test rows.
 
-    first  tell the policy that every page is shown in the first period        recent  as in recent_pages; 0: all rows
+    policy  None: popularity
+    first   tell the policy that every page is shown in the first period
+    recent  share of the rows that popularity counts, as in recent_pages; 0: all
     """
     scorer, seen = Scorer(shop, "test"), seen_rows(shop, "test", MASK)
     when = np.full(shop.n_users, shop.time.min()) if first else shop.moments("test")
@@ -245,8 +255,8 @@ def run(config: Config) -> list[dict]:
     shop, mixed = load(Path(later) / name), load(Path(config.data) / config.dataset)
     if not shop.time.any() or len(np.unique(shop.time[shop.rows("train")])) < config.times:
         raise PageLLMError(
-            f"{shop.path}: the rows have no times, or fewer than {config.times} moments: nothing to "
-            "show"
+            f"{shop.path}: the rows have no times, or fewer than {config.times} moments: nothing "
+            "to show"
         )
     if shop.user_ids != mixed.user_ids:
         raise PageLLMError(
@@ -276,8 +286,9 @@ def run(config: Config) -> list[dict]:
                 split.setdefault(row, []).append(scores)
     records = compare(results, SHOWN, "time cuts")
     lines = [
-        f"{name}, temporal split, {config.seeds} seeds, {config.times} periods; mean, and the difference to time "
-        f"cuts with its 95% interval (bootstrap over seeds and users)\n\n{markdown(records)}"
+        f"{name}, temporal split, {config.seeds} seeds, {config.times} periods; mean, and the "
+        "difference to time cuts with its 95% interval (bootstrap over seeds and users)\n\n"
+        f"{markdown(records)}"
     ]
     for row, scores in split.items():
         cells = []

@@ -1,22 +1,25 @@
-"""What the reward model knows that it was not taught: a kind of pair left out, and a truth that it never sees.
+"""How well the reward model generalises: to a kind of pair it never saw, and to held-out truth.
 
-    make leaveout                           python -m experiments.leaveout --dataset synthetic --seeds 3
+    make leaveout                       python -m experiments.leaveout --dataset synthetic --seeds 3
 
-Left out: for each kind of pair a reward model that learns from the other kinds alone; the accuracy on the held-out
-users' pairs of that kind, beside that of the model taught all kinds, paired over seeds and users.
+Left out. For each kind of pair, a reward model is fitted to the other kinds only. Its accuracy on
+the held-out users' pairs of that kind is compared with that of the model fitted to all kinds,
+paired over seeds and users.
 
-Truth: several pages of every user, drawn from SFT's policy as PPO draws them, scored by the model taught all kinds
-and by what was held out: NDCG on the validation items, the page energy E with their ratings and, where a synthetic shop
-knows all tastes, its true energy. `within users`: Spearman's correlation over the pages of one user, mean over users,
-which is what PPO climbs; `over users`: that of the users' mean pages.
+Truth. Several pages of every user are drawn from SFT's policy, as PPO draws them. The model fitted
+to all kinds scores them, and so do held-out data: NDCG on the validation items, the page energy E
+with their ratings and, on the synthetic shop, the true energy. `within users` is Spearman's
+correlation over the pages of one user, averaged over users; PPO climbs this one. `over users` is
+the correlation of the users' mean values.
 
-Writes <runs>/<study>/<dataset>-leaveout.parquet, <dataset>-truth.parquet and prints both. Rows already done are not run
-again. A few minutes a seed on the synthetic shop.
+Writes <runs>/<study>/<dataset>-leaveout.parquet and <dataset>-truth.parquet, and prints both. Rows
+already done are not run again. A few minutes a seed on the synthetic shop.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -53,16 +56,16 @@ TRUTHS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Leave-one-kind-out accuracy of the reward model, and its correlation with a held-out truth."""
+    """Leave-one-kind-out accuracy of the reward model, and its correlation with held-out truth."""
 
     dataset: str = "synthetic"  # name of the data set
     raw: str = ""  # directory of its raw files, if it is not prepared yet
     study: str = "leaveout"  # name of the study: results lie in <runs>/<study>
-    seeds: int = 3  # seeds 0, 1, ...; each trains all stages anew
-    users: int = 500  # whose pages are held against the truth; 0: all with validation items
-    pages: int = 16  # of each of them
-    k: int = 20  # slots of a page
-    temperature: float = 0.3  # of sampling, as in ppo
+    seeds: int = 3  # number of seeds: 0, 1, ...; each trains all stages anew
+    users: int = 500  # users whose pages are compared with the truth; 0: all with validation items
+    pages: int = 16  # pages of each of these users
+    k: int = 20  # slots on a page
+    temperature: float = 0.3  # sampling temperature, as in ppo
     preset: str = "auto"  # auto: every stage begins with the data set's preset, if there is one;
     # none: with its defaults
     data: str = "data"  # directory of prepared data sets
@@ -89,13 +92,18 @@ class Config:
 
 
 def run(config: Config) -> list[dict]:
-    """-> the records of both tables (tables.compare; `truth_records`)."""
+    """Return the records of both tables: those of tables.compare, then those of `truth_records`."""
     prepared(config.dataset, config.raw, config.data, config.preset)
     shop = load(Path(config.data) / config.dataset)
     taught, left, truths = [], [], []
     for seed in range(config.seeds):
         base = f"{config.study}/{config.dataset}-s{seed}"
-        common = {"dataset": config.dataset, "seed": seed, "data": config.data, "runs": config.runs}
+        common: dict[str, Any] = {
+            "dataset": config.dataset,
+            "seed": seed,
+            "data": config.data,
+            "runs": config.runs,
+        }
         options = {
             name: overrides(module, getattr(config, name)) for name, module in STAGES.items()
         }
@@ -141,17 +149,19 @@ def run(config: Config) -> list[dict]:
     for name, rows in (("leaveout", records), ("truth", known)):
         write_table(folder / f"{config.dataset}-{name}.parquet", rows)
     print(
-        f"{config.dataset}, {config.seeds} seeds: accuracy on held-out users' pairs (mean over users; paired "
-        f"difference with its 95% interval over seeds and users)\n\n{markdown(records)}\n"
+        f"{config.dataset}, {config.seeds} seeds: accuracy on held-out users' pairs (mean over "
+        "users; paired difference with its 95% interval over seeds and users)\n\n"
+        f"{markdown(records)}\n"
     )
     print(
-        f"Spearman's correlation of the reward with what was held out, {config.pages} pages a user drawn at "
-        f"temperature {config.temperature:g}\n\n| | within users | over users |\n|---|---|---|"
+        f"Spearman's correlation of the reward with what was held out, {config.pages} pages a user "
+        f"drawn at temperature {config.temperature:g}\n\n| | within users | over users |\n"
+        "|---|---|---|"
     )
     for row in known:
         print(
-            f"| {TRUTHS[row['truth']]} | {row['within']:.3f} [{row['low']:.3f}, {row['high']:.3f}] | "
-            f"{row['over']:.3f} |"
+            f"| {TRUTHS[row['truth']]} | {row['within']:.3f} [{row['low']:.3f}, {row['high']:.3f}] "
+            f"| {row['over']:.3f} |"
         )
     return records + known
 
@@ -159,9 +169,11 @@ def run(config: Config) -> list[dict]:
 def right_by_user(
     model: reward.Config, made: reward.Config, policy: Policy, n_users: int
 ) -> dict[str, np.ndarray]:
-    """kind -> (n_users,) share of a user's pairs whose better page scores higher, NaN but for held-out users.
+    """kind -> (n_users,) share of a user's pairs whose better page has the higher score.
 
-    model  whose reward model judges    made  whose pairs it judges: those of users that neither has learnt from
+    model  Config of the reward model that scores
+    made   Config of the stage whose pairs are scored: those of users held out from both models
+    NaN for users who are not held out or have no pair of that kind
     """
     table = pq.read_table(made.stage("reward") / "pairs.parquet")
     users, back = np.unique(table["user"].to_numpy(), return_inverse=True)
@@ -185,7 +197,7 @@ def right_by_user(
 def against_truth(
     config: Config, shop: Shop, policy: Policy, model: RewardModel, seed: int, batch: int = 64
 ) -> dict[str, dict[str, np.ndarray]]:
-    """truth -> {"reward": (U, G), "truth": (U, G)} of G pages of each of U users."""
+    """Score G sampled pages of each of U users: truth -> {"reward": (U, G), "truth": (U, G)}."""
     scorer, history, seen = (
         Scorer(shop, "valid"),
         shop.csr("train"),
@@ -227,7 +239,11 @@ def against_truth(
 
 
 def truth_records(truths: list[dict]) -> list[dict]:
-    """One record a truth: `within` users with its interval over seeds and users, `over` users (mean over seeds)."""
+    """One record for each truth.
+
+    within  mean correlation over one user's pages, with its interval low..high (seeds and users)
+    over    correlation over users, mean over seeds
+    """
     records = []
     for name in truths[0]:
         within = [

@@ -1,13 +1,14 @@
-"""bfloat16 in the trunk against float32: seconds a step, and the quality of whole runs.
+"""bfloat16 in the network against float32: seconds of a step, and quality of whole runs.
 
-    python -m experiments.precision                          speed at four sizes: two minutes
-    python -m experiments.precision --seeds 3                whole runs too, both ways; rows already done are kept
+    python -m experiments.precision                  speed at four sizes: two minutes
+    python -m experiments.precision --seeds 3        whole runs too; rows already done are kept
 
-Speed is one SFT step (forward, loss, backward, optimiser) at each size, the two precisions in turn in one process, so
-that whatever else the machine does meets both: the medians' ratio counts. Quality: every stage from pretrain to
-evaluate with --precision float32 and with bfloat16, test split, the paired difference over seeds and users, SFT and
-PPO apart; --policies sft leaves out the reward model and PPO. Writes <runs>/precision/<dataset>-<size>.parquet and
-prints it.
+Speed: one SFT step (forward, loss, backward, optimiser) at each size. The two precisions take turns
+in one process, so that other work on the machine slows both; compare the medians' ratio.
+
+Quality: every stage from pretrain to evaluate, with --precision float32 and with bfloat16, on the
+test split; differences are paired over seeds and users, for SFT and PPO separately. --policies sft
+leaves out the reward model and PPO. Writes <runs>/precision/<dataset>-<size>.parquet and prints it.
 """
 
 import json
@@ -33,21 +34,21 @@ __all__ = ["Config", "quality", "run", "speed"]
 
 
 PRECISIONS = ("float32", "bfloat16")
-USERS = {"gpt2": 8}  # in a step, where not 64
+USERS = {"gpt2": 8}  # users in a step; 64 for the other sizes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Does bfloat16 pay on this machine, and does it cost quality?"""
+    """Measure whether bfloat16 is faster on this machine, and whether it costs quality."""
 
-    sizes: str = "tiny,mini,small,gpt2"  # networks whose step is timed, comma-separated;
-    # empty: none
-    steps: int = 9  # of each precision, after one to warm up
-    device: str = "auto"  # cpu, cuda; auto takes cuda where there is one; of steps and whole runs
-    seeds: int = 0  # whole runs for seeds 0, 1, ...; 0: none
-    dataset: str = "synthetic"  # of the whole runs
+    sizes: str = "tiny,mini,small,gpt2"  # networks whose step is timed, comma-separated; empty:
+    # none
+    steps: int = 9  # timed steps of each precision, after one to warm up
+    device: str = "auto"  # device of steps and whole runs: cpu, cuda; auto: cuda if there is one
+    seeds: int = 0  # number of whole runs of each precision: seeds 0, 1, ...; 0: none
+    dataset: str = "synthetic"  # data set of the whole runs
     size: str = "tiny"  # network of the whole runs
-    policies: str = "sft,ppo"  # whose pages are scored in the whole runs, comma-separated
+    policies: str = "sft,ppo"  # policies scored in the whole runs, comma-separated
     data: str = "data"  # directory of prepared data sets
     runs: str = "runs"  # directory of runs
 
@@ -64,7 +65,10 @@ class Config:
 
 
 def speed(size: str, steps: int, device: torch.device) -> dict:
-    """Median seconds of one SFT step at each precision: a prompt of 50 tokens, 10 slots, 1,000 items, 64 users."""
+    """Median seconds of one SFT step at each precision.
+
+    Prompts of 50 tokens, pages of 10 slots, 1,000 items, and 64 users or what USERS says.
+    """
     B, shape = USERS.get(size, 64), SIZES[size]
     torch.manual_seed(0)
     model = GPT2(shape, 2057, 2000, 1000).to(device)
@@ -133,18 +137,20 @@ def quality(config: Config) -> list[dict]:
     path = Path(config.runs) / "precision" / f"{config.dataset}-{config.size}.parquet"
     write_table(path, records)
     print(
-        f"\n{config.seeds} seeds, test split: mean ± standard deviation over seeds; the paired difference to float32 "
-        f"with its 95% interval (bootstrap over seeds and users)\n{path}"
+        "\n"
+        f"{config.seeds} seeds, test split: mean ± standard deviation over seeds; the paired "
+        f"difference to float32 with its 95% interval (bootstrap over seeds and users)\n{path}"
     )
     return records
 
 
 def run(config: Config) -> list[dict]:
-    """-> the rows of the speed table."""
+    """Print both tables. Returns the rows of the speed table."""
     device = dist.pick_device(config.device)
     rows = []
     print(
-        f"{'size':<12}{'columns':>8}{'users':>7}{'float32 ms':>12}{'bfloat16 ms':>13}{'gain':>7}   auto takes"
+        f"{'size':<12}{'columns':>8}{'users':>7}{'float32 ms':>12}{'bfloat16 ms':>13}{'gain':>7}   "
+        "auto takes"
     )
     for name in filter(None, config.sizes.split(",")):
         rows.append(row := speed(name, config.steps, device))

@@ -1,18 +1,20 @@
-"""What the embeddings add to a plain CPU ranker (the paper's 6.6): LightGBM with and without our two features.
+"""What our embeddings add to a plain ranker (the paper's 6.6): LightGBM with and without them.
 
 Reads   data/<dataset>, runs/<run>/ppo, runs/<run>/reward
-Writes  runs/<run>/ranker/                  table.{md,tex,parquet}, {valid,test}.npz: candidates and their features
+Writes  runs/<run>/ranker/              table.{md,tex,parquet}, and {valid,test}.npz: candidates
+                                        with their features
 
-    make ranker                             python -m experiments.ranker --dataset synthetic
+    make ranker                         python -m experiments.ranker --dataset synthetic
 
-EASE, fitted to train rows, proposes each user's candidates; LightGBM (lambdarank) orders them. It learns from the
-validation labels and is scored once on the test labels; no feature reads a held-out row. (PageLLM chose its own step on
-validation, so its features look a little better where the ranker learns than where it is scored: that can cost them,
-not flatter them.)
+EASE, fitted to train rows, proposes each user's candidates. LightGBM (lambdarank) orders them. It
+learns from the validation labels and is scored once on the test labels; no feature reads a held-out
+row. (PageLLM chose its own step on validation, so its features are slightly better where the ranker
+learns than where it is scored. That can only reduce their measured gain.)
 
-    plain      popularity, item mean rating, price, price less the user's usual, affinity to category, department and
-               brand, history length
-    dot        h_u . e_i           marginal  change of the page's reward (pagellm/serving/features.py)
+    plain      popularity, item mean rating, price, price minus the user's usual, affinity to
+               category, department and brand, history length
+    dot        h_u . e_i
+    marginal   change of the page's reward (pagellm/serving/features.py)
     first      EASE's score of the candidate
 
 About three minutes for the synthetic shop on one core. Needs the extra [ranker].
@@ -70,19 +72,19 @@ MASK = "train+valid"
 
 @dataclass(frozen=True, kw_only=True)
 class Config(StageConfig):
-    """Order a first stage's candidates with LightGBM, with and without dot(h_u, e_i) and the marginal page reward."""
+    """Order a first stage's candidates with LightGBM, with and without our two features."""
 
     source_run: str = ""  # run whose sft is read with policy=sft; empty: this run
     reward_run: str = ""  # run whose reward model is read; empty: source_run
-    policy: str = "ppo"  # whose features: ppo or sft
-    candidates: int = 100  # items that the first stage proposes to each user
-    ridge: float = 100.0  # of EASE, the first stage
-    k: int = 20  # slots of a page
+    policy: str = "ppo"  # policy that the features come from: ppo or sft
+    candidates: int = 100  # number of items that the first stage proposes for each user
+    ridge: float = 100.0  # strength of EASE's ridge; EASE is the first stage
+    k: int = 20  # slots on a page
     mode: str = "greedy"  # how the page behind the marginal reward is decoded
-    seeds: int = 5  # rankers: each draws its own rows and columns for its trees
-    trees: int = 100  # of a ranker
-    leaves: int = 15  # of a tree
-    lr: float = 0.05  # of the boosting
+    seeds: int = 5  # number of rankers; each samples its own rows and columns for its trees
+    trees: int = 100  # trees of a ranker
+    leaves: int = 15  # leaves of a tree
+    lr: float = 0.05  # learning rate of the boosting
 
     def __post_init__(self):
         super().__post_init__()
@@ -102,8 +104,13 @@ class Config(StageConfig):
 
 @dataclass
 class Candidates:
-    """What is ordered for the users of one split. user (U,); item (U, M), -1: none; label (U, M) bool: held out;
-    features name -> (U, M) float32, NaN where unknown."""
+    """The items to order for the users of one split.
+
+    user      (U,)
+    item      (U, M), -1 where there are fewer
+    label     (U, M) bool, True for held-out items
+    features  name -> (U, M) float32, NaN where unknown
+    """
 
     user: np.ndarray
     item: np.ndarray
@@ -111,7 +118,7 @@ class Candidates:
     features: dict[str, np.ndarray]
 
     def rows(self, names, users: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """X (R, F), y (R,), group sizes of these rows of the table, one row a candidate."""
+        """LightGBM's input for these users: X (R, F), y (R,), group sizes; one row a candidate."""
         kept = self.item[users] >= 0
         return (
             np.stack([self.features[name][users][kept] for name in names], 1),
@@ -121,7 +128,7 @@ class Candidates:
 
 
 def plain_features(shop: Shop, users: np.ndarray, item: np.ndarray) -> dict[str, np.ndarray]:
-    """PLAIN for items (U, M) of users (U,): from the catalogue and train rows alone."""
+    """The features PLAIN of items (U, M) for users (U,), from the catalogue and train rows only."""
     c, train = shop.catalogue, shop.csr("train")
     top_name = [names[0] if names else "" for names in c.categories]
     known = {name: at for at, name in enumerate(sorted(set(top_name) - {""}))}
@@ -130,7 +137,7 @@ def plain_features(shop: Shop, users: np.ndarray, item: np.ndarray) -> dict[str,
     size = np.maximum(train.counts(), 1)
 
     def affinity(group: np.ndarray) -> np.ndarray:
-        """Share of the user's train positives in the item's group; NaN where the item has none."""
+        """Share of the user's train positives in the item's group; NaN if the item has no group."""
         n = int(group.max(initial=-1)) + 1
         if n == 0:
             return np.full(item.shape, np.nan)
@@ -165,7 +172,7 @@ def plain_features(shop: Shop, users: np.ndarray, item: np.ndarray) -> dict[str,
 def candidates(
     shop: Shop, split: str, policy: Policy, reward: RewardModel, config: Config
 ) -> Candidates:
-    """EASE's best `config.candidates` for every user with held-out rows of `split`, with all features."""
+    """EASE's best candidates for every user with held-out rows of `split`, with all features."""
     held, train, seen = shop.csr(split), shop.csr("train"), seen_rows(shop, split, MASK)
     users = np.flatnonzero(held.counts() > 0)
     ease = fit("EASE", train, shop.n_users, shop.n_items, {"ridge": config.ridge})
@@ -200,7 +207,7 @@ def candidates(
 
 
 def kept(path: Path, make: Callable[[], Candidates]) -> Candidates:
-    """`make()`, or what it gave an interrupted run of the same options (Run refuses others)."""
+    """make(), stored in `path`; or what an interrupted run with the same options stored there."""
     if not path.exists():
         made = make()
         with atomic(path) as beside, open(beside, "wb") as file:
@@ -213,7 +220,7 @@ def kept(path: Path, make: Callable[[], Candidates]) -> Candidates:
 
 
 def dealt(found: Candidates, seed: int) -> Candidates:
-    """The same candidates in random places: their order would tell a tree's ties what the first stage thinks."""
+    """Shuffle each user's candidates: with equal scores their order would leak EASE's ranking."""
     place = np.argsort(randomness.rng(seed, "ranker", "places").random(found.item.shape), axis=1)
     item, label = (np.take_along_axis(x, place, 1) for x in (found.item, found.label))
     return Candidates(
@@ -225,13 +232,13 @@ def dealt(found: Candidates, seed: int) -> Candidates:
 
 
 def learn(found: Candidates, names, config: Config, seed: int):
-    """A LightGBM booster for these features, fitted to `found`."""
+    """Fit a LightGBM booster with these features to `found`."""
     import lightgbm
 
     if not found.label.any():
         raise PageLLMError(
-            f"the first stage found no held-out item of {len(found.user):,} users: nothing to learn\n"
-            "  Raise --candidates."
+            f"the first stage found no held-out item of {len(found.user):,} users: nothing to "
+            "learn\n  Raise --candidates."
         )
     x, y, group = found.rows(names, np.arange(len(found.user)))
     params = {
@@ -254,7 +261,10 @@ def learn(found: Candidates, names, config: Config, seed: int):
 
 
 def order(found: Candidates, names, booster, k: int) -> RankedPages:
-    """The candidates by the booster's score; equal scores keep their order. booster None: by the first stage."""
+    """Pages of the candidates with the best scores; equal scores keep their order.
+
+    booster  None: order by the first stage's score
+    """
     score = np.full(found.item.shape, -np.inf, np.float32)
     kept = found.item >= 0
     if booster is None:
@@ -328,13 +338,14 @@ def run(config: Config) -> list[dict]:
             beside.write_text(text + "\n")
         out.finish()
         print(
-            f"{config.dataset}: {len(test.user):,} users, {config.seeds} rankers\n\n{text}\n\n{out.path}"
+            f"{config.dataset}: {len(test.user):,} users, {config.seeds} rankers\n\n{text}\n\n"
+            f"{out.path}"
         )
     return records
 
 
 def report(records, results, gain, test: Candidates) -> str:
-    """The table against "plain", the pairs that answer the question with EASE's score beside them, and gains."""
+    """The text: differences to "plain", those with EASE's score as a feature, and feature gains."""
     lines = [markdown(records), ""]
     for more in ("dot", "marginal", "both"):
         a, b = results[f"plain + first + {more}"], results["plain + first"]
@@ -350,8 +361,8 @@ def report(records, results, gain, test: Candidates) -> str:
         "",
         "share of the trees' gain, plain + first + both: "
         + ", ".join(f"{names[i]} {share[i]:.0%}" for i in np.argsort(-share)),
-        f"the candidates hold {test.label.sum():,} held-out items, those of {test.label.any(1).mean():.1%} of "
-        "the users at least one",
+        f"the candidates hold {test.label.sum():,} held-out items, those of "
+        f"{test.label.any(1).mean():.1%} of the users at least one",
     ]
     return "\n".join(lines)
 

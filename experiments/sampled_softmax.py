@@ -1,11 +1,13 @@
-"""The item softmax over drawn items against all items: what it costs in quality, over seeds.
+"""What a softmax over sampled items, instead of all items, costs in quality, over several seeds.
 
     python -m experiments.sampled_softmax --dataset synthetic --sampled_items 64 --seeds 3
 
-Pretrain and SFT with the full softmax, with --sampled_items, and with --lazy_rows beside it; SFT's pages scored on the
-validation split, the paired difference to the full softmax over seeds and users. Rows already done are not run again.
-Writes <runs>/sampled/<dataset>-<sampled_items>.parquet and prints it. Two minutes a row and seed on the synthetic shop;
---pretrain and --sft hold options of those stages, or a preset: "--sft=@pagellm/presets/toys/sft".
+Trains pretrain and SFT with the full softmax, with --sampled_items, and with --lazy_rows in
+addition. Scores SFT's pages on the validation split; differences to the full softmax are paired
+over seeds and users. Rows already done are not run again. Writes
+<runs>/sampled/<dataset>-<sampled_items>.parquet and prints it. Two minutes a row and seed on the
+synthetic shop. --pretrain and --sft take options of those stages, or a preset:
+"--sft=@pagellm/presets/toys/sft".
 """
 
 import sys
@@ -30,10 +32,10 @@ class Config:
 
     dataset: str = "synthetic"  # name of the data set
     raw: str = ""  # directory of its raw files, if it is not prepared yet
-    sampled_items: int = 64  # drawn items of a step, beside the batch's own
-    seeds: int = 3  # seeds 0, 1, ...
+    sampled_items: int = 64  # items sampled in each step, beside those of the batch
+    seeds: int = 3  # number of seeds: 0, 1, ...
     pretrain: Options = ""  # options for that stage in every row, as on its command line
-    sft: Options = ""  # likewise
+    sft: Options = ""  # options for sft
     data: str = "data"  # directory of prepared data sets
     runs: str = "runs"  # directory of runs
 
@@ -52,7 +54,7 @@ class Config:
 
 
 def run(config: Config) -> list[dict]:
-    """-> one record for every row and metric, as tables.compare_seeds makes them."""
+    """Train and compare the rows. Returns the records of tables.compare_seeds."""
     drawn = {"sampled_items": config.sampled_items}
     ways = {
         "full": {},
@@ -80,8 +82,10 @@ def run(config: Config) -> list[dict]:
     path = Path(config.runs) / "sampled" / f"{config.dataset}-{config.sampled_items}.parquet"
     write_table(path, records)
     print(
-        f"{spread(records)}\n\n{config.seeds} seeds, validation: mean ± standard deviation over seeds; the paired "
-        f"difference to the full softmax with its 95% interval (bootstrap over seeds and users)\n{path}"
+        f"{spread(records)}\n\n"
+        f"{config.seeds} seeds, validation: mean ± standard deviation over seeds; the paired "
+        "difference to the full softmax with its 95% interval (bootstrap over seeds and users)\n"
+        f"{path}"
     )
     return records
 

@@ -1,4 +1,4 @@
-"""One table from runs that differ in their seed: our policies beside the data set's plain baselines.
+"""One table from runs that differ in their seed: our policies beside the plain baselines.
 
     make seeds DATASET=instruments RAW=... SEEDS="0 1 2 3 4"
     python -m experiments.seeds --dataset instruments --seeds 0,1,2,3,4
@@ -6,8 +6,9 @@
 Reads   runs/<run>-s<seed>/evaluate of every seed, runs/<baselines>/baselines if it is there
 Writes  runs/<run>-seeds/table.{md,tex,parquet}
 
-A cell is the mean over seeds and users, and the paired difference to `versus` with its 95% interval (bootstrap over
-seeds, then users). Baselines were fitted once; they count as the same in every seed.
+A cell holds the mean over seeds and users, and the paired difference to `versus` with its 95%
+interval (bootstrap over seeds, then users). Baselines are fitted once and count as equal in every
+seed.
 """
 
 import sys
@@ -36,10 +37,11 @@ class Config:
 
     dataset: str = "synthetic"  # name of the data set
     run: str = ""  # runs are <run>-s<seed>; empty: the data set's name
-    seeds: str = "0,1,2,3,4"  # which, comma-separated
-    policies: str = "sft,ppo"  # rows of ours, comma-separated; popularity comes with the baselines
-    baselines: str = ""  # run whose baselines stand beside them; empty: the data set's name
-    versus: str = ""  # row that differences are taken to; empty: the first of policies
+    seeds: str = "0,1,2,3,4"  # seeds of the runs, comma-separated
+    policies: str = "sft,ppo"  # our rows, comma-separated; popularity comes with the baselines
+    baselines: str = ""  # run whose baselines are added; empty: the data set's name
+    versus: str = ""  # row that every other row's differences are taken to; empty: the first of
+    # policies
     n_boot: int = 1000  # bootstrap draws behind an interval
     runs: str = "runs"  # directory of runs
 
@@ -61,7 +63,7 @@ class Config:
 
 
 def run(config: Config) -> list[dict]:
-    """-> one record for each row and metric (tables.compare)."""
+    """Write and print the table. Returns one record for each row and metric (tables.compare)."""
     name, root = config.run or config.dataset, Path(config.runs)
     seeds, data = config.seeds.split(","), set()
     ours = {policy: row for policy, row in OURS.items() if policy in config.policies.split(",")}
@@ -76,7 +78,8 @@ def run(config: Config) -> list[dict]:
         made = read_json(folder / "config.json")
         if made["config"]["seed"] != int(seed):
             raise PageLLMError(
-                f"{folder} was made with seed {made['config']['seed']}, not {seed}\n  Make it with: "
+                f"{folder} was made with seed {made['config']['seed']}, not {seed}\n"
+                "  Make it with: "
                 + hints.command("evaluate", config.dataset, f"{name}-s{seed}", seed)
             )
         data.add(made["inputs"]["data"])
@@ -90,8 +93,8 @@ def run(config: Config) -> list[dict]:
         finished(folder, "baselines", hints.command("baselines", config.dataset, config.baselines))
     if len(data) > 1:
         raise PageLLMError(
-            f"these runs were scored on different data: their source.json have the ids {sorted(data)}\n"
-            "  Evaluate all on one prepared data set."
+            "these runs were scored on different data: their source.json have the ids "
+            f"{sorted(data)}\n  Evaluate all on one prepared data set."
         )
     versus = config.versus or next(iter(ours.values()))
     records = compare(results, ALL_COLUMNS, versus, 0, config.n_boot)

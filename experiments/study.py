@@ -1,18 +1,30 @@
-"""A study: variants x seeds, each run through the stages it needs, compared on the same users.
+"""A study trains several variants with several seeds and compares them on the same users.
 
-    rows = [Variant("mixed"), Variant("item-only", ppo={"w_page": 0.0}), Variant("without reward", policy="sft")]
+    rows = [
+        Variant("mixed"),
+        Variant("item-only", ppo={"w_page": 0.0}),
+        Variant("without reward", policy="sft"),
+    ]
     results = study("ablation", "synthetic", rows, seeds=range(3))
+    records = compare_seeds(results, ("NDCG@100", "ILD"))
+    print(print_table(records))
 
-Variants of one seed share pretrain and sft (run <study>/<dataset>-s<seed>), and the reward model unless a variant
-changes it. Whatever is already done is not run again: a stage knows its own `done`.
+Variants of one seed share pretrain and sft, in the run <study>/<dataset>-s<seed>. They also share
+the reward model, unless a variant has options for it. Stages that are done are not run again.
 
-Intervals: the per-user difference to the first row, two-level bootstrap (seeds, then users), since both vary.
+Each variant is compared with the first one: the difference for each user, and its 95% interval from
+a two-level bootstrap (seeds, then users), because both vary.
+
+To add a study, write experiments/<name>.py with a list of Variants, a Config and a run(config) that
+calls study, and compare_seeds and write_table of pagellm.pages.tables; experiments/ablation.py is
+an example. Its table has to lie in <runs>/<study>/<dataset>-*.parquet for `make report` to show it.
 """
 
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,23 +48,24 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a study: which policy is scored, and what its stages change."""
+    """One row of a study: which policy is scored, and how its stages differ from the others'."""
 
-    name: str
-    policy: str = "ppo"  # "sft": the policy without reward
-    ppo: dict = field(default_factory=dict)
-    reward: dict = field(default_factory=dict)  # if not empty, a reward model of its own
+    name: str  # name of the row
+    policy: str = "ppo"  # policy that is scored: ppo, or sft, the policy without reward
+    ppo: dict = field(default_factory=dict)  # fields of ppo.Config that this variant changes
+    reward: dict = field(default_factory=dict)  # fields of reward.Config; if there are any, the
+    # variant gets a reward model of its own
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Overrides that all variants share, and where things lie."""
+    """What all variants share: directories, and fields of the stages' Configs."""
 
-    data: str = "data"
-    runs: str = "runs"
-    raw: str = ""
-    preset: str = "auto"  # "none": no preset where the data set has to be prepared
-    pretrain: dict = field(default_factory=dict)
+    data: str = "data"  # directory of prepared data sets
+    runs: str = "runs"  # directory of runs
+    raw: str = ""  # directory of raw files, if the data set is not prepared yet
+    preset: str = "auto"  # none: prepare a missing data set without its preset
+    pretrain: dict = field(default_factory=dict)  # fields of that stage's Config
     sft: dict = field(default_factory=dict)
     reward: dict = field(default_factory=dict)
     ppo: dict = field(default_factory=dict)
@@ -62,9 +75,9 @@ class Stages:
 def overrides(module, text: str) -> dict:
     """Options of a stage that differ from its defaults: "--lr 0.1 --k 10" -> {"lr": 0.1, "k": 10}.
 
-    Such a text is in a study's field of type Options. Where the study runs as a command, `parse` has
-    put the data set's preset before what was typed: "@toys/sft --lr 0.1". Raises PageLLMError for
-    what is no option of the stage.
+    Such a text is in a study's field of type Options. Where the study runs as a command, `parse`
+    has put the data set's preset before what was typed: "@toys/sft --lr 0.1". Raises PageLLMError
+    for what is no option of the stage.
     """
     verb = next(verb for verb, name in VERBS.items() if name == module.__name__)
     config, default = parse(module.Config, shlex.split(text), f"pagellm {verb}"), module.Config()
@@ -91,9 +104,14 @@ def prepared(dataset: str, raw: str, data: str, preset: str = "auto") -> None:
 
 
 def run_variant(name: str, dataset: str, variant: Variant, seed: int, stages: Stages) -> Path:
-    """Make what is missing and return the per_user.parquet of this variant and seed."""
+    """Run the stages that are missing and return this variant and seed's per_user.parquet."""
     base = f"{name}/{dataset}-s{seed}"
-    common = {"dataset": dataset, "seed": seed, "data": stages.data, "runs": stages.runs}
+    common: dict[str, Any] = {
+        "dataset": dataset,
+        "seed": seed,
+        "data": stages.data,
+        "runs": stages.runs,
+    }
     prepared(dataset, stages.raw, stages.data, stages.preset)
     pretrain.run(pretrain.Config(run=base, **common, **stages.pretrain))
     sft.run(sft.Config(run=base, **common, **stages.sft))
@@ -114,7 +132,7 @@ def run_variant(name: str, dataset: str, variant: Variant, seed: int, stages: St
                 run=own, source_run=base, reward_run=judge, **common, **stages.ppo | variant.ppo
             )
         )
-    scoring = {"examples": 0, "quiet": True} | stages.evaluate
+    scoring: dict[str, Any] = {"examples": 0, "quiet": True} | stages.evaluate
     evaluate.run(
         evaluate.Config(run=own, source_run=base, policies=variant.policy, **common, **scoring)
     )
@@ -128,7 +146,12 @@ def study(
     seeds: Iterable[int],
     stages: Stages | None = None,
 ) -> dict[str, list[dict[str, np.ndarray]]]:
-    """variant name -> one {metric: (U,) array, "user": (U,)} a seed, users in the same order everywhere."""
+    """Run all variants with all seeds.
+
+    name     of the study: runs and results lie in <runs>/<name>
+    returns  variant's name -> for each seed {metric: (U,), "user": (U,)}; the users' order is the
+             same everywhere
+    """
     stages = stages or Stages()
     return {
         v.name: [per_user(run_variant(name, dataset, v, seed, stages)) for seed in seeds]
@@ -137,7 +160,10 @@ def study(
 
 
 def print_table(records: list[dict]) -> str:
-    """Metrics down, variants across: mean, and below it the paired difference to the first, its interval, its d."""
+    """The records of tables.compare_seeds as text: metrics down, variants across.
+
+    Each cell holds the mean, and below it the difference to the first variant, its interval and d.
+    """
     names = list(dict.fromkeys(r["variant"] for r in records))
     metrics_shown = list(dict.fromkeys(r["metric"] for r in records))
     at = {(r["variant"], r["metric"]): r for r in records}
@@ -152,7 +178,8 @@ def print_table(records: list[dict]) -> str:
             under.append(
                 ""
                 if r is None or name == names[0]
-                else f"{r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}], d {r['effect']:+.2f}"
+                else f"{r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}], "
+                f"d {r['effect']:+.2f}"
             )
         direction = next(r["direction"] for r in records if r["metric"] == metric)
         lines.append(

@@ -1,1 +1,1 @@
-"""What things cost: time and memory of every stage, beside peers."""
+"""Benches: time and memory of every stage, and of hot paths beside other libraries."""

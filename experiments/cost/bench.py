@@ -1,26 +1,42 @@
-"""Every hot path beside its plain version or a peer, in one run: python -m experiments.cost.bench [--only row] [--quick]
+"""Time every hot path beside a plain version of it, or beside another library (a peer).
 
-    train            one step of AdamW, every position scored         peer: transformers' GPT2LMHeadModel
-    train-page       the same, page positions against item rows       peer: the same, its labels masked
-    pretrain         the loss of 64 texts, in buckets of like length   plain: all padded to the longest
-    rollout          pages of 20 different items, 2 a user            peer: transformers' generate, logits processor
-    rollout-8        the same, 8 a user
-    evaluate         top 100 of a catalogue and every metric          plain: one user after another
-    top              the ranking of `evaluate` alone                  floor: matrix product and topk
-    reviews-2018     review lines to Parquet, checked and cleaned     plain: json.loads, line by line
-    orjson-2018      the same; both also for -2014 and -2023          peer: orjson.loads, line by line
-    histories        identifiers to dense ids, rows by user and time  plain: dicts and lists
-    tokens           texts to tokens                                  plain: the tokeniser, text by text
+    make bench                          python -m experiments.cost.bench [--only row] [--quick]
 
-For each row: medians of both (they take turns), their ratio, the floor where one can be timed, peak memory of both
-beyond their inputs, and the largest difference between the results: absolute for losses and scores, 0 where lists,
-tables and tokens are the same. Then one line of JSON. The kernels have a bench of their own: python -m kernels.bench.
+    train         one step of AdamW, every position scored
+                      peer: transformers' GPT2LMHeadModel
+    train-page    one step of AdamW, page positions scored against item rows
+                      peer: the same, with masked labels
+    pretrain      the loss of 64 texts, in buckets of similar length
+                      plain: all padded to the longest
+    rollout       pages of 20 different items, 2 for each user
+                      peer: transformers' generate with a logits processor
+    rollout-8     the same, 8 for each user
+    evaluate      top 100 of a catalogue, and every metric
+                      plain: one user after another
+    top           the ranking of `evaluate` alone
+                      floor: matrix product and topk
+    reviews-2018  review lines to Parquet, checked and cleaned; also -2014 and -2023
+                      plain: json.loads, line by line
+    orjson-2018   the same
+                      peer: orjson.loads, line by line
+    histories     identifiers to dense ids, rows ordered by user and time
+                      plain: dicts and lists
+    tokens        texts to tokens
+                      plain: the tokeniser, text by text
 
-    python -m experiments.cost.bench --profile            the parts of train, train-page, evaluate: which take how long
-    python -m experiments.cost.bench --base <commit>      both benches here and at another commit, by turns; exit 2 if a
-                                                     row of ours became slower than its noise explains
+A row shows the median times of both versions, which take turns, and their ratio; the floor, if
+there is one; the peak memory of both beyond their inputs; and the largest difference between the
+results: absolute for losses and scores, 0 if lists, tables and tokens are equal. One line of JSON
+follows. The kernels have a bench of their own: python -m kernels.bench.
 
-Rows with a peer need the extra [dev] and are left out, by name, without it. Only ratios within one run mean anything.
+    python -m experiments.cost.bench --profile
+        the time of each part of train, train-page and evaluate
+    python -m experiments.cost.bench --base <commit>
+        both benches here and at another commit, by turns; exit code 2 if one of our times became
+        longer than its noise explains
+
+Rows with a peer need the extra [dev]; without it they are left out and named. Compare ratios within
+one run only.
 """
 
 import json
@@ -36,6 +52,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -51,7 +68,7 @@ from pagellm.data.shop import Rows
 from pagellm.kernels.bench import machine, milliseconds, peak_megabytes
 from pagellm.kernels.logprob import linear_logp
 from pagellm.model.decode import LegalItems, greedy, page_logp, sample, shared_start, slot_states
-from pagellm.model.gpt2 import GPT2, SIZES
+from pagellm.model.gpt2 import GPT2, SIZES, Shape
 from pagellm.model.prompts import Example
 from pagellm.model.vocab import Vocab
 from pagellm.pages import metrics
@@ -80,7 +97,11 @@ ROWS = (
     "histories",
     "tokens",
 )
-PARTED = ("train", "train-page", "evaluate")  # rows with marks inside, for --profile
+PARTED = ("train", "train-page", "evaluate")  # rows whose code has marks, for --profile
+BENCHES = (  # the benches of a commit: modules, the newest path first
+    ("kernels.bench",),
+    ("experiments.cost.bench", "experiments.bench"),
+)
 HEADER = (
     "row",
     "shape",
@@ -99,15 +120,15 @@ HEADER = (
 class Config:
     """Time every hot path beside a plain version or a peer."""
 
-    only: str = ""  # rows, comma-separated; empty: all
+    only: str = ""  # rows to time, comma-separated; empty: all
     size: str = "gpt2"  # network of the training rows: one of gpt2.SIZES; gpt2 has 124M parameters
-    quick: bool = False  # tiny shapes: shows that it runs, no more
+    quick: bool = False  # tiny shapes: only shows that everything runs
     device: str = "cpu"  # cpu or cuda, for the rows that train, write pages or rank
     repeats: int = 3  # timed runs of each version
-    profile: bool = False  # print where the time of train, train-page and evaluate goes instead
-    clock: str = "wall"  # of the profile: wall, or cpu, processor time, for a busy machine
+    profile: bool = False  # print the time of each part of train, train-page and evaluate instead
+    clock: str = "wall"  # clock of the profile: wall, or cpu (processor time, for a busy machine)
     base: str = ""  # commit to compare with; empty: none
-    slack: float = 0.1  # a row counts as slower beyond this share and beyond its noise
+    slack: float = 0.1  # a row counts as slower if it exceeds this share and its noise
 
     def __post_init__(self):
         check(
@@ -137,25 +158,28 @@ class Config:
 
 @dataclass(frozen=True)
 class Case:
-    """One row. plain, ours and floor take nothing; differ gets what plain and ours returned.
+    """One row of the bench.
 
-    In the rows of PARTED plain and ours may be given `mark`, which they call with the name of each part that is done.
-
-    scale   how much more ours does than plain was timed on: plain's time is multiplied by it (plain_mb is as it was)
+    plain, ours  the two versions; in the rows of PARTED they take an optional `mark` (marks.py)
+    floor        what no version can do without, such as one matrix product; None: not timed
+    differ       (result of plain, result of ours) -> largest difference
+    scale        the size of ours' input over that of plain's: plain's time is multiplied by it
+                 (its memory is not)
+    close        called at the end, e.g. to remove files
     """
 
     name: str
     shape: str
-    plain: Callable[[], object]
-    ours: Callable[[], object]
-    differ: Callable[[object, object], float]
-    floor: Callable[[], object] | None = None
+    plain: Callable[..., Any]
+    ours: Callable[..., Any]
+    differ: Callable[[Any, Any], float]
+    floor: Callable[[], Any] | None = None
     scale: float = 1.0
     close: Callable[[], None] = field(default=lambda: None)
 
 
 def measure(case: Case, device: str, repeats: int) -> dict:
-    """One row of the table. The versions take turns, so that a busy moment of the machine hits all."""
+    """Time a case and return its row. The versions take turns, so that other work slows all."""
     difference = float(case.differ(case.plain(), case.ours()))
     times: dict[str, list[float]] = {"plain": [], "ours": [], "floor": []}
     for _ in range(repeats):
@@ -178,28 +202,37 @@ def measure(case: Case, device: str, repeats: int) -> dict:
     }
 
 
-def train_case(config: Config, page_only: bool) -> Case:
-    """A training step on 4 pages of 20 slots behind prompts of 64 tokens: words, users and items in one vocabulary."""
+def gpt2_peer(shape: Shape, rows: int, device: torch.device, **options):
+    """transformers' GPT-2 of this shape with a vocabulary of `rows`; options as in GPT2Config."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    config = GPT2Config(
+        vocab_size=rows,
+        n_positions=shape.n_ctx,
+        n_embd=shape.n_embd,
+        n_layer=shape.n_layer,
+        n_head=shape.n_head,
+        **options,
+    )
+    return GPT2LMHeadModel(config).to(device)
+
+
+def train_case(config: Config, page_only: bool) -> Case:
+    """A training step on 4 pages of 20 slots after prompts of 64 tokens; one vocabulary for all."""
     device, generator = torch.device(config.device), torch.Generator().manual_seed(0)
     shape = SIZES["nano" if config.quick else config.size]
     words, items, B, P, K = (500, 200, 2, 16, 5) if config.quick else (50_257, 12_000, 4, 64, 20)
     torch.manual_seed(0)
-    peer = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=words + items,
-            n_positions=shape.n_ctx,
-            n_embd=shape.n_embd,
-            n_layer=shape.n_layer,
-            n_head=shape.n_head,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            use_cache=False,
-            tie_word_embeddings=True,
-        )
-    ).to(device)
+    peer = gpt2_peer(
+        shape,
+        words + items,
+        device,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        tie_word_embeddings=True,
+    )
     ours = GPT2(shape, words, 0, items, dropout=0.0).to(device)
     copy_weights(peer, ours)
     ids = torch.randint(0, words, (B, P + K), generator=generator)
@@ -228,7 +261,7 @@ def train_case(config: Config, page_only: bool) -> Case:
     def peer_loss(mark: Callable) -> torch.Tensor:
         if not page_only:
             return peer(input_ids=ids, labels=label).loss
-        # What our page loss means: items only, none of them twice on a page.
+        # The same loss as our page loss: items only, and no item twice on a page.
         logits = peer(input_ids=ids).logits[:, P - 1 : -1].float()
         legal = torch.ones_like(logits, dtype=torch.bool)
         legal[..., :words] = False
@@ -270,7 +303,8 @@ def train_case(config: Config, page_only: bool) -> Case:
 
 
 def pretrain_case(config: Config) -> Case:
-    """The loss of 64 texts and its gradients: many short, few long, as titles beside descriptions are."""
+    """The loss of 64 texts and its gradients: many short ones and few long, as titles and
+    descriptions are."""
     rng, words = np.random.default_rng(0), 300 if config.quick else 8_000
     model = GPT2(SIZES["nano" if config.quick else "wide"], words, 0, 1, dropout=0.0).to(
         config.device
@@ -298,7 +332,10 @@ def pretrain_case(config: Config) -> Case:
 
 @torch.no_grad()
 def copy_weights(peer, ours: GPT2) -> None:
-    """The same weights in transformers' model: its layers hold (in, out), its rows are ours one after another."""
+    """Copy our weights into transformers' model.
+
+    Its linear layers hold (in, out); its vocabulary is our words, users and items, in this order.
+    """
     for name, weight in ours.named_parameters():
         if name.startswith(("h.", "ln_f.")):
             other = peer.transformer.get_parameter(name)
@@ -313,29 +350,16 @@ def copy_weights(peer, ours: GPT2) -> None:
 
 
 def rollout_case(config: Config, name: str, G: int) -> Case:
-    """G sampled pages of K = 20 different items for each of 32 users; greedy pages must be the same."""
-    from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList
+    """G sampled pages of 20 different items for each of 32 users; greedy pages must be equal."""
+    from transformers import LogitsProcessor, LogitsProcessorList
 
     device, generator = torch.device(config.device), torch.Generator().manual_seed(0)
     words, items, B, P, K = (100, 60, 3, 8, 5) if config.quick else (2_057, 12_000, 32, 48, 20)
     shape = SIZES["nano" if config.quick else "mini"]
     ours = GPT2(shape, words, 0, items, dropout=0.0).to(device).eval()
-    peer = (
-        GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=words + items,
-                n_positions=shape.n_ctx,
-                n_embd=shape.n_embd,
-                n_layer=shape.n_layer,
-                n_head=shape.n_head,
-                bos_token_id=None,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-        )
-        .to(device)
-        .eval()
-    )
+    peer = gpt2_peer(
+        shape, words + items, device, bos_token_id=None, eos_token_id=None, pad_token_id=0
+    ).eval()
     with torch.no_grad():
         ours.item.normal_(0, 0.3, generator=torch.Generator(device).manual_seed(1))
     copy_weights(peer, ours)
@@ -345,7 +369,7 @@ def rollout_case(config: Config, name: str, G: int) -> Case:
     excluded = torch.randint(0, items, (B, P // 2), generator=generator).to(device)
 
     class Distinct(LogitsProcessor):
-        """Items only, none of the history, none twice."""
+        """Allows items only, none of the history, and none twice."""
 
         def __init__(self, copies: int):
             self.gone = torch.zeros(B * copies, words + items, dtype=torch.bool, device=device)
@@ -381,7 +405,7 @@ def rollout_case(config: Config, name: str, G: int) -> Case:
         ).item
 
     def differ(theirs: torch.Tensor, mine: torch.Tensor) -> float:
-        """Slots of greedy pages that differ, beside the check that sampled pages are legal."""
+        """Number of slots in which greedy pages differ. Checks that sampled pages are legal."""
         for pages in (theirs, mine):
             assert all(len(set(page)) == K for page in pages.tolist()), "a page holds an item twice"
             assert not (pages[:, :, None] == excluded[group][:, None]).any(), (
@@ -400,7 +424,7 @@ def rollout_case(config: Config, name: str, G: int) -> Case:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Users with factors, items with factors and categories, what users have seen and what is held out."""
+    """A shop to rank: factors of users and items, seen and held-out items, categories."""
 
     user: torch.Tensor  # (U, C)
     item: torch.Tensor  # (N, C)
@@ -431,7 +455,7 @@ def make_ranking(U: int, N: int) -> Ranking:
 
 
 def evaluate_case(config: Config) -> Iterator[Case]:
-    """Rows `evaluate` and `top`. The plain version is timed on a tenth of the users."""
+    """The rows `evaluate` and `top`. The plain version is timed on a tenth of the users."""
     U, N = (60, 300) if config.quick else (4_000, 12_000)
     some = U // 10
     r = make_ranking(U, N)
@@ -514,7 +538,7 @@ def evaluate_case(config: Config) -> Iterator[Case]:
 
 
 def reviews_case(config: Config, spelling: str, loads: Callable) -> Case:
-    """Beside one that reads line after line with `loads`, and checks and cleans them by the same code."""
+    """Review lines to Parquet. plain reads line by line with `loads`; the checks are the same."""
     lines = 1_000 if config.quick else 30_000
     folder = Path(tempfile.mkdtemp())
     raw = folder / "reviews.json"
@@ -547,7 +571,7 @@ def reviews_case(config: Config, spelling: str, loads: Callable) -> Case:
 
 
 def histories_case(config: Config) -> Case:
-    """Rows of (user, item, time) -> dense ids by rank of the identifier, rows by user, time and item."""
+    """Rows of (user, item, time) -> dense ids in the identifiers' order, rows by user and time."""
     R = 2_000 if config.quick else 1_000_000
     draw = random.Random(0)
     user = [f"A{int(R / 10 * draw.random() ** 1.5):012d}" for _ in range(R)]
@@ -581,6 +605,7 @@ def histories_case(config: Config) -> Case:
 
 
 def tokens_case(config: Config) -> Case:
+    """Texts of 5 to 40 random words -> tokens."""
     draw = random.Random(0)
     stems = [
         "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9)))
@@ -608,7 +633,7 @@ def tokens_case(config: Config) -> Case:
 
 
 def cases(config: Config) -> Iterator[Case]:
-    """The rows asked for, one at a time. A row whose peer is not installed is named on stderr and left out."""
+    """Yield the cases asked for. Leaves out, and names on stderr, those without their peer."""
     try:
         import transformers
 
@@ -665,7 +690,10 @@ def line(row: dict) -> str:
 
 
 def run(config: Config) -> dict:
-    """Print the table and the JSON line. Raises PageLLMError if a row became slower than at --base."""
+    """Print the table and the JSON line; return what the line holds.
+
+    Raises PageLLMError if a row became slower than at --base.
+    """
     pick_device(config.device)
     if config.base:
         return compare(config)
@@ -688,7 +716,7 @@ def run(config: Config) -> dict:
 
 
 def profile(config: Config) -> dict:
-    """Print the parts of plain and ours in every row of PARTED that is asked for, and the JSON line."""
+    """Print the times of the parts of every row of PARTED that is asked for, and the JSON line."""
     rows = []
     for case in cases(
         replace(config, only=",".join(name for name in config.rows if name in PARTED))
@@ -704,9 +732,10 @@ def profile(config: Config) -> dict:
 
 
 def compare(config: Config) -> dict:
-    """Both benches at --base and here, by turns; the ratio of our times in each pair of runs, row by row.
+    """Run both benches at --base and here, by turns; print the ratio of our times, row by row.
 
-    Raises PageLLMError naming the rows that are slower: by more than `slack` in the median, and in every pair.
+    Raises PageLLMError with the rows that became slower: by more than `slack` in the median, and in
+    every pair of runs.
     """
     here = Path(__file__).parents[2]
     folder = Path(tempfile.mkdtemp()) / "base"
@@ -718,7 +747,7 @@ def compare(config: Config) -> dict:
         raise PageLLMError(f"base={config.base!r}: {made.stderr.strip().splitlines()[-1]}")
     try:
         pairs = []
-        # who comes first changes: a machine that slows down favours none
+        # The order alternates, so that a machine that slows down favours neither.
         for turn in range(config.repeats):
             order = (folder, here) if turn % 2 == 0 else (here, folder)
             found = {place: ours_at(place, config, here) for place in order}
@@ -752,15 +781,18 @@ def compare(config: Config) -> dict:
 
 
 def ours_at(place: Path, config: Config, here: Path) -> dict[str, float]:
-    """Row -> ms of ours, both benches run once by the code at `place`; a bench it does not have is left out."""
+    """Run both benches once with the code at `place`. Returns row -> ms of ours.
+
+    A bench that the commit does not have is left out.
+    """
     options = ["--device", config.device, "--repeats", "1", *(["--quick"] if config.quick else [])]
     extra = ["--size", config.size, *(["--only", config.only] if config.only else [])]
     found = {}
-    for module, more in (("kernels.bench", []), ("experiments.cost.bench", extra)):
-        if not (place / (module.replace(".", "/") + ".py")).exists() or (
-            config.only and module == "kernels.bench"
-        ):
+    for modules in BENCHES:
+        module = next((m for m in modules if (place / f"{m.replace('.', '/')}.py").exists()), None)
+        if module is None or (config.only and module == "kernels.bench"):
             continue
+        more = [] if module == "kernels.bench" else extra
         done = subprocess.run(
             [sys.executable, "-m", module, *options, *more],
             cwd=place,

@@ -3,9 +3,9 @@
     python -m experiments.cost.bench_prepare --lines 5000000        minutes; 4 GB of temporary disk
     python -m experiments.cost.bench_prepare --processes 2 --spelling 2023
 
-Writes a review file with text of realistic length, prepares it in a child process, and prints the lines a second,
-the processor time of all its processes, that of the first alone (while it works the others have nothing to do, or
-little) and the peak memory of the largest, then one line of JSON.
+Writes a review file with texts of realistic length and prepares it in a child process. Prints lines
+a second, the processor time of all its processes and of the first alone (while the first works, the
+others mostly wait), the peak memory of the largest, then one line of JSON.
 """
 
 import json
@@ -38,16 +38,17 @@ used = resource.getrusage(resource.RUSAGE_SELF)
 open(told, "w").write(str(used.ru_utime + used.ru_stime))
 sys.exit(code)
 """
-SENTENCES = 2000  # different sentences that texts are made of
+SENTENCES = 2000  # number of different sentences that texts are made of
 LINE = {
-    "2014": '{{"reviewerID": "A{user:012d}", "asin": "B{item:09d}", "reviewerName": "J. Doe", "helpful": [0, 2], '
-    '"reviewText": "{text}", "overall": {rating}.0, "summary": "{title}", "unixReviewTime": {time}, '
-    '"reviewTime": "02 28, 2014"}}\n',
-    "2018": '{{"overall": {rating}.0, "verified": true, "reviewerID": "A{user:012d}", "asin": "B{item:09d}", '
-    '"reviewText": "{text}", "summary": "{title}", "unixReviewTime": {time}}}\n',
-    "2023": '{{"rating": {rating}.0, "title": "{title}", "text": "{text}", "images": [], "asin": "B{item:09d}", '
-    '"parent_asin": "B{item:09d}", "user_id": "A{user:027d}", "timestamp": {time}923, "helpful_vote": 0, '
-    '"verified_purchase": true}}\n',
+    "2014": '{{"reviewerID": "A{user:012d}", "asin": "B{item:09d}", "reviewerName": "J. Doe", '
+    '"helpful": [0, 2], "reviewText": "{text}", "overall": {rating}.0, "summary": "{title}", '
+    '"unixReviewTime": {time}, "reviewTime": "02 28, 2014"}}\n',
+    "2018": '{{"overall": {rating}.0, "verified": true, "reviewerID": "A{user:012d}", '
+    '"asin": "B{item:09d}", "reviewText": "{text}", "summary": "{title}", '
+    '"unixReviewTime": {time}}}\n',
+    "2023": '{{"rating": {rating}.0, "title": "{title}", "text": "{text}", "images": [], '
+    '"asin": "B{item:09d}", "parent_asin": "B{item:09d}", "user_id": "A{user:027d}", '
+    '"timestamp": {time}923, "helpful_vote": 0, "verified_purchase": true}}\n',
 }
 
 
@@ -55,12 +56,12 @@ LINE = {
 class Config:
     """Generate a review file, prepare it, report speed and peak memory."""
 
-    lines: int = 200_000  # review lines to generate
+    lines: int = 200_000  # number of review lines to generate
     characters: int = 450  # mean length of a review text
-    folder: str = ""  # where the file is generated; empty: the system's temporary directory
-    seed: int = 0  # of the generated file
-    spelling: str = "2018"  # of the lines: 2014, 2018 or 2023
-    processes: int = 1  # of prepare
+    folder: str = ""  # directory for the file; empty: the system's temporary directory
+    seed: int = 0  # seed of the generated file
+    spelling: str = "2018"  # release whose format the lines have: 2014, 2018 or 2023
+    processes: int = 1  # processes of prepare
 
     def __post_init__(self):
         check(
@@ -73,7 +74,10 @@ class Config:
 
 
 def write_reviews(path: Path, config: Config) -> None:
-    """About 10 reviews a user and 50 an item, both skewed; lengths exponential, as real reviews' are."""
+    """Write a review file: about 10 reviews a user and 50 an item, both skewed.
+
+    Texts' lengths follow an exponential distribution, as those of real reviews do.
+    """
     draw = random.Random(config.seed)
     words = (
         "great the sound of this pedal is not what I expected but works with my old amplifier and "
@@ -107,9 +111,9 @@ def write_reviews(path: Path, config: Config) -> None:
 
 
 def run(config: Config) -> dict:
-    """Returns and prints lines, bytes, seconds, processor seconds, lines a second, peak memory in MiB.
+    """Print and return lines, bytes, seconds, processor seconds, lines a second, peak MiB.
 
-    first_seconds   processor seconds of the process that was started, without those that it started to read for it
+    first_seconds   processor seconds of the first process, without those that read for it
     """
     with tempfile.TemporaryDirectory(dir=config.folder or None) as folder:
         raw = Path(folder) / "raw" / "bench"
@@ -131,10 +135,9 @@ def run(config: Config) -> dict:
         ]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         seconds = time.perf_counter() - started
-        # The largest resident set that any child reached; KiB on Linux, bytes on a Mac.
+        # The largest resident set of any child; KiB on Linux, bytes on a Mac.
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        peak = used.ru_maxrss
-        peak /= 1 << 20 if sys.platform == "darwin" else 1 << 10
+        peak = used.ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
         size, first = (raw / "bench_5.json").stat().st_size, float(told.read_text())
     busy = used.ru_utime + used.ru_stime
     result = {

@@ -1,13 +1,15 @@
-"""What the caches of prompts and users save (the paper's 5.4): the same requests with and without them.
+"""What the caches of prompts and users save (the paper's 5.4).
 
 Reads   data/<dataset>, runs/<run>/sft or ppo, reward
 
-    make caches                             python -m experiments.cost.caches --dataset synthetic
+    make caches                         python -m experiments.cost.caches --dataset synthetic
 
-Users come back as people do: request r is of the user of rank n with probability ~ 1 / n (`--skew` is the exponent).
-Requests are answered `batch` at once, as `serve` does. Hits are counted for user states (history and what was met)
-and prompts (keys and values of every layer, and the state h_u); seconds are of whole answers, with the two settings
-taking turns. A minute.
+The same requests are answered with and without the caches.
+
+Users return with realistic frequencies: a request comes from the user of rank n with probability ~
+1 / n^skew. Requests are answered `batch` at once, as `serve` does. Hits are counted for user states
+(the history and the items met) and for prompts (keys and values of every layer, and the state h_u).
+Seconds are of whole answers; the two settings take turns. A minute.
 """
 
 import sys
@@ -31,13 +33,13 @@ __all__ = ["Config", "Counting", "requests", "run"]
 class Config(Sources):
     """Answer the same requests with and without the caches; print hits and seconds."""
 
-    policy: str = "ppo"  # whose pages
-    requests: int = 2000  # pages asked for
+    policy: str = "ppo"  # policy that writes the pages
+    requests: int = 2000  # number of pages asked for
     batch: int = 16  # requests answered at once
-    skew: float = 1.0  # the user of rank n comes with probability ~ n^-skew; 0: all alike
+    skew: float = 1.0  # the user of rank n comes with probability ~ n^-skew; 0: all equally often
     room: float = 64.0  # megabytes of the cache, as in serve
-    k: int = 20  # slots of a page
-    rounds: int = 3  # times that each setting answers all requests, from an empty cache
+    k: int = 20  # slots on a page
+    rounds: int = 3  # times that each setting answers all requests, each from an empty cache
 
     def __post_init__(self):
         super().__post_init__()
@@ -67,7 +69,7 @@ class Counting(Cache):
 
 
 def requests(n_users: int, n: int, skew: float, seed: int) -> np.ndarray:
-    """(n,) users of successive requests."""
+    """Users of n successive requests, (n,)."""
     rng = randomness.rng(seed, "caches")
     weight = np.arange(1, n_users + 1) ** -skew
     return rng.permutation(n_users)[rng.choice(n_users, size=n, p=weight / weight.sum())]
@@ -76,7 +78,7 @@ def requests(n_users: int, n: int, skew: float, seed: int) -> np.ndarray:
 def answer_all(
     rec: Recommender, asks: list[Ask], batch: int
 ) -> tuple[list, np.ndarray, dict[str, float]]:
-    """Answers, seconds of each batch, and seconds a stage."""
+    """Answer all requests. Returns the answers, seconds of each batch, seconds of each part."""
     spent: dict[str, float] = {}
     rec.observe = lambda stage, seconds: spent.__setitem__(stage, spent.get(stage, 0.0) + seconds)
     out, seconds = [], []
@@ -88,13 +90,18 @@ def answer_all(
 
 
 def run(config: Config) -> dict:
-    """Print the table; -> {"hits": kind -> [hits, misses], "same": pages, "with", "without": seconds a round, "saved":
-    (mean, low, high) of milliseconds a request}."""
+    """Print the table and return its numbers.
+
+    hits           kind of key -> [hits, misses]
+    same           number of pages that are equal with and without caches
+    with, without  seconds of each round
+    saved          (mean, low, high) milliseconds saved per request
+    """
     rec = Recommender.load(config, (config.policy,))
     users = requests(rec.shop.n_users, config.requests, config.skew, config.seed)
     asks = [Ask(user=rec.shop.user_ids[u], k=config.k, policy=config.policy) for u in users]
     rec.cache = Cache(0)
-    rec.answers(asks[: config.batch])  # the first call pays for what any first call pays for
+    rec.answers(asks[: config.batch])  # not timed: the first call of anything is slow
     times: dict[str, list[np.ndarray]] = {"with": [], "without": []}
     stages: dict[str, dict[str, float]] = {}
     said: dict[str, list] = {}
@@ -109,12 +116,13 @@ def run(config: Config) -> dict:
     saved = [x / config.batch * 1e3 for x in difference(times["without"], times["with"])]
     total = {name: float(np.mean([s.sum() for s in seconds])) for name, seconds in times.items()}
     print(
-        f"{config.requests:,} requests of {len(set(users.tolist())):,} users (skew {config.skew:g}), {config.batch} "
-        f"at once, pages of {config.k}; {config.rounds} rounds\n"
+        f"{config.requests:,} requests of {len(set(users.tolist())):,} users (skew "
+        f"{config.skew:g}), {config.batch} at once, pages of {config.k}; {config.rounds} rounds\n"
     )
     for kind, (hits, misses) in kept.counted.items():
         print(
-            f"{kind + ' cache':<16}{hits:>8,} hits {misses:>8,} misses  {hits / max(hits + misses, 1):.1%}"
+            f"{kind + ' cache':<16}{hits:>8,} hits {misses:>8,} misses  "
+            f"{hits / max(hits + misses, 1):.1%}"
         )
     print(
         f"{'kept':<16}{len(kept):>8,} entries, {kept.size / 1e6:.1f} of {config.room:g} MB\n\n"
@@ -124,15 +132,18 @@ def run(config: Config) -> dict:
         a, b = stages["without"][stage], stages["with"].get(stage, 0.0)
         print(f"{stage:<16}{a:9.2f}{b:9.2f}{1 - b / a:8.0%}")
     print(
-        f"{'whole answer':<16}{total['without']:9.2f}{total['with']:9.2f}{1 - total['with'] / total['without']:8.0%}"
-        f"\n\nsaved a request: {saved[0]:.2f} ms [{saved[1]:.2f}, {saved[2]:.2f}] (bootstrap over rounds and "
-        f"batches); stages: last round; {same:,} of {len(asks):,} pages are the same with and without"
+        f"{'whole answer':<16}{total['without']:9.2f}{total['with']:9.2f}"
+        f"{1 - total['with'] / total['without']:8.0%}"
+        "\n\n"
+        f"saved a request: {saved[0]:.2f} ms [{saved[1]:.2f}, {saved[2]:.2f}] (bootstrap over "
+        f"rounds and batches); stages: last round; {same:,} of {len(asks):,} pages are the same "
+        "with and without"
     )
     return {"hits": kept.counted, "same": same, **total, "saved": tuple(saved)}
 
 
 def pages(answers: list) -> list:
-    """What must not depend on a cache: the items of every page."""
+    """The items of every page, which must not depend on a cache."""
     return [[slot["item"] for slot in answer["items"]] for answer in answers]
 
 

@@ -1,11 +1,12 @@
-"""What a shop of millions would cost on 1, 8 and 64 GPUs: arithmetic on parts that are measured here.
+"""What a shop of millions would cost on 1, 8 and 64 GPUs: extrapolated from parts measured here.
 
-    python -m experiments.cost.extrapolate             seconds; --users 10000000 --items 5000000 --size gpt2
+    python -m experiments.cost.extrapolate --users 10000000 --items 5000000 --size gpt2
 
-Measured on this machine, from one real SFT step at two small shop sizes: floating-point operations of the trunk per
-token and parameter, of the item softmax per slot, item and column (every matrix product counted), bytes per row of
-weights, gradient and moments (AdamW after a step). The rest is multiplication with what the GPU's maker states, given
-as options. Prints a table and one line of JSON. No time in it was observed at that size.
+Measured on this machine, from one real SFT step at two small shop sizes: floating-point operations
+of the trunk per token and parameter, and of the item softmax per slot, item and column (every
+matrix product is counted); bytes of weights, gradient and moments per row (AdamW after a step). The
+rest is multiplication with the GPU's specification, which is given as options. Prints a table and
+one line of JSON. None of its times was observed at that size. Takes seconds.
 """
 
 import json
@@ -21,24 +22,23 @@ from pagellm.stage.command import main
 from pagellm.stage.config import check, check_numbers
 from pagellm.stage.train import optimiser
 
-__all__ = ["Config", "Parts", "estimate", "measure", "run"]
+__all__ = ["Config", "Measured", "estimate", "measure", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Memory and time of SFT for a large shop, extrapolated from measured parts."""
 
-    users: int = 10_000_000  # of the shop
-    items: int = 5_000_000  # of the shop
+    users: int = 10_000_000  # users of the shop
+    items: int = 5_000_000  # items of the shop
     size: str = "gpt2"  # shape of the trunk
-    tokens: int = 72  # of a user's prompt and page
-    slots: int = 10  # of a user's page
+    tokens: int = 72  # tokens of a user's prompt and page together
+    slots: int = 10  # slots of a user's page
     batch: int = 512  # users in a step on each GPU
-    tflops: float = 400.0  # what matrix products reach on one GPU,
-    # in bf16 (about half of an H200's peak)
-    memory_gb: float = 141.0  # of one GPU
+    tflops: float = 400.0  # speed of bf16 matrix products on one GPU (about half of an H200's peak)
+    memory_gb: float = 141.0  # memory of one GPU
     near_gbs: float = 450.0  # GB/s between the 8 GPUs of a machine
-    far_gbs: float = 50.0  # GB/s a GPU between machines
+    far_gbs: float = 50.0  # GB/s of each GPU between machines
 
     def __post_init__(self):
         check_numbers(self)
@@ -63,10 +63,14 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """trunk: FLOP per token and parameter of a block (the last, which computes a page's columns only, is counted like
-    the others: a little too much); head: FLOP per slot, item and column, both forward and backward;
-    state: bytes of weights, gradient and moments per element of a row."""
+class Measured:
+    """What a step costs, forward and backward.
+
+    trunk  FLOP per token and parameter of a block. The last block computes the page's positions
+           only, but is counted like the others: slightly too much
+    head   FLOP per slot, item and column
+    state  bytes of weights, gradient and moments per element of a row
+    """
 
     trunk: float
     head: float
@@ -74,13 +78,15 @@ class Parts:
 
 
 def trunk_parameters(shape: Shape) -> int:
-    """Matrices of the blocks: 12 C^2 a layer."""
+    """Number of parameters in the blocks' matrices: 12 C^2 a layer."""
     return 12 * shape.n_layer * shape.n_embd**2
 
 
 class Products(TorchDispatchMode):
-    """Counts the floating-point operations of matrix products, in place or not, forward and backward; those inside
-    the attention kernel are left out (prompts are short)."""
+    """Counts the floating-point operations of matrix products, forward and backward.
+
+    Those inside the attention kernel are left out; they are few, because prompts are short.
+    """
 
     NAMES = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")
 
@@ -95,10 +101,12 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def measure() -> Parts:
-    """Two shops that differ in items alone give the head's operations, two networks of one block more those of a block.
+def measure() -> Measured:
+    """Measure the parts of a step.
 
-    With so many items the softmax's logits are not kept, as they cannot be in a large shop (logprob.KEEP).
+    Two shops that differ in their number of items give the head's operations; two networks that
+    differ by a block give a block's. The shops have so many items that the softmax recomputes its
+    logits in the backward pass, as it must in a large shop (logprob.KEEP).
     """
     counted, fewer, more = [], 20_000, 40_000
     slots, tokens, users = 8, 24, 16
@@ -124,12 +132,15 @@ def measure() -> Parts:
     opt.step()
     kept = [model.item, model.item.grad, *(x for x in opt.state[model.item].values() if x.ndim)]
     state = sum(x.numel() * x.element_size() for x in kept) / model.item.numel()
-    return Parts(trunk, head, state)
+    return Measured(trunk, head, state)
 
 
-def estimate(config: Config, parts: Parts, gpus: int) -> dict[str, float]:
-    """GB a GPU and hours an epoch for DDP's copies and FSDP's shares as `dist.wrap` makes them today, and for rows cut
-    for good (vocabulary-parallel, not built)."""
+def estimate(config: Config, parts: Measured, gpus: int) -> dict[str, float]:
+    """GB on each GPU and hours for an epoch with DDP and FSDP, as `dist.wrap` sets them up.
+
+    `cut` is a third layout that is not implemented: each GPU keeps its share of the item rows for
+    good (vocabulary-parallel).
+    """
     C = SIZES[config.size].n_embd
     elements = (config.users + config.items) * C + trunk_parameters(SIZES[config.size])
     weights = 4 * elements / 1e9  # float32
@@ -139,12 +150,13 @@ def estimate(config: Config, parts: Parts, gpus: int) -> dict[str, float]:
     compute = config.users * (trunk + head) / (gpus * config.tflops * 1e12) / 3600
     steps = config.users / (config.batch * gpus)
     link = config.near_gbs if gpus <= 8 else config.far_gbs
-    # All-gather of weights, reduce-scatter of gradients: each moves (W - 1) / W of them through every GPU.
+    # All-gather of weights and reduce-scatter of gradients each move (W - 1) / W of them through
+    # every GPU.
     moved = 2 * weights * (gpus - 1) / gpus
     wires = steps * moved / link / 3600
-    # Rows that stay where they are move hidden states and one maximum and sum a slot instead.
+    # Rows that stay on their GPU move hidden states and one maximum and sum for each slot instead.
     states = 3 * 4 * config.batch * gpus * config.slots * C / 1e9
-    whole = 2 * weights if gpus > 1 else 0.0  # fetched weights and the gradient before it is cut
+    whole = 2 * weights if gpus > 1 else 0.0  # gathered weights, and the gradient before scattering
     return {
         "gpus": gpus,
         "weights_gb": weights,
@@ -162,13 +174,14 @@ def run(config: Config) -> list[dict]:
     parts = measure()
     rows = [estimate(config, parts, gpus) for gpus in (1, 8, 64)]
     print(
-        f"measured: trunk {parts.trunk:.2f} FLOP a token and parameter, item softmax {parts.head:.2f} FLOP a slot, "
-        f"item and column, {parts.state:.0f} bytes a row element\n"
-        f"{config.users:,} users x {config.items:,} items, {config.size}, {config.slots} slots, batch {config.batch} "
-        f"a GPU of {config.memory_gb:g} GB and {config.tflops:g} TFLOP/s\n"
+        f"measured: trunk {parts.trunk:.2f} FLOP a token and parameter, item softmax "
+        f"{parts.head:.2f} FLOP a slot, item and column, {parts.state:.0f} bytes a row element\n"
+        f"{config.users:,} users x {config.items:,} items, {config.size}, {config.slots} slots, "
+        f"batch {config.batch} a GPU of {config.memory_gb:g} GB and {config.tflops:g} TFLOP/s\n"
     )
     print(
-        f"{'GPUs':>4}{'GB a GPU: ddp':>16}{'fsdp':>8}{'rows cut':>10}{'hours an epoch: compute':>26}"
+        f"{'GPUs':>4}{'GB a GPU: ddp':>16}{'fsdp':>8}{'rows cut':>10}"
+        f"{'hours an epoch: compute':>26}"
         f"{'fsdp wires':>12}{'cut wires':>11}   fits"
     )
     for row in rows:
@@ -177,7 +190,8 @@ def run(config: Config) -> list[dict]:
         ]
         print(
             f"{row['gpus']:>4}{row['ddp_gb']:>16.0f}{row['fsdp_gb']:>8.0f}{row['cut_gb']:>10.0f}"
-            f"{row['compute_hours']:>26.2f}{row['fsdp_wire_hours']:>12.2f}{row['cut_wire_hours']:>11.2f}   "
+            f"{row['compute_hours']:>26.2f}{row['fsdp_wire_hours']:>12.2f}"
+            f"{row['cut_wire_hours']:>11.2f}   "
             f"{', '.join(fits) or 'none'}"
         )
     print(f"the item softmax is {1 - rows[0]['trunk_share']:.0%} of the arithmetic")

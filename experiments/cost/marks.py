@@ -1,11 +1,15 @@
-"""Where the time of one call goes: marks inside it, each of which ends a part. What bench --profile prints.
+"""Marks divide one timed call into named parts; `bench --profile` prints the time of each part.
+
+A mark is a call mark(name) inside the code that is timed. It ends a part: the time since the mark
+before it is added to the part `name`.
 
     watch = Watch("cpu")
     loss = loss_of(batch);  watch.mark("forward")
     loss.backward();        watch.mark("backward")
     watch.spent             # {"forward": ms, "backward": ms}; together the whole call
 
-The marks stand in the step that is timed, not in a copy of it, so that the parts add up to the whole.
+Marks lie in the very step that `bench` times, not in a copy of it, so the parts add up to the
+whole. A call that is not profiled gets `unmarked`, which does nothing.
 """
 
 import statistics
@@ -24,21 +28,24 @@ HEADER = ("plain ms", "share", "ours ms", "share")
 
 
 def unmarked(_part: str) -> None:
-    """The `mark` of a call whose parts nobody asks for."""
+    """The `mark` of a call that is not profiled: does nothing."""
 
 
 class Watch:
-    """mark(part): all the time since the last mark, or since the watch was made, goes to `part`, in ms.
+    """Adds up the time of each part, in ms, in `spent`.
 
-    clock   one of CLOCKS: "wall", or "cpu", those of all threads of this process, which other work disturbs less
+    clock   "wall", or "cpu": processor time of all threads of this process, which other work on the
+            machine disturbs less
     """
 
     def __init__(self, device: str, clock: str = "wall"):
-        self.device, self.clock, self.spent = device, CLOCKS[clock], {}
+        self.device, self.clock = device, CLOCKS[clock]
+        self.spent: dict[str, float] = {}
         synchronise(device)
         self.last = self.clock()
 
     def mark(self, part: str) -> None:
+        """End a part: the time since the last mark, or since the watch was made, is added to it."""
         synchronise(self.device)
         now = self.clock()
         self.spent[part] = self.spent.get(part, 0.0) + (now - self.last) * 1e3
@@ -46,9 +53,11 @@ class Watch:
 
 
 def borders(trunk: nn.Module, mark: Callable[[str], None]) -> list:
-    """Marks where a network with blocks `h` and a last norm `ln_f` begins and ends, forward and backward.
+    """Put marks before the blocks `h` and after the last norm `ln_f` of a network.
 
-    Backward, a border is passed when the gradient of what crosses it is known. -> hooks, to be removed afterwards.
+    They end the parts "rows looked up" and "blocks, forward" in the forward pass. In the backward
+    pass, once the gradient at the same place is known, they end "softmax, backward" and "blocks,
+    backward". Returns the hooks, which the caller removes.
     """
 
     def enter(_module, args: tuple) -> None:
@@ -59,11 +68,15 @@ def borders(trunk: nn.Module, mark: Callable[[str], None]) -> list:
         mark("blocks, forward")
         out.register_hook(lambda _: mark("softmax, backward"))
 
-    return [trunk.h[0].register_forward_pre_hook(enter), trunk.ln_f.register_forward_hook(leave)]
+    first, last = trunk.get_submodule("h.0"), trunk.get_submodule("ln_f")
+    return [first.register_forward_pre_hook(enter), last.register_forward_hook(leave)]
 
 
 def measure_parts(case, device: str, repeats: int, clock: str = "wall") -> dict:
-    """Medians of every part of plain and of ours, which take turns after one call each that is not counted."""
+    """Median ms of every part of plain and of ours.
+
+    The two take turns; the first call of each is not counted. case: a bench.Case
+    """
     runs: dict[str, list[dict]] = {"plain": [], "ours": []}
     for turn in range(repeats + 1):
         for name, kept in runs.items():
@@ -83,7 +96,10 @@ def measure_parts(case, device: str, repeats: int, clock: str = "wall") -> dict:
 
 
 def parts_table(found: dict) -> str:
-    """The parts of one row, one a line, and their sum; a part that one version has not is a dash."""
+    """What measure_parts returns as text: one line for each part, then the sum.
+
+    A part that one of the two versions does not have is a dash.
+    """
     title = f"{found['row']}, {found['shape']}"
     lines = [f"{title:<42}" + "".join(f"{name:>10}" for name in HEADER)]
     for part in dict.fromkeys((*found["ours_parts"], *found["plain_parts"], "all")):

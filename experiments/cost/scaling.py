@@ -1,20 +1,23 @@
-"""Time and memory of every stage as a shop grows: users, items, page length, history length. Measured, not estimated.
+"""Measure time and memory of every stage as users, items, page length or history length grow.
 
-    make scaling                            python -m experiments.cost.scaling
+    make scaling                        python -m experiments.cost.scaling
     python -m experiments.cost.scaling --sweeps items --most 1000000
 
-Each measurement is a process of its own (so its peak memory is that stage's alone) that takes a few steps of the real
-stage on a made-up shop of that size: seconds before the first step, median seconds of a step between the first and
-the last, peak resident memory; --clock cpu shows processor seconds, which other work on the machine disturbs less (both
-are kept). A measurement is written down when it is done and not made again; remove
-<runs>/scaling to begin anew. A process beyond --limit_gb or --minutes is ended, and the table says so: that is what
-breaks; it is tried again with larger limits, and so is one that failed in another way. With "sampled" the item
-softmax is drawn (--sampled_items) and rows move only when read (--lazy_rows); what comes after the reward model knows
-neither, and is measured once.
+Each measurement runs in a process of its own, so that its peak memory is that of the stage. It
+takes a few steps of the real stage on a generated shop of that size, and records the seconds before
+the first step, the median seconds of a step between the first and the last, and peak resident
+memory. --clock cpu shows processor seconds, which other work on the machine disturbs less; both are
+stored.
 
-Six processor minutes with --most 100000. Writes <runs>/scaling/results.jsonl, scaling.json, scaling.md
-and, with matplotlib (extra [report]), --figure. What a shop of millions would cost on GPUs is arithmetic from measured
-parts: experiments/cost/extrapolate.py.
+A measurement is stored when it is done and not made again; remove <runs>/scaling to start anew. A
+process that exceeds --limit_gb or --minutes is stopped, and the table says so. It is tried again
+with larger limits; one that failed otherwise is always tried again. Rows marked "sampled" use the
+sampled item softmax (--sampled_items) and update only the rows that were read (--lazy_rows); ppo
+and evaluate have neither option, so they are measured once.
+
+Six processor minutes with --most 100000. Writes <runs>/scaling/results.jsonl, scaling.json,
+scaling.md and, with matplotlib (extra [report]), --figure. For the cost of a shop of millions on
+GPUs see experiments/cost/extrapolate.py.
 """
 
 import csv
@@ -27,6 +30,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,42 +65,55 @@ __all__ = [
 
 
 STAGES = ("prepare", "pretrain", "sft", "reward", "ppo", "evaluate")
-WHOLE = ("prepare", "evaluate")  # measured in all; the others have steps
+WHOLE = ("prepare", "evaluate")  # stages without steps: only their total is measured
 SWEEPS = {
     "users": (1_000, 10_000, 100_000),
     "items": (1_000, 10_000, 100_000, 1_000_000),
     "page": (5, 10, 20, 40),
     "history": (10, 20, 40, 80),
 }
-LEAVES = 40
-LARGE = 100_000  # items from which on a stage takes the fewest steps
-WORDS = "red blue green soft hard quick calm bold small large plain fancy warm cold round square".split()
+LEAVES = 40  # categories of a generated shop
+# stage -> colour (the palette of Okabe and Ito) and marker in the figure
+LOOKS = {
+    "prepare": ("#0072B2", "o"),
+    "pretrain": ("#E69F00", "s"),
+    "sft": ("#009E73", "^"),
+    "reward": ("#CC79A7", "D"),
+    "ppo": ("#D55E00", "v"),
+    "evaluate": ("#000000", "*"),
+}
+LARGE = 100_000  # with this many items or more a stage takes the fewest steps, 3
+WORDS = (
+    "red blue green soft hard quick calm bold small large plain fancy warm cold round square"
+).split()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Measure what each stage costs while one size grows and the others stay. A million items take most of the time;
-    --most 100000 leaves them out."""
+    """Measure what each stage costs while one size grows and the others stay.
 
-    sweeps: str = "users,items,page,history"  # what grows, comma-separated
-    most: int = 1_000_000  # leave out users and items beyond
-    least: int = 0  # leave out users and items below
-    users: int = 1_000  # of the shop where something else grows
-    items: int = 1_000  # likewise
-    page: int = 10  # slots, likewise
-    history: int = 20  # items in a prompt, likewise
-    stages: str = "prepare,pretrain,sft,reward,ppo,evaluate"  # a stage needs those before it,
-    # prepare excepted
+    A million items take most of the time; --most 100000 leaves them out.
+    """
+
+    sweeps: str = "users,items,page,history"  # sizes that grow, comma-separated
+    most: int = 1_000_000  # largest number of users and items measured
+    least: int = 0  # smallest number of users and items measured
+    users: int = 1_000  # number of users while something else grows
+    items: int = 1_000  # number of items while something else grows
+    page: int = 10  # slots on a page while something else grows
+    history: int = 20  # items in a prompt while something else grows
+    stages: str = "prepare,pretrain,sft,reward,ppo,evaluate"  # stages to measure; each but prepare
+    # needs those before it
     size: str = "tiny"  # shape of the network
-    sampled_items: int = 8192  # drawn items of the sampled rows
-    steps: int = 5  # of a stage, 3 from 100,000 items on; the first and the last are not timed
-    limit_gb: float = 20.0  # of private memory a measurement may take
-    minutes: float = 15.0  # that a measurement may take
-    data: str = "data"  # made-up shops lie in <data>/scaling while they are needed
+    sampled_items: int = 8192  # items sampled by the softmax of the sampled rows
+    steps: int = 5  # steps of a stage, 3 from 100,000 items on; the first and last are not timed
+    limit_gb: float = 20.0  # private memory that a measurement may take
+    minutes: float = 15.0  # time that a measurement may take
+    data: str = "data"  # generated shops lie in <data>/scaling while they are needed
     runs: str = "runs"  # results lie in <runs>/scaling
-    clock: str = "wall"  # seconds shown: wall, or cpu, those of all threads of the process
-    figure: str = "docs/scaling.png"  # empty: none
-    device: str = "cpu"  # of the stages
+    clock: str = "wall"  # seconds shown: wall, or cpu (of all threads of the process)
+    figure: str = "docs/scaling.png"  # image to write; empty: none
+    device: str = "cpu"  # device of the stages
 
     def __post_init__(self):
         check_numbers(self)
@@ -121,7 +138,12 @@ class Config:
 
 @dataclass(frozen=True)
 class Point:
-    """One shop and one way to train on it. page: slots; history: items in a prompt; sampled: drawn items, lazy rows."""
+    """One shop, and one way to train on it.
+
+    page     slots on a page
+    history  items in a prompt
+    sampled  whether to use the sampled softmax and lazy rows
+    """
 
     users: int
     items: int
@@ -137,8 +159,12 @@ class Point:
 
 
 def grid(config: Config) -> list[tuple[str, Point, tuple[str, ...]]]:
-    """(sweep, point, stages to measure). Sampled: pretrain, sft and reward; what follows stands in one of the two rows,
-    at a million items in the sampled one, whose policy is there sooner."""
+    """List of (sweep, point, stages to measure there).
+
+    Sampled points measure pretrain, sft and reward. The stages after them have no sampled variant
+    and are measured once: in the plain row, but at a million items in the sampled one, whose policy
+    is trained sooner.
+    """
     base = {name: getattr(config, name) for name in ("users", "items", "page", "history")}
     wanted = config.stages.split(",")
     found = []
@@ -163,12 +189,12 @@ def grid(config: Config) -> list[tuple[str, Point, tuple[str, ...]]]:
 
 
 def held(point: Point) -> int:
-    """Users with held-out items, whom evaluation writes pages for: one in ten."""
+    """Number of users with held-out items, for whom evaluation writes pages: one in ten."""
     return point.users // 10
 
 
 def paired(point: Point) -> int:
-    """Users of whom the reward stage makes pairs: one in ten, but 200 where there are fewer."""
+    """Number of users for whom the reward stage makes pairs: one in ten, but at least 200."""
     return min(point.users, max(200, point.users // 10))
 
 
@@ -177,7 +203,7 @@ def steps_of(config: Config, point: Point) -> int:
 
 
 def key_of(stage: str, config: Config, point: Point) -> dict:
-    """What a measurement depends on, beside the code and the machine."""
+    """Everything that a measurement depends on, except the code and the machine."""
     return {
         **asdict(point),
         "stage": stage,
@@ -190,8 +216,11 @@ def key_of(stage: str, config: Config, point: Point) -> dict:
 
 
 def draw(point: Point, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """user, item, rating of the shop's rows, by user: history + page train items each, 4 more of the `held` ones.
-    Seven in ten come from the user's own category; early items of a category are bought more often."""
+    """Generate the shop's rows, ordered by user: user, item, rating.
+
+    Every user has history + page train items; users with held-out items have 4 more. Seven in ten
+    items are of the user's own category; the first items of a category are bought more often.
+    """
     rng = np.random.default_rng([seed, point.users, point.items])
     want = np.full(point.users, point.history + point.page) + 4 * (
         np.arange(point.users) < held(point)
@@ -212,7 +241,7 @@ def draw(point: Point, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def describe(items: int) -> dict[str, list]:
-    """Columns of the item table: LEAVES categories below 8 departments, brands of 20 items, titles of six words."""
+    """Columns of the item table: LEAVES categories in 8 departments, brands of 20 items, titles."""
     at = np.arange(items)
     word = [[WORDS[j] for j in (at // step % len(WORDS)).tolist()] for step in (1, 16, 256)]
     leaf = [f"Leaf {j}" for j in (at % LEAVES).tolist()]
@@ -229,7 +258,10 @@ def describe(items: int) -> dict[str, list]:
 
 
 def write_shop(folder: Path, point: Point) -> None:
-    """<folder>/scaling as `prepare` would leave it, every item in it, bought or not. 15 s for a million items."""
+    """Write <folder>/scaling as `prepare` would, with every item, bought or not.
+
+    15 s for a million items.
+    """
     user, item, rating = draw(point)
     place = np.arange(len(user)) - np.searchsorted(user, np.arange(point.users))[user]
     split = np.where(user < held(point), np.select([place < 2, place < 4], [1, 2], 0), 0).astype(
@@ -258,7 +290,7 @@ def write_shop(folder: Path, point: Point) -> None:
 
 
 def write_raw(folder: Path, point: Point) -> int:
-    """The same shop as somebody's CSV files; -> rows in the log."""
+    """Write the same shop as raw CSV files. Returns the number of rows in the log."""
     user, item, rating = draw(point)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "interactions.csv", "w", newline="") as file:
@@ -283,7 +315,7 @@ def write_raw(folder: Path, point: Point) -> int:
 
 
 def now() -> np.ndarray:
-    """Seconds on the wall, processor seconds of this process."""
+    """Wall-clock seconds and processor seconds of this process, (2,)."""
     return np.array([time.perf_counter(), time.process_time()])
 
 
@@ -295,7 +327,7 @@ def named(prefix: str, seconds: np.ndarray, suffix: str = "") -> dict[str, float
 
 
 class Clock:
-    """Lets a stage take its first steps and its last, and keeps the time of each."""
+    """Replaces Run.steps: lets a stage take its first steps and its last, and times them."""
 
     def __init__(self, steps: int):
         self.steps, self.marks, self.began = steps, [], now()
@@ -307,8 +339,11 @@ class Clock:
             yield step
 
     def result(self) -> dict:
-        """start_s before the first step; step_s the median of those between the first and the last, which validates;
-        start_cpu_s and step_cpu_s likewise. Nothing of a stage that has no steps; of one with too few, RuntimeError."""
+        """Seconds: start_s before the first step, step_s of a step; start_cpu_s, step_cpu_s.
+
+        step_s is the median of the steps between the first and the last, which validates. {} for a
+        stage that has no steps. Raises RuntimeError for fewer than three.
+        """
         if not self.marks:
             return {}
         if len(self.marks) < 3:
@@ -321,18 +356,18 @@ class Clock:
 
 
 def stage_config(stage: str, config: Config, point: Point):
-    """The stage's Config for this point: defaults but for sizes and what bounds a measurement."""
-    common = {
+    """The stage's Config for this point: defaults, except sizes and what keeps it short."""
+    common: dict[str, Any] = {
         "dataset": "scaling",
         "run": f"scaling/{point.name}",
         "data": str(Path(config.data) / "scaling"),
         "runs": config.runs,
         "device": config.device,
     }
-    rows = {"lazy_rows": point.sampled}
+    rows: dict[str, Any] = {"lazy_rows": point.sampled}
     drawn = rows | {"sampled_items": config.sampled_items if point.sampled else 0}
     share = point.page / (point.page + point.history)
-    if stage == "pretrain":  # every step one that scores items
+    if stage == "pretrain":  # without the kinds of text that score no items
         return pretrain.Config(
             size=config.size,
             steps=steps_of(config, point),
@@ -356,7 +391,7 @@ def stage_config(stage: str, config: Config, point: Point):
     if stage == "reward":
         return reward.Config(per_kind=2, label_share=share, **rows, **common)
     if stage == "ppo":
-        # What a micro-batch holds for the exact KL is micro x slots x items, several times over.
+        # For the exact KL a micro-batch holds several tensors of micro x slots x items.
         micro = max(1, min(16, 2**25 // (point.page * point.items)))
         return ppo.Config(
             rollout=16,
@@ -373,9 +408,12 @@ def stage_config(stage: str, config: Config, point: Point):
 
 
 def work(stage: str, config: Config, point: Point, answer) -> None:
-    """One measurement, in a process of its own: sends what Clock says, whole_s, whole_cpu_s and peak_gb, or {failed}.
-    The reward stage also says what pairs cost: pairs_start_s once, pairs_s_per_1000_users (two draws of each kind a
-    user), and the processor seconds of both."""
+    """Make one measurement; runs in a process of its own and sends a dict through `answer`.
+
+    The dict holds Clock.result, whole_s, whole_cpu_s and peak_gb, or else `failed`. For the reward
+    stage it also holds the cost of making pairs: pairs_start_s once, pairs_s_per_1000_users (two
+    draws of each kind for a user), and the processor seconds of both.
+    """
     resource.setrlimit(resource.RLIMIT_DATA, (int(config.limit_gb * 2**30),) * 2)
     sys.stdout = sys.stderr = open(os.devnull, "w")
     clock, more = Clock(steps_of(config, point)), {}
@@ -428,7 +466,7 @@ def work(stage: str, config: Config, point: Point, answer) -> None:
 
 
 def peak_gb() -> float:
-    """Largest resident memory of this process so far."""
+    """Peak resident memory of this process so far."""
     for line in open("/proc/self/status"):
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 2**20
@@ -436,9 +474,10 @@ def peak_gb() -> float:
 
 
 def measure(stage: str, config: Config, point: Point) -> dict:
-    """Run `work` and wait for it, at most config.minutes. Adds took_s, all that the measurement took."""
+    """Run `work` and wait for it, at most config.minutes. Adds took_s, the seconds of it all."""
     shutil.rmtree(Path(config.runs) / "scaling" / point.name / stage, ignore_errors=True)
-    # A server that has imported everything and done nothing: each process starts as clean as a new one, but sooner.
+    # Processes are forked from a server that has imported everything and done nothing: each starts
+    # as clean as a new one, but sooner.
     server, began = multiprocessing.get_context("forkserver"), time.perf_counter()
     server.set_forkserver_preload(
         [module.__name__ for module in (evaluate, ppo, prepare, pretrain, reward, sft)]
@@ -463,7 +502,7 @@ def measure(stage: str, config: Config, point: Point) -> dict:
 
 
 class Results:
-    """What has been measured, one JSON object a line; the file is whole at any moment."""
+    """The measurements so far, one JSON object a line. The file is replaced atomically."""
 
     def __init__(self, path: Path):
         self.path, self.rows = path, []
@@ -477,7 +516,10 @@ class Results:
                 ) from None
 
     def find(self, key: dict, config: Config) -> dict | None:
-        """The last measurement with this key; not one that failed, unless by limits no smaller than config's."""
+        """The last measurement with this key that need not be repeated, or None.
+
+        A failed one counts only if it exceeded limits that are no smaller than config's.
+        """
         for row in reversed(self.rows):
             if all(row.get(name) == value for name, value in key.items()):
                 by_limit = row.get("failed", "").startswith("more than ")
@@ -496,7 +538,10 @@ class Results:
 
 
 def run(config: Config) -> list[dict]:
-    """-> one record for every cell of the table; a point that two sweeps share is measured once."""
+    """Measure all points. Returns a record for each cell of the table.
+
+    A point that two sweeps share is measured once.
+    """
     out = Path(config.runs) / "scaling"
     out.mkdir(parents=True, exist_ok=True)
     data = Path(config.data) / "scaling"
@@ -513,8 +558,10 @@ def run(config: Config) -> list[dict]:
         ]
     minutes, busy = took(records)
     text = (
-        f"{table(records, config.clock)}\n\nThe measurements took {minutes:.0f} minutes, {busy:.0f} of processor "
-        f"time, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}, torch {torch.__version__}."
+        f"{table(records, config.clock)}\n\n"
+        f"The measurements took {minutes:.0f} minutes, {busy:.0f} of processor time, "
+        f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}, torch "
+        f"{torch.__version__}."
     )
     for name, content in (
         ("scaling.json", json.dumps(records, indent=1) + "\n"),
@@ -537,7 +584,10 @@ def rows_at(
     data: Path,
     sweep: str,
 ) -> list[dict]:
-    """A row for each of the stages, measured where `results` has none. What failed takes those behind it along."""
+    """A row for each of the stages at this point, measured if `results` has none.
+
+    If a stage fails, the stages after it are not measured.
+    """
     rows = [results.find(key_of(stage, config, point), config) for stage in stages]
     if all(rows):
         return rows
@@ -548,7 +598,7 @@ def rows_at(
         row = results.find(key, config)
         if row is None and broken and stage != "prepare":
             row = {**key, "failed": f"needs {broken}"}
-        # A stage that is measured but whose output is gone must be made again for those behind it.
+        # A stage that is measured but whose output is gone is run again for the stages after it.
         elif row is None or not (
             stage in WHOLE or "failed" in row or (out / point.name / stage / "done").exists()
         ):
@@ -571,7 +621,10 @@ def rows_at(
 
 
 def took(records: list[dict]) -> tuple[float, float]:
-    """Minutes of all measurements, and the processor minutes of those that succeeded; what sweeps share counts once."""
+    """Minutes of all measurements, and processor minutes of those that succeeded.
+
+    A point that two sweeps share counts once.
+    """
     distinct = {
         (*(r[name] for name in ("users", "items", "page", "history", "sampled", "stage")),): r
         for r in records
@@ -582,30 +635,35 @@ def took(records: list[dict]) -> tuple[float, float]:
 
 
 def seconds(row: dict, clock: str, part: str) -> float | None:
-    """Of a row's part (start, step, whole) by this clock; None where a stage has no such part."""
+    """Seconds of a row's part (start, step or whole) by this clock; None if it has no such part."""
     return row.get(f"{part}_cpu_s" if clock == "cpu" else f"{part}_s")
 
 
 def cost(row: dict, clock: str = "wall") -> str:
-    """prepare, evaluate: seconds in all, peak GB; the others: seconds before the first step + a step, peak GB."""
+    """A cell of the table: seconds before the first step + seconds of a step, and peak GB.
+
+    For prepare and evaluate the seconds are the total.
+    """
     if "failed" in row:
         return row["failed"]
     parts = ("whole",) if row["stage"] in WHOLE else ("start", "step")
-    return f"{' + '.join(short(seconds(row, clock, part)) for part in parts)} s, {short(row['peak_gb'])} GB"
+    spent = " + ".join(short(seconds(row, clock, part)) for part in parts)
+    return f"{spent} s, {short(row['peak_gb'])} GB"
 
 
 def short(value: float) -> str:
-    """Two figures, without a 0 before the point: 0.0312 -> .031, 7.25 -> 7.2, 283.3 -> 283."""
+    """Two digits, without a 0 before the point: 0.0312 -> .031, 7.25 -> 7.2, 283.3 -> 283."""
     text = f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"
     return text.removeprefix("0") if value < 1 else text
 
 
 def line_of(sweep: str, row: dict, clock: str) -> str:
-    return f"{sweep}={row[sweep]:,}{' sampled' if row['sampled'] else ''} {row['stage']}: {cost(row, clock)}"
+    sampled = " sampled" if row["sampled"] else ""
+    return f"{sweep}={row[sweep]:,}{sampled} {row['stage']}: {cost(row, clock)}"
 
 
 def table(records: list[dict], clock: str = "wall") -> str:
-    """Markdown: a row for every point, and what each stage costs there."""
+    """Markdown table: a row for every point, a column for each stage."""
     lines = ["| | " + " | ".join(STAGES) + " |", "|---" * (len(STAGES) + 1) + "|"]
     points = list(dict.fromkeys((r["sweep"], r[r["sweep"]], r["sampled"]) for r in records))
     label = {"page": "slots", "history": "items of history"}
@@ -623,9 +681,43 @@ def table(records: list[dict], clock: str = "wall") -> str:
     return "\n".join(lines)
 
 
+def plot_sweep(axes, sweep: str, records: list[dict], measures: tuple) -> None:
+    """Draw one sweep into a column of axes: one line for each stage, dashed where it is sampled.
+
+    measures  one function a row of axes, record -> value or None
+    """
+    for stage, (colour, marker) in LOOKS.items():
+        for sampled in (False, True):
+            some = [
+                r
+                for r in records
+                if (r["sweep"], r["stage"], r["sampled"]) == (sweep, stage, sampled)
+                and "failed" not in r
+            ]
+            some.sort(key=lambda r: r[sweep])
+            style = {
+                "color": colour,
+                "marker": marker,
+                "linestyle": "--" if sampled else "-",
+                "markersize": 5,
+                "markerfacecolor": "none" if sampled else colour,
+            }
+            for axis, value in zip(axes, measures, strict=True):
+                kept = [r for r in some if value(r) is not None]
+                axis.plot([r[sweep] for r in kept], [value(r) for r in kept], **style)
+    last = axes[-1]
+    last.set_xlabel({"page": "slots of a page", "history": "items in a prompt"}.get(sweep, sweep))
+    ticks = sorted({r[sweep] for r in records if r["sweep"] == sweep})
+    last.set_xscale("log")
+    last.set_xticks(ticks, [f"{t:,}" if t < 1e6 else f"{t / 1e6:g} M" for t in ticks])
+    last.minorticks_off()
+
+
 def figure(records: list[dict], path: Path, clock: str = "wall") -> None:
-    """Seconds before the first step (prepare, evaluate: in all), seconds a step and peak memory against each size.
-    Colours after Okabe and Ito, a marker for each stage; dashed: sampled softmax and lazy rows."""
+    """Draw seconds before the first step, seconds of a step and peak memory against each size.
+
+    For prepare and evaluate the first row shows the total. Needs matplotlib; says so without it.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -634,17 +726,6 @@ def figure(records: list[dict], path: Path, clock: str = "wall") -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    looks = dict(
-        zip(
-            STAGES,
-            zip(
-                ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#000000"),
-                "os^Dv*",
-                strict=True,
-            ),
-            strict=True,
-        )
-    )
     sweeps = list(dict.fromkeys(r["sweep"] for r in records))
     drawn, axes = pyplot.subplots(
         3,
@@ -660,38 +741,7 @@ def figure(records: list[dict], path: Path, clock: str = "wall") -> None:
         lambda r: r["peak_gb"],
     )
     for column, sweep in enumerate(sweeps):
-        for stage, (colour, marker) in looks.items():
-            for sampled in (False, True):
-                some = sorted(
-                    (
-                        r
-                        for r in records
-                        if (r["sweep"], r["stage"], r["sampled"]) == (sweep, stage, sampled)
-                        and "failed" not in r
-                    ),
-                    key=lambda r, sweep=sweep: r[sweep],
-                )
-                style = {
-                    "color": colour,
-                    "marker": marker,
-                    "linestyle": "--" if sampled else "-",
-                    "markersize": 5,
-                    "markerfacecolor": "none" if sampled else colour,
-                }
-                for row, value in enumerate(measures):
-                    kept = [r for r in some if value(r) is not None]
-                    axes[row, column].plot(
-                        [r[sweep] for r in kept], [value(r) for r in kept], **style
-                    )
-        axes[2, column].set_xlabel(
-            {"page": "slots of a page", "history": "items in a prompt"}.get(sweep, sweep)
-        )
-        ticks = sorted({r[sweep] for r in records if r["sweep"] == sweep})
-        axes[2, column].set_xscale("log")
-        axes[2, column].set_xticks(
-            ticks, [f"{t:,}" if t < 1e6 else f"{t / 1e6:g} M" for t in ticks]
-        )
-        axes[2, column].minorticks_off()
+        plot_sweep(axes[:, column], sweep, records, measures)
     for axis in axes.flat:
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -710,7 +760,7 @@ def figure(records: list[dict], path: Path, clock: str = "wall") -> None:
     ):
         axis.set_ylabel(name)
     handles = [
-        pyplot.Line2D([], [], color=c, marker=m, label=stage) for stage, (c, m) in looks.items()
+        pyplot.Line2D([], [], color=c, marker=m, label=stage) for stage, (c, m) in LOOKS.items()
     ]
     handles.append(
         pyplot.Line2D(

@@ -1,1 +1,1 @@
-"""What breaks: pulled plugs, full disks, rubbish as input, load."""
+"""Stress tests: killed processes, full disks, malformed input, many clients."""

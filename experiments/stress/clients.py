@@ -1,13 +1,20 @@
-"""What locust's clients do (extra [load]): ask for pages, check them, keep every time. Started by experiments/stress/load.py:
+"""What locust's clients do: ask for pages, check them, record every time. Needs the extra [load].
 
-    PAGELLM_LOAD=plan.json locust -f experiments/stress/clients.py --headless --users 8 --run-time 10s --host http://...
+experiments/stress/load.py starts them:
 
-The plan: known, new  bodies of POST /v1/page: a client draws from `known`, or takes the next of `new`, which is asked
-                      for once before it comes round again
-          share_new   share of requests from `new`
-          rate        pages a second of all clients together, arriving at random; null: each asks again at once
-          clients, k  how many clients; slots a page must have
-          out         file for [second it ended, milliseconds, failure or ""] of each request, and the clients' CPU time
+    PAGELLM_LOAD=plan.json locust -f experiments/stress/clients.py --headless --users 8 \\
+        --run-time 10s --host http://...
+
+Fields of the plan:
+
+    known, new   bodies of POST /v1/page. A client sends a random one of `known`, or the next one of
+                 `new`, which starts again when all have been sent
+    share_new    share of requests from `new`
+    rate         pages a second of all clients together, arriving at random times; null: each client
+                 asks again at once
+    clients, k   number of clients; slots that a page must have
+    out          file for [second it ended, milliseconds, failure or ""] of each request, and the
+                 clients' CPU seconds
 """
 
 import itertools

@@ -1,13 +1,14 @@
-"""Fuzz: schemathesis against the OpenAPI document of `pagellm serve`. Needs the extras [serve] and [load].
+"""Fuzz `pagellm serve` with schemathesis, from its OpenAPI document. Extras [serve] and [load].
 
 Reads   data/<dataset>, runs/<run>/sft, runs/<run>/ppo, runs/<run>/reward
-Prints  what schemathesis says; ends with 2 if one answer is a 5xx, or is not what the document promises
+Prints  schemathesis' report; exit code 2 if an answer is a 5xx or violates the document
 
-    make fuzz                               python -m experiments.stress.fuzz --dataset synthetic
+    make fuzz                           python -m experiments.stress.fuzz --dataset synthetic
     make fuzz ARGS="--cases 1000 --seed 7"
 
-It makes requests that fit the document and requests that do not, and runs all of its checks on every answer but one:
-that what fits the document is accepted. A document cannot say that min must not be above max.
+schemathesis sends requests that fit the document and requests that do not, and runs its checks on
+every answer. One check is left out: that a request which fits the document is accepted. The
+document cannot express that min must not exceed max.
 """
 
 import subprocess
@@ -25,10 +26,10 @@ __all__ = ["Config", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Sources):
-    """Start the service and let schemathesis look for an answer that its document does not allow."""
+    """Start the service and let schemathesis look for answers that its document does not allow."""
 
-    cases: int = 50  # of each operation, at most, in the phases that draw
-    checks: str = "all"  # schemathesis' checks, comma-separated; not_a_server_error: 5xx alone
+    cases: int = 50  # most requests for each operation, in the phases that generate requests
+    checks: str = "all"  # schemathesis' checks, comma-separated; not_a_server_error: only 5xx
     cores: int = 2  # CPU cores of the service
     threads: int = 0  # CPU threads of a batch, as in serve; 0: torch's choice
 
@@ -38,7 +39,7 @@ class Config(Sources):
 
 
 def run(config: Config) -> None:
-    """Raises PageLLMError if schemathesis finds fault, or the service counts a 5xx of its own."""
+    """Raises PageLLMError if schemathesis finds a fault or the service counts a 5xx."""
     needs("schemathesis")
     with served(config) as service, tempfile.TemporaryDirectory() as folder:
         ended = subprocess.run(
@@ -67,12 +68,13 @@ def run(config: Config) -> None:
     }
     broken = {name: n for name, n in answered.items() if name.rsplit(":", 1)[1].startswith("5")}
     print(
-        f"fuzz: the service answered {sum(answered.values()):,} requests, {sum(broken.values())} of them with 5xx"
+        f"fuzz: the service answered {sum(answered.values()):,} requests, {sum(broken.values())} "
+        "of them with 5xx"
     )
     if ended.returncode or broken:
         raise PageLLMError(
-            f"schemathesis ended with {ended.returncode}; 5xx: {broken or 'none'}; what it sent stands "
-            f"above, and the same --seed {config.seed} sends it again"
+            f"schemathesis ended with {ended.returncode}; 5xx: {broken or 'none'}; what it sent "
+            f"stands above, and the same --seed {config.seed} sends it again"
         )
 
 

@@ -1,14 +1,15 @@
-"""Load: how long `pagellm serve` takes for a page, how many it writes a second, what each part of it costs, and whether
-hours of it leave anything behind. Needs the extras [serve] and [load]; the clients are locust's (clients.py).
+"""Measure `pagellm serve` under load: latency, pages a second, cost of each part, growth of memory.
 
 Reads   data/<dataset>, runs/<run>/sft, runs/<run>/ppo, runs/<run>/reward
-Prints  a row for each number of clients, with prompts the service knows and with new ones; costs; one line of JSON
+Prints  a row for each number of clients, with prompts that the service knows and with new ones;
+        costs; one line of JSON
 
-    make load                               python -m experiments.stress.load --dataset synthetic
-    make load ARGS="--soak 10"              then ten minutes at 80% of what was measured
+    make load                           python -m experiments.stress.load --dataset synthetic
+    make load ARGS="--soak 10"          then ten minutes at 80% of the measured pages a second
 
-The service runs on `cores` cores and loopback; the clients on the others, or, where there are none, beside it. A minute
-and a half, and the soak.
+Needs the extras [serve] and [load]; the clients are locust's (clients.py). The service runs on
+`cores` cores, and the clients on the others; if there are none, they share the service's cores.
+Takes a minute and a half, plus the soak.
 """
 
 import json
@@ -41,22 +42,23 @@ __all__ = ["Config", "drive", "needs", "parts", "run", "served", "times"]
 
 PARTS = ("prompt", "decode", "reward", "metrics")
 RAMP = 1.0  # seconds at the start of a row that do not count
-KNOWN = 256  # users whose prompts are read before the rows of known prompts: they fit in the cache
-NEW = 20_000  # bodies with a prompt of their own: more than the cache keeps
+KNOWN = 256  # users whose prompts are cached before the rows of known prompts; all fit in the cache
+NEW = 20_000  # bodies with a prompt of their own: more than fit in the cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Sources):
-    """Start the service, drive it with locust, print latency, pages a second, the cost of each part; then soak it."""
+    """Start the service, load it with locust, print latency and costs; then soak it, if asked."""
 
-    clients: str = "1,8,32"  # concurrent clients, a row each
-    seconds: float = 10.0  # of a row
-    k: int = 20  # slots of a page
+    clients: str = "1,8,32"  # numbers of concurrent clients, comma-separated; a row each
+    seconds: float = 10.0  # length of a row
+    k: int = 20  # slots on a page
     cores: int = 2  # CPU cores of the service
     threads: int = 0  # CPU threads of a batch, as in serve; 0: torch's choice
-    soak: float = 0.0  # minutes at `level` of the most pages a second; 0: no soak
-    level: float = 0.8  # of the pages a second that the most clients got, in a soak
-    new: float = 0.2  # share of a soak's requests with a new prompt; the others are of all users
+    soak: float = 0.0  # minutes of the soak; 0: none
+    level: float = 0.8  # load of the soak, as a share of the pages a second that the most clients
+    # got
+    new: float = 0.2  # share of the soak's requests that have a new prompt; others are of all users
 
     def __post_init__(self):
         super().__post_init__()
@@ -74,7 +76,7 @@ class Config(Sources):
 
 @dataclass
 class Service:
-    """A `pagellm serve` of its own process, and where it runs."""
+    """A `pagellm serve` in a process of its own, and its address."""
 
     url: str
     cores: list[int]
@@ -85,7 +87,7 @@ class Service:
             return reply.read()
 
     def warm(self, some: list[str]) -> None:
-        """Have every one of these bodies answered once, so that its prompt is kept."""
+        """Send every one of these bodies once, so that the service caches its prompt."""
 
         def ask(body: str) -> None:
             request = urllib.request.Request(
@@ -98,7 +100,7 @@ class Service:
             list(pool.map(ask, some))
 
     def meters(self) -> dict[str, float]:
-        """name, or name:label for one with a single label, -> value of every sample in /metrics."""
+        """Samples in /metrics: name, or name:label if it has one label, -> value."""
         from prometheus_client.parser import text_string_to_metric_families
 
         return {
@@ -110,9 +112,10 @@ class Service:
 
 @contextmanager
 def served(config: Sources):
-    """Start the service on a free port of loopback; stop it at the end. Raises PageLLMError with what it said.
+    """Start the service on a free local port, and stop it at the end.
 
     config  a Sources with cores and threads, and k if pages may be long
+    Raises PageLLMError with the service's output if it does not start.
     """
     every = sorted(os.sched_getaffinity(0))
     mine = every[: config.cores]
@@ -174,7 +177,7 @@ def served(config: Sources):
 
 
 def needs(*modules: str) -> None:
-    """Raise PageLLMError if one of these, or what reads the meters, is not installed."""
+    """Raise PageLLMError if one of these modules, or what reads /metrics, is not installed."""
     for module in (*modules, "prometheus_client"):
         if find_spec(module) is None:
             raise PageLLMError(
@@ -184,7 +187,7 @@ def needs(*modules: str) -> None:
 
 
 def bodies(config: Config) -> tuple[list[str], list[str]]:
-    """Bodies of POST /v1/page: for every user, in an order drawn for good; and NEW with a prompt of their own each."""
+    """Bodies of POST /v1/page: one for every user, in seeded random order; NEW with new prompts."""
     shop = load(config.data_dir)
     users = randomness.rng(config.seed, "load", "users").permutation(shop.n_users)
     pairs = randomness.rng(config.seed, "load", "new").choice(
@@ -206,9 +209,10 @@ def bodies(config: Config) -> tuple[list[str], list[str]]:
 
 
 def drive(service: Service, plan: dict, clients: int, seconds: float, watch=lambda: None) -> dict:
-    """Let locust's clients ask for pages; -> {"rows": [second it ended, ms, failure], "cpu": seconds of the clients}.
+    """Let locust's clients ask for pages.
 
-    watch  called again and again meanwhile, once a second at most
+    watch    called at most once a second meanwhile
+    returns  {"rows": [second it ended, ms, failure or ""], "cpu": CPU seconds of the clients}
     """
     with tempfile.TemporaryDirectory() as folder:
         plan = {
@@ -264,7 +268,8 @@ def drive(service: Service, plan: dict, clients: int, seconds: float, watch=lamb
 def times(rows: list, start: float = RAMP) -> dict:
     """Pages a second, latency in ms and failures of the requests that ended after `start` seconds.
 
-    rows  [second it ended, ms, failure or ""]        Raises PageLLMError if there are none.
+    rows  [second it ended, ms, failure or ""]
+    Raises PageLLMError if there are none.
     """
     kept = [(end, ms, bad) for end, ms, bad in rows if end > start]
     if not kept:
@@ -281,8 +286,11 @@ def times(rows: list, start: float = RAMP) -> dict:
 
 
 def parts(before: dict[str, float], after: dict[str, float]) -> dict:
-    """Between two readings of the meters: ms a page of each part and of the service's CPU, pages a batch, and the share
-    of look-ups that the cache answered."""
+    """What happened between two readings of /metrics.
+
+    Milliseconds a page for each part and for the service's CPU, pages in a batch, and the share of
+    look-ups that the cache answered.
+    """
 
     def grown(name: str) -> float:
         return after.get(name, 0.0) - before.get(name, 0.0)
@@ -312,15 +320,16 @@ def row(service: Service, name: str, plan: dict, clients: int, seconds: float) -
     )
     if out["failed"]:
         raise PageLLMError(
-            f"{out['failed']} of {out['requests']} requests failed; the first: {out['first_failure']}"
+            f"{out['failed']} of {out['requests']} requests failed; the first: "
+            f"{out['first_failure']}"
         )
     return out
 
 
 def soak(service: Service, config: Config, plan: dict, rate: float) -> dict:
-    """`config.soak` minutes at `rate` pages a second; memory and open files of the service all the while.
+    """Ask for `rate` pages a second for `config.soak` minutes; record memory and open files.
 
-    Growth is the last quarter of the time against the second: the first fills the cache.
+    Growth compares the last quarter of the time with the second, because the first fills the cache.
     """
     seen: list[tuple[float, float, float, float]] = []
     began = time.perf_counter()
@@ -364,11 +373,13 @@ def soak(service: Service, config: Config, plan: dict, rate: float) -> dict:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        f"{'prompts':<8}{'clients':>8}{'pages/s':>9}{'p50 ms':>8}{'p95 ms':>8}{'p99 ms':>8}{'failed':>8}"
+        f"{'prompts':<8}{'clients':>8}{'pages/s':>9}"
+        f"{'p50 ms':>8}{'p95 ms':>8}{'p99 ms':>8}{'failed':>8}"
         f"{'batch':>7}{'cached':>8}"
     ]
     lines += [
-        f"{r['prompts']:<8}{r['clients']:>8}{r['pages_s']:>9.1f}{r['p50']:>8.1f}{r['p95']:>8.1f}{r['p99']:>8.1f}"
+        f"{r['prompts']:<8}{r['clients']:>8}{r['pages_s']:>9.1f}"
+        f"{r['p50']:>8.1f}{r['p95']:>8.1f}{r['p99']:>8.1f}"
         f"{r['failed']:>8}{r['batch']:>7.1f}{r['cached']:>8.0%}"
         for r in rows
     ]
@@ -395,7 +406,7 @@ def table(rows: list[dict]) -> str:
 
 
 def run(config: Config) -> dict:
-    """Print the rows, the soak and one line of JSON; -> the same.
+    """Print the rows, the soak and one line of JSON; return what the line holds.
 
     Raises PageLLMError if a request fails, or memory grows in a soak.
     """
@@ -405,8 +416,10 @@ def run(config: Config) -> dict:
     with served(config) as service:
         where = "on cores of their own" if service.others else "on the same cores"
         print(
-            f"service on {config.cores} cores, pages of {config.k}, {config.seconds:g} s a row; locust's clients "
-            f"{where}\n{machine(config.device)}; torch {versions()['torch']}; commit {commit() or 'unknown'}\n"
+            f"service on {config.cores} cores, pages of {config.k}, {config.seconds:g} s a row; "
+            f"locust's clients {where}\n"
+            f"{machine(config.device)}; torch {versions()['torch']}; commit "
+            f"{commit() or 'unknown'}\n"
         )
         for clients in map(int, config.clients.split(",")):
             service.warm(known[:KNOWN])
@@ -438,11 +451,12 @@ def run(config: Config) -> dict:
         if config.soak:
             result["soak"] = s = soak(service, config, mixed, config.level * rows[-1]["pages_s"])
             print(
-                f"\nsoak: {s['minutes']:g} minutes at {s['rate']:.1f} pages/s ({config.level:.0%}), {config.new:.0%} "
-                f"new prompts: {s['requests']:,} requests, {s['failed']} failed, p50 {s['p50']:.1f}, p95 "
-                f"{s['p95']:.1f}, p99 {s['p99']:.1f} ms\nby quarters: memory {s['rss_mb']} MB, of it cache "
-                f"{s['cache_mb']} MB, open files {s['open_files']}; first {s['rss_first_mb']} and last "
-                f"{s['rss_last_mb']} MB"
+                "\n"
+                f"soak: {s['minutes']:g} minutes at {s['rate']:.1f} pages/s ({config.level:.0%}), "
+                f"{config.new:.0%} new prompts: {s['requests']:,} requests, {s['failed']} failed, "
+                f"p50 {s['p50']:.1f}, p95 {s['p95']:.1f}, p99 {s['p99']:.1f} ms\n"
+                f"by quarters: memory {s['rss_mb']} MB, of it cache {s['cache_mb']} MB, open files "
+                f"{s['open_files']}; first {s['rss_first_mb']} and last {s['rss_last_mb']} MB"
             )
     print(json.dumps(result))
     if config.soak and s["failed"]:
@@ -451,13 +465,14 @@ def run(config: Config) -> dict:
         )
     if config.soak and grown(s) > 0.05:
         raise PageLLMError(
-            f"memory grew by {grown(s):.0%} between the second and the last quarter, beside the cache"
+            f"memory grew by {grown(s):.0%} between the second and the last quarter, beside the "
+            "cache"
         )
     return result
 
 
 def grown(s: dict) -> float:
-    """Share by which memory without the cache grew between the second and the last quarter of a soak."""
+    """Share by which memory, without the cache, grew from a soak's second quarter to its last."""
     rest = [rss - cache for rss, cache in zip(s["rss_mb"], s["cache_mb"], strict=True)]
     return rest[3] / rest[1] - 1
 

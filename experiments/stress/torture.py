@@ -1,18 +1,21 @@
-"""Pull the plug, fill the disk, flip bytes, feed rubbish: what the stages must survive, in one command.
+"""Stress tests of the stages: kill them, fill the disk, damage files, feed malformed input.
 
-    make torture                            python -m experiments.stress.torture --suites kill,signal,fault,input
+    make torture                    python -m experiments.stress.torture --suites kill,signal,input
 
-kill    SIGKILL at random moments and at random file operations (also while a checkpoint is being written, and
-        between its rename and LAST); the same command must end with the same bytes as a run left in peace
-signal  SIGTERM and SIGINT: exit 143 and 130, one line, and the same bytes in the end
-fault   full disk, read-only directory, damaged checkpoints, lost or changed inputs, NaN, too little memory
-ranks   two processes under torchrun: one is killed, the job ends, one process carries it on
-input   mutated lines of every spelling, gzip bombs, endless lines: no crash, read = kept + broken
-soak    all stages again and again in one process for `minutes`: no growth of memory, open files, threads or
-        temporary files (make soak)
+kill    SIGKILL at random times and at random file operations, also while a checkpoint is written
+        and between its rename and LAST. The same command, run again, must end with the same bytes
+        as an undisturbed run
+signal  SIGTERM and SIGINT: exit codes 143 and 130, one line, and the same bytes in the end
+fault   full disk, read-only directory, damaged checkpoints, lost or changed inputs, NaN, too little
+        memory
+ranks   two processes under torchrun: one is killed, the job must end, and one process continues it
+input   mutated lines of every format, gzip bombs, endless lines: no crash, and every line is
+        counted as kept or broken
+soak    all stages in a loop in one process for `minutes`: memory, open files, threads and temporary
+        files must not grow (make soak)
 
-Every trial runs in a forked child, so this process must have no threads but its own: run it as a command. Prints
-what was tried; exits 1 and says what broke, if anything did.
+Every trial runs in a forked child, so this process must have no other threads: run it as a command.
+Prints what was tried. Exits with 1, and says what broke, if anything did.
 """
 
 import contextlib
@@ -48,7 +51,7 @@ from pagellm.data.sequences import read_sequences
 from pagellm.stage.command import main
 from pagellm.stage.config import check
 
-__all__ = ["Bench", "Config", "fuzzed_line", "merged", "run"]
+__all__ = ["Config", "Trials", "fuzzed_line", "merged", "run"]
 
 
 SUITES = ("kill", "signal", "fault", "ranks", "input", "soak")
@@ -62,7 +65,8 @@ VERBS = {
 }
 SMALL = {
     "prepare": "--users 60 --items 40",
-    "pretrain": "--size nano --steps 8 --batch 8 --rating_batch 8 --words 300 --warmup 2 --save_every 2",
+    "pretrain": "--size nano --steps 8 --batch 8 --rating_batch 8 --words 300 --warmup 2 "
+    "--save_every 2",
     "sft": "--epochs 2 --batch 16 --eval_every 3 --max_history 8 --warmup 2 --k 6 --save_every 2",
     "reward": "--per_kind 1 --batch 16 --warmup 2 --save_every 2",
     "ppo": "--epochs 1 --rollout 16 --minibatch 8 --micro 4 --inner_epochs 2 --k 6 --eval_every 2 "
@@ -71,7 +75,7 @@ SMALL = {
 }
 
 
-# Where a kill hurts most: the file operation that comes next, as `operations` describes it.
+# Critical moments for a kill: the file operation that comes next, as `operations` describes it.
 SPOTS = {
     "while a checkpoint is written": ("open", ".step-"),
     "between its rename and LAST": ("open", ".LAST"),
@@ -84,11 +88,11 @@ SPOTS = {
 class Config:
     """Break things on purpose and count what survives."""
 
-    suites: str = "kill,signal,fault,ranks,input"  # which, comma-separated
-    moments: int = 20  # kills of each stage; signals are half as many
-    inputs: int = 100_000  # mutated lines
-    minutes: float = 30.0  # of soak
-    seed: int = 0  # of all choices; another seed, other moments
+    suites: str = "kill,signal,fault,ranks,input"  # suites to run, comma-separated; also soak
+    moments: int = 20  # kills of each stage; half as many signals
+    inputs: int = 100_000  # number of mutated lines
+    minutes: float = 30.0  # length of soak
+    seed: int = 0  # seed of all random choices
 
     def __post_init__(self):
         names = self.suites.split(",")
@@ -103,7 +107,7 @@ class Config:
 
 @dataclass
 class Outcome:
-    """How a child ended: its exit code, or minus the signal that ended it; what it printed; its file operations."""
+    """How a child ended: exit code, or minus the signal that ended it; output; file operations."""
 
     code: int
     text: str
@@ -112,7 +116,9 @@ class Outcome:
     peak_mb: float
 
 
-TRIAL_SECONDS = 180  # a trial that takes longer hangs: its stack is printed, and it is killed
+TRIAL_SECONDS = (
+    180  # a trial that takes longer counts as hanging: its stack is printed, it is killed
+)
 
 
 def forked(
@@ -123,10 +129,11 @@ def forked(
     after: float = 0.0,
     patience: bool = True,
 ) -> Outcome:
-    """Run action() in a child whose working directory is `folder`.
+    """Run action() in a forked child whose working directory is `folder`.
 
-    arm            called in the child first      signum, after  sent by the parent after so many seconds
-    patience       False: wait however long it takes
+    arm            called in the child first
+    signum, after  signal that the parent sends after so many seconds; 0: none
+    patience       kill a child that hangs, after TRIAL_SECONDS; False: wait without a limit
     """
     out, count = folder / ".out", folder / ".operations"
     began = time.time()
@@ -139,8 +146,8 @@ def forked(
             os.dup2(handle, 1)
             os.dup2(handle, 2)
             sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
-            # tqdm's own lock is a semaphore that forked processes share: who is killed in the middle of drawing a bar
-            # would keep it, and the next bar, in the parent too, would wait for ever.
+            # tqdm's lock is a semaphore that forked processes share. A child killed while it draws
+            # a bar would keep it, and the next bar, even one of the parent, would wait for ever.
             tqdm.set_lock(threading.RLock())
             faulthandler.register(signal.SIGQUIT)
             torch.set_num_threads(1)
@@ -148,9 +155,9 @@ def forked(
             if arm:
                 arm()
             code = action()
-            with contextlib.suppress(OSError):  # a child without the right, or the room, to write
+            with contextlib.suppress(OSError):  # the child may have no right or no room to write
                 Path(".operations").write_text(str(counted[0]))
-        except BaseException as error:  # what `main` lets through is a crash: show it
+        except BaseException as error:  # an exception that `main` does not handle is a crash
             import traceback
 
             traceback.print_exception(error)
@@ -163,14 +170,14 @@ def forked(
             os.kill(child, signum)
     deadline, asked = time.time() + TRIAL_SECONDS + after, False
     while not (ended := os.wait4(child, os.WNOHANG))[0]:
-        # where it hangs; its end is then reported as any other's
+        # print where it hangs; its end is then reported like any other
         if time.time() > deadline and patience:
             os.kill(child, signal.SIGKILL if asked else signal.SIGQUIT)
             deadline, asked = deadline + 1, True
         time.sleep(0.002)
     _, status, usage = ended
     text = out.read_text(errors="replace") if out.exists() else ""
-    done = int(count.read_text() or 0) if count.exists() else 0  # empty: killed while it wrote this
+    done = int(count.read_text() or 0) if count.exists() else 0  # empty: killed while writing it
     for path in (out, count):
         path.unlink(missing_ok=True)
     code = os.waitstatus_to_exitcode(status)
@@ -181,8 +188,10 @@ watchers: list[Callable[[int, str], None]] = []
 
 
 def operations() -> list[int]:
-    """Count this process's openings, renames and removals below data/ and runs/; `watchers` hear of each: its number
-    and "event path"."""
+    """Count this process's openings, renames and removals of files below data/ and runs/.
+
+    Calls `watchers` at each, with its number and "event path".
+    """
     count = [0]
 
     def hook(event: str, args: tuple) -> None:
@@ -200,7 +209,7 @@ def operations() -> list[int]:
 
 
 def die_at(operation: int, delay: float | None) -> Callable[[], None]:
-    """Arms a child: SIGKILL at its n-th file operation, or `delay` seconds after it (an alarm nobody handles)."""
+    """Prepare a child's SIGKILL at its n-th file operation, or `delay` seconds after it."""
 
     def watch(n: int, _what: str) -> None:
         if n == operation:
@@ -210,14 +219,14 @@ def die_at(operation: int, delay: float | None) -> Callable[[], None]:
 
 
 def die(delay: float | None) -> None:
-    """Now, or by an alarm in so many seconds: nothing of this process runs after it either way."""
+    """Kill this process now, or in `delay` seconds by an alarm; no handler or cleanup runs."""
     if delay is None:
         os.kill(os.getpid(), signal.SIGKILL)
     signal.setitimer(signal.ITIMER_REAL, delay)
 
 
 def die_where(words: str, nth: int, delay: float | None) -> Callable[[], None]:
-    """The same at the n-th operation whose description holds these words."""
+    """Like die_at, at the n-th operation whose description contains these words."""
     seen = [0]
 
     def watch(_n: int, what: str) -> None:
@@ -234,7 +243,7 @@ def die_after(seconds: float) -> Callable[[], None]:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Relative path -> hash of every file that a finished stage leaves; times, and where it began, left out."""
+    """Relative path -> hash of every file that a finished stage leaves, without times."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -263,8 +272,8 @@ def merged(options: str, more: str) -> list[str]:
     return [word for option in last.items() for word in option]
 
 
-class Bench:
-    """A reference run of all stages on a tiny shop, and trials beside it."""
+class Trials:
+    """A reference run of all stages on a tiny shop, and trials that are compared with it."""
 
     def __init__(self, root: Path, seed: int = 0):
         self.root, self.random, self.counts = root, random.Random(seed), Counter()
@@ -279,18 +288,18 @@ class Bench:
 
     @staticmethod
     def place(folder: Path, verb: str) -> Path:
-        """Where a stage writes."""
+        """The directory that a stage writes."""
         return folder / ("data/synthetic" if verb == "prepare" else f"runs/synthetic/{verb}")
 
     def stage(self, folder: Path, verb: str, more: str = "", **how) -> Outcome:
-        """The stage's own command line in a child."""
+        """Run the stage's command line in a child."""
         module, options = VERBS[verb], merged(SMALL[verb], more)
         return forked(
             folder, lambda: main(module.Config, module.run, f"pagellm {verb}", options), **how
         )
 
     def trial(self, verb: str) -> Path:
-        """A new directory with everything that comes before a stage."""
+        """A new directory with the output of all stages before this one."""
         folder = self.root / "trial"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -306,7 +315,7 @@ class Bench:
             self.failures.append(f"{what}\n    {tail}")
 
     def same(self, folder: Path, verb: str, what: str) -> None:
-        """The stage's directory must hold what the reference holds, and nothing that was meant to go."""
+        """Expect the stage's files to equal the reference's, and no temporary files."""
         mine, reference = (
             snapshot(self.place(folder, verb)),
             snapshot(self.place(self.reference, verb)),
@@ -332,15 +341,17 @@ class Bench:
     # The suites.
 
     def kill(self, verb: str) -> None:
-        """One SIGKILL at a random file operation or time, or where it hurts most; now and then a second one during the
-        resumed run."""
+        """Kill the stage at random file operations, times and critical moments, and resume it.
+
+        Some trials kill the resumed run as well.
+        """
         folder, whole = self.trial(verb), self.whole[verb]
         for round_ in range(1 + (self.random.random() < 0.3)):
             dice = self.random.random()
             if verb in ("pretrain", "sft", "reward", "ppo") and dice < 0.4:
                 spot, nth = self.random.choice(list(SPOTS)), self.random.randint(1, 2)
                 event, name = SPOTS[spot]
-                # in the middle of it
+                # in the middle of the operation
                 delay = 10 ** self.random.uniform(-5, -3) if name == ".step-" else None
                 arm = die_where(f"{event} runs/synthetic/{verb}/{name}", nth, delay)
                 what = f"killed {spot} ({nth}), round {round_}"
@@ -397,7 +408,7 @@ class Bench:
             fault()
 
     def refused(self, outcome: Outcome, what: str, *words: str) -> None:
-        """Exit code 2 and one message with these words, without a traceback."""
+        """Expect exit code 2 and one message with these words, without a traceback."""
         self.counts["faults"] += 1
         self.expect(
             outcome.code == 2
@@ -408,7 +419,7 @@ class Bench:
         )
 
     def full_disk(self) -> None:
-        """A file-size limit stands for a full disk everywhere; where mounting is allowed, a small tmpfs is one."""
+        """Run into a file-size limit, and, where mounting is allowed, into a full tmpfs."""
         for verb in ("prepare", "pretrain", "sft", "reward", "ppo", "evaluate"):
             largest = max(
                 p.stat().st_size for p in self.place(self.reference, verb).rglob("*") if p.is_file()
@@ -559,7 +570,7 @@ class Bench:
         self.expect(again.code == 0, "pretrain after too little memory", again)
 
     def ranks(self) -> None:
-        """Two processes; one is killed in mid-training; the job must end soon, and one process carries it on."""
+        """Kill one of two processes in training: the job must end soon, one process continues."""
         folder, more = self.trial("sft"), "--epochs 20 --dropout 0"
         command = [
             sys.executable,
@@ -617,7 +628,7 @@ class Bench:
         self.expect(close, "two processes, then one, do not train like one throughout")
 
     def soak(self, minutes: float) -> None:
-        """The pipeline in a loop, in one process; what it holds after each round must not grow."""
+        """Run the pipeline in a loop in one process: what it holds after a round must not grow."""
         folder = self.root / "soak"
         folder.mkdir()
         ended = forked(folder, lambda: rounds(minutes * 60), patience=False)
@@ -636,7 +647,7 @@ class Bench:
             before, after = (sum(row[what] for row in some) / len(some) for some in (early, late))
             self.counts[f"soak: {what}, second quarter"] = round(before)
             self.counts[f"soak: {what}, last quarter"] = round(after)
-            # Pools start a thread or two late; one that is left behind in every round soon makes more.
+            # Pools start a thread or two late; a leak of one in every round soon exceeds that.
             room = {"memory_mb": 0.05 * before + 4, "threads": 2.0}.get(what, 0.0)
             self.expect(
                 after <= before + room, f"soak: {what} grew from {before:.1f} to {after:.1f}"
@@ -644,7 +655,7 @@ class Bench:
         self.counts["soak: rounds"] = len(held)
 
     def input(self, lines: int) -> None:
-        """Mutated lines through every reader; whole directories of them through prepare; bombs."""
+        """Mutated lines through every reader, directories of them through prepare, and bombs."""
         shop = synthetic.make(30, 20, seed=1)
         sources = {}
         for spelling in ("amazon2014", "amazon2018", "amazon2023", "sequences", "csv", "jsonl"):
@@ -689,7 +700,7 @@ class Bench:
         self.bombs(large=lines >= 50_000)
 
     def directories(self, sources: dict, count: int) -> None:
-        """prepare over whole directories in which some lines, or all, are rubbish: done, or one clear message."""
+        """prepare directories in which some or all lines are malformed: success or one message."""
         for _ in range(count):
             folder = self.root / "fuzz"
             shutil.rmtree(folder, ignore_errors=True)
@@ -722,7 +733,7 @@ class Bench:
             self.expect(not left, f"prepare left {left}")
 
     def odd_shops(self, all_ratings: bool) -> None:
-        """Shops at the edge of sense, through all stages: each ends, or stops with one clear message."""
+        """Run extreme shops through all stages: each ends, or stops with one clear message."""
         rows = {
             "nothing": [],
             "one user, one item": [("u", "i")],
@@ -767,7 +778,7 @@ class Bench:
                 ] += 1
 
     def bombs(self, large: bool) -> None:
-        """A gigabyte of nothing in a megabyte of gzip, a line of 100 MB, brackets without end."""
+        """A gigabyte of zeros in a megabyte of gzip, a line of 100 MB, very deep brackets."""
 
         def bomb(write: Callable) -> None:
             folder = self.root / "fuzz"
@@ -872,7 +883,10 @@ VALUES = [
 
 
 def fuzzed_line(draw: random.Random, source: list[bytes]) -> bytes:
-    """A line of the file with something wrong: bytes, structure, types, or two lines spliced. Never a line break."""
+    """A line of the file with wrong bytes, structure or types, or spliced with another line.
+
+    It never contains a line break.
+    """
     line = draw.choice(source)
     for _ in range(draw.randint(1, 3)):
         kind = draw.randrange(6)
@@ -899,7 +913,7 @@ def fuzzed_line(draw: random.Random, source: list[bytes]) -> bytes:
 
 
 def read_everything(spelling: str, name: str) -> int:
-    """Read ./input as the file `name` of a spelling; prints the counts; 0 if they add up."""
+    """Read ./input as the file `name` of a format, print the counts, return 0 if they add up."""
     path, tally = Path("input"), Tally()
     is_items = name.startswith(("meta", "items"))
     if spelling == "sequences" and not is_items:
@@ -920,7 +934,7 @@ def read_everything(spelling: str, name: str) -> int:
     print()
     print(json.dumps({"read": tally.read, "kept": tally.kept, "broken": tally.broken.total()}))
     adds_up = tally.read == tally.kept + tally.broken.total()
-    if spelling != "sequences" or is_items:  # a sequence is several records
+    if spelling != "sequences" or is_items:  # a line of sequences holds several records
         adds_up = adds_up and found == tally.kept
     data = path.read_bytes() if path.stat().st_size < 1e7 else b""
     if data and spelling != "csv" and data[:2] != b"\x1f\x8b":  # a CSV record may span lines
@@ -929,7 +943,10 @@ def read_everything(spelling: str, name: str) -> int:
 
 
 def rounds(seconds: float, least: int = 8) -> int:
-    """All stages over and over for so long; after each round one line of JSON: what this process holds."""
+    """Run all stages again and again; after each round print what this process holds, as JSON.
+
+    Stops after `seconds`, but not before `least` rounds.
+    """
     end = time.time() + seconds
     while time.time() < end or least > 0:
         least -= 1
@@ -955,20 +972,20 @@ def rounds(seconds: float, least: int = 8) -> int:
 
 
 def limited_files(size: int) -> None:
-    """No file of this process may grow beyond `size` bytes."""
+    """Limit every file that this process writes to `size` bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def little_memory() -> None:
-    """Room for a few more megabytes than the process has now."""
+    """Limit this process to a few megabytes more than it has now."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + (24 << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def nobody() -> None:
-    """Give up root's rights, to which a read-only directory is none."""
+    """Give up root's rights: root may write into a read-only directory."""
     if os.getuid() == 0:
         os.setgroups([])
         os.setgid(65534)
@@ -977,7 +994,7 @@ def nobody() -> None:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: int):
-    """A tmpfs of so many bytes at `folder`; yields False where this process may not mount one."""
+    """Mount a tmpfs of `size` bytes at `folder`; yields False if this process may not mount."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     made = subprocess.run(
@@ -998,16 +1015,16 @@ def children_of(pid: int) -> list[str]:
 
 
 def run(config: Config) -> list[str]:
-    """-> what broke."""
-    tqdm.monitor_interval = 0  # its thread could hold a lock at the moment of a fork
+    """Run the suites. Returns what broke, one line each."""
+    tqdm.monitor_interval = 0  # tqdm's monitor thread could hold a lock at the moment of a fork
     began, wanted = time.time(), config.suites.split(",")
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
-        bench = Bench(Path(folder), config.seed)
+        trials = Trials(Path(folder), config.seed)
         if "kill" in wanted:
             for verb in tqdm(
                 [v for v in VERBS for _ in range(config.moments)], "kill", unit="moment"
             ):
-                bench.kill(verb)
+                trials.kill(verb)
         if "signal" in wanted:
             moments = [
                 (v, s)
@@ -1016,24 +1033,24 @@ def run(config: Config) -> list[str]:
                 for _ in range(-(-config.moments // 4))
             ]
             for verb, signum in tqdm(moments, "signal", unit="moment"):
-                bench.signal(verb, signum)
+                trials.signal(verb, signum)
         if "fault" in wanted:
-            bench.faults()
+            trials.faults()
         if "ranks" in wanted:
-            bench.ranks()
+            trials.ranks()
         if "input" in wanted:
-            bench.input(config.inputs)
+            trials.input(config.inputs)
         if "soak" in wanted:
-            bench.soak(config.minutes)
+            trials.soak(config.minutes)
     print(f"\n{time.time() - began:.0f} s")
-    for what, count in sorted(bench.counts.items()):
+    for what, count in sorted(trials.counts.items()):
         print(f"  {count:>9,}  {what}")
-    for failure in bench.failures:
+    for failure in trials.failures:
         print(f"  BROKEN  {failure}")
-    print("nothing broke" if not bench.failures else f"{len(bench.failures)} broke")
-    if bench.failures:
+    print("nothing broke" if not trials.failures else f"{len(trials.failures)} broke")
+    if trials.failures:
         raise SystemExit(1)
-    return bench.failures
+    return trials.failures
 
 
 if __name__ == "__main__":

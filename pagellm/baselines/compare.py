@@ -76,9 +76,8 @@ class Config(StageConfig):
     # command line the data set's own is taken (<dataset>/baselines.json in ./presets or in the
     # package), if it is there; none: search
     refit: bool = False  # also fit each model to train + validation with the chosen settings
-    mask: str = (
-        "train+valid"  # splits whose items may not be on a page; some papers mask train only
-    )
+    mask: str = "train+valid"  # splits whose items may not be on a page; some papers mask train
+    # only
     versus: str = "EASE"  # row that every other row's differences are taken to
     k: int = 20  # slots on a page
     depth: int = 100  # length of the ranked list, k or more

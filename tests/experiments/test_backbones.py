@@ -1,4 +1,4 @@
-"""The study of backbones: its table says what its runs left behind, and it carries on where it was stopped."""
+"""The study of backbones: its table equals what its runs recorded, and it can be resumed."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def forked(module, **options):
 
 @pytest.fixture(scope="module")
 def study(served, tmp_path_factory):
-    """One seed on the shop of `served`, nano sizes; the stand-in trunks come from a network that took no step."""
+    """One seed on the shop of `served`, with nano sizes and stand-ins that took no step."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("backbones")
     (root / "data").symlink_to(served / "data")
@@ -65,12 +65,12 @@ def study(served, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbones, "alone", shorter)
-        # a process a stage: threads of several would wait for each other
+        # each stage is a process: with several threads each they would wait for one another
         patch.setenv("OMP_NUM_THREADS", "1")
         records = backbones.run(config)
         started = []
         patch.setattr(subprocess, "Popen", lambda *a, **k: started.append(a))
-        assert backbones.run(config) == records and not started  # all done: no process is started
+        assert backbones.run(config) == records and not started  # all done: starts no process
     return root, config, records
 
 
@@ -106,7 +106,7 @@ def test_the_table_says_what_the_runs_left_behind(study):
 
 
 def test_all_rows_begin_from_published_words_and_trunks(study):
-    """GPT-2 and Llama from their own; the adapted Llama ends with the trunk that it began with."""
+    """GPT-2 and Llama start from their own weights; adapters leave Llama's trunk as it was."""
     root, _, _ = study
     runs = root / "runs" / "backbones"
     published = torch.load(

@@ -1,4 +1,4 @@
-"""The bench of the hot paths: what it times gives the same results, and a slow-down is found and named."""
+"""The bench of the hot paths: both versions give equal results, and slow-downs are named."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def test_both_versions_give_the_same(name):
     (case,) = bench.cases(bench.Config(only=name, quick=True))
     try:
         difference = case.differ(case.plain(), case.ours())
-        # Losses and scores to rounding; pages, tables, ids and tokens exactly.
+        # Losses and scores agree up to rounding; pages, tables, ids and tokens are equal.
         assert difference <= {"train": 1e-4, "train-page": 1e-4, "evaluate": 1e-9}.get(name, 0.0)
         if case.floor:
             case.floor()
@@ -65,7 +65,7 @@ def test_prepare_is_timed_with_what_its_first_process_does_alone(capsys):
 
 
 class Slow(torch.autograd.Function):
-    """x + 0, after waiting so many seconds forward and so many backward."""
+    """x + 0, after waiting for given seconds in the forward and in the backward pass."""
 
     @staticmethod
     def forward(ctx, x, forward, backward):
@@ -80,7 +80,7 @@ class Slow(torch.autograd.Function):
 
 
 class Trunk(torch.nn.Module):
-    """Waits as long as it is told before the blocks, in them, and behind the last norm; forward and backward."""
+    """Waits for given times before the blocks, in them and after the last norm, in both passes."""
 
     def __init__(self):
         super().__init__()
@@ -163,7 +163,7 @@ def test_rows_without_marks_have_no_profile():
 
 @pytest.fixture
 def here_and_there(monkeypatch):
-    """compare() with these times of ours at the base and here, pair after pair."""
+    """Run compare() with these times of ours at the base and here, pair after pair."""
     if subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True
     ).returncode:

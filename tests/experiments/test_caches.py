@@ -1,4 +1,4 @@
-"""The cache study: what it counts is what happened."""
+"""The cache study: its counts equal the look-ups that were made."""
 
 import numpy as np
 
@@ -21,7 +21,7 @@ def test_hits_are_the_requests_of_users_met_before(served, capsys):
     users = caches.requests(80, 60, 1.0, 0)
     hits, misses = got["hits"]["user"]
     assert misses == len(set(users.tolist())) and hits == 60 - misses
-    # A prompt asked for twice in one batch is looked up once, by the policy and by the reward model.
+    # A prompt that occurs twice in a batch is looked up once by the policy and once by the reward.
     batches = [len(set(users[at : at + 4].tolist())) for at in range(0, 60, 4)]
     assert sum(got["hits"]["prompt"]) == 2 * sum(batches)
     assert (

@@ -1,4 +1,4 @@
-"""Half of the training interactions: which rows go, which stay, and what the study reports."""
+"""Cold start: which rows are removed, which stay, and what the study reports."""
 
 import dataclasses
 import json
@@ -111,7 +111,7 @@ def test_the_study_compares_full_and_half_for_baselines_and_ours(root, tmp_path,
     pages = pq.read_table(
         folder / "synthetic-half-s1" / "baselines" / "ease" / "pages.parquet"
     ).to_pydict()
-    # EASE's own pages, given as somebody else's run files, make EASE's row.
+    # EASE's own pages, given as run files of another library, make EASE's row.
     files = "+".join(
         str(folder / name / "baselines" / "ease" / "pages.parquet")
         for name in ("synthetic", "synthetic-half-s0", "synthetic-half-s1")

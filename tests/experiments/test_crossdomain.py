@@ -1,4 +1,4 @@
-"""Across domains: cuts that share nothing, rows predicted from words, a policy moved to another shop."""
+"""Across domains: cuts share nothing, rows are predicted from words, a policy moves to a shop."""
 
 import numpy as np
 import pytest
@@ -129,7 +129,7 @@ def test_the_study_runs_and_refuses_what_it_sets_itself(served, tmp_path, capsys
         2
     } and "cosine of predicted and trained rows" in capsys.readouterr().out
     assert (tmp_path / "runs" / "crossdomain" / "synthetic-to-other-half.parquet").exists()
-    # as presets have it: what the study does anyway
+    # presets hold this option; the study sets the same
     agreed = base | {"sft": base["sft"] + " --no-use_user"}
     assert crossdomain.run(crossdomain.Config(**agreed)) == records
     with pytest.raises(PageLLMError, match="--sft must not set seed"):

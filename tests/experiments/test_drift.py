@@ -1,4 +1,4 @@
-"""Time: tokens that say when, pages that come after their history, a planted fashion that only they can know."""
+"""Time: tokens show the period, pages come after their history, a planted fashion is learned."""
 
 import json
 import shutil
@@ -125,8 +125,7 @@ def test_a_moment_is_that_of_the_first_held_out_positive(root):
 
 
 def test_every_later_stage_reads_time_tokens(root, capsys):
-    """Reward, PPO and pages on request show the last period, which is now; evaluate each user's own moment, as
-    validation does."""
+    """Reward, PPO and served pages show the last period, evaluate and validation each user's."""
     common = {
         "data": str(root / "data"),
         "runs": str(root / "runs"),
@@ -212,7 +211,7 @@ def test_a_fashion_is_planted_in_time_and_nowhere_else(root, tmp_path):
     top = np.array([names[0] for names in got.catalogue.categories])[got.item]
     late = got.time > np.quantile(got.time, 0.9)
     share = [max(np.mean(x == name) for name in set(top)) for x in (top, top[late])]
-    assert share[1] > 2 * share[0]  # the latest tenth is of few departments
+    assert share[1] > 2 * share[0]  # few departments hold the latest tenth
     users, items, _ = got.reviews()
     train = set(
         zip(*(x[got.rows("train", None)].tolist() for x in (got.user, got.item)), strict=True)
@@ -248,7 +247,7 @@ def test_the_study_runs_and_says_what_it_cannot_do(tmp_path, capsys):
     records = drift.run(drift.Config(**base))
     assert len({r["variant"] for r in records}) == 6
     assert "random split → temporal split" in capsys.readouterr().out
-    # what was not there was prepared
+    # the study prepared the missing data sets
     for folder, split in ((data, "random"), (data / "temporal", "temporal")):
         made = json.loads((folder / "synthetic" / "source.json").read_text())["config"]
         assert (made["users"], made["items"], made["split"]) == (80, 60, split)

@@ -1,4 +1,4 @@
-"""What the reward model was not taught: whose pairs are judged by whom, and how scores are held against the truth."""
+"""Leave-one-kind-out: which model scores whose pairs, and correlations with the truth."""
 
 import json
 
@@ -20,7 +20,7 @@ SMALL = {
 
 
 def test_a_user_counts_by_the_share_of_its_pairs(served):
-    """Weighted by how many pairs each user has it is the accuracy that the stage itself recorded."""
+    """Weighted by the users' numbers of pairs, the shares give the accuracy the stage recorded."""
     made = reward.Config(
         run="base", data=str(served / "data"), runs=str(served / "runs"), device="cpu"
     )
@@ -39,8 +39,10 @@ def test_a_user_counts_by_the_share_of_its_pairs(served):
 
 
 def test_correlation_is_within_users_and_over_them():
-    """Pages of one user in the truth's order: 1; against it: -1; a user whose truth is the same throughout says
-    nothing. Over users the means count."""
+    """`within` is 1 for pages in the truth's order and -1 in reverse; `over` correlates means.
+
+    A user whose pages all have the same truth is left out.
+    """
     truth = np.array([[1.0, 2.0, 3.0], [10.0, 11.0, 12.0], [5.0, 5.0, 5.0]])
     up, down = truth + 100.0, np.array([[3.0, 2.0, 1.0], [13.0, 12.0, 11.0], [6.0, 8.0, 7.0]])
     of = {

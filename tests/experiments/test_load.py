@@ -1,4 +1,4 @@
-"""What `make load` prints is what its clients saw and what the service's meters counted."""
+"""`make load` prints what its clients measured and what the service's /metrics counted."""
 
 import json
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ from pagellm.stage.config import PageLLMError
 
 
 def have(*modules):
-    """Installed, looked up without importing: locust's import patches sockets and threads for good."""
+    """Whether it is installed. Does not import it: locust patches sockets and threads for good."""
     return pytest.mark.skipif(
         None in map(find_spec, modules), reason="needs: pip install 'pagellm[serve,load]'"
     )

@@ -1,4 +1,4 @@
-"""bfloat16 in the trunk: chosen by capability and width, kept over a resume, float32 everywhere else."""
+"""bfloat16: chosen by capability and width, kept when resumed, float32 outside the trunk."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def test_the_choice_is_kept_wherever_the_run_goes_on(tmp_path, can):
     with Run(tmp_path / "r", TrainingConfig(), {}) as run:
         assert run.precision("auto", CPU, 768) == "bfloat16"
         run.save({"step": 1})
-    can(False)  # another machine
+    can(False)  # resumed on a machine without bfloat16
     for precision_given in ("auto", "bfloat16"):
         with Run(tmp_path / "r", TrainingConfig(precision=precision_given), {}) as run:
             assert run.precision(precision_given, CPU, 768) == "bfloat16"
@@ -73,7 +73,7 @@ def model():
 
 
 def test_only_the_trunk_is_rounded():
-    """States come back float32 and near; gradients and log-probabilities are float32; decoding is untouched."""
+    """States, gradients and log-probabilities are float32; states are close; decoding is equal."""
     one, two = model(), model()
     two.bf16 = True
     prompt = torch.randint(0, 34, (4, 6), generator=torch.Generator().manual_seed(1))

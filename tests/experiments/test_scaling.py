@@ -1,4 +1,4 @@
-"""The scaling study: its made-up shops are what they say, its measurements are of the real stages, it carries on."""
+"""The scaling study: generated shops have the stated sizes, real stages are timed, it resumes."""
 
 import json
 from dataclasses import asdict
@@ -60,7 +60,7 @@ def test_a_made_up_shop_has_the_sizes_asked_for(tmp_path):
         assert (
             (rows[: held(point)] == 2).all() and not rows[held(point) :].any() and held(point) == 15
         )
-    # What users buy is not noise: most of it is of one category.
+    # Purchases have structure: most of a user's are of one category.
     assert np.mean(item % scaling.LEAVES == user % scaling.LEAVES) > 0.3
 
 
@@ -133,7 +133,7 @@ def test_a_result_is_kept_for_its_own_settings_and_a_failure_for_its_own_limits(
         and find(minutes=2.0, limit_gb=10.0)["failed"]
     )
     assert find(minutes=3.0) is None and find(minutes=2.0, limit_gb=21.0) is None
-    assert find("reward", minutes=2.0) is None  # a mistake may have been mended
+    assert find("reward", minutes=2.0) is None  # an error may have been fixed since
     results.add(row_of(config, point))
     assert "failed" not in find(minutes=3.0)
     for other in ({"sampled_items": 17}, {"steps": 5}, {"size": "tiny"}):
@@ -181,7 +181,7 @@ def test_cells_say_what_was_measured(tmp_path):
     ]
     assert cost(rows[0], "cpu") == ".4 + .031 s, .5 GB"
     records = [{"sweep": sweep, **row} for sweep in ("users", "page") for row in rows]
-    # What two sweeps share was measured once; of the three rows evaluate's says nothing of how long it took.
+    # A point that two sweeps share is measured once; evaluate's row here has no times.
     assert took(records) == (2.0, 1.0)
     assert table(records).splitlines()[2:] == [
         "| 1,000 users |  |  | .5 + .25 s, .5 GB |  | more than 15 minutes | 283 s, .5 GB |",
@@ -250,7 +250,7 @@ def test_a_study_measures_once_and_writes_its_table(tmp_path, monkeypatch, capsy
     assert [r["stage"] for r in records] == ["prepare", "pretrain", "sft", "reward"] * 3
     assert not any("failed" in r for r in records)
     rows = (out / "results.jsonl").read_text().splitlines()
-    # Page 4 and history 6 are one shop, measured once; what was there before the kill is still what it was.
+    # Page 4 and history 6 are the same shop, measured once; rows from before the kill are kept.
     assert rows[:6] == before and len(rows) == 8
     assert all(r["pairs_s_per_1000_users"] > 0 for r in records if r["stage"] == "reward")
     text = (out / "scaling.md").read_text()

@@ -1,4 +1,4 @@
-"""Runs of several seeds in one table: means and paired differences, and refusals of what does not belong together."""
+"""Runs of several seeds in one table: means, paired differences, refusal of runs that differ."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from pagellm.stage.config import PageLLMError
 
 @pytest.fixture(scope="module")
 def runs(served, tmp_path_factory):
-    """The one run of `served` as seeds 0 and 1; seed 1's PageLLM finds a quarter more of everything."""
+    """The run of `served` as seeds 0 and 1; seed 1's PageLLM scores a quarter higher."""
     root = tmp_path_factory.mktemp("seeds")
     (root / "data").symlink_to(served / "data")
     shutil.copytree(

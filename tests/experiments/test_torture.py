@@ -1,5 +1,7 @@
-"""The short form of `make torture`: a few of each kind of harm, by the same command, which forks and so wants a process
-of its own."""
+"""A short `make torture`: a few trials of each suite, by the same command.
+
+The command forks, so it runs in a process of its own.
+"""
 
 import os
 import random
@@ -18,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def python(*words, seconds=1800):
-    """A Python of its own; -> exit code and all it said."""
+    """Run a Python process; returns its exit code and its output."""
     ended = subprocess.run(
         [sys.executable, *words],
         cwd=ROOT,
@@ -70,21 +72,21 @@ def test_a_job_ends_soon_after_one_of_its_processes(counts):
 NOTICE = """
 import sys, tempfile
 from pathlib import Path
-from experiments.stress.torture import Bench
+from experiments.stress.torture import Trials
 with tempfile.TemporaryDirectory() as root:
-    bench = Bench(Path(root) / "bench", 0)
-    folder = bench.trial("sft")
-    assert bench.stage(folder, "sft", "--seed 1").code == 0
-    bench.same(folder, "sft", "with another seed")
+    trials = Trials(Path(root) / "bench", 0)
+    folder = trials.trial("sft")
+    assert trials.stage(folder, "sft", "--seed 1").code == 0
+    trials.same(folder, "sft", "with another seed")
     (folder / "runs" / ".x.tmp").write_text("")
-    bench.same(folder, "sft", "with something left behind")
-    bench.expect(bench.stage(folder, "sft", "--seed 2").code == 0, "a changed seed was refused")
-print(*bench.failures, sep="\\n")
+    trials.same(folder, "sft", "with something left behind")
+    trials.expect(trials.stage(folder, "sft", "--seed 2").code == 0, "a changed seed was refused")
+print(*trials.failures, sep="\\n")
 """
 
 
 def test_it_would_notice():
-    """Or no other test here would mean anything: other bytes, leftovers, a failing command."""
+    """The checks fail on other bytes, leftover files and a failing command."""
     code, said = python("-c", NOTICE)
     assert code == 0, said
     for words in ("model.pt", "left behind", "a changed seed was refused"):
@@ -118,9 +120,8 @@ with tempfile.TemporaryDirectory() as folder:
 
 
 def test_a_trial_killed_while_it_draws_or_hanging_stops_nobody():
-    """Its bar's lock dies with it; one that hangs is shown and killed, whatever signals this process was told to
-    ignore."""
-    # as a shell's background jobs inherit it
+    """A killed child leaves no lock; a hanging one is shown and killed, even if signals are off."""
+    # a shell's background jobs inherit ignored signals
     before = signal.signal(signal.SIGQUIT, signal.SIG_IGN)
     try:
         code, said = python("-c", MIDLINE, seconds=60)
