@@ -15,7 +15,7 @@ LEARNED = (
 
 
 def trades(served, tmp_path, splits, last):
-    """runs/base of the same stages over a shop whose rows of `splits` have traded items and names."""
+    """runs/base of the same stages over a shop whose rows of `splits` traded items and names."""
     permuted(served / "data" / "synthetic", tmp_path / "data" / "synthetic", splits)
     train(tmp_path / "data", tmp_path / "runs", last)
     return tmp_path / "runs" / "base"
@@ -38,7 +38,9 @@ def test_test_rows_move_no_byte_of_any_stage(served, tmp_path):
 
 
 def test_validation_and_test_rows_move_no_step_of_training(served, tmp_path):
-    """With both traded, pre-training ends with the same bytes, and SFT has the same losses at every step."""
+    """With both traded, pre-training ends with the same bytes, and SFT has the same losses at every
+    step.
+    """
     again, before = trades(served, tmp_path, ["valid", "test"], "sft"), served / "runs" / "base"
     assert (again / "pretrain/model.pt").read_bytes() == (before / "pretrain/model.pt").read_bytes()
     assert steps(again / "sft") == steps(before / "sft") and any(

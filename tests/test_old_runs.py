@@ -1,4 +1,5 @@
-"""Data and runs written by the code of commit 6e52ce9 still load, count as done, and carry on to the same end.
+"""Data and runs written by the code of commit 6e52ce9 still load, count as done, and carry on to
+the same end.
 
 tests/old_run/write.py made them and says how.
 """
@@ -37,7 +38,9 @@ def nano(monkeypatch):
 
 @pytest.fixture
 def old(tmp_path, monkeypatch):
-    """A working directory: data/synthetic, runs/base with all stages, half/<stage> stopped at step 2."""
+    """A working directory: data/synthetic, runs/base with all stages, half/<stage> stopped at step
+    2.
+    """
     with tarfile.open(HERE / "old_run.tar.xz") as tar:
         tar.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,6 @@
-"""Every stage on a tiny shop: from raw reviews to one served page; resume, refusals, and the studies on top."""
+"""Every stage on a tiny shop: from raw reviews to one served page; resume, refusals, and the
+studies on top.
+"""
 
 import dataclasses
 import json
@@ -286,7 +288,9 @@ def test_micro_batches_move_nothing(root, more):
 
 
 def test_hits_and_sfts_loss_keep_to_what_a_page_may_hold(root, monkeypatch):
-    """Hidden items may be on a page, disliked ones not; SFT's pages are cut; a page without a slot ends no run."""
+    """Hidden items may be on a page, disliked ones not; SFT's pages are cut; a page without a slot
+    ends no run.
+    """
     disliked = load(root / "data" / "synthetic").csr("train", positive=False)
     page_batch, roll_out, asked, seen = ppo.page_batch, ppo.roll_out, [], []
 
@@ -362,7 +366,9 @@ def test_weak_reward_model_warns_and_strict_stops(root, tmp_path, capsys):
 
 
 def test_sft_learns_exact_pages_by_heart(root):
-    """32 users, one fixed split: the loss falls until decoding returns the ground-truth pages themselves."""
+    """32 users, one fixed split: the loss falls until decoding returns the ground-truth pages
+    themselves.
+    """
     shop = load(root / "data" / "synthetic")
     policy = Policy.load(root / "runs" / "base" / "sft")
     maker = truth.PageMaker(shop)
@@ -475,7 +481,9 @@ def test_the_ablation_runs_its_rows_once(root, capsys):
 
 
 def test_pages_begin_as_the_factorisation_and_learn_on(root):
-    """rows=als with pool, through all stages; before any step SFT ranks as mean rows do, and beats random rows."""
+    """rows=als with pool, through all stages; before any step SFT ranks as mean rows do, and beats
+    random rows.
+    """
     more = {"rows": "als", "pool": True, "steps": 0}
     STAGES["pretrain"].run(config(root, "pretrain", "pooled", **more))
     for stage in ("sft", "reward", "ppo", "evaluate"):
@@ -552,7 +560,9 @@ def test_a_run_with_drawn_items_and_lazy_rows_goes_on_to_the_same_bits(root):
 
 
 def test_texts_are_read_from_their_tokens_on_disk(root, tmp_path):
-    """Every example is what its text says; a corpus that is there is not written again; none is left behind."""
+    """Every example is what its text says; a corpus that is there is not written again; none is
+    left behind.
+    """
     shop = load(root / "data" / "synthetic")
     vocab = Vocab.load(root / "runs" / "base" / "pretrain")
     prompts = Prompts(vocab, 64)

@@ -159,7 +159,7 @@ def test_before_the_first_update_the_ratio_is_one(batch):
 @settings(deadline=None)
 @given(st.floats(-2, 2), st.floats(-2, 2), st.floats(0.05, 0.5))
 def test_gradient_of_the_clipped_objective_by_region(log_ratio, adv, clip):
-    """d loss / d logp = 0 iff (A > 0 and r > 1 + clip) or (A < 0 and r < 1 - clip); else -A r / N."""
+    """dL / d logp = 0 iff (A > 0 and r > 1 + clip) or (A < 0 and r < 1 - clip); else -A r / N."""
     mask = torch.tensor([[True, True, False]])
     ratio = math.exp(log_ratio)
     if min(abs(ratio - 1 - clip), abs(ratio - 1 + clip), abs(adv)) < 1e-6:
@@ -178,7 +178,9 @@ def test_gradient_of_the_clipped_objective_by_region(log_ratio, adv, clip):
 @settings(deadline=None)
 @given(st.floats(-3, 3), st.floats(-3, 3), st.floats(-3, 3), st.floats(0.05, 1))
 def test_value_loss_never_rewards_a_jump(v, old, ret, clip):
-    """Half of max((V - R)^2, (V_clip - R)^2): never below the plain loss, equal to it within old +- clip."""
+    """Half of max((V - R)^2, (V_clip - R)^2): never below the plain loss, equal to it within old +-
+    clip.
+    """
     one = torch.ones(1, 1, dtype=torch.bool)
     t = [torch.tensor([[x]], dtype=torch.float64) for x in (v, old, ret)]
     loss, fraction = value_loss(*t, one, clip)
@@ -194,7 +196,9 @@ def test_value_loss_never_rewards_a_jump(v, old, ret, clip):
 @settings(deadline=None)
 @given(batches(3, min_slots=1), st.integers(1, 3))
 def test_micro_batches_share_one_mean(batch, micro):
-    """sum over micro-batches of loss_i * n_i / N is the loss of the whole, for the policy and the value."""
+    """sum over micro-batches of loss_i * n_i / N is the loss of the whole, for the policy and the
+    value.
+    """
     mask, a, b, c = batch
     whole = policy_loss(a, b, c, mask, 0.2)[0], value_loss(a, b, c, mask, 0.2)[0]
     parts = [0.0, 0.0]

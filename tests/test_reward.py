@@ -39,7 +39,7 @@ def pairs(draw):
 @settings(deadline=None)
 @given(pairs())
 def test_eq_8_is_a_probability_of_the_better_page(batch):
-    """exp(-loss of one pair) = p(i > j), p(i > j) + p(j > i) = 1, and p = sigma(mean_i - mean_j)."""
+    """exp(-loss of a pair) = p(i > j), p(i > j) + p(j > i) = 1, p = sigma(mean_i - mean_j)."""
     (a, b), (ma, mb) = batch
     for row in range(len(a)):
         one = [x[row : row + 1] for x in (a, ma, b, mb)]
@@ -140,7 +140,7 @@ def test_a_soft_label_is_met_by_cross_entropy(rows):
 
 @pytest.mark.parametrize("soften", [None, 2.0])
 def test_soft_labels_ask_for_the_energy_gap_and_no_more(soften):
-    """At g+ - g- = gap / soften page and sequence losses have gradient 0; soften is 0.5 by default."""
+    """At g+ - g- = gap / soften both losses have gradient 0; soften is 0.5 by default."""
     options = {} if soften is None else {"soften": soften}
     config = Config(shrink=0.0, token=0.0, **options)
     gap, m = torch.tensor([0.3, 1.2]), torch.ones(2, 3, dtype=torch.bool)
@@ -201,7 +201,7 @@ def model(request):
 
 
 def test_compare_reads_the_nearest_item_above():
-    """Against the definition in a loop: the largest cosine to a slot above, -1 where there is none."""
+    """Against the definition in a loop: the largest cosine to a slot above, -1 for none."""
     torch.manual_seed(0)
     compare, rows = Compare(6, measures=2, features=3).requires_grad_(False), torch.randn(2, 4, 6)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
@@ -222,7 +222,9 @@ def test_compare_reads_the_nearest_item_above():
 
 
 def test_compare_learns_to_tell_a_repeat_on_users_and_pages_it_has_not_seen():
-    """What a plain head cannot do in so few steps: the second slot is, or is not, a near copy of the first."""
+    """What a plain head cannot do in so few steps: the second slot is, or is not, a near copy of
+    the first.
+    """
     torch.manual_seed(0)
     trunk = GPT2(Shape(1, 2, 16, 20), 5, 2, 40)
     with torch.no_grad():

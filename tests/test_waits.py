@@ -1,6 +1,7 @@
 """A step of training asks the device for nothing: on a GPU every answer would be waited for.
 
-What a GPU would do is done on a CPU here: the optimiser that steps in one launch, and positions not picked by a mask.
+What a GPU would do is done on a CPU here: the optimiser that steps in one launch, and positions not
+picked by a mask.
 """
 
 import copy
@@ -74,7 +75,9 @@ def test_no_step_waits_for_the_device(root, monkeypatch):
 
 
 def test_ppo_asks_nothing_from_a_rollout_to_its_last_update(root, monkeypatch):
-    """And where the KL stops it, what was learnt and logged is what a host that waits for every answer gets."""
+    """And where the KL stops it, what was learnt and logged is what a host that waits for every
+    answer gets.
+    """
     where = {"data": str(root / "data"), "runs": str(root / "runs")}
     common = {
         **where,
@@ -95,7 +98,9 @@ def test_ppo_asks_nothing_from_a_rollout_to_its_last_update(root, monkeypatch):
     plain, asked, fetches, waits = ppo.learn, [], [], []
 
     class Fetch(dist.AsyncScalars):
-        """Numbers on their way; to read those sent last is to wait for all that the device has been told to do."""
+        """Numbers on their way; to read those sent last is to wait for all that the device has been
+        told to do.
+        """
 
         def __init__(self, scalars):
             super().__init__(scalars)
@@ -212,7 +217,9 @@ def test_a_fused_step_leaves_a_bad_gradient_out_and_gives_up_one_step_later(monk
 
 
 def test_steps_in_one_pass_are_those_of_plain_adamw_whoever_asks_about_bad_gradients(monkeypatch):
-    """On a CPU too one pass moves everything, but there the host asks first, as only a GPU need not be waited for."""
+    """On a CPU too one pass moves everything, but there the host asks first, as only a GPU need not
+    be waited for.
+    """
     moved = []
     for devices, fused in (((), True), (("cpu",), True), ((), False)):
         monkeypatch.setattr(train, "FUSED", devices)

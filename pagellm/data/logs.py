@@ -235,7 +235,7 @@ def rivals(file: RawFile, chosen: dict[str, str]) -> dict[str, list[str]]:
     roles = ITEM_COLUMNS if file.role == "items" else LOG_COLUMNS
     taken = file.item_columns if file.role == "items" else file.columns
     found = {}
-    for role, name in taken.items():
+    for role in taken:
         others = [n for n in file.names if n not in taken.values() and spelling(n) in roles[role]]
         if others and role not in chosen and role != "split":
             found[role] = others

@@ -161,8 +161,8 @@ class Judges:
     """Plain models of one shop, fitted to one history. What they say is `candidates`.
 
     Some rank the whole catalogue: `levels`, ALS over all that was chosen, with targets that tell
-    how much it was liked; `liked` and `chosen`, plain ALS over the liked rows and over all; EASE and
-    ItemKNN over the liked rows. Others know what stars to expect, how popular and how dear an item
+    how much it was liked; `liked` and `chosen`, plain ALS over the liked rows and over all; EASE
+    and ItemKNN over the liked rows. Others know what stars to expect, how popular and how dear an item
     is, when it sold, and what it shares with a user's history.
     """
 

@@ -3,8 +3,8 @@
     presets/<dataset>/<command>           in the working directory: your own; looked at first
     pagellm/presets/<dataset>/<command>   in the package
 
-A preset of the package is named by its path below pagellm/presets: toys/sft. One of your own is named
-by its path: presets/myshop/sft.
+A preset of the package is named by its path below pagellm/presets: toys/sft. One of your own is
+named by its path: presets/myshop/sft.
 """
 
 from importlib.resources import files

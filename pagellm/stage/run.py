@@ -252,8 +252,8 @@ def versions() -> dict[str, str]:
     return out
 
 
-# Options that may differ when a run is carried on: no result depends on them. `preset` is one, since
-# the options that a preset sets are compared themselves.
+# Options that may differ when a run is carried on: no result depends on them. `preset` is one,
+# since the options that a preset sets are compared themselves.
 FREE = ("preset", "device", "save_every", "parallel", "checkpoint_blocks")
 
 

@@ -207,7 +207,8 @@ def test_fixed_settings_are_held_and_unknown_ones_named(shop, tmp_path, monkeypa
         assert why in capsys.readouterr().err
 
 
-# RecTools wants an older NumPy. Its models are tested where this variable names a Python that has it.
+# RecTools wants an older NumPy. Its models are tested where this variable names a Python that has
+# it.
 RECTOOLS = os.environ.get("PAGELLM_RECTOOLS", "")
 TESTED = {m: library for m, library in PACKAGE.items() if library != "rectools" or RECTOOLS}
 

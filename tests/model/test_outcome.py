@@ -1,4 +1,6 @@
-"""The outcome model: folds, the pool of candidates, features that know no answer, a network that learns, calibration."""
+"""The outcome model: folds, the pool of candidates, features that know no answer, a network that
+learns, calibration.
+"""
 
 from dataclasses import replace
 
@@ -87,7 +89,7 @@ def test_a_users_features_do_not_depend_on_who_else_is_asked_about(shop, judges)
 
 
 def test_features_do_not_know_a_hidden_row(shop):
-    """Whatever a hidden row says (item, rating, liked, time), candidates and features are the same."""
+    """Whatever a hidden row says (item, rating, time), candidates and features are the same."""
     train = shop.rows("train", None)
     hidden = hide(shop, 1, 0.2, seed=0)[0]
     rng = np.random.default_rng(0)
@@ -154,7 +156,9 @@ def test_learnt_chances_rank_hidden_rows_above_chance(shop):
 @STEADY
 @given(st.integers(0, 10_000))
 def test_calibrated_chances_add_up_to_what_was_picked(seed):
-    """The constant is free, so the sum of chances on the rows it was fitted to is the number of picks."""
+    """The constant is free, so the sum of chances on the rows it was fitted to is the number of
+    picks.
+    """
     rng = np.random.default_rng(seed)
     p, other = rng.random(500) * 0.3 + 0.01, rng.standard_normal(500)
     picked = rng.random(500) < p * 0.5

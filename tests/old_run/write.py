@@ -1,4 +1,5 @@
-"""How the files beside this one were made: a tiny shop and run, written by the code of commit 6e52ce9.
+"""How the files beside this one were made: a tiny shop and run, written by the code of commit
+6e52ce9.
 
     git worktree add ../old 6e52ce9 && cd ../old && make install
     OMP_NUM_THREADS=1 PYTHONPATH=. .venv/bin/python path/to/tests/old_run/write.py
@@ -7,9 +8,11 @@ old_run.tar.xz
     data/synthetic     the prepared shop
     runs/base          all five stages, finished
     half/<stage>       a stage of the same run, stopped after the checkpoint of step 2
-made.json              each stage's options; versions and machine; the digest that each stage ended with
+made.json              each stage's options; versions and machine; the digest that each stage ended
+with
 
-tests/test_old_runs.py reads them. This script knows the modules of that commit only, and need not run today.
+tests/test_old_runs.py reads them. This script knows the modules of that commit only, and need not
+run today.
 """
 
 import json

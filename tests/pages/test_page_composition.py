@@ -1,4 +1,6 @@
-"""A page from opinions: each of the three numbers does what it says; the choice takes no setting that is behind."""
+"""A page from opinions: each of the three numbers does what it says; the choice takes no setting
+that is behind.
+"""
 
 import numpy as np
 from hypothesis import given, settings
@@ -14,7 +16,9 @@ SEEDS = st.integers(0, 10_000)
 
 
 def world(seed: int, n: int = 12, users: int = 3, m: int = 7):
-    """A small catalogue with shared categories and near-duplicates, and candidates of a few users; scores differ."""
+    """A small catalogue with shared categories and near-duplicates, and candidates of a few users;
+    scores differ.
+    """
     rng = np.random.default_rng(seed)
     categories = [tuple(f"c{c}" for c in np.flatnonzero(rng.random(4) < 0.4)) for _ in range(n)]
     categories[n - 3 :] = categories[:3]  # near-duplicates lie in one category
@@ -117,7 +121,9 @@ def test_a_margin_allows_1_percent_and_knows_what_is_better():
 
 
 def test_the_choice_is_level_with_the_first_rows_before_it_looks_at_the_second():
-    """Of two measures one rises with spread and one falls; the first row is met in between, the second pulls on."""
+    """Of two measures one rises with spread and one falls; the first row is met in between, the
+    second pulls on.
+    """
     noise = np.random.default_rng(0).normal(size=400) * 0.1
 
     def scored(taste):

@@ -46,7 +46,7 @@ def study(name, *argv):
 
 @pytest.mark.parametrize("name", FOUND)
 def test_a_command_alone_is_the_command_with_its_preset_written_out(name):
-    """pagellm sft --dataset toys  =  pagellm sft --dataset toys --preset none <words of toys/sft>"""
+    """sft --dataset toys  =  sft --dataset toys --preset none <words of toys/sft>"""
     dataset, *folder, verb = name.split("/")
     words = shlex.split((PACKAGED / name).read_text(), comments=True)
     if folder:  # of a study

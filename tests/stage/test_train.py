@@ -98,7 +98,9 @@ def test_devices():
 
 
 def test_rows_may_learn_slower_than_the_rest():
-    """row_lr scales the step of everything that is looked up, at any later learning rate, and nothing else."""
+    """row_lr scales the step of everything that is looked up, at any later learning rate, and
+    nothing else.
+    """
 
     def moved(row_lr):
         model = GPT2(
