@@ -162,8 +162,8 @@ class Judges:
 
     Some rank the whole catalogue: `levels`, ALS over all that was chosen, with targets that tell
     how much it was liked; `liked` and `chosen`, plain ALS over the liked rows and over all; EASE
-    and ItemKNN over the liked rows. Others know what stars to expect, how popular and how dear an item
-    is, when it sold, and what it shares with a user's history.
+    and ItemKNN over the liked rows. Others know what stars to expect, how popular and how dear
+    an item is, when it sold, and what it shares with a user's history.
     """
 
     def __init__(
