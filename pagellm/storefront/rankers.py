@@ -1,0 +1,252 @@
+"""Rankers: a logit for every (person, item). Any ranker of a shop can stand in their place.
+
+rank = Blend(popularity, factors)
+rank(context)                           (N,) float64, higher is better
+
+    popularity   ln(1 + households)
+    frequency    -3 + ln(1 + orders) + households / most households
+    als          implicit matrix factorisation (Hu et al., ICDM 2008), folded in from the history
+    blend        ln(1 + orders) + .5 als, the default
+    file         scores of any ranker outside, from a Parquet file (user, item, score)
+
+A logit becomes a probability by Platt's rule, p = 1 / (1 + exp(-(alpha + beta logit))).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pagellm.data.shop import Rows
+from pagellm.stage import randomness
+from pagellm.stage.config import PageLLMError
+from pagellm.storefront.parts import Context
+
+__all__ = [
+    "Als",
+    "Blend",
+    "Factors",
+    "File",
+    "Frequency",
+    "NAMES",
+    "Platt",
+    "Popularity",
+    "Ranker",
+    "calibration_error",
+    "fit_factors",
+    "fit_platt",
+    "fold_in",
+    "make_ranker",
+]
+
+NAMES = ("popularity", "frequency", "als", "blend", "file")
+FACTORS, ALPHA, RIDGE, SWEEPS = 64, 10.0, 50.0, 6
+
+
+class Ranker(Protocol):
+    """Anything with a name, which is part of every cache key, and a logit for every item."""
+
+    name: str
+
+    def __call__(self, context: Context) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Item factors and what folding a history in needs: item (N, d), gram (d, d) = item' item."""
+
+    item: np.ndarray
+    gram: np.ndarray
+
+    @classmethod
+    def of(cls, item: np.ndarray) -> "Factors":
+        return cls(item, item.T @ item)
+
+
+def fold_in(factors: Factors, item: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """(d,) factors of a person from what was bought and how often; zeros without history.
+
+    minimises sum_i c_i (w_i - x.y_i)^2 + 50 |x|^2 with w = 1 and c = 1 + 10 ln(1 + orders) for what was
+    bought, w = 0 and c = 1 for all else.
+    """
+    Y = factors.item[item]
+    extra = ALPHA * np.log1p(count)
+    left = factors.gram + (Y * extra[:, None]).T @ Y + RIDGE * np.eye(Y.shape[1])
+    return np.linalg.solve(left, Y.T @ (1 + extra))
+
+
+def fit_factors(rows: Rows, count: np.ndarray, n_items: int, seed: int = 0) -> Factors:
+    """Item factors of the objective above, by turns over people and items.
+
+    rows   items of every user        count  orders that hold each of rows.items
+    """
+    start = randomness.rng(seed, "storefront", "als").normal(0.0, 0.1, (n_items, FACTORS))
+    n_users = len(rows.indptr) - 1
+    user = np.repeat(np.arange(n_users), rows.counts())
+    order = np.argsort(rows.items, kind="stable")
+    indptr = np.zeros(n_items + 1, dtype=np.int64)
+    np.cumsum(np.bincount(rows.items, minlength=n_items), out=indptr[1:])
+    items, users = start, np.zeros((n_users, FACTORS))
+    for _ in range(SWEEPS):
+        users = solve_side(Factors.of(items), rows.indptr, rows.items, count)
+        items = solve_side(Factors.of(users), indptr, user[order], count[order])
+    return Factors.of(items)
+
+
+def solve_side(factors: Factors, indptr, item, count) -> np.ndarray:
+    """`fold_in` for every row of a CSR table, (rows, d)."""
+    out = np.zeros((len(indptr) - 1, factors.item.shape[1]))
+    for row in np.flatnonzero(np.diff(indptr)):
+        span = slice(indptr[row], indptr[row + 1])
+        out[row] = fold_in(factors, item[span], count[span])
+    return out
+
+
+@dataclass(frozen=True)
+class Popularity:
+    """households (N,): how many bought each item."""
+
+    households: np.ndarray
+    name: str = "popularity/1"
+
+    def __call__(self, context: Context) -> np.ndarray:
+        return np.log1p(self.households.astype(np.float64))
+
+
+@dataclass(frozen=True)
+class Frequency:
+    """How often this person bought it, and a little popularity."""
+
+    households: np.ndarray
+    name: str = "frequency/1"
+
+    def __call__(self, context: Context) -> np.ndarray:
+        most = max(float(self.households.max(initial=0)), 1.0)
+        logit = -3 + self.households / most
+        logit[context.item] += np.log1p(context.count)
+        return logit
+
+
+@dataclass(frozen=True)
+class Als:
+    """Taste: what people with such a history bought. Popularity where there is no history."""
+
+    factors: Factors
+    households: np.ndarray
+    name: str = "als/1"
+
+    def __call__(self, context: Context) -> np.ndarray:
+        if not len(context.item):
+            return self.households / max(float(self.households.max(initial=0)), 1.0)
+        return self.factors.item @ fold_in(self.factors, context.item, context.count)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Habit and half of taste: ln(1 + orders) + .5 als."""
+
+    factors: Factors
+    households: np.ndarray
+    name: str = "blend/1"
+
+    def __call__(self, context: Context) -> np.ndarray:
+        logit = 0.5 * Als(self.factors, self.households)(context)
+        logit[context.item] += np.log1p(context.count)
+        return logit
+
+
+@dataclass(frozen=True)
+class File:
+    """Scores of an outside ranker: items and scores of each user; all other items come last."""
+
+    user: dict[str, int]
+    rows: Rows  # ratings hold the scores
+    n_items: int
+    name: str = "file/1"
+
+    @classmethod
+    def read(cls, path: str | Path, users: list[str], items: list[str]) -> "File":
+        """Read (user, item, score) with the shop's identifiers. Raises PageLLMError."""
+        try:
+            table = pq.read_table(path, columns=["user", "item", "score"])
+        except (pa.ArrowException, OSError) as error:
+            raise PageLLMError(
+                f"{path} cannot be read: {error}\n  Want Parquet with columns user, item, score."
+            ) from None
+        known = {name: at for at, name in enumerate(users)}
+        number = {name: at for at, name in enumerate(items)}
+        user = np.array([known.get(str(u), -1) for u in table["user"].to_pylist()], dtype=np.int64)
+        item = np.array([number.get(str(i), -1) for i in table["item"].to_pylist()], dtype=np.int64)
+        score = table["score"].to_numpy().astype(np.float64)
+        if not np.isfinite(score).all():
+            raise PageLLMError(f"{path}: a score is missing or not finite; leave such rows out")
+        keep = (user >= 0) & (item >= 0)
+        if not keep.any():
+            raise PageLLMError(
+                f"{path} names no user and item of this shop; use the shop's own ids"
+            )
+        order = np.argsort(user[keep], kind="stable")
+        indptr = np.zeros(len(users) + 1, dtype=np.int64)
+        np.cumsum(np.bincount(user[keep], minlength=len(users)), out=indptr[1:])
+        return cls(known, Rows(indptr, item[keep][order], score[keep][order]), len(items))
+
+    def __call__(self, context: Context) -> np.ndarray:
+        logit = np.full(self.n_items, self.rows.ratings.min(initial=0.0) - 1.0)
+        if context.user in self.user:
+            items, score = self.rows.of(self.user[context.user])
+            logit[items] = score
+        return logit
+
+
+def make_ranker(name: str, households: np.ndarray, factors: Factors) -> Ranker:
+    """A ranker of NAMES but `file`, which is read by File.read."""
+    if name == "popularity":
+        return Popularity(households)
+    if name == "frequency":
+        return Frequency(households)
+    return (Als if name == "als" else Blend)(factors, households)
+
+
+@dataclass(frozen=True)
+class Platt:
+    """p = 1 / (1 + exp(-(alpha + beta logit)))."""
+
+    alpha: float = 0.0
+    beta: float = 1.0
+
+    def __call__(self, logit: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp(-np.clip(self.alpha + self.beta * logit, -500, 500)))
+
+
+def fit_platt(logit: np.ndarray, bought: np.ndarray, weight: np.ndarray, rounds=50) -> Platt:
+    """Weighted logistic regression on one number, by Newton's method. All (n,).
+
+    Raises ValueError where everything or nothing was bought.
+    """
+    if not 0 < (weight * bought).sum() < weight.sum():
+        raise ValueError("fit_platt: want some that were bought and some that were not")
+    X = np.stack([np.ones(len(logit)), logit], axis=1)
+    share = (weight * bought).sum() / weight.sum()
+    at = np.array([np.log(share / (1 - share)), 0.0])
+    for _ in range(rounds):
+        p = Platt(*at)(logit)
+        gradient = X.T @ (weight * (bought - p)) - 1e-6 * at
+        curve = (X * (weight * p * (1 - p))[:, None]).T @ X + 1e-6 * np.eye(2)
+        step = np.linalg.solve(curve, gradient)
+        at = at + step * min(1.0, 5.0 / max(np.abs(step).max(), 1e-12))
+        if np.abs(step).max() < 1e-9:
+            break
+    return Platt(float(at[0]), float(at[1]))
+
+
+def calibration_error(p: np.ndarray, bought: np.ndarray, weight: np.ndarray, bins=10) -> float:
+    """Expected calibration error over bins of equal weight: mean |share bought - mean p|. All (n,)."""
+    order = np.argsort(p, kind="stable")
+    edge = np.cumsum(weight[order]) / weight.sum() * bins
+    place = np.minimum(edge.astype(np.int64), bins - 1)
+    total = np.bincount(place, weight[order], bins)
+    gap = np.bincount(place, (weight * (bought - p))[order], bins)
+    return float(np.abs(gap).sum() / total.sum())

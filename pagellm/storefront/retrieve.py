@@ -1,0 +1,115 @@
+"""From keywords to the items of a row.
+
+found = retrieve(index, keywords, context, logit)       Candidates
+
+A structured keyword (category, brand, attribute) gives its members in the order of the person's ranker. A
+query gives BM25's order; where the index holds vectors, the nearest items too, and the two lists are
+fused by rank. Stock and bars are applied before the cut. Ties always go by item number.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pagellm.data.shop import Catalogue
+from pagellm.storefront.corpus import Corpus, fused_ranks
+from pagellm.storefront.parts import Candidates, Context, Keyword
+from pagellm.storefront.text import BM25, best_first, index_texts, parents, stems
+
+__all__ = ["Index", "build_index", "members_first", "retrieve"]
+
+
+@dataclass(frozen=True)
+class Index:
+    """What answers keywords.
+
+    corpus      its keywords' members
+    bm25, live  over the texts of items in stock; live (n,) is the item of each text
+    vector      (n, d) of the same texts, or None: queries then go by BM25 alone
+    popularity  (N,) orders the members for people without history
+    parent      leaf -> the category above it
+    """
+
+    corpus: Corpus
+    bm25: BM25
+    live: np.ndarray
+    popularity: np.ndarray
+    parent: dict[str, str]
+    vector: np.ndarray | None = None
+
+
+def build_index(
+    catalogue: Catalogue, stock: np.ndarray, corpus: Corpus, popularity, vectors: bool = False
+) -> Index:
+    """The index of the items in stock (N,) bool. vectors: queries are answered by nearness too."""
+    live = np.flatnonzero(stock)
+    texts = index_texts(catalogue)
+    docs = [stems(texts[item]) for item in live.tolist()]
+    above = dict(zip(catalogue.leaf, parents(catalogue), strict=True))
+    parent = {leaf: name for leaf, name in above.items() if leaf and name}
+    nearness = corpus.space.vectors(docs) if vectors else None
+    return Index(corpus, BM25(docs), live, np.asarray(popularity, np.float64), parent, nearness)
+
+
+def members_first(items: np.ndarray, score: np.ndarray, depth: int) -> np.ndarray:
+    """The `depth` best of some items by score (N,), best first, ties by number."""
+    return items[best_first(score[items], items, depth)]
+
+
+def answer(
+    index: Index, keyword: Keyword, allowed: np.ndarray, score: np.ndarray, depth: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """item, fused score of one keyword; at most `depth` items a list."""
+    at = index.corpus.number.get(keyword.text)
+    if keyword.type != "query" and at is not None:
+        items = index.corpus.matches(at)
+        return fused_ranks([members_first(items[allowed[items]], score, depth)])
+    query = stems(keyword.text)
+    allowed_docs = allowed[index.live]
+    doc, _ = index.bm25.top(query, depth, allowed_docs, every=keyword.type == "query")
+    lists = [index.live[doc]]
+    if index.vector is not None:
+        near = index.vector @ index.corpus.space.vector(query).astype(np.float32)
+        near = np.where(allowed_docs, near, -np.inf)
+        best = best_first(near, index.live, depth)
+        lists.append(index.live[best[near[best] > 0]])
+    return fused_ranks(lists)
+
+
+def retrieve(
+    index: Index,
+    keywords: list[Keyword],
+    context: Context,
+    logit: np.ndarray,
+    depth: int = 50,
+    allowed: np.ndarray | None = None,
+) -> Candidates:
+    """Items that some keyword finds, by rising number.
+
+    logit    (N,) float64 of this person; people without history get the members by popularity
+    allowed  (N,) bool: in stock and fit for the row's intent; the context's bars come on top
+    ret      max over keywords of exp(score_k - best score) * fused rank score
+    agree    share of the keywords' weight exp(score_k - best score) that found the item
+    Raises ValueError on a logit of another length than the shop.
+    """
+    n_items = len(index.popularity)
+    if logit.shape != (n_items,):
+        raise ValueError(f"retrieve: logit {logit.shape}, want ({n_items},)")
+    live = np.zeros(n_items, dtype=bool)
+    live[index.live] = True
+    if allowed is not None:
+        live &= allowed
+    live[context.barred] = False
+    score = logit if len(context.item) else index.popularity
+    ret, agree = np.zeros(n_items), np.zeros(n_items)
+    source = np.full(n_items, -1, dtype=np.int64)
+    weight = np.array([keyword.score for keyword in keywords])
+    weight = np.exp(weight - weight.max()) if len(weight) else weight
+    for k, keyword in enumerate(keywords):
+        item, fused = answer(index, keyword, live, score, depth)
+        gain = weight[k] * fused
+        better = gain > ret[item]
+        ret[item[better]], source[item[better]] = gain[better], k
+        agree[item] += weight[k] / weight.sum()
+    found = np.flatnonzero(source >= 0)
+    return Candidates(found, ret[found], np.minimum(agree[found], 1.0), source[found])
