@@ -1,0 +1,201 @@
+"""From candidates to a row: scores, slots, propensities, and which theme goes where.
+
+score = logit + a z(ret) + b z(agree) + c z(reward) - mu max over items above of sim(i, j)
+
+z is taken over the row's candidates with the population's standard deviation; a constant column is 0.
+sim is 1 for near-duplicates, .5 within a leaf category, .25 within its parent. With all weights 0 the
+score is the ranker's logit itself, bit for bit.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pagellm.pages.energy import Near
+from pagellm.storefront.parts import Candidates, Slots, Weights
+
+__all__ = ["Quota", "SameLeaf", "assign", "fill", "fuse", "row_value", "z_score"]
+
+MOST_NODES = 20_000  # of the search in assign
+SLOT_DECAY, ROW_DECAY = 0.85, 0.75  # how much less a later slot, a lower row is looked at
+
+
+def z_score(column: np.ndarray) -> np.ndarray:
+    """(M,) minus its mean, over its standard deviation; zeros for a constant column."""
+    column = np.asarray(column, dtype=np.float64)
+    if not len(column) or np.ptp(column) == 0:
+        return np.zeros(len(column))
+    return (column - column.mean()) / column.std()
+
+
+def fuse(
+    logit: np.ndarray,
+    ret: np.ndarray,
+    agree: np.ndarray,
+    weights: Weights,
+    reward: np.ndarray | None = None,
+) -> np.ndarray:
+    """(M,) float64 scores without redundancy. All inputs (M,). Raises ValueError on unequal lengths."""
+    columns = [logit, ret, agree] + ([] if reward is None else [reward])
+    if len({np.shape(column) for column in columns}) != 1 or np.ndim(logit) != 1:
+        shapes = ", ".join(str(np.shape(column)) for column in columns)
+        raise ValueError(f"fuse: shapes {shapes}, want one (M,) for all")
+    score = np.array(logit, dtype=np.float64)
+    for weight, column in zip(
+        (weights.ret, weights.agree, weights.reward), columns[1:], strict=False
+    ):
+        if weight:
+            score += weight * z_score(column)
+    return score
+
+
+@dataclass(frozen=True)
+class SameLeaf:
+    """How alike two items are: leaf, parent (N,) int64, -1 where unknown; near-duplicates or None."""
+
+    leaf: np.ndarray
+    parent: np.ndarray
+    near: Near | None = None
+
+    def to(self, one: int, items: np.ndarray) -> np.ndarray:
+        """sim(one, i) of each of `items` (M,): 1, .5, .25 or 0."""
+        leaf, parent = self.leaf[one], self.parent[one]
+        sim = np.where((self.parent[items] == parent) & (parent >= 0), 0.25, 0.0)
+        sim[(self.leaf[items] == leaf) & (leaf >= 0)] = 0.5
+        if self.near is not None:
+            repeats = self.near.of(int(one))
+            if len(repeats):
+                sim[np.isin(items, repeats)] = 1.0
+        return sim
+
+
+@dataclass
+class Quota:
+    """What limits a row beside its score.
+
+    similar, mu   the cost of repeating: mu times the likeness to the nearest item above in this row
+    sponsored     (N,) bool or None, and how many of them the row may still show
+    group, left   (N,) int64 group of each item, -1 none, and how many of each group the page may still show
+    """
+
+    similar: SameLeaf | None = None
+    mu: float = 0.0
+    sponsored: np.ndarray | None = None
+    most_sponsored: int = 0
+    group: np.ndarray | None = None
+    left: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+def fill(
+    score: np.ndarray,
+    candidates: Candidates,
+    slots: int,
+    quota: Quota,
+    taken: np.ndarray,
+    explore: float,
+    uniform: np.ndarray,
+) -> Slots:
+    """The items of a row, top first; fewer than `slots` where fewer are legal.
+
+    score    (M,) of the candidates        taken  (N,) bool: shown above on the page, never again
+    explore  tau: each slot is drawn by softmax(score / tau) over what is still legal; 0: the best one
+    uniform  (slots,) in [0, 1): the draws
+    Equal scores go by item number. propensity is P(item | slots above), exactly; 1 without exploring.
+    Raises ValueError on scores of another length or too few draws.
+    """
+    item = candidates.item
+    if score.shape != item.shape or len(uniform) < (slots if explore else 0):
+        raise ValueError(
+            f"fill: score {score.shape} for {item.shape} candidates, {len(uniform)} draws for {slots} "
+            "slots: want one score a candidate and one draw a slot"
+        )
+    legal = ~taken[item]
+    redundancy = np.zeros(len(item))
+    left, sponsored = quota.left.copy(), quota.most_sponsored
+    chosen, cost, chance = [], [], []
+    while len(chosen) < slots and legal.any():
+        now = np.flatnonzero(legal)
+        total = score[now] - quota.mu * redundancy[now] if quota.mu else score[now]
+        at, p = pick(total, item[now], explore, uniform[len(chosen)] if explore else 0.0)
+        place = now[at]
+        chosen.append(place)
+        cost.append(-quota.mu * redundancy[place] if quota.mu else 0.0)
+        chance.append(p)
+        legal[place] = False
+        one = int(item[place])
+        if quota.similar is not None and quota.mu:
+            redundancy = np.maximum(redundancy, quota.similar.to(one, item))
+        if quota.group is not None and quota.group[one] >= 0:
+            left[quota.group[one]] -= 1
+            if left[quota.group[one]] <= 0:
+                legal &= quota.group[item] != quota.group[one]
+        if quota.sponsored is not None and quota.sponsored[one]:
+            sponsored -= 1
+        if quota.sponsored is not None and sponsored <= 0:
+            legal &= ~quota.sponsored[item]
+    place = np.array(chosen, dtype=np.int64)
+    cost = np.array(cost, dtype=np.float64)
+    total = score[place] + cost if quota.mu else score[place]
+    return Slots(item[place], place, total, cost, np.array(chance, dtype=np.float64))
+
+
+def pick(total: np.ndarray, item: np.ndarray, explore: float, draw: float) -> tuple[int, float]:
+    """place, propensity of the item that fills a slot."""
+    if not explore:
+        best = np.flatnonzero(total == total.max())
+        return int(best[np.argmin(item[best])]), 1.0
+    # Candidates lie by number, so that the same draw finds the same item whatever their order was.
+    order = np.argsort(item, kind="stable")
+    weight = np.exp((total[order] - total.max()) / explore)
+    edge = np.cumsum(weight)
+    at = min(int(np.searchsorted(edge, draw * edge[-1], side="right")), len(order) - 1)
+    return int(order[at]), float(weight[at] / edge[-1])
+
+
+def row_value(p: np.ndarray, row: int = 1) -> float:
+    """.75^(row - 1) sum_k .85^(k - 1) p_k of a row's items, top first; row counts from 1."""
+    return float(ROW_DECAY ** (row - 1) * (SLOT_DECAY ** np.arange(len(p)) @ p))
+
+
+def assign(value: np.ndarray, conflict: np.ndarray) -> tuple[np.ndarray, bool]:
+    """The theme of each position, so that their values' sum is largest and no two conflict.
+
+    value     (G, S) 0 or more; -inf where a theme may not stand        conflict  (G, G) bool, symmetric
+    returns   (S,) int64 theme or -1 for none, each theme once; and whether it is proven to be the best
+
+    Branch and bound: no solution is better than every open position with its best legal theme, nor
+    than the best legal themes at their best open position. After 20,000 nodes the best so far is taken.
+    """
+    n_themes, n_positions = value.shape
+    if conflict.shape != (n_themes, n_themes):
+        raise ValueError(f"assign: conflict {conflict.shape} for {n_themes} themes")
+    best, best_value, nodes = [-1] * n_positions, -1.0, 0
+    order = [np.lexsort((np.arange(n_themes), -value[:, s])).tolist() for s in range(n_positions)]
+    worth, clash = value.tolist(), conflict.tolist()
+    later = np.maximum.accumulate(value[:, ::-1], axis=1)[:, ::-1].tolist()  # best from s on
+
+    def bound(s: int, legal: set[int]) -> float:
+        by_position = sum(max([0.0, *(worth[g][t] for g in legal)]) for t in range(s, n_positions))
+        by_theme = sorted((max(later[g][s], 0.0) for g in legal), reverse=True)
+        return min(by_position, sum(by_theme[: n_positions - s]))
+
+    def search(s: int, chosen: list[int], legal: set[int], total: float) -> bool:
+        nonlocal best, best_value, nodes
+        nodes += 1
+        if s == n_positions:
+            if total > best_value + 1e-12:
+                best, best_value = list(chosen), total
+            return True
+        if nodes > MOST_NODES:
+            return False
+        if total + bound(s, legal) <= best_value + 1e-12:
+            return True
+        proven = True
+        for g in order[s]:
+            if g in legal and worth[g][s] > -np.inf:
+                rest = {h for h in legal if h != g and not clash[g][h]}
+                proven &= search(s + 1, [*chosen, g], rest, total + worth[g][s])
+        return search(s + 1, [*chosen, -1], legal, total) and proven
+
+    proven = search(0, [], set(range(n_themes)), 0.0) if n_positions else True
+    return np.array(best, dtype=np.int64), proven
