@@ -1,0 +1,137 @@
+"""What a shop's rows must not say: built-in lists for English, and a shop's own on top.
+
+policy = policy_of({"banned": ["scam"], "restricted": ["Cigarettes"]})
+
+Words are matched as whole stems, never inside other words. "treat*" with a star means that the word is
+allowed at the end of a title (dog treats) and nowhere else.
+"""
+
+import re
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+
+from pagellm.stage.config import PageLLMError
+from pagellm.storefront.schemas import POLICY, check
+from pagellm.storefront.text import stems
+
+__all__ = ["Policy", "Terms", "policy_of"]
+
+BANNED = (
+    "shit|bullshit|damn|fuck|fucking|bitch|bastard|asshole|arse|ass|crap|piss|porn|sexy|slut|slutty|"
+    "whore|nazi|kill|dickhead|cunt|nude|bloody hell|wanker|motherfucker|suicide|rape"
+)
+CLAIMS = (
+    "cure|cures|curing|treat*|treatment|heal|healing|heals|detox|detoxing|detoxify|weight loss|lose weight|"
+    "immune|immunity|slimming|remedy|price|prices|percent|dollar|cent|euro|pound sterling|cheap|cheaper|"
+    "cheapest|discount|bargain|lowest|save|buy one get|half off|under budget|guarantee|guaranteed|"
+    "unbeatable|number one|no 1|best in the world|world s best|world best|deal"
+)
+FREE_OF = ("sugar", "gluten", "dairy", "fat", "lactose", "caffeine", "nut", "alcohol", "cage", "salt", "oil")
+SENSITIVE = (
+    "diabetic|diabetes|pregnant|pregnancy|depression|depressed|cancer|disabled|obese|overweight|hiv|"
+    "menopause|anxious|anxiety|alzheimer|adhd|fertility|blood pressure|allergy|allergies|asthma|autism|"
+    "autistic|alcoholic|dementia|arthritis|epilepsy|hangover|christian|muslim|islamic|jew|jewish|hindu|"
+    "buddhist|catholic|atheist|gay|lesbian|bisexual|transgender|queer|asian people|black people|white people|"
+    "black family|white family|asian family|african american|latino|immigrant|migrant|old people|elderly|"
+    "senior citizen|senior|poor|low income|wealthy|conservative|liberal|democrat|republican|voter|"
+    "single mother|divorced|you are|like you|because you|since you"
+)
+INSTRUCTIONS = (
+    "ignore|disregard|forget your|override|previous instruction|prior rule|language model|as an ai|"
+    "system prompt|the prompt|you are a|inst"
+)
+RESTRICTED = (
+    "tobacco|cigarette|cigar|alcohol|beer|ale|wine|liquor|spirit|family planning|condom|medicine|analgesic|"
+    "antacid|laxative|cold and flu|sinus and allergy|diaper|infant formula|feminine hygiene|"
+    "dietary aid|fitness and diet|first aid|vitamin|incontinence|beerale"
+)
+
+
+class Terms:
+    """Phrases, matched against texts stem by stem."""
+
+    def __init__(self, phrases):
+        self.by_first: dict[str, list[tuple[str, ...]]] = {}
+        self.not_last: set[tuple[str, ...]] = set()
+        for phrase in phrases:
+            key = tuple(stems(phrase))
+            if not key:
+                raise PageLLMError(f"the policy's term {phrase!r} holds no word; take it out")
+            self.by_first.setdefault(key[0], []).append(key)
+            if phrase.endswith("*"):
+                self.not_last.add(key)
+
+    def found(self, text: str) -> str:
+        """The first phrase that a text holds, in stems; "" for none."""
+        have = stems(text)
+        for at, first in enumerate(have):
+            for key in self.by_first.get(first, ()):
+                if tuple(have[at : at + len(key)]) == key:
+                    if key in self.not_last and at + len(key) == len(have):
+                        continue
+                    return " ".join(key)
+        return ""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The rules of a shop. name is part of every cache key."""
+
+    name: str
+    banned: Terms
+    claims: Terms
+    sensitive: Terms
+    instructions: Terms
+    restricted: Terms  # categories that no generated row may name or hold
+    calendar: tuple[dict, ...] = ()
+    sponsored_share: float = 0.2
+    caps: dict[str, int] = field(default_factory=dict)  # category -> items a page
+    min_items: int = 4
+    titles: dict[str, tuple[str, ...]] = field(default_factory=dict)  # intent -> forms
+
+    def forbidden(self, text: str) -> bool:
+        """Whether a text may not even be a keyword: rude words, instructions, markup."""
+        if re.search(r"[{}<>\[\]|\\]", text):
+            return True
+        return bool(self.banned.found(text) or self.instructions.found(text))
+
+    def seasons(self, at: int) -> list[dict]:
+        """The calendar's entries in force at a moment (seconds)."""
+        today = datetime.fromtimestamp(at, UTC).date().isoformat()
+        return [entry for entry in self.calendar if entry["from"] <= today <= entry["to"]]
+
+
+def policy_of(document: dict | None = None, name: str = "built-in") -> Policy:
+    """A shop's policy on top of the built-in one. Raises PageLLMError naming the field that is wrong."""
+    document = document or {}
+    if problems := check(document, POLICY):
+        raise PageLLMError("the policy is not valid\n  " + "\n  ".join(problems))
+    for entry in document.get("calendar", ()):
+        try:
+            first, last = (date.fromisoformat(entry[end]) for end in ("from", "to"))
+        except ValueError:
+            raise PageLLMError(
+                f"the policy's season {entry['name']!r}: want dates like 2017-12-01"
+            ) from None
+        if first > last:
+            raise PageLLMError(f"the policy's season {entry['name']!r} ends before it begins")
+    for category, most in document.get("caps", {}).items():
+        if not isinstance(most, int) or isinstance(most, bool) or most < 0:
+            raise PageLLMError(f"the policy's cap of {category!r}: want a whole number, 0 or more")
+
+    def terms(field_name: str, built_in: str) -> Terms:
+        return Terms([*built_in.split("|"), *document.get(field_name, ())])
+
+    return Policy(
+        name,
+        terms("banned", BANNED),
+        terms("claims", CLAIMS),
+        terms("sensitive", SENSITIVE),
+        terms("instructions", INSTRUCTIONS),
+        terms("restricted", RESTRICTED),
+        tuple(document.get("calendar", ())),
+        document.get("sponsored_share", 0.2),
+        dict(document.get("caps", {})),
+        document.get("min_items", 4),
+        {intent: tuple(forms) for intent, forms in document.get("titles", {}).items()},
+    )
