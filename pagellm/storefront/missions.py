@@ -6,16 +6,32 @@ Rows of missions cost a page far less recall than rows of single categories do, 
 purchases spread over many categories. Measured: docs/how-to/storefront.md.
 """
 
+from collections import Counter
+from dataclasses import dataclass
+
 import numpy as np
 
-from pagellm.data.shop import Rows
+from pagellm.data.orders import Orders
+from pagellm.data.shop import Catalogue, Rows
 from pagellm.stage import randomness
+from pagellm.storefront.text import words
 
-__all__ = ["affinity", "joint_counts", "kmeans", "mission_names", "missions", "spectral"]
+__all__ = [
+    "Missions",
+    "affinity",
+    "category_names",
+    "find_missions",
+    "joint_counts",
+    "kmeans",
+    "missions",
+    "spectral",
+    "top_of_groups",
+]
 
 FEWEST = (
     10  # items of a category that takes part in the clustering; smaller ones join their nearest
 )
+AVERAGE = 25  # items that the categories of a level hold on average, to be what rows are made of
 COLUMNS = 16  # eigenvectors
 ROUNDS = 100
 BLOCK = 4096  # baskets held at once as a dense table
@@ -109,13 +125,70 @@ def missions(orders: Rows, leaf: np.ndarray, k: int = 20, seed: int = 0) -> np.n
     return place[cluster]
 
 
-def mission_names(
-    mission: np.ndarray, category_names: list[str], sales: np.ndarray
-) -> list[tuple[str, ...]]:
-    """The two best-selling categories of each mission, best first; sales (C,)."""
+@dataclass(frozen=True)
+class Missions:
+    """The categories that rows are made of, and the mission of each.
+
+    category  (N,) int64 category of every item        names  (C,) their names
+    of_category  (C,) int64 mission        of_item  (N,) int64 mission        k  how many missions
+    """
+
+    category: np.ndarray
+    names: list[str]
+    of_category: np.ndarray
+    of_item: np.ndarray
+    k: int
+
+
+def category_names(catalogue: Catalogue) -> list[str]:
+    """One category an item: of the deepest level whose categories hold 25 items on average.
+
+    Without categories, the commonest title word that an item shares with ten others stands for one.
+    """
+    paths = catalogue.categories
+    if not any(paths):
+        return word_names(catalogue)
+    chosen = [path[0] if path else "" for path in paths]
+    for depth in range(2, max(map(len, paths)) + 1):
+        names = [path[min(depth, len(path)) - 1] if path else "" for path in paths]
+        if len(names) / max(len(set(names)), 1) < AVERAGE:
+            break
+        chosen = names
+    return chosen
+
+
+def word_names(catalogue: Catalogue) -> list[str]:
+    own = [[w for w in dict.fromkeys(words(t)) if len(w) > 2] for t in catalogue.title]
+    often = Counter(word for title in own for word in title)
     found = []
-    for m in range(int(mission.max(initial=-1)) + 1):
-        members = np.flatnonzero(mission == m)
-        best = members[np.lexsort((members, -sales[members]))][:2]
-        found.append(tuple(category_names[c] for c in best))
+    for title in own:
+        best = max(title, key=lambda word: (often[word], word), default="")
+        found.append(best if often[best] >= FEWEST else "")
     return found
+
+
+def find_missions(catalogue: Catalogue, orders: Orders, k: int = 20, seed: int = 0) -> Missions:
+    """Missions of a shop from its train orders."""
+    item_names = category_names(catalogue)
+    names = sorted(set(item_names) - {""})
+    number = {name: n for n, name in enumerate(names)}
+    category = np.array([number.get(name, -1) for name in item_names], dtype=np.int64)
+    of_category = missions(orders.baskets(), category, k, seed) if names else np.zeros(0, np.int64)
+    of_item = np.where(category >= 0, of_category[category] if names else -1, -1)
+    return Missions(category, names, of_category, of_item, k)
+
+
+def top_of_groups(order: np.ndarray, group: np.ndarray, n_groups: int, most: int) -> np.ndarray:
+    """(G, most) the first items of each group, -1 past its end.
+
+    order (n,) items, best first        group (N,) int64 of every item, -1 for none
+    """
+    name = group[order]
+    order, name = order[name >= 0], name[name >= 0]
+    by_group = np.argsort(name, kind="stable")
+    name = name[by_group]
+    rank = np.arange(len(name)) - np.searchsorted(name, name)
+    out = np.full((n_groups, most), -1, dtype=np.int64)
+    first = rank < most
+    out[name[first], rank[first]] = order[by_group[first]]
+    return out

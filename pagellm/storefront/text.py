@@ -14,6 +14,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -31,6 +32,7 @@ def words(text: str) -> list[str]:
     return WORD.findall(unicodedata.normalize("NFKC", text[:LONGEST]).lower())
 
 
+@lru_cache(maxsize=1 << 16)
 def stem(word: str) -> str:
     """A word without its plural ending: berries and berry are both "berri"."""
     if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
@@ -128,6 +130,14 @@ class BM25:
             all_of_them = np.bincount(place, minlength=len(doc)) == len(lists)
             return doc[all_of_them], score[all_of_them]
         return doc, score
+
+    def dense(self, query: Sequence[str]) -> np.ndarray:
+        """(N,) float64: the score of every text, 0 without a word of the query."""
+        score = np.zeros(self.n)
+        for term, times in Counter(query).items():
+            doc, weight = self.postings(term)
+            score[doc] += times * weight
+        return score
 
     def top(
         self, query: Sequence[str], depth: int, allowed: np.ndarray | None = None, every=False

@@ -1,0 +1,146 @@
+"""A built storefront, read back: the one way from a run's directory to pages.
+
+store = open_store(config)
+page(store.front, store.known.context("u1"), default_layout())
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from pagellm.data.orders import Orders, load_orders, orders_of
+from pagellm.data.shop import Shop, load
+from pagellm.pages.energy import near_duplicates
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.files import read_json
+from pagellm.stage.run import StageConfig, file_id, finished, load_model_file
+from pagellm.storefront.build import corpus_of, factors_of, read_policy, read_stock, scorer_of
+from pagellm.storefront.context import Known
+from pagellm.storefront.fuse import SameLeaf
+from pagellm.storefront.gates import known_words
+from pagellm.storefront.missions import Missions
+from pagellm.storefront.page import Front, default_layout
+from pagellm.storefront.parts import Layout, Weights
+from pagellm.storefront.rankers import NAMES, File, Platt, make_ranker
+from pagellm.storefront.retrieve import build_index
+from pagellm.storefront.schemas import layout_of
+from pagellm.storefront.scorer import Matcher
+from pagellm.storefront.text import index_texts, parents
+from pagellm.storefront.themes import Template
+
+__all__ = ["Sources", "Store", "open_store", "read_layout"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources(StageConfig):
+    """Fields of everything that makes pages."""
+
+    layout: str = ""  # A, B, or a layout file (JSON); empty: A where people buy again, else B
+    ranker: str = "blend"  # popularity, frequency, als, blend or file
+    scores: str = ""  # ranker=file: Parquet of user, item, score
+    static: bool = False  # no themes: best-selling categories, each in the ranker's own order
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(
+            self,
+            ranker=(self.ranker in NAMES, ", ".join(NAMES)),
+            scores=((self.ranker == "file") == bool(self.scores), "a file with ranker=file, else none"),
+        )
+
+
+@dataclass(frozen=True)
+class Store:
+    """A front with its shop and what is known of people."""
+
+    front: Front
+    shop: Shop
+    orders: Orders
+    known: Known
+    layout: Layout
+
+
+def read_layout(name: str, repeats: bool) -> Layout:
+    """A or B by name, or a file. Raises PageLLMError for a file that is not there or not a layout."""
+    if name in ("", "A", "B"):
+        return default_layout(name or ("A" if repeats else "B"))
+    if not Path(name).exists():
+        raise PageLLMError(f"no layout {name}; want A, B or a JSON file as in docs/how-to/storefront.md")
+    return layout_of(read_json(Path(name)))
+
+
+def open_store(config: Sources) -> Store:
+    """Read shop, build and, where it is there, what was chosen on validation. Raises PageLLMError."""
+    shop = load(config.data_dir)
+    folder = config.stage("storefront/build")
+    made = f"make storefront DATASET={config.dataset}"
+    done = finished(folder, "storefront", made)
+    options = read_json(folder / "config.json")
+    if options["inputs"]["data"] != file_id(config.data_dir / "source.json"):
+        raise PageLLMError(f"{folder} was built from other data\n  Remove it and build again: {made}")
+    state = load_model_file(folder / "model.pt")
+    chosen = options["config"]
+    policy = read_policy(chosen["policy"])
+    stock = read_stock(chosen["out_of_stock"], shop.catalogue)
+    orders = load_orders(shop)
+    orders = orders_of(shop) if orders is None else orders
+    train = orders.only("train")
+    front = front_of(config, shop, state, policy, stock, chosen["seed"])
+    tuned = config.stage("storefront/tune") / "tuned.json"
+    threshold = state["threshold"]
+    front = replace(front, threshold=threshold[0] if threshold else 0.0, models={"catalogue": done["id"]})
+    if tuned.exists():
+        front = with_tuning(front, read_json(tuned))
+    k = front.missions.k
+    known = Known.of(shop, train, front.missions.of_item, k, train.end())
+    repeats = bool((train.pairs()[2] > 1).any())
+    return Store(front, shop, orders, known, read_layout(config.layout, repeats))
+
+
+def front_of(config: Sources, shop: Shop, state: dict, policy, stock: np.ndarray, seed: int) -> Front:
+    corpus, households = corpus_of(state["corpus"]), state["households"].numpy()
+    kept = state["missions"]
+    category, of_category = kept["category"].numpy(), kept["of_category"].numpy()
+    of_item = np.where(category >= 0, of_category[category] if len(of_category) else -1, -1)
+    missions = Missions(category, kept["names"], of_category, of_item, kept["k"])
+    index = build_index(shop.catalogue, stock, corpus, households)
+    ranker = (
+        File.read(config.scores, shop.user_ids, shop.catalogue.ids)
+        if config.ranker == "file"
+        else make_ranker(config.ranker, households, factors_of(state))
+    )
+    matcher, scorer = Matcher.of(index, missions, state["vector"].numpy()), scorer_of(state["scorer"])
+    above = parents(shop.catalogue)
+    number = {name: at for at, name in enumerate(sorted(set(above) - {""}))}
+    parent = np.array([number.get(name, -1) for name in above], dtype=np.int64)
+    return Front(
+        catalogue=shop.catalogue,
+        stock=stock,
+        households=households,
+        corpus=corpus,
+        index=index,
+        missions=missions,
+        ranker=ranker,
+        platt=Platt(),
+        writer=Template(ranker, Platt(), missions, corpus, policy, stock, seed),
+        agree=lambda theme, keywords, item: scorer(matcher.features(theme, keywords, item)),
+        policy=policy,
+        similar=SameLeaf(shop.catalogue.leaf_id, parent, near_duplicates(shop.catalogue)),
+        best=state["best"],
+        known=known_words(index_texts(shop.catalogue)),
+        static=config.static,
+    )
+
+
+def with_tuning(front: Front, tuned: dict) -> Front:
+    """The front with what tune.py chose: calibration of this ranker, weights of the score."""
+    platt = front.platt
+    if tuned["ranker"] == front.ranker.name:
+        platt = Platt(*tuned["platt"])
+    return replace(
+        front,
+        platt=platt,
+        writer=replace(front.writer, platt=platt),
+        weights=Weights(**tuned["weights"]),
+    )

@@ -1,0 +1,427 @@
+"""The cascade, from a person and a layout to a page. Read this first.
+
+found = page(front, context, layout)
+
+    ranker -> locked rows -> themes on offer -> keywords -> candidates -> agreement -> gates
+           -> the best choice of themes -> rows from the top
+
+A page is always made. Whatever had to be stepped over is listed in its `fallbacks`.
+"""
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from pagellm.data.shop import Catalogue
+from pagellm.stage import randomness
+from pagellm.storefront import gates
+from pagellm.storefront.corpus import Corpus, prune
+from pagellm.storefront.fuse import Quota, SameLeaf, assign, fill, fuse, row_value
+from pagellm.storefront.missions import Missions
+from pagellm.storefront.parts import (
+    Answer,
+    Candidates,
+    Context,
+    Decision,
+    Keyword,
+    Layout,
+    Page,
+    Placement,
+    Row,
+    Slots,
+    Theme,
+    Weights,
+)
+from pagellm.storefront.policy import Policy
+from pagellm.storefront.rankers import Platt, Ranker
+from pagellm.storefront.retrieve import Index, members_first, retrieve
+
+__all__ = ["Front", "default_layout", "page"]
+
+DEPTH = 50  # items of a keyword
+ALIKE, COVERED = 0.85, 0.5  # two themes of a page: likeness at most, share of one's items in the other's
+TITLES = {"restock": "Buy it again", "deal": "Offers", "season": "In season", "discover": "New for you"}
+
+
+@dataclass(frozen=True)
+class Front:
+    """A built storefront. Arrays are by item (N,).
+
+    agree      (theme, keywords, items) -> (n,) how well each fits
+    threshold  mean agreement that a generated row needs in its first five slots
+    best       categories by sales, the best first: what static rows show
+    """
+
+    catalogue: Catalogue
+    stock: np.ndarray
+    households: np.ndarray
+    corpus: Corpus
+    index: Index
+    missions: Missions
+    ranker: Ranker
+    platt: Platt
+    writer: object
+    agree: object
+    policy: Policy
+    similar: SameLeaf
+    best: list[str]
+    known: frozenset[str]
+    weights: Weights = Weights()
+    threshold: float = 0.0
+    static: bool = False  # themes off: every row shows a best-selling category
+    models: dict = field(default_factory=dict)
+
+
+def default_layout(name: str = "A") -> Layout:
+    """A: one restock and five browse rows of ten; B: six discover rows of ten."""
+    intents = ["restock", *["browse"] * 5] if name == "A" else ["discover"] * 6
+    rows = tuple(Placement(f"p{n}", intent, 10) for n, intent in enumerate(intents, 1))
+    return Layout(name, rows)
+
+
+@dataclass
+class Offer:
+    """A theme on offer with all that a row needs."""
+
+    theme: Theme
+    keywords: list[Keyword]
+    found: Candidates
+    score: np.ndarray
+    parts: np.ndarray  # (M, 3) ranker, ret, agree as they enter the score
+    value: float = 0.0
+    shown: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+class Making:
+    """One page in the making: what has been taken, decided and stepped over."""
+
+    def __init__(self, front: Front, context: Context, layout: Layout, seed: int, explore: float):
+        self.front, self.context, self.layout = front, context, layout
+        self.seed, self.explore = seed, explore
+        self.logit = front.ranker(context)
+        self.legal = front.stock.copy()
+        self.legal[context.barred] = False
+        self.taken = np.zeros(len(front.stock), dtype=bool)
+        self.rows: dict[int, Row] = {}
+        self.decisions: list[Decision] = []
+        self.fallbacks: list[str] = []
+        self.static_left = list(front.best)
+        self.answers: list[Answer] = []
+
+    def allowed(self, intent: str) -> np.ndarray:
+        """(N,) bool: what a row of this intent may show."""
+        allowed = self.legal & ~self.taken
+        if intent == "discover":
+            allowed[self.context.item] = False
+        return allowed
+
+
+def page(
+    front: Front, context: Context, layout: Layout, seed: int = 0, explore: float = 0.0
+) -> Page:
+    """A whole page for one person.
+
+    seed     of the draws, of which each row has its own
+    explore  tau > 0 draws every generated slot by softmax(score / tau); 0 takes the best
+    """
+    started = time.perf_counter()
+    making = Making(front, context, layout, seed, explore)
+    wanted = [intent_of(making, placement) for placement in layout.placements]
+    open_rows = []
+    for position, (placement, intent) in enumerate(zip(layout.placements, wanted, strict=True)):
+        if not locked(making, placement, intent):
+            open_rows.append(position)
+        elif (row := locked_row(making, placement, intent)) is not None:
+            put(making, position, row)
+    if open_rows and not front.static:
+        offers = themes_on_offer(making, [wanted[position] for position in open_rows])
+        generated_rows(making, open_rows, wanted, offers)
+    for position in open_rows:
+        if position not in making.rows:
+            static_row(making, position, wanted[position])
+    return finished(making, (time.perf_counter() - started) * 1000)
+
+
+def intent_of(making: Making, placement: Placement) -> str:
+    """The placement's intent, or `browse` where it cannot be served."""
+    intent, context = placement.intent, making.context
+    why = ""
+    if intent == "restock" and not making.legal[context.item].any():
+        why = "nothing bought before that is in stock"
+    if intent == "season" and not making.front.policy.seasons(context.at):
+        why = "no season in the policy's calendar"
+    if intent == "deal":
+        why = "the shop marks no deals"
+    if intent == "editorial" and not placement.categories:
+        why = "an editorial row names no category"
+    if why:
+        making.fallbacks.append(f"{placement.id}: {why}; shown as browse")
+        return "browse"
+    return intent
+
+
+def locked(making: Making, placement: Placement, intent: str) -> bool:
+    return intent in ("restock", "season", "editorial") or bool(placement.categories)
+
+
+def locked_row(making: Making, placement: Placement, intent: str) -> Row | None:
+    """A row whose theme is given: its items are those of the history or of the named categories."""
+    front, allowed = making.front, making.allowed(intent)
+    names, title = placement.categories, placement.title
+    if intent == "restock":
+        items = making.context.item[allowed[making.context.item]]
+    else:
+        if intent == "season" and not names:
+            season = front.policy.seasons(making.context.at)[0]
+            names, title = tuple(season["categories"]), title or season["name"]
+        items = items_of(front, names)
+        items = items[allowed[items]]
+    title = title or TITLES.get(intent) or (names[0] if names else "")
+    if not len(items):
+        making.fallbacks.append(f"{placement.id}: no item of {', '.join(names)} is in stock")
+        return None
+    source = "editorial" if placement.categories else "static"
+    return plain_row(making, placement, Theme(title[:40], intent, names[:8], source="static"), items, source)
+
+
+def items_of(front: Front, names: tuple[str, ...]) -> np.ndarray:
+    """Items of some categories, rising."""
+    known = [front.corpus.number[name] for name in names if name in front.corpus.number]
+    found = [front.corpus.matches(w) for w in known]
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
+
+
+def plain_row(making: Making, placement: Placement, theme: Theme, items, source: str) -> Row:
+    """The ranker's own best of some items, bit for bit."""
+    best = members_first(items, making.logit, placement.slots)
+    n = len(best)
+    parts = np.zeros((n, 4))
+    parts[:, 0] = making.logit[best]
+    p = making.front.platt(making.logit[best])
+    quality = {"decision": "pass", "value": row_value(p, 1)}
+    return Row(placement, source, theme, (), best, making.logit[best], parts, (-1,) * n, np.ones(n), quality)
+
+
+def put(making: Making, position: int, row: Row) -> None:
+    quality = dict(row.quality)
+    if "value" in quality:
+        quality["value"] = row_value(making.front.platt(making.logit[row.item]), position + 1)
+    making.rows[position] = replace(row, quality=quality)
+    making.taken[row.item] = True
+
+
+def themes_on_offer(making: Making, intents: list[str]) -> list[Offer]:
+    """Themes with keywords, candidates and scores, of which the gates let all pass."""
+    front, context = making.front, making.context
+    used = [row.theme.title for row in making.rows.values()]
+    answers = front.writer.themes([context], [intents], [used])[0]
+    making.answers += answers
+    themes = [answer.value for answer in answers if answer.value is not None]
+    themes = [theme for theme in themes if passes(making, text_decisions(front, theme))]
+    offered = [prune(front.corpus, theme) if needs_more(front, theme) else NOTHING for theme in themes]
+    written = front.writer.keywords(themes, [context] * len(themes), offered)
+    making.answers += written
+    offers = [
+        offer
+        for theme, answer in zip(themes, written, strict=True)
+        if answer.value and (offer := offer_of(making, theme, answer.value)) is not None
+    ]
+    return offers
+
+
+NOTHING = np.zeros(0, np.int64)
+
+
+def needs_more(front: Front, theme: Theme) -> bool:
+    """Whether a theme's own concepts are too few to be its keywords."""
+    return sum(name in front.corpus.number for name in theme.concepts) < 8
+
+
+def text_decisions(front: Front, theme: Theme) -> list[Decision]:
+    found = gates.check_text(theme.title, theme.subtitle, front.policy, front.known)
+    return found + gates.check_theme(theme, (), None, front.policy)
+
+
+def passes(making: Making, decisions: list[Decision]) -> bool:
+    making.decisions += decisions
+    return not gates.blocked(decisions)
+
+
+def offer_of(making: Making, theme: Theme, keywords: list[Keyword]) -> Offer | None:
+    """Candidates and scores of one theme; None where a gate is against it."""
+    front, context = making.front, making.context
+    least = front.policy.min_items
+    keywords, decisions = gates.check_keywords(keywords, front.corpus, context, least, front.policy)
+    making.decisions += decisions
+    if not keywords:
+        return None
+    allowed = making.allowed(theme.intent)
+    found = retrieve(front.index, keywords, context, making.logit, DEPTH, allowed)
+    if len(found.item) < least:
+        found = widened(making, keywords, context, allowed, found)
+    found = replace(found, agree=front.agree(theme, keywords, found.item))
+    score, parts = scored(front, making.logit[found.item], found)
+    offer = Offer(theme, keywords, found, score, parts)
+    preview = slots_of(making, offer, least_slots(making.layout), 0.0, np.zeros(0))
+    row = Placement("", theme.intent, 40, min_items=least)
+    if not passes(making, gates.check_placement(found.agree[preview.place], row, front.threshold)):
+        return None
+    offer.value = row_value(front.platt(making.logit[preview.item]))
+    offer.shown = preview.item
+    return offer
+
+
+def least_slots(layout: Layout) -> int:
+    return max((placement.slots for placement in layout.placements), default=10)
+
+
+def scored(front: Front, logit: np.ndarray, found: Candidates) -> tuple[np.ndarray, np.ndarray]:
+    """score (M,), and its parts (M, 3): ranker, ret, agree."""
+    score = fuse(logit, found.ret, found.agree, front.weights)
+    zero = np.zeros(len(logit))
+    by_ret = fuse(zero, found.ret, zero, Weights(front.weights.ret, 0, 0, 0))
+    return score, np.stack([logit, by_ret, score - logit - by_ret], axis=1)
+
+
+def widened(making: Making, keywords, context, allowed, found: Candidates) -> Candidates:
+    """The same search with each keyword's parent category added, where a row would be too short."""
+    front = making.front
+    parents = [front.index.parent.get(keyword.text) for keyword in keywords]
+    numbers = [front.corpus.number[name] for name in parents if name in front.corpus.number]
+    if not numbers:
+        return found
+    lowest = min(keyword.score for keyword in keywords)
+    more = [front.corpus.keyword(w, lowest - 1.0) for w in dict.fromkeys(numbers)]
+    return retrieve(front.index, [*keywords, *more], context, making.logit, DEPTH, allowed)
+
+
+def slots_of(making: Making, offer: Offer, slots: int, explore: float, uniform) -> Slots:
+    front = making.front
+    quota = Quota(front.similar, front.weights.redundancy)
+    return fill(offer.score, offer.found, slots, quota, making.taken, explore, uniform)
+
+
+def conflicts(making: Making, offers: list[Offer]) -> np.ndarray:
+    """(G, G) bool: themes too alike, or of which one shows over half of the other's items."""
+    n = len(offers)
+    clash = np.zeros((n, n), dtype=bool)
+    vectors = np.array([making.front.corpus.theme_vector(o.theme) for o in offers]).reshape(n, -1)
+    near = vectors @ vectors.T
+    for a in range(n):
+        for b in range(a):
+            both = len(np.intersect1d(offers[a].shown, offers[b].shown))
+            least = max(min(len(offers[a].shown), len(offers[b].shown)), 1)
+            alike = max(near[a, b], gates.likeness(offers[a].theme, offers[b].theme))
+            clash[a, b] = clash[b, a] = alike > ALIKE or both / least > COVERED
+    return clash
+
+
+def generated_rows(making: Making, open_rows: list[int], wanted: list[str], offers: list[Offer]) -> None:
+    """Choose a theme for each open row and fill the rows from the top."""
+    if not offers:
+        return
+    decay = 0.75 ** np.array(open_rows)
+    fits = np.array([[o.theme.intent == wanted[s] for s in open_rows] for o in offers])
+    value = np.where(fits, np.array([o.value for o in offers])[:, None] * decay, -np.inf)
+    clash = conflicts(making, offers)
+    chosen, _ = assign(value, clash)
+    spare = [g for g in range(len(offers)) if g not in set(chosen.tolist())]
+    standing: list[int] = []
+    for place, position in enumerate(open_rows):
+        choices = [int(chosen[place])] if chosen[place] >= 0 else []
+        later = {int(g) for g in chosen[place + 1 :] if g >= 0}
+        for g in [*choices, *sorted(spare, key=lambda g: -offers[g].value)]:
+            if any(clash[g, other] for other in [*standing, *(later - {g})]):
+                continue
+            row = generated_row(making, position, offers[g]) if fits[g, place] else None
+            if row is not None:
+                put(making, position, row)
+                standing.append(g)
+                spare = [other for other in spare if other != g]
+                break
+
+
+def generated_row(making: Making, position: int, offer: Offer) -> Row | None:
+    """The row, or None where too little is left for it or a gate is against it."""
+    placement, front = making.layout.placements[position], making.front
+    draws = randomness.rng(making.seed, "slots", making.context.user, making.context.at, position)
+    uniform = draws.random(placement.slots) if making.explore else np.zeros(0)
+    slots = slots_of(making, offer, placement.slots, making.explore, uniform)
+    agree = offer.found.agree[slots.place]
+    least = min(placement.min_items, placement.slots)
+    if not passes(making, gates.check_placement(agree, replace(placement, min_items=least), front.threshold)):
+        return None
+    parts = np.concatenate([offer.parts[slots.place], slots.redundancy[:, None]], axis=1)
+    quality = {
+        "decision": "pass",
+        "agreement": float(agree[:5].mean()),
+        "tp5": float((agree[:5] >= gates.FITS).mean()),
+        "value": 0.0,
+    }
+    return Row(
+        placement,
+        "generated",
+        replace(offer.theme, title=placement.title or offer.theme.title),
+        tuple(offer.keywords),
+        slots.item,
+        slots.score,
+        parts,
+        tuple(offer.found.source[slots.place].tolist()),
+        slots.propensity,
+        quality,
+    )
+
+
+def static_row(making: Making, position: int, intent: str) -> None:
+    """The next best-selling category that still has items."""
+    placement, allowed = making.layout.placements[position], making.allowed(intent)
+    while making.static_left:
+        name = making.static_left.pop(0)
+        items = items_of(making.front, (name,))
+        items = items[allowed[items]]
+        if len(items) >= min(placement.min_items, placement.slots):
+            theme = Theme((placement.title or name)[:40], intent, (name,), source="static")
+            put(making, position, plain_row(making, placement, theme, items, "static"))
+            if not making.front.static:
+                making.fallbacks.append(f"{placement.id}: no theme is left; {name} instead")
+            return
+    rest = np.flatnonzero(allowed)
+    if len(rest):
+        theme = Theme(placement.title or TITLES.get(intent, "Popular now"), intent, (), source="static")
+        put(making, position, plain_row(making, placement, theme, rest, "static"))
+        making.fallbacks.append(f"{placement.id}: no category is left; what is popular instead")
+    else:
+        making.fallbacks.append(f"{placement.id}: no item is left; the row is left out")
+
+
+def finished(making: Making, ms: float) -> Page:
+    front, context, layout = making.front, making.context, making.layout
+    rows = tuple(making.rows[position] for position in sorted(making.rows))
+    making.decisions += gates.check_page(rows, front.catalogue.categories)
+    items = np.concatenate([np.zeros(0, np.int64), *(row.item for row in rows)])
+    models = {"themes": getattr(front.writer, "name", "static"), "ranker": front.ranker.name}
+    models |= {"gates": "rules/1", "policy": front.policy.name} | front.models
+    tokens = [(a.prompt_tokens, a.completion_tokens) for a in making.answers] or [(0, 0)]
+    key = [context.user, context.at, layout.id, making.seed, making.explore, models, items.tolist()]
+    return Page(
+        hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest(),
+        context.user,
+        context.at,
+        layout.id,
+        making.seed,
+        making.explore,
+        models,
+        rows,
+        {
+            "items": len(items),
+            "repeats": len(items) - len(np.unique(items)),
+            "value": float(sum(row.quality["value"] for row in rows)),
+        },
+        tuple(making.fallbacks),
+        {"total": round(ms, 3)},
+        {"prompt_tokens": sum(p for p, _ in tokens), "completion_tokens": sum(c for _, c in tokens), "usd": 0},
+        tuple(making.decisions),
+    )

@@ -1,0 +1,155 @@
+"""The template writer: themes out of missions, keywords out of their categories. It needs no model.
+
+writer = Template(ranker, platt, missions, corpus, policy, stock)
+offers = writer.themes([context], [["browse"] * 5], [[]])[0]        10 answers, best first
+
+A theme is a mission, as one person would walk through it: its concepts are the eight categories in which
+this person is expected to buy most. The title is one of six forms, drawn by a key of the person and mission.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pagellm.stage import randomness
+from pagellm.storefront.corpus import Corpus
+from pagellm.storefront.fuse import SLOT_DECAY
+from pagellm.storefront.gates import LONGEST
+from pagellm.storefront.missions import Missions, top_of_groups
+from pagellm.storefront.parts import Answer, Context, Theme
+from pagellm.storefront.policy import Policy
+from pagellm.storefront.rankers import Platt, Ranker
+
+__all__ = ["FORMS", "Template", "row_title"]
+
+CONCEPTS = 8
+LOOKED_AT = 10  # items of a category or mission that its value is counted over
+FIRST, STEP = 0.9, 0.05  # score of the first keyword, and what each later one loses
+FORMS = {
+    "browse": ("{A} and {b}", "{A}, {b} and more", "{A} with {b}", "{A} and more", "Around {a}, {b}",
+               "{A} and what goes with it"),
+    "discover": ("New to you, {a} and {b}", "Try {a} and {b}", "Discover {a}, {b}", "Explore {a} and more",
+                 "{A} and more to try", "New around {a}"),
+    "season": ("{Season}, {a} and more", "{Season} and {a}", "{A} for {season}", "{Season}, {a}, {b}", "{Season}",
+               "{Season} with {a}"),
+}  # fmt: skip
+
+
+def lower_first(name: str) -> str:
+    return name[:1].lower() + name[1:]
+
+
+def cut_at_word(text: str, most: int) -> str:
+    """The first whole words that fit into `most` characters."""
+    if len(text) <= most:
+        return text
+    return text[: most + 1].rsplit(" ", 1)[0].rstrip(" ,&-")[:most]
+
+
+def row_title(forms: tuple[str, ...], draw: int, a: str, b: str, season: str = "") -> str:
+    """The drawn form if it fits into 40 characters, else the next that does, else the first name alone."""
+    first, second = (cut_at_word(name, LONGEST) for name in (a, b))
+    shared = set(first.lower().split()) & set(second.lower().split()) - {"and"}
+    for step in range(len(forms)):
+        form = forms[(draw + step) % len(forms)]
+        if ("{b}" in form and (not second or shared)) or ("eason}" in form and not season):
+            continue
+        text = form.format(
+            A=first, a=lower_first(first), b=lower_first(second), Season=season, season=season.lower()
+        )
+        if len(text) <= LONGEST:
+            return text
+    return first
+
+
+@dataclass(frozen=True)
+class Template:
+    """See the module. stock (N,) bool."""
+
+    ranker: Ranker
+    platt: Platt
+    missions: Missions
+    corpus: Corpus
+    policy: Policy
+    stock: np.ndarray
+    seed: int = 0
+    name: str = "template/1"
+
+    def themes(
+        self, contexts: list[Context], intents: list[list[str]], used: list[list[str]]
+    ) -> list[list[Answer]]:
+        """For each context twice as many themes as it has placements of an intent, best first.
+
+        intents  of the open placements        used  titles that stand on the page already
+        """
+        found = []
+        for context, wanted, titles in zip(contexts, intents, used, strict=True):
+            offers = []
+            for intent in dict.fromkeys(wanted):
+                offers += self.offers(context, intent, 2 * wanted.count(intent), set(titles))
+            found.append(offers)
+        return found
+
+    def offers(self, context: Context, intent: str, n: int, titles: set[str]) -> list[Answer]:
+        logit = self.ranker(context)
+        allowed = self.stock.copy()
+        allowed[context.barred] = False
+        if intent == "discover":
+            allowed[context.item] = False
+        p = self.platt(logit)
+        # Only the front of each category and mission counts, so most of the shop need not be sorted.
+        order = np.flatnonzero(allowed)
+        order = order[np.argsort(-logit[order], kind="stable")]
+        clicks = expected(p, top_of_groups(order, self.missions.category, len(self.missions.names), LOOKED_AT))
+        worth = expected(
+            p,
+            top_of_groups(order, self.missions.of_item, self.missions.k, LOOKED_AT),
+            SLOT_DECAY ** np.arange(LOOKED_AT),
+        )
+        offers = []
+        for m in np.lexsort((np.arange(len(worth)), -worth)).tolist():
+            if len(offers) == n or worth[m] <= 0:
+                break
+            theme = self.theme(context, intent, m, clicks)
+            if theme is not None and theme.title not in titles:
+                titles.add(theme.title)
+                offers.append(Answer(theme))
+        return offers
+
+    def theme(self, context: Context, intent: str, m: int, clicks: np.ndarray) -> Theme | None:
+        """The theme of one mission; None where the policy lets none of its categories be named."""
+        members = np.flatnonzero((self.missions.of_category == m) & (clicks > 0))
+        members = members[np.lexsort((members, -clicks[members]))]
+        names = [self.missions.names[c] for c in members.tolist()]
+        names = [name for name in names if self.may_name(name)][:CONCEPTS]
+        if not names:
+            return None
+        forms = self.policy.titles.get(intent) or FORMS.get(intent, FORMS["browse"])
+        season = context.season[0] if context.season else ""
+        draw = randomness.seed_of(self.seed, context.bucket, m, intent) % len(forms)
+        title = row_title(forms, draw, names[0], names[1] if len(names) > 1 else "", season)
+        return Theme(title, intent, tuple(names), mission=m, source=self.name)
+
+    def may_name(self, name: str) -> bool:
+        return name in self.corpus.number and not self.policy.restricted.found(name)
+
+    def keywords(
+        self, themes: list[Theme], contexts: list[Context], offered: list[np.ndarray], m: int = 8
+    ) -> list[Answer]:
+        """The offered keywords that are concepts of the theme, in its order, then the nearest others."""
+        found = []
+        for theme, numbers in zip(themes, offered, strict=True):
+            own = [self.corpus.number[name] for name in theme.concepts if name in self.corpus.number]
+            named = set(own)
+            nearest = [w for w in numbers.tolist() if w not in named] if len(own) < m else []
+            chosen = [*own, *nearest][:m]
+            words = [self.corpus.keyword(w, FIRST - STEP * k) for k, w in enumerate(chosen)]
+            found.append(Answer(words) if words else Answer(None, "no keyword of the corpus is near"))
+        return found
+
+
+def expected(p: np.ndarray, items: np.ndarray, discount: np.ndarray | float = 1.0) -> np.ndarray:
+    """(G,) sum of p over the items (G, n) of each group, -1 counting nothing."""
+    return (np.where(items >= 0, p[items], 0.0) * discount).sum(1)
+
+
