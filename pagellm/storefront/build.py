@@ -38,7 +38,10 @@ from pagellm.storefront.themes import Template
 
 __all__ = ["Config", "best_categories", "corpus_of", "read_policy", "read_stock", "run"]
 
-LABEL_PEOPLE, LABEL_ITEMS = 200, 5  # people whose themes are labelled; items that fit, and that do not
+LABEL_PEOPLE, LABEL_ITEMS = (
+    200,
+    5,
+)  # people whose themes are labelled; items that fit, and that do not
 PRECISION = 0.95  # of the threshold on agreement
 
 
@@ -153,7 +156,9 @@ def run(config: Config) -> dict | None:
         return read_json(out.path / "done")
 
 
-def built(config: Config, shop: Shop, train: Orders, policy: Policy, stock: np.ndarray) -> tuple[dict, dict]:
+def built(
+    config: Config, shop: Shop, train: Orders, policy: Policy, stock: np.ndarray
+) -> tuple[dict, dict]:
     """What goes into model.pt, and counts of it."""
     corpus = build_corpus(shop.catalogue, stock, policy.forbidden, config.seed)
     missions = find_missions(shop.catalogue, train, config.missions, config.seed)
@@ -185,7 +190,12 @@ def built(config: Config, shop: Shop, train: Orders, policy: Policy, stock: np.n
         "households": torch.from_numpy(households),
         "factors": torch.from_numpy(factors.item),
         "vector": torch.from_numpy(vector),
-        "scorer": [scorer.mean.tolist(), scorer.scale.tolist(), scorer.weight.tolist(), scorer.intercept],
+        "scorer": [
+            scorer.mean.tolist(),
+            scorer.scale.tolist(),
+            scorer.weight.tolist(),
+            scorer.intercept,
+        ],
         "threshold": None if cut is None else [cut.value, cut.bound, cut.coverage, cut.blocked],
         "best": best,
     }

@@ -72,7 +72,9 @@ def grid_of(lists: list[np.ndarray]) -> np.ndarray:
     return out
 
 
-def user_scores(store: Store, users: np.ndarray, labels, lists: list[np.ndarray]) -> dict[str, np.ndarray]:
+def user_scores(
+    store: Store, users: np.ndarray, labels, lists: list[np.ndarray]
+) -> dict[str, np.ndarray]:
     """name -> (U,) of some users' pages in reading order; NaN where undefined.
 
     recall      labels on the page / labels        new_recall  the same, of labels never bought before
@@ -125,7 +127,9 @@ def own_categories(store: Store, context: Context, n: int) -> list[np.ndarray]:
     return [np.flatnonzero((category == c) & front.stock) for c in own[:n]]
 
 
-def rows_by(groups: list[np.ndarray], score: np.ndarray, slots: list[int], first: np.ndarray) -> np.ndarray:
+def rows_by(
+    groups: list[np.ndarray], score: np.ndarray, slots: list[int], first: np.ndarray
+) -> np.ndarray:
     """Reading order of `first` and then each group's best items, none twice."""
     shown = [first]
     for items, n in zip(groups, slots, strict=False):
@@ -150,7 +154,9 @@ def baselines(store: Store, context: Context) -> dict[str, np.ndarray]:
         restock = again[best_first(logit[again], again, slots[0])]
         slots = slots[1:]
     groups = [items[allowed[items]] for items in own_categories(store, context, len(slots))]
-    groups_all = [items[allowed[items]] for items in own_categories(store, context, len(layout.placements))]
+    groups_all = [
+        items[allowed[items]] for items in own_categories(store, context, len(layout.placements))
+    ]
     every = [placement.slots for placement in layout.placements]
     none = np.zeros(0, dtype=np.int64)
     return {
@@ -161,7 +167,9 @@ def baselines(store: Store, context: Context) -> dict[str, np.ndarray]:
     }
 
 
-def all_pages(store: Store, users: np.ndarray, config: Config) -> tuple[dict[str, list], list[Page]]:
+def all_pages(
+    store: Store, users: np.ndarray, config: Config
+) -> tuple[dict[str, list], list[Page]]:
     """name -> the items of every user's page; and the storefront's pages themselves."""
     static = replace(store.front, static=True)
     popular = replace(static, ranker=Popularity(static.households))
@@ -222,7 +230,9 @@ def about_rows(store: Store, pages: list[Page]) -> dict[str, float]:
     rows = [row for found in pages for row in found.rows]
     words = [keyword for row in rows for keyword in row.keywords]
     corpus, threshold = store.front.corpus, store.front.policy.min_items
-    decisions = [d for found in pages for d in found.decisions if d.level in ("text", "theme", "placement")]
+    decisions = [
+        d for found in pages for d in found.decisions if d.level in ("text", "theme", "placement")
+    ]
     sets = {tuple(row.theme.title for row in found.rows) for found in pages}
     return {
         "generated": float(np.mean([row.source == "generated" for row in rows])),
@@ -235,7 +245,8 @@ def about_rows(store: Store, pages: list[Page]) -> dict[str, float]:
         "blocked": float(np.mean([d.action != "pass" for d in decisions])) if decisions else 0.0,
         "titles": len({row.theme.title for row in rows}),
         "page_sets": len(sets) / len(pages),
-        "items_ever": len(np.unique(np.concatenate([p.items() for p in pages]))) / store.shop.n_items,
+        "items_ever": len(np.unique(np.concatenate([p.items() for p in pages])))
+        / store.shop.n_items,
         "ms": float(np.median([found.ms["total"] for found in pages])),
     }
 
@@ -275,7 +286,9 @@ def run(config: Config) -> dict:
         store = open_store(config)
         users, labels = people_of(store, config.split)
         if not len(users):
-            raise PageLLMError(f"{config.data_dir} has no {config.split} rows of people with a history")
+            raise PageLLMError(
+                f"{config.data_dir} has no {config.split} rows of people with a history"
+            )
         if config.people:
             rng = np.random.Generator(np.random.Philox(key=config.seed))
             users = np.sort(rng.permutation(users)[: config.people])
@@ -286,7 +299,8 @@ def run(config: Config) -> dict:
             for name, scores in scored.items()
         }
         about = about_rows(store, pages) | {
-            "price": 1 - results["storefront"]["recall"]["mean"] / results["flat"]["recall"]["mean"],
+            "price": 1
+            - results["storefront"]["recall"]["mean"] / results["flat"]["recall"]["mean"],
             "difference": stats.paired(
                 scored["storefront"]["recall"], scored["flat"]["recall"], config.seed, config.n_boot
             ),
@@ -302,7 +316,9 @@ def run(config: Config) -> dict:
         return results
 
 
-def write_results(folder: Path, results, about, text: str, users: np.ndarray, pages: list[Page]) -> None:
+def write_results(
+    folder: Path, results, about, text: str, users: np.ndarray, pages: list[Page]
+) -> None:
     for name, content in (
         ("pages", pages_table(users, pages)),
         ("placements", placements_table(users, pages)),

@@ -46,7 +46,10 @@ class Sources(StageConfig):
         check(
             self,
             ranker=(self.ranker in NAMES, ", ".join(NAMES)),
-            scores=((self.ranker == "file") == bool(self.scores), "a file with ranker=file, else none"),
+            scores=(
+                (self.ranker == "file") == bool(self.scores),
+                "a file with ranker=file, else none",
+            ),
         )
 
 
@@ -66,7 +69,9 @@ def read_layout(name: str, repeats: bool) -> Layout:
     if name in ("", "A", "B"):
         return default_layout(name or ("A" if repeats else "B"))
     if not Path(name).exists():
-        raise PageLLMError(f"no layout {name}; want A, B or a JSON file as in docs/how-to/storefront.md")
+        raise PageLLMError(
+            f"no layout {name}; want A, B or a JSON file as in docs/how-to/storefront.md"
+        )
     return layout_of(read_json(Path(name)))
 
 
@@ -78,7 +83,9 @@ def open_store(config: Sources) -> Store:
     done = finished(folder, "storefront", made)
     options = read_json(folder / "config.json")
     if options["inputs"]["data"] != file_id(config.data_dir / "source.json"):
-        raise PageLLMError(f"{folder} was built from other data\n  Remove it and build again: {made}")
+        raise PageLLMError(
+            f"{folder} was built from other data\n  Remove it and build again: {made}"
+        )
     state = load_model_file(folder / "model.pt")
     chosen = options["config"]
     policy = read_policy(chosen["policy"])
@@ -89,7 +96,9 @@ def open_store(config: Sources) -> Store:
     front = front_of(config, shop, state, policy, stock, chosen["seed"])
     tuned = config.stage("storefront/tune") / "tuned.json"
     threshold = state["threshold"]
-    front = replace(front, threshold=threshold[0] if threshold else 0.0, models={"catalogue": done["id"]})
+    front = replace(
+        front, threshold=threshold[0] if threshold else 0.0, models={"catalogue": done["id"]}
+    )
     if tuned.exists():
         front = with_tuning(front, read_json(tuned))
     k = front.missions.k
@@ -98,7 +107,9 @@ def open_store(config: Sources) -> Store:
     return Store(front, shop, orders, known, read_layout(config.layout, repeats))
 
 
-def front_of(config: Sources, shop: Shop, state: dict, policy, stock: np.ndarray, seed: int) -> Front:
+def front_of(
+    config: Sources, shop: Shop, state: dict, policy, stock: np.ndarray, seed: int
+) -> Front:
     corpus, households = corpus_of(state["corpus"]), state["households"].numpy()
     kept = state["missions"]
     category, of_category = kept["category"].numpy(), kept["of_category"].numpy()
@@ -110,7 +121,10 @@ def front_of(config: Sources, shop: Shop, state: dict, policy, stock: np.ndarray
         if config.ranker == "file"
         else make_ranker(config.ranker, households, factors_of(state))
     )
-    matcher, scorer = Matcher.of(index, missions, state["vector"].numpy()), scorer_of(state["scorer"])
+    matcher, scorer = (
+        Matcher.of(index, missions, state["vector"].numpy()),
+        scorer_of(state["scorer"]),
+    )
     above = parents(shop.catalogue)
     number = {name: at for at, name in enumerate(sorted(set(above) - {""}))}
     parent = np.array([number.get(name, -1) for name in above], dtype=np.int64)

@@ -26,6 +26,8 @@ from pagellm.storefront.text import stem, stems, words
 
 __all__ = [
     "KillSwitch",
+    "LONGEST",
+    "MOST_WORDS",
     "Threshold",
     "blocked",
     "check_keywords",
@@ -62,7 +64,9 @@ TITLE_WORDS = frozenset(
 )
 
 
-def passed(level: str, rule: str, value: float, threshold: float, ok: bool, action="drop") -> Decision:
+def passed(
+    level: str, rule: str, value: float, threshold: float, ok: bool, action="drop"
+) -> Decision:
     return Decision("gates", level, rule, "pass" if ok else action, float(value), float(threshold))
 
 
@@ -103,7 +107,9 @@ def echo(title: str, prompt: str) -> float:
 def says_free(text: str) -> bool:
     """ "free" that is not "sugar free" or the like."""
     have = stems(text)
-    return any(s == "free" and (at == 0 or have[at - 1] not in FREE_OF) for at, s in enumerate(have))
+    return any(
+        s == "free" and (at == 0 or have[at - 1] not in FREE_OF) for at, s in enumerate(have)
+    )
 
 
 def check_form(title: str, subtitle: str) -> list[Decision]:
@@ -113,10 +119,16 @@ def check_form(title: str, subtitle: str) -> list[Decision]:
     repeats = len(content) - len(set(content))
     return [
         passed("text", "length", n, LONGEST, SHORTEST <= n <= LONGEST),
-        passed("text", "subtitle", len(subtitle), LONGEST_SUBTITLE, len(subtitle) <= LONGEST_SUBTITLE),
+        passed(
+            "text", "subtitle", len(subtitle), LONGEST_SUBTITLE, len(subtitle) <= LONGEST_SUBTITLE
+        ),
         passed("text", "words", len(have), MOST_WORDS, 1 <= len(have) <= MOST_WORDS),
-        passed("text", "characters", 0, 0, allowed_characters(title) and allowed_characters(subtitle)),
-        passed("text", "capitals", capitals(title), MOST_CAPITALS, capitals(title) <= MOST_CAPITALS),
+        passed(
+            "text", "characters", 0, 0, allowed_characters(title) and allowed_characters(subtitle)
+        ),
+        passed(
+            "text", "capitals", capitals(title), MOST_CAPITALS, capitals(title) <= MOST_CAPITALS
+        ),
         passed("text", "repeats", repeats, 0, repeats == 0),
     ]
 
@@ -195,7 +207,9 @@ def check_keywords(
             decisions.append(passed("keyword", "matches", n, LEAST_MATCHES, False))
             continue
         overlap = max((set_overlap(items[keyword.text], items[k.text]) for k in stay), default=0.0)
-        decisions.append(passed("keyword", "overlap", overlap, MOST_OVERLAP, overlap <= MOST_OVERLAP))
+        decisions.append(
+            passed("keyword", "overlap", overlap, MOST_OVERLAP, overlap <= MOST_OVERLAP)
+        )
         if overlap <= MOST_OVERLAP:
             stay.append(keyword)
     return stay, decisions
@@ -236,7 +250,14 @@ def check_page(rows: Sequence[Row], categories: Sequence[Sequence[str]]) -> list
     spread = metrics.entropy(items, categories) or 0.0
     return [
         passed("page", "repeats", repeats, 0, repeats == 0),
-        passed("page", "titles", len(set(titles)), len(titles), len(set(titles)) == len(titles), "replace"),
+        passed(
+            "page",
+            "titles",
+            len(set(titles)),
+            len(titles),
+            len(set(titles)) == len(titles),
+            "replace",
+        ),
         passed("page", "entropy", spread, least, spread >= least - 1e-9, "replace"),
     ]
 
@@ -274,7 +295,9 @@ class Threshold:
     blocked: float
 
 
-def choose_threshold(score: np.ndarray, fits: np.ndarray, precision: float = 0.95) -> Threshold | None:
+def choose_threshold(
+    score: np.ndarray, fits: np.ndarray, precision: float = 0.95
+) -> Threshold | None:
     """The lowest score from which items fit with at least this precision, surely (95%, one-sided).
 
     score (n,) float64, fits (n,) bool of labels that the scorer never saw; None where no cut is sure enough

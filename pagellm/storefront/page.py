@@ -42,8 +42,16 @@ from pagellm.storefront.retrieve import Index, members_first, retrieve
 __all__ = ["Front", "default_layout", "page"]
 
 DEPTH = 50  # items of a keyword
-ALIKE, COVERED = 0.85, 0.5  # two themes of a page: likeness at most, share of one's items in the other's
-TITLES = {"restock": "Buy it again", "deal": "Offers", "season": "In season", "discover": "New for you"}
+ALIKE, COVERED = (
+    0.85,
+    0.5,
+)  # two themes of a page: likeness at most, share of one's items in the other's
+TITLES = {
+    "restock": "Buy it again",
+    "deal": "Offers",
+    "season": "In season",
+    "discover": "New for you",
+}
 
 
 @dataclass(frozen=True)
@@ -112,8 +120,12 @@ class Making:
         self.answers: list[Answer] = []
 
     def allowed(self, intent: str) -> np.ndarray:
-        """(N,) bool: what a row of this intent may show."""
-        allowed = self.legal & ~self.taken
+        """(N,) bool: what a row of this intent may show now."""
+        return self.fitting(intent) & ~self.taken
+
+    def fitting(self, intent: str) -> np.ndarray:
+        """(N,) bool: what it might show, were nothing above it on the page."""
+        allowed = self.legal.copy()
         if intent == "discover":
             allowed[self.context.item] = False
         return allowed
@@ -184,7 +196,9 @@ def locked_row(making: Making, placement: Placement, intent: str) -> Row | None:
         making.fallbacks.append(f"{placement.id}: no item of {', '.join(names)} is in stock")
         return None
     source = "editorial" if placement.categories else "static"
-    return plain_row(making, placement, Theme(title[:40], intent, names[:8], source="static"), items, source)
+    return plain_row(
+        making, placement, Theme(title[:40], intent, names[:8], source="static"), items, source
+    )
 
 
 def items_of(front: Front, names: tuple[str, ...]) -> np.ndarray:
@@ -202,7 +216,18 @@ def plain_row(making: Making, placement: Placement, theme: Theme, items, source:
     parts[:, 0] = making.logit[best]
     p = making.front.platt(making.logit[best])
     quality = {"decision": "pass", "value": row_value(p, 1)}
-    return Row(placement, source, theme, (), best, making.logit[best], parts, (-1,) * n, np.ones(n), quality)
+    return Row(
+        placement,
+        source,
+        theme,
+        (),
+        best,
+        making.logit[best],
+        parts,
+        (-1,) * n,
+        np.ones(n),
+        quality,
+    )
 
 
 def put(making: Making, position: int, row: Row) -> None:
@@ -217,11 +242,15 @@ def themes_on_offer(making: Making, intents: list[str]) -> list[Offer]:
     """Themes with keywords, candidates and scores, of which the gates let all pass."""
     front, context = making.front, making.context
     used = [row.theme.title for row in making.rows.values()]
-    answers = front.writer.themes([context], [intents], [used])[0]
+    # For the writer, what the locked rows show is gone.
+    barred = np.union1d(context.barred, np.flatnonzero(making.taken))
+    answers = front.writer.themes([replace(context, barred=barred)], [intents], [used])[0]
     making.answers += answers
     themes = [answer.value for answer in answers if answer.value is not None]
     themes = [theme for theme in themes if passes(making, text_decisions(front, theme))]
-    offered = [prune(front.corpus, theme) if needs_more(front, theme) else NOTHING for theme in themes]
+    offered = [
+        prune(front.corpus, theme) if needs_more(front, theme) else NOTHING for theme in themes
+    ]
     written = front.writer.keywords(themes, [context] * len(themes), offered)
     making.answers += written
     offers = [
@@ -258,15 +287,17 @@ def offer_of(making: Making, theme: Theme, keywords: list[Keyword]) -> Offer | N
     making.decisions += decisions
     if not keywords:
         return None
-    allowed = making.allowed(theme.intent)
-    found = retrieve(front.index, keywords, context, making.logit, DEPTH, allowed)
+    # What a keyword finds does not hang on the rows above; what they show is taken out afterwards.
+    allowed = making.fitting(theme.intent)
+    found = untaken(making, retrieve(front.index, keywords, context, making.logit, DEPTH, allowed))
     if len(found.item) < least:
         found = widened(making, keywords, context, allowed, found)
     found = replace(found, agree=front.agree(theme, keywords, found.item))
     score, parts = scored(front, making.logit[found.item], found)
     offer = Offer(theme, keywords, found, score, parts)
-    preview = slots_of(making, offer, least_slots(making.layout), 0.0, np.zeros(0))
-    row = Placement("", theme.intent, 40, min_items=least)
+    slots = most_slots(making.layout)
+    preview = slots_of(making, offer, slots, 0.0, np.zeros(0))
+    row = Placement("", theme.intent, slots, min_items=min(least, slots))
     if not passes(making, gates.check_placement(found.agree[preview.place], row, front.threshold)):
         return None
     offer.value = row_value(front.platt(making.logit[preview.item]))
@@ -274,7 +305,7 @@ def offer_of(making: Making, theme: Theme, keywords: list[Keyword]) -> Offer | N
     return offer
 
 
-def least_slots(layout: Layout) -> int:
+def most_slots(layout: Layout) -> int:
     return max((placement.slots for placement in layout.placements), default=10)
 
 
@@ -295,7 +326,14 @@ def widened(making: Making, keywords, context, allowed, found: Candidates) -> Ca
         return found
     lowest = min(keyword.score for keyword in keywords)
     more = [front.corpus.keyword(w, lowest - 1.0) for w in dict.fromkeys(numbers)]
-    return retrieve(front.index, [*keywords, *more], context, making.logit, DEPTH, allowed)
+    return untaken(
+        making, retrieve(front.index, [*keywords, *more], context, making.logit, DEPTH, allowed)
+    )
+
+
+def untaken(making: Making, found: Candidates) -> Candidates:
+    kept = ~making.taken[found.item]
+    return Candidates(found.item[kept], found.ret[kept], found.agree[kept], found.source[kept])
 
 
 def slots_of(making: Making, offer: Offer, slots: int, explore: float, uniform) -> Slots:
@@ -319,7 +357,9 @@ def conflicts(making: Making, offers: list[Offer]) -> np.ndarray:
     return clash
 
 
-def generated_rows(making: Making, open_rows: list[int], wanted: list[str], offers: list[Offer]) -> None:
+def generated_rows(
+    making: Making, open_rows: list[int], wanted: list[str], offers: list[Offer]
+) -> None:
     """Choose a theme for each open row and fill the rows from the top."""
     if not offers:
         return
@@ -352,7 +392,9 @@ def generated_row(making: Making, position: int, offer: Offer) -> Row | None:
     slots = slots_of(making, offer, placement.slots, making.explore, uniform)
     agree = offer.found.agree[slots.place]
     least = min(placement.min_items, placement.slots)
-    if not passes(making, gates.check_placement(agree, replace(placement, min_items=least), front.threshold)):
+    if not passes(
+        making, gates.check_placement(agree, replace(placement, min_items=least), front.threshold)
+    ):
         return None
     parts = np.concatenate([offer.parts[slots.place], slots.redundancy[:, None]], axis=1)
     quality = {
@@ -390,7 +432,9 @@ def static_row(making: Making, position: int, intent: str) -> None:
             return
     rest = np.flatnonzero(allowed)
     if len(rest):
-        theme = Theme(placement.title or TITLES.get(intent, "Popular now"), intent, (), source="static")
+        theme = Theme(
+            placement.title or TITLES.get(intent, "Popular now"), intent, (), source="static"
+        )
         put(making, position, plain_row(making, placement, theme, rest, "static"))
         making.fallbacks.append(f"{placement.id}: no category is left; what is popular instead")
     else:
@@ -422,6 +466,10 @@ def finished(making: Making, ms: float) -> Page:
         },
         tuple(making.fallbacks),
         {"total": round(ms, 3)},
-        {"prompt_tokens": sum(p for p, _ in tokens), "completion_tokens": sum(c for _, c in tokens), "usd": 0},
+        {
+            "prompt_tokens": sum(p for p, _ in tokens),
+            "completion_tokens": sum(c for _, c in tokens),
+            "usd": 0,
+        },
         tuple(making.decisions),
     )

@@ -26,7 +26,19 @@ CLAIMS = (
     "cheapest|discount|bargain|lowest|save|buy one get|half off|under budget|guarantee|guaranteed|"
     "unbeatable|number one|no 1|best in the world|world s best|world best|deal"
 )
-FREE_OF = ("sugar", "gluten", "dairy", "fat", "lactose", "caffeine", "nut", "alcohol", "cage", "salt", "oil")
+FREE_OF = (
+    "sugar",
+    "gluten",
+    "dairy",
+    "fat",
+    "lactose",
+    "caffeine",
+    "nut",
+    "alcohol",
+    "cage",
+    "salt",
+    "oil",
+)
 SENSITIVE = (
     "diabetic|diabetes|pregnant|pregnancy|depression|depressed|cancer|disabled|obese|overweight|hiv|"
     "menopause|anxious|anxiety|alzheimer|adhd|fertility|blood pressure|allergy|allergies|asthma|autism|"

@@ -92,7 +92,9 @@ def fit_scorer(features: np.ndarray, fits: np.ndarray, rounds: int = 50) -> Scor
     Raises ValueError where all labels are alike.
     """
     if fits.all() or not fits.any():
-        raise ValueError(f"fit_scorer: {int(fits.sum())} of {len(fits)} labels fit; want both kinds")
+        raise ValueError(
+            f"fit_scorer: {int(fits.sum())} of {len(fits)} labels fit; want both kinds"
+        )
     mean, scale = features.mean(0), features.std(0)
     scale = np.where(scale > 1e-12, scale, 1.0)
     X = np.concatenate([np.ones((len(fits), 1)), (features - mean) / scale], axis=1)

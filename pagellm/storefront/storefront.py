@@ -43,7 +43,10 @@ class Config(Sources):
         names = self.steps.split(",")
         check(
             self,
-            steps=(set(names) <= set(STEPS) and len(set(names)) == len(names), f"some of {','.join(STEPS)}"),
+            steps=(
+                set(names) <= set(STEPS) and len(set(names)) == len(names),
+                f"some of {','.join(STEPS)}",
+            ),
         )
 
 
@@ -72,7 +75,10 @@ def show(config: Config) -> None:
     store = open_store(for_stage(config, Sources))
     if config.user:
         if config.user not in store.known.number:
-            print(f"user {config.user} is unknown: a page for somebody without a history", file=sys.stderr)
+            print(
+                f"user {config.user} is unknown: a page for somebody without a history",
+                file=sys.stderr,
+            )
         people: list[str | None] = [config.user]
     else:
         people = [*store.shop.user_ids[:: max(1, store.shop.n_users // 3)][:3], None]

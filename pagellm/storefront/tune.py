@@ -82,13 +82,18 @@ def fitting(front: Front, pages: list[Page]) -> float:
 
 def scores(store: Store, front: Front, users: np.ndarray, labels) -> tuple[float, float]:
     """recall@page and TP@5 of a front on some users."""
-    pages = [page(front, store.known.context(store.shop.user_ids[u]), store.layout) for u in users.tolist()]
+    pages = [
+        page(front, store.known.context(store.shop.user_ids[u]), store.layout)
+        for u in users.tolist()
+    ]
     shown = zip(users.tolist(), pages, strict=True)
     recall = [np.isin(labels.of(u)[0], found.items()).mean() for u, found in shown]
     return float(np.mean(recall)), fitting(front, pages)
 
 
-def choose_weights(store: Store, front: Front, users: np.ndarray, labels) -> tuple[Weights, list[dict]]:
+def choose_weights(
+    store: Store, front: Front, users: np.ndarray, labels
+) -> tuple[Weights, list[dict]]:
     """One weight after the other, from all 0; equal recall keeps the smaller weight."""
     best, tried = Weights(0.0, 0.0, 0.0, 0.0), []
     best_recall = -1.0
@@ -119,7 +124,9 @@ def run(config: Config) -> dict:
                 f"{config.data_dir} has no validation rows of people with a history\n"
                 "  Leave --steps tune out: the defaults serve."
             )
-        drawn = np.sort(randomness.rng(config.seed, "storefront", "tune").permutation(users)[: config.people])
+        drawn = np.sort(
+            randomness.rng(config.seed, "storefront", "tune").permutation(users)[: config.people]
+        )
         platt, error = calibrate(store, users, labels, config.seed)
         tuned = {
             "ranker": store.front.ranker.name,

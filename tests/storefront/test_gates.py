@@ -48,13 +48,17 @@ def verdict(title, **more):
 def test_bad_titles_are_caught_and_good_ones_pass(half):
     """The rules were made while looking at the open half alone; the other was written before them."""
     rows = titles(half)
-    good, bad = ([r["title"] for r in rows if (r["kind"] == "good") == flag] for flag in (True, False))
+    good, bad = (
+        [r["title"] for r in rows if (r["kind"] == "good") == flag] for flag in (True, False)
+    )
     assert len(good) == len(bad) == 100
     assert sum(map(verdict, bad)) >= 95
     assert sum(map(verdict, good)) <= 2
 
 
-@pytest.mark.parametrize("title", ["Scunthorpe fudge", "Dick's pickles", "Cocktail mixers", "Sea bass", "Dog treats"])
+@pytest.mark.parametrize(
+    "title", ["Scunthorpe fudge", "Dick's pickles", "Cocktail mixers", "Sea bass", "Dog treats"]
+)
 def test_words_are_matched_whole(title):
     assert not verdict(title)
 
@@ -96,7 +100,10 @@ def test_a_policy_that_cannot_be_read_is_told_field_by_field():
 def test_likeness_of_titles_and_of_keyword_sets():
     a, b = (frozenset(stems(t)) for t in ("Easy weekday breakfasts", "Quick weekday breakfast"))
     assert jaccard(a, b) == 0.5
-    a, b = frozenset(("Plant milk", "Granola", "Cereal")), frozenset(("Granola", "Cereal", "Coffee", "Bread"))
+    a, b = (
+        frozenset(("Plant milk", "Granola", "Cereal")),
+        frozenset(("Granola", "Cereal", "Coffee", "Bread")),
+    )
     assert jaccard(a, b) == pytest.approx(0.4)
 
 
@@ -108,7 +115,9 @@ def test_a_theme_like_one_above_or_of_a_restricted_category_is_replaced():
     assert blocked(check_theme(same, [one], corpus, POLICY))
     wine = Theme("Dinner", "browse", ("Domestic wine",))
     assert blocked(check_theme(wine, [], corpus, POLICY))
-    assert not blocked(check_theme(Theme("Dinner", "editorial", ("Domestic wine",)), [], corpus, POLICY))
+    assert not blocked(
+        check_theme(Theme("Dinner", "editorial", ("Domestic wine",)), [], corpus, POLICY)
+    )
 
 
 def test_keywords_that_find_little_or_the_same_again_go():
@@ -169,7 +178,23 @@ def test_wrong_counts_have_no_bound():
 
 
 def test_thresholds_worked_out_by_hand():
-    score = [0.95, 0.93, 0.90, 0.88, 0.85, 0.80, 0.75, 0.70, 0.60, 0.55, 0.50, 0.40, 0.30, 0.20, 0.10]
+    score = [
+        0.95,
+        0.93,
+        0.90,
+        0.88,
+        0.85,
+        0.80,
+        0.75,
+        0.70,
+        0.60,
+        0.55,
+        0.50,
+        0.40,
+        0.30,
+        0.20,
+        0.10,
+    ]
     fits = [1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0, 1, 0, 0, 0]
     low = choose_threshold(score, fits, 0.60)
     assert (low.value, low.blocked) == (0.55, pytest.approx(0.1))

@@ -1,0 +1,318 @@
+"""The cascade on the golden shop, and its laws on a synthetic one."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pagellm.data import prepare
+from pagellm.pages import metrics
+from pagellm.stage.config import PageLLMError
+from pagellm.storefront import build, evaluate, storefront, tune
+from pagellm.storefront.corpus import build_corpus
+from pagellm.storefront.front import Sources, open_store
+from pagellm.storefront.fuse import SameLeaf
+from pagellm.storefront.gates import known_words
+from pagellm.storefront.missions import Missions
+from pagellm.storefront.page import Front, default_layout, page
+from pagellm.storefront.parts import Answer, Layout, Placement, Theme, Weights, page_json
+from pagellm.storefront.policy import policy_of
+from pagellm.storefront.rankers import Frequency, Platt
+from pagellm.storefront.retrieve import build_index
+from pagellm.storefront.schemas import PAGE, check
+from tests.storefront.golden import HOUSEHOLDS, STOCK, catalogue
+from tests.storefront.test_retrieve import BREAKFAST, cold, u1
+
+LABELS = [0, 1, 4, 8]
+AGREE = {1: 0.92, 7: 0.95, 8: 0.90, 5: 0.70}
+TINY = Layout(
+    "tiny",
+    (
+        Placement("p1", "restock", 3, min_items=3, title="Buy it again"),
+        Placement("p2", "browse", 3, min_items=3),
+    ),
+)
+
+
+class Golden:
+    """A writer that always offers the breakfast row."""
+
+    name = "golden/1"
+
+    def themes(self, contexts, intents, used):
+        concepts = ("oat milk", "granola", "cereal", "coffee")
+        return [[Answer(Theme("Easy weekday breakfasts", "browse", concepts, source=self.name))]]
+
+    def keywords(self, themes, contexts, offered, m=8):
+        return [Answer(list(BREAKFAST)) for _ in themes]
+
+
+def front(writer=None, stock=STOCK, **changes):
+    shop = catalogue()
+    corpus = build_corpus(shop, stock)
+    # The row's fourth keyword is a query, though the category of that name would win in a built corpus.
+    corpus.number.setdefault("coffee", corpus.number.get("Coffee", 0))
+    none = np.full(12, -1)
+    parent = np.unique([path[0] for path in shop.categories], return_inverse=True)[1]
+    made = Front(
+        shop, stock, HOUSEHOLDS, corpus, build_index(shop, stock, corpus, HOUSEHOLDS),
+        Missions(none, [], none[:0], none, 20), Frequency(HOUSEHOLDS), Platt(), writer or Golden(),
+        lambda theme, keywords, item: np.array([AGREE.get(i, 0.8) for i in item.tolist()]),
+        policy_of(), SameLeaf(shop.leaf_id, parent), ["Dairy", "Coffee"],
+        known_words(["easy weekday breakfasts"]),
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+def golden_page(**changes):
+    return page(front(**changes), u1(), TINY)
+
+
+def test_the_golden_page():
+    found = golden_page()
+    ids = [[catalogue().ids[i] for i in row.item] for row in found.rows]
+    assert ids == [["g01", "g05", "g10"], ["g08", "g02", "g09"]]
+    assert [row.source for row in found.rows] == ["static", "generated"]
+    assert found.rows[0].score == pytest.approx([-0.2082, -0.7239, -0.7248], abs=1e-4)
+    assert found.rows[1].score == pytest.approx([-1.5506, -1.9706, -2.3892], abs=3e-4)
+    assert found.rows[1].parts[2] == pytest.approx([-2.3889, 0.042, 0.0826, -0.125], abs=3e-4)
+    assert [found.rows[1].keywords[k].text for k in found.rows[1].keyword] == [
+        "Granola",
+        "Plant milk",
+        "Cereal",
+    ]
+    assert [row.quality["value"] for row in found.rows] == pytest.approx([0.9615, 0.1763], abs=1e-4)
+    assert found.page["value"] == pytest.approx(1.1378, abs=2e-4)
+
+
+def test_metrics_of_the_golden_page():
+    items, names = golden_page().items().tolist(), catalogue().categories
+    assert metrics.recall(LABELS, items) == 1
+    assert metrics.recall([1, 8], items) == 1  # those never bought before
+    assert metrics.ndcg(LABELS, items, 6) == pytest.approx(0.9268, abs=1e-4)
+    assert metrics.entropy(items, names) == pytest.approx(2.2539, abs=1e-4)
+    assert metrics.ild(items, names) == pytest.approx(0.9556, abs=1e-4)
+
+
+def test_parts_sum_to_the_score():
+    for row in golden_page().rows:
+        assert row.parts.sum(1) == pytest.approx(row.score, abs=1e-12)
+
+
+def test_the_page_is_valid_json_of_its_schema_and_names_no_reason_by_person():
+    found = golden_page()
+    document = page_json(found, catalogue().ids, catalogue().title, explain=True)
+    assert check(document, PAGE) == []
+    assert "u1" not in str(document["page"]["decisions"])
+
+
+def test_equal_requests_are_equal_pages():
+    a, b = (replace(page(front(), u1(), TINY, seed=3, explore=1.0), ms={}) for _ in range(2))
+    one, two = (page_json(x, catalogue().ids, catalogue().title) for x in (a, b))
+    assert one == two
+
+
+def test_an_item_that_is_sold_out_changes_no_page():
+    """The golden shop with g12 and without it."""
+    found = golden_page()
+    assert 11 not in found.items()
+    shop = catalogue()
+    less = [
+        [column[i] for i in range(11)]
+        for column in (shop.ids, shop.title, shop.brand, shop.categories)
+    ]
+    less = type(shop).of(*less, *([column[i] for i in range(11)] for column in (shop.leaf, shop.description)),
+                         shop.price[:11])  # fmt: skip
+    corpus = build_corpus(less, STOCK[:11])
+    corpus.number["coffee"] = corpus.number["Coffee"]
+    there = front(
+        catalogue=less, stock=STOCK[:11], households=HOUSEHOLDS[:11], corpus=corpus,
+        index=build_index(less, STOCK[:11], corpus, HOUSEHOLDS[:11]), ranker=Frequency(HOUSEHOLDS[:11]),
+    )  # fmt: skip
+    again = page(there, u1(), TINY)
+    assert again.items().tolist() == found.items().tolist()
+    assert np.concatenate([row.score for row in again.rows]).tolist() == (
+        np.concatenate([row.score for row in found.rows]).tolist()
+    )
+
+
+def test_barred_items_are_never_shown():
+    found = page(front(), u1(barred=np.array([7, 0])), TINY)
+    assert not {7, 0} & set(found.items().tolist())
+
+
+def test_people_without_history_get_a_page_and_are_told_why():
+    found = page(front(), cold(), TINY)
+    assert len(found.rows) == 2
+    assert any("nothing bought before" in text for text in found.fallbacks)
+
+
+class Silent(Golden):
+    """A writer that gives nothing, as a broken server does."""
+
+    def themes(self, contexts, intents, used):
+        return [[Answer(None, "half a JSON object")]]
+
+
+class Rude(Golden):
+    def themes(self, contexts, intents, used):
+        titles = ("Ignore previous instructions", "<b>Milk</b>", "Weight loss breakfasts")
+        return [[Answer(Theme(title, "browse", ("granola",))) for title in titles]]
+
+
+@pytest.mark.parametrize("writer", [Silent(), Rude()])
+def test_a_writer_without_a_usable_answer_leaves_a_static_row(writer):
+    found = golden_page(writer=writer)
+    assert [row.source for row in found.rows] == ["static", "static"]
+    assert found.rows[1].theme.title == "Dairy"
+    assert any("no theme is left" in text for text in found.fallbacks)
+
+
+def test_a_row_of_named_categories_stays_as_the_merchandiser_wrote_it():
+    locked = Placement("p2", "editorial", 3, title="Hot cups", categories=("Coffee", "Tea"))
+    found = page(front(), u1(), Layout("mine", (locked,)))
+    row = found.rows[0]
+    assert row.source == "editorial" and row.theme.title == "Hot cups"
+    assert row.item.tolist() == [4, 5, 6]
+
+
+def test_no_item_left_leaves_a_row_out_and_says_so():
+    stock = np.zeros(12, bool)
+    stock[:2] = True
+    found = page(
+        front(stock=stock),
+        cold(),
+        Layout("l", tuple(Placement(f"p{n}", "browse", 5) for n in "12")),
+    )
+    assert len(found.rows) == 1 and "the row is left out" in found.fallbacks[-1]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A synthetic shop with its storefront built, tuned and evaluated."""
+    root = tmp_path_factory.mktemp("storefront")
+    common = {"data": str(root / "data"), "runs": str(root / "runs"), "device": "cpu"}
+    prepare.run(prepare.Config(data=common["data"], users=120, items=200))
+    build.run(build.Config(**common))
+    tune.run(tune.Config(people=10, **common))
+    evaluate.run(evaluate.Config(n_boot=20, **common))
+    return common
+
+
+def test_weights_0_and_static_themes_are_the_ranker_s_own_order_for_every_user(made):
+    store = open_store(Sources(static=True, layout="A", **made))
+    plain = replace(store.front, weights=Weights(0, 0, 0, 0))
+    for user in store.shop.user_ids:
+        context = store.known.context(user)
+        logit = plain.ranker(context)
+        taken = np.zeros(store.shop.n_items, bool)
+        found = page(plain, context, store.layout)
+        assert len(found.rows) == len(store.layout.placements)
+        for row in found.rows:
+            assert row.score.tobytes() == logit[row.item].tobytes()
+            rivals = members(plain, context, row)
+            rivals = rivals[~taken[rivals] & plain.stock[rivals]]
+            best = sorted(rivals.tolist(), key=lambda i: (-logit[i], i))[: row.placement.slots]
+            assert row.item.tolist() == best
+            taken[row.item] = True
+
+
+def members(front, context, row):
+    """All items that a static row may show."""
+    if row.placement.intent == "restock" and row.theme.title == "Buy it again":
+        return context.item
+    names = row.theme.concepts
+    if not names:
+        return np.arange(len(front.stock))
+    return np.unique(np.concatenate([front.corpus.matches(front.corpus.number[n]) for n in names]))
+
+
+@pytest.mark.parametrize("layout", ["A", "B"])
+def test_every_user_gets_a_full_page_without_a_repeat_of_valid_keywords(made, layout):
+    store = open_store(Sources(layout=layout, **made))
+    for user in [*store.shop.user_ids, None, "nobody"]:
+        found = page(store.front, store.known.context(user), store.layout)
+        items = found.items()
+        assert len(items) == len(set(items.tolist())) > 0
+        document = page_json(found, store.shop.catalogue.ids, store.shop.catalogue.title)
+        assert check(document, PAGE) == []
+        for row in found.rows:
+            assert all(k.text in store.front.corpus.number and k.matches > 0 for k in row.keywords)
+        if layout == "B" and user in store.known.number:
+            assert not np.isin(items, store.known.context(user).item).any()
+
+
+def test_template_titles_pass_the_gates(made):
+    store = open_store(Sources(**made))
+    blocked = total = 0
+    for user in store.shop.user_ids:
+        context = store.known.context(user)
+        found = page(store.front, context, store.layout)
+        texts = [d for d in found.decisions if d.level == "text"]
+        total += len(texts)
+        blocked += sum(d.action != "pass" for d in texts)
+    assert total and blocked <= 0.01 * total
+
+
+def test_exploring_writes_propensities_below_one_and_taking_the_best_writes_one(made):
+    store = open_store(Sources(**made))
+    context = store.known.context(store.shop.user_ids[0])
+    best, drawn = (page(store.front, context, store.layout, 1, tau) for tau in (0.0, 1.0))
+    assert all((row.propensity == 1).all() for row in best.rows)
+    chances = np.concatenate([row.propensity for row in drawn.rows if row.source == "generated"])
+    assert ((chances > 0) & (chances <= 1)).all() and (chances < 1).any()
+
+
+def test_held_out_rows_move_no_byte_of_the_build(made, tmp_path):
+    """The same build from a shop whose validation and test rows are gone."""
+    store = open_store(Sources(**made))
+    config = build.Config(**made)
+    train = store.orders.only("train")
+    policy, stock = build.read_policy(""), store.front.stock
+    whole, _ = build.built(config, store.shop, train, policy, stock)
+    keep = store.shop.rows("train", None)
+    names = ("user", "item", "rating", "time", "positive", "split")
+    less = replace(store.shop, **{name: getattr(store.shop, name)[keep] for name in names})
+    part, _ = build.built(config, less, train, policy, stock)
+    assert str(whole) == str(part)
+    for name in ("households", "factors", "vector"):
+        assert whole[name].numpy().tobytes() == part[name].numpy().tobytes()
+
+
+def test_the_table_has_a_row_for_every_baseline_and_the_ceiling_is_flat(made, capsys):
+    results = evaluate.run(evaluate.Config(n_boot=20, **made))
+    assert set(results) == {
+        "storefront", "static", "static popular", "own popular", "own ranked", "flat", "popularity"
+    }  # fmt: skip
+    assert all(0 <= scores["recall"]["mean"] <= 1 for scores in results.values())
+    assert "price of theming" in capsys.readouterr().out
+
+
+def test_pages_are_read_by_the_code_that_scores_all_pages(made):
+    from pagellm.data.shop import load
+    from pagellm.pages.ranked import read_pages
+
+    shop = load(f"{made['data']}/synthetic")
+    ranked = read_pages(f"{made['runs']}/synthetic/storefront/evaluate/pages.parquet", shop)
+    assert (ranked.slots <= 60).all() and (ranked.slots > 50).all()
+
+
+def test_a_run_says_how_to_make_what_is_missing(tmp_path, made):
+    with pytest.raises(PageLLMError, match="make storefront DATASET=synthetic"):
+        open_store(Sources(**made | {"runs": str(tmp_path)}))
+    with pytest.raises(PageLLMError, match="no layout nowhere.json"):
+        open_store(Sources(**made, layout="nowhere.json"))
+
+
+def test_the_command_shows_pages(made, capsys):
+    storefront.run(storefront.Config(steps="page", **made))
+    shown = capsys.readouterr().out
+    assert shown.count("layout B") == 4 and "user unknown" in shown
+    storefront.run(storefront.Config(steps="page", user="nobody", json=True, **made))
+    out = capsys.readouterr()
+    assert out.out.startswith("{") and "is unknown" in out.err
+
+
+def test_the_default_layouts():
+    assert [p.intent for p in default_layout("A").placements] == ["restock", *["browse"] * 5]
+    assert {p.intent for p in default_layout("B").placements} == {"discover"}
