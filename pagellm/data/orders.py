@@ -1,13 +1,14 @@
 """Orders beside a prepared shop: who bought what together, and how often.
 
-A shop keeps one row per (user, item). Orders keep every line of every basket, so that what is bought
-again and again can be told from what was bought once.
+A shop keeps one row per (user, item). Orders keep every line of every basket, so that what is
+bought again and again can be told from what was bought once.
 
 orders = load_orders(shop)                  None where the shop has none
 items, count = orders.history(users)        see Orders.history
 
 data/<dataset>/orders.parquet   user, item int32 (dense ids); basket, time int64; quantity int32;
-                                paid float32 (of the line, null = unknown); split int8, index into SPLITS
+                                paid float32 (of the line, null = unknown); split int8, index into
+                                SPLITS
 """
 
 from dataclasses import dataclass
@@ -125,7 +126,10 @@ def orders_of(shop: Shop) -> Orders:
 
 
 def write_orders(folder: str | Path, columns: dict[str, np.ndarray]) -> Path:
-    """Write orders.parquet beside prepared tables; it remembers which ones. columns: see the module."""
+    """Write orders.parquet beside prepared tables; it remembers which ones.
+
+    columns: see the module.
+    """
     folder = Path(folder)
     order = np.lexsort((columns["item"], columns["basket"], columns["time"], columns["user"]))
     arrays = {

@@ -5,8 +5,8 @@ Writes  runs/<run>/storefront/build                 model.pt: tensors and plain 
 
     python -m pagellm.storefront.build --dataset complete_journey
 
-Only catalogue and train rows are read for it: the held-out rows move no byte. About a minute for 15,182 items
-and 612,565 pairs on one core.
+Only catalogue and train rows are read for it: the held-out rows move no byte. About a minute for
+15,182 items and 612,565 pairs on one core.
 """
 
 import sys
@@ -59,7 +59,10 @@ class Config(StageConfig):
 
 
 def read_policy(path: str) -> Policy:
-    """The built-in policy, or the shop's on top of it. Raises PageLLMError for a file that is not there."""
+    """The built-in policy, or the shop's on top of it.
+
+    Raises PageLLMError for a file that is not there.
+    """
     if not path:
         return policy_of()
     if not Path(path).exists():
@@ -76,7 +79,8 @@ def read_stock(path: str, catalogue: Catalogue) -> np.ndarray:
         unknown = [name for name in gone if name not in number]
         if unknown:
             raise PageLLMError(
-                f"{path} names {len(unknown)} items that the shop has not: {', '.join(unknown[:3])}\n"
+                f"{path} names {len(unknown)} items that the shop has not: "
+                f"{', '.join(unknown[:3])}\n"
                 "  Take them out, or prepare the shop anew."
             )
         stock[[number[name] for name in gone]] = False
@@ -116,7 +120,8 @@ def labels(shop: Shop, known: Known, writer: Template, matcher: Matcher, people,
                 fits.append(np.full(len(items), right))
     if not features:
         raise PageLLMError(
-            f"{shop.path}: one mission holds every category, so that nothing tells what fits a theme\n"
+            f"{shop.path}: one mission holds every category, so that nothing tells "
+            "what fits a theme\n"
             "  The shop needs at least two categories."
         )
     return np.concatenate(features), np.concatenate(fits)
@@ -169,7 +174,8 @@ def built(
     texts = index_texts(shop.catalogue)
     vector = corpus.space.vectors([stems(texts[item]) for item in index.live.tolist()])
     ranker = Blend(factors, households)
-    # For what fits a theme no probability is needed: the ranker's logit through the plain sigmoid will do.
+    # For what fits a theme no probability is needed: the ranker's logit through the plain sigmoid
+    # will do.
     writer = Template(ranker, Platt(), missions, corpus, policy, stock, config.seed)
     matcher = Matcher.of(index, missions, vector)
     known = Known.of(shop, train, missions.of_item, missions.k, train.end())

@@ -61,7 +61,7 @@ class Known:
         )
 
     def shares(self, item: np.ndarray, count: np.ndarray) -> np.ndarray:
-        """(k,) float32: what part of a person's orders falls to each mission, uniform without any."""
+        """(k,) float32: the part of a person's orders in each mission; uniform without any."""
         name = self.mission[item]
         total = np.bincount(name[name >= 0], count[name >= 0], minlength=self.n_missions)
         if not total.sum():

@@ -4,11 +4,11 @@ corpus = build_corpus(catalogue, stock)
 corpus.matches(w)                           items in stock of keyword w
 prune(corpus, theme, n=100)                 the keywords nearest to a theme, best first
 
-Four types, the earlier one where two texts are equal after stemming: category (every node of every path),
-brand (of 5 items and more), attribute (a word frequent in titles of a category, with the category's name)
-and query (1 to 3 words that stand together in 3 titles and more). A structured keyword matches by
-membership, a query every item whose text holds all of its stems. Only items in stock are looked at, so an
-item that is sold out changes nothing.
+Four types, the earlier one where two texts are equal after stemming: category (every node of every
+path), brand (of 5 items and more), attribute (a word frequent in titles of a category, with the
+category's name) and query (1 to 3 words that stand together in 3 titles and more). A structured
+keyword matches by membership, a query every item whose text holds all of its stems. Only items in
+stock are looked at, so an item that is sold out changes nothing.
 """
 
 import itertools
@@ -30,8 +30,8 @@ BRAND_ITEMS, ATTRIBUTE_ITEMS, QUERY_ITEMS = 5, 10, 3  # items that a text of eac
 LONGEST_TEXT = 40  # characters of a keyword
 COLUMNS = 64  # of the vectors
 STOP = frozenset(
-    "a an and are as at be by for from has have in into is it its of on or our over per than that the "
-    "this to under up with without you your all any each not no other".split()
+    "a an and are as at be by for from has have in into is it its of on or our over per than that "
+    "the this to under up with without you your all any each not no other".split()
 )
 
 
@@ -240,7 +240,8 @@ def fused_ranks(lists: list[np.ndarray], first: float = 60.0) -> tuple[np.ndarra
 def prune(corpus: Corpus, theme: Theme, n: int = 100) -> np.ndarray:
     """Numbers of the keywords nearest to a theme, best first, at most n.
 
-    The n best by cosine to title and concepts, and for each concept the n best by BM25, fused by rank.
+    The n best by cosine to title and concepts, and for each concept the n best by BM25, fused by
+    rank.
     """
     vector = corpus.theme_vector(theme)
     cosine = corpus.vector @ vector

@@ -1,7 +1,8 @@
-"""Pages of rows for everybody, scored on held-out orders, beside what a shop could do without themes.
+"""Pages of rows for everybody, scored on held-out orders, beside what a shop could do without
+themes.
 
 Reads   runs/<run>/storefront/build and tune
-Writes  runs/<run>/storefront/evaluate      pages.parquet (user, rank, item, score in reading order),
+Writes  runs/<run>/storefront/evaluate      pages.parquet (user, rank, item, score; reading order),
                                             placements.parquet (one row an item, with its parts),
                                             metrics.json, table.txt
 
@@ -77,7 +78,8 @@ def user_scores(
 ) -> dict[str, np.ndarray]:
     """name -> (U,) of some users' pages in reading order; NaN where undefined.
 
-    recall      labels on the page / labels        new_recall  the same, of labels never bought before
+    recall      labels on the page / labels
+    new_recall  the same, of labels never bought before
     """
     recall, new = np.full(len(users), np.nan), np.full(len(users), np.nan)
     refs: list[np.ndarray] = []
@@ -267,7 +269,8 @@ def table(results: dict[str, dict], about: dict[str, float], heading: str) -> st
         f"price of theming {about['price']:.1%}; storefront - flat {gap['mean']:+.4f} "
         f"[{gap['low']:+.4f}, {gap['high']:+.4f}]",
         f"first five items that fit the theme's mission {about['tp5']:.3f}; rows generated "
-        f"{about['generated']:.3f}; keywords of the corpus {about['validity']:.4f} of {about['keywords']:,}; "
+        f"{about['generated']:.3f}; keywords of the corpus {about['validity']:.4f} of "
+        f"{about['keywords']:,}; "
         f"without a result {about['zero_results']:.4f}",
         f"{about['titles']} titles; decisions that block {about['blocked']:.4f}; items ever shown "
         f"{about['items_ever']:.3f}; {about['ms']:.1f} ms a page",
@@ -306,8 +309,9 @@ def run(config: Config) -> dict:
             ),
         }
         heading = (
-            f"{config.dataset}: {len(users):,} people, {store.shop.n_items:,} items, {config.split} orders; "
-            f"layout {store.layout.id}, ranker {store.front.ranker.name}; mean and 95% bootstrap interval"
+            f"{config.dataset}: {len(users):,} people, {store.shop.n_items:,} items, "
+            f"{config.split} orders; "
+            f"layout {store.layout.id}, ranker {store.front.ranker.name}; mean and 95% interval"
         )
         text = table(results, about, heading)
         write_results(out.path, results, about, text, users, pages)

@@ -65,7 +65,10 @@ class Store:
 
 
 def read_layout(name: str, repeats: bool) -> Layout:
-    """A or B by name, or a file. Raises PageLLMError for a file that is not there or not a layout."""
+    """A or B by name, or a file.
+
+    Raises PageLLMError for a file that is not there or not a layout.
+    """
     if name in ("", "A", "B"):
         return default_layout(name or ("A" if repeats else "B"))
     if not Path(name).exists():
@@ -76,7 +79,10 @@ def read_layout(name: str, repeats: bool) -> Layout:
 
 
 def open_store(config: Sources) -> Store:
-    """Read shop, build and, where it is there, what was chosen on validation. Raises PageLLMError."""
+    """Read shop, build and, where it is there, what was chosen on validation.
+
+    Raises PageLLMError.
+    """
     shop = load(config.data_dir)
     folder = config.stage("storefront/build")
     made = f"make storefront DATASET={config.dataset}"

@@ -2,9 +2,9 @@
 
 score = logit + a z(ret) + b z(agree) + c z(reward) - mu max over items above of sim(i, j)
 
-z is taken over the row's candidates with the population's standard deviation; a constant column is 0.
-sim is 1 for near-duplicates, .5 within a leaf category, .25 within its parent. With all weights 0 the
-score is the ranker's logit itself, bit for bit.
+z is taken over the row's candidates with the population's standard deviation; a constant column is
+0. sim is 1 for near-duplicates, .5 within a leaf category, .25 within its parent. With all weights
+at 0 the score is the ranker's logit itself, bit for bit.
 """
 
 from dataclasses import dataclass, field
@@ -35,7 +35,10 @@ def fuse(
     weights: Weights,
     reward: np.ndarray | None = None,
 ) -> np.ndarray:
-    """(M,) float64 scores without redundancy. All inputs (M,). Raises ValueError on unequal lengths."""
+    """(M,) float64 scores without redundancy.
+
+    All inputs (M,). Raises ValueError on unequal lengths.
+    """
     columns = [logit, ret, agree] + ([] if reward is None else [reward])
     if len({np.shape(column) for column in columns}) != 1 or np.ndim(logit) != 1:
         shapes = ", ".join(str(np.shape(column)) for column in columns)
@@ -51,7 +54,10 @@ def fuse(
 
 @dataclass(frozen=True)
 class SameLeaf:
-    """How alike two items are: leaf, parent (N,) int64, -1 where unknown; near-duplicates or None."""
+    """How alike two items are:
+
+    leaf, parent (N,) int64, -1 where unknown; near-duplicates or None.
+    """
 
     leaf: np.ndarray
     parent: np.ndarray
@@ -75,7 +81,8 @@ class Quota:
 
     similar, mu   the cost of repeating: mu times the likeness to the nearest item above in this row
     sponsored     (N,) bool or None, and how many of them the row may still show
-    group, left   (N,) int64 group of each item, -1 none, and how many of each group the page may still show
+    group, left   (N,) int64 group of each item, -1 none, and how many of each group the page may
+                  still show
     """
 
     similar: SameLeaf | None = None
@@ -98,16 +105,17 @@ def fill(
     """The items of a row, top first; fewer than `slots` where fewer are legal.
 
     score    (M,) of the candidates        taken  (N,) bool: shown above on the page, never again
-    explore  tau: each slot is drawn by softmax(score / tau) over what is still legal; 0: the best one
+    explore  tau: each slot is drawn by softmax(score / tau) over what is still legal; 0: the best
+             one
     uniform  (slots,) in [0, 1): the draws
-    Equal scores go by item number. propensity is P(item | slots above), exactly; 1 without exploring.
-    Raises ValueError on scores of another length or too few draws.
+    Equal scores go by item number. propensity is P(item | slots above), exactly; 1 without
+    exploring. Raises ValueError on scores of another length or too few draws.
     """
     item = candidates.item
     if score.shape != item.shape or len(uniform) < (slots if explore else 0):
         raise ValueError(
-            f"fill: score {score.shape} for {item.shape} candidates, {len(uniform)} draws for {slots} "
-            "slots: want one score a candidate and one draw a slot"
+            f"fill: score {score.shape} for {item.shape} candidates, {len(uniform)} draws for "
+            f"{slots} slots: want one score a candidate and one draw a slot"
         )
     legal = ~taken[item]
     redundancy = np.zeros(len(item))
@@ -160,11 +168,14 @@ def row_value(p: np.ndarray, row: int = 1) -> float:
 def assign(value: np.ndarray, conflict: np.ndarray) -> tuple[np.ndarray, bool]:
     """The theme of each position, so that their values' sum is largest and no two conflict.
 
-    value     (G, S) 0 or more; -inf where a theme may not stand        conflict  (G, G) bool, symmetric
-    returns   (S,) int64 theme or -1 for none, each theme once; and whether it is proven to be the best
+    value     (G, S) 0 or more; -inf where a theme may not stand
+    conflict  (G, G) bool, symmetric
+    returns   (S,) int64 theme or -1 for none, each theme once; and whether it is proven to be the
+              best
 
     Branch and bound: no solution is better than every open position with its best legal theme, nor
-    than the best legal themes at their best open position. After 20,000 nodes the best so far is taken.
+    than the best legal themes at their best open position. After 20,000 nodes the best so far is
+    taken.
     """
     n_themes, n_positions = value.shape
     if conflict.shape != (n_themes, n_themes):

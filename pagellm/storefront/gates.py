@@ -52,14 +52,15 @@ LEAST_ENTROPY = 0.5
 TITLE_WORDS = frozenset(
     map(
         stem,
-        "easy quick simple fresh daily weekday weekend week weeknight morning noon evening night today "
-        "breakfast lunch dinner supper brunch meal picnic party season summer winter spring autumn fall "
-        "holiday game movie day home house kitchen family favourite favorite classic cosy warm cold hot new "
-        "more discover try explore buy again stock restock refill basic essential pick idea time table bowl "
-        "plate board box bar basket drawer corner counter cupboard pantry fridge shelf filler helper maker "
-        "topper starter warmer side snack treat taste sunday friday taco road trip beach camping school "
-        "office garden birthday roast grill barbecue bake baking cook cooking around world make made ready "
-        "great good little big light sweet savoury savory spicy crunchy creamy one two three next go".split(),
+        "easy quick simple fresh daily weekday weekend week weeknight morning noon evening night "
+        "today breakfast lunch dinner supper brunch meal picnic party season summer winter spring "
+        "autumn fall holiday game movie day home house kitchen family favourite favorite classic "
+        "cosy warm cold hot new more discover try explore buy again stock restock refill basic "
+        "essential pick idea time table bowl plate board box bar basket drawer corner counter "
+        "cupboard pantry fridge shelf filler helper maker topper starter warmer side snack treat "
+        "taste sunday friday taco road trip beach camping school office garden birthday roast "
+        "grill barbecue bake baking cook cooking around world make made ready great good little "
+        "big light sweet savoury savory spicy crunchy creamy one two three next go".split(),
     )
 )
 
@@ -92,7 +93,9 @@ def capitals(text: str) -> float:
 
 
 def echo(title: str, prompt: str) -> float:
-    """The longest run of the title's words that stands in the prompt, over all its words; runs of 3 and more."""
+    """The longest run of the title's words that stands in the prompt, over all its words; runs of 3
+    and more.
+    """
     have, said = words(title), words(prompt)
     best = 0
     for start in range(len(said)):
@@ -162,7 +165,10 @@ def jaccard(a: frozenset, b: frozenset) -> float:
 
 
 def likeness(a: Theme, b: Theme, corpus: Corpus | None = None) -> float:
-    """How alike two themes are, 0..1: the largest of title-stem Jaccard, concept Jaccard and cosine."""
+    """How alike two themes are, 0..1:
+
+    the largest of title-stem Jaccard, concept Jaccard and cosine.
+    """
     found = [
         jaccard(frozenset(stems(a.title)), frozenset(stems(b.title))),
         jaccard(frozenset(a.concepts), frozenset(b.concepts)),
@@ -175,7 +181,10 @@ def likeness(a: Theme, b: Theme, corpus: Corpus | None = None) -> float:
 def check_theme(
     theme: Theme, above: Sequence[Theme], corpus: Corpus | None, policy: Policy
 ) -> list[Decision]:
-    """A theme beside those above it on the page. `editorial` themes may name restricted categories."""
+    """A theme beside those above it on the page.
+
+    `editorial` themes may name restricted categories.
+    """
     names = (theme.title, theme.subtitle, *theme.concepts)
     clean = theme.intent == "editorial" or not any(policy.restricted.found(name) for name in names)
     nearest = max((likeness(theme, other, corpus) for other in above), default=0.0)
@@ -190,8 +199,8 @@ def check_keywords(
 ) -> tuple[list[Keyword], list[Decision]]:
     """The keywords that stay, and a decision for each that was looked at.
 
-    A keyword must be in the corpus, match 4 items that this person may see (fewer where all keywords together match
-    min_items), and overlap no earlier one by more than .6.
+    A keyword must be in the corpus, match 4 items that this person may see (fewer where all
+    keywords together match min_items), and overlap no earlier one by more than .6.
     """
     items = {k.text: own_matches(k, corpus, context) for k in keywords if k.text in corpus.number}
     together = len(set().union(*(set(found.tolist()) for found in items.values()))) if items else 0
@@ -228,12 +237,11 @@ def set_overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 def check_placement(agree: np.ndarray, placement: Placement, threshold: float) -> list[Decision]:
     """A row's items in order, by how well each fits its theme: agree (K',) 0..1."""
-    first = agree[:LOOKED_AT]
+    first, n, least = agree[:LOOKED_AT], len(agree), placement.min_items
     mean = float(first.mean()) if len(first) else 0.0
     fitting = float((first >= FITS).mean()) if len(first) else 0.0
     return [
-        passed("placement", "items", len(agree), placement.min_items, len(agree) >= placement.min_items,
-               "fall_back"),
+        passed("placement", "items", n, least, n >= least, "fall_back"),
         passed("placement", "agreement", mean, threshold, mean >= threshold, "replace"),
         passed("placement", "tp5", fitting, LEAST_FITTING, fitting >= LEAST_FITTING, "replace"),
     ]  # fmt: skip
@@ -287,7 +295,9 @@ def clopper_pearson(k: int, n: int, level: float = 0.95, side: str = "lower") ->
 
 @dataclass(frozen=True)
 class Threshold:
-    """A cut on a score: value, the lower bound of P(fits | score >= value), shares passed and wrongly blocked."""
+    """A cut on a score: value, the lower bound of P(fits | score >= value), shares passed and
+    wrongly blocked.
+    """
 
     value: float
     bound: float
@@ -300,7 +310,8 @@ def choose_threshold(
 ) -> Threshold | None:
     """The lowest score from which items fit with at least this precision, surely (95%, one-sided).
 
-    score (n,) float64, fits (n,) bool of labels that the scorer never saw; None where no cut is sure enough
+    score (n,) float64, fits (n,) bool of labels that the scorer never saw; None where no cut is
+    sure enough
     """
     score, fits = np.asarray(score, np.float64), np.asarray(fits, bool)
     for value in np.unique(score):
@@ -320,7 +331,8 @@ def kappa(table: np.ndarray) -> float:
 
 
 class KillSwitch:
-    """Turns generated rows off when too much is blocked or too little fits, until a person turns them on.
+    """Turns generated rows off when too much is blocked or too little fits, until a person turns
+    them on.
 
     folder     of the run; a file `off` in it turns off at once, off.json says why the switch did
     usual      share of themes that was blocked at calibration
@@ -347,8 +359,8 @@ class KillSwitch:
         self.recent.append(was_blocked)
         limit = max(self.MOST, 2 * self.usual)
         if len(self.recent) == self.WINDOW and np.mean(self.recent) > limit:
-            self.turn_off(f"{np.mean(self.recent):.3f} of the last {self.WINDOW} themes were blocked",
-                          limit)  # fmt: skip
+            share = f"{np.mean(self.recent):.3f}"
+            self.turn_off(f"{share} of the last {self.WINDOW} themes were blocked", limit)
 
     def judge(self, fitting: int, rows: int) -> None:
         """A day's judged rows. Turns off when surely fewer than 85% of them fit."""

@@ -1,13 +1,13 @@
 """The Complete Journey's files -> a prepared shop with its orders.
 
-Reads   <raw>/products.parquet, transactions.parquet        (2,469 households, one year of a grocery)
+Reads   <raw>/products.parquet, transactions.parquet    (2,469 households, a grocery's year)
 Writes  data/complete_journey                               as `prepare` does, and orders.parquet
 
     python -m pagellm.storefront.journey --raw path/to/complete_journey          half a minute
 
-The shop's rows are each household's first purchase of an item, split by week: 1 to 44 train, 45 to 48
-valid, 49 to 53 test. Every purchase is in orders.parquet. Nothing of the households but their number is
-read: no age, no income.
+The shop's rows are each household's first purchase of an item, split by week: 1 to 44 train, 45 to
+48 valid, 49 to 53 test. Every purchase is in orders.parquet. Nothing of the households but their
+number is read: no age, no income.
 """
 
 import re
@@ -50,15 +50,16 @@ PRIVATE = "Private"  # the shop's own brand
 FULL_WORDS = dict(
     pair.split("=")
     for pair in (
-        "frzn=frozen frz=frozen sald=salad drsng=dressing sndwch=sandwich sprd=spread bn=bean veg=vegetable "
-        "dsh=dish wtr=water sherbts=sherbets brkfst=breakfast whlsm=wholesome bkd=baked fd=food pnt=peanut "
-        "btr=butter refrgratd=refrigerated refrig=refrigerated jce=juice conc=concentrate drnks=drinks "
-        "drnk=drink pwdr=powder crystl=crystal mx=mix mxs=mixes mixs=mixes pkld=pickled trsh=trash bg=bags "
-        "flvrd=flavored cleang=cleaning dnr=dinner dnrs=dinners tiss=tissue sply=supply cndy=candy "
-        "snks=snacks ckys=cookies crkr=crackers chocoolate=chocolate choco=chocolate choc=chocolate "
-        "chococlate=chocolate sft=soft btl=bottle can=can carb=carbonated pk=pack pac=pack wt=weight "
-        "ss=single-serve mw=microwave hbc=care brd=bread whl=whole wht=white crmd=creamed fs=fresh "
-        "prem=premium mlt=multi sngl=single sgl=single srv=serve sv=serve excp=except incl=including "
+        "frzn=frozen frz=frozen sald=salad drsng=dressing sndwch=sandwich sprd=spread bn=bean "
+        "veg=vegetable dsh=dish wtr=water sherbts=sherbets brkfst=breakfast whlsm=wholesome "
+        "bkd=baked fd=food pnt=peanut btr=butter refrgratd=refrigerated refrig=refrigerated "
+        "jce=juice conc=concentrate drnks=drinks drnk=drink pwdr=powder crystl=crystal mx=mix "
+        "mxs=mixes mixs=mixes pkld=pickled trsh=trash bg=bags flvrd=flavored cleang=cleaning "
+        "dnr=dinner dnrs=dinners tiss=tissue sply=supply cndy=candy snks=snacks ckys=cookies "
+        "crkr=crackers chocoolate=chocolate choco=chocolate choc=chocolate chococlate=chocolate "
+        "sft=soft btl=bottle can=can carb=carbonated pk=pack pac=pack wt=weight ss=single-serve "
+        "mw=microwave hbc=care brd=bread whl=whole wht=white crmd=creamed fs=fresh prem=premium "
+        "mlt=multi sngl=single sgl=single srv=serve sv=serve excp=except incl=including "
         "hygn=hygiene fem=feminine frisk=friskies gol=goldfish tort=tortilla misc=other dely=deli "
         "suppplies=supplies disposible=disposable sweetners=sweeteners sanitary=sanitary gm=goods "
         "veget=vegetable vegt=vegetable ref=refrigerated rfg=refrigerated chs=cheese ckn=chicken "
@@ -91,7 +92,10 @@ class Config:
 
 
 def plain_name(name: str | None) -> str:
-    """A name of the shop's tables in words: "FRZN ICE" is "Frozen ice", "BREAD:RYE" is "Bread rye"."""
+    """A name of the shop's tables in words:
+
+    "FRZN ICE" is "Frozen ice", "BREAD:RYE" is "Bread rye".
+    """
     spaced = re.sub(r"[^A-Za-z0-9&%.]+", " ", name or "").replace("&", " and ").lower()
     words = [FULL_WORDS.get(word.strip("."), word.strip(".")) for word in spaced.split()]
     kept = [word for at, word in enumerate(words) if word and word not in words[:at]]
@@ -167,7 +171,9 @@ def item_table(kept: np.ndarray, sold: dict[int, dict], price: np.ndarray) -> pa
 
 
 def median_price(lines: dict, kept: np.ndarray) -> np.ndarray:
-    """(n,) median paid for a piece in the weeks of train, of the products `kept`; NaN where unknown."""
+    """(n,) median paid for a piece in the weeks of train, of the products `kept`; NaN where
+    unknown.
+    """
     use = (lines["week"] <= TRAIN_UNTIL) & (lines["quantity"] > 0) & (lines["sales_value"] > 0)
     use &= np.isin(lines["product_id"], kept)
     place = np.searchsorted(kept, lines["product_id"][use])

@@ -2,8 +2,8 @@
 
 mission = missions(orders.baskets(), category, k=20, seed=0)      (C,) mission of each category
 
-Rows of missions cost a page far less recall than rows of single categories do, since a person's next
-purchases spread over many categories. Measured: docs/how-to/storefront.md.
+Rows of missions cost a page far less recall than rows of single categories do, since a person's
+next purchases spread over many categories. Measured: docs/how-to/storefront.md.
 """
 
 from collections import Counter
@@ -54,13 +54,18 @@ def joint_counts(baskets: Rows, category: np.ndarray, n_categories: int) -> np.n
 
 
 def affinity(joint: np.ndarray, n_baskets: int) -> np.ndarray:
-    """s_ij = max(0, ln((n_ij B + 1) / (n_i n_j + 1))): how much more often than by chance, in nats."""
+    """s_ij = max(0, ln((n_ij B + 1) / (n_i n_j + 1))):
+
+    how much more often than by chance, in nats.
+    """
     alone = joint.diagonal()
     return np.maximum(0.0, np.log((joint * n_baskets + 1) / (np.outer(alone, alone) + 1)))
 
 
 def spectral(likeness: np.ndarray, columns: int = COLUMNS) -> np.ndarray:
-    """(C, d) unit rows: the top eigenvectors of D^-1/2 s D^-1/2; a row of zeros for a lonely category."""
+    """(C, d) unit rows: the top eigenvectors of D^-1/2 s D^-1/2; a row of zeros for a lonely
+    category.
+    """
     degree = likeness.sum(1)
     scale = np.where(degree > 0, 1 / np.sqrt(np.where(degree > 0, degree, 1)), 0.0)
     _, vectors = np.linalg.eigh(likeness * scale[:, None] * scale)

@@ -100,7 +100,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the parts of an item's score. All 0 with static themes: the ranker's own order, exactly."""
+    """Of the parts of an item's score.
+
+    All 0 with static themes: the ranker's own order, exactly.
+    """
 
     ret: float = 0.5
     agree: float = 0.25

@@ -2,8 +2,8 @@
 
 policy = policy_of({"banned": ["scam"], "restricted": ["Cigarettes"]})
 
-Words are matched as whole stems, never inside other words. "treat*" with a star means that the word is
-allowed at the end of a title (dog treats) and nowhere else.
+Words are matched as whole stems, never inside other words. "treat*" with a star means that the word
+is allowed at the end of a title (dog treats) and nowhere else.
 """
 
 import re
@@ -17,14 +17,15 @@ from pagellm.storefront.text import stems
 __all__ = ["Policy", "Terms", "policy_of"]
 
 BANNED = (
-    "shit|bullshit|damn|fuck|fucking|bitch|bastard|asshole|arse|ass|crap|piss|porn|sexy|slut|slutty|"
-    "whore|nazi|kill|dickhead|cunt|nude|bloody hell|wanker|motherfucker|suicide|rape"
+    "shit|bullshit|damn|fuck|fucking|bitch|bastard|asshole|arse|ass|crap|piss|porn|sexy|slut|"
+    "slutty|whore|nazi|kill|dickhead|cunt|nude|bloody hell|wanker|motherfucker|suicide|rape"
 )
 CLAIMS = (
-    "cure|cures|curing|treat*|treatment|heal|healing|heals|detox|detoxing|detoxify|weight loss|lose weight|"
-    "immune|immunity|slimming|remedy|price|prices|percent|dollar|cent|euro|pound sterling|cheap|cheaper|"
-    "cheapest|discount|bargain|lowest|save|buy one get|half off|under budget|guarantee|guaranteed|"
-    "unbeatable|number one|no 1|best in the world|world s best|world best|deal"
+    "cure|cures|curing|treat*|treatment|heal|healing|heals|detox|detoxing|detoxify|weight loss|"
+    "lose weight|immune|immunity|slimming|remedy|price|prices|percent|dollar|cent|euro|pound "
+    "sterling|cheap|cheaper|cheapest|discount|bargain|lowest|save|buy one get|half off|under "
+    "budget|guarantee|guaranteed|unbeatable|number one|no 1|best in the world|world s best|world "
+    "best|deal"
 )
 FREE_OF = (
     "sugar",
@@ -40,22 +41,23 @@ FREE_OF = (
     "oil",
 )
 SENSITIVE = (
-    "diabetic|diabetes|pregnant|pregnancy|depression|depressed|cancer|disabled|obese|overweight|hiv|"
-    "menopause|anxious|anxiety|alzheimer|adhd|fertility|blood pressure|allergy|allergies|asthma|autism|"
-    "autistic|alcoholic|dementia|arthritis|epilepsy|hangover|christian|muslim|islamic|jew|jewish|hindu|"
-    "buddhist|catholic|atheist|gay|lesbian|bisexual|transgender|queer|asian people|black people|white people|"
-    "black family|white family|asian family|african american|latino|immigrant|migrant|old people|elderly|"
-    "senior citizen|senior|poor|low income|wealthy|conservative|liberal|democrat|republican|voter|"
-    "single mother|divorced|you are|like you|because you|since you"
+    "diabetic|diabetes|pregnant|pregnancy|depression|depressed|cancer|disabled|obese|overweight|"
+    "hiv|menopause|anxious|anxiety|alzheimer|adhd|fertility|blood pressure|allergy|allergies|"
+    "asthma|autism|autistic|alcoholic|dementia|arthritis|epilepsy|hangover|christian|muslim|"
+    "islamic|jew|jewish|hindu|buddhist|catholic|atheist|gay|lesbian|bisexual|transgender|queer|"
+    "asian people|black people|white people|black family|white family|asian family|african "
+    "american|latino|immigrant|migrant|old people|elderly|senior citizen|senior|poor|low income|"
+    "wealthy|conservative|liberal|democrat|republican|voter|single mother|divorced|you are|like "
+    "you|because you|since you"
 )
 INSTRUCTIONS = (
     "ignore|disregard|forget your|override|previous instruction|prior rule|language model|as an ai|"
     "system prompt|the prompt|you are a|inst"
 )
 RESTRICTED = (
-    "tobacco|cigarette|cigar|alcohol|beer|ale|wine|liquor|spirit|family planning|condom|medicine|analgesic|"
-    "antacid|laxative|cold and flu|sinus and allergy|diaper|infant formula|feminine hygiene|"
-    "dietary aid|fitness and diet|first aid|vitamin|incontinence|beerale"
+    "tobacco|cigarette|cigar|alcohol|beer|ale|wine|liquor|spirit|family planning|condom|medicine|"
+    "analgesic|antacid|laxative|cold and flu|sinus and allergy|diaper|infant formula|feminine "
+    "hygiene|dietary aid|fitness and diet|first aid|vitamin|incontinence|beerale"
 )
 
 
@@ -114,7 +116,10 @@ class Policy:
 
 
 def policy_of(document: dict | None = None, name: str = "built-in") -> Policy:
-    """A shop's policy on top of the built-in one. Raises PageLLMError naming the field that is wrong."""
+    """A shop's policy on top of the built-in one.
+
+    Raises PageLLMError naming the field that is wrong.
+    """
     document = document or {}
     if problems := check(document, POLICY):
         raise PageLLMError("the policy is not valid\n  " + "\n  ".join(problems))

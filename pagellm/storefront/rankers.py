@@ -69,8 +69,8 @@ class Factors:
 def fold_in(factors: Factors, item: np.ndarray, count: np.ndarray) -> np.ndarray:
     """(d,) factors of a person from what was bought and how often; zeros without history.
 
-    minimises sum_i c_i (w_i - x.y_i)^2 + 50 |x|^2 with w = 1 and c = 1 + 10 ln(1 + orders) for what was
-    bought, w = 0 and c = 1 for all else.
+    minimises sum_i c_i (w_i - x.y_i)^2 + 50 |x|^2 with w = 1 and c = 1 + 10 ln(1 + orders) for what
+    was bought, w = 0 and c = 1 for all else.
     """
     Y = factors.item[item]
     extra = ALPHA * np.log1p(count)
@@ -243,7 +243,10 @@ def fit_platt(logit: np.ndarray, bought: np.ndarray, weight: np.ndarray, rounds=
 
 
 def calibration_error(p: np.ndarray, bought: np.ndarray, weight: np.ndarray, bins=10) -> float:
-    """Expected calibration error over bins of equal weight: mean |share bought - mean p|. All (n,)."""
+    """Expected calibration error over bins of equal weight:
+
+    mean |share bought - mean p|. All (n,).
+    """
     order = np.argsort(p, kind="stable")
     edge = np.cumsum(weight[order]) / weight.sum() * bins
     place = np.minimum(edge.astype(np.int64), bins - 1)

@@ -2,9 +2,10 @@
 
 found = retrieve(index, keywords, context, logit)       Candidates
 
-A structured keyword (category, brand, attribute) gives its members in the order of the person's ranker. A
-query gives BM25's order; where the index holds vectors, the nearest items too, and the two lists are
-fused by rank. Stock and bars are applied before the cut. Ties always go by item number.
+A structured keyword (category, brand, attribute) gives its members in the order of the person's
+ranker. A query gives BM25's order; where the index holds vectors, the nearest items too, and the
+two lists are fused by rank. Stock and bars are applied before the cut. Ties always go by item
+number.
 """
 
 from dataclasses import dataclass

@@ -3,10 +3,11 @@
 scorer = fit_scorer(features, fits)
 agree = scorer(features)                                (n,) in 0..1
 
-Features: BM25 of title and concepts against the item's text over the best of the shop, cosine of their
-vectors, the share of the keywords' weight that matches the item, and whether the item's category is among
-the concepts. Labels come by construction: an item of a template theme's mission fits; half of the others are
-drawn from the nearest other mission, half from the whole shop. No human label is behind it.
+Features: BM25 of title and concepts against the item's text over the best of the shop, cosine of
+their vectors, the share of the keywords' weight that matches the item, and whether the item's
+category is among the concepts. Labels come by construction: an item of a template theme's mission
+fits; half of the others are drawn from the nearest other mission, half from the whole shop. No
+human label is behind it.
 """
 
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ class Scorer:
 
 
 def fit_scorer(features: np.ndarray, fits: np.ndarray, rounds: int = 50) -> Scorer:
-    """Newton's method with an L2 penalty of .01 a label on the weights. features (n, f), fits (n,) bool.
+    """Newton's method with an L2 penalty of .01 a label on the weights. features (n, f), fits (n,)
+    bool.
 
     Raises ValueError where all labels are alike.
     """

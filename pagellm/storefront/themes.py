@@ -3,8 +3,9 @@
 writer = Template(ranker, platt, missions, corpus, policy, stock)
 offers = writer.themes([context], [["browse"] * 5], [[]])[0]        10 answers, best first
 
-A theme is a mission, as one person would walk through it: its concepts are the eight categories in which
-this person is expected to buy most. The title is one of six forms, drawn by a key of the person and mission.
+A theme is a mission, as one person would walk through it: its concepts are the eight categories in
+which this person is expected to buy most. The title is one of six forms, drawn by a key of the
+person and mission.
 """
 
 from dataclasses import dataclass
@@ -28,13 +29,31 @@ CONCEPTS = 8
 LOOKED_AT = 10  # items of a category or mission that its value is counted over
 FIRST, STEP = 0.9, 0.05  # score of the first keyword, and what each later one loses
 FORMS = {
-    "browse": ("{A} and {b}", "{A}, {b} and more", "{A} with {b}", "{A} and more", "Around {a}, {b}",
-               "{A} and what goes with it"),
-    "discover": ("New to you, {a} and {b}", "Try {a} and {b}", "Discover {a}, {b}", "Explore {a} and more",
-                 "{A} and more to try", "New around {a}"),
-    "season": ("{Season}, {a} and more", "{Season} and {a}", "{A} for {season}", "{Season}, {a}, {b}", "{Season}",
-               "{Season} with {a}"),
-}  # fmt: skip
+    "browse": (
+        "{A} and {b}",
+        "{A}, {b} and more",
+        "{A} with {b}",
+        "{A} and more",
+        "Around {a}, {b}",
+        "{A} and what goes with it",
+    ),
+    "discover": (
+        "New to you, {a} and {b}",
+        "Try {a} and {b}",
+        "Discover {a}, {b}",
+        "Explore {a} and more",
+        "{A} and more to try",
+        "New around {a}",
+    ),
+    "season": (
+        "{Season}, {a} and more",
+        "{Season} and {a}",
+        "{A} for {season}",
+        "{Season}, {a}, {b}",
+        "{Season}",
+        "{Season} with {a}",
+    ),
+}
 
 
 def lower_first(name: str) -> str:
@@ -49,7 +68,9 @@ def cut_at_word(text: str, most: int) -> str:
 
 
 def row_title(forms: tuple[str, ...], draw: int, a: str, b: str, season: str = "") -> str:
-    """The drawn form if it fits into 40 characters, else the next that does, else the first name alone."""
+    """The drawn form if it fits into 40 characters, else the next that does, else the first name
+    alone.
+    """
     first, second = (cut_at_word(name, LONGEST) for name in (a, b))
     shared = set(first.lower().split()) & set(second.lower().split()) - {"and"}
     for step in range(len(forms)):
@@ -103,7 +124,8 @@ class Template:
         if intent == "discover":
             allowed[context.item] = False
         p = self.platt(logit)
-        # Only the front of each category and mission counts, so most of the shop need not be sorted.
+        # Only the front of each category and mission counts, so most of the shop need not be
+        # sorted.
         order = np.flatnonzero(allowed)
         order = order[np.argsort(-logit[order], kind="stable")]
         best = top_of_groups(order, self.missions.category, len(self.missions.names), LOOKED_AT)
@@ -123,8 +145,9 @@ class Template:
     def parts(self, clicks: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """(mission, its categories, at most eight) of every theme that could be offered.
 
-        The eight are those that hold most of the mission's ten best items. Two rows of eight categories each
-        for a large mission were tried: 1.5% less recall, since they chase what is bought out of habit.
+        The eight are those that hold most of the mission's ten best items. Two rows of eight
+        categories each for a large mission were tried: 1.5% less recall, since they chase what is
+        bought out of habit.
         """
         found = []
         total = clicks.sum(1)
@@ -157,7 +180,9 @@ class Template:
     def keywords(
         self, themes: list[Theme], contexts: list[Context], offered: list[np.ndarray], m: int = 8
     ) -> list[Answer]:
-        """The offered keywords that are concepts of the theme, in its order, then the nearest others."""
+        """The offered keywords that are concepts of the theme, in its order, then the nearest
+        others.
+        """
         found = []
         for theme, numbers in zip(themes, offered, strict=True):
             own = [

@@ -5,8 +5,8 @@ Writes  runs/<run>/storefront/tune/tuned.json
 
     python -m pagellm.storefront.tune --dataset complete_journey
 
-One weight after the other is set to the value of {0, .25, .5, 1} with the largest recall@page of the people
-drawn, as long as nine of ten items in the first five slots fit their theme's mission.
+One weight after the other is set to the value of {0, .25, .5, 1} with the largest recall@page of
+the people drawn, as long as nine of ten items in the first five slots fit their theme's mission.
 """
 
 import sys
@@ -70,7 +70,9 @@ def calibrate(store: Store, users: np.ndarray, labels, seed: int) -> tuple:
 
 
 def fitting(front: Front, pages: list[Page]) -> float:
-    """TP@5 by predicate: the share of the first five items of generated rows that are of the theme's mission."""
+    """TP@5 by predicate: the share of the first five items of generated rows that are of the
+    theme's mission.
+    """
     shares = [
         (front.missions.of_item[row.item[:5]] == row.theme.mission).mean()
         for found in pages

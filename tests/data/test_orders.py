@@ -1,4 +1,7 @@
-"""Orders beside a shop: counted once a basket, newest first, and only beside the tables they were written for."""
+"""Orders beside a shop:
+
+counted once a basket, newest first, and only beside the tables they were written for.
+"""
 
 import numpy as np
 import pytest
@@ -13,7 +16,9 @@ from pagellm.stage.config import PageLLMError
 
 @st.composite
 def orders(draw):
-    """A few lines of up to six baskets of three people, items repeated within baskets and among them."""
+    """A few lines of up to six baskets of three people, items repeated within baskets and among
+    them.
+    """
     lines = draw(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4)), max_size=20))
     basket, item = (
         np.array(c, np.int64) for c in (zip(*lines, strict=True) if lines else ([], []))

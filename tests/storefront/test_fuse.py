@@ -44,7 +44,10 @@ def test_fused_scores_of_the_golden_row():
     [(0.5, (0.4428, 0.5221, 0.7949), -2.3892), (0.0, (0.4428, 0.5221, 0.8145), -2.2642)],
 )
 def test_propensities_of_the_golden_row(mu, chance, last):
-    """tau = 1; the draws lead to g08, g02, g09. With mu = .5 the cereal pays for the granola above."""
+    """tau = 1; the draws lead to g08, g02, g09.
+
+    With mu = .5 the cereal pays for the granola above.
+    """
     score = fuse(LOGIT, RET, AGREE, Weights())
     quota = Quota(alike(), mu)
     row = fill(score, ROW, 3, quota, NONE, 1.0, np.array([0.6, 0.0, 0.9]))
@@ -79,7 +82,7 @@ def test_without_weights_a_row_is_the_ranker_s_order_bit_for_bit(row, slots):
     same = fuse(score, np.arange(len(score)), np.arange(len(score)), Weights(0, 0, 0, 0))
     assert same.tobytes() == score.tobytes()
     filled = fill(same, candidates, slots, Quota(alike(), 0.0), taken, 0.0, np.zeros(0))
-    legal = [(-s, i) for s, i in zip(score, candidates.item) if not taken[i]]
+    legal = [(-s, i) for s, i in zip(score, candidates.item, strict=True) if not taken[i]]
     assert filled.item.tolist() == [i for _, i in sorted(legal)[:slots]]
     assert [-s for s, _ in sorted(legal)[:slots]] == filled.score.tolist()
     assert (filled.propensity == 1).all() and (filled.redundancy == 0).all()

@@ -1,4 +1,4 @@
-"""What is blocked and what passes; bounds, thresholds and the switch that turns generated rows off."""
+"""What is blocked and what passes; bounds, thresholds, and the switch for generated rows."""
 
 import csv
 from pathlib import Path
@@ -46,7 +46,7 @@ def verdict(title, **more):
 
 @pytest.mark.parametrize("half", ["open", "held"])
 def test_bad_titles_are_caught_and_good_ones_pass(half):
-    """The rules were made while looking at the open half alone; the other was written before them."""
+    """The rules were made while looking at the open half alone."""
     rows = titles(half)
     good, bad = (
         [r["title"] for r in rows if (r["kind"] == "good") == flag] for flag in (True, False)
@@ -156,7 +156,8 @@ def test_a_page_holds_nothing_twice_and_not_one_kind_alone():
     [
         (59, 59, "lower", 0.9505), (95, 100, "lower", 0.8977), (190, 200, "lower", 0.9167),
         (196, 200, "lower", 0.9548), (475, 500, "lower", 0.9309), (299, 299, "lower", 0.9900),
-        (0, 10, "lower", 0.0), (0, 59, "upper", 0.0495), (2, 200, "upper", 0.0311), (3, 300, "upper", 0.0256),
+        (0, 10, "lower", 0.0), (0, 59, "upper", 0.0495), (2, 200, "upper", 0.0311),
+        (3, 300, "upper", 0.0256),
         (160, 200, "upper", 0.8454), (170, 200, "upper", 0.8899),
     ],
 )  # fmt: skip

@@ -50,7 +50,8 @@ class Golden:
 def front(writer=None, stock=STOCK, **changes):
     shop = catalogue()
     corpus = build_corpus(shop, stock)
-    # The row's fourth keyword is a query, though the category of that name would win in a built corpus.
+    # The row's fourth keyword is a query, though the category of that name would win in a built
+    # corpus.
     corpus.number.setdefault("coffee", corpus.number.get("Coffee", 0))
     none = np.full(12, -1)
     parent = np.unique([path[0] for path in shop.categories], return_inverse=True)[1]
@@ -117,17 +118,14 @@ def test_an_item_that_is_sold_out_changes_no_page():
     found = golden_page()
     assert 11 not in found.items()
     shop = catalogue()
-    less = [
-        [column[i] for i in range(11)]
-        for column in (shop.ids, shop.title, shop.brand, shop.categories)
-    ]
-    less = type(shop).of(*less, *([column[i] for i in range(11)] for column in (shop.leaf, shop.description)),
-                         shop.price[:11])  # fmt: skip
+    names = ("ids", "title", "brand", "categories", "leaf", "description", "price")
+    less = type(shop).of(*(getattr(shop, name)[:11] for name in names))
     corpus = build_corpus(less, STOCK[:11])
     corpus.number["coffee"] = corpus.number["Coffee"]
     there = front(
         catalogue=less, stock=STOCK[:11], households=HOUSEHOLDS[:11], corpus=corpus,
-        index=build_index(less, STOCK[:11], corpus, HOUSEHOLDS[:11]), ranker=Frequency(HOUSEHOLDS[:11]),
+        index=build_index(less, STOCK[:11], corpus, HOUSEHOLDS[:11]),
+        ranker=Frequency(HOUSEHOLDS[:11]),
     )  # fmt: skip
     again = page(there, u1(), TINY)
     assert again.items().tolist() == found.items().tolist()

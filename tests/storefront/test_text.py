@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from pagellm.storefront.text import BM25, best_first, index_texts, parents, stem, stems, words
 from tests.storefront.golden import catalogue
 
-PAIRS = "berry berries, cookie cookies, dish dishes, tomato tomatoes, shoe shoes, glass glasses, box boxes, size sizes"
+PAIRS = (
+    "berry berries, cookie cookies, dish dishes, "
+    "tomato tomatoes, shoe shoes, glass glasses, box boxes, size sizes"
+)
 
 
 @pytest.mark.parametrize("pair", PAIRS.split(", "))
@@ -54,7 +57,8 @@ def test_bm25_of_the_golden_shop():
 
 
 def test_bm25_of_five_texts():
-    texts = "organic whole milk | whole bean coffee | oat milk barista | milk chocolate bar | ground coffee"
+    texts = "organic whole milk | whole bean coffee | "
+    texts += "oat milk barista | milk chocolate bar | ground coffee"
     doc, score = BM25([stems(text) for text in texts.split("|")]).score(stems("whole milk"))
     assert doc.tolist() == [0, 1, 2, 3]
     assert score == pytest.approx([0.6247, 0.3866, 0.2380, 0.2380], abs=5e-5)
@@ -72,7 +76,10 @@ texts = st.lists(st.lists(st.sampled_from("abcde"), max_size=5), min_size=1, max
 @given(texts, st.lists(st.sampled_from("abcdef"), min_size=1, max_size=3))
 def test_all_words_is_a_part_of_any_word_with_the_same_scores(texts, query):
     index = BM25(texts)
-    some, every = (dict(zip(*map(np.ndarray.tolist, index.score(query, flag)))) for flag in (0, 1))
+    some, every = (
+        dict(zip(*map(np.ndarray.tolist, index.score(query, flag)), strict=False))
+        for flag in (0, 1)
+    )
     wanted = {n for n, text in enumerate(texts) if set(query) <= set(text)}
     assert set(every) == wanted
     assert all(some[n] == every[n] for n in every)
@@ -89,7 +96,8 @@ def test_one_more_mention_of_the_word_never_lowers_a_text_of_equal_length(texts,
     more = [list(text) for text in texts]
     more[at][others[0]] = word
     before, after = (
-        dict(zip(*map(np.ndarray.tolist, BM25(t).score([word])))) for t in (texts, more)
+        dict(zip(*map(np.ndarray.tolist, BM25(t).score([word])), strict=False))
+        for t in (texts, more)
     )
     assert after[at] >= before[at]
 
