@@ -97,8 +97,8 @@ serve export features search judge ope:
 	$(ONE) $@ $(COMMON) $(ARGS)
 abtest: $(SHOWN)  ## SIMULATED online test of SFT against PPO; your own log: ARGS="--log log.csv --control a"
 	$(ONE) $(if $(OWN_LOG),abtest,simulator $(COMMON)) $(ARGS)
-baselines: | $(PREPARED)  ## popularity, ItemKNN, EASE, ALS: settings chosen on validation (ARGS="--settings none": anew), refitted, one table
-	$(ONE) baselines $(COMMON) --refit $(ARGS)
+baselines: | $(PREPARED)  ## plain recommenders, re-ranked too: settings chosen on validation (ARGS="--settings none": anew; --refit)
+	$(ONE) baselines $(COMMON) $(ARGS)
 casestudy: $(DONE)/evaluate/done  ## prompt, true page, pages, hits and rewards slot by slot: ARGS="--user ID" (appendix H)
 	$(ONE) casestudy --run $(RUN) $(ARGS)
 # It shows what is there and names what is missing, so it needs no stage; DATASET only if it is given.

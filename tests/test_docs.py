@@ -225,3 +225,17 @@ def test_the_contributing_guide_has_a_place_for_each_diff():
     said = text(ROOT / "CONTRIBUTING.md")
     for kind in ("metric", "reward_term", "format", "stage", "study"):
         assert said.count(f"<!-- diff: {kind} -->") == 1
+
+
+def test_the_readme_can_be_run_and_says_which_blocks_cannot():
+    """Every fenced block is either run by docs/run_readme.py or says why not; none is forgotten."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    marks = re.findall(r"^```(\S.*)$", text, flags=re.MULTILINE)
+    assert set(marks) <= {"bash", "bash no-run"} and marks.count("bash") >= 2
+    listed = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "run_readme.py"), "--list", "--skip", "make test"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "\nmake\n" in listed and "pagellm recommend" in listed and "make test" not in listed
