@@ -41,8 +41,7 @@ USERS = {"gpt2": 8}  # users in a step; 64 for the other sizes
 class Config:
     """Measure whether bfloat16 is faster on this machine, and whether it costs quality."""
 
-    sizes: str = "tiny,mini,small,gpt2"  # networks whose step is timed, comma-separated; empty:
-    # none
+    sizes: str = "tiny,mini,small,gpt2"  # networks to time, comma-separated; empty: none
     steps: int = 9  # timed steps of each precision, after one to warm up
     device: str = "auto"  # device of steps and whole runs: cpu, cuda; auto: cuda if there is one
     seeds: int = 0  # number of whole runs of each precision: seeds 0, 1, ...; 0: none

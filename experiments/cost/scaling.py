@@ -330,7 +330,8 @@ class Clock:
     """Replaces Run.steps: lets a stage take its first steps and its last, and times them."""
 
     def __init__(self, steps: int):
-        self.steps, self.marks, self.began = steps, [], now()
+        self.steps, self.began = steps, now()
+        self.marks: list[np.ndarray] = []
 
     def __call__(self, _run: Run, bar):
         total = bar.total

@@ -56,8 +56,7 @@ class Config(Sources):
     cores: int = 2  # CPU cores of the service
     threads: int = 0  # CPU threads of a batch, as in serve; 0: torch's choice
     soak: float = 0.0  # minutes of the soak; 0: none
-    level: float = 0.8  # load of the soak, as a share of the pages a second that the most clients
-    # got
+    level: float = 0.8  # load of the soak: a share of the pages a second that the most clients got
     new: float = 0.2  # share of the soak's requests that have a new prompt; others are of all users
 
     def __post_init__(self):

@@ -66,18 +66,17 @@ class Config(StageConfig):
 
     PRESET_FILES: ClassVar[dict[str, str]] = {"settings": "baselines.json"}
 
-    models: str = ",".join(GRIDS)  # which, comma-separated. ALS+facts reads titles and categories
-    # too, ALS+ratings also ratings and disliked items
-    rerank: str = "mmr"  # also each of them re-ranked for variety, at the strength that validation
+    models: str = ",".join(GRIDS)  # models to fit, comma-separated. ALS+facts reads titles and
+    # categories too, ALS+ratings also ratings and disliked items
+    rerank: str = "mmr"  # also add each model re-ranked for variety, as strongly as validation
     # allows: some of mmr, dpp, energy; empty: none
-    trials: int = 24  # settings tried for each model on validation;
-    # fewer where none is better nearby
-    settings: str = ""  # settings.json of an earlier search, used instead of searching. On the
-    # command line the data set's own is taken (<dataset>/baselines.json in ./presets or in the
-    # package), if it is there; none: search
+    trials: int = 24  # most settings tried for each model on validation;
+    # the search stops earlier where no neighbour is better
+    settings: str = ""  # settings.json of an earlier search, used instead of searching; empty: on
+    # the command line the data set's own (<dataset>/baselines.json in ./presets or in the package),
+    # if there is one; none: search
     refit: bool = False  # also fit each model to train + validation with the chosen settings
-    mask: str = "train+valid"  # splits whose items may not be on a page; some papers mask train
-    # only
+    mask: str = "train+valid"  # splits whose items no page may hold; some papers mask train only
     versus: str = "EASE"  # row that every other row's differences are taken to
     k: int = 20  # slots on a page
     depth: int = 100  # length of the ranked list, k or more

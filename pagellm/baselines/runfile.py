@@ -55,8 +55,8 @@ class Config(StageConfig):
 
     name: str = ""  # name of the row
     file: str = ""  # run file with columns user, item, and score or rank
-    ids: str = "auto"  # what user and item are: shop (the shop's own identifiers), dense (the
-    # numbers of interactions.parquet and pages.parquet), or auto: whichever fits every row
+    ids: str = "auto"  # what user and item are: shop (its own identifiers), dense (the numbers of
+    # interactions.parquet and pages.parquet), or auto: whichever fits every row
     mask: str = "train+valid"  # splits whose items are removed; the baselines' mask
     k: int = 20  # slots on a page; the baselines' k
     depth: int = 100  # length of the ranked list; the baselines' depth

@@ -278,7 +278,7 @@ def read_results(found: Found, runs: Path) -> None:
                 continue  # the row of differences has no pages
             table = pq.read_table(place / "per_user.parquet")
             found.add(name, label, {c: table[c].to_numpy() for c in table.column_names}, place)
-    if found.shop is None:
+    if found.shop is None or found.scorer is None:
         return
     for path in sorted(root.rglob("pages.parquet")):
         if used & {*path.parents}:

@@ -16,8 +16,7 @@ class Config(StageConfig):
     out: str = ""  # file to write; empty: <runs>/<run>/report.html
     examples: int = 20  # number of users whose pages are shown
     judged: int = 1000  # largest number of users whose pages the reward model scores
-    pairs: int = 1000  # largest number of held-out pairs of each kind that calibration is measured
-    # on
+    pairs: int = 1000  # largest number of held-out pairs of each kind that measure calibration
 
     def __post_init__(self):
         super().__post_init__()

@@ -214,6 +214,10 @@ def test_a_log_is_read_tested_and_written(tmp_path, capsys):
     )
     m = result["metrics"]["CTR"]
     assert m["holm"] < 0.01 and m["relative_low"] < 0.15 < m["relative_high"]
+    # n users find the relative change at which n users are needed, and users ~ 1 / change^2
+    for name, other in result["metrics"].items():
+        needed = other["users_needed"] * (0.02 / other["detectable"]) ** 2
+        assert needed == pytest.approx(sum(result["users"])), name
     assert m["sequential"]["looks"] == 10 and m["sequential"]["stopped_on_day"] is not None
     # an interval that is valid at every look is wider
     assert m["sequential"]["high"] - m["sequential"]["low"] > m["high"] - m["low"]
