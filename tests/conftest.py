@@ -24,12 +24,20 @@ QUICK = ("kernels/", "pages/", "stage/test_config.py", "test_structure.py")
 LONGEST = ("experiments/test_torture.py", "stage/test_dist.py", "experiments/test_load.py")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """With -m quick other files are not even imported."""
+    if config.option.markexpr == "quick" and collection_path.name.startswith("test_"):
+        where = collection_path.relative_to(TESTS).as_posix()
+        return None if where.startswith(QUICK) else True
+    return None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     place = {name: i for i, name in enumerate(LONGEST)}
     where = {item: item.path.relative_to(TESTS).as_posix() for item in items}
     for item in items:
-        if where[item].startswith(QUICK):
+        if where[item].startswith(QUICK) and not item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.quick)
     items.sort(key=lambda item: place.get(where[item], len(LONGEST)))
 
