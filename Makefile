@@ -141,8 +141,10 @@ check: $(VENV)/extra-dev  ## rules, format, types and the quick tests, before a 
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && $(PY) -m pytest -q -m quick $(ARGS)
 lint: $(VENV)/extra-dev  ## ruff's rules alone
 	$(PY) -m ruff check .
+# Where pytest-xdist is installed (the extra dev), two processes share the tests.
+XDIST = $(if $(wildcard $(VENV)/lib/python*/site-packages/xdist),-n 2 --dist loadfile --no-loadscope-reorder)
 test: $(VENV)/installed  ## all tests
-	$(PY) -m pytest $(ARGS)
+	$(if $(XDIST),OMP_NUM_THREADS=1) $(PY) -m pytest $(XDIST) $(ARGS)
 docs: $(VENV)/extra-docs,serve  ## the documentation as a site: site/index.html
 	$(PY) docs/generate.py && $(PY) -m mkdocs build --strict
 	$(PY) -m pdoc --output-directory site/api pagellm '!pagellm.baselines.outside'
