@@ -117,9 +117,9 @@ def missions(orders: Rows, leaf: np.ndarray, k: int = 20, seed: int = 0) -> np.n
     known = leaf[orders.items]
     sales = np.bincount(known[known >= 0], minlength=n_categories).astype(np.float64)
     size = np.bincount(leaf[leaf >= 0], minlength=n_categories)
-    points = spectral(
-        affinity(joint_counts(orders, leaf, n_categories), max(len(orders.indptr) - 1, 1))
-    )
+    likeness = affinity(joint_counts(orders, leaf, n_categories), max(len(orders.indptr) - 1, 1))
+    # As many directions as groups: with all of them, every category would be a group of its own.
+    points = spectral(likeness, min(COLUMNS, k))
     weight = np.sqrt(sales) * (size >= min(FEWEST, size.max(initial=1)))
     if weight.sum() <= 0:
         weight = np.ones(n_categories)

@@ -248,7 +248,8 @@ def calibration_error(p: np.ndarray, bought: np.ndarray, weight: np.ndarray, bin
     mean |share bought - mean p|. All (n,).
     """
     order = np.argsort(p, kind="stable")
-    edge = np.cumsum(weight[order]) / weight.sum() * bins
+    middle = np.cumsum(weight[order]) - weight[order] / 2
+    edge = middle / weight.sum() * bins
     place = np.minimum(edge.astype(np.int64), bins - 1)
     total = np.bincount(place, weight[order], bins)
     gap = np.bincount(place, (weight * (bought - p))[order], bins)

@@ -1,0 +1,178 @@
+"""Missions, contexts and rankers."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pagellm.data.shop import Rows
+from pagellm.storefront.context import Known, contexts
+from pagellm.storefront.missions import (
+    affinity,
+    category_names,
+    find_missions,
+    joint_counts,
+    missions,
+    top_of_groups,
+)
+from pagellm.storefront.rankers import (
+    Als,
+    Blend,
+    Factors,
+    Frequency,
+    Platt,
+    calibration_error,
+    fit_factors,
+    fit_platt,
+    fold_in,
+)
+from tests.storefront.golden import AT, HOUSEHOLDS, catalogue, golden_orders, golden_shop
+
+
+def baskets(lists):
+    indptr = np.cumsum([0, *map(len, lists)])
+    items = np.array([i for some in lists for i in some], np.int64)
+    return Rows(indptr, items, np.full(len(items), np.nan, np.float32))
+
+
+SIX = baskets([[0, 1], [0, 1], [0, 2], [2, 3], [2, 3], [1]])
+
+
+def test_affinities_worked_out_by_hand():
+    """ln((n_ij B + 1) / (n_i n_j + 1)) of six baskets."""
+    joint = joint_counts(SIX, np.arange(4), 4)
+    assert joint[0].tolist() == [3, 2, 1, 0]
+    found = affinity(joint, 6)
+    wanted = [math.log(19 / 10), math.log(13 / 10), 0.0, 0.0]
+    assert found[0] == pytest.approx(wanted) and wanted[:2] == pytest.approx(
+        [0.6419, 0.2624], abs=1e-4
+    )
+    assert found[2, 3] == pytest.approx(0.6190, abs=1e-4)
+
+
+def test_categories_that_are_bought_together_share_a_mission():
+    lists = [[0, 1], [1, 2], [0, 2], [3, 4], [4, 5], [3, 5]] * 20
+    found = missions(baskets(lists), np.arange(6), k=2)
+    assert len(set(found[:3])) == len(set(found[3:])) == 1 and found[0] != found[3]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=4), min_size=1, max_size=12),
+       st.integers(1, 5))  # fmt: skip
+def test_every_category_has_one_of_k_missions_and_the_order_of_baskets_moves_none(lists, k):
+    lists = [sorted(set(some)) for some in lists]
+    found = missions(baskets(lists), np.arange(8), k)
+    assert found.shape == (8,) and found.min() >= 0 and found.max() < k
+    assert missions(baskets(lists[::-1]), np.arange(8), k).tolist() == found.tolist()
+
+
+def test_no_mission_at_all_is_refused():
+    with pytest.raises(ValueError, match="k=0"):
+        missions(SIX, np.arange(4), 0)
+
+
+@given(st.lists(st.integers(-1, 3), min_size=1, max_size=12), st.integers(1, 4))
+def test_the_first_of_each_group_stay_in_order(group, most):
+    group = np.array(group)
+    order = np.random.default_rng(0).permutation(len(group))
+    top = top_of_groups(order, group, 4, most)
+    for g in range(4):
+        wanted = [i for i in order.tolist() if group[i] == g][:most]
+        assert top[g].tolist() == wanted + [-1] * (most - len(wanted))
+
+
+def test_a_shop_without_categories_goes_by_title_words():
+    shop = catalogue()
+    bare = type(shop).of(
+        [str(n) for n in range(24)], ["red mug"] * 12 + ["blue plate"] * 12, [""] * 24, [()] * 24,
+        [""] * 24, [""] * 24, np.full(24, np.nan),
+    )  # fmt: skip
+    names = category_names(bare)
+    assert len(set(names[:12])) == len(set(names[12:])) == 1 and names[0] != names[12]
+
+
+def test_missions_of_a_shop():
+    found = find_missions(catalogue(), golden_orders().only("train"), k=3)
+    assert found.of_item.tolist() == found.of_category[found.category].tolist()
+
+
+def test_a_context_knows_nothing_at_its_moment_or_later():
+    shop, orders = golden_shop(), golden_orders()
+    one, two, three, stranger = contexts(shop, orders, ["u1", "u2", "u3", None], AT)
+    assert dict(zip(one.item.tolist(), one.count.tolist(), strict=True)) == {0: 5, 4: 4, 9: 3, 7: 1}
+    assert two.item.tolist() == [2, 10]
+    assert len(three.item) == len(stranger.item) == 0
+    assert three.bucket == stranger.bucket == "cold:en"
+    early = contexts(shop, orders, ["u1"], AT - 3 * 86_400)[0]
+    assert early.count.max() == 2
+
+
+def test_shares_of_missions_sum_to_one_and_are_even_for_strangers():
+    shop, orders = golden_shop(), golden_orders()
+    mission = np.arange(12) % 3
+    known = Known.of(shop, orders, mission, 3, AT)
+    assert known.context("u1").mission.sum() == pytest.approx(1)
+    assert known.context(None).mission.tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_frequency_logits_of_the_golden_shop():
+    """-3 + ln(1 + orders) + households / 90."""
+    person = contexts(golden_shop(), golden_orders(), ["u1"], AT)[0]
+    logit = Frequency(HOUSEHOLDS)(person)
+    wanted = {0: -0.2082, 4: -0.7239, 9: -0.7248, 7: -2.0291, 8: -2.3889, 5: -2.5, 1: -2.6111}
+    for item, value in wanted.items():
+        assert logit[item] == pytest.approx(value, abs=1e-4)
+
+
+def test_folding_in_is_the_weighted_least_squares_solution():
+    """sum_i c_i (w_i - x.y_i)^2 + 50 |x|^2 is flat at x."""
+    rng = np.random.default_rng(0)
+    Y = rng.normal(size=(9, 4))
+    item, count = np.array([1, 5]), np.array([2, 7])
+    x = fold_in(Factors.of(Y), item, count)
+    c, w = np.ones(9), np.zeros(9)
+    c[item] += 10 * np.log1p(count)
+    w[item] = 1
+    gradient = Y.T @ (c * (w - Y @ x)) - 50 * x
+    assert np.abs(gradient).max() < 1e-9
+
+
+def test_taste_ranks_what_alike_people_bought_above_what_others_did():
+    lists = [[0, 1, 2], [0, 1], [1, 2], [0, 2]] * 10 + [[3, 4, 5], [3, 4], [4, 5]] * 10
+    rows = baskets(lists)
+    factors = fit_factors(rows, np.ones(len(rows.items), np.int64), 6)
+    person = contexts(golden_shop(), golden_orders(), [None], AT)[0]
+    person = type(person)(
+        None, "b", AT, np.array([0]), np.array([1]), person.mission, person.barred
+    )
+    logit = Als(factors, np.ones(6))(person)
+    assert logit[[1, 2]].min() > logit[[3, 4, 5]].max()
+    assert Blend(factors, np.ones(6))(person)[0] == pytest.approx(0.5 * logit[0] + math.log(2))
+
+
+@given(st.integers(0, 1000), st.floats(-2, 2), st.floats(0.5, 2))
+@settings(max_examples=20, deadline=None)
+def test_platt_s_rule_finds_the_slope_that_made_the_labels(seed, alpha, beta):
+    logit = np.linspace(-4, 4, 400)
+    share = Platt(alpha, beta)(logit)
+    found = fit_platt(
+        np.r_[logit, logit], np.r_[np.ones(400), np.zeros(400)], np.r_[share, 1 - share]
+    )
+    assert (found.alpha, found.beta) == (
+        pytest.approx(alpha, abs=1e-3),
+        pytest.approx(beta, abs=1e-3),
+    )
+
+
+def test_a_perfect_calibration_has_no_error():
+    p = np.repeat([0.2, 0.8], 100)
+    bought = np.r_[np.arange(100) < 20, np.arange(100) < 80]
+    assert calibration_error(p, bought, np.ones(200), bins=2) == pytest.approx(0)
+    assert calibration_error(1 - p, bought, np.ones(200), bins=2) == pytest.approx(0.6)
+
+
+def test_labels_all_alike_cannot_be_calibrated():
+    with pytest.raises(ValueError, match="want some that were bought"):
+        fit_platt(np.zeros(3), np.ones(3), np.ones(3))
