@@ -16,6 +16,7 @@ Folders, from the ground up; each may import what stands before it:
     baselines   other recommenders in the same table
     online      A/B tests, a simulator, off-policy estimates, a judge
     report      everything about a run in one HTML file
+    storefront  a page of themed rows, with or without a model; nothing else imports it
     presets     options that were found for a data set
 
 This file imports nothing, so that `python -m pagellm.ppo` loads ppo once.
