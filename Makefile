@@ -41,7 +41,7 @@ STAGES := pretrain sft reward ppo compose evaluate
 STUDIES := ablation backbones coldstart crossdomain drift leaveout
 
 .PHONY: all help install check lint test docs clean prepare $(STAGES) recommend serve export features search baselines \
-	casestudy report abtest ope judge $(STUDIES) seeds ranker caches load fuzz torture soak bench scaling
+	casestudy report storefront abtest ope judge $(STUDIES) seeds ranker caches load fuzz torture soak bench scaling
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
@@ -104,6 +104,12 @@ casestudy: $(DONE)/evaluate/done  ## prompt, true page, pages, hits and rewards 
 # It shows what is there and names what is missing, so it needs no stage; DATASET only if it is given.
 report: $(VENV)/extra-report  ## everything about RUN in one HTML file: runs/<run>/report.html
 	$(ONE) report --run $(RUN) $(call given,DATASET,--dataset $(DATASET)) $(ARGS)
+
+STOREFRONT_DATA := $(if $(filter complete_journey,$(DATASET)),data/complete_journey/orders.parquet,$(PREPARED))
+data/complete_journey/orders.parquet: | $(VENV)/installed
+	$(ONE) journey $(RAW_ARG)
+storefront: | $(STOREFRONT_DATA)  ## a page of themed rows: built, tuned, scored; DATASET=complete_journey
+	$(ONE) storefront $(COMMON) $(ARGS)
 
 # A study has several runs: RUN, where it is given, names the study.
 ablation:  ## the paper's Table 5 over several seeds

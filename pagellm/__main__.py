@@ -31,6 +31,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "report": ("pagellm.report.report", "everything about a run in one HTML file"),
         "casestudy": ("pagellm.report.casestudy", "some users' pages, slot by slot"),
     },
+    "A page of rows": {
+        "journey": ("pagellm.storefront.journey", "Complete Journey -> a shop with orders"),
+        "storefront": ("pagellm.storefront.storefront", "a page of themed rows: build to table"),
+    },
     "Comparisons": {
         "baselines": ("pagellm.baselines.compare", "plain recommenders, re-ranked too, one table"),
         "runfile": ("pagellm.baselines.runfile", "score what another library recommends"),
