@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from pagellm.stage import randomness
+from pagellm.stage import hints, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import read_json, write_json
@@ -113,7 +113,7 @@ def choose_weights(
 
 def run(config: Config) -> dict:
     """Choose and write; returns what tuned.json says."""
-    make = f"make storefront DATASET={config.dataset}"
+    make = hints.command("storefront", config.dataset)
     built = finished(config.stage("storefront/build"), "storefront", make)
     with Run(config.stage("storefront/tune"), config, {"build": built["id"]}) as out:
         if out.already_done():

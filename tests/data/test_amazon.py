@@ -19,10 +19,12 @@ from pagellm.data.amazon import (
     review_table,
 )
 from pagellm.data.records import Item, Review, Tally, parsed, parsed_batches
-from pagellm.data.values import NO_TIME, Broken
+from pagellm.data.values import NO_TIME, Broken, is_missing
 
 few = settings(deadline=None, max_examples=60)
-plain = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8)
+plain = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8).filter(
+    lambda text: not is_missing(text)  # "none", "nan" and their like name nothing
+)
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | plain,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(plain, inner, max_size=3),

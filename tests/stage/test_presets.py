@@ -68,7 +68,7 @@ def test_what_is_typed_overrides_the_preset():
 
 
 def test_a_data_set_without_a_preset_has_the_defaults():
-    for dataset in ("synthetic", "nobody", "", "../toys", "toys/../toys", "/toys"):
+    for dataset in ("nobody", "", "../toys", "toys/../toys", "/toys"):
         assert command("sft", f"--dataset={dataset}") == sft.Config(dataset=dataset)
 
 
@@ -118,7 +118,7 @@ def recorded(path):
 
 
 def test_a_run_records_its_preset_and_does_not_compare_it(tmp_path):
-    toys, none = command("sft", "--dataset=toys"), command("sft", "--dataset=synthetic")
+    toys, none = command("sft", "--dataset=toys"), command("sft", "--dataset=nobody")
     with Run(tmp_path / "a", toys, {}):
         assert recorded(tmp_path / "a")["preset"] == "toys/sft"
     with Run(tmp_path / "b", none, {}):
