@@ -65,11 +65,14 @@ VERBS = {
 }
 SMALL = {
     "prepare": "--users 60 --items 40",
-    "pretrain": "--preset none --size nano --steps 8 --batch 8 --rating_batch 8 --words 300 --warmup 2 "
+    "pretrain": "--preset none "
+    "--size nano --steps 8 --batch 8 --rating_batch 8 --words 300 --warmup 2 "
     "--save_every 2",
-    "sft": "--preset none --epochs 2 --batch 16 --eval_every 3 --max_history 8 --warmup 2 --k 6 --save_every 2",
+    "sft": "--preset none "
+    "--epochs 2 --batch 16 --eval_every 3 --max_history 8 --warmup 2 --k 6 --save_every 2",
     "reward": "--preset none --per_kind 1 --batch 16 --warmup 2 --save_every 2",
-    "ppo": "--preset none --epochs 1 --rollout 16 --minibatch 8 --micro 4 --inner_epochs 2 --k 6 --eval_every 2 "
+    "ppo": "--preset none "
+    "--epochs 1 --rollout 16 --minibatch 8 --micro 4 --inner_epochs 2 --k 6 --eval_every 2 "
     "--critic_warmup 4 --lr 1e-3 --min_steps 8 --save_every 2",
     "evaluate": "--preset none --k 6 --depth 40 --n_boot 50 --examples 1",
 }
