@@ -27,7 +27,9 @@ def name(path):
 
 @cache
 def text(path):
-    return path.read_text(encoding="utf-8")
+    """A page without its diffs, which name what is not there yet."""
+    whole = path.read_text(encoding="utf-8")
+    return re.sub(r"^```diff\n.*?^```$", "", whole, flags=re.MULTILINE | re.DOTALL)
 
 
 def prose(path):
