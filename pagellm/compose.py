@@ -294,4 +294,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.compose"))
+    sys.exit(main(Config, run, "pagellm compose"))

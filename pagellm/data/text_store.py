@@ -145,9 +145,8 @@ def store(batches: Iterable[pa.Table], stem: Path, min_text: int = 1, max_text: 
 def joined(parts: list[list[np.ndarray]], kinds: list[pa.DataType]) -> Iterable[np.ndarray]:
     """Column by column, so that one at a time is held twice; the parts are used up."""
     for kind in kinds:
-        yield np.concatenate(
-            [part.pop(0) for part in parts] or [np.zeros(0, kind.to_pandas_dtype())]
-        )
+        empty = pa.array([], kind).to_numpy(zero_copy_only=False)
+        yield np.concatenate([part.pop(0) for part in parts] or [empty])
 
 
 def shortened(text: pa.StringArray, low: int, high: int) -> pa.StringArray:

@@ -30,7 +30,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pagellm.pages import metrics, stats
-from pagellm.stage import hints
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic, read_json, write_json
@@ -281,7 +280,7 @@ def table(results: dict[str, dict], about: dict[str, float], heading: str) -> st
 
 def run(config: Config) -> dict:
     """Make, score and write; returns name -> metric -> {mean, low, high}."""
-    make = hints.command("storefront", config.dataset)
+    make = config.make("storefront")
     inputs = {"build": finished(config.stage("storefront/build"), "storefront", make)["id"]}
     with Run(config.stage("storefront/evaluate"), config, inputs) as out:
         if out.already_done():

@@ -12,7 +12,6 @@ import numpy as np
 from pagellm.data.orders import Orders, load_orders, orders_of
 from pagellm.data.shop import Shop, load
 from pagellm.pages.energy import near_duplicates
-from pagellm.stage import hints
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import read_json
 from pagellm.stage.run import StageConfig, file_id, finished, load_model_file
@@ -86,7 +85,7 @@ def open_store(config: Sources) -> Store:
     """
     shop = load(config.data_dir)
     folder = config.stage("storefront/build")
-    made = hints.command("storefront", config.dataset)
+    made = config.make("storefront")
     done = finished(folder, "storefront", made)
     options = read_json(folder / "config.json")
     if options["inputs"]["data"] != file_id(config.data_dir / "source.json"):

@@ -113,7 +113,7 @@ def choose_weights(
 
 def run(config: Config) -> dict:
     """Choose and write; returns what tuned.json says."""
-    make = hints.command("storefront", config.dataset)
+    make = config.make("storefront")
     built = finished(config.stage("storefront/build"), "storefront", make)
     with Run(config.stage("storefront/tune"), config, {"build": built["id"]}) as out:
         if out.already_done():
