@@ -63,6 +63,7 @@ VERBS = {
     "ppo": ppo,
     "evaluate": evaluate,
 }
+# Presets would override what makes a shop and its networks this small.
 SMALL = {
     "prepare": "--users 60 --items 40",
     "pretrain": "--preset none "
@@ -76,6 +77,7 @@ SMALL = {
     "--critic_warmup 4 --lr 1e-3 --min_steps 8 --save_every 2",
     "evaluate": "--preset none --k 6 --depth 40 --n_boot 50 --examples 1",
 }
+SMALL = {verb: f"--preset none {options}" for verb, options in SMALL.items()}
 
 
 # Critical moments for a kill: the file operation that comes next, as `operations` describes it.
