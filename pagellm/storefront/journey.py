@@ -74,9 +74,8 @@ class Config:
     """Read the Complete Journey's products and transactions, write data/<dataset>/ with orders."""
 
     dataset: str = "complete_journey"  # name of the data set that is written
-    raw: str = (
-        ""  # directory of products.parquet and transactions.parquet; empty: <data>/raw/<dataset>
-    )
+    raw: str = ""  # directory of products.parquet and transactions.parquet; empty:
+    # <data>/raw/<dataset>
     data: str = "data"  # directory of prepared data sets
     min_households: int = 10  # train households that an item needs to stay
     run: str = ""  # not used: every stage may be given a run
