@@ -693,9 +693,8 @@ class Trials:
                 keep.write_bytes((folder / "input").read_bytes())
             else:
                 counted = json.loads(ended.text.splitlines()[-1])
-                self.counts["rows read"] += counted["read"]
-                self.counts["rows kept"] += counted["kept"]
-                self.counts["rows broken"] += counted["broken"]
+                for what, number in counted.items():
+                    self.counts[f"rows {what}"] += number
         bar.close()
         self.directories(sources, max(3, lines // 5000))
         self.odd_shops(all_ratings=lines >= 50_000)
@@ -923,7 +922,7 @@ def read_everything(spelling: str, name: str) -> int:
         return counted(spelling, name)
     except PageLLMError as error:
         print(f"\nrefused: {error}")
-        print(json.dumps({"read": 0, "kept": 0, "broken": 0}))
+        print(json.dumps({"refused": Path("input").read_bytes().count(b"\n")}))
         return 0
 
 
@@ -947,8 +946,9 @@ def counted(spelling: str, name: str) -> int:
         records = parsed(path, parse_item if is_items else parse_review, tally)
     found = sum(1 for _ in records)
     print()
-    print(json.dumps({"read": tally.read, "kept": tally.kept, "broken": tally.broken.total()}))
-    adds_up = tally.read == tally.kept + tally.passed.total() + tally.broken.total()
+    passed, broken = tally.passed.total(), tally.broken.total()
+    print(json.dumps({"read": tally.read, "kept": tally.kept, "passed": passed, "broken": broken}))
+    adds_up = tally.read == tally.kept + passed + broken
     if spelling != "sequences" or is_items:  # a line of sequences holds several records
         adds_up = adds_up and found == tally.kept
     data = path.read_bytes() if path.stat().st_size < 1e7 else b""
