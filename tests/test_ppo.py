@@ -23,6 +23,7 @@ from pagellm.ppo_step import (
     kl_k2,
     kl_k3,
     last_slot,
+    legal_logits,
     normalise,
     page_total,
     policy_loss,
@@ -456,3 +457,24 @@ def test_reward_hacking_rings(name):
     assert any(name in text for text in alarms([scores, QUIET, up | fell], 0))
     assert not alarms([scores, QUIET, up | scores], 0)
     assert not alarms([scores, QUIET, QUIET | {"objective/reward_total": 0.0} | fell], 0)
+
+
+@pytest.mark.parametrize("excluded", [[-1, -1], [4, -1], [0, 5]])
+def test_a_slot_may_hold_what_is_neither_excluded_nor_placed_before(excluded):
+    """legal_logits against its definition, item by item; -1 is padding and forbids nothing."""
+    B, K, N = 1, 3, 6
+    plain = torch.arange(float(B * K * N)).reshape(B, K, N) + 1
+
+    class Model:
+        n_items = N
+
+        def item_logits(self, hidden):
+            assert hidden.shape[1] == K  # the states of the slots alone
+            return plain
+
+    item = torch.tensor([[2, 1, -1]])
+    got = legal_logits(torch.zeros(B, K + 1, 2), Model(), item, torch.tensor([excluded]))
+    for k in range(K):
+        for i in range(N):
+            legal = i not in excluded and i not in item[0, :k].tolist()
+            assert got[0, k, i] == (plain[0, k, i] if legal else -math.inf)
