@@ -1,6 +1,6 @@
 """Plain baselines, scored by the same code as our policies: pages.parquet -> metrics.
 
-    make baselines DATASET=toys       python -m pagellm.baselines.compare --dataset toys --refit
+    make baselines DATASET=toys       pagellm baselines --dataset toys --refit
 
 Popularity, ItemKNN, EASE and implicit ALS (pagellm/model/plain.py). Every model is fitted to train
 rows only. Its settings are those with the best validation NDCG@100 out of at most `trials`, which

@@ -3,7 +3,7 @@
     python -m venv outside && outside/bin/pip install PACKAGES      (see below)
     outside/bin/python pagellm/baselines/outside.py --data data/toys --model sasrec \\
         --out runs/toys/outside/sasrec.parquet
-    python -m pagellm.baselines.runfile --dataset toys --name SASRec \\
+    pagellm runfile --dataset toys --name SASRec \\
         --file runs/toys/outside/sasrec.parquet
 
 model                                                              pip install

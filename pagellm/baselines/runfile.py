@@ -1,6 +1,6 @@
 """Score another recommender's run file by our metrics, beside the baselines.
 
-    python -m pagellm.baselines.runfile --dataset toys --name SASRec --file scores.csv
+    pagellm runfile --dataset toys --name SASRec --file scores.csv
 
 The file is Parquet, JSON lines, or CSV or TSV with a header line; its columns are user, item, and
 score or rank. Identifiers are the shop's own, or the dense numbers of

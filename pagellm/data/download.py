@@ -1,6 +1,6 @@
 """Official Amazon review files into data/raw/<dataset>: resumed after a cut, size and gzip checked.
 
-    python -m pagellm.data.download --dataset toys
+    pagellm download --dataset toys
 
 A file is fetched into NAME.part and renamed when it is whole. The same command again goes on where
 an interrupted download stopped. `prepare` calls this for a data set that has no raw files.

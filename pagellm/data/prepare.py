@@ -1,9 +1,9 @@
 """Raw files -> data/<dataset>/: duplicates out, k-core, dense ids, a split. The first stage.
 
-    python -m pagellm.data.prepare                                    the synthetic shop, seconds
-    python -m pagellm.data.prepare --dataset toys                     data/raw/toys, or downloaded
-    python -m pagellm.data.prepare --dataset myshop --raw ~/exports   any shop's own log
-    python -m pagellm.data.prepare --dataset small --raw data/raw/toys --thin_users 5000
+    pagellm prepare                                                   the synthetic shop, seconds
+    pagellm prepare --dataset toys                                    data/raw/toys, or downloaded
+    pagellm prepare --dataset myshop --raw ~/exports                  any shop's own log
+    pagellm prepare --dataset small --raw data/raw/toys --thin_users 5000
 
 Writes, all or nothing:
 

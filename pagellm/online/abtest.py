@@ -3,8 +3,8 @@
 Reads   a Parquet or CSV file with one line for each user; columns below
 Writes  abtest.json beside it, and prints the table
 
-    python -m pagellm.online.abtest --log log.parquet --control sft
-    python -m pagellm.online.abtest --log past.parquet --plan --mde 0.02 --daily 5000
+    pagellm abtest --log log.parquet --control sft
+    pagellm abtest --log past.parquet --plan --mde 0.02 --daily 5000
 
 The second command plans a test, from what users did before it.
 

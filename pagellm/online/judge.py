@@ -5,8 +5,8 @@ Reads   data/<dataset>, runs/<run>/evaluate/<policy>/pages.parquet of two polici
 Writes  runs/<run>/judge-<backend>      verdicts.parquet, done, and opinions.jsonl: the cache of
                                         answers, which `replay` reads
 
-    python -m pagellm.online.judge --backend rules
-    OPENAI_API_KEY=... python -m pagellm.online.judge --backend http --url https://host/v1 \\
+    pagellm judge --backend rules
+    OPENAI_API_KEY=... pagellm judge --backend http --url https://host/v1 \\
         --model name --budget 400
 
     rules    relevance to the history, diversity, redundancy and order, by formula

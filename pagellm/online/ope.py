@@ -4,7 +4,7 @@ Reads   a Parquet log with one line for each session (columns below); without --
         on the synthetic shop
 Writes  ope.json beside the log, or under runs/<run>/ope
 
-    python -m pagellm.online.ope          python -m pagellm.online.ope --log sessions.parquet
+    pagellm ope                           pagellm ope --log sessions.parquet
 
     user                 who saw the page; standard errors are clustered by user
     page                 list of K items (numbers or names), first slot first

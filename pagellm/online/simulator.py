@@ -4,7 +4,7 @@ Reads   data/<dataset> with truth.npy, runs/<run>/evaluate/<policy>/pages.parque
 Writes  runs/<run>/simulator      log.parquet (user-level, as pagellm.online.abtest reads it),
                                   abtest.json
 
-    python -m pagellm.online.simulator --control sft --treatment ppo
+    pagellm simulator --control sft --treatment ppo
 
 A page is a grid that is filled row by row. A visitor reads the first row. In a row, the probability
 that a slot is looked at falls from left to right. What is looked at may be clicked, and what is

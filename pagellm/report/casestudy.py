@@ -4,7 +4,7 @@ Reads   data/<dataset>, runs/<run>/sft, reward, ppo, evaluate
 Prints  for each user: prompt, true page, and both policies' pages with hits and rewards by slot;
         then exact, same-category and same-brand hits over all users, with intervals
 
-    make casestudy                  python -m pagellm.report.casestudy --user U0001000,U0001013
+    make casestudy                  pagellm casestudy --user U0001000,U0001013
 
 `make report` shows twenty users in the same way. Seconds for the synthetic shop.
 """

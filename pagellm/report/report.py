@@ -3,7 +3,7 @@
 Reads   runs/<run>/*, data/<dataset>, and studies and baselines below runs/
 Writes  runs/<run>/report.html      self-contained: no script, no request; light and dark
 
-    make report [RUN=...]           python -m pagellm.report.report --run synthetic
+    make report [RUN=...]           pagellm report --run synthetic
 
 Needs the extra [report] (matplotlib). Trains nothing. Where a stage is missing, the report names
 the command that makes it. The same files give the same bytes. About 20 seconds for the synthetic

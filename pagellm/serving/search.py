@@ -3,9 +3,9 @@
 Reads   runs/<run>/export-<policy>          what pagellm.serving.export wrote
 Writes  runs/<run>/export-<policy>/<name>.hnsw and .hnsw.json
 
-    python -m pagellm.serving.search --dataset synthetic     recall@k against exact search, queries
+    pagellm search --dataset synthetic                       recall@k against exact search, queries
                                                              a second, size
-    python -m pagellm.serving.search --copies 30             the same for a catalogue that is 30
+    pagellm search --copies 30                               the same for a catalogue that is 30
                                                              times as large: see `grown`
 
     index = Index.open("runs/toys/export-ppo")

@@ -3,7 +3,7 @@
 Reads   <raw>/products.parquet, transactions.parquet    (2,469 households, a grocery's year)
 Writes  data/complete_journey                               as `prepare` does, and orders.parquet
 
-    python -m pagellm.storefront.journey --raw path/to/complete_journey          half a minute
+    pagellm journey --raw path/to/complete_journey                               half a minute
 
 The shop's rows are each household's first purchase of an item, split by week: 1 to 44 train, 45 to
 48 valid, 49 to 53 test. Every purchase is in orders.parquet. Nothing of the households but their

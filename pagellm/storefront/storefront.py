@@ -1,8 +1,8 @@
 """A shop page made of themed rows: built, scored and shown, in one command.
 
-    python -m pagellm.storefront.storefront --dataset complete_journey      all steps, and pages
-    python -m pagellm.storefront.storefront --steps page --user 000001      one page in the terminal
-    python -m pagellm.storefront.storefront --steps page --user 000001 --json
+    pagellm storefront --dataset complete_journey                           all steps, and pages
+    pagellm storefront --steps page --user 000001                           one page in the terminal
+    pagellm storefront --steps page --user 000001 --json
 
 Reads   data/<dataset>, with orders.parquet where there is one
 Writes  runs/<run>/storefront/{build,tune,evaluate}
