@@ -1,5 +1,7 @@
 """What all test files share: marks, skips that may be, and a small run, which is slow to make."""
 
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +20,19 @@ from tests.only_skips import (  # noqa: F401  pytest finds its hooks here
 )
 
 TESTS = Path(__file__).parent
+# `make test ARGS=...` hands its variables down to every `make` below it; tests want none of them.
+for name in (
+    "MAKEFLAGS",
+    "MFLAGS",
+    "MAKELEVEL",
+    "MAKEOVERRIDES",
+    *re.findall(
+        r"^([A-Z]+) \?=",
+        (TESTS.parent / "Makefile").read_text(encoding="utf-8"),
+        flags=re.MULTILINE,
+    ),
+):
+    os.environ.pop(name, None)
 # `make check` runs these (pytest -m quick): a minute at most.
 QUICK = ("kernels/", "pages/", "stage/test_config.py", "test_structure.py")
 # The longest files come first, so that none of several workers is left with one of them at the end.
