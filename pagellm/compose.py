@@ -1,6 +1,6 @@
 """Learn what a user will pick, and choose on validation how a page is made of it.
 
-Reads   data/<dataset>, runs/<run>/sft (or ppo: --policy)
+Reads   data/<dataset>, runs/<run>/sft (or ppo, or neither: --policy)
 Writes  runs/<run>/compose      model.pt, choice.json (what validation was asked, and its answers)
 
     make compose                pagellm compose --dataset synthetic
@@ -82,7 +82,8 @@ class Config(StageConfig):
     """Fit the outcome model and choose how pages are composed."""
 
     source_run: str = ""  # run whose policy is read; empty: this run (studies share one)
-    policy: str = "sft"  # the policy that proposes: sft or ppo
+    policy: str = "sft"  # the policy that proposes beside the plain judges: sft, ppo, or none, for
+    # a shop whose language model adds nothing
     settings: str = ""  # settings.json of `pagellm baselines`, for the plain models; empty: the
     # data set's preset if there is one, else defaults
     folds: int = 2  # folds of train rows that are hidden, one after the other
@@ -97,7 +98,7 @@ class Config(StageConfig):
         super().__post_init__()
         check(
             self,
-            policy=(self.policy in ("sft", "ppo"), "sft or ppo"),
+            policy=(self.policy in ("sft", "ppo", "none"), "sft, ppo or none"),
             folds=(self.folds > 0, "1 or more"),
             share=(0 < self.share * self.folds <= 1, "above 0, and folds * share at most 1"),
             networks=(self.networks > 0, "1 or more"),
@@ -212,9 +213,10 @@ def choose_taste(
 
 def run(config: Config) -> None:
     where = config.stage(config.policy, config.source_run)
-    record = finished(where, f"{config.policy} policy", config.make(config.policy))
-    shop = load(config.data_dir)
-    inputs = {"data": file_id(config.data_dir / "source.json"), config.policy: record["id"]}
+    shop, inputs = load(config.data_dir), {"data": file_id(config.data_dir / "source.json")}
+    if config.policy != "none":
+        record = finished(where, f"{config.policy} policy", config.make(config.policy))
+        inputs[config.policy] = record["id"]
     if config.settings:
         inputs["settings"] = file_id(config.settings)
     device = dist.start(config.device)
@@ -250,7 +252,8 @@ def run(config: Config) -> None:
             seed=config.seed,
             users=config.fold_users,
         )
-        composer = Composer(shop, Policy.load(where, device), outcome, settings, seed=config.seed)
+        policy = None if config.policy == "none" else Policy.load(where, device)
+        composer = Composer(shop, policy, outcome, settings, seed=config.seed)
         timed("outcome model", began)
 
         began = time.process_time()
@@ -270,9 +273,10 @@ def run(config: Config) -> None:
         composer.taste, tried = choose_taste(config, shop, scorer, opinion, rows, composer.kin)
         timed("choice", began)
 
+        opinions = {"outcome": chance} | ({} if policy is None else {"policy": other})
         knows = {
             name: stats.summary(within_users(score, picked, there), config.seed)
-            for name, score in (("outcome", chance), ("policy", other))
+            for name, score in opinions.items()
         }
         result = {
             "taste": asdict(composer.taste),
@@ -285,11 +289,10 @@ def run(config: Config) -> None:
         write_json(out.path / "choice.json", result | {"settings": plain, "frontier": frontier})
         out.finish(composer.state(), **result)
         dist.barrier()
-        means = {name: f"{row['mean']:.3f}" for name, row in knows.items()}
+        means = ", ".join(f"{name} {row['mean']:.3f}" for name, row in knows.items())
         print(
             f"compose: {out.path}, {composer.taste}, {tried} tried; within-user correlation with "
-            f"validation picks: outcome {means['outcome']}, {config.policy} {means['policy']}; "
-            f"processor seconds {took}"
+            f"validation picks: {means}; processor seconds {took}"
         )
 
 

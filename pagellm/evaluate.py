@@ -38,7 +38,7 @@ from pagellm.pages.yardstick import verdict_table, verdicts
 from pagellm.stage import dist, hints, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
-from pagellm.stage.files import atomic, slug, write_json
+from pagellm.stage.files import atomic, read_json, slug, write_json
 from pagellm.stage.run import Run, StageConfig, file_id, finished
 
 __all__ = ["Config", "LABELS", "run"]
@@ -59,7 +59,8 @@ class Config(StageConfig):
 
     source_run: str = ""  # run whose sft is read; empty: this run (studies share one)
     policies: str = "auto"  # which to evaluate, comma-separated: popularity, sft, ppo, compose;
-    # auto: popularity, sft, ppo, and compose if it is done
+    # auto: popularity, sft, ppo, and compose if it is done; of a run whose composed pages have
+    # no policy, sft and ppo only if they are done
     split: str = "test"  # held-out rows that count as right: test or valid
     mask: str = "train+valid"  # splits whose items no page may hold; "train":
     # as some papers do. With split=valid always train
@@ -201,9 +202,16 @@ def with_policies(config: Config) -> tuple[Config, dict[str, Path]]:
     }
     if config.policies != "auto":
         return config, where
-    composed = ("compose",) if (where["compose"] / "done").exists() else ()
-    names = ("popularity", "sft", "ppo", *composed)
-    return replace(config, policies=",".join(names)), where
+    done = {name for name, path in where.items() if (path / "done").exists()}
+    alone = "compose" in done and made_by(where["compose"])["policy"] == "none"
+    names = [name for name in ("sft", "ppo") if not alone or name in done]
+    names += ["compose"] if "compose" in done else []
+    return replace(config, policies=",".join(["popularity", *names])), where
+
+
+def made_by(folder: Path) -> dict:
+    """The options that a stage was run with."""
+    return read_json(folder / "config.json")["config"]
 
 
 def pages_of(
@@ -214,9 +222,12 @@ def pages_of(
     if name == "popularity":
         return popularity_pages(shop, users, seen, config.k, config.depth, config.seed)
     if name == "compose":
-        made = json.loads((where[name] / "config.json").read_text())["config"]
-        policy = config.stage(made["policy"], made["source_run"] or config.source_run)
-        composer = Composer.load(where[name], shop, Policy.load(policy, device))
+        made = made_by(where[name])
+        proposer = None
+        if made["policy"] != "none":
+            source = config.stage(made["policy"], made["source_run"] or config.source_run)
+            proposer = Policy.load(source, device)
+        composer = Composer.load(where[name], shop, proposer)
         return composer.rank(users, seen, config.k, config.depth)
     return Policy.load(where[name], device).rank(
         users,

@@ -8,7 +8,7 @@ import pytest
 
 from pagellm import compose, evaluate
 from pagellm.data.shop import load
-from pagellm.model.composer import Composer, picks
+from pagellm.model.composer import Composer, picks, standardised
 from pagellm.model.policy import Policy
 from pagellm.pages.compose import Taste
 from pagellm.pages.ranked import Scorer, seen_rows
@@ -124,8 +124,27 @@ def test_correlation_within_users_knows_shift_scale_and_sign():
     assert np.isnan(compose.within_users(score, picked & False, there)[0])
 
 
+def test_a_shop_without_a_policy_gets_composed_pages(composed, tmp_path):
+    """Nothing but data and compose: no policy is trained, none is asked, and the table says so."""
+    shutil.copytree(composed / "data", tmp_path / "data")
+    compose.run(compose.Config(**where(tmp_path), networks=1, policy="none"))
+    done = json.loads((tmp_path / "runs/base/compose/done").read_text())
+    assert set(done["correlation"]) == {"outcome"} and done["calibration"]["c"] == 0
+    found = evaluate.run(
+        evaluate.Config(**where(tmp_path), depth=20, n_boot=20, examples=0, quiet=True)
+    )
+    assert list(found) == ["popularity", "compose"]
+    assert found["compose"]["NDCG@100"]["mean"] > found["popularity"]["NDCG@100"]["mean"]
+
+
+def test_a_policy_s_opinion_has_mean_0_and_spread_1_among_the_candidates():
+    logp = np.array([[-1.0, -2.0, -3.0, -9.0], [-1.0, -1.0, -1.0, -1.0]])
+    z = standardised(logp, np.array([[0, 2, -1], [-1, -1, -1]]))
+    assert z.tolist() == [[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]]
+
+
 def test_what_is_missing_or_wrong_is_said(tmp_path, composed):
-    with pytest.raises(PageLLMError, match="sft or ppo"):
+    with pytest.raises(PageLLMError, match="sft, ppo or none"):
         compose.Config(policy="reward")
     with pytest.raises(PageLLMError, match="folds"):
         compose.Config(folds=3, share=0.5)

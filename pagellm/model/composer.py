@@ -27,7 +27,7 @@ from pagellm.pages.rerank import Kin
 from pagellm.pages.truth import item_scores
 from pagellm.stage.run import load_model_file
 
-__all__ = ["POOL", "Composer", "picks"]
+__all__ = ["POOL", "Composer", "picks", "standardised"]
 
 POOL = 150  # candidates of a user
 BLOCK = 256  # users whose candidates are judged at once
@@ -40,12 +40,22 @@ def picks(users: np.ndarray, item: np.ndarray, held: Rows, n_items: int) -> np.n
     return (item >= 0) & np.isin(users[:, None] * n_items + item, code)
 
 
+def standardised(logp: np.ndarray, item: np.ndarray) -> np.ndarray:
+    """logp (B, N) of the candidates (B, M), in standard deviations of a user's; 0 where none is."""
+    at, there = np.maximum(item, 0), (item >= 0).any(1, keepdims=True)
+    z = np.where(item >= 0, np.take_along_axis(logp, at, 1), np.nan)
+    z = np.where(there, z, 0.0)
+    spread = np.maximum(np.nanstd(z, 1, keepdims=True), 1e-9)
+    return np.nan_to_num((z - np.nanmean(z, 1, keepdims=True)) / spread)
+
+
 class Composer:
     """Makes pages of a policy's and the judges' candidates.
 
     outcome  the network that gives chances
     judges   plain models, fitted to the rows that may be known when pages are made
-    policy   whose prompts show the liked items of those same rows
+    policy   whose prompts show the liked items of those same rows; None: the judges propose alone,
+             and the policy's log-probability counts as 0
     scale    puts chances on the scale of validation rows
     taste    how a page is made of them
     """
@@ -53,7 +63,7 @@ class Composer:
     def __init__(
         self,
         shop: Shop,
-        policy: Policy,
+        policy: Policy | None,
         outcome: Outcome,
         settings: dict,
         scale: Calibration | None = None,
@@ -70,11 +80,11 @@ class Composer:
         stars = np.nan_to_num(item_scores(shop, SHRINK), nan=self.judges.stars.mean)
         self.mean_stars = stars - self.judges.stars.mean
 
-    def logp(self, users: np.ndarray) -> np.ndarray:
+    def logp(self, policy: Policy, users: np.ndarray) -> np.ndarray:
         """Log-probability of every item in the first slot: (B, N) float32."""
-        model = self.policy.model
+        model = policy.model
         with torch.no_grad():
-            prompt, valid = self.policy.prompt(users, [self.prompts.of(u) for u in users])
+            prompt, valid = policy.prompt(users, [self.prompts.of(u) for u in users])
             logits = model.item_logits(model(prompt, valid)[:, -1])
             return logits.log_softmax(1).float().cpu().numpy()
 
@@ -94,18 +104,16 @@ class Composer:
 
     def some_opinion(self, users: np.ndarray, seen: Rows) -> tuple[np.ndarray, ...]:
         """Candidates, raw chances, the policy's opinion, expected stars less their mean."""
-        logp = self.logp(users)
-        row, gone = seen.flat(users)
-        logp[row, gone] = -np.inf
-        best = np.argsort(-logp, axis=1, kind="stable")[:, :POOL]
-        best = np.where(np.take_along_axis(logp, best, 1) > -np.inf, best, -1)
+        logp, best = None, None
+        if self.policy is not None:
+            logp = self.logp(self.policy, users)
+            row, gone = seen.flat(users)
+            logp[row, gone] = -np.inf
+            best = np.argsort(-logp, axis=1, kind="stable")[:, :POOL]
+            best = np.where(np.take_along_axis(logp, best, 1) > -np.inf, best, -1)
         item, x = self.judges.candidates(users, seen, POOL, best)
         at = np.maximum(item, 0)
-        z = np.where(item >= 0, np.take_along_axis(logp, at, 1), np.nan)
-        there = (item >= 0).any(1, keepdims=True)
-        z = np.where(there, z, 0.0)
-        spread = np.maximum(np.nanstd(z, 1, keepdims=True), 1e-9)
-        other = np.nan_to_num((z - np.nanmean(z, 1, keepdims=True)) / spread)
+        other = np.zeros(item.shape) if logp is None else standardised(logp, item)
         found = self.judges.stars
         taste = np.einsum("bd,bmd->bm", found.taste.numpy()[users], found.place.numpy()[at])
         stars = found.user.numpy()[users][:, None] + found.item.numpy()[at] + taste
@@ -128,7 +136,11 @@ class Composer:
 
     @classmethod
     def load(
-        cls, path: str | Path, shop: Shop, policy: Policy, splits: tuple[str, ...] = ("train",)
+        cls,
+        path: str | Path,
+        shop: Shop,
+        policy: Policy | None,
+        splits: tuple[str, ...] = ("train",),
     ) -> "Composer":
         """Read model.pt and fit the judges to the rows of `splits`."""
         state = load_model_file(Path(path) / "model.pt")
