@@ -23,6 +23,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from importlib import resources
+from importlib.abc import Traversable
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +110,7 @@ class Config(StageConfig):
 
 def plain_settings(config: Config) -> dict[str, dict]:
     """Settings of every plain row: of the file, of the data set's preset, or the defaults."""
-    path = Path(config.settings)
+    path: Path | Traversable = Path(config.settings)
     if not config.settings:
         path = resources.files("pagellm") / "presets" / config.dataset / "baselines.json"
         if not path.is_file():

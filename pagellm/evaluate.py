@@ -152,7 +152,8 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
         plain = baselines_of(config)
         if len(users) == 0:
             raise PageLLMError(f"{config.data_dir} has no {config.split} rows: nothing to evaluate")
-        results, pages, rows, written = {}, {}, {}, {}
+        results, pages, rows = {}, {}, {}
+        written: dict[str, RankedPages] = {}
         for name in names:
             if inputs.get(name) in written:  # ppo kept sft's weights: its pages are these
                 ranked = written[inputs[name]]
@@ -171,7 +172,8 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
         if not dist.is_main():
             dist.barrier()
             return {}
-        columns, signed = COLUMNS, ()
+        columns: tuple[str, ...] = COLUMNS
+        signed: tuple[str, ...] = ()
         if "sft" in rows and "ppo" in rows:
             results[DIFFERENCE] = {
                 metric: stats.paired(

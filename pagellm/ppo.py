@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -265,7 +266,7 @@ class Prompts:
         ]
         uniform = dist.send(torch.from_numpy(np.stack(draws)), self.device)
         taught = self.teach(step, users) if self.hides else None
-        if config.w_hit:
+        if taught is not None and config.w_hit:
             disliked = dist.send(torch.from_numpy(self.disliked.padded(users)), self.device)
             excluded = torch.cat([taught.excluded, disliked], 1)
             return Asked(users, taught.prompt, taught.valid, excluded, uniform, taught)
@@ -297,8 +298,8 @@ def share_prompts(
     _, first, group = np.unique(user, return_index=True, return_inverse=True)
     if len(first) == len(user):
         return None
-    first, group = (torch.from_numpy(x).to(prompt.device) for x in (first, group))
-    return shared_start(model, prompt[first], valid[first], k, group)
+    row, of = (torch.from_numpy(x).to(prompt.device) for x in (first, group))
+    return shared_start(model, prompt[row], valid[row], k, of)
 
 
 @torch.no_grad()
@@ -330,16 +331,30 @@ def roll_out(config: Config, nets: Networks, asked: Asked) -> Rollout:
         )
         token, page = nets.reward(p, v, item, mask, start(nets.reward.trunk))
         value = nets.critic(p, v, item, mask, start(nets.critic.trunk))
-        drift = (pages.logp - old).abs()
-        parts.append((item, mask, old, old_ref, value, token, page, entropy, exact, drift))
-    columns = [torch.cat(column)[: None if busy else 0] for column in zip(*parts, strict=True)]
+        parts.append(
+            {
+                "item": item,
+                "mask": mask,
+                "old_logp": old,
+                "ref_logp": old_ref,
+                "value": value,
+                "token": token,
+                "page": page,
+                "entropy": entropy,
+                "kl_exact": exact,
+                "drift": (pages.logp - old).abs(),
+            }
+        )
+    found: dict[str, Any] = {
+        name: torch.cat([part[name] for part in parts])[: None if busy else 0] for name in parts[0]
+    }
     if dist.world() > 1:
-        columns = [
-            torch.from_numpy(dist.gather(column.cpu().numpy())).to(asked.prompt.device)
-            for column in columns
-        ]
-    *columns, drift = columns
-    return Rollout(asked.prompt, asked.valid, asked.excluded, *columns, drift=float(drift.max()))
+        found = {
+            name: torch.from_numpy(dist.gather(x.cpu().numpy())).to(asked.prompt.device)
+            for name, x in found.items()
+        }
+    found["drift"] = float(found["drift"].max())
+    return Rollout(asked.prompt, asked.valid, asked.excluded, **found)
 
 
 def minibatch_loss(
@@ -380,7 +395,7 @@ def minibatch_loss(
         loss = loss + p_loss - config.entropy_coef * bonus
         row |= policy_row(logp.detach(), old, A, mask, config.clip)
         row |= {"policy/loss": p_loss.detach(), "policy/entropy": bonus.detach()}
-        if config.sft_coef:
+        if r.sft is not None:
             b = r.sft.select(rows)
             taught = sft_loss(learner.policy, b, "both") * b.mask.sum() / mask.sum().clamp(min=1)
             loss, row["policy/sft_loss"] = loss + config.sft_coef * taught, taught.detach()
@@ -444,7 +459,9 @@ def learn(
     orders   one permutation of the rollout's pages for each inner epoch
     """
     on_device = policy_step.fused and dist.world() == 1 and learn_policy
-    halt, heard, done = None, [], []
+    halt: Tensor | None = None
+    heard: list[dist.AsyncScalars] = []
+    done: list[dict] = []
     minis = [
         (epoch, mini)
         for epoch, order in enumerate(orders)
@@ -454,7 +471,12 @@ def learn(
         if len(heard) > 1 and heard[-2].read()[0]:
             break
         parts = backward_minibatch(config, learner, r, mini, advantage, ret, learn_policy)
-        entry = {"epoch": epoch, "parts": parts, "share": len(mini) / len(r), "halted": 0.0}
+        entry: dict[str, Any] = {
+            "epoch": epoch,
+            "parts": parts,
+            "share": len(mini) / len(r),
+            "halted": 0.0,
+        }
         done.append(entry)
         if on_device:
             share = torch.stack([row["share"] for row in parts])
@@ -508,12 +530,13 @@ class Training:
         self.warmup = math.ceil(config.critic_warmup / updates)  # steps of the critic alone
         self.objective = Objective(minibatch_loss, policy=policy, critic=critic)
         self.learner = dist.wrap(self.objective, config.parallel)
-        adam = {"eps": 1e-5, "betas": (0.9, 0.999)}
-        self.opt = optimiser(policy, config.lr, row_lr=config.row_lr, **adam)
-        self.critic_opt = optimiser(critic, config.critic_lr, **adam)
+        adam = partial(optimiser, eps=1e-5, betas=(0.9, 0.999))
+        self.opt = adam(policy, config.lr, row_lr=config.row_lr)
+        self.critic_opt = adam(critic, config.critic_lr)
         self.policy_step = GuardedStep(self.opt, policy.parameters(), config.grad_clip)
         self.critic_step = GuardedStep(self.critic_opt, critic.parameters(), config.grad_clip)
-        self.moments, self.best, self.steer = RunningMoments(), Best(), None
+        self.moments, self.best = RunningMoments(), Best()
+        self.steer: AdaptiveKL | None = None
         if config.kl_target:
             self.steer = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
 
@@ -546,7 +569,7 @@ class Training:
         if self.steer:
             self.steer.coef = state["kl_coef"]
 
-    def validate(self, validation: Validation, step: int) -> dict[str, float]:
+    def validate(self, validation: Validation, step: int) -> dict[str, Any]:
         """Score the policy on held-out items and keep its weights if they are the best so far."""
         with dist.unsharded(self.objective):
             scores = validation(self.nets.policy)
@@ -554,10 +577,10 @@ class Training:
         self.best.offer(by[self.config.select], step, self.nets.policy.model)
         return valid_row(scores)
 
-    def step(self, step: int, r: Rollout, asked: Asked, out: Run) -> tuple[dict, Tensor]:
+    def step(self, step: int, r: Rollout, asked: Asked, out: Run) -> dict[str, Any]:
         """Rewards, advantages and all updates of one rollout -> what to log."""
         config = self.config
-        label = asked.taught.item if config.w_hit else None
+        label = asked.taught.item if asked.taught and config.w_hit else None
         r.terms = reward_terms(r, config.w_token, config.w_page, config.w_hit, label)
         paid = normalise(r.terms, r.mask, self.moments)
         reward = step_reward(paid, r.old_logp, r.ref_logp, r.mask, self.kl_coef)
@@ -680,7 +703,7 @@ def run(config: Config) -> None:
             with dist.unsharded(training.objective):
                 r = roll_out(config, nets, asked)
             check_finite(r, step, training, out)
-            r.sft = asked.taught.head(longest) if config.sft_coef else None
+            r.sft = asked.taught.head(longest) if asked.taught and config.sft_coef else None
             row = training.step(step, r, asked, out) | page_row(r.item, categories)
             if (step + 1) % config.eval_every == 0 or step + 1 == total:
                 row |= training.validate(validation, step + 1)
@@ -697,7 +720,7 @@ def run(config: Config) -> None:
             if out.due(step + 1, total):
                 out.save(training.state(step + 1))
         final, best = training.state(total), training.best
-        dist.load_weights(policy.model, best.weights)
+        best.restore(policy.model)
         out.finish(
             policy.state(),
             final,
@@ -718,7 +741,9 @@ def shown(config: Config, prompts: Prompts, asked: Asked) -> dict[int, tuple]:
     return {
         i: (
             int(asked.users[i]),
-            asked.taught.excluded[i] if config.w_hit else prompts.history.of(asked.users[i])[0],
+            asked.taught.excluded[i]
+            if asked.taught and config.w_hit
+            else prompts.history.of(asked.users[i])[0],
         )
         for i in range(0, len(asked.users), config.samples)[:3]
     }

@@ -162,13 +162,16 @@ def reward_terms(
     A page's whole reward is the sum over its slots and terms:
     S = w_token mean_k(token_k) + w_page page + w_hit NDCG.
 
-    label (B, L) item ids hidden from the prompts, padded with -1; needed if w_hit is above 0
+    label (B, L) item ids hidden from the prompts, padded with -1. Raises ValueError if w_hit is
+    above 0 and it is missing.
     """
     terms = {
         "token": w_token * token_term(r.token, r.mask),
         "page": w_page * page_term(r.page, r.mask),
     }
     if w_hit:
+        if label is None:
+            raise ValueError(f"reward_terms: w_hit={w_hit} wants the hidden items as label")
         terms["hit"] = w_hit * hit_reward(r.item, r.mask, label)
     return terms
 

@@ -104,7 +104,9 @@ def hacking(log: list[dict], reward_before: float) -> list[str]:
 def summarise(done: list[dict], learn_policy: bool) -> dict[str, float]:
     """What to log of the minibatches that `learn` went through: means over the last inner epoch."""
     rows = iter(to_numbers([row for entry in done for row in (entry, *entry["parts"])]))
-    row, seen, epoch = {}, [], -1
+    row: dict = {}
+    seen: list[dict] = []
+    epoch = -1
     for entry in rows:
         total = weighted_mean([next(rows) for _ in entry["parts"]])
         moved = total.pop("max_logratio", 0.0)
@@ -177,7 +179,7 @@ def to_numbers(rows: list[dict]) -> list[dict]:
     return rows
 
 
-def describe(values: Tensor, mask: Tensor, name: str) -> dict[str, float]:
+def describe(values: Tensor, mask: Tensor, name: str) -> dict[str, Tensor]:
     kept = values[mask]
     if kept.numel() == 0:
         return {}

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -173,16 +175,17 @@ def next_token_loss(
     """
     device, first = model.word.device, model.n_words + model.n_users
     order = np.argsort([len(e.ids) for e in examples], kind="stable")
-    states, target, over = [], [], []
+    of_states, of_target, of_over = [], [], []
     for part in np.array_split(order, min(buckets, len(order))):
         ids = right_pad([examples[i].ids for i in part], pad)
         kept = right_pad([examples[i].mask for i in part], 0).numpy()[:, 1:] > 0
         # Find the positions that count on the CPU: asking a GPU for them would mean to wait.
         at = torch.from_numpy(np.flatnonzero(kept))
-        states.append(model(dist.send(ids, device))[:, :-1].flatten(0, 1)[dist.send(at, device)])
-        target.append(ids[:, 1:].flatten()[at])
-        over.append(np.repeat([examples[i].over == "items" for i in part], kept.sum(1)))
-    states, target, over = torch.cat(states), torch.cat(target), np.concatenate(over)
+        of_states.append(model(dist.send(ids, device))[:, :-1].flatten(0, 1)[dist.send(at, device)])
+        of_target.append(ids[:, 1:].flatten()[at])
+        of_over.append(np.repeat([examples[i].over == "items" for i in part], kept.sum(1)))
+    states, target = torch.cat(of_states), torch.cat(of_target)
+    over = np.concatenate(of_over)
     total = states.new_zeros((), dtype=torch.float32)
     for rows, begin, chosen in ((model.word[:n_words], 0, ~over), (model.item, first, over)):
         at = torch.from_numpy(np.flatnonzero(chosen))
@@ -193,7 +196,9 @@ def next_token_loss(
             candidates = draw(wanted)
             logp = sampled_logp(hidden, model.item_rows(candidates[0]), candidates, wanted)
         else:
-            logp = linear_logp(hidden, rows, wanted)
+            alone = linear_logp(hidden, rows, wanted)
+            assert isinstance(alone, Tensor)  # no entropy was asked for
+            logp = alone
         total = total - logp.sum()
     return total / max(len(target), 1)
 
@@ -297,6 +302,7 @@ def build(config: Config, shop: Shop) -> tuple[Backbone, RatingHead, Vocab]:
             model.user.copy_(users)
             model.item.copy_(items)
     if config.pool:
+        assert isinstance(model, gpt2.GPT2)  # Config refuses it for others
         model.pool()
     if config.weights:
         load_published(model, config.weights, vocab.n_words)
@@ -399,6 +405,9 @@ def run(config: Config) -> None:
                 "opt": dist.optimiser_state(both, opt),
             }
 
+        def kept(step: int, batch: tuple) -> Path:
+            return out.keep_for_replay(step, {**state_at(step), **for_replay(batch)})
+
         bar = progress(start, config.steps, "pretrain")
         for step, (kind, batch) in prefetch(out.steps(bar), config.steps, batches):
             seed_dropout(config.seed, "pretrain", step)
@@ -407,12 +416,10 @@ def run(config: Config) -> None:
             (loss + config.rating * rating_loss).backward()
             norm = guard.step(
                 f"pretrain step {step}",
-                lambda step=step, batch=batch: out.keep_for_replay(
-                    step, {**state_at(step), **for_replay(batch)}
-                ),
+                partial(kept, step, batch),
             )
             loss, rating_loss = logged(loss, rating_loss)
-            row = {"loss": loss, "rating_loss": rating_loss, "grad_norm": norm}
+            row: dict[str, Any] = {"loss": loss, "rating_loss": rating_loss, "grad_norm": norm}
             out.log(step + 1, kind=kind, **row, lr=opt.param_groups[0]["lr"])
             text = f"{kind} {out.last.get('loss', math.nan):.3f}"
             if batches.rated:

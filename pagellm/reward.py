@@ -11,6 +11,7 @@ About a minute for the synthetic shop on two CPU cores.
 import math
 import sys
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +99,7 @@ class Config(TrainingConfig):
         kinds = self.kinds.split(",")
         check(
             self,
-            kinds=(set(kinds) <= set(KINDS) and kinds, f"some of {','.join(KINDS)}"),
+            kinds=(set(kinds) <= set(KINDS), f"some of {','.join(KINDS)}"),
             leave_out=(self.leave_out in ("", *kinds), f"empty or one of {self.kinds}"),
             per_kind=(self.per_kind > 0, "1 or more"),
             label_share=(0 < self.label_share < 1, "between 0 and 1"),
@@ -210,7 +211,7 @@ def collate(pairs: list[Pair], policy: Policy, device) -> PairBatch:
     return PairBatch(prompt, valid, chosen, rejected, chosen >= 0, edited, detail, gap)
 
 
-def rewards_of(model: RewardModel, b: PairBatch):
+def rewards_of(model: RewardModel, b: PairBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rewards of both pages of every pair, in one pass.
 
     returns token (B, K) of the chosen and of the rejected pages, then page (B,) of both
@@ -221,7 +222,8 @@ def rewards_of(model: RewardModel, b: PairBatch):
         torch.cat([b.chosen, b.rejected]),
         torch.cat([b.mask, b.mask]),
     )
-    return *token.chunk(2), *page.chunk(2)
+    n = len(b.prompt)
+    return token[:n], token[n:], page[:n], page[n:]
 
 
 def pair_loss(
@@ -245,7 +247,7 @@ def pair_loss(
     """
     target = torch.sigmoid(b.gap / config.soften) if config.soften else None
     d, slots = b.detail, b.mask.sum()
-    terms = [
+    terms: list[tuple[Tensor, Tensor | float]] = [
         (page_loss(page_chosen, page_rejected, target), len(b.gap)),
         (page_chosen.square().mean() + page_rejected.square().mean(), len(b.gap)),
         ((token_chosen.square().sum() + token_rejected.square().sum()) / slots.clamp(min=1), slots),
@@ -269,7 +271,8 @@ def pair_loss(
         # No such pairs here; another process may have some, and all must add the same terms.
         terms += [(0.0 * token_chosen.sum(), 0)] * 2
     weights += [config.sequence, config.token]
-    return sum(w * mean for w, mean in zip(weights, shared_means(terms, busy), strict=True))
+    parts = [w * mean for w, mean in zip(weights, shared_means(terms, busy), strict=True)]
+    return reduce(torch.add, parts)
 
 
 def learn_pairs(
@@ -447,6 +450,9 @@ def run(config: Config) -> None:
                 "opt": dist.optimiser_state(model, opt),
             }
 
+        def kept(step: int, b: PairBatch) -> Path:
+            return out.keep_for_replay(step, {**state_at(step), "batch": vars(b)})
+
         def batch(step: int) -> tuple[PairBatch, bool]:
             at = batch_at(step, len(train), config.batch, config.seed, "reward", length=lengths)
             mine, busy = dist.shard(at[1])
@@ -459,9 +465,7 @@ def run(config: Config) -> None:
             loss.backward()
             norm = guard.step(
                 f"reward step {step}",
-                lambda step=step, b=b: out.keep_for_replay(
-                    step, {**state_at(step), "batch": vars(b)}
-                ),
+                partial(kept, step, b),
             )
             loss, right = logged(loss, right)
             lr = opt.param_groups[0]["lr"]

@@ -12,7 +12,9 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -206,7 +208,7 @@ def run(config: Config) -> None:
         guard = GuardedStep(opt, model.parameters(), config.grad_clip)
         model.bf16 = out.precision(config.precision, device, model.shape.n_embd) == "bfloat16"
 
-        def validate(step: int) -> dict[str, float]:
+        def validate(validation: Validation, step: int) -> dict[str, Any]:
             with dist.unsharded(objective):
                 scores = validation(policy)
             if config.select == "ndcg" or step == 0:
@@ -221,13 +223,16 @@ def run(config: Config) -> None:
                 "opt": dist.optimiser_state(model, opt),
             }
 
+        def kept(step: int, b: Batch) -> Path:
+            return out.keep_for_replay(step, {**state_at(step), "batch": vars(b)})
+
         start, best = 0, Best()
         if state := out.load():
             start, best = state["step"], Best(**state["best"])
             dist.load_weights(model, state["model"])
             dist.load_optimiser(model, opt, state["opt"])
         elif validation:  # the start itself takes part as step 0
-            out.log(0, **validate(0))
+            out.log(0, **validate(validation, 0))
 
         bar = progress(start, total, "sft")
         for step, (b, busy) in prefetch(out.steps(bar), total, batches):
@@ -239,15 +244,17 @@ def run(config: Config) -> None:
             loss.backward()
             norm = guard.step(
                 f"sft step {step}",
-                lambda step=step, b=b: out.keep_for_replay(
-                    step, {**state_at(step), "batch": vars(b)}
-                ),
+                partial(kept, step, b),
             )
-            row = {"loss": logged(loss)[0], "grad_norm": norm, "lr": opt.param_groups[0]["lr"]}
+            row: dict[str, Any] = {
+                "loss": logged(loss)[0],
+                "grad_norm": norm,
+                "lr": opt.param_groups[0]["lr"],
+            }
             out.log(step + 1, "timing", seconds=round(time.time() - began, 4))
             last = step + 1 == total
             if validation and (last or (step + 1) % config.eval_every == 0):
-                row |= validate(step + 1)
+                row |= validate(validation, step + 1)
             if last and config.select == "last":
                 best.keep(row.get("valid/NDCG@100"), total, model)
             out.log(step + 1, **row)
@@ -256,7 +263,7 @@ def run(config: Config) -> None:
             if out.due(step + 1, total):
                 out.save(state_at(step + 1))
         final = state_at(total)
-        dist.load_weights(model, best.weights)
+        best.restore(model)
         out.finish(
             policy.state(),
             final,

@@ -220,7 +220,9 @@ def test_the_file_reference_names_every_file_and_column_that_the_stages_write(se
             name = re.sub(r"^\w+\.scale\.npy$", "<name>.scale.npy", path.name)
             assert f"`{name}`" in said, path.relative_to(served)
         if path.suffix == ".parquet":
-            for column in pq.read_schema(path).names:
+            # per_user.parquet has one column a metric, whose names the reference does not repeat.
+            names = ["user"] if path.name == "per_user.parquet" else pq.read_schema(path).names
+            for column in names:
                 assert f"`{column}`" in said, f"{path.relative_to(served)}: {column}"
 
 

@@ -209,12 +209,12 @@ def read_run(
         full = torch.full((len(some), shop.n_items), -torch.inf)
         span = [np.arange(indptr[u], indptr[u + 1]) for u in some]
         row = np.repeat(np.arange(len(some)), [len(s) for s in span])
-        span = np.concatenate(span)
-        full[row, item[span]] = torch.from_numpy(place[span])
+        at_line = np.concatenate(span)
+        full[row, item[at_line]] = torch.from_numpy(place[at_line])
         best, value = top_items(full, some, seen, depth, seed)
-        own = np.full(full.shape, -np.inf)  # the file's own scores, for whoever reads the pages
-        own[row, item[span]] = score[span]
-        own = torch.from_numpy(own.astype(np.float32)).gather(1, best.clamp(min=0))
+        given = np.full(full.shape, -np.inf)  # the file's own scores, for whoever reads the pages
+        given[row, item[at_line]] = score[at_line]
+        own = torch.from_numpy(given.astype(np.float32)).gather(1, best.clamp(min=0))
         items.append(best)
         values.append(torch.where(best >= 0, own, value))
     ranked = RankedPages(users, torch.cat(items).numpy(), torch.cat(values).numpy(), np.zeros(0))

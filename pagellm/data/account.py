@@ -9,6 +9,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Protocol
 
 import numpy as np
 
@@ -79,17 +80,27 @@ def share(part: int, whole: int) -> str:
     return f"{part:,} of {whole:,}" + (f" ({part / whole:.1%})" if whole else "")
 
 
+class Rules(Protocol):
+    """Options of `prepare` that the account names, beside those of the raw files."""
+
+    @property
+    def positive_above(self) -> float: ...
+
+    @property
+    def k_core(self) -> int: ...
+
+
 def account_of(
-    raw: Raw, options: Options, tally: Tally, item_tally: Tally, columns, counts: dict, join: Join
+    raw: Raw, rules: Rules, tally: Tally, item_tally: Tally, columns, counts: dict, join: Join
 ) -> Account:
     """columns: text_store.Columns of what was kept; counts: of prepare.filtered."""
     account = Account(warnings=list(raw.warnings))
-    files(account, raw, options)
-    rows(account, raw, options, tally, columns, counts)
+    files(account, raw, raw.options)
+    rows(account, raw, rules, tally, columns, counts)
     if raw.item_files:
         items(account, raw, item_tally, join)
     if counts.get("k_core"):
-        core(account, options, counts["k_core"])
+        core(account, rules, counts["k_core"])
     account.facts["warnings"] = account.warnings
     return account
 
@@ -155,7 +166,7 @@ def may_rate(column: str, values: list) -> bool:
     return grades and not NUMBERING.search(logs.spelling(column))
 
 
-def rows(account: Account, raw: Raw, options: Options, tally: Tally, columns, counts: dict) -> None:
+def rows(account: Account, raw: Raw, rules: Rules, tally: Tally, columns, counts: dict) -> None:
     """Rows kept and not, with and without rating and time; the scale and what is liked on it."""
     out = [f"{n:,} {why}" for why, n in (tally.passed + tally.broken).most_common(SHOWN)]
     kept = len(columns.user)
@@ -164,7 +175,7 @@ def rows(account: Account, raw: Raw, options: Options, tally: Tally, columns, co
     rated = int((~np.isnan(columns.rating)).sum())
     timed = int((columns.time != NO_TIME).sum())
     low, high = raw.scale
-    liked = f"liked above {options.positive_above:g}"
+    liked = f"liked above {rules.positive_above:g}"
     scale = f" on the scale {low:g}..{high:g}" if rated else ""
     if raw.graded:
         scale += ", events graded by --event_values"
@@ -175,9 +186,9 @@ def rows(account: Account, raw: Raw, options: Options, tally: Tally, columns, co
     )
     account.say("", f"time in {share(timed, kept)}{between(columns.time)}")
     account.facts["rows"] = {"with_rating": rated, "with_time": timed, "scale": [low, high]}
-    if options.positive_above < (low + high) / 2 and (low, high) != (1, 5) and rated:
+    if rules.positive_above < (low + high) / 2 and (low, high) != (1, 5) and rated:
         account.warnings.append(
-            f"liked is what is rated above {options.positive_above:g} on the scale "
+            f"liked is what is rated above {rules.positive_above:g} on the scale "
             f"{low:g}..{high:g}, which is below its middle; --positive_above decides"
         )
 
@@ -218,9 +229,9 @@ def items(account: Account, raw: Raw, tally: Tally, join: Join) -> None:
             account.warnings.append(f"{names}: {why} in {n:,} of {tally.kept:,} lines")
 
 
-def core(account: Account, options: Options, rounds: list[dict]) -> None:
+def core(account: Account, rules: Rules, rounds: list[dict]) -> None:
     """Users and items that the k-core took away."""
-    k, before, after = getattr(options, "k_core", 0), rounds[0], rounds[-1]
+    k, before, after = rules.k_core, rounds[0], rounds[-1]
     users, things = (before[name] - after[name] for name in ("users", "items"))
     lost = users / max(1, before["users"])
     text = (

@@ -129,7 +129,7 @@ def steady(items: list, values: list) -> bool:
 
     items, values  one of each row of a sample; items as text
     """
-    of = defaultdict(Counter)
+    of: defaultdict[str, Counter] = defaultdict(Counter)
     for item, value in zip(items, values, strict=True):
         if not is_missing(value):
             of[item][str(value)] += 1

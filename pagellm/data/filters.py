@@ -120,7 +120,7 @@ def random_keys(
     """
     keys = np.empty(len(user), dtype=np.uint64)
     item_bytes = [name.encode() for name in item_ids]
-    prefix, prefix_of = None, -1
+    prefix, prefix_of = hashlib.sha256(), -1
     pairs = tqdm(
         zip(user.tolist(), item.tolist(), strict=True),
         "  drawing the split",

@@ -234,7 +234,7 @@ def rivals(file: RawFile, chosen: dict[str, str]) -> dict[str, list[str]]:
     """Role -> other columns that are spelled like it as well, where no option decides."""
     roles = ITEM_COLUMNS if file.role == "items" else LOG_COLUMNS
     taken = file.item_columns if file.role == "items" else file.columns
-    found = {}
+    found: dict[str, list[str]] = {}
     for role in taken:
         others = [n for n in file.names if n not in taken.values() and spelling(n) in roles[role]]
         if others and role not in chosen and role != "split":
@@ -244,7 +244,7 @@ def rivals(file: RawFile, chosen: dict[str, str]) -> dict[str, list[str]]:
 
 def sample(file: RawFile, rows: int = SAMPLE) -> dict[str, list]:
     """Column -> its first values."""
-    found = {name: [] for name in file.names}
+    found: dict[str, list] = {name: [] for name in file.names}
     for _, row in islice(records(file, list(found), Tally()), rows):
         for name, values in found.items():
             values.append(row.get(name))
@@ -256,7 +256,7 @@ def settled(file: RawFile, options: Options, values: dict[str, list]) -> Reading
 
     Raises PageLLMError for times of which the values do not tell what they count.
     """
-    time = file.columns.get("time")
+    time = file.columns.get("time", "")
     form = options.time_form or time_form(values.get(time, [])) if time else "s"
     if form is None:
         seen = ", ".join(str(v) for v in [v for v in values[time] if not is_missing(v)][:3])
@@ -265,8 +265,8 @@ def settled(file: RawFile, options: Options, values: dict[str, list]) -> Reading
             "month exchanged\n  Say which with --time_form s, ms, us, ns, yyyymmdd, iso, or a "
             "pattern such as %d/%m/%Y."
         )
-    cells = values.get(file.item_columns.get("category"), [])
-    comma = decimal_comma(values.get(file.item_columns.get("price"), []))
+    cells = values.get(file.item_columns.get("category", ""), [])
+    comma = decimal_comma(values.get(file.item_columns.get("price", ""), []))
     return Reading(form, comma, *category_form(cells, options.categories))
 
 
@@ -444,8 +444,9 @@ def catalogue_of_log(file: RawFile, tally: Tally, where: Where) -> Iterator[Item
         found = [common(counter) for counter in counters]
         costs = sorted(counters[3].elements())
         found[3] = costs[len(costs) // 2] if costs else Item(name).price
-        yield Item(
-            name, *(e if v is None else v for v, e in zip(found, Item(name)[1:], strict=True))
+        empty = Item(name)[1:]
+        yield Item._make(
+            (name, *(e if v is None else v for v, e in zip(found, empty, strict=True)))
         )
 
 
@@ -531,10 +532,10 @@ def csv_rows(
     if names and header[0]:
         waiting.append(header)
         tally.read += 1
-    names = list(names or heading)
-    places = {name: names.index(name) for name in wanted if name in names}
+    there = list(names or heading)
+    places = {name: there.index(name) for name in wanted if name in there}
     if missing := [name for name in wanted if name not in places]:
-        raise PageLLMError(f"{path.name}: no column {missing[0]!r}; there are {', '.join(names)}")
+        raise PageLLMError(f"{path.name}: no column {missing[0]!r}; there are {', '.join(there)}")
     while entry := (waiting.popleft() if waiting else next(stream, None)):
         span, fields = [entry], csv_fields([entry[1]], mark)
         while fields is None and len(span) < RECORD_LINES:
@@ -544,13 +545,13 @@ def csv_rows(
             span.append(following)
             if '"' in following[1]:
                 fields = csv_fields([line for _, line in span], mark)
-        if fields is None or len(fields) != len(names):
+        if fields is None or len(fields) != len(there):
             waiting.extendleft(reversed(span[1:]))
             span, fields = [entry], entry[1].split(mark)  # a file that never meant its quotes
         tally.read -= len(span) - 1  # several lines, one record
-        if fields == names:
+        if fields == there:
             tally.note(PassedOver("heading repeated"), path, entry[0])
-        elif len(fields) == len(names):
+        elif len(fields) == len(there):
             yield entry[0], {name: fields[place] for name, place in places.items()}
         else:
             tally.note("wrong number of fields" if entry[1] else "empty line", path, entry[0])

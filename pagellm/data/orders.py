@@ -11,7 +11,7 @@ data/<dataset>/orders.parquet   user, item int32 (dense ids); basket, time int64
                                 SPLITS
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +57,8 @@ class Orders:
 
     def where(self, keep: np.ndarray) -> "Orders":
         """The lines where keep (L,) bool is True."""
-        columns = (getattr(self, name)[keep] for name in COLUMNS)
-        return Orders(*columns, self.n_users, self.n_items)
+        columns = {name: getattr(self, name)[keep] for name in COLUMNS}
+        return replace(self, **columns)
 
     def end(self) -> int:
         """The second after the last line: 0 without lines."""
@@ -165,9 +165,9 @@ def load_orders(shop: Shop) -> Orders | None:
         if len(table) and not 0 <= whole[name].min() <= whole[name].max() < n:
             raise PageLLMError(f"{path}: column {name} goes outside 0..{n - 1}; write it again")
     return Orders(
-        *whole.values(),
-        columns["paid"].astype(np.float32),
-        columns["split"].astype(np.int8),
-        shop.n_users,
-        shop.n_items,
+        **whole,
+        paid=columns["paid"].astype(np.float32),
+        split=columns["split"].astype(np.int8),
+        n_users=shop.n_users,
+        n_items=shop.n_items,
     )

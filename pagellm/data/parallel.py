@@ -65,7 +65,10 @@ def in_processes(jobs: list[tuple], processes: int, folder: Path) -> list[Tally]
     """What `read` returns for each job. Of several errors, that of the first job is raised."""
     # Started afresh, not forked: a fork would take over locks that other threads hold.
     context = get_context("spawn")
-    workers, answers, waiting, doing = {}, {}, list(reversed(range(len(jobs)))), {}
+    workers: dict = {}  # our end of a pipe -> the process at the other end
+    doing: dict = {}  # our end of a pipe -> the number of its job
+    answers: dict[int, Tally | BaseException] = {}  # of the jobs that are done
+    waiting = list(reversed(range(len(jobs))))
     try:
         for _ in range(processes):
             ours, theirs = context.Pipe()
@@ -82,7 +85,8 @@ def in_processes(jobs: list[tuple], processes: int, folder: Path) -> list[Tally]
                 pipe = idle.pop()
                 doing[pipe] = waiting.pop()
                 pipe.send(jobs[doing[pipe]])
-            for pipe in connection.wait(list(doing)):
+            ready: list = connection.wait(list(doing))
+            for pipe in ready:
                 answer = answers[doing.pop(pipe)] = pipe.recv()
                 if isinstance(answer, BaseException):
                     waiting.clear()  # of those before it all are done or being done
@@ -99,10 +103,12 @@ def in_processes(jobs: list[tuple], processes: int, folder: Path) -> list[Tally]
             worker.terminate()
             worker.join()
             pipe.close()
-    for number in sorted(answers):
-        if isinstance(answers[number], BaseException):
-            raise answers[number]
-    return [answers[number] for number in range(len(jobs))]
+    tallies = []
+    for _, answer in sorted(answers.items()):
+        if isinstance(answer, BaseException):
+            raise answer
+        tallies.append(answer)
+    return tallies
 
 
 def work(pipe, folder: Path) -> None:
@@ -111,7 +117,7 @@ def work(pipe, folder: Path) -> None:
     threading.Thread(target=outlive, args=(folder,), daemon=True).start()
     while True:
         try:
-            answer = read(*pipe.recv())
+            answer: Tally | BaseException = read(*pipe.recv())
         except EOFError:
             return
         except BaseException as error:
@@ -122,7 +128,9 @@ def work(pipe, folder: Path) -> None:
 
 def outlive(folder: Path) -> None:
     """Wait until the parent process has died, then remove the folder that it no longer can."""
-    connection.wait([parent_process().sentinel])
+    parent = parent_process()
+    assert parent is not None  # in_processes started this one
+    connection.wait([parent.sentinel])
     while folder.exists():
         shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)

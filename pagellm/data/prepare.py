@@ -130,7 +130,7 @@ class Table(NamedTuple):
 
 def recorded(config: Config) -> dict:
     """The Config as source.json keeps it: all that can move a byte."""
-    left_out = PLACES if config.dataset == "synthetic" else PLACES + SYNTHETIC_ONLY
+    left_out: tuple[str, ...] = PLACES if config.dataset == "synthetic" else PLACES + SYNTHETIC_ONLY
     left_out += tuple(name for name in LATER if not getattr(config, name))
     return {name: value for name, value in asdict(config).items() if name not in left_out}
 
@@ -318,8 +318,8 @@ def catalogue(
         if at is None:
             continue
         before = found.get(at, item)
-        found[at] = Item(
-            *(new if is_unknown(old) else old for old, new in zip(before, item, strict=True))
+        found[at] = Item._make(
+            new if is_unknown(old) else old for old, new in zip(before, item, strict=True)
         )
     if join is not None:
         join.items, join.known = len(item_ids), {item_ids[n] for n in found}
@@ -463,23 +463,20 @@ def run(config: Config) -> Path:
     Raises PageLLMError if the directory holds another one, if raw files are missing, ambiguous or
     broken, and with strict at a warning.
     """
-    shop = (
-        synthetic.make(config.users, config.items, config.seed)
-        if config.dataset == "synthetic"
-        else None
-    )
-    raw = None if shop or moved_away(config) else find(config)
+    made_up = config.dataset == "synthetic"
+    raw = None if made_up or moved_away(config) else find(config)
     if already(config, raw):
         print(f"{config.target} is already prepared", flush=True)
         return config.target
+    source = raw or synthetic.make(config.users, config.items, config.seed)
     tally, item_tally, join = Tally(), Tally(), Join()
     with building(config.target) as folder:
         texts = (config.min_text, config.max_text)
         stems = (
-            parallel.store(raw, tally, config.processes, folder, *texts)
-            if raw
+            parallel.store(source, tally, config.processes, folder, *texts)
+            if isinstance(source, Raw)
             else [
-                text_store.store(batched(counted(shop.reviews(), tally)), folder / "part", *texts)
+                text_store.store(batched(counted(source.reviews(), tally)), folder / "part", *texts)
             ]
         )
         columns = text_store.gather(stems)
@@ -493,7 +490,9 @@ def run(config: Config) -> Path:
             stems, position, table.user[train], table.item[train], folder / "reviews.parquet"
         )
         items = catalogue(
-            raw.items(item_tally) if raw else counted(shop.items, item_tally),
+            source.items(item_tally)
+            if isinstance(source, Raw)
+            else counted(source.items, item_tally),
             table.item_ids,
             config.max_text,
             join,
@@ -507,9 +506,9 @@ def run(config: Config) -> Path:
                 f"{account.text()}\n  --strict: nothing was written, for the warnings above."
             )
         write_tables(folder, table, items)
-        if shop:
-            write_truth(folder, shop, table)
-        source = {
+        if not isinstance(source, Raw):
+            write_truth(folder, source, table)
+        record = {
             "dataset": config.dataset,
             "release": raw.release if raw else "synthetic",
             "files": raw.described() if raw else [],
@@ -520,7 +519,7 @@ def run(config: Config) -> Path:
             "written": {path.name: file_id(path) for path in sorted(folder.iterdir())},
             "counts": {"lines": tally.counts(), "item_lines": item_tally.counts(), **counts},
         }
-        (folder / "source.json").write_text(json.dumps(source, indent=1, sort_keys=True) + "\n")
+        (folder / "source.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     print("\n".join(filter(None, (account.text(), summary(config, counts)))), flush=True)
     return config.target
 

@@ -175,13 +175,13 @@ def lines(path: Path, span: Span = WHOLE) -> Iterator[bytes | None]:
         yield from split_lines(block)
 
 
-def split_lines(block: bytes | None) -> list[bytes | None]:
+def plain_lines(block: bytes) -> list[bytes]:
+    return [line.rstrip(b"\r\n") for line in block.removesuffix(b"\n").split(b"\n")]
+
+
+def split_lines(block: bytes | None) -> list[bytes] | list[None]:
     """The lines of a block without their ends."""
-    return (
-        [None]
-        if block is None
-        else [line.rstrip(b"\r\n") for line in block.removesuffix(b"\n").split(b"\n")]
-    )
+    return [None] if block is None else plain_lines(block)
 
 
 def blocks(path: Path, span: Span = WHOLE) -> Iterator[bytes | None]:
@@ -225,7 +225,7 @@ def spans(path: Path, size: int, by_line: bool) -> list[Span]:
     length = path.stat().st_size
     parts = max(1, round(length / size)) if by_line and is_plain(path) else 1
     edges = [length * n // parts for n in range(parts)]
-    return [Span(a, b) for a, b in itertools.pairwise([*edges, None])]
+    return [Span(a, b) for a, b in zip(edges, [*edges[1:], None], strict=True)]
 
 
 def progress(stream: Iterable | None, path: Path) -> tqdm:
@@ -354,10 +354,10 @@ def quick_tables(block: bytes | None, quick) -> Iterator[tuple[bytes | None, pa.
 def quick_table(block: bytes | None, quick) -> pa.Table | None:
     if block is None:
         return None
-    return quick(b"\n".join(split_lines(block)) if b"\r" in block else block.removesuffix(b"\n"))
+    return quick(b"\n".join(plain_lines(block)) if b"\r" in block else block.removesuffix(b"\n"))
 
 
-def cut(block: bytes | None) -> list[bytes | None]:
+def cut(block: bytes | None) -> list[bytes] | list[None]:
     """A block in PIECES of whole lines: a line that is not plain makes few others slow."""
     if block is None:
         return [None]

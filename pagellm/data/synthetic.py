@@ -161,8 +161,8 @@ def make(users: int = 2000, items: int = 1000, seed: int = 0) -> SyntheticShop:
     likes_leaf = rng.normal(size=(users, len(LEAVES)))
     likes_brand = rng.normal(size=(users, n_brands)) * 0.25
     thrift = rng.gamma(2.0, 0.25, size=users)
-    amount = np.clip(RATINGS_PER_USER * rng.lognormal(-0.125, 0.5, size=users), 12, None)
-    amount = np.minimum(amount, 0.5 * items).astype(int)
+    wish = np.clip(RATINGS_PER_USER * rng.lognormal(-0.125, 0.5, size=users), 12, None)
+    amount = np.minimum(wish, 0.5 * items).astype(int)
     dearness = np.log(price) - np.log(price).mean()
 
     utility = np.empty((users, items))

@@ -62,4 +62,4 @@ def ids_of(table: pa.Table, column: str, path) -> list[str]:
         raise PageLLMError(
             f"{path}: column {column} is empty in {found.count(None):,} lines; want one in each"
         )
-    return found
+    return [name for name in found if name is not None]

@@ -115,9 +115,10 @@ def id_text(value, role: str) -> str:
     if isinstance(value, int | np.integer):
         return str(int(value))
     if isinstance(value, float | np.floating):
+        value = float(value)
         if abs(value) > EXACT:
             raise Broken(f"{role} is a float above 2^53, which no longer holds all digits")
-        return str(int(value)) if value == int(value) else repr(float(value))
+        return str(int(value)) if value == int(value) else repr(value)
     if isinstance(value, Decimal) and value.is_finite():
         return str(int(value)) if value == int(value) else format(value, "f")
     if isinstance(value, bytes):

@@ -61,7 +61,8 @@ class Where(NamedTuple):
         """Raises PageLLMError for text that is not of the form above."""
         if not text.strip():
             return cls("", ())
-        tokens, found, at = tokens_of(text), [[]], 0
+        found: list[list[Condition]] = [[]]
+        tokens, at = tokens_of(text), 0
         while at < len(tokens):
             condition, at = take(tokens, at)
             if condition is None or at < len(tokens) and tokens[at].lower() not in ("and", "or"):

@@ -130,7 +130,7 @@ def contents(catalogue: Catalogue, width: int = 64, seed: int = 0) -> np.ndarray
     length = np.sqrt(np.bincount(item, weight**2, n))
     value = torch.from_numpy(weight / length[item]).float()
     matrix = torch.sparse_coo_tensor(
-        np.stack([item, word]), value, (n, len(facts)), check_invariants=True
+        torch.from_numpy(np.stack([item, word])), value, (n, len(facts)), check_invariants=True
     ).coalesce()
     torch.manual_seed(int(randomness.rng(seed, "outcome", "contents").integers(2**31)))
     u, s, _ = torch.svd_lowrank(matrix, q=min(width, n, len(facts)), niter=3)
@@ -335,6 +335,9 @@ def by_turns(lists: list[np.ndarray], depth: int) -> np.ndarray:
 class Network(nn.Module):
     """Logit of a pick from F features: a linear part and two hidden layers beside it."""
 
+    mean: Tensor  # (F,)
+    std: Tensor  # (F,)
+
     def __init__(self, mean: Tensor, std: Tensor, width: int = 32):
         super().__init__()
         self.register_buffer("mean", mean)
@@ -382,8 +385,8 @@ def fit_network(
     AdamW; the rate rises for 50 steps and then falls to 0 in a line.
     """
     torch.manual_seed(int(randomness.rng(seed, "outcome", "network").integers(2**31)))
-    x, y = torch.from_numpy(x), torch.from_numpy(picked.astype(np.float32))
-    network = Network(x.mean(0), x.std(0) + 1e-6, width)
+    z, y = torch.from_numpy(x), torch.from_numpy(picked.astype(np.float32))
+    network = Network(z.mean(0), z.std(0) + 1e-6, width)
     rate = float(y.mean().clamp(1e-6, 1 - 1e-6))
     nn.init.constant_(network.line.bias, float(np.log(rate / (1 - rate))))
     opt = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay)
@@ -393,7 +396,7 @@ def fit_network(
         for at in torch.randperm(len(y))[: len(y) // batch * batch].split(batch):
             for group in opt.param_groups:
                 group["lr"] = lr * min(1.0, (step + 1) / 50) * (1 - step / steps)
-            loss = F.binary_cross_entropy_with_logits(network(x[at]), y[at])
+            loss = F.binary_cross_entropy_with_logits(network(z[at]), y[at])
             opt.zero_grad()
             loss.backward()
             opt.step()

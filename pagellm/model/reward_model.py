@@ -57,6 +57,9 @@ class RewardModel(nn.Module):
              the paper's heads
     """
 
+    token_mean: Tensor  # ()
+    page_mean: Tensor  # ()
+
     def __init__(self, trunk: Backbone, compare: bool = True):
         super().__init__()
         C = trunk.shape.n_embd

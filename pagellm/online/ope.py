@@ -559,7 +559,9 @@ def run(config: Config) -> dict[str, Value]:
                 "target_score": log.target_score,
             }
             with atomic(made.path / "log.parquet") as beside:
-                pq.write_table(pa.table({n: c.tolist() for n, c in columns.items()}), beside)
+                pq.write_table(
+                    pa.table({n: c.tolist() for n, c in columns.items() if c is not None}), beside
+                )
             out = made.path / "ope.json"
     found = estimates(log, config.min_ess)
     print(report(log, found, truth))

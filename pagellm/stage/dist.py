@@ -19,7 +19,7 @@ import os
 import resource
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -60,6 +60,8 @@ __all__ = [
     "world",
     "wrap",
 ]
+
+Rows = TypeVar("Rows", np.ndarray, Tensor)
 
 
 MODES = ("ddp", "fsdp")
@@ -191,7 +193,7 @@ def barrier() -> None:
         td.barrier()
 
 
-def shard(rows: np.ndarray) -> tuple[np.ndarray, bool]:
+def shard(rows: Rows) -> tuple[Rows, bool]:
     """This process's part of a batch: rows `rank`, `rank + world`, `rank + 2 world`, ...
 
     rows     (n,) or (n, ...), n >= 1, the same on every process

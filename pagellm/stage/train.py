@@ -358,6 +358,9 @@ class Objective(nn.Module):
         for name, module in modules.items():
             self.add_module(name, module)
 
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)  # for mypy: a module here is of any class
+
     def forward(self, *args: Any) -> Any:
         return self.loss(self, *args)
 
@@ -447,6 +450,17 @@ class Best:
         """Keep the module's weights whatever the score."""
         self.score, self.step = score, step
         self.weights = dist.weights(module, frozen=False)
+
+    def restore(self, module: nn.Module) -> None:
+        """Put the weights that were kept back into the module.
+
+        Raises PageLLMError if none were kept, since every score was not a number.
+        """
+        if self.weights is None:
+            raise PageLLMError(
+                "no validation gave a score, so no step is the best; see the losses in log.jsonl"
+            )
+        dist.load_weights(module, self.weights)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it; Best(**state) is the same object again."""
