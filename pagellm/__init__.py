@@ -18,8 +18,31 @@ Folders, from the ground up; each may import what stands before it:
     report      everything about a run in one HTML file
     storefront  a page of themed rows, with or without a model; nothing else imports it
     presets     options that were found for a data set
+    python      what `import pagellm` offers: prepare, fit, load (see docs/reference/python.md)
 
-This file imports nothing, so that `python -m pagellm.ppo` loads ppo once.
+This file imports nothing before a name is asked for, so that `import pagellm` is quick and
+`python -m pagellm.ppo` loads ppo once.
 """
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pagellm.python import Data, Model, fit, load, prepare
+    from pagellm.stage.config import PageLLMError
+
+__all__ = ["Data", "Model", "PageLLMError", "__version__", "fit", "load", "prepare"]
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """The names of `__all__`, taken from pagellm.python when they are first asked for."""
+    if name in __all__:
+        from pagellm import python
+
+        return getattr(python, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

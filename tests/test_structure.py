@@ -26,6 +26,7 @@ LAYERS = (
     {"baselines", "online"},
     {"report"},  # shows what all of them made
     {"storefront"},  # the second system; nothing imports it
+    {"python"},  # what `import pagellm` offers
     {"__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -40,7 +40,7 @@ from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic, write_json
 
-__all__ = ["Config", "parse_history", "run"]
+__all__ = ["Config", "dropped_histories", "parse_history", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,23 +205,29 @@ def show(config: Config) -> None:
 
 
 def everybody(recommender: Recommender, config: Config) -> list[Ask]:
-    """An Ask for every user of the data, then for those whom the k-core left out.
+    """An Ask for every user of the data, then for those whom the k-core left out."""
+    blank = Ask(None, (), config.k, config.mode, filters=filters_of(config))
+    asks = [replace(blank, user=name) for name in recommender.shop.user_ids]
+    left_out = dropped_histories(config.data_dir)
+    return asks + [replace(blank, user=u, history=h) for u, h in left_out.items()]
+
+
+def dropped_histories(data_dir: Path) -> dict[str, tuple[tuple[str, float], ...]]:
+    """user -> (item, rating or NaN), oldest first, of the users whom the k-core left out.
 
     These are in data/<dataset>/dropped.parquet, where prepare has written one: user_id, item_id
     and rating (null: none) of a row each, every user's rows together, oldest first. The model has
     no row for these users, so their pages follow from their histories alone.
     """
-    blank = Ask(None, (), config.k, config.mode, filters=filters_of(config))
-    asks = [replace(blank, user=name) for name in recommender.shop.user_ids]
-    path = config.data_dir / "dropped.parquet"
+    path = data_dir / "dropped.parquet"
     if not path.exists():
-        return asks
+        return {}
     table = pq.read_table(path, columns=["user_id", "item_id", "rating"])
-    histories: dict[str, list[tuple[str, float]]] = {}
+    found: dict[str, list[tuple[str, float]]] = {}
     for user, item, rating in zip(*(c.to_pylist() for c in table.columns), strict=True):
         event = (item, math.nan if rating is None else float(rating))
-        histories.setdefault(user, []).append(event)
-    return asks + [replace(blank, user=u, history=tuple(h)) for u, h in histories.items()]
+        found.setdefault(user, []).append(event)
+    return {user: tuple(history) for user, history in found.items()}
 
 
 def file_rows(recommender: Recommender, config: Config, asks: list[Ask]) -> pa.Table:

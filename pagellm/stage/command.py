@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pagellm.stage import hints
 from pagellm.stage.config import PageLLMError, help_text, parse
 
-__all__ = ["Interrupted", "Waiting", "deferred_signals", "main"]
+__all__ = ["Interrupted", "Waiting", "deferred_signals", "explain", "handled_signals", "main"]
 
 
 class Interrupted(BaseException):

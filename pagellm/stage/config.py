@@ -21,6 +21,7 @@ from pagellm.stage import presets
 __all__ = [
     "Options",
     "PageLLMError",
+    "as_words",
     "check",
     "check_numbers",
     "field_comments",

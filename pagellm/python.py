@@ -1,0 +1,617 @@
+"""What `import pagellm` offers: prepare, fit, load, and a model's pages and scores.
+
+    import pagellm
+
+    data = pagellm.prepare(orders, items=items, dataset="autumn")   # tables of any library
+    model = pagellm.fit(data, stages="sft")                         # or load("autumn"), later
+    pages = model.pages(users=["C00001"], k=20, price_max=30)       # an Arrow table
+    table = model.evaluate(versus="ALS")                            # an Arrow table, with intervals
+
+Nothing passes between these calls but directories, and they are those of the command line:
+data/<dataset> and runs/<run>/<stage>. So either side carries on what the other began, and finds the
+same presets. A stage that is done says so; one that was interrupted goes on where it stopped.
+
+Tables come in through Arrow's stream interface, and go out as `pyarrow.Table`, which pandas, polars
+and DuckDB read the same way: `pandas.DataFrame.from_arrow(pages)`, `polars.from_arrow(pages)`.
+
+Errors that you can correct are `pagellm.PageLLMError`. torch is loaded by the first call that needs
+it, not by the import.
+"""
+
+import difflib
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pagellm.stage import hints
+from pagellm.stage.command import Interrupted, explain, handled_signals
+from pagellm.stage.config import PageLLMError, as_words, parse
+
+if TYPE_CHECKING:  # these load torch or Arrow
+    import numpy as np
+    import pyarrow as pa
+
+    from pagellm.data.arrow import ArrowStream
+    from pagellm.serving.recommender import Ask, Recommender
+
+__all__ = ["Data", "Model", "NEEDS", "fit", "load", "prepare"]
+
+
+# Stage -> the stage that it reads, in the order in which they run.
+NEEDS = {"pretrain": "", "sft": "pretrain", "reward": "sft", "ppo": "reward", "compose": "sft"}
+LOG, ITEMS = "log.parquet", "items.parquet"  # what `prepare` keeps of tables, in data/raw/<dataset>
+Event = str | tuple[str, float]  # an item id, or an item id with its rating
+
+
+@dataclass(frozen=True)
+class Data:
+    """A prepared data set: the directory <data>/<dataset>, and what `prepare` noted about it."""
+
+    dataset: str
+    data: str = "data"
+
+    @property
+    def path(self) -> Path:
+        """The directory that holds it."""
+        return Path(self.data) / self.dataset
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """source.json: the files read, and the counts before and after each filter."""
+        from pagellm.data.shop import source
+
+        return source(self.path)
+
+    def __repr__(self) -> str:
+        counts = self.source["counts"]
+        return (
+            f"Data({str(self.path)!r}: {counts['users']:,} users, {counts['items']:,} items, "
+            f"{counts['interactions']:,} rows)"
+        )
+
+
+def prepare(
+    table: "ArrowStream | Mapping[str, Sequence] | str | Path | None" = None,
+    *,
+    items: "ArrowStream | Mapping[str, Sequence] | str | Path | None" = None,
+    dataset: str = "",
+    data: str | Path = "data",
+    **options: Any,
+) -> Data:
+    """Filter, number and split a log of interactions: `pagellm prepare`.
+
+    table    the log, with a user and an item column: a table of pandas, polars, DuckDB or Arrow,
+             or the path of a file or directory. None: the files of data/raw/<dataset>
+    items    the item table, of the same kinds; None: none, or what lies beside the log
+    dataset  the data set's name; empty: "shop", or "synthetic" where there is no table
+    data     directory of prepared data sets
+    options  those of `pagellm prepare`: split="temporal", user_column="customer", k_core=3
+
+    A table is kept in <data>/raw/<dataset>/log.parquet, its items in items.parquet beside it.
+    Raises PageLLMError for what cannot be read, and where other data have that name.
+    """
+    from pagellm.data import prepare as stage
+
+    dataset = dataset or ("synthetic" if table is None else "shop")
+    told = {"dataset": dataset, "data": str(data)}
+    if table is None and items is not None:
+        raise PageLLMError("items= without a table; give the log too")
+    if isinstance(table, str | Path):
+        told |= files_of(Path(table), items)
+    elif table is not None:
+        told |= kept_tables(table, items, dataset, Path(data) / "raw" / dataset)
+    if twice := sorted((told.keys() - {"dataset", "data"}) & options.keys()):
+        raise PageLLMError(f"{', '.join(twice)}: the table decides; leave it out")
+    config = configured(stage.Config, "prepare", told | options)
+    with as_a_command("prepare", stage.Config):
+        stage.run(config)
+    return Data(dataset, str(data))
+
+
+def files_of(table: Path, items: Any) -> dict[str, str]:
+    """The options that name files: a directory, or a log and perhaps an item table."""
+    table = table.expanduser()
+    if not table.exists():
+        raise PageLLMError(f"{table}: no such file or directory")
+    if not (items is None or isinstance(items, str | Path)):
+        raise PageLLMError("items: the log is a path, so want a path here too")
+    told = {"raw": str(table if table.is_dir() else table.parent)}
+    if table.is_file():
+        told["review_files"] = table.name
+        told["item_files"] = "none"
+    if items is not None:
+        told["item_files"] = str(Path(items).expanduser().absolute())
+    return told
+
+
+def kept_tables(table: Any, items: Any, dataset: str, folder: Path) -> dict[str, str]:
+    """Keep both tables as raw files -> the options that name these files."""
+    from pagellm.data.arrow import is_kept, keep, table_of
+
+    if dataset == "synthetic":
+        raise PageLLMError("dataset='synthetic' is the made-up shop; give the table another name")
+    log = table_of(table, "table")
+    if isinstance(items, str | Path):
+        raise PageLLMError("items: the log is a table, so want a table here too")
+    about = None if items is None else table_of(items, "items")
+    # What a failed call kept is nobody's yet.
+    replace = not (folder.parent.parent / dataset / "source.json").exists()
+    if about is None and (folder / ITEMS).exists() and replace and is_kept(folder / ITEMS):
+        (folder / ITEMS).unlink()
+    if about is None and (folder / ITEMS).exists():
+        raise PageLLMError(
+            f"{folder / ITEMS} holds the item table of an earlier call\n"
+            "  Give items= again, or choose another dataset=."
+        )
+    keep(log, folder / LOG, replace)
+    if about is not None:
+        keep(about, folder / ITEMS, replace)
+    return {"review_files": LOG} | ({} if about is None else {"item_files": ITEMS})
+
+
+def fit(
+    data: "Data | str",
+    *,
+    stages: str | Sequence[str] = "compose",
+    run: str = "",
+    runs: str | Path = "runs",
+    **options: Any,
+) -> "Model":
+    """Train: run stages, those first that they need, and load what they made.
+
+    data     what `prepare` returned, or the name of a prepared data set in ./data
+    stages   the last stages wanted: "sft", "ppo", "compose", or several, as in "ppo,compose"
+    run      name of the run; empty: the data set's name
+    runs     directory of runs
+    options  a stage's own by its name, ppo={"kl_coef": 0.02, "epochs": 1}; those that every stage
+             has by theirs, seed=1, device="cuda"
+
+    A stage that is done is not run again. Ctrl-C keeps a checkpoint; the same call carries on.
+    Raises PageLLMError as the command line does.
+    """
+    data = Data(data) if isinstance(data, str) else data
+    common, own = shared_and_own(options)
+    # Who proposes the items of composed pages; "none": the plain models alone.
+    proposes = own.get("compose", {}).get("policy", "sft")
+    wanted = in_order(stages, NEEDS | {"compose": "" if proposes == "none" else proposes})
+    told = {"dataset": data.dataset, "data": str(data.data), "runs": str(runs), "run": run}
+    # Every stage's options are read before the first one runs.
+    configs = {
+        name: configured(module_of(name).Config, name, told | common | own.get(name, {}))
+        for name in wanted
+    }
+    for name, config in configs.items():
+        module = module_of(name)
+        with as_a_command(name, module.Config):
+            module.run(config)
+    return load(run or data.dataset, runs=runs, device=common.get("device", "auto"))
+
+
+def in_order(stages: str | Sequence[str], needs: Mapping[str, str] = NEEDS) -> list[str]:
+    """The stages named and those before them, in the order in which they run.
+
+    needs  stage -> the stage that it reads, or ""
+    """
+    names = stages.split(",") if isinstance(stages, str) else list(stages)
+    wanted: set[str] = set()
+    for name in (name.strip() for name in names):
+        if name not in NEEDS:
+            raise PageLLMError(f"stages: no stage {name!r}; want some of {', '.join(NEEDS)}")
+        while name:
+            wanted.add(name)
+            name = needs.get(name, "")
+    return [name for name in NEEDS if name in wanted]
+
+
+def shared_and_own(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Options that every stage has, and stage -> its own. Raises PageLLMError for any other."""
+    from dataclasses import fields
+
+    from pagellm.stage.run import StageConfig
+
+    every = {f.name for f in fields(StageConfig)} - {"dataset", "data", "runs", "run"}
+    common, own = {}, {}
+    for name, value in options.items():
+        if name in NEEDS:
+            if not isinstance(value, Mapping):
+                raise PageLLMError(f"{name}={value!r}: want the stage's options, as in a dict")
+            own[name] = dict(value)
+        elif name in every:
+            common[name] = value
+        else:
+            near = difflib.get_close_matches(name, [*every, *NEEDS], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise PageLLMError(
+                f"no option {name!r} that every stage has{hint}\n"
+                f"  A stage's own options stand under its name: sft={{{name!r}: {value!r}}}"
+            )
+    return common, own
+
+
+def module_of(stage: str) -> Any:
+    """The module of a stage."""
+    import importlib
+
+    return importlib.import_module(f"pagellm.{stage}")
+
+
+def configured(cls: Any, verb: str, options: Mapping[str, Any]) -> Any:
+    """The Config that `pagellm <verb>` would have for these options, presets included.
+
+    Raises PageLLMError, which begins with the verb, for an option that is unknown or wrong.
+    """
+
+    def tell(line: str) -> None:
+        print(f"pagellm {verb}: {line}", file=sys.stderr, flush=True)
+
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        # "--name=value" takes any value, also one that looks like an option.
+        words = [
+            as_words({n: v}) if isinstance(v, bool) else f"--{n}={v}" for n, v in given.items()
+        ]
+        return parse(cls, words, f"pagellm {verb}", verb, tell)
+    except PageLLMError as error:
+        raise PageLLMError(f"{verb}: {error}") from None
+
+
+@contextmanager
+def as_a_command(verb: str, cls: Any) -> Iterator[None]:
+    """Ctrl-C waits for a checkpoint, and a full disk or memory is a PageLLMError, as in a shell."""
+    try:
+        with handled_signals():
+            yield
+    except Interrupted as stop:
+        saved = stop.saved or "nothing is half-written"
+        raise KeyboardInterrupt(f"{verb}: {saved}. The same call carries on.") from None
+    except PageLLMError:
+        raise
+    except Exception as error:
+        if text := explain(error, cls):
+            raise PageLLMError(f"{verb}: {text}") from error
+        raise
+
+
+def load(
+    run: str | Path = "synthetic",
+    *,
+    data: str | Path = "",
+    runs: str | Path = "runs",
+    device: str = "auto",
+    split: str = "none",
+) -> "Model":
+    """A run that was trained here or by the command line.
+
+    run     its name, or its directory
+    data    directory of prepared data sets; empty: the one it was trained on
+    split   rows that pages hide: none, for a shop; test or valid, for research
+    Raises PageLLMError if there is no such run.
+    """
+    if isinstance(run, Path) or "/" in run:
+        run, runs = Path(run).name, Path(run).parent
+    for stage in reversed(NEEDS):
+        made = Path(runs) / run / stage / "config.json"
+        if made.exists():
+            config = json.loads(made.read_text())["config"]
+            home = str(data) or config["data"]
+            return Model(run, Data(config["dataset"], home), str(runs), device, split)
+    have = sorted(p.parent.parent.name for p in Path(runs).glob("*/*/config.json"))
+    there = f"there are {', '.join(dict.fromkeys(have))}" if have else "there are none"
+    raise PageLLMError(f"no run {run!r} in {runs}; {there}\n  Make one with: pagellm.fit(data)")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A run's directory: it writes pages, and it is scored.
+
+    run, runs   the run's name, and the directory of runs
+    data        the prepared data that it was trained on
+    device      where pages are written
+    split       rows that pages hide, see `load`
+    """
+
+    run: str
+    data: Data
+    runs: str = "runs"
+    device: str = "auto"
+    split: str = "none"
+
+    @property
+    def path(self) -> Path:
+        """The run's directory."""
+        return Path(self.runs) / self.run
+
+    @cached_property
+    def recommender(self) -> "Recommender":
+        """What writes the pages, as in `pagellm serve`; read at the first use, then kept."""
+        from pagellm.serving.recommender import Recommender
+        from pagellm.serving.sources import Sources
+
+        return Recommender.load(Sources(**self.common(), device=self.device, split=self.split))
+
+    def common(self) -> dict[str, Any]:
+        """Where data and run are, as every Config names them."""
+        return {
+            "dataset": self.data.dataset,
+            "data": str(self.data.data),
+            "run": self.run,
+            "runs": self.runs,
+        }
+
+    def pages(
+        self,
+        users: str | Sequence[str] | None = None,
+        history: "Sequence[Event] | Mapping[str, Sequence[Event]] | ArrowStream | None" = None,
+        k: int = 20,
+        *,
+        policy: str = "",
+        mode: str = "",
+        exclude: Sequence[str] = (),
+        categories: Sequence[str] | None = None,
+        in_stock: Sequence[str] | None = None,
+        price_min: float | None = None,
+        price_max: float | None = None,
+        batch: int = 256,
+    ) -> "pa.Table":
+        """Pages of k slots, one row a slot.
+
+        users    whose, by the shop's own ids; None: of everybody, or of those in `history`
+        history  what is known beside the data, oldest first: item ids, or (id, rating) with
+                 ratings of 1 to 5, of one user or stranger; a dict user -> such a list; or a table
+                 with columns user, item and perhaps rating
+        policy   ppo, sft or another that the run has; empty: what `pagellm recommend` takes
+        mode     greedy, beam or one_shot; empty: as in `pagellm recommend`
+        exclude, categories, in_stock, price_min, price_max
+                 filters that hold in every slot; an item of unknown price fails a price filter
+        batch    pages written at once
+
+        returns  user, known, rank (from 1), item, title, category, price, score and reward.
+                 score is the log-probability of the item in its slot, in nats. reward is null
+                 without a reward model, user for a stranger without an id.
+
+        Raises PageLLMError for a wrong option. Unknown ids are no error: they are printed.
+        """
+        from pagellm.serving.filters import Filters
+        from pagellm.serving.recommender import Ask
+
+        as_filter = dict(exclude=ids_of(exclude), price_min=price_min, price_max=price_max)
+        as_filter |= {
+            name: None if value is None else ids_of(value)
+            for name, value in (("categories", categories), ("in_stock", in_stock))
+        }
+        if k < 1 or batch < 1:
+            raise PageLLMError(f"k={k}, batch={batch}: want 1 or more")
+        wanted = {"k": k, "policy": policy, "filters": Filters(**as_filter)}  # type: ignore[arg-type]
+        if mode:
+            from pagellm.model.policy import MODES
+
+            if mode not in MODES:
+                raise PageLLMError(f"mode={mode!r}: want {', '.join(MODES)}")
+            wanted["mode"] = mode
+        asks = [
+            Ask(user=user, history=events, **wanted)  # type: ignore[arg-type]
+            for user, events in self.asked(users, history)
+        ]
+        return page_table(self.recommender, asks, batch)
+
+    def asked(
+        self, users: Any, history: Any
+    ) -> list[tuple[str | None, tuple[tuple[str, float], ...]]]:
+        """(user, history) of every page wanted."""
+        if hasattr(history, "__arrow_c_stream__"):
+            history = histories_of(history)
+        if users is None and history is None:
+            from pagellm.serving.recommend import dropped_histories
+
+            everybody = {user: () for user in self.recommender.shop.user_ids}
+            return list((everybody | dropped_histories(self.data.path)).items())
+        if isinstance(history, Mapping):
+            known = {str(user): events_of(events) for user, events in history.items()}
+            names = list(known) if users is None else ids_of(users)
+            return [(user, known.get(user, ())) for user in names]
+        alone = () if history is None else events_of(history)
+        if users is None:
+            return [(None, alone)]
+        names = ids_of(users)
+        if alone and len(names) != 1:
+            raise PageLLMError(
+                f"one history for {len(names)} users; give a dict user -> history, or a table"
+            )
+        return [(user, alone) for user in names]
+
+    def evaluate(
+        self,
+        versus: str = "",
+        *,
+        split: str = "test",
+        baselines: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> "pa.Table":
+        """Every policy's pages, scored on held-out rows: `pagellm evaluate`.
+
+        versus     another row to compare with: a policy, or one of `pagellm baselines` such as
+                   "ALS", which are fitted if they are not there; empty: none
+        split      held-out rows that count as right: test or valid
+        baselines  options of `pagellm baselines`, where it has to run: {"models": "ALS"}
+        options    those of `pagellm evaluate`: k=10, policies="sft,ppo", quiet=True
+
+        returns    policy, metric, direction (up or down is better), mean, low, high, coverage and
+                   count; with `versus` also versus, difference, difference_low and difference_high:
+                   the policy minus that row over the same users. Intervals are of 95%, by bootstrap
+                   over users.
+
+        Raises PageLLMError for a row that is not there.
+        """
+        from pagellm import evaluate as stage
+
+        if split != "test" and versus and versus not in stage.LABELS:
+            raise PageLLMError(f"versus={versus!r}: plain rows are scored on test rows alone")
+        own = {"split": split, "policies": self.policies_there(), "device": self.device}
+        config = configured(stage.Config, "evaluate", self.common() | own | options)
+        with as_a_command("evaluate", stage.Config):
+            results = stage.run(config)
+        folder = self.path / "evaluate"
+        rows = {name: per_user_of(folder / name) for name in results if name in stage.LABELS}
+        other = rows.get(versus) if versus in rows else None
+        if versus and other is None:
+            other = self.plain_row(versus, baselines or {}, config.mask)
+        return score_table(results, rows, versus, other, config.seed, config.n_boot)
+
+    def policies_there(self) -> str:
+        """popularity and the policies that are done, as `pagellm evaluate` names them."""
+        done = [n for n in ("sft", "ppo", "compose") if (self.path / n / "done").exists()]
+        return ",".join(["popularity", *done])
+
+    def plain_row(self, name: str, options: Mapping[str, Any], mask: str) -> "dict[str, Any]":
+        """A row of `pagellm baselines`: metric -> (U,) scores, and `user`."""
+        from pagellm.baselines import compare
+
+        told = {**self.common(), "run": "", **options}
+        folder = Path(self.runs) / self.data.dataset / "baselines"
+        if not (folder / "done").exists():
+            config = configured(compare.Config, "baselines", told)
+            with as_a_command("baselines", compare.Config):
+                compare.run(config)
+        rows, made = compare.read_rows(folder)
+        if made["mask"] != mask:
+            raise PageLLMError(
+                f"{folder} was made with mask={made['mask']!r}, this run with {mask!r}"
+            )
+        if name not in rows:
+            raise PageLLMError(
+                f"versus={name!r}: no such row; there are popularity, sft, ppo, compose and, in "
+                f"{folder}, {', '.join(rows)}\n  Others need another "
+                f"{hints.command('baselines', self.data.dataset)}: remove {folder} first."
+            )
+        return rows[name]
+
+
+def ids_of(values: Any) -> tuple[str, ...]:
+    """Different ids as text: of one id, of a list, or of a column of any library."""
+    values = [values] if isinstance(values, str) else list(values)
+    return tuple(dict.fromkeys(str(v.as_py() if hasattr(v, "as_py") else v) for v in values))
+
+
+def events_of(events: Any) -> tuple[tuple[str, float], ...]:
+    """Item ids, or (id, rating), as (id, rating), where an unknown rating is NaN.
+
+    Raises PageLLMError for a rating outside of 1 to 5.
+    """
+    if isinstance(events, str):
+        raise PageLLMError(f"history={events!r}: want a list of item ids, or of (id, rating)")
+    out = []
+    for event in events:
+        item, rating = (event, math.nan) if isinstance(event, str | int) else tuple(event)
+        rating = math.nan if rating is None else float(rating)
+        if not (math.isnan(rating) or 1 <= rating <= 5):
+            raise PageLLMError(f"history: {item} has rating {rating}; want 1 to 5, or none")
+        out.append((str(item), rating))
+    return tuple(out)
+
+
+def histories_of(table: "ArrowStream") -> dict[str, list[tuple[str, float]]]:
+    """user -> history, from a table with columns user, item and perhaps rating, oldest first."""
+    from pagellm.data.arrow import storable, table_of
+
+    found = storable(table_of(table, "history"))
+    if missing := {"user", "item"} - set(found.column_names):
+        raise PageLLMError(
+            f"history: no column {', '.join(sorted(missing))}; there are "
+            f"{', '.join(found.column_names)}\n  Want user and item, and perhaps rating."
+        )
+    ratings = found["rating"].to_pylist() if "rating" in found.column_names else [None] * len(found)
+    out: dict[str, list[tuple[str, float]]] = {}
+    rows = zip(found["user"].to_pylist(), found["item"].to_pylist(), ratings, strict=True)
+    for user, item, rating in rows:
+        out.setdefault(str(user), []).append((item, rating))
+    return out
+
+
+def page_table(recommender: "Recommender", asks: "list[Ask]", batch: int) -> "pa.Table":
+    """Answer all asks, `batch` at once, with a progress bar if there are several batches."""
+    import pyarrow as pa
+    from tqdm import tqdm
+
+    rows: list[tuple] = []
+    unknown: dict[str, dict[str, None]] = {"items": {}, "categories": {}}
+    short = 0
+    parts = range(0, len(asks), batch)
+    for at in tqdm(parts, desc="pages", unit="batch", disable=len(parts) < 2):
+        for answer in recommender.answers(asks[at : at + batch]):
+            if isinstance(answer, PageLLMError):
+                raise answer
+            who, slots = answer["user"], answer["items"]
+            short += bool(answer["notes"])
+            for what, names in unknown.items():
+                names |= dict.fromkeys(answer["unknown"][what])
+            rows += [(who["id"], who["known"], *(s[name] for name in SLOT)) for s in slots]
+    for what, names in unknown.items():
+        if names:
+            more = ", ..." if len(names) > 10 else ""
+            print(f"pages: unknown {what}: {', '.join(list(names)[:10])}{more}", flush=True)
+    if short:
+        print(
+            f"pages: {short:,} of {len(asks):,} pages are short: no more items pass the filters",
+            flush=True,
+        )
+    kinds = [pa.string(), pa.bool_(), pa.int32(), pa.string(), pa.string(), pa.string()]
+    kinds += [pa.float64()] * 3
+    columns = list(zip(*rows, strict=True)) or [()] * len(kinds)
+    names_ = ["user", "known", "rank", "item", "title", "category", "price", "score", "reward"]
+    return pa.table(
+        {n: pa.array(c, kind) for n, c, kind in zip(names_, columns, kinds, strict=True)}
+    )
+
+
+# Fields of a slot, in the order of the table's columns.
+SLOT = ("rank", "item", "title", "category", "price", "score", "token_reward")
+
+
+def per_user_of(folder: Path) -> "dict[str, np.ndarray]":
+    """Every user's scores of a policy, as `evaluate` wrote them."""
+    from pagellm.pages.tables import per_user
+
+    return per_user(folder / "per_user.parquet")
+
+
+def score_table(
+    results: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    rows: "Mapping[str, Mapping[str, np.ndarray]]",
+    versus: str,
+    other: "Mapping[str, np.ndarray] | None",
+    seed: int,
+    n_boot: int,
+) -> "pa.Table":
+    """One row for each policy and metric; with `other` the paired difference to that row too."""
+    import numpy as np
+    import pyarrow as pa
+
+    from pagellm.pages import metrics, stats
+    from pagellm.pages.tables import ALL_COLUMNS
+
+    records = []
+    for name, scores in rows.items():
+        for metric in [m for m in ALL_COLUMNS if m in results[name]]:
+            found = results[name][metric]
+            direction = metrics.DIRECTION.get(metric, "up")
+            record: dict[str, Any] = {"policy": name, "metric": metric, "direction": direction}
+            record |= {n: found[n] for n in ("mean", "low", "high", "coverage", "count")}
+            if other is not None:
+                if not np.array_equal(scores["user"], other["user"]):
+                    raise PageLLMError(f"{versus} was scored on other users than {name}")
+                gap = (
+                    stats.paired(scores[metric], other[metric], seed, n_boot)
+                    if metric in other
+                    else dict.fromkeys(("mean", "low", "high"))
+                )
+                record["versus"] = versus
+                record["difference"] = gap["mean"]
+                record |= {f"difference_{n}": gap[n] for n in ("low", "high")}
+            records.append(record)
+    return pa.Table.from_pylist(records)
