@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,14 +23,15 @@ from torch import Tensor, nn
 
 from pagellm.data.shop import Shop, load, source
 from pagellm.kernels.logprob import linear_logp
-from pagellm.model import gpt2, lora, networks
+from pagellm.model import gpt2, llama, lora, networks
 from pagellm.model.backbone import Backbone
 from pagellm.model.corpus import KINDS, Corpus, Tokens, texts
-from pagellm.model.networks import SIZES, load_published, to_state
+from pagellm.model.networks import SIZES, load_published, published_shape, to_state
 from pagellm.model.prompts import Example, Prompts, right_pad
 from pagellm.model.rows import als_rows, spectral_rows
 from pagellm.model.sampled_softmax import Candidates, Proposal, sampled_logp
 from pagellm.model.vocab import Vocab
+from pagellm.model.weights import folder_of
 from pagellm.stage import dist, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
@@ -59,13 +60,14 @@ BUCKETS = 4
 class Config(TrainingConfig):
     """Pre-train the language model on what the shop knows about items, opinions and choices."""
 
-    size: str = "tiny"  # shape of the network: nano, tiny, mini, wide, wider, small,
+    size: str = "auto"  # shape of the network: nano, tiny, mini, wide, wider, small,
     # gpt2, gpt2-medium, -large, -xl; Llama: llama-nano, -tiny, -mini, -small, llama-3.2-1b,
-    # llama-3.2-3b
-    weights: str = ""  # published weights: a file, a directory (shards too) or a name on the hub;
-    # empty: none
-    bpe: str = ""  # the words published with them: a tokenizer.json, or a directory with it or with
-    # GPT-2's encoder.json and vocab.bpe; empty: words learnt from the shop
+    # llama-3.2-3b; auto: that of the published weights, by their config.json; without them tiny
+    weights: str = ""  # published weights of a GPT-2, Llama, Qwen2 or Qwen3: a directory (shards
+    # too), a file or a name on the hub; empty: none
+    bpe: str = ""  # the words of published weights: a tokenizer.json, or a directory with it or
+    # with GPT-2's encoder.json and vocab.bpe; empty: those beside the weights; without weights:
+    # words learnt from the shop
     words: int = 2048  # words to learn when bpe is empty, at least 256
     times: int = 0  # time tokens: page prompts then show which of so many periods it is; 0: none
     rows: str = "spectral"  # start of user and item rows:
@@ -108,11 +110,18 @@ class Config(TrainingConfig):
     use_review: bool = False  # show the review in the rating prompt; it then reads sentiment,
     # not taste
 
+    # What a preset says of these gives way to --weights.
+    PRESET_YIELDS: ClassVar[dict[str, tuple[str, ...]]] = {"weights": ("size",)}
+
     def __post_init__(self):
         super().__post_init__()
+        if self.size == "auto" and not self.weights:
+            object.__setattr__(self, "size", "tiny")  # what is recorded says what was built
+        named = self.size in SIZES
+        room = SIZES[self.size].n_ctx if named else math.inf
         check(
             self,
-            size=(self.size in SIZES, f"one of {', '.join(SIZES)}"),
+            size=(named or self.size == "auto", f"auto, or one of {', '.join(SIZES)}"),
             rows=(self.rows in ("spectral", "als", "random"), "spectral, als or random"),
             alpha0=(self.alpha0 > 0, "above 0"),
             reg=(self.reg > 0, "above 0"),
@@ -129,8 +138,8 @@ class Config(TrainingConfig):
             batch=(self.batch > 0, "1 or more"),
             rating_batch=(self.rating_batch > 0, "1 or more"),
             max_tokens=(
-                16 <= self.max_tokens <= SIZES.get(self.size, SIZES["tiny"]).n_ctx,
-                f"16 to {SIZES.get(self.size, SIZES['tiny']).n_ctx}, the context of {self.size}",
+                16 <= self.max_tokens <= room,
+                f"16 to {room}, the context of {self.size}" if named else "at least 16",
             ),
             lr=(self.lr > 0, "above 0"),
             lora_alpha=(self.lora_alpha > 0, "above 0"),
@@ -141,7 +150,10 @@ class Config(TrainingConfig):
             dropout=(0 <= self.dropout < 1, "0 or more, below 1"),
             **{kind: (getattr(self, kind) >= 0, "0 or more") for kind in (*KINDS, "rating")},
         )
-        lora.parse_targets(self.lora_targets, networks.trunk_of(SIZES[self.size]).TARGETS)
+        known = gpt2.GPT2.TARGETS | llama.Llama.TARGETS
+        if named:
+            known = networks.trunk_of(SIZES[self.size]).TARGETS
+        lora.parse_targets(self.lora_targets, known)
 
 
 class RatingHead(nn.Module):
@@ -187,7 +199,8 @@ def next_token_loss(
     states, target = torch.cat(of_states), torch.cat(of_target)
     over = np.concatenate(of_over)
     total = states.new_zeros((), dtype=torch.float32)
-    for rows, begin, chosen in ((model.word[:n_words], 0, ~over), (model.item, first, over)):
+    scored = (model.word if model.word_out is None else model.word_out)[:n_words]
+    for rows, begin, chosen in ((scored, 0, ~over), (model.item, first, over)):
         at = torch.from_numpy(np.flatnonzero(chosen))
         if not len(at):
             continue
@@ -258,6 +271,8 @@ def pretrain_loss(
     """
     vocab = prompts.vocab
     loss = next_token_loss(both.model, examples, vocab.pad, vocab.n_words, draw, buckets)
+    if both.model.word_out is not None and dist.world() > 1:  # as dist.idle, in a step without text
+        loss = loss + 0.0 * both.model.word_out.sum()
     (loss,) = shared_means([(loss, sum(sum(e.mask) for e in examples))], some_text)
     if rated is None:
         return loss, loss.new_zeros(()) + dist.idle(both.head)
@@ -268,19 +283,21 @@ def pretrain_loss(
 
 def build(config: Config, shop: Shop) -> tuple[Backbone, RatingHead, Vocab]:
     """The vocabulary and the network before its first step."""
-    if config.bpe:
-        vocab = Vocab.published(config.bpe, shop.n_users, shop.n_items, config.times)
+    beside = folder_of(config.weights) if config.weights else None
+    bpe = config.bpe or beside
+    if bpe:
+        vocab = Vocab.published(bpe, shop.n_users, shop.n_items, config.times)
     else:
         vocab = Vocab.train(texts(shop), shop.n_users, shop.n_items, config.words, config.times)
-    if config.weights and not config.bpe:
-        raise PageLLMError(
-            "published weights know their own words only: give --bpe <tokenizer.json or directory> "
-            "with --weights"
-        )
+    size = config.size
+    if size == "auto":
+        size = published_shape(config.weights)
+        say(f"{config.weights} is a {described(size)}")
+        if config.max_tokens > size.n_ctx:
+            say(f"examples are cut at {size.n_ctx} tokens, its context")
     seed_torch(config.seed, "pretrain", "start")
-    model = networks.build(
-        config.size, vocab.n_words + vocab.n_specials, shop.n_users, shop.n_items, config.dropout
-    )
+    n_words = vocab.n_words + vocab.n_specials
+    model = networks.build(size, n_words, shop.n_users, shop.n_items, config.dropout)
     model.checkpoint_blocks = config.checkpoint_blocks
     head = RatingHead(model.shape.n_embd)
     if config.rows != "random":
@@ -305,12 +322,35 @@ def build(config: Config, shop: Shop) -> tuple[Backbone, RatingHead, Vocab]:
         assert isinstance(model, gpt2.GPT2)  # Config refuses it for others
         model.pool()
     if config.weights:
-        load_published(model, config.weights, vocab.n_words)
+        together = beside is not None and is_within(bpe, beside)
+        if spare := load_published(model, config.weights, vocab.n_words, spare=together):
+            say(f"{spare} word rows of {config.weights} have no word and were left out")
     if config.lora_rank:
         lora.adapt(
             model, config.lora_rank, config.lora_alpha, config.lora_targets, vocab.n_specials
         )
     return model, head, vocab
+
+
+def say(line: str) -> None:
+    """Print what was decided for the user, once."""
+    if dist.is_main():
+        print(f"pretrain: {line}")
+
+
+def described(shape) -> str:
+    """A published shape in a few words."""
+    kind = shape.kind if isinstance(shape, llama.Shape) else "gpt2"
+    return (
+        f"{kind}: {shape.n_layer} layers, {shape.n_embd} channels, {shape.n_head} heads "
+        f"({shape.n_kv_head} of keys), a context of {shape.n_ctx}"
+    )
+
+
+def is_within(bpe: str | Path | None, folder: Path) -> bool:
+    """Whether the words are those that lie beside the weights."""
+    path = Path(bpe or "").resolve()
+    return folder.resolve() in (path, path.parent)
 
 
 class TextBatches:
@@ -380,7 +420,7 @@ def run(config: Config) -> None:
         # Counted from the whole batch: FSDP needs as many forward passes on every process.
         buckets = max(1, min(BUCKETS, config.batch // dist.world()))
         both = Objective(partial(pretrain_loss, buckets=buckets), model=model, head=head).to(device)
-        prompts = Prompts(vocab, config.max_tokens)
+        prompts = Prompts(vocab, min(config.max_tokens, model.shape.n_ctx))
         ordered = source(config.data_dir)["config"].get("split") == "temporal"
         corpus = Corpus(shop, prompts, ordered=ordered, path=out.path / "tokens")
         batches = TextBatches(config, shop, corpus, device)

@@ -80,6 +80,7 @@ class Backbone(nn.Module):
 
     h: nn.ModuleList
     ln_f: nn.Module
+    word_out: nn.Parameter | None
     special: nn.Parameter | None
     gate: nn.Parameter | None
 
@@ -88,6 +89,10 @@ class Backbone(nn.Module):
         self.shape = shape
         self.n_words, self.n_users, self.n_items = n_words, n_users, n_items
         self.word = nn.Parameter(torch.empty(n_words, shape.n_embd))
+        # rows that words and special tokens are scored against; None: `word` itself
+        self.register_parameter(
+            "word_out", None if shape.tied else nn.Parameter(torch.empty(n_words, shape.n_embd))
+        )
         # the last rows of `word`, once these are frozen (lora.adapt)
         self.register_parameter("special", None)
         self.user = nn.Parameter(torch.empty(n_users, shape.n_embd))
@@ -107,7 +112,7 @@ class Backbone(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
                 weight.zero_()
-            elif ".ln_" in f".{name}":
+            elif weight.ndim == 1:  # norms
                 weight.fill_(1.0)
             else:
                 residual = any(part in name for part in self.RESIDUAL)
@@ -220,8 +225,13 @@ class Backbone(nn.Module):
 
     def word_logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., n_words) in float32, against words and special tokens."""
-        rows = self.word if self.special is None else torch.cat([self.word, self.special])
-        return hidden.float() @ rows.float().T
+        return hidden.float() @ self.scored_words().float().T
+
+    def scored_words(self) -> Tensor:
+        """Rows (n_words, C) that words and special tokens are scored against."""
+        if self.word_out is not None:
+            return self.word_out
+        return self.word if self.special is None else torch.cat([self.word, self.special])
 
     @staticmethod
     def published_name(name: str) -> str:

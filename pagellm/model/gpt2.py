@@ -21,12 +21,20 @@ __all__ = ["GPT2", "SIZES", "Shape"]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a GPT-2: layers, heads, channels, and tokens of the context."""
+    """Sizes of a GPT-2: layers, heads, channels, and tokens of the context.
+
+    n_inner  width inside the MLP; 0: 4 n_embd
+    eps      added to the variance in the norms
+    tied     words are scored against their input rows; False: against rows of their own
+    """
 
     n_layer: int
     n_head: int
     n_embd: int
     n_ctx: int
+    n_inner: int = 0
+    eps: float = 1e-5
+    tied: bool = True
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -82,12 +90,13 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with GELU, four times as wide inside."""
+    """Two layers with GELU, as a rule four times as wide inside."""
 
     def __init__(self, shape: Shape, dropout: float):
         super().__init__()
-        self.c_fc = nn.Linear(shape.n_embd, 4 * shape.n_embd)
-        self.c_proj = nn.Linear(4 * shape.n_embd, shape.n_embd)
+        inner = shape.n_inner or 4 * shape.n_embd
+        self.c_fc = nn.Linear(shape.n_embd, inner)
+        self.c_proj = nn.Linear(inner, shape.n_embd)
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,9 +108,9 @@ class Block(nn.Module):
 
     def __init__(self, shape: Shape, dropout: float):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(shape.n_embd, eps=1e-5)
+        self.ln_1 = nn.LayerNorm(shape.n_embd, eps=shape.eps)
         self.attn = Attention(shape, dropout)
-        self.ln_2 = nn.LayerNorm(shape.n_embd, eps=1e-5)
+        self.ln_2 = nn.LayerNorm(shape.n_embd, eps=shape.eps)
         self.mlp = MLP(shape, dropout)
 
     def forward(
@@ -149,7 +158,7 @@ class GPT2(Backbone):
         self.wpe = nn.Parameter(torch.empty(shape.n_ctx, shape.n_embd))
         self.drop = nn.Dropout(dropout)
         self.h = nn.ModuleList(Block(shape, dropout) for _ in range(shape.n_layer))
-        self.ln_f = nn.LayerNorm(shape.n_embd, eps=1e-5)
+        self.ln_f = nn.LayerNorm(shape.n_embd, eps=shape.eps)
         self.reset(generator)
 
     def enter(self, rows: Tensor, position: Tensor) -> tuple[Tensor, tuple]:
@@ -190,6 +199,8 @@ class GPT2(Backbone):
             "n_head": shape.n_head,
             "n_embd": shape.n_embd,
             "n_positions": shape.n_ctx,
-            "layer_norm_epsilon": 1e-5,
+            "n_inner": shape.n_inner or None,
+            "layer_norm_epsilon": shape.eps,
             "activation_function": "gelu_new",
+            "tie_word_embeddings": shape.tied,
         }

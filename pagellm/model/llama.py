@@ -3,8 +3,10 @@
     model = Llama(SIZES["llama-tiny"], n_words=2057, n_users=2000, n_items=1000)
 
 It has root mean square norms, rotary positions with Llama 3's scaling, grouped-query attention,
-SwiGLU, no biases, and tied embeddings. Its methods are those of backbone.Backbone, as GPT-2's are.
-Published weights can be loaded from one file or from shards (`networks.load_published`).
+SwiGLU, no biases, and tied embeddings. Options of its shape make it Qwen2 (biases of queries, keys
+and values) or Qwen3 (norms of queries and keys). Its methods are those of backbone.Backbone, as
+GPT-2's are. Published weights can be loaded from one file or from shards
+(`networks.load_published`).
 """
 
 import math
@@ -24,12 +26,17 @@ __all__ = ["LLAMA3", "Llama", "RMSNorm", "SIZES", "Shape", "frequencies", "rotat
 class Shape:
     """Sizes of a Llama.
 
-    n_head     heads of queries
-    n_kv_head  heads of keys and values, each shared by n_head / n_kv_head heads of queries
-    n_hidden   width inside the MLP
-    theta      base of the rotary frequencies
-    scaling    (factor, low, high, original context) as in `frequencies`; None: no scaling
-    eps        added to the mean square in the norms
+    n_head      heads of queries
+    n_kv_head   heads of keys and values, each shared by n_head / n_kv_head heads of queries
+    n_hidden    width inside the MLP
+    theta       base of the rotary frequencies
+    scaling     as in `frequencies`; None: no scaling
+    eps         added to the mean square in the norms
+    n_head_dim  width of a head; 0: n_embd / n_head
+    qkv_bias, o_bias, mlp_bias   biases of queries, keys and values, of attention's output, of the
+                MLP's three matrices
+    qk_norm     norms of queries and keys, a head at a time, before they are rotated
+    tied        words are scored against their input rows; False: against rows of their own
     """
 
     n_layer: int
@@ -39,11 +46,18 @@ class Shape:
     n_hidden: int
     n_ctx: int
     theta: float = 10_000.0
-    scaling: tuple[float, float, float, int] | None = None
+    scaling: tuple[float, ...] | None = None
     eps: float = 1e-5
+    n_head_dim: int = 0
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = True
 
     def __post_init__(self):
-        if self.n_embd % self.n_head or self.n_head % self.n_kv_head or self.head_dim % 2:
+        whole = bool(self.n_head_dim) or self.n_embd % self.n_head == 0
+        if not whole or self.n_head % self.n_kv_head or self.head_dim % 2:
             raise ValueError(
                 f"n_embd={self.n_embd}, n_head={self.n_head}, n_kv_head={self.n_kv_head}: want "
                 "each a multiple of the next, and an even width of a head"
@@ -51,7 +65,14 @@ class Shape:
 
     @property
     def head_dim(self) -> int:
-        return self.n_embd // self.n_head
+        return self.n_head_dim or self.n_embd // self.n_head
+
+    @property
+    def kind(self) -> str:
+        """The model_type under which such a network is published."""
+        if self.qk_norm:
+            return "qwen3"
+        return "qwen2" if self.qkv_bias and not self.o_bias else "llama"
 
 
 LLAMA3: dict[str, Any] = {"theta": 500_000.0, "scaling": (32.0, 1.0, 4.0, 8192)}
@@ -67,12 +88,11 @@ SIZES = {
 }
 
 
-def frequencies(
-    head_dim: int, theta: float, scaling: tuple[float, float, float, int] | None = None
-) -> Tensor:
+def frequencies(head_dim: int, theta: float, scaling: tuple[float, ...] | None = None) -> Tensor:
     """Radians a position of each pair of channels, (D / 2,) float32: theta^(-2 i / D).
 
-    scaling  (factor, low, high, original): waves longer than original / low are slowed by factor,
+    scaling  (factor,): all waves are slowed by factor
+             (factor, low, high, original): waves longer than original / low are slowed by factor,
              waves shorter than original / high stay, those between are blended
 
     Source: the Llama 3.1 release.
@@ -80,6 +100,8 @@ def frequencies(
     plain = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
     if scaling is None:
         return plain
+    if len(scaling) == 1:
+        return plain / scaling[0]
     factor, low, high, original = scaling
     turns = original * plain / (2 * math.pi)  # of each wave over the original context
     keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -117,11 +139,14 @@ class Attention(nn.Module):
             shape.head_dim,
             dropout,
         )
-        C, narrow = shape.n_embd, shape.n_kv_head * shape.head_dim
-        self.q_proj = nn.Linear(C, C, bias=False)
-        self.k_proj = nn.Linear(C, narrow, bias=False)
-        self.v_proj = nn.Linear(C, narrow, bias=False)
-        self.o_proj = nn.Linear(C, C, bias=False)
+        C, D = shape.n_embd, shape.head_dim
+        wide, narrow = shape.n_head * D, shape.n_kv_head * D
+        self.q_proj = nn.Linear(C, wide, bias=shape.qkv_bias)
+        self.k_proj = nn.Linear(C, narrow, bias=shape.qkv_bias)
+        self.v_proj = nn.Linear(C, narrow, bias=shape.qkv_bias)
+        self.o_proj = nn.Linear(wide, C, bias=shape.o_bias)
+        self.q_norm = RMSNorm(D, shape.eps) if shape.qk_norm else None
+        self.k_norm = RMSNorm(D, shape.eps) if shape.qk_norm else None
         self.drop = nn.Dropout(dropout)
 
     def forward(
@@ -135,11 +160,13 @@ class Attention(nn.Module):
         first: int = 0,
     ) -> Tensor:
         """x (B, T, C) -> (B, T - first, C): what the columns from `first` on see."""
-        B, T, C = x.shape
+        B, T, _ = x.shape
         q, k, v = (
             of(z).view(B, z.shape[1], -1, self.head_dim).transpose(1, 2)
             for of, z in ((self.q_proj, x[:, first:]), (self.k_proj, x), (self.v_proj, x))
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos[:, :, first:], sin[:, :, first:]), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
@@ -149,7 +176,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=allowed, dropout_p=p, is_causal=allowed is None
         )
-        return self.drop(self.o_proj(y.transpose(1, 2).reshape(B, T - first, C)))
+        return self.drop(self.o_proj(y.transpose(1, 2).reshape(B, T - first, -1)))
 
 
 class MLP(nn.Module):
@@ -157,9 +184,10 @@ class MLP(nn.Module):
 
     def __init__(self, shape: Shape, dropout: float):
         super().__init__()
-        self.gate_proj = nn.Linear(shape.n_embd, shape.n_hidden, bias=False)
-        self.up_proj = nn.Linear(shape.n_embd, shape.n_hidden, bias=False)
-        self.down_proj = nn.Linear(shape.n_hidden, shape.n_embd, bias=False)
+        bias = shape.mlp_bias
+        self.gate_proj = nn.Linear(shape.n_embd, shape.n_hidden, bias=bias)
+        self.up_proj = nn.Linear(shape.n_embd, shape.n_hidden, bias=bias)
+        self.down_proj = nn.Linear(shape.n_hidden, shape.n_embd, bias=bias)
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -240,8 +268,10 @@ class Llama(Backbone):
 
     @staticmethod
     def published_config(shape: Shape) -> dict:
-        scaling = None
-        if shape.scaling is not None:
+        scaling: dict[str, Any] | None = None
+        if shape.scaling is not None and len(shape.scaling) == 1:
+            scaling = {"rope_type": "linear", "factor": shape.scaling[0]}
+        elif shape.scaling is not None:
             names = (
                 "factor",
                 "low_freq_factor",
@@ -250,7 +280,7 @@ class Llama(Backbone):
             )
             scaling = {"rope_type": "llama3", **dict(zip(names, shape.scaling, strict=True))}
         return {
-            "model_type": "llama",
+            "model_type": shape.kind,
             "num_hidden_layers": shape.n_layer,
             "num_attention_heads": shape.n_head,
             "num_key_value_heads": shape.n_kv_head,
@@ -262,7 +292,7 @@ class Llama(Backbone):
             "rope_scaling": scaling,
             "rms_norm_eps": shape.eps,
             "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "tie_word_embeddings": True,
+            "attention_bias": shape.qkv_bias,
+            "mlp_bias": shape.mlp_bias,
+            "tie_word_embeddings": shape.tied,
         }

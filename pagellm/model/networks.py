@@ -1,11 +1,12 @@
 """A backbone from the name of its size, from a saved state, and with published weights in it.
 
 model = build("llama-tiny", n_words=2057, n_users=2000, n_items=1000)
+model = build(published_shape("models/Llama-3.2-1B"), n_words=128_265, n_users=2000, n_items=1000)
 load_published(model, "models/Llama-3.2-1B", n_words=128_256)
 model = from_state(to_state(model))
 """
 
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from pagellm.model import gpt2, llama
 from pagellm.model.backbone import Backbone
 from pagellm.model.lora import adapt, is_merged
+from pagellm.model.published import compare, shape_of, trunk_of
 from pagellm.model.weights import read_weights, write_weights
 from pagellm.stage import dist
 from pagellm.stage.config import PageLLMError
@@ -24,6 +26,7 @@ __all__ = [
     "build",
     "from_state",
     "load_published",
+    "published_shape",
     "save_published",
     "to_state",
     "trunk_of",
@@ -31,21 +34,40 @@ __all__ = [
 
 
 SIZES = gpt2.SIZES | llama.SIZES
+ARCHITECTURES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 TRUNKS: dict[str, tuple[Any, Any]] = {
     "gpt2": (gpt2.GPT2, gpt2.Shape),
     "llama": (llama.Llama, llama.Shape),
 }
 
 
-def trunk_of(shape) -> type[Backbone]:
-    """The class of network that a shape belongs to."""
-    return next(trunk for trunk, kind in TRUNKS.values() if type(shape) is kind)
+def build(size: Any, n_words: int, n_users: int, n_items: int, dropout: float = 0.1) -> Backbone:
+    """A new network, randomly initialised. size: a name in SIZES, or a shape."""
+    shape = SIZES[size] if isinstance(size, str) else size
+    return trunk_of(shape)(shape, n_words, n_users, n_items, dropout)
 
 
-def build(size: str, n_words: int, n_users: int, n_items: int, dropout: float = 0.1) -> Backbone:
-    """A new network of a size in SIZES, randomly initialised."""
-    trunk = trunk_of(SIZES[size])
-    return trunk(SIZES[size], n_words, n_users, n_items, dropout)  # type: ignore[call-arg]
+def published_shape(source: str | Path) -> Any:
+    """The shape of published weights, from their config.json.
+
+    Raises PageLLMError as `shape_of` and `read_weights` do.
+    """
+    weights, config = read_weights(source)
+    return shape_of(config, source, head="lm_head.weight" in weights)
+
+
+def plain_shape(shape: Any) -> dict[str, Any]:
+    """The fields of a shape that differ from their defaults, or have none.
+
+    So a file does not change when a shape gets a further field.
+    """
+    values = {f.name: getattr(shape, f.name) for f in fields(shape)}
+    return {f.name: values[f.name] for f in fields(shape) if values[f.name] != f.default}
 
 
 def to_state(model: Backbone) -> dict:
@@ -57,7 +79,7 @@ def to_state(model: Backbone) -> dict:
     if is_merged(model):
         raise ValueError("to_state: unmerge the adapters first")
     state: dict[str, Any] = {
-        "shape": asdict(model.shape),
+        "shape": plain_shape(model.shape),
         "rows": [model.n_words, model.n_users, model.n_items],
         "weights": dist.weights(model),
     }
@@ -82,6 +104,8 @@ def from_state(state: dict, dropout: float = 0.0) -> Backbone:
         model.add_gate()
     if "lora" in state:
         adapt(model, **state["lora"])
+    if model.word_out is not None:  # no stage behind pre-training scores words
+        model.word_out.requires_grad_(False)
     model.load_state_dict(state["weights"])
     return model
 
@@ -89,55 +113,108 @@ def from_state(state: dict, dropout: float = 0.0) -> Backbone:
 def published(model: Backbone) -> dict[str, Tensor]:
     """Published name -> parameter, of trunk and words."""
     return {
-        model.PREFIX + model.published_name(name): weight
+        "lm_head.weight"
+        if name == "word_out"
+        else model.PREFIX + model.published_name(name): weight
         for name, weight in model.named_parameters()
         if name not in ("user", "item", "special", "gate") and ".lora_" not in name
     }
 
 
 @torch.no_grad()
-def load_published(model: Backbone, source: str | Path, n_words: int | None = None) -> None:
+def load_published(
+    model: Backbone, source: str | Path, n_words: int | None = None, spare: bool = False
+) -> int:
     """Copy published weights into the trunk and the first word rows.
 
     Special tokens, users and items keep their rows.
 
     source   as for weights.read_weights
     n_words  words that the tokeniser knows; None: as many rows as the file has
+    spare    the file may have more rows than n_words: many models round their number up. Right
+             where tokeniser and weights were published together
+    returns  rows of the file without a word, which were left out
     Raises PageLLMError if a weight is missing, unknown, or of another shape, if config.json states
-    another shape or arithmetic, or if the output rows are not the input rows.
+    another shape or arithmetic, or if the output rows do not go with it.
     """
     if model.lora is not None:
         raise ValueError("load_published: load first, then adapt")
     weights, config = read_weights(source)
-    check_config(model, config, source)
+    if config:
+        kind = trunk_of(model.shape).published_config(model.shape)["model_type"]
+        compare(
+            shape_of(said(config, model.shape), source, kind, not model.shape.tied),
+            model.shape,
+            source,
+        )
     prefix = model.PREFIX
     weights = {
         name if name.startswith(("lm_head.", prefix)) else prefix + name: w
         for name, w in weights.items()
         if not name.endswith(model.UNUSED)
     }
-    ours = published(model)
     rows = prefix + model.published_name("word")
-    head, words = weights.pop("lm_head.weight", None), weights.get(rows)
-    if (
-        words is None
-        or words.ndim != 2
-        or words.shape[1] != model.shape.n_embd
-        or len(words) > model.n_words
-    ):
+    words = weights.get(rows)
+    if words is None or words.ndim != 2 or words.shape[1] != model.shape.n_embd:
         shape = None if words is None else tuple(words.shape)
         raise PageLLMError(
             f"{source}: word rows {shape} do not fit {model.n_words} x {model.shape.n_embd}"
         )
-    if n_words is not None and len(words) != n_words:
+    taken = len(words) if n_words is None else n_words
+    if taken > len(words) or taken > model.n_words or (taken < len(words) and not spare):
         raise PageLLMError(
-            f"{source} has {len(words)} word rows, the tokeniser knows {n_words} words: these are "
-            "not of one model; give --bpe the files published with these weights"
+            f"{source} has {len(words)} word rows, the tokeniser knows {taken} words, "
+            f"{model.n_words} rows were built: these do not fit\n  Leave out --bpe, so that the "
+            "tokenizer.json beside the weights is taken."
         )
-    if head is not None and not (head.shape == words.shape and torch.equal(head, words)):
+    head = weights.pop("lm_head.weight", None)
+    check_head(model, head, words, source)
+    ours = published(model)
+    ours.pop("lm_head.weight", None)
+    copy_weights(model, {n: w for n, w in weights.items() if n != rows}, ours, source)
+    model.word[:taken].copy_(words[:taken])
+    if model.word_out is not None and head is not None:
+        model.word_out[:taken].copy_(head[:taken])
+    return len(words) - taken
+
+
+def said(config: dict, shape: Any) -> dict:
+    """A config.json, completed by the fields of a shape that leave a trace in the weights.
+
+    Files written by hand may leave them out: a weight of another size is refused by itself.
+    """
+    traced = ("n_layer", "n_embd", "n_positions", "num_hidden_layers", "hidden_size")
+    more = ("intermediate_size", "max_position_embeddings", "n_head", "num_attention_heads")
+    own = trunk_of(shape).published_config(shape)
+    if (config.get("model_type", own["model_type"]) == "gpt2") != (own["model_type"] == "gpt2"):
+        return config
+    return {name: own[name] for name in (*traced, *more) if name in own} | config
+
+
+def check_head(model: Backbone, head: Tensor | None, words: Tensor, source: str | Path) -> None:
+    """Raise PageLLMError where the rows that words are scored against are not those to expect."""
+    if model.word_out is None:
+        if head is not None and not (head.shape == words.shape and torch.equal(head, words)):
+            raise PageLLMError(
+                f"{source}: lm_head.weight is not the embedding, but only tied rows were built: "
+                "its config.json does not say tie_word_embeddings=false"
+            )
+    elif head is None:
         raise PageLLMError(
-            f"{source}: lm_head.weight is not the embedding; only tied embeddings are built here"
+            f"{source} has no lm_head.weight, and its config.json says that words are scored "
+            "against rows of their own (tie_word_embeddings=false)"
         )
+    elif head.shape != words.shape or not head.is_floating_point():
+        raise PageLLMError(
+            f"{source}: lm_head.weight is {tuple(head.shape)}, want {tuple(words.shape)}"
+        )
+
+
+def copy_weights(
+    model: Backbone, weights: dict[str, Tensor], ours: dict[str, Tensor], source: str | Path
+) -> None:
+    """Copy named weights of a published file into the trunk. Raises PageLLMError as above."""
+    ours = {n: w for n, w in ours.items() if n != model.PREFIX + model.published_name("word")}
     missing, extra = sorted(set(ours) - set(weights)), sorted(set(weights) - set(ours))
     if missing or extra:
         raise PageLLMError(
@@ -145,8 +222,6 @@ def load_published(model: Backbone, source: str | Path, n_words: int | None = No
             f"unknown {extra[:3]}"
         )
     for name, weight in weights.items():
-        if name == rows:
-            continue
         # GPT-2's published layers store (in, out); nn.Linear stores (out, in).
         weight = weight.T if name.endswith(model.TRANSPOSED) and weight.ndim == 2 else weight
         if weight.shape != ours[name].shape or not weight.is_floating_point():
@@ -155,31 +230,6 @@ def load_published(model: Backbone, source: str | Path, n_words: int | None = No
                 f"{tuple(ours[name].shape)} of floating point"
             )
         ours[name].copy_(weight)
-    model.word[: len(words)].copy_(words)
-
-
-def check_config(model: Backbone, config: dict, source: str | Path) -> None:
-    """Raise PageLLMError where a published config.json does not describe this model.
-
-    Numbers of heads and rotary scaling leave no trace in the weights' shapes. A field that the file
-    leaves out is not checked.
-    """
-    rope = config.get("rope_parameters")  # the newer spelling has all of it in one table
-    if isinstance(rope, dict):
-        scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-        plain = rope.get("rope_type", "default") == "default"
-        config = {
-            **config,
-            "rope_theta": rope.get("rope_theta"),
-            "rope_scaling": None if plain else scaling,
-        }
-    for name, want in model.published_config(model.shape).items():
-        said = name in config and (config[name] is not None or name == "rope_scaling")
-        if said and name != "max_position_embeddings" and config[name] != want:
-            raise PageLLMError(
-                f"{source}: its config.json has {name}={config[name]!r}, this size {want!r}; take "
-                "the size that is published with these weights"
-            )
 
 
 def save_published(
@@ -192,15 +242,17 @@ def save_published(
     weights = {
         name: w.T if name.endswith(model.TRANSPOSED) else w for name, w in published(model).items()
     }
-    rows = model.PREFIX + model.published_name("word")
-    architecture = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[model.KIND]
+    for rows in (model.PREFIX + model.published_name("word"), "lm_head.weight"):
+        if rows in weights:
+            weights[rows] = weights[rows][:n_words]
+    config = model.published_config(model.shape)
     write_weights(
         folder,
-        {**weights, rows: weights[rows][:n_words]},
+        weights,
         {
-            "architectures": [architecture],
+            "architectures": [ARCHITECTURES[config["model_type"]]],
             "vocab_size": n_words,
-            **model.published_config(model.shape),
+            **config,
         },
         shard_mb,
     )

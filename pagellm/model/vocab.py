@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pagellm.stage.config import PageLLMError
-from pagellm.stage.files import atomic
+from pagellm.stage.files import atomic, read_json
 
 __all__ = ["SPECIALS", "Vocab"]
 
@@ -103,9 +103,16 @@ class Vocab:
     def gpt2(cls, path: str | Path, n_users: int, n_items: int, times: int = 0) -> "Vocab":
         """GPT-2's words from encoder.json and vocab.bpe (or vocab.json and merges.txt) in `path`.
 
-        Raises PageLLMError if the files are not there.
+        Raises PageLLMError if the files are not there, or are another model's: a config.json
+        beside them says so.
         """
         path = Path(path)
+        about = read_json(path / "config.json") if (path / "config.json").exists() else {}
+        if (kind := about.get("model_type", "gpt2")) != "gpt2":
+            raise PageLLMError(
+                f"no tokenizer.json in {path}, whose config.json is of a {kind}\n  Two files of "
+                "words and merges do not say how it cuts text; fetch its tokenizer.json too."
+            )
         for words, merges in TWO_FILES:
             if (path / words).exists() and (path / merges).exists():
                 index = json.loads((path / words).read_text(encoding="utf-8"))
@@ -127,13 +134,13 @@ class Vocab:
     def published(cls, path: str | Path, n_users: int, n_items: int, times: int = 0) -> "Vocab":
         """The words of a published model.
 
-        path  a tokenizer.json, or a directory with it or with GPT-2's two files
+        path  a tokenizer.json, or a directory with it or, of a GPT-2, with its two files
         The model's own special tokens stay words, and no token is added before or after a text.
         Raises PageLLMError for files that are missing or cannot be read, and for ids with gaps.
         """
         path = Path(path)
-        two = any(all((path / name).exists() for name in pair) for pair in TWO_FILES)
-        if path.is_dir() and (two or not (path / "tokenizer.json").exists()):
+        # The two files say nothing about how text is cut before it is merged: Qwen has them too.
+        if path.is_dir() and not (path / "tokenizer.json").exists():
             return cls.gpt2(path, n_users, n_items, times)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.exists():

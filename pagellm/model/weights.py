@@ -18,7 +18,14 @@ from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import atomic, write_json
 from pagellm.stage.run import load_model_file
 
-__all__ = ["DTYPES", "read_safetensors", "read_weights", "write_safetensors", "write_weights"]
+__all__ = [
+    "DTYPES",
+    "folder_of",
+    "read_safetensors",
+    "read_weights",
+    "write_safetensors",
+    "write_weights",
+]
 
 
 DTYPES = {
@@ -35,6 +42,15 @@ DTYPES = {
 }
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# What belongs to weights, where it is there: words and chat template.
+BESIDE = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
 HEADER_LIMIT = 100 << 20  # bytes; as the format's own readers have it
 
 
@@ -148,14 +164,7 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict]:
     Raises PageLLMError if there are no such files, a shard is missing or damaged, or the hub cannot
     be reached.
     """
-    path = Path(source)
-    if path.is_dir():
-        found = [path / name for name in (*SINGLE, *INDEX) if (path / name).exists()]
-        if not found:
-            raise PageLLMError(f"no weights in {path}; want {', '.join((*SINGLE, INDEX[0]))}")
-        path = found[0]
-    elif not path.exists():
-        path = fetch(str(source))
+    path = located(source)
     beside = path.parent / "config.json"
     config = read_table(beside) if beside.exists() else {}
     if not path.name.endswith(".index.json"):
@@ -179,6 +188,30 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict]:
             )
         weights |= {name: inside[name] for name in wanted}
     return weights, config
+
+
+def located(source: str | Path) -> Path:
+    """The weight file, or the index of shards, that a source names; fetched where it is a name."""
+    path = Path(source)
+    if path.is_dir():
+        found = [path / name for name in (*SINGLE, *INDEX) if (path / name).exists()]
+        if not found:
+            packed = sorted(path.glob("*.gguf"))
+            more = (
+                f"\n  Unpack it first: pagellm import-gguf {packed[0]} --out DIR" if packed else ""
+            )
+            raise PageLLMError(f"no weights in {path}; want {', '.join((*SINGLE, INDEX[0]))}{more}")
+        return found[0]
+    if path.suffix == ".gguf" and path.exists():
+        raise PageLLMError(
+            f"{path} is a GGUF file; unpack it first: pagellm import-gguf {path} --out DIR"
+        )
+    return path if path.exists() else fetch(str(source))
+
+
+def folder_of(source: str | Path) -> Path:
+    """The directory in which weights lie, with what was published beside them."""
+    return located(source).parent
 
 
 def read_table(path: Path) -> dict:
@@ -221,10 +254,11 @@ def fetch(name: str) -> Path:
             path = Path(hf_hub_download(name, INDEX[0]))
             for file in sorted(set(map(str, read_table(path).get("weight_map", {}).values()))):
                 hf_hub_download(name, file)
-        try:
-            hf_hub_download(name, "config.json")
-        except EntryNotFoundError:
-            pass
+        for file in BESIDE:
+            try:
+                hf_hub_download(name, file)
+            except EntryNotFoundError:
+                pass
     except PageLLMError:
         raise
     except Exception as error:

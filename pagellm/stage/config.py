@@ -184,6 +184,7 @@ def with_presets(cls, given: dict, prog: str, verb: str, tell: Callable[[str], N
     - A field of type Options holds the options of another stage. It begins with that stage's
       preset: --sft "--lr 0.1" becomes "@toys/sft --lr 0.1". The preset is looked up in the data
       set's folder cls.PRESET_FOLDER, if cls has that attribute.
+    - cls.PRESET_YIELDS is field -> fields whose value in the preset is dropped where it was given.
     - cls.PRESET_FILES is field -> file name. Such a field takes the name of the data set's file,
       unless it was given; "none" leaves it empty.
     """
@@ -198,6 +199,9 @@ def with_presets(cls, given: dict, prog: str, verb: str, tell: Callable[[str], N
         taken = preset_options(cls, name, prog)
         if fixed := {"dataset", "preset"} & set(taken):
             raise PageLLMError(f"preset {name} must not set {', '.join(sorted(fixed))}")
+        yielded = getattr(cls, "PRESET_YIELDS", {})
+        for field in [f for f in yielded if given.get(f)]:
+            taken = {k: v for k, v in taken.items() if k not in yielded[field]}
         kept = {k: v for k, v in taken.items() if k not in given}
         tell(f"preset {name}: {as_words(kept) or 'every option of it was given'}")
         given = taken | given | {"preset": name}

@@ -201,9 +201,9 @@ def optimiser(
         last = name.rsplit(".", 1)[-1]
         if last in ("user", "item"):
             rows.append(weight)
-        elif weight.ndim >= 2 and last not in ("wpe", "word", "special"):
+        elif weight.ndim >= 2 and last not in ("wpe", "word", "word_out", "special"):
             matrices.append(weight)
-        elif row_lr != 1.0 and last in ("wpe", "word", "special", "gate"):
+        elif row_lr != 1.0 and last in ("wpe", "word", "word_out", "special", "gate"):
             looked_up.append(weight)
         else:
             rest.append(weight)

@@ -150,7 +150,7 @@ def test_a_name_is_fetched_from_the_hub_shards_too(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.setitem(sys.modules, "huggingface_hub.utils", utils)
     found, config = read_weights("some/model")
-    assert same(found, weights) and config == {"model_type": "x"} and len(asked) == 6
+    assert same(found, weights) and config == {"model_type": "x"} and len(asked) == 11
     with pytest.raises(
         PageLLMError, match="could not fetch other/model from the hub .ConnectionError"
     ):
