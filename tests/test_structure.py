@@ -30,7 +30,7 @@ LAYERS = (
     {"__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-BASE = {"torch", "tokenizers", "numpy", "pyarrow", "tqdm"}
+BASE = {"torch", "tokenizers", "numpy", "pyarrow", "tqdm", "filelock"}  # torch needs filelock
 # Extras that are imported inside functions only, where a person asked for what needs them.
 EXTRAS = {"faiss", "huggingface_hub", "uvicorn", "matplotlib"}
 # Modules that cannot be imported without an extra.

@@ -11,7 +11,6 @@ holds an item that its user has. The same command again carries on where an inte
 stopped. It takes seconds for the synthetic shop.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -26,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from filelock import FileLock
 from tqdm import tqdm
 
 from pagellm.data.shop import source
@@ -407,31 +407,32 @@ def join(out: Path, folder: Path, files: list[Path], made_from: dict, pages: int
 
     Says how many pages are shorter than was asked for.
     """
-    try:
-        lock = open(folder / "lock", "w")
-    except FileNotFoundError:
+    if not folder.exists():
         return  # another process has joined them and cleared up
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of processes that end together one joins
-        if out.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            return
-        if not all(file.exists() for file in files):
-            return
-        schema = pq.read_schema(files[0]).with_metadata({"pagellm": json.dumps(made_from)})
-        k, full = int(made_from["k"]), 0
-        with atomic(out) as beside, pq.ParquetWriter(beside, schema) as writer:
-            for file in files:
-                table = pq.read_table(file).cast(schema)
-                full += pc.sum(pc.and_(pc.equal(table["rank"], k), table["page"])).as_py() or 0
-                writer.write_table(table)
-        shutil.rmtree(folder)
-        print(f"recommend: wrote {out}")
-        if short := pages - full:
-            print(
-                f"recommend: {short:,} of {pages:,} pages have fewer than {k} slots: no more items "
-                "pass the filters"
-            )
+    with FileLock(folder / "lock"):  # of processes that end together one joins
+        if not out.exists():
+            if not all(file.exists() for file in files):
+                return
+            full = write_joined(out, files, made_from)
+            print(f"recommend: wrote {out}")
+            if short := pages - full:
+                print(
+                    f"recommend: {short:,} of {pages:,} pages have fewer than {made_from['k']} "
+                    "slots: no more items pass the filters"
+                )
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_joined(out: Path, files: list[Path], made_from: dict) -> int:
+    """Write the parts into one file; -> how many pages in it have all their slots."""
+    schema = pq.read_schema(files[0]).with_metadata({"pagellm": json.dumps(made_from)})
+    k, full = int(made_from["k"]), 0
+    with atomic(out) as beside, pq.ParquetWriter(beside, schema) as writer:
+        for file in files:
+            table = pq.read_table(file).cast(schema)
+            full += pc.sum(pc.and_(pc.equal(table["rank"], k), table["page"])).as_py() or 0
+            writer.write_table(table)
+    return full
 
 
 def run(config: Config) -> None:

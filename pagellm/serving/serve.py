@@ -96,8 +96,7 @@ def trim_memory() -> None:
 
     A full cache swaps prompts of many lengths for others, which leaves growing holes between them.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
 
 

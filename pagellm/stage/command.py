@@ -200,7 +200,7 @@ def main(cls, run: Callable, prog: str, argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of our output has gone (`| head`). Print nothing now, and nothing at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 128 + getattr(signal, "SIGPIPE", 13)  # Windows has no such signal
     except Exception as error:
         text = explain(error, cls)
         if text is None:

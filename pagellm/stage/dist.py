@@ -16,7 +16,7 @@ batch without exchanging them; `shard` then gives each process its own part.
 import atexit
 import gc
 import os
-import resource
+import sys
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -162,14 +162,19 @@ def peak_memory() -> float:
     """The most memory used so far, in MB.
 
     Where a GPU is in use: memory allocated on the GPU that needed most. Else: resident memory of
-    this process.
+    this process; 0 where the system does not tell.
     """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return (
             max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
             / 2**20
         )
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2**20 if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere
 
 
 def rank() -> int:

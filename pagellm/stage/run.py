@@ -14,7 +14,6 @@ from the one before. Only tensors and plain values are loaded, never a pickle. O
 only the main one writes.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from pagellm import __version__
@@ -298,7 +298,7 @@ class Run:
         # values that are tensors, their numbers
         self._queue: list[tuple[str, int, dict[str, Any], list[str], dist.AsyncScalars]] = []
         self.last: dict[str, Any] = {}  # the newest line of log.jsonl that was written
-        self._lock: TextIO | None = None
+        self._lock: FileLock | None = None
         self._waiting = Waiting()
         if dist.is_main():
             self._open(config, inputs, free)
@@ -308,17 +308,17 @@ class Run:
         """Lock the directory, clear what a killed run left behind, and compare the options."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / "lock", "w")
-        except OSError as error:
-            raise PageLLMError(f"cannot write in {self.path}: {error.strerror}") from error
-        try:
             # The system drops the lock when the process ends, so the lock file of a killed run does
             # no harm.
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            self._lock = FileLock(self.path / "lock")
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            self._lock = None
             raise PageLLMError(
                 f"another process works in {self.path}; wait for it, or use {hints.another_run()}"
             ) from None
+        except OSError as error:
+            raise PageLLMError(f"cannot write in {self.path}: {error.strerror}") from error
         for left in self.path.rglob(".*.tmp"):
             left.unlink(missing_ok=True)
         if self.done:
@@ -597,7 +597,7 @@ class Run:
             file.close()
         self._logs.clear()
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
 
     def __enter__(self) -> "Run":
         return self
