@@ -48,6 +48,7 @@ class Config(Sources):
     """Print one person's page (--user, --history), or write everybody's to a file (--all --out)."""
 
     INFINITE: ClassVar[tuple[str, ...]] = ("price_max",)
+    ENVIRONMENT: ClassVar[str] = "PAGELLM_"
 
     user: str = ""  # whose page, by the shop's own id; a stranger is served from the history alone
     history: str = ""  # items and ratings 1 to 5, oldest first: id:rating,id:rating;

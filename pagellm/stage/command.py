@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 from pagellm.stage import hints
-from pagellm.stage.config import PageLLMError, help_text, parse
+from pagellm.stage.config import PageLLMError, help_text, parse, verb_of
 
 __all__ = ["Interrupted", "Waiting", "deferred_signals", "explain", "handled_signals", "main"]
 
@@ -151,11 +151,6 @@ def explain(error: Exception, cls) -> str | None:
                 "give yourself the right, or use another directory"
             )
     return None
-
-
-def verb_of(prog: str) -> str:
-    """The name of a command: "sft" of "pagellm sft", "ablation" of "experiments.ablation"."""
-    return prog.split()[-1].rpartition(".")[2]
 
 
 def main(cls, run: Callable, prog: str, argv: list[str] | None = None) -> int:

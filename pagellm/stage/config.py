@@ -11,10 +11,13 @@ import difflib
 import inspect
 import io
 import math
+import os
 import shlex
 import textwrap
 import tokenize
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 
 from pagellm.stage import presets
 
@@ -27,6 +30,7 @@ __all__ = [
     "field_comments",
     "help_text",
     "parse",
+    "verb_of",
 ]
 
 
@@ -116,8 +120,26 @@ def help_text(cls, prog: str) -> str:
         body = f"{comments.get(f.name, '')} (default {default})".strip()
         lines.append(head)
         lines += textwrap.wrap(body, 92, initial_indent=" " * 8, subsequent_indent=" " * 8)
-    lines += ["  --help", " " * 8 + "print this page"]
-    return "\n".join(lines)
+    lines += ["  --help", " " * 8 + "print this page", "", *other_places(cls, prog)]
+    return "\n".join(lines).rstrip()
+
+
+def other_places(cls, prog: str) -> list[str]:
+    """Lines of --help: where options may stand apart from the command line."""
+    verb = verb_of(prog)
+    lines = [
+        "options may also stand in a file; the command line overrides both kinds:",
+        "  @FILE                text: --name value ...",
+        f"  --config FILE.toml   the table [{verb}]; {', '.join(COMMON)} may stand",
+        "                       above all tables",
+    ]
+    if prefix := getattr(cls, "ENVIRONMENT", ""):
+        example = dataclasses.fields(cls)[0].name.upper()
+        lines += [
+            f"or in the environment, which overrides files: {prefix}{example}, and so on for each "
+            "option"
+        ]
+    return lines
 
 
 def read_value(field: dataclasses.Field, text: str):
@@ -153,8 +175,10 @@ def parse(
 ):
     """argv -> an instance of the dataclass `cls`.
 
-    Accepts --name value, --name=value, --flag, --no-flag, and @preset, a text file of such options.
-    A later preset overrides an earlier one; options on the command line override every preset.
+    Accepts --name value, --name=value, --flag, --no-flag; @preset, a text file of such options; and
+    --config FILE, a TOML file with one table a command. A later file overrides an earlier one. The
+    environment overrides files, for a class with the attribute ENVIRONMENT (`from_environment`).
+    Options on the command line override all of these.
 
     verb  name of the command whose preset of the data set is to be taken (`with_presets`);
           empty: none is. Only a class with the fields `preset` and `dataset` has any
@@ -163,15 +187,121 @@ def parse(
     Raises PageLLMError for an option that is unknown (and names the nearest), repeated, without a
     value, or wrong.
     """
-    typed = options(cls, [word for word in argv if not word.startswith("@")], prog)
+    words, files = apart(cls, argv)
+    typed = options(cls, words, prog)
     given: dict[str, object] = {}
-    for word in argv:
-        if word.startswith("@"):
-            given |= preset_options(cls, word[1:], prog)
+    for kind, name in files:
+        if kind == "@":
+            given |= preset_options(cls, name, prog)
+        else:
+            given |= from_toml(cls, name, verb_of(prog), prog)
+    given |= from_environment(cls, os.environ, tell)
     given |= typed
     if verb and "preset" in {f.name for f in dataclasses.fields(cls)}:
         given = with_presets(cls, given, prog, verb, tell)
     return cls(**given)
+
+
+def verb_of(prog: str) -> str:
+    """The name of a command: "sft" of "pagellm sft", "ablation" of "experiments.ablation"."""
+    return prog.split()[-1].rpartition(".")[2]
+
+
+def apart(cls, argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Words of the command line without the files of options; the files as (kind, name).
+
+    A word that begins with @ names a preset, unless it is the value of the option before it:
+    `--exclude @ids.txt`.
+
+    kind  "@" for a preset, "toml" for a file of --config
+    """
+    takes_value = {"--" + f.name for f in dataclasses.fields(cls) if f.type not in (bool, "bool")}
+    words: list[str] = []
+    files: list[tuple[str, str]] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if "--" + word[2:].replace("-", "_") in takes_value and word.startswith("--") and rest:
+            words.append(word)
+            if not rest[0].startswith("--"):
+                words.append(rest.pop(0))
+        elif word.startswith("@"):
+            files.append(("@", word[1:]))
+        elif name == "--config":
+            if not equals and (not rest or rest[0].startswith("--")):
+                raise PageLLMError("--config needs a TOML file")
+            files.append(("toml", value if equals else rest.pop(0)))
+        else:
+            words.append(word)
+    return words, files
+
+
+# Options that may stand above all tables of a TOML file: most commands have them.
+COMMON = ("dataset", "run", "data", "runs", "seed", "device")
+
+
+def from_toml(cls, name: str, verb: str, prog: str) -> dict[str, object]:
+    """Field -> value, from the table [verb] of a TOML file and from its common options.
+
+    Other commands' tables are passed over, so one file can hold all of a shop's options. Raises
+    PageLLMError for a file that cannot be read, and for an option that is unknown or wrong.
+    """
+    try:
+        content = tomllib.loads(Path(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PageLLMError(f"--config {name} cannot be read: {error}") from None
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    common = {k: v for k, v in content.items() if not isinstance(v, dict)}
+    table = content.get(verb, {})
+    if strange := sorted(set(common) - set(COMMON)):
+        raise PageLLMError(
+            f"--config {name}: {strange[0]} stands above all tables, where only "
+            f"{', '.join(COMMON)} may; put it into the table of its command, such as [{verb}]"
+        )
+    near = difflib.get_close_matches(verb, content, n=1, cutoff=0.7)
+    if verb not in content and near:
+        raise PageLLMError(f"--config {name}: no table [{verb}]; did you mean it by [{near[0]}]?")
+    words = []
+    for key, value in ({k: v for k, v in common.items() if k in fields} | table).items():
+        if isinstance(value, list):
+            value = ",".join(map(str, value))
+        if isinstance(value, dict):
+            raise PageLLMError(f"--config {name}: [{verb}.{key}] is a table, want one value")
+        words.append(f"--{key}={value}")
+    try:
+        return options(cls, words, prog)
+    except PageLLMError as error:
+        raise PageLLMError(f"--config {name}: {error}") from None
+
+
+def from_environment(cls, environment, tell: Callable[[str], None]) -> dict[str, object]:
+    """Field -> value, from variables such as PAGELLM_PORT; nothing unless cls.ENVIRONMENT is set.
+
+    cls.ENVIRONMENT  what the variables' names begin with: "PAGELLM_". An empty variable counts as
+                     not set
+    cls.SECRET       fields whose values are never shown
+    tell             is called with the variables that were taken, and with those that look mistyped
+    """
+    prefix = getattr(cls, "ENVIRONMENT", "")
+    if not prefix:
+        return {}
+    fields = {prefix + f.name.upper(): f for f in dataclasses.fields(cls)}
+    values: dict[str, object] = {}
+    for name in sorted(n for n in environment if n.startswith(prefix) and environment[n]):
+        field = fields.get(name)
+        if field is None:
+            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
+            if near:
+                tell(f"environment: {name} is no option of this command; {near[0]} is")
+            continue
+        secret = field.name in getattr(cls, "SECRET", ())
+        try:
+            values[field.name] = read_value(field, environment[name])
+        except PageLLMError as error:
+            raise PageLLMError(f"{name} of the environment: {error}") from None
+        tell(f"environment: {name}={'...' if secret else environment[name]}")
+    return values
 
 
 def with_presets(cls, given: dict, prog: str, verb: str, tell: Callable[[str], None]) -> dict:

@@ -82,11 +82,10 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise PageLLMError(
-            f"device={name!r} is not usable here ({str(error).splitlines()[0]}); use cpu or auto"
-        ) from None
+        why = str(error).splitlines()[0].split(". ")[0][:160]
+        raise PageLLMError(f"device={name!r} is not usable here ({why}); use cpu or auto") from None
     return device
 
 

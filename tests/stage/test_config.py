@@ -331,3 +331,80 @@ def test_a_mistake_made_while_handling_a_fault_keeps_its_traceback():
 
     with pytest.raises(KeyError):
         main(Numbers, run, "stage", [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service(Config):
+    """A command that reads the environment."""
+
+    ENVIRONMENT = "SHOP_"
+    SECRET = ("name",)
+
+    dataset: str = "synthetic"  # the data set
+
+
+def test_a_value_may_begin_with_an_at_sign():
+    """`--name @x` is a value; a preset stands where no value is wanted."""
+    assert parse(Config, ["--name", "@ids.txt", "--fresh"]).name == "@ids.txt"
+    assert parse(Config, ["--name=@ids.txt"]).name == "@ids.txt"
+    with pytest.raises(PageLLMError, match="preset nowhere cannot be read"):
+        parse(Config, ["--fresh", "@nowhere"])
+
+
+def test_options_from_toml_environment_and_command_line_each_override_the_one_before(
+    tmp_path, monkeypatch
+):
+    file = tmp_path / "shop.toml"
+    file.write_text(
+        'seed = 3\ndevice = "cpu"\n[serve]\nclip = 0.5\nfresh = false\n'
+        "kl-coef = 1e-3\n[sft]\nx = 1\n"
+    )
+    prog, argv, told = "pagellm serve", ["--config", str(file)], []
+    # device is an option of most commands; where a command has none, it is passed over
+    assert parse(Service, argv, prog) == Service(seed=3, clip=0.5, fresh=False, kl_coef=0.001)
+    monkeypatch.setenv("SHOP_CLIP", "0.25")
+    monkeypatch.setenv("SHOP_NAME", "a secret")
+    monkeypatch.setenv("SHOP_DATASET", "")  # empty: as if not set
+    monkeypatch.setenv("SHOP_CLIPS", "1")
+    made = parse(Service, [*argv, "--seed", "9"], prog, tell=told.append)
+    assert (made.clip, made.name, made.dataset, made.seed) == (0.25, "a secret", "synthetic", 9)
+    assert told == [
+        "environment: SHOP_CLIP=0.25",
+        "environment: SHOP_CLIPS is no option of this command; SHOP_CLIP is",
+        "environment: SHOP_NAME=...",
+    ]
+    assert parse(Config, argv, prog).clip == 0.5  # a command without ENVIRONMENT reads none
+    assert parse(Service, [*argv, "--clip=0.75"], prog).clip == 0.75
+    monkeypatch.setenv("SHOP_SEED", "three")
+    with pytest.raises(PageLLMError, match="SHOP_SEED of the environment: --seed 'three': want a"):
+        parse(Service, [], prog)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[serve]\nclipp = 1", "no option --clipp; did you mean --clip?"),
+        ("clip = 0.5", r"clip stands above all tables.*table of its command, such as \[serve\]"),
+        ("[server]\nclip = 0.5", r"no table \[serve\]; did you mean it by \[server\]"),
+        ("[serve.clip]\nx = 1", r"\[serve.clip\] is a table"),
+        ("[serve", "cannot be read"),
+        ('[serve]\nseed = "x"', "want a whole number"),
+    ],
+)
+def test_mistakes_in_a_toml_file_are_named(tmp_path, text, message):
+    (tmp_path / "a.toml").write_text(text)
+    with pytest.raises(PageLLMError, match=f"--config .*a.toml.*{message}"):
+        parse(Service, [f"--config={tmp_path / 'a.toml'}"], "pagellm serve")
+
+
+def test_config_wants_a_file():
+    with pytest.raises(PageLLMError, match="--config needs a TOML file"):
+        parse(Service, ["--config"], "pagellm serve")
+    with pytest.raises(PageLLMError, match="cannot be read"):
+        parse(Service, ["--config", "nowhere.toml"], "pagellm serve")
+
+
+def test_help_says_where_options_may_stand():
+    text = help_text(Service, "pagellm serve")
+    assert "--config FILE.toml" in text and "@FILE" in text and "SHOP_SEED" in text
+    assert "SHOP_" not in help_text(Config, "pagellm sft")
