@@ -47,6 +47,7 @@ OUTSIDE = {
 }
 LEAVES = {
     "serving.api": WEB,
+    "serving.meters": WEB,
     "serving.middleware": WEB,
     "serving.schema": WEB,
     "baselines.outside": OUTSIDE,

@@ -21,7 +21,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from pagellm import __version__
-from pagellm.serving.middleware import JSON, Meters, Middleware, problem
+from pagellm.serving.meters import Meters
+from pagellm.serving.middleware import JSON, OPEN, Middleware, problem
 from pagellm.serving.schema import (
     Error,
     FoundList,
@@ -73,15 +74,19 @@ def make_app(service) -> FastAPI:
     )
     limits = service.config
     app.add_middleware(
-        Middleware, meters=meters, max_body=limits.max_body, body_timeout=limits.timeout
+        Middleware,
+        meters=meters,
+        max_body=limits.max_body,
+        body_timeout=limits.timeout,
+        api_key=limits.api_key,
     )
     add_error_handlers(app, limits.timeout)
-    add_page_routes(app, service)
+    add_page_routes(app, service, meters)
     add_catalogue_routes(app, service)
     add_shop_route(app, service)
     add_status_routes(app, service, meters)
     add_static_routes(app)
-    show_longest_page(app, service)
+    complete_document(app, service)
     return app
 
 
@@ -95,6 +100,7 @@ def longest_page(service) -> int:
 
 MEANING = {
     400: "The body cannot be read",
+    401: "The service has a key, which the header authorization did not hold",
     404: "No such user or item",
     408: "The body came too slowly",
     413: "The body is too large",
@@ -171,7 +177,7 @@ def add_error_handlers(app: FastAPI, timeout: float) -> None:
 # Routes. The functions' names are part of the OpenAPI document.
 
 
-def add_page_routes(app: FastAPI, service) -> None:
+def add_page_routes(app: FastAPI, service, meters: Meters) -> None:
     """POST /v1/page writes a page, POST /v1/score scores a given one."""
     responses = {200: {"model": Page}, **errors(400, 408, 413, 415, 422, 503, 504)}
 
@@ -182,6 +188,7 @@ def add_page_routes(app: FastAPI, service) -> None:
         if ask.page is None and ask.k > k_max:
             raise PageLLMError(f"k={ask.k}: this service writes pages of at most {k_max} slots")
         answer = await service.answer(ask)
+        meters.count_page(answer, ask.k if ask.page is None else None)
         return JSON({**answer, "latency_ms": round(1000 * (time.perf_counter() - started), 2)})
 
     @app.post("/v1/page", responses=responses, summary="Write a page")
@@ -332,14 +339,33 @@ def add_static_routes(app: FastAPI) -> None:
         return Response(kept[name], media_type=FILES[name], headers={"cache-control": "no-cache"})
 
 
-def show_longest_page(app: FastAPI, service) -> None:
-    """Put the longest page served now into the OpenAPI document, as the maximum of k."""
+def complete_document(app: FastAPI, service) -> None:
+    """Put what depends on the service into the OpenAPI document.
+
+    The longest page served now is the maximum of k; a service with a key says which routes need it.
+    """
     plain: Callable[[], dict] = app.openapi
 
     def document() -> dict:
         whole = plain()
         properties = whole["components"]["schemas"]["PageRequest"]["properties"]
         properties["k"]["maximum"] = longest_page(service)
+        if service.config.api_key:
+            add_key(whole)
         return whole
 
     app.openapi = document  # type: ignore[method-assign]
+
+
+def add_key(document: dict) -> None:
+    """Say in an OpenAPI document which routes need the key, and that they answer 401 without it."""
+    schemes = {"key": {"type": "http", "scheme": "bearer"}}
+    document["components"]["securitySchemes"] = schemes
+    answer = {
+        "description": MEANING[401],
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
+    for path, methods in document["paths"].items():
+        for operation in methods.values() if path not in OPEN else ():
+            operation["security"] = [{"key": []}]
+            operation["responses"]["401"] = answer

@@ -1,6 +1,8 @@
-"""What stands around every request: limits, time-outs, error bodies, meters, logs."""
+"""What stands around every request: the key, limits, time-outs, error bodies, logs."""
 
 import asyncio
+import hashlib
+import hmac
 import json
 import logging
 import sys
@@ -10,24 +12,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import h11
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    GCCollector,
-    Histogram,
-    ProcessCollector,
-    disable_created_metrics,
-    generate_latest,
-)
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from pagellm.serving.meters import Meters
 
 __all__ = [
     "HttpWithTimeout",
     "JSON",
     "JsonLines",
-    "Meters",
+    "OPEN",
     "Middleware",
     "json_logs",
     "log",
@@ -68,82 +62,6 @@ def problem(
     )
 
 
-class Meters:
-    """Prometheus meters of one service."""
-
-    def __init__(self, service):
-        disable_created_metrics()
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        GCCollector(registry=self.registry)
-        fine = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-        self.requests = Counter(
-            "pagellm_requests",
-            "Answered requests",
-            ("route", "method", "status"),
-            registry=self.registry,
-        )
-        self.seconds = Histogram(
-            "pagellm_request_seconds",
-            "From the first byte read to the last byte sent",
-            ("route",),
-            buckets=fine,
-            registry=self.registry,
-        )
-        self.stages = Histogram(
-            "pagellm_stage_seconds",
-            "Cost of the parts of a batch",
-            ("stage",),
-            buckets=fine,
-            registry=self.registry,
-        )
-        self.batch = Histogram(
-            "pagellm_batch_pages",
-            "Pages written at once",
-            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
-            registry=self.registry,
-        )
-        self.events = Counter(
-            "pagellm_events",
-            "Swaps, failed swaps, time-outs, refusals",
-            ("event",),
-            registry=self.registry,
-        )
-        for event in ("swap", "swap_failed", "timeout", "busy", "fault"):
-            self.events.labels(event)
-        for name, what, read in (
-            ("waiting", "Requests that wait for a batch", service.waiting),
-            ("cache_bytes", "Prompt columns and user states kept", lambda: service.cache.size),
-            ("cache_entries", "The same, counted", lambda: len(service.cache)),
-            ("cache_hits", "Look-ups answered", lambda: service.cache.hits),
-            ("cache_misses", "Look-ups not answered", lambda: service.cache.misses),
-        ):
-            Gauge(f"pagellm_{name}", what, registry=self.registry).set_function(read)
-        self.model = Gauge(
-            "pagellm_model",
-            "1 for the weights being served",
-            ("policy", "hash"),
-            registry=self.registry,
-        )
-        self.service = service
-
-    def observe(self, what: str, value: float) -> None:
-        """Count a report of Service: a batch's pages, a stage's seconds, or an event."""
-        if what == "batch":
-            self.batch.observe(value)
-        elif what in ("prompt", "decode", "reward", "metrics"):
-            self.stages.labels(what).observe(value)
-        else:
-            self.events.labels(what).inc(value)
-
-    def text(self) -> bytes:
-        """All meters in Prometheus' text format."""
-        self.model.clear()
-        for name, hash_ in self.service.recommender.hashes.items():
-            self.model.labels(name, hash_).set(1)
-        return generate_latest(self.registry)
-
-
 class HttpWithTimeout(H11Protocol):
     """uvicorn's HTTP/1.1 with a limit on the time that the head of a request may take.
 
@@ -177,6 +95,20 @@ class HttpWithTimeout(H11Protocol):
             self.late = None
 
 
+# Paths that need no key: load balancers and monitors ask for them, and the browser's page holds
+# nothing of the shop until it has sent the key.
+OPEN = ("/", "/healthz", "/readyz", "/metrics")
+
+
+def digest(key: bytes) -> bytes:
+    """A hash of a key: keys of any length become equally long."""
+    return hashlib.sha256(key).digest()
+
+
+class Unauthorized(Exception):
+    """The service has a key, and the caller did not send it."""
+
+
 class TooLarge(Exception):
     """The body holds more bytes than the service takes."""
 
@@ -186,12 +118,15 @@ class Middleware:
 
     max_body      bytes of a body
     body_timeout  seconds for the whole body
+    api_key       what a caller must send as `Authorization: Bearer KEY` (RFC 6750), except for
+                  OPEN's paths; empty: nothing
     A fault of the application becomes a 500 that says nothing about it. HEAD is answered as GET,
     without the body (RFC 9110, 9.3.2).
     """
 
-    def __init__(self, app, meters: Meters, max_body: int, body_timeout: float):
+    def __init__(self, app, meters: Meters, max_body: int, body_timeout: float, api_key: str = ""):
         self.app, self.meters = app, meters
+        self.key = digest(api_key.encode()) if api_key else b""
         self.max_body, self.body_timeout = max_body, body_timeout
 
     async def __call__(self, scope, receive, send):
@@ -212,6 +147,8 @@ class Middleware:
             await send(message)
 
         try:
+            if not self.may(scope):
+                raise Unauthorized
             body = await self.body(scope, receive)
             await self.app(inner, replay(body, receive), reply)
         except ConnectionError:
@@ -222,9 +159,23 @@ class Middleware:
                 await answer(inner, receive, reply)
         self.record(inner, scope["method"], mark, status, time.perf_counter() - started)
 
+    def may(self, scope) -> bool:
+        """Whether the caller has sent the key, or needs none.
+
+        Digests are compared, in a time that tells nothing about the key.
+        """
+        if not self.key or scope["path"] in OPEN or scope["path"].startswith("/static/"):
+            return True
+        scheme, _, sent = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        right = hmac.compare_digest(digest(sent.strip()), self.key)
+        return right and scheme.lower() == b"bearer"
+
     def refusal(self, error: Exception, mark: str) -> JSON:
         """The answer to a body over a limit, or to a fault, which is logged under `mark`."""
         close = {"connection": "close"}
+        if isinstance(error, Unauthorized):
+            text = "send the service's key in the header authorization: Bearer KEY"
+            return problem(401, "no_key", text, headers=close | {"www-authenticate": "Bearer"})
         if isinstance(error, TooLarge):
             text = f"the body is larger than {self.max_body:,} bytes"
             return problem(413, "too_large", text, headers=close)

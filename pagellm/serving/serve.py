@@ -17,6 +17,7 @@ import ctypes
 import json
 import logging
 import math
+import re
 import socket
 import sys
 import threading
@@ -24,7 +25,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -46,9 +48,14 @@ log = logging.getLogger("pagellm")
 class Config(Sources):
     """Serve pages over HTTP until stopped.
 
-    There is no log-in: keep the service on loopback or behind a proxy.
+    Without --api_key there is no log-in: keep the service on loopback or behind a proxy.
     """
 
+    ENVIRONMENT: ClassVar[str] = "PAGELLM_"
+    SECRET: ClassVar[tuple[str, ...]] = ("api_key",)
+
+    api_key: str = field(default="", repr=False)  # callers must send it: Authorization: Bearer KEY.
+    # Give it as PAGELLM_API_KEY: other users of the machine can read command lines. empty: none
     host: str = "127.0.0.1"  # address to listen on
     port: int = 8000  # TCP port; 0 takes a free one and says which
     batch: int = 32  # pages written at once
@@ -67,6 +74,11 @@ class Config(Sources):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.api_key and not re.fullmatch(r"[A-Za-z0-9._~+/=-]{16,512}", self.api_key):
+            raise PageLLMError(  # the message does not repeat the key
+                "api_key: want 16 to 512 letters, digits and . _ ~ + / = -, for example from\n"
+                "  python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
+            )
         check(
             self,
             port=(0 <= self.port < 65536, "0 to 65535"),
@@ -309,7 +321,7 @@ def run(config: Config) -> None:
     sock = listen(config.host, config.port)
     json_logs(config.log)
     host, port = sock.getsockname()[:2]
-    if not host.startswith("127.") and host != "::1":
+    if not host.startswith("127.") and host != "::1" and not config.api_key:
         log.warning(
             "open", extra={"fields": {"why": f"listens on {host}, not loopback, and has no log-in"}}
         )

@@ -64,6 +64,28 @@ def serving(root, *more):
     process.wait(timeout=30)
 
 
+def test_the_page_asks_for_the_key_of_a_service_that_has_one(sft_alone, chromium):
+    """Once, and again after a wrong one; the browser's tab keeps it."""
+    key = "a-key-of-the-tests.1"
+    with serving(sft_alone, "--api_key", key) as found:
+        page = chromium.new_context().new_page()
+        faults = []
+        page.on("pageerror", lambda e: faults.append(str(e)))
+        page.goto(found)
+        box = page.locator("#key-value")
+        box.fill("another key, which is wrong")
+        box.press("Enter")
+        expect(box).to_have_value("")
+        box.fill(key)
+        page.get_by_role("button", name="Send").click()
+        expect(page.locator("#status")).to_contain_text("Written")
+        page.reload()
+        expect(page.locator("#status")).to_contain_text("Written")
+        expect(box).not_to_be_visible()
+        assert faults == []
+        page.context.close()
+
+
 @pytest.fixture(scope="module")
 def chromium():
     with sync_api.sync_playwright() as playwright:

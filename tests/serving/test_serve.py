@@ -1,6 +1,7 @@
 """The service: a bad request gets a clear 4xx, swaps lose nothing, logs name nobody."""
 
 import asyncio
+import configparser
 import http.client
 import io
 import json
@@ -35,6 +36,7 @@ import httpx  # noqa: E402
 
 from pagellm.serving import serve  # noqa: E402
 from pagellm.serving.api import make_app  # noqa: E402
+from pagellm.serving.meters import LastPages  # noqa: E402
 from pagellm.serving.middleware import JsonLines  # noqa: E402
 from pagellm.serving.recommender import Ask  # noqa: E402
 from pagellm.serving.schema import Error, Item, Page, ShopFacts, User  # noqa: E402
@@ -655,6 +657,102 @@ def test_meters_are_prometheus_text(client):
     assert {s.labels["hash"] for s in families["pagellm_model"].samples} == set(
         client.service.recommender.hashes.values()
     )
+
+
+def samples(client):
+    """(name, labels) -> value of every sample at /metrics."""
+    families = parser.text_string_to_metric_families(client("GET", "/metrics").text)
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for f in families for s in f.samples}
+
+
+def test_meters_count_what_stands_on_the_pages(client, some):
+    before = samples(client)
+
+    def grown(name, **labels):
+        key = (name, tuple(sorted(labels.items())))
+        return samples(client).get(key, 0) - before.get(key, 0)
+
+    first = some.catalogue.ids[0]
+    page = client.page(user=some.user_ids[0], k=3).json()
+    client.page(history=[{"item": "?", "rating": 5}], k=3, filters={"in_stock": [first, "!"]})
+    client.page(user="nobody", history=[{"item": first, "rating": 5}], k=3)
+    client("POST", "/v1/score", json={"user": some.user_ids[0], "items": [first]})
+    policy = page["policy"]
+    assert grown("pagellm_pages_total", policy=policy, user="known") == 1
+    assert grown("pagellm_pages_total", policy=policy, user="stranger") == 2
+    assert grown("pagellm_short_pages_total", policy=policy) == 1
+    assert grown("pagellm_unknown_total", what="items") == 2
+    assert grown("pagellm_unknown_total", what="user") == 1
+    assert grown("pagellm_page_reward_count", policy=policy) == 3
+    assert 0 < samples(client)["pagellm_top_item_share", ()] <= 1
+
+
+def test_the_last_pages_are_counted_and_older_ones_forgotten():
+    last = LastPages(room=2)
+    assert (last.distinct(), last.top_share()) == (0, 0)
+    last.add(["a", "b", "c"])
+    last.add(["a", "d"])
+    assert (last.distinct(), last.top_share()) == (4, 1.0)
+    last.add(["d"])
+    assert (last.distinct(), last.top_share()) == (2, 1.0)  # a and d, d on both
+    last.add(["e"])
+    assert (last.distinct(), last.top_share()) == (2, 0.5)
+
+
+KEY = "a-key-of-the-tests.1"
+
+
+def test_a_service_with_a_key_answers_who_sends_it(served):
+    with Client(Service(config(served, api_key=KEY))) as client:
+        sent = {"authorization": f"Bearer {KEY}"}
+        for path in ("/healthz", "/readyz", "/metrics", "/", "/static/page.js"):
+            assert client("GET", path).status_code == 200, path
+        for headers in (
+            {},
+            {"authorization": "Bearer "},
+            {"authorization": f"Bearer {KEY}x"},
+            {"authorization": f"Basic {KEY}"},
+            {"authorization": KEY},
+        ):
+            for method, path in (("GET", "/v1/shop"), ("POST", "/v1/page"), ("GET", "/v1/nothing")):
+                reply = client(method, path, headers=headers)
+                assert refused(reply, 401).code == "no_key"
+                assert reply.headers["www-authenticate"] == "Bearer" and KEY not in reply.text
+        assert client("GET", "/v1/shop", headers=sent).status_code == 200
+        assert client("POST", "/v1/page", json=GOOD, headers=sent).status_code == 200
+        lower = {"authorization": f"bearer {KEY}"}  # the scheme's case does not matter (RFC 9110)
+        assert client("GET", "/v1/shop", headers=lower).status_code == 200
+        document = client("GET", "/openapi.json", headers=sent).json()
+        assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+        page = document["paths"]["/v1/page"]["post"]
+        assert page["security"] == [{"key": []}] and "401" in page["responses"]
+        assert "security" not in document["paths"]["/healthz"]["get"]
+
+
+def test_a_key_is_never_shown(served, capsys, monkeypatch):
+    assert KEY not in repr(config(served, api_key=KEY))
+    for wrong in ("short", "sixteen letters and blanks", "ünïcode-sixteen-letters"):
+        with pytest.raises(PageLLMError, match="api_key: want 16 to 512") as error:
+            config(served, api_key=wrong)
+        assert wrong not in str(error.value)
+
+
+def test_the_private_class_of_uvicorn_is_of_the_version_that_was_read():
+    """HttpWithTimeout builds on uvicorn's own protocol class, which it calls no public interface.
+
+    So setup.cfg admits only minor versions whose class these lines were tried with: it must call
+    what HttpWithTimeout overrides, and have what it reads.
+    """
+    import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    for name in ("connection_made", "data_received", "connection_lost"):
+        assert name in vars(H11Protocol)
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parents[2] / "setup.cfg")
+    (bound,) = re.findall(r"uvicorn>=0\.(\d+),<0\.(\d+)", setup["options.extras_require"]["serve"])
+    minor = int(uvicorn.__version__.split(".")[1])
+    assert int(bound[0]) <= minor < int(bound[1])
 
 
 def test_the_open_api_document_names_every_route_and_error(client):
