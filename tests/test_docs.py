@@ -180,7 +180,7 @@ def test_every_option_of_a_command_that_is_named_exists():
             for verb, rest in re.findall(r"(?:^|\n|bin/)pagellm +([a-z]+)([^\n]*)", piece):
                 known = {
                     f.name for f in dataclasses.fields(importlib.import_module(VERBS[verb]).Config)
-                } | {"help"}
+                } | {"help", "config"}
                 for option in re.findall(r"(?<!\S)--(?:no-)?([a-z][a-z_]*)", rest):
                     assert option in known, f"{name(page)}: --{option}: pagellm {verb}{rest}"
 
