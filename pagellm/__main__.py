@@ -25,7 +25,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Pages and what they are made of": {
         "recommend": ("pagellm.serving.recommend", "pages of some users or of all, to a file"),
         "serve": ("pagellm.serving.serve", "pages over HTTP and in a browser"),
-        "export": ("pagellm.serving.export", "embeddings of items and users as .npy files"),
+        "export": ("pagellm.serving.export", "a policy as embeddings, or for transformers"),
         "features": ("pagellm.serving.features", "scores of (user, item) pairs for a ranker"),
         "search": ("pagellm.serving.search", "approximate search over exported embeddings"),
         "report": ("pagellm.report.report", "everything about a run in one HTML file"),

@@ -22,10 +22,12 @@ from pagellm.stage import dist
 from pagellm.stage.config import PageLLMError
 
 __all__ = [
+    "ARCHITECTURES",
     "SIZES",
     "build",
     "from_state",
     "load_published",
+    "published",
     "published_shape",
     "save_published",
     "to_state",

@@ -1,9 +1,13 @@
-"""Embeddings for a ranker that serves without this library (the paper's section 6.6).
+"""A policy for others: embeddings for a ranker that serves without this library (the paper's
+section 6.6), or the whole network for transformers.
 
 Reads   data/<dataset>, runs/<run>/ppo or sft
 Writes  runs/<run>/export-<policy> (--out)  <name>.npy, item_ids.json, user_ids.json, manifest.json
+        with --format transformers  runs/<run>/transformers-<policy> (--out), see
+        transformers_export.py
 
     make export         pagellm export --dtype int8 --pca 32 --out export-small
+                        pagellm export --format transformers
 
     item_token     (N, d) the item rows e_i
     item_content   (N, d) mean state over an item's title, brand and category
@@ -26,31 +30,38 @@ from pagellm.model.policy import Policy
 from pagellm.model.prompts import left_pad
 from pagellm.serving.embeddings import NAMES, quantise
 from pagellm.serving.sources import NEED, check_policy, pick_policy, split_in_words
+from pagellm.serving.transformers_export import export_transformers
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.dist import pick_device
-from pagellm.stage.files import atomic, sha256, write_json
-from pagellm.stage.run import Run, StageConfig, file_id, finished
+from pagellm.stage.files import atomic, read_json, sha256, write_json
+from pagellm.stage.run import Run, StageConfig, file_id, finished, versions
 
 __all__ = ["Config", "basis_of", "export_embeddings", "item_content", "run", "user_content"]
 
 
 DTYPES = ("float32", "float16", "int8")
+FORMATS = ("embeddings", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(StageConfig):
-    """Write item and user embeddings as .npy files with ids and a manifest."""
+    """Write a policy for others: embeddings as .npy files, or a directory for transformers."""
 
     source_run: str = ""  # run whose sft is read; empty: this run
     policy: str = ""  # whose embeddings: ppo or sft; empty: ppo if it is there, else sft
+    format: str = "embeddings"  # embeddings: matrices as .npy files. transformers: the network with
+    # words, users and items as one vocabulary, which AutoModelForCausalLM opens
+    k: int = 20  # transformers: slots of a page, the tokens that `generate` writes
     names: str = ",".join(NAMES)  # which matrices, comma-separated
-    dtype: str = "float16"  # float32, float16, or int8 (a float32 scale a row beside it)
+    dtype: str = "float16"  # of embeddings: float32, float16, or int8 (a float32 scale a row beside
+    # it)
     pca: int = 0  # dimensions kept; 0: all
     split: str = "none"  # rows held out from the prompts of user_content. none: all rows, for
     # serving; test: train rows alone, as in evaluate
     batch: int = 256  # rows in a forward pass
-    out: str = ""  # name of the directory under the run; empty: export-<policy>
+    out: str = ""  # name of the directory under the run, or a path that begins with /; empty:
+    # export-<policy> or transformers-<policy>
 
     def where(self, policy: str) -> Path:
         """Directory of sft or ppo."""
@@ -62,6 +73,8 @@ class Config(StageConfig):
         check(
             self,
             policy=check_policy(self.policy),
+            format=(self.format in FORMATS, ", ".join(FORMATS)),
+            k=(self.k > 0, "1 or more"),
             dtype=(self.dtype in DTYPES, ", ".join(DTYPES)),
             names=(
                 set(names) <= set(NAMES) and len(set(names)) == len(names),
@@ -164,6 +177,9 @@ def run(config: Config) -> None:
     record = finished(config.where(policy), NEED[policy], config.make(policy))
     shop = load(config.data_dir)
     inputs = {"data": file_id(config.data_dir / "source.json"), "policy": record["id"]}
+    if config.format == "transformers":
+        for_transformers(config, shop, inputs)
+        return
     with Run(config.stage(config.out or f"export-{policy}"), config, inputs, ("batch",)) as out:
         if out.done:
             print(f"export: already done in {out.path}")
@@ -202,6 +218,42 @@ def run(config: Config) -> None:
         print(f"export: {out.path}, {len(found)} matrices, {size / 1e6:.1f} MB in {config.dtype}")
         held = split_in_words(config.split).partition(":")[0]
         print(f"export: {policy} {record['id']}; {held}")
+
+
+def measured(config: Config, policy: str) -> dict | None:
+    """What evaluate found of this very policy on the test split; None where it did not run."""
+    folder = config.stage("evaluate")
+    if not (folder / "done").exists():
+        return None
+    begun = read_json(folder / "config.json")
+    if begun["inputs"].get(config.policy) != policy or begun["config"].get("split") != "test":
+        return None
+    return read_json(folder / "metrics.json").get(config.policy)
+
+
+def for_transformers(config: Config, shop: Shop, inputs: dict[str, str]) -> None:
+    """Write the policy as a directory that transformers opens, and say what it holds."""
+    folder = config.stage(config.out or f"transformers-{config.policy}")
+    if folder.exists() and not (folder / "pagellm.json").exists() and any(folder.iterdir()):
+        raise PageLLMError(f"{folder} holds something else; choose another --out")
+    policy = Policy.load(config.where(config.policy))
+    about = {
+        "name": f"{config.run or config.dataset}-{config.policy}",
+        "dataset": config.dataset,
+        "policy": config.policy,
+        "inputs": inputs,
+        "versions": versions(),
+    }
+    metrics = measured(config, inputs["policy"])
+    made = export_transformers(policy, shop, folder, config.k, about, metrics)
+    size = (folder / "model.safetensors").stat().st_size
+    print(f"export: {folder}, a {made['architecture']}, {size / 1e6:.1f} MB in float32")
+    print(
+        f"export: {config.policy} {inputs['policy']}; {made['n_items']:,} items from token "
+        f"{made['first']['items']} on; README.md has the code that writes a page"
+    )
+    if metrics is None:
+        print("export: no metrics in its card; they come from pagellm evaluate")
 
 
 def converted(matrices: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
