@@ -13,7 +13,8 @@ of the difference. `difference` has a generator of its own: for one seed its int
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,37 @@ def paired(a: np.ndarray, b: np.ndarray, seed: int = 0, n_boot: int = 1000) -> d
     return summary(a - b, seed, n_boot)
 
 
+DRAWN = 2_000_000  # counts of users in one block of draws
+REUSED = 16_000_000  # counts of users that are kept for the next entry of a table
+
+
+def resamples(S: int, U: int, draws: int, seed: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Blocks of draws with replacement: how often each seed (b, S) and each user (b, U) is drawn.
+
+    Every entry of a table asks for the same draws, so they are kept where they are few.
+    """
+    if draws * U <= REUSED:
+        return _few_resamples(S, U, draws, seed)
+    return _resamples(S, U, draws, seed)
+
+
+@lru_cache(maxsize=2)
+def _few_resamples(S: int, U: int, draws: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    return list(_resamples(S, U, draws, seed))
+
+
+def _resamples(S: int, U: int, draws: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    rows = max(1, DRAWN // U)
+    for start in range(0, draws, rows):
+        some = range(start, min(draws, start + rows))
+        seeds, users = np.empty((len(some), S)), np.empty((len(some), U), dtype=np.int32)
+        for d in range(len(some)):
+            seeds[d] = np.bincount(rng.integers(S, size=S), minlength=S)
+            users[d] = np.bincount(rng.integers(U, size=U), minlength=U)
+        yield seeds, users
+
+
 def difference(
     a: list[np.ndarray], b: list[np.ndarray], draws: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
@@ -96,14 +128,13 @@ def difference(
     if not defined.any():
         return (float("nan"),) * 3
     filled = np.where(defined, delta, 0.0)
-    rng = np.random.Generator(np.random.Philox(key=seed))
-    S, U = delta.shape
-    means = np.empty(draws)
-    for d in range(draws):
-        seeds = np.bincount(rng.integers(S, size=S), minlength=S)
-        users = np.bincount(rng.integers(U, size=U), minlength=U)
-        weight = seeds @ defined
-        means[d] = (seeds @ filled) @ users / max(weight @ users, 1)
+    known = defined.astype(np.float64)
+    means = np.concatenate(
+        [
+            ((seeds @ filled) * users).sum(1) / np.maximum(((seeds @ known) * users).sum(1), 1)
+            for seeds, users in resamples(*delta.shape, draws, seed)
+        ]
+    )
     low, high = np.quantile(means, [0.025, 0.975])
     return float(filled.sum() / defined.sum()), float(low), float(high)
 

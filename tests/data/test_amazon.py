@@ -381,7 +381,7 @@ def review_lines(draw, spelling):
 
 
 @pytest.mark.parametrize("spelling", ["2014", "2018", "2023"])
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 @given(
     data=st.data(),
     end=st.sampled_from(["\n", "\n\n", "\r\n"]),

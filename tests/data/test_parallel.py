@@ -255,7 +255,7 @@ def test_examples_carry_the_line_of_their_file(tmp_path, monkeypatch):
 def test_of_two_damaged_files_the_first_is_named(tmp_path):
     line = b'{"user_id": "u", "item_id": "i"}\n'
     for part in range(3):
-        packed = gzip.compress(line * [100, 300_000, 30_000][part])
+        packed = gzip.compress(line * [100, 100_000, 10_000][part])
         (tmp_path / f"part-{part}.jsonl").write_bytes(packed[: len(packed) - 9] if part else packed)
     with pytest.raises(PageLLMError, match="part-1.jsonl is damaged"):
         prepare.run(

@@ -10,7 +10,7 @@ import zipfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pagellm.data.evidence import category_form, paths_in, steady
@@ -121,8 +121,9 @@ def test_one_endless_line_beside_the_log_is_no_trouble(tmp_path):
 # Identifiers, times and thresholds
 
 
-@few
+@settings(deadline=None, max_examples=12)  # an example prepares six shops
 @given(st.lists(st.integers(0, 2**40), min_size=4, max_size=6, unique=True))
+@example([0, 7, 10, 2**40])
 def test_ids_are_the_same_from_every_format(tmp_path_factory, ids):
     """As CSV, JSON, integers, floats with a gap, decimals and binary: one set of users."""
     tmp_path = tmp_path_factory.mktemp("ids")

@@ -80,7 +80,7 @@ def test_order_does_not_matter(case, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(st.floats(-1e4, 1e4, width=32), st.integers(1, 3000))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 def test_equal_entries_are_exactly_their_mean(dtype, value, n):
     """The rounding of the mean leaves nothing that a tiny spread could blow up."""
     n = min(n, 40 * masked.BLOCK)  # so many blocks are enough, and a block of one entry is slow

@@ -95,6 +95,24 @@ def test_several_seeds_are_drawn_as_well_as_users():
     assert difference(a, b) == difference(a, b) != difference(a, b, seed=1) != difference(b, a)
 
 
+@pytest.mark.parametrize("drawn, reused", [(40, 0), (10**6, 10**6)])
+def test_an_interval_is_that_of_draws_made_one_by_one(drawn, reused, monkeypatch):
+    """In blocks of any size, kept or not: each draw takes seeds, then users, with replacement."""
+    monkeypatch.setattr(stats, "DRAWN", drawn)
+    monkeypatch.setattr(stats, "REUSED", reused)
+    made = np.random.default_rng(1)
+    a, b = made.normal(size=(2, 3, 17))
+    a[0, :4] = math.nan
+    rng, means = np.random.Generator(np.random.Philox(key=5)), []
+    for _ in range(200):
+        seeds = rng.integers(3, size=3)
+        users = rng.integers(17, size=17)
+        means.append(np.nanmean((a - b)[seeds][:, users]))
+    for _ in range(2):
+        found = difference(list(a), list(b), 200, 5)
+        assert found[1:] == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
+
+
 def test_a_difference_leaves_out_users_without_both_scores():
     """A user counts in the seeds where both scores are defined; if there is none, all is NaN."""
     nan = math.nan
