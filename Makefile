@@ -3,7 +3,6 @@
 #   make ppo DATASET=toys RAW=path/to/files [RUN=name] [ARGS="--kl_coef 0.02"] [NPROC=2]
 #
 # A target makes what it needs first, then runs `pagellm <command>`. ARGS reach only the command asked for.
-
 DATASET ?= synthetic
 RUN ?= $(DATASET)
 # Raw files: where RAW says; else data/raw/<dataset>, else a neighbour's, else fetched.
@@ -28,27 +27,28 @@ RAW_ARG := $(if $(RAW),--raw $(RAW))
 POLICIES_ARG := $(call given,POLICIES,--policies $(POLICIES))
 comma := ,
 WRITERS := $(subst $(comma), ,$(POLICIES))
-$(if $(filter-out popularity sft ppo compose,$(WRITERS)),$(error POLICIES=$(POLICIES): want some of \
-popularity,sft,ppo,compose))
+$(if $(filter-out popularity sft ppo compose,$(WRITERS)),$(error POLICIES=$(POLICIES): want some of popularity,sft,ppo,compose))
 
 PREPARED := data/$(DATASET)/source.json
+JOURNEY := data/complete_journey/orders.parquet
 DONE := runs/$(RUN)
 LAST := $(patsubst %,$(DONE)/%/done,$(filter sft ppo compose,sft $(WRITERS)))
 # A log of one's own needs no run; --logging and its like name no log.
 OWN_LOG := $(filter --log --log=%,$(ARGS))
 SHOWN := $(if $(OWN_LOG),$(VENV)/installed,$(DONE)/evaluate/done)
 STAGES := pretrain sft reward ppo compose evaluate
+VERBS := recommend serve export features search baselines storefront judge ope
 STUDIES := ablation backbones coldstart crossdomain drift leaveout
-
-.PHONY: all help install check lint test docs clean prepare $(STAGES) recommend serve export features search baselines \
-	casestudy report storefront abtest ope judge $(STUDIES) seeds ranker caches load fuzz torture soak bench scaling
+OF_A_RUN := ranker caches load fuzz
+.PHONY: all help install check test docs clean prepare $(STAGES) $(VERBS) abtest casestudy report $(STUDIES) seeds \
+	$(OF_A_RUN) torture soak scaling bench
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
 all: $(DONE)/baselines/done evaluate  ## the whole pipeline: prepare, plain rows, pretrain, sft, reward, ppo, compose, evaluate; prints table and pages
 help:  ## this list
 	@echo "make [target] [DATASET=synthetic] [RUN=<dataset>] [RAW=directory of raw files] [ARGS=\"--option value\"] [NPROC=1] [SEED=0]"
-	@awk -F ':.*## ' '/^[a-z][a-z ]*:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z].*:.*## /{split($$1, name, " "); printf "  make %-11s %s\n", name[1], $$2}' $(MAKEFILE_LIST)
 	@echo "  options of a command: $(VENV)/bin/pagellm <command> --help"
 install: $(VENV)/installed  ## virtual environment with the base packages
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
@@ -58,58 +58,39 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 $(VENV)/extra-%: $(VENV)/installed
 	$(PIP) '.[$*]' && touch $@
 
-# Each stage twice: by name (always asked, with ARGS; it says so if it is already done) and by its `done` file,
-# which a later stage needs (made only if missing, with the defaults).
-$(PREPARED): | $(VENV)/installed
-	$(ONE) prepare --dataset $(DATASET) $(RAW_ARG)
-$(DONE)/pretrain/done: | $(PREPARED)
-$(DONE)/sft/done: | $(DONE)/pretrain/done
-$(DONE)/reward/done: | $(DONE)/sft/done
-$(DONE)/ppo/done: | $(DONE)/reward/done
-$(DONE)/compose/done: | $(DONE)/sft/done
-$(DONE)/evaluate/done: | $(LAST)
-$(STAGES:%=$(DONE)/%/done): $(DONE)/%/done:
-	$(ALL) $* $(COMMON) $(if $(filter evaluate,$*),$(POLICIES_ARG))
-$(DONE)/baselines/done: | $(PREPARED)
-	$(ONE) baselines $(COMMON)
-$(DONE)/export-ppo/done: | $(DONE)/ppo/done
-	$(ONE) export $(COMMON)
-
-prepare: $(VENV)/installed  ## raw files -> data/<dataset>
-	$(ONE) prepare --dataset $(DATASET) $(RAW_ARG) $(ARGS)
-pretrain: $(PREPARED)  ## next token and rating prediction on what the shop knows
-sft: $(DONE)/pretrain/done  ## supervised fine-tuning on ground-truth pages
-reward: $(DONE)/sft/done  ## reward model from preference pairs
-ppo: $(DONE)/reward/done  ## PPO against the reward model
-compose: $(DONE)/sft/done  ## what will be picked, and how a page is made of it, chosen on validation
-evaluate: $(LAST)  ## pages and the results table: popularity, SFT, PPO, composed pages; POLICIES=sft stops at SFT
+# By name a stage is always asked, with ARGS; it says so if it is already done. Its `done` file, which a
+# later stage needs, is made only if missing, with the defaults. So both stand before each colon.
+prepare $(PREPARED): | $(VENV)/installed  ## raw files -> data/<dataset>
+	$(ONE) prepare --dataset $(DATASET) $(RAW_ARG) $(if $(filter prepare,$@),$(ARGS))
+pretrain $(DONE)/pretrain/done: | $(PREPARED)  ## next token and rating prediction on what the shop knows
+sft $(DONE)/sft/done: | $(DONE)/pretrain/done  ## supervised fine-tuning on ground-truth pages
+reward $(DONE)/reward/done: | $(DONE)/sft/done  ## reward model from preference pairs
+ppo $(DONE)/ppo/done: | $(DONE)/reward/done  ## PPO against the reward model
+compose $(DONE)/compose/done: | $(DONE)/sft/done  ## what will be picked, and how a page is made of it, chosen on validation
+evaluate $(DONE)/evaluate/done: | $(LAST)  ## pages and the results table: popularity, SFT, PPO, composed pages; POLICIES=sft stops at SFT
+baselines $(DONE)/baselines/done: | $(PREPARED)  ## plain recommenders, re-ranked too: settings chosen on validation (ARGS="--settings none": anew; --refit)
 recommend: $(DONE)/ppo/done  ## one page in the terminal: ARGS="--user ID"; everybody's: ARGS="--all --out pages.parquet"
-$(STAGES) recommend:
-	$(ALL) $@ $(COMMON) $(if $(filter evaluate,$@),$(POLICIES_ARG)) $(ARGS)
-
 serve: $(VENV)/extra-serve $(DONE)/ppo/done  ## the pages in a browser and over HTTP: http://127.0.0.1:8000/
+$(DONE)/export-ppo/done: | $(DONE)/ppo/done
 export: $(DONE)/ppo/done  ## embeddings of items and users as .npy for a ranker of your own: ARGS="--dtype int8 --pca 32 --out export-small"
 features: $(DONE)/ppo/done  ## dot(h_u, e_i) and the marginal page reward of (user, item) pairs: ARGS="--pairs pairs.parquet --out features.parquet"
 search: $(VENV)/extra-search $(DONE)/export-ppo/done  ## HNSW over the item rows: recall, queries a second, size; ARGS="--copies 30"
+storefront: | $(if $(filter complete_journey,$(DATASET)),$(JOURNEY),$(PREPARED))  ## a page of themed rows: built, tuned, scored; DATASET=complete_journey
 judge: $(DONE)/evaluate/done  ## SFT's pages against PPO's, judged by rules; ARGS="--backend reward", http, replay
 ope: $(SHOWN)  ## what PPO would earn, from SFT's SIMULATED log; ARGS="--log sessions.parquet"
-serve export features search judge ope:
-	$(ONE) $@ $(COMMON) $(ARGS)
+command = $(if $(filter $(STAGES) recommend,$(1)),$(ALL),$(ONE)) $(1) $(COMMON) $(if $(filter evaluate,$(1)),$(POLICIES_ARG))
+$(STAGES) $(VERBS):
+	$(call command,$@) $(ARGS)
+$(patsubst %,$(DONE)/%/done,$(STAGES) baselines export-ppo): $(DONE)/%/done:
+	$(call command,$(*:-ppo=))
+$(JOURNEY): | $(VENV)/installed
+	$(ONE) journey $(RAW_ARG)
 abtest: $(SHOWN)  ## SIMULATED online test of SFT against PPO; your own log: ARGS="--log log.csv --control a"
 	$(ONE) $(if $(OWN_LOG),abtest,simulator $(COMMON)) $(ARGS)
-baselines: | $(PREPARED)  ## plain recommenders, re-ranked too: settings chosen on validation (ARGS="--settings none": anew; --refit)
-	$(ONE) baselines $(COMMON) $(ARGS)
 casestudy: $(DONE)/evaluate/done  ## prompt, true page, pages, hits and rewards slot by slot: ARGS="--user ID" (appendix H)
-	$(ONE) casestudy --run $(RUN) $(ARGS)
-# It shows what is there and names what is missing, so it needs no stage; DATASET only if it is given.
-report: $(VENV)/extra-report  ## everything about RUN in one HTML file: runs/<run>/report.html
-	$(ONE) report --run $(RUN) $(call given,DATASET,--dataset $(DATASET)) $(ARGS)
-
-STOREFRONT_DATA := $(if $(filter complete_journey,$(DATASET)),data/complete_journey/orders.parquet,$(PREPARED))
-data/complete_journey/orders.parquet: | $(VENV)/installed
-	$(ONE) journey $(RAW_ARG)
-storefront: | $(STOREFRONT_DATA)  ## a page of themed rows: built, tuned, scored; DATASET=complete_journey
-	$(ONE) storefront $(COMMON) $(ARGS)
+report: $(VENV)/extra-report  ## everything that RUN has left on disk in one HTML file: runs/<run>/report.html
+casestudy report:
+	$(ONE) $@ --run $(RUN) $(call given,DATASET,--dataset $(DATASET)) $(ARGS)
 
 # A study has several runs: RUN, where it is given, names the study.
 ablation:  ## the paper's Table 5 over several seeds
@@ -119,38 +100,36 @@ crossdomain:  ## trained on half of the departments, tested on the others throug
 drift:  ## trained on the past, tested on what came after; with and without a time token
 leaveout:  ## what the reward knows untaught: a kind of pair left out; its scores against held-out truth
 $(STUDIES): | $(PREPARED)
-	$(PY) -m experiments.$@ --dataset $(DATASET) $(call given,RUN,--study $(RUN)) $(RAW_ARG) $(ARGS)
 seeds: | $(PREPARED)  ## the whole pipeline once for each of SEEDS, and one table with the baselines
 	for seed in $(SEEDS); do $(MAKE) $(DONE)-s$$seed/evaluate/done RUN=$(RUN)-s$$seed SEED=$$seed || exit; done
 	$(PY) -m experiments.seeds --dataset $(DATASET) --run $(RUN) --seeds $(subst $(eval) ,$(comma),$(SEEDS)) $(POLICIES_ARG) $(ARGS)
-ranker: $(VENV)/extra-ranker $(DONE)/ppo/done  ## what dot(h_u, e_i) and the marginal page reward add to LightGBM, on held-out rows
-	$(PY) -m experiments.ranker $(COMMON) $(ARGS)
-caches: $(DONE)/ppo/done  ## requests that come back: hits of the prompt and user caches, seconds with and without
-	$(PY) -m experiments.cost.caches $(COMMON) $(ARGS)
-load: $(DONE)/ppo/done  ## latency and pages a second of serve under 1, 8, 32 clients, cost of each part; ARGS="--soak 10"
-fuzz: $(DONE)/ppo/done  ## schemathesis against the OpenAPI document of serve
-fuzz load: $(VENV)/extra-serve,load
-	$(PY) -m experiments.stress.$@ $(COMMON) $(ARGS)
+ranker: $(VENV)/extra-ranker  ## what dot(h_u, e_i) and the marginal page reward add to LightGBM, on held-out rows
+caches:  ## requests that come back: hits of the prompt and user caches, seconds with and without
+load: $(VENV)/extra-serve,load  ## latency and pages a second of serve under 1, 8, 32 clients, cost of each part; ARGS="--soak 10"
+fuzz: $(VENV)/extra-serve,load  ## schemathesis against the OpenAPI document of serve
+$(OF_A_RUN): $(DONE)/ppo/done
 torture: $(VENV)/installed  ## pull the plug, fill the disk, feed rubbish: about five minutes, ends with counts
 soak: $(VENV)/installed  ## all stages in a loop for half an hour: does anything grow?
-torture soak:
-	$(PY) -m experiments.stress.torture $(if $(filter soak,$@),--suites soak) $(ARGS)
+	$(PY) -m experiments.stress.torture --suites soak $(ARGS)
+scaling: $(VENV)/extra-report  ## time and memory of every stage as users, items, pages, histories grow: table, figure
+module = $(subst /,.,$(basename $(wildcard experiments/$@.py experiments/*/$@.py)))
+study = --dataset $(DATASET) $(call given,RUN,--study $(RUN)) $(RAW_ARG)
+$(STUDIES) $(OF_A_RUN) torture scaling:
+	$(PY) -m $(module) $(if $(filter $(STUDIES),$@),$(study)) $(if $(filter $(OF_A_RUN),$@),$(COMMON)) $(ARGS)
 # Rows chosen by --only, and --profile, are of experiments.cost.bench alone.
 bench: $(VENV)/extra-dev  ## every hot path beside a peer; BASE=<commit>: this commit against another, by turns; ARGS=--profile: parts
 	$(if $(BASE)$(filter --only% --profile,$(ARGS)),,$(PY) -m kernels.bench $(filter --quick,$(ARGS)) \
 		$(if $(filter cuda --device=cuda,$(ARGS)),--device cuda))
 	$(PY) -m experiments.cost.bench $(if $(BASE),--base $(BASE)) $(ARGS)
-scaling: $(VENV)/extra-report  ## time and memory of every stage as users, items, pages, histories grow: table, figure
-	$(PY) -m experiments.cost.scaling $(ARGS)
 
 check: $(VENV)/extra-dev  ## rules, format, types and the quick tests, before a commit
-	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && $(PY) -m pytest -q -m quick $(ARGS)
-lint: $(VENV)/extra-dev  ## ruff's rules alone
-	$(PY) -m ruff check .
+	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+	$(RUN_TESTS) -q -m quick $(ARGS)
+test: $(VENV)/installed  ## all tests
+	$(RUN_TESTS) $(ARGS)
 # Where pytest-xdist is installed (the extra dev), two processes share the tests.
 XDIST = $(if $(wildcard $(VENV)/lib/python*/site-packages/xdist),-n 2 --dist loadfile --no-loadscope-reorder)
-test: $(VENV)/installed  ## all tests
-	$(if $(XDIST),OMP_NUM_THREADS=1) $(PY) -m pytest $(XDIST) $(ARGS)
+RUN_TESTS = $(if $(XDIST),OMP_NUM_THREADS=1) $(PY) -m pytest $(XDIST)
 docs: $(VENV)/extra-docs,serve  ## the documentation as a site: site/index.html
 	$(PY) docs/generate.py && $(PY) -m mkdocs build --strict
 	$(PY) -m pdoc --output-directory site/api pagellm '!pagellm.baselines.outside'
