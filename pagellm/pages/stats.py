@@ -132,7 +132,7 @@ def difference(
     means = np.concatenate(
         [
             ((seeds @ filled) * users).sum(1) / np.maximum(((seeds @ known) * users).sum(1), 1)
-            for seeds, users in resamples(*delta.shape, draws, seed)
+            for seeds, users in resamples(len(delta), delta.shape[1], draws, seed)
         ]
     )
     low, high = np.quantile(means, [0.025, 0.975])
