@@ -139,6 +139,7 @@ class Config(TrainingConfig):
     grad_clip: float = 1.0  # largest gradient norm, policy and critic apart
     eval_every: int = 10  # steps between validations
     eval_users: int = 500  # users in a validation; 0: all that have validation items
+    patience: int = 0  # stop after so many validations in a row without a better one; 0: never
     mode: str = "greedy"  # decoding in validation: greedy, beam or one_shot
     select: str = "energy"  # validation score that decides the weights kept: energy, ndcg or last
     min_accuracy: float = 0.9  # a kind of pair below this accuracy draws a warning
@@ -178,6 +179,10 @@ class Config(TrainingConfig):
             kl_coef=(self.kl_coef >= 0, "0 or more"),
             kl_target=(self.kl_target >= 0, "0 or more"),
             select=(self.select in ("energy", "ndcg", "last"), "energy, ndcg or last"),
+            patience=(
+                self.patience >= 0 and (self.patience == 0 or self.select != "last"),
+                "0 or more, and 0 with select=last, which takes the last step",
+            ),
             label_share=(0 < self.label_share < 1, "between 0 and 1"),
             **{
                 w: (getattr(self, w) >= 0, "0 or more")
@@ -697,7 +702,7 @@ def run(config: Config) -> None:
         dist.barrier()
         watch = Watch(config, out, training.warmup)
 
-        bar = progress(start, total, "ppo")
+        stopped, bar = total, progress(start, total, "ppo")
         for step, asked in prefetch(out.steps(bar), total, prompts):
             began = time.time()
             with dist.unsharded(training.objective):
@@ -717,21 +722,25 @@ def run(config: Config) -> None:
                 f"{last['objective/kl_seq_sum']:.2f}, best {config.select} {best.score:.4f}",
                 refresh=False,
             )
+            if best.stale(step + 1, config.eval_every, config.patience):
+                stopped = step + 1
+                break
             if out.due(step + 1, total):
                 out.save(training.state(step + 1))
-        final, best = training.state(total), training.best
+        final, best = training.state(stopped), training.best
         best.restore(policy.model)
         out.finish(
             policy.state(),
             final,
             step=best.step,
             score=best.score,
-            steps=total,
+            steps=stopped,
             alarms=sorted(watch.raised),
         )
         if dist.is_main():
+            early = f", stopped after {stopped}" if stopped < total else ""
             print(
-                f"ppo: {out.path}, step {best.step} of {total}, "
+                f"ppo: {out.path}, step {best.step} of {total}{early}, "
                 f"validation {config.select} {best.score:.4f}"
             )
 

@@ -27,6 +27,7 @@ from pagellm.model import gpt2, llama, lora, networks
 from pagellm.model.backbone import Backbone
 from pagellm.model.corpus import KINDS, Corpus, Tokens, texts
 from pagellm.model.networks import SIZES, load_published, published_shape, to_state
+from pagellm.model.policy import Policy, PromptStyle, Validation
 from pagellm.model.prompts import Example, Prompts, right_pad
 from pagellm.model.rows import als_rows, spectral_rows
 from pagellm.model.sampled_softmax import Candidates, Proposal, sampled_logp
@@ -38,6 +39,7 @@ from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.randomness import seed_torch
 from pagellm.stage.run import Run, TrainingConfig, file_id
 from pagellm.stage.train import (
+    Best,
     GuardedStep,
     Objective,
     logged,
@@ -109,6 +111,10 @@ class Config(TrainingConfig):
     # for large catalogues
     use_review: bool = False  # show the review in the rating prompt; it then reads sentiment,
     # not taste
+    eval_every: int = 0  # steps between validations (NDCG@100 of one-shot pages behind page
+    # prompts), the best of which decides the weights kept; 0: none, the last weights are kept
+    eval_users: int = 500  # users in a validation; 0: all that have validation items
+    patience: int = 0  # stop after so many validations in a row without a better one; 0: never
 
     # What a preset says of these gives way to --weights.
     PRESET_YIELDS: ClassVar[dict[str, tuple[str, ...]]] = {"weights": ("size",)}
@@ -148,6 +154,10 @@ class Config(TrainingConfig):
                 "0, or published weights beside it: adapters need a trunk that knows something",
             ),
             dropout=(0 <= self.dropout < 1, "0 or more, below 1"),
+            patience=(
+                self.patience == 0 or self.eval_every > 0,
+                "0, or eval_every beside it: validations are what it counts",
+            ),
             **{kind: (getattr(self, kind) >= 0, "0 or more") for kind in (*KINDS, "rating")},
         )
         known = gpt2.GPT2.TARGETS | llama.Llama.TARGETS
@@ -407,6 +417,16 @@ def for_replay(batch: tuple) -> dict:
     }
 
 
+def validated(
+    validation: Validation, both: Objective, vocab: Vocab, best: Best, step: int
+) -> dict[str, Any]:
+    """What to log of a validation behind page prompts; `best` takes the weights if they are."""
+    with dist.unsharded(both):
+        scores = validation(Policy(both.model, vocab, PromptStyle()))
+    best.offer(scores["NDCG@100"], step, both)
+    return {f"valid/{name}": value for name, value in scores.items()}
+
+
 def run(config: Config) -> None:
     shop = load(config.data_dir)
     inputs = {"data": file_id(config.data_dir / "source.json")}
@@ -430,11 +450,16 @@ def run(config: Config) -> None:
         )
         guard = GuardedStep(opt, both.parameters(), config.grad_clip)
 
-        start = 0
+        start, best, validation = 0, Best(), None
+        if config.eval_every:
+            validation = Validation(shop, "valid", 20, "one_shot", config.eval_users, config.seed)
+
         if state := out.load():
-            start = state["step"]
+            start, best = state["step"], Best(**state["best"]) if validation else best
             dist.load_weights(both, state["both"])
             dist.load_optimiser(both, opt, state["opt"])
+        elif validation:  # the start itself takes part as step 0
+            out.log(0, **validated(validation, both, vocab, best, 0))
         both.train()
         model.bf16 = out.precision(config.precision, device, model.shape.n_embd) == "bfloat16"
 
@@ -443,12 +468,13 @@ def run(config: Config) -> None:
                 "step": step,
                 "both": dist.weights(both, frozen=False),
                 "opt": dist.optimiser_state(both, opt),
+                **({"best": best.state()} if validation else {}),
             }
 
         def kept(step: int, batch: tuple) -> Path:
             return out.keep_for_replay(step, {**state_at(step), **for_replay(batch)})
 
-        bar = progress(start, config.steps, "pretrain")
+        stopped, bar = config.steps, progress(start, config.steps, "pretrain")
         for step, (kind, batch) in prefetch(out.steps(bar), config.steps, batches):
             seed_dropout(config.seed, "pretrain", step)
             set_lr(opt, lr_at(step, config.steps, config.lr, config.warmup))
@@ -460,15 +486,25 @@ def run(config: Config) -> None:
             )
             loss, rating_loss = logged(loss, rating_loss)
             row: dict[str, Any] = {"loss": loss, "rating_loss": rating_loss, "grad_norm": norm}
+            last = step + 1 == config.steps
+            if validation and (last or (step + 1) % config.eval_every == 0):
+                row |= validated(validation, both, vocab, best, step + 1)
             out.log(step + 1, kind=kind, **row, lr=opt.param_groups[0]["lr"])
             text = f"{kind} {out.last.get('loss', math.nan):.3f}"
             if batches.rated:
                 text += f", rating {out.last.get('rating_loss', math.nan):.3f}"
             bar.set_postfix_str(text, refresh=False)
+            if validation and best.stale(step + 1, config.eval_every, config.patience):
+                stopped = step + 1
+                break
             if out.due(step + 1, config.steps):
                 out.save(state_at(step + 1))
         model.bf16 = False
-        result = {"steps": config.steps, "prompts": corpus.sizes, **lora.counts(model)}
+        final = state_at(stopped)
+        result = {"steps": stopped, "prompts": corpus.sizes, **lora.counts(model)}
+        if validation:
+            best.restore(both)
+            result |= {"step": best.step, "valid_ndcg": best.score}
         if batches.rated:
             held = rating_rows(shop, "valid")
             with dist.unsharded(both):
@@ -482,7 +518,7 @@ def run(config: Config) -> None:
         if dist.is_main():
             Tokens.remove(out.path / "tokens")
         weights = {**to_state(model), "rating_head": dist.weights(head)}
-        out.finish(weights, state_at(config.steps), **result)
+        out.finish(weights, final, **result)
         if dist.is_main():
             print(f"pretrain: {out.path} {result}")
 

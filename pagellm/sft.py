@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pagellm.data.shop import load
+from pagellm.data.shop import Shop, load
 from pagellm.model.networks import from_state
 from pagellm.model.page_loss import Batch, page_batch, sft_loss
 from pagellm.model.policy import MODES, Policy, PromptStyle, Validation
@@ -71,7 +71,8 @@ class Config(TrainingConfig):
     max_history: int = 24  # items of history in the prompt
     use_ratings: bool = True  # show the rating behind each item of the history
     use_user: bool = True  # show the user's own token; off: <user_unk> for all
-    epochs: float = 15.0  # passes over the users; a fraction of one ends before everybody was seen
+    epochs: float = 15.0  # passes over the users; a fraction of one ends before everybody was seen;
+    # 0: the pre-trained model as it is
     batch: int = 64  # users in a step
     lr: float = 2e-3  # peak learning rate
     warmup: int = 20  # steps of linear warm-up
@@ -88,6 +89,7 @@ class Config(TrainingConfig):
     mode: str = "greedy"  # decoding in validation: greedy, beam or one_shot
     eval_every: int = 60  # steps between validations
     eval_users: int = 500  # users in a validation; 0: all that have validation items
+    patience: int = 0  # stop after so many validations in a row without a better one; 0: never
     select: str = "ndcg"  # weights kept: ndcg, those with the best validation; last,
     # which needs no validation rows (prepare --refit)
 
@@ -100,7 +102,10 @@ class Config(TrainingConfig):
             objective=(self.objective in OBJECTIVES, ", ".join(OBJECTIVES)),
             cut=(self.cut in CUTS, " or ".join(CUTS)),
             max_history=(self.max_history > 0, "1 or more"),
-            epochs=(self.epochs > 0, "above 0"),
+            patience=(
+                self.patience >= 0 and (self.patience == 0 or self.select == "ndcg"),
+                "0 or more, and 0 with select=last, which asks no validation",
+            ),
             batch=(self.batch > 0, "1 or more"),
             lr=(self.lr > 0, "above 0"),
             k=(self.k > 0, "1 or more"),
@@ -127,7 +132,8 @@ class PageBatches:
         self.config, self.policy, self.maker = config, policy, maker
         self.lengths = tuple(maker.train.counts()[maker.users].tolist())
         self.proposal = Proposal(maker.train.items, n_items)
-        self.total = max(1, round(config.epochs * math.ceil(len(maker.users) / config.batch)))
+        steps = round(config.epochs * math.ceil(len(maker.users) / config.batch))
+        self.total = max(1, steps) if config.epochs else 0
 
     def __call__(self, step: int) -> tuple[Batch, bool]:
         """-> the batch, and False if this process has no user and holds a stand-in."""
@@ -175,15 +181,18 @@ def new_policy(config: Config, before: Path, maker: PageMaker, device) -> Policy
     return policy
 
 
+def validation_of(config: Config, shop: Shop) -> Validation | None:
+    """Pages of validation users; None where there are none and none are needed."""
+    if config.select != "ndcg" and not shop.rows("valid").any():
+        return None
+    return Validation(shop, "valid", config.k, config.mode, config.eval_users, config.seed)
+
+
 def run(config: Config) -> None:
     before = config.stage("pretrain")
     record = finished(before, "pre-trained model", config.make("pretrain"))
     shop = load(config.data_dir)
-    validation = None
-    if config.select == "ndcg" or shop.rows("valid").any():
-        validation = Validation(
-            shop, "valid", config.k, config.mode, config.eval_users, config.seed
-        )
+    validation = validation_of(config, shop)
     inputs = {"data": file_id(config.data_dir / "source.json"), "pretrain": record["id"]}
     device = dist.start(config.device)
     with Run(config.stage("sft"), config, inputs) as out:
@@ -195,7 +204,7 @@ def run(config: Config) -> None:
         if dist.is_main():
             policy.vocab.save(out.path)
         batches = PageBatches(config, policy, maker, shop.n_items)
-        total = batches.total
+        stopped = total = batches.total
         learner = dist.wrap(objective := Objective(batch_loss, model=model), config.parallel)
         opt = optimiser(
             model,
@@ -260,19 +269,25 @@ def run(config: Config) -> None:
             out.log(step + 1, **row)
             loss_now = out.last.get("loss", math.nan)
             bar.set_postfix_str(f"loss {loss_now:.3f}, {said(best)}", refresh=False)
+            if best.stale(step + 1, config.eval_every, config.patience):
+                stopped = step + 1
+                break
             if out.due(step + 1, total):
                 out.save(state_at(step + 1))
-        final = state_at(total)
+        if total == 0 and not validation:
+            best.keep(None, 0, model)
+        final = state_at(stopped)
         best.restore(model)
         out.finish(
             policy.state(),
             final,
             step=best.step,
+            steps=stopped,
             valid_ndcg=best.score,
             single_level=maker.single_level_share(config.label_share, config.seed),
         )
         if dist.is_main():
-            print(f"sft: {out.path}, step {best.step} of {total}, {said(best)}")
+            print(f"sft: {out.path}, step {best.step} of {stopped}, {said(best)}")
 
 
 def said(best: Best) -> str:

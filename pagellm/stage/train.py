@@ -462,6 +462,14 @@ class Best:
             )
         dist.load_weights(module, self.weights)
 
+    def stale(self, step: int, every: int, patience: int) -> bool:
+        """Whether the last `patience` validations, one every `every` steps, were no better.
+
+        step      steps done      patience  0: never
+        It follows from the step of the best, so a run that is carried on stops where it would have.
+        """
+        return 0 < patience * every <= step - self.step and step % every == 0
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it; Best(**state) is the same object again."""
         return {"score": self.score, "step": self.step, "weights": self.weights}
