@@ -40,7 +40,7 @@ import torch
 from experiments.study import overrides
 from pagellm import pretrain, sft
 from pagellm.data import prepare
-from pagellm.data.filters import split_by_time
+from pagellm.data.filters import split_by_time, tie_ranks
 from pagellm.data.shop import Shop, load
 from pagellm.model.policy import Policy
 from pagellm.pages.ranked import (
@@ -130,11 +130,13 @@ def plant(source: Path, target: Path, seed: int, passes: int = 2, noise: float =
         np.int64
     )
     time = shop.time.min() + 86400 * days
-    resort = np.lexsort((shop.item, time, shop.user))
-    item, rating, positive, time = (
-        x[resort] for x in (shop.item, shop.rating, shop.positive, time)
+    ids = shop.user_ids, shop.catalogue.ids
+    tie = tie_ranks(seed, shop.user, shop.item, time, *ids)
+    resort = np.lexsort((tie, time, shop.user))
+    item, rating, positive, time, tie = (
+        x[resort] for x in (shop.item, shop.rating, shop.positive, time, tie)
     )
-    split = split_by_time(shop.user, item, time, positive, False)
+    split = split_by_time(shop.user, tie, time, positive, False)
     kinds = np.array(["train", "valid", "test", "unused"], dtype=object)[split]
     with prepare.building(target) as folder:
         for path in source.iterdir():
@@ -178,9 +180,13 @@ def plant(source: Path, target: Path, seed: int, passes: int = 2, noise: float =
 
 
 def recent_pages(shop: Shop, users: np.ndarray, seen, share: float, seed: int = 0) -> RankedPages:
-    """Pages of the items bought most often in the latest `share` of the train rows."""
+    """Pages of the items bought most often in the latest `share` of the train rows.
+
+    Rows of one moment count all or none: in the order of rows, some users' would count alone.
+    """
     rows = np.flatnonzero(shop.rows("train"))
-    late = rows[np.argsort(shop.time[rows], kind="stable")[-max(1, round(share * len(rows))) :]]
+    since = np.sort(shop.time[rows])[-max(1, round(share * len(rows)))]
+    late = rows[shop.time[rows] >= since]
     count = torch.from_numpy(np.bincount(shop.item[late], minlength=shop.n_items)).float()
     return rank_all(lambda some: count.expand(len(some), -1), users, seen, K, DEPTH, seed)
 

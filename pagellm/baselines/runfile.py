@@ -89,6 +89,8 @@ def read_file(path: Path) -> pa.Table:
         raise PageLLMError(
             f"{path}: columns {', '.join(data.column_names)}; want user, item, and score or rank"
         )
+    if not len(data):
+        raise PageLLMError(f"{path} has no rows; want one for each user and item")
     return data
 
 
@@ -100,13 +102,12 @@ def orders(data: pa.Table, path: Path) -> np.ndarray:
     """
     name = "rank" if "rank" in data.column_names else "score"
     column = data[name].combine_chunks()
-    if pa.types.is_decimal(column.type):
-        column = column.cast(pa.float64())
+    if pa.types.is_decimal(column.type) and not column.null_count:
+        # Their order, with every digit: a float has fewer.
+        column = pc.rank(column, tiebreaker="dense").cast(pa.int64())
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-        values = (v for v in column.to_pylist() if not is_number(v))
-        raise PageLLMError(
-            f"{path}: column {name} is not numbers: {next(values, column[0].as_py())!r}"
-        )
+        values = [v for v in column.to_pylist() if not is_number(v)] or column.to_pylist()
+        raise PageLLMError(f"{path}: column {name} is not numbers: {values[0]!r}")
     if column.null_count or not np.isfinite(column.to_numpy(zero_copy_only=False)).all():
         wrong = column.null_count + int(
             (~np.isfinite(column.drop_null().to_numpy().astype(np.float64))).sum()

@@ -29,6 +29,7 @@ from pagellm.data.shop import Catalogue, Shop
 from pagellm.pages.energy import Near, energy, gain, gains, near_duplicates, page_energy
 from pagellm.pages.stats import average_ranks
 from pagellm.pages.truth import (
+    Ties,
     ground_truth_page,
     item_scores,
     popularity,
@@ -86,6 +87,7 @@ class Stock:
     weight: np.ndarray  # (N,) popularity ** 0.75: odds of an item to fill a rejected page
     coordinate: np.ndarray  # (N, 2) in 0..1: popularity rank and s_i, to match replacements by
     by_leaf: list[np.ndarray]  # items of every leaf category
+    ties: Ties  # the order of labels that nothing else tells apart
 
     @classmethod
     def of(cls, shop: Shop, near: Near | None = None, shrink: float = 0.0) -> "Stock":
@@ -103,6 +105,7 @@ class Stock:
             count**0.75,
             coordinate,
             [order[a:b] for a, b in zip(cuts, cuts[1:], strict=False)],
+            Ties(shop.n_users, shop.n_items),
         )
 
 
@@ -366,7 +369,8 @@ def draw_side(
     """Split one user's liked items at random; the labels make the page, cut at k slots."""
     items, ratings = buyer.items, buyer.ratings
     given, label = split_history(items, ratings, label_share, rng)
-    page, _ = ground_truth_page(items[label], ratings[label], stock.catalogue, stock.s, stock.near)
+    labels, tie = items[label], stock.ties.of(buyer.user, items[label])
+    page, _ = ground_truth_page(labels, ratings[label], stock.catalogue, stock.s, stock.near, tie)
     level = dict(zip(items.tolist(), rating_levels(ratings).tolist(), strict=True))
     page = page[:k].tolist()
     return Side(

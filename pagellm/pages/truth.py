@@ -2,7 +2,8 @@
 
     s, near = item_scores(shop), near_duplicates(shop.catalogue)
     given, label = split_history(items, ratings, 0.2, rng)     # of one user's liked train items
-    page, removed = ground_truth_page(items[label], ratings[label], shop.catalogue, s, near)
+    tie = Ties(shop.n_users, shop.n_items).of(user, items[label])
+    page, removed = ground_truth_page(items[label], ratings[label], shop.catalogue, s, near, tie)
 
 Everything here reads train rows only.
 """
@@ -17,6 +18,7 @@ from pagellm.stage import randomness
 
 __all__ = [
     "PageMaker",
+    "Ties",
     "ground_truth_page",
     "item_scores",
     "popularity",
@@ -103,25 +105,56 @@ def single_level(ratings: np.ndarray, given: np.ndarray, label: np.ndarray) -> b
     return set(level[given]) != set(level[label])
 
 
+class Ties:
+    """An order of items that nothing else tells apart, drawn for every user.
+
+    Shops without ratings have many such items. If the item's number decided, identifiers would
+    choose the order of the pages that a policy learns from, and which items are cut off.
+    """
+
+    def __init__(self, n_users: int, n_items: int, seed: int = 0):
+        draw = randomness.rng(seed, "truth", "ties")
+        self.item, self.user = (
+            draw.integers(2**64, size=n, dtype=np.uint64) for n in (n_items, n_users)
+        )
+
+    def of(self, user: int, items: np.ndarray) -> np.ndarray:
+        """(n,) uint64: a number of each item, different within a user; smaller ones go first.
+
+        The two draws are mixed, so that the order of items is another one for every user.
+        Source: the finaliser of SplitMix64, Steele et al., OOPSLA 2014.
+        """
+        x = self.item[items] ^ self.user[user]
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
 def ground_truth_page(
-    items: np.ndarray, ratings: np.ndarray, catalogue: Catalogue, s: np.ndarray, near: Near
+    items: np.ndarray,
+    ratings: np.ndarray,
+    catalogue: Catalogue,
+    s: np.ndarray,
+    near: Near,
+    tie: np.ndarray,
 ) -> tuple[np.ndarray, int]:
     """The best page that some items of one user make (the paper's appendix A.2).
 
     Items are ordered by rating, highest first, unknown ratings last. Within one rating level come
     first the items of a leaf category that the page does not show yet, then those of higher s_i
-    (unknown last), then smaller ids. Diversity counts within a level only; otherwise it would put
-    worse items before better ones. Of near-duplicates only the highest one stays.
+    (unknown last), then those of a smaller `tie`. Diversity counts within a level only; otherwise
+    it would put worse items before better ones. Of near-duplicates only the highest one stays.
 
     items    (n,) item ids
     ratings  (n,) float, NaN where unknown
     s        (N,) from item_scores
+    tie      (n,) from Ties
     returns  the page, (n or fewer,) int64, best first; and the number of items removed as redundant
     """
     items = np.asarray(items, dtype=np.int64)
     level = rating_levels(ratings)
     score = rating_levels(np.asarray(s)[items])
-    order = np.lexsort((items, -score, -level))
+    order = np.lexsort((tie, -score, -level))
     item_list, level_list = items[order].tolist(), level[order].tolist()
     leaf = catalogue.leaf_id[items[order]].tolist()
     ordered: list[int] = []
@@ -158,6 +191,7 @@ class PageMaker:
         self.time = shop.time[shop.rows("train")]
         self.s = item_scores(shop, shrink)
         self.near = near_duplicates(shop.catalogue)
+        self.ties = Ties(shop.n_users, shop.n_items)
         self.users = np.flatnonzero(self.train.counts() > 1)
 
     def example(
@@ -170,7 +204,7 @@ class PageMaker:
         """
         items, ratings = self.train.of(user)
         given, label = split_history(items, ratings, share, rng)
-        page, _ = ground_truth_page(items[label], ratings[label], self.catalogue, self.s, self.near)
+        page = self.page(user, items[label], ratings[label])
         return (items[given], ratings[given]), page[:longest]
 
     def later(self, user: int, rng: np.random.Generator, longest: int | None = None):
@@ -181,12 +215,17 @@ class PageMaker:
         """
         items, ratings = self.train.of(user)
         at = int(rng.integers(1, len(items)))
-        page, _ = ground_truth_page(items[at:], ratings[at:], self.catalogue, self.s, self.near)
+        page = self.page(user, items[at:], ratings[at:])
         return (
             (items[:at], ratings[:at]),
             page[:longest],
             int(self.time[self.train.indptr[user] + at]),
         )
+
+    def page(self, user: int, items: np.ndarray, ratings: np.ndarray) -> np.ndarray:
+        """The best page of some of a user's items."""
+        tie = self.ties.of(user, items)
+        return ground_truth_page(items, ratings, self.catalogue, self.s, self.near, tie)[0]
 
     def clock(self, times: int) -> tuple[int, ...]:
         """times - 1 rising times, in seconds, that cut the train rows into about equal parts.

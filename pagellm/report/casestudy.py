@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pagellm.data.tables import id_list
 from pagellm.evaluate import LABELS
 from pagellm.model.policy import Policy
 from pagellm.pages.stats import difference
-from pagellm.pages.truth import ground_truth_page
+from pagellm.pages.truth import Ties, ground_truth_page
 from pagellm.report.findings import Found, Missing, read
 from pagellm.report.measure import (
     PageRewards,
@@ -45,7 +46,8 @@ class Config(StageConfig):
     """Print users' prompts, true and predicted pages, hits and rewards slot by slot."""
 
     dataset: str = ""  # name of the data set; empty: the one the run's stages name
-    user: str = ""  # users to show: the shop's ids, comma-separated; empty: drawn at random
+    user: str = ""  # users to show: the shop's ids, comma-separated, in quotes where one holds a
+    # comma; @path: a file of them, one a line; empty: drawn at random
     users: int = 2  # number of users drawn at random where --user is empty
 
     def __post_init__(self):
@@ -74,7 +76,8 @@ def case_text(found: Found, policy: Policy, rewards: PageRewards, at: int) -> st
     """The text about one user, who is row `at` of `rewards`."""
     user, row, c = int(rewards.user[at]), int(rewards.row[at]), found.shop.catalogue
     items, ratings = found.scorer.held.of(user)
-    page, removed = ground_truth_page(items, ratings, c, found.scorer.s, found.scorer.near)
+    tie = Ties(found.shop.n_users, len(c)).of(user, items)
+    page, removed = ground_truth_page(items, ratings, c, found.scorer.s, found.scorer.near, tie)
     star = dict(zip(items.tolist(), ratings.tolist(), strict=True))
 
     def line(item: int) -> str:
@@ -144,7 +147,7 @@ def run(config: Config) -> str:
     try:
         of = found.both("a case study")[0].user
         if config.user:
-            names = [name.strip() for name in config.user.split(",")]
+            names = id_list(config.user, "user")
             known = {found.shop.user_ids[u]: row for row, u in enumerate(of.tolist())}
             if strange := [name for name in names if name not in known]:
                 raise PageLLMError(

@@ -8,6 +8,7 @@ from pagellm.report.html import figure, figures, missing_note, span, story, tabl
 from pagellm.report.measure import bins_of, hits, page_items, page_rewards
 from pagellm.report.options import Config
 from pagellm.report.plots import dots, lines
+from pagellm.stage import randomness
 
 __all__ = ["energies", "history_length", "popularity", "positions"]
 
@@ -76,9 +77,9 @@ def popularity(found: Found, config: Config) -> str:
     shown = {name: page_items(p, found.k) for name, p in pages.items()}
     shown = {"train data": train, **{name: x[x >= 0] for name, x in shown.items()}}
     tenth = np.empty(shop.n_items, dtype=int)
-    tenth[np.lexsort((np.arange(shop.n_items), -count))] = (
-        np.arange(shop.n_items) * 10 // shop.n_items
-    )
+    # Of equally popular items a draw decides, not their numbers, which tenth they fall into.
+    drawn = randomness.rng(0, "report", "tenths").permutation(shop.n_items)
+    tenth[np.lexsort((drawn, -count))] = np.arange(shop.n_items) * 10 // shop.n_items
     share = {
         name: (np.arange(1, 11), np.bincount(tenth[x], minlength=10) / max(1, len(x)))
         for name, x in shown.items()

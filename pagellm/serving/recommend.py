@@ -29,6 +29,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from pagellm.data.shop import source
+from pagellm.data.tables import id_list, words_in
 from pagellm.model.decode import ranking
 from pagellm.model.policy import MODES
 from pagellm.serving.cache import Cache
@@ -40,7 +41,7 @@ from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic, write_json
 
-__all__ = ["Config", "dropped_histories", "parse_history", "run"]
+__all__ = ["Config", "dropped_histories", "id_list", "parse_history", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +57,10 @@ class Config(Sources):
     k: int = 20  # slots of a page
     policy: str = ""  # ppo: with the reward; sft: without it; empty: ppo if it is there, else sft
     mode: str = "greedy"  # greedy, beam, or one_shot
-    exclude: str = ""  # item ids that no page may hold, comma-separated; @path: a file of them,
-    # one a line
+    exclude: str = ""  # item ids that no page may hold, comma-separated, in quotes where one holds
+    # a comma; @path: a file of them, one a line
     categories: str = ""  # only items of these categories, separated by |; empty: all
-    in_stock: str = ""  # only these item ids, comma-separated; @path: a file of them,
-    # one a line; empty: all
+    in_stock: str = ""  # only these item ids, written as for exclude; empty: all
     price_min: float = 0.0  # only items at this price or above;
     # items of unknown price fail any price filter
     price_max: float = math.inf  # only items at this price or below
@@ -97,14 +97,13 @@ class Config(Sources):
 
 
 def parse_history(text: str, known: dict[str, int] | None = None) -> tuple[tuple[str, float], ...]:
-    """ "id:rating,id" -> ((id, rating), (id, NaN)).
+    """ "id:rating,id" -> ((id, rating), (id, NaN)). An id with a comma stands in quotes.
 
     known  ids of the shop; a word that is one of them is an id, even if it holds a colon
     Raises PageLLMError for a rating that is not a number from 1 to 5, or an empty id.
     """
     out = []
-    for word in text.split(","):
-        word = word.strip()
+    for word in words_in(text):
         item, colon, rating = word.rpartition(":")
         if not colon or (known and word in known):
             item, rating = word, "nan"
@@ -120,28 +119,12 @@ def parse_history(text: str, known: dict[str, int] | None = None) -> tuple[tuple
     return tuple(out)
 
 
-def id_list(option: str, text: str) -> tuple[str, ...]:
-    """Comma-separated ids, or @path of a file with one a line. option: its name, for the error."""
-    if not text.startswith("@"):
-        return tuple(word.strip() for word in text.split(",") if word.strip())
-    try:
-        # utf-8-sig: a byte order mark is no part of the first id
-        lines = Path(text[1:]).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PageLLMError(
-            f"--{option} {text}: cannot be read ({error}); want a text file, one id a line"
-        ) from None
-    return tuple(line.strip() for line in lines if line.strip())
-
-
 def filters_of(config: Config) -> Filters:
     """The options as Filters. Reads the files that --exclude and --in_stock name."""
     return Filters(
-        exclude=id_list("exclude", config.exclude),
-        categories=tuple(w.strip() for w in config.categories.split("|"))
-        if config.categories
-        else None,
-        in_stock=id_list("in_stock", config.in_stock) if config.in_stock else None,
+        exclude=id_list(config.exclude, "exclude"),
+        categories=tuple(words_in(config.categories, "|")) if config.categories else None,
+        in_stock=id_list(config.in_stock, "in_stock") if config.in_stock else None,
         price_min=config.price_min or None,
         price_max=config.price_max if config.price_max < math.inf else None,
     )

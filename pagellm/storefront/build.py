@@ -9,6 +9,7 @@ Only catalogue and train rows are read for it: the held-out rows move no byte. A
 15,182 items and 612,565 pairs on one core.
 """
 
+import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 
 from pagellm.data.orders import Orders, load_orders, orders_of
 from pagellm.data.shop import Catalogue, Shop, load
+from pagellm.data.tables import id_list
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
@@ -61,13 +63,20 @@ class Config(StageConfig):
 def read_policy(path: str) -> Policy:
     """The built-in policy, or the shop's on top of it.
 
-    Raises PageLLMError for a file that is not there.
+    Raises PageLLMError for a file that is not there, or is no JSON.
     """
     if not path:
         return policy_of()
     if not Path(path).exists():
         raise PageLLMError(f"no policy file {path}; write one as in docs/how-to/storefront.md")
-    return policy_of(read_json(Path(path)), file_id(path))
+    try:
+        # utf-8-sig: editors put a byte order mark in front
+        own = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise PageLLMError(
+            f"{path} is no JSON ({error}); write it as in docs/how-to/storefront.md"
+        ) from None
+    return policy_of(own, file_id(path))
 
 
 def read_stock(path: str, catalogue: Catalogue) -> np.ndarray:
@@ -75,7 +84,7 @@ def read_stock(path: str, catalogue: Catalogue) -> np.ndarray:
     stock = np.ones(len(catalogue), dtype=bool)
     if path:
         number = {name: at for at, name in enumerate(catalogue.ids)}
-        gone = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+        gone = id_list(f"@{path}", "out_of_stock")
         unknown = [name for name in gone if name not in number]
         if unknown:
             raise PageLLMError(

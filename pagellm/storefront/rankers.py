@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pagellm.data.shop import Rows
+from pagellm.data.tables import ids_of, read_table
 from pagellm.stage import randomness
 from pagellm.stage.config import PageLLMError
 from pagellm.storefront.parts import Context
@@ -169,18 +168,22 @@ class File:
 
     @classmethod
     def read(cls, path: str | Path, users: list[str], items: list[str]) -> "File":
-        """Read (user, item, score) with the shop's identifiers. Raises PageLLMError."""
-        try:
-            table = pq.read_table(path, columns=["user", "item", "score"])
-        except (pa.ArrowException, OSError) as error:
-            raise PageLLMError(
-                f"{path} cannot be read: {error}\n  Want Parquet with columns user, item, score."
-            ) from None
+        """Read (user, item, score) with the shop's identifiers, and print what is left out.
+
+        Raises PageLLMError for a score that is no number, a pair that stands there twice, or a file
+        in which nothing is of this shop.
+        """
+        table = read_table(Path(path), ("user", "item"))
+        if missing := [n for n in ("user", "item", "score") if n not in table.column_names]:
+            raise PageLLMError(f"{path}: no column {missing[0]}; want user, item, score")
         known = {name: at for at, name in enumerate(users)}
         number = {name: at for at, name in enumerate(items)}
-        user = np.array([known.get(str(u), -1) for u in table["user"].to_pylist()], dtype=np.int64)
-        item = np.array([number.get(str(i), -1) for i in table["item"].to_pylist()], dtype=np.int64)
-        score = table["score"].to_numpy().astype(np.float64)
+        user = np.array([known.get(u, -1) for u in ids_of(table, "user", path)], dtype=np.int64)
+        item = np.array([number.get(i, -1) for i in ids_of(table, "item", path)], dtype=np.int64)
+        try:
+            score = table["score"].to_numpy().astype(np.float64)
+        except (ValueError, TypeError):
+            raise PageLLMError(f"{path}: column score is not numbers") from None
         if not np.isfinite(score).all():
             raise PageLLMError(f"{path}: a score is missing or not finite; leave such rows out")
         keep = (user >= 0) & (item >= 0)
@@ -188,6 +191,14 @@ class File:
             raise PageLLMError(
                 f"{path} names no user and item of this shop; use the shop's own ids"
             )
+        if not keep.all():
+            print(
+                f"{path}: {int((~keep).sum()):,} of {len(keep):,} rows are left out, whose user "
+                "or item the shop has not",
+                flush=True,
+            )
+        if len(np.unique(user[keep] * len(items) + item[keep])) < keep.sum():
+            raise PageLLMError(f"{path}: a user has two scores for one item; want each pair once")
         order = np.argsort(user[keep], kind="stable")
         indptr = np.zeros(len(users) + 1, dtype=np.int64)
         np.cumsum(np.bincount(user[keep], minlength=len(users)), out=indptr[1:])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -308,3 +309,22 @@ def test_ids_that_lost_their_zeros_are_not_taken_for_row_numbers(shop, tmp_path)
     with pytest.raises(PageLLMError, match=r"column user: '\d+' is not .*'0\d+' is; were zeros"):
         runfile.read_run(path, padded, users, seen, 10, 15)
     runfile.read_run(path, padded, users, seen, 10, 15, ids="dense")
+
+
+def test_a_run_file_without_rows_is_named(shop, tmp_path):
+    (tmp_path / "x.csv").write_text("user,item,score\n")
+    with pytest.raises(PageLLMError, match=r"x\.csv has no rows"):
+        read(tmp_path / "x.csv", shop)
+
+
+def test_decimals_are_ordered_by_all_their_digits(shop, tmp_path):
+    """Scores that differ in the 25th digit order the lists as their places do."""
+    user, item, _ = everything(shop)
+    place = np.random.default_rng(0).permutation(len(user))
+    exact = [Decimal(1) + Decimal(int(n)).scaleb(-25) for n in place]
+    found = []
+    for name, score in (("exact", exact), ("whole", place)):
+        table = {"user": user, "item": item, "score": pa.array(score)}
+        pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
+        found.append(read(tmp_path / f"{name}.parquet", shop)[0].item)
+    assert (found[0] == found[1]).all()

@@ -18,7 +18,7 @@ from pagellm.data.prepare import Config, run
 from pagellm.data.raw import recognise
 from pagellm.data.records import lines
 from pagellm.data.shop import source
-from pagellm.data.tables import ids_of, read_table
+from pagellm.data.tables import id_list, ids_of, read_table
 from pagellm.data.where import Where
 from pagellm.stage.config import PageLLMError
 
@@ -370,3 +370,37 @@ def test_rows_of_nobody_are_refused_by_column(tmp_path):
     (tmp_path / "x.csv").write_text("user,n\nNULL,1\nu,2\n")
     with pytest.raises(PageLLMError, match="column user is empty in 1 lines"):
         ids_of(read_table(tmp_path / "x.csv", ("user",)), "user", tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_list_of_ids_in_a_file_or_in_an_option(tmp_path, encoding):
+    (tmp_path / "ids.txt").write_bytes("B1\r\nred, large\r\n\r\n17850.0\n".encode(encoding))
+    ids = ("B1", "red, large", "17850")
+    assert id_list(f"@{tmp_path / 'ids.txt'}", "exclude") == ids
+    assert id_list('B1, "red, large",17850') == ids
+    assert id_list("") == ()
+    with pytest.raises(PageLLMError, match="--exclude @.*none: cannot be read"):
+        id_list(f"@{tmp_path / 'none'}", "exclude")
+    with pytest.raises(PageLLMError, match=r"--exclude .*one id a line"):
+        (tmp_path / "odd").write_bytes(b"\xff\xf0\n")
+        id_list(f"@{tmp_path / 'odd'}", "exclude")
+
+
+def test_small_tables_below_a_line_that_names_the_mark(tmp_path):
+    (tmp_path / "x.csv").write_text('sep=;\nuser;n\n007;1\n"a\nb";2\n')
+    assert read_table(tmp_path / "x.csv", ("user",))["user"].to_pylist() == ["007", "a\nb"]
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path):
+    (tmp_path / "x.csv").write_text("user,n,n\nu,1,2\n")
+    with pytest.raises(PageLLMError, match="column n stands there twice"):
+        read_table(tmp_path / "x.csv", ("user",))
+
+
+@pytest.mark.parametrize("ids", [["2019-11-24", "2019-11-25"], [2**60 + 1, 7]])
+def test_ids_of_json_are_as_they_were_written(tmp_path, ids):
+    rows = [json.dumps({"user": name, "n": 1.5}) + "\n" for name in ids]
+    (tmp_path / "x.jsonl").write_text("".join(rows))
+    table = read_table(tmp_path / "x.jsonl", ("user", "arm"))
+    assert table.column_names == ["user", "n"]
+    assert ids_of(table, "user", "x") == list(map(str, ids))

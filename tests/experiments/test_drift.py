@@ -1,5 +1,6 @@
 """Time: tokens show the period, pages come after their history, a planted fashion is learned."""
 
+import dataclasses
 import json
 import shutil
 
@@ -231,6 +232,15 @@ def test_recent_popularity_counts_the_latest_rows(root):
     for row in range(5):
         shown = got.item[row][got.item[row] >= 0]
         assert not set(shown) & set(seen.of(row)[0]) and (np.diff(count[shown]) <= 0).all()
+
+
+def test_rows_of_one_moment_are_recent_together(root):
+    """With one time in all rows, the latest tenth is all of them, whatever their order."""
+    shop = load(root / "data" / "synthetic")
+    shop = dataclasses.replace(shop, time=np.zeros_like(shop.time))
+    seen = shop.csr("train", positive=None)
+    got, whole = (drift.recent_pages(shop, np.arange(5), seen, share) for share in (0.1, 1.0))
+    assert (got.item == whole.item).all()
 
 
 def test_the_study_runs_and_says_what_it_cannot_do(tmp_path, capsys):

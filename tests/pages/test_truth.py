@@ -12,6 +12,7 @@ from pagellm.data.shop import SPLITS
 from pagellm.pages.energy import Near
 from pagellm.pages.truth import (
     PageMaker,
+    Ties,
     ground_truth_page,
     item_scores,
     popularity,
@@ -150,32 +151,70 @@ def shelves(draw):
 
 @law
 @given(shelves(), st.randoms())
-def test_page_follows_rating_then_novelty_then_s_then_id(shelf, random):
-    """At every slot no remaining item is better by (rating, new category, s, -id)."""
+def test_page_follows_rating_then_novelty_then_s_then_the_draw(shelf, random):
+    """At every slot no remaining item is better by (rating, new category, s, -tie)."""
     items, ratings, c, s = shelf
-    page, removed = ground_truth_page(items, ratings, c, s, no_near)
+    tie = Ties(3, N).of(1, items)
+    page, removed = ground_truth_page(items, ratings, c, s, no_near, tie)
+    drawn = dict(zip(items.tolist(), tie.tolist(), strict=True))
     assert removed == 0 and sorted(page) == sorted(items)
     level = dict(zip(items.tolist(), np.nan_to_num(ratings, nan=-1.0), strict=True))
     for k, item in enumerate(page.tolist()):
         seen = {c.leaf[i] for i in page[:k]} | {""}
 
         def key(i, seen=seen):
-            return level[i], c.leaf[i] not in seen, np.nan_to_num(s[i], nan=-1.0), -i
+            return level[i], c.leaf[i] not in seen, np.nan_to_num(s[i], nan=-1.0), -drawn[i]
 
         assert key(item) == max(key(int(i)) for i in page[k:])
     shuffled = random.sample(range(len(items)), len(items))
     assert (
-        ground_truth_page(items[shuffled], ratings[shuffled], c, s, no_near)[0].tolist()
+        ground_truth_page(items[shuffled], ratings[shuffled], c, s, no_near, tie[shuffled])[
+            0
+        ].tolist()
         == page.tolist()
     )
+
+
+@law
+@given(st.integers(1, 40), st.integers(0, 9))
+def test_ties_are_an_order_of_the_items_and_no_two_are_equal(n_items, seed):
+    ties = Ties(5, n_items, seed)
+    for user in range(5):
+        assert len(set(ties.of(user, np.arange(n_items)).tolist())) == n_items
+
+
+def test_item_numbers_do_not_order_the_pages_of_a_shop_without_ratings():
+    """Of 400 users' pages of nine like items, each item leads some: about a ninth of them."""
+    ties, items, c = Ties(400, N), np.arange(N), catalogue_of(["x"] * N)
+    unknown = np.full(N, math.nan)
+    first = [
+        ground_truth_page(items, unknown, c, unknown, no_near, ties.of(u, items))[0][0]
+        for u in range(400)
+    ]
+    assert (np.abs(np.bincount(first, minlength=N) / 400 - 1 / N) < 0.06).all()
+
+
+def test_a_page_maker_draws_ties_anew_for_every_user(shop_without_ratings):
+    """Users who liked the same items get pages in different orders, and always the same ones."""
+    maker, again = (PageMaker(shop_without_ratings) for _ in range(2))
+    pages = [maker.page(u, np.arange(8), np.full(8, math.nan)).tolist() for u in range(20)]
+    assert len({tuple(page) for page in pages}) > 5
+    assert pages == [again.page(u, np.arange(8), np.full(8, math.nan)).tolist() for u in range(20)]
+
+
+@pytest.fixture
+def shop_without_ratings():
+    rows = [(u, i, math.nan, "train") for u in range(20) for i in range(8)]
+    return shop_with(rows, 20, 8)
 
 
 @law
 @given(shelves(), near_relations(N))
 def test_redundant_items_leave_and_the_higher_one_stays(shelf, near):
     items, ratings, c, s = shelf
-    whole, _ = ground_truth_page(items, ratings, c, s, no_near)
-    page, removed = ground_truth_page(items, ratings, c, s, near)
+    tie = Ties(1, N).of(0, items)
+    whole, _ = ground_truth_page(items, ratings, c, s, no_near, tie)
+    page, removed = ground_truth_page(items, ratings, c, s, near, tie)
     kept = page.tolist()
     assert removed == len(whole) - len(kept)
     assert kept == [i for i in whole.tolist() if i in kept]  # nothing changes its order
@@ -191,6 +230,7 @@ def test_the_same_item_twice_is_redundant():
         catalogue_of(["x"] * 4),
         np.full(4, 4.0),
         Near.of_pairs(np.zeros((0, 2)), 4),
+        np.array([0, 0]),
     )
     assert page.tolist() == [3] and removed == 1
 

@@ -247,6 +247,23 @@ def test_a_preset_is_overridden_by_the_command_line(tmp_path):
         parse(Numbers, [f"@{tmp_path / 'none'}"])
 
 
+def test_a_value_may_begin_with_the_sign_of_a_preset(tmp_path):
+    """A word behind an option that wants a value is its value; a flag wants none."""
+
+    @dataclass(frozen=True)
+    class Words:
+        name: str = ""
+        flag: bool = False
+        n: int = 1
+
+    (tmp_path / "preset").write_text("--n 7")
+    made = parse(Words, ["--flag", f"@{tmp_path / 'preset'}", "--name", "@list.txt"])
+    assert made == Words("@list.txt", True, 7)
+    with pytest.raises(PageLLMError, match="unexpected '@again'"):
+        (tmp_path / "preset").write_text("--n 7 @again")
+        parse(Words, [f"@{tmp_path / 'preset'}"])
+
+
 def test_a_later_preset_overrides_an_earlier_one(tmp_path):
     """@theirs @mine: mine is what I asked for last."""
     first, mine = tmp_path / "first", tmp_path / "mine"

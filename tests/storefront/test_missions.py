@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagellm.data.shop import Rows
+from pagellm.stage.config import PageLLMError
+from pagellm.storefront.build import read_policy, read_stock
 from pagellm.storefront.context import Known, contexts
 from pagellm.storefront.missions import (
     affinity,
@@ -21,6 +23,7 @@ from pagellm.storefront.rankers import (
     Als,
     Blend,
     Factors,
+    File,
     Frequency,
     Platt,
     calibration_error,
@@ -176,3 +179,35 @@ def test_a_perfect_calibration_has_no_error():
 def test_labels_all_alike_cannot_be_calibrated():
     with pytest.raises(ValueError, match="want some that were bought"):
         fit_platt(np.zeros(3), np.ones(3), np.ones(3))
+
+
+def test_scores_of_a_ranker_outside_are_read_by_the_shops_own_ids(tmp_path, capsys):
+    """Ids are text, rows of strangers are counted on the screen, and no score is chosen of two."""
+    (tmp_path / "x.csv").write_text("user,item,score\n007,a,0.5\n7,b,2\n007,c,1\n")
+    file = File.read(tmp_path / "x.csv", ["007", "8"], ["a", "b", "c"])
+    assert file.rows.of(0)[0].tolist() == [0, 2] and file.rows.of(0)[1].tolist() == [0.5, 1.0]
+    assert (
+        "1 of 3 rows are left out, whose user or item the shop has not" in capsys.readouterr().out
+    )
+    for text, said in (
+        ("user,item,score\n007,a,1\n007,a,2\n", "two scores for one item"),
+        ("user,item,score\n007,a,one\n", "column score is not numbers"),
+        ("user,item,score\nx,a,1\n", "no user and item of this shop"),
+        ("user,item,points\n007,a,1\n", "no column score"),
+    ):
+        (tmp_path / "x.csv").write_text(text)
+        with pytest.raises(PageLLMError, match=said):
+            File.read(tmp_path / "x.csv", ["007", "8"], ["a", "b", "c"])
+
+
+def test_files_of_a_shop_may_begin_with_a_byte_order_mark(tmp_path):
+    shop = golden_shop()
+    gone = shop.catalogue.ids[3]
+    (tmp_path / "gone.txt").write_bytes(b"\xef\xbb\xbf" + gone.encode() + b"\r\n")
+    stock = read_stock(str(tmp_path / "gone.txt"), shop.catalogue)
+    assert np.flatnonzero(~stock).tolist() == [3]
+    (tmp_path / "policy.json").write_bytes(b'\xef\xbb\xbf{"banned": ["zebra"]}')
+    assert read_policy(str(tmp_path / "policy.json")).banned.found("a zebra")
+    (tmp_path / "policy.json").write_text("{")
+    with pytest.raises(PageLLMError, match=r"policy\.json is no JSON"):
+        read_policy(str(tmp_path / "policy.json"))
