@@ -495,6 +495,13 @@ def test_hostile_titles_stay_text(root):
     assert all("\x00" not in words for words in hostile.sections.values())
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures stay empty, for tests of what stands beside them: drawing takes most of the time."""
+    monkeypatch.setattr(plots, "inline", lambda figure, alt: "<svg></svg>")
+
+
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     "gone, section, command",
     [
@@ -516,6 +523,7 @@ def test_a_missing_stage_is_named_with_its_command(root, tmp_path, gone, section
     assert command in missing.sections["provenance"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_missing_data_studies_and_runs(root, tmp_path):
     shutil.copytree(root, tmp_path / "root")
     shutil.rmtree(tmp_path / "root" / "data")
@@ -543,6 +551,7 @@ def test_without_matplotlib_it_says_how_to_get_it(root, monkeypatch):
         report.run(config(root))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_damage_is_told_not_hidden(root, tmp_path):
     shutil.copytree(root, tmp_path / "root")
     runs = tmp_path / "root" / "runs"
@@ -591,6 +600,7 @@ def test_baselines_of_the_data_set_count_unless_the_mask_differs(root, tmp_path)
     assert "EASE" not in read().results and any("another mask" in note for note in read().notes)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_pages_of_changed_data_are_not_shown(root, tmp_path):
     shutil.copytree(root, tmp_path / "root")
     path = tmp_path / "root" / "data" / "synthetic" / "source.json"
