@@ -25,6 +25,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Pages and what they are made of": {
         "recommend": ("pagellm.serving.recommend", "pages of some users or of all, to a file"),
         "serve": ("pagellm.serving.serve", "pages over HTTP and in a browser"),
+        "import-gguf": ("pagellm.model.import_gguf", "a GGUF file -> weights for pretrain"),
         "export": ("pagellm.serving.export", "a policy as embeddings, or for transformers"),
         "features": ("pagellm.serving.features", "scores of (user, item) pairs for a ranker"),
         "search": ("pagellm.serving.search", "approximate search over exported embeddings"),

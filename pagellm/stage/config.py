@@ -107,8 +107,9 @@ def own_comments(cls) -> dict[str, str]:
 def help_text(cls, prog: str) -> str:
     """The text of --help: what the command does, then type, meaning and default of every option."""
     comments = field_comments(cls)
+    place = f"{cls.POSITIONAL.upper()} " if hasattr(cls, "POSITIONAL") else ""
     lines = [
-        f"usage: {prog} [--option value ...]",
+        f"usage: {prog} {place}[--option value ...]",
         "",
         inspect.cleandoc(cls.__doc__ or ""),
         "",
@@ -175,7 +176,8 @@ def parse(
 ):
     """argv -> an instance of the dataclass `cls`.
 
-    Accepts --name value, --name=value, --flag, --no-flag; @preset, a text file of such options; and
+    Accepts --name value, --name=value, --flag, --no-flag; the value alone of the field that
+    cls.POSITIONAL names; @preset, a text file of such options; and
     --config FILE, a TOML file with one table a command. A later file overrides an earlier one. The
     environment overrides files, for a class with the attribute ENVIRONMENT (`from_environment`).
     Options on the command line override all of these.
@@ -383,6 +385,10 @@ def options(cls, argv: list[str], prog: str) -> dict[str, object]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
+            place = getattr(cls, "POSITIONAL", "")
+            if place and place not in values:
+                values[place] = read_value(fields[place], word)
+                continue
             raise PageLLMError(f"unexpected {word!r}; options look like --name value (see --help)")
         name, equals, text = word[2:].partition("=")
         name = name.replace("-", "_")
