@@ -54,7 +54,7 @@ def usage() -> str:
     """The text of `pagellm --help`."""
     lines = ["usage: pagellm <command> [--option value ...]", ""]
     for heading, group in GROUPS.items():
-        lines += [f"{heading}:", *(f"  {verb:<10} {line}" for verb, (_, line) in group.items()), ""]
+        lines += [f"{heading}:", *(f"  {verb:<11} {line}" for verb, (_, line) in group.items()), ""]
     lines += ["pagellm <command> --help   every option of a command", "pagellm --version"]
     return "\n".join(lines)
 

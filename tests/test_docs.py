@@ -155,7 +155,7 @@ def test_every_make_target_that_is_named_exists(page):
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_command_that_is_named_exists(page):
     for piece in code(page):
-        for verb in re.findall(r"(?:^|[;&] |\n|bin/)pagellm +([a-z]+)", piece):
+        for verb in re.findall(r"(?:^|[;&] |\n|bin/)pagellm +([a-z][a-z-]*)", piece):
             assert verb in VERBS, f"pagellm {verb}: {piece}"
         for module in re.findall(
             r"python -m (?:pydoc )?((?:pagellm|experiments|kernels)[\w.]*)", piece
@@ -177,7 +177,7 @@ def test_every_source_file_that_is_named_exists(page):
 def test_every_option_of_a_command_that_is_named_exists():
     for page in PAGES:
         for piece in code(page):
-            for verb, rest in re.findall(r"(?:^|\n|bin/)pagellm +([a-z]+)([^\n]*)", piece):
+            for verb, rest in re.findall(r"(?:^|\n|bin/)pagellm +([a-z][a-z-]*)([^\n]*)", piece):
                 known = {
                     f.name for f in dataclasses.fields(importlib.import_module(VERBS[verb]).Config)
                 } | {"help", "config"}
