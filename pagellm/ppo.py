@@ -47,6 +47,7 @@ from pagellm.model.networks import from_state
 from pagellm.model.page_loss import Batch, page_batch, sft_loss
 from pagellm.model.policy import MODES, Policy, Validation
 from pagellm.model.reward_model import RewardModel
+from pagellm.model.shortlist import Proposals, Shortlist, best_items
 from pagellm.pages import metrics
 from pagellm.pages.truth import PageMaker
 from pagellm.ppo_step import (
@@ -108,6 +109,10 @@ class Config(TrainingConfig):
     micro: int = 64  # pages in one forward pass: buys memory, moves no gradient
     inner_epochs: int = 4  # passes over a rollout; 1 makes reinforce exactly Eq. 11
     k: int = 20  # slots of a page
+    candidates: int = 0  # items of a user's shortlist, fixed before each rollout: pages are drawn
+    # from it and every log-probability is over it; 0: all items. For large catalogues
+    lazy_rows: bool = False  # user and item rows move only in steps that read them;
+    # for large catalogues
     temperature: float = 0.3  # of sampling and of every log-probability alike; low:
     # near the greedy page shown
     lr: float = 2e-4  # peak learning rate of the policy, linear to 0 (the paper:
@@ -173,6 +178,10 @@ class Config(TrainingConfig):
             **positive,
             algo=(self.algo in ("ppo", "reinforce", "rloo"), "ppo, reinforce or rloo"),
             clip=(0 < self.clip < 1, "between 0 and 1"),
+            candidates=(
+                self.candidates == 0 or self.candidates >= max(4, self.k),
+                f"0 (all items), or k={self.k} and 4 or more",
+            ),
             lam=(0 <= self.lam <= 1, "0 to 1"),
             gamma=(0 <= self.gamma <= 1, "0 to 1"),
             mode=(self.mode in MODES, ", ".join(MODES)),
@@ -237,6 +246,7 @@ class Asked:
     excluded: Tensor  # (B, E) items that no page may hold, padded with -1
     uniform: Tensor  # (B, K) float64 in [0, 1): the numbers that draw the pages
     taught: Batch | None  # the hidden train items as pages, if w_hit or sft_coef needs them
+    proposed: Tensor | None = None  # (B, M) items proposed for shortlists, padded with -1
 
 
 class Prompts:
@@ -257,6 +267,9 @@ class Prompts:
             self.maker, self.disliked = PageMaker(shop), shop.csr("train", positive=False)
             self.users = self.maker.users
         self.per_step = config.rollout // config.samples
+        self.proposals = None
+        if 0 < config.candidates < shop.n_items:
+            self.proposals = Proposals(shop, config.candidates, config.seed)
 
     def __call__(self, step: int) -> Asked:
         config, seed = self.config, self.config.seed
@@ -271,13 +284,16 @@ class Prompts:
         ]
         uniform = dist.send(torch.from_numpy(np.stack(draws)), self.device)
         taught = self.teach(step, users) if self.hides else None
+        proposed = None
+        if self.proposals is not None:
+            proposed = dist.send(torch.from_numpy(self.proposals(users)), self.device)
         if taught is not None and config.w_hit:
             disliked = dist.send(torch.from_numpy(self.disliked.padded(users)), self.device)
             excluded = torch.cat([taught.excluded, disliked], 1)
-            return Asked(users, taught.prompt, taught.valid, excluded, uniform, taught)
+            return Asked(users, taught.prompt, taught.valid, excluded, uniform, taught, proposed)
         prompt, valid = self.policy.prompt(users, [self.history.of(u) for u in users])
         excluded = dist.send(torch.from_numpy(self.seen.padded(users)), self.device)
-        return Asked(users, prompt, valid, excluded, uniform, taught)
+        return Asked(users, prompt, valid, excluded, uniform, taught, proposed)
 
     def teach(self, step: int, users: np.ndarray) -> Batch:
         """Pages of train items that are hidden from the prompt, drawn anew for every step."""
@@ -307,6 +323,30 @@ def share_prompts(
     return shared_start(model, prompt[row], valid[row], k, of)
 
 
+def draw_shortlists(
+    config: Config,
+    policy: Backbone,
+    prompt: Tensor,
+    valid: Tensor,
+    excluded: Tensor,
+    proposed: Tensor,
+    index: np.ndarray,
+) -> tuple[Shortlist, tuple]:
+    """The shortlists of some pages, and their prompts, already read, as decode's `start`.
+
+    A user's pages share one: what is proposed, filled up by the policy's first slot as it is now.
+
+    index   which pages of the step these are; pages of one user are neighbours
+    """
+    _, *places = np.unique(index // config.samples, return_index=True, return_inverse=True)
+    first, group = (torch.from_numpy(x).to(prompt.device) for x in places)
+    begun = shared_start(policy, prompt[first], valid[first], config.k, group)
+    # `first` are the first pages of their users, so the state of each is that user's.
+    hidden = begun[1][first]
+    found = best_items(hidden, policy.item, excluded[first], config.candidates, proposed[first])
+    return Shortlist(policy, found[group]), begun
+
+
 @torch.no_grad()
 def roll_out(config: Config, nets: Networks, asked: Asked) -> Rollout:
     """Sample pages, then score them: one pass each of policy, reference, reward model and critic.
@@ -322,18 +362,27 @@ def roll_out(config: Config, nets: Networks, asked: Asked) -> Rollout:
         rows = torch.from_numpy(index).to(asked.prompt.device)
         (p, v), x = trim_padding(asked.prompt[rows], asked.valid[rows]), asked.excluded[rows]
         start = partial(share_prompts, p, v, config.k, index // config.samples)
-        legal = LegalItems(x, policy.n_items)
-        pages = sample(policy, p, v, legal, asked.uniform[rows], tau, start(policy))
+        short = ref_short = None
+        if asked.proposed is None:
+            legal, begun = LegalItems(x, policy.n_items), start(policy)
+        else:
+            short, begun = draw_shortlists(config, policy, p, v, x, asked.proposed[rows], index)
+            ref_short, legal = Shortlist(nets.ref, short.candidates), short.constraint()
+        pages = sample(policy, p, v, legal, asked.uniform[rows], tau, begun, short)
         item, mask = pages.item, pages.mask
         states = slot_states(policy, p, v, item, mask)
         ref_states = slot_states(nets.ref, p, v, item, mask, start(nets.ref))
-        old, entropy = page_logp(states, policy.item, item, mask, x, tau, with_entropy=True)
-        old_ref = page_logp(ref_states, nets.ref.item, item, mask, x, tau)
-        exact = exact_kl(
-            legal_logits(states, policy, item, x) / tau,
-            legal_logits(ref_states, nets.ref, item, x) / tau,
-            mask,
-        )
+        if short is None or ref_short is None:
+            old, entropy = page_logp(states, policy.item, item, mask, x, tau, with_entropy=True)
+            old_ref = page_logp(ref_states, nets.ref.item, item, mask, x, tau)
+            logits = legal_logits(states, policy, item, x)
+            ref_logits = legal_logits(ref_states, nets.ref, item, x)
+        else:
+            old, entropy = short.logp(states, item, mask, tau)
+            old_ref, _ = ref_short.logp(ref_states, item, mask, tau)
+            logits = short.legal_logits(states, item, mask)
+            ref_logits = ref_short.legal_logits(ref_states, item, mask)
+        exact = exact_kl(logits / tau, ref_logits / tau, mask)
         token, page = nets.reward(p, v, item, mask, start(nets.reward.trunk))
         value = nets.critic(p, v, item, mask, start(nets.critic.trunk))
         parts.append(
@@ -349,6 +398,7 @@ def roll_out(config: Config, nets: Networks, asked: Asked) -> Rollout:
                 "kl_exact": exact,
                 "drift": (pages.logp - old).abs(),
             }
+            | ({} if short is None else {"candidates": short.candidates})
         )
     found: dict[str, Any] = {
         name: torch.cat([part[name] for part in parts])[: None if busy else 0] for name in parts[0]
@@ -385,15 +435,13 @@ def minibatch_loss(
     loss = config.vf_coef * v_loss + (0.0 if learn_policy else dist.idle(learner.policy))
     if learn_policy:
         states = slot_states(learner.policy, r.prompt[rows], r.valid[rows], x, mask)
-        logp, entropy = page_logp(
-            states,
-            learner.policy.item,
-            x,
-            mask,
-            r.excluded[rows],
-            config.temperature,
-            with_entropy=True,
-        )
+        tau = config.temperature
+        if r.candidates is not None:
+            short = Shortlist(learner.policy, r.candidates[rows])
+            logp, entropy = short.logp(states, x, mask, tau)
+        else:
+            head, gone = learner.policy.item, r.excluded[rows]
+            logp, entropy = page_logp(states, head, x, mask, gone, tau, with_entropy=True)
         old, A = r.old_logp[rows], advantage[rows]
         p_loss, row["policy/clipfrac"] = policy_loss(logp, old, A, mask, config.clip)
         bonus = masked.mean(entropy, mask)
@@ -535,7 +583,7 @@ class Training:
         self.warmup = math.ceil(config.critic_warmup / updates)  # steps of the critic alone
         self.objective = Objective(minibatch_loss, policy=policy, critic=critic)
         self.learner = dist.wrap(self.objective, config.parallel)
-        adam = partial(optimiser, eps=1e-5, betas=(0.9, 0.999))
+        adam = partial(optimiser, eps=1e-5, betas=(0.9, 0.999), lazy=config.lazy_rows)
         self.opt = adam(policy, config.lr, row_lr=config.row_lr)
         self.critic_opt = adam(critic, config.critic_lr)
         self.policy_step = GuardedStep(self.opt, policy.parameters(), config.grad_clip)

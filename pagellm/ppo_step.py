@@ -62,8 +62,9 @@ class Rollout:
     page: Tensor  # (B,) page rewards as the reward model gives them
     entropy: Tensor  # of the legal distribution of each slot, in nats
     kl_exact: Tensor  # sum over the legal set of pi log(pi / ref)
+    candidates: Tensor | None = None  # (B, S) shortlists (shortlist.py); None: all items
     # Largest |log-probability when sampled - old_logp|: cached generation against the full pass.
-    drift: float
+    drift: float = 0.0
     # Reward terms by name, weighted, before normalisation: what the policy is paid.
     terms: dict[str, Tensor] = field(default_factory=dict)
     # What SFT would teach of the same users.

@@ -12,8 +12,8 @@ stored.
 A measurement is stored when it is done and not made again; remove <runs>/scaling to start anew. A
 process that exceeds --limit_gb or --minutes is stopped, and the table says so. It is tried again
 with larger limits; one that failed otherwise is always tried again. Rows marked "sampled" use the
-sampled item softmax (--sampled_items) and update only the rows that were read (--lazy_rows); ppo
-and evaluate have neither option, so they are measured once.
+sampled item softmax (--sampled_items), or in ppo shortlists (--candidates), and update only the
+rows that were read (--lazy_rows). Evaluate has no such option, so it is measured once.
 
 Six processor minutes with --most 100000. Writes <runs>/scaling/results.jsonl, scaling.json,
 scaling.md and, with matplotlib (extra [report]), --figure. For the cost of a shop of millions on
@@ -106,6 +106,7 @@ class Config:
     # needs those before it
     size: str = "tiny"  # shape of the network
     sampled_items: int = 8192  # items sampled by the softmax of the sampled rows
+    candidates: int = 2000  # items of a user's shortlist in ppo of the sampled rows
     steps: int = 5  # steps of a stage, 3 from 100,000 items on; the first and last are not timed
     limit_gb: float = 20.0  # private memory that a measurement may take
     minutes: float = 15.0  # time that a measurement may take
@@ -131,7 +132,14 @@ class Config:
             ),
             **{
                 name: (getattr(self, name) > 0, "above 0")
-                for name in ("page", "history", "sampled_items", "limit_gb", "minutes")
+                for name in (
+                    "page",
+                    "history",
+                    "sampled_items",
+                    "candidates",
+                    "limit_gb",
+                    "minutes",
+                )
             },
         )
 
@@ -142,7 +150,7 @@ class Point:
 
     page     slots on a page
     history  items in a prompt
-    sampled  whether to use the sampled softmax and lazy rows
+    sampled  whether to use the sampled softmax, shortlists and lazy rows
     """
 
     users: int
@@ -161,9 +169,9 @@ class Point:
 def grid(config: Config) -> list[tuple[str, Point, tuple[str, ...]]]:
     """List of (sweep, point, stages to measure there).
 
-    Sampled points measure pretrain, sft and reward. The stages after them have no sampled variant
-    and are measured once: in the plain row, but at a million items in the sampled one, whose policy
-    is trained sooner.
+    Sampled points measure the training stages. Evaluation has no sampled variant and is measured
+    once: in the plain row, but at a million items in the sampled one, whose policy is trained
+    sooner; and so is ppo over the whole catalogue of a million items not measured.
     """
     base = {name: getattr(config, name) for name in ("users", "items", "page", "history")}
     wanted = config.stages.split(",")
@@ -180,7 +188,7 @@ def grid(config: Config) -> list[tuple[str, Point, tuple[str, ...]]]:
                     (
                         sweep,
                         Point(**asdict(point) | {"sampled": True}),
-                        (*learnt, "ppo", "evaluate") if huge else learnt,
+                        (*learnt, "ppo", *(("evaluate",) if huge else ())),
                     )
                 )
     return [
@@ -212,6 +220,7 @@ def key_of(stage: str, config: Config, point: Point) -> dict:
         "device": config.device,
         "steps": 0 if stage in WHOLE else steps_of(config, point),
         "sampled_items": config.sampled_items if point.sampled else 0,
+        "candidates": config.candidates if point.sampled and stage == "ppo" else 0,
     }
 
 
@@ -393,8 +402,11 @@ def stage_config(stage: str, config: Config, point: Point):
         return reward.Config(per_kind=2, label_share=share, **rows, **common)
     if stage == "ppo":
         # For the exact KL a micro-batch holds several tensors of micro x slots x items.
-        micro = max(1, min(16, 2**25 // (point.page * point.items)))
+        held_items = config.candidates if point.sampled else point.items
+        micro = max(1, min(16, 2**25 // (point.page * held_items)))
         return ppo.Config(
+            candidates=config.candidates if point.sampled else 0,
+            **rows,
             rollout=16,
             minibatch=16,
             micro=micro,

@@ -12,6 +12,7 @@ slots hold one.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from pagellm.model.sampled_softmax import Candidates, sampled_logp
 from pagellm.pages.topk import Rank, argmax, top_k
 
 __all__ = [
+    "Choices",
     "LegalItems",
     "Pages",
     "beam",
@@ -52,13 +54,29 @@ class Pages:
     item   (B, K) int64, -1 off the mask
     logp   (B, K) log-probability of each item under its legal set
     mask   (B, K) bool, a prefix of each row
-    first  (B, N) item logits before the first slot
+    first  (B, N) item logits before the first slot; of a shortlist (B, S)
     """
 
     item: Tensor
     logp: Tensor
     mask: Tensor
     first: Tensor
+
+
+class Choices(Protocol):
+    """Items that a page is made of, in place of the whole catalogue: shortlist.Shortlist."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, C) -> (B, S), a column for each of a row's S items."""
+
+    def items(self, column: Tensor) -> Tensor:
+        """Columns (B, E) -> item ids; -1 stays -1."""
+
+    def columns(self, items: Tensor) -> Tensor:
+        """Item ids (B, E) -> columns; -1 for what is not among them, and for -1."""
+
+    def select(self, rows: Tensor) -> "Choices":
+        """Those of these rows of the batch, in this order; a row may be repeated."""
 
 
 class LegalItems:
@@ -159,6 +177,7 @@ def generate(
     pick: Callable[[Tensor, int], tuple[Tensor, Tensor]],
     temperature: float = 1.0,
     start: tuple[KVCache, Tensor] | None = None,
+    short: Choices | None = None,
 ) -> Pages:
     """Fill k slots one after another.
 
@@ -166,28 +185,33 @@ def generate(
            log-probability (B,). What it returns for a row without a legal item is dropped
     start  prompts that were read before: a cache with room for k more columns, and the last hidden
            states (B, C); None: they are read here
+    short  shortlists (shortlist.py): N is then their length, and `constraint` and `pick` speak of
+           their columns; None: the whole catalogue
     """
     B, device = len(prompt), prompt.device
     item = torch.full((B, k), -1, dtype=torch.long, device=device)
     logp = torch.zeros(B, k, device=device)
     mask = torch.zeros(B, k, dtype=torch.bool, device=device)
     cache, hidden = started(model, prompt, valid, k, start)
-    first = model.item_logits(hidden)
+    head = model.item_logits if short is None else short.logits
+    first = head(hidden)
     logits = first.clone()
     for slot in range(k):
         scores = constraint.mask(logits if temperature == 1 else logits.div_(temperature))
         alive = scores.amax(1) != -torch.inf
         best, best_logp = pick(scores, slot)
         chosen = torch.where(alive, best, -1)
+        constraint.remove(chosen)
+        if short is not None:
+            chosen = short.items(chosen[:, None])[:, 0]
         item[:, slot], mask[:, slot], logp[:, slot] = (
             chosen,
             alive,
             torch.where(alive, best_logp, 0.0),
         )
-        constraint.remove(chosen)
         if slot + 1 < k:
             valid = torch.cat([valid, alive[:, None]], 1)
-            logits = model.item_logits(
+            logits = head(
                 model(item_tokens(model, chosen, 0)[:, None], valid, cache, placed=0)[:, -1]
             )
     return Pages(item, logp, mask, first)
@@ -201,10 +225,11 @@ def greedy(
     k: int,
     start: tuple[KVCache, Tensor] | None = None,
     ties: Rank | None = None,
+    short: Choices | None = None,
 ) -> Pages:
     """The likeliest legal item in every slot.
 
-    start  as in `generate`
+    start  as in `generate`, and so is `short`
     ties   of equally likely items the one that is highest by `ties` is taken; None: the smallest id
     """
 
@@ -217,7 +242,7 @@ def greedy(
         )
         return chosen, F.softmax(logits, dim=1).gather(1, chosen[:, None])[:, 0].log()
 
-    return generate(model, prompt, valid, constraint, k, pick, start=start)
+    return generate(model, prompt, valid, constraint, k, pick, start=start, short=short)
 
 
 def sample(
@@ -228,13 +253,14 @@ def sample(
     uniform: Tensor,
     temperature: float = 1.0,
     start: tuple[KVCache, Tensor] | None = None,
+    short: Choices | None = None,
 ) -> Pages:
     """Draw every slot from its legal distribution: Plackett-Luce given the slots before it.
 
     uniform  (B, K) float64 in [0, 1): the number that turns a slot's distribution into a choice, by
              the inverse of its cumulative sum. So a page depends on its own numbers alone, not on
              its neighbours in the batch
-    start    as in `generate`
+    start    as in `generate`, and so is `short`
     """
 
     def pick(logits: Tensor, slot: int) -> tuple[Tensor, Tensor]:
@@ -242,7 +268,8 @@ def sample(
         best = inverse_cdf(p, uniform[:, slot])
         return best, p.gather(1, best[:, None])[:, 0].log()
 
-    return generate(model, prompt, valid, constraint, uniform.shape[1], pick, temperature, start)
+    k = uniform.shape[1]
+    return generate(model, prompt, valid, constraint, k, pick, temperature, start, short)
 
 
 def inverse_cdf(p: Tensor, uniform: Tensor) -> Tensor:
@@ -289,18 +316,25 @@ def beam(
     k: int,
     width: int = 4,
     start: tuple[KVCache, Tensor] | None = None,
+    short: Choices | None = None,
 ) -> Pages:
     """The page of highest total log-probability that beam search finds.
 
     width  pages that are kept for each user
     start  as in `generate`; its cache must not be used afterwards
+    short  as in `generate`
     """
-    B, N, device = len(prompt), model.n_items, prompt.device
+    B, device = len(prompt), prompt.device
     cache, hidden = started(model, prompt, valid, k, start)
-    first = model.item_logits(hidden)
+    head = model.item_logits if short is None else short.logits
+    first = head(hidden)
+    N = first.shape[1]
     rows = torch.arange(B, device=device).repeat_interleave(width)
     cache.select(rows)
     constraint.select(rows)
+    if short is not None:
+        short = short.select(rows)
+        head = short.logits
     valid, logits = valid[rows], first[rows]
     item = torch.full((B * width, k), -1, dtype=torch.long, device=device)
     logp = torch.zeros(B * width, k, device=device)
@@ -322,12 +356,14 @@ def beam(
         item, logp, mask, valid = item[source], logp[source], mask[source], valid[source]
         cache.select(source)
         constraint.select(source)
+        constraint.remove(chosen)
+        if short is not None:  # pages move within their user, whose shortlist they share
+            chosen = short.items(chosen[:, None])[:, 0]
         item[:, slot], mask[:, slot] = chosen, live
         logp[:, slot] = torch.where(live, step_logp, 0.0)
-        constraint.remove(chosen)
         if slot + 1 < k:
             valid = torch.cat([valid, live[:, None]], 1)
-            logits = model.item_logits(
+            logits = head(
                 model(item_tokens(model, chosen, 0)[:, None], valid, cache, placed=0)[:, -1]
             )
     top = torch.arange(B, device=device) * width
@@ -343,18 +379,21 @@ def one_shot(
     k: int,
     start: tuple[KVCache, Tensor] | None = None,
     ties: Rank | None = None,
+    short: Choices | None = None,
 ) -> Pages:
     """Rank by the first slot's distribution alone: one forward pass, no slot depends on another.
 
-    start  as in `generate`        ties  as in `greedy`
+    start, short  as in `generate`        ties  as in `greedy`
     """
-    first = model.item_logits(model(prompt, valid)[:, -1] if start is None else start[1])
+    head = model.item_logits if short is None else short.logits
+    first = head(model(prompt, valid)[:, -1] if start is None else start[1])
     logp, _ = legal_logp(first, constraint.legal, 1.0)
     value, column = top_k(logp, k, ties)
     mask = value.isfinite()
     pad = (0, k - mask.shape[1])
+    chosen = torch.where(mask, column, -1)
     return Pages(
-        F.pad(torch.where(mask, column, -1), pad, value=-1),
+        F.pad(chosen if short is None else short.items(chosen), pad, value=-1),
         F.pad(torch.where(mask, value, 0.0), pad),
         F.pad(mask, pad),
         first,
@@ -362,14 +401,19 @@ def one_shot(
 
 
 def ranking(
-    pages: Pages, legal: Tensor, depth: int, ties: Rank | None = None
+    pages: Pages,
+    legal: Tensor,
+    depth: int,
+    ties: Rank | None = None,
+    short: Choices | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The page, then the remaining legal items by the first slot's logits.
 
     Metrics such as NDCG@100 need more ranks than a page has slots.
 
-    legal    (B, N) bool, before any slot was filled
+    legal    (B, N) bool, before any slot was filled; of a shortlist (B, S)
     ties     as in `greedy`
+    short    as in `generate`: only its items are ranked
     returns  item (B, depth) int64, -1 past the end; score (B, depth) float32, falling in each row
     """
     B, K = pages.item.shape
@@ -377,12 +421,14 @@ def ranking(
     over = torch.where(legal, pages.first, torch.finfo(torch.float32).min).amax(1, keepdim=True)
     above = over + K - torch.arange(K, device=score.device, dtype=score.dtype)
     padded = F.pad(score, (0, 1))  # the last column takes the empty slots
-    padded.scatter_(1, torch.where(pages.mask, pages.item, score.shape[1]), above)
+    placed = pages.item if short is None else short.columns(pages.item)
+    padded.scatter_(1, torch.where(pages.mask, placed, score.shape[1]), above)
     value, column = top_k(padded[:, :-1], depth, ties)
     kept = value.isfinite()
     pad = (0, depth - kept.shape[1])
+    ranked = torch.where(kept, column, -1)
     return (
-        F.pad(torch.where(kept, column, -1), pad, value=-1),
+        F.pad(ranked if short is None else short.items(ranked), pad, value=-1),
         F.pad(torch.where(kept, value, -torch.inf), pad, value=-torch.inf),
     )
 

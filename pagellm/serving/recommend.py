@@ -57,6 +57,8 @@ class Config(Sources):
     k: int = 20  # slots of a page
     policy: str = ""  # ppo: with the reward; sft: without it; empty: ppo if it is there, else sft
     mode: str = "greedy"  # greedy, beam, or one_shot
+    candidates: int = 0  # pages are made of so many items, the best for the first slot,
+    # found once a user; 0: of all. For large catalogues
     exclude: str = ""  # item ids that no page may hold, comma-separated, in quotes where one holds
     # a comma; @path: a file of them, one a line
     categories: str = ""  # only items of these categories, separated by |; empty: all
@@ -80,6 +82,7 @@ class Config(Sources):
             mode=(self.mode in MODES, ", ".join(MODES)),
             price_min=(0 <= self.price_min < math.inf, "a price"),
             price_max=(self.price_max >= self.price_min, f"price_min={self.price_min} or more"),
+            candidates=(self.candidates >= 0, "0 or more"),
             depth=(self.depth == 0 or self.depth >= self.k, f"0, or k={self.k} or more"),
             batch=(self.batch > 0, "1 or more"),
             part=(self.part > 0, "1 or more"),
@@ -172,7 +175,9 @@ def page_text(answer: dict, history: list[str]) -> str:
 
 def show(config: Config) -> None:
     """Print one page."""
-    recommender = Recommender.load(config, (config.policy_there(config.policy),))
+    recommender = Recommender.load(
+        config, (config.policy_there(config.policy),), candidates=config.candidates
+    )
     ask = Ask(
         user=config.user or None,
         history=parse_history(config.history, recommender.item_of) if config.history else (),
@@ -219,8 +224,10 @@ def file_rows(recommender: Recommender, config: Config, asks: list[Ask]) -> pa.T
     depth, tables = max(config.depth, config.k), []
     for start in range(0, len(asks), config.batch):
         some = [recommender.resolve(ask) for ask in asks[start : start + config.batch]]
-        pages, legal = recommender.write(recommender.default, some, config.k, config.mode)
-        item, score = (x.cpu().numpy() for x in ranking(pages, legal, depth))
+        pages, legal, short = recommender.write(
+            recommender.default, some, config.k, config.mode, depth
+        )
+        item, score = (x.cpu().numpy() for x in ranking(pages, legal, depth, short=short))
         slots = pages.mask.sum(1).cpu().numpy()
         row, place = np.nonzero(item >= 0)
         item, score = item[row, place], score[row, place]
@@ -287,7 +294,9 @@ def write_all(config: Config) -> None:
         raise PageLLMError(f"--out {out}: there is no directory {out.parent}; make it first")
     config = replace(config, device=str(dist.start(config.device)))
     config = replace(config, policy=config.policy_there(config.policy))
-    recommender = Recommender.load(config, (config.policy,), reward=False, cache=Cache(0))
+    recommender = Recommender.load(
+        config, (config.policy,), reward=False, cache=Cache(0), candidates=config.candidates
+    )
     recommender.policies[config.policy].check_room(config.k)
     if dist.is_main():
         made_by = f"{config.policy} {recommender.hashes[config.policy]}"
@@ -355,6 +364,7 @@ def identity(recommender: Recommender, config: Config) -> dict[str, str]:
         "k",
         "depth",
         "mode",
+        "candidates",
         "policy",
         "split",
         "exclude",

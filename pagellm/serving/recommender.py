@@ -23,6 +23,7 @@ from pagellm.model.decode import LegalItems, Pages, beam, greedy, one_shot
 from pagellm.model.policy import Policy
 from pagellm.model.prompts import left_pad, pad_ids
 from pagellm.model.reward_model import RewardModel
+from pagellm.model.shortlist import Shortlist, best_items
 from pagellm.pages import metrics
 from pagellm.pages.energy import gain, near_duplicates, page_energy
 from pagellm.pages.truth import item_scores
@@ -93,6 +94,8 @@ class Recommender:
     split     of sources.SPLITS: which rows are held out
     cache     may be shared with an earlier Recommender, since its keys hold the hashes
     width     pages that a beam keeps
+    candidates  items of a shortlist: the best of the first slot, of which pages are then made;
+              0: the whole catalogue
     observe   called with (stage, seconds); the stages are prompt, decode, reward and metrics
     """
 
@@ -106,6 +109,7 @@ class Recommender:
         cache: Cache | None = None,
         positive_above: float = 3.0,
         width: int = 4,
+        candidates: int = 0,
         observe: Callable[[str, float], None] = no_observer,
     ):
         sizes = {name: (p.vocab.n_users, p.vocab.n_items) for name, p in policies.items()}
@@ -120,6 +124,7 @@ class Recommender:
         self.shop, self.policies, self.reward, self.hashes = shop, policies, reward, hashes
         self.default = next(name for name in POLICIES if name in policies)
         self.split, self.width, self.positive_above = split, width, positive_above
+        self.candidates = candidates
         self.cache, self.observe = Cache(64 << 20) if cache is None else cache, observe
         # writes the reward model's prompts
         self.reader = policies.get("sft") or policies[self.default]
@@ -335,8 +340,14 @@ class Recommender:
         return ids, valid, (cache, torch.stack([kept[key][1] for key in keys]))
 
     @torch.no_grad()
-    def write(self, name: str, asks: list[ResolvedAsk], k: int, mode: str) -> tuple[Pages, Tensor]:
-        """Pages of k slots by one policy, and the legal set (B, N) before any slot was filled."""
+    def write(
+        self, name: str, asks: list[ResolvedAsk], k: int, mode: str, depth: int = 0
+    ) -> tuple[Pages, Tensor, Shortlist | None]:
+        """Pages of k slots by one policy, and the legal set (B, N) before any slot was filled.
+
+        depth    ranks that shall be known of each user: shortlists are at least so long
+        returns  and the shortlists, if pages are made of such; the legal set is then (B, S)
+        """
         p = self.policies[name]
         started = time.perf_counter()
         ids, valid, start = self.read_prompts(name, prompt_rows(p, asks), k)
@@ -349,16 +360,22 @@ class Recommender:
             every = torch.ones(self.shop.n_items, dtype=torch.bool)
             allowed = torch.stack([every if a.allowed is None else a.allowed for a in asks])
             allowed = allowed.to(ids.device)
-        constraint = LegalItems(excluded.to(ids.device), p.model.n_items, allowed)
+        excluded, size, short = excluded.to(ids.device), max(self.candidates, k, depth), None
+        if 0 < self.candidates and size < p.model.n_items:
+            found = best_items(start[1], p.model.item, excluded, size, allowed=allowed)
+            short = Shortlist(p.model, found)
+            constraint = short.constraint()
+        else:
+            constraint = LegalItems(excluded, p.model.n_items, allowed)
         legal = constraint.legal.clone()
         if mode == "beam":
-            pages = beam(p.model, ids, valid, constraint, k, self.width, start)
+            pages = beam(p.model, ids, valid, constraint, k, self.width, start, short)
         elif mode == "greedy":
-            pages = greedy(p.model, ids, valid, constraint, k, start)
+            pages = greedy(p.model, ids, valid, constraint, k, start, short=short)
         else:
-            pages = one_shot(p.model, ids, valid, constraint, k, start)
+            pages = one_shot(p.model, ids, valid, constraint, k, start, short=short)
         self.observe("decode", time.perf_counter() - started)
-        return pages, legal
+        return pages, legal, short
 
     @torch.no_grad()
     def rewards(
@@ -423,7 +440,7 @@ class Recommender:
             given = [a.page for a in asks if a.page is not None]
             item = torch.from_numpy(pad_ids(given, -1, max([1, *map(len, given)])))
             return item, item >= 0, None
-        written, _ = self.write(group[0], asks, max(a.ask.k for a in asks), group[1])
+        written, _, _ = self.write(group[0], asks, max(a.ask.k for a in asks), group[1])
         wanted = torch.tensor([a.ask.k for a in asks])
         mask = written.mask.cpu() & (torch.arange(written.item.shape[1]) < wanted[:, None])
         return written.item.cpu(), mask, written.logp.cpu()

@@ -66,6 +66,8 @@ class Config(Sources):
     max_body: int = 4 << 20  # bytes of a request
     max_k: int = 100  # slots of a page; the model's context may allow fewer
     width: int = 4  # pages a beam keeps
+    candidates: int = 0  # pages are made of so many items, the best for the first slot,
+    # found once a page; 0: of all. For large catalogues
     cache_mb: int = 128  # MiB of prompt columns and user states
     reload: float = 2.0  # seconds between two looks for new weights; 0: never
     drain: int = 30  # seconds that requests under way have when the service is stopped
@@ -89,6 +91,7 @@ class Config(Sources):
             max_body=(self.max_body > 0, "1 or more"),
             max_k=(self.max_k > 0, "1 or more"),
             width=(self.width > 0, "1 or more"),
+            candidates=(self.candidates >= 0, "0 or more"),
             cache_mb=(self.cache_mb >= 0, "0 or more"),
             reload=(0 <= self.reload < math.inf, "0 or more"),
             drain=(self.drain >= 0, "0 or more"),
@@ -143,6 +146,7 @@ class Service:
             self.config,
             cache=self.cache,
             width=self.config.width,
+            candidates=self.config.candidates,
             observe=lambda stage, seconds: self.observe(stage, seconds),
         )
 

@@ -85,7 +85,7 @@ def test_the_grid_moves_one_size_at_a_time():
             Config(**wrong)
 
 
-def test_every_cell_is_in_the_table_once_and_ppo_at_a_million_items_only_after_drawn_items():
+def test_every_cell_is_in_the_table_once_and_ppo_at_a_million_items_only_over_shortlists():
     cells = [(sweep, point, stage) for sweep, point, stages in grid(Config()) for stage in stages]
     assert len(set(cells)) == len(cells)
     for sweep, values in scaling.SWEEPS.items():
@@ -96,8 +96,9 @@ def test_every_cell_is_in_the_table_once_and_ppo_at_a_million_items_only_after_d
                 if s == sweep and getattr(p, sweep) == value
             }
             assert {stage for stage, _ in mine} == set(STAGES)
-            assert (("ppo", True) in mine) == (sweep == "items" and value == 1_000_000)
-            assert (("sft", True) in mine) == (sweep == "items" and value >= 10_000)
+            for stage in ("sft", "ppo"):
+                assert ((stage, True) in mine) == (sweep == "items" and value >= 10_000)
+            assert (("ppo", False) in mine) == (sweep != "items" or value < 1_000_000)
 
 
 def row_of(config, point, stage="sft", **more):
@@ -208,8 +209,12 @@ def test_a_clock_takes_the_first_steps_and_the_last():
 
 
 def test_a_measurement_is_the_stage_itself_and_breaks_by_name(tmp_path):
-    config = small(tmp_path)
+    config = small(tmp_path, candidates=16)
     point = Point(150, 120, 4, 6, sampled=True)
+    assert scaling.stage_config("ppo", config, point).candidates == 16
+    assert scaling.stage_config("ppo", config, Point(150, 120, 4, 6)).candidates == 0
+    assert key_of("ppo", config, point) != key_of("ppo", small(tmp_path), point)
+    assert key_of("sft", config, point) == key_of("sft", small(tmp_path), point)
     write_shop(tmp_path / "data" / "scaling", point)
     row = measure("pretrain", config, point)
     done = json.loads(

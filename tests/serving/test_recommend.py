@@ -280,3 +280,58 @@ def test_filters_hold_in_the_file_too(served, rec, tmp_path):
     assert set(rows(tmp_path / "p.parquet")["item_id"]) <= set(rec.shop.catalogue.ids[:9])
     with pytest.raises(PageLLMError, match="cannot be read"):
         recommend.run(config(served, user="x", in_stock=f"@{tmp_path / 'nothing'}"))
+
+
+def test_pages_of_shortlists(served, rec, tmp_path):
+    """Shortlists of all that is legal change nothing; short ones hold the best of the first slot,
+    and every filter.
+    """
+    fewest = min(len(rec.past(u, ())[2]) for u in range(rec.shop.n_users))
+    size = rec.shop.n_items - fewest
+    some = "|".join(sorted(rec.members)[:3])
+    tables = {}
+    for name, more in (
+        ("all", {}),
+        ("wide", {"candidates": size}),
+        ("one_shot", {"mode": "one_shot"}),
+        ("narrow", {"candidates": 6}),
+        ("filtered", {"candidates": 9, "categories": some}),
+        ("beam", {"candidates": 6, "mode": "beam"}),
+    ):
+        out = tmp_path / f"{name}.parquet"
+        depth = 0 if name in ("narrow", "beam") else 8
+        recommend.run(
+            config(served, all=True, k=4, depth=depth, out=str(out), split="test", **more)
+        )
+        tables[name] = rows(out)
+    assert size < rec.shop.n_items and fewest > 0
+    for name in ("user", "rank", "item", "page", "known"):
+        assert tables["all"][name] == tables["wide"][name], name
+    assert tables["all"]["score"] == pytest.approx(tables["wide"]["score"], abs=1e-4)
+
+    def pages(name, most=4):
+        table, found = tables[name], {}
+        for user, rank, item in zip(table["user"], table["rank"], table["item"], strict=True):
+            if rank <= most:
+                found.setdefault(user, set()).add(item)
+        return found
+
+    first = pages("one_shot", 6)
+    for name in ("narrow", "beam"):
+        for user, page in pages(name).items():
+            assert len(page) == 4 and page <= first[user], name
+    held = rec.shop.catalogue.categories
+    assert tables["filtered"]["item"]
+    assert all(set(held[i]) & set(some.split("|")) for i in tables["filtered"]["item"])
+    with pytest.raises(PageLLMError, match="another candidates"):
+        recommend.run(
+            config(
+                served,
+                all=True,
+                k=4,
+                out=str(tmp_path / "beam.parquet"),
+                split="test",
+                mode="beam",
+                candidates=7,
+            )
+        )
