@@ -211,16 +211,17 @@ def linear_case(
     )
 
 
-def gae_case(B: int, T: int, device: str) -> Case:
-    """Advantages of B rows of random length up to T."""
+def gae_case(B: int, T: int, device: str, given: bool = False) -> Case:
+    """Advantages of B rows of random length up to T; given: written into memory that is there."""
     generator = torch.Generator().manual_seed(0)
     reward, value = (torch.randn(B, T, generator=generator).to(device) for _ in range(2))
     mask = (torch.arange(T) < torch.randint(1, T + 1, (B, 1), generator=generator)).to(device)
+    out = (torch.zeros_like(reward), torch.zeros_like(value)) if given else None
     return Case(
-        "gae",
+        "gae, given memory" if given else "gae",
         f"{B}, {T}",
         lambda: plain_gae(reward, value, mask),
-        lambda: list(advantage.gae(reward, value, mask)),
+        lambda: list(advantage.gae(reward, value, mask, out=out)),
         lambda: [x.to(device) for x in plain_gae(reward.double(), value.double(), mask)],
         lambda: (reward.clone(), value.clone()),  # two tensors read, two written
     )
@@ -248,6 +249,7 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         yield linear_case(64, 32, 500, device, n_excluded=8, with_entropy=True)
         yield linear_case(16, 32, 100, device, rows=50)
         yield gae_case(64, 64, device)
+        yield gae_case(64, 64, device, given=True)
         yield whiten_case(64, 64, device)
         return
     yield linear_case(2048, 256, 80_000, device)  # next token, large vocabulary
@@ -260,6 +262,7 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
     yield linear_case(320, 64, 12_000, device, rows=1_000)  # items, mask afterwards
     yield gae_case(64, 20, device)
     yield gae_case(4096, 1024, device)
+    yield gae_case(4096, 1024, device, given=True)
     yield whiten_case(4096, 1024, device)
 
 

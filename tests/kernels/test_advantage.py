@@ -27,6 +27,28 @@ def test_equals_the_definition(page, gamma, lam):
     assert_close(gae(reward, value, mask, gamma, lam), reference.gae(*page, gamma, lam))
 
 
+@given(pages(dtype=torch.float32), unit, unit)
+@settings(deadline=None, max_examples=20)
+def test_results_go_into_given_memory(page, gamma, lam):
+    """Whatever it holds before; strided memory too. The bits are those of fresh memory."""
+    want = gae(*page, gamma, lam)
+    wide = torch.full((2, *page[0].shape, 2), torch.nan)
+    out = wide[0, ..., 0], wide[1, ..., 0]
+    for got, mine, fresh in zip(gae(*page, gamma, lam, out=out), out, want, strict=True):
+        assert got is mine and torch.equal(got, fresh)
+    assert wide[..., 1].isnan().all()
+
+
+def test_memory_that_does_not_fit_is_refused():
+    reward, value, mask = randn(2, 4), randn(2, 4), prefix_mask([4, 2], 4)
+    good = torch.zeros(2, 4, dtype=torch.float64)
+    for wrong in (good[:1], good.float(), good.clone().requires_grad_()):
+        with pytest.raises(ValueError, match="gae: out"):
+            gae(reward, value, mask, out=(good, wrong))
+    with pytest.raises(ValueError, match="no gradient"):
+        gae(reward.requires_grad_(), value, mask, out=(good, good.clone()))
+
+
 def test_gamma_and_lam_default_to_1_and_95_percent():
     page = randn(2, 4), randn(2, 4), prefix_mask([4, 2], 4)
     for ours, given_ in zip(gae(*page), gae(*page, gamma=1.0, lam=0.95), strict=True):
