@@ -34,7 +34,6 @@ from tqdm import tqdm
 from pagellm.data.shop import Shop, load
 from pagellm.kernels import masked
 from pagellm.model.backbone import Backbone
-from pagellm.model.critic import Critic
 from pagellm.model.decode import (
     LegalItems,
     page_logp,
@@ -46,7 +45,7 @@ from pagellm.model.decode import (
 from pagellm.model.networks import from_state
 from pagellm.model.page_loss import Batch, page_batch, sft_loss
 from pagellm.model.policy import MODES, Policy, Validation
-from pagellm.model.reward_model import RewardModel
+from pagellm.model.reward_model import Critic, RewardModel
 from pagellm.model.shortlist import Proposals, Shortlist, best_items
 from pagellm.pages import metrics
 from pagellm.pages.truth import PageMaker

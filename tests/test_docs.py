@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from pagellm import ppo
 from pagellm.__main__ import VERBS
+from pagellm.data.shop import load
 
 ROOT = Path(__file__).parent.parent
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -224,6 +226,38 @@ def test_the_file_reference_names_every_file_and_column_that_the_stages_write(se
             names = ["user"] if path.name == "per_user.parquet" else pq.read_schema(path).names
             for column in names:
                 assert f"`{column}`" in said, f"{path.relative_to(served)}: {column}"
+
+
+def test_the_page_on_ppo_names_every_file_that_one_update_runs_through(served, tmp_path):
+    """Three files to open, five to look up; the rest is named as what a reader can pass over."""
+    options = {"rollout": 16, "minibatch": 8, "k": 6, "critic_warmup": 0, "device": "cpu"}
+    places = {"data": str(served / "data"), "runs": str(served / "runs")}
+    config = ppo.Config(run="base", **options, **places)
+    nets = ppo.Networks.load(config, config.stage("sft"), config.stage("reward"), "cpu")
+    asked = ppo.Prompts(config, load(config.data_dir), nets.policy)(0)
+    training = ppo.Training(config, nets, 5)
+    ran = set()
+
+    def note(frame, event, argument):
+        path = Path(frame.f_code.co_filename).resolve()
+        if event == "call" and path.is_relative_to(ROOT):
+            ran.add(path.relative_to(ROOT).as_posix())
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        row = training.step(0, ppo.roll_out(config, nets, asked), asked, None)
+    finally:
+        sys.setprofile(before)
+    assert row["stopped"] in (0.0, 1.0) and row["learning"]
+    page = text(ROOT / "docs" / "explanation" / "ppo.md")
+    section = page.partition("## Follow one update")[2].partition("\n## ")[0]
+    opened, looked_up, passed = re.split(r"\nLook up five|\nThe update passes", section)
+    found = [re.findall(r"`((?:pagellm|kernels)/\S+\.py)`", s) for s in (opened, looked_up, passed)]
+    assert (len(found[0]), len(found[1])) == (3, 5)
+    assert {path for path in ran if path.startswith(("pagellm/", "kernels/"))} == set(
+        sum(found, [])
+    )
 
 
 def test_the_contributing_guide_has_a_place_for_each_diff():

@@ -1,4 +1,8 @@
-"""The reward model: a reward for every slot (token head) and one for the page (page head)."""
+"""The reward model and the critic, which read pages with a trunk and a head.
+
+RewardModel   a reward for every slot (token head) and one for the page (page head)
+Critic        the value of every slot before its item is drawn
+"""
 
 import math
 from pathlib import Path
@@ -13,7 +17,7 @@ from pagellm.model.networks import from_state, to_state
 from pagellm.stage import dist
 from pagellm.stage.run import load_model_file
 
-__all__ = ["Compare", "RewardModel", "mean_reward"]
+__all__ = ["Compare", "Critic", "RewardModel", "mean_reward"]
 
 
 class Compare(nn.Module):
@@ -126,6 +130,27 @@ class RewardModel(nn.Module):
         model = cls(from_state(state), state["compare"])
         dist.load_weights(model, {**model.state_dict(), **state["heads"]})
         return model.to(device).eval()
+
+
+class Critic(nn.Module):
+    """V_t, the reward still to come before slot t is drawn.
+
+    trunk  a copy of the reward model's trunk, trained further. The head starts at zero.
+    """
+
+    def __init__(self, trunk: Backbone):
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(trunk.shape.n_embd, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(
+        self, prompt: Tensor, valid: Tensor, item: Tensor, mask: Tensor, start: tuple | None = None
+    ) -> Tensor:
+        """Values (B, K) float32, 0 off the mask. Arguments as in decode.slot_states."""
+        before = slot_states(self.trunk, prompt, valid, item, mask, start)[:, :-1].float()
+        return torch.where(mask, self.head(before)[..., 0], 0.0)
 
 
 def mean_reward(token_reward: Tensor, mask: Tensor) -> Tensor:
