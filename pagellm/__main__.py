@@ -27,6 +27,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "serve": ("pagellm.serving.serve", "pages over HTTP and in a browser"),
         "import-gguf": ("pagellm.model.import_gguf", "a GGUF file -> weights for pretrain"),
         "export": ("pagellm.serving.export", "a policy as embeddings, or for transformers"),
+        "promote": ("pagellm.serving.promote", "make a run the live one, if it is not worse"),
         "features": ("pagellm.serving.features", "scores of (user, item) pairs for a ranker"),
         "search": ("pagellm.serving.search", "approximate search over exported embeddings"),
         "report": ("pagellm.report.report", "everything about a run in one HTML file"),

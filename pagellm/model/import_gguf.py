@@ -91,7 +91,7 @@ CUTS: dict[str, tuple[str, bool]] = {
 class Config:
     """Unpack a GGUF file into the directory that pretrain --weights and transformers read."""
 
-    POSITIONAL: ClassVar[str] = "file"
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("file",)
 
     file: str = ""  # the .gguf file; it may be given without --file
     out: str = ""  # directory to write; it must not be there yet

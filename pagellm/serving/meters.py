@@ -15,6 +15,7 @@ from prometheus_client import (
     GCCollector,
     Histogram,
     ProcessCollector,
+    Summary,
     disable_created_metrics,
     generate_latest,
 )
@@ -138,11 +139,11 @@ class Meters:
         )
         for what in ("user", "items", "categories"):
             self.unknown.labels(what)
-        self.reward = Histogram(
+        # A Summary: a Histogram with buckets below 0 would give no sum.
+        self.reward = Summary(
             "pagellm_page_reward",
             "Rewards of the pages, in reward-model units; sum over count is their mean",
             ("policy",),
-            buckets=(-5, -2, -1, -0.5, -0.2, 0, 0.2, 0.5, 1, 2, 5),
             registry=self.registry,
         )
         self.last = LastPages()

@@ -107,9 +107,9 @@ def own_comments(cls) -> dict[str, str]:
 def help_text(cls, prog: str) -> str:
     """The text of --help: what the command does, then type, meaning and default of every option."""
     comments = field_comments(cls)
-    place = f"{cls.POSITIONAL.upper()} " if hasattr(cls, "POSITIONAL") else ""
+    bare = "".join(f" {name.upper()}" for name in getattr(cls, "POSITIONAL", ()))
     lines = [
-        f"usage: {prog} {place}[--option value ...]",
+        f"usage: {prog}{bare} [--option value ...]",
         "",
         inspect.cleandoc(cls.__doc__ or ""),
         "",
@@ -176,8 +176,10 @@ def parse(
 ):
     """argv -> an instance of the dataclass `cls`.
 
-    Accepts --name value, --name=value, --flag, --no-flag; the value alone of the field that
-    cls.POSITIONAL names; @preset, a text file of such options; and
+    Bare words are the values of the fields that cls.POSITIONAL names, in order, if it has that
+    attribute: `pagellm promote v2` is `pagellm promote --run v2`.
+
+    Accepts --name value, --name=value, --flag, --no-flag; @preset, a text file of such options; and
     --config FILE, a TOML file with one table a command. A later file overrides an earlier one. The
     environment overrides files, for a class with the attribute ENVIRONMENT (`from_environment`).
     Options on the command line override all of these.
@@ -217,6 +219,7 @@ def apart(cls, argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
 
     kind  "@" for a preset, "toml" for a file of --config
     """
+    positions = list(getattr(cls, "POSITIONAL", ()))
     takes_value = {"--" + f.name for f in dataclasses.fields(cls) if f.type not in (bool, "bool")}
     words: list[str] = []
     files: list[tuple[str, str]] = []
@@ -234,6 +237,8 @@ def apart(cls, argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
             if not equals and (not rest or rest[0].startswith("--")):
                 raise PageLLMError("--config needs a TOML file")
             files.append(("toml", value if equals else rest.pop(0)))
+        elif positions and not word.startswith("-"):
+            words.append(f"--{positions.pop(0)}={word}")
         else:
             words.append(word)
     return words, files
@@ -385,10 +390,6 @@ def options(cls, argv: list[str], prog: str) -> dict[str, object]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            place = getattr(cls, "POSITIONAL", "")
-            if place and place not in values:
-                values[place] = read_value(fields[place], word)
-                continue
             raise PageLLMError(f"unexpected {word!r}; options look like --name value (see --help)")
         name, equals, text = word[2:].partition("=")
         name = name.replace("-", "_")

@@ -1,0 +1,94 @@
+"""Files in deploy/: the linter passes, and every option, meter and path that they name exists."""
+
+import dataclasses
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+yaml = pytest.importorskip("yaml", reason="needs pyyaml: pip install 'pagellm[dev]'")
+pytest.importorskip("uvicorn", reason="needs the extra: pip install 'pagellm[serve]'")
+
+from pagellm.serving.cache import Cache  # noqa: E402
+from pagellm.serving.meters import Meters  # noqa: E402
+from pagellm.serving.serve import Config  # noqa: E402
+from pagellm.stage.config import parse  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
+FIELDS = {Config.ENVIRONMENT + f.name.upper() for f in dataclasses.fields(Config)}
+DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
+
+
+def test_the_dockerfile_passes_its_linter():
+    beside = Path(sys.executable).with_name("hadolint")
+    linter = str(beside) if beside.exists() else shutil.which("hadolint")
+    if linter is None:
+        pytest.skip("needs hadolint: pip install 'pagellm[dev]'")
+    done = subprocess.run([linter, str(DEPLOY / "Dockerfile")], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_image_copies_what_there_is_and_leaves_data_and_runs_out():
+    kept = (DEPLOY / "Dockerfile.dockerignore").read_text().split()
+    for line in re.findall(r"^COPY (?!--from)(.*) \S+$", DOCKERFILE, flags=re.MULTILINE):
+        for name in line.split():
+            assert (ROOT / name).exists() and f"!{name}" in kept, name
+    assert kept[0] == "*" and not {"!data", "!runs", "!.venv"} & set(kept)
+
+
+def test_every_variable_is_an_option_of_serve():
+    named = set(re.findall(r"PAGELLM_[A-Z_]+", DOCKERFILE))
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    named |= set(compose["services"]["pagellm"]["environment"])
+    named |= set(re.findall(r"PAGELLM_[A-Z_]+", (DEPLOY / "pagellm.service").read_text()))
+    assert len(named) > 3 and named <= FIELDS
+    assert compose["services"]["pagellm"]["build"]["dockerfile"] == "deploy/Dockerfile"
+
+
+def test_the_image_listens_where_its_ports_and_prometheus_say(monkeypatch):
+    for name, value in re.findall(r"(PAGELLM_[A-Z]+)=(\S+)", DOCKERFILE.partition("\nENV ")[2]):
+        monkeypatch.setenv(name, value.rstrip(","))
+    made = parse(Config, [], "pagellm serve")
+    assert (made.host, made.port) == ("0.0.0.0", 8000)
+    prometheus = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
+    (job,) = prometheus["scrape_configs"]
+    assert job["static_configs"][0]["targets"] == [f"pagellm:{made.port}"]
+    for file in prometheus["rule_files"]:
+        assert (DEPLOY / file).exists()
+
+
+def test_every_meter_of_the_alarms_exists():
+    service = SimpleNamespace(
+        waiting=lambda: 0, cache=Cache(0), recommender=SimpleNamespace(hashes={"ppo": "x"})
+    )
+    meters = Meters(service)
+    meters.requests.labels("/v1/page", "POST", "200").inc()
+    meters.seconds.labels("/v1/page").observe(0.1)
+    answer = {
+        "unknown": {"user": True, "items": ["?"], "categories": []},
+        "policy": "ppo",
+        "user": {"known": False},
+        "items": [{"item": "a"}],
+        "page_reward": 0.5,
+    }
+    meters.count_page(answer, 2)
+    there = set(re.findall(r"^(pagellm_\w+)", meters.text().decode(), flags=re.MULTILINE))
+    groups = yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    assert len(rules) > 5
+    for rule in rules:
+        assert set(re.findall(r"pagellm_\w+", rule["expr"])) <= there, rule["alert"]
+        assert rule["annotations"]["summary"].endswith(".") or "?" in rule["annotations"]["summary"]
+
+
+def test_the_systemd_unit_starts_serve():
+    (command,) = re.findall(r"^ExecStart=(.*)$", (DEPLOY / "pagellm.service").read_text(), re.M)
+    program, verb, *words = shlex.split(command)
+    assert program.endswith("/pagellm") and verb == "serve"
+    assert parse(Config, words, "pagellm serve").run == "live"
