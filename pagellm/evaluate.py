@@ -33,7 +33,14 @@ from pagellm.pages.ranked import (
     score_row,
     seen_rows,
 )
-from pagellm.pages.tables import ALL_COLUMNS, COLUMNS, per_user, text_table
+from pagellm.pages.tables import (
+    ALL_COLUMNS,
+    COLUMNS,
+    DAGGER,
+    check_decimals,
+    per_user,
+    text_table,
+)
 from pagellm.pages.yardstick import verdict_table, verdicts
 from pagellm.stage import dist, hints, randomness
 from pagellm.stage.command import main
@@ -69,6 +76,7 @@ class Config(StageConfig):
     mode: str = "greedy"  # greedy, beam, or one_shot (all ranks by the first slot's logits)
     batch: int = 256  # users decoded at once
     n_boot: int = 1000  # bootstrap draws behind an interval
+    decimals: int = 4  # digits behind the point, in table.txt
     examples: int = 3  # users whose pages are printed
     quiet: bool = False  # write the files, print nothing
 
@@ -90,6 +98,7 @@ class Config(StageConfig):
             mode=(self.mode in MODES, ", ".join(MODES)),
             batch=(self.batch > 0, "1 or more"),
             n_boot=(self.n_boot > 1, "2 or more"),
+            decimals=check_decimals(self.decimals),
             examples=(self.examples >= 0, "0 or more"),
         )
 
@@ -140,13 +149,21 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
     for name in names:
         if name in where:
             inputs[name] = finished(where[name], f"{LABELS[name]} policy", config.make(name))["id"]
-    free = ("batch", "examples", "quiet")
+    free = ("batch", "examples", "quiet", "decimals")
     device = dist.start(config.device)
     with Run(config.stage("evaluate"), config, inputs, free) as out:
         if out.done:
+            results = read_json(out.path / "metrics.json")
+            made = read_json(out.path / "config.json")["config"]
             if dist.is_main() and not config.quiet:
-                print((out.path / "table.txt").read_text())
-            return json.loads((out.path / "metrics.json").read_text())
+                print(
+                    (out.path / "table.txt").read_text()
+                    if config.decimals == made.get("decimals", 4)
+                    else text_table(
+                        results, ALL_COLUMNS, LABELS, (DIFFERENCE,), decimals=config.decimals
+                    )
+                )
+            return results
         scorer = Scorer(shop, config.split)
         seen, users = seen_rows(shop, config.split, config.mask), scorer.users
         plain = baselines_of(config)
@@ -175,14 +192,10 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
         columns: tuple[str, ...] = COLUMNS
         signed: tuple[str, ...] = ()
         if "sft" in rows and "ppo" in rows:
-            results[DIFFERENCE] = {
-                metric: stats.paired(
-                    rows["ppo"][metric], rows["sft"][metric], config.seed, config.n_boot
-                )
-                for metric in results["ppo"]
-            }
+            results[DIFFERENCE] = gained(config, rows["ppo"], rows["sft"])
             columns, signed = ALL_COLUMNS, (DIFFERENCE,)
-        table = text_table(results, columns, LABELS, signed=signed)
+        table = text_table(results, columns, LABELS, signed=signed, decimals=config.decimals)
+        table += f"\n{DAGGER}\n" if "†" in table else ""
         versus = compared(config, rows, plain)
         text = in_words(config, shop, scorer, pages, table)
         write_json(out.path / "metrics.json", results)
@@ -193,6 +206,16 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
         if not config.quiet:
             print((out.path / "table.txt").read_text())
         return results
+
+
+def gained(config: Config, rows: dict, base: dict) -> dict[str, dict]:
+    """metric -> paired difference of two rows; p_holm is corrected over the metrics."""
+    found = [
+        {"metric": m} | stats.paired(rows[m], base[m], config.seed, config.n_boot)
+        for m in rows
+        if m in base and not np.isnan(rows[m]).all()
+    ]
+    return {r.pop("metric"): r for r in stats.with_holm([r | {"of": ""} for r in found], "of")}
 
 
 def with_policies(config: Config) -> tuple[Config, dict[str, Path]]:

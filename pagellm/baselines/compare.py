@@ -43,13 +43,22 @@ from pagellm.pages.ranked import (
     seen_rows,
 )
 from pagellm.pages.rerank import METHODS, Kin, reranked
-from pagellm.pages.tables import ALL_COLUMNS, compare, per_user, save, text_table, write_table
+from pagellm.pages.tables import (
+    ALL_COLUMNS,
+    check_decimals,
+    compare,
+    per_user,
+    rewrite,
+    save,
+    text_table,
+    write_table,
+)
 from pagellm.pages.yardstick import chosen as allowed
 from pagellm.pages.yardstick import frontier_table, sweep
 from pagellm.stage import hints, presets
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
-from pagellm.stage.files import atomic, slug, write_json
+from pagellm.stage.files import atomic, read_json, slug, write_json
 from pagellm.stage.run import Run, StageConfig, file_id, finished
 
 __all__ = ["Config", "climb", "read_rows", "run"]
@@ -81,8 +90,10 @@ class Config(StageConfig):
     k: int = 20  # slots on a page
     depth: int = 100  # length of the ranked list, k or more
     n_boot: int = 1000  # bootstrap draws behind an interval
+    decimals: int = 4  # digits behind the point, in the tables; asked again, they are written anew
 
     def __post_init__(self):
+        super().__post_init__()
         names = self.models.split(",")
         check(
             self,
@@ -107,6 +118,7 @@ class Config(StageConfig):
             ),
             depth=(self.depth >= self.k, f"k={self.k} or more"),
             n_boot=(self.n_boot > 1, "2 or more"),
+            decimals=check_decimals(self.decimals),
         )
 
 
@@ -304,11 +316,18 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
     if config.settings:
         inputs["settings"] = file_id(presets.resolve(config.settings))
     with Run(
-        config.stage("baselines"), config, inputs, ("device", "save_every", "settings")
+        config.stage("baselines"), config, inputs, ("device", "save_every", "settings", "decimals")
     ) as out:
         if out.done:
-            print((out.path / "table.txt").read_text())
-            return json.loads((out.path / "metrics.json").read_text())
+            results = read_json(out.path / "metrics.json")
+            rewrite(out.path, config.decimals)
+            made = read_json(out.path / "config.json")["config"]
+            print(
+                (out.path / "table.txt").read_text()
+                if config.decimals == made.get("decimals", 4)
+                else text_table(results, ALL_COLUMNS, decimals=config.decimals)
+            )
+            return results
         shop, scorer = bench.shop, bench.test
         seen = seen_rows(shop, "test", config.mask)
         names = config.models.split(",")
@@ -354,7 +373,7 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
         heading = f"{config.dataset}: {audience(shop, scorer, config.mask)}"
         text = (
             f"{heading}; pages of {config.k}, mean over users and its 95% bootstrap interval\n\n"
-            f"{text_table(results, ALL_COLUMNS)}\n\n"
+            f"{text_table(results, ALL_COLUMNS, decimals=config.decimals)}\n\n"
             + "\n".join(
                 f"{name}: {json.dumps(chosen[name]['settings'])}" for name in names if GRIDS[name]
             )
@@ -373,6 +392,7 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
                 config.n_boot,
             ),
             heading,
+            config.decimals,
         )
         out.finish(rows=list(rows))
         print(text)

@@ -36,6 +36,7 @@ import numpy as np
 import torch
 
 from pagellm.data.tables import ids_of, read_table
+from pagellm.pages.stats import holm
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check, check_numbers
 from pagellm.stage.files import write_json
@@ -52,7 +53,6 @@ __all__ = [
     "detectable",
     "estimate",
     "finite",
-    "holm",
     "plan",
     "read_log",
     "run",
@@ -295,20 +295,6 @@ def sample_ratio(counts, shares) -> float:
             torch.tensor(statistic / 2, dtype=torch.float64),
         )
     )
-
-
-def holm(p) -> np.ndarray:
-    """Holm's adjusted p-values of m tests, (m,), in the order given.
-
-    Rejecting those below alpha makes any wrong rejection at most alpha likely.
-    Source: Holm, Scandinavian Journal of Statistics 6, 1979.
-    """
-    p = np.asarray(p, float)
-    order = np.argsort(p)
-    adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    out = np.empty(len(p))
-    out[order] = np.minimum(adjusted, 1.0)
-    return out
 
 
 def users_needed(

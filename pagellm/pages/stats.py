@@ -6,6 +6,7 @@ Three functions give a mean with a 95% bootstrap interval:
     paired(a, b)       of a - b, two systems on the same users, one seed of training: draws users
     difference(a, b)   the same for several seeds: draws seeds, then users
 
+The last two also give a two-sided p-value from the same draws; `holm` corrects several of them.
 `interval(a, b)` takes whichever of the last two fits the number of seeds. All three draw with
 replacement from seeded generators, so the same input gives the same interval. `paired` is `summary`
 of the difference. `difference` has a generator of its own: for one seed its interval equals that of
@@ -25,12 +26,16 @@ __all__ = [
     "average_ranks",
     "calibration",
     "difference",
+    "difference_test",
     "effect",
+    "holm",
     "interval",
+    "p_value",
     "paired",
     "spearman",
     "summary",
     "wilson",
+    "with_holm",
 ]
 
 
@@ -47,17 +52,7 @@ def summary(values: np.ndarray, seed: int, n_boot: int = 1000) -> dict[str, Any]
     kept = values[~np.isnan(values)]
     if len(kept) == 0:
         return {"mean": None, "low": None, "high": None, "coverage": 0.0, "count": 0}
-    rng = np.random.Generator(np.random.PCG64(seed))
-    step = max(1, BLOCK // len(kept))
-    means = np.concatenate(
-        [
-            kept[
-                rng.integers(len(kept), size=(min(step, n_boot - at), len(kept)), dtype=np.int32)
-            ].mean(1)
-            for at in range(0, n_boot, step)
-        ]
-    )
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = np.quantile(drawn_means(kept, seed, n_boot), [0.025, 0.975])
     return {
         "mean": float(kept.mean()),
         "low": float(low),
@@ -67,18 +62,80 @@ def summary(values: np.ndarray, seed: int, n_boot: int = 1000) -> dict[str, Any]
     }
 
 
+def drawn_means(kept: np.ndarray, seed: int, n_boot: int) -> np.ndarray:
+    """(n_boot,) means of len(kept) values drawn with replacement."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    step = max(1, BLOCK // len(kept))
+    return np.concatenate(
+        [
+            kept[
+                rng.integers(len(kept), size=(min(step, n_boot - at), len(kept)), dtype=np.int32)
+            ].mean(1)
+            for at in range(0, n_boot, step)
+        ]
+    )
+
+
+def p_value(means: np.ndarray) -> float:
+    """Two-sided p-value of "the true mean is 0", from bootstrap means (n,).
+
+    Twice the smaller share of draws on either side of 0, with one draw added to both counts and at
+    most 1, so that n draws never say less than 2 / (n + 1). It is below .05 where the 95%
+    percentile interval leaves 0 out, up to one draw.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 15; the added
+    draw: Davison and Hinkley, Bootstrap Methods, 1997, section 4.2.
+    """
+    smaller = min((means <= 0).sum(), (means >= 0).sum())
+    return float(min(1.0, 2 * (smaller + 1) / (len(means) + 1)))
+
+
+def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
+    """p-values corrected for how many there are (Holm's step-down procedure).
+
+    p (n,). The i-th smallest is multiplied by n - i + 1; none may fall below a smaller one, and
+    none above 1. Rejecting those at or below .05 keeps the chance of any false one at .05. NaN
+    stays NaN and does not count.
+
+    Source: Holm, Scandinavian Journal of Statistics 6, 1979.
+    """
+    p = np.asarray(p, dtype=np.float64)
+    out = np.full(len(p), np.nan)
+    known = np.flatnonzero(~np.isnan(p))
+    order = known[np.argsort(p[known], kind="stable")]
+    steps = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1))
+    out[order] = np.minimum(steps, 1.0)
+    return out
+
+
+def with_holm(records: list[dict], family: str) -> list[dict]:
+    """Give records that have a p also p_holm, corrected over those of the same family.
+
+    family  the key whose value says which records belong together
+    """
+    for name in dict.fromkeys(r[family] for r in records):
+        some = [r for r in records if r[family] == name and r.get("p") is not None]
+        for r, p in zip(some, holm([r["p"] for r in some]), strict=True):
+            r["p_holm"] = float(p)
+    return records
+
+
 def paired(a: np.ndarray, b: np.ndarray, seed: int = 0, n_boot: int = 1000) -> dict[str, Any]:
     """Mean of a - b over the users for whom both are defined, with its paired bootstrap interval.
 
     a, b  (U,) scores of the same users, in the same order
-    The other arguments, and what it returns, as in `summary`.
+    The other arguments, and what it returns, as in `summary`; and p, see `p_value` (None if no user
+    counts).
 
     Raises ValueError on unequal lengths.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"paired: {a.shape} against {b.shape}: want scores of the same users")
-    return summary(a - b, seed, n_boot)
+    gap = a - b
+    found = summary(gap, seed, n_boot)
+    kept = gap[~np.isnan(gap)]
+    return found | {"p": p_value(drawn_means(kept, seed, n_boot)) if len(kept) else None}
 
 
 DRAWN = 2_000_000  # counts of users in one block of draws
@@ -115,18 +172,25 @@ def _resamples(S: int, U: int, draws: int, seed: int) -> Iterator[tuple[np.ndarr
 def difference(
     a: list[np.ndarray], b: list[np.ndarray], draws: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Mean of a - b over seeds and users with its 95% interval: a paired two-level bootstrap.
+    """`difference_test` without p: mean, low, high."""
+    return difference_test(a, b, draws, seed)[:3]
+
+
+def difference_test(
+    a: list[np.ndarray], b: list[np.ndarray], draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float, float]:
+    """Mean of a - b over seeds and users, its 95% interval and p: a paired two-level bootstrap.
 
     a, b     one (U,) array for each seed of training, users in the same order everywhere, NaN where
              undefined
     draws    each draws seeds with replacement, then users with replacement
     seed     of the draws
-    returns  mean, low, high; NaN if no score is defined in both
+    returns  mean, low, high, p (see `p_value`); NaN if no score is defined in both
     """
     delta = np.stack(a) - np.stack(b)  # (S, U)
     defined = ~np.isnan(delta)
     if not defined.any():
-        return (float("nan"),) * 3
+        return (float("nan"),) * 4
     filled = np.where(defined, delta, 0.0)
     known = defined.astype(np.float64)
     means = np.concatenate(
@@ -136,23 +200,24 @@ def difference(
         ]
     )
     low, high = np.quantile(means, [0.025, 0.975])
-    return float(filled.sum() / defined.sum()), float(low), float(high)
+    return float(filled.sum() / defined.sum()), float(low), float(high), p_value(means)
 
 
 def interval(
     a: list[np.ndarray], b: list[np.ndarray], seed: int = 0, n_boot: int = 1000
-) -> tuple[float, float, float]:
-    """Mean of a - b with its 95% interval: by `paired` for one seed, by `difference` for several.
+) -> tuple[float, float, float, float]:
+    """Mean of a - b with its 95% interval: by `paired` for one seed, by
+    `difference_test` for several.
 
     a, b     one (U,) array for each seed of training, users in the same order everywhere
-    returns  mean, low, high; NaN if no score is defined in both
+    returns  mean, low, high, p; NaN if no score is defined in both
     """
     if len(a) > 1:
-        return difference(a, b, n_boot, seed)
+        return difference_test(a, b, n_boot, seed)
     found = paired(a[0], b[0], seed, n_boot)
     if not found["count"]:
-        return (math.nan,) * 3
-    return found["mean"], found["low"], found["high"]
+        return (math.nan,) * 4
+    return found["mean"], found["low"], found["high"], found["p"]
 
 
 def effect(a: list[np.ndarray], b: list[np.ndarray]) -> float:

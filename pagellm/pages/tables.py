@@ -5,8 +5,9 @@
 
 `scores` is {metric: (U,) array} of one seed, with the users in the same order in every row. A
 record is a dict about one row and one metric: its mean, and its paired difference to the row
-`versus` with a 95% interval and effect size d (the mean difference over its standard deviation
-among users).
+`versus` with a 95% interval, a p-value from the same draws (corrected by Holm over the metrics of
+the row), and effect size d (the mean difference over its standard deviation among users). A dagger
+marks a difference whose corrected p is below .05.
 
     text_table        means and intervals of single rows, for a terminal
     compare           records, each row against `versus`
@@ -29,12 +30,15 @@ from pagellm.stage.files import atomic
 __all__ = [
     "ALL_COLUMNS",
     "COLUMNS",
+    "DAGGER",
+    "check_decimals",
     "compare",
     "compare_seeds",
     "heading",
     "latex",
     "markdown",
     "per_user",
+    "rewrite",
     "save",
     "spread",
     "text_table",
@@ -60,7 +64,20 @@ ALL_COLUMNS = (*COLUMNS, "energy", "true_energy")
 ARROW = {"up": "↑", "down": "↓"}
 
 Scores = Mapping[str, np.ndarray]  # metric -> (U,) of one seed, NaN where undefined
-Interval = tuple[float, float, float]  # mean, low, high
+Interval = tuple[float, ...]  # mean, low, high, and p where there is one
+LEVEL = 0.05
+DAGGER = "† p < .05 by the paired bootstrap, corrected over the metrics of a row (Holm)"
+
+
+def check_decimals(decimals: int) -> tuple[bool, str]:
+    """A rule for config.check: whether so many digits behind the point can be shown."""
+    return 0 <= decimals <= 12, "0 to 12"
+
+
+def dagger(record: Mapping) -> str:
+    """† for a difference whose p, corrected by Holm, is below LEVEL; else ""."""
+    p = record.get("p_holm")
+    return "†" if p is not None and p < LEVEL else ""
 
 
 def heading(metric: str) -> str:
@@ -74,14 +91,17 @@ def text_table(
     labels: Mapping[str, str] | None = None,
     signed: Collection[str] = (),
     per_block: int = 6,
+    decimals: int = 4,
 ) -> str:
     """A table for a terminal: rows down, metrics across in blocks; each mean over its 95% interval.
 
-    results    row -> metric -> {mean, low, high} as stats.summary gives
+    results    row -> metric -> {mean, low, high} as stats.summary gives; with p_holm, a dagger
+               where that is below .05
     columns    metrics to show, in order; one that no row has is left out
     labels     row -> what to call it, where that is not its own name
     signed     rows whose numbers carry a sign: differences
     per_block  metrics side by side; more go into the next block of lines
+    decimals   digits behind the point
     """
     labels = labels or {}
     columns = [c for c in columns if any(c in scores for scores in results.values())]
@@ -92,10 +112,10 @@ def text_table(
         lines.append(" " * width + "".join(f"{heading(c):>20}" for c in block))
         for name, scores in results.items():
             cells = [scores.get(c, {"mean": None}) for c in block]
-            sign = "+" if name in signed else ""
-            means = ["–" if c["mean"] is None else f"{c['mean']:{sign}.4f}" for c in cells]
+            form = f"{'+' if name in signed else ''}.{decimals}f"
+            means = ["–" if c["mean"] is None else f"{c['mean']:{form}}{dagger(c)}" for c in cells]
             spans = [
-                "" if c["mean"] is None else f"[{c['low']:{sign}.4f}, {c['high']:{sign}.4f}]"
+                "" if c["mean"] is None else f"[{c['low']:{form}}, {c['high']:{form}}]"
                 for c in cells
             ]
             lines.append(
@@ -172,16 +192,18 @@ def _records(
                 "difference": 0.0,
                 "low": 0.0,
                 "high": 0.0,
+                "p": None,
+                "p_holm": None,
                 "effect": 0.0,
             }
             other = [scores[metric] for scores in results[versus] if metric in scores]
             if name != versus and len(other) == len(mine):
                 found = interval(mine, other)
-                record |= zip(("difference", "low", "high"), found, strict=True)
+                record |= zip(("difference", "low", "high", "p"), found, strict=False)
                 record["effect"] = stats.effect(mine, other)
             del record[leave_out]
             records.append(record)
-    return records
+    return stats.with_holm(records, "variant")
 
 
 def grid(records: list[dict]) -> tuple[list[str], list[str], dict, dict]:
@@ -200,13 +222,13 @@ def grid(records: list[dict]) -> tuple[list[str], list[str], dict, dict]:
     return names, columns, at, best
 
 
-def change(record: dict) -> str:
+def change(record: dict, decimals: int = 4) -> str:
     """The paired difference of a record, its 95% interval and effect size d, as text."""
-    gap, low, high = (f"{record[key]:+.4f}" for key in ("difference", "low", "high"))
-    return f"{gap} [{low}, {high}], d {record['effect']:+.2f}"
+    gap, low, high = (f"{record[key]:+.{decimals}f}" for key in ("difference", "low", "high"))
+    return f"{gap}{dagger(record)} [{low}, {high}], d {record['effect']:+.2f}"
 
 
-def markdown(records: list[dict]) -> str:
+def markdown(records: list[dict], decimals: int = 4) -> str:
     """Markdown with rows down and metrics across; the best means of a column are bold."""
     names, columns, at, best = grid(records)
     direction = {r["metric"]: ARROW[r["direction"]] for r in records}
@@ -218,10 +240,10 @@ def markdown(records: list[dict]) -> str:
         cells = []
         for metric in columns:
             r = at.get((name, metric))
-            value = "–" if r is None else f"{r['mean']:.4f}"
+            value = "–" if r is None else f"{r['mean']:.{decimals}f}"
             cells.append(f"**{value}**" if r is not None and best[metric] == r["mean"] else value)
             if r is not None and name != r["versus"]:
-                cells[-1] += f" ({change(r)})"
+                cells[-1] += f" ({change(r, decimals)})"
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -250,7 +272,7 @@ def spread(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def latex(records: list[dict]) -> str:
+def latex(records: list[dict], decimals: int = 4) -> str:
     """`markdown` as a LaTeX (booktabs) table; differences stand in a small line under the means."""
     names, columns, at, best = grid(records)
     arrow = {
@@ -266,15 +288,18 @@ def latex(records: list[dict]) -> str:
         means, under = [escape(name)], [""]
         for metric in columns:
             r = at.get((name, metric))
-            value = "--" if r is None else f"{r['mean']:.4f}"
+            value = "--" if r is None else f"{r['mean']:.{decimals}f}"
             means.append(
                 rf"\textbf{{{value}}}" if r is not None and best[metric] == r["mean"] else value
             )
             if r is None or name == r["versus"]:
                 under.append("")
             else:
-                low, high = (f"${r[key]:+.4f}$" for key in ("low", "high"))
-                under.append(rf"{{\scriptsize ${r['difference']:+.4f}$ [{low}, {high}]}}")
+                gap, low, high = (
+                    f"{r[key]:+.{decimals}f}" for key in ("difference", "low", "high")
+                )
+                mark = r"^\dagger" if dagger(r) else ""
+                under.append(rf"{{\scriptsize ${gap}{mark}$ [${low}$, ${high}$]}}")
         lines.append(" & ".join(means) + r" \\")
         if any(under):
             lines.append(" & ".join(under) + r" \\")
@@ -286,18 +311,28 @@ def escape(text: str) -> str:
     return "".join("\\" + c if c in "&%$#_{}" else c for c in text)
 
 
-def save(folder: Path, records: list[dict], heading: str) -> str:
+def save(folder: Path, records: list[dict], heading: str, decimals: int = 4) -> str:
     """Write table.parquet, table.md and table.tex into `folder`; return the text of table.md.
 
-    heading  lines above the table; in table.tex they are comments
+    heading   lines above the table; in table.tex they are comments
+    decimals  digits behind the point, in the two texts
     """
     write_table(folder / "table.parquet", records)
-    text = f"{heading}\n\n{markdown(records)}\n"
+    if any(map(dagger, records)):
+        heading += f"\n{DAGGER}"
+    text = f"{heading}\n\n{markdown(records, decimals)}\n"
     comment = "".join(f"% {line}\n" for line in heading.splitlines())
-    for name, content in (("table.md", text), ("table.tex", comment + latex(records) + "\n")):
+    tex = f"{comment}{latex(records, decimals)}\n"
+    for name, content in (("table.md", text), ("table.tex", tex)):
         with atomic(folder / name) as beside:
             beside.write_text(content)
     return text
+
+
+def rewrite(folder: Path, decimals: int) -> str:
+    """Write table.md and table.tex of `save` with other digits; return the text of table.md."""
+    heading = (folder / "table.md").read_text().partition("\n\n")[0].partition(f"\n{DAGGER}")[0]
+    return save(folder, pq.read_table(folder / "table.parquet").to_pylist(), heading, decimals)
 
 
 def per_user(path: Path) -> dict[str, np.ndarray]:

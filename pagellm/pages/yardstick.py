@@ -101,8 +101,9 @@ def verdicts(
     """Ours against every row, metric by metric.
 
     ours, rows[name]  one {metric: (U,)} for each seed, the same users in the same order
-    returns           records {"row", "metric", "difference", "low", "high", "value", "verdict"};
-                      the difference is ours - row, turned so that more is better
+    returns           records {"row", "metric", "difference", "low", "high", "p", "p_holm", "value",
+                      "verdict"}; the difference is ours - row, turned so that more is better;
+                      p_holm is corrected over the metrics of its row
     """
     records = []
     for name, theirs in rows.items():
@@ -112,7 +113,7 @@ def verdicts(
             mine, other = ([s[metric] for s in seeds] for seeds in (ours, theirs))
             if any(np.isnan(a - b).all() for a, b in zip(mine, other, strict=True)):
                 continue
-            mean, low, high = stats.interval(mine, other, seed, n_boot)
+            mean, low, high, p = stats.interval(mine, other, seed, n_boot)
             if DIRECTION.get(metric, "up") == "down":
                 mean, low, high = -mean, -high, -low
             value = float(np.mean([np.nanmean(b) for b in other]))
@@ -123,11 +124,12 @@ def verdicts(
                     "difference": mean,
                     "low": low,
                     "high": high,
+                    "p": p,
                     "value": value,
                     "verdict": verdict(low, high, value),
                 }
             )
-    return records
+    return stats.with_holm(records, "row")
 
 
 def verdict_table(records: list[dict], ours: str = "PageLLM") -> str:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagellm.online import abtest
+from pagellm.pages.stats import holm
 from pagellm.stage.config import PageLLMError
 
 
@@ -164,7 +165,7 @@ def test_the_looks_are_at_all_users_so_far_with_the_first_looks_mixture(cuped):
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 def test_holm_is_the_step_down_procedure(p):
     """Adjusted p < alpha if and only if Holm's step-down procedure rejects."""
-    alpha, adjusted = 0.05, abtest.holm(p)
+    alpha, adjusted = 0.05, holm(p)
     rejected, order = set(), np.argsort(p, kind="stable")
     for step, i in enumerate(order):
         if p[i] * (len(p) - step) >= alpha:
@@ -202,7 +203,7 @@ def test_equal_to_statsmodels():
     )
     power = pytest.importorskip("statsmodels.stats.power", reason="statsmodels is in the extra dev")
     p = np.random.default_rng(0).random(20) ** 3
-    assert abtest.holm(p) == pytest.approx(multitest.multipletests(p, method="holm")[1])
+    assert holm(p) == pytest.approx(multitest.multipletests(p, method="holm")[1])
     one = power.NormalIndPower().solve_power(0.1, power=0.9, alpha=0.01, ratio=1.0)
     assert abtest.users_needed(3.0, 0.3, 0.01, 0.9) == pytest.approx(2 * one, rel=1e-6)
 
@@ -282,7 +283,7 @@ def test_a_metric_that_nobody_could_have_is_left_out(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "CTR: left out" in said and "all metrics find" not in said
     p = [m["p"] for m in result["metrics"].values()]
-    assert [m["holm"] for m in result["metrics"].values()] == pytest.approx(abtest.holm(p))
+    assert [m["holm"] for m in result["metrics"].values()] == pytest.approx(holm(p))
 
 
 def test_users_without_a_past_count_as_zero_there(tmp_path):

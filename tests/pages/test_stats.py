@@ -12,6 +12,7 @@ from pagellm.pages.stats import (
     average_ranks,
     calibration,
     difference,
+    difference_test,
     effect,
     interval,
     paired,
@@ -73,7 +74,7 @@ def test_paired_uses_users_of_both_and_cancels_what_they_share():
     got = paired(a, b)
     assert got["count"] == 395 and got["coverage"] == 395 / 400
     assert 0.05 < got["low"] < got["mean"] < got["high"] < 0.15
-    assert got == summary(a - b, 0)
+    assert got == summary(a - b, 0) | {"p": got["p"]}
     assert paired(b, a)["mean"] == pytest.approx(-got["mean"])
     with pytest.raises(ValueError, match="same users"):
         paired(a, b[:-1])
@@ -127,8 +128,9 @@ def test_an_interval_is_that_of_the_number_of_seeds():
     rng = np.random.default_rng(0)
     a, b = ([rng.normal(size=40) for _ in range(2)] for _ in range(2))
     one = paired(a[0], b[0], 3, 200)
-    assert interval(a[:1], b[:1], 3, 200) == (one["mean"], one["low"], one["high"])
-    assert interval(a, b, 3, 200) == difference(a, b, 200, 3)
+    assert interval(a[:1], b[:1], 3, 200) == (*(one["mean"], one["low"], one["high"], one["p"]),)
+    assert interval(a, b, 3, 200) == difference_test(a, b, 200, 3)
+    assert difference_test(a, b, 200, 3)[:3] == difference(a, b, 200, 3)
     assert np.isnan(interval([np.array([math.nan])], [np.ones(1)])).all()
 
 
@@ -237,3 +239,44 @@ def test_calibration_by_hand():
     two = np.array([1e-9, -100.0])
     assert calibration(two, bins=2) == pytest.approx((0.5 + 1) / 2)
     assert calibration(two, bins=1) == pytest.approx(0.75 - 0.5)
+
+
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_holm_never_lowers_a_p_value_keeps_their_order_and_leaves_one_alone(p):
+    adjusted = stats.holm(p)
+    assert (adjusted >= np.array(p) - 1e-12).all() and (adjusted <= 1).all()
+    order = np.argsort(p, kind="stable")
+    assert (np.diff(adjusted[order]) >= 0).all()
+    if p:
+        assert adjusted.min() == pytest.approx(min(1.0, len(p) * min(p)))
+        assert stats.holm([p[0], float("nan")])[0] == p[0]
+
+
+def test_p_is_below_05_where_the_interval_leaves_0_out():
+    rng = np.random.default_rng(0)
+    seen = set()
+    for shift in (0.0, 0.02, 0.05, 0.1, 0.3):
+        for _ in range(5):
+            x = rng.normal(shift, 1, 500)
+            found = stats.paired(x, np.zeros(500), n_boot=999)
+            outside = found["low"] > 0 or found["high"] < 0
+            if not 0.04 < found["p"] < 0.06:  # one draw decides there
+                assert (found["p"] < 0.05) == outside
+            seen.add(outside)
+            assert stats.interval([x], [np.zeros(500)], n_boot=999)[3] == found["p"]
+            assert stats.paired(np.zeros(500), x, n_boot=999)["p"] == pytest.approx(found["p"])
+    assert seen == {True, False}
+
+
+def test_p_of_no_difference_is_1_and_of_the_clearest_2_of_all_draws():
+    assert stats.paired(np.ones(9), np.ones(9))["p"] == 1.0
+    assert stats.paired(np.ones(9), np.zeros(9), n_boot=99)["p"] == pytest.approx(2 / 100)
+    assert stats.paired(np.array([np.nan]), np.array([1.0]))["p"] is None
+
+
+def test_under_no_effect_p_is_below_05_one_time_in_twenty():
+    rng = np.random.default_rng(1)
+    low = [
+        stats.paired(rng.normal(size=80), np.zeros(80), n_boot=200)["p"] < 0.05 for _ in range(300)
+    ]
+    assert 0.01 < np.mean(low) < 0.1

@@ -4,7 +4,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pagellm.pages.tables import compare, compare_seeds, latex, markdown, save, spread
+from pagellm.pages.tables import (
+    DAGGER,
+    compare,
+    compare_seeds,
+    latex,
+    markdown,
+    rewrite,
+    save,
+    spread,
+    text_table,
+)
 from pagellm.stage.config import PageLLMError
 
 rng = np.random.default_rng(0)
@@ -80,7 +90,7 @@ def test_equal_bests_are_all_bold_and_equal_columns_not_at_all():
 def test_save_writes_all_three(tmp_path):
     records = compare(ROWS, ("Recall@20",), "EASE")
     text = save(tmp_path, records, "heading")
-    assert (tmp_path / "table.md").read_text() == text and text.startswith("heading\n\n| |")
+    assert (tmp_path / "table.md").read_text() == text and text.startswith("heading\n")
     assert (tmp_path / "table.tex").read_text() == "% heading\n" + latex(records) + "\n"
     assert pq.read_table(tmp_path / "table.parquet").to_pylist() == records
 
@@ -102,3 +112,34 @@ def test_spread_over_seeds_stands_beside_the_mean_and_is_left_out_of_one_seed():
         f"| {mean + 2.5:.4f} ± 2.8284, +1.5000 [+0.5000, +2.5000], d +inf |"
     )
     assert "±" not in spread(compare_seeds({"float32": a[:1], "bfloat16": b[:1]}, ("WMRD",)))
+
+
+def test_a_dagger_marks_what_is_clear_after_correction_and_nothing_else():
+    noise = np.random.default_rng(3).normal(0, 1, 200)
+    rows = {
+        "a": [{"m": BASE, "n": BASE}],
+        "clear": [{"m": BASE + 0.1, "n": BASE + noise}],
+    }
+    records = compare(rows, ("m", "n"), "a", n_boot=200)
+    clear, vague = at(records, "clear", "m"), at(records, "clear", "n")
+    assert clear["p"] == pytest.approx(2 / 201) and clear["p_holm"] == pytest.approx(4 / 201)
+    assert vague["p_holm"] == vague["p"] > 0.05
+    assert at(records, "a", "m")["p"] is None
+    for text, mark in ((markdown(records), "†"), (latex(records), r"^\dagger")):
+        assert text.count(mark) == 1 and f"0.1000{mark}" in text
+    row = {"a": {"m": {"mean": 0.5, "low": 0.4, "high": 0.6, "p_holm": 0.01}}}
+    assert "0.5000†" in text_table(row, ("m",))
+    assert "†" not in text_table({"a": {"m": row["a"]["m"] | {"p_holm": 0.06}}}, ("m",))
+
+
+def test_decimals_are_the_reader_s_choice_also_afterwards(tmp_path):
+    records = compare(ROWS, ("Recall@20",), "EASE")
+    before = save(tmp_path, records, "of 200 users")
+    assert DAGGER in before and "0.1000" in before
+    again = rewrite(tmp_path, 2)
+    assert "+0.10†" in again and "0.1000" not in again and again.count(DAGGER) == 1
+    assert again.startswith("of 200 users\n")
+    assert "0.1000" not in (tmp_path / "table.tex").read_text()
+    assert rewrite(tmp_path, 4) == before
+    row = {"a": {"m": {"mean": 0.51234, "low": 0.4, "high": 0.6}}}
+    assert "0.51\n" in text_table(row, ("m",), decimals=2).replace(" ", "")
