@@ -31,6 +31,9 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "features": ("pagellm.serving.features", "scores of (user, item) pairs for a ranker"),
         "search": ("pagellm.serving.search", "approximate search over exported embeddings"),
         "report": ("pagellm.report.report", "everything about a run in one HTML file"),
+        "runs": ("pagellm.report.runs", "the runs that are there, and which is live"),
+        "compare": ("pagellm.report.compare", "two runs, metric by metric, with intervals"),
+        "track": ("pagellm.report.track", "a run's curves in TensorBoard or MLflow"),
         "casestudy": ("pagellm.report.casestudy", "some users' pages, slot by slot"),
     },
     "A page of rows": {

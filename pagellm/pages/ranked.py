@@ -314,7 +314,7 @@ def score_row(
     """
     folder.mkdir(parents=True, exist_ok=True)
     check_pages(name, ranked, scorer.users, seen)
-    write_pages(folder / "pages.parquet", ranked)
+    write_pages(folder / "pages.parquet", ranked, scorer.shop)
     written = read_pages(folder / "pages.parquet", scorer.shop)
     scores = scorer(with_users(written, scorer.users), k)
     with atomic(folder / "per_user.parquet") as beside:
@@ -339,25 +339,26 @@ def audience(shop: Shop, scorer: Scorer, mask: str, split: str = "test") -> str:
     )
 
 
-def write_pages(path: Path, ranked: RankedPages) -> None:
-    """Write pages.parquet: user, rank (from 1), item, score, page (True on the page's slots)."""
+def write_pages(path: Path, ranked: RankedPages, shop: Shop) -> None:
+    """Write pages.parquet: user, rank (from 1), item, score, page (True on the page's slots).
+
+    user_id and item_id, the shop's own, stand behind them.
+    """
     kept = ranked.item >= 0
     rank = np.broadcast_to(np.arange(1, ranked.item.shape[1] + 1), kept.shape)
     user = np.broadcast_to(ranked.user[:, None], kept.shape)
     on_page = rank <= ranked.slots[:, None]
+    columns = {
+        "user": user[kept].astype(np.int32),
+        "rank": rank[kept].astype(np.int32),
+        "item": ranked.item[kept].astype(np.int32),
+        "score": ranked.score[kept],
+        "page": on_page[kept],
+        "user_id": pa.array(shop.user_ids, pa.string()).take(pa.array(user[kept])),
+        "item_id": pa.array(shop.catalogue.ids, pa.string()).take(pa.array(ranked.item[kept])),
+    }
     with atomic(path) as beside:
-        pq.write_table(
-            pa.table(
-                {
-                    "user": user[kept].astype(np.int32),
-                    "rank": rank[kept].astype(np.int32),
-                    "item": ranked.item[kept].astype(np.int32),
-                    "score": ranked.score[kept],
-                    "page": on_page[kept],
-                }
-            ),
-            beside,
-        )
+        pq.write_table(pa.table(columns), beside)
 
 
 def read_pages(path: Path, shop: Shop) -> RankedPages:

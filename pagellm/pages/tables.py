@@ -34,6 +34,7 @@ __all__ = [
     "check_decimals",
     "compare",
     "compare_seeds",
+    "dagger",
     "heading",
     "latex",
     "markdown",

@@ -13,6 +13,7 @@ tracker is another `Writer`. Needs the extra [tensorboard] or [mlflow].
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -69,8 +70,8 @@ class Writer(Protocol):
     def scalars(self, rows: list[tuple[int, dict[str, float]]]) -> None:
         """(step, name -> number) of some steps, rising."""
 
-    def close(self) -> None:
-        """All that was handed over is kept."""
+    def close(self, finished: bool) -> None:
+        """Keep all that was handed over. finished: the stage is done, nothing more will come."""
 
 
 class TensorBoard:
@@ -84,8 +85,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise PageLLMError(
-                "TensorBoard is not installed\n"
-                f"  Install it with: {hints.install('tensorboard')}"
+                f"TensorBoard is not installed\n  Install it with: {hints.install('tensorboard')}"
             ) from None
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)
@@ -100,7 +100,7 @@ class TensorBoard:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, finished: bool) -> None:
         self.writer.close()
 
 
@@ -143,8 +143,9 @@ class MLflow:
         for at in range(0, len(metrics), MANY):
             self.client.log_batch(self.id, metrics=metrics[at : at + MANY])
 
-    def close(self) -> None:
-        self.client.set_terminated(self.id)
+    def close(self, finished: bool) -> None:
+        if finished:
+            self.client.set_terminated(self.id)
 
 
 def plain_name(name: str) -> str:
@@ -193,8 +194,6 @@ def writer_of(config: Config, stage: str, uri: str, id: str, fresh: bool) -> "Te
 
 def uri_of(config: Config) -> str:
     """MLflow's store."""
-    import os
-
     named = config.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     return named or f"sqlite:///{(Path(config.runs) / 'mlflow.db').absolute()}"
 
@@ -226,7 +225,7 @@ def send_new(config: Config) -> int:
             total += sum(len(values) for _, values in found)
             if rows:
                 steps[name] = rows[-1]["step"]
-        writer.close()
+        writer.close((log.parent / "done").exists())
         place[stage] = {"begun": begun, "id": getattr(writer, "id", ""), "steps": steps}
         write_json(note, sent)
     return total
@@ -243,9 +242,7 @@ def run(config: Config) -> int:
             "command waits for one."
         )
     total = send_new(config)
-    shown = (
-        f"tensorboard --logdir {config.runs}" if config.to == "tensorboard" else uri_of(config)
-    )
+    shown = f"tensorboard --logdir {config.runs}" if config.to == "tensorboard" else uri_of(config)
     print(f"track: {total:,} numbers of {config.path} sent; see them: {shown}", flush=True)
     while config.follow:
         time.sleep(config.every)

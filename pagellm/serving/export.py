@@ -1,10 +1,10 @@
 """A policy for others: embeddings for a ranker that serves without this library (the paper's
-section 6.6), or the whole network for transformers.
+section 6.6), or the whole network for transformers; evaluated pages and data for other tools.
 
-Reads   data/<dataset>, runs/<run>/ppo or sft
+Reads   data/<dataset>, runs/<run>/ppo or sft; for trec and ranx runs/<run>/evaluate
 Writes  runs/<run>/export-<policy> (--out)  <name>.npy, item_ids.json, user_ids.json, manifest.json
         with --format transformers  runs/<run>/transformers-<policy> (--out), see
-        transformers_export.py
+        transformers_export.py; with trec, ranx, recbole  runs/<run>/<format>, see exchange.py
 
     make export         pagellm export --dtype int8 --pca 32 --out export-small
                         pagellm export --format transformers
@@ -28,6 +28,7 @@ import torch
 from pagellm.data.shop import Shop, load
 from pagellm.model.policy import Policy
 from pagellm.model.prompts import left_pad
+from pagellm.serving import exchange
 from pagellm.serving.embeddings import NAMES, quantise
 from pagellm.serving.sources import NEED, check_policy, pick_policy, split_in_words
 from pagellm.serving.transformers_export import export_transformers
@@ -51,7 +52,8 @@ class Config(StageConfig):
     source_run: str = ""  # run whose sft is read; empty: this run
     policy: str = ""  # whose embeddings: ppo or sft; empty: ppo if it is there, else sft
     format: str = "embeddings"  # embeddings: matrices as .npy files. transformers: the network with
-    # words, users and items as one vocabulary, which AutoModelForCausalLM opens
+    # words, users and items as one vocabulary, which AutoModelForCausalLM opens. trec, ranx: qrels
+    # and the pages that evaluate wrote. recbole: the data as atomic files
     k: int = 20  # transformers: slots of a page, the tokens that `generate` writes
     names: str = ",".join(NAMES)  # which matrices, comma-separated
     dtype: str = "float16"  # of embeddings: float32, float16, or int8 (a float32 scale a row beside
@@ -73,7 +75,10 @@ class Config(StageConfig):
         check(
             self,
             policy=check_policy(self.policy),
-            format=(self.format in FORMATS, ", ".join(FORMATS)),
+            format=(
+                self.format in FORMATS + exchange.FORMATS,
+                ", ".join(FORMATS + exchange.FORMATS),
+            ),
             k=(self.k > 0, "1 or more"),
             dtype=(self.dtype in DTYPES, ", ".join(DTYPES)),
             names=(
@@ -172,6 +177,9 @@ def run(config: Config) -> None:
 
     Raises PageLLMError where a dtype is too small.
     """
+    if config.format in exchange.FORMATS:
+        for_tools(config)
+        return
     policy = pick_policy(config.policy, config.where, config.make)
     config = replace(config, policy=policy)
     record = finished(config.where(policy), NEED[policy], config.make(policy))
@@ -218,6 +226,26 @@ def run(config: Config) -> None:
         print(f"export: {out.path}, {len(found)} matrices, {size / 1e6:.1f} MB in {config.dtype}")
         held = split_in_words(config.split).partition(":")[0]
         print(f"export: {policy} {record['id']}; {held}")
+
+
+def for_tools(config: Config) -> None:
+    """Write evaluated pages or the data in another tool's format, and say how it reads them."""
+    shop, folder = load(config.data_dir), config.stage(config.out or config.format)
+    if config.format == "recbole":
+        files = exchange.write_recbole(folder / config.dataset, config.dataset, shop)
+        print(f"export: {folder / config.dataset}, {', '.join(path.name for path in files)}")
+        print(f"export: in RecBole: benchmark_filename: [train, valid, test], data_path: {folder}")
+        return
+    source = config.stage("evaluate")
+    finished(source, "evaluation", config.make("evaluate"))
+    made = read_json(source / "config.json")
+    if made["inputs"]["data"] != file_id(config.data_dir / "source.json"):
+        raise PageLLMError(f"{source} was made from other data than {config.data_dir}")
+    pages = exchange.evaluated(source, shop, config.policy)
+    runs = {name: exchange.run_of(ranked, shop) for name, ranked in pages.items()}
+    write = exchange.write_trec if config.format == "trec" else exchange.write_ranx
+    files = write(folder, exchange.qrels_of(shop, made["config"]["split"]), runs)
+    print(f"export: {folder}, {', '.join(path.name for path in files)}")
 
 
 def measured(config: Config, policy: str) -> dict | None:

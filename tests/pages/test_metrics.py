@@ -30,6 +30,7 @@ from pagellm.pages.metrics import (
     wmrd,
 )
 from pagellm.pages.stats import average_ranks
+from pagellm.serving import exchange
 
 law = settings(deadline=None, max_examples=80)
 few = settings(deadline=None, max_examples=40)
@@ -158,7 +159,7 @@ def test_the_bound_is_reached_by_hits_that_lead_each_band():
 
 
 @pytest.mark.slow
-def test_recall_and_ndcg_equal_ranx():
+def test_recall_and_ndcg_equal_ranx(tmp_path):
     """ranx is an independent implementation; most of this test's time is its compilation."""
     ranx = pytest.importorskip("ranx", reason="the dev extra is not installed")
     rng = np.random.default_rng(0)
@@ -183,6 +184,16 @@ def test_recall_and_ndcg_equal_ranx():
             ndcg(ref, gen, 20, rel),
         ]
         assert ours == pytest.approx([theirs[name][at] for name in names])
+    # The same through the files of `pagellm export --format ranx`, which has ranks only.
+    files = exchange.write_ranx(tmp_path, qrels, {"run": run})
+    again = ranx.evaluate(
+        ranx.Qrels.from_file(str(files[0])),
+        ranx.Run.from_file(str(files[1])),
+        names,
+        return_mean=False,
+        make_comparable=True,
+    )
+    assert all((again[name] == theirs[name]).all() for name in names)
 
 
 # Order scores

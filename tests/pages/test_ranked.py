@@ -159,7 +159,7 @@ def test_a_user_without_any_legal_item_still_counts(shop, tmp_path):
     scorer = Scorer(shop, "test")
     good = ranked.popularity_pages(shop, scorer.users, seen_rows(shop, "test", "train"), 5, 20)
     good.item[2] = -1
-    ranked.write_pages(tmp_path / "pages.parquet", good)
+    ranked.write_pages(tmp_path / "pages.parquet", good, shop)
     back = ranked.read_pages(tmp_path / "pages.parquet", shop)
     assert len(back.user) == len(scorer.users) - 1
     scores = scorer(ranked.with_users(back, scorer.users), 5)
@@ -288,12 +288,16 @@ def test_pages_read_back_as_they_were_written(shop, tmp_path):
     item = np.array([[4, 2, 9], [7, -1, -1], [1, 3, -1]])
     score = np.where(item < 0, -np.inf, np.arange(9).reshape(3, 3)).astype(np.float32)
     pages = RankedPages(np.array([0, 5, 6]), item, score, np.array([2, 1, 2]))
-    ranked.write_pages(tmp_path / "pages.parquet", pages)
+    ranked.write_pages(tmp_path / "pages.parquet", pages, shop)
+    table = pq.read_table(tmp_path / "pages.parquet").to_pylist()
+    assert [(r["user_id"], r["item_id"]) for r in table] == [
+        (shop.user_ids[r["user"]], shop.catalogue.ids[r["item"]]) for r in table
+    ]
     back = ranked.read_pages(tmp_path / "pages.parquet", shop)
     for name in ("user", "item", "score", "slots"):
         np.testing.assert_array_equal(getattr(back, name), getattr(pages, name))
     pages.item[:] = -1
-    ranked.write_pages(tmp_path / "none.parquet", pages)
+    ranked.write_pages(tmp_path / "none.parquet", pages, shop)
     none = ranked.read_pages(tmp_path / "none.parquet", shop)
     assert len(none.user) == len(none.slots) == 0
     assert ranked.with_users(none, np.array([3])).item.tolist() == [[-1]]

@@ -1,0 +1,141 @@
+"""Curves in a tracker are those of the log; nothing is sent twice, and a new run replaces an old
+one. What was written is opened with the tracker's own reader.
+"""
+
+import json
+
+import pytest
+
+from pagellm.report import track
+from pagellm.stage.config import PageLLMError
+
+
+def stage(path, rows, lr=0.1, timing=(), tail=""):
+    """A stage's directory with a log."""
+    path.mkdir(parents=True, exist_ok=True)
+    made = {"config": {"dataset": "toys", "lr": lr}, "inputs": {"data": "ab"}}
+    (path / "config.json").write_text(json.dumps(made))
+    for name, lines in (("log", rows), ("timing", timing)):
+        if lines:
+            text = "".join(json.dumps(row) + "\n" for row in lines)
+            (path / f"{name}.jsonl").write_text(text + tail)
+
+
+def config(tmp_path, **more):
+    return track.Config(run="base", runs=str(tmp_path), **more)
+
+
+ROWS = [
+    {"step": 1, "loss": 3.0, "learning": False, "alarms": ["x"], "gone": None},
+    {"step": 2, "loss": 2.0, "learning": True, "alarms": [], "valid/NDCG@100": 0.25},
+]
+
+
+def scalars(folder):
+    reader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="needs the extra [tensorboard]",
+    )
+    found = reader.EventAccumulator(str(folder))
+    found.Reload()
+    return {
+        name: [(event.step, round(event.value, 6)) for event in found.Scalars(name)]
+        for name in found.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_reads_back_what_the_log_says(tmp_path, capsys):
+    folder = tmp_path / "base" / "tensorboard" / "sft"
+    stage(tmp_path / "base" / "sft", ROWS[:1], timing=[{"step": 1, "seconds": 0.5}], tail='{"st')
+    assert track.run(config(tmp_path)) == 3
+    assert scalars(folder) == {
+        "loss": [(1, 3.0)],
+        "learning": [(1, 0.0)],
+        "timing/seconds": [(1, 0.5)],
+    }
+    stage(tmp_path / "base" / "sft", ROWS)  # the log has grown
+    assert track.run(config(tmp_path)) == 3
+    assert track.run(config(tmp_path)) == 0
+    found = scalars(folder)
+    assert found["loss"] == [(1, 3.0), (2, 2.0)] and found["valid/NDCG@100"] == [(2, 0.25)]
+    (tmp_path / "base" / "sft" / "timing.jsonl").unlink()
+    stage(tmp_path / "base" / "sft", [{"step": 1, "loss": 9.0}], lr=0.2)  # made anew
+    assert track.run(config(tmp_path)) == 1
+    assert scalars(folder) == {"loss": [(1, 9.0)]}
+    assert "tensorboard --logdir" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_reads_back_what_the_log_says(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow", reason="needs the extra [mlflow]")
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = (tmp_path / "store").as_uri()
+    stage(tmp_path / "base" / "sft", ROWS[:1])
+    assert track.run(config(tmp_path, to="mlflow", uri=uri)) == 2
+    stage(tmp_path / "base" / "sft", ROWS)
+    (tmp_path / "base" / "sft" / "done").write_text("{}")
+    assert track.run(config(tmp_path, to="mlflow", uri=uri)) == 3
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("toys")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "base/sft" and run.info.status == "FINISHED"
+    assert run.data.params == {"dataset": "toys", "lr": "0.1"}
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [(m.step, m.value) for m in history] == [(1, 3.0), (2, 2.0)]
+    assert run.data.metrics["valid/NDCG_at_100"] == 0.25
+
+
+def test_two_trackers_are_told_apart(tmp_path, monkeypatch):
+    sent = []
+
+    class Kept(track.TensorBoard):
+        def __init__(self, *_):
+            pass
+
+        def options(self, values):
+            pass
+
+        def scalars(self, rows):
+            sent.extend(rows)
+
+        def close(self, finished):
+            pass
+
+    monkeypatch.setattr(track, "TensorBoard", Kept)
+    monkeypatch.setattr(track, "MLflow", Kept)
+    stage(tmp_path / "base" / "sft", ROWS)
+    for to, uri in (("tensorboard", ""), ("mlflow", "a"), ("mlflow", "b"), ("mlflow", "a")):
+        before = len(sent)
+        track.send_new(config(tmp_path, to=to, uri=uri))
+        assert len(sent) - before == (0 if (uri, before) == ("a", 6) else 2)
+
+
+def test_following_sends_what_comes_and_stops_by_ctrl_c(tmp_path, monkeypatch):
+    looks = []
+    monkeypatch.setattr(track, "send_new", lambda config: looks.append(1) or 0)
+
+    def sleep(seconds):
+        assert seconds == 0.5
+        if len(looks) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(track.time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        track.run(config(tmp_path, follow=True, every=0.5))
+    assert len(looks) == 3
+
+
+def test_a_run_without_a_log_and_a_missing_tracker_are_said(tmp_path, monkeypatch):
+    with pytest.raises(PageLLMError, match="no log in .*base"):
+        track.run(config(tmp_path))
+    stage(tmp_path / "base" / "sft", ROWS)
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(PageLLMError, match=r"pagellm\[tensorboard\]"):
+        track.run(config(tmp_path))
+    monkeypatch.setitem(__import__("sys").modules, "mlflow.tracking", None)
+    with pytest.raises(PageLLMError, match=r"pagellm\[mlflow\]"):
+        track.run(config(tmp_path, to="mlflow", uri="x"))
+    with pytest.raises(PageLLMError, match="to='wandb': want tensorboard or mlflow"):
+        config(tmp_path, to="wandb")
