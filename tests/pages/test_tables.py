@@ -91,7 +91,7 @@ def test_save_writes_all_three(tmp_path):
     records = compare(ROWS, ("Recall@20",), "EASE")
     text = save(tmp_path, records, "heading")
     assert (tmp_path / "table.md").read_text() == text and text.startswith("heading\n")
-    assert (tmp_path / "table.tex").read_text() == "% heading\n" + latex(records) + "\n"
+    assert (tmp_path / "table.tex").read_text() == (f"% heading\n% {DAGGER}\n{latex(records)}\n")
     assert pq.read_table(tmp_path / "table.parquet").to_pylist() == records
 
 
