@@ -106,7 +106,7 @@ def compare(new: Scores, old: Scores, config: Config) -> tuple[str, str]:
     a, b = float(np.nanmean(new.values)), float(np.nanmean(old.values))
     means = f"{config.metric} {a:.4f} against {b:.4f}"
     if new.data == old.data and np.array_equal(new.users, old.users):
-        mean, low, high = stats.interval([new.values], [old.values], config.seed, config.n_boot)
+        mean, low, high, _ = stats.interval([new.values], [old.values], config.seed, config.n_boot)
         if sign < 0:
             mean, low, high = -mean, -high, -low
         said = f"{means}, better by {mean:+.4f} [{low:+.4f}, {high:+.4f}] on the same users"
