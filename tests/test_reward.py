@@ -1,6 +1,7 @@
 """The reward model's losses: Bradley-Terry's laws, and what each head is taught by."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,13 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from pagellm import reward
 from pagellm.model.gpt2 import GPT2, Shape
 from pagellm.model.policy import Policy
 from pagellm.model.reward_model import Compare, RewardModel, mean_reward
 from pagellm.pages.pairs import Pair, from_table
+from pagellm.pages.stats import calibration, spearman
 from pagellm.reward import (
     Config,
     PairBatch,
+    learn_pairs,
     page_loss,
     pair_loss,
     score_pairs,
@@ -25,6 +29,7 @@ from pagellm.reward import (
     swapped,
     token_loss,
 )
+from pagellm.stage.config import PageLLMError
 
 
 @st.composite
@@ -335,3 +340,80 @@ def test_the_control_swaps_half_of_the_pairs_and_nothing_else():
         {tuple(p.chosen), tuple(p.rejected)} == {(2, 3), (3, 2)} and p.kind == "ranked"
         for p in first
     )
+
+
+def batch_of(tokens, detail):
+    """Pairs whose pages are two slots long, with an energy gap of 1."""
+    m = torch.ones(len(tokens[0]), 2, dtype=torch.bool)
+    at = torch.tensor(detail, dtype=torch.long)
+    return PairBatch(m, m, m, m, m, m, detail=at, gap=torch.ones(len(m)))
+
+
+def test_a_batch_of_preference_pairs_alone_has_the_page_loss_and_the_shrinkage():
+    tokens, pages = torch.randn(2, 3, 2), torch.randn(2, 3)
+    config = Config(soften=0.0, shrink=0.1)
+    loss = pair_loss(config, batch_of(tokens, []), *tokens, *pages)
+    shrunk = (pages.square().sum() / 3 + tokens.square().sum() / 6) * 0.1 / 2
+    assert_close(loss, page_loss(*pages) + shrunk)
+
+
+def test_learning_counts_the_pairs_whose_better_page_scores_higher_by_both_heads():
+    """A page scores its page reward and the mean of its token rewards."""
+    tokens = torch.tensor([[[4.0, 0.0], [0.0, 0.0], [1.0, 1.0]], torch.zeros(3, 2).tolist()])
+    pages = torch.tensor([[0.0, 0.0, -3.0], [1.0, 1.0, 0.0]])
+    batch, config = batch_of(tokens, [0, 2]), Config()
+
+    def model(prompt, valid, item, mask):
+        return tokens.flatten(0, 1), pages.flatten()
+
+    loss, right = learn_pairs(SimpleNamespace(model=model), config, batch, True)
+    assert right == pytest.approx(1 / 3)  # 2 > 1; 0 < 1; -2 < 0
+    assert_close(loss, pair_loss(config, batch, *tokens, *pages))
+
+
+def pair_of(kind, gap=1.0, user=0):
+    return Pair(user, kind, [1], [5.0], [2, 3], [3, 2], [True, True], gap, "swap", 0)
+
+
+def test_the_report_is_of_both_heads_and_of_each(monkeypatch):
+    page = np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0], [3.0, 0.0]])
+    token = np.array([[0.0, 0.5], [0.0, 1.0], [3.0, 0.0], [1.0, 0.0]])
+    monkeypatch.setattr(reward, "score_pairs", lambda *_: {"page": page, "token": token})
+    gaps = [0.1, 0.2, 0.3, 0.4]
+    pairs = [pair_of("ranked", g) for g in gaps[:3]] + [pair_of("diversity", gaps[3])]
+    found = reward.report(None, pairs, None)
+    assert found["ranked"] == {
+        "accuracy": round(2 / 3, 4),
+        "page_accuracy": 0.5,  # right, equal, wrong
+        "token_accuracy": round(1 / 3, 4),
+        "pairs": 3,
+    }
+    assert found["diversity"]["accuracy"] == 1.0 and found["pairs"] == 4
+    margin = np.array([0.5, -1.0, 1.0, 4.0])
+    assert found["energy_correlation"] == pytest.approx(spearman(margin, np.array(gaps)))
+    assert found["calibration_error"] == pytest.approx(calibration(margin))
+    assert reward.report(None, [], None) == {}
+
+
+def test_held_out_users_are_the_share_asked_for_and_of_no_pair_to_learn_from():
+    config = Config(held_out=0.2, leave_out="ranked")
+    pairs = [pair_of(kind, user=u) for u in range(2000) for kind in ("ranked", "diversity")]
+    train, held = reward.split_pairs(config, pairs)
+    users = {p.user for p in held}
+    assert 0.17 < len(users) / 2000 < 0.23 and not users & {p.user for p in train}
+    assert {p.kind for p in train} == {"diversity"} and {p.kind for p in held} == {
+        "ranked",
+        "diversity",
+    }
+    with pytest.raises(PageLLMError, match="held out"):
+        reward.split_pairs(config, held)
+
+
+def test_better_pages_score_0_on_average_once_the_heads_are_centred(model, monkeypatch):
+    scores = {"page": np.array([[1.0], [3.0]]), "token": np.array([[-1.0], [-2.0]])}
+    monkeypatch.setattr(reward, "score_pairs", lambda *_, rejected: scores)
+    page, token = model.page_mean.item(), model.token_mean.item()
+    reward.centre(model, [], None)
+    assert model.page_mean.item() == page + 2.0 and model.token_mean.item() == token - 1.5
+    model.page_mean.fill_(page)
+    model.token_mean.fill_(token)
