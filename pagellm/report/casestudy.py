@@ -61,9 +61,9 @@ def counts(found: Found, policy: str) -> np.ndarray:
     A slot that is an exact hit counts only there; another slot may share category and brand both.
     """
     pages = found.pages[policy]
-    exact, same = hits(pages, found.scorer, found.k)
+    exact, same = hits(pages, found.scoring, found.k)
     return np.stack(
-        [m.sum(1) for m in (exact, same, brand_hits(pages, found.scorer, found.k))]
+        [m.sum(1) for m in (exact, same, brand_hits(pages, found.scoring, found.k))]
     ).astype(float)
 
 
@@ -74,10 +74,10 @@ def clip(words: str, width: int) -> str:
 
 def case_text(found: Found, policy: Policy, rewards: PageRewards, at: int) -> str:
     """The text about one user, who is row `at` of `rewards`."""
-    user, row, c = int(rewards.user[at]), int(rewards.row[at]), found.shop.catalogue
-    items, ratings = found.scorer.held.of(user)
-    tie = Ties(found.shop.n_users, len(c)).of(user, items)
-    page, removed = ground_truth_page(items, ratings, c, found.scorer.s, found.scorer.near, tie)
+    user, row, c = int(rewards.user[at]), int(rewards.row[at]), found.data.catalogue
+    items, ratings = found.scoring.held.of(user)
+    tie = Ties(found.data.n_users, len(c)).of(user, items)
+    page, removed = ground_truth_page(items, ratings, c, found.scoring.s, found.scoring.near, tie)
     star = dict(zip(items.tolist(), ratings.tolist(), strict=True))
 
     def line(item: int) -> str:
@@ -85,7 +85,7 @@ def case_text(found: Found, policy: Policy, rewards: PageRewards, at: int) -> st
         return f"{title:<44}  {clip(c.leaf[item], 18):<18}  {c.brand[item]}".rstrip()
 
     lines = [
-        f"user {found.shop.user_ids[user]}",
+        f"user {found.data.user_ids[user]}",
         "",
         f"prompt    {prompt_text(policy, found, user)}",
         "",
@@ -100,7 +100,7 @@ def case_text(found: Found, policy: Policy, rewards: PageRewards, at: int) -> st
     for side, name in enumerate(("sft", "ppo")):
         pages = found.pages[name]
         mine = page_items(pages, found.k)[row]
-        marks = [*hits(pages, found.scorer, found.k), brand_hits(pages, found.scorer, found.k)]
+        marks = [*hits(pages, found.scoring, found.k), brand_hits(pages, found.scoring, found.k)]
         token, so_far = rewards.token[side, at], trace(rewards.token[side, at])
         kept = np.flatnonzero(mine >= 0)
         sums = ", ".join(
@@ -124,10 +124,10 @@ def table(found: Found) -> str:
     """Mean hits on a page; the paired difference with its 95% interval (bootstrap over users)."""
     sft, ppo = (counts(found, name) for name in ("sft", "ppo"))
     lines = [f"{'slots a page':<16}{'SFT':>9}{'PageLLM':>9}  difference"]
-    c = found.shop.catalogue
+    c = found.data.catalogue
     for kind, a, b, of in zip(KINDS, sft, ppo, (None, c.leaf_id, c.brand_id), strict=True):
         if of is not None and not (of >= 0).any():
-            lines.append(f"{kind:<16}{'–':>9}{'–':>9}  no item of {found.shop.path.name} has one")
+            lines.append(f"{kind:<16}{'–':>9}{'–':>9}  no item of {found.dataset} has one")
             continue
         mean, low, high = difference([b], [a])
         lines.append(
@@ -148,7 +148,7 @@ def run(config: Config) -> str:
         of = found.both("a case study")[0].user
         if config.user:
             names = id_list(config.user, "user")
-            known = {found.shop.user_ids[u]: row for row, u in enumerate(of.tolist())}
+            known = {found.data.user_ids[u]: row for row, u in enumerate(of.tolist())}
             if strange := [name for name in names if name not in known]:
                 raise PageLLMError(
                     f"--user {', '.join(strange)}: no page of theirs in "

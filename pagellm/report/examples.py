@@ -27,7 +27,8 @@ def examples(found: Found, config: Config) -> str:
         randomness.rng(config.seed, "report", "examples").permutation(among)[: config.examples]
     )
     marks = [
-        (*hits(p, found.scorer, found.k), brand_hits(p, found.scorer, found.k)) for p in (sft, ppo)
+        (*hits(p, found.scoring, found.k), brand_hits(p, found.scoring, found.k))
+        for p in (sft, ppo)
     ]
     items = [page_items(p, found.k) for p in (sft, ppo)]
     token = None
@@ -52,21 +53,17 @@ def examples(found: Found, config: Config) -> str:
         policy = Policy.load(found.stages["ppo" if found.stages["ppo"].done else "sft"].path)
     for at, row in enumerate(chosen):
         user = int(ppo.user[row])
-        pages = [
-            example_page(
-                found,
-                name,
-                items[side][row],
-                *(m[row] for m in marks[side]),
-                None if token is None else token[side, at],
-                None if token is None else heat[side, at],
-                None if token is None else rewards.total[side, np.searchsorted(rewards.row, row)],
-            )
-            for side, name in enumerate((f"without reward: {SFT}", f"with reward: {PPO}"))
-        ]
+        pages = []
+        for side, name in enumerate((f"without reward: {SFT}", f"with reward: {PPO}")):
+            page = [items[side][row], *(m[row] for m in marks[side])]
+            judged = [None] * 3
+            if token is not None and rewards is not None:
+                total = rewards.total[side, int(np.searchsorted(rewards.row, row))]
+                judged = [token[side, at], heat[side, at], total]
+            pages.append(example_page(found, name, *page, *judged))
         found_of = [f"{int(marks[side][0][row].sum())}" for side in (0, 1)]
         out.append(
-            f"<details{' open' if at < 2 else ''}><summary>user {esc(found.shop.user_ids[user])}: "
+            f"<details{' open' if at < 2 else ''}><summary>user {esc(found.data.user_ids[user])}: "
             f"{found_of[0]} held-out items found without reward, {found_of[1]} with</summary>"
             + ("" if policy is None else text(f"Prompt: {prompt_text(policy, found, user)}"))
             + f"{known(found, user)}<div class=pages>{''.join(pages)}</div></details>"
@@ -75,7 +72,7 @@ def examples(found: Found, config: Config) -> str:
 
 
 def title_of(found: Found, item: int) -> str:
-    c = found.shop.catalogue
+    c = found.data.catalogue
     return c.title[item] or c.ids[item]
 
 
@@ -83,7 +80,7 @@ def known(found: Found, user: int, most: int = 12) -> str:
     """One user's history (its last `most` items) and held-out items, with ratings."""
 
     def listing(items, ratings) -> str:
-        leaf = found.shop.catalogue.leaf
+        leaf = found.data.catalogue.leaf
         return (
             "<ul class=plain>"
             + "".join(
@@ -95,12 +92,12 @@ def known(found: Found, user: int, most: int = 12) -> str:
             + "</ul>"
         )
 
-    items, ratings = found.shop.csr("train").of(user)
+    items, ratings = found.data.csr("train").of(user)
     before = f" (the last {most} of {len(items)})" if len(items) > most else ""
     return (
         f"<div class=pages><div><h3>History{before}</h3>"
         f"{listing(items[-most:], ratings[-most:])}</div>"
-        f"<div><h3>Ground truth: held out</h3>{listing(*found.scorer.held.of(user))}</div></div>"
+        f"<div><h3>Ground truth: held out</h3>{listing(*found.scoring.held.of(user))}</div></div>"
     )
 
 
@@ -127,8 +124,8 @@ def example_page(found: Found, name: str, items, exact, same, brand, token, heat
             )
             + "</div>"
         )
-    leaf, rows = found.shop.catalogue.leaf, []
-    so_far = None if token is None else trace(token)
+    leaf, rows = found.data.catalogue.leaf, []
+    so_far = np.zeros(0) if token is None else trace(token)
     for j, m in zip(kept, mark, strict=True):
         i = int(items[j])
         value = (

@@ -119,6 +119,20 @@ class Found:
     notes: list[str] = field(default_factory=list)
     kept: dict = field(default_factory=dict)
 
+    @property
+    def data(self) -> Shop:
+        """The prepared shop. Raises Missing where there is none."""
+        if self.shop is None:
+            raise Missing(f"no prepared data of {self.dataset}")
+        return self.shop
+
+    @property
+    def scoring(self) -> Scorer:
+        """What scores pages. Raises Missing where there is no prepared data."""
+        if self.scorer is None:
+            raise Missing(f"no prepared data of {self.dataset}")
+        return self.scorer
+
     def add(self, key: str, label: str, per_user: dict[str, np.ndarray], place: Path) -> None:
         """Add a row of the results table: its users' scores, and its pages if they can be read."""
         self.labels[key], self.per_user[key] = label, per_user

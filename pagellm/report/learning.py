@@ -1,5 +1,7 @@
 """Sections of the report: learning curves of the four training stages, and PPO's alarms."""
 
+from functools import partial
+
 import numpy as np
 
 from pagellm.report.findings import Found
@@ -20,8 +22,7 @@ def learning(found: Found, config: Config) -> str:
     return text(
         f"Logs of more than {POINTS} lines are drawn as means of neighbouring steps."
     ) + "".join(
-        f"<h3>{name}</h3>" + or_missing(lambda make=make: make(found))
-        for name, make in parts.items()
+        f"<h3>{name}</h3>" + or_missing(partial(make, found)) for name, make in parts.items()
     )
 
 

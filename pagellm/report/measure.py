@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -140,9 +141,11 @@ def rewards_of_rows(found: Found, config, row: np.ndarray, batch: int = 128) -> 
         items = page_items(pages, found.k)[row]
         for at in range(0, len(row), batch):
             some, users = items[at : at + batch], pages.user[row[at : at + batch]]
-            asks = [rec.resolve(Ask(user=found.shop.user_ids[u], policy="sft", k=1)) for u in users]
+            asks = [rec.resolve(Ask(user=found.data.user_ids[u], policy="sft", k=1)) for u in users]
             item = torch.from_numpy(pad_ids([i[i >= 0] for i in some], -1, found.k))
-            slots, page = rec.rewards(asks, item, item >= 0)
+            judged = rec.rewards(asks, item, item >= 0)
+            assert judged is not None  # it was loaded with its reward model
+            slots, page = judged
             kept = (item >= 0).numpy()
             token[side, at : at + batch] = np.where(kept, slots.numpy(), np.nan)
             total[side, at : at + batch] = page.numpy() + np.where(kept, slots.numpy(), 0).sum(
@@ -179,11 +182,11 @@ def trace(token: np.ndarray) -> np.ndarray:
 
 def prompt_text(policy: Policy, found: Found, user: int) -> str:
     """A user's prompt, token by token; users and items are shown by the shop's own ids."""
-    history = found.shop.csr("train").of(user)
+    history = found.data.csr("train").of(user)
     ids = policy.prompts.page(user if policy.style.use_user else None, *history)
-    v, c = policy.vocab, found.shop.catalogue
+    v, c = policy.vocab, found.data.catalogue
     parts = [
-        f"<{found.shop.user_ids[t - v.user0]}>"
+        f"<{found.data.user_ids[t - v.user0]}>"
         if v.user0 <= t < v.item0
         else f" <{c.ids[t - v.item0]}>"
         if t >= v.item0
@@ -204,7 +207,7 @@ def margins(found: Found, config, per_kind: int) -> dict[str, np.ndarray]:
         raise Missing(f"no reward model in {stage.path}", stage.command)
     if found.shop is None:
         raise Missing(found.notes[0], hints.command("prepare", found.dataset))
-    before = SimpleNamespace(**stage.recorded["config"])
+    before: Any = SimpleNamespace(**stage.recorded["config"])
     table = pq.read_table(stage.path / "pairs.parquet")
     users, back = np.unique(table["user"].to_numpy(), return_inverse=True)
     held = np.array([is_held_out(int(u), before) for u in users])[back]

@@ -17,7 +17,7 @@ def positions(found: Found, config: Config) -> str:
     """Hits, the gain over SFT, and token reward, slot by slot."""
     pages = dict(zip((SFT, PPO), found.both("the position profile"), strict=True))
     slot = np.arange(1, found.k + 1)
-    exact = {name: hits(p, found.scorer, found.k)[0].astype(float) for name, p in pages.items()}
+    exact = {name: hits(p, found.scoring, found.k)[0].astype(float) for name, p in pages.items()}
     rate = {name: (slot, *band(x)) for name, x in exact.items()}
     parts = [
         figure(
@@ -25,7 +25,8 @@ def positions(found: Found, config: Config) -> str:
             "Pages with a held-out item at this slot, 95% band.",
         )
     ]
-    if np.array_equal(*(p.user for p in pages.values())):
+    first, second = (p.user for p in pages.values())
+    if np.array_equal(first, second):
         gain = {"PageLLM − SFT": (slot, *band(exact[PPO] - exact[SFT]))}
         best = int(slot[np.argmax(gain["PageLLM − SFT"][1])])
         parts.append(
@@ -71,7 +72,7 @@ def band(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def popularity(found: Found, config: Config) -> str:
     """How popular the items on the pages are, and how slots are spread over categories."""
     pages = dict(zip((SFT, PPO), found.both("the distributions"), strict=True))
-    shop = found.shop
+    shop = found.data
     train = shop.csr("train").items
     count = np.bincount(train, minlength=shop.n_items)
     shown = {name: page_items(p, found.k) for name, p in pages.items()}
@@ -161,7 +162,7 @@ def categories(
 def history_length(found: Found, config: Config) -> str:
     """Metrics by the number of liked items in the user's history."""
     pages = found.both("users by history length")
-    length = found.shop.csr("train").counts()[pages[1].user]
+    length = found.data.csr("train").counts()[pages[1].user]
     groups = bins_of(length, 6)
     names = [
         f"{length[g].min()}–{length[g].max()}"

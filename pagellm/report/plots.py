@@ -13,6 +13,7 @@ import html
 import io
 import re
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from pagellm.stage.config import PageLLMError
 __all__ = ["available", "clean", "dots", "inline", "lines"]
 
 
-Curve = tuple[np.ndarray, ...]  # x, y or x, y, low, high: one length each
+Curve = Sequence[np.ndarray]  # x, y or x, y, low, high: one length each
 
 INK, GRID = "#010203", "#010204"
 SERIES = [f"#0100a{i}" for i in range(6)]
@@ -130,7 +131,7 @@ def legend(figure, axes) -> None:
 
 
 def lines(
-    curves: dict[str, Curve],
+    curves: Mapping[str, Curve],
     x_label: str,
     y_label: str,
     alt: str,
@@ -189,7 +190,7 @@ def lines(
 
 def dots(
     names: list[str],
-    series: dict[str, list[tuple | None]],
+    series: Mapping[str, Sequence[tuple | None]],
     x_label: str,
     alt: str,
     level: float | None = None,

@@ -81,7 +81,7 @@ def provenance(found: Found, config: Config) -> str:
         rows.append(
             [
                 name,
-                stage.path,
+                str(stage.path),
                 "not finished" if seconds is None else f"{seconds / 60:.1f}",
                 stage.done.get("id") or "–",
                 ", ".join(f"{k} {v[k]}" for k in sorted(v) if k not in ("machine", "commit")),

@@ -11,6 +11,7 @@ shop, most of them for scoring pages and pairs with the reward model.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from pagellm.report.findings import Found, read
@@ -33,7 +34,7 @@ def build(found: Found, config: Config) -> str:
     for name, (title, section) in SECTIONS.items():
         parts.append(
             f'<section id="{name}"><h2>{esc(title)}</h2>'
-            + or_missing(lambda section=section: section(found, config))
+            + or_missing(partial(section, found, config))
             + "</section>"
         )
     size = (

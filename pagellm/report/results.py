@@ -107,7 +107,8 @@ def versus(found: Found, names: list[str], shown: list[str]) -> str:
     """Paired differences between PageLLM and every other row that has the same users."""
     if PPO not in names or "ppo" not in found.per_user:
         return ""
-    mine, head, rows = found.per_user["ppo"], [], {m: [] for m in shown}
+    mine, head = found.per_user["ppo"], []
+    rows: dict[str, list] = {m: [] for m in shown}
     for key, theirs in sorted(found.per_user.items(), key=lambda kv: (kv[0] == "sft", kv[0])):
         if key == "ppo" or not np.array_equal(theirs["user"], mine["user"]):
             continue
