@@ -190,7 +190,11 @@ def run(config: Config) -> str:
     # The line comes first. If the link is not moved after it, `before` passes the line over.
     policy = served[0]
     done = read_json(runs / to / policy / "done")
-    line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "from": now, "to": to}
+    line: dict[str, str | bool] = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "from": now,
+        "to": to,
+    }
     line |= {"back": config.back, "forced": config.force, "policy": policy, "id": done["id"]}
     record(notes, line | {"why": said})
     move(link, to)
