@@ -41,7 +41,7 @@ VERBS := recommend serve export features search baselines storefront judge ope
 STUDIES := ablation backbones coldstart crossdomain drift leaveout
 OF_A_RUN := ranker caches load fuzz
 .PHONY: all help install check test docs clean prepare $(STAGES) $(VERBS) abtest casestudy report $(STUDIES) seeds \
-	$(OF_A_RUN) torture soak scaling bench
+	$(OF_A_RUN) torture soak scaling bench gpu-check
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
@@ -111,6 +111,8 @@ $(OF_A_RUN): $(DONE)/ppo/done
 torture: $(VENV)/installed  ## pull the plug, fill the disk, feed rubbish: about five minutes, ends with counts
 soak: $(VENV)/installed  ## all stages in a loop for half an hour: does anything grow?
 	$(PY) -m experiments.stress.torture --suites soak $(ARGS)
+gpu-check: $(VENV)/extra-dev  ## what wants a GPU, in 8 minutes: its tests, kernels, a training step, rollouts, PPO's waits; ends in JSON
+	$(PY) -m experiments.cost.gpu_check $(ARGS)
 scaling: $(VENV)/extra-report  ## time and memory of every stage as users, items, pages, histories grow: table, figure
 module = $(subst /,.,$(basename $(wildcard experiments/$@.py experiments/*/$@.py)))
 study = --dataset $(DATASET) $(call given,RUN,--study $(RUN)) $(RAW_ARG)

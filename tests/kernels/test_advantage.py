@@ -254,6 +254,7 @@ def test_wrong_calls_are_refused():
                 gae(x, x, mask, **rates)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="cuda: no CUDA device")
 def test_a_gpu_gives_the_same():
     page = randn(5, 200), randn(5, 200), prefix_mask([200, 0, 1, 33, 150], 200)

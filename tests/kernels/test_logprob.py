@@ -611,6 +611,7 @@ def test_wrong_calls_of_the_linear_form(tiling):
             linear_logp(hidden, weight, target, None, temperature)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="cuda: no CUDA device")
 @pytest.mark.parametrize(
     "dtype, rtol", [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 2e-2)]
