@@ -74,7 +74,7 @@ serve: $(VENV)/extra-serve $(DONE)/ppo/done  ## the pages in a browser and over 
 $(DONE)/export-ppo/done: | $(DONE)/ppo/done
 export: $(DONE)/ppo/done  ## embeddings of items and users as .npy for a ranker of your own: ARGS="--dtype int8 --pca 32 --out export-small"
 features: $(DONE)/ppo/done  ## dot(h_u, e_i) and the marginal page reward of (user, item) pairs: ARGS="--pairs pairs.parquet --out features.parquet"
-search: $(VENV)/extra-search $(DONE)/export-ppo/done  ## HNSW over the item rows: recall, queries a second, size; ARGS="--copies 30"
+search: $(VENV)/extra-search $(DONE)/export-ppo/done  ## item rows searched: queries a second, size; ARGS="--index hnsw --copies 30": by a graph too, its recall
 storefront: | $(if $(filter complete_journey,$(DATASET)),$(JOURNEY),$(PREPARED))  ## a page of themed rows: built, tuned, scored; DATASET=complete_journey
 judge: $(DONE)/evaluate/done  ## SFT's pages against PPO's, judged by rules; ARGS="--backend reward", http, replay
 ope: $(SHOWN)  ## what PPO would earn, from SFT's SIMULATED log; ARGS="--log sessions.parquet"

@@ -29,7 +29,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "export": ("pagellm.serving.export", "a policy as embeddings, or for transformers"),
         "promote": ("pagellm.serving.promote", "make a run the live one, if it is not worse"),
         "features": ("pagellm.serving.features", "scores of (user, item) pairs for a ranker"),
-        "search": ("pagellm.serving.search", "approximate search over exported embeddings"),
+        "search": ("pagellm.serving.search", "exact or approximate search over embeddings"),
         "report": ("pagellm.report.report", "everything about a run in one HTML file"),
         "runs": ("pagellm.report.runs", "the runs that are there, and which is live"),
         "compare": ("pagellm.report.compare", "two runs, metric by metric, with intervals"),

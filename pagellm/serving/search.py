@@ -1,20 +1,23 @@
-"""Approximate search over exported item rows: the largest h_u . e_i without scoring all items.
+"""Search over exported item rows: the largest h_u . e_i, exactly, or by a graph.
 
 Reads   runs/<run>/export-<policy>          what pagellm.serving.export wrote
-Writes  runs/<run>/export-<policy>/<name>.hnsw and .hnsw.json
+Writes  nothing; with --index hnsw  runs/<run>/export-<policy>/<name>.hnsw and .hnsw.json
 
-    pagellm search --dataset synthetic                       recall@k against exact search, queries
-                                                             a second, size
-    pagellm search --copies 30                               the same for a catalogue that is 30
+    pagellm search --dataset synthetic                       exact: queries a second, size
+    pagellm search --index hnsw                              recall@k of the graph beside it
+    pagellm search --index hnsw --copies 30                  the same for a catalogue that is 30
                                                              times as large: see `grown`
 
-    index = Index.open("runs/toys/export-ppo")
+    index = Exact.open("runs/toys/export-ppo")               or Index.open, for the graph
     items, score = index.query(h, 100)                       (B, 100) ids of the shop, float32
+
+Exact search is a product of matrices. It needs numpy alone, and up to some ten thousands of items
+it is the faster of the two (docs/results/serving.md has the border).
 
 The graph is faiss's HNSW (Malkov and Yashunin, arXiv 1603.09320). HNSW finds the nearest row, not
 the largest product. So every row gets one more dimension that makes all rows equally long; the
-nearest row is then the one with the largest product (Bachrach et al., RecSys 2014). Needs the extra
-[search].
+nearest row is then the one with the largest product (Bachrach et al., RecSys 2014). It needs the
+extra [search].
 """
 
 import json
@@ -35,7 +38,7 @@ from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic, write_json
 from pagellm.stage.run import StageConfig, file_id
 
-__all__ = ["Config", "Index", "exact", "grown", "run"]
+__all__ = ["Config", "Exact", "Index", "exact", "grown", "run"]
 
 
 T = TypeVar("T")
@@ -43,8 +46,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Config(StageConfig):
-    """Build an HNSW index over an export's item rows and measure it beside exact search."""
+    """Time exact search over an export's item rows; build an HNSW index, and compare both."""
 
+    index: str = "exact"  # exact, or hnsw: build the graph too, keep it, measure it beside exact
     policy: str = ""  # whose export is read: ppo or sft; empty: ppo's if it is there, else sft's
     k: int = 100  # items wanted for each user
     degree: int = 32  # links of an item in the graph
@@ -61,6 +65,7 @@ class Config(StageConfig):
         check(
             self,
             policy=check_policy(self.policy),
+            index=(self.index in ("exact", "hnsw"), "exact or hnsw"),
             k=(self.k > 0, "1 or more"),
             degree=(self.degree > 1, "2 or more"),
             build=(self.build > 0, "1 or more"),
@@ -84,6 +89,36 @@ def library():
             f"  Install it with: {hints.install('search')}"
         ) from None
     return faiss
+
+
+class Exact:
+    """Exact search over item rows (N, d) with the shop's ids: every item is scored."""
+
+    def __init__(self, rows: np.ndarray, ids: list[str]):
+        if len(rows) != len(ids):
+            raise PageLLMError(f"{len(rows)} rows and {len(ids)} ids: want one id a row")
+        self.rows, self.ids = rows, np.array(ids, dtype=object)
+
+    @classmethod
+    def open(cls, folder: str | Path, name: str = "item_token") -> "Exact":
+        """The item rows of an export. Raises PageLLMError if they are missing or damaged."""
+        source = Embeddings(folder)
+        return cls(source.matrix(name), list(source.items))
+
+    def query(self, h: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids (B, k) object and h . e (B, k) float32, best first, for h (B, d).
+
+        Past the last item the id is "" and the product -inf.
+        """
+        if h.ndim != 2 or h.shape[1] != self.rows.shape[1]:
+            raise PageLLMError(
+                f"queries of shape {h.shape}: these rows want (B, {self.rows.shape[1]})"
+            )
+        place = exact(self.rows, h, min(k, len(self.rows)))
+        score = np.take_along_axis(h @ self.rows.T, place, 1).astype(np.float32)
+        lacking = ((0, 0), (0, k - place.shape[1]))
+        ids = np.pad(self.ids[place], lacking, constant_values="")
+        return ids, np.pad(score, lacking, constant_values=-np.inf)
 
 
 class Index:
@@ -211,8 +246,7 @@ def fastest(call: Callable[[], T], repeats: int) -> tuple[float, T]:
 
 
 def run(config: Config) -> list[dict]:
-    """Print and return one record for exact search and for each number of items visited."""
-    library().omp_set_num_threads(1)
+    """Print and return one record for exact search and, for hnsw, each number of items visited."""
     names = [f"export-{name}" for name in ([config.policy] if config.policy else POLICIES)]
     folders = [config.stage(name) for name in names]
     folder = next((f for f in folders if (f / "manifest.json").exists()), folders[0])
@@ -227,6 +261,44 @@ def run(config: Config) -> list[dict]:
     if config.k > len(rows):
         raise PageLLMError(f"k={config.k}: the export has {len(rows):,} items")
     seconds, true = fastest(lambda: exact(rows, h, config.k), config.repeats)
+    records = [record("exact", np.ones(len(h)), None, len(h) / seconds, rows.nbytes)]
+    built = ""
+    if config.index == "hnsw":
+        more, built = with_graph(config, folder, source, rows, ids, h, true)
+        records += more
+    made_up = (
+        f" ({config.copies} times the catalogue, made up; kept nowhere)"
+        if config.copies > 1
+        else ""
+    )
+    print(
+        f"{folder}: {len(rows):,} items{made_up} of {rows.shape[1]} dimensions, {len(h):,} users, "
+        f"k={config.k}{built}"
+    )
+    print(f"\n{'':<24}{'recall@' + str(config.k):<28}{'queries/s':>10}{'MB':>8}")
+    for r in records:
+        span = f"{r['recall']:.4f} [{r['low']:.4f}, {r['high']:.4f}]"
+        print(f"{r['search']:<24}{span:<28}{r['qps']:>10,.0f}{r['bytes'] / 1e6:>8.1f}")
+    return records
+
+
+def with_graph(
+    config: Config,
+    folder: Path,
+    source: Embeddings,
+    rows: np.ndarray,
+    ids: list[str],
+    h: np.ndarray,
+    true: np.ndarray,
+) -> tuple[list[dict], str]:
+    """Build the graph and measure it; -> a record for each of config.search, and words about it.
+
+    A graph of the export's own rows is kept beside them.
+
+    rows (N, d), ids (N,)    h (B, d) queries    true (B, k) rows that exact search finds
+    """
+    library().omp_set_num_threads(1)
+    rng = np.random.Generator(np.random.Philox(key=config.seed))
     started = time.perf_counter()
     index = Index.build(rows, ids, config.degree, config.build)
     built = time.perf_counter() - started
@@ -239,7 +311,7 @@ def run(config: Config) -> list[dict]:
         size = index.save(folder, "item_token", about)
     else:
         size = library().serialize_index(index.graph).nbytes
-    records = [record("exact", np.ones(len(h)), None, len(h) / seconds, rows.nbytes)]
+    records = []
     for looked in dict.fromkeys(max(int(x), config.k) for x in config.search.split(",")):
         seconds, (place, _) = fastest(
             lambda looked=looked: index.places(h, config.k, looked),  # type: ignore[misc]
@@ -247,22 +319,8 @@ def run(config: Config) -> list[dict]:
         )
         hits = [len(np.intersect1d(a, b)) for a, b in zip(place, true, strict=True)]
         recall = np.array(hits) / config.k
-        name = f"HNSW, {looked} looked at"
-        records.append(record(name, recall, rng, len(h) / seconds, size))
-    made_up = (
-        f" ({config.copies} times the catalogue, made up; kept nowhere)"
-        if config.copies > 1
-        else ""
-    )
-    print(
-        f"{folder}: {len(rows):,} items{made_up} of {rows.shape[1]} dimensions, {len(h):,} users, "
-        f"k={config.k}, one thread; built in {built:.1f} s"
-    )
-    print(f"\n{'':<24}{'recall@' + str(config.k):<28}{'queries/s':>10}{'MB':>8}")
-    for r in records:
-        span = f"{r['recall']:.4f} [{r['low']:.4f}, {r['high']:.4f}]"
-        print(f"{r['search']:<24}{span:<28}{r['qps']:>10,.0f}{r['bytes'] / 1e6:>8.1f}")
-    return records
+        records.append(record(f"HNSW, {looked} looked at", recall, rng, len(h) / seconds, size))
+    return records, f", one thread; built in {built:.1f} s"
 
 
 def record(

@@ -57,6 +57,20 @@ def test_more_items_than_there_are():
         search.Index.build(rows, list("ab"))
 
 
+def test_exact_search_needs_numpy_alone_and_says_where_items_end(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+    rows, h = drawn(5)
+    ids, score = search.Exact(rows, list("abcde")).query(h, 8)
+    order = np.argsort(-(h @ rows.T), axis=1)
+    assert (ids[:, :5] == np.array(list("abcde"), dtype=object)[order]).all()
+    assert score[:, :5] == pytest.approx(np.take_along_axis(h @ rows.T, order, 1), rel=1e-5)
+    assert (ids[:, 5:] == "").all() and np.isneginf(score[:, 5:]).all()
+    with pytest.raises(PageLLMError, match=r"want \(B, 16\)"):
+        search.Exact(rows, list("abcde")).query(h[:, :3], 2)
+    with pytest.raises(PageLLMError, match="5 rows and 2 ids"):
+        search.Exact(rows, list("ab"))
+
+
 def test_grown_keeps_the_real_rows_first():
     rows, _ = drawn(40)
     more = search.grown(rows, 3)
@@ -79,7 +93,11 @@ def test_the_command_measures_keeps_and_refuses(served, capsys):
     folder = served / "runs" / "search" / "export-sft"
     with pytest.raises(PageLLMError, match="make search"):
         search.Index.open(folder)
-    records = search.run(search.Config(**base, policy="sft", k=10, search="10,50", users=30))
+    (alone,) = search.run(search.Config(**base, policy="sft", k=10, users=30))
+    assert alone["search"] == "exact" and not list(folder.glob("*.hnsw"))
+    records = search.run(
+        search.Config(**base, policy="sft", index="hnsw", k=10, search="10,50", users=30)
+    )
     assert [r["search"] for r in records] == ["exact", "HNSW, 10 looked at", "HNSW, 50 looked at"]
     assert (
         records[2]["recall"] > 0.95
@@ -90,6 +108,8 @@ def test_the_command_measures_keeps_and_refuses(served, capsys):
     rows = Embeddings(folder)
     h, index = rows.matrix("user_content")[:4], search.Index.open(folder)
     ids, score = index.query(h, 3, 60)
+    plain, products = search.Exact.open(folder).query(h, 3)
+    assert (plain == ids).all() and products == pytest.approx(score, abs=1e-3)
     assert score[0, 0] == pytest.approx(rows.dot(list(rows.users)[0], [ids[0, 0]])[0], abs=1e-2)
     with pytest.raises(PageLLMError, match="k=999"):
         search.run(search.Config(**base, policy="sft", k=999))
