@@ -77,11 +77,11 @@ class Config:
     # none: with its defaults
     data: str = "data"  # directory of prepared data sets
     runs: str = "runs"  # directory of runs
-    pretrain: Options = ""  # options for that stage in every row, as on its command line
-    sft: Options = ""  # options for sft
-    reward: Options = ""  # options for reward
-    ppo: Options = ""  # options for ppo
-    evaluate: Options = ""  # options for evaluate
+    pretrain: Options = Options("")  # options for that stage in every row, as on its command line
+    sft: Options = Options("")  # options for sft
+    reward: Options = Options("")  # options for reward
+    ppo: Options = Options("")  # options for ppo
+    evaluate: Options = Options("")  # options for evaluate
 
     def __post_init__(self):
         check_numbers(self)

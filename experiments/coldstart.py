@@ -88,12 +88,12 @@ class Config:
     # none: with its defaults
     data: str = "data"  # directory of prepared data sets
     runs: str = "runs"  # directory of runs
-    pretrain: Options = ""  # options for that stage of our rows, as on its command line
-    sft: Options = ""  # options for sft
-    reward: Options = ""  # options for reward
-    ppo: Options = ""  # options for ppo
-    evaluate: Options = ""  # options for evaluate
-    baselines: Options = ""  # options for baselines
+    pretrain: Options = Options("")  # options for that stage of our rows, as on its command line
+    sft: Options = Options("")  # options for sft
+    reward: Options = Options("")  # options for reward
+    ppo: Options = Options("")  # options for ppo
+    evaluate: Options = Options("")  # options for evaluate
+    baselines: Options = Options("")  # options for baselines
 
     def __post_init__(self):
         edges = [int(e) if e.isdigit() else -1 for e in self.bins.split(",")]

@@ -70,9 +70,9 @@ class Config:
     # none: with its defaults
     data: str = "data"  # directory of prepared data sets
     runs: str = "runs"  # directory of runs
-    pretrain: Options = ""  # options for that stage, as on its command line
-    sft: Options = ""  # options for sft
-    reward: Options = ""  # options for reward
+    pretrain: Options = Options("")  # options for that stage, as on its command line
+    sft: Options = Options("")  # options for sft
+    reward: Options = Options("")  # options for reward
 
     def __post_init__(self):
         check_numbers(self)
@@ -118,7 +118,7 @@ def run(config: Config) -> list[dict]:
                 f"{made.stage('reward')} has pairs of one kind, {', '.join(whole)}: "
                 "none can be left out"
             )
-        others = {}
+        others: dict = {}
         for kind in whole:
             without = reward.Config(
                 run=f"{base}-no-{kind}",
@@ -207,7 +207,8 @@ def against_truth(
     if 0 < config.users < len(users):
         # the same in all seeds
         users = np.sort(randomness.rng(0, "leaveout", "users").permutation(users)[: config.users])
-    judged, truth = np.zeros((len(users), config.pages)), {}
+    judged = np.zeros((len(users), config.pages))
+    truth: dict = {}
     for page in tqdm(range(config.pages), f"pages against the truth, seed {seed}", mininterval=1.0):
         drawn = np.full((len(users), config.k), -1)
         for at in range(0, len(users), batch):

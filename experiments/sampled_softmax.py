@@ -34,8 +34,8 @@ class Config:
     raw: str = ""  # directory of its raw files, if it is not prepared yet
     sampled_items: int = 64  # items sampled in each step, beside those of the batch
     seeds: int = 3  # number of seeds: 0, 1, ...
-    pretrain: Options = ""  # options for that stage in every row, as on its command line
-    sft: Options = ""  # options for sft
+    pretrain: Options = Options("")  # options for that stage in every row, as on its command line
+    sft: Options = Options("")  # options for sft
     data: str = "data"  # directory of prepared data sets
     runs: str = "runs"  # directory of runs
 

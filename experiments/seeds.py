@@ -50,7 +50,7 @@ class Config:
         check(
             self,
             policies=(
-                set(self.policies.split(",")) & set(OURS)
+                bool(set(self.policies.split(",")) & set(OURS))
                 and set(self.policies.split(",")) <= {"popularity", *OURS},
                 f"some of {','.join(OURS)}, beside popularity if you like",
             ),

@@ -63,7 +63,8 @@ class Known:
     def shares(self, item: np.ndarray, count: np.ndarray) -> np.ndarray:
         """(k,) float32: the part of a person's orders in each mission; uniform without any."""
         name = self.mission[item]
-        total = np.bincount(name[name >= 0], count[name >= 0], minlength=self.n_missions)
+        bought, times = name[name >= 0], count[name >= 0]
+        total: np.ndarray = np.bincount(bought, times, minlength=self.n_missions)
         if not total.sum():
             total = np.ones(self.n_missions)
         return (total / total.sum()).astype(np.float32)

@@ -164,7 +164,7 @@ def query_texts(catalogue: Catalogue, live: np.ndarray) -> dict[tuple[str, ...],
             and name[at + n - 1] not in STOP
             and not all(word.isdigit() for word in name[at : at + n])
         }
-        stemmed = {}
+        stemmed: dict = {}
         for gram in sorted(here):
             stemmed.setdefault(tuple(map(stem, gram)), gram)
         titles.update(stemmed.keys())

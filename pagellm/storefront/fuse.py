@@ -120,14 +120,15 @@ def fill(
     legal = ~taken[item]
     redundancy = np.zeros(len(item))
     left, sponsored = quota.left.copy(), quota.most_sponsored
-    chosen, cost, chance = [], [], []
+    chosen: list[int] = []
+    costs, chance = [], []
     while len(chosen) < slots and legal.any():
         now = np.flatnonzero(legal)
         total = score[now] - quota.mu * redundancy[now] if quota.mu else score[now]
         at, p = pick(total, item[now], explore, uniform[len(chosen)] if explore else 0.0)
         place = now[at]
         chosen.append(place)
-        cost.append(-quota.mu * redundancy[place] if quota.mu else 0.0)
+        costs.append(-quota.mu * redundancy[place] if quota.mu else 0.0)
         chance.append(p)
         legal[place] = False
         one = int(item[place])
@@ -142,7 +143,7 @@ def fill(
         if quota.sponsored is not None and sponsored <= 0:
             legal &= ~quota.sponsored[item]
     place = np.array(chosen, dtype=np.int64)
-    cost = np.array(cost, dtype=np.float64)
+    cost = np.array(costs, dtype=np.float64)
     total = score[place] + cost if quota.mu else score[place]
     return Slots(item[place], place, total, cost, np.array(chance, dtype=np.float64))
 

@@ -132,7 +132,7 @@ class Template:
         clicks = np.where(best >= 0, p[best], 0.0)  # (C, 10)
         parts = self.parts(clicks)
         worth = np.array([part_worth(clicks[categories]) for _, categories in parts])
-        offers = []
+        offers: list = []
         for at in np.lexsort((np.arange(len(worth)), -worth)).tolist():
             if len(offers) == n or worth[at] <= 0:
                 break

@@ -61,8 +61,8 @@ def calibrate(store: Store, users: np.ndarray, labels, seed: int) -> tuple:
         items = np.r_[np.flatnonzero(bought), drawn]
         weight = np.where(bought[items], 1.0, len(rest) / max(len(drawn), 1))
         columns.append((logit[items], bought[items], weight, np.full(len(items), half % 2)))
-    logit, bought, weight, half = (np.concatenate(column) for column in zip(*columns, strict=True))
-    fit, held = half == 0, half == 1
+    logit, bought, weight, part = (np.concatenate(column) for column in zip(*columns, strict=True))
+    fit, held = part == 0, part == 1
     platt = fit_platt(logit[fit], bought[fit], weight[fit])
     held = held if held.any() else fit
     error = calibration_error(platt(logit[held]), bought[held], weight[held])
