@@ -83,9 +83,7 @@ class Config:
     # none: with its defaults
     data: str = "data"  # directory of prepared data sets
     runs: str = "runs"  # directory of runs
-    prepare: Options = Options(
-        ""
-    )  # options for prepare, which splits by time, as on its command line
+    prepare: Options = Options("")  # options for prepare, which splits by time
     pretrain: Options = "--steps 160"  # options for that stage in every row, as on its command line
     sft: Options = "--epochs 10"  # options for sft
 
