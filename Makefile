@@ -11,7 +11,13 @@ ARGS ?=
 NPROC ?= 1
 SEED ?=
 SEEDS ?= 0 1 2 3 4
+# What `pagellm tune` kept of this run, where it was tuned.
+TUNED := $(shell sed -n 's/.*--policies \([^ ]*\).*/\1/p' runs/$(RUN)/preset/evaluate 2>/dev/null)
+ifeq ($(TUNED),)
 POLICIES ?= popularity,sft,ppo,compose
+else
+POLICIES ?= $(TUNED)
+endif
 PYTHON ?= python3
 VENV ?= .venv
 
@@ -40,12 +46,17 @@ STAGES := pretrain sft reward ppo compose evaluate
 VERBS := recommend serve export features search baselines storefront judge ope
 STUDIES := ablation backbones coldstart crossdomain drift leaveout
 OF_A_RUN := ranker caches load fuzz
-.PHONY: all help install check test docs clean prepare $(STAGES) $(VERBS) abtest casestudy report $(STUDIES) seeds \
+.PHONY: all fit tune help install check test docs clean prepare $(STAGES) $(VERBS) abtest casestudy report $(STUDIES) seeds \
 	$(OF_A_RUN) torture soak scaling bench gpu-check
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
-all: $(DONE)/baselines/done evaluate  ## the whole pipeline: prepare, plain rows, pretrain, sft, reward, ppo, compose, evaluate; prints table and pages
+PRESET := $(wildcard $(patsubst %,%/$(DATASET)/pretrain,presets pagellm/presets) $(patsubst %,%/$(DATASET)/sft,presets pagellm/presets))
+all: $(if $(PRESET),$(DONE)/baselines/done evaluate,fit)  ## the whole pipeline; prints table and pages. A data set without a preset is tuned first: see fit
+fit: | $(VENV)/installed  ## prepare, tune where there is no preset, the stages that pay, one table: ARGS="--minutes 15"
+	$(ONE) fit $(COMMON) $(RAW_ARG) $(ARGS)
+tune: | $(PREPARED)  ## choose stages and options on validation, within some minutes: ARGS="--minutes 15"
+	$(ONE) tune $(COMMON) $(ARGS)
 help:  ## this list
 	@echo "make [target] [DATASET=synthetic] [RUN=<dataset>] [RAW=directory of raw files] [ARGS=\"--option value\"] [NPROC=1] [SEED=0]"
 	@awk -F ':.*## ' '/^[a-z].*:.*## /{split($$1, name, " "); printf "  make %-11s %s\n", name[1], $$2}' $(MAKEFILE_LIST)

@@ -12,6 +12,10 @@ __all__ = ["GROUPS", "VERBS", "main"]
 
 # Heading -> command -> (module with Config and run, what it does in one line).
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
+    "All of it": {
+        "fit": ("pagellm.pipeline", "a log -> pages and a table: prepare, tune, train, evaluate"),
+        "tune": ("pagellm.tune", "choose stages and options on validation, within some minutes"),
+    },
     "The pipeline, in order": {
         "download": ("pagellm.data.download", "fetch the raw files of a public data set"),
         "prepare": ("pagellm.data.prepare", "raw files -> data/<dataset>: filter, number, split"),

@@ -7,9 +7,10 @@ Writes  runs/<run>/evaluate     <policy>/pages.parquet (user, rank, item, score,
     make evaluate               pagellm evaluate --dataset synthetic --policies popularity,sft
 
 Every ranking is over the whole catalogue less what the mask takes out, and every test user counts.
-Ties between equal scores are broken by a seeded random order. Where runs/<dataset>/baselines lies,
-the last policy is compared with each of its rows, metric by metric, and a policy that scores more
-than three times EASE stops as a suspected leak. Seconds for the synthetic shop on two CPU cores.
+Ties between equal scores are broken by a seeded random order. Where runs/<run>/baselines or
+runs/<dataset>/baselines lies, the last policy is compared with each of its rows, metric by metric,
+and a policy that scores more than three times EASE stops as a suspected leak. Seconds for the
+synthetic shop on two CPU cores.
 """
 
 import json
@@ -316,8 +317,13 @@ def said_of_plain(config: Config, name: str, plain: Plain, versus: list[dict]) -
 
 
 def baselines_of(config: Config) -> Plain:
-    """The plain rows of this data set, if they were made on the same split under the same mask."""
-    folder = Path(config.runs) / config.dataset / "baselines"
+    """The plain rows, if they were made on the same split under the same mask.
+
+    Those of this run, else those of the run that is named as the data set.
+    """
+    folder = config.stage("baselines")
+    if not (folder / "done").exists():
+        folder = Path(config.runs) / config.dataset / "baselines"
     if config.split != "test" or not (folder / "done").exists():
         return Plain({}, {})
     made = json.loads((folder / "config.json").read_text())

@@ -81,6 +81,8 @@ class Config(TrainingConfig):
     disliked: float = 0.35  # als, rated: target of a disliked item (1: as good as a liked one)
     slope: float = 0.15  # als, rated: added to the target for every star above the average
     alpha0: float = 0.01  # als: weight of the pairs that are not in the log
+    nu: float = 1.0  # als: how penalties grow with the rows of a user or item (model/als.py);
+    # 0: one for all
     reg: float = 0.01  # als: regularisation
     row_scale: float = 0.1  # als: standard deviation of item rows; larger values make the first
     # pages more certain
@@ -321,6 +323,7 @@ def build(config: Config, shop: Shop) -> tuple[Backbone, RatingHead, Vocab]:
                 config.reg,
                 config.row_scale,
                 (config.disliked, config.slope) if config.rated else None,
+                config.nu,
             )
             if config.rows == "als"
             else spectral_rows(shop, model.shape.n_embd, config.seed, config.facts)

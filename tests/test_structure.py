@@ -25,6 +25,9 @@ LAYERS = (
     {"serving"},
     {"baselines", "online"},
     {"report"},  # shows what all of them made
+    {"tuning"},  # trials of the stages
+    {"tune"},
+    {"pipeline"},  # one command for all of it
     {"storefront"},  # the second system; nothing imports it
     {"python"},  # what `import pagellm` offers
     {"__main__"},

@@ -61,7 +61,7 @@ from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic, read_json, slug, write_json
 from pagellm.stage.run import Run, StageConfig, file_id, finished
 
-__all__ = ["Config", "climb", "read_rows", "run"]
+__all__ = ["Config", "RATED", "Workbench", "climb", "read_rows", "run"]
 
 
 GOAL = "NDCG@100"  # what settings are chosen by, on validation
@@ -222,10 +222,14 @@ class Workbench:
         ranked = self.rank(fitted, self.valid.users, seen_rows(self.shop, "valid", "train"))
         return float(np.mean(self.valid(ranked, self.config.k)[GOAL]))
 
-    def choose(self, name: str, path: Path) -> tuple[dict, Fitted]:
+    def choose(
+        self, name: str, path: Path, grid: dict[str, tuple] | None = None, most: int = 0
+    ) -> tuple[dict, Fitted]:
         """Search the settings that are best on validation.
 
         path     file that keeps every setting tried, so that an interrupted search continues
+        grid     values of every setting; None: those of GRIDS
+        most     settings tried at most; 0: as the config says
         returns  the record for settings.json, and the model fitted with the chosen settings
         """
         tried = json.loads(path.read_text()) if path.exists() else {}
@@ -246,8 +250,8 @@ class Workbench:
                 )
             return tried[key]
 
-        grid = grid_of(name, self.shop.n_items)
-        settings, found, tries = climb(grid, value, self.config.trials)
+        grid = grid or grid_of(name, self.shop.n_items)
+        settings, found, tries = climb(grid, value, most or self.config.trials)
         print(
             f"{name}: {settings or 'nothing to choose'}, validation {GOAL} {found:.4f}, {tries} "
             "tried",

@@ -67,6 +67,7 @@ def als_rows(
     reg: float,
     row_scale: float,
     rated: tuple[float, float] | None = None,
+    nu: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """User and item rows from implicit ALS over the train rows and what the catalogue says.
 
@@ -77,6 +78,7 @@ def als_rows(
     rated    (disliked, slope) of als.rating_targets: learn from disliked items and from stars too;
              a category, brand or word then has the target `facts`. None: liked items alone, with
              target 1 for everything
+    nu       how penalties grow with the number of rows, as in als.als
     returns  (U, n_embd), (N, n_embd) float32. Item rows have standard deviation row_scale; columns
              past the rank are 0.
     """
@@ -91,7 +93,7 @@ def als_rows(
             more = np.full(len(rows.items) - len(target), facts, np.float32)
             target = np.concatenate([target, more])
     rank = min(n_embd, shop.n_items, len(rows.counts()))
-    X, Y = als(rows, len(rows.counts()), shop.n_items, rank, alpha0, reg, 1.0, seed, target=target)
+    X, Y = als(rows, len(rows.counts()), shop.n_items, rank, alpha0, reg, nu, seed, target=target)
     scale = row_scale / Y.std().clamp(min=1e-12)
     pad = (0, n_embd - rank)
     return F.pad(X[: shop.n_users] * scale, pad), F.pad(Y * scale, pad)

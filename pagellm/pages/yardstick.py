@@ -23,6 +23,7 @@ __all__ = [
     "frontier_table",
     "sweep",
     "verdict",
+    "verdict_grid",
     "verdict_table",
     "verdicts",
 ]
@@ -144,6 +145,20 @@ def verdict_table(records: list[dict], ours: str = "PageLLM") -> str:
         behind = f"   behind: {', '.join(named['behind'])}" if named["behind"] else ""
         counts = "".join(f"{len(named[what]):>7}" for what in named)
         lines.append(f"{row:<22}{counts}{behind}")
+    return "\n".join(lines)
+
+
+def verdict_grid(records: list[dict], columns: Sequence[str], ours: str = "PageLLM") -> str:
+    """One line per row, one column per metric: ours is ahead, level or behind, and by how much.
+
+    The differences are turned so that more is better.
+    """
+    found = {(r["row"], r["metric"]): r for r in records}
+    lines = [f"{ours + ' against':<18}" + "".join(f"{c:>15}" for c in columns)]
+    for row in dict.fromkeys(r["row"] for r in records):
+        cells = [found.get((row, column)) for column in columns]
+        told = ["–" if r is None else f"{r['verdict']} {r['difference']:+.3f}" for r in cells]
+        lines.append(f"{row:<18}" + "".join(f"{cell:>15}" for cell in told))
     return "\n".join(lines)
 
 

@@ -314,9 +314,9 @@ def from_environment(cls, environment, tell: Callable[[str], None]) -> dict[str,
 def with_presets(cls, given: dict, prog: str, verb: str, tell: Callable[[str], None]) -> dict:
     """The options given, and below them those of the data set's presets.
 
-    Field `preset` says which preset is taken: "auto", the data set's for this command, if there is
-    one; "none"; or another one, by its path or name. Afterwards it holds the name of the one taken.
-    Unless it is "none":
+    Field `preset` says which preset is taken: "auto", the run's or else the data set's for this
+    command, if there is one; "none"; or another one, by its path or name. Afterwards it holds the
+    name of the one taken. Unless it is "none":
 
     - A field of type Options holds the options of another stage. It begins with that stage's
       preset: --sft "--lr 0.1" becomes "@toys/sft --lr 0.1". The preset is looked up in the data
@@ -332,7 +332,8 @@ def with_presets(cls, given: dict, prog: str, verb: str, tell: Callable[[str], N
     given = {k: "" if k in files and v == "none" else v for k, v in given.items()}
     if which == "none":
         return given
-    if name := presets.find(dataset, verb) if which == "auto" else which:
+    found = presets.find(dataset, verb, run=run_of(fields, given, dataset))
+    if name := found if which == "auto" else which:
         taken = preset_options(cls, name, prog)
         if fixed := {"dataset", "preset"} & set(taken):
             raise PageLLMError(f"preset {name} must not set {', '.join(sorted(fixed))}")
@@ -352,6 +353,14 @@ def with_presets(cls, given: dict, prog: str, verb: str, tell: Callable[[str], N
             given[field] = found
             tell(f"preset {found}: --{field} {found}")
     return given
+
+
+def run_of(fields: dict[str, dataclasses.Field], given: dict, dataset: str) -> Path | None:
+    """The directory of the run that these options name; None for a command without runs."""
+    if not {"runs", "run"} <= fields.keys():
+        return None
+    runs, run = (given.get(name, fields[name].default) for name in ("runs", "run"))
+    return Path(runs) / (run or dataset)
 
 
 def preset_options(cls, name: str, prog: str) -> dict[str, object]:

@@ -1,27 +1,31 @@
 """Presets: options that were found to fit a data set, one text file for each data set and command.
 
-    presets/<dataset>/<command>           in the working directory: your own; looked at first
+    runs/<run>/preset/<command>           of one run, as `pagellm tune` found it; looked at first
+    presets/<dataset>/<command>           in the working directory: your own
     pagellm/presets/<dataset>/<command>   in the package
 
-A preset of the package is named by its path below pagellm/presets: toys/sft. One of your own is
-named by its path: presets/myshop/sft.
+A preset of the package is named by its path below pagellm/presets: toys/sft. Any other is named by
+its path: presets/myshop/sft.
 """
 
 from importlib.resources import files
 from pathlib import Path
 
-__all__ = ["find", "resolve"]
+__all__ = ["find", "has_one", "resolve"]
 
 
 OWN = Path("presets")
 PACKAGED = Path(str(files("pagellm"))) / "presets"
 
 
-def find(dataset: str, *names: str) -> str | None:
-    """The name of a data set's preset, here or in the package; None where there is none.
+def find(dataset: str, *names: str, run: Path | None = None) -> str | None:
+    """The name of a run's or a data set's preset; None where there is none.
 
     names  the command, with a folder before it or not: "sft", or "backbones", "sft"
+    run    the run's directory, whose own preset is looked at first
     """
+    if run is not None and run.joinpath("preset", *names).is_file():
+        return str(run.joinpath("preset", *names))
     if not dataset or dataset != Path(dataset).name:
         return None
     own = OWN.joinpath(dataset, *names)
@@ -29,6 +33,11 @@ def find(dataset: str, *names: str) -> str | None:
         return str(own)
     inside = Path(dataset, *names)
     return inside.as_posix() if (PACKAGED / inside).is_file() else None
+
+
+def has_one(dataset: str, run: Path | None = None) -> bool:
+    """Whether options were found for the network of this run or data set."""
+    return any(find(dataset, stage, run=run) for stage in ("pretrain", "sft"))
 
 
 def resolve(name: str) -> Path:

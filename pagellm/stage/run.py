@@ -63,7 +63,8 @@ class StageConfig:
     dataset: str = "synthetic"  # name of the data set: its prepared data are in <data>/<dataset>
     run: str = ""  # name of the run: results go to <runs>/<run>/<stage>; empty: the data set's name
     preset: str = "auto"  # options found to fit the data set; others on the command line override
-    # them. auto: <dataset>/<stage> in ./presets or in the package, if it is there; none; or a path
+    # them. auto: preset/<stage> of the run, else <dataset>/<stage> in ./presets or in the package,
+    # if it is there; none; or a path
     data: str = "data"  # directory of prepared data sets
     runs: str = "runs"  # directory of runs
     seed: int = 0  # seed of every random draw in this stage

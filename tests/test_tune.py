@@ -1,0 +1,221 @@
+"""pagellm tune and pagellm fit, with a plan of a few steps: what is kept, and carried on."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pagellm import pipeline, pretrain, sft, tune
+from pagellm.stage import presets
+from pagellm.stage.config import PageLLMError, parse
+from pagellm.stage.files import write_json
+from pagellm.tuning.plan import Plan, Seconds, ShopSize, epochs_for, make_plan
+from pagellm.tuning.trials import Bench, compared, pays
+
+FEW = Plan(
+    trials={"EASE": 1, "ALS": 2, "ALS+facts": 1, "ALS+ratings": 1},
+    factors=[8],
+    sizes=["nano"],
+    judged=0,
+    pretrain=2,
+    sft=[1e-3],
+    sft_steps=2,
+    ppo=2,
+    fold_users=30,
+    eval_users=30,
+    seconds={},
+)
+SECONDS = Seconds({"32": 0.2, "128": 0.8}, 0.1, 0.02, 1.0, 0.1, 0.002)
+SIZE = ShopSize(users=10_000, items=1000, rated=True, facts=True, history=15)
+
+
+class Unplugged(BaseException):
+    pass
+
+
+def config(root: Path, **more) -> pipeline.Config:
+    """`pagellm fit` for a small synthetic shop under `root`."""
+    where = {"data": str(root / "data"), "runs": str(root / "runs"), "device": "cpu"}
+    said = {"run": "all", "tune": "always", "prepare": "--users 50 --items 40"}
+    return pipeline.Config(**where | said | more)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A shop that went through all of fit, by the plan FEW."""
+    root = tmp_path_factory.mktemp("whole")
+    (root / "runs/all/tune").mkdir(parents=True)
+    write_json(root / "runs/all/tune/plan.json", FEW.state())
+    pipeline.run(config(root))
+    return root
+
+
+def choice_of(root: Path) -> dict:
+    return json.loads((root / "runs/all/tune/choice.json").read_text())
+
+
+def test_fit_goes_from_nothing_to_a_table(whole):
+    """The table names rows, verdicts, stages and minutes, and its means are evaluate's."""
+    text = (whole / "runs/all/fit/summary.txt").read_text()
+    for word in ("popularity", "EASE", "ALS+facts + MMR", "stages of the run: pretrain, sft"):
+        assert word in text
+    assert any(f"{word} +" in text or f"{word} -" in text for word in ("ahead", "level", "behind"))
+    choice = choice_of(whole)
+    for part in choice["left_out"]:
+        assert part in text
+    found = json.loads((whole / "runs/all/evaluate/metrics.json").read_text())
+    last = list(found)[-1]
+    assert f"{found[last]['NDCG@100']['mean']:.4f}" in text.split("PageLLM against")[0]
+    minutes = json.loads((whole / "runs/all/fit/minutes.json").read_text())
+    assert {"prepare", "tune", "baselines", "evaluate", *choice["stages"]} == set(minutes)
+
+
+def test_every_stage_kept_is_there_and_done_with_the_preset_of_the_run(whole):
+    choice = choice_of(whole)
+    for stage in choice["stages"]:
+        assert (whole / "runs/all" / stage / "done").exists()
+        record = json.loads((whole / "runs/all" / stage / "config.json").read_text())["config"]
+        assert record["run"] == "all" and record["preset"].endswith(f"runs/all/preset/{stage}")
+    words = [f"--data={whole}/data", f"--runs={whole}/runs", "--run=all"]
+    made = parse(pretrain.Config, words, "pagellm pretrain", "pretrain")
+    assert made.preset == str(whole / "runs/all/preset/pretrain")
+    assert (made.rows, made.pool, made.size) == ("als", True, "nano")
+    # another run of the same shop has the data set's preset
+    other = parse(pretrain.Config, [*words[:2], "--run=other"], "pagellm pretrain", "pretrain")
+    assert other.preset == "synthetic/pretrain"
+
+
+def test_a_stage_asked_again_says_that_it_is_done(whole, capsys):
+    words = [f"--data={whole}/data", f"--runs={whole}/runs", "--run=all", "--device=cpu"]
+    sft.run(parse(sft.Config, words, "pagellm sft", "sft"))
+    assert "already done" in capsys.readouterr().out
+
+
+def test_what_is_left_out_added_nothing_and_what_is_kept_did(whole):
+    """The verdicts in choice.json decide: no stage is kept whose interval says that it loses."""
+    rows = [row for row in choice_of(whole)["added"] if row["added"] and row["decides"]]
+    assert rows
+    for row in rows:
+        ahead = [m for m, x in row["added"].items() if x["low"] > 0]
+        behind = [
+            m
+            for m in ("Recall@20", "NDCG@100")
+            if row["added"][m]["low"] < -0.01 * row["added"][m]["value"]
+        ]
+        assert not row["kept"] or (ahead and not behind)
+
+
+def test_a_tuning_that_was_cut_short_ends_with_the_same_bytes(whole, tmp_path, monkeypatch):
+    """Killed behind SFT, and again when its pages are composed; plan.json is followed as it is."""
+    shutil.copytree(whole, tmp_path / "again")
+    root = tmp_path / "again"
+    base = root / "runs" / "all"
+    for gone in ("pretrain", "sft", "reward", "ppo", "compose", "preset", "evaluate", "baselines"):
+        shutil.rmtree(base / gone, ignore_errors=True)
+    for path in (base / "tune").iterdir():
+        if path.name in ("done", "choice.json", "table.txt"):
+            path.unlink()
+        elif path.name.startswith(("composed", "ppo", "sft-0.001")):
+            shutil.rmtree(path)
+    for path in (base / "tune" / "scores").glob("composed*"):
+        path.unlink()
+    composed = Bench.composed
+
+    def die(self, trial, policy):
+        raise Unplugged
+
+    again = parse(
+        tune.Config,
+        [f"--data={root}/data", f"--runs={root}/runs", "--run=all", "--device=cpu"],
+    )
+    record = json.loads((base / "tune/config.json").read_text())
+    record["config"] |= {"data": str(root / "data"), "runs": str(root / "runs")}
+    write_json(base / "tune/config.json", record)
+    for path in (base / "tune").rglob("config.json"):
+        path.write_text(path.read_text().replace(str(whole), str(root)))
+    monkeypatch.setattr(Bench, "composed", die)
+    with pytest.raises(Unplugged):
+        tune.run(again)
+    assert not (base / "tune" / "done").exists() and not (base / "preset/stages.json").exists()
+    monkeypatch.setattr(Bench, "composed", composed)
+    tune.run(again)
+    first = (whole / "runs/all/tune/choice.json").read_text().replace(str(whole), str(root))
+    assert (base / "tune/choice.json").read_text() == first
+    for stage in choice_of(whole)["stages"]:
+        ids = [json.loads((r / "runs/all" / stage / "done").read_text()) for r in (whole, root)]
+        assert ids[0]["id"] == ids[1]["id"]
+        options = [(r / "runs/all/preset" / stage).read_text() for r in (whole, root)]
+        assert options[0].replace(str(whole), str(root)) == options[1]
+
+
+def test_fit_again_runs_nothing_again(whole, capsys):
+    before = {p: p.stat().st_mtime_ns for p in (whole / "runs/all").rglob("done")}
+    pipeline.run(config(whole))
+    assert {p: p.stat().st_mtime_ns for p in (whole / "runs/all").rglob("done")} == before
+    assert "stages of the run" in capsys.readouterr().out
+
+
+def test_fit_never_tunes_where_that_is_said_or_a_preset_is_there(tmp_path, monkeypatch):
+    """The data set synthetic has a preset; a set without one is tuned."""
+    asked = []
+    monkeypatch.setattr(tune, "run", lambda c: asked.append(c.dataset))
+    pipeline.tuned(config(tmp_path, tune="auto"))
+    pipeline.tuned(config(tmp_path, tune="never", dataset="mine"))
+    assert asked == []
+    pipeline.tuned(config(tmp_path, tune="auto", dataset="mine"))
+    pipeline.tuned(config(tmp_path, tune="always"))
+    assert asked == ["mine", "synthetic"]
+
+
+def test_a_log_is_a_file_or_a_directory_and_its_options_are_prepare_s(tmp_path):
+    rows = [f"u{u},i{(u + j) % 9}" for u in range(12) for j in range(6)]
+    (tmp_path / "log.csv").write_text("customer,sku\n" + "\n".join(rows) + "\n")
+    told = "--user_column customer --item_column sku --k_core 3"
+    made = config(tmp_path, dataset="mine", raw=str(tmp_path / "log.csv"))
+    pipeline.prepared(replace(made, prepare=told))
+    source = json.loads((tmp_path / "data/mine/source.json").read_text())
+    assert source["counts"]["users"] == 12 and source["config"]["k_core"] == 3
+
+
+def test_more_minutes_never_try_less():
+    plans = [make_plan(SECONDS, minutes, SIZE) for minutes in (0.5, 2, 5, 15, 60)]
+    for few, many in zip(plans, plans[1:], strict=False):
+        assert few.judged <= many.judged and len(few.sizes) <= len(many.sizes)
+        assert few.eval_users <= many.eval_users and few.ppo <= many.ppo
+        assert sum(few.trials.values()) <= sum(many.trials.values()) or few.factors < many.factors
+    assert plans[0].sft == [] and plans[0].ppo == 0 and plans[-1].sft and plans[-1].ppo
+
+
+def test_a_plan_fits_the_shop():
+    """No ratings and no facts: no model of them; a huge catalogue: no EASE, few factors."""
+    plan = make_plan(SECONDS, 15, replace(SIZE, rated=False, facts=False))
+    assert plan.trials["ALS+ratings"] == plan.trials["ALS+facts"] == 0
+    slow = replace(SECONDS, als={"32": 20.0, "128": 200.0})
+    assert max(make_plan(slow, 15, SIZE).factors) < max(make_plan(SECONDS, 15, SIZE).factors)
+    assert make_plan(SECONDS, 15, replace(SIZE, items=60_000)).trials["EASE"] == 0
+
+
+def test_epochs_for_so_many_steps():
+    assert round(float(epochs_for(7, 130)) * 3) == 7
+
+
+def test_a_stage_pays_where_it_is_ahead_and_in_no_accuracy_behind():
+    rng = np.random.default_rng(0)
+    base = {m: rng.random(400) for m in ("Recall@20", "NDCG@100", "ILD", "energy")}
+    same = {m: x.copy() for m, x in base.items()}
+    assert not pays(compared(same, base))
+    assert pays(compared(same | {"ILD": base["ILD"] + 0.1}, base))
+    assert not pays(compared(same | {"ILD": base["ILD"] + 0.1}, base), ("NDCG@100",))
+    worse = same | {"ILD": base["ILD"] + 0.1, "Recall@20": base["Recall@20"] - 0.1}
+    assert not pays(compared(worse, base))
+
+
+def test_what_is_wrong_is_said(tmp_path, served):
+    with pytest.raises(PageLLMError, match="minutes"):
+        tune.Config(minutes=0)
+    with pytest.raises(PageLLMError, match="auto, always, never"):
+        pipeline.Config(tune="often")
+    assert not presets.has_one("mine") and presets.has_one("toys")
