@@ -137,15 +137,15 @@ def measure(config: StageConfig, shop: Shop, run: str) -> Seconds:
     }
     common |= {"seed": config.seed, "device": config.device}
     vocab = timed(
-        lambda: pretrain.run(pretrain.Config(size="tiny", rows="random", steps=0, **common)), clock
+        lambda: pretrain.run(pretrain.Config(size="tiny", rows="random", steps=0, **common))
     )
     users = int((train.counts() > 1).sum())
-    trial: dict[str, Any] = {
-        "epochs": float(epochs_for(4, users)),
-        "eval_users": 64,
-        "mode": "one_shot",
-    }
-    sft.run(sft.Config(**trial, **common))
+    few = float(epochs_for(4, users))
+    began = time.perf_counter()
+    worked = timed(
+        lambda: sft.run(sft.Config(epochs=few, eval_users=64, mode="one_shot", **common))
+    )
+    idle = min(1.0, worked / max(time.perf_counter() - began, 1e-9))
     where = config.stage("sft", run)
     lines = (where / "timing.jsonl").read_text().splitlines()
     steps = [json.loads(line)["seconds"] for line in lines]
