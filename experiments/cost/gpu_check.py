@@ -22,6 +22,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -133,10 +134,10 @@ def learn_ppo(device: str, size: str, quick: bool) -> dict:
     waits: list[int] = []
     steps = 3 if quick else 20
     with tempfile.TemporaryDirectory() as folder:
-        common = {"data": f"{folder}/data", "runs": f"{folder}/runs"}
+        common: dict[str, Any] = {"data": f"{folder}/data", "runs": f"{folder}/runs"}
         users, items = (60, 40) if quick else (1000, 2000)
         prepare.run(prepare.Config(data=common["data"], users=users, items=items, k_core=3))
-        stage = {**common, "device": device, "run": "check"}
+        stage: dict[str, Any] = {**common, "device": device, "run": "check"}
         shape = "nano" if quick else size
         pretrain.run(pretrain.Config(**stage, size=shape, steps=2 if quick else 20, batch=8))
         slots, batch = (5, 16) if quick else (20, 64)
