@@ -164,6 +164,7 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
                         results, ALL_COLUMNS, LABELS, (DIFFERENCE,), decimals=config.decimals
                     )
                 )
+                print(spent(config, where))
             return results
         scorer = Scorer(shop, config.split)
         seen, users = seen_rows(shop, config.split, config.mask), scorer.users
@@ -206,7 +207,26 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
         out.finish(users=len(users))
         if not config.quiet:
             print((out.path / "table.txt").read_text())
+            print(spent(config, where))
         return results
+
+
+def spent(config: Config, where: dict[str, Path]) -> str:
+    """Processor seconds of every finished stage behind this table, from its last start to its end.
+
+    In one process of each stage, all threads together, without starting Python. Stages that noted
+    none (an older version did not) are left out; "" where none did.
+    """
+    folders = [config.stage(name, config.source_run) for name in ("baselines", "pretrain", "sft")]
+    folders += [config.stage("reward", config.source_run), where["ppo"], where["compose"]]
+    found = []
+    for folder in (*folders, config.stage("evaluate")):
+        if (folder / "done").exists():
+            seconds = read_json(folder / "done").get("cpu_seconds")
+            found += [] if seconds is None else [(folder.name, seconds)]
+    parts = [f"{name} {seconds:.0f}" for name, seconds in found]
+    total = f"; {sum(seconds for _, seconds in found):.0f} in all"
+    return f"processor seconds: {', '.join(parts)}{total}" if found else ""
 
 
 def gained(config: Config, rows: dict, base: dict) -> dict[str, dict]:

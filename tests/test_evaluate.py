@@ -30,6 +30,28 @@ def test_a_policy_that_scores_all_items_alike_ranks_them_by_the_same_shuffle(ser
     assert (other.item != ranked.item).mean() > 0.5
 
 
+def test_the_table_says_what_every_stage_took(served, tmp_path, capsys):
+    shutil.copytree(served, tmp_path, dirs_exist_ok=True)
+    runs = tmp_path / "runs" / "base"
+    for i, stage in enumerate(("pretrain", "sft", "reward", "ppo")):
+        record = json.loads((runs / stage / "done").read_text())
+        assert 0 < record["cpu_seconds"] < 600
+        (runs / stage / "done").write_text(json.dumps(record | {"cpu_seconds": 10.0 + i}))
+    # as an older version left it
+    record.pop("cpu_seconds")
+    (runs / "reward" / "done").write_text(json.dumps(record))
+    where = {"run": "base", "data": str(tmp_path / "data"), "runs": str(tmp_path / "runs")}
+    said = []
+    for _ in range(2):  # the second time it is already done
+        evaluate.run(evaluate.Config(**where, policies="popularity", n_boot=10, k=6))
+        said.append(capsys.readouterr().out.strip().splitlines()[-1])
+    own = json.loads((runs / "evaluate" / "done").read_text())["cpu_seconds"]
+    want = (
+        f"processor seconds: pretrain 10, sft 11, ppo 13, evaluate {own:.0f}; {34 + own:.0f} in all"
+    )
+    assert said == [want] * 2
+
+
 def test_users_are_read_in_batches_of_like_history_and_come_back_in_their_order(served):
     policy = Policy.load(served / "runs" / "base" / "sft")
     shop = load(served / "data" / "synthetic")

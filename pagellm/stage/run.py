@@ -292,7 +292,7 @@ class Run:
         free: tuple[str, ...] = (),
     ):
         self.path = Path(path)
-        self.started = time.time()
+        self.started, self.began = time.time(), time.process_time()
         self.save_every = getattr(config, "save_every", 0)
         self._logs: dict[str, TextIO] = {}
         # lines of the logs whose numbers may still be on the GPU: file, step, values, names of the
@@ -584,6 +584,7 @@ class Run:
                 {
                     "id": identity,
                     "seconds": round(time.time() - self.started, 1),
+                    "cpu_seconds": round(time.process_time() - self.began, 1),
                     "peak_mb": round(dist.peak_memory(), 1),
                     **result,
                 },
