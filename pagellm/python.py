@@ -158,7 +158,8 @@ def kept_tables(table: Any, items: Any, dataset: str, folder: Path) -> dict[str,
 def fit(
     data: "Data | str",
     *,
-    stages: str | Sequence[str] = "compose",
+    stages: str | Sequence[str] = "",
+    minutes: float | None = None,
     run: str = "",
     runs: str | Path = "runs",
     **options: Any,
@@ -166,7 +167,10 @@ def fit(
     """Train: run stages, those first that they need, and load what they made.
 
     data     what `prepare` returned, or the name of a prepared data set in ./data
-    stages   the last stages wanted: "sft", "ppo", "compose", or several, as in "ppo,compose"
+    stages   the last stages wanted: "sft", "ppo", "compose", or several, as in "ppo,compose";
+             empty: those that pay, if minutes are given, else compose
+    minutes  first choose options and stages on validation for about so long (`pagellm tune`).
+             Without `stages` this is `pagellm fit`, which ends with a table of test rows
     run      name of the run; empty: the data set's name
     runs     directory of runs
     options  a stage's own by its name, ppo={"kl_coef": 0.02, "epochs": 1}; those that every stage
@@ -177,20 +181,46 @@ def fit(
     """
     data = Data(data) if isinstance(data, str) else data
     common, own = shared_and_own(options)
-    # Who proposes the items of composed pages; "none": the plain models alone.
-    proposes = own.get("compose", {}).get("policy", "sft")
-    wanted = in_order(stages, NEEDS | {"compose": "" if proposes == "none" else proposes})
     told = {"dataset": data.dataset, "data": str(data.data), "runs": str(runs), "run": run}
+    told |= common
+    if minutes is not None and not stages:
+        if own:
+            raise PageLLMError(
+                f"{', '.join(own)}: chosen within minutes={minutes:g}; name stages= to set some"
+            )
+        run_verb("fit", "pagellm.pipeline", told | {"minutes": minutes})
+        return load(run or data.dataset, runs=runs, device=common.get("device", "auto"))
+    wanted = in_order(stages or "compose", needs_of(own))
     # Every stage's options are read before the first one runs.
-    configs = {
-        name: configured(module_of(name).Config, name, told | common | own.get(name, {}))
-        for name in wanted
-    }
-    for name, config in configs.items():
-        module = module_of(name)
-        with as_a_command(name, module.Config):
-            module.run(config)
+    for name in wanted:
+        configured(module_of(name).Config, name, told | own.get(name, {}), quiet=True)
+    if minutes is not None and not (Path(runs) / (run or data.dataset) / "preset").exists():
+        run_verb("tune", "pagellm.tune", told | {"minutes": minutes})
+    for name in wanted:
+        run_verb(name, f"pagellm.{name}", told | own.get(name, {}))
     return load(run or data.dataset, runs=runs, device=common.get("device", "auto"))
+
+
+def run_verb(verb: str, module: str, options: Mapping[str, Any]) -> None:
+    """Run a command with these options."""
+    import importlib
+
+    loaded = importlib.import_module(module)
+    config = configured(loaded.Config, verb, options)
+    with as_a_command(verb, loaded.Config):
+        loaded.run(config)
+
+
+def needs_of(own: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Stage -> the stage of this run that it reads, given the options of each; "" for none."""
+    needs, ppo, compose = dict(NEEDS), own.get("ppo", {}), own.get("compose", {})
+    if ppo.get("w_token") == 0 == ppo.get("w_page"):
+        needs["ppo"] = "sft"  # no learnt reward pays
+    # Who proposes the items of composed pages; "none": the plain models alone.
+    proposes = compose.get("policy", "sft")
+    needs["compose"] = "" if proposes == "none" else proposes
+    # Another run's are read.
+    return needs | {stage: "" for stage in own if own[stage].get("source_run")}
 
 
 def in_order(stages: str | Sequence[str], needs: Mapping[str, str] = NEEDS) -> list[str]:
@@ -241,14 +271,16 @@ def module_of(stage: str) -> Any:
     return importlib.import_module(f"pagellm.{stage}")
 
 
-def configured(cls: Any, verb: str, options: Mapping[str, Any]) -> Any:
+def configured(cls: Any, verb: str, options: Mapping[str, Any], quiet: bool = False) -> Any:
     """The Config that `pagellm <verb>` would have for these options, presets included.
 
+    quiet  do not say which presets were found
     Raises PageLLMError, which begins with the verb, for an option that is unknown or wrong.
     """
 
     def tell(line: str) -> None:
-        print(f"pagellm {verb}: {line}", file=sys.stderr, flush=True)
+        if not quiet:
+            print(f"pagellm {verb}: {line}", file=sys.stderr, flush=True)
 
     given = {name: value for name, value in options.items() if value is not None}
     try:

@@ -183,7 +183,43 @@ def test_errors_say_what_to_do(said, call, tmp_path, monkeypatch):
 def test_stages_come_with_those_before_them_in_their_order():
     assert python.in_order("compose") == ["pretrain", "sft", "compose"]
     assert python.in_order(["compose", "ppo"]) == ["pretrain", "sft", "reward", "ppo", "compose"]
-    assert python.in_order("compose", python.NEEDS | {"compose": ""}) == ["compose"]
+
+
+def test_minutes_are_those_of_tune_and_of_fit(model, monkeypatch):
+    """Without stages the command fit does it all; with stages tune comes first, once."""
+    from pagellm import pipeline, sft, tune
+
+    ran = []
+    monkeypatch.setattr(pipeline, "run", lambda config: ran.append(("fit", config)))
+    monkeypatch.setattr(tune, "run", lambda config: ran.append(("tune", config)))
+    monkeypatch.setattr(sft, "run", lambda config: ran.append(("sft", config)))
+    monkeypatch.setattr("pagellm.pretrain.run", lambda config: ran.append(("pretrain", config)))
+    told = {"runs": model.runs, "device": "cpu", "seed": 3}
+    assert pagellm.fit(model.data, minutes=2.5, **told).run == "autumn"
+    pagellm.fit(model.data, minutes=4, stages="sft", sft={"epochs": 2}, **told)
+    assert [name for name, _ in ran] == ["fit", "tune", "pretrain", "sft"]
+    assert [config.minutes for _, config in ran[:2]] == [2.5, 4]
+    assert all(c.seed == 3 and c.data == str(model.data.data) for _, c in ran)
+    assert ran[3][1].epochs == 2
+    (model.path / "preset").mkdir()
+    try:
+        pagellm.fit(model.data, minutes=4, stages="sft", **told)
+    finally:
+        (model.path / "preset").rmdir()
+    assert [name for name, _ in ran[4:]] == ["pretrain", "sft"]
+    with pytest.raises(pagellm.PageLLMError, match="sft: chosen within minutes=5"):
+        pagellm.fit(model.data, minutes=5, sft={"epochs": 1})
+
+
+def test_a_stage_that_reads_another_run_or_no_reward_needs_fewer_stages():
+    needs = python.needs_of({"ppo": {"source_run": "x"}})
+    assert python.in_order("ppo", needs) == ["ppo"]
+    needs = python.needs_of({"ppo": {"w_token": 0, "w_page": 0}, "compose": {"policy": "ppo"}})
+    assert python.in_order("compose", needs) == ["pretrain", "sft", "ppo", "compose"]
+    assert python.in_order("compose", python.needs_of({"compose": {"policy": "none"}})) == [
+        "compose"
+    ]
+    assert python.needs_of({}) == python.NEEDS
 
 
 def test_the_run_is_that_of_the_command_line_and_is_not_made_twice(model, capsys):
