@@ -20,7 +20,16 @@ from torch import Tensor, nn
 from pagellm.model.backbone import Backbone
 from pagellm.stage.config import PageLLMError
 
-__all__ = ["LowRank", "adapt", "counts", "is_merged", "merge", "parse_targets", "unmerge"]
+__all__ = [
+    "LowRank",
+    "adapt",
+    "counts",
+    "is_merged",
+    "learns",
+    "merge",
+    "parse_targets",
+    "unmerge",
+]
 
 
 class LowRank(nn.Module):
@@ -70,6 +79,11 @@ class LowRank(nn.Module):
         if self.kept is not None:
             self.weight.copy_(self.kept)  # subtracting would leave rounding behind
             self.kept = None
+
+
+def learns(name: str) -> bool:
+    """Whether a parameter or buffer of an adapted model learns, by its name in a saved state."""
+    return ".lora_" in name or name in ("user", "item", "special", "gate")
 
 
 def parse_targets(text: str, known: dict) -> list[str]:

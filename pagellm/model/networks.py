@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pagellm.model import gpt2, llama
 from pagellm.model.backbone import Backbone
-from pagellm.model.lora import adapt, is_merged
+from pagellm.model.lora import adapt, is_merged, learns
 from pagellm.model.published import compare, shape_of, trunk_of
 from pagellm.model.weights import read_weights, write_weights
 from pagellm.stage import dist
@@ -75,6 +75,9 @@ def plain_shape(shape: Any) -> dict[str, Any]:
 def to_state(model: Backbone) -> dict:
     """Plain values and whole tensors that `from_state` turns back into the model.
 
+    Of an adapted model, what is frozen stands apart in "frozen": a run keeps it once, in a file
+    that is named by its hash (stage/run.py).
+
     Call it on every process. Raises ValueError while adapters are merged: the matrices are then not
     the ones to save.
     """
@@ -89,7 +92,12 @@ def to_state(model: Backbone) -> dict:
         state["trunk"] = model.KIND
     if model.gate is not None:
         state["gated"] = True
-    return state if model.lora is None else {**state, "lora": dict(model.lora)}
+    if model.lora is None:
+        return state
+    whole = state["weights"]
+    state["weights"] = {name: w for name, w in whole.items() if learns(name)}
+    state["frozen"] = {name: w for name, w in whole.items() if not learns(name)}
+    return {**state, "lora": dict(model.lora)}
 
 
 def from_state(state: dict, dropout: float = 0.0) -> Backbone:
@@ -108,7 +116,7 @@ def from_state(state: dict, dropout: float = 0.0) -> Backbone:
         adapt(model, **state["lora"])
     if model.word_out is not None:  # no stage behind pre-training scores words
         model.word_out.requires_grad_(False)
-    model.load_state_dict(state["weights"])
+    model.load_state_dict(state["weights"] | state.get("frozen", {}))
     return model
 
 

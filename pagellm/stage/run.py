@@ -6,6 +6,8 @@
     step-00000120.pt  a checkpoint
     LAST              names the two newest checkpoints, with their checksums
     model.pt          what the next stage reads
+    frozen-<id>.pt    weights of it that never learn (a published trunk under adapters), named by
+                      their hash; stages that share them share one file on disk (a hard link)
     done              written last: the id of model.pt, and how long the stage took
 
 Every file but the logs is written under another name, synced to disk and renamed, so a file that is
@@ -25,6 +27,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
@@ -119,6 +122,66 @@ def save_tensors(state: Any, path: Path) -> None:
         torch.save(state, file)
 
 
+def put_apart(model: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Write a model's `frozen` weights to a file that is named by their hash; name it instead.
+
+    Where another stage of these runs has that file, it is linked: the disk holds it once, and each
+    stage's directory is whole by itself.
+    """
+    if not isinstance(frozen := model.get("frozen"), dict):
+        return model
+    identity = digest(frozen)
+    path = folder / f"frozen-{identity}.pt"
+    if not path.exists():
+        same = (
+            other
+            for other in sorted(folder.absolute().parent.parent.glob(f"*/*/{path.name}"))
+            if frozen_id(other) == identity
+        )
+        with atomic(path) as beside:
+            try:
+                os.link(next(same).resolve(), beside)
+            except (OSError, StopIteration):  # none is there, or this disk has no links
+                save_tensors(frozen, beside)
+    return {**model, "frozen": identity}
+
+
+def put_together(model: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The inverse of `put_apart`. Raises PageLLMError where the frozen weights are not there.
+
+    path   the file that the model was read from; its frozen weights lie beside it
+    """
+    if not isinstance(identity := model.pop("frozen", None), str):
+        return model if identity is None else {**model, "frozen": identity}
+    beside = path.parent / f"frozen-{identity}.pt"
+    found = frozen_id(beside)
+    if found != identity:
+        raise PageLLMError(
+            f"{beside} is {'damaged' if found else 'gone'}; {path.name} needs it\n  Copy it from "
+            f"another stage that has it, or remove {path.parent} and make it again."
+        )
+    frozen = torch.load(beside, map_location="cpu", weights_only=True, mmap=True)
+    return {**model, "weights": model["weights"] | frozen}
+
+
+def frozen_id(path: Path) -> str:
+    """The `digest` of the weights in a file; empty if it is not there or cannot be read."""
+    try:
+        about = path.stat()
+    except OSError:
+        return ""
+    return digest_of(str(path.absolute()), about.st_mtime_ns, about.st_size)
+
+
+@lru_cache(maxsize=64)
+def digest_of(path: str, mtime: int, size: int) -> str:
+    """`frozen_id` of a file as it is at this moment: large, and read by several networks."""
+    try:
+        return digest(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except Exception:  # whatever a damaged file leads to
+        return ""
+
+
 def digest(state: Any) -> str:
     """A hash (16 hex digits) of nested dicts, lists, tensors and plain values.
 
@@ -182,7 +245,7 @@ def load_model_file(path: str | Path) -> dict[str, Any]:
             f"  Remove {path.parent} and make it again."
         )
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise PageLLMError(
             f"{path} is gone; remove {Path(path).parent} and make it again"
@@ -192,6 +255,7 @@ def load_model_file(path: str | Path) -> dict[str, Any]:
             f"{path} cannot be read ({type(error).__name__}: {error}); "
             f"remove {Path(path).parent} and make it again"
         ) from error
+    return put_together(state, path) if isinstance(state, dict) else state
 
 
 def commit(folder: str | Path = Path(__file__).parent) -> str | None:
@@ -574,6 +638,7 @@ class Run:
             for file in self._logs.values():
                 os.fsync(file.fileno())
             if model is not None:
+                model = put_apart(model, self.path)
                 with atomic(self.path / "model.pt") as beside:
                     save_tensors(model, beside)
                 identity = file_id(self.path / "model.pt")

@@ -3,6 +3,7 @@ learns that is meant to be frozen.
 """
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from pagellm.model.vocab import Vocab
 from pagellm.serving.recommender import Recommender
 from pagellm.serving.sources import Sources
 from pagellm.stage.config import PageLLMError
+from pagellm.stage.run import load_model_file
 from pagellm.stage.train import optimiser
 from tests.test_pipeline import SMALL, STAGES
 
@@ -222,7 +224,7 @@ def config(root, stage, size, run="base", **more):
 
 
 def weights(root, stage, run="base"):
-    return torch.load(root / "runs" / run / stage / "model.pt", weights_only=True)
+    return load_model_file(root / "runs" / run / stage / "model.pt")
 
 
 def test_every_stage_keeps_adapters_and_frozen_weights(root):
@@ -244,6 +246,37 @@ def test_every_stage_keeps_adapters_and_frozen_weights(root):
     timing = [json.loads(line) for line in open(root / "runs" / "base" / "sft" / "timing.jsonl")]
     assert [row["step"] for row in timing] == list(range(1, len(timing) + 1))
     assert all(row["seconds"] > 0 for row in timing)
+
+
+def test_the_frozen_trunk_is_on_disk_once_and_each_stage_is_whole_by_itself(root, tmp_path):
+    """model.pt holds what learns and the hash of what does not; older files hold both."""
+    root, _ = root
+    stages = [root / "runs" / "base" / s for s in ("pretrain", "sft", "reward", "ppo")]
+    names = {tuple(p.name for p in stage.glob("frozen-*.pt")) for stage in stages}
+    ((name,),) = names  # one file, of one name, in each of the four
+    assert len({(stage / name).stat().st_ino for stage in stages}) == 1
+    for stage in stages:
+        kept = torch.load(stage / "model.pt", weights_only=True)
+        assert kept["frozen"] == name.removeprefix("frozen-").removesuffix(".pt")
+        assert all(lora.learns(n) for n in kept["weights"]) and len(kept["weights"]) > 3
+    alone = tmp_path / "sft"
+    shutil.copytree(stages[1], alone)
+    policy, ids = Policy.load(alone), torch.arange(9)[None]
+    whole = load_model_file(alone / "model.pt")
+    old = {k: v for k, v in whole.items() if k != "style"}  # as it was written before
+    assert "frozen" not in old and "word" in old["weights"]
+    with torch.no_grad():
+        assert torch.equal(from_state(old)(ids), policy.model(ids))
+    raw = bytearray((alone / name).read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (alone / name).write_bytes(raw)
+    with pytest.raises(PageLLMError, match=f"{name} is damaged; model.pt needs it"):
+        Policy.load(alone)
+    (alone / name).unlink()
+    with pytest.raises(PageLLMError, match=f"{name} is gone.*\n  Copy it from another stage"):
+        Policy.load(alone)
+    shutil.copy(stages[0] / name, alone)
+    assert Policy.load(alone).model.lora is not None
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "ppo"])
