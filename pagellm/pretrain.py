@@ -29,7 +29,7 @@ from pagellm.model.corpus import KINDS, Corpus, Tokens, texts
 from pagellm.model.networks import SIZES, load_published, published_shape, to_state
 from pagellm.model.policy import Policy, PromptStyle, Validation
 from pagellm.model.prompts import Example, Prompts, right_pad
-from pagellm.model.rows import als_rows, spectral_rows
+from pagellm.model.rows import als_rows, fit_rows, spectral_rows
 from pagellm.model.sampled_softmax import Candidates, Proposal, sampled_logp
 from pagellm.model.vocab import Vocab
 from pagellm.model.weights import folder_of
@@ -338,6 +338,7 @@ def build(config: Config, shop: Shop) -> tuple[Backbone, RatingHead, Vocab]:
         together = beside is not None and is_within(bpe, beside)
         if spare := load_published(model, config.weights, vocab.n_words, spare=together):
             say(f"{spare} word rows of {config.weights} have no word and were left out")
+        fit_rows(model, vocab.n_words, config.seed)
     if config.lora_rank:
         lora.adapt(
             model, config.lora_rank, config.lora_alpha, config.lora_targets, vocab.n_specials

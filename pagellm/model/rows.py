@@ -7,9 +7,10 @@ from torch import Tensor
 
 from pagellm.data.shop import Shop
 from pagellm.model.als import add_pseudo_users, als, item_groups, rating_targets
+from pagellm.model.backbone import Backbone
 from pagellm.stage.randomness import seed_torch
 
-__all__ = ["als_rows", "spectral_rows"]
+__all__ = ["als_rows", "fit_rows", "spectral_rows"]
 
 
 def spectral_rows(shop: Shop, n_embd: int, seed: int, weight: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -97,3 +98,31 @@ def als_rows(
     scale = row_scale / Y.std().clamp(min=1e-12)
     pad = (0, n_embd - rank)
     return F.pad(X[: shop.n_users] * scale, pad), F.pad(Y * scale, pad)
+
+
+@torch.no_grad()
+def fit_rows(model: Backbone, n_words: int, seed: int) -> None:
+    """Move new rows to where a published model's word rows are: to their mean and their spread.
+
+    Published word rows have a large part in common (of SmolLM2-135M's norm 3.2, it is 2.2), and
+    the trunk has only met rows that have it. Special tokens begin as that part and random
+    deviations of the words' spread, users as it and their own deviations, scaled to that spread.
+    Items get the common part and keep their scale, since they are scored too: the common part moves
+    all item logits alike, but at the words' spread the first pages would be as good as drawn at
+    random and certain (loss 9.7 instead of 4.8, log N 4.0: experiments/LOG.md).
+
+    n_words  the first rows of `word` are the published ones
+    """
+    words = model.word[:n_words]
+    mean = words.mean(0)
+    spread = float((words - mean).std())
+    seed_torch(seed, "pretrain", "specials")
+    specials = model.word[n_words:]
+    specials.copy_(mean + spread * torch.randn_like(specials))
+    if model.word_out is not None:
+        model.word_out[n_words:] = model.word_out[:n_words].mean(0)
+    if model.user.numel():
+        own = model.user - model.user.mean(0)
+        scale = spread / float(own.std(correction=0).clamp(min=1e-12))
+        model.user.copy_(mean + scale * own)
+    model.item.add_(mean)

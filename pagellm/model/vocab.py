@@ -12,12 +12,13 @@ text is unknown: every byte has a token.
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from pagellm.model.chat import Message, guarded, read_template, render
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import atomic, read_json
 
@@ -68,6 +69,8 @@ class Vocab:
         tokenizer.encode_special_tokens = True
         # tokens of words that were met before
         self._tokens: dict[str, list[int]] | None = {} if plain_words(tokenizer) else None
+        # how a chat is written, if the words are of a model that chats (chat.read_template)
+        self.template: dict[str, str] | None = None
         self.n_words = tokenizer.get_vocab_size()
         self.times = times
         self.n_specials = len(SPECIALS) + times
@@ -161,7 +164,9 @@ class Vocab:
                 f"{path}: {tokenizer.get_vocab_size()} words, but ids up to "
                 f"{max(tokenizer.get_vocab().values(), default=-1)}; want ids without gaps"
             )
-        return cls(tokenizer, n_users, n_items, times)
+        vocab = cls(tokenizer, n_users, n_items, times)
+        vocab.template = read_template(path.parent)
+        return vocab
 
     def special(self, name: str) -> int:
         """Token of one of SPECIALS."""
@@ -217,6 +222,30 @@ class Vocab:
             for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)
         ]
 
+    def chat(self, messages: Sequence[Message], more: bool = True) -> list[int]:
+        """Token ids of a chat, written by the template of the published model.
+
+        messages  {"role": "system", "user" or "assistant", "content": text}, in order
+        more      end with what begins an answer
+        Control tokens come from the template alone: one that a message spells is text like any
+        other. Raises PageLLMError where the model has no template, or it refuses the messages.
+        """
+        if self.template is None:
+            raise PageLLMError(
+                "these words have no chat template; take those of a model that was taught to chat "
+                "(tokenizer_config.json beside its tokenizer.json)"
+            )
+        added = self.tokenizer.get_added_tokens_decoder()
+        control = {token.content: at for at, token in added.items() if token.special}
+        safe, mark = guarded(messages, list(control))
+        text = render(self.template, safe, more)
+        names = sorted(control, key=len, reverse=True)
+        pattern = "(" + "|".join(map(re.escape, names)) + ")"
+        tokens: list[int] = []
+        for part in re.split(pattern, text) if names else [text]:
+            tokens += [control[part]] if part in control else self.words(part.replace(mark, ""))
+        return tokens
+
     def decode(self, ids: Iterable[int]) -> str:
         """Readable text of any ids: words as they were, the rest as <user 3>, <item 12>, <page>."""
         parts, run = [], []
@@ -252,6 +281,7 @@ class Vocab:
                 json.dumps(
                     {"n_users": self.n_users, "n_items": self.n_items}
                     | ({"times": self.times} if self.times else {})
+                    | ({"chat": self.template} if self.template else {})
                 )
                 + "\n"
             )
@@ -262,12 +292,14 @@ class Vocab:
         path = Path(path)
         try:
             sizes = json.loads((path / "vocab.json").read_text())
-            return cls(
+            vocab = cls(
                 Tokenizer.from_file(str(path / "tokenizer.json")),
                 sizes["n_users"],
                 sizes["n_items"],
                 sizes.get("times", 0),
             )
+            vocab.template = sizes.get("chat")
+            return vocab
         except FileNotFoundError as error:
             missing = Path(error.filename or "tokenizer.json").name
             raise PageLLMError(f"no vocabulary in {path} ({missing} is missing)") from None

@@ -138,7 +138,9 @@ def tokenizer_table(vocab: Vocab, layout: Layout) -> dict:
 
 def tokens_beside(policy: Policy, layout: Layout) -> dict:
     """tokenizer_config.json."""
-    return {
+    template = policy.vocab.template
+    chat = {"chat_template": template["template"]} if template else {}
+    return chat | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": layout.specials[0],
         "bos_token": None,

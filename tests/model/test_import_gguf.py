@@ -213,6 +213,9 @@ def test_words_cut_as_the_file_says_and_rows_without_a_word_have_none(tmp_path, 
     chat = theirs.apply_chat_template([{"role": "user", "content": "drum"}], tokenize=False)
     assert chat == "<|im_start|>drum<|im_end|>"
     assert theirs("<|im_end|>", add_special_tokens=False)["input_ids"] == [1]
+    messages = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "12 drums"}]
+    wanted = theirs.apply_chat_template(messages, tokenize=False)
+    assert vocab.chat(messages) == theirs(wanted, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize(

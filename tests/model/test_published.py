@@ -24,6 +24,7 @@ from pagellm.model.networks import (
 )
 from pagellm.model.policy import Policy
 from pagellm.model.published import shape_of
+from pagellm.model.rows import fit_rows
 from pagellm.model.vocab import Vocab
 from pagellm.stage.config import PageLLMError, parse
 
@@ -318,3 +319,28 @@ def test_weights_of_ones_own_outdo_the_size_of_a_preset(tmp_path):
     )
     assert given.size == "mini"
     assert pretrain.Config().size == "tiny"
+
+
+def test_new_rows_begin_where_the_words_are(tmp_path):
+    """At the words' mean; specials and users with their spread, items with their own.
+
+    The common part changes no distribution over items.
+    """
+    peer(tmp_path, "Llama", LLAMA)
+    model = ours(tmp_path)
+    with torch.no_grad():
+        model.word[:WORDS].add_(1.0)  # published words share a large part
+        model.item.normal_(0, 0.02)
+    before = model.item.detach().clone()
+    fit_rows(model, WORDS, seed=0)
+    words = model.word[:WORDS].detach()
+    spread = (words - words.mean(0)).std()
+    for rows in (model.word[WORDS:], model.user):
+        assert float(rows.detach().mean()) == pytest.approx(float(words.mean()), abs=0.1)
+        own = (rows.detach() - words.mean(0)).std()
+        assert float(own) == pytest.approx(float(spread), rel=0.3)
+    assert_close(model.item.detach() - words.mean(0), before, atol=1e-6, rtol=0)
+    hidden = torch.randn(3, 32)
+    with torch.no_grad():
+        got = model.item_logits(hidden).log_softmax(1)
+    assert_close(got, (hidden @ before.T).log_softmax(1), atol=1e-4, rtol=1e-4)
