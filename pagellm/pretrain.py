@@ -86,7 +86,8 @@ class Config(TrainingConfig):
     reg: float = 0.01  # als: regularisation
     row_scale: float = 0.1  # als: standard deviation of item rows; larger values make the first
     # pages more certain
-    pool: bool = False  # begin as the mean of the history's rows (gpt2.GPT2.pool)
+    pool: bool = False  # begin as the mean of the history's rows: within a GPT-2 from scratch
+    # (gpt2.GPT2.pool), beside a Llama and beside published weights (backbone.Backbone.add_pool)
     steps: int = 240  # optimiser steps
     batch: int = 64  # examples of text or items in a step
     rating_batch: int = 128  # (user, item) pairs in a step whose rating is predicted
@@ -136,10 +137,6 @@ class Config(TrainingConfig):
             disliked=(0 <= self.disliked <= 1, "0 to 1"),
             row_scale=(self.row_scale > 0, "above 0"),
             row_lr=(self.row_lr > 0, "above 0"),
-            pool=(
-                not self.pool or (self.size in gpt2.SIZES and not self.weights),
-                "off for Llama and for published weights",
-            ),
             words=(self.words >= 256, "at least 256"),
             steps=(self.steps >= 0, "0 or more"),
             times=(self.times >= 0, "0 or more"),
@@ -199,16 +196,22 @@ def next_token_loss(
     """
     device, first = model.word.device, model.n_words + model.n_users
     order = np.argsort([len(e.ids) for e in examples], kind="stable")
-    of_states, of_target, of_over = [], [], []
+    of_words, of_items, of_target, of_over = [], [], [], []
     for part in np.array_split(order, min(buckets, len(order))):
         ids = right_pad([examples[i].ids for i in part], pad)
         kept = right_pad([examples[i].mask for i in part], 0).numpy()[:, 1:] > 0
         # Find the positions that count on the CPU: asking a GPU for them would mean to wait.
         at = torch.from_numpy(np.flatnonzero(kept))
-        of_states.append(model(dist.send(ids, device))[:, :-1].flatten(0, 1)[dist.send(at, device)])
+        here, at = dist.send(ids, device), dist.send(at, device)
+        hidden = model(here, plain=True)
+        of_words.append(hidden[:, :-1].flatten(0, 1)[at])
+        if model.blend is not None:
+            hidden = model.blended(hidden, here)
+            of_items.append(hidden[:, :-1].flatten(0, 1)[at])
         of_target.append(ids[:, 1:].flatten()[at])
         of_over.append(np.repeat([examples[i].over == "items" for i in part], kept.sum(1)))
-    states, target = torch.cat(of_states), torch.cat(of_target)
+    states, target = torch.cat(of_words), torch.cat(of_target)
+    of_history = torch.cat(of_items) if of_items else states
     over = np.concatenate(of_over)
     total = states.new_zeros((), dtype=torch.float32)
     scored = (model.word if model.word_out is None else model.word_out)[:n_words]
@@ -216,7 +219,8 @@ def next_token_loss(
         at = torch.from_numpy(np.flatnonzero(chosen))
         if not len(at):
             continue
-        hidden, wanted = states[dist.send(at, device)], dist.send(target[at] - begin, device)
+        whose = of_history if rows is model.item else states
+        hidden, wanted = whose[dist.send(at, device)], dist.send(target[at] - begin, device)
         if rows is model.item and draw:
             candidates = draw(wanted)
             logp = sampled_logp(hidden, model.item_rows(candidates[0]), candidates, wanted)
@@ -331,14 +335,15 @@ def build(config: Config, shop: Shop) -> tuple[Backbone, RatingHead, Vocab]:
         with torch.no_grad():
             model.user.copy_(users)
             model.item.copy_(items)
-    if config.pool:
-        assert isinstance(model, gpt2.GPT2)  # Config refuses it for others
+    if config.pool and isinstance(model, gpt2.GPT2) and not config.weights:
         model.pool()
+    elif config.pool:
+        model.add_pool()
     if config.weights:
         together = beside is not None and is_within(bpe, beside)
         if spare := load_published(model, config.weights, vocab.n_words, spare=together):
             say(f"{spare} word rows of {config.weights} have no word and were left out")
-        fit_rows(model, vocab.n_words, config.seed)
+        fit_rows(model, vocab.n_words, config.seed, items=not config.pool)
     if config.lora_rank:
         lora.adapt(
             model, config.lora_rank, config.lora_alpha, config.lora_targets, vocab.n_specials

@@ -398,6 +398,9 @@ def new_model(config: Config, before: Path, device) -> RewardModel:
     model = RewardModel(trunk, config.compare).to(device)
     if trunk.gate is not None:
         nn.init.ones_(trunk.gate)  # the items of the page must be seen to be judged
+    if trunk.blend is not None:
+        with torch.no_grad():  # and the pooled history does not see them
+            trunk.blend[0], trunk.blend[1] = 1.0, 0.0
     trunk.checkpoint_blocks = config.checkpoint_blocks
     return model
 

@@ -498,8 +498,6 @@ def test_pages_begin_as_the_factorisation_and_learn_on(root):
     assert first["valid/NDCG@100"] > 1.2 * other["valid/NDCG@100"]
     trunk = RewardModel.load(root / "runs" / "pooled" / "reward").trunk
     assert trunk.gate.mean() > 0.9
-    with pytest.raises(PageLLMError, match="pool"):
-        config(root, "pretrain", "llama", size="llama-nano", pool=True)
 
 
 def test_a_large_catalogue_is_ranked_in_smaller_blocks_to_the_same_pages(root, monkeypatch):

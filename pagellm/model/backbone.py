@@ -32,6 +32,8 @@ class KVCache:
         self.keys = [like.new_empty(size) for _ in range(shape.n_layer)]
         self.values = [like.new_empty(size) for _ in range(shape.n_layer)]
         self.length = 0
+        # sum (B, C) and number (B, 1) of the history's rows so far, for Backbone.add_pool
+        self.pooled: tuple[Tensor, Tensor] | None = None
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new columns k, v (B, H, T, D) of one layer; return all columns so far.
@@ -50,6 +52,8 @@ class KVCache:
 
         Beams need that when they move, and several pages of one prompt when they share its columns.
         """
+        if self.pooled is not None:
+            self.pooled = (self.pooled[0][rows], self.pooled[1][rows])
         self.keys = [k[rows] for k in self.keys]
         self.values = [v[rows] for v in self.values]
 
@@ -83,6 +87,7 @@ class Backbone(nn.Module):
     word_out: nn.Parameter | None
     special: nn.Parameter | None
     gate: nn.Parameter | None
+    blend: nn.Parameter | None
 
     def __init__(self, shape, n_words: int, n_users: int, n_items: int):
         super().__init__()
@@ -99,6 +104,8 @@ class Backbone(nn.Module):
         self.item = nn.Parameter(torch.empty(n_items, shape.n_embd))
         # factor on the rows of items on the page (`add_gate`); None: 1
         self.register_parameter("gate", None)
+        # shares of the trunk's state and of the pooled history (`add_pool`); None: the state alone
+        self.register_parameter("blend", None)
         self.lora: dict | None = None  # what lora.adapt was called with
         # the backward pass computes each block again instead of keeping its activations
         self.checkpoint_blocks = False
@@ -153,6 +160,55 @@ class Backbone(nn.Module):
             else torch.full((self.shape.n_embd,), value)
         )
 
+    def add_pool(self, trunk: float = 0.0) -> None:
+        """Let states be a learnt blend of the trunk's and of the history's mean item row.
+
+        For a trunk that must stay what it is: published, or with fewer keys than channels. It
+        begins as the factorisation that the item rows come from, as GPT2.pool does: at a share of 0
+        (`trunk`) the first pages are those of the mean row. Training gives the trunk its say.
+        """
+        like = self.item if self.n_items else self.word
+        share = torch.ones_like(like[:1]).repeat(2, 1)
+        share[0] = trunk
+        self.blend = nn.Parameter(share.detach())
+        self.add_gate()
+
+    def blended(
+        self,
+        hidden: Tensor,
+        ids: Tensor,
+        valid: Tensor | None = None,
+        cache: KVCache | None = None,
+        placed: int | None = None,
+        first: int = 0,
+    ) -> Tensor:
+        """blend[0] times the state, plus blend[1] times the mean of the item rows read so far.
+
+        Rows and their mean are scaled to a mean square of 1. Items of the page do not count. A
+        state before the first item is the trunk's alone. hidden (B, T - first, C), the rest as in
+        `forward`; without `add_pool` the states come back as they are.
+        """
+        if self.blend is None:
+            return hidden
+        T, C = ids.shape[1], hidden.shape[-1]
+        item = ids - self.n_words - self.n_users
+        read = item >= 0
+        if placed is not None:
+            read = read & (torch.arange(T, device=ids.device) < placed)
+        if valid is not None:
+            read = read & valid[:, valid.shape[1] - T :]
+        rows = F.normalize(self.item_rows(item.clamp(0, max(0, self.n_items - 1))).float(), dim=-1)
+        total = torch.where(read[..., None], rows, 0.0).cumsum(1)
+        count = read.cumsum(1)[..., None]
+        if cache is not None:
+            if cache.pooled is not None:
+                total = total + cache.pooled[0][:, None]
+                count = count + cache.pooled[1][:, None]
+            cache.pooled = (total[:, -1], count[:, -1])
+        total, count = total[:, first:], count[:, first:]
+        pooled = F.normalize(total, dim=-1) * math.sqrt(C)
+        return torch.where(count > 0, self.blend[0] * hidden + self.blend[1] * pooled, hidden)
+
     def read(self, ids: Tensor, placed: int | None) -> Tensor:
         """Rows (B, T, C) of ids (B, T). From column `placed` on they are items of the page."""
         rows = self.embed(ids)
@@ -174,8 +230,9 @@ class Backbone(nn.Module):
         cache: KVCache | None = None,
         placed: int | None = None,
         first: int = 0,
+        plain: bool = False,
     ) -> Tensor:
-        """Hidden states after the last norm.
+        """Hidden states after the last norm, blended with the pooled history (`add_pool`).
 
         ids     (B, T) int64
         valid   (B, S) bool, S = cache.length + T: False on padding, left or right. Positions count
@@ -184,6 +241,7 @@ class Backbone(nn.Module):
         cache   columns already computed; the new ones are added
         placed  column of ids from which on they are items of the page, for `gate`; None: none are
         first   column from which on states are wanted; the last block computes no others
+        plain   the trunk's states alone, which words are scored by
         returns (B, T - first, C)
 
         Raises ValueError if the tokens do not fit in the context.
@@ -217,7 +275,8 @@ class Backbone(nn.Module):
                 )
         if cache is not None:
             cache.length += T
-        return self.ln_f(x)
+        hidden = self.ln_f(x)
+        return hidden if plain else self.blended(hidden, ids, valid, cache, placed, first)
 
     def item_logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., N) in float32, against the item rows only."""

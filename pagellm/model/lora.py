@@ -83,7 +83,7 @@ class LowRank(nn.Module):
 
 def learns(name: str) -> bool:
     """Whether a parameter or buffer of an adapted model learns, by its name in a saved state."""
-    return ".lora_" in name or name in ("user", "item", "special", "gate")
+    return ".lora_" in name or name in ("user", "item", "special", "gate", "blend")
 
 
 def parse_targets(text: str, known: dict) -> list[str]:
@@ -138,6 +138,8 @@ def adapt(model: Backbone, rank: int, alpha: float, targets: str, n_specials: in
     model.item.requires_grad_(True)
     if model.gate is not None:
         model.gate.requires_grad_(True)
+    if model.blend is not None:
+        model.blend.requires_grad_(True)
     model.lora = {"rank": rank, "alpha": alpha, "targets": targets, "n_specials": n_specials}
 
 

@@ -92,6 +92,8 @@ def to_state(model: Backbone) -> dict:
         state["trunk"] = model.KIND
     if model.gate is not None:
         state["gated"] = True
+    if model.blend is not None:
+        state["pooled"] = True
     if model.lora is None:
         return state
     whole = state["weights"]
@@ -110,7 +112,9 @@ def from_state(state: dict, dropout: float = 0.0) -> Backbone:
         raise PageLLMError(f"a model of the kind {kind!r}; this version knows {', '.join(TRUNKS)}")
     trunk, shape = TRUNKS[kind]
     model = trunk(shape(**state["shape"]), *state["rows"], dropout=dropout)
-    if state.get("gated"):
+    if state.get("pooled"):
+        model.add_pool()
+    elif state.get("gated"):
         model.add_gate()
     if "lora" in state:
         adapt(model, **state["lora"])
@@ -127,7 +131,7 @@ def published(model: Backbone) -> dict[str, Tensor]:
         if name == "word_out"
         else model.PREFIX + model.published_name(name): weight
         for name, weight in model.named_parameters()
-        if name not in ("user", "item", "special", "gate") and ".lora_" not in name
+        if name not in ("user", "item", "special", "gate", "blend") and ".lora_" not in name
     }
 
 

@@ -101,7 +101,7 @@ def als_rows(
 
 
 @torch.no_grad()
-def fit_rows(model: Backbone, n_words: int, seed: int) -> None:
+def fit_rows(model: Backbone, n_words: int, seed: int, items: bool = True) -> None:
     """Move new rows to where a published model's word rows are: to their mean and their spread.
 
     Published word rows have a large part in common (of SmolLM2-135M's norm 3.2, it is 2.2), and
@@ -112,6 +112,7 @@ def fit_rows(model: Backbone, n_words: int, seed: int) -> None:
     random and certain (loss 9.7 instead of 4.8, log N 4.0: experiments/LOG.md).
 
     n_words  the first rows of `word` are the published ones
+    items    False: items stay as they are, for a pooled start, which averages their own parts
     """
     words = model.word[:n_words]
     mean = words.mean(0)
@@ -125,4 +126,5 @@ def fit_rows(model: Backbone, n_words: int, seed: int) -> None:
         own = model.user - model.user.mean(0)
         scale = spread / float(own.std(correction=0).clamp(min=1e-12))
         model.user.copy_(mean + scale * own)
-    model.item.add_(mean)
+    if items:
+        model.item.add_(mean)

@@ -101,6 +101,7 @@ def marginal_reward(
         # The prompt and the page were read once; only the new item's column is computed here.
         mine = KVCache(trunk.shape, 0, 0, trunk.word)
         mine.keys, mine.values, mine.length = cache.keys, cache.values, cache.length
+        mine.pooled = cache.pooled
         mine.select(row)
         one = torch.ones(len(row), 1, dtype=torch.bool, device=device)
         added = item[row, column]

@@ -321,6 +321,7 @@ class Recommender:
                 columns = (
                     kv[:, :, row, :, ids.shape[1] - len(key[2]) :].clone(),
                     hidden[row].clone(),
+                    *(x[row].clone() for x in cache.pooled or ()),
                 )
                 kept[key] = columns
                 self.cache.put(
@@ -337,6 +338,9 @@ class Recommender:
             kv[:, :, row, :, P - len(key[2]) : P] = kept[key][0]
         cache = KVCache(shape, 0, 0, model.word)
         cache.keys, cache.values, cache.length = list(kv[0]), list(kv[1]), P
+        if model.blend is not None:
+            total, count = (torch.stack([kept[key][part] for key in keys]) for part in (2, 3))
+            cache.pooled = (total, count)
         return ids, valid, (cache, torch.stack([kept[key][1] for key in keys]))
 
     @torch.no_grad()

@@ -170,6 +170,12 @@ def export_transformers(
     folder = Path(folder)
     policy.check_room(k)
     layout = Layout(policy, shop)
+    if policy.model.blend is not None:
+        raise PageLLMError(
+            "this policy began with --pool beside a published or Llama trunk: its states are a "
+            "blend with the history's mean item row, which no network of transformers computes\n"
+            "  Its embeddings can be exported (--format embeddings), and pagellm serve serves it."
+        )
     merged = lora.is_merged(policy.model)
     weights, config = weights_of(policy.model, layout)
     beside = folder.with_name(f".{folder.name}.tmp")

@@ -194,6 +194,7 @@ def optimiser(
     for module in model.modules():
         if hasattr(module, "lazy"):
             module.lazy = lazy  # type: ignore[assignment]
+    looked = ("wpe", "word", "word_out", "special", "gate", "blend")
     rows, matrices, looked_up, rest = [], [], [], []
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
@@ -201,9 +202,9 @@ def optimiser(
         last = name.rsplit(".", 1)[-1]
         if last in ("user", "item"):
             rows.append(weight)
-        elif weight.ndim >= 2 and last not in ("wpe", "word", "word_out", "special"):
+        elif weight.ndim >= 2 and last not in ("wpe", "word", "word_out", "special", "blend"):
             matrices.append(weight)
-        elif row_lr != 1.0 and last in ("wpe", "word", "word_out", "special", "gate"):
+        elif row_lr != 1.0 and last in looked:
             looked_up.append(weight)
         else:
             rest.append(weight)
