@@ -60,7 +60,6 @@ class Config(StageConfig):
 
     minutes: float = 15.0  # that all of it may take on this machine; an estimate decides what fits
     k: int = 20  # slots of a page
-    fresh: bool = False  # tune although the data set has a preset
 
     def __post_init__(self):
         super().__post_init__()
@@ -348,7 +347,6 @@ def keep(t: Tuning, mode: str) -> dict:
     policies = ["popularity", *(s for s in ("sft", "ppo", "compose") if s in kept)]
     t.presets["evaluate"] = {"policies": ",".join(policies), "mode": mode, "k": c.k}
     t.presets["baselines"] |= {"k": c.k}
-    t.presets |= {"recommend": {"mode": mode}, "serve": {"mode": mode}}
     why = f"found by pagellm tune --dataset {c.dataset} --minutes {c.minutes:g}, on validation rows"
     for stage, options in t.presets.items():
         write_preset(c.kept / stage, options, why)
@@ -391,7 +389,7 @@ def run(config: Config) -> dict:
     if dist.world() > 1:
         raise PageLLMError("tune works in one process: leave NPROC or torchrun out")
     inputs = {"data": file_id(config.data_dir / "source.json")}
-    with Run(config.stage("tune"), config, inputs, ("fresh",)) as out:
+    with Run(config.stage("tune"), config, inputs) as out:
         if out.already_done():
             print((out.path / "table.txt").read_text())
             return read_json(out.path / "choice.json")

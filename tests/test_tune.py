@@ -1,5 +1,6 @@
 """pagellm tune and pagellm fit, with a plan of a few steps: what is kept, and carried on."""
 
+import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from pagellm import pipeline, pretrain, sft, tune
+from pagellm.__main__ import VERBS
 from pagellm.stage import presets
 from pagellm.stage.config import PageLLMError, parse
 from pagellm.stage.files import write_json
@@ -86,6 +88,15 @@ def test_every_stage_kept_is_there_and_done_with_the_preset_of_the_run(whole):
     # another run of the same shop has the data set's preset
     other = parse(pretrain.Config, [*words[:2], "--run=other"], "pagellm pretrain", "pretrain")
     assert other.preset == "synthetic/pretrain"
+
+
+def test_every_preset_of_the_run_is_read_by_its_command(whole):
+    words = [f"--data={whole}/data", f"--runs={whole}/runs", "--run=all"]
+    found = [p.name for p in (whole / "runs/all/preset").iterdir() if p.suffix != ".json"]
+    assert {"pretrain", "sft", "baselines", "evaluate"} <= set(found)
+    for verb in found:
+        made = parse(importlib.import_module(VERBS[verb]).Config, words, f"pagellm {verb}", verb)
+        assert made.preset == str(whole / "runs/all/preset" / verb)
 
 
 def test_a_stage_asked_again_says_that_it_is_done(whole, capsys):
