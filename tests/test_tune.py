@@ -224,7 +224,7 @@ def test_a_stage_pays_where_it_is_ahead_and_in_no_accuracy_behind():
     assert not pays(compared(worse, base))
 
 
-def test_what_is_wrong_is_said(tmp_path, served):
+def test_what_is_wrong_is_said():
     with pytest.raises(PageLLMError, match="minutes"):
         tune.Config(minutes=0)
     with pytest.raises(PageLLMError, match="auto, always, never"):
