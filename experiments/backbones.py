@@ -217,7 +217,7 @@ def train(config: Config, row: str, seed: int, start: tuple[str, str, str]) -> s
     alone(sft, **common, **config.options("sft"))
     if config.policy == "ppo":
         alone(reward, **common, **config.options("reward"))
-        alone(ppo, **common, **config.options("ppo"))
+        alone(ppo, **common, **{"force": True} | config.options("ppo"))
     alone(
         evaluate,
         **common,

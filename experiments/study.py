@@ -129,7 +129,12 @@ def run_variant(name: str, dataset: str, variant: Variant, seed: int, stages: St
         own = f"{base}-{slug(variant.name)}"
         ppo.run(
             ppo.Config(
-                run=own, source_run=base, reward_run=judge, **common, **stages.ppo | variant.ppo
+                run=own,
+                source_run=base,
+                reward_run=judge,
+                **common,
+                # A study asks what training does, whatever the gate before it would say.
+                **{"force": True} | stages.ppo | variant.ppo,
             )
         )
     scoring: dict[str, Any] = {"examples": 0, "quiet": True} | stages.evaluate

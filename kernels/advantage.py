@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .checks import compute_dtype, kept, require
 
-__all__ = ["gae"]
+__all__ = ["gae", "group_advantage"]
 
 # A block of steps is as long as its weights ratio^t stay above 2^-RANGE. A float32 has full
 # precision down to 2^-126, so weighted entries keep it if they are above 2^-62 = 2e-19. The length
@@ -170,3 +170,35 @@ def by_doubling(x: Tensor, ratio: float) -> Tensor:
         total[:, :-shift] += total[:, shift:] * ratio**shift
         shift *= 2
     return total
+
+
+def group_advantage(total: Tensor, samples: int, kind: str) -> Tensor:
+    """The advantage of each of a group's pages over the others: no critic is needed.
+
+        rloo     R_i - mean of the other R_j              Ahmadian et al., arXiv 2402.14740
+        grpo     (R_i - mean R) / standard deviation of R  Shao et al., arXiv 2402.03300
+        dr_grpo  R_i - mean R                              Liu et al., arXiv 2503.20783
+
+    total    (B,) float  the reward R of every page; the pages of a group are neighbours
+    samples  pages of a group, 2 or more; divides B
+    returns  (B,) float, sums to 0 over every group; grpo: 0 where all of a group earn the same
+
+    Raises ValueError for an unknown kind, for groups of one, and where samples does not divide B.
+    """
+    if kind not in ("rloo", "grpo", "dr_grpo"):
+        raise ValueError(f"group_advantage: kind={kind!r}: want rloo, grpo or dr_grpo")
+    if total.dim() != 1 or samples < 2 or len(total) % samples:
+        raise ValueError(
+            f"group_advantage: total {tuple(total.shape)} in groups of {samples}: want (B,), and "
+            "groups of 2 or more that divide it"
+        )
+    group = total.view(-1, samples)
+    centred = group - group.mean(1, keepdim=True)
+    if kind == "rloo":
+        centred = centred * (samples / (samples - 1))
+    elif kind == "grpo":
+        # Equal rewards differ by rounding alone, which must not be blown up to size 1.
+        spread = group.std(1, keepdim=True)
+        floor = 1e-6 * group.abs().amax(1, keepdim=True).clamp(min=1e-6)
+        centred = torch.where(spread > floor, centred / spread.clamp(min=1e-12), 0.0)
+    return centred.flatten()

@@ -52,6 +52,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Online tests": {
         "abtest": ("pagellm.online.abtest", "plan or read an A/B test from a log"),
         "simulator": ("pagellm.online.simulator", "an A/B test with simulated visitors"),
+        "simulate": ("pagellm.online.simulate", "log pages of an exploring policy, simulated"),
         "ope": ("pagellm.online.ope", "what a policy would earn, from another policy's log"),
     },
 }

@@ -167,24 +167,6 @@ def plain_rows(
     return rows, frontier
 
 
-def within_users(score: np.ndarray, picked: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """Correlation of a score with the picks among each user's candidates; NaN without a pick.
-
-    score, picked, there (U, M) -> (U,)
-    """
-    x, y = (np.where(there, v, np.nan).astype(float) for v in (score, picked))
-    x, y = (v - np.nanmean(v, 1, keepdims=True) for v in (x, y))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.nansum(x * y, 1) / np.sqrt(np.nansum(x * x, 1) * np.nansum(y * y, 1))
-
-
-def reliability(chance: np.ndarray, picked: np.ndarray, there: np.ndarray) -> list[float]:
-    """Observed over predicted picks in ten bins of equally many candidates, by rising chance."""
-    p, y = chance[there], picked[there]
-    bins = np.array_split(np.argsort(p, kind="stable"), 10)
-    return [round(float(y[b].sum() / max(p[b].sum(), 1e-12)), 4) for b in bins]
-
-
 def choose_taste(
     config: Config,
     shop: Shop,
@@ -276,14 +258,14 @@ def run(config: Config) -> None:
 
         opinions = {"outcome": chance} | ({} if policy is None else {"policy": other})
         knows = {
-            name: stats.summary(within_users(score, picked, there), config.seed)
+            name: stats.summary(stats.within_users(score, picked, there), config.seed)
             for name, score in opinions.items()
         }
         result = {
             "taste": asdict(composer.taste),
             "tried": tried,
             "calibration": asdict(composer.scale),
-            "reliability": reliability(chance, picked, there),
+            "reliability": stats.reliability(chance, picked, there),
             "correlation": knows,
             "processor_seconds": took,
         }

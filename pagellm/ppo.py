@@ -1,8 +1,8 @@
 """PPO: sample pages, score them with the reward model, and learn, held near the SFT policy by KL.
 
-Reads   data/<dataset>, runs/<run>/sft, runs/<run>/reward
+Reads   data/<dataset>, runs/<run>/sft, runs/<run>/reward; --item_reward outcome: runs/<run>/compose
 Writes  runs/<run>/ppo      model.pt of the step with the best validation score, log.jsonl,
-                            samples.jsonl (some pages at each validation)
+                            samples.jsonl (some pages at each validation), gate.json
 
     make ppo                pagellm ppo --dataset synthetic --kl_coef 0.02
 
@@ -15,13 +15,16 @@ About two minutes for the synthetic shop on two CPU cores. One step (Eq. 9 to 11
       -> gae -> whiten -> inner epochs of minibatches -> clipped policy and value loss -> step
 
 There is no dropout anywhere in here: the ratio must be 1 before the first update.
+
+Before the first step a gate asks whether the reward knows more of validation hits than SFT's own
+logits do (ppo_gate.py). If it does not, the SFT policy is kept and the stage ends well.
 """
 
 import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ from tqdm import tqdm
 from pagellm.data.shop import Shop, load
 from pagellm.kernels import masked
 from pagellm.model.backbone import Backbone
+from pagellm.model.composer import Composer
 from pagellm.model.decode import (
     LegalItems,
     page_logp,
@@ -42,21 +46,26 @@ from pagellm.model.decode import (
     slot_states,
     trim_padding,
 )
+from pagellm.model.draws import draw, drawn_logp, first_kl, first_logits
 from pagellm.model.networks import from_state
+from pagellm.model.outcome_reward import OutcomeReward
 from pagellm.model.page_loss import Batch, page_batch, sft_loss
 from pagellm.model.policy import MODES, Policy, Validation
 from pagellm.model.reward_model import Critic, RewardModel
 from pagellm.model.shortlist import Proposals, Shortlist, best_items
 from pagellm.pages import metrics
 from pagellm.pages.truth import PageMaker
+from pagellm.ppo_gate import CLOSED, crossed_calibration, knowledge, said, validation_users
 from pagellm.ppo_step import (
     AdaptiveKL,
     Rollout,
     RunningMoments,
     advantages,
     exact_kl,
+    gated,
     legal_logits,
     normalise,
+    page_pay,
     policy_loss,
     reward_terms,
     step_reward,
@@ -76,6 +85,7 @@ from pagellm.ppo_watch import (
 from pagellm.stage import dist, hints, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.files import read_json, write_json
 from pagellm.stage.run import Run, TrainingConfig, file_id, finished, load_model_file
 from pagellm.stage.train import (
     Best,
@@ -91,6 +101,9 @@ from pagellm.stage.train import (
 
 __all__ = ["Config", "run"]
 
+GROUPED = ("rloo", "grpo", "dr_grpo")  # these compare the pages of one user
+ALGOS = ("ppo", "reinforce", *GROUPED, "expert")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainingConfig):
@@ -98,12 +111,22 @@ class Config(TrainingConfig):
 
     source_run: str = ""  # run whose sft is read; empty: this run (studies share one)
     reward_run: str = ""  # run whose reward model is read; empty: the same as source_run
-    algo: str = "ppo"  # ppo, reinforce (Eq. 11 minus the batch mean),
-    # rloo (minus the user's other pages)
+    item_reward: str = (
+        "pairs"  # what pays a slot: pairs, the reward model's token head; or outcome,
+    )
+    # the chance of a pick, by the outcome model of the stage compose
+    compose_run: str = ""  # run whose outcome model is read; empty: the same as source_run
+    gate_users: int = 1000  # validation users of the gate before training; 0: all
+    gate_pages: int = 16  # pages drawn for each of them
+    force: bool = False  # train even if the reward knows nothing that the policy does not
+    algo: str = "ppo"  # ppo; reinforce (Eq. 11 minus the batch mean); rloo, grpo or dr_grpo (a page
+    # against the user's other pages); expert (likelihood of maximised pages)
+    draw: str = "auto"  # how pages are drawn: slots, one slot after another; one_shot, all from the
+    # first slot's distribution, without a critic; auto: slots for ppo and reinforce
     epochs: float = 1.5  # passes over the users (the paper: 5)
     min_steps: int = 45  # at least this many steps, however few the users
     rollout: int = 64  # pages sampled in a step
-    samples: int = 1  # pages of one user among them; rloo wants 2 or more
+    samples: int = 1  # pages of one user among them; rloo, grpo and dr_grpo want 2 or more
     minibatch: int = 64  # pages in one optimiser update; divides rollout
     micro: int = 64  # pages in one forward pass: buys memory, moves no gradient
     inner_epochs: int = 4  # passes over a rollout; 1 makes reinforce exactly Eq. 11
@@ -134,6 +157,8 @@ class Config(TrainingConfig):
     # nothing learnt judges
     sft_coef: float = 0.0  # weight of SFT's loss on the users of a rollout,
     # nats per slot of their pages
+    relevance_gate: int = 0  # an item beyond SFT's best so many for the user earns no item reward
+    # above 0; 0: no such gate
     label_share: float = 0.2  # share of a user's train items that w_hit and sft_coef hide from the
     # prompt
     max_page: int = 40  # longest page that SFT's loss reads
@@ -144,10 +169,10 @@ class Config(TrainingConfig):
     eval_every: int = 10  # steps between validations
     eval_users: int = 500  # users in a validation; 0: all that have validation items
     patience: int = 0  # stop after so many validations in a row without a better one; 0: never
-    mode: str = "greedy"  # decoding in validation: greedy, beam or one_shot
+    mode: str = "greedy"  # decoding in validation: greedy, beam, one_shot or hybrid
     select: str = "energy"  # validation score that decides the weights kept: energy, ndcg or last
     min_accuracy: float = 0.9  # a kind of pair below this accuracy draws a warning
-    strict: bool = False  # stop instead of warning: low reward accuracy, any alarm
+    strict: bool = False  # stop at any alarm
 
     def __post_init__(self):
         super().__post_init__()
@@ -170,12 +195,17 @@ class Config(TrainingConfig):
                 "value_clip",
                 "eval_every",
                 "kl_horizon",
+                "gate_pages",
             )
         }
         check(
             self,
             **positive,
-            algo=(self.algo in ("ppo", "reinforce", "rloo"), "ppo, reinforce or rloo"),
+            algo=(self.algo in ALGOS, ", ".join(ALGOS)),
+            draw=(self.draw in ("auto", "slots", "one_shot"), "auto, slots or one_shot"),
+            relevance_gate=(self.relevance_gate >= 0, "0 or more"),
+            item_reward=(self.item_reward in ("pairs", "outcome"), "pairs or outcome"),
+            gate_users=(self.gate_users >= 0, "0 or more"),
             clip=(0 < self.clip < 1, "between 0 and 1"),
             candidates=(
                 self.candidates == 0 or self.candidates >= max(4, self.k),
@@ -205,34 +235,101 @@ class Config(TrainingConfig):
             raise PageLLMError(
                 f"rollout={self.rollout} is not a multiple of samples={self.samples}"
             )
-        if self.algo == "rloo" and self.samples < 2:
+        if self.algo in GROUPED and self.samples < 2:
             raise PageLLMError(
-                "algo=rloo compares pages of one user: want samples of 2 or more, e.g. --samples 4"
+                f"algo={self.algo} compares pages of one user: want samples of 2 or more, e.g. "
+                "--samples 8 --rollout 512 --minibatch 512"
+            )
+        if self.candidates and (self.once or self.relevance_gate):
+            raise PageLLMError(
+                "candidates shorten pages that are drawn slot by slot: leave it at 0 with pages "
+                "drawn at once (one pass scores all items there) and with relevance_gate"
+            )
+        if self.algo in ("ppo", "reinforce") and self.draw == "one_shot":
+            raise PageLLMError(
+                f"algo={self.algo} has a critic, which reads a page slot by slot: want draw=slots, "
+                "or one of " + ", ".join(GROUPED)
+            )
+        if self.algo == "expert" and (not self.reads_outcome or self.draw == "slots"):
+            raise PageLLMError(
+                "algo=expert learns the pages that maximise the outcome reward, all slots at once: "
+                "want --item_reward outcome and w_token above 0, and no --draw slots"
             )
         if self.w_token == self.w_page == self.w_hit == 0:
             raise PageLLMError("w_token, w_page and w_hit are all 0: nothing to optimise")
+        if self.item_reward == "outcome" and self.w_hit > 0:
+            raise PageLLMError(
+                "w_hit pays for train items, and the outcome model has learnt from them: take "
+                "--w_hit 0 with --item_reward outcome, or --item_reward pairs"
+            )
+
+    @property
+    def once(self) -> bool:
+        """Whether all slots of a page come from the first slot's distribution, without a critic."""
+        return self.draw == "one_shot" or (
+            self.draw == "auto" and self.algo in (*GROUPED, "expert")
+        )
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether the reward model of pairs pays anything."""
+        return self.w_page > 0 or (self.w_token > 0 and self.item_reward == "pairs")
+
+    @property
+    def reads_outcome(self) -> bool:
+        """Whether the outcome model pays anything."""
+        return self.w_token > 0 and self.item_reward == "outcome"
 
 
 @dataclass
 class Networks:
-    """The policy that learns, the SFT policy it is held to, the reward model, and the critic."""
+    """The policy that learns, the SFT policy it is held to, what judges pages, and the critic.
+
+    reward    the reward model of pairs; None if it pays nothing
+    outcome   pays the slots in the place of its token head, if given
+    """
 
     policy: Policy
     ref: Backbone
-    reward: RewardModel
+    reward: RewardModel | None
     critic: Critic
+    outcome: OutcomeReward | None = None
 
     @classmethod
     def load(cls, config: Config, sft_dir: Path, reward_dir: Path, device) -> "Networks":
-        """The critic's trunk begins as the reward model's. Reference and reward are frozen."""
+        """The critic's trunk begins as the reward model's, or SFT's. What judges is frozen."""
         policy = Policy.load(sft_dir, device)
         policy.check_room(config.k)
         ref = from_state(load_model_file(sft_dir / "model.pt")).to(device).eval()
-        reward = RewardModel.load(reward_dir, device).requires_grad_(False)
-        critic = Critic(from_state(load_model_file(reward_dir / "model.pt"))).to(device).eval()
+        reward = None
+        if config.reads_pairs:
+            reward = RewardModel.load(reward_dir, device).requires_grad_(False)
+        trunk_dir = reward_dir if config.reads_pairs else sft_dir
+        critic = Critic(from_state(load_model_file(trunk_dir / "model.pt"))).to(device).eval()
         for trunk in (policy.model, critic.trunk):
             trunk.checkpoint_blocks = config.checkpoint_blocks
         return cls(policy, ref.requires_grad_(False), reward, critic)
+
+    def judge(
+        self,
+        user: np.ndarray,
+        group: np.ndarray,
+        prompt: Tensor,
+        valid: Tensor,
+        item: Tensor,
+        mask: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Rewards of pages before weighting: token (B, K), page (B,).
+
+        user, group  (B,) whose pages they are, and which of them share a prompt
+        """
+        token, page = torch.zeros(mask.shape, device=mask.device), mask.new_zeros(len(mask)).float()
+        if self.reward is not None:
+            start = share_prompts(prompt, valid, item.shape[1], group, self.reward.trunk)
+            token, page = self.reward(prompt, valid, item, mask, start)
+        if self.outcome is not None:
+            token = self.outcome(user, item, mask)
+        return token, page
 
 
 @dataclass
@@ -243,7 +340,7 @@ class Asked:
     prompt: Tensor  # (B, P)
     valid: Tensor  # (B, P)
     excluded: Tensor  # (B, E) items that no page may hold, padded with -1
-    uniform: Tensor  # (B, K) float64 in [0, 1): the numbers that draw the pages
+    uniform: Tensor  # (B, K) in [0, 1): the numbers that draw the pages; one-shot: (B, N)
     taught: Batch | None  # the hidden train items as pages, if w_hit or sft_coef needs them
     proposed: Tensor | None = None  # (B, M) items proposed for shortlists, padded with -1
 
@@ -277,8 +374,9 @@ class Prompts:
         # Micro-batches of like length need little padding.
         order = np.argsort(self.history.counts()[users], kind="stable")
         users = users[order].repeat(config.samples)
+        width = self.policy.model.n_items if config.once else config.k
         draws = [
-            randomness.rng(seed, "ppo", "sample", step, int(u), i % config.samples).random(config.k)
+            randomness.rng(seed, "ppo", "sample", step, int(u), i % config.samples).random(width)
             for i, u in enumerate(users)
         ]
         uniform = dist.send(torch.from_numpy(np.stack(draws)), self.device)
@@ -342,63 +440,120 @@ def draw_shortlists(
     begun = shared_start(policy, prompt[first], valid[first], config.k, group)
     # `first` are the first pages of their users, so the state of each is that user's.
     hidden = begun[1][first]
-    found = best_items(hidden, policy.item, excluded[first], config.candidates, proposed[first])
+    found = best_items(
+        hidden, policy.scored_items(), excluded[first], config.candidates, proposed[first]
+    )
     return Shortlist(policy, found[group]), begun
 
 
-@torch.no_grad()
-def roll_out(config: Config, nets: Networks, asked: Asked) -> Rollout:
-    """Sample pages, then score them: one pass each of policy, reference, reward model and critic.
-
-    Several processes share the pages and then exchange all results.
+def drawn_by_slot(
+    config: Config, nets: Networks, asked: Asked, index: np.ndarray
+) -> dict[str, Tensor]:
+    """Pages sampled slot by slot, and all that is measured on them: fields of Rollout.
 
     old_logp comes from a pass over the finished page, the same pass that the updates make, and not
     from the cached generation. So the ratio starts at 1 to the last bit.
     """
-    policy, tau, parts = nets.policy.model, config.temperature, []
+    policy, tau, rows = nets.policy.model, config.temperature, at_rows(asked, index)
+    (p, v), x = trim_padding(asked.prompt[rows], asked.valid[rows]), asked.excluded[rows]
+    group = index // config.samples
+    start = partial(share_prompts, p, v, config.k, group)
+    short = ref_short = None
+    if asked.proposed is None:
+        legal, begun = LegalItems(x, policy.n_items), start(policy)
+    else:
+        short, begun = draw_shortlists(config, policy, p, v, x, asked.proposed[rows], index)
+        ref_short, legal = Shortlist(nets.ref, short.candidates), short.constraint()
+    pages = sample(policy, p, v, legal, asked.uniform[rows], tau, begun, short)
+    item, mask = pages.item, pages.mask
+    states = slot_states(policy, p, v, item, mask)
+    ref_states = slot_states(nets.ref, p, v, item, mask, start(nets.ref))
+    token, page = nets.judge(asked.users[index], group, p, v, item, mask)
+    if short is None or ref_short is None:
+        head, ref_head = policy.scored_items(), nets.ref.scored_items()
+        old, entropy = page_logp(states, head, item, mask, x, tau, with_entropy=True)
+        old_ref = page_logp(ref_states, ref_head, item, mask, x, tau)
+        logits = legal_logits(states, policy, item, x)
+        ref_logits = legal_logits(ref_states, nets.ref, item, x)
+        token = gated(token, ref_logits[:, 0], item, config.relevance_gate)
+    else:
+        old, entropy = short.logp(states, item, mask, tau)
+        old_ref, _ = ref_short.logp(ref_states, item, mask, tau)
+        logits = short.legal_logits(states, item, mask)
+        ref_logits = ref_short.legal_logits(ref_states, item, mask)
+    exact = exact_kl(logits / tau, ref_logits / tau, mask)
+    value = nets.critic(p, v, item, mask, start(nets.critic.trunk))
+    return {
+        "item": item,
+        "mask": mask,
+        "old_logp": old,
+        "ref_logp": old_ref,
+        "value": value,
+        "token": token,
+        "page": page,
+        "entropy": entropy,
+        "kl_exact": exact,
+        "drift": (pages.logp - old).abs(),
+        **({} if short is None else {"candidates": short.candidates}),
+    }
+
+
+def drawn_at_once(
+    config: Config, nets: Networks, asked: Asked, index: np.ndarray
+) -> dict[str, Tensor]:
+    """The same of pages drawn from the first slot alone (draws.py), or, expert, of maximised ones.
+
+    A prompt is read once, however many pages are drawn for it. There is no critic: values are 0.
+    """
+    rows, users = at_rows(asked, index), asked.users[index]
+    first, at = distinct(index // config.samples, rows.device)
+    p, v, x = (x[rows][first] for x in (asked.prompt, asked.valid, asked.excluded))
+    logits, ref_logits = (first_logits(m, p, v, x) for m in (nets.policy.model, nets.ref))
+    z, ref = logits / config.temperature, ref_logits / config.temperature
+    if config.algo == "expert" and nets.outcome is not None:
+        item = dist.send(torch.from_numpy(nets.outcome.maximise(users, config.k)), rows.device)
+        mask = item >= 0
+    else:
+        pages = draw(z[at], asked.uniform[rows], config.k)
+        item, mask = pages.item, pages.mask
+    old, entropy = drawn_logp(z, item, mask, at)
+    old_ref, _ = drawn_logp(ref, item, mask, at)
+    token, page = nets.judge(users, index // config.samples, p[at], v[at], item, mask)
+    token = gated(token, ref_logits[at], item, config.relevance_gate)
+    return {
+        "item": item,
+        "mask": mask,
+        "old_logp": old,
+        "ref_logp": old_ref,
+        "value": torch.zeros_like(old),
+        "token": token,
+        "page": page,
+        "entropy": entropy,
+        "kl_exact": first_kl(z[at], ref[at], mask),
+        "drift": torch.zeros_like(old),
+    }
+
+
+def at_rows(asked: Asked, index: np.ndarray) -> Tensor:
+    return torch.from_numpy(index).to(asked.prompt.device)
+
+
+def distinct(group: np.ndarray, device) -> tuple[Tensor, Tensor]:
+    """The first row of every group, and the place of each row's group among them."""
+    _, first, at = np.unique(group, return_index=True, return_inverse=True)
+    return torch.from_numpy(first).to(device), torch.from_numpy(at).to(device)
+
+
+@torch.no_grad()
+def roll_out(config: Config, nets: Networks, asked: Asked) -> Rollout:
+    """Draw pages, then score them by policy, reference, what judges, and critic.
+
+    Several processes share the pages and then exchange all results.
+    """
+    measure, parts = drawn_at_once if config.once else drawn_by_slot, []
     mine, busy = dist.shard(np.arange(len(asked.prompt)))
     for index in np.split(mine, range(config.micro, len(mine), config.micro)):
-        rows = torch.from_numpy(index).to(asked.prompt.device)
-        (p, v), x = trim_padding(asked.prompt[rows], asked.valid[rows]), asked.excluded[rows]
-        start = partial(share_prompts, p, v, config.k, index // config.samples)
-        short = ref_short = None
-        if asked.proposed is None:
-            legal, begun = LegalItems(x, policy.n_items), start(policy)
-        else:
-            short, begun = draw_shortlists(config, policy, p, v, x, asked.proposed[rows], index)
-            ref_short, legal = Shortlist(nets.ref, short.candidates), short.constraint()
-        pages = sample(policy, p, v, legal, asked.uniform[rows], tau, begun, short)
-        item, mask = pages.item, pages.mask
-        states = slot_states(policy, p, v, item, mask)
-        ref_states = slot_states(nets.ref, p, v, item, mask, start(nets.ref))
-        if short is None or ref_short is None:
-            old, entropy = page_logp(states, policy.item, item, mask, x, tau, with_entropy=True)
-            old_ref = page_logp(ref_states, nets.ref.item, item, mask, x, tau)
-            logits = legal_logits(states, policy, item, x)
-            ref_logits = legal_logits(ref_states, nets.ref, item, x)
-        else:
-            old, entropy = short.logp(states, item, mask, tau)
-            old_ref, _ = ref_short.logp(ref_states, item, mask, tau)
-            logits = short.legal_logits(states, item, mask)
-            ref_logits = ref_short.legal_logits(ref_states, item, mask)
-        exact = exact_kl(logits / tau, ref_logits / tau, mask)
-        token, page = nets.reward(p, v, item, mask, start(nets.reward.trunk))
-        value = nets.critic(p, v, item, mask, start(nets.critic.trunk))
-        parts.append(
-            {
-                "item": item,
-                "mask": mask,
-                "old_logp": old,
-                "ref_logp": old_ref,
-                "value": value,
-                "token": token,
-                "page": page,
-                "entropy": entropy,
-                "kl_exact": exact,
-                "drift": (pages.logp - old).abs(),
-            }
-            | ({} if short is None else {"candidates": short.candidates})
-        )
+        parts.append(measure(config, nets, asked, index))
     found: dict[str, Any] = {
         name: torch.cat([part[name] for part in parts])[: None if busy else 0] for name in parts[0]
     }
@@ -409,6 +564,52 @@ def roll_out(config: Config, nets: Networks, asked: Asked) -> Rollout:
         }
     found["drift"] = float(found["drift"].max())
     return Rollout(asked.prompt, asked.valid, asked.excluded, **found)
+
+
+def once_loss(
+    learner: Objective,
+    config: Config,
+    r: Rollout,
+    rows: Tensor,
+    advantage: Tensor,
+    ret: Tensor,
+    learn_policy: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`minibatch_loss` for pages drawn at once: policy alone, one pass for each prompt.
+
+    expert  minus the mean log-probability of a slot, in the place of the clipped objective
+    """
+    x, mask, policy = r.item[rows], r.mask[rows], learner.policy
+    first, at = distinct((rows // config.samples).cpu().numpy(), rows.device)
+    p, v, gone = (t[rows[first]] for t in (r.prompt, r.valid, r.excluded))
+    logits = first_logits(policy, *trim_padding(p, v), gone) / config.temperature
+    logp, entropy = drawn_logp(logits, x, mask, at)
+    old, A, row = r.old_logp[rows], advantage[rows], {}
+    loss, row["policy/clipfrac"] = policy_loss(logp, old, A, mask, config.clip)
+    if config.algo == "expert":
+        loss = -masked.mean(logp, mask)
+    bonus = masked.mean(entropy, mask)
+    row |= policy_row(logp.detach(), old, A, mask, config.clip)
+    row |= {"policy/loss": loss.detach(), "policy/entropy": bonus.detach()}
+    loss = loss - config.entropy_coef * bonus
+    return kept_likelihood(config, policy, r, rows, loss, row, "multinomial")
+
+
+def kept_likelihood(
+    config: Config,
+    policy: Backbone,
+    r: Rollout,
+    rows: Tensor,
+    loss: Tensor,
+    row: dict[str, Tensor],
+    objective: str,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss with SFT's beside it, if sft_coef asks for it, weighted by slots."""
+    if r.sft is not None:
+        b, slots = r.sft.select(rows), r.mask[rows].sum().clamp(min=1)
+        taught = sft_loss(policy, b, objective) * b.mask.sum() / slots
+        loss, row["policy/sft_loss"] = loss + config.sft_coef * taught, taught.detach()
+    return loss, row
 
 
 def minibatch_loss(
@@ -439,7 +640,7 @@ def minibatch_loss(
             short = Shortlist(learner.policy, r.candidates[rows])
             logp, entropy = short.logp(states, x, mask, tau)
         else:
-            head, gone = learner.policy.item, r.excluded[rows]
+            head, gone = learner.policy.scored_items(), r.excluded[rows]
             logp, entropy = page_logp(states, head, x, mask, gone, tau, with_entropy=True)
         old, A = r.old_logp[rows], advantage[rows]
         p_loss, row["policy/clipfrac"] = policy_loss(logp, old, A, mask, config.clip)
@@ -447,10 +648,7 @@ def minibatch_loss(
         loss = loss + p_loss - config.entropy_coef * bonus
         row |= policy_row(logp.detach(), old, A, mask, config.clip)
         row |= {"policy/loss": p_loss.detach(), "policy/entropy": bonus.detach()}
-        if r.sft is not None:
-            b = r.sft.select(rows)
-            taught = sft_loss(learner.policy, b, "both") * b.mask.sum() / mask.sum().clamp(min=1)
-            loss, row["policy/sft_loss"] = loss + config.sft_coef * taught, taught.detach()
+        return kept_likelihood(config, learner.policy, r, rows, loss, row, "both")
     return loss, row
 
 
@@ -492,7 +690,7 @@ def learn(
     config: Config,
     learner: nn.Module,
     policy_step: GuardedStep,
-    critic_step: GuardedStep,
+    critic_step: GuardedStep | None,
     r: Rollout,
     advantage: Tensor,
     ret: Tensor,
@@ -508,8 +706,11 @@ def learn(
     On a GPU this check runs on the device, without a sync: the device skips the steps at once, and
     the CPU leaves the loop two minibatches later.
 
-    orders   one permutation of the rollout's pages for each inner epoch
+    critic_step  None where there is no critic
+    orders       one permutation of the rollout's pages for each inner epoch
     """
+    # Maximised pages were not drawn from the old policy, so their KL says nothing of the step.
+    max_kl = math.inf if config.algo == "expert" else config.max_kl
     on_device = policy_step.fused and dist.world() == 1 and learn_policy
     halt: Tensor | None = None
     heard: list[dist.AsyncScalars] = []
@@ -533,43 +734,140 @@ def learn(
         if on_device:
             share = torch.stack([row["share"] for row in parts])
             k3 = torch.stack([row["policy/approxkl_k3"] for row in parts])
-            too_far = (k3 * share).sum() / share.sum() > config.max_kl
+            too_far = (k3 * share).sum() / share.sum() > max_kl
             halt = too_far if halt is None else halt | too_far
             entry["halted"] = halt.double()
             heard.append(dist.AsyncScalars([entry["halted"]]))
         elif learn_policy:
             entry["parts"] = to_numbers(parts)
-            if weighted_mean(entry["parts"])["policy/approxkl_k3"] > config.max_kl:
+            if weighted_mean(entry["parts"])["policy/approxkl_k3"] > max_kl:
                 entry["halted"] = 1.0
-                for guard in (policy_step, critic_step):
+                for guard in filter(None, (policy_step, critic_step)):
                     guard.opt.zero_grad(set_to_none=True)
                 break
-        entry["val/grad_norm"] = critic_step.step(where, keep, halt)
+        if critic_step is not None:
+            entry["val/grad_norm"] = critic_step.step(where, keep, halt)
         if learn_policy:
             entry["policy/grad_norm"] = policy_step.step(where, keep, halt)
     return summarise(done, learn_policy)
 
 
-def check_reward_model(config: Config, record: dict, where: Path) -> None:
-    """Warn of a reward model that is often wrong on held-out pairs (strict: refuse it)."""
+def warn_of_weak_pairs(config: Config, record: dict, where: Path) -> None:
+    """Warn of a reward model that is often wrong on held-out pairs. It is no condition."""
     weak = {
         kind: row["accuracy"]
         for kind, row in record["held_out"].items()
         if isinstance(row, dict) and row["accuracy"] < config.min_accuracy
     }
-    if not weak:
-        return
-    text = (
-        ", ".join(f"{kind} {accuracy:.3f}" for kind, accuracy in weak.items())
-        + f": the reward model's held-out accuracy is below {config.min_accuracy}. PPO will "
-        f"optimise its mistakes.\n  Look closer: the pairs are in {where / 'pairs.parquet'}, "
-        f"accuracies per head in {where / 'done'}.\n  Usual causes: too few pairs (raise per_kind "
-        "or epochs of reward), a weak SFT policy, no categories."
-    )
-    if config.strict:
-        raise PageLLMError(text)
+    if weak and dist.is_main():
+        shown = ", ".join(f"{kind} {accuracy:.3f}" for kind, accuracy in weak.items())
+        tqdm.write(
+            f"WARNING {shown}: the reward model's held-out accuracy is below "
+            f"{config.min_accuracy}.\n  Look closer: the pairs are in {where / 'pairs.parquet'}, "
+            f"accuracies per head in {where / 'done'}.\n  Usual causes: too few pairs (raise "
+            "per_kind or epochs of reward), a weak SFT policy, no categories.",
+            file=sys.stderr,
+        )
+
+
+def ask_gate(
+    config: Config, shop: Shop, nets: Networks, composer: Composer | None, out: Run
+) -> dict:
+    """What the reward and SFT know of validation hits (ppo_gate.py), measured once: gate.json."""
+    path = out.path / "gate.json"
+    if path.exists():
+        return read_json(path)
+    if (out.path / "LAST").exists():
+        return {"open": True, "skipped": "the run was begun before there was a gate"}
+    users, gate = validation_users(shop, config.gate_users, config.seed), {}
+    if config.w_token == config.w_page == 0 or len(users) == 0:
+        why = "no user has validation items" if len(users) == 0 else "w_hit alone pays: known hits"
+        gate = {"open": True, "skipped": why}
+    else:
+        judges = nets
+        if composer is not None:
+            seen = shop.csr("train", positive=None)
+            opinion = composer.opinion(users, seen)
+            crossed, bins = crossed_calibration(*opinion, shop.csr("valid"), shop.n_items)
+            taste = composer.taste
+            outcome = OutcomeReward.from_opinion(
+                crossed, composer.kin, taste.worth, taste.spread, config.k
+            )
+            judges, gate = replace(nets, outcome=outcome), {"reliability": bins}
+
+        def pay(user, prompt, valid, item, mask):
+            group = np.unique(user, return_inverse=True)[1]
+            token, page = judges.judge(user, group, prompt, valid, item, mask)
+            return page_pay(token, page, mask, config.w_token, config.w_page)
+
+        policy = Policy(nets.ref, nets.policy.vocab, nets.policy.style)
+        gate |= knowledge(
+            shop, policy, pay, users, config.k, config.gate_pages, config.temperature, config.seed
+        )
     if dist.is_main():
-        tqdm.write(f"WARNING {text}", file=sys.stderr)
+        write_json(path, gate)
+        print("ppo: " + (f"no gate: {gate['skipped']}" if "skipped" in gate else said(gate)))
+    return gate
+
+
+def sources(config: Config) -> tuple[Path, Path, Path, dict[str, str]]:
+    """The directories of SFT, reward and compose, and the ids of what is read of them.
+
+    Raises PageLLMError where one that is needed is not finished, or does not fit the others.
+    """
+    sft_dir = config.stage("sft", config.source_run)
+    reward_dir = config.stage("reward", config.reward_run or config.source_run)
+    compose_dir = config.stage("compose", config.compose_run or config.source_run)
+    sft = finished(sft_dir, "SFT policy", config.make("sft"))
+    inputs = {"data": file_id(config.data_dir / "source.json"), "sft": sft["id"]}
+    if config.reads_pairs:
+        need = config.make("reward") + "\n  PPO needs one to score pages."
+        judged = finished(reward_dir, "reward model", need)
+        warn_of_weak_pairs(config, judged, reward_dir)
+        inputs["reward"] = judged["id"]
+    if config.reads_outcome:
+        need = config.make("compose") + "\n  --item_reward outcome pays by it."
+        inputs["compose"] = finished(compose_dir, "outcome model", need)["id"]
+        read = read_json(compose_dir / "config.json")["inputs"]
+        if "ppo" in read or read.get("sft", sft["id"]) != sft["id"]:
+            raise PageLLMError(
+                f"{compose_dir} was made for another policy than {sft_dir}: its chances are "
+                "calibrated beside that one\n  Remove it and make it again with --policy sft: "
+                + config.make("compose")
+            )
+    return sft_dir, reward_dir, compose_dir, inputs
+
+
+def keep_sft(
+    config: Config, training: "Training", validation: Validation, gate: dict, out: Run
+) -> None:
+    """End well without a step: the gate is closed, and the SFT policy is the result."""
+    out.log(0, **training.validate(validation, 0))
+    best = training.best
+    out.finish(
+        training.nets.policy.state(),
+        training.state(0),
+        step=0,
+        score=best.score,
+        steps=0,
+        alarms=[],
+        gate=gate,
+    )
+    if dist.is_main():
+        print(
+            f"ppo: {CLOSED}. The SFT policy is kept in {out.path}.\n"
+            "  --force (in another run) trains all the same."
+        )
+
+
+def refuse_to_force(config: Config, out: Run) -> None:
+    """Raise PageLLMError where --force is given to a run that has ended at the gate."""
+    done = read_json(out.path / "done")
+    if config.force and not done["steps"] and not done.get("gate", {}).get("open", True):
+        raise PageLLMError(
+            f"{out.path} ended at the gate: {CLOSED}\n"
+            f"  To train all the same: {hints.another_run()}, or remove {out.path}"
+        )
 
 
 class Training:
@@ -578,15 +876,21 @@ class Training:
     def __init__(self, config: Config, nets: Networks, total: int):
         self.config, self.nets, self.total = config, nets, total
         policy, critic = nets.policy.model, nets.critic
-        updates = config.inner_epochs * (config.rollout // config.minibatch)
-        self.warmup = math.ceil(config.critic_warmup / updates)  # steps of the critic alone
-        self.objective = Objective(minibatch_loss, policy=policy, critic=critic)
-        self.learner = dist.wrap(self.objective, config.parallel)
         adam = partial(optimiser, eps=1e-5, betas=(0.9, 0.999), lazy=config.lazy_rows)
         self.opt = adam(policy, config.lr, row_lr=config.row_lr)
-        self.critic_opt = adam(critic, config.critic_lr)
         self.policy_step = GuardedStep(self.opt, policy.parameters(), config.grad_clip)
-        self.critic_step = GuardedStep(self.critic_opt, critic.parameters(), config.grad_clip)
+        self.critic_opt: torch.optim.Optimizer | None = None
+        self.critic_step: GuardedStep | None = None
+        self.warmup = 0  # steps of the critic alone
+        if config.once:
+            self.objective = Objective(once_loss, policy=policy)
+        else:
+            updates = config.inner_epochs * (config.rollout // config.minibatch)
+            self.warmup = math.ceil(config.critic_warmup / updates)
+            self.objective = Objective(minibatch_loss, policy=policy, critic=critic)
+            self.critic_opt = adam(critic, config.critic_lr)
+            self.critic_step = GuardedStep(self.critic_opt, critic.parameters(), config.grad_clip)
+        self.learner = dist.wrap(self.objective, config.parallel)
         self.moments, self.best = RunningMoments(), Best()
         self.steer: AdaptiveKL | None = None
         if config.kl_target:
@@ -599,24 +903,29 @@ class Training:
     def state(self, step: int) -> dict:
         """Ask on every process."""
         policy, critic = self.nets.policy.model, self.nets.critic
-        return {
+        state = {
             "step": step,
             "best": self.best.state(),
             "policy": dist.weights(policy, frozen=False),
-            "critic": dist.weights(critic, frozen=False),
             "opt": dist.optimiser_state(policy, self.opt),
-            "critic_opt": dist.optimiser_state(critic, self.critic_opt),
             "moments": self.moments.state_dict(),
             "kl_coef": self.kl_coef,
+        }
+        if self.critic_opt is None:
+            return state
+        return state | {
+            "critic": dist.weights(critic, frozen=False),
+            "critic_opt": dist.optimiser_state(critic, self.critic_opt),
         }
 
     def load(self, state: dict) -> None:
         policy, critic = self.nets.policy.model, self.nets.critic
         self.best = Best(**state["best"])
         dist.load_weights(policy, state["policy"])
-        dist.load_weights(critic, state["critic"])
         dist.load_optimiser(policy, self.opt, state["opt"])
-        dist.load_optimiser(critic, self.critic_opt, state["critic_opt"])
+        if self.critic_opt is not None:
+            dist.load_weights(critic, state["critic"])
+            dist.load_optimiser(critic, self.critic_opt, state["critic_opt"])
         self.moments.load_state_dict(state["moments"])
         if self.steer:
             self.steer.coef = state["kl_coef"]
@@ -641,7 +950,8 @@ class Training:
         )
         learning = step >= self.warmup
         for opt, peak in ((self.opt, config.lr), (self.critic_opt, config.critic_lr)):
-            set_lr(opt, lr_at(step, self.total, peak, shape="linear"))
+            if opt is not None:
+                set_lr(opt, lr_at(step, self.total, peak, shape="linear"))
         row = {
             "learning": learning,
             "kl_coef": self.kl_coef,
@@ -708,24 +1018,24 @@ class Watch:
 
 
 def run(config: Config) -> None:
-    sft_dir = config.stage("sft", config.source_run)
-    reward_dir = config.stage("reward", config.reward_run or config.source_run)
-    sft = finished(sft_dir, "SFT policy", config.make("sft"))
-    need = config.make("reward") + "\n  PPO needs one to score pages."
-    judged = finished(reward_dir, "reward model", need)
+    sft_dir, reward_dir, compose_dir, inputs = sources(config)
     shop = load(config.data_dir)
     device = dist.start(config.device)
-    data = file_id(config.data_dir / "source.json")
-    inputs = {"data": data, "sft": sft["id"], "reward": judged["id"]}
-    with Run(config.stage("ppo"), config, inputs, free=("micro",)) as out:
+    with Run(config.stage("ppo"), config, inputs, free=("micro", "force")) as out:
         if out.already_done():
+            refuse_to_force(config, out)
             return
-        check_reward_model(config, judged, reward_dir)
         nets = Networks.load(config, sft_dir, reward_dir, device)
         policy = nets.policy
         if dist.is_main():
             policy.vocab.save(out.path)
         prompts = Prompts(config, shop, policy)
+        composer = None
+        if config.reads_outcome:
+            frozen = Policy(nets.ref, policy.vocab, policy.style)
+            read = read_json(compose_dir / "config.json")["inputs"]  # without SFT: --policy none
+            composer = Composer.load(compose_dir, shop, frozen if "sft" in read else None)
+        gate = ask_gate(config, shop, nets, composer, out)
         steps = round(config.epochs * len(prompts.users) / prompts.per_step)
         total = max(config.min_steps, steps)
         training = Training(config, nets, total)
@@ -734,11 +1044,19 @@ def run(config: Config) -> None:
             shop, "valid", config.k, config.mode, config.eval_users, config.seed
         )
         longest = min(config.max_page, policy.model.shape.n_ctx - policy.prompts.page_room)
+        if not gate["open"] and not config.force:
+            keep_sft(config, training, validation, gate, out)
+            return
+        if composer is not None:
+            seen = shop.csr("train", positive=None)
+            nets.outcome = OutcomeReward.of(composer, prompts.users, seen, config.k)
         # Reward model and critic only. In bfloat16 the policy's pass over a page leaves the
         # log-probabilities the page was sampled with by up to 0.04 nats a slot (float32: 1e-5),
         # so the ratio would not be that of the draw.
         low = out.precision(config.precision, device, policy.model.shape.n_embd) == "bfloat16"
-        nets.reward.trunk.bf16 = nets.critic.trunk.bf16 = low
+        for judge in (nets.critic, nets.reward):
+            if judge is not None:
+                judge.trunk.bf16 = low
 
         start = 0
         if state := out.load():
@@ -751,17 +1069,18 @@ def run(config: Config) -> None:
 
         stopped, bar = total, progress(start, total, "ppo")
         for step, asked in prefetch(out.steps(bar), total, prompts):
-            began = time.time()
+            began, busy = time.time(), time.process_time()
             with dist.unsharded(training.objective):
                 r = roll_out(config, nets, asked)
             check_finite(r, step, training, out)
             r.sft = asked.taught.head(longest) if asked.taught and config.sft_coef else None
             row = training.step(step, r, asked, out) | page_row(r.item, categories)
+            cpu = round(time.process_time() - busy, 4)
             if (step + 1) % config.eval_every == 0 or step + 1 == total:
                 row |= training.validate(validation, step + 1)
                 log_samples(out, step + 1, shop, shown(config, prompts, asked), r)
             seconds = round(time.time() - began, 3)
-            out.log(step + 1, "timing", seconds=seconds, peak_mb=dist.peak_memory())
+            out.log(step + 1, "timing", seconds=seconds, cpu=cpu, peak_mb=dist.peak_memory())
             watch(step + 1, row)
             last, best = watch.log[-1], training.best
             bar.set_postfix_str(
@@ -783,6 +1102,7 @@ def run(config: Config) -> None:
             score=best.score,
             steps=stopped,
             alarms=sorted(watch.raised),
+            gate=gate,
         )
         if dist.is_main():
             early = f", stopped after {stopped}" if stopped < total else ""

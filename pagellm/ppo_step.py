@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pagellm.kernels import masked
-from pagellm.kernels.advantage import gae
+from pagellm.kernels.advantage import gae, group_advantage
 from pagellm.model.backbone import Backbone
 from pagellm.model.page_loss import Batch
 
@@ -26,6 +26,7 @@ __all__ = [
     "RunningMoments",
     "advantages",
     "exact_kl",
+    "gated",
     "hit_reward",
     "kl_k1",
     "kl_k2",
@@ -33,6 +34,7 @@ __all__ = [
     "legal_logits",
     "last_slot",
     "normalise",
+    "page_pay",
     "page_term",
     "page_total",
     "policy_loss",
@@ -177,6 +179,11 @@ def reward_terms(
     return terms
 
 
+def page_pay(token: Tensor, page: Tensor, mask: Tensor, w_token: float, w_page: float) -> Tensor:
+    """(B,): what the learnt terms of `reward_terms` pay for whole pages, before normalisation."""
+    return (w_token * token_term(token, mask) + w_page * page_term(page, mask)).sum(1)
+
+
 def page_total(terms: dict[str, Tensor]) -> Tensor:
     """(B,): the sum of all terms over the slots of each page."""
     return torch.stack(list(terms.values())).sum((0, 2))
@@ -235,23 +242,48 @@ def advantages(
     ppo        GAE with the critic's values, then whitened over the kept slots. The return is not
                whitened.
     reinforce  the page's whole reward minus the mean over the batch (Eq. 11 with a baseline)
-    rloo       the page's whole reward minus the mean over the same user's other pages
+    rloo, grpo, dr_grpo   the page's whole reward against those of the same user's other pages
+               (kernels/advantage.py). The loss is a mean over slots; grpo weights it so that every
+               page counts as much (1 / |o_i|), dr_grpo so that its divisor does not depend on how
+               long pages are. On full pages both weights are 1
+    expert     1: the likelihood of the pages themselves
 
     reward, value (B, K) float, 0 off the mask    mask (B, K) bool
-    samples   pages of one user, which are neighbours in the batch; rloo needs 2 or more
+    samples   pages of one user, which are neighbours in the batch; the groups need 2 or more
     returns   advantage, ret: (B, K), 0 off the mask
     """
     if algo == "ppo":
         advantage, ret = gae(reward, value, mask, gamma, lam)
         return masked.whiten(advantage, mask), ret
     total = reward.sum(1)
-    if algo == "reinforce":
-        advantage = total - total.mean()
+    if algo == "expert":
+        page = torch.ones_like(total)
+    elif algo == "reinforce":
+        page = total - total.mean()
     else:
-        group = total.view(-1, samples)
-        others = (group.sum(1, keepdim=True) - group) / (samples - 1)
-        advantage = (group - others).flatten()
-    return torch.where(mask, advantage[:, None], 0.0), value
+        page = group_advantage(total, samples, algo)
+    weight, kept = torch.ones_like(total), mask.sum()
+    if algo == "grpo":  # every page counts as much, however many slots it has
+        weight = kept / len(mask) / mask.sum(1).clamp(min=1).to(total.dtype)
+    elif algo == "dr_grpo":  # every slot counts as much, and slots that are not filled count too
+        weight = weight * kept / mask.numel()
+    return torch.where(mask, (page * weight)[:, None], 0.0), value
+
+
+def gated(token: Tensor, ref_logits: Tensor, item: Tensor, depth: int) -> Tensor:
+    """Token rewards (B, K) with those above 0 cut to 0 beyond the reference's best `depth` items.
+
+    A policy then earns nothing by items that the reference thinks irrelevant, whatever the reward
+    says of them. Source: the relevance gate of GenRec, arXiv 2604.14878.
+
+    ref_logits (B, N), the reference's of the first slot    item (B, K), -1 for none
+    depth 0: as they are
+    """
+    if not depth:
+        return token
+    least = ref_logits.topk(min(depth, ref_logits.shape[1]), dim=1).values[:, -1:]
+    near = ref_logits.gather(1, item.clamp(min=0)) >= least
+    return torch.where(near, token, token.clamp(max=0.0))
 
 
 def policy_loss(

@@ -398,7 +398,7 @@ class Model:
                  ratings of 1 to 5, of one user or stranger; a dict user -> such a list; or a table
                  with columns user, item and perhaps rating
         policy   ppo, sft or another that the run has; empty: what `pagellm recommend` takes
-        mode     greedy, beam or one_shot; empty: as in `pagellm recommend`
+        mode     greedy, beam, one_shot or hybrid; empty: as in `pagellm recommend`
         exclude, categories, in_stock, price_min, price_max
                  filters that hold in every slot; an item of unknown price fails a price filter
         batch    pages written at once

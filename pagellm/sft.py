@@ -17,13 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pagellm.data.shop import Shop, load
+from pagellm.model.backbone import Backbone
 from pagellm.model.networks import from_state
+from pagellm.model.outcome import contents
 from pagellm.model.page_loss import Batch, page_batch, sft_loss
 from pagellm.model.policy import MODES, Policy, PromptStyle, Validation
 from pagellm.model.sampled_softmax import Proposal
+from pagellm.model.value_loss import Feedback, value_loss
 from pagellm.model.vocab import Vocab
 from pagellm.pages.truth import PageMaker
 from pagellm.stage import dist, randomness
@@ -48,7 +52,7 @@ from pagellm.stage.train import (
 __all__ = ["Config", "run"]
 
 
-OBJECTIVES = ("list", "multinomial", "both")
+OBJECTIVES = ("list", "multinomial", "both", "value")
 CUTS = ("random", "time")
 SELECT = ("ndcg", "last")
 
@@ -65,7 +69,17 @@ class Config(TrainingConfig):
     # at a moment drawn anew for every example, what comes after it is the page
     fresh_split: bool = True  # draw the input/label split anew each epoch; off: one split for good
     objective: str = "both"  # list (Eq. 4, slot by slot),
-    # multinomial (all labels from the first state), or both
+    # multinomial (all labels from the first state), both, or value (what every item is worth in
+    # every slot: liked, disliked and unpicked items, weighted by rating)
+    unpicked: int = 64  # value: items that the user has not chosen, drawn for each page
+    unpicked_weight: float = 0.2  # value: weight of such an item; a middling rating weighs 1
+    untie: bool = False  # items are scored against output rows of their own
+    id_dropout: float = 0.0  # share of item ids replaced by one fallback row while training, beside
+    # contents (titles, categories, brands) that are fused with every item row; 0: no contents
+    cold_rows: int = (
+        0  # with id_dropout: items with so few train rows or fewer are read by contents
+    )
+    start_run: str = ""  # run whose SFT weights it begins with; empty: this run's pre-trained ones
     max_page: int = 40  # longest page learnt; what a very active user has beyond it is left out
     shrink: float = 0.0  # m of s_i: pull item means towards the mean of all, worth m ratings
     max_history: int = 24  # items of history in the prompt
@@ -86,7 +100,7 @@ class Config(TrainingConfig):
     dropout: float = 0.1  # in embedding, attention and residual
     grad_clip: float = 1.0  # largest gradient norm; inf: no limit
     k: int = 20  # slots of a page in validation
-    mode: str = "greedy"  # decoding in validation: greedy, beam or one_shot
+    mode: str = "greedy"  # decoding in validation: greedy, beam, one_shot or hybrid
     eval_every: int = 60  # steps between validations
     eval_users: int = 500  # users in a validation; 0: all that have validation items
     patience: int = 0  # stop after so many validations in a row without a better one; 0: never
@@ -100,6 +114,10 @@ class Config(TrainingConfig):
             label_share=(0 < self.label_share < 1, "between 0 and 1"),
             label_share_max=(0 <= self.label_share_max < 1, "0 or more, below 1"),
             objective=(self.objective in OBJECTIVES, ", ".join(OBJECTIVES)),
+            unpicked=(self.unpicked > 0, "1 or more"),
+            unpicked_weight=(self.unpicked_weight >= 0, "0 or more"),
+            id_dropout=(0 <= self.id_dropout < 1, "0 or more, below 1"),
+            cold_rows=(self.cold_rows >= 0, "0 or more"),
             cut=(self.cut in CUTS, " or ".join(CUTS)),
             max_history=(self.max_history > 0, "1 or more"),
             patience=(
@@ -115,10 +133,17 @@ class Config(TrainingConfig):
             eval_every=(self.eval_every > 0, "1 or more"),
             eval_users=(self.eval_users >= 0, "0 or more"),
         )
+        if self.objective == "value" and self.sampled_items:
+            raise PageLLMError(
+                "objective=value draws the items it compares (unpicked): leave sampled_items at 0"
+            )
 
 
 def batch_loss(learner: Objective, b: Batch, objective: str, busy: bool) -> Tensor:
     """This process's share of the mean of `sft_loss` over the batch (train.shared_means)."""
+    if objective == "value":
+        weight = (b.values.weight.sum(1) * b.mask.sum(1)).sum()
+        return shared_means([(value_loss(learner.model, b, b.values), weight)], busy)[0]
     return shared_means([(sft_loss(learner.model, b, objective), b.mask.sum())], busy)[0]
 
 
@@ -128,10 +153,13 @@ class PageBatches:
     A step depends on its number alone. Each process makes its own share of the batch.
     """
 
-    def __init__(self, config: Config, policy: Policy, maker: PageMaker, n_items: int):
+    def __init__(self, config: Config, policy: Policy, maker: PageMaker, shop: Shop):
         self.config, self.policy, self.maker = config, policy, maker
+        self.feedback: Feedback | None = None
+        if config.objective == "value":
+            self.feedback = Feedback(shop, config.unpicked, config.unpicked_weight)
         self.lengths = tuple(maker.train.counts()[maker.users].tolist())
-        self.proposal = Proposal(maker.train.items, n_items)
+        self.proposal = Proposal(maker.train.items, shop.n_items)
         steps = round(config.epochs * math.ceil(len(maker.users) / config.batch))
         self.total = max(1, steps) if config.epochs else 0
 
@@ -152,6 +180,10 @@ class PageBatches:
                 self.maker.example(u, share, rng, config.max_page) for u, share, rng in splits
             ]
         batch = page_batch(self.policy, mine, examples, when)
+        if self.feedback is not None:
+            rngs = [randomness.rng(config.seed, "sft", "pool", step, int(u)) for u in mine]
+            pages = [page for _, page in examples]
+            batch.values = self.feedback.draw(mine, pages, rngs, batch.item.device)
         if config.sampled_items:
             rng = randomness.rng(config.seed, "sft", "items", step)
             batch.candidates = self.proposal.draw(batch.item, config.sampled_items, rng)
@@ -188,22 +220,41 @@ def validation_of(config: Config, shop: Shop) -> Validation | None:
     return Validation(shop, "valid", config.k, config.mode, config.eval_users, config.seed)
 
 
+def start_of(config: Config) -> tuple[Path, dict[str, str]]:
+    """The directory of the weights that SFT begins with, and the ids of what is read."""
+    stage = "sft" if config.start_run else "pretrain"
+    before = config.stage(stage, config.start_run)
+    need = "SFT policy" if config.start_run else "pre-trained model"
+    record = finished(before, need, config.make(stage))
+    return before, {"data": file_id(config.data_dir / "source.json"), stage: record["id"]}
+
+
+def widened(config: Config, model: Backbone, shop: Shop) -> Backbone:
+    """The model, with output rows of their own and contents beside ids where options ask for it."""
+    if config.untie and model.item_out is None:
+        model.untie()
+    if config.id_dropout:
+        known = np.bincount(shop.item[shop.rows("train", None)], minlength=shop.n_items)
+        content = torch.from_numpy(contents(shop.catalogue, seed=config.seed))
+        cold = torch.from_numpy(known <= config.cold_rows)
+        model.fuse(content.to(model.item.device), cold.to(model.item.device), config.id_dropout)
+    return model
+
+
 def run(config: Config) -> None:
-    before = config.stage("pretrain")
-    record = finished(before, "pre-trained model", config.make("pretrain"))
+    before, inputs = start_of(config)
     shop = load(config.data_dir)
     validation = validation_of(config, shop)
-    inputs = {"data": file_id(config.data_dir / "source.json"), "pretrain": record["id"]}
     device = dist.start(config.device)
     with Run(config.stage("sft"), config, inputs) as out:
         if out.already_done():
             return
         maker = PageMaker(shop, config.shrink)
         policy = new_policy(config, before, maker, device)
-        model = policy.model
+        model = widened(config, policy.model, shop)
         if dist.is_main():
             policy.vocab.save(out.path)
-        batches = PageBatches(config, policy, maker, shop.n_items)
+        batches = PageBatches(config, policy, maker, shop)
         stopped = total = batches.total
         learner = dist.wrap(objective := Objective(batch_loss, model=model), config.parallel)
         opt = optimiser(
@@ -233,7 +284,7 @@ def run(config: Config) -> None:
             }
 
         def kept(step: int, b: Batch) -> Path:
-            return out.keep_for_replay(step, {**state_at(step), "batch": vars(b)})
+            return out.keep_for_replay(step, {**state_at(step), "batch": b.state()})
 
         start, best = 0, Best()
         if state := out.load():
@@ -278,6 +329,7 @@ def run(config: Config) -> None:
             best.keep(None, 0, model)
         final = state_at(stopped)
         best.restore(model)
+        model.bake()
         out.finish(
             policy.state(),
             final,

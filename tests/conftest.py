@@ -84,6 +84,8 @@ def train(data, runs, last="ppo"):
             min_steps=1,
             critic_warmup=4,
             lr=1e-3,
+            force=True,
+            gate_users=10,
             **common,
         )
     )

@@ -10,6 +10,7 @@ from pagellm import compose, evaluate
 from pagellm.data.shop import load
 from pagellm.model.composer import Composer, picks, standardised
 from pagellm.model.policy import Policy
+from pagellm.pages import stats
 from pagellm.pages.compose import Taste
 from pagellm.pages.ranked import Scorer, seen_rows
 from pagellm.stage.config import PageLLMError
@@ -120,8 +121,8 @@ def test_correlation_within_users_knows_shift_scale_and_sign():
     there = np.ones((1, 4), bool)
     score = np.array([[3.0, 1.0, 1.0, 3.0]])
     for factor, want in ((2.0, 1.0), (-1.0, -1.0)):
-        assert compose.within_users(score * factor + 7, picked, there)[0] == pytest.approx(want)
-    assert np.isnan(compose.within_users(score, picked & False, there)[0])
+        assert stats.within_users(score * factor + 7, picked, there)[0] == pytest.approx(want)
+    assert np.isnan(stats.within_users(score, picked & False, there)[0])
 
 
 def test_a_shop_without_a_policy_gets_composed_pages(composed, tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from pagellm.kernels import masked
-from pagellm.kernels.advantage import gae
+from pagellm.kernels.advantage import gae, group_advantage
 from pagellm.pages.metrics import ndcg
 from pagellm.ppo import Config
 from pagellm.ppo_step import (
@@ -18,6 +18,7 @@ from pagellm.ppo_step import (
     Rollout,
     RunningMoments,
     advantages,
+    gated,
     hit_reward,
     kl_k1,
     kl_k2,
@@ -393,6 +394,39 @@ def test_advantages_of_the_three_algorithms(batch):
         )
 
 
+@settings(deadline=None)
+@given(batches(1, min_slots=1))
+def test_grpo_counts_pages_alike_and_dr_grpo_counts_empty_slots(batch):
+    """The loss is a mean over kept slots: grpo's weights make it a mean over pages of means over
+    slots, dr_grpo's the sum over slots divided by B K.
+    """
+    mask, noise = (x.repeat_interleave(2, 0) for x in batch)
+    reward = torch.where(mask, noise, 0.0)
+    reward[::2] *= 2
+    total = reward.sum(1)
+    for algo in ("grpo", "dr_grpo"):
+        adv, _ = advantages(algo, reward, reward, mask, samples=2)
+        page = group_advantage(total, 2, algo)
+        slots = torch.where(mask, noise.abs(), 0.0)  # whatever a slot's gradient is
+        got = masked.mean(adv * slots, mask)
+        if algo == "grpo":
+            want = (page * slots.sum(1) / mask.sum(1)).mean()
+        else:
+            want = (page * slots.sum(1)).sum() / mask.numel()
+        assert_close(got, want)
+    adv, _ = advantages("expert", reward, reward, mask)
+    assert torch.equal(adv, mask.double())
+
+
+def test_the_relevance_gate_takes_gains_and_leaves_losses():
+    token = torch.tensor([[1.0, 2.0, -3.0, 4.0]])
+    logits = torch.tensor([[5.0, 4.0, 3.0, -torch.inf]])
+    item = torch.tensor([[0, 2, 1, 3]])
+    assert gated(token, logits, item, 0) is token
+    assert gated(token, logits, item, 1).tolist() == [[1.0, 0.0, -3.0, 0.0]]
+    assert gated(token, logits, item, 3).tolist() == [[1.0, 2.0, -3.0, 0.0]]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -402,7 +436,12 @@ def test_advantages_of_the_three_algorithms(batch):
         ({"w_token": 0, "w_page": 0}, "nothing to optimise"),
         ({"sft_coef": -1}, "0 or more"),
         ({"label_share": 1.0}, "between 0 and 1"),
-        ({"algo": "dpo"}, "ppo, reinforce or rloo"),
+        ({"algo": "dpo"}, "ppo, reinforce, rloo"),
+        ({"algo": "grpo"}, "samples of 2 or more"),
+        ({"draw": "one_shot"}, "has a critic"),
+        ({"algo": "expert"}, "item_reward outcome"),
+        ({"item_reward": "outcome", "w_hit": 1.0}, "has learnt from them"),
+        ({"item_reward": "x"}, "pairs or outcome"),
         ({"kl_coef": -1}, "0 or more"),
         ({"select": "x"}, "energy, ndcg"),
     ],

@@ -19,7 +19,7 @@ LAYERS = (
     {"data"},
     {"pages"},
     {"model"},
-    {"ppo_step"},
+    {"ppo_gate", "ppo_step"},
     {"ppo_watch"},
     set(STAGES),
     {"serving"},

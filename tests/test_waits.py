@@ -88,6 +88,7 @@ def test_ppo_asks_nothing_from_a_rollout_to_its_last_update(root, monkeypatch):
         "k": 5,
         "eval_every": 100,
         "critic_warmup": 1,
+        "force": True,
         "minibatch": 4,
         "lr": 1e-2,
         "max_kl": 1e-4,

@@ -40,6 +40,8 @@ SMALL = {
         "k": 6,
         "eval_every": 2,
         "critic_warmup": 4,
+        "force": True,
+        "gate_users": 8,
         "inner_epochs": 2,
     },
     evaluate: {"k": 6, "depth": 30, "n_boot": 20, "quiet": True},

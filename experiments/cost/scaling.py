@@ -415,6 +415,7 @@ def stage_config(stage: str, config: Config, point: Point):
             eval_users=16,
             critic_warmup=0,
             min_accuracy=0.0,
+            force=True,
             **common,
         )
     return evaluate.Config(k=point.page, n_boot=10, quiet=True, examples=0, **common)

@@ -3,9 +3,10 @@
     hidden = model(ids, valid, cache)                # (B, T, C), after the last norm
     logits = model.item_logits(hidden)               # (B, T, N): against the item rows alone
 
-The item rows are both the input embedding and the output matrix (tied). `gpt2.GPT2` and
-`llama.Llama` are the two backbones; `networks` makes either from the name of a size, from a saved
-state, or from published weights.
+The item rows are both the input embedding and the output matrix (tied), unless `untie` has made
+output rows beside them. While SFT trains, item rows may be fused with contents (`fuse`).
+`gpt2.GPT2` and `llama.Llama` are the two backbones; `networks` makes either from the name of a
+size, from a saved state, or from published weights.
 """
 
 import math
@@ -88,6 +89,12 @@ class Backbone(nn.Module):
     special: nn.Parameter | None
     gate: nn.Parameter | None
     blend: nn.Parameter | None
+    item_out: nn.Parameter | None
+    content_map: nn.Parameter | None
+    fallback: nn.Parameter | None
+    content: Tensor | None
+    cold: Tensor | None
+    id_dropout = 0.0
 
     def __init__(self, shape, n_words: int, n_users: int, n_items: int):
         super().__init__()
@@ -102,6 +109,13 @@ class Backbone(nn.Module):
         self.register_parameter("special", None)
         self.user = nn.Parameter(torch.empty(n_users, shape.n_embd))
         self.item = nn.Parameter(torch.empty(n_items, shape.n_embd))
+        # rows that items are scored against (`untie`); None: `item` itself
+        self.register_parameter("item_out", None)
+        # map of contents to rows, and the row for a missing id (`fuse`); None: ids alone
+        self.register_parameter("content_map", None)
+        self.register_parameter("fallback", None)
+        self.register_buffer("content", None, persistent=False)
+        self.register_buffer("cold", None, persistent=False)
         # factor on the rows of items on the page (`add_gate`); None: 1
         self.register_parameter("gate", None)
         # shares of the trunk's state and of the pooled history (`add_pool`); None: the state alone
@@ -147,7 +161,66 @@ class Backbone(nn.Module):
 
     def item_rows(self, item: Tensor) -> Tensor:
         """Dense item ids (...) in 0..N-1 -> their rows (..., C)."""
-        return F.embedding(item, self.item, sparse=self.lazy)
+        rows = F.embedding(item, self.item, sparse=self.lazy)
+        if (
+            self.content_map is None
+            or self.content is None
+            or self.fallback is None
+            or self.cold is None
+        ):
+            return rows
+        gone = self.cold[item]
+        if self.training and self.id_dropout:
+            gone = gone | (torch.rand(item.shape, device=item.device) < self.id_dropout)
+        return torch.where(gone[..., None], self.fallback, rows) + (
+            F.embedding(item, self.content) @ self.content_map
+        )
+
+    def scored_items(self) -> Tensor:
+        """Rows (N, C) that items are scored against."""
+        if self.item_out is not None:
+            return self.item_out
+        if self.content_map is None:
+            return self.item
+        return self.item_rows(torch.arange(self.n_items, device=self.item.device))
+
+    def scored_rows(self, item: Tensor) -> Tensor:
+        """Dense item ids (...) in 0..N-1 -> the rows (..., C) that they are scored against."""
+        if self.item_out is None:
+            return self.item_rows(item)
+        return F.embedding(item, self.item_out, sparse=self.lazy)
+
+    def untie(self) -> None:
+        """Give the output rows of its own, which begin as the item rows are now.
+
+        What an item says of its buyer and what it is worth to somebody are then two rows, as in
+        GenPage (arXiv 2606.31031).
+        """
+        self.item_out = nn.Parameter(self.scored_items().detach().clone())
+
+    def fuse(self, content: Tensor, cold: Tensor, id_dropout: float) -> None:
+        """Read an item as its id row plus a linear map of its contents.
+
+        In training the id row is replaced by one row for all, `fallback`, with probability
+        id_dropout, and always where `cold`. So the contents learn to stand alone. `bake` ends it.
+
+        content (N, F) float    cold (N,) bool: items that are known by their contents alone
+        """
+        width = self.item.shape[1]
+        self.content, self.cold, self.id_dropout = content.float(), cold, id_dropout
+        self.content_map = nn.Parameter(self.item.new_zeros(content.shape[1], width))
+        self.fallback = nn.Parameter(self.item.detach().mean(0))
+
+    @torch.no_grad()
+    def bake(self) -> None:
+        """Write what `item_rows` reads into the item rows, and forget the contents."""
+        if self.content_map is None:
+            return
+        was, self.training = self.training, False
+        rows = self.item_rows(torch.arange(self.n_items, device=self.item.device))
+        self.training = was
+        self.item.copy_(rows)
+        self.content = self.cold = self.content_map = self.fallback = None
 
     def add_gate(self, value: float = 0.0) -> None:
         """Multiply the rows of items on the page by a learnt vector `gate` (C,) when they are read.
@@ -280,7 +353,7 @@ class Backbone(nn.Module):
 
     def item_logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., N) in float32, against the item rows only."""
-        return hidden.float() @ self.item.float().T
+        return hidden.float() @ self.scored_items().float().T
 
     def word_logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., n_words) in float32, against words and special tokens."""

@@ -1,4 +1,4 @@
-"""Writing pages: sample, greedy, beam and one-shot. Every item is legal, and none is repeated.
+"""Writing pages: sample, greedy, beam, one-shot, hybrid. Every item is legal, none is repeated.
 
 The legal set of a slot depends only on the user's excluded items and on the slots before it:
 
@@ -30,6 +30,7 @@ __all__ = [
     "Pages",
     "beam",
     "greedy",
+    "hybrid",
     "inverse_cdf",
     "item_tokens",
     "one_shot",
@@ -45,6 +46,7 @@ __all__ = [
 # Devices that work through a queue. There, asking which slots are filled makes the host wait, which
 # costs more than computing the empty slots too.
 ASYNC_DEVICES = ("cuda",)
+HEAD = 4  # slots that hybrid decoding fills one by one
 
 
 @dataclass
@@ -397,6 +399,49 @@ def one_shot(
         F.pad(torch.where(mask, value, 0.0), pad),
         F.pad(mask, pad),
         first,
+    )
+
+
+@torch.no_grad()
+def hybrid(
+    model: Backbone,
+    prompt: Tensor,
+    valid: Tensor,
+    constraint: LegalItems,
+    k: int,
+    head: int = HEAD,
+    start: tuple[KVCache, Tensor] | None = None,
+    ties: Rank | None = None,
+    short: Choices | None = None,
+) -> Pages:
+    """The first `head` slots one by one, as `greedy`, and the others in one pass after them.
+
+    The order at the top of a page matters most, and it is there that a slot depends on the slots
+    above. GenPage (arXiv 2606.31031) decodes its rows in this way.
+
+    start, short  as in `generate`        ties  as in `greedy`
+    """
+    cache, hidden = started(model, prompt, valid, k, start)
+    top = greedy(model, prompt, valid, constraint, min(head, k), (cache, hidden), ties, short)
+    if k <= head:
+        return top
+    valid = torch.cat([valid, top.mask], 1)
+    tokens = item_tokens(model, top.item[:, -1:], 0)
+    score = model.item_logits if short is None else short.logits
+    logits = score(model(tokens, valid, cache, placed=0)[:, -1])
+    # A page that is full already has no legal item left, so what is read for it is dropped.
+    logp, _ = legal_logp(logits, constraint.legal, 1.0)
+    value, column = top_k(logp, k - top.item.shape[1], ties)
+    mask = value.isfinite()
+    pad = (0, k - top.item.shape[1] - mask.shape[1])
+    chosen = torch.where(mask, column, -1)
+    return Pages(
+        torch.cat(
+            [top.item, F.pad(chosen if short is None else short.items(chosen), pad, value=-1)], 1
+        ),
+        torch.cat([top.logp, F.pad(torch.where(mask, value, 0.0), pad)], 1),
+        torch.cat([top.mask, F.pad(mask, pad)], 1),
+        top.first,
     )
 
 

@@ -83,7 +83,14 @@ class LowRank(nn.Module):
 
 def learns(name: str) -> bool:
     """Whether a parameter or buffer of an adapted model learns, by its name in a saved state."""
-    return ".lora_" in name or name in ("user", "item", "special", "gate", "blend")
+    return ".lora_" in name or name in (
+        "user",
+        "item",
+        "item_out",
+        "special",
+        "gate",
+        "blend",
+    )
 
 
 def parse_targets(text: str, known: dict) -> list[str]:
@@ -136,10 +143,9 @@ def adapt(model: Backbone, rank: int, alpha: float, targets: str, n_specials: in
             setattr(getattr(block, folder), last, LowRank(linear, parts, pieces, rank, alpha))
     model.user.requires_grad_(True)
     model.item.requires_grad_(True)
-    if model.gate is not None:
-        model.gate.requires_grad_(True)
-    if model.blend is not None:
-        model.blend.requires_grad_(True)
+    for more in (model.gate, model.blend, model.item_out):
+        if more is not None:
+            more.requires_grad_(True)
     model.lora = {"rank": rank, "alpha": alpha, "targets": targets, "n_specials": n_specials}
 
 

@@ -92,6 +92,8 @@ def to_state(model: Backbone) -> dict:
         state["trunk"] = model.KIND
     if model.gate is not None:
         state["gated"] = True
+    if model.item_out is not None:
+        state["untied"] = True
     if model.blend is not None:
         state["pooled"] = True
     if model.lora is None:
@@ -116,6 +118,8 @@ def from_state(state: dict, dropout: float = 0.0) -> Backbone:
         model.add_pool()
     elif state.get("gated"):
         model.add_gate()
+    if state.get("untied"):
+        model.untie()
     if "lora" in state:
         adapt(model, **state["lora"])
     if model.word_out is not None:  # no stage behind pre-training scores words
@@ -131,7 +135,8 @@ def published(model: Backbone) -> dict[str, Tensor]:
         if name == "word_out"
         else model.PREFIX + model.published_name(name): weight
         for name, weight in model.named_parameters()
-        if name not in ("user", "item", "special", "gate", "blend") and ".lora_" not in name
+        if name not in ("user", "item", "item_out", "special", "gate", "blend")
+        and ".lora_" not in name
     }
 
 

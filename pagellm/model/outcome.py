@@ -35,6 +35,7 @@ __all__ = [
     "Outcome",
     "contents",
     "fit_network",
+    "fold_rows",
     "hide",
     "learn",
 ]
@@ -419,6 +420,24 @@ def learn(
 
     users  of each fold, drawn anew; 0: all. 5,000 are plenty for some 30 features
     """
+    x, y = fold_rows(shop, settings, folds, share, depth, seed, users, block)
+    return Outcome([fit_network(x, y, seed + i) for i in range(networks)])
+
+
+def fold_rows(
+    shop: Shop,
+    settings: dict | None,
+    folds: int,
+    share: float,
+    depth: int,
+    seed: int,
+    users: int,
+    block: int = 256,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `learn` learns from: features (R, F) of candidates; which were hidden and liked (R,).
+
+    Arguments as in `learn`. The judges of a fold have not seen the rows that it hides.
+    """
     xs, ys, content = [], [], contents(shop.catalogue)
     train = shop.rows("train", None)
     for fold, hidden in enumerate(hide(shop, folds, share, seed)):
@@ -436,8 +455,7 @@ def learn(
             there = item >= 0
             xs.append(x[there])
             ys.append(np.isin((some[:, None] * shop.n_items + item)[there], code))
-    x, y = np.concatenate(xs), np.concatenate(ys)
-    return Outcome([fit_network(x, y, seed + i) for i in range(networks)])
+    return np.concatenate(xs), np.concatenate(ys)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The loss of SFT over a batch of pages (Eq. 4), which PPO may add to its own."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,11 @@ class Batch:
     mask: Tensor
     excluded: Tensor
     candidates: Candidates | None = None
+    values: Any = None  # value_loss.Values, if values are learnt
+
+    def state(self) -> dict:
+        """Everything as plain tensors, for a file."""
+        return vars(self) | {"values": self.values and vars(self.values)}
 
     def select(self, rows: Tensor) -> "Batch":
         """Some rows of the batch, with all items in the softmax."""
@@ -71,7 +77,8 @@ def sft_loss(model: Backbone, b: Batch, objective: str = "list") -> Tensor:
                no label excludes another; this trains the ranks behind the page. both: their sum
     """
     states = slot_states(model, b.prompt, b.valid, b.item, b.mask)
-    rows = model.item if b.candidates is None else model.item_rows(b.candidates[0])
+    chosen = b.candidates
+    rows = model.scored_items() if chosen is None else model.scored_rows(chosen[0])
     loss = states.new_zeros((), dtype=torch.float32)
     if objective in ("list", "both"):
         logp = page_logp(states, rows, b.item, b.mask, b.excluded, candidates=b.candidates)

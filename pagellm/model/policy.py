@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from pagellm.data.shop import Rows, Shop
 from pagellm.model.backbone import Backbone
-from pagellm.model.decode import LegalItems, Pages, beam, greedy, one_shot, ranking
+from pagellm.model.decode import LegalItems, Pages, beam, greedy, hybrid, one_shot, ranking
 from pagellm.model.networks import from_state, to_state
 from pagellm.model.prompts import Prompts, left_pad
 from pagellm.model.vocab import Vocab
@@ -27,7 +27,7 @@ from pagellm.stage.run import load_model_file
 __all__ = ["MODES", "Policy", "PromptStyle", "Validation"]
 
 
-MODES = ("greedy", "beam", "one_shot")
+MODES = ("greedy", "beam", "one_shot", "hybrid")
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,8 @@ class Policy:
             return beam(self.model, prompt, valid, constraint, k, width), legal
         if mode == "one_shot":
             return one_shot(self.model, prompt, valid, constraint, k, ties=ties), legal
+        if mode == "hybrid":
+            return hybrid(self.model, prompt, valid, constraint, k, ties=ties), legal
         raise PageLLMError(f"mode={mode!r}: want one of {', '.join(MODES)}")
 
     def rank(

@@ -151,7 +151,7 @@ class Shortlist:
 
     def __init__(self, model: Backbone, candidates: Tensor, rows: Tensor | None = None):
         self.model, self.candidates = model, candidates
-        self.rows = model.item_rows(candidates.clamp(min=0)) if rows is None else rows
+        self.rows = model.scored_rows(candidates.clamp(min=0)) if rows is None else rows
 
     def select(self, rows: Tensor) -> "Shortlist":
         """The shortlists of these rows of the batch, in this order; a row may be repeated."""

@@ -2,9 +2,10 @@
 
 Reads   a Parquet log with one line for each session (columns below); without --log, simulates one
         on the synthetic shop
-Writes  ope.json beside the log, or under runs/<run>/ope
+Writes  ope.json beside the log, or under runs/<run>/ope; of --bandit runs/<run>/ope/bandit.json
 
     pagellm ope                           pagellm ope --log sessions.parquet
+    pagellm ope --bandit bts/men/men.csv.gz          a log of single slots, as Open Bandit has it
 
     user                 who saw the page; standard errors are clustered by user
     page                 list of K items (numbers or names), first slot first
@@ -29,6 +30,8 @@ The last three need the optional columns. An estimate that rests on few sessions
 (cascade IPS); Kiyohara et al., WSDM 2022 (cascade DR). Takes seconds.
 """
 
+import csv
+import gzip
 import itertools
 import math
 import sys
@@ -61,6 +64,7 @@ __all__ = [
     "page_moments",
     "pl_propensity",
     "pseudo_inverse_weights",
+    "read_bandit",
     "read_log",
     "run",
     "simulated_log",
@@ -400,6 +404,49 @@ def read_log(path: str | Path) -> Log:
     return Log(np.array(ids_of(table, "user", path)), *columns)
 
 
+BANDIT = ("item_id", "position", "click", "propensity_score")
+
+
+def read_bandit(path: str | Path) -> Log:
+    """A log of single slots as Open Bandit has it, with the uniform policy as the target.
+
+    One line is one slot that was shown: the columns of BANDIT, and user_feature_0, 1, ...; other
+    columns are not read. What is known of a user is only these features, so standard errors are
+    clustered by their combination. The uniform policy shows each of the log's items alike.
+
+    Raises PageLLMError for a missing column, and for values that are not numbers or propensities.
+    Source: Saito et al., NeurIPS 2021, arXiv 2008.07146.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PageLLMError(f"no log {str(path)!r}: want a .csv or .csv.gz of Open Bandit's form")
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        names = reader.fieldnames or []
+        if missing := [name for name in BANDIT if name not in names]:
+            raise PageLLMError(
+                f"{path} has no column {', '.join(missing)}; there are {', '.join(names)}"
+            )
+        groups = [name for name in names if name.startswith("user_feature_")]
+        rows = [
+            ([row[n] for n in BANDIT], "|".join(row[g] or "" for g in groups)) for row in reader
+        ]
+    try:
+        item, position, click, propensity = np.array([r[0] for r in rows], np.float64).T
+    except ValueError:
+        raise PageLLMError(f"{path}: {', '.join(BANDIT)} want numbers in every line") from None
+    bad = ~((propensity > 0) & (propensity <= 1)) | ~np.isin(click, (0, 1))
+    if bad.any():
+        raise PageLLMError(
+            f"{path}: line {int(np.flatnonzero(bad)[0]) + 2}: want a click of 0 or 1 and a "
+            "propensity above 0, at most 1"
+        )
+    user = np.unique([r[1] for r in rows], return_inverse=True)[1]
+    target = np.full(len(rows), 1.0 / len(np.unique(item)))
+    columns = (item.astype(np.int64), click, propensity, target)
+    return Log(user, *(column[:, None] for column in columns))
+
+
 def rank_scores(candidates: np.ndarray, ranked: np.ndarray, temperature: float) -> np.ndarray:
     """Plackett-Luce scores (U, M): minus the rank a policy gives a candidate, over temperature.
 
@@ -460,6 +507,8 @@ class Config(StageConfig):
     """Estimate a target policy's value from another policy's log, or from a simulated one."""
 
     log: str = ""  # Parquet log of sessions; empty: simulate one on the synthetic shop
+    bandit: str = ""  # log of single slots in Open Bandit's form, .csv or .csv.gz: what showing all
+    # its items alike would have earned
     logging: str = "sft"  # simulation: policy that writes the logged pages, from its first items
     target: str = "ppo"  # simulation: policy whose value is estimated
     candidates: int = 6  # simulation: number of items that a page is drawn from
@@ -475,6 +524,7 @@ class Config(StageConfig):
         check(
             self,
             k=(self.k > 0, "1 or more"),
+            bandit=(not (self.bandit and self.log), "empty where log is given"),
             candidates=(self.candidates >= self.k, f"k={self.k} or more"),
             sessions=(self.sessions >= 2, "2 or more"),
             logging_temperature=(self.logging_temperature > 0, "above 0"),
@@ -543,7 +593,10 @@ def report(log: Log, found: dict[str, Value], truth: float | None) -> str:
 def run(config: Config) -> dict[str, Value]:
     """Print and write all estimates. Raises PageLLMError if every one is refused."""
     truth = None
-    if config.log:
+    if config.bandit:
+        log, out = read_bandit(config.bandit), config.stage("ope") / "bandit.json"
+        out.parent.mkdir(parents=True, exist_ok=True)
+    elif config.log:
         log, out = read_log(config.log), Path(config.log).with_name("ope.json")
     else:
         log, truth, inputs = simulate(config)

@@ -32,10 +32,12 @@ __all__ = [
     "interval",
     "p_value",
     "paired",
+    "reliability",
     "spearman",
     "summary",
     "wilson",
     "with_holm",
+    "within_users",
 ]
 
 
@@ -292,3 +294,22 @@ def calibration(margin: np.ndarray, bins: int = 10) -> float | None:
     total = np.bincount(index, minlength=bins)
     gap = np.abs(np.bincount(index, right, bins) - np.bincount(index, confidence, bins))
     return float(gap[total > 0].sum() / len(margin))
+
+
+def within_users(score: np.ndarray, picked: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Pearson correlation of a score with picks, or with hits, over each user's candidates.
+
+    score, picked  (U, M) numbers    there (U, M) bool: which of them count
+    returns        (U,) in -1..1; NaN where score or picks are the same for all candidates
+    """
+    x, y = (np.where(there, v, np.nan).astype(float) for v in (score, picked))
+    x, y = (v - np.nanmean(v, 1, keepdims=True) for v in (x, y))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.nansum(x * y, 1) / np.sqrt(np.nansum(x * x, 1) * np.nansum(y * y, 1))
+
+
+def reliability(chance: np.ndarray, picked: np.ndarray, there: np.ndarray) -> list[float]:
+    """Observed over predicted picks in ten bins of equally many candidates, by rising chance."""
+    p, y = chance[there], picked[there]
+    bins = np.array_split(np.argsort(p, kind="stable"), 10)
+    return [round(float(y[b].sum() / max(p[b].sum(), 1e-12)), 4) for b in bins]

@@ -156,7 +156,8 @@ def export_embeddings(
             f"pca={pca}: these rows have {min(width, shop.n_items, shop.n_users)} dimensions "
             "at most"
         )
-    item, user = (w.detach().float().cpu().numpy() for w in (policy.model.item, policy.model.user))
+    scored = policy.model.scored_items()
+    item, user = (w.detach().float().cpu().numpy() for w in (scored, policy.model.user))
     make = {
         "item_token": lambda: item,
         "item_content": lambda: item_content(policy, shop, batch),

@@ -53,7 +53,7 @@ class Config(Sources):
     split: str = "test"  # rows held out from prompts and pages, as in evaluate: a ranker that is
     # tested on them must not have them in its features. none: all rows, for pairs that are served
     k: int = 20  # slots of the page that an item is added to or taken from
-    mode: str = "greedy"  # how that page is decoded: greedy, beam or one_shot
+    mode: str = "greedy"  # how that page is decoded: greedy, beam, one_shot or hybrid
     batch: int = 512  # pages in a forward pass of the reward model
 
     def __post_init__(self):

@@ -19,7 +19,7 @@ from torch import Tensor
 from pagellm.data.shop import Shop, load, source
 from pagellm.model import lora
 from pagellm.model.backbone import KVCache
-from pagellm.model.decode import LegalItems, Pages, beam, greedy, one_shot
+from pagellm.model.decode import LegalItems, Pages, beam, greedy, hybrid, one_shot
 from pagellm.model.policy import Policy
 from pagellm.model.prompts import left_pad, pad_ids
 from pagellm.model.reward_model import RewardModel
@@ -366,7 +366,7 @@ class Recommender:
             allowed = allowed.to(ids.device)
         excluded, size, short = excluded.to(ids.device), max(self.candidates, k, depth), None
         if 0 < self.candidates and size < p.model.n_items:
-            found = best_items(start[1], p.model.item, excluded, size, allowed=allowed)
+            found = best_items(start[1], p.model.scored_items(), excluded, size, allowed=allowed)
             short = Shortlist(p.model, found)
             constraint = short.constraint()
         else:
@@ -376,6 +376,8 @@ class Recommender:
             pages = beam(p.model, ids, valid, constraint, k, self.width, start, short)
         elif mode == "greedy":
             pages = greedy(p.model, ids, valid, constraint, k, start, short=short)
+        elif mode == "hybrid":
+            pages = hybrid(p.model, ids, valid, constraint, k, start=start, short=short)
         else:
             pages = one_shot(p.model, ids, valid, constraint, k, start, short=short)
         self.observe("decode", time.perf_counter() - started)

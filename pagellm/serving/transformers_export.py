@@ -82,11 +82,11 @@ def rows_of(model: Backbone) -> tuple[Tensor, Tensor | None]:
     if model.gate is None:
         rows = torch.cat([word, model.user, model.item])
         out = None
-        if model.word_out is not None:
-            out = torch.cat([model.word_out, model.user, model.item])
+        if model.word_out is not None or model.item_out is not None:
+            out = torch.cat([model.scored_words(), model.user, model.scored_items()])
         return rows, out
     rows = torch.cat([word, model.user, model.item * model.gate, model.item])
-    scored = [model.scored_words(), model.user, model.item, torch.zeros_like(model.item)]
+    scored = [model.scored_words(), model.user, model.scored_items(), torch.zeros_like(model.item)]
     return rows, torch.cat(scored)
 
 

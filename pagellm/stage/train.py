@@ -200,7 +200,7 @@ def optimiser(
         if not weight.requires_grad:
             continue
         last = name.rsplit(".", 1)[-1]
-        if last in ("user", "item"):
+        if last in ("user", "item", "item_out"):
             rows.append(weight)
         elif weight.ndim >= 2 and last not in ("wpe", "word", "word_out", "special", "blend"):
             matrices.append(weight)

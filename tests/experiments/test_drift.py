@@ -146,6 +146,7 @@ def test_every_later_stage_reads_time_tokens(root, capsys):
             eval_every=2,
             min_steps=1,
             critic_warmup=2,
+            force=True,
             lr=1e-3,
         )
     )

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import advantage, reference
-from kernels.advantage import by_blocks, by_doubling, gae
+from kernels.advantage import by_blocks, by_doubling, gae, group_advantage
 from tests.strategies import garbage, pages, prefix_mask, seeds, unit
 
 SCANS = [by_blocks, by_doubling]
@@ -260,3 +260,38 @@ def test_a_gpu_gives_the_same():
     page = randn(5, 200), randn(5, 200), prefix_mask([200, 0, 1, 33, 150], 200)
     there = [x.cuda() for x in page]
     assert_close([x.cpu() for x in gae(*there, 0.99, 0.9)], list(gae(*page, 0.99, 0.9)))
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 4), st.integers(2, 6), st.floats(-50, 50))
+def test_group_advantages(seed, groups, samples, shift):
+    """Every group sums to 0; a constant added to a group's rewards changes nothing; rloo is what a
+    page earns above the mean of the others; grpo does not know the scale.
+    """
+    R = torch.randn(groups * samples, generator=torch.Generator().manual_seed(seed)).double()
+    for kind in ("rloo", "grpo", "dr_grpo"):
+        A = group_advantage(R, samples, kind)
+        assert_close(A.view(-1, samples).sum(1), torch.zeros(groups).double(), atol=1e-9, rtol=0)
+        moved = R.clone()
+        moved[:samples] += shift
+        assert_close(group_advantage(moved, samples, kind), A, atol=1e-7, rtol=1e-6)
+        # groups do not meet: the last alone has the advantages that it has beside the others
+        assert_close(group_advantage(R[-samples:], samples, kind), A[-samples:])
+    for i in range(samples):
+        others = [R[j] for j in range(samples) if j != i]
+        assert_close(group_advantage(R, samples, "rloo")[i], R[i] - sum(others) / len(others))
+    assert_close(group_advantage(R, samples, "dr_grpo")[0], R[0] - R[:samples].mean())
+    grpo = group_advantage(R, samples, "grpo")
+    assert_close(group_advantage(7 * R, samples, "grpo"), grpo)
+    assert_close(grpo.view(-1, samples).std(1), torch.ones(groups).double())
+
+
+def test_equal_rewards_have_no_advantage_and_wrong_groups_are_refused():
+    same = torch.full((4,), 0.1)
+    for kind in ("rloo", "grpo", "dr_grpo"):
+        assert group_advantage(same, 4, kind).abs().max() < 1e-6
+    for total, samples, kind in ((same, 3, "rloo"), (same, 1, "rloo"), (same, 2, "ppo")):
+        with pytest.raises(ValueError, match="group_advantage"):
+            group_advantage(total, samples, kind)
+    with pytest.raises(ValueError, match="group_advantage"):
+        group_advantage(same.view(2, 2), 2, "rloo")

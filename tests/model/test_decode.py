@@ -12,6 +12,7 @@ from pagellm.model.decode import (
     LegalItems,
     beam,
     greedy,
+    hybrid,
     inverse_cdf,
     one_shot,
     page_logp,
@@ -65,6 +66,7 @@ def modes(ids, valid, excluded, k, seed=0):
     yield "sample", sample(MODEL, ids, valid, LegalItems(excluded, N), uniform)
     yield "beam", beam(MODEL, ids, valid, LegalItems(excluded, N), k, width=3)
     yield "one_shot", one_shot(MODEL, ids, valid, LegalItems(excluded, N), k)
+    yield "hybrid", hybrid(MODEL, ids, valid, LegalItems(excluded, N), k, 2)
 
 
 @settings(deadline=None, max_examples=40)
@@ -328,3 +330,23 @@ def test_padding_that_all_rows_share_is_not_read():
     )
     hook.remove()
     assert read == [5, 5] and torch.equal(padded, alone)
+
+
+@settings(deadline=None, max_examples=20)
+@given(prompts(), st.integers(1, 5), st.integers(1, 5))
+def test_hybrid_is_greedy_at_the_top_and_one_shot_behind_it(case, head, k):
+    """Slots up to `head` are greedy's; the others are the best legal items before slot head + 1."""
+    ids, valid, excluded, _ = case
+    page = hybrid(GATED, ids, valid, LegalItems(excluded, N), k, head)
+    whole = greedy(GATED, ids, valid, LegalItems(excluded, N), min(head, k))
+    m = min(head, k)
+    assert torch.equal(page.item[:, :m], whole.item) and torch.equal(page.mask[:, :m], whole.mask)
+    assert page.item.shape == (len(ids), k) and torch.equal(page.first, whole.first)
+    if k > head:
+        states = slot_states(GATED, ids, valid, whole.item, whole.mask)
+        logits = GATED.item_logits(states[:, m])
+        for row, (item, mask) in enumerate(zip(page.item, page.mask, strict=True)):
+            gone = set(excluded[row].tolist()) | set(item[:m].tolist())
+            rest = [i for i in logits[row].argsort(descending=True).tolist() if i not in gone]
+            assert item[m:][mask[m:]].tolist() == rest[: k - m][: int(mask[m:].sum())]
+            assert int(mask.sum()) == min(k, N - len(set(excluded[row].tolist()) - {-1}))

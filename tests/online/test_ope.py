@@ -1,6 +1,8 @@
 """Off-policy estimators: their expectation is the true value; small samples are refused."""
 
+import gzip
 import math
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -274,3 +276,56 @@ def test_sft_log_judges_ppo(served, capsys):
     assert said.startswith("SIMULATED") and len(found) == 6
     for name, v in found.items():
         assert name == "direct" or abs(v.value - truth) < 4.5 * v.se, name
+
+
+BANDIT = "user_feature_0,item_id,position,click,propensity_score,timestamp\n"
+
+
+def test_a_log_of_single_slots_is_read_line_by_line(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text(BANDIT + "a,3,1,0,0.25,x\nb,5,2,1,0.5,x\na,3,3,1,0.5,x\n")
+    log = ope.read_bandit(path)
+    assert log.page[:, 0].tolist() == [3, 5, 3] and log.reward[:, 0].tolist() == [0, 1, 1]
+    assert log.user.tolist() == [0, 1, 0] and log.target[:, 0].tolist() == [0.5] * 3
+    found = ope.estimates(log, 0.0)
+    # weights 2, 1, 1: inverse propensities of the uniform policy
+    assert found["IPS"].value == pytest.approx((0 + 1 + 1) / 3)
+    assert found["SNIPS"].value == pytest.approx((0 + 1 + 1) / 4)
+    packed = tmp_path / "log.csv.gz"
+    with gzip.open(packed, "wt") as file:
+        file.write(path.read_text())
+    assert np.array_equal(ope.read_bandit(packed).propensity, log.propensity)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [("a,3,1,0,0,x", "line 2"), ("a,3,1,7,0.5,x", "line 2"), ("a,x,1,0,0.5,x", "want numbers")],
+)
+def test_a_broken_log_of_single_slots_is_refused(tmp_path, line, message):
+    path = tmp_path / "log.csv"
+    path.write_text(BANDIT + line + "\n")
+    with pytest.raises(PageLLMError, match=message):
+        ope.read_bandit(path)
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(PageLLMError, match="no column item_id"):
+        ope.read_bandit(path)
+    with pytest.raises(PageLLMError, match="no log"):
+        ope.read_bandit(tmp_path / "nobody.csv")
+
+
+def test_uniform_on_open_bandit_from_thompson_sampling_covers_the_uniform_log():
+    """Shared data: the estimate from one policy's log beside what the other one's visitors did."""
+    folder = Path(__file__).parents[3] / "shared" / "data" / "open_bandit"
+    if not folder.exists():
+        pytest.skip("shared: no Open Bandit files")
+    for shop in ("men", "women"):
+        drawn = ope.read_bandit(folder / "random" / shop / f"{shop}.csv.gz")
+        assert np.allclose(drawn.propensity, drawn.target, rtol=1e-3)
+        clicks = drawn.reward.mean()
+        log = ope.read_bandit(folder / "bts" / shop / f"{shop}.csv.gz")
+        found = ope.estimates(log, 10.0)["SNIPS"]
+        if shop == "women":  # some propensities are 1e-6: two sessions carry all the weight
+            assert found.refused
+            continue
+        error = (found.se**2 + clicks * (1 - clicks) / len(drawn.reward)) ** 0.5
+        assert abs(found.value - clicks) < 4 * error
