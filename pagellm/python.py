@@ -79,7 +79,7 @@ class Data:
 def prepare(
     table: "ArrowStream | Mapping[str, Sequence] | str | Path | None" = None,
     *,
-    items: "ArrowStream | Mapping[str, Sequence] | str | Path | None" = None,
+    items: "ArrowStream | Mapping[str, Sequence] | str | Path | int | None" = None,
     dataset: str = "",
     data: str | Path = "data",
     **options: Any,
@@ -88,7 +88,8 @@ def prepare(
 
     table    the log, with a user and an item column: a table of pandas, polars, DuckDB or Arrow,
              or the path of a file or directory. None: the files of data/raw/<dataset>
-    items    the item table, of the same kinds; None: none, or what lies beside the log
+    items    the item table, of the same kinds; None: none, or what lies beside the log. A number:
+             items of the synthetic shop
     dataset  the data set's name; empty: "shop", or "synthetic" where there is no table
     data     directory of prepared data sets
     options  those of `pagellm prepare`: split="temporal", user_column="customer", k_core=3
@@ -100,6 +101,8 @@ def prepare(
 
     dataset = dataset or ("synthetic" if table is None else "shop")
     told = {"dataset": dataset, "data": str(data)}
+    if isinstance(items, int):
+        options, items = options | {"items": items}, None
     if table is None and items is not None:
         raise PageLLMError("items= without a table; give the log too")
     if isinstance(table, str | Path):

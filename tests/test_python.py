@@ -180,6 +180,11 @@ def test_errors_say_what_to_do(said, call, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())  # nothing begun
 
 
+def test_a_number_of_items_is_that_of_the_made_up_shop(tmp_path):
+    data = pagellm.prepare(users=60, items=40, data=tmp_path)
+    assert data.dataset == "synthetic" and data.source["config"]["items"] == 40
+
+
 def test_stages_come_with_those_before_them_in_their_order():
     assert python.in_order("compose") == ["pretrain", "sft", "compose"]
     assert python.in_order(["compose", "ppo"]) == ["pretrain", "sft", "reward", "ppo", "compose"]
