@@ -11,6 +11,8 @@ fault   full disk, read-only directory, damaged checkpoints, lost or changed inp
 ranks   two processes under torchrun: one is killed, the job must end, and one process continues it
 input   mutated lines of every format, gzip bombs, endless lines: no crash, and every line is
         counted as kept or broken
+silent  a clean shop's files changed in every way that exports go wrong: `prepare` must come to the
+        same tables, or name the change (see experiments.stress.silent)
 soak    all stages in a loop in one process for `minutes`: memory, open files, threads and temporary
         files must not grow (make soak)
 
@@ -42,6 +44,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from experiments.stress import silent
 from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.data import prepare, synthetic
 from pagellm.data.amazon import parse_item, parse_review
@@ -54,7 +57,7 @@ from pagellm.stage.config import PageLLMError, check
 __all__ = ["Config", "Trials", "fuzzed_line", "merged", "run"]
 
 
-SUITES = ("kill", "signal", "fault", "ranks", "input", "soak")
+SUITES = ("kill", "signal", "fault", "ranks", "input", "silent", "soak")
 VERBS = {
     "prepare": prepare,
     "pretrain": pretrain,
@@ -90,9 +93,12 @@ SPOTS = {
 class Config:
     """Break things on purpose and count what survives."""
 
-    suites: str = "kill,signal,fault,ranks,input"  # suites to run, comma-separated; also soak
+    suites: str = (
+        "kill,signal,fault,ranks,input,silent"  # suites to run, comma-separated; also soak
+    )
     moments: int = 20  # kills of each stage; half as many signals
     inputs: int = 100_000  # number of mutated lines
+    mutations: int = 500  # number of shops with a silent fault
     minutes: float = 30.0  # length of soak
     seed: int = 0  # seed of all random choices
 
@@ -103,6 +109,7 @@ class Config:
             suites=(set(names) <= set(SUITES), f"some of {','.join(SUITES)}"),
             moments=(self.moments > 0, "1 or more"),
             inputs=(self.inputs >= 0, "0 or more"),
+            mutations=(self.mutations >= 0, "0 or more"),
             minutes=(0 < self.minutes < 1e6, "above 0"),
         )
 
@@ -700,6 +707,16 @@ class Trials:
         self.odd_shops(all_ratings=lines >= 50_000)
         self.bombs(large=lines >= 50_000)
 
+    def silent(self, mutations: int) -> None:
+        """Change clean shops; every kind of change comes about as often as any other."""
+        shops, kinds = silent.Shops(self.root / "silent"), list(silent.MUTATIONS)
+        for n in tqdm(range(mutations), "silent", unit="mutation"):
+            name = kinds[n % len(kinds)]
+            ended, said = shops.trial(self.random, name)
+            self.counts[f"silent faults: {ended}"] += 1
+            self.expect(ended != "silent", f"{name.replace('_', ' ')}: not a word of it\n{said}")
+        self.counts["silent faults: kinds"] = min(mutations, len(kinds))
+
     def directories(self, sources: dict, count: int) -> None:
         """prepare directories in which some or all lines are malformed: success or one message."""
         for _ in range(count):
@@ -1055,6 +1072,8 @@ def run(config: Config) -> list[str]:
             trials.ranks()
         if "input" in wanted:
             trials.input(config.inputs)
+        if "silent" in wanted:
+            trials.silent(config.mutations)
         if "soak" in wanted:
             trials.soak(config.minutes)
     print(f"\n{time.time() - began:.0f} s")

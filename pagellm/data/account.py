@@ -7,6 +7,8 @@ not be read; what the k-core took away. What changes the meaning of the data is 
 
 import math
 import re
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Protocol
@@ -16,12 +18,13 @@ import numpy as np
 from pagellm.data import logs
 from pagellm.data.evidence import is_numeric
 from pagellm.data.files import Options, RawFile
+from pagellm.data.packed import is_plain
 from pagellm.data.raw import Raw
-from pagellm.data.records import Tally
+from pagellm.data.records import Item, Tally
 from pagellm.data.values import NO_TIME
 from pagellm.data.where import Where
 
-__all__ = ["Account", "Join", "account_of"]
+__all__ = ["Account", "Join", "account_of", "is_unknown"]
 
 SHOWN = 6  # names of a list that are shown
 MOST_LINES = 25  # of the whole paragraph
@@ -37,7 +40,11 @@ NEAR = {
     "category": ("categor", "genre"),
 }
 MOST_GRADES = 1000  # different values in a sample, above which a column does not grade anything
+# Roles that a shop mostly has: said where a file has no column for them.
+COMMON = {"interactions": ("rating", "time"), "items": tuple(logs.ITEM_COLUMNS)}
+DAY = 86_400  # seconds
 NUMBERING = re.compile(r"(id|no|number|code|index)$")
+NAMES = {"paths": "category"}  # field of an Item -> what a reader calls it
 UNITS = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 
 
@@ -46,10 +53,25 @@ class Join:
     """How the item table met the items of the log."""
 
     lines: int = 0
-    items: int = 0  # of the log, before the k-core
-    known: set = field(default_factory=set)  # items of the log that the table has
+    items: int = 0  # of the log, behind the k-core
+    known: set = field(default_factory=set)  # those of them that the table has
+    repeated: int = 0  # lines of the table about an item that an earlier line was about
+    fields: dict = field(default_factory=dict)  # title, brand ... -> items that have one
+    prices: tuple = ()  # lowest and highest
     stranger: str = ""  # the first of the table that the log does not have
     missing: str = ""  # the first of the log that the table does not have
+
+    def fill(self, rows: list[Item], known: set[str]) -> None:
+        """rows: one for each item, in order, empty where the table says nothing."""
+        self.items, self.known = len(rows), known
+        self.missing = next((row.id for row in rows if row.id not in known), "")
+        self.fields = {
+            NAMES.get(name, name): sum(not is_unknown(row[at]) for row in rows)
+            for at, name in enumerate(Item._fields)
+            if at
+        }
+        prices = [row.price for row in rows if not is_unknown(row.price)]
+        self.prices = (min(prices), max(prices)) if prices else ()
 
 
 @dataclass
@@ -68,6 +90,11 @@ class Account:
         warned = [f"  WARNING    {text}" for text in self.warnings]
         room = max(0, MOST_LINES - 1 - len(warned))
         return "\n".join(self.lines[:room] + warned)
+
+
+def is_unknown(value) -> bool:
+    """Whether a field of an Item is empty: "", (), NaN."""
+    return math.isnan(value) if isinstance(value, float) else not value
 
 
 def several(names: list[str]) -> str:
@@ -91,18 +118,47 @@ class Rules(Protocol):
 
 
 def account_of(
-    raw: Raw, rules: Rules, tally: Tally, item_tally: Tally, columns, counts: dict, join: Join
+    raw: Raw, options: Options, tally: Tally, item_tally: Tally, columns, counts: dict, join: Join
 ) -> Account:
     """columns: text_store.Columns of what was kept; counts: of prepare.filtered."""
     account = Account(warnings=list(raw.warnings))
-    files(account, raw, raw.options)
-    rows(account, raw, rules, tally, columns, counts)
+    files(account, raw, options)
+    rows(account, raw, options, tally, columns, counts)
+    for what, ids in (("users", columns.user_ids), ("items", columns.item_ids)):
+        alike(account, what, ids)
     if raw.item_files:
         items(account, raw, item_tally, join)
     if counts.get("k_core"):
-        core(account, rules, counts["k_core"])
+        core(account, options, counts["k_core"])
     account.facts["warnings"] = account.warnings
     return account
+
+
+def alike(account: Account, what: str, ids: Iterable[str]) -> None:
+    """Identifiers that differ in what a program may have changed underway: zeros in front, blanks,
+    capitals. One user who is written in two ways counts as two."""
+    of: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name in ids:
+        bare = name.strip().lstrip("0")
+        of[bare.casefold()][bare].append(name)
+    several_ways = [
+        (same, [name for names in same.values() for name in names])
+        for same in of.values()
+        if sum(map(len, same.values())) > 1
+    ]
+    if not several_ways:
+        return
+    same, names = several_ways[0]
+    zeros = any(len(names) > 1 for same, _ in several_ways for names in same.values())
+    text = (
+        f"{len(several_ways):,} {what} are written in several ways, such as "
+        f"{' and '.join(map(repr, sorted(names)[:2]))}; each way counts as one of its own"
+    )
+    account.facts[f"{what}_written_in_several_ways"] = len(several_ways)
+    if zeros:  # many shops tell ids apart by capitals, and few by zeros or blanks
+        account.warnings.append(text)
+    else:
+        account.say("", text)
 
 
 def files(account: Account, raw: Raw, options: Options) -> None:
@@ -125,13 +181,34 @@ def files(account: Account, raw: Raw, options: Options) -> None:
         used |= {part for name in used for part in name.split("+")}
         left = [name for name in file.names if name and name not in used]
         form = file.reading.time if file.reading else "s"
+        absent = [role for role in COMMON[file.role] if role not in taken]
+        if "event" in taken and "rating" in absent:
+            absent.remove("rating")
         shown = ", ".join(
             f"{role} = {name}" + (f" ({UNITS.get(form, form)})" if role == "time" else "")
             for role, name in taken.items()
         )
+        shown += f"; no {', no '.join(absent)}" if absent else ""
         account.say(file.path.name, shown + (f"; left over: {several(left)}" if left else ""))
         account.facts["columns"][f"{file.path.name} {file.role}"] = {"taken": taken, "left": left}
+        if len(set(file.names)) < len(file.names):
+            twice = sorted({name for name in file.names if file.names.count(name) > 1})
+            account.warnings.append(
+                f"{file.path.name}: column {several(twice)} stands there twice; the first is read"
+            )
         near_misses(account, raw, file, options, taken, left)
+    cut = [f.path.name for f in raw.review_files + raw.item_files if ends_open(f)]
+    if cut:
+        account.say("", f"the last line of {several(cut)} has no end: was the file cut short?")
+
+
+def ends_open(file: RawFile) -> bool:
+    """Whether a text file's last line has no line end, as where a copy was broken off."""
+    if file.spelling == "parquet" or not file.path.stat().st_size or not is_plain(file.path):
+        return False
+    with open(file.path, "rb") as data:
+        data.seek(-1, 2)
+        return data.read(1) != b"\n"
 
 
 def near_misses(
@@ -194,12 +271,13 @@ def rows(account: Account, raw: Raw, rules: Rules, tally: Tally, columns, counts
 
 
 def between(time: np.ndarray) -> str:
-    """The days of the first and the last time; "" where they are positions, as in sequences."""
+    """The days of the first and the last time, and whether they are days without a clock; "" where
+    they are positions, as in sequences."""
     known = time[time != NO_TIME]
     if not len(known) or known.max() < 1e7:
         return ""
     first, last = (datetime.fromtimestamp(float(t), UTC).date() for t in (known.min(), known.max()))
-    return f", {first} to {last}"
+    return f", {first} to {last}" + (", whole days" if not (known % DAY).any() else "")
 
 
 def items(account: Account, raw: Raw, tally: Tally, join: Join) -> None:
@@ -207,7 +285,22 @@ def items(account: Account, raw: Raw, tally: Tally, join: Join) -> None:
     names = several(sorted({file.path.name for file in raw.item_files}))
     known = len(join.known)
     account.say("items", f"{share(known, join.items)} of the log's items are in {names}")
-    account.facts["items"] = {"in_log": join.items, "in_table": known}
+    filled = ", ".join(f"{name} {n:,}" for name, n in join.fields.items())
+    prices = f", prices {join.prices[0]:g} to {join.prices[1]:g}" if join.prices else ""
+    account.say("", f"of {join.items:,} items have a {filled}{prices}")
+    if join.repeated:
+        account.say(
+            "",
+            f"{join.repeated:,} further lines of {names} are about items that had one already; "
+            "they fill what it leaves empty",
+        )
+    account.facts["items"] = {
+        "in_log": join.items,
+        "in_table": known,
+        "further_lines": join.repeated,
+        "with": join.fields,
+        "prices": list(join.prices),
+    }
     if join.items and known < JOINED * join.items:
         account.warnings.append(
             f"{names} knows {known:,} of {join.items:,} items of the log: it has "

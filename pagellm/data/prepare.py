@@ -42,7 +42,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pagellm.data import filters, parallel, synthetic, text_store
-from pagellm.data.account import Account, Join, account_of
+from pagellm.data.account import Account, Join, account_of, is_unknown
 from pagellm.data.files import Options
 from pagellm.data.raw import Raw, find
 from pagellm.data.records import Item, Tally, batched
@@ -318,13 +318,14 @@ def catalogue(
         if at is None:
             continue
         before = found.get(at, item)
+        if join is not None and at in found:
+            join.repeated += 1
         found[at] = Item._make(
             new if is_unknown(old) else old for old, new in zip(before, item, strict=True)
         )
-    if join is not None:
-        join.items, join.known = len(item_ids), {item_ids[n] for n in found}
-        join.missing = next((name for name in item_ids if name not in join.known), "")
     rows = [found.get(n, Item(name)) for n, name in enumerate(item_ids)]
+    if join is not None:
+        join.fill(rows, {item_ids[n] for n in found})
     root = common_root(row.paths for row in rows)
     below = [[path[path[:1] == (root,) :] for path in row.paths] for row in rows]
     return {
@@ -337,11 +338,6 @@ def catalogue(
         "price": [row.price for row in rows],
         "description": [row.description[:max_text].rstrip() for row in rows],
     }
-
-
-def is_unknown(value) -> bool:
-    """Whether a field of an Item is empty: "", (), NaN."""
-    return math.isnan(value) if isinstance(value, float) else not value
 
 
 def common_root(all_paths) -> str | None:

@@ -139,11 +139,12 @@ def find(options: Options) -> Raw:
     item_files = choose_items(files, folder, options)
     check_columns(logs.LOG_COLUMNS, review_files or files, options)
     check_columns(logs.ITEM_COLUMNS, item_files or review_files, options)
+    check_times(review_files, options)
     review_files, item_files, samples = settled(review_files, item_files, options)
     used = {file.path for file in review_files + item_files}
     left = [file for file in files if file.path not in used]
     passed = [f"{file.path.name} ({reason(file)})" for file in left] + folders(folder)
-    warnings += differing_parts(left, review_files)
+    warnings += differing_parts(left, review_files) + missing_parts(review_files)
     return Raw(
         review_files,
         item_files,
@@ -153,6 +154,19 @@ def find(options: Options) -> Raw:
         warnings,
         samples,
     )
+
+
+def check_times(review_files: list[RawFile], options: Options) -> None:
+    """Raise PageLLMError for a split by time of logs of which none has a column of times."""
+    by_time = options.split in ("temporal", "leave_one_out")
+    if by_time and all(file.names and "time" not in file.columns for file in review_files):
+        file = review_files[0]
+        left = [name for name in file.names if name not in file.columns.values()]
+        raise PageLLMError(
+            f"split={options.split} needs times, and {file.path.name} has no column of times\n"
+            f"  Name it with --time_column (left over: {', '.join(left) or 'none'}), or use "
+            "--split random."
+        )
 
 
 def settled(review_files: list[RawFile], item_files: list[RawFile], options: Options):
@@ -282,6 +296,27 @@ def differing_parts(left: list[RawFile], chosen: list[RawFile]) -> list[str]:
         if file.names and (differ := set(file.columns) ^ set(chosen[0].columns)):
             said.append(
                 f"{file.path.name} and {chosen[0].path.name} differ in: {', '.join(sorted(differ))}"
+            )
+    return said
+
+
+def missing_parts(chosen: list[RawFile]) -> list[str]:
+    """Words about a number that the names of a log's parts leave out: log-00, log-02."""
+    of: dict[tuple, list[tuple[int, ...]]] = {}
+    for file in chosen:
+        numbers = tuple(map(int, re.findall(r"\d+", file.path.name)))
+        of.setdefault(part_name(file), []).append(numbers)
+    said = []
+    for parts in of.values():
+        changing = [column for column in zip(*parts, strict=True) if len(set(column)) > 1]
+        if len(changing) != 1:
+            continue
+        there = set(changing[0])
+        gap = sorted(set(range(min(there), min(max(there), min(there) + 10_000))) - there)
+        if gap and len(gap) < len(there):  # names that hold dates leave out most numbers
+            said.append(
+                f"the parts of {chosen[0].path.name} are numbered {min(there)} to {max(there)}, "
+                f"and number {', '.join(map(str, gap[:5]))} is not there"
             )
     return said
 

@@ -192,7 +192,7 @@ def said(tmp_path, capsys, files, **options):
 def test_columns_taken_and_left_over_are_said(tmp_path, capsys):
     rows = [(u, i, r, "x") for u, i, r in ROWS]
     text, read = said(tmp_path, capsys, {"log.csv": csv_text(rows, "uid,item,movie_score,junk")})
-    assert "user = uid, item = item; left over: movie_score, junk" in text
+    assert "user = uid, item = item; no rating, no time; left over: movie_score, junk" in text
     assert "every row counts as liked; columns of numbers left over: movie_score" in text
     assert read["columns"]["log.csv interactions"]["left"] == ["movie_score", "junk"]
     assert any("movie_score" in warning for warning in read["warnings"])

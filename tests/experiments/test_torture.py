@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.stress.silent import MUTATIONS, Result, clean, judge
 from experiments.stress.torture import Config, fuzzed_line, merged
 from pagellm.stage.config import PageLLMError
 
@@ -36,8 +37,10 @@ def python(*words, seconds=1800):
 @pytest.fixture(scope="module")
 def counts():
     """What was tried, in a short run of all kinds of harm; nothing broke."""
-    words = "--suites kill,signal,fault,ranks,input,soak --seed 1 --moments 1 --inputs 5000".split()
-    code, said = python("-m", "experiments.stress.torture", *words, "--minutes", "0.01")
+    words = "--suites kill,signal,fault,ranks,input,silent,soak --seed 1 --moments 1 --inputs 5000"
+    code, said = python(
+        "-m", "experiments.stress.torture", *words, "--minutes", "0.01", "--mutations", "30"
+    )
     assert code == 0 and "nothing broke" in said, said[-3000:]
     found = re.findall(r"^ +([0-9,]+)  (.+)$", said, re.MULTILINE)
     return {what: int(n.replace(",", "")) for n, what in found}
@@ -55,6 +58,9 @@ def counts():
         ("odd shops: all stages", 1),
         ("odd shops: refused", 1),
         ("soak: rounds", 8),
+        ("silent faults: nothing", 5),
+        ("silent faults: named", 8),
+        ("silent faults: refused", 3),
     ],
 )
 def test_nothing_breaks_of_all_that_was_tried(counts, counted, least):
@@ -74,6 +80,7 @@ def test_a_job_ends_soon_after_one_of_its_processes(counts):
 NOTICE = """
 import sys, tempfile
 from pathlib import Path
+from experiments.stress.silent import MUTATIONS, Result, clean, judge
 from experiments.stress.torture import Trials
 with tempfile.TemporaryDirectory() as root:
     trials = Trials(Path(root) / "bench", 0)
@@ -138,6 +145,30 @@ def test_fuzzed_lines_are_seeded_and_stay_lines():
         [fuzzed_line(random.Random(seed), lines) for seed in range(300)] for _ in range(2)
     )
     assert first == second and len(set(first)) > 200 and not any(b"\n" in line for line in first)
+
+
+def test_a_silent_fault_would_be_noticed(tmp_path):
+    """Other tables without a new line, or with one about something else, are a silent fault."""
+    before = Result([1, 2], "read log.csv\n2 rows")
+    assert judge(before, Result([1, 2], "read log.csv\n3 rows"), ()) == "nothing"
+    assert judge(before, Result([1], "read log.csv\n2 rows"), ("rows",)) == "silent"
+    assert judge(before, Result([1], "read log.csv\n1 row"), ("price",)) == "silent"
+    assert judge(before, Result([1], "read log.csv\n1 row"), ("1 ROW",)) == "named"
+    assert judge(before, Result(None, "bad column x", True), ("column x",)) == "refused"
+    assert judge(before, Result(None, "bad", True), ("column x",)) == "silent"
+
+
+def test_clean_shops_are_of_every_form_and_each_mutation_changes_the_files():
+    shops = [clean(random.Random(n)) for n in range(40)]
+    assert {shop.form for shop in shops} == {"csv", "jsonl", "parquet"}
+    assert {len(shop.log) for shop in shops} == {1, 2, 3}
+    for name, change in MUTATIONS.items():
+        changed = []
+        for n in range(40):
+            shop, draw = clean(random.Random(n)), random.Random(n)
+            applies = change(shop, draw) is not None
+            changed += [repr(shop) != repr(clean(random.Random(n)))] if applies else []
+        assert any(changed), name
 
 
 def test_options():
