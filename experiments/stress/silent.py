@@ -144,7 +144,9 @@ def drop_a_column_of_the_log(f, draw):
     name = draw.choice(["user_id", "item_id", *LOG])
     for row in every_row(f):
         del row[name]
-    return {"timestamp": ("no .*time",), "text": ("review",)}.get(name, (name.removesuffix("_id"),))
+    return {"timestamp": ("no .*time",), "text": ("review text in 0 of",)}.get(
+        name, (name.removesuffix("_id"),)
+    )
 
 
 @mutation
@@ -518,9 +520,10 @@ def repeat_rows_of_the_item_table(f, draw):
 @mutation
 def empty_a_field_of_the_item_table(f, draw):
     name = draw.choice(TABLE)
-    for row in draw.sample(f.items, draw.choice([1, 5, 10])):
+    n = draw.choice([1, 5, 10])
+    for row in draw.sample(f.items, n):
         row[name] = None
-    return (name,)
+    return (rf"{name} {10 - n}\b",)
 
 
 @mutation

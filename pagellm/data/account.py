@@ -88,8 +88,11 @@ class Account:
     def text(self) -> str:
         """At most MOST_LINES lines, warnings last and whole."""
         warned = [f"  WARNING    {text}" for text in self.warnings]
-        room = max(0, MOST_LINES - 1 - len(warned))
-        return "\n".join(self.lines[:room] + warned)
+        room = max(1, MOST_LINES - 1 - len(warned))
+        shown = self.lines if len(self.lines) <= room else self.lines[: room - 1]
+        more = len(self.lines) - len(shown)
+        left = [f"  and {more} more lines: see `read` in source.json"] if more else []
+        return "\n".join(shown + left + warned)
 
 
 def is_unknown(value) -> bool:
@@ -104,7 +107,11 @@ def several(names: list[str]) -> str:
 
 
 def share(part: int, whole: int) -> str:
-    return f"{part:,} of {whole:,}" + (f" ({part / whole:.1%})" if whole else "")
+    """ "9 of 10 (90.0%)"; only all are 100.0%, and only none are 0.0%."""
+    if not whole:
+        return f"{part:,} of {whole:,}"
+    rounded = part / whole if part in (0, whole) else min(max(part / whole, 0.001), 0.999)
+    return f"{part:,} of {whole:,} ({rounded:.1%})"
 
 
 class Rules(Protocol):
@@ -169,15 +176,18 @@ def files(account: Account, raw: Raw, options: Options) -> None:
     if raw.passed:
         account.say("not read", several(raw.passed))
     account.facts["passed_over"], account.facts["columns"] = raw.passed, {}
-    wanted = Where.parse(options.where).columns
-    said = set()
+    where, said = Where.parse(options.where), set()
     for file in raw.review_files + raw.item_files:
         if not file.names or (file.role, file.names) in said:
             continue
         said.add((file.role, file.names))
         taken = file.item_columns if file.role == "items" else file.columns
         also = [f.item_columns.values() for f in raw.item_files if f.path == file.path]
-        used = {*taken.values(), *wanted, *(name for names in also for name in names)}
+        used = {
+            *taken.values(),
+            *where.of(file.names).columns,
+            *(name for names in also for name in names),
+        }
         used |= {part for name in used for part in name.split("+")}
         left = [name for name in file.names if name and name not in used]
         form = file.reading.time if file.reading else "s"
@@ -261,8 +271,17 @@ def rows(account: Account, raw: Raw, rules: Rules, tally: Tally, columns, counts
         f"rating in {share(rated, kept)}{scale}; {liked}, or without a rating: "
         f"{share(counts['positives'], counts['distinct'])} of different rows",
     )
-    account.say("", f"time in {share(timed, kept)}{between(columns.time)}")
-    account.facts["rows"] = {"with_rating": rated, "with_time": timed, "scale": [low, high]}
+    texts = int((columns.tie > 0).sum())
+    account.say(
+        "",
+        f"time in {share(timed, kept)}{between(columns.time)}; review text in {share(texts, kept)}",
+    )
+    account.facts["rows"] = {
+        "with_rating": rated,
+        "with_time": timed,
+        "with_text": texts,
+        "scale": [low, high],
+    }
     if rules.positive_above < (low + high) / 2 and (low, high) != (1, 5) and rated:
         account.warnings.append(
             f"liked is what is rated above {rules.positive_above:g} on the scale "
@@ -271,11 +290,13 @@ def rows(account: Account, raw: Raw, rules: Rules, tally: Tally, columns, counts
 
 
 def between(time: np.ndarray) -> str:
-    """The days of the first and the last time, and whether they are days without a clock; "" where
-    they are positions, as in sequences."""
+    """The days of the first and the last time, and whether they are days without a clock, or
+    positions as in sequences."""
     known = time[time != NO_TIME]
-    if not len(known) or known.max() < 1e7:
+    if not len(known):
         return ""
+    if known.max() < 1e7 and (known == np.floor(known)).all():
+        return ", no dates but positions"
     first, last = (datetime.fromtimestamp(float(t), UTC).date() for t in (known.min(), known.max()))
     return f", {first} to {last}" + (", whole days" if not (known % DAY).any() else "")
 
@@ -286,8 +307,8 @@ def items(account: Account, raw: Raw, tally: Tally, join: Join) -> None:
     known = len(join.known)
     account.say("items", f"{share(known, join.items)} of the log's items are in {names}")
     filled = ", ".join(f"{name} {n:,}" for name, n in join.fields.items())
-    prices = f", prices {join.prices[0]:g} to {join.prices[1]:g}" if join.prices else ""
-    account.say("", f"of {join.items:,} items have a {filled}{prices}")
+    prices = f"; prices from {join.prices[0]:g} to {join.prices[1]:g}" if join.prices else ""
+    account.say("", f"known of {join.items:,} items: {filled}{prices}")
     if join.repeated:
         account.say(
             "",

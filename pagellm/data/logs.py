@@ -5,6 +5,7 @@ Columns are named by option or recognised by the common spellings below. What ho
 column, such as the unit of its times, is told from a sample of its values: see `settled`.
 """
 
+import contextlib
 import csv
 import re
 from collections import Counter, defaultdict, deque
@@ -243,11 +244,12 @@ def rivals(file: RawFile, chosen: dict[str, str]) -> dict[str, list[str]]:
 
 
 def sample(file: RawFile, rows: int = SAMPLE) -> dict[str, list]:
-    """Column -> its first values."""
+    """Column -> its first values; of a damaged file those before the damage, which reading names."""
     found: dict[str, list] = {name: [] for name in file.names}
-    for _, row in islice(records(file, list(found), Tally()), rows):
-        for name, values in found.items():
-            values.append(row.get(name))
+    with contextlib.suppress(PageLLMError):
+        for _, row in islice(records(file, list(found), Tally()), rows):
+            for name, values in found.items():
+                values.append(row.get(name))
     return found
 
 
@@ -333,6 +335,7 @@ def log_rows(
 ) -> Iterator[Review]:
     form = (file.reading or settled(file, Options(), sample(file))).time
     low, high = scale
+    where = where.of(file.names)
 
     def review(row: dict) -> Review:
         if not where.keeps(row):
@@ -428,6 +431,7 @@ def catalogue_of_log(file: RawFile, tally: Tally, where: Where) -> Iterator[Item
     Of several titles, brands and so on the commonest counts, of equally common ones the first in
     the order of letters; of several prices the middle one. So the order of lines changes nothing.
     """
+    where = where.of(file.names)
     fields: dict[str, list[Counter]] = defaultdict(lambda: [Counter() for _ in Item._fields[1:]])
 
     def collect(row: dict) -> None:

@@ -4,12 +4,15 @@
     value       a number, a word, or text in quotes; for `in` a list: (a, b)
     several     joined by `and`, or by `or`; `and` binds closer
 
-A column whose name holds spaces or marks stands in quotes: "unit price" > 0. Where the value is a
-number, cells are compared as numbers; a cell that is none makes its condition false, `!=` apart.
+A column whose name holds spaces or marks stands in quotes: "unit price" > 0. Case, blanks and marks
+of its name do not matter where one column alone is meant. Where the value is a number, cells are
+compared as numbers, with all their digits; a cell that is none makes its condition false, `!=`
+apart. A value with zeros in front, 007, is text.
 """
 
 import operator
 import re
+from decimal import Decimal
 from typing import NamedTuple
 
 from pagellm.data.values import identifier, is_missing, is_number
@@ -43,11 +46,17 @@ class Condition(NamedTuple):
         value = self.values[0]
         if is_missing(cell):
             return self.sign == "!=" and value != ""
-        if is_number(value) and is_number(cell):
-            return OPERATORS[self.sign](float(cell), float(value))
+        padded = self.sign in ("==", "!=") and re.fullmatch(r"0[0-9]+", value)
+        if is_number(value) and is_number(cell) and not padded:
+            return OPERATORS[self.sign](exact(cell), exact(value))
         if self.sign in ("==", "!="):
             return OPERATORS[self.sign](identifier(cell, "value").strip(), value)
         return False
+
+
+def exact(number) -> Decimal:
+    """A number with all its digits: as floats, neighbouring ids of 17 digits are equal."""
+    return Decimal(str(number).strip().replace("_", ""))
 
 
 class Where(NamedTuple):
@@ -83,12 +92,30 @@ class Where(NamedTuple):
         """The columns that the conditions look at."""
         return list(dict.fromkeys(c.column for group in self.any_of for c in group))
 
+    def of(self, names) -> "Where":
+        """The same conditions on a file's columns: `quantity` is its column Quantity.
+
+        names  of the file's columns. A name that none or several of them are like stays as it is
+        """
+
+        def own(column: str) -> str:
+            alike = [name for name in names if plain_name(name) == plain_name(column)]
+            return alike[0] if column not in names and len(alike) == 1 else column
+
+        groups = (tuple(c._replace(column=own(c.column)) for c in group) for group in self.any_of)
+        return Where(self.text, tuple(groups))
+
     def keeps(self, row: dict) -> bool:
         """Whether a row, column -> value, is to be kept."""
         return not self.any_of or any(
             all(condition.holds(row.get(condition.column)) for condition in group)
             for group in self.any_of
         )
+
+
+def plain_name(column: str) -> str:
+    """A column's name without case, blanks and marks."""
+    return re.sub(r"[\W_]", "", column.lower())
 
 
 def tokens_of(text: str) -> list[str]:

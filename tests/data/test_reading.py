@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from pagellm.data.account import Account, share
 from pagellm.data.evidence import category_form, paths_in, steady
 from pagellm.data.prepare import Config, run
 from pagellm.data.raw import recognise
@@ -404,3 +405,88 @@ def test_ids_of_json_are_as_they_were_written(tmp_path, ids):
     table = read_table(tmp_path / "x.jsonl", ("user", "arm"))
     assert table.column_names == ["user", "n"]
     assert ids_of(table, "user", "x") == list(map(str, ids))
+
+
+# What the account says of a shop
+
+
+def test_ids_written_in_several_ways_are_said(tmp_path, capsys):
+    rows = [*ROWS, ("0u1", "i0", 5), ("u2 ", "i0", 5)]
+    text, read = said(tmp_path, capsys, {"log.csv": csv_text(rows)})
+    assert "WARNING    2 users are written in several ways, such as '0u1' and 'u1'" in text
+    assert read["users_written_in_several_ways"] == 2
+    rows = [*ROWS, ("U1", "i0", 5)]  # capitals often tell users apart: said, and no warning
+    text, read = said(tmp_path / "b", capsys, {"log.csv": csv_text(rows)})
+    assert "1 users are written in several ways, such as 'U1' and 'u1'" in text
+    assert not read["warnings"]
+
+
+def test_what_is_known_of_items_is_counted(tmp_path, capsys):
+    table = "item_id,title,price\ni0,A,2.5\ni1,,40\ni2,C,\ni0,Again,9\n"
+    text, read = said(tmp_path, capsys, {"log.csv": csv_text(), "items.csv": table})
+    assert "known of 6 items: title 2, brand 0, category 0, price 2, description 0" in text
+    assert "prices from 2.5 to 40" in text and "no brand, no category, no description" in text
+    assert "1 further lines of items.csv are about items that had one already" in text
+    assert read["items"]["with"]["title"] == 2 and read["items"]["prices"] == [2.5, 40.0]
+
+
+def test_times_without_a_clock_and_reviews_are_counted(tmp_path, capsys):
+    heading, day = "user_id,item_id,rating,date,text", "2014-05-1{}"
+    rows = [
+        (u, i, r, day.format(n % 5), "fine" if n < 9 else "") for n, (u, i, r) in enumerate(ROWS)
+    ]
+    text, read = said(tmp_path, capsys, {"log.csv": csv_text(rows, heading)})
+    assert "2014-05-10 to 2014-05-14, whole days; review text in 9 of 36 (25.0%)" in text
+    assert read["rows"]["with_text"] == 9
+
+
+def test_a_lost_part_and_a_file_broken_off_are_said(tmp_path, capsys):
+    parts = {f"log-0{n}.csv": csv_text(ROWS[9 * n : 9 * n + 9]) for n in (0, 1, 3)}
+    parts["log-03.csv"] = parts["log-03.csv"].rstrip("\n")
+    text, _ = said(tmp_path, capsys, parts)
+    assert "are numbered 0 to 3, and number 2 is not there" in text
+    assert "the last line of log-03.csv has no end" in text
+    days = {f"log-201401{n}.csv": csv_text(ROWS[:9]) for n in (30, 31)}
+    days |= {f"log-201402{n}.csv": csv_text(ROWS[9:]) for n in ("01", "02")}
+    assert "is not there" not in said(tmp_path / "b", capsys, days)[0]
+
+
+def test_a_column_that_stands_twice_is_said(tmp_path, capsys):
+    rows = [(u, i, r, 1) for u, i, r in ROWS]
+    log = csv_text(rows, "user_id,item_id,rating,rating")
+    text, read = said(tmp_path, capsys, {"log.csv": log})
+    assert "column rating stands there twice; the first is read" in text and read["warnings"]
+
+
+def test_a_split_by_time_names_the_columns_left_over(tmp_path):
+    rows = [(u, i, 7) for u, i, _ in ROWS]
+    with pytest.raises(
+        PageLLMError, match=r"(?s)log\.csv has no column of times.*left over: seen_at"
+    ):
+        files = {"log.csv": csv_text(rows, "user_id,item_id,seen_at")}
+        prepared(tmp_path, files, split="leave_one_out")
+
+
+def test_shares_are_whole_only_where_all_are_meant():
+    assert share(9_999, 10_000) == "9,999 of 10,000 (99.9%)"
+    assert share(1, 10_000) == "1 of 10,000 (0.1%)"
+    assert share(3, 3) == "3 of 3 (100.0%)" and share(0, 3) == "0 of 3 (0.0%)"
+    assert share(0, 0) == "0 of 0"
+
+
+def test_a_condition_may_spell_a_column_in_its_own_way():
+    where = Where.parse("unit_price > 0 and user == 007")
+    assert where.of(["Unit Price", "user"]).columns == ["Unit Price", "user"]
+    assert where.of(["Unit Price", "unitprice", "user"]).columns == ["unit_price", "user"]
+    assert where.keeps({"unit_price": "2", "user": "007"})
+    assert not where.keeps({"unit_price": "2", "user": "7"})
+    ids = Where.parse("user == 9007199254740993")
+    assert ids.keeps({"user": 9007199254740993}) and not ids.keeps({"user": "9007199254740992"})
+
+
+def test_an_account_is_short_and_says_what_it_leaves_out():
+    account = Account([f"line {n}" for n in range(40)], ["mind this"])
+    lines = account.text().splitlines()
+    assert len(lines) == 24 and lines[-1].split() == ["WARNING", "mind", "this"]
+    assert "and 18 more lines" in lines[-2] and lines[21] == "line 21"
+    assert Account(["a"], []).text() == "a"
