@@ -244,7 +244,7 @@ def rivals(file: RawFile, chosen: dict[str, str]) -> dict[str, list[str]]:
 
 
 def sample(file: RawFile, rows: int = SAMPLE) -> dict[str, list]:
-    """Column -> its first values; of a damaged file those before the damage, which reading names."""
+    """Column -> its first values; of a damaged file those before the damage."""
     found: dict[str, list] = {name: [] for name in file.names}
     with contextlib.suppress(PageLLMError):
         for _, row in islice(records(file, list(found), Tally()), rows):
