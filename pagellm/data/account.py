@@ -125,7 +125,7 @@ class Rules(Protocol):
 
 
 def account_of(
-    raw: Raw, options: Options, tally: Tally, item_tally: Tally, columns, counts: dict, join: Join
+    raw: Raw, options: Rules, tally: Tally, item_tally: Tally, columns, counts: dict, join: Join
 ) -> Account:
     """columns: text_store.Columns of what was kept; counts: of prepare.filtered."""
     account = Account(warnings=list(raw.warnings))
