@@ -125,18 +125,18 @@ class Rules(Protocol):
 
 
 def account_of(
-    raw: Raw, options: Rules, tally: Tally, item_tally: Tally, columns, counts: dict, join: Join
+    raw: Raw, rules: Rules, tally: Tally, item_tally: Tally, columns, counts: dict, join: Join
 ) -> Account:
     """columns: text_store.Columns of what was kept; counts: of prepare.filtered."""
     account = Account(warnings=list(raw.warnings))
-    files(account, raw, options)
-    rows(account, raw, options, tally, columns, counts)
+    files(account, raw, raw.options)
+    rows(account, raw, rules, tally, columns, counts)
     for what, ids in (("users", columns.user_ids), ("items", columns.item_ids)):
         alike(account, what, ids)
     if raw.item_files:
         items(account, raw, item_tally, join)
     if counts.get("k_core"):
-        core(account, options, counts["k_core"])
+        core(account, rules, counts["k_core"])
     account.facts["warnings"] = account.warnings
     return account
 
