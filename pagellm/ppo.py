@@ -51,6 +51,7 @@ from pagellm.model.networks import from_state
 from pagellm.model.outcome_reward import OutcomeReward
 from pagellm.model.page_loss import Batch, page_batch, sft_loss
 from pagellm.model.policy import MODES, Policy, Validation
+from pagellm.model.reward_fn import RewardFunction, check_name
 from pagellm.model.reward_model import Critic, RewardModel
 from pagellm.model.shortlist import Proposals, Shortlist, best_items
 from pagellm.pages import metrics
@@ -151,6 +152,11 @@ class Config(TrainingConfig):
     kl_coef: float = 0.1  # price of one nat of KL to the SFT policy, per slot, in normalised reward
     kl_target: float = 0.0  # nats a page; above 0 kl_coef adapts towards it (Ziegler et al. 2019)
     kl_horizon: float = 10000.0  # pages over which the adaptive coefficient moves
+    reward_fn: str = (
+        ""  # a reward function of your own, module:function, beside what is learnt; see
+    )
+    # pagellm/model/reward_fn.py. With w_token and w_page 0 no reward model is needed
+    w_fn: float = 1.0  # weight of what reward_fn pays
     w_token: float = 1.0  # weight of the mean token reward; 0: page-only
     w_page: float = 1.0  # weight of the page reward; 0: item-only
     w_hit: float = 0.0  # weight of the page's NDCG on train items that its prompt hides;
@@ -222,6 +228,7 @@ class Config(TrainingConfig):
                 "0 or more, and 0 with select=last, which takes the last step",
             ),
             label_share=(0 < self.label_share < 1, "between 0 and 1"),
+            reward_fn=check_name(self.reward_fn),
             **{
                 w: (getattr(self, w) >= 0, "0 or more")
                 for w in ("w_token", "w_page", "w_hit", "sft_coef")
@@ -255,7 +262,7 @@ class Config(TrainingConfig):
                 "algo=expert learns the pages that maximise the outcome reward, all slots at once: "
                 "want --item_reward outcome and w_token above 0, and no --draw slots"
             )
-        if self.w_token == self.w_page == self.w_hit == 0:
+        if self.w_token == self.w_page == self.w_hit == 0 and not (self.reward_fn and self.w_fn):
             raise PageLLMError("w_token, w_page and w_hit are all 0: nothing to optimise")
         if self.item_reward == "outcome" and self.w_hit > 0:
             raise PageLLMError(
@@ -780,8 +787,10 @@ def ask_gate(
     if (out.path / "LAST").exists():
         return {"open": True, "skipped": "the run was begun before there was a gate"}
     users, gate = validation_users(shop, config.gate_users, config.seed), {}
-    if config.w_token == config.w_page == 0 or len(users) == 0:
+    own = bool(config.reward_fn and config.w_fn)
+    if own or config.w_token == config.w_page == 0 or len(users) == 0:
         why = "no user has validation items" if len(users) == 0 else "w_hit alone pays: known hits"
+        why = f"{config.reward_fn} pays, which is yours to judge" if own else why
         gate = {"open": True, "skipped": why}
     else:
         judges = nets
@@ -820,6 +829,8 @@ def sources(config: Config) -> tuple[Path, Path, Path, dict[str, str]]:
     compose_dir = config.stage("compose", config.compose_run or config.source_run)
     sft = finished(sft_dir, "SFT policy", config.make("sft"))
     inputs = {"data": file_id(config.data_dir / "source.json"), "sft": sft["id"]}
+    if config.reward_fn:
+        inputs["reward_fn"] = RewardFunction.load(config.reward_fn).source
     if config.reads_pairs:
         need = config.make("reward") + "\n  PPO needs one to score pages."
         judged = finished(reward_dir, "reward model", need)
@@ -876,6 +887,8 @@ class Training:
     def __init__(self, config: Config, nets: Networks, total: int):
         self.config, self.nets, self.total = config, nets, total
         policy, critic = nets.policy.model, nets.critic
+        # What reward_fn pays of pages, mask (B, K) and users (B,): (B, K).
+        self.own: Callable[[Tensor, Tensor, np.ndarray], Tensor] | None = None
         adam = partial(optimiser, eps=1e-5, betas=(0.9, 0.999), lazy=config.lazy_rows)
         self.opt = adam(policy, config.lr, row_lr=config.row_lr)
         self.policy_step = GuardedStep(self.opt, policy.parameters(), config.grad_clip)
@@ -943,6 +956,8 @@ class Training:
         config = self.config
         label = asked.taught.item if asked.taught and config.w_hit else None
         r.terms = reward_terms(r, config.w_token, config.w_page, config.w_hit, label)
+        if self.own is not None:
+            r.terms["fn"] = config.w_fn * self.own(r.item, r.mask, asked.users)
         paid = normalise(r.terms, r.mask, self.moments)
         reward = step_reward(paid, r.old_logp, r.ref_logp, r.mask, self.kl_coef)
         advantage, ret = advantages(
@@ -1039,6 +1054,8 @@ def run(config: Config) -> None:
         steps = round(config.epochs * len(prompts.users) / prompts.per_step)
         total = max(config.min_steps, steps)
         training = Training(config, nets, total)
+        if config.reward_fn:
+            training.own = RewardFunction.load(config.reward_fn).over(shop)
         categories = metrics.described(shop.catalogue.categories)
         validation = Validation(
             shop, "valid", config.k, config.mode, config.eval_users, config.seed

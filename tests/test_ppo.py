@@ -1,5 +1,7 @@
 """The arithmetic of PPO: the laws of the recipe, each of which fails if its line is broken."""
 
+import dataclasses
+import json
 import math
 from random import Random
 
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from pagellm import ppo
 from pagellm.kernels import masked
 from pagellm.kernels.advantage import gae, group_advantage
 from pagellm.pages.metrics import ndcg
@@ -517,3 +520,32 @@ def test_a_slot_may_hold_what_is_neither_excluded_nor_placed_before(excluded):
         for i in range(N):
             legal = i not in excluded and i not in item[0, :k].tolist()
             assert got[0, k, i] == (plain[0, k, i] if legal else -math.inf)
+
+
+def test_a_function_of_one_s_own_pays_without_a_reward_model(sft_alone, tmp_path, monkeypatch):
+    """Its terms are what is paid; its hash is in config.json; another function is another run."""
+    monkeypatch.chdir(tmp_path)
+    code = "def first(pages, mask, shop, users):\n    return (pages[:, 0] < 30).float()\n"
+    (tmp_path / "first_reward.py").write_text(code)
+    config = ppo.Config(
+        **{"run": "own", "source_run": "base", "runs": str(sft_alone / "runs"), "device": "cpu"},
+        **{"data": str(sft_alone / "data"), "epochs": 0.1, "min_steps": 3, "critic_warmup": 0},
+        **{"rollout": 16, "minibatch": 8, "micro": 8, "k": 4, "eval_every": 3, "w_fn": 2.0},
+        **{"reward_fn": "first_reward:first", "w_token": 0.0, "w_page": 0.0, "lr": 1e-3},
+    )
+    ppo.run(config)
+    out = sft_alone / "runs" / "own" / "ppo"
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]
+    for row in log:
+        paid = row["objective/paid_fn"]
+        assert 0 <= paid <= 2 and paid == pytest.approx(round(paid * 8) / 8)  # of 16 pages
+        assert row["objective/reward_total"] == pytest.approx(paid)
+    assert len(json.loads((out / "config.json").read_text())["inputs"]["reward_fn"]) == 16
+    ppo.run(config)  # done
+    (tmp_path / "first_reward.py").write_text(code.replace("30", "31"))
+    with pytest.raises(PageLLMError, match="made from another reward_fn"):
+        ppo.run(config)
+    with pytest.raises(PageLLMError, match="nothing to optimise"):
+        dataclasses.replace(config, w_fn=0.0)
+    with pytest.raises(PageLLMError, match="want module:function"):
+        dataclasses.replace(config, reward_fn="first_reward.py")

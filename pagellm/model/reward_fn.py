@@ -50,10 +50,9 @@ class RewardFunction:
     name: str
     source: str
     call: Callable[..., Any]
-    shop: Shop
 
     @classmethod
-    def load(cls, name: str, shop: Shop) -> "RewardFunction":
+    def load(cls, name: str) -> "RewardFunction":
         """Import it; the working directory is looked at first. A module is read anew each time.
 
         Raises PageLLMError where there is no such module or function.
@@ -76,9 +75,13 @@ class RewardFunction:
         if not callable(call):
             raise PageLLMError(f"reward_fn={name!r}: {module.__file__} has no function {function}")
         code = Path(module.__file__ or "").read_bytes()
-        return cls(name, hashlib.sha256(code).hexdigest()[:16], call, shop)
+        return cls(name, hashlib.sha256(code).hexdigest()[:16], call)
 
-    def __call__(self, pages: Tensor, mask: Tensor, users: np.ndarray) -> Tensor:
+    def over(self, shop: Shop) -> Callable[[Tensor, Tensor, np.ndarray], Tensor]:
+        """The same for one shop: pages, mask, users -> what each slot earns."""
+        return lambda pages, mask, users: self(pages, mask, shop, users)
+
+    def __call__(self, pages: Tensor, mask: Tensor, shop: Shop, users: np.ndarray) -> Tensor:
         """What each slot earns: (B, K) float32, 0 off the mask. A page's own is on its last slot.
 
         pages, mask  (B, K)    users  (B,)
@@ -86,7 +89,7 @@ class RewardFunction:
         """
         who = torch.from_numpy(np.asarray(users, np.int64)).to(pages.device)
         with torch.no_grad():
-            paid = self.call(pages, mask, self.shop, who)
+            paid = self.call(pages, mask, shop, who)
         paid = torch.as_tensor(paid, dtype=torch.float32, device=pages.device)
         if paid.shape == mask.shape[:1]:
             slot = torch.arange(1, mask.shape[1] + 1, device=mask.device)
