@@ -36,4 +36,4 @@ def test_every_cell_runs(path, tmp_path):
 
 
 def test_there_are_notebooks():
-    assert {path.stem for path in NOTEBOOKS} == {"own-data"}
+    assert {path.stem for path in NOTEBOOKS} == {"own-data", "ppo-and-rewards"}
