@@ -30,11 +30,13 @@ from pagellm.pages.energy import Near, energy, gain, gains, near_duplicates, pag
 from pagellm.pages.stats import average_ranks
 from pagellm.pages.truth import (
     Ties,
-    ground_truth_page,
+    best_first,
+    draw_labels,
     item_scores,
+    level_members,
+    page_of,
     popularity,
     rating_levels,
-    split_history,
 )
 
 __all__ = [
@@ -88,6 +90,7 @@ class Stock:
     coordinate: np.ndarray  # (N, 2) in 0..1: popularity rank and s_i, to match replacements by
     by_leaf: list[np.ndarray]  # items of every leaf category
     ties: Ties  # the order of labels that nothing else tells apart
+    leaf: list[int]  # leaf category of every item, as catalogue.leaf_id
 
     @classmethod
     def of(cls, shop: Shop, near: Near | None = None, shrink: float = 0.0) -> "Stock":
@@ -106,6 +109,7 @@ class Stock:
             coordinate,
             [order[a:b] for a, b in zip(cuts, cuts[1:], strict=False)],
             Ties(shop.n_users, shop.n_items),
+            catalogue.leaf_id.tolist(),
         )
 
 
@@ -119,6 +123,12 @@ class Buyer:
     disliked: np.ndarray  # items rated below 3
     gain: dict[int, float]  # energy.gain of every train item, liked or not
     free: np.ndarray  # (N,) bool: True unless the item is in the user's train rows
+    # What every draw needs of the liked items, made once: places of each rating level,
+    levels: list[np.ndarray]
+    order: list[int]  # places of the items, best first (truth.best_first),
+    item_list: list[int]  # the items, their rating levels and leaf categories as lists
+    level_list: list[float]
+    leaf_list: list[int]
 
 
 @dataclass(frozen=True)
@@ -360,23 +370,40 @@ def buyers(
         free = np.ones(shop.n_items, dtype=bool)
         free[seen] = False
         gain_of = dict(zip(seen.tolist(), worth.tolist(), strict=True))
-        yield Buyer(int(user), items, ratings, bad, gain_of, free)
+        yield Buyer(
+            int(user),
+            items,
+            ratings,
+            bad,
+            gain_of,
+            free,
+            level_members(ratings),
+            best_first(items, ratings, stock.s, stock.ties.of(int(user), items)).tolist(),
+            items.tolist(),
+            rating_levels(ratings).tolist(),
+            stock.catalogue.leaf_id[items].tolist(),
+        )
 
 
 def draw_side(
     buyer: Buyer, stock: Stock, label_share: float, k: int, rng: np.random.Generator
 ) -> Side:
     """Split one user's liked items at random; the labels make the page, cut at k slots."""
-    items, ratings = buyer.items, buyer.ratings
-    given, label = split_history(items, ratings, label_share, rng)
-    labels, tie = items[label], stock.ties.of(buyer.user, items[label])
-    page, _ = ground_truth_page(labels, ratings[label], stock.catalogue, stock.s, stock.near, tie)
-    level = dict(zip(items.tolist(), rating_levels(ratings).tolist(), strict=True))
-    page = page[:k].tolist()
+    items, levels = buyer.item_list, buyer.level_list
+    label = draw_labels(buyer.levels, len(items), label_share, rng)
+    is_label = label.tolist()
+    chosen = [at for at in buyer.order if is_label[at]]
+    page = page_of(
+        [items[at] for at in chosen],
+        [levels[at] for at in chosen],
+        [buyer.leaf_list[at] for at in chosen],
+        stock.near,
+    )[:k]
+    level = {items[at]: levels[at] for at in chosen}
     return Side(
         buyer,
-        items[given].tolist(),
-        ratings[given].tolist(),
+        buyer.items[~label].tolist(),
+        buyer.ratings[~label].tolist(),
         page,
         np.array([level[item] for item in page]),
     )
@@ -385,7 +412,7 @@ def draw_side(
 def finish(side: Side, stock: Stock, kind: str, edit: Edit, seed: int) -> Pair:
     """The pair that an edit makes, with the energies' difference."""
     rejected, edited, source = edit
-    of, leaf = side.buyer.gain, stock.catalogue.leaf_id
+    of, leaf = side.buyer.gain, stock.leaf
     value = [
         energy(page, [of.get(item, 0.0) for item in page], leaf, stock.near)
         for page in (side.page, rejected)

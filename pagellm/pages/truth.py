@@ -19,8 +19,12 @@ from pagellm.stage import randomness
 __all__ = [
     "PageMaker",
     "Ties",
+    "best_first",
+    "draw_labels",
     "ground_truth_page",
     "item_scores",
+    "level_members",
+    "page_of",
     "popularity",
     "rating_levels",
     "single_level",
@@ -85,15 +89,27 @@ def split_history(
         )
     if not 0 < share < 1:
         raise ValueError(f"split_history: share={share}, want it between 0 and 1")
+    chosen = draw_labels(level_members(ratings), len(items), share, rng)
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
+def level_members(ratings: np.ndarray) -> list[np.ndarray]:
+    """Places of the ratings (n,) of each level, levels rising, the unknown first."""
     level = rating_levels(ratings)
-    chosen = np.zeros(len(items), dtype=bool)
-    for value in np.unique(level):
-        members = np.flatnonzero(level == value)
+    return [np.flatnonzero(level == value) for value in sorted(set(level.tolist()))]
+
+
+def draw_labels(
+    levels: list[np.ndarray], n: int, share: float, rng: np.random.Generator
+) -> np.ndarray:
+    """(n,) bool, the labels that `split_history` draws; levels from `level_members`."""
+    chosen = np.zeros(n, dtype=bool)
+    for members in levels:
         count = min(max(1, math.floor(share * len(members) + 0.5)), len(members) - 1)
         chosen[rng.permutation(members)[:count]] = True
     if not chosen.any():
-        chosen[rng.integers(len(items))] = True
-    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+        chosen[rng.integers(n)] = True
+    return chosen
 
 
 def single_level(ratings: np.ndarray, given: np.ndarray, label: np.ndarray) -> bool:
@@ -152,11 +168,31 @@ def ground_truth_page(
     returns  the page, (n or fewer,) int64, best first; and the number of items removed as redundant
     """
     items = np.asarray(items, dtype=np.int64)
-    level = rating_levels(ratings)
+    level, order = rating_levels(ratings), best_first(items, ratings, s, tie)
+    ordered = items[order]
+    page = page_of(
+        ordered.tolist(), level[order].tolist(), catalogue.leaf_id[ordered].tolist(), near
+    )
+    return np.array(page, dtype=np.int64), len(items) - len(page)
+
+
+def best_first(
+    items: np.ndarray, ratings: np.ndarray, s: np.ndarray, tie: np.ndarray
+) -> np.ndarray:
+    """(n,) places of items by rating, s_i and tie, best first; of some of them it is their order.
+
+    Arguments as in `ground_truth_page`.
+    """
     score = rating_levels(np.asarray(s)[items])
-    order = np.lexsort((tie, -score, -level))
-    item_list, level_list = items[order].tolist(), level[order].tolist()
-    leaf = catalogue.leaf_id[items[order]].tolist()
+    return np.lexsort((tie, -score, -rating_levels(ratings)))
+
+
+def page_of(
+    item_list: list[int], level_list: list[float], leaf: list[int], near: Near
+) -> list[int]:
+    """The page of `ground_truth_page` from items in the order of `best_first`, with their rating
+    level and leaf category.
+    """
     ordered: list[int] = []
     seen = {-1}  # an unknown leaf category (-1) never counts as new
     start = 0
@@ -173,11 +209,13 @@ def ground_truth_page(
         start = stop
     page: list[int] = []
     barred: set[int] = set()
+    indptr, neighbour = near.lists
     for item in ordered:
         if item not in barred:
             page.append(item)
-            barred.update((item, *near.of(item).tolist()))
-    return np.array(page, dtype=np.int64), len(ordered) - len(page)
+            barred.add(item)
+            barred.update(neighbour[indptr[item] : indptr[item + 1]])
+    return page
 
 
 class PageMaker:
