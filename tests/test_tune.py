@@ -204,6 +204,8 @@ def test_a_plan_fits_the_shop():
     """No ratings and no facts: no model of them; a huge catalogue: no EASE, few factors."""
     plan = make_plan(SECONDS, 15, replace(SIZE, rated=False, facts=False))
     assert plan.trials["ALS+ratings"] == plan.trials["ALS+facts"] == 0
+    # a small shop has few steps an epoch, and time for many epochs
+    assert make_plan(SECONDS, 15, replace(SIZE, users=154)).sft_steps >= 30
     slow = replace(SECONDS, als={"32": 20.0, "128": 200.0})
     assert max(make_plan(slow, 15, SIZE).factors) < max(make_plan(SECONDS, 15, SIZE).factors)
     assert make_plan(SECONDS, 15, replace(SIZE, items=60_000)).trials["EASE"] == 0

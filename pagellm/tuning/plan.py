@@ -31,8 +31,8 @@ SHARES = {"plain": 0.25, "start": 0.05, "pretrain": 0.05, "sft": 0.15, "compose"
 WIDTHS = ("tiny", "mini", "wide", "wider")  # sizes of a start, by width
 BATCH = 64  # users in a step of SFT
 LEAST = 30  # steps that a stage needs to show anything
-# Costs in steps of SFT at the same width, and seconds of compose for each user, as
-# docs/results/tuned.md measured them.
+# Costs in steps of SFT at the same width, and seconds of compose for each user;
+# experiments/LOG.md has them.
 PPO_STEP = 8.0
 FOLD_USER, ASKED_USER = 0.006, 0.04
 
@@ -200,12 +200,11 @@ def make_plan(seconds: Seconds, minutes: float, shop: ShopSize) -> Plan:
     step = seconds.step * width_cost(sizes[-1])
     rates = [1e-4, 5e-4, 2e-5]
     look = 500 * seconds.page * width_cost(sizes[-1])  # a validation
-    steps = int((share["sft"] / len(rates) - 4 * look) / step)
-    steps = min(steps, 6 * math.ceil(shop.users / BATCH))
+    most = max(4 * LEAST, 6 * math.ceil(shop.users / BATCH))
+    steps = min(most, int((share["sft"] / len(rates) - 4 * look) / step))
     if steps < LEAST:
         rates = rates[:1]
-        steps = int((share["sft"] - 4 * look) / step)
-        steps = min(steps, 6 * math.ceil(shop.users / BATCH))
+        steps = min(most, int((share["sft"] - 4 * look) / step))
     texts = min(240, int(share["pretrain"] / step))
     ppo = int((share["ppo"] - shop.users * 4 / BATCH * step) / (PPO_STEP * step))
     each = share["compose"] / 3 - 12 * als_seconds(seconds, 64)
