@@ -4,10 +4,10 @@
     linear_logp           from hidden states and the rows of the output head, without a tensor of
                           all (N, V) logits: for training and scoring
 
-Both accept the legal set of the choice, because a policy that may not pick an item must not be
-scored as if it might: token_logp as a bool mask beside the logits, linear_logp as short lists of
-excluded ids. To restrict the choice to items, give linear_logp the head's item rows only; other
-rows then cost nothing.
+The softmax may be restricted to a legal set of choices. A policy that cannot pick an item must not
+be scored as if it could. token_logp takes the legal set as a bool mask beside the logits,
+linear_logp as short lists of excluded ids. To choose among items only, not words, give linear_logp
+only the head's item rows; other rows then cost nothing.
 """
 
 from collections.abc import Sequence
@@ -106,7 +106,7 @@ def linear_logp(
     hidden       (N, C) float    hidden states, one a position
     weight       (V, C) float    rows of the output head, one a choice
     target       (N,)   integer  chosen ids, in [0, V)
-    excluded     (N, E) integer  ids that row n may not choose, in any order, also twice; -1 is
+    excluded     (N, E) integer  ids that row n may not choose, in any order, repeats allowed; -1 is
                                  padding
     temperature  positive; divides the logits
     returns      logp (N,), with return_entropy also the entropy (N,) of the choice; in nats,
@@ -116,8 +116,8 @@ def linear_logp(
     Differentiable once in hidden and weight, through either output. Second derivatives
     (create_graph) raise NotImplementedError.
 
-    Memory beyond inputs and gradients: a few (N,) tensors and TILE entries of scratch, twice that
-    with entropy. If all logits fit into KEEP tiles, they are kept until the backward pass.
+    Memory beyond inputs and gradients: a few (N,) tensors and a scratch buffer of TILE entries, two
+    buffers with entropy. If all logits fit into KEEP tiles, they are kept until the backward pass.
 
     Half precision is widened, so that logits and sums are float32. Only on CUDA do bf16 operands
     stay bf16; their products are still summed in float32.
@@ -163,7 +163,7 @@ def linear_logp(
 
 
 class LinearLogp(torch.autograd.Function):
-    """Forward: online softmax statistics over tiles. Backward: the tiles again, or as kept.
+    """Forward: online softmax over tiles. Backward: the tiles again, recomputed unless kept.
 
     For each row, with shifted logits L_j = z_j - m and e_j = exp(L_j):
 
@@ -171,7 +171,8 @@ class LinearLogp(torch.autograd.Function):
         logp = (z_target - m) - log s     entropy = log s - u
         d logp / d z_j = [j = target] - p_j      d entropy / d z_j = -p_j (L_j - u)
 
-    m and log s are stored apart: at logits of 1e4 their float32 sum would cost log s three digits.
+    m and log s are stored separately: at logits of 1e4, log s would lose three digits in the
+    float32 sum m + log s.
     """
 
     @staticmethod
@@ -282,12 +283,12 @@ class Tiles:
     """The (N, V) logits cut into tiles, which are computed one at a time into a scratch buffer.
 
     Arguments as in `linear_logp`, and
-    keep     keep the logits of all tiles, if KEEP allows, in `kept`: one buffer a tile
-    kept     these buffers, handed in by the backward pass: nothing is computed again
+    keep     keep the logits of all tiles, if KEEP allows, in `kept`: one buffer per tile
+    kept     the buffers of the forward pass, for the backward pass: nothing is computed again
 
     dtype          of logits, statistics and sums
     operand        dtype of the inputs of matrix products
-    rows, columns  slices that cover N and V in even parts; a tile has about TILE entries
+    rows, columns  slices that cut N and V into even parts; a tile has about TILE entries
     """
 
     def __init__(

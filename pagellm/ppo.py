@@ -1,4 +1,4 @@
-"""PPO: sample pages, score them with the reward model, and learn, held near the SFT policy by KL.
+"""PPO: sample pages, score them, and update the policy, with a KL penalty to the SFT policy.
 
 Reads   data/<dataset>, runs/<run>/sft, runs/<run>/reward; --item_reward outcome: runs/<run>/compose
 Writes  runs/<run>/ppo      model.pt of the step with the best validation score, log.jsonl,
@@ -14,10 +14,11 @@ About two minutes for the synthetic shop on two CPU cores. One step (Eq. 9 to 11
       -> r_k = sum of terms_k - kl_coef (logp - ref_logp)_k
       -> gae -> whiten -> inner epochs of minibatches -> clipped policy and value loss -> step
 
-There is no dropout anywhere in here: the ratio must be 1 before the first update.
+No dropout is used: the ratio of new and old probabilities must be 1 before the first update.
 
-Before the first step a gate asks whether the reward knows more of validation hits than SFT's own
-logits do (ppo_gate.py). If it does not, the SFT policy is kept and the stage ends well.
+Before the first step a check, the gate, measures whether the reward predicts validation hits better
+than SFT's own logits do (ppo_gate.py). If it does not, the SFT policy is kept, and the stage ends
+without an error.
 """
 
 import math
@@ -108,7 +109,7 @@ ALGOS = ("ppo", "reinforce", *GROUPED, "expert")
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainingConfig):
-    """Improve the SFT policy by PPO against the reward model, at a price per nat of drift."""
+    """Train the SFT policy by PPO on the reward model, with a KL penalty to the SFT policy."""
 
     source_run: str = ""  # run whose sft is read; empty: this run (studies share one)
     reward_run: str = ""  # run whose reward model is read; empty: the same as source_run
@@ -279,21 +280,21 @@ class Config(TrainingConfig):
 
     @property
     def reads_pairs(self) -> bool:
-        """Whether the reward model of pairs pays anything."""
+        """Whether the reward model trained on pairs has a weight above 0."""
         return self.w_page > 0 or (self.w_token > 0 and self.item_reward == "pairs")
 
     @property
     def reads_outcome(self) -> bool:
-        """Whether the outcome model pays anything."""
+        """Whether the outcome model has a weight above 0."""
         return self.w_token > 0 and self.item_reward == "outcome"
 
 
 @dataclass
 class Networks:
-    """The policy that learns, the SFT policy it is held to, what judges pages, and the critic.
+    """The policy that learns, the SFT policy of the KL penalty, the reward models, and the critic.
 
-    reward    the reward model of pairs; None if it pays nothing
-    outcome   pays the slots in the place of its token head, if given
+    reward    the reward model trained on pairs; None if its weights are 0
+    outcome   if given, scores the slots instead of the reward model's token head
     """
 
     policy: Policy
@@ -304,7 +305,7 @@ class Networks:
 
     @classmethod
     def load(cls, config: Config, sft_dir: Path, reward_dir: Path, device) -> "Networks":
-        """The critic's trunk begins as the reward model's, or SFT's. What judges is frozen."""
+        """The critic's trunk is copied from the reward model or SFT. Reward models are frozen."""
         policy = Policy.load(sft_dir, device)
         policy.check_room(config.k)
         ref = from_state(load_model_file(sft_dir / "model.pt")).to(device).eval()
@@ -328,7 +329,7 @@ class Networks:
     ) -> tuple[Tensor, Tensor]:
         """Rewards of pages before weighting: token (B, K), page (B,).
 
-        user, group  (B,) whose pages they are, and which of them share a prompt
+        user, group  (B,) the user of each page; pages with equal `group` share a prompt
         """
         token, page = torch.zeros(mask.shape, device=mask.device), mask.new_zeros(len(mask)).float()
         if self.reward is not None:
@@ -341,7 +342,7 @@ class Networks:
 
 @dataclass
 class Asked:
-    """What one step samples pages for."""
+    """The input of one step: users, prompts, and the random numbers that draw the pages."""
 
     users: np.ndarray  # (B,)
     prompt: Tensor  # (B, P)
@@ -353,7 +354,7 @@ class Asked:
 
 
 class Prompts:
-    """Which users each step asks, and their prompts. A step depends on its number alone."""
+    """The users of each step and their prompts. They depend on the step's number alone."""
 
     def __init__(self, config: Config, shop: Shop, policy: Policy):
         self.config, self.policy = config, policy
@@ -436,9 +437,10 @@ def draw_shortlists(
     proposed: Tensor,
     index: np.ndarray,
 ) -> tuple[Shortlist, tuple]:
-    """The shortlists of some pages, and their prompts, already read, as decode's `start`.
+    """Shortlists for some pages; and their prompts, already read, to pass to decode as `start`.
 
-    A user's pages share one: what is proposed, filled up by the policy's first slot as it is now.
+    All pages of a user share one shortlist. It holds the proposed items; the rest are the best
+    items by the current policy's logits of the first slot.
 
     index   which pages of the step these are; pages of one user are neighbours
     """
@@ -456,7 +458,7 @@ def draw_shortlists(
 def drawn_by_slot(
     config: Config, nets: Networks, asked: Asked, index: np.ndarray
 ) -> dict[str, Tensor]:
-    """Pages sampled slot by slot, and all that is measured on them: fields of Rollout.
+    """Sample pages slot by slot and measure them. Returns fields of Rollout.
 
     old_logp comes from a pass over the finished page, the same pass that the updates make, and not
     from the cached generation. So the ratio starts at 1 to the last bit.
@@ -508,7 +510,9 @@ def drawn_by_slot(
 def drawn_at_once(
     config: Config, nets: Networks, asked: Asked, index: np.ndarray
 ) -> dict[str, Tensor]:
-    """The same of pages drawn from the first slot alone (draws.py), or, expert, of maximised ones.
+    """The same for pages whose slots all come from the first slot's distribution (draws.py).
+
+    With algo=expert the pages are not drawn: they are those that maximise the outcome reward.
 
     A prompt is read once, however many pages are drawn for it. There is no critic: values are 0.
     """
@@ -546,14 +550,14 @@ def at_rows(asked: Asked, index: np.ndarray) -> Tensor:
 
 
 def distinct(group: np.ndarray, device) -> tuple[Tensor, Tensor]:
-    """The first row of every group, and the place of each row's group among them."""
+    """The first row of every group; and for each row the index of its group among these."""
     _, first, at = np.unique(group, return_index=True, return_inverse=True)
     return torch.from_numpy(first).to(device), torch.from_numpy(at).to(device)
 
 
 @torch.no_grad()
 def roll_out(config: Config, nets: Networks, asked: Asked) -> Rollout:
-    """Draw pages, then score them by policy, reference, what judges, and critic.
+    """Draw pages, then score them with the policy, the reference, the reward models and the critic.
 
     Several processes share the pages and then exchange all results.
     """
@@ -582,9 +586,10 @@ def once_loss(
     ret: Tensor,
     learn_policy: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`minibatch_loss` for pages drawn at once: policy alone, one pass for each prompt.
+    """`minibatch_loss` for pages drawn from the first slot: no critic, one pass for each prompt.
 
-    expert  minus the mean log-probability of a slot, in the place of the clipped objective
+    With algo=expert the loss is minus the mean log-probability of a slot instead of the clipped
+    objective.
     """
     x, mask, policy = r.item[rows], r.mask[rows], learner.policy
     first, at = distinct((rows // config.samples).cpu().numpy(), rows.device)
@@ -611,7 +616,7 @@ def kept_likelihood(
     row: dict[str, Tensor],
     objective: str,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss with SFT's beside it, if sft_coef asks for it, weighted by slots."""
+    """Add sft_coef times SFT's loss, weighted by slots, if sft_coef is above 0."""
     if r.sft is not None:
         b, slots = r.sft.select(rows), r.mask[rows].sum().clamp(min=1)
         taught = sft_loss(policy, b, objective) * b.mask.sum() / slots
@@ -760,7 +765,7 @@ def learn(
 
 
 def warn_of_weak_pairs(config: Config, record: dict, where: Path) -> None:
-    """Warn of a reward model that is often wrong on held-out pairs. It is no condition."""
+    """Warn if the reward model is often wrong on held-out pairs. The run goes on all the same."""
     weak = {
         kind: row["accuracy"]
         for kind, row in record["held_out"].items()
@@ -780,7 +785,7 @@ def warn_of_weak_pairs(config: Config, record: dict, where: Path) -> None:
 def ask_gate(
     config: Config, shop: Shop, nets: Networks, composer: Composer | None, out: Run
 ) -> dict:
-    """What the reward and SFT know of validation hits (ppo_gate.py), measured once: gate.json."""
+    """Measure how well reward and SFT predict validation hits (ppo_gate.py): gate.json."""
     path = out.path / "gate.json"
     if path.exists():
         return read_json(path)
@@ -852,7 +857,7 @@ def sources(config: Config) -> tuple[Path, Path, Path, dict[str, str]]:
 def keep_sft(
     config: Config, training: "Training", validation: Validation, gate: dict, out: Run
 ) -> None:
-    """End well without a step: the gate is closed, and the SFT policy is the result."""
+    """The gate is closed: finish the stage without a step, with the SFT policy as its result."""
     out.log(0, **training.validate(validation, 0))
     best = training.best
     out.finish(
@@ -882,7 +887,7 @@ def refuse_to_force(config: Config, out: Run) -> None:
 
 
 class Training:
-    """Everything that changes from step to step, and that a checkpoint therefore holds."""
+    """Everything that changes from step to step; a checkpoint holds all of it."""
 
     def __init__(self, config: Config, nets: Networks, total: int):
         self.config, self.nets, self.total = config, nets, total
@@ -914,7 +919,7 @@ class Training:
         return self.steer.coef if self.steer else self.config.kl_coef
 
     def state(self, step: int) -> dict:
-        """Ask on every process."""
+        """What a checkpoint holds. Call it on every process."""
         policy, critic = self.nets.policy.model, self.nets.critic
         state = {
             "step": step,
@@ -998,7 +1003,7 @@ class Training:
 
 
 def check_finite(r: Rollout, step: int, training: Training, out: Run) -> None:
-    """Stop, with the rollout kept in a file, where a network gave a number that is not finite."""
+    """Raise PageLLMError if a network's output is not finite. The rollout is kept in a file."""
     values = (r.old_logp, r.ref_logp, r.value, r.token, r.page)
     if torch.stack([x.isfinite().all() for x in values]).all():
         return
@@ -1011,7 +1016,7 @@ def check_finite(r: Rollout, step: int, training: Training, out: Run) -> None:
 
 
 class Watch:
-    """The log as it grows, and the alarms that have been raised; each kind is raised once."""
+    """Writes the log and raises alarms, each kind once."""
 
     def __init__(self, config: Config, out: Run, warmup: int):
         self.config, self.out, self.warmup = config, out, warmup

@@ -1,12 +1,12 @@
-"""Before PPO: does the reward know more than the policy that it is to teach?
+"""The gate before PPO: does the reward predict hits better than the policy itself does?
 
-Pages of validation users are drawn as PPO draws them, from SFT's first slot. Over the pages of a
-user three things are compared: what PPO would pay for a page, what SFT's own logits say of it, and
-which held-out items it hits. A reward whose correlation with the hits is not above that of the
-logits can only lead the policy away from them.
+Pages of validation users are drawn as PPO draws them, from SFT's first slot. Each page gets three
+numbers: its reward in PPO, its score by SFT's own logits, and its hits on held-out items. For each
+user, reward and logits are correlated with the hits over the user's pages. If the reward's
+correlation is not above that of the logits, PPO can only lead the policy away from the hits.
 
-The reward is judged by rows that neither it nor the policy has learnt from. The three numbers of
-an outcome model's calibration are fitted on the other half of the users.
+Neither the reward nor the policy has learnt from these held-out rows. The three numbers of an
+outcome model's calibration are fitted on the other half of the users.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ __all__ = ["CLOSED", "crossed_calibration", "knowledge", "said", "validation_use
 CLOSED = "this reward knows nothing that the policy does not"
 BATCH = 32  # users whose pages are drawn and judged at once
 
-# Pays pages: users (B,), prompt (B, P), valid (B, P), item (B, K), mask (B, K) -> (B,)
+# Rewards of pages: users (B,), prompt (B, P), valid (B, P), item (B, K), mask (B, K) -> (B,)
 Pay = Callable[[np.ndarray, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -61,7 +61,7 @@ def knowledge(
 ) -> dict[str, Any]:
     """Correlation within users of reward, and of SFT's logits, with validation hits.
 
-    pay      what PPO would pay for some pages
+    pay      the reward that PPO would give to some pages
     pages    drawn for each user, at `temperature`
     returns  reward, sft, difference: mean over users, 95% interval (stats.summary). A user counts
              if some pages hit more than others. open: whether the whole interval of the
@@ -94,7 +94,7 @@ def knowledge(
         dist.gather(np.concatenate(found)[: None if busy else 0]), 1, 0
     )
     there, differ = np.ones(truth.shape, bool), np.ptp(truth, 1) > 0
-    # A reward that says the same of all pages of a user knows nothing of them.
+    # A reward that is equal for all pages of a user has no correlation; it counts as 0.
     a, b = (
         np.where(np.ptp(score, 1) > 0, stats.within_users(score, truth, there), 0.0)
         for score in (reward, sft)
@@ -130,9 +130,9 @@ def crossed_calibration(
 ) -> tuple[Opinion, list[float]]:
     """The opinion with every user's chances calibrated on the other half of the users.
 
-    raw, other  (U, M) as of Composer.opinion
-    returns     and observed over predicted picks in ten bins of equally many candidates, by rising
-                chance
+    raw, other  (U, M) as in Composer.opinion
+    returns     the opinion; and the ratio of observed to predicted picks in ten bins of equally
+                many candidates, by rising chance
     """
     code = np.repeat(np.arange(len(held.indptr) - 1), held.counts()) * n_items + held.items
     there = o.item >= 0

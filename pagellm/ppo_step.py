@@ -2,8 +2,9 @@
 
     reward_terms -> normalise -> step_reward -> advantages -> policy_loss, value_loss
 
-A reward term is one function that returns (B, K), what every slot earns, and one entry in
-`reward_terms`. All terms are weighted there, divided by one standard deviation, and summed.
+A reward term is one function that returns a (B, K) tensor, the reward of every slot, and one entry
+in `reward_terms`, which weights it. `normalise` divides all terms by one standard deviation, and
+`step_reward` sums them.
 
 Shapes: B pages, K slots of a page, P prompt tokens, E excluded items, N items. `mask` (B, K) is
 True on the slots that hold an item: a prefix of each row.
@@ -67,9 +68,9 @@ class Rollout:
     candidates: Tensor | None = None  # (B, S) shortlists (shortlist.py); None: all items
     # Largest |log-probability when sampled - old_logp|: cached generation against the full pass.
     drift: float = 0.0
-    # Reward terms by name, weighted, before normalisation: what the policy is paid.
+    # Reward terms by name, weighted, before normalisation.
     terms: dict[str, Tensor] = field(default_factory=dict)
-    # What SFT would teach of the same users.
+    # Ground-truth pages of the same users, for SFT's loss.
     sft: Batch | None = None
 
     def __len__(self) -> int:
@@ -180,7 +181,7 @@ def reward_terms(
 
 
 def page_pay(token: Tensor, page: Tensor, mask: Tensor, w_token: float, w_page: float) -> Tensor:
-    """(B,): what the learnt terms of `reward_terms` pay for whole pages, before normalisation."""
+    """(B,): the sum of the learnt terms of `reward_terms` over each page, before normalisation."""
     return (w_token * token_term(token, mask) + w_page * page_term(page, mask)).sum(1)
 
 
@@ -195,9 +196,9 @@ def normalise(
     """Divide all terms by one running standard deviation, so that each page earns (S - mu) / sigma.
 
     S is a page's sum over all terms. `moments` first takes in the S of this batch; mu and sigma
-    are its running mean and standard deviation. The mean is taken off at the last slot, as a term
+    are its running mean and standard deviation. The mean is subtracted at the last slot, as a term
     of its own named "mean". Where |S - mu| / sigma is above `limit`, all of the page's terms are
-    scaled down until it equals `limit`. The KL price is added later: it stays in nats.
+    scaled down until it equals `limit`. The KL penalty is added later: it stays in nats.
 
     terms name -> (B, K), 0 off the mask    mask (B, K) bool    returns name -> (B, K)
     """
@@ -244,8 +245,8 @@ def advantages(
     reinforce  the page's whole reward minus the mean over the batch (Eq. 11 with a baseline)
     rloo, grpo, dr_grpo   the page's whole reward against those of the same user's other pages
                (kernels/advantage.py). The loss is a mean over slots; grpo weights it so that every
-               page counts as much (1 / |o_i|), dr_grpo so that its divisor does not depend on how
-               long pages are. On full pages both weights are 1
+               page counts the same (1 / |o_i|), dr_grpo so that its divisor does not depend on the
+               length of the pages. On full pages both weights are 1
     expert     1: the likelihood of the pages themselves
 
     reward, value (B, K) float, 0 off the mask    mask (B, K) bool
@@ -263,18 +264,18 @@ def advantages(
     else:
         page = group_advantage(total, samples, algo)
     weight, kept = torch.ones_like(total), mask.sum()
-    if algo == "grpo":  # every page counts as much, however many slots it has
+    if algo == "grpo":  # every page counts the same, however many slots it has
         weight = kept / len(mask) / mask.sum(1).clamp(min=1).to(total.dtype)
-    elif algo == "dr_grpo":  # every slot counts as much, and slots that are not filled count too
+    elif algo == "dr_grpo":  # every slot counts the same, and empty slots count too
         weight = weight * kept / mask.numel()
     return torch.where(mask, (page * weight)[:, None], 0.0), value
 
 
 def gated(token: Tensor, ref_logits: Tensor, item: Tensor, depth: int) -> Tensor:
-    """Token rewards (B, K) with those above 0 cut to 0 beyond the reference's best `depth` items.
+    """Token rewards (B, K), but at most 0 for items outside the reference's best `depth` items.
 
-    A policy then earns nothing by items that the reference thinks irrelevant, whatever the reward
-    says of them. Source: the relevance gate of GenRec, arXiv 2604.14878.
+    The policy then gains nothing by items that the reference ranks low, whatever their reward
+    is. Source: the relevance gate of GenRec, arXiv 2604.14878.
 
     ref_logits (B, N), the reference's of the first slot    item (B, K), -1 for none
     depth 0: as they are

@@ -71,15 +71,14 @@ def split_history(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Split one user's liked items into input and labels, at random within each rating level.
 
-    Of a level with m items max(1, round(share * m)) become labels, but never all of them: a level
-    of one item is input. If that leaves no label at all, one item drawn at random becomes the
-    label.
+    Of a level with m items, max(1, round(share * m)) become labels, but never all of them: a level
+    of one item is all input. If no level gives a label, one random item becomes the label.
 
     items    (n,) item ids
     ratings  (n,) float; items of unknown rating (NaN) form one level of their own
-    share    of the labels, between 0 and 1
-    returns  given, label: two rising index arrays into items, together 0 to n - 1. Rising, so that
-             a history keeps its order
+    share    share of the items that become labels, between 0 and 1
+    returns  given, label: two sorted index arrays into items, which together hold 0 to n - 1. They
+             are sorted, so that a history keeps its order
 
     Raises ValueError on no items, unequal lengths, or a share outside (0, 1).
     """
@@ -122,10 +121,10 @@ def single_level(ratings: np.ndarray, given: np.ndarray, label: np.ndarray) -> b
 
 
 class Ties:
-    """An order of items that nothing else tells apart, drawn for every user.
+    """Breaks ties between equally good items by a random order, drawn for every user.
 
-    Shops without ratings have many such items. If the item's number decided, identifiers would
-    choose the order of the pages that a policy learns from, and which items are cut off.
+    Shops without ratings have many ties. If the item id broke them, ids would decide the order of
+    the pages that a policy learns from, and which items are cut off.
     """
 
     def __init__(self, n_users: int, n_items: int, seed: int = 0):
@@ -135,9 +134,9 @@ class Ties:
         )
 
     def of(self, user: int, items: np.ndarray) -> np.ndarray:
-        """(n,) uint64: a number of each item, different within a user; smaller ones go first.
+        """(n,) uint64: one number per item, all different for a user; smaller ones go first.
 
-        The two draws are mixed, so that the order of items is another one for every user.
+        The item's and the user's random numbers are mixed, so that every user has another order.
         Source: the finaliser of SplitMix64, Steele et al., OOPSLA 2014.
         """
         x = self.item[items] ^ self.user[user]
@@ -156,10 +155,14 @@ def ground_truth_page(
 ) -> tuple[np.ndarray, int]:
     """The best page that some items of one user make (the paper's appendix A.2).
 
-    Items are ordered by rating, highest first, unknown ratings last. Within one rating level come
-    first the items of a leaf category that the page does not show yet, then those of higher s_i
-    (unknown last), then those of a smaller `tie`. Diversity counts within a level only; otherwise
-    it would put worse items before better ones. Of near-duplicates only the highest one stays.
+    Items are ordered by rating, highest first, unknown ratings last. Within one rating level:
+
+    1. items whose leaf category the page does not show yet come before the others;
+    2. then higher s_i come first (unknown last);
+    3. then smaller `tie` come first.
+
+    Diversity counts within a level only; otherwise it would put worse items before better ones. Of
+    near-duplicates only the highest one stays.
 
     items    (n,) item ids
     ratings  (n,) float, NaN where unknown
@@ -219,9 +222,9 @@ def page_of(
 
 
 class PageMaker:
-    """Draws training examples, histories with their ground-truth pages, from a shop's train rows.
+    """Draws training examples from a shop's train rows: a history and its ground-truth page.
 
-    users  (U,) those with two liked train items or more: at least one for each side
+    users  (U,) users with at least two liked train items: one for the history, one for the page
     """
 
     def __init__(self, shop: Shop, shrink: float = 0.0):
@@ -266,7 +269,7 @@ class PageMaker:
         return ground_truth_page(items, ratings, self.catalogue, self.s, self.near, tie)[0]
 
     def clock(self, times: int) -> tuple[int, ...]:
-        """times - 1 rising times, in seconds, that cut the train rows into about equal parts.
+        """times - 1 increasing times, in seconds, that cut the train rows into about equal parts.
 
         Fewer where many rows have the same time.
         """
