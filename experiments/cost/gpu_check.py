@@ -157,6 +157,7 @@ def learn_ppo(device: str, size: str, quick: bool) -> dict:
                 eval_every=1000,
                 eval_users=16,
                 min_accuracy=0.0,
+                force=True,
             )
         )
         timing = [json.loads(x) for x in open(f"{folder}/runs/check/ppo/timing.jsonl")]

@@ -416,6 +416,8 @@ def stage_config(stage: str, config: Config, point: Point):
             critic_warmup=0,
             min_accuracy=0.0,
             force=True,
+            gate_users=4,
+            gate_pages=2,
             **common,
         )
     return evaluate.Config(k=point.page, n_boot=10, quiet=True, examples=0, **common)

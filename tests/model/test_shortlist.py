@@ -191,6 +191,7 @@ def test_ppo_learns_over_shortlists_and_resumes_to_the_bit(served, monkeypatch):
         critic_warmup=0,
         lr=1e-3,
         select="last",
+        force=True,
         save_every=1,
     )
     ppo.run(ppo.Config(run="short-a", **small))
