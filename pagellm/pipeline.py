@@ -31,7 +31,7 @@ from pagellm.evaluate import LABELS
 from pagellm.pages.yardstick import verdict_grid
 from pagellm.stage import presets
 from pagellm.stage.command import main
-from pagellm.stage.config import Options, check, parse
+from pagellm.stage.config import Options, PageLLMError, check, parse
 from pagellm.stage.files import atomic, read_json, write_json
 from pagellm.stage.run import StageConfig
 
@@ -103,6 +103,8 @@ def prepared(config: Config) -> None:
         return
     raw, words = Path(config.raw).expanduser(), [f"--dataset={config.dataset}"]
     words += [f"--data={config.data}"]
+    if config.raw and not raw.exists():
+        raise PageLLMError(f"{raw}: no such file or directory; --raw names the log")
     if config.raw and raw.is_file():
         words += [f"--raw={raw.parent}", f"--review_files={raw.name}"]
     elif config.raw:

@@ -229,6 +229,8 @@ def test_a_stage_pays_where_it_is_ahead_and_in_no_accuracy_behind():
 def test_what_is_wrong_is_said():
     with pytest.raises(PageLLMError, match="minutes"):
         tune.Config(minutes=0)
+    with pytest.raises(PageLLMError, match="gone.csv: no such file"):
+        pipeline.prepared(pipeline.Config(dataset="mine", raw="gone.csv"))
     with pytest.raises(PageLLMError, match="auto, always, never"):
         pipeline.Config(tune="often")
     assert not presets.has_one("mine") and presets.has_one("toys")
