@@ -821,6 +821,8 @@ def ask_gate(
     if dist.is_main():
         write_json(path, gate)
         print("ppo: " + (f"no gate: {gate['skipped']}" if "skipped" in gate else said(gate)))
+        if not gate["open"] and config.force:
+            print(f"ppo: {CLOSED}; --force trains all the same")
     return gate
 
 

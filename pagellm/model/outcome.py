@@ -476,12 +476,21 @@ class Calibration:
     ) -> "Calibration":
         """p, other, picked (R,). Newton's method; `ridge` draws b to 1 and c to 0."""
         x = np.stack([np.ones(len(p)), logit(p), other], 1)
-        w, prior = np.array([0.0, 1.0, 0.0]), np.diag([0.0, ridge, ridge])
+        start, prior = np.array([0.0, 1.0, 0.0]), np.diag([0.0, ridge, ridge])
+
+        def loss(w: np.ndarray) -> float:
+            z, away = x @ w, w - start
+            return float(np.logaddexp(0.0, z).sum() - z[picked].sum() + away @ prior @ away / 2)
+
+        w = start
         for _ in range(25):
-            q = 1 / (1 + np.exp(-x @ w))
-            gradient = x.T @ (picked - q) - prior @ (w - np.array([0.0, 1.0, 0.0]))
+            q = 1 / (1 + np.exp(-np.clip(x @ w, -500, 500)))
+            gradient = x.T @ (picked - q) - prior @ (w - start)
             curve = (x * (q * (1 - q))[:, None]).T @ x + prior + 1e-9 * np.eye(3)
-            step = np.linalg.solve(curve, gradient)
+            step, now = np.linalg.solve(curve, gradient), loss(w)
+            # A whole step may overshoot where chances begin far off: it is halved until it gains.
+            while np.abs(step).max() > 1e-9 and loss(w + step) > now:
+                step = step / 2
             w = w + step
             if np.abs(step).max() < 1e-9:
                 break

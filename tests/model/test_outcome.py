@@ -172,3 +172,12 @@ def test_calibration_finds_the_weight_of_a_second_opinion():
     truth = Calibration(-0.5, 0.8, 0.6)
     found = Calibration.fit(p, other, rng.random(50_000) < truth(p, other))
     np.testing.assert_allclose([found.a, found.b, found.c], [-0.5, 0.8, 0.6], atol=0.06)
+
+
+def test_calibration_of_chances_that_know_nothing_is_the_rate():
+    """Newton's whole steps overshoot here: chances of one half on average, picks at one fifth."""
+    rng = np.random.default_rng(0)
+    picked = rng.random(1600) < 0.2
+    p = rng.random(1600)
+    scale = Calibration.fit(p, np.zeros(1600), picked)
+    assert abs(scale.a) < 10 and abs(scale(p, np.zeros(1600)).mean() - picked.mean()) < 0.01
