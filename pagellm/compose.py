@@ -1,7 +1,7 @@
-"""Learn what a user will pick, and choose on validation how a page is made of it.
+"""Learn which items a user will pick, and choose on validation rows how to build pages from this.
 
 Reads   data/<dataset>, runs/<run>/sft (or ppo, or neither: --policy)
-Writes  runs/<run>/compose      model.pt, choice.json (what validation was asked, and its answers)
+Writes  runs/<run>/compose      model.pt, choice.json (the settings tried and their scores)
 
     make compose                pagellm compose --dataset synthetic
 
@@ -9,13 +9,13 @@ Seconds to minutes on two CPU cores. Four steps:
 
 1. Fit the outcome model (model/outcome.py): folds hide train rows, the plain judges are fitted to
    the others, and a small network learns which candidates were among the hidden rows.
-2. Calibrate its chances on validation rows, beside the policy's log-probabilities.
-3. Score what a shop would ship anyway on validation: EASE, ALS, ALS with titles, ALS with titles
-   and ratings, each as it is and re-ranked for variety.
-4. Choose worth, order and spread of a page (pages/compose.py): the setting whose worst margin over
-   all these rows and all measures is best.
+2. Calibrate its probabilities on validation rows, together with the policy's log-probabilities.
+3. Score the baselines on validation rows: EASE, ALS, ALS with titles, ALS with titles and ratings,
+   each as it is and re-ranked for variety.
+4. Choose worth, order and spread of a page (pages/compose.py): the setting whose smallest margin
+   over all these baselines and all metrics is largest.
 
-No test row is read. The judges never see a row that they are asked about.
+No test row is read. A judge is never asked about a row that it was fitted to.
 """
 
 import json
@@ -175,10 +175,10 @@ def choose_taste(
     rows: dict[str, list[dict]],
     kin: Kin,
 ) -> tuple[Taste, int]:
-    """The taste that validation chooses, and how many were tried.
+    """The best Taste by validation scores, and how many were tried.
 
-    The rows without ratings count first, those with ratings then. Where a shop has no ratings,
-    worth and order mean nothing and stay 0.
+    Baselines without ratings count first, then those with ratings. If a shop has no ratings, worth
+    and order have no effect and stay 0.
     """
     rated = rows.get("ALS+ratings", [])
     others = [row for name, some in rows.items() if name != "ALS+ratings" for row in some]

@@ -214,8 +214,8 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
 def spent(config: Config, where: dict[str, Path]) -> str:
     """Processor seconds of every finished stage behind this table, from its last start to its end.
 
-    In one process of each stage, all threads together, without starting Python. Stages that noted
-    none (an older version did not) are left out; "" where none did.
+    They are those of one process of each stage, all threads together, without the start of Python.
+    Stages of older versions recorded none and are left out; "" if no stage recorded any.
     """
     folders = [config.stage(name, config.source_run) for name in ("baselines", "pretrain", "sft")]
     folders += [config.stage("reward", config.source_run), where["ppo"], where["compose"]]

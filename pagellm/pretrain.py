@@ -1,4 +1,4 @@
-"""Pre-training on what the shop knows: next token (Eq. 3) on four kinds of prompt, ratings (Eq. 2).
+"""Pre-training on the shop's data: next token (Eq. 3) on four kinds of prompt, ratings (Eq. 2).
 
 Reads   data/<dataset>          the prepared shop, train rows only
 Writes  runs/<run>/pretrain     model.pt, the vocabulary, log.jsonl
@@ -60,7 +60,7 @@ BUCKETS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainingConfig):
-    """Pre-train the language model on what the shop knows about items, opinions and choices."""
+    """Pre-train the language model on the shop's items, reviews and purchases."""
 
     size: str = "auto"  # shape of the network: nano, tiny, mini, wide, wider, small,
     # gpt2, gpt2-medium, -large, -xl; Llama: llama-nano, -tiny, -mini, -small, llama-3.2-1b,
@@ -429,7 +429,7 @@ def for_replay(batch: tuple) -> dict:
 def validated(
     validation: Validation, both: Objective, vocab: Vocab, best: Best, step: int
 ) -> dict[str, Any]:
-    """What to log of a validation behind page prompts; `best` takes the weights if they are."""
+    """Validate after page prompts; `best` keeps the best weights. Returns what to log."""
     with dist.unsharded(both):
         scores = validation(Policy(both.model, vocab, PromptStyle()))
     best.offer(scores["NDCG@100"], step, both)

@@ -59,7 +59,7 @@ SELECT = ("ndcg", "last")
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainingConfig):
-    """Teach the pre-trained model to write the ground-truth page behind a user's history."""
+    """Teach the pre-trained model to write the ground-truth page after a user's history."""
 
     label_share: float = 0.5  # share of a user's train items that become the page;
     # the rest is the history

@@ -1,15 +1,16 @@
-"""A page from opinions: which items are shown, and in which slots. Numpy alone, many users at once.
+"""Builds pages from predicted picks: which items are shown, in which slots. Numpy only, in batches.
 
     page = compose(opinion, kin, Taste(worth=0.4, order=0.5, spread=0.4), k=20)
     taste = choose(lambda t: scores_of(compose(opinion, kin, t, 20)), [plain rows], GRID)
 
-Three numbers make the page:
+Three numbers control how a page is built:
 
-    worth   chances are multiplied by exp(worth * stars), the stars that user and item let expect
-    spread  MMR then takes the items: strength `spread`, in units of the mean chance of a page
-    order   these stand in the order of chance * worth * exp(order * mean stars of the item)
+    worth   an item's value is its chance times exp(worth * expected stars of this user for it)
+    spread  MMR chooses the items by value; its strength is `spread` times the mean value of a slot
+    order   the chosen items are sorted by value * exp(order * mean stars of the item)
 
-Variety decides which items are on the page, worth decides in which slots. They need not be traded.
+Variety decides which items are on the page, and the sort decides their slots. So more variety does
+not disturb the order.
 """
 
 from collections.abc import Callable
@@ -36,7 +37,7 @@ GRID: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class Opinion:
-    """What is thought of the candidates of some users.
+    """Predictions about the candidates of some users.
 
     user   (U,) int64
     item   (U, M) int64, -1 where there is no candidate
@@ -54,7 +55,7 @@ class Opinion:
 
 @dataclass(frozen=True)
 class Taste:
-    """How a page is made of an opinion; all 0: the candidates of largest chance, in that order."""
+    """How pages are built. All 0: the candidates of largest chance, in that order."""
 
     worth: float = 0.0
     order: float = 0.0
@@ -81,7 +82,7 @@ def compose(
 def margin(
     ours: dict[str, np.ndarray], row: dict[str, np.ndarray], name: str
 ) -> tuple[float, float]:
-    """By how much a measure is better than 1% below a row's: mean over users, standard error.
+    """How far a metric is above 99% of a baseline's value: mean over users, and standard error.
 
     ours, row  name -> (U,) scores of the same users (ranked.Scorer), NaN where undefined
     """
@@ -97,9 +98,9 @@ def margin(
 def worst(
     ours: dict[str, np.ndarray], rows: list[dict[str, np.ndarray]], names: tuple[str, ...]
 ) -> float:
-    """The smallest margin over rows and measures, in standard errors; inf where none is defined.
+    """The smallest margin over baselines and metrics, in standard errors; inf if none is defined.
 
-    A measure that fewer than FEWEST users have says too little to choose by, and is left out.
+    A metric that is defined for fewer than FEWEST users is too noisy and is left out.
     """
     found = [
         margin(ours, row, name)
@@ -117,9 +118,11 @@ def choose(
     grid: dict[str, tuple[float, ...]] = GRID,
     rounds: int = 3,
 ) -> tuple[Taste, dict[Taste, tuple[float, ...]]]:
-    """The taste whose worst margin over `rows` is best; and what was tried.
+    """The Taste whose smallest margin over `rows` is largest; and all that were tried.
 
-    scored  a taste -> validation scores of its pages        rows  groups, first things first
+    scored  a Taste -> validation scores of its pages
+    rows    groups of baselines, the most important group first
+
     Up to ENOUGH standard errors the first group's worst margin counts, beyond that the second's,
     and so on. Every other value of each grid is tried with those of the others: from the middle
     alone the search can get stuck. From the best of these one number after the other is moved over

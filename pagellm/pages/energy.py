@@ -91,7 +91,7 @@ def near_duplicates(
     jaccard: float = 0.8,
     cosine: float = 0.95,
 ) -> Near:
-    """Items that nearly repeat each other.
+    """Find all near-duplicate items.
 
     Two items are near-duplicates if they have the same brand and the same leaf category, both
     known, and the Jaccard index of their title tokens is at least `jaccard`; or if the cosine of

@@ -81,7 +81,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Stock:
-    """The catalogue as pairs need it, made once from the train rows."""
+    """What pair making needs of the catalogue, computed once from the train rows."""
 
     catalogue: Catalogue
     near: Near

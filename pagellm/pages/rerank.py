@@ -4,7 +4,7 @@
     page = reranked(ranked, kin, k=20, method="mmr", strength=0.1)      # RankedPages in and out
 
 Each method fills the slots one after another, for many users at once. Each slot takes the
-candidate that is worth most given the slots above it:
+candidate with the highest value given the items above it:
 
     mmr     rel_i - strength * (largest similarity to an item above)
             maximal marginal relevance, Carbonell & Goldstein, SIGIR 1998
@@ -13,8 +13,8 @@ candidate that is worth most given the slots above it:
     energy  rel_i + strength * (LAMBDA_D novel_i - LAMBDA_R redundant_i)
             the page energy of pages/energy.py, maximised greedily
 
-At strength 0 every method leaves the order as it is. `choose` takes the strength that validation
-allows.
+At strength 0 every method leaves the order as it is. `choose` picks a strength by
+validation scores.
 
 Shapes: U users, M candidates of a user, K slots of a page, N items.
 """
@@ -279,10 +279,10 @@ def choose(
     keep: tuple[str, ...] = ("Recall@20", "NDCG@100"),
     share: float = 0.99,
 ) -> float:
-    """The largest strength at which every measure of `keep` keeps `share` of its value at 0.
+    """The largest strength at which all of `keep` have at least `share` of their value at 0.
 
-    So it takes the variety that is to be had at level accuracy, and no more. It looks at rising
-    strengths and stops at the first one that costs too much.
+    This gives as much variety as possible without a real loss of accuracy. Strengths are tried in
+    rising order, up to the first one that loses too much.
 
     tried   strength -> mean of each measure on validation; 0 must be among them
     Raises ValueError if strength 0 is missing.

@@ -1,11 +1,11 @@
-"""What pages are held against: every base re-ranked for variety; metric by metric who is ahead.
+"""Baselines re-ranked for variety, and for each metric whether our pages are ahead of them.
 
     records = sweep("ALS", ranked, scorer, kin, k=20)      # a frontier: one record per strength
-    strength = chosen(records, "ALS", "mmr")                # what validation allows
+    strength = chosen(records, "ALS", "mmr")                # by validation scores
     print(verdict_table(verdicts(ours, {"ALS + MMR": scores})))
 
-A frontier shows how much accuracy a base pays for variety. It is measured on validation rows, and
-so are the strengths: test rows are read once, at the chosen strength.
+A frontier shows how much accuracy a baseline loses for variety. It is measured on validation rows,
+where the strength is also chosen. Test rows are read once, at the chosen strength.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""What the training stages share: order of examples, optimiser groups, schedule, a guarded step.
+"""Shared by the training stages: order of examples, optimiser groups, schedule, guarded steps.
 
 Randomness is a function of a seed, names and numbers (`randomness.rng`) and not of what was drawn
 before. A resumed run draws what the uninterrupted run would have drawn, and cutting a batch into
