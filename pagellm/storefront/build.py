@@ -115,12 +115,12 @@ def labels(shop: Shop, known: Known, writer: Template, matcher: Matcher, people,
     for user in people.tolist():
         context = known.context(shop.user_ids[user])
         answers = writer.themes([context], [["browse"] * 2], [[]])[0]
-        for theme in [answer.value for answer in answers]:
+        for theme in [answer.value for answer in answers if answer.value is not None]:
             keywords = writer.keywords([theme], [context], [np.zeros(0, np.int64)])[0].value
             inside = live[of_item[live] == theme.mission]
             beside = live[of_item[live] == near[theme.mission]]
             outside = live[of_item[live] != theme.mission]
-            if not (len(inside) and len(beside) and len(outside)):
+            if not (keywords and len(inside) and len(beside) and len(outside)):
                 continue
             half = LABEL_ITEMS // 2
             wrong = np.r_[rng.choice(beside, half), rng.choice(outside, LABEL_ITEMS - half)]

@@ -14,7 +14,7 @@ stock are looked at, so an item that is sold out changes nothing.
 import itertools
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -99,8 +99,8 @@ class Corpus:
     item: np.ndarray  # (E,) int64
     vector: np.ndarray  # (W, d) float32, rows of length 1
     space: Space
-    number: dict[str, int] = field(default_factory=dict)  # text -> w
-    bm25: BM25 | None = None  # over the keywords' own texts
+    number: dict[str, int]  # text -> w
+    bm25: BM25  # over the keywords' own texts
 
     def __len__(self) -> int:
         return len(self.text)

@@ -24,6 +24,7 @@ The price of theming is 1 - recall@page / recall of `flat`.
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -253,7 +254,7 @@ def about_rows(store: Store, pages: list[Page]) -> dict[str, float]:
     }
 
 
-def table(results: dict[str, dict], about: dict[str, float], heading: str) -> str:
+def table(results: dict[str, dict], about: dict[str, Any], heading: str) -> str:
     lines = [heading, "", f"{'':<16}" + "".join(f"{name:>26}" for name in COLUMNS)]
     for name, scores in results.items():
         cells = []

@@ -22,7 +22,7 @@ from pagellm.storefront.gates import known_words
 from pagellm.storefront.missions import Missions
 from pagellm.storefront.page import Front, default_layout
 from pagellm.storefront.parts import Layout, Weights
-from pagellm.storefront.rankers import NAMES, File, Platt, make_ranker
+from pagellm.storefront.rankers import NAMES, File, Platt, Ranker, make_ranker
 from pagellm.storefront.retrieve import build_index
 from pagellm.storefront.schemas import layout_of
 from pagellm.storefront.scorer import Matcher
@@ -122,7 +122,7 @@ def front_of(
     of_item = np.where(category >= 0, of_category[category] if len(of_category) else -1, -1)
     missions = Missions(category, kept["names"], of_category, of_item, kept["k"])
     index = build_index(shop.catalogue, stock, corpus, households)
-    ranker = (
+    ranker: Ranker = (
         File.read(config.scores, shop.user_ids, shop.catalogue.ids)
         if config.ranker == "file"
         else make_ranker(config.ranker, households, factors_of(state))
@@ -155,12 +155,9 @@ def front_of(
 
 def with_tuning(front: Front, tuned: dict) -> Front:
     """The front with what tune.py chose: calibration of this ranker, weights of the score."""
-    platt = front.platt
+    platt, writer = front.platt, front.writer
     if tuned["ranker"] == front.ranker.name:
         platt = Platt(*tuned["platt"])
-    return replace(
-        front,
-        platt=platt,
-        writer=replace(front.writer, platt=platt),
-        weights=Weights(**tuned["weights"]),
-    )
+    if isinstance(writer, Template):
+        writer = replace(writer, platt=platt)
+    return replace(front, platt=platt, writer=writer, weights=Weights(**tuned["weights"]))

@@ -108,7 +108,7 @@ def plain_size(size: str | None) -> str:
     return " ".join(UNITS.get(word, word) for word in words)
 
 
-def read(config: Config, name: str, columns: list[str]) -> dict[str, np.ndarray | list]:
+def read(config: Config, name: str, columns: list[str]) -> dict[str, pa.ChunkedArray]:
     path = config.folder / f"{name}.parquet"
     if not path.exists():
         raise PageLLMError(

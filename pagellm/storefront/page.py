@@ -11,7 +11,9 @@ A page is always made. Whatever had to be stepped over is listed in its `fallbac
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -39,7 +41,7 @@ from pagellm.storefront.policy import Policy
 from pagellm.storefront.rankers import Platt, Ranker
 from pagellm.storefront.retrieve import Index, members_first, retrieve
 
-__all__ = ["Front", "default_layout", "page"]
+__all__ = ["Front", "Writer", "default_layout", "page"]
 
 DEPTH = 50  # items of a keyword
 ALIKE, COVERED = (
@@ -52,6 +54,23 @@ TITLES = {
     "season": "In season",
     "discover": "New for you",
 }
+
+
+class Writer(Protocol):
+    """What writes a page's themes, and then the keywords of each: themes.Template, or another."""
+
+    def themes(
+        self, contexts: list[Context], intents: list[list[str]], used: list[list[str]]
+    ) -> list[list[Answer[Theme]]]:
+        """For each context its themes, best first.
+
+        intents  of the open placements        used  titles that stand on the page already
+        """
+
+    def keywords(
+        self, themes: list[Theme], contexts: list[Context], offered: list[np.ndarray]
+    ) -> list[Answer[list[Keyword]]]:
+        """For each theme its keywords, best first. offered: numbers of keywords near to it."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +90,8 @@ class Front:
     missions: Missions
     ranker: Ranker
     platt: Platt
-    writer: object
-    agree: object
+    writer: Writer
+    agree: Callable[[Theme, list[Keyword], np.ndarray], np.ndarray]
     policy: Policy
     similar: SameLeaf
     best: list[str]

@@ -4,6 +4,7 @@ M candidates of a row, N items, W keywords, K slots. Nothing here computes.
 """
 
 from dataclasses import asdict, dataclass, field
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -24,6 +25,7 @@ __all__ = [
     "page_json",
 ]
 
+Made = TypeVar("Made")
 INTENTS = ("restock", "browse", "discover", "season", "deal", "editorial")
 
 
@@ -76,10 +78,13 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a writer gave, or why it gave nothing. Tokens are 0 where no model was asked."""
+class Answer(Generic[Made]):
+    """What a writer gave, a theme or keywords, or why it gave nothing.
 
-    value: object | None
+    Tokens are 0 where no model was asked.
+    """
+
+    value: Made | None
     problem: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0

@@ -48,7 +48,8 @@ FACTORS, ALPHA, RIDGE, SWEEPS = 64, 10.0, 50.0, 6
 class Ranker(Protocol):
     """Anything with a name, which is part of every cache key, and a logit for every item."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, context: Context) -> np.ndarray: ...
 

@@ -18,7 +18,7 @@ from pagellm.storefront.corpus import Corpus
 from pagellm.storefront.fuse import SLOT_DECAY
 from pagellm.storefront.gates import LONGEST, MOST_WORDS
 from pagellm.storefront.missions import Missions, top_of_groups
-from pagellm.storefront.parts import Answer, Context, Theme
+from pagellm.storefront.parts import Answer, Context, Keyword, Theme
 from pagellm.storefront.policy import Policy
 from pagellm.storefront.rankers import Platt, Ranker
 from pagellm.storefront.text import words
@@ -104,7 +104,7 @@ class Template:
 
     def themes(
         self, contexts: list[Context], intents: list[list[str]], used: list[list[str]]
-    ) -> list[list[Answer]]:
+    ) -> list[list[Answer[Theme]]]:
         """For each context twice as many themes as it has placements of an intent, best first.
 
         intents  of the open placements        used  titles that stand on the page already
@@ -117,7 +117,9 @@ class Template:
             found.append(offers)
         return found
 
-    def offers(self, context: Context, intent: str, n: int, titles: set[str]) -> list[Answer]:
+    def offers(
+        self, context: Context, intent: str, n: int, titles: set[str]
+    ) -> list[Answer[Theme]]:
         logit = self.ranker(context)
         allowed = self.stock.copy()
         allowed[context.barred] = False
@@ -132,7 +134,7 @@ class Template:
         clicks = np.where(best >= 0, p[best], 0.0)  # (C, 10)
         parts = self.parts(clicks)
         worth = np.array([part_worth(clicks[categories]) for _, categories in parts])
-        offers: list = []
+        offers: list[Answer[Theme]] = []
         for at in np.lexsort((np.arange(len(worth)), -worth)).tolist():
             if len(offers) == n or worth[at] <= 0:
                 break
@@ -179,7 +181,7 @@ class Template:
 
     def keywords(
         self, themes: list[Theme], contexts: list[Context], offered: list[np.ndarray], m: int = 8
-    ) -> list[Answer]:
+    ) -> list[Answer[list[Keyword]]]:
         """The offered keywords that are concepts of the theme, in its order, then the nearest
         others.
         """
