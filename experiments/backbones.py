@@ -206,7 +206,7 @@ def train(config: Config, row: str, seed: int, start: tuple[str, str, str]) -> s
         "runs": config.runs,
         "device": config.device,
     }
-    own = dict(zip(("size", "weights", "bpe"), start, strict=True))
+    own: dict[str, Any] = dict(zip(("size", "weights", "bpe"), start, strict=True))
     if row == ROWS[2]:
         own |= {
             "lora_rank": config.lora_rank,
@@ -334,8 +334,8 @@ def run(config: Config) -> list[dict]:
         ("gpt2", config.gpt2, config.gpt2_weights, config.gpt2_bpe),
         ("llama", config.llama, config.llama_weights, config.llama_bpe),
     ):
-        folder = weights or str(stand_in(config, size))
-        starts[name] = size, folder, bpe or folder
+        source = weights or str(stand_in(config, size))
+        starts[name] = size, source, bpe or source
     scores: dict[str, list[dict]] = {row: [] for row in ROWS}
     spent: dict[str, list[dict]] = {row: [] for row in ROWS}
     for seed in range(config.seeds):

@@ -192,7 +192,9 @@ def run(config: Config) -> list[dict]:
     """Thin the data, train and score all rows, print the table. Returns the records of `drops`."""
     data = Path(config.data)
     prepared(config.dataset, config.raw, config.data, config.preset)
-    options = {name: overrides(module, getattr(config, name)) for name, module in STAGES.items()}
+    options: dict[str, Any] = {
+        name: overrides(module, getattr(config, name)) for name, module in STAGES.items()
+    }
     plainly = overrides(compare, config.baselines)
     for name, chosen in (*options.items(), ("baselines", plainly)):
         if FIXED & set(chosen):
@@ -227,8 +229,10 @@ def run(config: Config) -> list[dict]:
         return compare.read_rows(made.stage("baselines"))[0]
 
     full = plain(config.dataset, config.settings, 0)
-    chosen = str(Path(config.runs) / config.study / config.dataset / "baselines" / "settings.json")
-    thinned = [plain(half, chosen, seed) for seed, half in enumerate(halves)]
+    settings = str(
+        Path(config.runs) / config.study / config.dataset / "baselines" / "settings.json"
+    )
+    thinned = [plain(half, settings, seed) for seed, half in enumerate(halves)]
     rows = {name: ([full[name]] * config.seeds, [half[name] for half in thinned]) for name in full}
     for name, (first, *files) in config.others().items():
         rows[name] = (
@@ -237,13 +241,14 @@ def run(config: Config) -> list[dict]:
         )
     for policy in filter(None, config.policies.split(",")):
         variant = Variant(policy, policy=policy)
-        rows[evaluate.LABELS[policy]] = tuple(
+        before, after = (
             [
                 per_user(run_variant(config.study, dataset, variant, seed, stages))
                 for seed, dataset in enumerate(names)
             ]
             for names in ([config.dataset] * config.seeds, halves)
         )
+        rows[evaluate.LABELS[policy]] = (before, after)
     shop = load(data / config.dataset)
     users = next(iter(full.values()))["user"]
     records = drops(rows, groups(shop, users, map(int, config.bins.split(","))))

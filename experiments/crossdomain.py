@@ -70,8 +70,8 @@ class Config:
     # none: with its defaults
     data: str = "data"  # directory of prepared data sets
     runs: str = "runs"  # directory of runs
-    pretrain: Options = "--steps 160"  # options for that stage, as on its command line
-    sft: Options = "--epochs 10"  # options for sft
+    pretrain: Options = Options("--steps 160")  # options for that stage, as on its command line
+    sft: Options = Options("--epochs 10")  # options for sft
 
     def __post_init__(self):
         check(
@@ -207,7 +207,7 @@ def predict_rows(
         )
 
     found = {strength: cosine(strength) for strength in STRENGTHS}
-    best = max(found, key=found.get)
+    best = max(found, key=found.__getitem__)
     mx, w, my = ridge(x, rows, best)
     out = (new - mx) @ w
     scale = np.linalg.norm(rows - my, axis=1).mean() / max(
@@ -322,7 +322,7 @@ def run(config: Config) -> list[dict]:
     for seed in range(config.seeds):
         pair = (config.dataset, config.target)
         if not config.target:
-            pair = tuple(f"{config.dataset}-{side}-s{seed}" for side in ("here", "there"))
+            pair = (f"{config.dataset}-here-s{seed}", f"{config.dataset}-there-s{seed}")
             for name, (users, items) in zip(pair, halves(whole, seed), strict=True):
                 cut(data / config.dataset, data / name, users, items, {"side": name, "seed": seed})
         found, fit, shop = scores(config, *pair, seed)

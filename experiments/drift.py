@@ -84,8 +84,9 @@ class Config:
     data: str = "data"  # directory of prepared data sets
     runs: str = "runs"  # directory of runs
     prepare: Options = Options("")  # options for prepare, which splits by time
-    pretrain: Options = "--steps 160"  # options for that stage in every row, as on its command line
-    sft: Options = "--epochs 10"  # options for sft
+    pretrain: Options = Options("--steps 160")  # options for that stage in every row, as on its
+    # command line
+    sft: Options = Options("--epochs 10")  # options for sft
 
     def __post_init__(self):
         check(
@@ -269,7 +270,7 @@ def run(config: Config) -> list[dict]:
             f"{shop.path} and {mixed.path} have other users\n  Remove both to prepare them anew."
         )
     results: dict[str, list[dict]] = {}
-    split: dict[str, list[dict]] = {}
+    splits: dict[str, list[dict]] = {}
     for seed in range(config.seeds):
         plain = trained(config, later, name, "random", seed)
         cuts = trained(config, later, name, "cuts", seed, cut="time")
@@ -289,18 +290,18 @@ def run(config: Config) -> list[dict]:
                 "SFT": scored(mixed, own, seed),
                 "popularity": scored(mixed, None, seed),
             }.items():
-                split.setdefault(row, []).append(scores)
+                splits.setdefault(row, []).append(scores)
     records = compare(results, SHOWN, "time cuts")
     lines = [
         f"{name}, temporal split, {config.seeds} seeds, {config.times} periods; mean, and the "
         "difference to time cuts with its 95% interval (bootstrap over seeds and users)\n\n"
         f"{markdown(records)}"
     ]
-    for row, scores in split.items():
+    for row, seeds in splits.items():
         cells = []
         for metric in SHOWN:
             a = [s[metric] for s in results["random cuts" if row == "SFT" else row]]
-            b = [s[metric] for s in scores]
+            b = [s[metric] for s in seeds]
             mean, low, high = difference(a, b)
             before, after = (np.mean([np.nanmean(x) for x in side]) for side in (b, a))
             cells.append(

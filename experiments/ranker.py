@@ -23,7 +23,9 @@ About three minutes for the synthetic shop on one core. Needs the extra [ranker]
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -193,6 +195,7 @@ def candidates(
         config.mode,
         progress=f"features, {split}",
     )
+    assert marginal is not None  # there is a reward model
     return Candidates(
         users,
         first.item,
@@ -210,10 +213,10 @@ def kept(path: Path, make: Callable[[], Candidates]) -> Candidates:
     """make(), stored in `path`; or what an interrupted run with the same options stored there."""
     if not path.exists():
         made = make()
+        arrays: dict[str, Any] = {"user": made.user, "item": made.item, "label": made.label}
+        arrays |= made.features
         with atomic(path) as beside, open(beside, "wb") as file:
-            np.savez_compressed(
-                file, user=made.user, item=made.item, label=made.label, **made.features
-            )
+            np.savez_compressed(file, **arrays)
     with np.load(path, allow_pickle=False) as file:
         found = dict(file)
     return Candidates(found.pop("user"), found.pop("item"), found.pop("label"), found)
@@ -310,7 +313,7 @@ def run(config: Config) -> list[dict]:
             dealt(
                 kept(
                     out.path / f"{split}.npz",
-                    lambda split=split: candidates(shop, split, policy, reward, config),
+                    partial(candidates, shop, split, policy, reward, config),
                 ),
                 config.seed,
             )
@@ -318,10 +321,8 @@ def run(config: Config) -> list[dict]:
         )
         scorer = Scorer(shop, "test")
         seen = seen_rows(shop, "test", MASK)
-        results, gain = (
-            {"EASE": [scorer(order(test, (), None, config.k), config.k)] * config.seeds},
-            {},
-        )
+        results = {"EASE": [scorer(order(test, (), None, config.k), config.k)] * config.seeds}
+        gain: dict[str, list[np.ndarray]] = {}
         for name, features in ROWS.items():
             results[name], gain[name] = [], []
             for seed in range(config.seeds):

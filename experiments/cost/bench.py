@@ -39,6 +39,7 @@ Rows with a peer need the extra [dev]; without it they are left out and named. C
 one run only.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -252,11 +253,15 @@ def train_case(config: Config, page_only: bool) -> Case:
     def our_loss(mark: Callable) -> torch.Tensor:
         if page_only:
             states = slot_states(ours, ids[:, :P], valid, page, mask)
-            return -page_logp(states, ours.item, page, mask, none).mean()
+            logp = page_logp(states, ours.item, page, mask, none)
+            assert isinstance(logp, torch.Tensor)  # nothing beside it was asked for
+            return -logp.mean()
         hidden = ours(ids)[:, :-1].flatten(0, 1)
         rows = torch.cat([ours.word, ours.item])
         mark("word and item rows joined")
-        return -linear_logp(hidden, rows, ids[:, 1:].flatten()).mean()
+        logp = linear_logp(hidden, rows, ids[:, 1:].flatten())
+        assert isinstance(logp, torch.Tensor)
+        return -logp.mean()
 
     def peer_loss(mark: Callable) -> torch.Tensor:
         if not page_only:
@@ -640,24 +645,25 @@ def cases(config: Config) -> Iterator[Case]:
         transformers.logging.set_verbosity_error()
     except ImportError:
         transformers = None
-    try:
+    readers: dict[str, Callable] = {"reviews": json.loads}
+    with contextlib.suppress(ImportError):
         import orjson
-    except ImportError:
-        orjson = None
+
+        readers["orjson"] = orjson.loads
     for name in config.rows:
         if name.split("-")[0] in ("train", "rollout") and transformers is None:
             print(
                 f"{name}: left out, transformers is not installed (pip install 'pagellm[dev]')",
                 file=sys.stderr,
             )
-        elif name.startswith("orjson") and orjson is None:
+        elif name.startswith("orjson") and "orjson" not in readers:
             print(
                 f"{name}: left out, orjson is not installed (pip install 'pagellm[dev]')",
                 file=sys.stderr,
             )
         elif name in REVIEWS:
             peer, spelling = name.split("-")
-            yield reviews_case(config, spelling, json.loads if peer == "reviews" else orjson.loads)
+            yield reviews_case(config, spelling, readers[peer])
         elif name.startswith("rollout"):
             yield rollout_case(config, name, 8 if name == "rollout-8" else 2)
         elif name == "pretrain":
@@ -773,11 +779,11 @@ def compare(config: Config) -> dict:
         )
         if middle > 1 + config.slack and ratios[0] > 1:
             slower.append(f"{name}: {middle:.2f} times")
-    found = {**machine(config.device), "base": config.base, "rows": rows}
-    print(json.dumps(found))
+    compared = {**machine(config.device), "base": config.base, "rows": rows}
+    print(json.dumps(compared))
     if slower:
         raise PageLLMError(f"slower than at {config.base}: " + "; ".join(slower))
-    return found
+    return compared
 
 
 def ours_at(place: Path, config: Config, here: Path) -> dict[str, float]:

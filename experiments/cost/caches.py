@@ -107,11 +107,12 @@ def run(config: Config) -> dict:
     said: dict[str, list] = {}
     for _ in range(config.rounds):
         for name in times:
-            rec.cache = Counting(int(config.room * 1e6)) if name == "with" else Cache(0)
+            counting = Counting(int(config.room * 1e6))
+            rec.cache = counting if name == "with" else Cache(0)
             said[name], seconds, stages[name] = answer_all(rec, asks, config.batch)
             times[name].append(seconds)
             if name == "with":
-                kept = rec.cache
+                kept = counting
     same = sum(a == b for a, b in zip(pages(said["with"]), pages(said["without"]), strict=True))
     saved = [x / config.batch * 1e3 for x in difference(times["without"], times["with"])]
     total = {name: float(np.mean([s.sum() for s in seconds])) for name, seconds in times.items()}

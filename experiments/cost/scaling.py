@@ -433,7 +433,6 @@ def work(stage: str, config: Config, point: Point, answer) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (int(config.limit_gb * 2**30),) * 2)
     sys.stdout = sys.stderr = open(os.devnull, "w")
     clock, more = Clock(steps_of(config, point)), {}
-    Run.steps = lambda self, bar: clock(self, bar)
     whole, stock = reward.make_pairs, pairs.Stock.of
 
     def timed_stock(*args):
@@ -449,7 +448,13 @@ def work(stage: str, config: Config, point: Point, answer) -> None:
         more.update(named("pairs", 1000 * spent / paired(point), "_per_1000_users"))
         return made
 
-    reward.make_pairs, pairs.Stock.of = some_pairs, timed_stock
+    # Nothing else runs in this process, so that what is timed is replaced for good.
+    for owner, name, timed in (
+        (Run, "steps", lambda self, bar: clock(self, bar)),
+        (reward, "make_pairs", some_pairs),
+        (pairs.Stock, "of", timed_stock),
+    ):
+        setattr(owner, name, timed)
     try:
         if stage == "prepare":
             raw = Path(config.data) / "scaling" / "raw"
@@ -502,7 +507,7 @@ def measure(stage: str, config: Config, point: Point) -> dict:
     process = server.Process(target=work, args=(stage, config, point, theirs))
     process.start()
     theirs.close()
-    result = {"failed": f"more than {config.minutes:g} minutes"}
+    result: dict[str, Any] = {"failed": f"more than {config.minutes:g} minutes"}
     try:
         if ours.poll(config.minutes * 60):
             result = ours.recv()
@@ -604,8 +609,9 @@ def rows_at(
 
     If a stage fails, the stages after it are not measured.
     """
-    rows = [results.find(key_of(stage, config, point), config) for stage in stages]
-    if all(rows):
+    found = [results.find(key_of(stage, config, point), config) for stage in stages]
+    rows = [row for row in found if row is not None]
+    if len(rows) == len(stages):
         return rows
     write_shop(data, point)
     broken, rows = "", []
@@ -650,9 +656,14 @@ def took(records: list[dict]) -> tuple[float, float]:
     )
 
 
+def key_by(clock: str, part: str) -> str:
+    """Where a row holds the seconds of a part (start, step or whole) by this clock."""
+    return f"{part}_cpu_s" if clock == "cpu" else f"{part}_s"
+
+
 def seconds(row: dict, clock: str, part: str) -> float | None:
     """Seconds of a row's part (start, step or whole) by this clock; None if it has no such part."""
-    return row.get(f"{part}_cpu_s" if clock == "cpu" else f"{part}_s")
+    return row.get(key_by(clock, part))
 
 
 def cost(row: dict, clock: str = "wall") -> str:
@@ -663,7 +674,7 @@ def cost(row: dict, clock: str = "wall") -> str:
     if "failed" in row:
         return row["failed"]
     parts = ("whole",) if row["stage"] in WHOLE else ("start", "step")
-    spent = " + ".join(short(seconds(row, clock, part)) for part in parts)
+    spent = " + ".join(short(row[key_by(clock, part)]) for part in parts)
     return f"{spent} s, {short(row['peak_gb'])} GB"
 
 

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -109,8 +110,18 @@ class Service:
         }
 
 
+class Served(Protocol):
+    """Sources that also say how many cores and threads the service has."""
+
+    @property
+    def cores(self) -> int: ...
+
+    @property
+    def threads(self) -> int: ...
+
+
 @contextmanager
-def served(config: Sources):
+def served(config: Served):
     """Start the service on a free local port, and stop it at the end.
 
     config  a Sources with cores and threads, and k if pages may be long
@@ -151,9 +162,11 @@ def served(config: Sources):
             text=True,
             preexec_fn=lambda: os.sched_setaffinity(0, mine),
         )
+        output = process.stdout
+        assert output is not None  # it is a pipe
         try:
-            ready, _, _ = select.select([process.stdout], [], [], 300)
-            said = re.search(r"http://[\d.:]+/", process.stdout.readline() if ready else "")
+            ready, _, _ = select.select([output], [], [], 300)
+            said = re.search(r"http://[\d.:]+/", output.readline() if ready else "")
             if said is None:
                 process.kill()
                 process.wait()
@@ -172,7 +185,7 @@ def served(config: Sources):
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            process.stdout.close()
+            output.close()
 
 
 def needs(*modules: str) -> None:

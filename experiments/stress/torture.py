@@ -37,9 +37,11 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -133,7 +135,7 @@ TRIAL_SECONDS = (
 def forked(
     folder: Path,
     action: Callable[[], int],
-    arm: Callable[[], None] | None = None,
+    arm: Callable[[], object] | None = None,
     signum: int = 0,
     after: float = 0.0,
     patience: bool = True,
@@ -217,7 +219,7 @@ def operations() -> list[int]:
     return count
 
 
-def die_at(operation: int, delay: float | None) -> Callable[[], None]:
+def die_at(operation: int, delay: float | None) -> Callable[[], object]:
     """Prepare a child's SIGKILL at its n-th file operation, or `delay` seconds after it."""
 
     def watch(n: int, _what: str) -> None:
@@ -231,10 +233,11 @@ def die(delay: float | None) -> None:
     """Kill this process now, or in `delay` seconds by an alarm; no handler or cleanup runs."""
     if delay is None:
         os.kill(os.getpid(), signal.SIGKILL)
-    signal.setitimer(signal.ITIMER_REAL, delay)
+    else:
+        signal.setitimer(signal.ITIMER_REAL, delay)
 
 
-def die_where(words: str, nth: int, delay: float | None) -> Callable[[], None]:
+def die_where(words: str, nth: int, delay: float | None) -> Callable[[], object]:
     """Like die_at, at the n-th operation whose description contains these words."""
     seen = [0]
 
@@ -247,7 +250,7 @@ def die_where(words: str, nth: int, delay: float | None) -> Callable[[], None]:
     return lambda: watchers.append(watch)
 
 
-def die_after(seconds: float) -> Callable[[], None]:
+def die_after(seconds: float) -> Callable[[], object]:
     return lambda: signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
@@ -285,7 +288,8 @@ class Trials:
     """A reference run of all stages on a tiny shop, and trials that are compared with it."""
 
     def __init__(self, root: Path, seed: int = 0):
-        self.root, self.random, self.counts = root, random.Random(seed), Counter()
+        self.root, self.random = root, random.Random(seed)
+        self.counts: Counter[str] = Counter()
         self.failures: list[str] = []
         self.reference = root / "reference"
         self.reference.mkdir(parents=True)
@@ -685,7 +689,7 @@ class Trials:
             (folder / "input").write_bytes(b"\n".join(header + batch) + b"\n")
             ended = forked(
                 folder,
-                lambda name=name, spelling=spelling: read_everything(spelling, name),
+                partial(read_everything, spelling, name),
                 arm=lambda: signal.alarm(60),
             )
             self.counts["inputs"] += len(batch)
@@ -736,7 +740,7 @@ class Trials:
                 options += ["--max_broken", "1"]
             ended = forked(
                 folder,
-                lambda words=options: main(prepare.Config, prepare.run, "pagellm.prepare", words),
+                partial(main, prepare.Config, prepare.run, "pagellm.prepare", options),
                 arm=lambda: signal.alarm(60),
             )
             self.counts["directories prepared" if ended.code == 0 else "directories refused"] += 1
@@ -781,7 +785,7 @@ class Trials:
                         words = ["--dataset", "odd", "--raw", "raw", "--k_core", "0"]
                     ended = forked(
                         folder,
-                        lambda m=module, v=verb, w=words: main(m.Config, m.run, f"pagellm {v}", w),
+                        partial(main, module.Config, module.run, f"pagellm {verb}", words),
                         arm=lambda: signal.alarm(120),
                     )
                     self.expect(
@@ -873,7 +877,7 @@ PIECES = [
 ]
 LOG_FIELDS = ["user_id", "item_id", "rating", "timestamp", "summary", "text"]
 ITEM_FIELDS = ["item_id", "title", "brand", "categories", "price", "description"]
-VALUES = [
+VALUES: list[Any] = [
     None,
     True,
     -1,
@@ -947,6 +951,7 @@ def counted(spelling: str, name: str) -> int:
     """What read_everything prints and returns, for a file that can be read."""
     path, tally = Path("input"), Tally()
     is_items = name.startswith(("meta", "items"))
+    records: Iterator
     if spelling == "sequences" and not is_items:
         records = read_sequences(path, tally, {})
     elif spelling in ("csv", "jsonl"):
