@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,7 +33,7 @@ from pagellm.stage.config import PageLLMError
 __all__ = ["MUTATIONS", "Files", "Result", "Shops", "clean", "judge", "prepared"]
 
 START, DAY = 1_400_000_000, 86_400
-Row = dict[str, object]
+Row = dict[str, Any]
 
 
 @dataclass
@@ -598,7 +599,11 @@ def prepared(files: Files, folder: Path) -> Result:
     shutil.rmtree(folder, ignore_errors=True)
     files.write(folder / "raw")
     out = io.StringIO()
-    options = {"dataset": "shop", "raw": str(folder / "raw"), "data": str(folder / "data")}
+    options: dict[str, Any] = {
+        "dataset": "shop",
+        "raw": str(folder / "raw"),
+        "data": str(folder / "data"),
+    }
     try:
         with contextlib.redirect_stdout(out):
             path = prepare.run(prepare.Config(**options, k_core=1, split="leave_one_out"))
