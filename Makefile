@@ -80,14 +80,14 @@ ppo $(DONE)/ppo/done: | $(DONE)/reward/done  ## PPO against the reward model
 compose $(DONE)/compose/done: | $(DONE)/sft/done  ## what will be picked, and how a page is made of it, chosen on validation
 evaluate $(DONE)/evaluate/done: | $(LAST)  ## pages and the results table: popularity, SFT, PPO, composed pages; POLICIES=sft stops at SFT
 baselines $(DONE)/baselines/done: | $(PREPARED)  ## plain recommenders, re-ranked too: settings chosen on validation (ARGS="--settings none": anew; --refit)
-recommend: $(DONE)/ppo/done  ## one page in the terminal: ARGS="--user ID"; everybody's: ARGS="--all --out pages.parquet"
-serve: $(VENV)/extra-serve $(DONE)/ppo/done  ## the pages in a browser and over HTTP: http://127.0.0.1:8000/
+recommend: $(LAST)  ## one page in the terminal: ARGS="--user ID"; everybody's: ARGS="--all --out pages.parquet"
+serve: $(VENV)/extra-serve $(LAST)  ## the pages in a browser and over HTTP: http://127.0.0.1:8000/
 $(DONE)/export-ppo/done: | $(DONE)/ppo/done
 export: $(DONE)/ppo/done  ## embeddings of items and users as .npy for a ranker of your own: ARGS="--dtype int8 --pca 32 --out export-small"
 features: $(DONE)/ppo/done  ## dot(h_u, e_i) and the marginal page reward of (user, item) pairs: ARGS="--pairs pairs.parquet --out features.parquet"
 search: $(VENV)/extra-search $(DONE)/export-ppo/done  ## item rows searched: queries a second, size; ARGS="--index hnsw --copies 30": by a graph too, its recall
 storefront: | $(if $(filter complete_journey,$(DATASET)),$(JOURNEY),$(PREPARED))  ## a page of themed rows: built, tuned, scored; DATASET=complete_journey
-judge: $(DONE)/evaluate/done  ## SFT's pages against PPO's, judged by rules; ARGS="--backend reward", http, replay
+judge: $(DONE)/evaluate/done  ## SFT's pages against composed ones or PPO's, judged by rules; ARGS="--backend reward", http, replay
 ope: $(SHOWN)  ## what PPO would earn, from SFT's SIMULATED log; ARGS="--log sessions.parquet"
 command = $(if $(filter $(STAGES) recommend,$(1)),$(ALL),$(ONE)) $(1) $(COMMON) $(if $(filter evaluate,$(1)),$(POLICIES_ARG))
 $(STAGES) $(VERBS):
@@ -96,7 +96,7 @@ $(patsubst %,$(DONE)/%/done,$(STAGES) baselines export-ppo): $(DONE)/%/done:
 	$(call command,$(*:-ppo=))
 $(JOURNEY): | $(VENV)/installed
 	$(ONE) journey $(RAW_ARG)
-abtest: $(SHOWN)  ## SIMULATED online test of SFT against PPO; your own log: ARGS="--log log.csv --control a"
+abtest: $(SHOWN)  ## SIMULATED online test of SFT against composed pages or PPO; your own log: ARGS="--log log.csv --control a"
 	$(ONE) $(if $(OWN_LOG),abtest,simulator $(COMMON)) $(ARGS)
 casestudy: $(DONE)/evaluate/done  ## prompt, true page, pages, hits and rewards slot by slot: ARGS="--user ID" (appendix H)
 report: $(VENV)/extra-report  ## everything that RUN has left on disk in one HTML file: runs/<run>/report.html

@@ -18,14 +18,8 @@ import numpy as np
 
 from pagellm.data.shop import load
 from pagellm.model.composer import picks
-from pagellm.model.outcome import (
-    Calibration,
-    History,
-    Judges,
-    Outcome,
-    fit_network,
-    fold_rows,
-)
+from pagellm.model.judges import History, Judges
+from pagellm.model.outcome import Calibration, Outcome, fit_network, fold_rows
 from pagellm.pages import stats
 from pagellm.stage import hints
 from pagellm.stage.command import main

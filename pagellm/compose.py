@@ -7,15 +7,17 @@ Writes  runs/<run>/compose      model.pt, choice.json (the settings tried and th
 
 Seconds to minutes on two CPU cores. Four steps:
 
-1. Fit the outcome model (model/outcome.py): folds hide train rows, the plain judges are fitted to
-   the others, and a small network learns which candidates were among the hidden rows.
+1. Fit the outcome model (model/outcome.py): folds hide train rows, the plain judges
+   (model/judges.py) are fitted to the others, and a small network learns which candidates were
+   among the hidden rows.
 2. Calibrate its probabilities on validation rows, together with the policy's log-probabilities.
 3. Score the baselines on validation rows: EASE, ALS, ALS with titles, ALS with titles and ratings,
    each as it is and re-ranked for variety.
 4. Choose worth, order and spread of a page (pages/compose.py): the setting whose smallest margin
    over all these baselines and all metrics is largest.
 
-No test row is read. A judge is never asked about a row that it was fitted to.
+model.pt holds all that a page needs, the judges fitted to all train rows too. No test row is read.
+A judge is never asked about a row that it was fitted to.
 """
 
 import json
@@ -29,13 +31,15 @@ from pathlib import Path
 import numpy as np
 
 from pagellm.data.shop import Shop, load
-from pagellm.model.als import item_groups
-from pagellm.model.composer import Composer, picks
-from pagellm.model.outcome import DENSE, SETTINGS, Calibration, learn
-from pagellm.model.plain import Chosen, fit, gram_matrix
+from pagellm.model.als import Space, add_pseudo_users, item_groups, penalty_scale
+from pagellm.model.choice import standing
+from pagellm.model.composer import Composer, PlainRow, picks
+from pagellm.model.judges import DENSE, SETTINGS, History, Judges
+from pagellm.model.outcome import Calibration, learn
+from pagellm.model.plain import Chosen, Fitted, fit, gram_matrix
 from pagellm.model.policy import Policy
 from pagellm.pages import stats
-from pagellm.pages.compose import GRID, Opinion, Taste, choose, compose
+from pagellm.pages.compose import GRID, Opinion, Taste, choose, compose, unit_of
 from pagellm.pages.ranked import RankedPages, Scorer, rank_all, seen_rows
 from pagellm.pages.rerank import METHODS, Kin, reranked
 from pagellm.pages.yardstick import chosen, sweep
@@ -134,10 +138,11 @@ def judge_settings(plain: dict[str, dict]) -> dict:
 
 def plain_rows(
     config: Config, shop: Shop, scorer: Scorer, users: np.ndarray, plain: dict, kin: Kin
-) -> tuple[dict[str, list[dict]], list[dict]]:
+) -> tuple[dict[str, list[dict]], list[dict], PlainRow]:
     """Validation scores of every plain row, as it is and re-ranked at the strength chosen.
 
-    returns  name -> its scores, the re-ranked ones behind them; and the records of the frontier
+    returns  name -> its scores, the re-ranked ones behind them; the records of the frontier; and
+             ALS with facts and MMR, which is kept
     """
     seen, rows, frontier = seen_rows(shop, "valid", "train"), {}, []
     train, groups = shop.csr("train"), item_groups(shop.catalogue)
@@ -164,7 +169,19 @@ def plain_rows(
                 again = reranked(pages, kin, config.k, method, strength)
                 rows[name].append(scorer(again, config.k))
         frontier += records
-    return rows, frontier
+        if name == "ALS+facts":
+            space = space_of(model, shop, groups, settings)
+            kept = PlainRow(space, chosen(records, name, "mmr"))
+    return rows, frontier, kept
+
+
+def space_of(model: Fitted, shop: Shop, groups: list[np.ndarray], settings: dict) -> Space:
+    """The item factors of a fitted ALS+facts, in which anybody's history finds its place."""
+    rows = add_pseudo_users(shop.csr("train"), groups)
+    alpha0, nu = settings["alpha0"], settings["nu"]
+    size = len(rows.indptr) - 1, shop.n_items
+    scale = penalty_scale(rows, *size, alpha0, settings["reg"], nu)
+    return Space(model.learned["items"], alpha0, scale, nu)
 
 
 def choose_taste(
@@ -236,7 +253,9 @@ def run(config: Config) -> None:
             users=config.fold_users,
         )
         policy = None if config.policy == "none" else Policy.load(where, device)
-        composer = Composer(shop, policy, outcome, settings, seed=config.seed)
+        history = History.of(shop, shop.rows("train", None))
+        judges = Judges.fit(shop.catalogue, history, settings, config.seed)
+        composer = Composer(shop, policy, judges, outcome)
         timed("outcome model", began)
 
         began = time.process_time()
@@ -250,10 +269,13 @@ def run(config: Config) -> None:
         timed("opinions", began)
 
         began = time.process_time()
-        rows, frontier = plain_rows(config, shop, scorer, users, plain, composer.kin)
+        rows, frontier, composer.plain = plain_rows(
+            config, shop, scorer, users, plain, composer.kin
+        )
         timed("plain rows", began)
         began = time.process_time()
         composer.taste, tried = choose_taste(config, shop, scorer, opinion, rows, composer.kin)
+        composer.unit = unit_of(opinion, composer.taste, config.k)
         timed("choice", began)
 
         opinions = {"outcome": chance} | ({} if policy is None else {"policy": other})
@@ -263,6 +285,12 @@ def run(config: Config) -> None:
         }
         result = {
             "taste": asdict(composer.taste),
+            "unit": composer.unit,
+            "valid": standing(
+                shop,
+                config.k,
+                lambda users, seen, there: composer.rank(users, seen, config.k, there.depth),
+            ),
             "tried": tried,
             "calibration": asdict(composer.scale),
             "reliability": stats.reliability(chance, picked, there),

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from pagellm.data.shop import Shop, load
-from pagellm.model.composer import Composer
+from pagellm.model.composer import Maker, load_composer
 from pagellm.model.policy import MODES, Policy
 from pagellm.pages import stats
 from pagellm.pages.ranked import (
@@ -34,6 +34,7 @@ from pagellm.pages.ranked import (
     score_row,
     seen_rows,
 )
+from pagellm.pages.rerank import Kin
 from pagellm.pages.tables import (
     ALL_COLUMNS,
     COLUMNS,
@@ -42,6 +43,7 @@ from pagellm.pages.tables import (
     per_user,
     text_table,
 )
+from pagellm.pages.variety import KINDS, STRENGTH, Variety
 from pagellm.pages.yardstick import verdict_table, verdicts
 from pagellm.stage import dist, hints, randomness
 from pagellm.stage.command import main
@@ -74,7 +76,10 @@ class Config(StageConfig):
     # as some papers do. With split=valid always train
     k: int = 20  # slots of a page, decoded one after another
     depth: int = 100  # ranks in all; past the page by the first slot's logits
-    mode: str = "greedy"  # greedy, beam, or one_shot (all ranks by the first slot's logits)
+    mode: str = "auto"  # decoding of sft and ppo: greedy, beam, or one_shot (all ranks by the first
+    # slot's logits); auto: what validation chose when each was trained
+    variety: str = "none"  # inside decoding of sft and ppo: none, mmr or energy
+    strength: float = STRENGTH  # of variety, in nats
     batch: int = 256  # users decoded at once
     n_boot: int = 1000  # bootstrap draws behind an interval
     decimals: int = 4  # digits behind the point, in table.txt
@@ -96,7 +101,9 @@ class Config(StageConfig):
             mask=check_mask(self.mask),
             k=(self.k > 0, "1 or more"),
             depth=(self.depth >= self.k, f"k={self.k} or more"),
-            mode=(self.mode in MODES, ", ".join(MODES)),
+            mode=(self.mode in ("auto", *MODES), f"auto, {', '.join(MODES)}"),
+            variety=(self.variety in KINDS, ", ".join(KINDS)),
+            strength=(0 <= self.strength < np.inf, "0 or more"),
             batch=(self.batch > 0, "1 or more"),
             n_boot=(self.n_boot > 1, "2 or more"),
             decimals=check_decimals(self.decimals),
@@ -145,6 +152,7 @@ def show_pages(
 def run(config: Config) -> dict[str, dict[str, dict]]:
     """-> policy -> metric -> {mean, low, high, coverage, count}; {} but in the main process."""
     config, where = with_policies(config)
+    config, modes = with_modes(config, where)
     shop = load(config.data_dir)
     names, inputs = config.policies.split(","), {"data": file_id(config.data_dir / "source.json")}
     for name in names:
@@ -172,13 +180,15 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
         if len(users) == 0:
             raise PageLLMError(f"{config.data_dir} has no {config.split} rows: nothing to evaluate")
         results, pages, rows = {}, {}, {}
-        written: dict[str, RankedPages] = {}
+        written: dict[tuple[str, str | None], RankedPages] = {}
         for name in names:
-            if inputs.get(name) in written:  # ppo kept sft's weights: its pages are these
-                ranked = written[inputs[name]]
+            key = inputs.get(name, name), modes.get(name)
+            if key in written:  # ppo kept sft's weights: its pages are these
+                ranked = written[key]
             else:
-                ranked = pages_of(config, name, where, shop, scorer, device)
-                written[inputs.get(name, name)] = ranked
+                mode = modes.get(name, "")
+                ranked = pages_of(config, name, mode, where, shop, scorer, device)
+                written[key] = ranked
             # Every process has made its share of the pages; the main one scores and writes.
             if not dist.is_main():
                 continue
@@ -199,12 +209,12 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
         table = text_table(results, columns, LABELS, signed=signed, decimals=config.decimals)
         table += f"\n{DAGGER}\n" if "†" in table else ""
         versus = compared(config, rows, plain)
-        text = in_words(config, shop, scorer, pages, table)
+        text = in_words(config, modes, shop, scorer, pages, table)
         write_json(out.path / "metrics.json", results)
         write_json(out.path / "versus.json", versus)
         with atomic(out.path / "table.txt") as beside:
             beside.write_text(text + said_of_plain(config, names[-1], plain, versus))
-        out.finish(users=len(users))
+        out.finish(users=len(users), modes=modes)
         if not config.quiet:
             print((out.path / "table.txt").read_text())
             print(spent(config, where))
@@ -249,31 +259,47 @@ def with_policies(config: Config) -> tuple[Config, dict[str, Path]]:
     if config.policies != "auto":
         return config, where
     done = {name for name, path in where.items() if (path / "done").exists()}
-    alone = "compose" in done and made_by(where["compose"])["policy"] == "none"
+    alone = "compose" in done and Maker.of(where["compose"], "").policy == "none"
     names = [name for name in ("sft", "ppo") if not alone or name in done]
     names += ["compose"] if "compose" in done else []
     return replace(config, policies=",".join(["popularity", *names])), where
 
 
-def made_by(folder: Path) -> dict:
-    """The options that a stage was run with."""
-    return read_json(folder / "config.json")["config"]
+def with_modes(config: Config, where: dict[str, Path]) -> tuple[Config, dict[str, str]]:
+    """The mode in which each network is decoded. The config names it where it is one for all."""
+    modes: dict[str, str] = {}
+    for name in ("sft", "ppo"):
+        if name in config.policies.split(","):
+            done = where[name] / "done"
+            found = read_json(done) if done.exists() and config.mode == "auto" else {}
+            chosen = found.get("decoding", {}).get("mode", "greedy")
+            modes[name] = chosen if config.mode == "auto" else config.mode
+    one = set(modes.values())
+    return replace(config, mode=one.pop() if len(one) == 1 else config.mode), modes
 
 
 def pages_of(
-    config: Config, name: str, where: dict[str, Path], shop: Shop, scorer: Scorer, device
+    config: Config,
+    name: str,
+    mode: str,
+    where: dict[str, Path],
+    shop: Shop,
+    scorer: Scorer,
+    device,
 ) -> RankedPages:
-    """One policy's pages of all users who have held-out items."""
+    """One policy's pages of all users who have held-out items. mode: of decoding, for sft, ppo"""
     users, seen = scorer.users, seen_rows(shop, config.split, config.mask)
     if name == "popularity":
         return popularity_pages(shop, users, seen, config.k, config.depth, config.seed)
     if name == "compose":
-        made = made_by(where[name])
-        proposer = None
-        if made["policy"] != "none":
-            source = config.stage(made["policy"], made["source_run"] or config.source_run)
-            proposer = Policy.load(source, device)
-        composer = Composer.load(where[name], shop, proposer)
+        composer = load_composer(
+            where[name],
+            shop,
+            lambda policy, run: config.stage(policy, run or config.source_run),
+            device,
+            file_id(config.data_dir / "source.json"),
+            config.make(name),
+        )
         return composer.rank(users, seen, config.k, config.depth)
     return Policy.load(where[name], device).rank(
         users,
@@ -281,18 +307,29 @@ def pages_of(
         seen,
         config.k,
         config.depth,
-        config.mode,
+        mode,
         config.batch,
         "" if config.quiet else f"pages of {name}",
         shop.moments(config.split),
         config.seed,
+        None
+        if config.variety == "none"
+        else Variety(Kin.of(shop.catalogue, scorer.near), config.variety, config.strength),
     )
 
 
 def in_words(
-    config: Config, shop: Shop, scorer: Scorer, pages: dict[str, RankedPages], table: str
+    config: Config,
+    modes: dict[str, str],
+    shop: Shop,
+    scorer: Scorer,
+    pages: dict[str, RankedPages],
+    table: str,
 ) -> str:
-    """What table.txt says: who is scored, the table, the pages of some users."""
+    """What table.txt says: who is scored, how, the table, the pages of some users."""
+    how = ", ".join(f"{name} {mode}" for name, mode in modes.items())
+    varied = f", variety {config.variety} {config.strength:g}" if config.variety != "none" else ""
+    decoded = f"decoding: {how}{varied}\n" if modes else ""
     last = list(pages.values())[-1]
     short = int((last.slots < config.k).sum())
     note = f"\n{short} pages are shorter than {config.k}: no more legal items\n" if short else ""
@@ -302,7 +339,8 @@ def in_words(
     return (
         f"{config.dataset}: {len(scorer.users):,} users, {shop.n_items:,} items, {config.split} "
         f"split, pages of {config.k}; mean over users and its 95% bootstrap interval\n"
-        f"{audience(shop, scorer, config.mask, config.split)}\n\n{table}\n{note}\n{examples}\n"
+        f"{audience(shop, scorer, config.mask, config.split)}\n{decoded}\n{table}\n{note}\n"
+        f"{examples}\n"
     )
 
 

@@ -38,6 +38,7 @@ from tqdm import tqdm
 from pagellm.data.shop import Shop, load
 from pagellm.kernels import masked
 from pagellm.model.backbone import Backbone
+from pagellm.model.choice import choose_mode
 from pagellm.model.composer import Composer
 from pagellm.model.decode import (
     LegalItems,
@@ -1119,9 +1120,12 @@ def run(config: Config) -> None:
                 out.save(training.state(step + 1))
         final, best = training.state(stopped), training.best
         best.restore(policy.model)
+        with dist.unsharded(training.objective):
+            decoding = choose_mode(policy, shop, config.k)
         out.finish(
             policy.state(),
             final,
+            decoding=decoding,
             step=best.step,
             score=best.score,
             steps=stopped,

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from pagellm.data.shop import Shop, load
 from pagellm.model.backbone import Backbone
+from pagellm.model.choice import choose_mode
+from pagellm.model.judges import contents
 from pagellm.model.networks import from_state
-from pagellm.model.outcome import contents
-from pagellm.model.page_loss import Batch, page_batch, sft_loss
+from pagellm.model.page_loss import Batch, behind_own, page_batch, sft_loss
 from pagellm.model.policy import MODES, Policy, PromptStyle, Validation
 from pagellm.model.sampled_softmax import Proposal
 from pagellm.model.value_loss import Feedback, value_loss
@@ -71,14 +72,15 @@ class Config(TrainingConfig):
     objective: str = "both"  # list (Eq. 4, slot by slot),
     # multinomial (all labels from the first state), both, or value (what every item is worth in
     # every slot: liked, disliked and unpicked items, weighted by rating)
+    own: float = 0.0  # share of pages whose slots are learnt behind items that the policy drew
+    # itself, not behind labels (scheduled sampling)
     unpicked: int = 64  # value: items that the user has not chosen, drawn for each page
     unpicked_weight: float = 0.2  # value: weight of such an item; a middling rating weighs 1
     untie: bool = False  # items are scored against output rows of their own
     id_dropout: float = 0.0  # share of item ids replaced by one fallback row while training, beside
     # contents (titles, categories, brands) that are fused with every item row; 0: no contents
-    cold_rows: int = (
-        0  # with id_dropout: items with so few train rows or fewer are read by contents
-    )
+    cold_rows: int = 0  # with id_dropout: items with so few train rows or fewer are read by
+    # contents
     start_run: str = ""  # run whose SFT weights it begins with; empty: this run's pre-trained ones
     max_page: int = 40  # longest page learnt; what a very active user has beyond it is left out
     shrink: float = 0.0  # m of s_i: pull item means towards the mean of all, worth m ratings
@@ -113,6 +115,7 @@ class Config(TrainingConfig):
             self,
             label_share=(0 < self.label_share < 1, "between 0 and 1"),
             label_share_max=(0 <= self.label_share_max < 1, "0 or more, below 1"),
+            own=(0 <= self.own <= 1, "from 0 to 1"),
             objective=(self.objective in OBJECTIVES, ", ".join(OBJECTIVES)),
             unpicked=(self.unpicked > 0, "1 or more"),
             unpicked_weight=(self.unpicked_weight >= 0, "0 or more"),
@@ -184,10 +187,23 @@ class PageBatches:
             rngs = [randomness.rng(config.seed, "sft", "pool", step, int(u)) for u in mine]
             pages = [page for _, page in examples]
             batch.values = self.feedback.draw(mine, pages, rngs, batch.item.device)
+        if config.own:
+            batch.draws = own_draws(config, step, mine, batch.item)
         if config.sampled_items:
             rng = randomness.rng(config.seed, "sft", "items", step)
             batch.candidates = self.proposal.draw(batch.item, config.sampled_items, rng)
         return batch, busy
+
+
+def own_draws(config: Config, step: int, users: np.ndarray, item: Tensor) -> Tensor:
+    """What the policy's own items and their labels are drawn by: Batch.draws, by user and step."""
+    width = item.shape[1]
+    out = np.full((len(users), 2, width), np.nan)
+    for row, user in enumerate(users):
+        rng = randomness.rng(config.seed, "sft", "own", step, int(user))
+        if rng.random() < config.own:
+            out[row] = rng.random((2, config.max_page))[:, :width]
+    return torch.from_numpy(out).to(item.device)
 
 
 def new_policy(config: Config, before: Path, maker: PageMaker, device) -> Policy:
@@ -300,7 +316,7 @@ def run(config: Config) -> None:
             model.train()
             seed_dropout(config.seed, "sft", step)
             set_lr(opt, lr_at(step, total, config.lr, config.warmup))
-            loss = learner(b, config.objective, busy)
+            loss = learner(drawn(objective, model, b), config.objective, busy)
             loss.backward()
             norm = guard.step(
                 f"sft step {step}",
@@ -333,13 +349,33 @@ def run(config: Config) -> None:
         out.finish(
             policy.state(),
             final,
+            decoding=chosen(objective, policy, shop, config.k),
             step=best.step,
             steps=stopped,
             valid_ndcg=best.score,
             single_level=maker.single_level_share(config.label_share, config.seed),
         )
-        if dist.is_main():
-            print(f"sft: {out.path}, step {best.step} of {stopped}, {said(best)}")
+        print_end(out, best, stopped)
+
+
+def print_end(out: Run, best: Best, stopped: int) -> None:
+    """The last line on the screen, by the main process."""
+    if dist.is_main():
+        print(f"sft: {out.path}, step {best.step} of {stopped}, {said(best)}")
+
+
+def drawn(objective: Objective, model: Backbone, b: Batch) -> Batch:
+    """The batch, its slots behind the policy's own items where it has draws (`behind_own`)."""
+    if b.draws is not None:
+        with dist.unsharded(objective):
+            b.behind = behind_own(model, b)
+    return b
+
+
+def chosen(objective: Objective, policy: Policy, shop: Shop, k: int) -> dict:
+    """What `choose_mode` says of the policy, with the whole model at hand."""
+    with dist.unsharded(objective):
+        return choose_mode(policy, shop, k)
 
 
 def said(best: Best) -> str:

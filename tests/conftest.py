@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pagellm import ppo, pretrain, reward, sft
+from pagellm import compose, ppo, pretrain, reward, sft
 from pagellm.data import prepare
 from pagellm.data.shop import load
 from pagellm.serving.recommender import Recommender
 from pagellm.serving.sources import Sources
+from pagellm.stage.files import read_json, write_json
 from tests.only_skips import (  # noqa: F401  pytest finds its hooks here
     pytest_addoption,
     pytest_make_collect_report,
@@ -97,7 +98,21 @@ def served(tmp_path_factory):
     root = tmp_path_factory.mktemp("served")
     prepare.run(prepare.Config(data=str(root / "data"), users=80, items=60))
     train(root / "data", root / "runs")
+    for stage in ("sft", "ppo"):
+        forget_choice(root / "runs" / "base" / stage)
     return root
+
+
+def forget_choice(stage):
+    """Take what validation chose out of `done`, as in runs of before: so PPO is the default in all
+    tests, and decoding is greedy. `recall_choice` puts it back."""
+    done = stage / "done"
+    shutil.copy(done, stage.parents[2] / f"{stage.name}.whole")
+    write_json(done, {k: v for k, v in read_json(done).items() if k != "decoding"})
+
+
+def recall_choice(stage):
+    os.replace(stage.parents[2] / f"{stage.name}.whole", stage / "done")
 
 
 @pytest.fixture(scope="session")
@@ -114,6 +129,22 @@ def sft_alone(served, tmp_path_factory):
     root = tmp_path_factory.mktemp("sft-alone")
     shutil.copytree(served / "data", root / "data")
     shutil.copytree(served / "runs" / "base" / "sft", root / "runs" / "base" / "sft")
+    return root
+
+
+@pytest.fixture(scope="session")
+def composed(served, tmp_path_factory):
+    """The shop of `served` with its stages, and composed pages beside them."""
+    root = tmp_path_factory.mktemp("composed")
+    for part in ("data", "runs"):
+        shutil.copytree(served / part, root / part)
+    for stage in ("sft", "ppo"):
+        recall_choice(root / "runs" / "base" / stage)
+    compose.run(
+        compose.Config(
+            run="base", data=str(root / "data"), runs=str(root / "runs"), k=6, networks=1
+        )
+    )
     return root
 
 

@@ -5,10 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from pagellm import compose, evaluate
 from pagellm.data.shop import load
-from pagellm.model.composer import Composer, picks, standardised
+from pagellm.model import judges
+from pagellm.model.composer import Composer, Maker, load_composer, picks, standardised
+from pagellm.model.judges import History, Judges, legal_items
 from pagellm.model.policy import Policy
 from pagellm.pages import stats
 from pagellm.pages.compose import Taste
@@ -16,25 +19,14 @@ from pagellm.pages.ranked import Scorer, seen_rows
 from pagellm.stage.config import PageLLMError
 
 
-@pytest.fixture(scope="module")
-def composed(served, tmp_path_factory):
-    """A shop with every stage up to ppo, and compose."""
-    root = tmp_path_factory.mktemp("composed")
-    shutil.copytree(served / "data", root / "data")
-    for stage in ("sft", "ppo"):
-        shutil.copytree(served / "runs" / "base" / stage, root / "runs" / "base" / stage)
-    compose.run(compose.Config(**where(root), networks=1))
-    return root
-
-
 def where(root) -> dict:
     return {"run": "base", "data": str(root / "data"), "runs": str(root / "runs"), "k": 6}
 
 
-def composer_of(root, **more) -> tuple[Composer, object]:
+def composer_of(root) -> tuple[Composer, object]:
     shop = load(root / "data" / "synthetic")
     policy = Policy.load(root / "runs" / "base" / "sft")
-    return Composer.load(root / "runs" / "base" / "compose", shop, policy, **more), shop
+    return Composer.load(root / "runs" / "base" / "compose", shop, policy), shop
 
 
 def test_done_says_what_was_chosen_and_what_the_outcome_model_knows(composed):
@@ -69,12 +61,85 @@ def test_pages_hold_distinct_unseen_items_of_the_pool(composed):
 
 
 def test_a_user_does_not_depend_on_the_others(composed):
+    """Pages and scores of the judges, to the last bit; the policy's numbers round by batch."""
     composer, shop = composer_of(composed)
     users, seen = Scorer(shop, "test").users, seen_rows(shop, "test", "train+valid")
-    composer.taste = Taste(0.3, 0.2, 0.0)  # without spread: its unit is a mean over users
+    composer.taste = Taste(0.3, 0.2, 0.4)
     together = composer.rank(users, seen, 6, 20)
-    alone = composer.rank(users[:1], seen, 6, 20)
-    assert together.item[0].tolist() == alone.item[0].tolist()
+    for row in (0, 7):
+        alone = composer.rank(users[row : row + 1], seen, 6, 20)
+        assert together.item[row].tolist() == alone.item[0].tolist()
+    composer.policy = None
+    together, alone = (composer.rank(some, seen, 6, 20) for some in (users, users[3:4]))
+    assert (together.score[3] == alone.score[0]).all()
+
+
+def test_a_loaded_composer_writes_the_pages_of_the_one_that_was_fitted(
+    composed, tmp_path, monkeypatch
+):
+    """Bit by bit, and no model is fitted on the way."""
+    kept = []
+    state = Composer.state
+    monkeypatch.setattr(Composer, "state", lambda self: (kept.append(self), state(self))[1])
+    for part in ("data", "runs"):
+        shutil.copytree(composed / part, tmp_path / part)
+    shutil.rmtree(tmp_path / "runs/base/compose")
+    compose.run(compose.Config(**where(tmp_path), networks=1))
+    for name in ("als", "fit_stars", "ease_weights", "knn_weights", "contents"):
+        monkeypatch.setattr(judges, name, lambda *_, **__: pytest.fail("a model is fitted"))
+    loaded, shop = composer_of(tmp_path)
+    seen, users = seen_rows(shop, "test", "train+valid"), np.arange(shop.n_users)
+    a, b = (composer.rank(users, seen, 6, 40) for composer in (kept[0], loaded))
+    assert (a.item == b.item).all() and (a.score == b.score).all() and (a.slots == b.slots).all()
+    plain = [
+        composer.plain.write(
+            shop.csr("train"), np.ones((shop.n_users, shop.n_items), bool), composer.kin, 6, 9
+        )
+        for composer in (kept[0], loaded)
+    ]
+    assert all((x == y).all() for x, y in zip(*plain, strict=True))
+
+
+def test_a_history_given_by_hand_is_placed_where_the_fit_placed_its_user(composed):
+    """The same rows, folded in from outside, give the numbers of the fit but for rounding."""
+    composer, shop = composer_of(composed)
+    known, users = composer.judges.known, np.arange(10)
+    history = History.of(shop, shop.rows("train", None))
+    people = composer.judges.people(History.joined([history.one(u) for u in users]))
+    for name, x in people.factors.items():
+        torch.testing.assert_close(x, known.factors[name][:10], atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(people.bias, known.bias[:10], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(people.taste, known.taste[:10], atol=2e-4, rtol=1e-3)
+    for name in ("paid", "about", "first", "last"):
+        np.testing.assert_allclose(getattr(people, name), getattr(known, name)[:10], atol=1e-5)
+    legal = legal_items(seen_rows(shop, "test", "train+valid"), users, shop.n_items)
+    pages = [composer.write(p, None, legal, 6, 20) for p in (people, known.select(users))]
+    assert (pages[0].item == pages[1].item).mean() > 0.99
+    alone = composer.judges.people(History.joined([history.one(4)]))
+    assert (alone.factors["levels"][0] == people.factors["levels"][4]).all()
+
+
+def test_what_somebody_likes_moves_the_page_and_what_is_unknown_breaks_nothing(composed):
+    """A stranger without a history, one with a single event, and an item nobody chose in train."""
+    composer, shop = composer_of(composed)
+    nobody = composer.judges.people(History.joined([([], [], [], [])]))
+    cold = int(np.argmin(np.bincount(shop.item[shop.rows("train", None)], minlength=shop.n_items)))
+    one = composer.judges.people(
+        History.joined([([cold], [np.nan], [True], [0]), ([3], [5.0], [True], [10**12])])
+    )
+    legal = np.ones((1, shop.n_items), bool)
+    empty = composer.write(nobody, None, legal, 6)
+    assert empty.slots[0] == 6 and np.isfinite(empty.score[empty.item >= 0]).all()
+    many = np.bincount(shop.csr("train").items, minlength=shop.n_items)
+    pool, _ = composer.judges.candidates(nobody, legal, 5)
+    assert set(many[pool[0]]) == set(np.sort(many)[::-1][:5])  # the most liked, for lack of more
+    told = composer.write(one, None, legal.repeat(2, 0), 6)
+    assert not np.array_equal(told.chance[1], empty.chance[0])
+    only = np.zeros((1, shop.n_items), bool)
+    only[0, [7, 9]] = True
+    few = composer.write(nobody, None, only, 6)
+    assert set(few.item[0]) == {7, 9, -1} and few.slots[0] == 2
+    assert (few.chance[0][few.item[0] < 0] == 0).all()
 
 
 def test_evaluation_scores_composed_pages_beside_the_policies(composed):
@@ -86,24 +151,37 @@ def test_evaluation_scores_composed_pages_beside_the_policies(composed):
     assert pages.exists()
 
 
-def test_held_out_rows_of_the_test_split_reach_nothing(composed, tmp_path):
+def test_held_out_rows_of_the_test_split_reach_nothing(composed):
     """Judges and pages of the train rows are the same whatever the test rows say."""
     composer, shop = composer_of(composed)
     before = composer.rank(np.arange(5), seen_rows(shop, "valid", "train"), 6, 20)
     test = shop.rows("test", None)
-    other, _ = composer_of(composed)
     shop.item[test] = (shop.item[test] + 1) % shop.n_items
-    changed = Composer(shop, other.policy, other.outcome, other.settings, other.scale, other.taste)
-    after = changed.rank(np.arange(5), seen_rows(shop, "valid", "train"), 6, 20)
+    again = Judges.fit(
+        shop.catalogue,
+        History.of(shop, shop.rows("train", None)),
+        composer.judges.settings,
+    )
+    after = Composer(
+        shop,
+        composer.policy,
+        again,
+        composer.outcome,
+        composer.scale,
+        composer.taste,
+        composer.unit,
+    ).rank(np.arange(5), seen_rows(shop, "valid", "train"), 6, 20)
     assert np.array_equal(before.item, after.item)
 
 
-def test_all_rows_may_be_known_to_the_judges_of_a_shop_that_ships(composed):
-    every = ("train", "valid", "test")
-    composer, shop = composer_of(composed, splits=every)
-    pages = composer.rank(np.arange(5), shop.csr(every, positive=None), 6, 20)
-    for user, item in zip(pages.user, pages.item, strict=True):
-        assert not set(item[item >= 0]) & set(shop.csr(every, positive=None).of(user)[0])
+def test_a_policy_or_data_made_anew_are_told_from_those_that_compose_read(composed, tmp_path):
+    base, made = composed / "runs/base", Maker.of(composed / "runs/base/compose", "make compose")
+    data = made.inputs["data"]
+    assert made.policy == "sft" and made.stale(lambda name, run: base / name, data) == []
+    assert made.stale(lambda name, run: base / "ppo", "other") == ["data", "sft"]
+    shop = load(composed / "data" / "synthetic")
+    with pytest.raises(PageLLMError, match="another sft"):
+        load_composer(base / "compose", shop, lambda *_: base / "ppo", "cpu", data, "make compose")
 
 
 def test_picks_are_the_held_out_candidates(composed):

@@ -7,6 +7,8 @@ It is a plain baseline (model/plain.py) and a start for the network's rows (mode
 """
 
 import re
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -17,12 +19,15 @@ from pagellm.data.shop import Catalogue, Rows
 from pagellm.stage import randomness
 
 __all__ = [
+    "Space",
     "Stars",
     "add_pseudo_users",
     "als",
     "als_side",
     "fit_stars",
     "item_groups",
+    "liked_means",
+    "penalty_scale",
     "rating_targets",
 ]
 
@@ -62,18 +67,83 @@ def als(
     if target is not None:
         target = np.asarray(target, np.float32)
         item_target = target[np.argsort(rows.items, kind="stable")]  # in the order of `transpose`
-    size_u, size_i = (
-        torch.from_numpy(r.counts()).double() + alpha0 * n
-        for r, n in ((rows, n_items), (by_item, n_users))
-    )
-    c = (size_u.sum() + size_i.sum()) / (size_u.pow(nu).sum() + size_i.pow(nu).sum())
-    reg_u, reg_i = (reg * c * size.pow(nu) for size in (size_u, size_i))
+    size_u, size_i = sizes(rows, alpha0, n_items), sizes(by_item, alpha0, n_users)
+    scale = penalty_scale(rows, n_users, n_items, alpha0, reg, nu)
+    reg_u, reg_i = (scale * size.pow(nu) for size in (size_u, size_i))
     start = randomness.rng(seed, "als").standard_normal((n_items, factors), dtype=np.float32)
     Y = torch.from_numpy(start) * (0.1 / factors**0.5)
     for _ in range(iterations):
         X = als_side(Y, rows, alpha0, reg_u.float(), target=target)
         Y = als_side(X, by_item, alpha0, reg_i.float(), target=item_target)
     return als_side(Y, rows, alpha0, reg_u.float(), target=target), Y
+
+
+def sizes(rows: Rows, alpha0: float, others: int) -> Tensor:
+    """n_u + alpha0 N of every user, float64: how much data a user has, pairs without a row too."""
+    return torch.from_numpy(rows.counts()).double() + alpha0 * others
+
+
+def penalty_scale(
+    rows: Rows, n_users: int, n_items: int, alpha0: float, reg: float, nu: float
+) -> float:
+    """reg * c of `als`: reg_u is this number times (n_u + alpha0 N)^nu."""
+    size_u, size_i = (
+        sizes(r, alpha0, n) for r, n in ((rows, n_items), (transpose(rows, n_items), n_users))
+    )
+    c = (size_u.sum() + size_i.sum()) / (size_u.pow(nu).sum() + size_i.pow(nu).sum())
+    return float(reg * c)
+
+
+@dataclass(frozen=True)
+class Space:
+    """Item factors, and under which penalties they were fitted: all that places a new user.
+
+    items    (N, d)
+    penalty  `penalty_scale` of the fit; alpha0, nu: its settings
+    """
+
+    items: Tensor
+    alpha0: float
+    penalty: float
+    nu: float
+
+    @cached_property
+    def basis(self) -> "Basis":
+        return basis_of(self.items)
+
+    def place(self, rows: Rows, target: np.ndarray | None = None) -> Tensor:
+        """(B, d) the best factors of each user of `rows` for the items as they are; 0 without rows.
+
+        This is the last half step of `als`. One user goes after the other, so what is found for one
+        does not depend on who else is asked about, to the last bit.
+
+        target  as in `als`
+        """
+        size = sizes(rows, self.alpha0, len(self.items))
+        reg = (self.penalty * size.pow(self.nu)).float()
+        out = self.items.new_zeros(len(size), self.items.shape[1])
+        for u in np.flatnonzero(rows.counts()):
+            span = slice(rows.indptr[u], rows.indptr[u + 1])
+            one = Rows(np.array([0, span.stop - span.start]), rows.items[span], rows.ratings[span])
+            mine = None if target is None else target[span]
+            out[u] = als_side(
+                self.items, one, self.alpha0, reg[u : u + 1], target=mine, basis=self.basis
+            )[0]
+        return out
+
+
+class Basis(NamedTuple):
+    """Y'Y = Q diag(e) Q' of item factors Y (N, d), and V = Y Q."""
+
+    e: Tensor  # (d,)
+    Q: Tensor  # (d, d)
+    V: Tensor  # (N, d)
+
+
+def basis_of(Y: Tensor) -> Basis:
+    e, Q = torch.linalg.eigh((Y.T @ Y).double())
+    Q, e = Q.to(Y.dtype), e.clamp_min(0.0).to(Y.dtype)
+    return Basis(e, Q, Y @ Q)
 
 
 def transpose(rows: Rows, n_items: int) -> Rows:
@@ -92,6 +162,7 @@ def als_side(
     reg: Tensor,
     block: int = 4_000_000,
     target: np.ndarray | None = None,
+    basis: Basis | None = None,
 ) -> Tensor:
     """The best x_u for fixed Y, for all users: (Y_u'Y_u + alpha0 Y'Y + reg_u I) x_u = Y_u'v_u.
 
@@ -102,10 +173,10 @@ def als_side(
         x_u = Q H^-1 W' (I + W H^-1 W')^-1 v_u,   W = Y_u Q          (push-through identity)
 
     Y (N, d)    reg (U,)    target (R,), or None for 1 throughout    returns (U, d)
+    basis       `basis_of` Y, where it is at hand
     """
-    e, Q = torch.linalg.eigh((Y.T @ Y).double())
-    Q, e = Q.to(Y.dtype), e.clamp_min(0.0).to(Y.dtype)
-    V, d = Y @ Q, Y.shape[1]
+    e, Q, V = basis_of(Y) if basis is None else basis
+    d = Y.shape[1]
     out = Y.new_zeros(len(rows.indptr) - 1, d)
     counts = rows.counts()
     for n in np.unique(counts[counts > 0]):
@@ -156,8 +227,20 @@ def add_pseudo_users(rows: Rows, groups: list[np.ndarray]) -> Rows:
     )
 
 
+def liked_means(ratings: np.ndarray, liked: np.ndarray) -> tuple[float, float]:
+    """Mean stars of the liked rows and of the others; 0 where none is known."""
+    stars, liked = np.asarray(ratings, np.float64), np.asarray(liked, bool)
+    groups = (stars[group & ~np.isnan(stars)] for group in (liked, ~liked))
+    first, second = (float(x.mean()) if len(x) else 0.0 for x in groups)
+    return first, second
+
+
 def rating_targets(
-    ratings: np.ndarray, liked: np.ndarray, disliked: float = 0.35, slope: float = 0.15
+    ratings: np.ndarray,
+    liked: np.ndarray,
+    disliked: float = 0.35,
+    slope: float = 0.15,
+    means: tuple[float, float] | None = None,
 ) -> np.ndarray:
     """Targets (R,) float32 for `als`: how much a user liked what they chose.
 
@@ -169,13 +252,14 @@ def rating_targets(
     disliked  target of a disliked item of average stars: above 0, because the user did choose it
     slope     added for every star above the average of the liked, or of the disliked, items.
               Targets are never below 0.
+    means     `liked_means` of the rows that a model was fitted to; None: of these rows
     """
     stars, liked = np.asarray(ratings, np.float64), np.asarray(liked, bool)
     out = np.where(liked, 1.0, disliked)
-    for group in (liked, ~liked):
+    means = liked_means(ratings, liked) if means is None else means
+    for group, mean in zip((liked, ~liked), means, strict=True):
         known = group & ~np.isnan(stars)
-        if known.any():
-            out[known] += slope * (stars[known] - stars[known].mean())
+        out[known] += slope * (stars[known] - mean)
     return np.maximum(out, 0.0).astype(np.float32)
 
 
@@ -193,6 +277,22 @@ class Stars(NamedTuple):
         u = torch.from_numpy(users)
         biases = self.mean + self.user[u][:, None] + self.item
         return biases + self.taste[u] @ self.place.T
+
+    def of(self, rows: Rows, space: Space, shrink: float = 3.0) -> tuple[Tensor, Tensor]:
+        """Bias (B,) and taste (B, d) of other users, from what they rated; items stay as they are.
+
+        rows   ratings of these users       shrink  as in `fit_stars`
+        space  the rows `place`, with alpha0 0, nu 0 and the ridge of `fit_stars` as its penalty
+        """
+        user = np.repeat(np.arange(len(rows.indptr) - 1), rows.counts())
+        known = ~np.isnan(rows.ratings)
+        u, i, r = user[known], rows.items[known], rows.ratings[known].astype(np.float64)
+        many = np.bincount(u, minlength=len(rows.indptr) - 1)
+        rest = r - self.mean - self.item.numpy()[i]
+        bias = np.bincount(u, rest, len(many)) / (many + shrink)
+        rated = Rows(np.concatenate([[0], np.cumsum(many)]), i, rows.ratings[known])
+        taste = space.place(rated, (rest - bias[u]).astype(np.float32))
+        return torch.from_numpy(bias).float(), taste
 
 
 def fit_stars(

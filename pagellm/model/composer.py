@@ -1,35 +1,55 @@
 """PageLLM's pages: the policy proposes, the outcome model judges, `compose` fills the slots.
 
     composer = Composer.load("runs/synthetic/compose", shop, policy)
-    pages = composer.rank(users, seen, k=20, depth=100)
+    pages = composer.rank(users, seen, k=20, depth=100)             users as in training
+    people = composer.judges.people(history)                        anybody's history
+    written = composer.write(people, logp, legal, k=20)
 
-1. The candidates of a user are the policy's best and the plain judges' best (model/outcome.py).
+1. The candidates of a user are the policy's best and the plain judges' best (model/judges.py).
 2. The outcome network gives each candidate a chance of being picked. A calibration with three
    numbers puts it on the scale of validation rows, beside the policy's own log-probability.
 3. `compose` (pages/compose.py) makes the page of chances, expected stars and variety.
 
-The judges are fitted again when a composer is loaded: seconds on a small shop. Everything else is
-in the file model.pt of the stage `compose`.
+The file model.pt of the stage `compose` holds all of this, the fitted judges too: loading fits
+nothing, and gives the pages of the composer that was saved, bit by bit.
 """
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from pagellm.data.shop import Rows, Shop
-from pagellm.model.outcome import Calibration, History, Judges, Network, Outcome
+from pagellm.model.als import Space
+from pagellm.model.judges import History, Judges, People, legal_items, vars_of
+from pagellm.model.outcome import Calibration, Network, Outcome
 from pagellm.model.policy import Policy
 from pagellm.pages.compose import Opinion, Taste, compose
+from pagellm.pages.energy import Near
 from pagellm.pages.ranked import RankedPages
-from pagellm.pages.rerank import Kin
+from pagellm.pages.rerank import Kin, mmr, placed, relevance
+from pagellm.pages.topk import largest
 from pagellm.pages.truth import item_scores
-from pagellm.stage.run import load_model_file
+from pagellm.stage.config import PageLLMError
+from pagellm.stage.files import read_json
+from pagellm.stage.run import finished, load_model_file
 
-__all__ = ["POOL", "Composer", "picks", "standardised"]
+__all__ = [
+    "POOL",
+    "Composed",
+    "Composer",
+    "Maker",
+    "PlainRow",
+    "load_composer",
+    "picks",
+    "standardised",
+]
 
 POOL = 150  # candidates of a user
+WITHIN = 100  # of these, the best by value may stand on a page
 BLOCK = 256  # users whose candidates are judged at once
 SHRINK = 3.0  # ratings of average height that every item's mean stars begin with
 
@@ -49,42 +69,84 @@ def standardised(logp: np.ndarray, item: np.ndarray) -> np.ndarray:
     return np.nan_to_num((z - np.nanmean(z, 1, keepdims=True)) / spread)
 
 
+class Composed(NamedTuple):
+    """Pages of B people. item (B, depth), -1 past the end; score falls; slots (B,) filled.
+
+    chance  (B, depth) of a pick, by rank; 0 past the end
+    """
+
+    item: np.ndarray
+    score: np.ndarray
+    slots: np.ndarray
+    chance: np.ndarray
+
+
+@dataclass(frozen=True)
+class PlainRow:
+    """What a shop would ship without any of this: ALS with facts, re-ranked by MMR.
+
+    space     item factors of plain.fit("ALS+facts")
+    strength  of MMR, which validation chose; relevance is stretched to 0..1
+    """
+
+    space: Space
+    strength: float
+
+    def write(self, liked: Rows, legal: np.ndarray, kin: Kin, k: int, depth: int) -> Composed:
+        """Pages from liked rows; chance is the score. An unknown person's items all score 0."""
+        users = self.space.place(liked)
+        score = torch.stack([torch.mv(self.space.items, x) for x in users]).numpy()
+        score = np.where(legal, score, np.float32(-np.inf))
+        item, value = largest(score, max(WITHIN, depth))
+        rel = relevance(item[:, :WITHIN], value[:, :WITHIN])
+        column = mmr(item[:, :WITHIN], rel, kin, k, self.strength)
+        item, lifted = placed(item, value, column)
+        slots = np.minimum((item >= 0).sum(1), k)
+        kept = item[:, :depth]
+        own = np.take_along_axis(score, np.maximum(kept, 0), 1)
+        return Composed(kept, lifted[:, :depth], slots, np.where(kept >= 0, own, 0.0))
+
+
 class Composer:
     """Makes pages of a policy's and the judges' candidates.
 
+    judges   plain models, fitted to train rows
     outcome  the network that gives chances
-    judges   plain models, fitted to the rows that may be known when pages are made
     policy   whose prompts show the liked items of those same rows; None: the judges propose alone,
              and the policy's log-probability counts as 0
     scale    puts chances on the scale of validation rows
-    taste    how a page is made of them
+    taste    how a page is made of them        unit  the unit of its spread: what a slot is worth
+    plain    the plain row that pages can be compared with; None: not kept
+    near     of near_duplicates, where it is at hand
     """
 
     def __init__(
         self,
         shop: Shop,
         policy: Policy | None,
+        judges: Judges,
         outcome: Outcome,
-        settings: dict,
         scale: Calibration | None = None,
         taste: Taste | None = None,
-        splits: tuple[str, ...] = ("train",),
-        seed: int = 0,
+        unit: float | None = None,
+        plain: PlainRow | None = None,
+        near: Near | None = None,
     ):
-        self.shop, self.policy, self.outcome = shop, policy, outcome
-        self.settings, self.seed = settings, seed
+        self.shop, self.policy, self.judges, self.outcome = shop, policy, judges, outcome
         self.scale, self.taste = scale or Calibration(), taste or Taste()
-        history = History.of(shop, shop.rows(splits, None))
-        self.judges = Judges(shop.catalogue, history, settings, seed)
-        self.prompts, self.kin = shop.csr(splits), Kin.of(shop.catalogue)
-        stars = np.nan_to_num(item_scores(shop, SHRINK), nan=self.judges.stars.mean)
-        self.mean_stars = stars - self.judges.stars.mean
+        self.unit, self.plain = unit, plain
+        self.made: Maker | None = None  # what it was made from, if a stage has kept it
+        self.prompts, self.kin = shop.csr("train"), Kin.of(shop.catalogue, near)
+        stars = np.nan_to_num(item_scores(shop, SHRINK), nan=judges.stars.mean)
+        self.mean_stars = stars - judges.stars.mean
 
-    def logp(self, policy: Policy, users: np.ndarray) -> np.ndarray:
-        """Log-probability of every item in the first slot: (B, N) float32."""
-        model = policy.model
+    def logp(self, users: np.ndarray) -> np.ndarray | None:
+        """(B, N) float32 log-probability of every item in the first slot; None without a policy."""
+        if self.policy is None:
+            return None
+        model = self.policy.model
         with torch.no_grad():
-            prompt, valid = policy.prompt(users, [self.prompts.of(u) for u in users])
+            prompt, valid = self.policy.prompt(users, [self.prompts.of(u) for u in users])
             logits = model.item_logits(model(prompt, valid)[:, -1])
             return logits.log_softmax(1).float().cpu().numpy()
 
@@ -95,61 +157,184 @@ class Composer:
                  log-probability, in standard deviations of a user's candidates: (U, POOL) each
         """
         parts = [
-            self.some_opinion(users[at : at + BLOCK], seen) for at in range(0, len(users), BLOCK)
+            self.judged(
+                self.judges.known.select(some),
+                self.logp(some),
+                legal_items(seen, some, self.shop.n_items),
+            )
+            for some in (users[at : at + BLOCK] for at in range(0, len(users), BLOCK))
         ]
         item, raw, other, stars = (np.concatenate(x) for x in zip(*parts, strict=True))
-        chance = np.where(item >= 0, self.scale(raw, other), 0.0)
-        mean = self.mean_stars[np.maximum(item, 0)]
-        return Opinion(users, item, chance, stars, mean), raw, other
+        return self.weighed(users, item, raw, other, stars), raw, other
 
-    def some_opinion(self, users: np.ndarray, seen: Rows) -> tuple[np.ndarray, ...]:
-        """Candidates, raw chances, the policy's opinion, expected stars less their mean."""
-        logp, best = None, None
-        if self.policy is not None:
-            logp = self.logp(self.policy, users)
-            row, gone = seen.flat(users)
-            logp[row, gone] = -np.inf
-            best = np.argsort(-logp, axis=1, kind="stable")[:, :POOL]
-            best = np.where(np.take_along_axis(logp, best, 1) > -np.inf, best, -1)
-        item, x = self.judges.candidates(users, seen, POOL, best)
+    def judged(
+        self, people: People, logp: np.ndarray | None, legal: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
+        """Candidates, raw chances, the policy's opinion, expected stars less their mean.
+
+        people  B of them        logp (B, N) float32 and legal (B, N) bool: of every item
+        """
+        best = None
+        if logp is not None:
+            free = np.where(legal, logp, np.float32(-np.inf))
+            best, _ = largest(free, min(POOL, free.shape[1]))
+        item, x = self.judges.candidates(people, legal, POOL, best)
         at = np.maximum(item, 0)
         other = np.zeros(item.shape) if logp is None else standardised(logp, item)
         found = self.judges.stars
-        taste = np.einsum("bd,bmd->bm", found.taste.numpy()[users], found.place.numpy()[at])
-        stars = found.user.numpy()[users][:, None] + found.item.numpy()[at] + taste
+        taste = np.einsum("bd,bmd->bm", people.taste.numpy(), found.place.numpy()[at])
+        stars = people.bias.numpy()[:, None] + found.item.numpy()[at] + taste
         return item, self.outcome(x), other, stars
+
+    def weighed(
+        self,
+        users: np.ndarray,
+        item: np.ndarray,
+        raw: np.ndarray,
+        other: np.ndarray,
+        stars: np.ndarray,
+    ) -> Opinion:
+        """An opinion, with calibrated chances, from what `judged` gives."""
+        chance = np.where(item >= 0, self.scale(raw, other), 0.0)
+        return Opinion(users, item, chance, stars, self.mean_stars[np.maximum(item, 0)])
+
+    def page(self, opinion: Opinion, k: int, depth: int) -> tuple[np.ndarray, ...]:
+        """item, score (U, depth), slots (U,) of pages made of an opinion."""
+        return compose(opinion, self.kin, self.taste, k, depth, WITHIN, self.unit)
 
     def rank(self, users: np.ndarray, seen: Rows, k: int, depth: int) -> RankedPages:
         """Pages of k and the ranks behind them, without items in `seen`."""
         opinion, _, _ = self.opinion(users, seen)
-        return RankedPages(users, *compose(opinion, self.kin, self.taste, k, depth))
+        return RankedPages(users, *self.page(opinion, k, depth))
+
+    def write(
+        self, people: People, logp: np.ndarray | None, legal: np.ndarray, k: int, depth: int = 0
+    ) -> Composed:
+        """Pages of anybody.
+
+        people   from `judges.people` or `judges.known`
+        logp     (B, N) float32: the policy's log-probabilities, or logits, in the first slot; None
+                 without a policy
+        legal    (B, N) bool: the items that a page may hold
+        depth    ranks in all, at most POOL; 0: k
+        """
+        made = self.judged(people, logp, legal)
+        opinion = self.weighed(np.arange(len(people)), *made)
+        item, score, slots = self.page(opinion, k, depth or k)
+        order = np.argsort(opinion.item, axis=1)
+        by_item = np.take_along_axis(opinion.item, order, 1)
+        chance = np.zeros(item.shape)
+        for row, mine in enumerate(item):
+            place = np.searchsorted(by_item[row], np.maximum(mine, 0))
+            at = order[row, np.minimum(place, order.shape[1] - 1)]
+            chance[row] = np.where(mine >= 0, opinion.chance[row, at], 0.0)
+        return Composed(item, score, slots, chance)
 
     def state(self) -> dict:
         """What `load` reads."""
+        plain = self.plain
         return {
             "networks": [network.state_dict() for network in self.outcome.networks],
             "scale": asdict(self.scale),
             "taste": asdict(self.taste),
-            "settings": self.settings,
-            "seed": self.seed,
+            "unit": self.unit,
+            "judges": self.judges.state(),
+            "plain": None
+            if plain is None
+            else {"space": vars_of(plain.space), "strength": plain.strength},
         }
 
     @classmethod
     def load(
-        cls,
-        path: str | Path,
-        shop: Shop,
-        policy: Policy | None,
-        splits: tuple[str, ...] = ("train",),
+        cls, path: str | Path, shop: Shop, policy: Policy | None, near: Near | None = None
     ) -> "Composer":
-        """Read model.pt and fit the judges to the rows of `splits`."""
-        state = load_model_file(Path(path) / "model.pt")
+        """Read model.pt. Matrices of items are mapped from the file, not copied into memory.
+
+        Raises PageLLMError for a file that an earlier version wrote, without the judges.
+        """
+        state = load_model_file(Path(path) / "model.pt", mapped=True)
+        if "judges" not in state:
+            raise PageLLMError(
+                f"{path} was made by an earlier version and lacks the judges\n"
+                f"  Remove {path} and make it again."
+            )
         networks = []
         for weights in state["networks"]:
             width = weights["body.0.weight"].shape[0]
             network = Network(weights["mean"], weights["std"], width)
             network.load_state_dict(weights)
             networks.append(network.eval())
+        history = History.of(shop, shop.rows("train", None))
+        judges = Judges(shop.catalogue, state["judges"], history)
+        plain = state["plain"] and PlainRow(
+            Space(**state["plain"]["space"]), state["plain"]["strength"]
+        )
         scale, taste = Calibration(**state["scale"]), Taste(**state["taste"])
         outcome = Outcome(networks)
-        return cls(shop, policy, outcome, state["settings"], scale, taste, splits, state["seed"])
+        return cls(shop, policy, judges, outcome, scale, taste, state["unit"], plain, near)
+
+
+class Maker(NamedTuple):
+    """What a finished stage `compose` was made from.
+
+    id      of its model.pt             inputs  name -> id of what it read
+    policy  sft, ppo or none            run     the run that policy is of; empty: its own
+    """
+
+    id: str
+    policy: str
+    run: str
+    inputs: dict[str, str]
+
+    @classmethod
+    def of(cls, path: Path, make: str) -> "Maker":
+        """Read `done` and config.json. make: the command that makes the stage, for the error."""
+        record = finished(path, "composed pages", make)
+        made = read_json(path / "config.json")
+        config = made["config"]
+        return cls(record["id"], config["policy"], config["source_run"], made["inputs"])
+
+    @property
+    def proposer(self) -> str:
+        """Id of the policy's weights; empty without one."""
+        return self.inputs.get(self.policy, "")
+
+    def stale(self, where: Callable[[str, str], Path], data: str) -> list[str]:
+        """Names of what the stage read and is another now: data, sft or ppo.
+
+        where  (sft or ppo, run) -> the directory of that policy    data  id of the data now
+        """
+        now = {"data": data}
+        if self.policy != "none":
+            done = where(self.policy, self.run) / "done"
+            now[self.policy] = read_json(done)["id"] if done.exists() else "gone"
+        return [name for name in now if self.inputs.get(name, now[name]) != now[name]]
+
+
+def load_composer(
+    path: Path,
+    shop: Shop,
+    where: Callable[[str, str], Path],
+    device: torch.device | str,
+    data: str,
+    make: str,
+    near: Near | None = None,
+) -> Composer:
+    """The composer of the stage in `path`, with the policy that it was made with.
+
+    where, data  as in `Maker.stale`
+    make         the command that makes the stage, for errors
+    Raises PageLLMError where the policy or the data are others than those it was made from.
+    """
+    made = Maker.of(path, make)
+    if changed := made.stale(where, data):
+        raise PageLLMError(
+            f"{path} was made from another {' and '.join(changed)}, which has changed since\n"
+            f"  Remove {path} and make it again: {make}"
+        )
+    policy = None
+    if made.policy != "none":
+        policy = Policy.load(where(made.policy, made.run), device)
+    composer = Composer.load(path, shop, policy, near)
+    composer.made = made
+    return composer

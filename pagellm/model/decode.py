@@ -23,6 +23,7 @@ from pagellm.kernels.logprob import linear_logp
 from pagellm.model.backbone import Backbone, KVCache
 from pagellm.model.sampled_softmax import Candidates, sampled_logp
 from pagellm.pages.topk import Rank, argmax, top_k
+from pagellm.pages.variety import Above, Variety
 
 __all__ = [
     "Choices",
@@ -86,10 +87,17 @@ class LegalItems:
 
     excluded  (B, E) int64 item ids, padded with -1
     allowed   (N,) or (B, N) bool, optional: a hard filter on top (stock, category, price)
+    variety   of pages/variety.py, optional: what the items above change in the next slot's logits
     legal     (B, N) bool, the items that the next slot may hold
     """
 
-    def __init__(self, excluded: Tensor, n_items: int, allowed: Tensor | None = None):
+    def __init__(
+        self,
+        excluded: Tensor,
+        n_items: int,
+        allowed: Tensor | None = None,
+        variety: Variety | None = None,
+    ):
         B = len(excluded)
         legal = torch.ones(B, n_items + 1, dtype=torch.bool, device=excluded.device)
         # the last column takes padding
@@ -98,9 +106,18 @@ class LegalItems:
         if allowed is not None:
             self.legal &= allowed
         self.illegal: Tensor | None = None  # flat indices of what is not legal; on a CPU only
+        self.above: Above | None = None if variety is None else variety.begin(B)
+
+    def varied(self, logits: Tensor) -> Tensor:
+        """logits (B, N) with the change that variety makes; themselves without variety."""
+        if self.above is None:
+            return logits
+        return logits + from_numpy(self.above.change).to(logits.device)
 
     def mask(self, logits: Tensor) -> Tensor:
-        """logits (B, N) with -inf where an item is not legal; changed in place on a CPU."""
+        """logits (B, N), varied, with -inf where an item is not legal; changed in place on a CPU
+        where there is no variety."""
+        logits = self.varied(logits)
         if logits.device.type != "cpu":
             return torch.where(self.legal, logits, -torch.inf)
         # Few entries are illegal, as a rule, so writing these is faster than a selection.
@@ -117,10 +134,14 @@ class LegalItems:
         if self.illegal is not None:
             flat = torch.arange(len(item)) * self.legal.shape[1] + item
             self.illegal = torch.cat([self.illegal, flat[held]])
+        if self.above is not None:
+            self.above.add(item.cpu().numpy())
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows of the batch, in this order; a row may be repeated."""
         self.legal, self.illegal = self.legal[rows], None
+        if self.above is not None:
+            self.above.select(rows.cpu().numpy())
 
 
 def legal_logp(logits: Tensor, legal: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -236,15 +257,20 @@ def greedy(
     """
 
     def pick(logits: Tensor, slot: int) -> tuple[Tensor, Tensor]:
-        # On a CPU numpy's argmax takes a tenth of torch's time. Both take the first of equals.
-        chosen = (
-            logits.argmax(1)
-            if logits.device.type != "cpu" and ties is None
-            else from_numpy(argmax(logits.cpu().numpy(), ties)).to(logits.device)
-        )
-        return chosen, F.softmax(logits, dim=1).gather(1, chosen[:, None])[:, 0].log()
+        return likeliest(logits, ties)
 
     return generate(model, prompt, valid, constraint, k, pick, start=start, short=short)
+
+
+def likeliest(logits: Tensor, ties: Rank | None) -> tuple[Tensor, Tensor]:
+    """The largest of every row of logits (B, N): its column (B,), and its log-probability (B,)."""
+    # On a CPU numpy's argmax takes a tenth of torch's time. Both take the first of equals.
+    chosen = (
+        logits.argmax(1)
+        if logits.device.type != "cpu" and ties is None
+        else from_numpy(argmax(logits.cpu().numpy(), ties)).to(logits.device)
+    )
+    return chosen, F.softmax(logits, dim=1).gather(1, chosen[:, None])[:, 0].log()
 
 
 def sample(
@@ -345,7 +371,7 @@ def beam(
     total = torch.full((B, width), -torch.inf, device=device)
     total[:, 0] = 0.0
     for slot in range(k):
-        scores, alive = legal_logp(logits, constraint.legal, 1.0)
+        scores, alive = legal_logp(constraint.varied(logits), constraint.legal, 1.0)
         # A page without a legal item goes on through an extra column, whose log-probability is 0.
         stay = torch.where(alive, -torch.inf, 0.0)[:, None]
         options = (total.reshape(-1, 1) + torch.cat([scores, stay], 1)).view(B, -1)
@@ -385,10 +411,14 @@ def one_shot(
 ) -> Pages:
     """Rank by the first slot's distribution alone: one forward pass, no slot depends on another.
 
+    With variety a slot depends on those above it, but no further state of the network is read.
+
     start, short  as in `generate`        ties  as in `greedy`
     """
     head = model.item_logits if short is None else short.logits
     first = head(model(prompt, valid)[:, -1] if start is None else start[1])
+    if constraint.above is not None:
+        return fill_varied(first, constraint, k, ties)
     logp, _ = legal_logp(first, constraint.legal, 1.0)
     value, column = top_k(logp, k, ties)
     mask = value.isfinite()
@@ -430,6 +460,10 @@ def hybrid(
     score = model.item_logits if short is None else short.logits
     logits = score(model(tokens, valid, cache, placed=0)[:, -1])
     # A page that is full already has no legal item left, so what is read for it is dropped.
+    if constraint.above is not None:
+        rest = fill_varied(logits, constraint, k - top.item.shape[1], ties)
+        pairs = zip((top.item, top.logp, top.mask), (rest.item, rest.logp, rest.mask), strict=True)
+        return Pages(*(torch.cat(pair, 1) for pair in pairs), top.first)
     logp, _ = legal_logp(logits, constraint.legal, 1.0)
     value, column = top_k(logp, k - top.item.shape[1], ties)
     mask = value.isfinite()
@@ -443,6 +477,20 @@ def hybrid(
         torch.cat([top.mask, F.pad(mask, pad)], 1),
         top.first,
     )
+
+
+def fill_varied(first: Tensor, constraint: LegalItems, k: int, ties: Rank | None) -> Pages:
+    """k slots one after another from the first slot's logits (B, N) and the change by variety."""
+    columns = []
+    for _ in range(k):
+        scores = constraint.mask(first)
+        alive = scores.amax(1) != -torch.inf
+        chosen, logp = likeliest(scores, ties)
+        chosen = torch.where(alive, chosen, -1)
+        columns.append((chosen, torch.where(alive, logp, 0.0), alive))
+        constraint.remove(chosen)
+    item, logp, mask = (torch.stack(x, 1) for x in zip(*columns, strict=True))
+    return Pages(item, logp, mask, first)
 
 
 def ranking(
@@ -524,6 +572,7 @@ def page_logp(
     temperature: float = 1.0,
     with_entropy: bool = False,
     candidates: Candidates | None = None,
+    above: Tensor | None = None,
 ):
     """Log-probability of every slot under its legal set, without a tensor of slots x items.
 
@@ -533,13 +582,15 @@ def page_logp(
     excluded    (B, E) int64, padded with -1
     candidates  items that stand for all in the softmax (sampled_softmax.py). `rows` (S, C) are then
                 theirs, temperature has to be 1, and there is no entropy
+    above       (B, K) the items that stand on the page, where `item` names others to be scored
+                slot by slot behind them; None: `item`
     returns     logp (B, K) float32, 0 off the mask; with_entropy: and the entropy (B, K) of the
                 legal distribution
     """
     B, K = item.shape
     # slot t sees slots < t
     before = torch.ones(K, K, dtype=torch.bool, device=item.device).tril(-1)
-    placed = torch.where(before, item[:, None, :], -1)  # (B, K, K)
+    placed = torch.where(before, (item if above is None else above)[:, None, :], -1)  # (B, K, K)
     illegal = torch.cat([excluded[:, None, :].expand(B, K, -1), placed], 2)  # (B, K, E + K)
     if candidates is not None:
         logp = sampled_logp(states[:, :K][mask], rows, candidates, item[mask], illegal[mask])

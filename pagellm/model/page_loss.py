@@ -7,13 +7,25 @@ import torch
 from torch import Tensor
 
 from pagellm.model.backbone import Backbone
-from pagellm.model.decode import LegalItems, page_logp, slot_states
+from pagellm.model.decode import LegalItems, page_logp, sample, slot_states
 from pagellm.model.policy import Policy
 from pagellm.model.prompts import pad_ids
 from pagellm.model.sampled_softmax import Candidates, locate, sampled_logits
 from pagellm.stage import dist
 
-__all__ = ["Batch", "page_batch", "sft_loss"]
+__all__ = ["Batch", "Behind", "behind_own", "page_batch", "sft_loss"]
+
+
+@dataclass
+class Behind:
+    """Slots to learn behind items that are not the labels above them.
+
+    above   (B, K) the items that stand on the page, -1 past its end
+    target  (B, K) the label that each slot learns, -1 where none is left
+    """
+
+    above: Tensor
+    target: Tensor
 
 
 @dataclass
@@ -24,6 +36,9 @@ class Batch:
     item, mask     (B, K) item ids, -1 off the mask
     excluded       (B, E) item ids that no slot may hold, padded with -1
     candidates     items that stand for all in the softmax (sampled_softmax.py); None: all items
+    draws          (B, 2, K) float64 in [0, 1): of pages that are learnt behind the policy's own
+                   items, what these and their labels are drawn by; NaN for the others; None: none
+    behind         what `behind_own` made of the draws; None: every slot stands behind labels
     """
 
     prompt: Tensor
@@ -33,10 +48,13 @@ class Batch:
     excluded: Tensor
     candidates: Candidates | None = None
     values: Any = None  # value_loss.Values, if values are learnt
+    draws: Tensor | None = None
+    behind: Behind | None = None
 
     def state(self) -> dict:
         """Everything as plain tensors, for a file."""
-        return vars(self) | {"values": self.values and vars(self.values)}
+        parts = {name: getattr(self, name) for name in ("values", "behind")}
+        return vars(self) | {name: part and vars(part) for name, part in parts.items()}
 
     def select(self, rows: Tensor) -> "Batch":
         """Some rows of the batch, with all items in the softmax."""
@@ -70,19 +88,70 @@ def page_batch(policy: Policy, users, examples, when=None) -> Batch:
     return Batch(prompt, valid, item, item >= 0, excluded)
 
 
+@torch.no_grad()
+def behind_own(model: Backbone, b: Batch) -> Behind | None:
+    """Pages that the policy draws itself, and for each slot a label that is not above it yet.
+
+    A slot learns a label drawn from those that the slots above lack, each as likely as another. So
+    its expected loss is the mean over all of them. A page that is written slot by slot stands
+    behind the policy's own items, hits and misses; behind labels alone there are only hits.
+
+    Source: Bengio et al., Scheduled sampling, NeurIPS 2015; Ross et al., DAgger, AISTATS 2011.
+
+    returns  None where no page of the batch is drawn
+    """
+    if b.draws is None:
+        return None
+    rows = (~b.draws[:, 0, 0].isnan()).nonzero()[:, 0]
+    if not len(rows):
+        return None
+    label, there, draws = b.item[rows], b.mask[rows], b.draws[rows]
+    training = model.training
+    model.eval()
+    legal = LegalItems(b.excluded[rows], model.n_items)
+    own = sample(model, b.prompt[rows], b.valid[rows], legal, draws[:, 0]).item
+    model.train(training)
+    above, target = b.item.clone(), b.item.clone()
+    above[rows] = torch.where(there, own, -1)
+    target[rows] = torch.where(there, labels_left(label, own, draws[:, 1]), -1)
+    return Behind(above, target)
+
+
+def labels_left(label: Tensor, own: Tensor, uniform: Tensor) -> Tensor:
+    """(R, K): for each slot one of the labels that no slot above holds; -1 where none is left.
+
+    label    (R, K) item ids, -1 past the last        own  (R, K) the items of the slots
+    uniform  (R, K) in [0, 1): which of the labels
+    """
+    K = label.shape[1]
+    hit = (own[:, :, None] == label[:, None, :]) & (label >= 0)[:, None, :]  # (R, slot, label)
+    taken = hit.cumsum(1) - hit.long()  # by slots above
+    left = (taken == 0) & (label >= 0)[:, None, :]
+    count = left.sum(2)
+    nth = (uniform * count).long().clamp(max=K - 1)
+    at = (left & (left.cumsum(2) == nth[..., None] + 1)).int().argmax(2)
+    return torch.where(count > 0, label.gather(1, at), -1)
+
+
 def sft_loss(model: Backbone, b: Batch, objective: str = "list") -> Tensor:
     """Eq. 4 as the mean over the batch's slots: -log p(i_k | q, i_<k) over the legal items.
+
+    Where the batch has slots `behind` other items, these are what the slots are learnt behind.
 
     objective  list: that loss. multinomial: the state before the first slot scores every label, and
                no label excludes another; this trains the ranks behind the page. both: their sum
     """
-    states = slot_states(model, b.prompt, b.valid, b.item, b.mask)
+    above, target = (b.item, b.item) if b.behind is None else (b.behind.above, b.behind.target)
+    states = slot_states(model, b.prompt, b.valid, above, above >= 0)
     chosen = b.candidates
     rows = model.scored_items() if chosen is None else model.scored_rows(chosen[0])
     loss = states.new_zeros((), dtype=torch.float32)
     if objective in ("list", "both"):
-        logp = page_logp(states, rows, b.item, b.mask, b.excluded, candidates=b.candidates)
-        loss = loss - logp.sum() / b.mask.sum()
+        learnt = target >= 0
+        logp = page_logp(
+            states, rows, target, learnt, b.excluded, candidates=b.candidates, above=above
+        )
+        loss = loss - logp.sum() / learnt.sum()
     if objective in ("multinomial", "both"):
         item, excluded = b.item, b.excluded
         if b.candidates is None:

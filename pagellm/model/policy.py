@@ -20,6 +20,7 @@ from pagellm.model.prompts import Prompts, left_pad
 from pagellm.model.vocab import Vocab
 from pagellm.pages.ranked import BLOCK, RankedPages, Scorer, tie_breaker
 from pagellm.pages.topk import Rank
+from pagellm.pages.variety import Variety
 from pagellm.stage import dist, randomness
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.run import load_model_file
@@ -117,15 +118,19 @@ class Policy:
         width: int = 4,
         when: np.ndarray | None = None,
         ties: Rank | None = None,
+        variety: Variety | None = None,
     ) -> tuple[Pages, Tensor]:
         """Pages of one batch of users, and the legal set (B, N) before any slot was filled.
 
-        when  as in `prompt`        ties  as in decode.greedy; beam ignores it
+        when     as in `prompt`        ties  as in decode.greedy; beam ignores it
+        variety  of pages/variety.py, inside decoding; None: none
         Raises PageLLMError for an unknown mode.
         """
         prompt, valid = self.prompt(users, [history.of(u) for u in users], when)
         constraint = LegalItems(
-            torch.from_numpy(seen.padded(users)).to(prompt.device), self.model.n_items
+            torch.from_numpy(seen.padded(users)).to(prompt.device),
+            self.model.n_items,
+            variety=variety,
         )
         legal = constraint.legal.clone()
         if mode == "greedy":
@@ -150,6 +155,7 @@ class Policy:
         progress: str = "",
         when: np.ndarray | None = None,
         seed: int = 0,
+        variety: Variety | None = None,
     ) -> RankedPages:
         """The page of k slots and the ranks behind it, for every user.
 
@@ -158,6 +164,7 @@ class Policy:
                  more than BLOCK numbers. Several processes share the users
         when     (all users of the shop,) seconds: the moment of each one's page, as in `prompt`
         seed     of the random order among equal scores (`tie_breaker`)
+        variety  as in `write`
         """
         self.check_room(k)
         batch = max(1, min(batch, BLOCK // max(1, self.model.n_items)))
@@ -179,7 +186,14 @@ class Policy:
             some = mine[order[start : start + batch]]
             ties = tie_breaker(seed, some, len(seen.indptr) - 1, self.model.n_items)
             pages, legal = self.write(
-                some, history, seen, k, mode, when=None if when is None else when[some], ties=ties
+                some,
+                history,
+                seen,
+                k,
+                mode,
+                when=None if when is None else when[some],
+                ties=ties,
+                variety=variety,
             )
             item, score = ranking(pages, legal, max(depth, k), ties)
             items.append(item.cpu())

@@ -27,7 +27,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import NormalDist
 
@@ -42,7 +42,7 @@ from pagellm.model.policy import Policy
 from pagellm.model.reward_model import RewardModel
 from pagellm.pages import metrics
 from pagellm.pages.energy import near_duplicates
-from pagellm.pages.ranked import read_pages
+from pagellm.pages.ranked import last_evaluated, read_pages
 from pagellm.pages.stats import wilson
 from pagellm.stage import randomness
 from pagellm.stage.command import main
@@ -609,7 +609,9 @@ class Config(StageConfig):
     """Judge the pages of two policies for a sample of users."""
 
     a: str = "sft"  # policy that b is compared with; its pages lie in <runs>/<run>/evaluate/<a>
-    b: str = "ppo"  # policy whose win rate is reported
+    b: str = (
+        ""  # policy whose win rate is reported; empty: compose if its pages are there, else ppo
+    )
     backend: str = "rules"  # what judges: rules, reward, http, replay
     users: int = 200  # number of users whose pages are judged; 0: all
     k: int = 20  # slots of a page that are shown
@@ -753,6 +755,8 @@ def run(config: Config) -> dict:
     circular  policies that were trained on the reward model that judges
     people    `agreement` with the labels, if labels are given
     """
+    if not config.b:
+        config = replace(config, b=last_evaluated(config.stage("evaluate")))
     shop = load(config.data_dir)
     pairs = read_pairs(config, shop)
     labels = read_labels(config.labels, (config.a, config.b)) if config.labels else {}

@@ -4,7 +4,7 @@ Reads   data/<dataset> with truth.npy, runs/<run>/evaluate/<policy>/pages.parque
 Writes  runs/<run>/simulator      log.parquet (user-level, as pagellm.online.abtest reads it),
                                   abtest.json
 
-    pagellm simulator --control sft --treatment ppo
+    pagellm simulator --control sft --treatment compose
 
 A page is a grid that is filled row by row. A visitor reads the first row. In a row, the probability
 that a slot is looked at falls from left to right. What is looked at may be clicked, and what is
@@ -23,7 +23,7 @@ behaves, not what a real shop would earn. Takes seconds.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import numpy as np
@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 
 from pagellm.data.shop import Shop, load
 from pagellm.online import abtest
-from pagellm.pages.ranked import read_pages
+from pagellm.pages.ranked import last_evaluated, read_pages
 from pagellm.stage import hints, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
@@ -269,7 +269,8 @@ class Config(StageConfig):
 
     control: str = "sft"  # policy of the control: its name in <runs>/<run>/evaluate, or a
     # pages.parquet
-    treatment: str = "ppo"  # policy of the treatment; the same as the control makes an A/A test
+    treatment: str = ""  # policy of the treatment; empty: compose if its pages are there, else ppo;
+    # the same as the control makes an A/A test
     visitors: int = 20000  # simulated visitors in both arms together
     days: int = 14  # length of the test; visitors come evenly
     sessions: float = 3.0  # mean number of sessions of a visitor
@@ -306,6 +307,8 @@ def run(config: Config) -> dict:
 
     Returns the result of pagellm.online.abtest, with `truth`: each metric's exact values.
     """
+    if not config.treatment:
+        config = replace(config, treatment=last_evaluated(config.stage("evaluate")))
     shop = load(config.data_dir)
     world = world_of(shop, READERS[config.reading])
     inputs, pages = {"data": file_id(config.data_dir / "source.json")}, {}

@@ -21,7 +21,18 @@ import numpy as np
 
 from pagellm.pages.rerank import Kin, mmr, placed, sort_page
 
-__all__ = ["DOWN", "ENOUGH", "GRID", "Opinion", "Taste", "choose", "compose", "margin", "worst"]
+__all__ = [
+    "DOWN",
+    "ENOUGH",
+    "GRID",
+    "Opinion",
+    "Taste",
+    "choose",
+    "compose",
+    "margin",
+    "unit_of",
+    "worst",
+]
 
 DOWN = ("WMRD", "redundancy")  # measures of which less is better
 # Standard errors that a margin needs: 2 would be level at the 95% level, the best of many settings
@@ -62,21 +73,45 @@ class Taste:
     spread: float = 0.0
 
 
+def ranked_by_value(o: Opinion, taste: Taste) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """item, chance * worth, mean (U, M) of the candidates, the largest value first."""
+    value = np.where(o.item >= 0, o.chance * np.exp(taste.worth * (o.stars + o.mean)), -np.inf)
+    best = np.argsort(-value, axis=1, kind="stable")
+    item, value, mean = (np.take_along_axis(x, best, 1) for x in (o.item, value, o.mean))
+    return item, value, mean
+
+
+def unit_of(o: Opinion, taste: Taste, k: int = 20) -> float:
+    """What a slot is worth: the mean of chance * worth over the best k of each user."""
+    value = ranked_by_value(o, taste)[1][:, :k]
+    return float(np.maximum(value, 0.0).mean()) if value.size else 0.0
+
+
 def compose(
-    o: Opinion, kin: Kin, taste: Taste, k: int = 20, depth: int = 100
+    o: Opinion,
+    kin: Kin,
+    taste: Taste,
+    k: int = 20,
+    depth: int = 100,
+    within: int = 100,
+    unit: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Page of k and the ranks behind it: item (U, depth), score (U, depth), slots (U,) filled.
 
-    The `depth` candidates of largest chance * worth are ranked; -1 past the last. Scores fall.
+    Candidates are ranked by chance * worth; -1 past the last. Scores fall.
+
+    within  the best so many candidates may stand on the page, whatever the depth
+    unit    of spread; None: `unit_of` these users. With a number, a page does not depend on who
+            else is asked about
     """
-    value = np.where(o.item >= 0, o.chance * np.exp(taste.worth * (o.stars + o.mean)), -np.inf)
-    best = np.argsort(-value, axis=1, kind="stable")[:, :depth]
-    item, value, mean = (np.take_along_axis(x, best, 1) for x in (o.item, value, o.mean))
-    unit = float(np.maximum(value[:, :k], 0.0).mean()) if value.size else 0.0
-    column = mmr(item, value, kin, k, taste.spread * unit)
+    unit = unit_of(o, taste, k) if unit is None else unit
+    item, value, mean = ranked_by_value(o, taste)
+    column = mmr(item[:, :within], value[:, :within], kin, k, taste.spread * unit)
     column = sort_page(column, np.log(np.maximum(value, 1e-12)) + taste.order * mean)
     item, score = placed(item, value, column)
-    return item, score, np.minimum((item >= 0).sum(1), k)
+    slots = np.minimum((item >= 0).sum(1), k)
+    item, score = item[:, :depth], score[:, :depth]
+    return item, score, slots
 
 
 def margin(

@@ -31,6 +31,7 @@ __all__ = [
     "check_mask",
     "check_pages",
     "label_ranks",
+    "last_evaluated",
     "popularity_pages",
     "rank_all",
     "read_pages",
@@ -399,6 +400,12 @@ def read_pages(path: Path, shop: Shop) -> RankedPages:
         else count
     )
     return RankedPages(users, grid, score, slots)
+
+
+def last_evaluated(folder: Path) -> str:
+    """The policy that a comparison of a run's pages is about: compose if `evaluate` has written its
+    pages into this directory, else ppo."""
+    return "compose" if (folder / "compose" / "pages.parquet").exists() else "ppo"
 
 
 def with_users(ranked: RankedPages, users: np.ndarray) -> RankedPages:

@@ -18,9 +18,13 @@ from pagellm.pages.ranked import RankedPages, Scorer
 
 __all__ = [
     "ACCURACY",
+    "JUDGED_BY",
     "VARIETY",
+    "best_of",
     "chosen",
     "frontier_table",
+    "means",
+    "said_of_best",
     "sweep",
     "verdict",
     "verdict_grid",
@@ -30,6 +34,7 @@ __all__ = [
 
 ACCURACY = ("Recall@20", "NDCG@100")
 VARIETY = ("ILD", "entropy", "redundancy", "energy")
+JUDGED_BY = (*ACCURACY, "ILD", "energy")  # what one is chosen by, out of several kinds of pages
 SHARE = 0.01  # of a row's value: how far below it an interval may reach and still be level
 
 
@@ -72,6 +77,44 @@ def sweep(
 def means(scores: dict[str, np.ndarray]) -> dict[str, float]:
     """Metric -> mean over the users for whom it is defined; without metrics that nobody has."""
     return {m: float(np.nanmean(v)) for m, v in scores.items() if not np.isnan(v).all()}
+
+
+def best_of(
+    found: dict[str, dict[str, float]], measures: Sequence[str] = JUDGED_BY
+) -> tuple[str, dict[str, float]]:
+    """Of several kinds of pages the one whose worst relative difference to any other is best.
+
+    A mean over measures would let a large gain in one pay for a loss in another. Of equals the
+    first one counts.
+
+    found    name -> mean of each measure, more is better; a measure that one lacks counts nowhere
+    returns  the name, and every name's worst difference as a share of the other's value; 0 alone
+    Raises ValueError if nothing is found.
+    """
+    if not found:
+        raise ValueError("best_of: nothing to choose from")
+    shared = [m for m in measures if all(m in row for row in found.values())]
+    worst = {
+        name: min(
+            (
+                (row[m] - other[m]) / max(abs(other[m]), 1e-9)
+                for rival, other in found.items()
+                if rival != name
+                for m in shared
+            ),
+            default=0.0,
+        )
+        for name, row in found.items()
+    }
+    return max(worst, key=lambda name: worst[name]), worst
+
+
+def said_of_best(best: str, worst: dict[str, float]) -> str:
+    """Why `best_of` chose it, in words."""
+    if len(worst) == 1:
+        return "the only one there"
+    each = ", ".join(f"{name} {value:+.1%}" for name, value in worst.items())
+    return f"worst difference to another on validation: {each} ({', '.join(JUDGED_BY)})"
 
 
 def chosen(records: list[dict], base: str, method: str) -> float:

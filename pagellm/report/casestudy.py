@@ -1,7 +1,7 @@
 """Case study (the paper's appendix H): single users' prompts, pages, hits and rewards, in text.
 
-Reads   data/<dataset>, runs/<run>/sft, reward, ppo, evaluate
-Prints  for each user: prompt, true page, and both policies' pages with hits and rewards by slot;
+Reads   data/<dataset>, runs/<run>/sft, reward, evaluate; of ppo and compose what was evaluated
+Prints  for each user: prompt, true page, and every policy's page with hits and rewards by slot;
         then exact, same-category and same-brand hits over all users, with intervals
 
     make casestudy                  pagellm casestudy --user U0001000,U0001013
@@ -97,7 +97,7 @@ def case_text(found: Found, policy: Policy, rewards: PageRewards, at: int) -> st
     ]
     if removed:
         lines.append(f"       less {removed} that nearly repeat one above")
-    for side, name in enumerate(("sft", "ppo")):
+    for side, name in enumerate(rewards.names):
         pages = found.pages[name]
         mine = page_items(pages, found.k)[row]
         marks = [*hits(pages, found.scoring, found.k), brand_hits(pages, found.scoring, found.k)]
@@ -120,19 +120,28 @@ def case_text(found: Found, policy: Policy, rewards: PageRewards, at: int) -> st
     return "\n".join(lines)
 
 
+SHORT = {"sft": "SFT", "ppo": "PageLLM", "compose": "composed"}
+
+
 def table(found: Found) -> str:
-    """Mean hits on a page; the paired difference with its 95% interval (bootstrap over users)."""
-    sft, ppo = (counts(found, name) for name in ("sft", "ppo"))
-    lines = [f"{'slots a page':<16}{'SFT':>9}{'PageLLM':>9}  difference"]
-    c = found.data.catalogue
-    for kind, a, b, of in zip(KINDS, sft, ppo, (None, c.leaf_id, c.brand_id), strict=True):
+    """Mean hits on a page; each policy's paired difference to the first one, with its 95% interval
+    (bootstrap over users)."""
+    hit = {name: counts(found, name) for name in found.written("a case study")}
+    first, c = next(iter(hit)), found.data.catalogue
+    head = "".join(f"{SHORT[name]:>9}" for name in hit)
+    rest = "".join(f"  {SHORT[name] + ' - ' + SHORT[first]:<26}" for name in list(hit)[1:])
+    lines = [f"{'slots a page':<16}{head}{rest}".rstrip()]
+    for i, (kind, of) in enumerate(zip(KINDS, (None, c.leaf_id, c.brand_id), strict=True)):
         if of is not None and not (of >= 0).any():
-            lines.append(f"{kind:<16}{'–':>9}{'–':>9}  no item of {found.dataset} has one")
+            none = "".join(f"{'–':>9}" for _ in hit)
+            lines.append(f"{kind:<16}{none}  no item of {found.dataset} has one")
             continue
-        mean, low, high = difference([b], [a])
-        lines.append(
-            f"{kind:<16}{a.mean():9.3f}{b.mean():9.3f}  {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-        )
+        line = f"{kind:<16}" + "".join(f"{x[i].mean():9.3f}" for x in hit.values())
+        for name in list(hit)[1:]:
+            mean, low, high = difference([hit[name][i]], [hit[first][i]])
+            cell = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+            line += f"  {cell:<26}"
+        lines.append(line.rstrip())
     return "\n".join(lines)
 
 
@@ -145,7 +154,7 @@ def run(config: Config) -> str:
         config.runs, config.run or config.dataset or "synthetic", config.data, config.dataset
     )
     try:
-        of = found.both("a case study")[0].user
+        of = next(iter(found.written("a case study").values())).user
         if config.user:
             names = id_list(config.user, "user")
             known = {found.data.user_ids[u]: row for row, u in enumerate(of.tolist())}
@@ -163,7 +172,8 @@ def run(config: Config) -> str:
         rewards = rewards_of_rows(found, config, rows)
     except Missing as missing:
         raise PageLLMError(f"{missing.what}\n  Make it with: {missing.command}") from None
-    policy = Policy.load(found.stages["ppo"].path)
+    reader = next(name for name in ("ppo", "sft") if found.stages[name].done)
+    policy = Policy.load(found.stages[reader].path)
     cases = [case_text(found, policy, rewards, at) for at in range(len(rows))]
     text = "\n\n\n".join(cases + [f"all {len(of):,} users\n\n{table(found)}"])
     print(

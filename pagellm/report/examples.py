@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from pagellm.evaluate import LABELS
 from pagellm.model.policy import Policy
-from pagellm.report.findings import PPO, SFT, Found, Missing
+from pagellm.report.findings import COMPOSED, PPO, SFT, Found, Missing
 from pagellm.report.html import esc, missing_note, text
 from pagellm.report.measure import brand_hits, hits, page_items, page_rewards, prompt_text, trace
 from pagellm.report.options import Config
@@ -11,10 +12,13 @@ from pagellm.stage import randomness
 
 __all__ = ["examples"]
 
+TITLES = {"sft": f"without reward: {SFT}", "ppo": f"with reward: {PPO}", "compose": COMPOSED}
+
 
 def examples(found: Found, config: Config) -> str:
-    """Both policies' pages of config.examples users, slot by slot, with hits and token rewards."""
-    sft, ppo = found.both("example users")
+    """Every policy's page of config.examples users, slot by slot, with hits and token rewards."""
+    written = found.written("example users")
+    users = next(iter(written.values())).user
     if not config.examples:
         return text("None asked for (--examples 0).")
     note, rewards = "", None
@@ -22,15 +26,15 @@ def examples(found: Found, config: Config) -> str:
         rewards = page_rewards(found, config)
         among = rewards.row
     except Missing as missing:
-        note, among = missing_note(missing), np.arange(len(ppo.user))
+        note, among = missing_note(missing), np.arange(len(users))
     chosen = np.sort(
         randomness.rng(config.seed, "report", "examples").permutation(among)[: config.examples]
     )
     marks = [
         (*hits(p, found.scoring, found.k), brand_hits(p, found.scoring, found.k))
-        for p in (sft, ppo)
+        for p in written.values()
     ]
-    items = [page_items(p, found.k) for p in (sft, ppo)]
+    items = [page_items(p, found.k) for p in written.values()]
     token = None
     if rewards is not None:
         token = rewards.token[:, np.searchsorted(rewards.row, chosen)]
@@ -38,7 +42,7 @@ def examples(found: Found, config: Config) -> str:
         heat = 100 * (token - low) / np.maximum(high - low, 1e-9)
         note += text(
             "Heat: token reward r_k, from the lowest (palest) to the highest (strongest) of a "
-            "user's two pages; after it the sum down to this slot over T (Eq. 6), whose last is "
+            "user's pages; after it the sum down to this slot over T (Eq. 6), whose last is "
             "R_f. R_c: page reward (Eq. 5)."
         )
     out = [
@@ -52,19 +56,22 @@ def examples(found: Found, config: Config) -> str:
     if rewards is not None:
         policy = Policy.load(found.stages["ppo" if found.stages["ppo"].done else "sft"].path)
     for at, row in enumerate(chosen):
-        user = int(ppo.user[row])
+        user = int(users[row])
         pages = []
-        for side, name in enumerate((f"without reward: {SFT}", f"with reward: {PPO}")):
+        for side, name in enumerate(TITLES[name] for name in written):
             page = [items[side][row], *(m[row] for m in marks[side])]
             judged = [None] * 3
             if token is not None and rewards is not None:
                 total = rewards.total[side, int(np.searchsorted(rewards.row, row))]
                 judged = [token[side, at], heat[side, at], total]
             pages.append(example_page(found, name, *page, *judged))
-        found_of = [f"{int(marks[side][0][row].sum())}" for side in (0, 1)]
+        hit = ", ".join(
+            f"{int(marks[side][0][row].sum())} by {LABELS[name]}"
+            for side, name in enumerate(written)
+        )
         out.append(
             f"<details{' open' if at < 2 else ''}><summary>user {esc(found.data.user_ids[user])}: "
-            f"{found_of[0]} held-out items found without reward, {found_of[1]} with</summary>"
+            f"held-out items found: {esc(hit)}</summary>"
             + ("" if policy is None else text(f"Prompt: {prompt_text(policy, found, user)}"))
             + f"{known(found, user)}<div class=pages>{''.join(pages)}</div></details>"
         )

@@ -28,17 +28,20 @@ __all__ = [
     "DIFFERENCE",
     "Found",
     "Missing",
+    "COMPOSED",
     "PPO",
     "SFT",
     "STAGES",
+    "WRITERS",
     "Stage",
     "read",
 ]
 
 
-SFT, PPO = LABELS["sft"], LABELS["ppo"]
+SFT, PPO, COMPOSED = LABELS["sft"], LABELS["ppo"], LABELS["compose"]
 DIFFERENCE = "PageLLM - SFT"
-STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
+STAGES = ("pretrain", "sft", "reward", "ppo", "compose", "evaluate")
+WRITERS = ("sft", "ppo", "compose")  # policies whose pages are shown, in this order
 
 
 class Missing(Exception):
@@ -155,6 +158,22 @@ class Found:
                 )
         return self.pages["sft"], self.pages["ppo"]
 
+    def written(self, what: str) -> dict[str, RankedPages]:
+        """Pages of every policy of WRITERS that was evaluated, by name.
+
+        Raises Missing, saying that `what` needs them, if there is none, and where they are of
+        different users.
+        """
+        pages = {name: self.pages[name] for name in WRITERS if name in self.pages}
+        command = self.stages["evaluate"].command
+        if not pages:
+            why = f"; {self.notes[0]}" if self.notes else ""
+            raise Missing(f"{what} needs the pages of a policy{why}", command)
+        first = next(iter(pages.values())).user
+        if not all(np.array_equal(first, p.user) for p in pages.values()):
+            raise Missing("the policies' pages are for different users", command)
+        return pages
+
 
 def read_log(path: Path) -> list[dict]:
     """Lines of a log.jsonl. Skips a half-written last line, which a killed process may leave."""
@@ -226,7 +245,7 @@ def read(runs: str, run: str, data: str, dataset: str = "") -> Found:
             )
     else:
         found.notes.append(f"no prepared data in {Path(data) / dataset}")
-    for name in ("sft", "ppo"):
+    for name in WRITERS:
         seen = found.stages["evaluate"].recorded.get("inputs", {}).get(name)
         if seen is not None and seen != found.stages[name].done.get("id"):
             found.notes.append(

@@ -83,14 +83,16 @@ def shared(users: np.ndarray, item: np.ndarray, scorer: Scorer, group: np.ndarra
 
 @dataclass
 class PageRewards:
-    """What the reward model gives the pages of n users. The first axis is SFT, then PageLLM.
+    """What the reward model gives the pages of n users. The first axis is the policies'.
 
+    names  of the P policies, in the order of findings.WRITERS: sft, ppo, compose
     user   (n,)       users
     row    (n,)       their rows in the pages
-    token  (2, n, k)  token reward r_k of every slot; NaN past a page's end
-    total  (2, n)     page reward plus mean token reward
+    token  (P, n, k)  token reward r_k of every slot; NaN past a page's end
+    total  (P, n)     page reward plus mean token reward
     """
 
+    names: list[str]
     user: np.ndarray
     row: np.ndarray
     token: np.ndarray
@@ -98,8 +100,8 @@ class PageRewards:
 
 
 def sample_rewards(found: Found, config, limit: int, batch: int = 128) -> PageRewards:
-    """Score both policies' pages of at most `limit` users, drawn at random. Raises Missing."""
-    n = len(found.both("scoring pages")[0].user)
+    """Score the policies' pages of at most `limit` users, drawn at random. Raises Missing."""
+    n = len(next(iter(found.written("scoring pages").values())).user)
     return rewards_of_rows(
         found,
         config,
@@ -110,17 +112,13 @@ def sample_rewards(found: Found, config, limit: int, batch: int = 128) -> PageRe
 
 @torch.no_grad()
 def rewards_of_rows(found: Found, config, row: np.ndarray, batch: int = 128) -> PageRewards:
-    """Score both policies' pages in these rows (n,) of the pages files. Raises Missing."""
-    both = found.both("scoring pages")
+    """Score the policies' pages in these rows (n,) of the pages files. Raises Missing."""
+    written = found.written("scoring pages")
     for name in ("sft", "reward"):
         if not found.stages[name].done:
             raise Missing(
                 f"no {name} model in {found.stages[name].path}", found.stages[name].command
             )
-    if not np.array_equal(both[0].user, both[1].user):
-        raise Missing(
-            "the two policies' pages are for different users", found.stages["evaluate"].command
-        )
     of = {name: found.stages[name].path.parent.name for name in ("sft", "reward")}
     rec = Recommender.load(
         Sources(
@@ -136,8 +134,9 @@ def rewards_of_rows(found: Found, config, row: np.ndarray, batch: int = 128) -> 
         policies=("sft",),
         reward=True,
     )
-    token, total = np.full((2, len(row), found.k), np.nan), np.zeros((2, len(row)))
-    for side, pages in enumerate(both):
+    shape = len(written), len(row)
+    token, total = np.full((*shape, found.k), np.nan), np.zeros(shape)
+    for side, pages in enumerate(written.values()):
         items = page_items(pages, found.k)[row]
         for at in range(0, len(row), batch):
             some, users = items[at : at + batch], pages.user[row[at : at + batch]]
@@ -151,7 +150,8 @@ def rewards_of_rows(found: Found, config, row: np.ndarray, batch: int = 128) -> 
             total[side, at : at + batch] = page.numpy() + np.where(kept, slots.numpy(), 0).sum(
                 1
             ) / kept.sum(1).clip(1)
-    return PageRewards(both[0].user[row], row, token, total)
+    users = next(iter(written.values())).user[row]
+    return PageRewards(list(written), users, row, token, total)
 
 
 def page_rewards(found: Found, config: Config) -> PageRewards:

@@ -104,17 +104,28 @@ def results(found: Found, config: Config) -> str:
 
 
 def versus(found: Found, names: list[str], shown: list[str]) -> str:
-    """Paired differences between PageLLM and every other row that has the same users."""
-    if PPO not in names or "ppo" not in found.per_user:
-        return ""
-    mine, head = found.per_user["ppo"], []
+    """Paired differences between each policy of the run and every other row of the same users.
+
+    Composed pages come first, where they are; then PageLLM.
+    """
+    writers = [k for k in ("compose", "ppo") if k in found.per_user and LABELS[k] in names]
+    return "".join(against(found, key, shown) for key in writers) + relative_gain(found, shown)
+
+
+def against(found: Found, own: str, shown: list[str]) -> str:
+    """Paired differences between one policy and every other row that has the same users."""
+    mine, head = found.per_user[own], []
     rows: dict[str, list] = {m: [] for m in shown}
     for key, theirs in sorted(found.per_user.items(), key=lambda kv: (kv[0] == "sft", kv[0])):
-        if key == "ppo" or not np.array_equal(theirs["user"], mine["user"]):
+        if key == own or not np.array_equal(theirs["user"], mine["user"]):
             continue
         head.append(found.labels[key])
         for metric in shown:
-            d = found.results.get(DIFFERENCE, {}).get(metric) if key == "sft" else None
+            d = (
+                found.results.get(DIFFERENCE, {}).get(metric)
+                if (own, key) == ("ppo", "sft")
+                else None
+            )
             if d is None and metric in mine and metric in theirs:
                 d = stats.paired(mine[metric], theirs[metric])
             rows[metric].append(
@@ -132,18 +143,17 @@ def versus(found: Found, names: list[str], shown: list[str]) -> str:
         for i, name in enumerate(head)
         if (lost := [m for m in shown if "worse" in rows[m][i]])
     ]
-    out = "<h3>PageLLM against each of them</h3>" + table(
-        ["PageLLM minus …", *head],
+    out = f"<h3>{esc(LABELS[own])} against each of them</h3>" + table(
+        [f"{LABELS[own]} minus …", *head],
         [[heading(m), *rows[m]] for m in shown],
         "paired difference over the same users, 95% bootstrap interval; better and worse are about "
-        "PageLLM",
+        f"{LABELS[own]}",
     )
-    out += text(
-        "What beats PageLLM beyond noise: "
+    return out + text(
+        f"What beats {LABELS[own]} beyond noise: "
         + ("; ".join(beaten) if beaten else "nothing listed here")
         + "."
     )
-    return out + relative_gain(found, shown)
 
 
 def relative_gain(found: Found, shown: list[str]) -> str:

@@ -111,6 +111,7 @@ def reliability(found: Found, config: Config) -> str:
 
 def against_truth(found: Found, config: Config) -> str:
     """Pages' rewards against metrics on held-out items, which the reward model never saw."""
+    found.both("rewards against the truth")
     rewards = page_rewards(found, config)
     truth = "true_energy" if "true_energy" in found.per_user["ppo"] else "energy"
     parts, said = [], []

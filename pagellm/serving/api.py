@@ -93,7 +93,7 @@ def make_app(service) -> FastAPI:
 def longest_page(service) -> int:
     """Slots of the longest page that this service writes, whatever the policy."""
     recommender = service.recommender
-    return min(service.config.max_k, *map(recommender.slots, recommender.policies))
+    return min(service.config.max_k, *map(recommender.slots, recommender.names))
 
 
 # Errors.
@@ -269,7 +269,7 @@ def find(query: str, limit: int, rows: Iterable[tuple[str, str]]) -> list[dict]:
 
 
 def add_shop_route(app: FastAPI, service) -> None:
-    """GET /v1/shop: sizes, prices, categories, and the hashes of what is served."""
+    """GET /v1/shop: sizes, prices, categories, which policies are served, and their hashes."""
 
     @app.get("/v1/shop", responses={200: {"model": ShopFacts}}, summary="What can be asked for")
     def shop():
@@ -289,6 +289,10 @@ def add_shop_route(app: FastAPI, service) -> None:
                 "k_max": longest_page(service),
                 "categories": [{"name": n, "items": len(i)} for n, i in r.members.items()],
                 "models": r.hashes,
+                "policies": list(r.names),
+                "default": r.default,
+                "why": r.why,
+                "decoding": r.modes,
                 "split": r.split,
                 "version": __version__,
             }

@@ -1,7 +1,7 @@
 """Features of (user, item) pairs for a ranker that serves without this library (paper, 5.4, 6.6).
 
-Reads   data/<dataset>, runs/<run>/ppo or sft, runs/<run>/reward where it is there; a Parquet file
-        of pairs: user_id, item_id
+Reads   data/<dataset>, runs/<run>/ppo, sft or compose, runs/<run>/reward where it is there; a
+        Parquet file of pairs: user_id, item_id
 Writes  the pairs with two more columns
 
     pagellm features --pairs pairs.parquet --out features.parquet
@@ -16,6 +16,7 @@ second on one core.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,8 +35,8 @@ from pagellm.model.decode import item_tokens
 from pagellm.model.policy import MODES, Policy
 from pagellm.model.prompts import pad_ids
 from pagellm.model.reward_model import RewardModel, mean_reward
-from pagellm.serving.recommender import Recommender
-from pagellm.serving.sources import Sources, check_policy
+from pagellm.serving.recommender import Ask, Recommender
+from pagellm.serving.sources import WRITERS, Sources
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic
@@ -49,19 +50,21 @@ class Config(Sources):
 
     pairs: str = ""  # Parquet file with user_id and item_id, the shop's own; other columns are kept
     out: str = ""  # Parquet file to write
-    policy: str = ""  # whose h_u, e_i and pages: ppo or sft; empty: ppo if it is there, else sft
+    policy: str = ""  # whose h_u, e_i and pages: ppo or sft; compose: composed pages, and h_u, e_i
+    # of the policy that proposes for them; empty: ppo if it is there, else sft
     split: str = "test"  # rows held out from prompts and pages, as in evaluate: a ranker that is
     # tested on them must not have them in its features. none: all rows, for pairs that are served
     k: int = 20  # slots of the page that an item is added to or taken from
-    mode: str = "greedy"  # how that page is decoded: greedy, beam, one_shot or hybrid
+    mode: str = "auto"  # how ppo or sft decode it: greedy, beam, one_shot or hybrid; auto: what
+    # validation chose
     batch: int = 512  # pages in a forward pass of the reward model
 
     def __post_init__(self):
         super().__post_init__()
         check(
             self,
-            policy=check_policy(self.policy),
-            mode=(self.mode in MODES, ", ".join(MODES)),
+            policy=(self.policy in ("", *WRITERS), f"{', '.join(WRITERS)}, or nothing"),
+            mode=(self.mode in ("auto", *MODES), f"auto, {', '.join(MODES)}"),
             k=(self.k > 0, "1 or more"),
             batch=(self.batch > 0, "1 or more"),
         )
@@ -146,12 +149,14 @@ def pair_features(
     mode: str = "greedy",
     batch: int = 512,
     progress: str = "",
+    pages: Callable[[np.ndarray], tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """dot and marginal (U, M) float32 of items (U, M) int64, -1: none (NaN), for users (U,).
 
     reward   None: marginal is None
     history  what the prompts show
     seen     what no page may hold
+    pages    users (B,) -> item and mask (B, k) of their pages; None: the policy writes them
     """
     policy.check_room(k + 1)
     dots, margins, device = [], [], policy.model.word.device
@@ -164,10 +169,12 @@ def pair_features(
         dot = logits.float().gather(1, mine.clamp(min=0))
         dots.append(torch.where(mine >= 0, dot, torch.nan).cpu())
         if reward is not None:
-            pages, _ = policy.write(some, history, seen, k, mode)
-            margins.append(
-                marginal_reward(reward, prompt, valid, pages.item, pages.mask, mine, batch)
-            )
+            if pages is None:
+                written, _ = policy.write(some, history, seen, k, mode)
+                page, mask = written.item, written.mask
+            else:
+                page, mask = (x.to(device) for x in pages(some))
+            margins.append(marginal_reward(reward, prompt, valid, page, mask, mine, batch))
     return torch.cat(dots).numpy(), torch.cat(margins).numpy() if margins else None
 
 
@@ -204,7 +211,19 @@ def run(config: Config) -> None:
     pairs = read_pairs(config.pairs)
     config = replace(config, policy=config.policy_there(config.policy))
     rec = Recommender.load(config, (config.policy,))
+    if config.policy not in rec.networks:
+        raise PageLLMError(
+            "these composed pages were made without a policy (compose --policy none), so there is "
+            "no h_u: want --policy sft or ppo"
+        )
     print(f"features: {rec.in_words()}")
+
+    def composed(users: np.ndarray) -> tuple[Tensor, Tensor]:
+        asks = [rec.resolve(Ask(user=rec.shop.user_ids[u], k=config.k)) for u in users]
+        made = rec.compose("compose", asks, config.k)
+        page = torch.from_numpy(made.item)
+        return page, page >= 0
+
     user, item = (
         dense_ids(config, pairs, name, known)
         for name, known in (("user_id", rec.user_of), ("item_id", rec.item_of))
@@ -215,16 +234,17 @@ def run(config: Config) -> None:
     ends = np.cumsum(np.bincount(back, minlength=len(users)))[:-1]
     grid = pad_ids(np.split(item[order], ends), -1)
     dot, marginal = pair_features(
-        rec.policies[config.policy],
+        rec.networks[config.policy],
         rec.reward,
         rec.history,
         rec.met,
         users,
         grid,
         config.k,
-        config.mode,
+        config.mode if config.mode != "auto" else rec.modes.get(config.policy, "greedy"),
         config.batch,
         "features",
+        composed if config.policy == "compose" else None,
     )
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))

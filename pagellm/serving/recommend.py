@@ -1,14 +1,15 @@
 """Recommend: one person's page in the terminal, or everybody's in one file.
 
-Reads   data/<dataset>, runs/<run>/ppo or sft, runs/<run>/reward where it is there
+Reads   data/<dataset>, runs/<run>/compose, ppo or sft, runs/<run>/reward where it is there
 Prints  a page      pagellm recommend --user A1B2 --k 20
                     pagellm recommend --history B0001000:5,B0001007:4 --categories "Office"
 Writes  a file      pagellm recommend --all --out pages.parquet
                     torchrun --nproc_per_node 2 -m pagellm.serving.recommend --all --out FILE
 
 Nothing is held out unless --split says so: prompts show all that is known of a user, and no page
-holds an item that its user has. The same command again carries on where an interrupted --all
-stopped. It takes seconds for the synthetic shop.
+holds an item that its user has. Where --policy names none, the policy is the best on validation of
+those that are there; a line says which, and why. The same command again carries on where an
+interrupted --all stopped. It takes seconds for the synthetic shop.
 """
 
 import hashlib
@@ -30,12 +31,21 @@ from tqdm import tqdm
 
 from pagellm.data.shop import source
 from pagellm.data.tables import id_list, words_in
+from pagellm.model.composer import POOL
 from pagellm.model.decode import ranking
 from pagellm.model.policy import MODES
+from pagellm.pages.variety import STRENGTH
 from pagellm.serving.cache import Cache
 from pagellm.serving.filters import Filters, look_up
-from pagellm.serving.recommender import Ask, Recommender
-from pagellm.serving.sources import Sources, check_policy, split_in_words
+from pagellm.serving.recommender import Ask, Recommender, ResolvedAsk
+from pagellm.serving.sources import (
+    PLAIN,
+    POLICIES,
+    Sources,
+    check_variety,
+    check_writer,
+    split_in_words,
+)
 from pagellm.stage import dist
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
@@ -55,8 +65,12 @@ class Config(Sources):
     history: str = ""  # items and ratings 1 to 5, oldest first: id:rating,id:rating;
     # a bare id has no rating
     k: int = 20  # slots of a page
-    policy: str = ""  # ppo: with the reward; sft: without it; empty: ppo if it is there, else sft
-    mode: str = "greedy"  # greedy, beam, or one_shot
+    policy: str = ""  # compose: composed pages; ppo: with the reward; sft: without it; plain: ALS
+    # with facts and MMR, which comes with compose; empty: the best on validation of those there
+    mode: str = "auto"  # decoding of sft and ppo: greedy, beam, one_shot; auto: what validation
+    # chose when the policy was trained
+    variety: str = "none"  # inside decoding of sft and ppo: none, mmr or energy
+    strength: float = STRENGTH  # of variety, in nats
     candidates: int = 0  # pages are made of so many items, the best for the first slot,
     # found once a user; 0: of all. For large catalogues
     exclude: str = ""  # item ids that no page may hold, comma-separated, in quotes where one holds
@@ -78,8 +92,9 @@ class Config(Sources):
         check(
             self,
             k=(self.k > 0, "1 or more"),
-            policy=check_policy(self.policy),
-            mode=(self.mode in MODES, ", ".join(MODES)),
+            policy=check_writer(self.policy),
+            mode=(self.mode in ("auto", *MODES), f"auto, {', '.join(MODES)}"),
+            **check_variety(self.variety, self.strength),
             price_min=(0 <= self.price_min < math.inf, "a price"),
             price_max=(self.price_max >= self.price_min, f"price_min={self.price_min} or more"),
             candidates=(self.candidates >= 0, "0 or more"),
@@ -173,29 +188,41 @@ def page_text(answer: dict, history: list[str]) -> str:
     return "\n".join(lines)
 
 
+def how(config: Config) -> dict:
+    """The options of an Ask that say how its page is written."""
+    mode = "" if config.mode == "auto" else config.mode
+    return {
+        "k": config.k,
+        "mode": mode,
+        "variety": config.variety,
+        "strength": config.strength,
+    }
+
+
 def show(config: Config) -> None:
     """Print one page."""
+    chosen = config.default(config.policy)
     recommender = Recommender.load(
-        config, (config.policy_there(config.policy),), candidates=config.candidates
+        config, (chosen.policy,), why=chosen.why, candidates=config.candidates
     )
     ask = Ask(
         user=config.user or None,
         history=parse_history(config.history, recommender.item_of) if config.history else (),
-        k=config.k,
-        mode=config.mode,
         filters=filters_of(config),
+        **how(config),
     )
     (answer,) = recommender.answers([ask])
     if isinstance(answer, PageLLMError):
         raise answer
     shown = [recommender.cards[i] for i in recommender.resolve(ask).items[-6:].tolist()]
     print(f"recommend: {recommender.in_words()}")
+    print(f"recommend: policy {recommender.choice_in_words()}")
     print(page_text(answer, [card["title"] or card["item"] for card in shown]))
 
 
 def everybody(recommender: Recommender, config: Config) -> list[Ask]:
     """An Ask for every user of the data, then for those whom the k-core left out."""
-    blank = Ask(None, (), config.k, config.mode, filters=filters_of(config))
+    blank = Ask(None, filters=filters_of(config), **how(config))
     asks = [replace(blank, user=name) for name in recommender.shop.user_ids]
     left_out = dropped_histories(config.data_dir)
     return asks + [replace(blank, user=u, history=h) for u, h in left_out.items()]
@@ -219,16 +246,26 @@ def dropped_histories(data_dir: Path) -> dict[str, tuple[tuple[str, float], ...]
     return {user: tuple(history) for user, history in found.items()}
 
 
+def ranks(
+    recommender: Recommender, config: Config, some: list[ResolvedAsk], depth: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """item, score (B, depth) and filled slots (B,) of some people's pages."""
+    name, mode = some[0].policy, some[0].mode
+    if not mode:
+        made = recommender.compose(name, some, config.k, depth)
+        return made.item, made.score.astype(np.float32), made.slots
+    variety = recommender.variety(config.variety, config.strength)
+    pages, legal, short = recommender.write(name, some, config.k, mode, depth, variety)
+    item, score = (x.cpu().numpy() for x in ranking(pages, legal, depth, short=short))
+    return item, score, pages.mask.sum(1).cpu().numpy()
+
+
 def file_rows(recommender: Recommender, config: Config, asks: list[Ask]) -> pa.Table:
     """Rows of the file for some Asks, `config.batch` of them at once."""
     depth, tables = max(config.depth, config.k), []
     for start in range(0, len(asks), config.batch):
         some = [recommender.resolve(ask) for ask in asks[start : start + config.batch]]
-        pages, legal, short = recommender.write(
-            recommender.default, some, config.k, config.mode, depth
-        )
-        item, score = (x.cpu().numpy() for x in ranking(pages, legal, depth, short=short))
-        slots = pages.mask.sum(1).cpu().numpy()
+        item, score, slots = ranks(recommender, config, some, depth)
         row, place = np.nonzero(item >= 0)
         item, score = item[row, place], score[row, place]
         user = pa.array([a.user for a in some], pa.int32())
@@ -293,17 +330,26 @@ def write_all(config: Config) -> None:
     if not out.parent.is_dir():
         raise PageLLMError(f"--out {out}: there is no directory {out.parent}; make it first")
     config = replace(config, device=str(dist.start(config.device)))
-    config = replace(config, policy=config.policy_there(config.policy))
+    chosen = config.default(config.policy)
+    config = replace(config, policy=chosen.policy)
     recommender = Recommender.load(
-        config, (config.policy,), reward=False, cache=Cache(0), candidates=config.candidates
+        config,
+        (config.policy,),
+        reward=False,
+        why=chosen.why,
+        cache=Cache(0),
+        candidates=config.candidates,
     )
-    recommender.policies[config.policy].check_room(config.k)
+    check_size(recommender, config)
+    mode = config.mode if config.mode != "auto" else recommender.modes.get(config.policy, "greedy")
+    config = replace(config, mode=mode if config.policy in POLICIES else "auto")
     if dist.is_main():
-        made_by = f"{config.policy} {recommender.hashes[config.policy]}"
-        print(f"recommend: {made_by}; {split_in_words(config.split)}")
+        made_by = recommender.hashes["compose" if config.policy == PLAIN else config.policy]
+        print(f"recommend: {config.policy} {made_by}; {split_in_words(config.split)}")
+        print(f"recommend: policy {recommender.choice_in_words()}")
         for line in remarks(recommender, config):
             print(f"recommend: {line}")
-    made_from = identity(recommender, config)
+    made_from = identity(recommender, config) | {"why": recommender.why}
     if out.exists():
         refuse_other(
             out, json.loads((pq.read_schema(out).metadata or {}).get(b"pagellm", b"{}")), made_from
@@ -324,6 +370,17 @@ def write_all(config: Config) -> None:
         recommender, config, list(zip(files, parts, strict=True))[dist.rank() :: dist.world()]
     )
     join(out, folder, files, made_from, len(asks))
+
+
+def check_size(recommender: Recommender, config: Config) -> None:
+    """Raise PageLLMError for pages or ranks that the policy cannot write."""
+    if config.policy in POLICIES:
+        recommender.policies[config.policy].check_room(config.k)
+    elif max(config.k, config.depth) > POOL:
+        raise PageLLMError(
+            f"k={config.k}, depth={config.depth}: {config.policy} ranks {POOL} candidates of a "
+            f"user; want at most {POOL}, or --policy sft"
+        )
 
 
 def write_parts(
@@ -365,6 +422,8 @@ def identity(recommender: Recommender, config: Config) -> dict[str, str]:
         "depth",
         "mode",
         "candidates",
+        "variety",
+        "strength",
         "policy",
         "split",
         "exclude",
@@ -388,7 +447,7 @@ def hash_of(names: tuple[str, ...] | None) -> str | None:
 
 def refuse_other(path: Path, before: dict, now: dict) -> None:
     """Raise PageLLMError if what is at `path` was made from something else."""
-    changed = [name for name in sorted(now) if before.get(name) != now[name]]
+    changed = [n for n in sorted(now) if n != "why" and before.get(n) != now[n]]
     if changed:
         raise PageLLMError(
             f"{path} was made with another {', '.join(changed)}\n"

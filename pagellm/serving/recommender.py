@@ -19,17 +19,29 @@ from torch import Tensor
 from pagellm.data.shop import Shop, load, source
 from pagellm.model import lora
 from pagellm.model.backbone import KVCache
+from pagellm.model.composer import POOL, Composed, Composer, load_composer
 from pagellm.model.decode import LegalItems, Pages, beam, greedy, hybrid, one_shot
+from pagellm.model.judges import History, People
 from pagellm.model.policy import Policy
 from pagellm.model.prompts import left_pad, pad_ids
 from pagellm.model.reward_model import RewardModel
 from pagellm.model.shortlist import Shortlist, best_items
 from pagellm.pages import metrics
-from pagellm.pages.energy import gain, near_duplicates, page_energy
+from pagellm.pages.energy import gain, page_energy
+from pagellm.pages.rerank import Kin
 from pagellm.pages.truth import item_scores
+from pagellm.pages.variety import STRENGTH, Variety
 from pagellm.serving.cache import Cache
 from pagellm.serving.filters import Filters, allowed_items, category_members, look_up
-from pagellm.serving.sources import NEED, POLICIES, Sources, known_rows, split_in_words
+from pagellm.serving.sources import (
+    NEED,
+    PLAIN,
+    POLICIES,
+    WRITERS,
+    Sources,
+    known_rows,
+    split_in_words,
+)
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.dist import pick_device
 from pagellm.stage.run import file_id, finished
@@ -43,15 +55,19 @@ class Ask:
 
     user     the shop's id; None or an unknown id: a stranger, whose prompt begins with <user_unk>
     history  (item id, rating 1..5 or NaN), oldest first; follows what is stored of a known user
-    policy   ppo or sft; empty: ppo where it is loaded, else sft
+    mode     of decoding, for ppo and sft: greedy, beam or one_shot; empty: what validation chose
+    policy   compose, ppo, sft or plain; empty: the best on validation of those that are loaded
+    variety  inside decoding, for ppo and sft: none, mmr or energy, at `strength` nats
     page     item ids of a page to be scored instead of written, in order
     """
 
     user: str | None = None
     history: tuple[tuple[str, float], ...] = ()
     k: int = 20
-    mode: str = "greedy"
+    mode: str = ""
     policy: str = ""
+    variety: str = "none"
+    strength: float = STRENGTH
     filters: Filters = field(default_factory=Filters)
     page: tuple[str, ...] | None = None
     explain: bool = False
@@ -62,6 +78,7 @@ class ResolvedAsk:
     """An Ask in dense ids.
 
     policy          the policy that writes the page
+    mode            how it decodes; empty for composed pages and the plain row
     user            row of the user table; None: a stranger
     items, ratings  (H,) liked items of the prompt, oldest first
     seen            (E,) items that no slot may hold: all that the user has met, and those excluded
@@ -71,6 +88,7 @@ class ResolvedAsk:
 
     ask: Ask
     policy: str
+    mode: str
     user: int | None
     items: np.ndarray
     ratings: np.ndarray
@@ -88,7 +106,11 @@ def no_observer(stage: str, seconds: float) -> None:
 class Recommender:
     """Policies, reward model and shop as they were at one moment; never changed, only replaced.
 
-    policies  "ppo", "sft" or both; of an Ask that names none, `default` writes the page
+    policies  the networks: "ppo", "sft", both, or neither where there is a composer
+    composer  writes the pages of "compose" and of "plain"; None: these are not there
+    default   writes the page of an Ask that names no policy; empty: the first of WRITERS
+    why       why it is the default, in words
+    modes     policy -> the mode that an Ask without one is decoded in; greedy where it is missing
     reward    None: pages are written without rewards, which are then None in the answers
     hashes    policy or "reward" -> id of its weights
     split     of sources.SPLITS: which rows are held out
@@ -111,8 +133,15 @@ class Recommender:
         width: int = 4,
         candidates: int = 0,
         observe: Callable[[str, float], None] = no_observer,
+        composer: Composer | None = None,
+        default: str = "",
+        why: str = "",
+        modes: dict[str, str] | None = None,
     ):
-        sizes = {name: (p.vocab.n_users, p.vocab.n_items) for name, p in policies.items()}
+        self.networks = dict(policies)
+        if composer is not None and composer.policy is not None:
+            self.networks["compose"] = composer.policy
+        sizes = {name: (p.vocab.n_users, p.vocab.n_items) for name, p in self.networks.items()}
         if reward is not None:
             sizes["reward"] = (reward.trunk.n_users, reward.trunk.n_items)
         for name, have in sizes.items():
@@ -122,18 +151,28 @@ class Recommender:
                     f"{shop.n_users} and {shop.n_items}; train on these data first"
                 )
         self.shop, self.policies, self.reward, self.hashes = shop, policies, reward, hashes
-        self.default = next(name for name in POLICIES if name in policies)
+        self.composer, self.modes, self.why = composer, modes or {}, why
+        there = [name for name in WRITERS if name in policies or name == "compose" and composer]
+        self.names = (*there, *([PLAIN] if composer is not None and composer.plain else []))
+        self.default = default or self.names[0]
         self.split, self.width, self.positive_above = split, width, positive_above
         self.candidates = candidates
         self.cache, self.observe = Cache(64 << 20) if cache is None else cache, observe
         # writes the reward model's prompts
-        self.reader = policies.get("sft") or policies[self.default]
+        self.reader = next(
+            (self.networks[n] for n in ("sft", "ppo", "compose") if n in self.networks), None
+        )
+        made = None if composer is None else composer.made
+        self.prompt_key = {"compose": made.proposer if made else "compose"} | hashes_of(hashes)
         self.key = ":".join(hashes[name] for name in sorted(hashes))
         c = shop.catalogue
         self.user_of = {name: i for i, name in enumerate(shop.user_ids)}
         self.item_of = {name: i for i, name in enumerate(c.ids)}
         self.history, self.met, self.held = known_rows(shop, split)
-        self.s, self.near = item_scores(shop), near_duplicates(c)
+        self.kin = Kin.of(c) if composer is None else composer.kin
+        self.s, self.near = item_scores(shop), self.kin.near
+        told = shop.rows(None if split == "none" else "train", None)
+        self.told = None if composer is None else History.of(shop, told)
         self.price, self.members = torch.from_numpy(c.price), category_members(c)
         self.cards = [
             {
@@ -145,10 +184,13 @@ class Recommender:
             }
             for i in range(shop.n_items)
         ]
-        self.unit = {
-            name: F.normalize(p.model.item.detach().float(), dim=1).cpu()
-            for name, p in policies.items()
-        }
+        rows = {name: p.model.item.detach().float() for name, p in self.networks.items()}
+        if composer is not None:
+            rows = {"compose": composer.judges.spaces["levels"].items} | rows
+            if composer.plain:
+                rows[PLAIN] = composer.plain.space.items
+        self.unit = {name: F.normalize(x, dim=1).cpu() for name, x in rows.items()}
+        self.kinds: dict[tuple[str, float], Variety] = {}
 
     @classmethod
     def load(
@@ -156,16 +198,22 @@ class Recommender:
         config: Sources,
         policies: Sequence[str] | None = None,
         reward: bool | None = None,
+        why: str = "asked for",
         **more,
     ) -> "Recommender":
         """Read what `config` names.
 
-        policies  those that must be there; None: all that are finished, at least one
+        policies  those that must be there, the default first; None: all that are finished, at
+                  least one, the best on validation being the default
         reward    whether the reward model is read; None: if it is finished
+        why       why the first of `policies` is the default
         more      further arguments of the constructor
         Raises PageLLMError for a stage that is missing, unfinished, or just changing.
         """
         names = list(config.policies_there() if policies is None else policies)
+        chosen = config.default() if policies is None else None
+        default, why = (chosen.policy, chosen.why) if chosen else (names[0], why)
+        names = list(dict.fromkeys("compose" if name == PLAIN else name for name in names))
         if config.reward_there() if reward is None else reward:
             names.append("reward")
         hashes = {
@@ -173,13 +221,23 @@ class Recommender:
             for name in names
         }
         shop, device = load(config.data_dir), pick_device(config.device)
+        data = file_id(config.data_dir / "source.json")
         positive_above = source(config.data_dir).get("config", {}).get("positive_above", 3.0)
         loaded = {
-            name: Policy.load(config.where(name), device) for name in names if name != "reward"
+            name: Policy.load(config.where(name), device) for name in names if name in POLICIES
         }
-        for policy in loaded.values():
-            policy.model.requires_grad_(False)
-            lora.merge(policy.model)
+        composer = None
+        if "compose" in names:
+            make = config.make("compose")
+            composer = load_composer(
+                config.where("compose"), shop, config.proposer, device, data, make
+            )
+            same = [n for n in loaded if composer.made and hashes[n] == composer.made.proposer]
+            composer.policy = loaded[same[0]] if same else composer.policy
+        for policy in (*loaded.values(), composer and composer.policy):
+            if policy:
+                policy.model.requires_grad_(False)
+                lora.merge(policy.model)
         rewards = (
             RewardModel.load(config.where("reward"), device).requires_grad_(False)
             if "reward" in names
@@ -190,23 +248,38 @@ class Recommender:
         for name in names:
             if finished(config.where(name), NEED[name], config.make(name))["id"] != hashes[name]:
                 raise PageLLMError(f"{config.where(name)} changed while it was read; try again")
-        hashes["data"] = file_id(config.data_dir / "source.json")
         return cls(
-            shop, loaded, rewards, hashes, config.split, positive_above=positive_above, **more
+            shop,
+            loaded,
+            rewards,
+            hashes | {"data": data},
+            config.split,
+            positive_above=positive_above,
+            composer=composer,
+            default=default,
+            why=why,
+            modes={name: config.mode_of(name) for name in loaded},
+            **more,
         )
 
     def in_words(self) -> str:
         """What is loaded and which rows are held out, for the screen."""
-        models = [f"{name} {self.hashes[name]}" for name in self.policies]
+        models = [f"{name} {self.hashes[name]}" for name in self.names if name in self.hashes]
         rewards = (
             "no reward model" if self.reward is None else f"reward model {self.hashes['reward']}"
         )
         return f"{', '.join(models)}, {rewards}; {split_in_words(self.split)}"
 
+    def choice_in_words(self) -> str:
+        """Which policy writes where none is named, how it decodes, and why."""
+        mode = f", decoded {self.modes[self.default]}" if self.default in self.modes else ""
+        return f"{self.default}{mode}: {self.why}"
+
     def slots(self, policy: str) -> int:
-        """The longest page that fits behind the longest prompt."""
-        p = self.policies[policy]
-        return p.model.shape.n_ctx - p.prompts.page_room
+        """The longest page that fits behind the longest prompt; of composed pages, in the pool."""
+        p = self.networks.get(policy, self.reader)
+        room = POOL if p is None else p.model.shape.n_ctx - p.prompts.page_room
+        return room if policy in POLICIES else min(room, POOL)
 
     def user_state(self, user: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """items, ratings (H,) of the prompt, and seen (E,); kept in the cache."""
@@ -224,9 +297,9 @@ class Recommender:
         room for, and a page to score that repeats an item.
         """
         policy = ask.policy or self.default
-        if policy not in self.policies:
+        if policy not in self.names:
             raise PageLLMError(
-                f"policy={policy}: not served here, there is {', '.join(self.policies)}"
+                f"policy={policy}: not served here, there is {', '.join(self.names)}"
             )
         if ask.page is None and ask.k > self.slots(policy):
             raise PageLLMError(
@@ -244,6 +317,7 @@ class Recommender:
         return ResolvedAsk(
             ask,
             policy,
+            self.mode(ask, policy),
             user,
             items,
             ratings,
@@ -287,7 +361,7 @@ class Recommender:
         known, unknown = look_up(names, self.item_of)
         if len(set(known)) < len(known):
             raise PageLLMError("the page repeats an item; want each at most once")
-        room = min(self.slots(name) for name in self.policies)
+        room = min(self.slots(name) for name in self.names)
         if len(known) > room:
             raise PageLLMError(f"a page of {len(known)} items; this model reads at most {room}")
         return np.array(known, np.int64), unknown
@@ -304,10 +378,11 @@ class Recommender:
         """
         if name == "reward":
             assert self.reward is not None
+            assert self.reader is not None
             model, pad = self.reward.trunk, self.reader.vocab.pad
         else:
-            model, pad = self.policies[name].model, self.policies[name].vocab.pad
-        keys = [(self.hashes[name], "prompt", tuple(row)) for row in rows]
+            model, pad = self.networks[name].model, self.networks[name].vocab.pad
+        keys = [(self.prompt_key[name], "prompt", tuple(row)) for row in rows]
         kept = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
         fresh = [key for key, columns in kept.items() if columns is None]
         if fresh:
@@ -345,11 +420,18 @@ class Recommender:
 
     @torch.no_grad()
     def write(
-        self, name: str, asks: list[ResolvedAsk], k: int, mode: str, depth: int = 0
+        self,
+        name: str,
+        asks: list[ResolvedAsk],
+        k: int,
+        mode: str,
+        depth: int = 0,
+        variety: Variety | None = None,
     ) -> tuple[Pages, Tensor, Shortlist | None]:
-        """Pages of k slots by one policy, and the legal set (B, N) before any slot was filled.
+        """Pages of k slots by sft or ppo, and the legal set (B, N) before any slot was filled.
 
         depth    ranks that shall be known of each user: shortlists are at least so long
+        variety  inside decoding; it needs the whole catalogue, so no shortlist is made
         returns  and the shortlists, if pages are made of such; the legal set is then (B, S)
         """
         p = self.policies[name]
@@ -365,12 +447,12 @@ class Recommender:
             allowed = torch.stack([every if a.allowed is None else a.allowed for a in asks])
             allowed = allowed.to(ids.device)
         excluded, size, short = excluded.to(ids.device), max(self.candidates, k, depth), None
-        if 0 < self.candidates and size < p.model.n_items:
+        if variety is None and 0 < self.candidates and size < p.model.n_items:
             found = best_items(start[1], p.model.scored_items(), excluded, size, allowed=allowed)
             short = Shortlist(p.model, found)
             constraint = short.constraint()
         else:
-            constraint = LegalItems(excluded, p.model.n_items, allowed)
+            constraint = LegalItems(excluded, p.model.n_items, allowed, variety)
         legal = constraint.legal.clone()
         if mode == "beam":
             pages = beam(p.model, ids, valid, constraint, k, self.width, start, short)
@@ -384,15 +466,87 @@ class Recommender:
         return pages, legal, short
 
     @torch.no_grad()
+    def compose(self, name: str, asks: list[ResolvedAsk], k: int, depth: int = 0) -> Composed:
+        """Composed pages of k slots (name: compose), or those of the plain row (plain).
+
+        depth  ranks in all, at most composer.POOL; 0: k
+        """
+        composer, logp = self.composer, None
+        assert composer is not None
+        if name == "compose" and "compose" in self.networks:
+            started = time.perf_counter()
+            proposer = self.networks[name]
+            _, _, (_, hidden) = self.read_prompts(name, prompt_rows(proposer, asks), 0)
+            logp = proposer.model.item_logits(hidden).log_softmax(1).float().cpu().numpy()
+            self.observe("prompt", time.perf_counter() - started)
+        started = time.perf_counter()
+        legal = np.ones((len(asks), self.shop.n_items), bool)
+        for row, asked in enumerate(asks):
+            legal[row, asked.seen] = False
+            if asked.allowed is not None:
+                legal[row] &= asked.allowed.numpy()
+        if name == PLAIN:
+            assert composer.plain is not None
+            liked = History.joined([self.events(asked) for asked in asks]).part(True)
+            found = composer.plain.write(liked, legal, self.kin, k, depth or k)
+        else:
+            people = People.joined([self.person(asked) for asked in asks])
+            found = composer.write(people, logp, legal, k, depth)
+        self.observe("decode", time.perf_counter() - started)
+        return found
+
+    def events(self, asked: ResolvedAsk) -> tuple[np.ndarray, ...]:
+        """items, ratings, liked and time of a person: what is stored, then what was given.
+
+        What was given has no time, and counts as of the last day that the judges know.
+        """
+        assert self.told is not None and self.composer is not None
+        nobody = (np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, bool), np.zeros(0))
+        stored = nobody if asked.user is None else self.told.one(asked.user)
+        given: dict[int, float] = {}
+        for name, rating in asked.ask.history:
+            if name in self.item_of:
+                given.pop(self.item_of[name], None)  # as in `past`
+                given[self.item_of[name]] = rating
+        if not given:
+            return stored
+        items, ratings = np.array(list(given)), np.array(list(given.values()), np.float32)
+        liked = np.isnan(ratings) | (ratings > self.positive_above)
+        kept = ~np.isin(stored[0], items)
+        new = (items, ratings, liked, np.full(len(items), self.composer.judges.now))
+        return tuple(np.concatenate([a[kept], b]) for a, b in zip(stored, new, strict=True))
+
+    def person(self, asked: ResolvedAsk) -> People:
+        """What the judges know of a person; of a user without new events kept in the cache.
+
+        Where rows are held out and nothing was given, that is what the judges were fitted to.
+        """
+        assert self.composer is not None
+        judges = self.composer.judges
+        if asked.user is None or asked.ask.history:
+            return judges.people(History.joined([self.events(asked)]))
+        key = (self.key, "person", asked.user)
+        found: People | None = self.cache.get(key)
+        if found is None:
+            if self.split != "none":
+                found = judges.known.select(np.array([asked.user]))
+            else:
+                found = judges.people(History.joined([self.events(asked)]))
+            size = 4000 + sum(x.nbytes for x in found.factors.values())
+            size += sum(x.nbytes for x in found.profile)
+            self.cache.put(key, found, size)
+        return found
+
+    @torch.no_grad()
     def rewards(
         self, asks: list[ResolvedAsk], item: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor] | None:
         """token_reward (B, K) and page_reward (B,) of given pages, on the CPU.
 
         item, mask  (B, K) as in decode.Pages
-        None without a reward model.
+        None without a reward model, or without a policy whose prompts it reads.
         """
-        if self.reward is None:
+        if self.reward is None or self.reader is None:
             return None
         started = time.perf_counter()
         rows = prompt_rows(self.reader, asks)
@@ -403,14 +557,35 @@ class Recommender:
         self.observe("reward", time.perf_counter() - started)
         return token.cpu(), page.cpu()
 
+    def mode(self, ask: Ask, policy: str) -> str:
+        """How a policy decodes for an Ask; empty for composed pages and the plain row."""
+        if policy not in POLICIES:
+            return ""
+        return ask.mode or self.modes.get(policy, "greedy")
+
+    def variety(self, method: str, strength: float) -> Variety | None:
+        """What varies pages inside decoding; None for none. What it has computed is kept."""
+        if method == "none":
+            return None
+        if (method, strength) not in self.kinds:
+            if len(self.kinds) > 8:
+                self.kinds.clear()
+            self.kinds[method, strength] = Variety(self.kin, method, strength)
+        return self.kinds[method, strength]
+
     def group(self, ask: Ask) -> tuple:
         """Asks of one group go through the network together.
 
-        A greedy page of 10 slots is the head of the page of 20, so those may have any k.
+        A greedy page of 10 slots is the head of the page of 20, so those may have any k. That is
+        not so of beams and of composed pages.
         """
         if ask.page is not None:
             return ("score",)
-        return (ask.policy or self.default, ask.mode, ask.k if ask.mode == "beam" else 0)
+        policy = ask.policy or self.default
+        mode = self.mode(ask, policy)
+        whole = mode in ("", "beam")
+        varied = (ask.variety, ask.strength) if mode and ask.variety != "none" else ("none", 0.0)
+        return (policy, mode, ask.k if whole else 0, *varied)
 
     def answers(self, asks: list[Ask]) -> list[dict | PageLLMError]:
         """One answer an ask, in order; for an ask that cannot be met, the error that says why."""
@@ -446,7 +621,18 @@ class Recommender:
             given = [a.page for a in asks if a.page is not None]
             item = torch.from_numpy(pad_ids(given, -1, max([1, *map(len, given)])))
             return item, item >= 0, None
-        written, _, _ = self.write(group[0], asks, max(a.ask.k for a in asks), group[1])
+        name, mode, _, method, strength = group
+        k = max(a.ask.k for a in asks)
+        if not mode:
+            made = self.compose(name, asks, k)
+            item = torch.from_numpy(made.item)
+            worth = made.chance if name == PLAIN else np.log(np.maximum(made.chance, 1e-12))
+            there = (item >= 0) & (
+                torch.arange(item.shape[1]) < torch.from_numpy(made.slots)[:, None]
+            )
+            return item, there, torch.from_numpy(worth)
+        varied = self.variety(method, strength)
+        written, _, _ = self.write(name, asks, k, mode, variety=varied)
         wanted = torch.tensor([a.ask.k for a in asks])
         mask = written.mask.cpu() & (torch.arange(written.item.shape[1]) < wanted[:, None])
         return written.item.cpu(), mask, written.logp.cpu()
@@ -501,7 +687,8 @@ class Recommender:
             },
             "notes": notes,
             "policy": asked.policy,
-            "model": self.hashes[asked.policy],
+            "decoding": asked.mode or None,
+            "model": self.hashes["compose" if asked.policy == PLAIN else asked.policy],
             "reward_model": self.hashes.get("reward"),
         }
 
@@ -543,6 +730,11 @@ def prompt_rows(policy: Policy, asks: list[ResolvedAsk]) -> list[list[int]]:
         policy.prompts.page(a.user if policy.style.use_user else None, a.items, a.ratings)
         for a in asks
     ]
+
+
+def hashes_of(hashes: dict[str, str]) -> dict[str, str]:
+    """Ids of what reads prompts: sft, ppo and the reward model."""
+    return {name: hashes[name] for name in (*POLICIES, "reward") if name in hashes}
 
 
 def rounded(value: float | None) -> float | None:

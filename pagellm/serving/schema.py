@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pagellm.pages.variety import STRENGTH
 from pagellm.serving.filters import Filters
 from pagellm.serving.recommender import Ask
 
@@ -88,9 +89,11 @@ class Person(Strict):
         description="oldest first; an empty list without a user asks for the page of a total "
         "stranger",
     )
-    policy: Literal["ppo", "sft"] | None = Field(
+    policy: Literal["compose", "ppo", "sft", "plain"] | None = Field(
         None,
-        description="ppo: with the reward; sft: without it; null: ppo where it is served, else sft",
+        description="compose: composed pages; ppo: with the reward; sft: without it; plain: ALS "
+        "with facts and MMR, to compare with; null: the `default` of GET /v1/shop. One that is not "
+        "served is an error",
     )
     explain: bool = Field(False, description="add to each slot the nearest items of the history")
 
@@ -109,9 +112,22 @@ class Person(Strict):
         )
 
 
+class Varied(Strict):
+    """Variety inside decoding, of ppo and sft. Composed pages have their own."""
+
+    method: Literal["mmr", "energy"]
+    strength: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = Field(
+        STRENGTH, description="in nats of log-probability"
+    )
+
+
 class PageRequest(Person):
     k: int = Field(20, ge=1, le=1000, description="slots; at most what GET /v1/shop says")
-    decoding: Literal["greedy", "beam", "one_shot"] = "greedy"
+    decoding: Literal["greedy", "beam", "one_shot"] | None = Field(
+        None,
+        description="of ppo and sft; null: what validation chose, `decoding` of GET /v1/shop",
+    )
+    variety: Varied | None = None
     filters: Allowed = Field(default_factory=Allowed)  # type: ignore[arg-type]
 
     def ask(self) -> Ask:
@@ -119,7 +135,9 @@ class PageRequest(Person):
         price = f.price or PriceRange()
         return self.asked(
             k=self.k,
-            mode=self.decoding,
+            mode=self.decoding or "",
+            variety=self.variety.method if self.variety else "none",
+            strength=self.variety.strength if self.variety else STRENGTH,
             filters=Filters(
                 tuple(f.exclude),
                 None if f.categories is None else tuple(f.categories),
@@ -166,7 +184,8 @@ class Similar(BaseModel):
 class Slot(Item):
     rank: int
     score: float | None = Field(
-        description="log-probability of the item in this slot, in nats; null in /v1/score"
+        description="log-probability of the item in this slot, in nats; of a composed page the log "
+        "of the chance that the user picks it; of plain the score of ALS; null in /v1/score"
     )
     token_reward: float | None = Field(
         description="what the slot adds, in reward-model units; null without a reward model"
@@ -205,6 +224,9 @@ class Page(BaseModel):
     unknown: Unknown
     notes: list[str]
     policy: str
+    decoding: str | None = Field(
+        description="mode of ppo or sft; null for composed pages and plain"
+    )
     model: str = Field(description="hash of the policy's weights")
     reward_model: str | None = Field(description="hash of its weights; null without one")
     latency_ms: float
@@ -240,7 +262,13 @@ class ShopFacts(BaseModel):
     k_max: int
     price: PriceRange | None
     categories: list[Category]
-    models: dict[str, str] = Field(description="ppo, sft, reward: hashes of what is served; data")
+    models: dict[str, str] = Field(
+        description="compose, ppo, sft, reward: hashes of what is served; data"
+    )
+    policies: list[str] = Field(description="what may write a page")
+    default: str = Field(description="the policy of a request that names none")
+    why: str = Field(description="why it is the default, in words")
+    decoding: dict[str, str] = Field(description="ppo, sft: the mode that validation chose")
     split: str = Field(description="rows held out from prompts: none, test or valid")
     version: str
 

@@ -1,7 +1,7 @@
 """Serve: pages over HTTP, and a page in the browser to look at them. Needs the extra [serve].
 
-Reads   data/<dataset>, runs/<run>/ppo and sft, runs/<run>/reward; what is there of these, at least
-        one policy
+Reads   data/<dataset>, runs/<run>/compose, ppo and sft, runs/<run>/reward; what is there of these,
+        at least one policy
 
     make serve          pagellm serve --dataset synthetic --port 8000
     curl -d '{"user": "U0001000", "k": 5}' -H 'content-type: application/json' \\
@@ -32,7 +32,7 @@ import torch
 
 from pagellm.serving.cache import Cache
 from pagellm.serving.recommender import Ask, Recommender, no_observer
-from pagellm.serving.sources import POLICIES, Sources
+from pagellm.serving.sources import WRITERS, Sources
 from pagellm.stage import hints
 from pagellm.stage.command import Interrupted, main
 from pagellm.stage.config import PageLLMError, check
@@ -138,6 +138,7 @@ class Service:
         self.change = threading.Condition()
         self.closed = threading.Event()
         self.threads: list[threading.Thread] = []
+        self.passed_over: dict[str, str] | None = None
         self.reported: str | None = None  # the state on disk whose failed swap is logged
 
     def load(self) -> Recommender:
@@ -248,7 +249,7 @@ class Service:
     def on_disk(self) -> dict[str, str] | None:
         """Ids of all that is finished on disk; None while a stage that is served is not."""
         served, found = self.recommender.hashes, {}
-        for name in (*POLICIES, "reward"):
+        for name in (*WRITERS, "reward"):
             try:
                 found[name] = json.loads((self.config.where(name) / "done").read_text())["id"]
             except (OSError, ValueError, KeyError, TypeError):
@@ -267,11 +268,12 @@ class Service:
     def take_new_weights(self) -> bool:
         """Load new weights if there are any, try them here, then swap. True if swapped."""
         found = self.on_disk()
-        if found is None or found == self.recommender.hashes:
+        if found is None or found in (self.recommender.hashes, self.passed_over):
             return False
         try:
             fresh = self.load()
-            fresh.answers([Ask(k=1)])
+            for name in fresh.names:
+                fresh.answers([Ask(k=1, policy=name)])
         except Exception as error:
             # The files are still being copied, or broken: the old model goes on. The swap is tried
             # again at every look, and its failure is logged once.
@@ -281,9 +283,14 @@ class Service:
                 fields = {"type": type(error).__name__, "why": str(error)[:300]}
                 log.error("swap_failed", extra={"fields": fields})
             return False
+        # What is on disk and was left out, such as composed pages of an earlier policy.
+        self.passed_over = found if found != fresh.hashes else None
+        if fresh.hashes == self.recommender.hashes:
+            return False
         self.recommender = fresh
         self.observe("swap", 1)
-        log.info("swap", extra={"fields": {"models": fresh.hashes}})
+        said = {"models": fresh.hashes, "policy": fresh.choice_in_words()}
+        log.info("swap", extra={"fields": said})
         return True
 
 
@@ -334,6 +341,7 @@ def run(config: Config) -> None:
         extra={
             "fields": {
                 "models": service.recommender.hashes,
+                "policy": service.recommender.choice_in_words(),
                 "split": config.split,
                 "seconds": round(time.perf_counter() - started, 2),
             }
@@ -344,6 +352,7 @@ def run(config: Config) -> None:
         flush=True,
     )
     print(f"  {service.recommender.in_words()}", flush=True)
+    print(f"  default policy {service.recommender.choice_in_words()}", flush=True)
     http = type("Http", (HttpWithTimeout,), {"patience": config.timeout})
     server = uvicorn.Server(
         uvicorn.Config(

@@ -5,27 +5,44 @@ and which of a user's rows a prompt shows and a page leaves out.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from pagellm.data.shop import Rows, Shop
+from pagellm.model.composer import Maker
+from pagellm.pages.variety import KINDS
+from pagellm.pages.yardstick import best_of, said_of_best
 from pagellm.stage.config import PageLLMError, check
-from pagellm.stage.run import StageConfig, finished
+from pagellm.stage.files import read_json
+from pagellm.stage.run import StageConfig, file_id, finished
 
 __all__ = [
+    "Default",
     "NEED",
+    "PLAIN",
     "POLICIES",
     "SPLITS",
     "Sources",
+    "WRITERS",
     "check_policy",
+    "check_variety",
+    "check_writer",
     "known_rows",
     "pick_policy",
     "split_in_words",
 ]
 
 
-POLICIES = ("ppo", "sft")  # with the reward, and without it; the first that is there is taken
-NEED = {"sft": "SFT policy", "ppo": "PageLLM policy", "reward": "reward model"}
+POLICIES = ("ppo", "sft")  # networks with the reward, and without it
+WRITERS = ("compose", *POLICIES)  # what writes pages; where validation says nothing, the first one
+PLAIN = "plain"  # ALS with facts and MMR, which comes with composed pages, to compare with
+NEED = {
+    "sft": "SFT policy",
+    "ppo": "PageLLM policy",
+    "reward": "reward model",
+    "compose": "composed pages",
+}
 SPLITS = ("none", "test", "valid")
 
 
@@ -44,24 +61,81 @@ class Sources(StageConfig):
         check(self, split=(self.split in SPLITS, ", ".join(SPLITS)))
 
     def where(self, verb: str) -> Path:
-        """Directory of sft, ppo or reward."""
+        """Directory of sft, ppo, compose or reward."""
         return self.stage(
             verb,
             {"sft": self.source_run, "reward": self.reward_run or self.source_run}.get(verb, ""),
         )
 
+    def proposer(self, policy: str, run: str) -> Path:
+        """Directory of the policy that composed pages were made with."""
+        return self.stage(policy, run or (self.source_run if policy == "sft" else ""))
+
     def policy_there(self, policy: str = "") -> str:
         """`policy`, or if it is empty the first of POLICIES that is finished."""
         return pick_policy(policy, self.where, self.make)
 
+    def stale(self) -> list[str]:
+        """What composed pages were made from and is another by now; [] also where none are."""
+        if not is_done(self.where("compose")):
+            return []
+        if "unit" not in read_json(self.where("compose") / "done"):
+            return ["version of this library"]
+        data = file_id(self.data_dir / "source.json")
+        return Maker.of(self.where("compose"), "").stale(self.proposer, data)
+
     def policies_there(self) -> tuple[str, ...]:
-        """All of POLICIES that are finished, at least one. Raises PageLLMError if none is."""
-        found = tuple(name for name in POLICIES if is_done(self.where(name)))
+        """All of WRITERS that are finished, at least one. Raises PageLLMError if none is.
+
+        Composed pages whose policy or data have been made anew since are left out.
+        """
+        found = tuple(name for name in WRITERS if is_done(self.where(name)))
+        if "compose" in found and self.stale():
+            found = tuple(name for name in found if name != "compose")
         return found or (self.policy_there(),)
+
+    def default(self, policy: str = "") -> "Default":
+        """The policy named; empty: the best on validation of those there."""
+        if policy:
+            return Default(policy, "asked for", {})
+        there, left = self.policies_there(), ""
+        if gone := self.stale():
+            left = f"; composed pages are left out: made from another {' and '.join(gone)}"
+        found = {}
+        for name in there:
+            done = read_json(self.where(name) / "done")
+            found[name] = done.get("valid") or done.get("decoding", {}).get("valid")
+        known = {name: row for name, row in found.items() if row}
+        users = {(row["who"], row["k"]) for row in known.values()}
+        if len(there) == 1:
+            return Default(there[0], "the only one there" + left, {})
+        if len(known) < len(there) or len(users) > 1:
+            lacking = [name for name in there if name not in known] or list(there)
+            why = f"validation does not compare them ({', '.join(lacking)} made otherwise)"
+            return Default(there[0], f"first of {', '.join(there)}: {why}{left}", {})
+        name, worst = best_of({name: row["means"] for name, row in known.items()})
+        return Default(name, said_of_best(name, worst) + left, worst)
+
+    def mode_of(self, policy: str) -> str:
+        """The mode of decoding that validation chose for sft or ppo; greedy where none was."""
+        done = self.where(policy) / "done"
+        found = read_json(done) if done.exists() else {}
+        return found.get("decoding", {}).get("mode", "greedy")
 
     def reward_there(self) -> bool:
         """Whether rewards can be given; a reward_run that was named must be there."""
         return bool(self.reward_run) or is_done(self.where("reward"))
+
+
+class Default(NamedTuple):
+    """The policy that writes where none is named.
+
+    why     in words        worst  name -> worst relative difference to another on validation
+    """
+
+    policy: str
+    why: str
+    worst: dict[str, float]
 
 
 def is_done(path: Path) -> bool:
@@ -72,6 +146,20 @@ def is_done(path: Path) -> bool:
 def check_policy(policy: str) -> tuple[bool, str]:
     """Whether a Config's policy is one, and what would be: a rule for config.check."""
     return policy in ("", *POLICIES), "ppo, sft, or nothing for what is there"
+
+
+def check_writer(policy: str) -> tuple[bool, str]:
+    """Likewise for what may write pages: composed pages and the plain row too."""
+    allowed = (*WRITERS, PLAIN)
+    return policy in ("", *allowed), f"{', '.join(allowed)}, or nothing for validation's choice"
+
+
+def check_variety(variety: str, strength: float) -> dict[str, tuple[bool, str]]:
+    """Rules for config.check: the options variety and strength."""
+    return {
+        "variety": (variety in KINDS, ", ".join(KINDS)),
+        "strength": (0 <= strength < np.inf, "0 or more"),
+    }
 
 
 def pick_policy(policy: str, where: Callable[[str], Path], make: Callable[[str], str]) -> str:

@@ -226,8 +226,11 @@ def finished(path: str | Path, need: str, make: str) -> dict[str, Any]:
         raise PageLLMError(f"no {need} in {path}{half}\n  Make it with: {make}") from None
 
 
-def load_model_file(path: str | Path) -> dict[str, Any]:
+def load_model_file(path: str | Path, mapped: bool = False) -> dict[str, Any]:
     """The tensors and plain values in a model.pt or checkpoint, on the CPU.
+
+    mapped  tensors are mapped from the file, so that what is not read takes no memory. Do not
+            change them
 
     No pickle is run (torch.load with weights_only). A model.pt must be the file that the `done`
     record beside it names. Raises PageLLMError for a file that is gone, changed or damaged.
@@ -245,7 +248,7 @@ def load_model_file(path: str | Path) -> dict[str, Any]:
             f"  Remove {path.parent} and make it again."
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
     except FileNotFoundError:
         raise PageLLMError(
             f"{path} is gone; remove {Path(path).parent} and make it again"

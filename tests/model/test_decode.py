@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,6 +24,7 @@ from pagellm.model.decode import (
     trim_padding,
 )
 from pagellm.model.gpt2 import GPT2, Shape
+from pagellm.pages.variety import Variety
 from tests.strategies import seeds
 
 N, WORDS, USERS = 7, 5, 2
@@ -350,3 +352,52 @@ def test_hybrid_is_greedy_at_the_top_and_one_shot_behind_it(case, head, k):
             rest = [i for i in logits[row].argsort(descending=True).tolist() if i not in gone]
             assert item[m:][mask[m:]].tolist() == rest[: k - m][: int(mask[m:].sum())]
             assert int(mask.sum()) == min(k, N - len(set(excluded[row].tolist()) - {-1}))
+
+
+class Alike:
+    """Stands for rerank.Kin: items of one parity are all alike, others not at all."""
+
+    leaf = np.zeros(N, np.int64)
+
+    @staticmethod
+    def similarity(item, other):
+        return (item % 2 == other[:, None] % 2).astype(float)
+
+
+@settings(deadline=None, max_examples=20)
+@given(prompts(), st.sampled_from([0.0, 0.7, 50.0]))
+def test_variety_changes_what_each_slot_takes_in_every_mode(asked, strength):
+    """Slot by slot, by one state, and by a beam of one: the largest changed logit that is legal."""
+    ids, valid, excluded, gone = asked
+    variety = Variety(Alike(), "mmr", strength)
+
+    def legal():
+        return LegalItems(excluded, N, variety=variety)
+
+    found = {
+        "greedy": greedy(MODEL, ids, valid, legal(), 4),
+        "beam": beam(MODEL, ids, valid, legal(), 4, width=1),
+        "one_shot": one_shot(MODEL, ids, valid, legal(), 4),
+    }
+    assert torch.equal(found["greedy"].item, found["beam"].item)
+    states = slot_states(MODEL, ids, valid, found["greedy"].item, found["greedy"].mask)
+    for mode, pages in found.items():
+        for row, out in enumerate(gone):
+            above = []
+            for slot in range(min(4, N - len(out))):
+                state = states[row, slot] if mode != "one_shot" else states[row, 0]
+                logits = MODEL.item_logits(state[None])[0].detach().clone()
+                for i in range(N):
+                    alike = any(i % 2 == j % 2 for j in above)
+                    logits[i] -= strength * alike
+                    if i in above or i in out:
+                        logits[i] = -torch.inf
+                item = int(pages.item[row, slot])
+                assert logits[item] >= logits.max() - 1e-4
+                assert_close(
+                    pages.logp[row, slot], logits.log_softmax(0)[item], atol=1e-4, rtol=1e-4
+                )
+                above.append(item)
+    if strength == 0:
+        plain = one_shot(MODEL, ids, valid, LegalItems(excluded, N), 4)
+        assert torch.equal(found["one_shot"].item, plain.item)

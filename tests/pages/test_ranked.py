@@ -22,6 +22,7 @@ from pagellm.pages.ranked import (
     check_mask,
     check_pages,
     label_ranks,
+    last_evaluated,
     rank_all,
     score_row,
     seen_rows,
@@ -325,3 +326,10 @@ def test_pages_of_another_library_need_user_rank_and_item(shop, tmp_path):
     pq.write_table(pa.table({"user": [1], "item": [2]}), path)
     with pytest.raises(PageLLMError, match="no column rank"):
         ranked.read_pages(path, shop)
+
+
+def test_a_comparison_is_about_composed_pages_where_they_were_evaluated(tmp_path):
+    assert last_evaluated(tmp_path) == "ppo"
+    (tmp_path / "compose").mkdir()
+    (tmp_path / "compose" / "pages.parquet").touch()
+    assert last_evaluated(tmp_path) == "compose"

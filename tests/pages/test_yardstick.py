@@ -8,8 +8,10 @@ from pagellm.data.shop import load
 from pagellm.pages import rerank
 from pagellm.pages.ranked import Scorer, popularity_pages, seen_rows
 from pagellm.pages.yardstick import (
+    best_of,
     chosen,
     frontier_table,
+    said_of_best,
     sweep,
     verdict,
     verdict_table,
@@ -111,3 +113,19 @@ def test_the_verdict_table_counts_and_names_what_is_behind():
     ]
     line = verdict_table(records).splitlines()[1]
     assert line.split()[:4] == ["ALS", "1", "1", "2"] and "behind: PWKT, DPA" in line
+
+
+def test_the_best_of_several_is_the_one_that_loses_least_anywhere():
+    found = {
+        "a": {"Recall@20": 1.0, "NDCG@100": 0.5, "ILD": 0.5, "energy": -2.0},
+        "b": {"Recall@20": 0.9, "NDCG@100": 0.5, "ILD": 0.9, "energy": -1.0},
+        "c": {"Recall@20": 1.0, "NDCG@100": 0.3, "ILD": 1.0, "energy": -1.0},
+    }
+    best, worst = best_of(found)
+    assert best == "b" and worst["b"] == pytest.approx(-0.1)
+    assert worst["a"] == pytest.approx(-1.0)  # energy, a whole |-1| below b's and c's
+    assert "b -10.0%" in said_of_best(best, worst)
+    assert best_of({"x": {}}) == ("x", {"x": 0.0})
+    assert best_of({"x": {"ILD": 1.0}, "y": {"ILD": 1.0, "energy": 9.0}})[0] == "x"  # a tie
+    with pytest.raises(ValueError, match="nothing"):
+        best_of({})

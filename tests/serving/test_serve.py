@@ -782,6 +782,7 @@ def test_the_open_api_document_names_every_route_and_error(client):
         "history",
         "k",
         "decoding",
+        "variety",
         "policy",
         "explain",
         "filters",
@@ -971,3 +972,42 @@ def test_an_idle_connection_stays_open_for_as_long_as_it_is_said(served):
             b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n",
         )
         assert b" 200 " in said and 0.7 < seconds < 4
+
+
+def test_composed_pages_over_http_and_what_is_served_by_default(composed):
+    """The shop says which policies there are; each writes; variety is checked."""
+    with Client(Service(config(composed))) as client:
+        shop = ShopFacts.model_validate(client("GET", "/v1/shop").json(), strict=True)
+        assert set(shop.policies) == {"compose", "ppo", "sft", "plain"}
+        assert shop.default in ("compose", "ppo", "sft") and "on validation" in shop.why
+        assert shop.decoding.keys() == {"ppo", "sft"}
+        user, found = client.service.recommender.shop.user_ids[0], {}
+        for policy in (*shop.policies, None):
+            reply = client.page(user=user, k=5, policy=policy)
+            found[policy] = Page.model_validate(reply.json(), strict=True)
+        assert [s.item for s in found[None].items] == [s.item for s in found[shop.default].items]
+        assert found["compose"].decoding is None and found["sft"].decoding == shop.decoding["sft"]
+        assert found["compose"].model == found["plain"].model == shop.models["compose"]
+        varied = client.page(user=user, k=5, policy="sft", variety={"method": "mmr"})
+        assert varied.status_code == 200
+        refused(client.page(user=user, variety={"method": "dpp"}), 422)
+        refused(client.page(user=user, variety={"method": "mmr", "strength": -1.0}), 422)
+        assert client("GET", "/static/page.js").status_code == 200
+        # What lies on disk is what is served, so nothing is loaded again.
+        assert client.service.take_new_weights() is False
+
+
+def test_composed_pages_of_a_policy_made_anew_are_left_out_and_not_loaded_again(
+    composed, tmp_path, monkeypatch
+):
+    for part in ("data", "runs"):
+        shutil.copytree(composed / part, tmp_path / part)
+    base = tmp_path / "runs/base"
+    shutil.rmtree(base / "sft")
+    shutil.copytree(base / "ppo", base / "sft")
+    service = Service(config(tmp_path))
+    assert service.recommender.names == ("ppo", "sft")
+    assert "left out: made from another sft" in service.recommender.why
+    loads, load = [], service.load
+    monkeypatch.setattr(service, "load", lambda: (loads.append(1), load())[1])
+    assert [service.take_new_weights() for _ in range(3)] == [False] * 3 and len(loads) == 1

@@ -6,7 +6,10 @@ const typed = new Map();        // item id -> {title, rating}
 const excluded = new Map();     // item id -> title
 const shown = {};               // policy -> {answer, order: [slots as they stand now], now: answer for that order}
 let asked = 0;                  // the newest question; older answers are dropped
-let policies = [];              // those that are served, in the order of their columns
+let policies = [];              // those that are shown, in the order of their columns
+let served = [];                // all that may be shown
+const NAMES = { plain: "Plain: ALS with facts, MMR", sft: "Without the reward", ppo: "With the reward",
+                compose: "Composed" };  // in the order of the columns
 let rated = false;              // whether there is a reward model
 
 function make(tag, options = {}, ...children) {
@@ -83,8 +86,9 @@ function filters() {
 
 async function write() {
   const mine = ++asked;
-  const body = { ...person(), k: Number(byId("k").value), decoding: byId("decoding").value, filters: filters(),
-                 explain: true };
+  const method = byId("variety").value;
+  const body = { ...person(), k: Number(byId("k").value), decoding: byId("decoding").value || null,
+                 variety: method ? { method } : null, filters: filters(), explain: true };
   say("Writing…");
   try {
     const answers = await Promise.all(policies.map((policy) => call("/v1/page", { ...body, policy })));
@@ -150,6 +154,13 @@ function bar(share) {
   return svg;
 }
 
+// What the score of a slot says when the page is written: see the field `score` in /openapi.json.
+function worth(policy, score) {
+  if (policy === "plain") return `Score of ALS ${fixed(score, 2)}`;
+  if (policy === "compose") return `Chance that it is picked ${(100 * Math.exp(score)).toFixed(1)}%`;
+  return `Log-probability ${fixed(score, 2)} when it was written`;
+}
+
 function row(policy, slot, at, reward, low, span, alone) {
   const title = slot.title || slot.item;
   const grip = make("button", { type: "button", className: "grip", "aria-label": `Move ${title}, now ${at + 1}`,
@@ -157,8 +168,7 @@ function row(policy, slot, at, reward, low, span, alone) {
                                       pointerdown: (event) => drag(event, policy, at) } }, "⠿");
   const like = slot.similar.map((near) => `${near.title || near.item} (${fixed(near.similarity, 2)})`).join("; ");
   const why = make("details", { className: "why" }, make("summary", {}, "why"),
-    make("p", {}, `${rated ? `Reward of this slot ${fixed(reward)}; log` : "Log"}-probability ` +
-      `${fixed(slot.score, 2)} when it was written.`),
+    make("p", {}, `${rated ? `Reward of this slot ${fixed(reward)}. ` : ""}${worth(policy, slot.score)}.`),
     make("p", {}, like ? `Like, in the history: ${like}.` : "No history to compare with."),
     slot.held_out ? make("p", {}, "✓ The user chose it; the model has not seen that.") : "",
     make("button", { type: "button", on: { click: () => { excluded.set(slot.item, title); chips(); write(); } } },
@@ -295,26 +305,43 @@ async function stored() {
   } catch { /* a stranger: the page says so itself */ }
 }
 
-// One column a policy that is served; what cannot be shown is not explained either.
-function columns({ models, split }) {
-  policies = ["sft", "ppo"].filter((policy) => models[policy]);
-  rated = Boolean(models.reward);
-  for (const policy of ["sft", "ppo"]) byId(policy).hidden = !models[policy];
-  byId("pages").classList.toggle("unrated", !rated);
+// One column for each policy that is compared; what cannot be shown is not explained either.
+function columns() {
+  const wanted = [byId("left").value, byId("right").value];
+  policies = served.filter((policy) => wanted.includes(policy));
+  for (const policy of Object.keys(NAMES)) {
+    byId(policy).hidden = !policies.includes(policy);
+    if (!policies.includes(policy)) delete shown[policy];
+  }
   byId("go").textContent = policies.length > 1 ? "Write both pages" : "Write the page";
-  byId("about-bar").hidden = !rated;
   byId("about-both").hidden = policies.length < 2;
+}
+
+// The default beside SFT, or beside what else there is.
+function offer({ policies: there, default: best, why, models, split }) {
+  served = Object.keys(NAMES).filter((policy) => there.includes(policy));
+  rated = Boolean(models.reward);
+  const other = ["sft", "ppo", "plain", "compose"].find((policy) => policy !== best && served.includes(policy)) || best;
+  for (const [id, chosen] of [["left", other], ["right", best]]) {
+    byId(id).replaceChildren(...served.map((policy) =>
+      make("option", { value: policy, selected: policy === chosen }, NAMES[policy])));
+  }
+  byId("versus").hidden = served.length < 2;
+  byId("pages").classList.toggle("unrated", !rated);
+  byId("about-bar").hidden = !rated;
   byId("about-held").hidden = split === "none";
+  byId("about-default").textContent = served.length > 1 ? `Default: ${NAMES[best]} (${why}).` : "";
+  columns();
 }
 
 async function begin() {
   const shop = await call("/v1/shop");
   const count = (n) => n.toLocaleString("en");
   byId("facts").textContent = `${shop.dataset}: ${count(shop.users)} users, ${count(shop.items)} items`;
-  const names = { ppo: "with the reward", sft: "without the reward", reward: "reward model" };
+  const names = { compose: "composed", ppo: "with the reward", sft: "without the reward", reward: "reward model" };
   byId("models").textContent = [`version ${shop.version}`, ...Object.keys(names).filter((name) => shop.models[name])
     .map((name) => `${names[name]} ${shop.models[name]}`)].join(", ");
-  columns(shop);
+  offer(shop);
   byId("k").max = shop.k_max;
   byId("k").value = Math.min(20, shop.k_max);
   if (shop.price) {
@@ -334,6 +361,8 @@ byId("ask").addEventListener("submit", (event) => { event.preventDefault(); writ
 byId("filters").addEventListener("input", again);
 byId("k").addEventListener("input", again);
 byId("decoding").addEventListener("input", again);
+byId("variety").addEventListener("input", again);
+for (const id of ["left", "right"]) byId(id).addEventListener("input", () => { columns(); write(); });
 byId("user").addEventListener("input", later(() => { suggest("user", "users", "/v1/users"); stored(); write(); }));
 byId("find").addEventListener("input", later(() => suggest("find", "found", "/v1/items")));
 byId("find").addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); add(); } });
