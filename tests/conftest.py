@@ -111,8 +111,9 @@ def forget_choice(stage):
     write_json(done, {k: v for k, v in read_json(done).items() if k != "decoding"})
 
 
-def recall_choice(stage):
-    os.replace(stage.parents[2] / f"{stage.name}.whole", stage / "done")
+def recall_choice(stage, kept):
+    """kept: the directory of `served`, in which `forget_choice` left the whole record."""
+    shutil.copy(kept / f"{stage.name}.whole", stage / "done")
 
 
 @pytest.fixture(scope="session")
@@ -139,7 +140,7 @@ def composed(served, tmp_path_factory):
     for part in ("data", "runs"):
         shutil.copytree(served / part, root / part)
     for stage in ("sft", "ppo"):
-        recall_choice(root / "runs" / "base" / stage)
+        recall_choice(root / "runs" / "base" / stage, served)
     compose.run(
         compose.Config(
             run="base", data=str(root / "data"), runs=str(root / "runs"), k=6, networks=1
