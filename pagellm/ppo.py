@@ -114,10 +114,8 @@ class Config(TrainingConfig):
 
     source_run: str = ""  # run whose sft is read; empty: this run (studies share one)
     reward_run: str = ""  # run whose reward model is read; empty: the same as source_run
-    item_reward: str = (
-        "pairs"  # what pays a slot: pairs, the reward model's token head; or outcome,
-    )
-    # the chance of a pick, by the outcome model of the stage compose
+    item_reward: str = "pairs"  # reward of a slot: pairs, the token head of the reward model; or
+    # outcome, the probability of a pick by the outcome model of the stage compose
     compose_run: str = ""  # run whose outcome model is read; empty: the same as source_run
     gate_users: int = 1000  # validation users of the gate before training; 0: all
     gate_pages: int = 16  # pages drawn for each of them
@@ -154,11 +152,9 @@ class Config(TrainingConfig):
     kl_coef: float = 0.1  # price of one nat of KL to the SFT policy, per slot, in normalised reward
     kl_target: float = 0.0  # nats a page; above 0 kl_coef adapts towards it (Ziegler et al. 2019)
     kl_horizon: float = 10000.0  # pages over which the adaptive coefficient moves
-    reward_fn: str = (
-        ""  # a reward function of your own, module:function, beside what is learnt; see
-    )
-    # pagellm/model/reward_fn.py. With w_token and w_page 0 no reward model is needed
-    w_fn: float = 1.0  # weight of what reward_fn pays
+    reward_fn: str = ""  # a reward function of your own, module:function, beside what is learnt
+    # (pagellm/model/reward_fn.py). With w_token and w_page 0 no reward model is needed
+    w_fn: float = 1.0  # weight of reward_fn
     w_token: float = 1.0  # weight of the mean token reward; 0: page-only
     w_page: float = 1.0  # weight of the page reward; 0: item-only
     w_hit: float = 0.0  # weight of the page's NDCG on train items that its prompt hides;

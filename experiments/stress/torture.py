@@ -95,9 +95,8 @@ SPOTS = {
 class Config:
     """Break things on purpose and count what survives."""
 
-    suites: str = (
-        "kill,signal,fault,ranks,input,silent"  # suites to run, comma-separated; also soak
-    )
+    suites: str = "kill,signal,fault,ranks,input,silent"  # suites to run, comma-separated;
+    # also soak
     moments: int = 20  # kills of each stage; half as many signals
     inputs: int = 100_000  # number of mutated lines
     mutations: int = 500  # number of shops with a silent fault

@@ -609,9 +609,8 @@ class Config(StageConfig):
     """Judge the pages of two policies for a sample of users."""
 
     a: str = "sft"  # policy that b is compared with; its pages lie in <runs>/<run>/evaluate/<a>
-    b: str = (
-        ""  # policy whose win rate is reported; empty: compose if its pages are there, else ppo
-    )
+    b: str = ""  # policy whose win rate is reported; empty: compose if its pages are there,
+    # else ppo
     backend: str = "rules"  # what judges: rules, reward, http, replay
     users: int = 200  # number of users whose pages are judged; 0: all
     k: int = 20  # slots of a page that are shown
