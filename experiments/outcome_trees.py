@@ -18,7 +18,7 @@ import numpy as np
 
 from pagellm.data.shop import load
 from pagellm.model.composer import picks
-from pagellm.model.judges import History, Judges
+from pagellm.model.judges import History, Judges, legal_items
 from pagellm.model.outcome import Calibration, Outcome, fit_network, fold_rows
 from pagellm.pages import stats
 from pagellm.stage import hints
@@ -121,11 +121,13 @@ def run(config: Config) -> dict[str, dict]:
     users = np.flatnonzero((held.counts() > 0) & (train.counts() > 0))
     if 0 < config.users < len(users):
         users = np.sort(np.random.default_rng(config.seed).permutation(users)[: config.users])
-    judges = Judges(shop.catalogue, History.of(shop, shop.rows("train", None)), None, config.seed)
+    history = History.of(shop, shop.rows("train", None))
+    judges = Judges.fit(shop.catalogue, history, None, config.seed)
     parts = []
     for at in range(0, len(users), 256):
         some = users[at : at + 256]
-        item, features = judges.candidates(some, shop.csr("train", positive=None), 150)
+        legal = legal_items(history.rows, some, shop.n_items)
+        item, features = judges.candidates(judges.known.select(some), legal, 150)
         flat = trees.predict(features.reshape(-1, features.shape[2]), num_threads=1)
         parts.append((item, network(features), flat.reshape(item.shape)))
     item, ours, theirs = (np.concatenate(column) for column in zip(*parts, strict=True))

@@ -462,8 +462,12 @@ def hybrid(
     # A page that is full already has no legal item left, so what is read for it is dropped.
     if constraint.above is not None:
         rest = fill_varied(logits, constraint, k - top.item.shape[1], ties)
-        pairs = zip((top.item, top.logp, top.mask), (rest.item, rest.logp, rest.mask), strict=True)
-        return Pages(*(torch.cat(pair, 1) for pair in pairs), top.first)
+        return Pages(
+            torch.cat([top.item, rest.item], 1),
+            torch.cat([top.logp, rest.logp], 1),
+            torch.cat([top.mask, rest.mask], 1),
+            top.first,
+        )
     logp, _ = legal_logp(logits, constraint.legal, 1.0)
     value, column = top_k(logp, k - top.item.shape[1], ties)
     mask = value.isfinite()

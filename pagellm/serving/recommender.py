@@ -502,7 +502,9 @@ class Recommender:
         """
         assert self.told is not None and self.composer is not None
         nobody = (np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, bool), np.zeros(0))
-        stored = nobody if asked.user is None else self.told.one(asked.user)
+        stored: tuple[np.ndarray, ...] = nobody
+        if asked.user is not None:
+            stored = self.told.one(asked.user)
         given: dict[int, float] = {}
         for name, rating in asked.ask.history:
             if name in self.item_of:
