@@ -893,21 +893,24 @@ class Training:
         policy, critic = nets.policy.model, nets.critic
         # What reward_fn pays of pages, mask (B, K) and users (B,): (B, K).
         self.own: Callable[[Tensor, Tensor, np.ndarray], Tensor] | None = None
+        self.objective = (
+            Objective(once_loss, policy=policy)
+            if config.once
+            else Objective(minibatch_loss, policy=policy, critic=critic)
+        )
+        # FSDP replaces the parameters, so the optimisers come after it.
+        self.learner = dist.wrap(self.objective, config.parallel)
         adam = partial(optimiser, eps=1e-5, betas=(0.9, 0.999), lazy=config.lazy_rows)
         self.opt = adam(policy, config.lr, row_lr=config.row_lr)
         self.policy_step = GuardedStep(self.opt, policy.parameters(), config.grad_clip)
         self.critic_opt: torch.optim.Optimizer | None = None
         self.critic_step: GuardedStep | None = None
         self.warmup = 0  # steps of the critic alone
-        if config.once:
-            self.objective = Objective(once_loss, policy=policy)
-        else:
+        if not config.once:
             updates = config.inner_epochs * (config.rollout // config.minibatch)
             self.warmup = math.ceil(config.critic_warmup / updates)
-            self.objective = Objective(minibatch_loss, policy=policy, critic=critic)
             self.critic_opt = adam(critic, config.critic_lr)
             self.critic_step = GuardedStep(self.critic_opt, critic.parameters(), config.grad_clip)
-        self.learner = dist.wrap(self.objective, config.parallel)
         self.moments, self.best = RunningMoments(), Best()
         self.steer: AdaptiveKL | None = None
         if config.kl_target:

@@ -39,7 +39,13 @@ def counts():
     """What was tried, in a short run of all kinds of harm; nothing broke."""
     words = "--suites kill,signal,fault,ranks,input,silent,soak --seed 1 --moments 1 --inputs 5000"
     code, said = python(
-        "-m", "experiments.stress.torture", *words, "--minutes", "0.01", "--mutations", "30"
+        "-m",
+        "experiments.stress.torture",
+        *words.split(),
+        "--minutes",
+        "0.01",
+        "--mutations",
+        "30",
     )
     assert code == 0 and "nothing broke" in said, said[-3000:]
     found = re.findall(r"^ +([0-9,]+)  (.+)$", said, re.MULTILINE)

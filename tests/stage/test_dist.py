@@ -19,6 +19,7 @@ from pagellm.model.networks import build, save_published
 from pagellm.model.weights import read_weights
 from pagellm.stage import dist
 from pagellm.stage.config import PageLLMError
+from pagellm.stage.run import load_model_file
 from pagellm.stage.train import shared_means
 from tests import two_processes
 
@@ -204,7 +205,7 @@ def test_two_processes_end_with_the_metrics_of_one(folder, mode):
 @pytest.mark.parametrize("mode", dist.MODES)
 def test_frozen_words_stay_as_they_were_published(folder, mode):
     published, _ = read_weights(folder / "llama")
-    state = torch.load(folder / "runs" / f"{mode}-lora" / "ppo" / "model.pt", weights_only=True)
+    state = load_model_file(folder / "runs" / f"{mode}-lora" / "ppo" / "model.pt")
     assert torch.equal(state["weights"]["word"], published["model.embed_tokens.weight"])
 
 
