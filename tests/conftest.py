@@ -138,7 +138,7 @@ def composed(served, tmp_path_factory):
     """The shop of `served` with its stages, and composed pages beside them."""
     root = tmp_path_factory.mktemp("composed")
     for part in ("data", "runs"):
-        shutil.copytree(served / part, root / part)
+        shutil.copytree(served / part, root / part, ignore=shutil.ignore_patterns("evaluate"))
     for stage in ("sft", "ppo"):
         recall_choice(root / "runs" / "base" / stage, served)
     compose.run(

@@ -20,7 +20,7 @@ SMALL = {
     "sft": {"epochs": 3, "batch": 16, "eval_every": 2, "max_history": 8, "k": 6, "lr": 1e-12},
     "ppo": {
         **{"epochs": 2.0, "rollout": 16, "minibatch": 8, "inner_epochs": 1, "k": 6, "lr": 1e-12},
-        **{"min_steps": 12, "eval_every": 2, "critic_warmup": 2},
+        **{"min_steps": 12, "eval_every": 2, "critic_warmup": 2, "force": True},
     },
 }
 STAGES = {"pretrain": pretrain, "sft": sft, "ppo": ppo}

@@ -12,6 +12,7 @@ from experiments import backbones
 from experiments.backbones import ROWS, Config, costs, markdown, summary
 from pagellm.pages.tables import per_user
 from pagellm.stage.config import PageLLMError
+from pagellm.stage.run import load_model_file
 
 SMALL = {
     "pretrain": "--steps 4 --batch 8 --rating_batch 8 --warmup 2",
@@ -113,9 +114,7 @@ def test_all_rows_begin_from_published_words_and_trunks(study):
         runs / "other" / "llama-nano" / "pretrain" / "model.pt", weights_only=True
     )["weights"]
     ends = {
-        row: torch.load(
-            runs / f"synthetic-{backbones.slug(row)}-s0" / "sft" / "model.pt", weights_only=True
-        )
+        row: load_model_file(runs / f"synthetic-{backbones.slug(row)}-s0" / "sft" / "model.pt")
         for row in ROWS
     }
     name = "h.0.mlp.up_proj.weight"

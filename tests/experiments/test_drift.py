@@ -151,7 +151,9 @@ def test_every_later_stage_reads_time_tokens(root, capsys):
         )
     )
     evaluate.run(
-        evaluate.Config(**common, k=6, depth=20, policies="sft,ppo", n_boot=10, quiet=True)
+        evaluate.Config(
+            **common, k=6, depth=20, policies="sft,ppo", n_boot=10, mode="greedy", quiet=True
+        )
     )
     shop, where = load(root / "data" / "synthetic"), root / "runs" / "timed"
     moments, seen = shop.moments("test"), ranked.seen_rows(shop, "test", "train+valid")
