@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pagellm.data.shop import Rows, Shop
+from pagellm.model.composer import picks
 from pagellm.model.draws import draw, first_logits
 from pagellm.model.outcome import Calibration
 from pagellm.model.policy import Policy
@@ -27,7 +28,8 @@ from pagellm.stage import dist, randomness
 __all__ = ["CLOSED", "crossed_calibration", "knowledge", "said", "validation_users"]
 
 CLOSED = "this reward knows nothing that the policy does not"
-BATCH = 32  # users whose pages are drawn and judged at once
+BATCH = 32  # users whose pages are drawn and judged at once; fewer where the catalogue is large,
+ENTRIES = 2**25  # so that the random numbers of their pages are at most so many (float64: 256 MB)
 
 # Rewards of pages: users (B,), prompt (B, P), valid (B, P), item (B, K), mask (B, K) -> (B,)
 Pay = Callable[[np.ndarray, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -43,9 +45,7 @@ def validation_users(shop: Shop, limit: int, seed: int) -> np.ndarray:
 
 def hits(user: np.ndarray, item: np.ndarray, held: Rows, n_items: int) -> np.ndarray:
     """(B,) discounted hits of pages (B, K): the sum of 1 / log2(k + 1) over slots k that hit."""
-    code = np.repeat(np.arange(len(held.indptr) - 1), held.counts()) * n_items + held.items
-    found = (item >= 0) & np.isin(user[:, None] * n_items + item, code)
-    return (found / np.log2(np.arange(2, item.shape[1] + 2))).sum(1)
+    return (picks(user, item, held, n_items) / np.log2(np.arange(2, item.shape[1] + 2))).sum(1)
 
 
 @torch.no_grad()
@@ -72,7 +72,8 @@ def knowledge(
     discount = 1.0 / np.log2(np.arange(2, k + 2))
     mine, busy = dist.shard(users)
     found = [np.zeros((0, 3, pages))]
-    for some in np.split(mine, range(BATCH, len(mine), BATCH)):
+    size = max(1, min(BATCH, ENTRIES // (pages * N)))
+    for some in np.split(mine, range(size, len(mine), size)):
         prompt, valid = policy.prompt(some, [history.of(u) for u in some])
         excluded = dist.send(torch.from_numpy(seen.padded(some)), device)
         logits = first_logits(policy.model, prompt, valid, excluded)
@@ -134,9 +135,7 @@ def crossed_calibration(
     returns     the opinion; and the ratio of observed to predicted picks in ten bins of equally
                 many candidates, by rising chance
     """
-    code = np.repeat(np.arange(len(held.indptr) - 1), held.counts()) * n_items + held.items
-    there = o.item >= 0
-    picked = there & np.isin(o.user[:, None] * n_items + o.item, code)
+    there, picked = o.item >= 0, picks(o.user, o.item, held, n_items)
     chance, half = np.zeros(raw.shape), np.arange(len(o.user)) % 2
     for side in (0, 1):
         fit = there & (half != side)[:, None]
