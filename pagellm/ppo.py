@@ -854,14 +854,22 @@ def sources(config: Config) -> tuple[Path, Path, Path, dict[str, str]]:
 
 
 def keep_sft(
-    config: Config, training: "Training", validation: Validation, gate: dict, out: Run
+    config: Config,
+    shop: Shop,
+    training: "Training",
+    validation: Validation,
+    gate: dict,
+    out: Run,
 ) -> None:
     """The gate is closed: finish the stage without a step, with the SFT policy as its result."""
     out.log(0, **training.validate(validation, 0))
-    best = training.best
+    best, policy = training.best, training.nets.policy
+    with dist.unsharded(training.objective):
+        decoding = choose_mode(policy, shop, config.k)
     out.finish(
-        training.nets.policy.state(),
+        policy.state(),
         training.state(0),
+        decoding=decoding,
         step=0,
         score=best.score,
         steps=0,
@@ -1069,7 +1077,7 @@ def run(config: Config) -> None:
         )
         longest = min(config.max_page, policy.model.shape.n_ctx - policy.prompts.page_room)
         if not gate["open"] and not config.force:
-            keep_sft(config, training, validation, gate, out)
+            keep_sft(config, shop, training, validation, gate, out)
             return
         if composer is not None:
             seen = shop.csr("train", positive=None)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from pagellm import compose, ppo
+from pagellm import compose, ppo, ppo_gate
 from pagellm.data.shop import load
+from pagellm.model.choice import choose_mode
 from pagellm.model.composer import Composer
 from pagellm.model.policy import Policy
 from pagellm.ppo_gate import CLOSED, crossed_calibration, hits, knowledge, validation_users
@@ -77,6 +78,29 @@ def test_a_reward_that_knows_the_hits_opens_and_one_that_knows_nothing_does_not(
     assert not found["open"] and found["reward"]["mean"] == 0.0
 
 
+def test_a_large_catalogue_is_asked_by_fewer_users_at_once_and_answers_the_same(judged):
+    sizes = []
+
+    def oracle(shop, policy):
+        held = shop.csr("valid")
+
+        def pay(user, p, v, item, mask):
+            sizes.append(len(np.unique(user)))
+            return torch.from_numpy(hits(user, item.numpy(), held, shop.n_items))
+
+        return pay
+
+    whole, n_items = ask(judged, oracle), shop_and_policy(judged)[0].n_items
+    assert max(sizes) > 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo_gate, "ENTRIES", 2 * 6 * n_items)  # two users' pages, six each
+        sizes.clear()
+        parts = ask(judged, oracle)
+    assert max(sizes) == 2
+    for name in ("reward", "sft", "difference"):
+        assert parts[name] == pytest.approx(whole[name], abs=1e-6)
+
+
 def test_the_policys_own_logits_are_not_above_themselves(judged):
     def own(shop, policy):
         history = shop.csr("train")
@@ -114,6 +138,8 @@ def test_a_closed_gate_keeps_sft_and_ends_well(judged, capsys):
     a, b = (Policy.load(judged / "runs" / r) for r in ("base/sft", "closed/ppo"))
     for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True):
         assert torch.equal(x, y)
+    # Serving reads which mode is best, and how good it is, as of a run that was trained.
+    assert record["decoding"] == choose_mode(a, load(judged / "data" / "synthetic"), one.k)
     ppo.run(one)
     assert "already done" in capsys.readouterr().out
     with pytest.raises(PageLLMError, match="ended at the gate"):
