@@ -22,13 +22,12 @@ from pagellm.pages import stats
 from pagellm.pages.metrics import DIRECTION
 from pagellm.pages.tables import per_user
 from pagellm.pages.yardstick import SHARE, verdict
+from pagellm.serving.sources import WRITERS
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check, check_numbers
 from pagellm.stage.files import atomic, read_json
 
 __all__ = ["Config", "run"]
-
-POLICIES = ("compose", "ppo", "sft")  # a run without any of them cannot be served
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +167,9 @@ def run(config: Config) -> str:
     link, notes = runs / config.live, runs / f"{config.live}.promotions.jsonl"
     now = target(link)
     to = before(notes, now) if config.back else config.run
-    served = [name for name in POLICIES if (runs / to / name / "done").exists()]
+    served = [name for name in WRITERS if (runs / to / name / "done").exists()]
     if not served:
-        raise PageLLMError(f"{runs / to} holds no finished policy ({', '.join(POLICIES)})")
+        raise PageLLMError(f"{runs / to} holds no finished policy ({', '.join(WRITERS)})")
     if to == now:
         print(f"promote: {to} is live already")
         return to
