@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from pagellm.data.shop import Shop, load
+from pagellm.model.choice import recorded_mode
 from pagellm.model.composer import Maker, load_composer
 from pagellm.model.policy import MODES, Policy
 from pagellm.pages import stats
@@ -270,10 +271,7 @@ def with_modes(config: Config, where: dict[str, Path]) -> tuple[Config, dict[str
     modes: dict[str, str] = {}
     for name in ("sft", "ppo"):
         if name in config.policies.split(","):
-            done = where[name] / "done"
-            found = read_json(done) if done.exists() and config.mode == "auto" else {}
-            chosen = found.get("decoding", {}).get("mode", "greedy")
-            modes[name] = chosen if config.mode == "auto" else config.mode
+            modes[name] = recorded_mode(where[name]) if config.mode == "auto" else config.mode
     one = set(modes.values())
     return replace(config, mode=one.pop() if len(one) == 1 else config.mode), modes
 

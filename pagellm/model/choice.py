@@ -9,6 +9,7 @@ by the data alone, so that policies can be compared: serving takes the best for 
 
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -16,8 +17,9 @@ from pagellm.data.shop import Rows, Shop
 from pagellm.model.policy import Policy, Validation
 from pagellm.pages.ranked import RankedPages
 from pagellm.pages.yardstick import JUDGED_BY, best_of, means, said_of_best
+from pagellm.stage.files import read_json
 
-__all__ = ["USERS", "choose_mode", "standing"]
+__all__ = ["USERS", "choose_mode", "recorded_mode", "standing"]
 
 USERS = 1000  # validation users whose pages decide; all where there are fewer
 TRIED = ("one_shot", "greedy")  # modes; beam takes a multiple of their time, and is asked for
@@ -36,6 +38,13 @@ def standing(
     scores = there.scorer(write(there.users, there.seen, there), k)
     who = hashlib.sha256(there.users.astype(np.int64).tobytes()).hexdigest()[:16]
     return {"users": len(there.users), "who": who, "k": k, "means": means(scores)}
+
+
+def recorded_mode(stage: Path) -> str:
+    """The mode that `choose_mode` recorded for the policy in this directory; greedy if none was."""
+    done = stage / "done"
+    found = read_json(done) if done.exists() else {}
+    return found.get("decoding", {}).get("mode", "greedy")
 
 
 def choose_mode(policy: Policy, shop: Shop, k: int) -> dict:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pagellm.data.shop import Rows, Shop
+from pagellm.model.choice import recorded_mode
 from pagellm.model.composer import Maker
 from pagellm.pages.variety import KINDS
 from pagellm.pages.yardstick import best_of, said_of_best
@@ -118,9 +119,7 @@ class Sources(StageConfig):
 
     def mode_of(self, policy: str) -> str:
         """The mode of decoding that validation chose for sft or ppo; greedy where none was."""
-        done = self.where(policy) / "done"
-        found = read_json(done) if done.exists() else {}
-        return found.get("decoding", {}).get("mode", "greedy")
+        return recorded_mode(self.where(policy))
 
     def reward_there(self) -> bool:
         """Whether rewards can be given; a reward_run that was named must be there."""
