@@ -262,7 +262,7 @@ def snapshot(folder: Path) -> dict[str, str]:
             continue
         data = path.read_bytes()
         if path.name in ("done", "config.json"):
-            passing = ("seconds", "peak_mb", "versions")
+            passing = ("seconds", "cpu_seconds", "peak_mb", "versions")
             data = json.dumps(
                 {k: v for k, v in json.loads(data).items() if k not in passing}
             ).encode()
