@@ -37,13 +37,16 @@ $(if $(filter-out popularity sft ppo compose,$(WRITERS)),$(error POLICIES=$(POLI
 
 PREPARED := data/$(DATASET)/source.json
 JOURNEY := data/complete_journey/orders.parquet
+ORDERED = $(if $(filter complete_journey,$(DATASET)),$(JOURNEY),$(PREPARED))
 DONE := runs/$(RUN)
+ROWS := $(DONE)/storefront/build/done
 LAST := $(patsubst %,$(DONE)/%/done,$(filter sft ppo compose,sft $(WRITERS)))
 # A log of one's own needs no run; --logging and its like name no log.
 OWN_LOG := $(filter --log --log=%,$(ARGS))
 SHOWN := $(if $(OWN_LOG),$(VENV)/installed,$(DONE)/evaluate/done)
 STAGES := pretrain sft reward ppo compose evaluate
-VERBS := recommend serve export features search baselines storefront judge ope
+STEPS := storefront-build storefront-tune storefront-evaluate storefront-page
+VERBS := recommend serve export features search baselines storefront $(STEPS) judge ope
 STUDIES := ablation backbones coldstart crossdomain drift leaveout
 OF_A_RUN := ranker caches load fuzz
 .PHONY: all fit tune help install check test docs clean prepare $(STAGES) $(VERBS) abtest casestudy report $(STUDIES) seeds \
@@ -86,14 +89,20 @@ $(DONE)/export-ppo/done: | $(DONE)/ppo/done
 export: $(DONE)/ppo/done  ## embeddings of items and users as .npy for a ranker of your own: ARGS="--dtype int8 --pca 32 --out export-small"
 features: $(DONE)/ppo/done  ## dot(h_u, e_i) and the marginal page reward of (user, item) pairs: ARGS="--pairs pairs.parquet --out features.parquet"
 search: $(VENV)/extra-search $(DONE)/export-ppo/done  ## item rows searched: queries a second, size; ARGS="--index hnsw --copies 30": by a graph too, its recall
-storefront: | $(if $(filter complete_journey,$(DATASET)),$(JOURNEY),$(PREPARED))  ## a page of themed rows: built, tuned, scored; DATASET=complete_journey
+storefront: | $(ORDERED)  ## a page of themed rows: built, tuned, scored; DATASET=complete_journey
+storefront-build $(ROWS): | $(ORDERED)  ## its steps one by one: keywords, missions, factors, the scorer
+storefront-tune: | $(ROWS)  ## weights of the score, chosen on validation rows
+storefront-evaluate: | $(ROWS)  ## everybody's page of rows, scored beside rows without themes
+storefront-page: | $(ROWS)  ## one page of rows in the terminal: ARGS="--user ID"
 judge: $(DONE)/evaluate/done  ## SFT's pages against composed ones or PPO's, judged by rules; ARGS="--backend reward", http, replay
 ope: $(SHOWN)  ## what PPO would earn, from SFT's SIMULATED log; ARGS="--log sessions.parquet"
-command = $(if $(filter $(STAGES) recommend,$(1)),$(ALL),$(ONE)) $(1) $(COMMON) $(if $(filter evaluate,$(1)),$(POLICIES_ARG))
+command = $(if $(filter $(STAGES) recommend,$(1)),$(ALL),$(ONE)) $(subst -, ,$(1)) $(COMMON) $(if $(filter evaluate,$(1)),$(POLICIES_ARG))
 $(STAGES) $(VERBS):
 	$(call command,$@) $(ARGS)
 $(patsubst %,$(DONE)/%/done,$(STAGES) baselines export-ppo): $(DONE)/%/done:
 	$(call command,$(*:-ppo=))
+$(ROWS):
+	$(call command,storefront-build)
 $(JOURNEY): | $(VENV)/installed
 	$(ONE) journey $(RAW_ARG)
 abtest: $(SHOWN)  ## SIMULATED online test of SFT against composed pages or PPO; your own log: ARGS="--log log.csv --control a"

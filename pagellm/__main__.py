@@ -7,7 +7,7 @@ import sys
 from pagellm import __version__
 from pagellm.stage.command import main as run_main
 
-__all__ = ["GROUPS", "VERBS", "main"]
+__all__ = ["GROUPS", "VERBS", "main", "verb_and_rest"]
 
 
 # Heading -> command -> (module with Config and run, what it does in one line).
@@ -42,7 +42,11 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "A page of rows": {
         "journey": ("pagellm.storefront.journey", "Complete Journey -> a shop with orders"),
-        "storefront": ("pagellm.storefront.storefront", "a page of themed rows: build to table"),
+        "storefront": ("pagellm.storefront.storefront", "all the steps below, and some pages"),
+        "storefront build": ("pagellm.storefront.build", "keywords, missions, factors, the scorer"),
+        "storefront tune": ("pagellm.storefront.tune", "weights of the score, on validation rows"),
+        "storefront evaluate": ("pagellm.storefront.evaluate", "everybody's page of rows, scored"),
+        "storefront page": ("pagellm.storefront.show", "one page of rows in the terminal"),
     },
     "Comparisons": {
         "baselines": ("pagellm.baselines.compare", "plain recommenders, re-ranked too, one table"),
@@ -63,9 +67,23 @@ def usage() -> str:
     """The text of `pagellm --help`."""
     lines = ["usage: pagellm <command> [--option value ...]", ""]
     for heading, group in GROUPS.items():
-        lines += [f"{heading}:", *(f"  {verb:<11} {line}" for verb, (_, line) in group.items()), ""]
+        width = max(11, *map(len, group))
+        rows = (f"  {verb:<{width}} {line}" for verb, (_, line) in group.items())
+        lines += [f"{heading}:", *rows, ""]
     lines += ["pagellm <command> --help   every option of a command", "pagellm --version"]
     return "\n".join(lines)
+
+
+def verb_and_rest(argv: list[str]) -> tuple[str, list[str]]:
+    """The command at the start of argv, of two words where there is such a one, and what follows.
+
+    The command is "" where there is none. `storefront --user x` is `storefront`; `storefront page`
+    is a command of its own.
+    """
+    for n in (2, 1):
+        if (verb := " ".join(argv[:n])) in VERBS:
+            return verb, argv[n:]
+    return "", argv
 
 
 def main() -> int:
@@ -77,13 +95,18 @@ def main() -> int:
     if argv[0] == "--version":
         print(__version__)
         return 0
-    if argv[0] not in VERBS:
-        near = difflib.get_close_matches(argv[0], VERBS, n=1)
+    verb, rest = verb_and_rest(argv)
+    words = argv[0]
+    bare = rest[:1] and not rest[0].startswith(("-", "@"))
+    if bare and any(name.startswith(f"{verb} ") for name in VERBS):
+        verb, words = "", " ".join(argv[:2])  # storefront pgae
+    if not verb:
+        near = difflib.get_close_matches(words, VERBS, n=1)
         hint = f"did you mean {near[0]}?" if near else "pagellm --help lists the commands"
-        print(f"pagellm: no command {argv[0]!r}; {hint}", file=sys.stderr)
+        print(f"pagellm: no command {words!r}; {hint}", file=sys.stderr)
         return 2
-    module = importlib.import_module(VERBS[argv[0]])
-    return run_main(module.Config, module.run, f"pagellm {argv[0]}", argv[1:])
+    module = importlib.import_module(VERBS[verb])
+    return run_main(module.Config, module.run, f"pagellm {verb}", rest)
 
 
 if __name__ == "__main__":

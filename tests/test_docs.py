@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pagellm import ppo
-from pagellm.__main__ import VERBS
+from pagellm.__main__ import VERBS, verb_and_rest
 from pagellm.data.shop import load
 
 ROOT = Path(__file__).parent.parent
@@ -159,6 +159,8 @@ def test_every_command_that_is_named_exists(page):
     for piece in code(page):
         for verb in re.findall(r"(?:^|[;&] |\n|bin/)pagellm +([a-z][a-z-]*)", piece):
             assert verb in VERBS, f"pagellm {verb}: {piece}"
+        for words in re.findall(r"(?:^|[;&] |\n|bin/)pagellm +(storefront [a-z]+)", piece):
+            assert words in VERBS, f"pagellm {words}: {piece}"
         for module in re.findall(
             r"python -m (?:pydoc )?((?:pagellm|experiments|kernels)[\w.]*)", piece
         ):
@@ -179,12 +181,14 @@ def test_every_source_file_that_is_named_exists(page):
 def test_every_option_of_a_command_that_is_named_exists():
     for page in PAGES:
         for piece in code(page):
-            for verb, rest in re.findall(r"(?:^|\n|bin/)pagellm +([a-z][a-z-]*)([^\n]*)", piece):
+            for words in re.findall(r"(?:^|\n|bin/)pagellm +([a-z][^\n]*)", piece):
+                verb, rest = verb_and_rest(words.split())
+                rest = " ".join(rest)
                 known = {
                     f.name for f in dataclasses.fields(importlib.import_module(VERBS[verb]).Config)
                 } | {"help", "config"}
                 for option in re.findall(r"(?<!\S)--(?:no-)?([a-z][a-z_]*)", rest):
-                    assert option in known, f"{name(page)}: --{option}: pagellm {verb}{rest}"
+                    assert option in known, f"{name(page)}: --{option}: pagellm {verb} {rest}"
 
 
 def test_the_generated_reference_is_up_to_date():

@@ -160,9 +160,9 @@ def main(cls, run: Callable, prog: str, argv: list[str] | None = None) -> int:
     after Ctrl-C, 143 after SIGTERM.
 
     cls   the command's Config      run   called with it      argv  default: sys.argv
-    prog  the command as it is typed, "pagellm sft": every message begins with it. Its last word is
-          the name under which the data set's preset is looked up (`verb_of`). Processes of torchrun
-          other than the first add their rank.
+    prog  the command as it is typed, "pagellm sft": every message begins with it. What follows
+          `pagellm` is the name under which the data set's preset is looked up (`verb_of`).
+          Processes of torchrun other than the first add their rank.
     """
     argv = sys.argv[1:] if argv is None else argv
     rank = os.environ.get("RANK", "0")

@@ -207,8 +207,13 @@ def parse(
 
 
 def verb_of(prog: str) -> str:
-    """The name of a command: "sft" of "pagellm sft", "ablation" of "experiments.ablation"."""
-    return prog.split()[-1].rpartition(".")[2]
+    """The name of a command, under which presets and tables of --config know it.
+
+    "sft" of "pagellm sft", "storefront-page" of "pagellm storefront page", "ablation" of
+    "experiments.ablation"
+    """
+    first, *rest = prog.split()
+    return "-".join(rest) or first.rpartition(".")[2]
 
 
 def apart(cls, argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -24,12 +24,15 @@ def in_checkout() -> bool:
 def command(verb: str, dataset: str = "", run: str = "", seed: str = "", **options: str) -> str:
     """The command that runs `verb`: "make sft DATASET=toys" or "pagellm sft --dataset toys".
 
+    A verb of two words is one target: `pagellm storefront page` is `make storefront-page`.
+
     dataset, run, seed  left out if empty
     options             others, for `pagellm` only: data="elsewhere"
     """
     given = {"dataset": dataset, "run": run, "seed": seed}
     if in_checkout():
-        return " ".join([f"make {verb}", *(f"{k.upper()}={v}" for k, v in given.items() if v)])
+        target = verb.replace(" ", "-")
+        return " ".join([f"make {target}", *(f"{k.upper()}={v}" for k, v in given.items() if v)])
     return " ".join([f"pagellm {verb}", *(f"--{k} {v}" for k, v in (given | options).items() if v)])
 
 

@@ -3,7 +3,7 @@
 Reads   data/<dataset>, orders.parquet where there is one
 Writes  runs/<run>/storefront/build                 model.pt: tensors and plain values
 
-    python -m pagellm.storefront.build --dataset complete_journey
+    pagellm storefront build --dataset complete_journey
 
 Only catalogue and train rows are read for it: the held-out rows move no byte. About a minute for
 15,182 items and 612,565 pairs on one core.
@@ -266,4 +266,4 @@ def factors_of(state: dict) -> Factors:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.storefront.build"))
+    sys.exit(main(Config, run, "pagellm storefront build"))

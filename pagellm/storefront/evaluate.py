@@ -6,7 +6,7 @@ Writes  runs/<run>/storefront/evaluate      pages.parquet (user, rank, item, sco
                                             placements.parquet (one row an item, with its parts),
                                             metrics.json, table.txt
 
-    python -m pagellm.storefront.evaluate --dataset complete_journey
+    pagellm storefront evaluate --dataset complete_journey
 
 Rows of the table, each with as many items as the page has slots:
 
@@ -281,7 +281,7 @@ def table(results: dict[str, dict], about: dict[str, Any], heading: str) -> str:
 
 def run(config: Config) -> dict:
     """Make, score and write; returns name -> metric -> {mean, low, high}."""
-    make = config.make("storefront")
+    make = config.make("storefront build")
     inputs = {"build": finished(config.stage("storefront/build"), "storefront", make)["id"]}
     with Run(config.stage("storefront/evaluate"), config, inputs) as out:
         if out.already_done():
@@ -336,4 +336,4 @@ def write_results(
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.storefront.evaluate"))
+    sys.exit(main(Config, run, "pagellm storefront evaluate"))

@@ -85,7 +85,7 @@ def open_store(config: Sources) -> Store:
     """
     shop = load(config.data_dir)
     folder = config.stage("storefront/build")
-    made = config.make("storefront")
+    made = config.make("storefront build")
     done = finished(folder, "storefront", made)
     options = read_json(folder / "config.json")
     if options["inputs"]["data"] != file_id(config.data_dir / "source.json"):

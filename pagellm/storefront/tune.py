@@ -3,7 +3,7 @@
 Reads   runs/<run>/storefront/build, the validation rows
 Writes  runs/<run>/storefront/tune/tuned.json
 
-    python -m pagellm.storefront.tune --dataset complete_journey
+    pagellm storefront tune --dataset complete_journey
 
 One weight after the other is set to the value of {0, .25, .5, 1} with the largest recall@page of
 the people drawn, as long as nine of ten items in the first five slots fit their theme's mission.
@@ -113,7 +113,7 @@ def choose_weights(
 
 def run(config: Config) -> dict:
     """Choose and write; returns what tuned.json says."""
-    make = config.make("storefront")
+    make = config.make("storefront build")
     built = finished(config.stage("storefront/build"), "storefront", make)
     with Run(config.stage("storefront/tune"), config, {"build": built["id"]}) as out:
         if out.already_done():
@@ -150,4 +150,4 @@ def run(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Config, run, "pagellm.storefront.tune"))
+    sys.exit(main(Config, run, "pagellm storefront tune"))

@@ -72,10 +72,12 @@ def test_no_message_of_the_package_names_make_by_itself():
 
 
 def test_every_command_of_a_hint_exists():
-    targets = set(re.findall(r"^([a-z]+)[ :].* ## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(
+        re.findall(r"^([a-z-]+)[ :].* ## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    )
     alone = {"download", "runfile", "simulator", "journey", "promote", "import-gguf"}
     alone |= {"compare", "track", "runs", "simulate"}
-    assert set(VERBS) - alone <= targets
+    assert {verb.replace(" ", "-") for verb in VERBS} - alone <= targets
 
 
 def test_help_has_one_line_for_each_command(capsys, monkeypatch):
@@ -85,7 +87,22 @@ def test_help_has_one_line_for_each_command(capsys, monkeypatch):
     assert all(len(line) <= 80 for line in lines)
     for heading, group in GROUPS.items():
         at = lines.index(f"{heading}:")
-        assert [line.split()[0] for line in lines[at + 1 : at + 1 + len(group)]] == list(group)
+        shown = lines[at + 1 : at + 1 + len(group)]
+        assert all(line.startswith(f"  {verb} ") for line, verb in zip(shown, group, strict=True))
+
+
+def test_a_command_of_two_words_is_taken_before_that_of_its_first(capsys, monkeypatch):
+    """`storefront --help` has options that `storefront page --help` has not."""
+    helps = {}
+    for words in ("storefront", "storefront page"):
+        monkeypatch.setattr("sys.argv", ["pagellm", *words.split(), "--help"])
+        assert front_door() == 0
+        helps[words] = capsys.readouterr().out
+        assert f"usage: pagellm {words} " in helps[words]
+    assert "--steps" in helps["storefront"] and "--steps" not in helps["storefront page"]
+    monkeypatch.setattr("sys.argv", ["pagellm", "storefront", "pgae", "--user", "x"])
+    assert front_door() == 2
+    assert "no command 'storefront pgae'; did you mean storefront page?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv, code", [(["--version"], 0), ([], 0), (["zzz"], 2), (["sfd"], 2)])

@@ -296,7 +296,7 @@ def test_pages_are_read_by_the_code_that_scores_all_pages(made):
 
 
 def test_a_run_says_how_to_make_what_is_missing(tmp_path, made):
-    with pytest.raises(PageLLMError, match="make storefront DATASET=synthetic"):
+    with pytest.raises(PageLLMError, match="make storefront-build DATASET=synthetic"):
         open_store(Sources(**made | {"runs": str(tmp_path)}))
     with pytest.raises(PageLLMError, match="no layout nowhere.json"):
         open_store(Sources(**made, layout="nowhere.json"))
