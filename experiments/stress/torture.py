@@ -576,8 +576,10 @@ class Trials:
 
     def little_memory(self) -> None:
         folder, more = self.trial("pretrain"), "--size small --steps 2"
-        ended = self.stage(folder, "pretrain", more, arm=little_memory)
-        self.refused(ended, "pretrain with too little memory", "out of memory", "--batch")
+        for megabytes in (8, 24, 40):  # runs out while it reads, while it builds, while it trains
+            ended = self.stage(folder, "pretrain", more, arm=partial(little_memory, megabytes))
+            what = f"pretrain with {megabytes} MB of memory"
+            self.refused(ended, what, "out of memory", "--batch")
         again = self.stage(folder, "pretrain", more)
         self.expect(again.code == 0, "pretrain after too little memory", again)
 
@@ -1013,10 +1015,10 @@ def limited_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def little_memory() -> None:
-    """Limit this process to a few megabytes more than it has now."""
+def little_memory(megabytes: int) -> None:
+    """Limit this process to so many megabytes more than it has now."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + (24 << 20)
+    limit = pages * resource.getpagesize() + (megabytes << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pagellm.data.shop import SPLITS, Rows, Shop
+from pagellm.data.shop import SPLITS, Rows, Shop, read_parquet
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import atomic, file_id
 
@@ -146,7 +146,7 @@ def load_orders(shop: Shop) -> Orders | None:
     if shop.path is None or not (shop.path / FILE).exists():
         return None
     path = shop.path / FILE
-    table = pq.read_table(path)
+    table = read_parquet(path)
     missing = [name for name in COLUMNS if name not in table.column_names]
     if missing:
         raise PageLLMError(

@@ -11,16 +11,28 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pagellm.stage import hints
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import file_id, read_json
 
-__all__ = ["Catalogue", "Rows", "SPLITS", "Shop", "load", "source"]
+__all__ = ["Catalogue", "Rows", "SPLITS", "Shop", "load", "read_parquet", "source"]
 
 
 SPLITS = ("train", "valid", "test", "unused")
+THREADS_FROM = 16 << 20  # bytes of a Parquet file from which Arrow's threads pay
+
+
+def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """A table that a stage has written, or some columns of it.
+
+    A small file is read without threads. It is as quick, and where memory is limited (`ulimit -v`)
+    so that no thread can be started, Arrow would wait for its threads without end.
+    """
+    large = path.stat().st_size >= THREADS_FROM
+    return pq.read_table(path, columns=columns, use_threads=large, pre_buffer=large)
 
 
 @dataclass(frozen=True)
@@ -155,7 +167,7 @@ class Shop:
         """user, item, text of the train rows that have a review."""
         if self.path is None or not (self.path / "reviews.parquet").exists():
             return np.zeros(0, np.int64), np.zeros(0, np.int64), []
-        table = pq.read_table(self.path / "reviews.parquet")
+        table = read_parquet(self.path / "reviews.parquet")
         return (
             table["user"].to_numpy().astype(np.int64),
             table["item"].to_numpy().astype(np.int64),
@@ -181,9 +193,9 @@ def load(path: str | Path) -> Shop:
                 f"{path / name} {state}\n  Remove {path} and prepare it again: "
                 f"{hints.prepare(path.name, str(path.parent))}"
             )
-    rows = pq.read_table(path / "interactions.parquet")
-    items = pq.read_table(path / "items.parquet").to_pydict()
-    users = pq.read_table(path / "users.parquet", columns=["id"])["id"].to_pylist()
+    rows = read_parquet(path / "interactions.parquet")
+    items = read_parquet(path / "items.parquet").to_pydict()
+    users = read_parquet(path / "users.parquet", ["id"])["id"].to_pylist()
     price = np.array([np.nan if p is None else p for p in items["price"]], dtype=np.float32)
     catalogue = Catalogue.of(
         items["id"],
