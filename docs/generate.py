@@ -89,6 +89,13 @@ def anchor(title: str) -> str:
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
+def beside(above: list[type]) -> list[str]:
+    """The line that says whose options come on top: those that are no parents of others here."""
+    nearest = [p for p in above if not any(p in owners(other)[1:] for other in above)]
+    names = " and ".join(f"[{p.__name__}](#{anchor(p.__name__)})" for p in nearest)
+    return [f"Beside those of {names}:", ""] if nearest else []
+
+
 def stages_page() -> str:
     """The page of all options."""
     found = configs()
@@ -114,8 +121,7 @@ def stages_page() -> str:
     for cls in shared:
         above = [p for p in owners(cls)[1:] if p in shared]
         lines += [f"### {cls.__name__}", "", said(cls), ""]
-        if above:
-            lines += [f"Beside those of [{above[0].__name__}](#{anchor(above[0].__name__)}):", ""]
+        lines += beside(above)
         lines += [*option_table(own_fields(cls), field_comments(cls)), ""]
     part = ""
     for module, cls in found.items():
@@ -127,8 +133,7 @@ def stages_page() -> str:
         above = [p for p in owners(cls)[1:] if p in shared]
         inline = [p for p in owners(cls) if p not in shared]
         lines += [f"### {title}", "", said(cls), ""]
-        if above:
-            lines += [f"Beside those of [{above[0].__name__}](#{anchor(above[0].__name__)}):", ""]
+        lines += beside(above)
         fields = [f for p in reversed(inline) for f in own_fields(p)]
         lines += [*option_table(fields, field_comments(cls)), ""]
     return "\n".join(lines).rstrip() + "\n"

@@ -201,10 +201,10 @@ def test_the_generated_reference_is_up_to_date():
 
 
 def test_the_http_reference_names_every_route():
-    (api,) = (ROOT / "pagellm").rglob("api.py")
+    modules = (path for name in ("api", "frame") for path in (ROOT / "pagellm").rglob(f"{name}.py"))
     said = text(ROOT / "docs" / "reference" / "http.md")
-    routes = re.findall(r'@\w+\.(get|post)\(\s*"([^"]+)"', text(api))
-    assert len(routes) > 5
+    routes = re.findall(r'@\w+\.(get|post)\(\s*"([^"]+)"', "".join(map(text, modules)))
+    assert len(routes) > 9
     for method, route in routes:
         assert f"{method.upper()} {route.replace(':path', '')}`" in said, f"{method} {route}"
 

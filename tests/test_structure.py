@@ -50,6 +50,7 @@ OUTSIDE = {
 }
 LEAVES = {
     "serving.api": WEB,
+    "serving.frame": WEB,
     "serving.meters": WEB,
     "serving.middleware": WEB,
     "serving.schema": WEB,

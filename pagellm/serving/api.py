@@ -1,90 +1,56 @@
-"""The HTTP side of `pagellm serve`: routes, error answers and the OpenAPI document.
+"""The HTTP side of `pagellm serve`: its routes and the OpenAPI document. frame.py has the rest.
 
     app = make_app(service)          service is a serve.Service, or anything with its methods
 
-No answer is a traceback. Whatever is wrong with a request comes back as 4xx with the body
-{"error": {"code", "message", "fields": [{"field", "problem"}]}}. Logs name routes, never people
-or items. Needs the extra [serve].
+Logs name routes, never people or items. Needs the extra [serve].
 """
 
-import asyncio
 import time
 from collections.abc import Callable, Iterable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, Query, Response
 from fastapi import Path as InPath
-from fastapi.exceptions import RequestValidationError
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from pagellm import __version__
+from pagellm.serving.frame import add_key, add_status_routes, errors, make_frame
 from pagellm.serving.meters import Meters
-from pagellm.serving.middleware import JSON, OPEN, Middleware, problem
+from pagellm.serving.middleware import JSON
 from pagellm.serving.schema import (
-    Error,
     FoundList,
     Item,
     Page,
     PageRequest,
     ScoreRequest,
     ShopFacts,
-    Status,
     User,
 )
 from pagellm.stage.config import PageLLMError
 
-__all__ = ["Busy", "TooSlow", "make_app"]
+__all__ = ["find", "make_app"]
 
 
 STATIC = Path(__file__).parent / "static"
 FILES = {"page.css": "text/css", "page.js": "text/javascript"}
 
 
-class Busy(Exception):
-    """The queue of waiting requests is full."""
-
-
-class TooSlow(Exception):
-    """The answer was not ready within the time-out."""
-
-
 def make_app(service) -> FastAPI:
     """The application. It starts `service` when it starts, and closes it after the last request."""
     meters = Meters(service)
     service.observe = meters.observe
-
-    @asynccontextmanager
-    async def lifespan(app):
-        service.start()
-        yield
-        await asyncio.to_thread(service.close)
-
-    app = FastAPI(
-        title="PageLLM",
-        version=__version__,
-        lifespan=lifespan,
-        docs_url=None,
-        redoc_url=None,
-        default_response_class=JSON,
-        description="Whole recommendation pages, with and without the reward. "
-        "Logs hold no personal data.",
+    app = make_frame(
+        [service],
+        meters,
+        service.config,
+        "PageLLM",
+        "Whole recommendation pages, with and without the reward. Logs hold no personal data.",
     )
-    limits = service.config
-    app.add_middleware(
-        Middleware,
-        meters=meters,
-        max_body=limits.max_body,
-        body_timeout=limits.timeout,
-        api_key=limits.api_key,
-    )
-    add_error_handlers(app, limits.timeout)
     add_page_routes(app, service, meters)
     add_catalogue_routes(app, service)
     add_shop_route(app, service)
-    add_status_routes(app, service, meters)
+    add_status_routes(app, [service], meters)
     add_static_routes(app)
     complete_document(app, service)
     return app
@@ -94,84 +60,6 @@ def longest_page(service) -> int:
     """Slots of the longest page that this service writes, whatever the policy."""
     recommender = service.recommender
     return min(service.config.max_k, *map(recommender.slots, recommender.names))
-
-
-# Errors.
-
-MEANING = {
-    400: "The body cannot be read",
-    401: "The service has a key, which the header authorization did not hold",
-    404: "No such user or item",
-    408: "The body came too slowly",
-    413: "The body is too large",
-    415: "The body is not sent as JSON",
-    422: "Something in the request is wrong; the body says what",
-    503: "Too many requests wait, or not ready; try again",
-    504: "No answer in time; try again",
-}
-
-
-def errors(*codes: int) -> dict:
-    """Entries of the OpenAPI document for these status codes."""
-    return {code: {"model": Error, "description": MEANING[code]} for code in codes}
-
-
-def clean(text) -> str:
-    """A field name of the client's, made safe to repeat in an answer: 120 characters at most."""
-    return str(text).encode("utf-8", "backslashreplace").decode()[:120]
-
-
-def add_error_handlers(app: FastAPI, timeout: float) -> None:
-    """Turn every exception that a route may raise into an Error body. timeout is in seconds."""
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError):
-        if request.method == "POST" and "json" not in request.headers.get("content-type", ""):
-            return problem(
-                415,
-                "not_json",
-                "send a JSON object, with the header content-type: application/json",
-            )
-        fields = [
-            {
-                "field": "body"
-                if e["type"] == "json_invalid"
-                else ".".join(map(clean, e["loc"][1:])) or "body",
-                "problem": clean(e["msg"].removeprefix("Value error, ")),
-            }
-            for e in error.errors()[:20]
-        ]
-        first = fields[0]
-        return problem(422, "invalid", f"{first['field']}: {first['problem']}", fields)
-
-    @app.exception_handler(HTTPException)
-    async def refused(request: Request, error: HTTPException):
-        code = {400: "unreadable", 404: "not_found", 405: "method_not_allowed"}.get(
-            error.status_code, "refused"
-        )
-        return problem(error.status_code, code, clean(error.detail), headers=error.headers)
-
-    @app.exception_handler(PageLLMError)
-    async def cannot(request: Request, error: PageLLMError):
-        return problem(422, "invalid", str(error))
-
-    @app.exception_handler(Busy)
-    async def busy(request: Request, error: Busy):
-        return problem(
-            503,
-            "busy",
-            "too many requests wait; try again in a second",
-            headers={"retry-after": "1"},
-        )
-
-    @app.exception_handler(TooSlow)
-    async def slow(request: Request, error: TooSlow):
-        return problem(
-            504,
-            "timeout",
-            f"no answer within {timeout:g} s; try again, or ask for less",
-            headers={"retry-after": "1"},
-        )
 
 
 # Routes. The functions' names are part of the OpenAPI document.
@@ -299,33 +187,6 @@ def add_shop_route(app: FastAPI, service) -> None:
         )
 
 
-def add_status_routes(app: FastAPI, service, meters: Meters) -> None:
-    """GET /healthz, /readyz and /metrics, for load balancers and monitors."""
-
-    @app.get("/healthz", responses={200: {"model": Status}}, summary="The process runs")
-    async def healthz():
-        return JSON({"status": "ok"})
-
-    @app.get(
-        "/readyz",
-        responses={200: {"model": Status}, **errors(503)},
-        summary="Pages can be asked for",
-    )
-    async def readyz():
-        if not service.ready():
-            return problem(503, "not_ready", "starting or stopping", headers={"retry-after": "1"})
-        return JSON({"status": "ready"})
-
-    @app.get(
-        "/metrics",
-        response_class=Response,
-        summary="Meters, in Prometheus' text format",
-        responses={200: {"content": {"text/plain": {}}}},
-    )
-    def metrics():
-        return Response(meters.text(), headers={"content-type": CONTENT_TYPE_LATEST})
-
-
 def add_static_routes(app: FastAPI) -> None:
     """The page in the browser: its files are read once, here."""
     kept = {name: (STATIC / name).read_bytes() for name in ("index.html", *FILES)}
@@ -359,17 +220,3 @@ def complete_document(app: FastAPI, service) -> None:
         return whole
 
     app.openapi = document  # type: ignore[method-assign]
-
-
-def add_key(document: dict) -> None:
-    """Say in an OpenAPI document which routes need the key, and that they answer 401 without it."""
-    schemes = {"key": {"type": "http", "scheme": "bearer"}}
-    document["components"]["securitySchemes"] = schemes
-    answer = {
-        "description": MEANING[401],
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
-    }
-    for path, methods in document["paths"].items():
-        for operation in methods.values() if path not in OPEN else ():
-            operation["security"] = [{"key": []}]
-            operation["responses"]["401"] = answer

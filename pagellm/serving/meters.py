@@ -20,7 +20,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-__all__ = ["LastPages", "Meters"]
+__all__ = ["FINE", "FrameMeters", "LastPages", "Meters"]
 
 
 class LastPages:
@@ -57,15 +57,20 @@ class LastPages:
             return max(self.shown.values(), default=0) / max(len(self.pages), 1)
 
 
-class Meters:
-    """Prometheus meters of one service."""
+FINE = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
-    def __init__(self, service):
+
+class FrameMeters:
+    """Prometheus meters of any service: its requests, the time they take, events.
+
+    events  names that are counted from 0 on
+    """
+
+    def __init__(self, events: Sequence[str] = ("timeout", "busy", "fault")):
         disable_created_metrics()
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
-        fine = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
         self.requests = Counter(
             "pagellm_requests",
             "Answered requests",
@@ -76,20 +81,7 @@ class Meters:
             "pagellm_request_seconds",
             "From the first byte read to the last byte sent",
             ("route",),
-            buckets=fine,
-            registry=self.registry,
-        )
-        self.stages = Histogram(
-            "pagellm_stage_seconds",
-            "Cost of the parts of a batch",
-            ("stage",),
-            buckets=fine,
-            registry=self.registry,
-        )
-        self.batch = Histogram(
-            "pagellm_batch_pages",
-            "Pages written at once",
-            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+            buckets=FINE,
             registry=self.registry,
         )
         self.events = Counter(
@@ -98,8 +90,36 @@ class Meters:
             ("event",),
             registry=self.registry,
         )
-        for event in ("swap", "swap_failed", "timeout", "busy", "fault"):
+        for event in events:
             self.events.labels(event)
+
+    def observe(self, what: str, value: float) -> None:
+        """Count an event."""
+        self.events.labels(what).inc(value)
+
+    def text(self) -> bytes:
+        """All meters in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class Meters(FrameMeters):
+    """Meters of the service of pages (serve.Service) beside those of any service."""
+
+    def __init__(self, service):
+        super().__init__(("swap", "swap_failed", "timeout", "busy", "fault"))
+        self.stages = Histogram(
+            "pagellm_stage_seconds",
+            "Cost of the parts of a batch",
+            ("stage",),
+            buckets=FINE,
+            registry=self.registry,
+        )
+        self.batch = Histogram(
+            "pagellm_batch_pages",
+            "Pages written at once",
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+            registry=self.registry,
+        )
         for name, what, read in (
             ("waiting", "Requests that wait for a batch", service.waiting),
             ("cache_bytes", "Prompt columns and user states kept", lambda: service.cache.size),
@@ -183,11 +203,11 @@ class Meters:
         elif what in ("prompt", "decode", "reward", "metrics"):
             self.stages.labels(what).observe(value)
         else:
-            self.events.labels(what).inc(value)
+            super().observe(what, value)
 
     def text(self) -> bytes:
         """All meters in Prometheus' text format."""
         self.model.clear()
         for name, hash_ in self.service.recommender.hashes.items():
             self.model.labels(name, hash_).set(1)
-        return generate_latest(self.registry)
+        return super().text()

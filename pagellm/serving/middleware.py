@@ -8,14 +8,14 @@ import logging
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import h11
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from pagellm.serving.meters import Meters
+from pagellm.serving.meters import FrameMeters
 
 __all__ = [
     "HttpWithTimeout",
@@ -119,13 +119,21 @@ class Middleware:
     max_body      bytes of a body
     body_timeout  seconds for the whole body
     api_key       what a caller must send as `Authorization: Bearer KEY` (RFC 6750), except for
-                  OPEN's paths; empty: nothing
+                  open_paths; empty: nothing
     A fault of the application becomes a 500 that says nothing about it. HEAD is answered as GET,
     without the body (RFC 9110, 9.3.2).
     """
 
-    def __init__(self, app, meters: Meters, max_body: int, body_timeout: float, api_key: str = ""):
-        self.app, self.meters = app, meters
+    def __init__(
+        self,
+        app,
+        meters: FrameMeters,
+        max_body: int,
+        body_timeout: float,
+        api_key: str = "",
+        open_paths: Sequence[str] = OPEN,
+    ):
+        self.app, self.meters, self.open = app, meters, frozenset(open_paths)
         self.key = digest(api_key.encode()) if api_key else b""
         self.max_body, self.body_timeout = max_body, body_timeout
 
@@ -164,7 +172,7 @@ class Middleware:
 
         Digests are compared, in a time that tells nothing about the key.
         """
-        if not self.key or scope["path"] in OPEN or scope["path"].startswith("/static/"):
+        if not self.key or scope["path"] in self.open or scope["path"].startswith("/static/"):
             return True
         scheme, _, sent = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         right = hmac.compare_digest(digest(sent.strip()), self.key)

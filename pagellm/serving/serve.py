@@ -16,26 +16,29 @@ import asyncio
 import ctypes
 import json
 import logging
-import math
-import re
-import socket
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 
 from pagellm.serving.cache import Cache
+from pagellm.serving.http_options import (
+    HttpOptions,
+    address,
+    answer_until_stopped,
+    listen,
+    needs_web,
+    warn_if_open,
+)
 from pagellm.serving.recommender import Ask, Recommender, no_observer
 from pagellm.serving.sources import WRITERS, Sources
-from pagellm.stage import hints
-from pagellm.stage.command import Interrupted, main
-from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.command import main
+from pagellm.stage.config import check
 from pagellm.stage.run import file_id
 
 __all__ = ["Config", "Service", "run"]
@@ -45,61 +48,30 @@ log = logging.getLogger("pagellm")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Sources):
+class Config(Sources, HttpOptions):
     """Serve pages over HTTP until stopped.
 
     Without --api_key there is no log-in: keep the service on loopback or behind a proxy.
     """
 
-    ENVIRONMENT: ClassVar[str] = "PAGELLM_"
-    SECRET: ClassVar[tuple[str, ...]] = ("api_key",)
-
-    api_key: str = field(default="", repr=False)  # callers must send it: Authorization: Bearer KEY.
-    # Give it as PAGELLM_API_KEY: other users of the machine can read command lines. empty: none
-    host: str = "127.0.0.1"  # address to listen on
-    port: int = 8000  # TCP port; 0 takes a free one and says which
     batch: int = 32  # pages written at once
-    queue: int = 256  # requests that may wait; further ones are refused with 503
-    timeout: float = 10.0  # seconds a request may take to arrive, and again to be answered
-    keep_alive: int = 75  # seconds an idle connection stays open; longer than clients and proxies
-    # keep theirs (60 is usual), so that no request meets a connection that is just being closed
-    max_body: int = 4 << 20  # bytes of a request
     max_k: int = 100  # slots of a page; the model's context may allow fewer
     width: int = 4  # pages a beam keeps
     candidates: int = 0  # pages are made of so many items, the best for the first slot,
     # found once a page; 0: of all. For large catalogues
     cache_mb: int = 128  # MiB of prompt columns and user states
-    reload: float = 2.0  # seconds between two looks for new weights; 0: never
-    drain: int = 30  # seconds that requests under way have when the service is stopped
     threads: int = 0  # CPU threads of a batch; 0: torch's choice
-    log: str = "info"  # lowest level that is logged: debug, info, warning, error
 
     def __post_init__(self):
         super().__post_init__()
-        if self.api_key and not re.fullmatch(r"[A-Za-z0-9._~+/=-]{16,512}", self.api_key):
-            raise PageLLMError(  # the message does not repeat the key
-                "api_key: want 16 to 512 letters, digits and . _ ~ + / = -, for example from\n"
-                "  python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
-            )
         check(
             self,
-            port=(0 <= self.port < 65536, "0 to 65535"),
             batch=(self.batch > 0, "1 or more"),
-            queue=(self.queue > 0, "1 or more"),
-            timeout=(0 < self.timeout < math.inf, "seconds above 0"),
-            keep_alive=(self.keep_alive > 0, "1 or more"),
-            max_body=(self.max_body > 0, "1 or more"),
             max_k=(self.max_k > 0, "1 or more"),
             width=(self.width > 0, "1 or more"),
             candidates=(self.candidates >= 0, "0 or more"),
             cache_mb=(self.cache_mb >= 0, "0 or more"),
-            reload=(0 <= self.reload < math.inf, "0 or more"),
-            drain=(self.drain >= 0, "0 or more"),
             threads=(self.threads >= 0, "0 or more"),
-            log=(
-                self.log in ("debug", "info", "warning", "error"),
-                "debug, info, warning or error",
-            ),
         )
 
 
@@ -177,9 +149,9 @@ class Service:
     async def answer(self, ask: Ask) -> dict:
         """What Recommender.answers gives for it.
 
-        Raises PageLLMError for an ask that cannot be met, api.Busy and api.TooSlow.
+        Raises PageLLMError for an ask that cannot be met, frame.Busy and frame.TooSlow.
         """
-        from pagellm.serving.api import Busy, TooSlow
+        from pagellm.serving.frame import Busy, TooSlow
 
         future: Future = Future()
         with self.change:
@@ -294,48 +266,19 @@ class Service:
         return True
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A TCP socket that listens. Raises PageLLMError if it cannot."""
-    # asyncio switches Nagle's delay (40 ms an answer) off only where the protocol is named.
-    sock = socket.socket(
-        socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP
-    )
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
-        sock.listen(1024)
-    except OSError as error:
-        sock.close()
-        raise PageLLMError(
-            f"cannot listen on {host}:{port} ({error.strerror or error}); "
-            "take another with --port, or --port 0 for any free one"
-        ) from None
-    return sock
-
-
 def run(config: Config) -> None:
     """Serve until SIGINT or SIGTERM; requests under way are answered first."""
-    try:
-        import uvicorn
+    needs_web()
+    from pagellm.serving.api import make_app
+    from pagellm.serving.middleware import json_logs
 
-        from pagellm.serving.api import make_app
-        from pagellm.serving.middleware import HttpWithTimeout, json_logs
-    except ImportError as error:
-        raise PageLLMError(
-            f"serving needs {error.name}, which is not installed\n"
-            f"  Install it with: {hints.install('serve')}"
-        ) from None
     if config.threads:
         torch.set_num_threads(config.threads)
     started = time.perf_counter()
     service = Service(config)
     sock = listen(config.host, config.port)
     json_logs(config.log)
-    host, port = sock.getsockname()[:2]
-    if not host.startswith("127.") and host != "::1" and not config.api_key:
-        log.warning(
-            "open", extra={"fields": {"why": f"listens on {host}, not loopback, and has no log-in"}}
-        )
+    warn_if_open(config, sock)
     log.info(
         "serve",
         extra={
@@ -347,30 +290,10 @@ def run(config: Config) -> None:
             }
         },
     )
-    print(
-        f"PageLLM: http://{f'[{host}]' if ':' in host else host}:{port}/   (Ctrl+C stops)",
-        flush=True,
-    )
+    print(f"PageLLM: {address(sock)}   (Ctrl+C stops)", flush=True)
     print(f"  {service.recommender.in_words()}", flush=True)
     print(f"  default policy {service.recommender.choice_in_words()}", flush=True)
-    http = type("Http", (HttpWithTimeout,), {"patience": config.timeout})
-    server = uvicorn.Server(
-        uvicorn.Config(
-            make_app(service),
-            http=http,
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=config.keep_alive,
-            timeout_graceful_shutdown=config.drain,
-            h11_max_incomplete_event_size=64 << 10,
-        )
-    )
-    try:
-        server.run(sockets=[sock])
-    except (Interrupted, KeyboardInterrupt):
-        pass  # uvicorn has answered what was under way, and raises the signal again: a clean end
+    answer_until_stopped(make_app(service), sock, config)
 
 
 if __name__ == "__main__":
