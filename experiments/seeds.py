@@ -37,7 +37,7 @@ class Config:
 
     dataset: str = "synthetic"  # name of the data set
     run: str = ""  # runs are <run>-s<seed>; empty: the data set's name
-    seeds: str = "0,1,2,3,4"  # seeds of the runs, comma-separated
+    seeds: str = "0,1,2,3,4"  # seeds of the runs, with commas or blanks between them
     policies: str = "sft,ppo"  # our rows, comma-separated; popularity comes with the baselines
     baselines: str = ""  # run whose baselines are added; empty: the data set's name
     versus: str = ""  # row that every other row's differences are taken to; empty: the first of
@@ -46,7 +46,7 @@ class Config:
     runs: str = "runs"  # directory of runs
 
     def __post_init__(self):
-        names = self.seeds.split(",")
+        names = self.each
         check(
             self,
             policies=(
@@ -55,17 +55,22 @@ class Config:
                 f"some of {','.join(OURS)}, beside popularity if you like",
             ),
             seeds=(
-                all(n.isdigit() for n in names) and len(set(names)) == len(names),
+                0 < len(names) == len(set(names)) and all(n.isdigit() for n in names),
                 "numbers, each once",
             ),
             n_boot=(self.n_boot > 1, "2 or more"),
         )
 
+    @property
+    def each(self) -> list[str]:
+        """The seeds one by one."""
+        return self.seeds.replace(",", " ").split()
+
 
 def run(config: Config) -> list[dict]:
     """Write and print the table. Returns one record for each row and metric (tables.compare)."""
     name, root = config.run or config.dataset, Path(config.runs)
-    seeds, data = config.seeds.split(","), set()
+    seeds, data = config.each, set()
     ours = {policy: row for policy, row in OURS.items() if policy in config.policies.split(",")}
     results: dict[str, list[dict[str, np.ndarray]]] = {row: [] for row in ours.values()}
     for seed in seeds:
@@ -104,7 +109,7 @@ def run(config: Config) -> list[dict]:
         save(
             out,
             records,
-            f"{config.dataset}: {len(seeds)} seeds ({config.seeds}), test split; difference to "
+            f"{config.dataset}: {len(seeds)} seeds ({','.join(seeds)}), test split; difference to "
             f"{versus} with its 95% interval over seeds and users",
         )
     )

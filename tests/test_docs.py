@@ -133,18 +133,15 @@ def test_every_table_of_results_names_its_command_commit_date_and_machine(page):
 
 @cache
 def targets():
-    """Targets of the Makefile's rules, of .PHONY, and of the variables that it names."""
-    rules = re.findall(r"^([a-z][a-z_ -]*):(?!=)", text(ROOT / "Makefile"), re.MULTILINE)
-    return {target for rule in rules for target in rule.split()} | phony()
-
-
-def phony():
-    """Targets of .PHONY, and of the variables that it names."""
-    whole = text(ROOT / "Makefile").replace("\\\n", " ")
-    said = " ".join(re.findall(r"^\.PHONY:(.*)$", whole, re.MULTILINE))
-    for variable in re.findall(r"\$\((\w+)\)", said):
-        said += " " + " ".join(re.findall(rf"^{variable} *:?= *(.*)$", whole, re.MULTILINE))
-    return set(re.findall(r"(?<![\w$(])[a-z]+\b", said))
+    """Targets with a line of help, and those that .PHONY names by their variable."""
+    makefile = text(ROOT / "Makefile")
+    said = re.search(r"^\.PHONY:(.*)$", makefile, re.MULTILINE)[1]
+    lists = [
+        re.search(rf"^{variable} := (.*)$", makefile, re.MULTILINE)[1]
+        for variable in re.findall(r"\$\(([A-Z_]+)\)", said)
+    ]
+    helped = re.findall(r"^([a-z-]+)[ :].*  ## ", makefile, re.MULTILINE)
+    return {*helped, *" ".join(lists).split()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

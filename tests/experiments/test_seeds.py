@@ -67,7 +67,7 @@ def runs(served, tmp_path_factory):
 def test_rows_are_means_over_seeds_and_users(runs, capsys):
     records = {
         (r["variant"], r["metric"]): r
-        for r in seeds.run(seeds.Config(runs=str(runs), seeds="0,1", n_boot=50))
+        for r in seeds.run(seeds.Config(runs=str(runs), seeds="0 1", n_boot=50))
     }
     for policy, row in seeds.OURS.items():
         both = [
