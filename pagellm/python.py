@@ -442,10 +442,8 @@ class Model:
         if hasattr(history, "__arrow_c_stream__"):
             history = histories_of(history)
         if users is None and history is None:
-            from pagellm.serving.recommend import dropped_histories
-
-            everybody = {user: () for user in self.recommender.shop.user_ids}
-            return list((everybody | dropped_histories(self.data.path)).items())
+            there = self.recommender
+            return [(user, ()) for user in (*there.shop.user_ids, *there.left_out.users)]
         if isinstance(history, Mapping):
             known = {str(user): events_of(events) for user, events in history.items()}
             names = list(known) if users is None else ids_of(users)

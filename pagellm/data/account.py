@@ -24,10 +24,10 @@ from pagellm.data.records import Item, Tally
 from pagellm.data.values import NO_TIME
 from pagellm.data.where import Where
 
-__all__ = ["Account", "Join", "account_of", "is_unknown"]
+__all__ = ["Account", "Join", "account_of", "is_unknown", "several"]
 
 SHOWN = 6  # names of a list that are shown
-MOST_LINES = 25  # of the whole paragraph
+MOST_LINES = 23  # of the paragraph; two more follow, what was written and what was left out
 JOINED = 0.1  # share of the log's items below which an item table is of something else
 # Role -> what a column's name holds if it may be meant for it.
 NEAR = {
@@ -85,10 +85,10 @@ class Account:
     def say(self, what: str, text: str) -> None:
         self.lines.append(f"  {what:<10} {text}")
 
-    def text(self) -> str:
-        """At most MOST_LINES lines, warnings last and whole."""
+    def text(self, before: int = 0) -> str:
+        """At most MOST_LINES lines with those that were printed before, warnings last and whole."""
         warned = [f"  WARNING    {text}" for text in self.warnings]
-        room = max(1, MOST_LINES - 1 - len(warned))
+        room = max(1, MOST_LINES - before - len(warned))
         shown = self.lines if len(self.lines) <= room else self.lines[: room - 1]
         more = len(self.lines) - len(shown)
         left = [f"  and {more} more lines: see `read` in source.json"] if more else []

@@ -16,6 +16,7 @@ Writes, all or nothing:
     items.parquet         item, id, title, brand, categories, leaf, price, description
     users.parquet         user, id
     truth.npy             synthetic only: (U, N) float32 expected ratings
+    dropped.parquet       rows that the k-core took out: see pagellm.data.dropped; absent if none
     source.json           release, files with sha256, what was decided while reading, counts before
                           and after each filter, this Config, and the hashes of what was written:
                           `load` refuses anything else
@@ -39,10 +40,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pagellm.data import filters, parallel, synthetic, text_store
-from pagellm.data.account import Account, Join, account_of, is_unknown
+from pagellm.data import dropped, filters, parallel, synthetic, text_store
+from pagellm.data.account import Account, Join, account_of, is_unknown, several
 from pagellm.data.files import Options
 from pagellm.data.raw import Raw, find
 from pagellm.data.records import Item, Tally, batched
@@ -190,8 +192,10 @@ def filtered(
     config: Config,
     graded: bool,
     scale: tuple[float, float] = (1.0, 5.0),
-) -> tuple[Table, dict]:
-    """Duplicates out, k-core on positive rows, split. Returns the table and counts of each step.
+) -> tuple[Table, dict, pa.Table]:
+    """Duplicates out, k-core on positive rows, split.
+
+    Returns the table, counts of each step, and the rows that the k-core took out: `dropped.table`.
 
     scale  lowest and highest rating; positive is decided on it, then ratings are brought to 1..5
     """
@@ -242,6 +246,8 @@ def filtered(
             f"  no users and items have {config.k_core} positives each among themselves.\n"
             "  Lower --k_core or --positive_above."
         )
+    out = tuple(x[~keep] for x in (user, item, rating, time, positive))
+    gone = dropped.table(config.seed, out, c.user_ids, c.item_ids)
     user_numbers, user = np.unique(user[keep], return_inverse=True)
     item_numbers, item = np.unique(item[keep], return_inverse=True)
     user_ids, item_ids = (
@@ -274,14 +280,18 @@ def filtered(
         item_ids,
     )
     counts |= {"users": len(user_ids), "items": len(item_ids), "interactions": len(user)}
-    counts["rows"] = {
+    return table, counts | {"rows": rows_of_splits(positive, split)}, gone
+
+
+def rows_of_splits(positive: np.ndarray, split: np.ndarray) -> dict[str, dict[str, int]]:
+    """Split -> how many of its rows are positive, and how many are not."""
+    return {
         name: {
             "positive": int((positive & (split == code)).sum()),
             "other": int((~positive & (split == code)).sum()),
         }
         for code, name in enumerate(SPLITS)
     }
-    return table, counts
 
 
 def split_of(config: Config, user, item, time, tie, positive, user_ids, item_ids) -> np.ndarray:
@@ -373,7 +383,7 @@ def write_tables(folder: Path, table: Table, items: dict[str, list]) -> None:
         "user": pa.array(table.user),
         "item": pa.array(table.item),
         "rating": pa.array(table.rating, mask=np.isnan(table.rating)),
-        "time": pa.array(time_column(table.time), mask=table.time == NO_TIME),
+        "time": text_store.time_array(table.time),
         "positive": pa.array(table.positive),
         "split": split,
     }
@@ -395,11 +405,6 @@ def write_tables(folder: Path, table: Table, items: dict[str, list]) -> None:
         "id": pa.array(table.user_ids, pa.string()),
     }
     pq.write_table(pa.table(columns), folder / "users.parquet", compression="zstd")
-
-
-def time_column(time: np.ndarray) -> np.ndarray:
-    """Whole seconds as int64; where some have a fraction, all as float64."""
-    return time.astype(np.int64) if (time == np.floor(time)).all() else time
 
 
 def write_truth(folder: Path, shop: synthetic.SyntheticShop, table: Table) -> None:
@@ -476,9 +481,9 @@ def run(config: Config) -> Path:
             ]
         )
         columns = text_store.gather(stems)
-        tally.check("review", config.max_broken)
+        printed = tally.check("review", config.max_broken)
         scale = raw.scale if raw else (1.0, 5.0)
-        table, counts = filtered(columns, config, bool(raw and raw.graded), scale)
+        table, counts, gone = filtered(columns, config, bool(raw and raw.graded), scale)
         position = np.full(len(columns.user), -1, dtype=np.int64)
         train = np.flatnonzero(table.split == filters.TRAIN)
         position[table.source[train]] = np.arange(len(train))
@@ -493,7 +498,7 @@ def run(config: Config) -> Path:
             config.max_text,
             join,
         )
-        item_tally.check("item", config.max_broken)
+        printed += item_tally.check("item", config.max_broken)
         account = (
             account_of(raw, config, tally, item_tally, columns, counts, join) if raw else Account()
         )
@@ -516,7 +521,9 @@ def run(config: Config) -> Path:
             "counts": {"lines": tally.counts(), "item_lines": item_tally.counts(), **counts},
         }
         (folder / "source.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    print("\n".join(filter(None, (account.text(), summary(config, counts)))), flush=True)
+        dropped.write(gone, folder)
+    said = (account.text(printed), summary(config, counts), left_out(config, gone, table))
+    print("\n".join(filter(None, said)), flush=True)
     return config.target
 
 
@@ -540,6 +547,22 @@ def summary(config: Config, counts: dict) -> str:
         f"{rows['valid']:,} valid, "
         f"{rows['test']:,} test "
         f"({counts['duplicates']:,} duplicates out of {counts['records']:,} records{thinned})"
+    )
+
+
+def left_out(config: Config, gone: pa.Table, table: Table) -> str:
+    """One line about what the k-core took out; "" if nothing."""
+    if not len(gone):
+        return ""
+    users, items = (
+        sorted(set(pc.unique(gone[name]).to_pylist()) - set(kept))
+        for name, kept in (("user_id", table.user_ids), ("item_id", table.item_ids))
+    )
+    names = f" ({several(items)})" if items else ""
+    return (
+        f"{config.target / dropped.NAME}: {len(gone):,} rows of {len(users):,} users and "
+        f"{len(items):,} items{names} below the k-core; recommend writes these users' pages from "
+        "them, and shows none of these items"
     )
 
 

@@ -137,10 +137,13 @@ class Tally:
                 found[name] = dict(sorted(counter.items()))
         return found
 
-    def check(self, what: str, max_broken: float) -> None:
-        """Print what is broken. Raises PageLLMError when its share is above max_broken."""
+    def check(self, what: str, max_broken: float) -> int:
+        """Print what is broken; returns how many lines that took.
+
+        Raises PageLLMError when the share of broken lines is above max_broken.
+        """
         if not self.broken:
-            return
+            return 0
         total = self.broken.total()
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(self.broken.items()))
         shown = "".join(f"\n    {example}" for example in self.examples)
@@ -153,6 +156,7 @@ class Tally:
                 "  whole and its columns are the right ones, raise --max_broken."
             )
         print(f"  {message}", flush=True)
+        return 1 + len(self.examples)
 
 
 class Span(NamedTuple):

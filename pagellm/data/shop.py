@@ -18,7 +18,16 @@ from pagellm.stage import hints
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import file_id, read_json
 
-__all__ = ["Catalogue", "Rows", "SPLITS", "Shop", "load", "read_parquet", "source"]
+__all__ = [
+    "Catalogue",
+    "Rows",
+    "SPLITS",
+    "Shop",
+    "liked_above",
+    "load",
+    "read_parquet",
+    "source",
+]
 
 
 SPLITS = ("train", "valid", "test", "unused")
@@ -228,3 +237,16 @@ def load(path: str | Path) -> Shop:
 def source(path: str | Path) -> dict:
     """What prepare noted about the raw files and the counts before and after each filter."""
     return read_json(Path(path) / "source.json")
+
+
+def liked_above(path: str | Path) -> float:
+    """The rating on 1..5, as float32 has it, above which `prepare` took a row for liked.
+
+    --positive_above is on the shop's own scale; stored ratings and those of a history are on 1..5.
+    """
+    noted = source(path)
+    config = noted.get("config", {})
+    above = float(config.get("positive_above", 3.0))
+    told = config.get("rating_min", 1.0), config.get("rating_max", 5.0)
+    low, high = noted.get("read", {}).get("rows", {}).get("scale", told)
+    return float(np.float32(1 + 4 * (above - low) / (high - low)))

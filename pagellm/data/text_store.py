@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from pagellm.data.shop import SPLITS
+from pagellm.data.values import NO_TIME
 
 __all__ = [
     "Columns",
@@ -29,6 +30,7 @@ __all__ = [
     "by_time",
     "gather",
     "store",
+    "time_array",
     "write_reviews",
 ]
 
@@ -212,6 +214,15 @@ def by_time(user: np.ndarray, time: np.ndarray, tie: np.ndarray) -> np.ndarray:
         code *= size
         code += column
     return np.argsort(code, kind="stable")
+
+
+def time_array(time: np.ndarray) -> pa.Array:
+    """(R,) float64 seconds as a column: int64, or float64 where some have a fraction.
+
+    NO_TIME is null.
+    """
+    whole = (time == np.floor(time)).all()
+    return pa.array(time.astype(np.int64) if whole else time, mask=time == NO_TIME)
 
 
 def write_reviews(stems: list[Path], position: np.ndarray, user, item, path: Path) -> int:

@@ -29,6 +29,8 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 from tqdm import tqdm
 
+from pagellm.data.account import several
+from pagellm.data.dropped import NAME
 from pagellm.data.shop import source
 from pagellm.data.tables import id_list, words_in
 from pagellm.model.composer import POOL
@@ -51,7 +53,7 @@ from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic, write_json
 
-__all__ = ["Config", "dropped_histories", "id_list", "parse_history", "run"]
+__all__ = ["Config", "id_list", "parse_history", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,33 +219,20 @@ def show(config: Config) -> None:
     shown = [recommender.cards[i] for i in recommender.resolve(ask).items[-6:].tolist()]
     print(f"recommend: {recommender.in_words()}")
     print(f"recommend: policy {recommender.choice_in_words()}")
+    if config.user in recommender.left_out.users:
+        n = len(recommender.left_out.of(config.user))
+        print(
+            f"recommend: {config.user} is below the k-core, so that the model has no row for them; "
+            f"their page follows from {n:,} rows in {config.data_dir / NAME}"
+        )
     print(page_text(answer, [card["title"] or card["item"] for card in shown]))
 
 
 def everybody(recommender: Recommender, config: Config) -> list[Ask]:
     """An Ask for every user of the data, then for those whom the k-core left out."""
     blank = Ask(None, filters=filters_of(config), **how(config))
-    asks = [replace(blank, user=name) for name in recommender.shop.user_ids]
-    left_out = dropped_histories(config.data_dir)
-    return asks + [replace(blank, user=u, history=h) for u, h in left_out.items()]
-
-
-def dropped_histories(data_dir: Path) -> dict[str, tuple[tuple[str, float], ...]]:
-    """user -> (item, rating or NaN), oldest first, of the users whom the k-core left out.
-
-    These are in data/<dataset>/dropped.parquet, where prepare has written one: user_id, item_id
-    and rating (null: none) of a row each, every user's rows together, oldest first. The model has
-    no row for these users, so their pages follow from their histories alone.
-    """
-    path = data_dir / "dropped.parquet"
-    if not path.exists():
-        return {}
-    table = pq.read_table(path, columns=["user_id", "item_id", "rating"])
-    found: dict[str, list[tuple[str, float]]] = {}
-    for user, item, rating in zip(*(c.to_pylist() for c in table.columns), strict=True):
-        event = (item, math.nan if rating is None else float(rating))
-        found.setdefault(user, []).append(event)
-    return {user: tuple(history) for user, history in found.items()}
+    names = (*recommender.shop.user_ids, *recommender.left_out.users)
+    return [replace(blank, user=name) for name in names]
 
 
 def ranks(
@@ -301,14 +290,41 @@ def remarks(recommender: Recommender, config: Config) -> list[str]:
     categories = f.categories or ()
     if unknown := [name for name in categories if name not in recommender.members]:
         found.append(unknown_names("categories", "categories", unknown, len(categories)))
-    rounds = source(config.data_dir).get("counts", {}).get("k_core") or [{}]
-    for what, have in (("users", recommender.shop.n_users), ("items", recommender.shop.n_items)):
-        all_of_them = rounds[0].get(what, have)
-        if all_of_them > have:
-            found.append(
-                f"{all_of_them - have:,} of {all_of_them:,} {what} of the log are below the k-core "
-                f"of {config.data_dir}; the model has no row for them (prepare --k_core)"
-            )
+    return found + below_the_core(recommender, config.data_dir)
+
+
+def below_the_core(recommender: Recommender, data_dir: Path) -> list[str]:
+    """Lines that count the users and items of the log whom the k-core left out.
+
+    Data that were prepared before their rows were kept have nothing to write their pages from.
+    """
+    shop, left = recommender.shop, recommender.left_out
+    if not (data_dir / NAME).exists():
+        rounds = source(data_dir).get("counts", {}).get("k_core") or [{}]
+        gone = [
+            f"{rounds[0].get(what, have) - have:,} of {rounds[0].get(what, have):,} {what}"
+            for what, have in (("users", shop.n_users), ("items", shop.n_items))
+            if rounds[0].get(what, have) > have
+        ]
+        if not gone:
+            return []
+        return [
+            f"{' and '.join(gone)} of the log are below the k-core and have no page: {data_dir} "
+            "was prepared by a version that kept no rows of theirs. Remove it and prepare it again"
+        ]
+    found = []
+    if n := len(left.users):
+        blank = int((np.diff(left.indptr) == 0).sum())
+        found.append(
+            f"{n:,} of {n + shop.n_users:,} users of the log are below the k-core: their pages "
+            f"follow from their rows in {NAME}, and `known` is false"
+            + (f"; {blank:,} of them have no item that the model knows" if blank else "")
+        )
+    if n := len(left.items):
+        found.append(
+            f"{n:,} of {n + shop.n_items:,} items of the log are below the k-core and stand on no "
+            f"page: {several(left.items)}"
+        )
     return found
 
 
@@ -350,6 +366,8 @@ def write_all(config: Config) -> None:
         for line in remarks(recommender, config):
             print(f"recommend: {line}")
     made_from = identity(recommender, config) | {"why": recommender.why}
+    if recommender.left_out.users:  # files of before have no pages of theirs
+        made_from["users below the k-core"] = str(len(recommender.left_out.users))
     if out.exists():
         refuse_other(
             out, json.loads((pq.read_schema(out).metadata or {}).get(b"pagellm", b"{}")), made_from
@@ -460,9 +478,13 @@ def join(out: Path, folder: Path, files: list[Path], made_from: dict, pages: int
 
     Says how many pages are shorter than was asked for.
     """
-    if not folder.exists():
-        return  # another process has joined them and cleared up
-    with FileLock(folder / "lock"):  # of processes that end together one joins
+    try:
+        held = FileLock(folder / "lock").acquire()  # of processes that end together one joins
+    except OSError:
+        if out.exists():
+            return  # another process has joined them and cleared up
+        raise
+    with held:
         if not out.exists():
             if not all(file.exists() for file in files):
                 return

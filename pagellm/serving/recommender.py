@@ -9,14 +9,15 @@ Cache. `pagellm recommend` prints and files the answers; `pagellm serve` puts th
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagellm.data.shop import Shop, load, source
+from pagellm.data.dropped import LeftOut
+from pagellm.data.shop import Shop, liked_above, load
 from pagellm.model import lora
 from pagellm.model.backbone import KVCache
 from pagellm.model.composer import POOL, Composed, Composer, load_composer
@@ -53,8 +54,10 @@ __all__ = ["Ask", "Recommender", "ResolvedAsk", "no_observer"]
 class Ask:
     """One page wanted, in the shop's own words.
 
-    user     the shop's id; None or an unknown id: a stranger, whose prompt begins with <user_unk>
-    history  (item id, rating 1..5 or NaN), oldest first; follows what is stored of a known user
+    user     the shop's id; None or an unknown id: a stranger, whose prompt begins with <user_unk>;
+             so does that of a user whom the k-core left out
+    history  (item id, rating 1..5 or NaN), oldest first; follows what is stored of a known user,
+             or of one whom the k-core left out
     mode     of decoding, for ppo and sft: greedy, beam or one_shot; empty: what validation chose
     policy   compose, ppo, sft or plain; empty: the best on validation of those that are loaded
     variety  inside decoding, for ppo and sft: none, mmr or energy, at `strength` nats
@@ -116,6 +119,8 @@ class Recommender:
     split     of sources.SPLITS: which rows are held out
     cache     may be shared with an earlier Recommender, since its keys hold the hashes
     width     pages that a beam keeps
+    positive_above  rating on 1..5 above which a row of a history is liked
+    left_out  users whom the k-core left out, with their histories; None: nobody
     candidates  items of a shortlist: the best of the first slot, of which pages are then made;
               0: the whole catalogue
     observe   called with (stage, seconds); the stages are prompt, decode, reward and metrics
@@ -137,6 +142,7 @@ class Recommender:
         default: str = "",
         why: str = "",
         modes: dict[str, str] | None = None,
+        left_out: LeftOut | None = None,
     ):
         self.networks = dict(policies)
         if composer is not None and composer.policy is not None:
@@ -156,7 +162,7 @@ class Recommender:
         self.names = (*there, *([PLAIN] if composer is not None and composer.plain else []))
         self.default = default or self.names[0]
         self.split, self.width, self.positive_above = split, width, positive_above
-        self.candidates = candidates
+        self.candidates, self.left_out = candidates, left_out or LeftOut.none()
         self.cache, self.observe = Cache(64 << 20) if cache is None else cache, observe
         # writes the reward model's prompts
         self.reader = next(
@@ -222,7 +228,6 @@ class Recommender:
         }
         shop, device = load(config.data_dir), pick_device(config.device)
         data = file_id(config.data_dir / "source.json")
-        positive_above = source(config.data_dir).get("config", {}).get("positive_above", 3.0)
         loaded = {
             name: Policy.load(config.where(name), device) for name in names if name in POLICIES
         }
@@ -254,7 +259,8 @@ class Recommender:
             rewards,
             hashes | {"data": data},
             config.split,
-            positive_above=positive_above,
+            positive_above=liked_above(config.data_dir),
+            left_out=LeftOut.read(shop),
             composer=composer,
             default=default,
             why=why,
@@ -306,6 +312,8 @@ class Recommender:
                 f"k={ask.k}: this model writes pages of at most {self.slots(policy)} slots"
             )
         user = self.user_of.get(ask.user) if ask.user is not None else None
+        if user is None and (stored := self.left_out.of(ask.user)):
+            ask = replace(ask, history=(*stored, *ask.history))
         items, ratings, seen, unknown = self.past(user, ask.history)
         f = ask.filters
         excluded, strange = look_up(f.exclude, self.item_of)

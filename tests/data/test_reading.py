@@ -486,7 +486,8 @@ def test_a_condition_may_spell_a_column_in_its_own_way():
 
 def test_an_account_is_short_and_says_what_it_leaves_out():
     account = Account([f"line {n}" for n in range(40)], ["mind this"])
+    assert len(account.text(before=6).splitlines()) == 17
     lines = account.text().splitlines()
-    assert len(lines) == 24 and lines[-1].split() == ["WARNING", "mind", "this"]
-    assert "and 18 more lines" in lines[-2] and lines[21] == "line 21"
+    assert len(lines) == 23 and lines[-1].split() == ["WARNING", "mind", "this"]
+    assert "and 19 more lines" in lines[-2] and lines[20] == "line 20"
     assert Account(["a"], []).text() == "a"

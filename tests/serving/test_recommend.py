@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pagellm.data.shop import source
 from pagellm.pages.ranked import read_pages
 from pagellm.serving import recommend
 from pagellm.serving.recommend import Config, parse_history
@@ -169,6 +168,20 @@ def test_two_processes_write_the_file_that_one_writes(served, tmp_path):
     assert not list(tmp_path.glob("*.parts"))
 
 
+def test_a_process_that_comes_when_all_is_joined_ends_in_peace(tmp_path, monkeypatch):
+    """The other one may clear the folder away between any two steps of this one."""
+    out, parts = tmp_path / "pages.parquet", tmp_path / "pages.parquet.parts"
+
+    def gone(lock):
+        raise FileNotFoundError(lock.lock_file)
+
+    monkeypatch.setattr(recommend.FileLock, "acquire", gone)
+    with pytest.raises(FileNotFoundError):
+        recommend.join(out, parts, [parts / "part-0"], {}, 1)
+    out.write_bytes(b"")
+    recommend.join(out, parts, [parts / "part-0"], {}, 1)
+
+
 def test_sft_alone_has_pages_in_the_terminal_and_in_files(sft_alone, rec, tmp_path, capsys):
     recommend.run(config(sft_alone, user=rec.shop.user_ids[0], k=4))
     text = capsys.readouterr().out
@@ -216,14 +229,34 @@ def test_users_below_the_k_core_have_pages_from_their_histories(served, rec, tmp
         rec.shop.user_ids
     )
     r = Recommender.load(config(root, user="x"))
+    stranger = Recommender.load(config(served, user="x"))
     for user, history in (
         ("new", ((items[3], 5.0), (items[8], math.nan))),
         ("odd", ((items[1], 1.0),)),
     ):
+        # one page and everybody's are the same, and that of a stranger with this history
+        (want,) = stranger.answers([Ask(user=user, history=history, k=6)])
+        (alone,) = r.answers([Ask(user=user, k=6)])
+        assert alone == want
         mine = [n for n, name in enumerate(found["user_id"]) if name == user]
-        (want,) = r.answers([Ask(user=user, history=history, k=6)])
         assert [found["item_id"][n] for n in mine] == [s["item"] for s in want["items"]]
         assert not any(found["known"][n] or found["user"][n] is not None for n in mine)
+    said = capsys.readouterr().out
+    n = rec.shop.n_users
+    assert f"2 of {n + 2} users of the log are below the k-core" in said
+    assert f"1 of {len(items) + 1} items of the log are below the k-core" in said and "gone" in said
+    recommend.run(config(root, user="new", k=6))
+    assert "new is below the k-core" in capsys.readouterr().out
+
+
+def test_data_of_before_say_who_has_no_page(served, rec, tmp_path, capsys):
+    """Data that an earlier version prepared hold no dropped.parquet."""
+    root = tmp_path / "copy"
+    shutil.copytree(served, root)
+    (root / "data" / "synthetic" / "dropped.parquet").unlink()
+    recommend.run(config(root, all=True, out=str(tmp_path / "p.parquet"), k=6))
+    said = capsys.readouterr().out
+    assert "items of the log are below the k-core and have no page" in said
 
 
 def test_what_is_wrong_for_everybody_is_said_once(served, rec, tmp_path, capsys):
@@ -248,9 +281,8 @@ def test_what_is_wrong_for_everybody_is_said_once(served, rec, tmp_path, capsys)
     n = rec.shop.n_users
     assert f"{n} of {n} pages have fewer than 6 slots" in said  # 3 items are left
     assert rec.shop.catalogue.ids[0] not in rows(tmp_path / "p.parquet")["item_id"]
-    before = source(served / "data" / "synthetic")["counts"]["k_core"][0]
-    gone = before["items"] - rec.shop.n_items
-    assert gone > 0 and f"{gone} of {before['items']} items of the log are below the k-core" in said
+    assert len(rec.left_out.items) == 60 - rec.shop.n_items > 0
+    assert f"{60 - rec.shop.n_items} of 60 items of the log are below the k-core" in said
     with pytest.raises(PageLLMError, match="another exclude"):
         recall.write_text("other")
         recommend.run(
