@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pagellm.data.filters import tie_ranks
-from pagellm.data.shop import Shop
+from pagellm.data.shop import Shop, read_parquet
 from pagellm.data.text_store import by_time, time_array
 from pagellm.stage.config import PageLLMError
 
@@ -86,11 +86,8 @@ class LeftOut(NamedTuple):
         if shop.path is None or not (shop.path / NAME).exists():
             return cls.none()
         try:
-            rows = pq.read_table(
-                shop.path / NAME,
-                columns=["user_id", "item_id", "rating"],
-                page_checksum_verification=True,
-            )
+            columns = ["user_id", "item_id", "rating"]
+            rows = read_parquet(shop.path / NAME, columns, checked=True)
         except (pa.ArrowException, OSError) as error:
             raise PageLLMError(
                 f"{shop.path / NAME} cannot be read: {error}\n  Remove {shop.path} and prepare it "

@@ -34,14 +34,20 @@ SPLITS = ("train", "valid", "test", "unused")
 THREADS_FROM = 16 << 20  # bytes of a Parquet file from which Arrow's threads pay
 
 
-def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """A table that a stage has written, or some columns of it.
+def read_parquet(path: Path, columns: list[str] | None = None, checked: bool = False) -> pa.Table:
+    """A table that a stage has written, or some columns of it; checked by its own checksums.
 
     A small file is read without threads. It is as quick, and where memory is limited (`ulimit -v`)
     so that no thread can be started, Arrow would wait for its threads without end.
     """
     large = path.stat().st_size >= THREADS_FROM
-    return pq.read_table(path, columns=columns, use_threads=large, pre_buffer=large)
+    return pq.read_table(
+        path,
+        columns=columns,
+        use_threads=large,
+        pre_buffer=large,
+        page_checksum_verification=checked,
+    )
 
 
 @dataclass(frozen=True)

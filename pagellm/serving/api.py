@@ -215,7 +215,7 @@ def complete_document(app: FastAPI, service) -> None:
         whole = plain()
         properties = whole["components"]["schemas"]["PageRequest"]["properties"]
         properties["k"]["maximum"] = longest_page(service)
-        if service.config.api_key:
+        if getattr(service.config, "api_key", ""):
             add_key(whole)
         return whole
 

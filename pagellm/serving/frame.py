@@ -70,7 +70,7 @@ def make_frame(
         meters=meters,
         max_body=limits.max_body,
         body_timeout=limits.timeout,
-        api_key=limits.api_key,
+        api_key=getattr(limits, "api_key", ""),  # limits may be anything with the fields it has
         open_paths=open_paths,
     )
     add_error_handlers(app, limits.timeout)

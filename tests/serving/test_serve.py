@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
@@ -727,6 +728,18 @@ def test_a_service_with_a_key_answers_who_sends_it(served):
         page = document["paths"]["/v1/page"]["post"]
         assert page["security"] == [{"key": []}] and "401" in page["responses"]
         assert "security" not in document["paths"]["/healthz"]["get"]
+
+
+def test_health_is_answered_where_the_config_knows_no_key(service, monkeypatch):
+    """`make_app` takes anything with a Service's methods; monitors ask by GET and by HEAD."""
+    whole = vars(service.config)
+    part = types.SimpleNamespace(**{n: v for n, v in whole.items() if n != "api_key"})
+    monkeypatch.setattr(service, "config", part)
+    client = Client(service)
+    for path in ("/healthz", "/readyz"):
+        codes = {client(method, path).status_code for method in ("GET", "HEAD")}
+        assert len(codes) == 1 and codes <= {200, 503}, path
+    assert client("HEAD", "/healthz").status_code == 200
 
 
 def test_a_key_is_never_shown(served, capsys, monkeypatch):
