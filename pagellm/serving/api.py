@@ -16,10 +16,12 @@ from starlette.exceptions import HTTPException
 
 from pagellm import __version__
 from pagellm.serving.frame import add_key, add_status_routes, errors, make_frame
+from pagellm.serving.interesting import Finder
 from pagellm.serving.meters import Meters
 from pagellm.serving.middleware import JSON
 from pagellm.serving.schema import (
     FoundList,
+    Interesting,
     Item,
     Page,
     PageRequest,
@@ -33,7 +35,8 @@ __all__ = ["find", "make_app"]
 
 
 STATIC = Path(__file__).parent / "static"
-FILES = {"page.css": "text/css", "page.js": "text/javascript"}
+SCRIPTS = ("page.js", "cards.js", "picture.js", "link.js")
+FILES = {"page.css": "text/css", **dict.fromkeys(SCRIPTS, "text/javascript")}
 
 
 def make_app(service) -> FastAPI:
@@ -49,6 +52,7 @@ def make_app(service) -> FastAPI:
     )
     add_page_routes(app, service, meters)
     add_catalogue_routes(app, service)
+    add_interesting_route(app, service)
     add_shop_route(app, service)
     add_status_routes(app, [service], meters)
     add_static_routes(app)
@@ -154,6 +158,20 @@ def find(query: str, limit: int, rows: Iterable[tuple[str, str]]) -> list[dict]:
             if len(found) == limit:
                 break
     return found
+
+
+def add_interesting_route(app: FastAPI, service) -> None:
+    """GET /v1/interesting: users that are worth a look, for the page in the browser."""
+    finder = Finder(service)
+
+    @app.get(
+        "/v1/interesting",
+        responses={200: {"model": Interesting}, **errors(422, 503, 504)},
+        summary="Users worth a look",
+    )
+    async def interesting(left: Words = "", right: Words = ""):
+        best = service.recommender.default
+        return JSON(await finder.find(left or best, right or best))
 
 
 def add_shop_route(app: FastAPI, service) -> None:

@@ -14,6 +14,7 @@ from pagellm.serving.recommender import Ask
 __all__ = [
     "Error",
     "FoundList",
+    "Interesting",
     "Item",
     "Page",
     "PageRequest",
@@ -248,6 +249,26 @@ class Found(BaseModel):
 
 class FoundList(BaseModel):
     found: list[Found]
+
+
+class Noted(BaseModel):
+    id: str
+    value: float
+
+
+class NotedGroup(BaseModel):
+    name: str
+    measure: Literal["changed", "reward", "near", "newest", "history"] = Field(
+        description="what value is. changed: items that are on both pages; reward: page reward; "
+        "near: mean cosine of the slots' items and their nearest item of the history; newest: "
+        "first event, in seconds since 1970; history: items of it"
+    )
+    users: list[Noted]
+
+
+class Interesting(BaseModel):
+    sampled: int = Field(description="users whose pages were written to find changed, reward, near")
+    groups: list[NotedGroup]
 
 
 class Category(BaseModel):

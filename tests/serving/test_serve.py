@@ -35,7 +35,7 @@ pytest.importorskip("httpx", reason="needs httpx: pip install 'pagellm[dev]'")
 
 import httpx  # noqa: E402
 
-from pagellm.serving import serve  # noqa: E402
+from pagellm.serving import api, serve  # noqa: E402
 from pagellm.serving.api import make_app  # noqa: E402
 from pagellm.serving.meters import LastPages  # noqa: E402
 from pagellm.serving.middleware import JsonLines  # noqa: E402
@@ -777,6 +777,7 @@ def test_the_open_api_document_names_every_route_and_error(client):
         "/v1/users/{id}",
         "/v1/items",
         "/v1/items/{id}",
+        "/v1/interesting",
         "/v1/shop",
         "/healthz",
         "/readyz",
@@ -808,11 +809,15 @@ def test_the_browsers_page_asks_nobody_else(client):
     page = client("GET", "/")
     assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]
-    text = page.text
-    for name in re.findall(r'(?:src|href)="(/static/[^"]+)"', page.text):
+    text, names, seen = page.text, re.findall(r'(?:src|href)="(/static/[^"]+)"', page.text), set()
+    while names:
+        seen.add(name := names.pop())
         file = client("GET", name)
         assert file.status_code == 200 and file.headers["content-type"].startswith("text/")
         text += file.text
+        found = {f"/static/{x}" for x in re.findall(r'^import .* from "\./(\S+)"', file.text, re.M)}
+        names += found - seen - set(names)
+    assert len(seen) == len(list((Path(api.__file__).parent / "static").iterdir())) - 1
     assert "page.js" in text and "page.css" in text
     # SVG's name
     assert set(re.findall(r"(?:https?:)?//[a-z][\w.-]+\.[a-z]+", text)) == {"http://www.w3.org"}

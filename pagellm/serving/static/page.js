@@ -1,5 +1,9 @@
-// One page, no library. State is what stands in the form, plus the typed history and the items left out.
-"use strict";
+// The page of `pagellm serve`, without a library. State is what stands in the form, the typed history, the
+// items left out and the order of the cards; all of it stands in the address too (link.js).
+
+import { band, card, fixed, legend, make, thing, words } from "./cards.js";
+import { read, written } from "./link.js";
+import { tell } from "./picture.js";
 
 const byId = (id) => document.getElementById(id);
 const typed = new Map();        // item id -> {title, rating}
@@ -11,17 +15,10 @@ let served = [];                // all that may be shown
 const NAMES = { plain: "Plain: ALS with facts, MMR", sft: "Without the reward", ppo: "With the reward",
                 compose: "Composed" };  // in the order of the columns
 let rated = false;              // whether there is a reward model
-
-function make(tag, options = {}, ...children) {
-  const { on = {}, ...rest } = options;
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(rest)) {
-    if (name in node && name !== "list") node[name] = value; else node.setAttribute(name, value);
-  }
-  for (const [name, act] of Object.entries(on)) node.addEventListener(name, act);
-  node.append(...children.filter((child) => child !== null && child !== ""));
-  return node;
-}
+let models = "";                // what is served, as a link names it
+let wanted = {};                // policy -> item ids: orders of a link that are still to be put
+let past = [];                  // the stored history of the user
+let lit = "";                   // the category that is being looked for
 
 // The key of a service that has one: asked for once, kept until the tab is closed.
 let asking = null;              // the open question, so that calls at the same time share it
@@ -61,8 +58,10 @@ async function call(path, body) {
 }
 
 const say = (text) => { byId("status").textContent = text; };
-const fixed = (x, digits = 3) => x === null ? "–" : x.toFixed(digits).replace("-", "−");
 const later = (act, wait = 250) => { let t; return () => { clearTimeout(t); t = setTimeout(act, wait); }; };
+const part = (policy, name) => document.querySelector(`#${policy} .${name}`);
+
+// What is asked for.
 
 function person() {
   const user = byId("user").value.trim();
@@ -70,14 +69,15 @@ function person() {
   return { ...(user && { user }), ...((history.length || !user) && { history }) };
 }
 
+const chosen = () => [...document.querySelectorAll("#categories input:checked")].map((box) => box.value);
+const stocked = () => byId("stock").value.split(/[\s,]+/).filter(Boolean);
+
 function filters() {
   const out = {};
   const number = (id) => byId(id).value === "" ? null : Number(byId(id).value);
   if (excluded.size) out.exclude = [...excluded.keys()];
-  const categories = [...document.querySelectorAll("#categories input:checked")].map((box) => box.value);
-  if (categories.length) out.categories = categories;
-  const stock = byId("stock").value.split(/[\s,]+/).filter(Boolean);
-  if (stock.length) out.in_stock = stock;
+  if (chosen().length) out.categories = chosen();
+  if (stocked().length) out.in_stock = stocked();
   if (number("min") !== null || number("max") !== null) out.price = { min: number("min"), max: number("max") };
   const count = Object.keys(out).length;
   byId("active").textContent = count ? `(${count} on)` : "";
@@ -90,18 +90,34 @@ async function write() {
   const body = { ...person(), k: Number(byId("k").value), decoding: byId("decoding").value || null,
                  variety: method ? { method } : null, filters: filters(), explain: true };
   say("Writing…");
+  byId("pages").setAttribute("aria-busy", "true");
   try {
     const answers = await Promise.all(policies.map((policy) => call("/v1/page", { ...body, policy })));
     if (mine !== asked) return;
     policies.forEach((policy, at) => { shown[policy] = fresh(answers[at], body); });
-    policies.forEach(draw);
+    const moved = policies.filter(putOrder);
+    wanted = {};
+    draw();
     say(remarks(answers.at(-1)));
+    keepLink();
+    for (const policy of moved) rescore(policy);
   } catch (error) {
     if (mine === asked) say(`That did not work: ${error.message}`);
+  } finally {
+    if (mine === asked) byId("pages").removeAttribute("aria-busy");
   }
 }
 
 const fresh = (answer, body) => ({ answer, now: answer, order: [...answer.items], body });
+
+// Put a page into the order that the link names, if it holds just these items. True if that moves any.
+function putOrder(policy) {
+  const page = shown[policy], ids = wanted[policy] || [];
+  const slot = new Map(page.order.map((x) => [x.item, x]));
+  if (new Set(ids).size !== slot.size || !ids.every((id) => slot.has(id))) return false;
+  page.order = ids.map((id) => slot.get(id));
+  return page.order.some((x, at) => x !== page.answer.items[at]);
+}
 
 function remarks(answer) {
   const { unknown, user, notes, latency_ms } = answer;
@@ -109,8 +125,11 @@ function remarks(answer) {
   if (unknown.user) out.push("The model has not met this user; the page follows the typed history alone.");
   if (unknown.items.length) out.push(`Unknown items: ${unknown.items.join(", ")}.`);
   if (unknown.categories.length) out.push(`Unknown categories: ${unknown.categories.join(", ")}.`);
+  if (changed) out.push("The models have changed since this link was made.");
   return out.concat(notes.map((note) => `${note}.`)).join(" ");
 }
+
+// Drawing.
 
 function sums(policy) {
   const { answer, now } = shown[policy];
@@ -122,67 +141,61 @@ function sums(policy) {
     return make("span", {}, `${name} `, make("b", {}, fixed(now[key])), moved ? make("span",
       { className: change > 0 ? "up" : "down" }, ` ${change > 0 ? "▲ +" : "▼ "}${fixed(change)}`) : "");
   });
-  if (now !== answer) nodes.push(make("button", { type: "button", on: { click: () => {
-    Object.assign(shown[policy], fresh(answer, shown[policy].body));
-    draw(policy);
-  } } }, "Put back"));
-  document.querySelector(`#${policy} .sums`).replaceChildren(...nodes);
+  part(policy, "sums").replaceChildren(...nodes);
 }
 
-function draw(policy) {
+// All pages: a move on one changes the marks on the other.
+function draw() {
+  const slots = policies.flatMap((policy) => shown[policy]?.order || []);
+  tell([...slots, ...past].map(({ category }) => category));
+  band(byId("past-band"), past, "Categories of the history");
+  byId("past-items").replaceChildren(...past.map(thing));
+  policies.filter((policy) => shown[policy]).forEach(drawOne);
+  find(lit);
+}
+
+function drawOne(policy) {
   sums(policy);
-  const { order, now } = shown[policy];
-  const other = policies.find((name) => name !== policy);
-  const there = other && new Set(shown[other].answer.items.map((slot) => slot.item));
-  const rewards = Object.values(shown).flatMap((page) => page.now.items.map((slot) => slot.token_reward));
+  const { order, now, answer } = shown[policy];
+  const other = policies.find((name) => name !== policy && shown[name]);
+  const place = other ? new Map(shown[other].order.map((slot, at) => [slot.item, at])) : null;
+  const rewards = policies.flatMap((name) => shown[name]?.now.items.map((slot) => slot.token_reward) || []);
   const low = Math.min(...rewards), span = Math.max(...rewards) - low || 1;
   const reward = new Map(now.items.map((slot) => [slot.item, slot.token_reward]));
-  const list = document.querySelector(`#${policy} ol`);
-  list.replaceChildren(...order.map((slot, at) => row(policy, slot, at, reward.get(slot.item), low, span,
-                                                      there && !there.has(slot.item))));
-  if (!order.length) list.append(make("li", {}, "No item passes the filters."));
+  const acts = { key, drag, leave: (item, title) => { excluded.set(item, title); chips(); write(); } };
+  const open = new Set([...document.querySelectorAll(`#${policy} .why[open]`)].map((why) => why.closest("li").dataset.item));
+  part(policy, "words").textContent = words(order, other && shown[other].order);
+  band(part(policy, "band"), order, "Categories in the order of the page");
+  legend(part(policy, "legend"), order, (name) => find(name === lit ? "" : name));
+  part(policy, "back").hidden = order.every((slot, at) => slot.item === answer.items[at].item);
+  const list = part(policy, "cards");
+  list.replaceChildren(...order.map((slot, at) =>
+    card(slot, at, { policy, rated, reward: reward.get(slot.item), low, span, place }, acts)));
+  for (const why of list.querySelectorAll(".why")) why.open = open.has(why.closest("li").dataset.item);
+  if (!order.length) list.append(make("li", { className: "nothing" }, "No item passes the filters."));
 }
 
-function bar(share) {
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  svg.setAttribute("aria-hidden", "true");
-  for (const width of [100, 4 + 96 * share]) {
-    const rect = document.createElementNS("http://www.w3.org/2000/svg", "rect");
-    for (const [name, value] of [["width", `${width}%`], ["height", "100%"], ["rx", "2"]]) rect.setAttribute(name, value);
-    svg.append(rect);
+// Show where a category stands; "" shows all alike.
+function find(category) {
+  const there = policies.some((policy) => shown[policy]?.order.some((slot) => slot.category === category));
+  lit = category && there ? category : "";
+  byId("pages").classList.toggle("seeking", Boolean(lit));
+  for (const node of document.querySelectorAll("#pages [data-category]")) {
+    const on = Boolean(lit) && node.dataset.category === lit;
+    node.classList.toggle("on", on);
+    if (node.tagName === "BUTTON") node.setAttribute("aria-pressed", String(on));
   }
-  return svg;
 }
 
-// What the score of a slot says when the page is written: see the field `score` in /openapi.json.
-function worth(policy, score) {
-  if (policy === "plain") return `Score of ALS ${fixed(score, 2)}`;
-  if (policy === "compose") return `Chance that it is picked ${(100 * Math.exp(score)).toFixed(1)}%`;
-  return `Log-probability ${fixed(score, 2)} when it was written`;
+// The same item on the other page is marked while one is looked at.
+function twin(event) {
+  const item = event.target.closest?.(".card")?.dataset.item;
+  for (const node of document.querySelectorAll("#pages .card")) {
+    node.classList.toggle("twin", Boolean(item) && node.dataset.item === item);
+  }
 }
 
-function row(policy, slot, at, reward, low, span, alone) {
-  const title = slot.title || slot.item;
-  const grip = make("button", { type: "button", className: "grip", "aria-label": `Move ${title}, now ${at + 1}`,
-                                on: { keydown: (event) => key(event, policy, at),
-                                      pointerdown: (event) => drag(event, policy, at) } }, "⠿");
-  const like = slot.similar.map((near) => `${near.title || near.item} (${fixed(near.similarity, 2)})`).join("; ");
-  const why = make("details", { className: "why" }, make("summary", {}, "why"),
-    make("p", {}, `${rated ? `Reward of this slot ${fixed(reward)}. ` : ""}${worth(policy, slot.score)}.`),
-    make("p", {}, like ? `Like, in the history: ${like}.` : "No history to compare with."),
-    slot.held_out ? make("p", {}, "✓ The user chose it; the model has not seen that.") : "",
-    make("button", { type: "button", on: { click: () => { excluded.set(slot.item, title); chips(); write(); } } },
-      "leave out"));
-  return make("li", {}, grip, make("span", { className: "rank" }, String(at + 1)),
-    make("div", { className: "what" }, make("p", {}, slot.held_out ? make("span", { title: "held out" }, "✓ ") : "",
-      title, " ", alone ? make("span", { className: "tag" }, "only here") : ""),
-      make("small", {}, [slot.category, slot.price === null ? null : slot.price.toFixed(2), slot.item]
-        .filter(Boolean).join(" · ")), why),
-    rated ? make("div", { className: "worth", title: "reward of this slot" }, fixed(reward, 2),
-      bar((reward - low) / span)) : "");
-}
-
-// Moving an item. The keyboard moves one slot; the pointer moves freely and scores on release.
+// Moving an item. The keyboard moves by slots or rows; the pointer moves freely and scores on release.
 
 function move(policy, from, to) {
   const { order } = shown[policy];
@@ -194,15 +207,16 @@ async function rescore(policy) {
   const { user, history } = page.body;
   const items = page.order.map((slot) => slot.item);
   const turn = page.turn = (page.turn || 0) + 1;
+  keepLink();
   try {
     const now = await call("/v1/score", { ...(user && { user }), ...(history && { history }), items, policy });
     if (shown[policy] !== page || page.turn !== turn) return;
     page.now = now;
-    const focus = document.activeElement?.closest?.("li");
-    const at = focus ? [...focus.parentNode.children].indexOf(focus) : -1;
-    const inside = focus && focus.closest("article")?.id === policy;
-    draw(policy);
-    if (inside) document.querySelectorAll(`#${policy} .grip`)[at]?.focus();
+    const focus = document.activeElement?.closest?.("#pages .card");
+    const inside = focus && focus.closest("article").id === policy;
+    drawOne(policy);
+    find(lit);
+    if (inside) document.querySelector(`#${policy} .card[data-item="${CSS.escape(focus.dataset.item)}"] .grip`)?.focus();
     say(`New order: energy ${fixed(now.energy)} (was ${fixed(page.answer.energy)})` + (rated ?
         `, page reward ${fixed(now.page_reward)} (was ${fixed(page.answer.page_reward)}).` : "."));
   } catch (error) {
@@ -211,11 +225,12 @@ async function rescore(policy) {
 }
 
 function key(event, policy, at) {
-  const to = at + { ArrowUp: -1, ArrowDown: 1 }[event.key];
+  const row = getComputedStyle(part(policy, "cards")).gridTemplateColumns.split(" ").length;
+  const to = at + { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -row, ArrowDown: row }[event.key];
   if (!(to >= 0 && to < shown[policy].order.length)) return;
   event.preventDefault();
   move(policy, at, to);
-  draw(policy);
+  draw();
   document.querySelectorAll(`#${policy} .grip`)[to].focus();
   rescore(policy);
 }
@@ -223,46 +238,43 @@ function key(event, policy, at) {
 function drag(event, policy, from) {
   if (event.button > 0) return;
   event.preventDefault();
-  const grip = event.currentTarget, item = grip.closest("li"), list = item.parentNode;
+  const hold = event.currentTarget, item = hold.closest("li"), list = item.parentNode;
   const page = shown[policy];
-  grip.setPointerCapture(event.pointerId);
+  hold.setPointerCapture(event.pointerId);
+  item.querySelector(".grip").focus({ preventScroll: true });
   item.classList.add("held");
-  const follow = ({ clientY }) => {
+  const follow = ({ clientX, clientY }) => {
     if (clientY < 60) scrollBy(0, -12); else if (clientY > innerHeight - 60) scrollBy(0, 12);
-    for (let next = item.nextElementSibling; next; next = item.nextElementSibling) {
-      const box = next.getBoundingClientRect();
-      if (clientY < box.top + box.height / 2) break;
-      item.before(next);             // the neighbour moves: a node that is put elsewhere loses its pointer
-    }
-    for (let before = item.previousElementSibling; before; before = item.previousElementSibling) {
-      const box = before.getBoundingClientRect();
-      if (clientY > box.top + box.height / 2) break;
-      item.after(before);
-    }
-    [...list.children].forEach((li, at) => { li.querySelector(".rank").textContent = at + 1; });
+    const over = document.elementFromPoint(clientX, clientY)?.closest("li");
+    if (!over || over === item || over.parentNode !== list) return;
+    const cards = [...list.children], at = cards.indexOf(item), to = cards.indexOf(over);
+    // The neighbours move: a node that is put elsewhere loses its pointer.
+    if (at < to) item.before(...cards.slice(at + 1, to + 1)); else item.after(...cards.slice(to, at));
+    [...list.children].forEach((li, place) => { li.querySelector(".rank").textContent = place + 1; });
   };
   const drop = (last) => {
-    for (const name of ["pointermove", "pointerup", "pointercancel"]) grip.removeEventListener(name, step[name]);
+    for (const [name, act] of Object.entries(step)) hold.removeEventListener(name, act);
     item.classList.remove("held");
     const to = [...list.children].indexOf(item);
-    if (shown[policy] !== page || !list.isConnected) return;
-    if (last.type === "pointercancel" || to === from || to < 0) return draw(policy);
+    if (shown[policy] !== page || !list.contains(item)) return;
+    if (last.type === "pointercancel" || to === from) return draw();
     move(policy, from, to);
-    draw(policy);
+    draw();
     rescore(policy);
   };
   const step = { pointermove: follow, pointerup: drop, pointercancel: drop };
-  for (const [name, act] of Object.entries(step)) grip.addEventListener(name, act);
+  for (const [name, act] of Object.entries(step)) hold.addEventListener(name, act);
 }
 
 // The form.
 
 function chips() {
-  const chip = (kept, id, text, act) => make("li", {}, text, make("button", { type: "button",
+  const chip = (kept, id, before, text, act) => make("li", {}, before, make("bdi", {}, text), make("button", { type: "button",
     "aria-label": `Remove ${text}`, on: { click: () => { kept.delete(id); chips(); act(); } } }, "×"));
   byId("history").replaceChildren(...[...typed].map(([id, { title, rating }]) =>
-    chip(typed, id, `${title}${rating === null ? "" : ` ${rating}★`}`, write)));
-  byId("excluded").replaceChildren(...[...excluded].map(([id, title]) => chip(excluded, id, title, write)));
+    chip(typed, id, "", `${title}${rating === null ? "" : ` ${rating}★`}`, write)));
+  byId("excluded").replaceChildren(...[...excluded].map(([id, title]) =>
+    chip(excluded, id, make("small", {}, "left out: "), title, write)));
   byId("none").hidden = excluded.size > 0;
 }
 
@@ -292,23 +304,41 @@ async function add() {
 }
 
 async function stored() {
-  const box = byId("stored"), user = byId("user").value.trim();
-  box.hidden = true;
-  if (!user) return;
+  const user = byId("user").value.trim();
+  let history = [];
   try {
-    const { history } = await call(`/v1/users/${encodeURIComponent(user)}`);
-    if (byId("user").value.trim() !== user) return;
-    box.hidden = false;
-    box.querySelector("summary").textContent = `${history.length} items of stored history`;
-    box.querySelector("ul").replaceChildren(...history.map(({ title, item, rating }) =>
-      make("li", {}, `${title || item}${rating === null ? "" : ` ${rating}★`}`)));
+    if (user) ({ history } = await call(`/v1/users/${encodeURIComponent(user)}`));
   } catch { /* a stranger: the page says so itself */ }
+  if (byId("user").value.trim() !== user) return;
+  byId("stored").textContent = history.length ? `(${history.length} stored)` : "(none stored)";
+  past = history;
+  draw();
+}
+
+// Users that are worth a look, once the first pages are there.
+async function interesting() {
+  const box = byId("interesting"), [left, right] = [policies[0], policies.at(-1)];
+  const note = { changed: (n) => `${n} on both pages`, reward: (x) => `page reward ${fixed(x, 2)}`,
+                 near: (x) => `nearness to the history ${fixed(x, 2)}`, history: (n) => `history of ${n}`,
+                 newest: (t) => `since ${new Date(1000 * t).toISOString().slice(0, 10)}` };
+  try {
+    const { groups, sampled } = await call(`/v1/interesting?left=${left}&right=${right}`);
+    const [first, last] = [policies[0], policies.at(-1)];
+    if (first !== left || last !== right) return;
+    box.replaceChildren(make("option", { value: "" }, `choose; ${sampled} were looked at`), ...groups.map(({ name, measure, users }) => {
+      const group = make("optgroup", { label: name });
+      group.append(...users.map(({ id, value }) => make("option", { value: id }, `${id} · ${note[measure](value)}`)));
+      return group;
+    }));
+  } catch (error) {
+    box.replaceChildren(make("option", { value: "" }, `none found: ${error.message}`));
+  }
 }
 
 // One column for each policy that is compared; what cannot be shown is not explained either.
 function columns() {
-  const wanted = [byId("left").value, byId("right").value];
-  policies = served.filter((policy) => wanted.includes(policy));
+  const pair = [byId("left").value, byId("right").value];
+  policies = served.filter((policy) => pair.includes(policy));
   for (const policy of Object.keys(NAMES)) {
     byId(policy).hidden = !policies.includes(policy);
     if (!policies.includes(policy)) delete shown[policy];
@@ -318,20 +348,88 @@ function columns() {
 }
 
 // The default beside SFT, or beside what else there is.
-function offer({ policies: there, default: best, why, models, split }) {
+function offer({ policies: there, default: best, why, models: made, split }) {
   served = Object.keys(NAMES).filter((policy) => there.includes(policy));
-  rated = Boolean(models.reward);
+  rated = Boolean(made.reward);
   const other = ["sft", "ppo", "plain", "compose"].find((policy) => policy !== best && served.includes(policy)) || best;
-  for (const [id, chosen] of [["left", other], ["right", best]]) {
+  for (const [id, choice] of [["left", other], ["right", best]]) {
     byId(id).replaceChildren(...served.map((policy) =>
-      make("option", { value: policy, selected: policy === chosen }, NAMES[policy])));
+      make("option", { value: policy, selected: policy === choice }, NAMES[policy])));
+  }
+  for (const policy of Object.keys(NAMES)) {
+    byId(policy).append(
+      make("div", { className: "told" }, make("p", { className: "words" }), make("div", { className: "sums count" })),
+      make("div", { className: "band" }), make("div", { className: "legend" }),
+      make("button", { type: "button", className: "back", hidden: true, on: { click: () => {
+        Object.assign(shown[policy], fresh(shown[policy].answer, shown[policy].body));
+        draw();
+        keepLink();
+      } } }, "Put back"),
+      make("ol", { className: "cards", role: "list" }));
   }
   byId("versus").hidden = served.length < 2;
-  byId("pages").classList.toggle("unrated", !rated);
   byId("about-bar").hidden = !rated;
   byId("about-held").hidden = split === "none";
   byId("about-default").textContent = served.length > 1 ? `Default: ${NAMES[best]} (${why}).` : "";
+}
+
+// The link.
+
+let changed = false;            // whether other models are served than the link was made with
+let linked = "";                // the fragment that this page has written
+
+function keepLink() {
+  const order = {};
+  for (const policy of policies) {
+    const page = shown[policy];
+    if (page?.order.some((slot, at) => slot !== page.answer.items[at])) order[policy] = page.order.map((slot) => slot.item);
+  }
+  const value = (id) => byId(id).value.trim();
+  linked = written({ user: value("user"), k: value("k"), decoding: value("decoding"), variety: value("variety"),
+    left: value("left"), right: value("right"), min: value("min"), max: value("max"), category: chosen(),
+    stock: stocked(), without: [...excluded.keys()], history: [...typed].map(([item, { rating }]) => [item, rating]),
+    numbers: byId("numbers").checked, order, models });
+  history.replaceState(null, "", `#${linked}`);
+}
+
+async function putView(view) {
+  const may = (id, value) => [...byId(id).options].some((option) => option.value === value);
+  for (const id of ["user", "min", "max"]) byId(id).value = view[id];
+  byId("k").value = view.k || byId("k").value;
+  for (const id of ["left", "right", "decoding", "variety"]) if (may(id, view[id])) byId(id).value = view[id];
+  byId("stock").value = view.stock.join(" ");
+  for (const box of document.querySelectorAll("#categories input")) box.checked = view.category.includes(box.value);
+  byId("numbers").checked = view.numbers;
+  changed = Boolean(view.models) && view.models !== models;
+  wanted = view.order;
+  const title = async (id) => {
+    try { return (await call(`/v1/items/${encodeURIComponent(id)}`)).title || id; } catch { return id; }
+  };
+  typed.clear();
+  excluded.clear();
+  for (const [item, rating] of view.history) typed.set(item, { title: await title(item), rating });
+  for (const item of view.without) excluded.set(item, await title(item));
+  chips();
   columns();
+  numbers();
+}
+
+async function copyLink() {
+  keepLink();
+  try {
+    await navigator.clipboard.writeText(location.href);
+    say("The link to this view is copied.");
+  } catch {                     // a browser allows this only over https and on the machine itself
+    const box = byId("address");
+    box.hidden = false;
+    box.value = location.href;
+    box.select();
+    say("The link to this view is marked; copy it.");
+  }
+}
+
+function numbers() {
+  document.body.classList.toggle("numbers", byId("numbers").checked);
 }
 
 async function begin() {
@@ -339,9 +437,11 @@ async function begin() {
   const count = (n) => n.toLocaleString("en");
   byId("facts").textContent = `${shop.dataset}: ${count(shop.users)} users, ${count(shop.items)} items`;
   const names = { compose: "composed", ppo: "with the reward", sft: "without the reward", reward: "reward model" };
+  models = Object.keys(names).filter((name) => shop.models[name]).map((name) => shop.models[name]).join(".");
   byId("models").textContent = [`version ${shop.version}`, ...Object.keys(names).filter((name) => shop.models[name])
     .map((name) => `${names[name]} ${shop.models[name]}`)].join(", ");
   offer(shop);
+  columns();
   byId("k").max = shop.k_max;
   byId("k").value = Math.min(20, shop.k_max);
   if (shop.price) {
@@ -349,22 +449,44 @@ async function begin() {
     byId("max").placeholder = shop.price.max;
   }
   byId("categories").append(...shop.categories.map(({ name, items }) => make("label", {},
-    make("input", { type: "checkbox", value: name }), ` ${name} `, make("small", {}, `(${items})`))));
+    make("input", { type: "checkbox", value: name }), " ", make("bdi", {}, name), " ", make("small", {}, `(${items})`))));
+  const view = read(location.hash);
+  if (view) await putView(view);
   const users = await suggest("user", "users", "/v1/users");
-  if (users.length && !byId("user").value) byId("user").value = users[0].id;
+  if (!view && users.length && !byId("user").value) byId("user").value = users[0].id;
   stored();
+  await write();
+  interesting();
+}
+
+function ask() {
+  changed = false;
   write();
 }
 
-const again = later(write);
-byId("ask").addEventListener("submit", (event) => { event.preventDefault(); write(); });
+const again = later(ask);
+byId("ask").addEventListener("submit", (event) => { event.preventDefault(); ask(); });
 byId("filters").addEventListener("input", again);
 byId("k").addEventListener("input", again);
-byId("decoding").addEventListener("input", again);
-byId("variety").addEventListener("input", again);
-for (const id of ["left", "right"]) byId(id).addEventListener("input", () => { columns(); write(); });
-byId("user").addEventListener("input", later(() => { suggest("user", "users", "/v1/users"); stored(); write(); }));
+for (const id of ["left", "right"]) byId(id).addEventListener("input", () => { columns(); ask(); interesting(); });
+byId("user").addEventListener("input", later(() => { suggest("user", "users", "/v1/users"); stored(); ask(); }));
+byId("interesting").addEventListener("input", () => {
+  if (!byId("interesting").value) return;
+  byId("user").value = byId("interesting").value;
+  stored();
+  ask();
+});
 byId("find").addEventListener("input", later(() => suggest("find", "found", "/v1/items")));
 byId("find").addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); add(); } });
 byId("add").addEventListener("click", add);
+byId("numbers").addEventListener("input", () => { numbers(); keepLink(); });
+byId("link").addEventListener("click", copyLink);
+for (const name of ["pointerover", "focusin"]) byId("pages").addEventListener(name, twin);
+addEventListener("hashchange", async () => {
+  const view = read(location.hash);
+  if (!view || location.hash === `#${linked}`) return;
+  await putView(view);
+  stored();
+  write();
+});
 begin().catch((error) => say(`That did not work: ${error.message}`));
