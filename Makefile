@@ -95,7 +95,7 @@ $(JOURNEY): | $(VENV)/installed
 abtest: $(SHOWN)  ## SIMULATED online test of composed pages or PPO; your own: ARGS="--log log.csv"
 	$(ONE) $(if $(OWN_LOG),abtest,simulator $(COMMON)) $(ARGS)
 casestudy: $(DONE)/evaluate/done  ## a user's pages, hits and rewards, slot by slot: ARGS="--user ID"
-report: $(VENV)/extra-report  ## everything that RUN has left on disk in one HTML file: runs/<run>/report.html
+report: | $(VENV)/installed  ## everything that RUN has left on disk in one HTML file: runs/<run>/report.html
 casestudy report:
 	$(ONE) $@ --run $(RUN) $(call given,DATASET,--dataset $(DATASET)) $(ARGS)
 

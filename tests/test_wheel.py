@@ -25,7 +25,7 @@ COMMANDS = [
     "export",
     "simulator --k 6",
     "abtest --log runs/synthetic/simulator/log.parquet --control sft",
-    *(["report"] if find_spec("matplotlib") else []),
+    "report",
 ]
 # All of them in one process: torch starts once.
 DRIVER = """
@@ -103,9 +103,8 @@ def test_the_wheel_alone_runs_the_pipeline_and_what_reads_its_results(installed)
         assert (run / name).is_file()
     assert (run / "simulator" / "abtest.json").is_file()
     assert "make " not in done.stdout.replace("make it", "")
-    if find_spec("matplotlib"):
-        page = (run / "report.html").read_text()
-        assert "python -m experiments.ablation" in page and "make ablation" not in page
+    page = (run / "report.html").read_text()
+    assert "python -m experiments.ablation" in page and "make ablation" not in page
 
 
 @pytest.mark.slow

@@ -1,68 +1,32 @@
-"""Figures as inline SVG whose colours come from the page around them. Needs matplotlib ([report]).
+"""Figures as inline SVG whose colours come from the page around them.
 
     lines({"SFT": (x, y)}, "step", "loss", alt="...")            # (x, y) or (x, y, low, high)
     dots(["Recall@20", "ILD"], {"PageLLM": [(mean, low, high), ...]}, "difference", alt="...")
+    places({"SFT": (0.85, 0.41)}, "variety", "accuracy", alt="...")
+    ladder([("Recall@20", {"SFT": 0.2, "ALS": 1.0}, "ALS 0.62")], alt="...")
 
-matplotlib draws with placeholder colours. `inline` replaces them by currentColor and by CSS
-variables, so one drawing serves light and dark pages. Series differ by colour (the palette of Okabe
-and Ito), by line style and by marker; any one of the three is enough to tell them apart. The same
-input gives the same bytes.
+Colours are currentColor and the CSS variables --s0 to --s5 and --grid, so one drawing serves light
+and dark pages. Series differ by colour (the palette of Okabe and Ito), by dashes and by marker; any
+one of the three is enough to tell them apart. The same input gives the same bytes.
 """
 
 import html
-import io
-import re
-import warnings
+import math
+import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from pagellm.stage import hints
-from pagellm.stage.config import PageLLMError
-
-__all__ = ["available", "clean", "dots", "inline", "lines"]
+__all__ = ["clean", "dots", "inline", "ladder", "lines", "places", "short", "ticks"]
 
 
 Curve = Sequence[np.ndarray]  # x, y or x, y, low, high: one length each
 
-INK, GRID = "#010203", "#010204"
-SERIES = [f"#0100a{i}" for i in range(6)]
-STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3))]
+STYLES = ["", "6 3", "7 2.5 1.5 2.5", "1.5 2.5", "8 2 1.5 2 1.5 2", "1.5 5"]  # dashes
 MARKERS = ["o", "s", "^", "D", "v", "X"]
-SETTINGS: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.size": 9,
-    "font.family": ["sans-serif"],
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": GRID,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "axes.linewidth": 0.7,
-    "legend.fontsize": 8.5,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4.5,
-    "path.simplify": True,
-}
-WIDTH = 4.6  # inches; 331 units of the viewBox, which a phone shows without shrinking the text
-
-
-def available() -> bool:
-    """Whether matplotlib is installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
+WIDTH = 331.0  # of the viewBox, which a phone shows without shrinking the text
+SIZE = 9.0  # of the text
 
 
 def clean(text: str) -> str:
@@ -70,64 +34,240 @@ def clean(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def canvas(height: float):
-    """An empty figure and its axes. Needs no display and ignores the user's matplotlibrc."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise PageLLMError(
-            "the report draws with matplotlib, which is not installed\n"
-            f"  Install it with: {hints.install('report')}"
-        ) from None
-    matplotlib.rcdefaults()
-    matplotlib.rcParams.update(SETTINGS)
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, figure.add_subplot()
+def short(text: str, most: int = 26) -> str:
+    """At most `most` characters, the last an ellipsis where some are missing."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def inline(figure, alt: str) -> str:
-    """A matplotlib figure as <svg role="img" aria-label=alt>.
-
-    Ids are unique to the figure, so that several fit on one page; no URL of a schema remains.
-    """
-    import matplotlib
-
-    # matplotlib hashes the ids of clip paths and markers with this salt
-    matplotlib.rcParams["svg.hashsalt"] = alt
-    file = io.StringIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # glyphs that matplotlib's font lacks; a browser has them
-        figure.savefig(file, format="svg", transparent=True)
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
-    box = re.findall(r'viewBox="[^"]*"', svg)[0]
-    svg = (
-        f'<svg {box} role="img" aria-label="{html.escape(clean(alt))}">' + svg[svg.index(">") + 1 :]
+def width_of(text: str, size: float = SIZE) -> float:
+    """About how wide a browser sets a text, in units of the viewBox: no font is at hand here."""
+    narrow, wide = " .,:;'|!ijltfr()[]", "mwMW@%"
+    em = sum(
+        1.0
+        if unicodedata.east_asian_width(c) in "WF"
+        else 0.34
+        if c in narrow
+        else 0.88
+        if c in wide
+        else 0.62
+        for c in text
     )
-    svg = svg.replace("xlink:href", "href")
-    svg = re.sub(r' (d|points)="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m.group()), svg)
-    svg = re.sub(r"\bfont: (\S+) [^;\"]*", r"font: \1 system-ui, sans-serif", svg)
-    svg = svg.replace(INK, "currentColor").replace(GRID, "var(--grid)")
-    for i, colour in enumerate(SERIES):
-        svg = svg.replace(colour, f"var(--s{i})")
-    return re.sub(r"\n\s*", "\n", svg).strip()
+    return size * em
 
 
-def legend(figure, axes) -> None:
-    handles, names = axes.get_legend_handles_labels()
-    if len(names) > 1:
-        figure.legend(
-            handles,
-            names,
-            loc="outside upper left",
-            ncols=min(3, len(names)),
-            handlelength=3.2,
-            columnspacing=1.2,
-            borderaxespad=0.1,
+def number(x: float) -> str:
+    """A coordinate: two digits after the point, no zeros at the end."""
+    return f"{x:.2f}".rstrip("0").rstrip(".")
+
+
+def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
+    """At most `most` + 1 round numbers in [low, high]: multiples of 1, 2, 2.5 or 5 times 10^n.
+
+    whole  multiples of whole numbers only
+    """
+    span = high - low
+    power = 10.0 ** math.floor(math.log10(span / most))
+    power = max(power, 1.0) if whole else power
+    step = next(
+        s * power
+        for s in (1, 2, 2.5, 5, 10, 20)
+        if span / (s * power) <= most and (not whole or (s * power) % 1 == 0)
+    )
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def tick_names(values: Sequence[float]) -> list[str]:
+    """All with as many digits as tell them apart."""
+    gap = min((abs(b - a) for a, b in zip(values, values[1:], strict=False)), default=0.0)
+    near = 1e-3 * gap or 1e-9
+    digits = next((d for d in range(12) if all(abs(round(v, d) - v) <= near for v in values)), 12)
+    return [f"{v + 0.0:,.{digits}f}".replace("-", "−") for v in values]
+
+
+def text_at(x: float, y: float, text: str, anchor: str = "start", more: str = "") -> str:
+    where = "" if anchor == "start" else f' text-anchor="{anchor}"'
+    words = html.escape(clean(text))
+    return f'<text x="{number(x)}" y="{number(y)}"{where}{more}>{words}</text>'
+
+
+def marker(kind: str, x: float, y: float, r: float = 2.3) -> str:
+    """The path of a marker, to be filled: o a disc, s a square, ^ and v triangles, D X as named."""
+    if kind == "o":
+        arc = f"a{number(r)} {number(r)} 0 1 0 "
+        return f"M{number(x - r)} {number(y)}{arc}{number(2 * r)} 0{arc}{number(-2 * r)} 0Z"
+    r *= 1.15
+    w = 0.45 * r
+    corners = {
+        "s": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+        "^": [(0, -1.1), (1.1, 0.85), (-1.1, 0.85)],
+        "v": [(0, 1.1), (1.1, -0.85), (-1.1, -0.85)],
+        "D": [(0, -1.25), (1.25, 0), (0, 1.25), (-1.25, 0)],
+        "X": [
+            *((-1, -1 + w / r), (-1 + w / r, -1), (0, -w / r), (1 - w / r, -1), (1, -1 + w / r)),
+            *((w / r, 0), (1, 1 - w / r), (1 - w / r, 1), (0, w / r), (-1 + w / r, 1)),
+            *((-1, 1 - w / r), (-w / r, 0)),
+        ],
+    }[kind]
+    return path([(x + r * a, y + r * b) for a, b in corners]) + "Z"
+
+
+def path(points: Sequence[tuple[float, float]]) -> str:
+    """Through these points; one that is not finite ends a stretch."""
+    out, pen = [], "M"
+    for x, y in points:
+        if math.isfinite(x) and math.isfinite(y):
+            out.append(f"{pen}{number(x)} {number(y)}")
+            pen = "L"
+        else:
+            pen = "M"
+    return "".join(out)
+
+
+def stroke(i: int, width: float = 1.6) -> str:
+    """Style of the line of series i: its dashes and its colour."""
+    dashes = f"stroke-dasharray: {STYLES[i % 6]}; " if STYLES[i % 6] else ""
+    return f'style="fill: none; {dashes}stroke: var(--s{i % 6}); stroke-width: {number(width)}"'
+
+
+def colour(i: int) -> str:
+    return f'style="fill: var(--s{i % 6})"'
+
+
+LEVEL = 'style="fill: none; stroke: currentColor; stroke-width: .8; stroke-dasharray: 2 2"'
+
+
+def inline(body: str, height: float, alt: str) -> str:
+    """What was drawn as <svg role="img" aria-label=alt>, WIDTH wide."""
+    return (
+        f'<svg viewBox="0 0 {number(WIDTH)} {number(height)}" role="img" '
+        f'aria-label="{html.escape(clean(alt))}">'
+        f'<g style="font: {number(SIZE)}px system-ui, sans-serif; fill: currentColor">{body}</g>'
+        "</svg>"
+    )
+
+
+def legend(
+    names: Sequence[tuple[str, int | None]], lined: bool, least: int = 2
+) -> tuple[str, float]:
+    """Names beside their line or marker, and the height that they take.
+
+    names  (name, number of its series; None: the level)
+    least  with fewer names there is nothing to tell apart, and no legend
+    """
+    if len(names) < least:
+        return "", 0.0
+    parts, x, y, key = [], 4.0, 8.0, 22.0 if lined else 9.0
+    for name, i in names:
+        wide = key + 4 + width_of(short(name, 40), 8.5) + 12
+        if x > 4 and x + wide > WIDTH:
+            x, y = 4.0, y + 12
+        if i is None or lined:
+            style = LEVEL if i is None else stroke(i)
+            parts.append(f'<path d="M{number(x)} {number(y)}h{number(key)}" {style}/>')
+        if i is not None:
+            parts.append(f'<path d="{marker(MARKERS[i % 6], x + key / 2, y)}" {colour(i)}/>')
+        small = ' style="font-size: 8.5px"'
+        parts.append(text_at(x + key + 4, y + 3, short(name, 40), more=small))
+        x += wide
+    return "".join(parts), y + 8
+
+
+@dataclass
+class Frame:
+    """A rectangle of the drawing and the values at its edges.
+
+    x_low at left, x_high at right; y_low at bottom, y_high at top
+    """
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+
+    def x(self, value: float) -> float:
+        share = (value - self.x_low) / (self.x_high - self.x_low)
+        return self.left + share * (self.right - self.left)
+
+    def y(self, value: float) -> float:
+        share = (value - self.y_low) / (self.y_high - self.y_low)
+        return self.bottom - share * (self.bottom - self.top)
+
+    def points(self, x, y) -> list[tuple[float, float]]:
+        return [(self.x(float(a)), self.y(float(b))) for a, b in zip(x, y, strict=True)]
+
+    def grid(self, xs: Sequence[float], ys: Sequence[float]) -> str:
+        """Grid lines at these values, and the two axes."""
+        lines = "".join(
+            f"M{number(self.x(v))} {number(self.top)}V{number(self.bottom)}" for v in xs
         )
+        lines += "".join(
+            f"M{number(self.left)} {number(self.y(v))}H{number(self.right)}" for v in ys
+        )
+        axes = f"M{number(self.left)} {number(self.top)}V{number(self.bottom)}H{number(self.right)}"
+        return (
+            f'<path d="{lines}" style="stroke: var(--grid); stroke-width: .6"/>'
+            f'<path d="{axes}" style="fill: none; stroke: currentColor; stroke-width: .7"/>'
+        )
+
+    def x_axis(self, at: Sequence[float], names: Sequence[str], label: str) -> str:
+        out = [
+            text_at(self.x(v), self.bottom + 11, name, "middle")
+            for v, name in zip(at, names, strict=True)
+        ]
+        middle = (self.left + self.right) / 2
+        return "".join(out) + text_at(middle, self.bottom + 24, label, "middle")
+
+    def y_axis(self, at: Sequence[float], names: Sequence[str], label: str) -> str:
+        out = [
+            text_at(self.left - 4, self.y(v) + 3, name, "end")
+            for v, name in zip(at, names, strict=True)
+        ]
+        middle = (self.top + self.bottom) / 2
+        turn = f' transform="rotate(-90 9 {number(middle)})"'
+        return "".join(out) + text_at(9, middle, label, "middle", turn)
+
+
+def extent(values: Sequence[float], margin: float) -> tuple[float, float]:
+    """The smallest and largest finite value, with a margin: a share of their distance."""
+    kept = np.asarray(values, float)
+    kept = kept[np.isfinite(kept)]
+    low, high = (float(kept.min()), float(kept.max())) if len(kept) else (0.0, 1.0)
+    if high - low <= 1e-12 * max(1.0, abs(low), abs(high)):
+        half = 0.05 * abs(low) or 0.5
+        return low - half, high + half
+    return low - margin * (high - low), high + margin * (high - low)
+
+
+def framed(
+    x: Sequence[float],
+    y: Sequence[float],
+    x_label: str,
+    y_label: str,
+    top: float,
+    height: float,
+    x_names: list[str] | None = None,
+    whole: bool = False,
+    margin: float = 0.03,
+) -> tuple[Frame, str]:
+    """A frame that holds these points, and its drawn grid, axes, ticks and labels."""
+    x_low, x_high = extent(x, 0.06 if x_names else margin)
+    y_low, y_high = extent(y, 0.06)
+    y_at = ticks(y_low, y_high, 6)
+    y_names = tick_names(y_at)
+    left = 20 + max(map(width_of, y_names), default=0.0)
+    frame = Frame(left, top + 4, WIDTH - 8, height - 28, x_low, x_high, y_low, y_high)
+    if x_names is None:
+        x_at = ticks(x_low, x_high, 7, whole)
+        names = tick_names(x_at)
+    else:
+        x_at, names = list(range(len(x_names))), [short(n, 14) for n in x_names]
+    drawn = frame.grid(x_at, y_at) + frame.y_axis(y_at, y_names, y_label)
+    return frame, drawn + frame.x_axis(x_at, names, x_label)
 
 
 def lines(
@@ -139,7 +279,7 @@ def lines(
     diagonal: bool = False,
     markers: bool | None = None,
     x_names: list[str] | None = None,
-    height: float = 2.7,
+    height: float = 194.0,
 ) -> str:
     """Draw curves, with a band around those that have low and high. Returns SVG.
 
@@ -149,43 +289,36 @@ def lines(
     diagonal  draw y = x from 0.5 to 1, for calibration
     markers   draw a marker on every point; None: only on curves of at most 25 points
     x_names   labels of x = 0, 1, ...
-    height    inches
+    height    in units of the viewBox, which is WIDTH wide
     """
-    figure, axes = canvas(height)
-    for i, (name, (x, y, *band)) in enumerate(curves.items()):
-        marked = len(x) <= 25 if markers is None else markers
-        axes.plot(
-            x,
-            y,
-            label=clean(name),
-            color=SERIES[i % 6],
-            linestyle=STYLES[i % 6],
-            marker=MARKERS[i % 6] if marked else None,
-        )
+    names: list[tuple[str, int | None]] = [(name, i) for i, name in enumerate(curves)]
+    names += [("as sure as right", None)] if diagonal else []
+    names += [(level[0], None)] if level is not None else []
+    head, top = legend(names, lined=True)
+    x = [float(v) for x, *_ in curves.values() for v in x] + [0.5, 1.0] * diagonal
+    y = [float(v) for _, *ys in curves.values() for part in ys for v in part]
+    y += [0.5, 1.0] * diagonal + ([] if level is None else [level[1]])
+    whole = all(np.issubdtype(np.asarray(x).dtype, np.integer) for x, *_ in curves.values())
+    frame, body = framed(x, y, x_label, y_label, top, height, x_names, whole)
+    for i, (at, _, *band) in enumerate(curves.values()):
         if band:
-            axes.fill_between(x, *band, color=SERIES[i % 6], alpha=0.18, linewidth=0)
+            low, high = (frame.points(at, edge) for edge in band)
+            ring = [p for p in low + high[::-1] if math.isfinite(p[1])]
+            if ring:
+                fill = f"fill: var(--s{i % 6}); fill-opacity: .18"
+                body += f'<path d="{path(ring)}Z" style="{fill}"/>'
     if diagonal:
-        axes.plot(
-            [0.5, 1],
-            [0.5, 1],
-            color=INK,
-            linewidth=0.8,
-            linestyle=(0, (2, 2)),
-            label="as sure as right",
-        )
+        body += f'<path d="{path(frame.points([0.5, 1.0], [0.5, 1.0]))}" {LEVEL}/>'
     if level is not None:
-        axes.axhline(
-            level[1], color=INK, linewidth=0.8, linestyle=(0, (2, 2)), label=clean(level[0])
-        )
-    if x_names is not None:
-        axes.set_xticks(range(len(x_names)), [clean(n) for n in x_names])
-    else:
-        whole = all(np.issubdtype(np.asarray(x).dtype, np.integer) for x, *_ in curves.values())
-        axes.locator_params(axis="x", nbins=7, **({"integer": True} if whole else {}))
-    axes.set_xlabel(clean(x_label))
-    axes.set_ylabel(clean(y_label))
-    legend(figure, axes)
-    return inline(figure, alt)
+        edge = frame.points([frame.x_low, frame.x_high], [level[1]] * 2)
+        body += f'<path d="{path(edge)}" {LEVEL}/>'
+    for i, (at, values, *_) in enumerate(curves.values()):
+        points = frame.points(at, values)
+        body += f'<path d="{path(points)}" {stroke(i)}/>'
+        if len(points) <= 25 if markers is None else markers:
+            drawn = "".join(marker(MARKERS[i % 6], *p) for p in points if math.isfinite(p[1]))
+            body += f'<path d="{drawn}" {colour(i)}/>'
+    return inline(head + body, height, alt)
 
 
 def dots(
@@ -203,32 +336,126 @@ def dots(
     level   x of a vertical line to compare with, such as 0 for differences
     """
     n = max(1, len(series))
-    figure, axes = canvas(0.85 + (0.13 + 0.09 * n) * len(names))
-    for i, (label, values) in enumerate(series.items()):
-        at = [(row, v) for row, v in enumerate(values) if v is not None]
-        y = np.array([row for row, _ in at]) + (i - (n - 1) / 2) * 0.7 / n
-        mean, low, high = (np.array([v[j] for _, v in at], dtype=float) for j in range(3))
-        axes.errorbar(
-            mean,
-            y,
-            xerr=[np.maximum(mean - low, 0), np.maximum(high - mean, 0)],
-            fmt=MARKERS[i % 6],
-            color=SERIES[i % 6],
-            ecolor=SERIES[i % 6],
-            label=clean(label),
-            elinewidth=1.2,
-            capsize=2,
-        )
+    head, top = legend([(name, i) for i, name in enumerate(series)], lined=False)
+    labels = [short(clean(name)) for name in names]
+    each = 9.4 + 6.5 * n
+    height = top + 34 + each * len(names)
+    x_low, x_high = extent(
+        [v for row in series.values() for value in row if value for v in value]
+        + ([] if level is None else [level]),
+        0.05,
+    )
+    at = ticks(x_low, x_high, 5)
+    left = 8 + max(map(width_of, labels), default=0.0)
+    bottom = len(names) - 0.5 if names else 0.5
+    frame = Frame(left, top + 4, WIDTH - 10, height - 28, x_low, x_high, bottom, -0.5)
+    body = frame.grid(at, []) + frame.x_axis(at, tick_names(at), x_label)
+    body += frame.y_axis(range(len(names)), labels, "")
     if level is not None:
-        axes.axvline(level, color=INK, linewidth=0.8)
-    axes.set_yticks(range(len(names)), [short(clean(name)) for name in names])
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlabel(clean(x_label))
-    axes.locator_params(axis="x", nbins=5)
-    axes.grid(axis="y", visible=False)
-    legend(figure, axes)
-    return inline(figure, alt)
+        x = number(frame.x(level))
+        body += f'<path d="M{x} {number(frame.top)}V{number(frame.bottom)}" '
+        body += 'style="stroke: currentColor; stroke-width: .8"/>'
+    for i, values in enumerate(series.values()):
+        lines_, marks = [], []
+        for row, value in enumerate(values):
+            if value is None:
+                continue
+            y = frame.y(row + (i - (n - 1) / 2) * 0.7 / n)
+            mean, low, high = (frame.x(float(v)) for v in value)
+            lines_.append(f"M{number(min(low, mean))} {number(y)}H{number(max(high, mean))}")
+            lines_ += [f"M{number(x)} {number(y - 2)}v4" for x in {low: 0, high: 0}]
+            marks.append(marker(MARKERS[i % 6], mean, y))
+        edge = f"stroke: var(--s{i % 6}); stroke-width: 1.2"
+        body += f'<path d="{"".join(lines_)}" style="{edge}"/>'
+        body += f'<path d="{"".join(marks)}" {colour(i)}/>'
+    return inline(head + body, height, alt)
 
 
-def short(text: str, most: int = 26) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+def places(
+    points: Mapping[str, tuple[float, float]],
+    x_label: str,
+    y_label: str,
+    alt: str,
+    bold: Sequence[str] = (),
+    edge: Sequence[str] = (),
+    height: float = 230.0,
+) -> str:
+    """Draw named points. Returns SVG.
+
+    points  name -> (x, y)
+    bold    names that stand out; the others are gray
+    edge    names that a line joins, in the order of x
+    """
+    x, y = ([p[i] for p in points.values()] for i in (0, 1))
+    frame, body = framed(x, y, x_label, y_label, 0.0, height, margin=0.1)
+    joined = sorted(points[name] for name in edge if name in points)
+    body += (
+        f'<path d="{path(frame.points(*zip(*joined, strict=True)))}" {LEVEL}/>' if joined else ""
+    )
+    taken = [
+        (frame.x(a) - 4, frame.y(b) - 4, frame.x(a) + 4, frame.y(b) + 4) for a, b in points.values()
+    ]
+    for name in sorted(points, key=lambda name: name not in bold):
+        at = frame.x(points[name][0]), frame.y(points[name][1])
+        i = bold.index(name) if name in bold else None
+        fill = colour(i) if i is not None else 'style="fill: currentColor; fill-opacity: .5"'
+        kind = MARKERS[i % 6] if i is not None else "o"
+        body += f'<path d="{marker(kind, *at, r=3.2 if i is not None else 2.4)}" {fill}/>'
+        weight = ' style="font-weight: 600"' if i is not None else ""
+        body += beside(short(name), at, taken, frame, weight)
+    return inline(body, height, alt)
+
+
+def beside(name: str, at: tuple[float, float], taken: list, frame: Frame, more: str) -> str:
+    """A name near its point, where it covers no other; "" where there is no room for it.
+
+    taken  boxes that are not free (left, top, right, bottom); the name's own is added
+    """
+    wide = width_of(name) * (1.15 if more else 1.04)
+    x, y = at
+    for left, bottom in (
+        *((x + 6, y + 3), (x - 6 - wide, y + 3), (x - wide / 2, y - 6), (x - wide / 2, y + 13)),
+        *((x + 5, y - 6), (x + 5, y + 12), (x - 5 - wide, y - 6), (x - 5 - wide, y + 12)),
+    ):
+        box = (left, bottom - 8, left + wide, bottom + 2)
+        inside = box[0] > frame.left and box[2] < WIDTH and 0 < box[1] and box[3] < frame.bottom
+        clear = all(box[2] < b[0] or b[2] < box[0] or box[3] < b[1] or b[3] < box[1] for b in taken)
+        if inside and clear:
+            taken.append(box)
+            return text_at(left, bottom, name, more=more)
+    return ""
+
+
+def ladder(
+    rows: Sequence[tuple[str, Mapping[str, float], str]], alt: str, bold: Sequence[str] = ()
+) -> str:
+    """Draw where each name stands between the worst (left) and the best (right). Returns SVG.
+
+    rows  (label, name -> 0 for the worst to 1 for the best, what is written behind the row)
+    bold  names that stand out; the others are gray
+    """
+    seen = {name for _, stands, _ in rows for name in stands}
+    keys: list[tuple[str, int | None]] = [(n, i) for i, n in enumerate(bold) if n in seen]
+    head, top = legend(keys, lined=False, least=1)
+    labels, ends = [short(clean(r[0])) for r in rows], [short(clean(r[2]), 22) for r in rows]
+    left = 8 + max(map(width_of, labels), default=0.0)
+    right = WIDTH - 14 - 1.1 * max(map(width_of, ends), default=0.0)
+    height = top + 22 + 21 * len(rows)
+    frame = Frame(left + 6, top + 2, right - 6, height - 18, 0, 1, len(rows) - 0.5, -0.5)
+    body = ""
+    for row, (_, stands, _) in enumerate(rows):
+        y = frame.y(row)
+        rail = f"M{number(frame.left)} {number(y)}H{number(frame.right)}"
+        body += f'<path d="{rail}" style="stroke: var(--grid); stroke-width: 1.2"/>'
+        body += text_at(left - 4, y + 3, labels[row], "end")
+        body += text_at(right + 4, y + 3, ends[row], more=' style="font-weight: 600"')
+        gray = "".join(marker("o", frame.x(v), y, 2.4) for n, v in stands.items() if n not in bold)
+        body += f'<path d="{gray}" style="fill: currentColor; fill-opacity: .45"/>' if gray else ""
+        for i, name in enumerate(bold):
+            if name in stands:
+                mark = marker(MARKERS[i % 6], frame.x(stands[name]), y, 3.4)
+                body += f'<path d="{mark}" {colour(i)}/>'
+    quiet = ' style="fill-opacity: .75"'
+    body += text_at(frame.left, height - 5, "worst", more=quiet)
+    body += text_at(frame.right, height - 5, "best", "end", more=quiet)
+    return inline(head + body, height, alt)

@@ -5,9 +5,8 @@ Writes  runs/<run>/report.html      self-contained: no script, no request; light
 
     make report [RUN=...]           pagellm report --run synthetic
 
-Needs the extra [report] (matplotlib). Trains nothing. Where a stage is missing, the report names
-the command that makes it. The same files give the same bytes. About 20 seconds for the synthetic
-shop, most of them for scoring pages and pairs with the reward model.
+It opens with one sentence and three figures. Trains nothing. Where a stage is missing, the report
+names the command that makes it. The same files give the same bytes.
 """
 
 import sys
@@ -17,12 +16,9 @@ from pathlib import Path
 from pagellm.report.findings import Found, read
 from pagellm.report.html import esc, or_missing
 from pagellm.report.options import Config
-from pagellm.report.plots import available
-from pagellm.report.results import tiles
+from pagellm.report.overview import opening
 from pagellm.report.sections import SECTIONS
-from pagellm.stage import hints
 from pagellm.stage.command import main
-from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import atomic
 
 __all__ = ["Config", "build", "run"]
@@ -44,27 +40,24 @@ def build(found: Found, config: Config) -> str:
     )
     style = (Path(__file__).parent / "report.css").read_text()
     links = "".join(
-        f'<li><a href="#{name}">{esc(title)}</a></li>' for name, (title, _) in SECTIONS.items()
+        f'<li><a href="#{name}">{esc(title)}</a></li>'
+        for name, (title, _) in list(SECTIONS.items())[1:]
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>{esc(found.run)}: PageLLM report</title>"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{style}</style></head><body><header><h1>{esc(found.run)}</h1>"
-        f"<p>Data set {esc(found.dataset)}: {size}; "
-        f"{esc(found.split)} split, pages of {found.k}.</p>{tiles(found)}"
-        f"<nav aria-label=Sections><ul>{links}</ul></nav></header>"
-        f"<main>{''.join(parts)}</main></body></html>\n"
+        f"<p class=quiet>Data set {esc(found.dataset)}: {size}; "
+        f"{esc(found.split)} split, pages of {found.k}.</p>"
+        f"<p class=lead>{esc(opening(found))}</p></header><main>{parts[0]}"
+        f"<nav aria-label=Sections><ul>{links}</ul></nav>{''.join(parts[1:])}"
+        "</main></body></html>\n"
     )
 
 
 def run(config: Config) -> Path:
-    """Write the report and return its path. Raises PageLLMError if matplotlib is not installed."""
-    if not available():
-        raise PageLLMError(
-            "the report draws with matplotlib, which is not installed\n"
-            f"  Install it with: {hints.install('report')}"
-        )
+    """Write the report and return its path."""
     name = config.run or config.dataset or "synthetic"
     page = build(read(config.runs, name, config.data, config.dataset), config)
     path = Path(config.out) if config.out else Path(config.runs) / name / "report.html"

@@ -10,6 +10,7 @@ from pagellm.report.examples import examples
 from pagellm.report.findings import Found
 from pagellm.report.learning import alarms, learning
 from pagellm.report.options import Config
+from pagellm.report.overview import overview
 from pagellm.report.pages import energies, history_length, popularity, positions
 from pagellm.report.provenance import data_card, provenance
 from pagellm.report.results import results
@@ -20,6 +21,7 @@ __all__ = ["SECTIONS"]
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Found, Config], str]]] = {
+    "overview": ("At a glance", overview),
     "results": ("Results", results),
     "learning": ("Learning curves", learning),
     "reward": ("Reward model: accuracy and calibration", reward_model),

@@ -12,24 +12,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("matplotlib", reason="needs the extra: pip install 'pagellm[report]'")
-
-
-from pagellm import evaluate  # noqa: E402
-from pagellm.baselines import compare  # noqa: E402
-from pagellm.pages.ranked import RankedPages  # noqa: E402
-from pagellm.pages.tables import write_table  # noqa: E402
-from pagellm.report import (  # noqa: E402
+from pagellm import evaluate
+from pagellm.baselines import compare
+from pagellm.pages.ranked import RankedPages
+from pagellm.pages.tables import write_table
+from pagellm.report import (
     findings,
     html,
     measure,
+    overview,
     pages,
     plots,
     report,
     sections,
 )
-from pagellm.serving.recommender import Ask  # noqa: E402
-from pagellm.stage.config import PageLLMError  # noqa: E402
+from pagellm.serving.recommender import Ask
+from pagellm.stage.config import PageLLMError
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 EVIL = (
@@ -186,6 +184,7 @@ def test_every_section_is_there_and_has_content(page):
         now = attrs["id"] if tag == "section" else now
         inside[now] = inside.get(now, 0) + (tag == "figure")
     for name, least in {
+        "overview": 3,
         "results": 1,
         "learning": 12,
         "reward": 3,
@@ -259,6 +258,54 @@ def test_light_and_dark(text, page):
     for name in used | {"--ink", "--paper"}:
         assert f"{name}:" in light and (f"{name}:" in dark or name == "--v"), name
     assert not re.search(r"(fill|stroke): ?#(?!fff)", drawing), "a colour that no theme can change"
+
+
+def test_it_opens_with_a_sentence_and_three_figures(root, text, page):
+    """Before any table; the sentence's numbers are those of metrics.json."""
+    before = text[: text.index("<table")]
+    assert before.count("<figure") >= 3 and before.index("class=lead") < before.index("<figure")
+    lead = re.search(r"<p class=lead>(.*?)</p>", text)[1]
+    run = root / "runs" / "base"
+    stored = {
+        **json.loads((run / "baselines" / "metrics.json").read_text()),
+        **json.loads((run / "evaluate" / "metrics.json").read_text()),
+    }
+    change = stored.pop("PageLLM - SFT")
+    best = max(scores["NDCG@100"]["mean"] for scores in stored.values())
+    assert f"NDCG@100 {best:.4f}" in lead and f"best of {len(stored)} policies" in lead
+    assert f"ILD {change['ILD']['mean']:+.4f}".replace("-", "−") in lead
+    word = {"better": "more", "worse": "less"}.get(
+        html.verdict("ILD", change["ILD"]["low"], change["ILD"]["high"]), "as"
+    )
+    assert f"pages {word} varied" in lead
+
+
+def test_the_sentence_says_what_there_is(root):
+    def told(results, *done):
+        found = findings.read(str(root / "runs"), "base", str(root / "data"))
+        for name, stage in found.stages.items():
+            stage.done = {"id": "x"} if name in done else {}
+        found.results = {
+            name: {"NDCG@100": {"mean": x, "low": x, "high": x, "count": 9}}
+            for name, x in results.items()
+        }
+        return overview.opening(found)
+
+    sft, both = findings.SFT, {findings.SFT: 0.2, findings.COMPOSED: 0.3}
+    assert "finished pretrain, sft; its pages have not been scored" in told({}, "pretrain", "sft")
+    assert "SFT reaches NDCG@100 0.2000; no other policy" in told({sft: 0.2})
+    assert "9 users, ALS ranks best of 2 policies (NDCG@100 0.5000)" in told({sft: 0.2, "ALS": 0.5})
+    assert "own policies SFT comes closest (0.2000)" in told({sft: 0.2, "ALS": 0.5})
+    assert "PageLLM (composed) ranks best of 2" in told(both) and "closest" not in told(both)
+
+
+@given(st.dictionaries(st.integers(), st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1))
+def test_what_is_off_the_frontier_is_beaten_by_what_is_on_it(points):
+    edge = overview.frontier(points)
+    assert edge and [points[n] for n in edge] == sorted(points[n] for n in edge)
+    for name, (x, y) in points.items():
+        above = [n for n in edge if points[n] >= (x, y) and points[n][1] >= y]
+        assert (name in edge) == all(points[n] == (x, y) for n in above)
 
 
 def said(heading, low, high):
@@ -497,13 +544,6 @@ def test_hostile_titles_stay_text(root):
     assert all("\x00" not in words for words in hostile.sections.values())
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Figures stay empty, for tests of what stands beside them: drawing takes most of the time."""
-    monkeypatch.setattr(plots, "inline", lambda figure, alt: "<svg></svg>")
-
-
-@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     "gone, section, command",
     [
@@ -525,7 +565,6 @@ def test_a_missing_stage_is_named_with_its_command(root, tmp_path, gone, section
     assert command in missing.sections["provenance"]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_missing_data_studies_and_runs(root, tmp_path):
     shutil.copytree(root, tmp_path / "root")
     shutil.rmtree(tmp_path / "root" / "data")
@@ -547,13 +586,6 @@ def test_missing_data_studies_and_runs(root, tmp_path):
         config(root, examples=-1)
 
 
-def test_without_matplotlib_it_says_how_to_get_it(root, monkeypatch):
-    monkeypatch.setattr(report, "available", lambda: False)
-    with pytest.raises(PageLLMError, match=r"pagellm\[report\]"):
-        report.run(config(root))
-
-
-@pytest.mark.usefixtures("undrawn")
 def test_damage_is_told_not_hidden(root, tmp_path):
     shutil.copytree(root, tmp_path / "root")
     runs = tmp_path / "root" / "runs"
@@ -602,7 +634,6 @@ def test_baselines_of_the_data_set_count_unless_the_mask_differs(root, tmp_path)
     assert "EASE" not in read().results and any("another mask" in note for note in read().notes)
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_pages_of_changed_data_are_not_shown(root, tmp_path):
     shutil.copytree(root, tmp_path / "root")
     path = tmp_path / "root" / "data" / "synthetic" / "source.json"
@@ -645,6 +676,28 @@ def test_bins_are_a_partition_in_rising_order(values, n):
     assert sorted(np.concatenate(groups).tolist() if groups else []) == list(range(len(values)))
     assert len(groups) <= n and all(len(g) for g in groups)
     assert all(values[a].max() < values[b].min() for a, b in zip(groups, groups[1:], strict=False))
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.integers(2, 9), st.booleans())
+def test_ticks_are_round_even_and_inside(low, span, most, whole):
+    high = low + max(span, 1e-9 * abs(low))
+    found = plots.ticks(low, high, most, whole)
+    assert len(found) <= most + 1
+    slack = 1e-6 * (high - low)
+    assert all(low - slack <= x <= high + slack for x in found)
+    assert not whole or all(x == int(x) for x in found)
+    names = plots.tick_names(found)
+    assert len(set(names)) == len(names)
+    gaps = np.diff(found)
+    assert len(gaps) == 0 or np.allclose(gaps, gaps[0], rtol=1e-3)
+
+
+def test_curves_of_nothing_one_point_and_gaps_are_drawn():
+    one, gap = np.array([1]), np.array([0.0, np.nan, 2.0, 3.0])
+    for curves in ({}, {"a": (one, one * 2.5)}, {"a": (np.arange(4), gap, gap - 1, gap + 1)}):
+        drawn = plots.lines(curves, "x", "y", "a figure with 0 or more curves")
+        assert "nan" not in drawn and drawn.startswith("<svg viewBox")
+    assert drawn.count("M") >= 2  # the gap lifts the pen
 
 
 def test_dollars_in_names_are_no_formula():
