@@ -62,6 +62,7 @@ class Config(StageConfig):
             minutes=(self.minutes > 0, "above 0"),
             tune=(self.tune in TUNES, ", ".join(TUNES)),
             preset=(self.preset in ("auto", "none"), "auto or none"),
+            raw=(not self.raw or self.dataset != "synthetic", prepare.MADE_UP),
         )
 
     @property
@@ -114,7 +115,15 @@ def prepared(config: Config) -> None:
     more = [w for w in shlex.split(config.prepare) if not w.startswith("@")]
     given = {w[2:].partition("=")[0] for w in more if w.startswith("--")}
     words = [w for w in words if w[2:].partition("=")[0] not in given]
-    prepare.run(parse(prepare.Config, words + more, "pagellm prepare", "prepare", tell))
+    try:
+        prepare.run(parse(prepare.Config, words + more, "pagellm prepare", "prepare", tell))
+    except PageLLMError as error:
+        if "--" not in str(error):
+            raise
+        raise PageLLMError(
+            f"{error}\n  These are options of prepare. With fit they stand in quotes: "
+            '--prepare "--item_column sku"'
+        ) from error
 
 
 def tuned(config: Config) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from pagellm import pipeline, pretrain, sft, tune
 from pagellm.__main__ import VERBS
+from pagellm.data import prepare
 from pagellm.stage import presets
 from pagellm.stage.config import PageLLMError, parse
 from pagellm.stage.files import write_json
@@ -234,3 +235,21 @@ def test_what_is_wrong_is_said():
     with pytest.raises(PageLLMError, match="auto, always, never"):
         pipeline.Config(tune="often")
     assert not presets.has_one("mine") and presets.has_one("toys")
+
+
+def test_fit_says_where_prepares_options_go(tmp_path):
+    (tmp_path / "log.csv").write_text("who,what\na,b\n")
+    config = pipeline.Config(
+        dataset="mine", raw=str(tmp_path), data=str(tmp_path / "d"), runs=str(tmp_path / "r")
+    )
+    with pytest.raises(PageLLMError, match='(?s)--user_column.*--prepare "--item_column sku"'):
+        pipeline.prepared(config)
+
+
+@pytest.mark.parametrize("more", [{"raw": "log.csv"}, {"where": "n > 0"}, {"item_column": "sku"}])
+def test_the_made_up_shop_refuses_options_that_it_would_pass_over(more):
+    with pytest.raises(PageLLMError, match="made up; name yours, --dataset NAME"):
+        prepare.Config(**more)
+    if "raw" in more:
+        with pytest.raises(PageLLMError, match="made up"):
+            pipeline.Config(**more)

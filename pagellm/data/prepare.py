@@ -34,7 +34,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,6 +65,13 @@ PLACES = (
 # Options that came later: data prepared before them were prepared as with their defaults.
 LATER = ("thin_users", "refit", "columns", "item_columns", "where", "time_form", "categories")
 SYNTHETIC_ONLY = ("users", "items")
+# Options that the synthetic shop would pass over, since it is made up: files and their columns.
+OF_FILES = tuple(
+    field.name
+    for field in fields(Options)
+    if field.default == "" and field.name not in ("release", "split")
+)
+MADE_UP = "nothing: the data set 'synthetic' is made up; name yours, --dataset NAME"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +115,10 @@ class Config(Options):
                 self.dataset == "synthetic" or self.items == 1000,
                 "no number: the raw files decide",
             ),
+            **{
+                name: (self.dataset != "synthetic" or not getattr(self, name), MADE_UP)
+                for name in OF_FILES
+            },
         )
 
     @property

@@ -396,6 +396,20 @@ def as_words(values: dict[str, object]) -> str:
     return shlex.join(words)
 
 
+def is_option(word: str) -> bool:
+    """Whether a word of the command line begins as an option does; `--` alone does not."""
+    return word.startswith("--") and len(word) > 2
+
+
+def holds_options(field: dataclasses.Field, word: str) -> bool:
+    """Whether a word that begins with -- is the value of a field of type Options.
+
+    It is if the shell kept several words in it, or an option with its value: `--prepare
+    "--item_column sku"`, `--prepare --split=time`.
+    """
+    return field.type in (Options, "Options") and (" " in word or "=" in word)
+
+
 def options(cls, argv: list[str], prog: str) -> dict[str, object]:
     """Field -> value, for each option in argv. Raises PageLLMError as `parse` does."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -429,7 +443,7 @@ def options(cls, argv: list[str], prog: str) -> dict[str, object]:
             if is_bool and (not rest or rest[0].startswith("--")):
                 values[name] = True
                 continue
-            if not rest or (rest[0].startswith("--") and len(rest[0]) > 2):
+            if not rest or (is_option(rest[0]) and not holds_options(fields[name], rest[0])):
                 raise PageLLMError(f"--{name} needs a value")
             text = rest.pop(0)
         value = read_value(fields[name], text)

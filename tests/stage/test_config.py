@@ -292,6 +292,11 @@ def test_options_of_a_stage_given_after_its_preset_override_it_one_by_one(tmp_pa
     with pytest.raises(PageLLMError, match="--seeds is given twice"):
         parse(Study, ["--seeds=1", "--seeds=1"])
     assert "--sft Options" in help_text(Study, "study")
+    # several words in quotes are a value, also where they begin with --; an option alone is not
+    assert parse(Study, ["--sft", "--lr 0.25", "--seeds", "1"]).sft == "--lr 0.25"
+    assert parse(Study, ["--sft", "--lr=0.25"]).sft == "--lr=0.25"
+    with pytest.raises(PageLLMError, match="--sft needs a value"):
+        parse(Study, ["--sft", "--seeds", "1"])
 
 
 def make(*words):
