@@ -70,12 +70,16 @@ def cell(text: str) -> str:
     return re.sub(r"([|*_])", r"\\\1", html.escape(text, quote=False))
 
 
-def option_table(fields: list[dataclasses.Field], comments: dict[str, str]) -> list[str]:
+def option_table(cls: type, fields: list[dataclasses.Field]) -> list[str]:
+    """A row for each of these fields of a Config."""
+    comments = field_comments(cls)
+    known_as = {field: name for name, field in getattr(cls, "ALIASES", {}).items()}
     lines = ["| option | type | default | meaning |", "|---|---|---|---|"]
     for f in fields:
         kind = f.type.__name__ if isinstance(f.type, type) else str(f.type)
         default = "empty" if f.default == "" else f"`{f.default}`"
-        lines.append(f"| `--{f.name}` | {kind} | {default} | {cell(comments.get(f.name, ''))} |")
+        name = known_as.get(f.name, f.name)
+        lines.append(f"| `--{name}` | {kind} | {default} | {cell(comments.get(f.name, ''))} |")
     return lines
 
 
@@ -122,7 +126,7 @@ def stages_page() -> str:
         above = [p for p in owners(cls)[1:] if p in shared]
         lines += [f"### {cls.__name__}", "", said(cls), ""]
         lines += beside(above)
-        lines += [*option_table(own_fields(cls), field_comments(cls)), ""]
+        lines += [*option_table(cls, own_fields(cls)), ""]
     part = ""
     for module, cls in found.items():
         heading = "Commands" if module in verb_of else "Studies and measurements"
@@ -135,7 +139,7 @@ def stages_page() -> str:
         lines += [f"### {title}", "", said(cls), ""]
         lines += beside(above)
         fields = [f for p in reversed(inline) for f in own_fields(p)]
-        lines += [*option_table(fields, field_comments(cls)), ""]
+        lines += [*option_table(cls, fields), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -18,6 +18,7 @@ Folders, from the ground up; each may import what stands before it:
     report      everything about a run in one HTML file
     storefront  a page of themed rows, with or without a model; nothing else imports it
     presets     options that were found for a data set
+    update      a trained run -> newer data, without training anew
     tuning      trials behind `pagellm tune` (tune.py) and `pagellm fit` (pipeline.py)
     python      what `import pagellm` offers: prepare, fit, load (see docs/reference/python.md)
 

@@ -26,12 +26,18 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "compose": ("pagellm.compose", "learn what will be picked, and how to make a page of it"),
         "evaluate": ("pagellm.evaluate", "write every user's page and score it on held-out rows"),
     },
+    "Every day": {
+        "update": (
+            "pagellm.update",
+            "a run -> newer data: new users and items, without retraining",
+        ),
+        "promote": ("pagellm.serving.promote", "make a run the live one, if it is not worse"),
+    },
     "Pages and what they are made of": {
         "recommend": ("pagellm.serving.recommend", "pages of some users or of all, to a file"),
         "serve": ("pagellm.serving.serve", "pages over HTTP and in a browser"),
         "import-gguf": ("pagellm.model.import_gguf", "a GGUF file -> weights for pretrain"),
         "export": ("pagellm.serving.export", "a policy as embeddings, or for transformers"),
-        "promote": ("pagellm.serving.promote", "make a run the live one, if it is not worse"),
         "features": ("pagellm.serving.features", "scores of (user, item) pairs for a ranker"),
         "search": ("pagellm.serving.search", "exact or approximate search over embeddings"),
         "report": ("pagellm.report.report", "everything about a run in one HTML file"),

@@ -370,6 +370,24 @@ class Model:
 
         return Recommender.load(Sources(**self.common(), device=self.device, split=self.split))
 
+    def update(
+        self, data: "Data | str", *, run: str = "", steps: int = 0, **options: Any
+    ) -> "Model":
+        """Bring the run to newer data without training it anew: `pagellm update`.
+
+        data     the newer data: what `prepare` returned, or the name of a data set in ./data
+        run      name of the new run; empty: the data set's name. The old one stays as it is
+        steps    steps of a short fit; 0: none
+        options  further ones of `pagellm update`: fresh=0.5, lr=0.3, seed=1
+
+        Raises PageLLMError as the command line does.
+        """
+        data = Data(data) if isinstance(data, str) else data
+        told: dict[str, Any] = {"dataset": data.dataset, "data": str(data.data), "run": run}
+        told |= {"source_run": self.run, "runs": self.runs, "steps": steps}
+        run_verb("update", "pagellm.update", told | options)
+        return load(run or data.dataset, runs=self.runs, device=self.device, split=self.split)
+
     def common(self) -> dict[str, Any]:
         """Where data and run are, as every Config names them."""
         return {

@@ -82,6 +82,9 @@ class Config(TrainingConfig):
     cold_rows: int = 0  # with id_dropout: items with so few train rows or fewer are read by
     # contents
     start_run: str = ""  # run whose SFT weights it begins with; empty: this run's pre-trained ones
+    updated: bool = False  # begin with what `pagellm update` has written in this run
+    fresh: float = 0.0  # with updated: share of a batch whose users have rows that its weights have
+    # not seen; the others are drawn from the other users. 0: all users alike
     max_page: int = 40  # longest page learnt; what a very active user has beyond it is left out
     shrink: float = 0.0  # m of s_i: pull item means towards the mean of all, worth m ratings
     max_history: int = 24  # items of history in the prompt
@@ -123,6 +126,11 @@ class Config(TrainingConfig):
             cold_rows=(self.cold_rows >= 0, "0 or more"),
             cut=(self.cut in CUTS, " or ".join(CUTS)),
             max_history=(self.max_history > 0, "1 or more"),
+            start_run=(not (self.updated and self.start_run), "empty with updated"),
+            fresh=(
+                0 <= self.fresh <= 1 and (self.fresh == 0 or self.updated),
+                "from 0 to 1, and 0 without updated",
+            ),
             patience=(
                 self.patience >= 0 and (self.patience == 0 or self.select == "ndcg"),
                 "0 or more, and 0 with select=last, which asks no validation",
@@ -163,15 +171,14 @@ class PageBatches:
             self.feedback = Feedback(shop, config.unpicked, config.unpicked_weight)
         self.lengths = tuple(maker.train.counts()[maker.users].tolist())
         self.proposal = Proposal(maker.train.items, shop.n_items)
-        steps = round(config.epochs * math.ceil(len(maker.users) / config.batch))
-        self.total = max(1, steps) if config.epochs else 0
+        self.total = steps_of(config, len(maker.users))
+        # places in maker.users of those with new rows, and of the others, for --fresh
+        self.parts: tuple[np.ndarray, ...] = ()
 
     def __call__(self, step: int) -> tuple[Batch, bool]:
         """-> the batch, and False if this process has no user and holds a stand-in."""
         config, users = self.config, self.maker.users
-        epoch, index = batch_at(
-            step, len(users), config.batch, config.seed, "sft", length=self.lengths
-        )
+        epoch, index = self.drawn_users(step)
         mine, busy = dist.shard(users[index])
         splits = [(u, *draw(config, epoch, int(u))) for u in mine]
         when = None
@@ -193,6 +200,37 @@ class PageBatches:
             rng = randomness.rng(config.seed, "sft", "items", step)
             batch.candidates = self.proposal.draw(batch.item, config.sampled_items, rng)
         return batch, busy
+
+    def mix(self, before: Path) -> None:
+        """With --fresh: fill a share of every batch with the users whom an update has named."""
+        if not self.config.fresh:
+            return
+        fresh = load_model_file(before / "model.pt")["fresh"].numpy()
+        isin = np.isin(self.maker.users, fresh)
+        parts = np.flatnonzero(isin), np.flatnonzero(~isin)
+        self.parts = parts if all(len(part) for part in parts) else ()
+
+    def drawn_users(self, step: int) -> tuple[int, np.ndarray]:
+        """-> the epoch of a step, and the places of its users in maker.users."""
+        config, n = self.config, len(self.maker.users)
+        if not self.parts:
+            return batch_at(step, n, config.batch, config.seed, "sft", length=self.lengths)
+        new = min(config.batch, max(1, round(config.fresh * config.batch)))
+        found = [
+            (epoch, part[index])
+            for part, size, name in zip(
+                self.parts, (new, config.batch - new), ("fresh", "known"), strict=True
+            )
+            if size
+            for epoch, index in [batch_at(step, len(part), size, config.seed, f"sft {name}")]
+        ]
+        return max(epoch for epoch, _ in found), np.concatenate([index for _, index in found])
+
+
+def steps_of(config: Config, users: int) -> int:
+    """Steps of a whole run over so many users."""
+    steps = round(config.epochs * math.ceil(users / config.batch))
+    return max(1, steps) if config.epochs else 0
 
 
 def own_draws(config: Config, step: int, users: np.ndarray, item: Tensor) -> Tensor:
@@ -218,11 +256,14 @@ def new_policy(config: Config, before: Path, maker: PageMaker, device) -> Policy
         raise PageLLMError(
             f"no user of {config.data_dir} has two train items: there is no page to learn"
         )
-    model = from_state(load_model_file(before / "model.pt"), config.dropout).to(device)
+    state = load_model_file(before / "model.pt")
+    model = from_state(state, config.dropout).to(device)
     model.checkpoint_blocks = config.checkpoint_blocks
     style = PromptStyle(
         config.max_history, config.use_ratings, config.use_user, maker.clock(vocab.times)
     )
+    if config.updated:  # periods stay where they were, or their tokens would change their meaning
+        style = PromptStyle(**state["style"])
     policy = Policy(model, vocab, style)
     longest = max(1, int(maker.train.counts().max()))
     policy.check_room(max(config.k, min(longest, config.max_page)))
@@ -238,9 +279,9 @@ def validation_of(config: Config, shop: Shop) -> Validation | None:
 
 def start_of(config: Config) -> tuple[Path, dict[str, str]]:
     """The directory of the weights that SFT begins with, and the ids of what is read."""
-    stage = "sft" if config.start_run else "pretrain"
+    stage = "update" if config.updated else "sft" if config.start_run else "pretrain"
     before = config.stage(stage, config.start_run)
-    need = "SFT policy" if config.start_run else "pre-trained model"
+    need = {"update": "updated rows", "sft": "SFT policy", "pretrain": "pre-trained model"}[stage]
     record = finished(before, need, config.make(stage))
     return before, {"data": file_id(config.data_dir / "source.json"), stage: record["id"]}
 
@@ -252,7 +293,8 @@ def widened(config: Config, model: Backbone, shop: Shop) -> Backbone:
     if config.id_dropout:
         known = np.bincount(shop.item[shop.rows("train", None)], minlength=shop.n_items)
         content = torch.from_numpy(contents(shop.catalogue, seed=config.seed))
-        cold = torch.from_numpy(known <= config.cold_rows)
+        # An update has given every new item a row.
+        cold = torch.from_numpy((known <= config.cold_rows) & (not config.updated))
         model.fuse(content.to(model.item.device), cold.to(model.item.device), config.id_dropout)
     return model
 
@@ -271,6 +313,7 @@ def run(config: Config) -> None:
         if dist.is_main():
             policy.vocab.save(out.path)
         batches = PageBatches(config, policy, maker, shop)
+        batches.mix(before)
         stopped = total = batches.total
         learner = dist.wrap(objective := Objective(batch_loss, model=model), config.parallel)
         opt = optimiser(

@@ -181,9 +181,9 @@ def test_every_option_of_a_command_that_is_named_exists():
             for words in re.findall(r"(?:^|\n|bin/)pagellm +([a-z][^\n]*)", piece):
                 verb, rest = verb_and_rest(words.split())
                 rest = " ".join(rest)
-                known = {
-                    f.name for f in dataclasses.fields(importlib.import_module(VERBS[verb]).Config)
-                } | {"help", "config"}
+                config = importlib.import_module(VERBS[verb]).Config
+                known = {f.name for f in dataclasses.fields(config)} | {"help", "config"}
+                known |= set(getattr(config, "ALIASES", {}))
                 for option in re.findall(r"(?<!\S)--(?:no-)?([a-z][a-z_]*)", rest):
                     assert option in known, f"{name(page)}: --{option}: pagellm {verb} {rest}"
 

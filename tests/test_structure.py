@@ -26,7 +26,7 @@ LAYERS = (
     {"baselines", "online"},
     {"report"},  # shows what all of them made
     {"tuning"},  # trials of the stages
-    {"tune"},
+    {"tune", "update"},
     {"pipeline"},  # one command for all of it
     {"storefront"},  # the second system; nothing imports it
     {"python"},  # what `import pagellm` offers

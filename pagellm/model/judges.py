@@ -41,6 +41,7 @@ __all__ = [
     "SETTINGS",
     "contents",
     "legal_items",
+    "rows_of",
     "vars_of",
 ]
 

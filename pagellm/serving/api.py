@@ -188,7 +188,7 @@ def add_shop_route(app: FastAPI, service) -> None:
         )
         return JSON(
             {
-                "dataset": service.config.dataset,
+                "dataset": service.config.data_dir.name,
                 "users": r.shop.n_users,
                 "items": r.shop.n_items,
                 "price": price,

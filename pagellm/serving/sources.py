@@ -51,6 +51,8 @@ SPLITS = ("none", "test", "valid")
 class Sources(StageConfig):
     """Where a page's models and data come from."""
 
+    dataset: str = "synthetic"  # name of the data set: its prepared data are in <data>/<dataset>;
+    # auto: the data that the run was made from, so that a link to a run leads to its data too
     source_run: str = ""  # run whose sft is read; empty: this run (studies share one)
     reward_run: str = ""  # run whose reward model is read; empty: source_run
     split: str = "none"  # rows that are held out. none, for a shop: prompts show every row, and no
@@ -59,7 +61,26 @@ class Sources(StageConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, split=(self.split in SPLITS, ", ".join(SPLITS)))
+        check(
+            self,
+            split=(self.split in SPLITS, ", ".join(SPLITS)),
+            run=(bool(self.run) or self.dataset != "auto", "a run, for dataset=auto"),
+        )
+
+    @property
+    def data_dir(self) -> Path:
+        """Directory of the prepared data set."""
+        if self.dataset != "auto":
+            return super().data_dir
+        for name in WRITERS:
+            made = self.where(name) / "config.json"
+            if made.exists():
+                config = read_json(made)["config"]
+                return Path(config["data"]) / config["dataset"]
+        raise PageLLMError(
+            f"{self.stage('')} has no policy, so nothing says which data it was made from\n"
+            f"  Name them with --dataset, or see the runs that are there: pagellm runs"
+        )
 
     def where(self, verb: str) -> Path:
         """Directory of sft, ppo, compose or reward."""

@@ -115,9 +115,11 @@ def help_text(cls, prog: str) -> str:
         "",
         "options:",
     ]
+    known_as = {field: name for name, field in getattr(cls, "ALIASES", {}).items()}
     for f in dataclasses.fields(cls):
         default = '""' if f.default == "" else f.default
-        head = f"  --{f.name} {f.type.__name__ if isinstance(f.type, type) else f.type}"
+        kind = f.type.__name__ if isinstance(f.type, type) else f.type
+        head = f"  --{known_as.get(f.name, f.name)} {kind}"
         body = f"{comments.get(f.name, '')} (default {default})".strip()
         lines.append(head)
         lines += textwrap.wrap(body, 92, initial_indent=" " * 8, subsequent_indent=" " * 8)
@@ -177,7 +179,8 @@ def parse(
     """argv -> an instance of the dataclass `cls`.
 
     Bare words are the values of the fields that cls.POSITIONAL names, in order, if it has that
-    attribute: `pagellm promote v2` is `pagellm promote --run v2`.
+    attribute: `pagellm promote v2` is `pagellm promote --run v2`. cls.ALIASES is option -> field,
+    for an option that goes by another name than its field: --from, which is a word of Python.
 
     Accepts --name value, --name=value, --flag, --no-flag; @preset, a text file of such options; and
     --config FILE, a TOML file with one table a command. A later file overrides an earlier one. The
@@ -226,6 +229,7 @@ def apart(cls, argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """
     positions = list(getattr(cls, "POSITIONAL", ()))
     takes_value = {"--" + f.name for f in dataclasses.fields(cls) if f.type not in (bool, "bool")}
+    takes_value |= {"--" + name for name in getattr(cls, "ALIASES", {})}
     words: list[str] = []
     files: list[tuple[str, str]] = []
     rest = list(argv)
@@ -421,6 +425,7 @@ def options(cls, argv: list[str], prog: str) -> dict[str, object]:
             raise PageLLMError(f"unexpected {word!r}; options look like --name value (see --help)")
         name, equals, text = word[2:].partition("=")
         name = name.replace("-", "_")
+        name = getattr(cls, "ALIASES", {}).get(name, name)
         negated = (
             name.startswith("no_")
             and name[3:] in fields

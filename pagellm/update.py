@@ -1,0 +1,326 @@
+"""Bring a trained run to newer data, without training it anew: new users, new items, new rows.
+
+Reads   runs/<from>/sft and the data that it was made from; data/<new>
+Writes  runs/<out>/update   model.pt, the rows before any fit
+        runs/<out>/sft      as `pagellm sft` does; runs/<out>/compose, if <from> has composed pages
+
+    pagellm prepare --dataset shop-0302 --raw exports/       the whole log, up to now
+    pagellm update --from shop-0301 --data shop-0302 --out shop-0302
+
+Seconds, and then the steps of the fit.
+
+1. Rows are kept by the shop's own ids: numbers of users and items differ between two data sets.
+2. A new item gets a row from its buyers and its words, a new user one from what they liked
+   (model/fold.py).
+3. A short fit of --steps, if wanted. A share of each batch (--fresh) are users with new rows, the
+   others are drawn from all other users, so that what is known is not forgotten. Validation keeps
+   the better of the rows before and after.
+4. Composed pages are made anew: their judges are plain models, which fit in seconds to minutes.
+
+The same command carries on what was interrupted. The new run is one like any other: evaluate,
+recommend, serve, promote and the next update take it.
+"""
+
+import math
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from pagellm import compose, sft
+from pagellm.data.shop import Shop, load, source
+from pagellm.model.als import item_groups
+from pagellm.model.fold import PARTS, FoldedItems, FoldedUsers, fold_items, fold_users
+from pagellm.model.networks import from_state
+from pagellm.model.policy import Policy, PromptStyle
+from pagellm.model.vocab import Vocab
+from pagellm.stage import dist, hints
+from pagellm.stage.command import main
+from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.files import file_id, read_json
+from pagellm.stage.run import Run, StageConfig, finished, load_model_file
+
+__all__ = ["Change", "Config", "change", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(StageConfig):
+    """Bring a trained run to newer data: keep what is known, fold in what is new, fit for a bit."""
+
+    ALIASES: ClassVar[dict[str, str]] = {"from": "source_run", "out": "run"}
+
+    source_run: str = ""  # the run that is brought up to date; it stays as it is
+    data: str = "data"  # the new data: the name of a prepared data set, or its directory. With
+    # --dataset, as everywhere: the directory of prepared data sets
+    run: str = ""  # name of the new run; empty: the name of the new data set
+    steps: int = 0  # steps of the fit that follows; 0: none
+    fresh: float = 0.5  # share of a batch whose users have rows that the run has not seen
+    lr: float = 0.3  # learning rate of the fit, as a share of that of the run
+    compose: bool = True  # make composed pages, if the run has them
+
+    def __post_init__(self):
+        if found := prepared_at(self.data):
+            object.__setattr__(self, "data", str(found.parent))
+            object.__setattr__(self, "dataset", found.name)
+        super().__post_init__()
+        check(
+            self,
+            source_run=(bool(self.source_run), "the run to bring up to date: --from RUN"),
+            run=((self.run or self.dataset) != self.source_run, "another run than --from"),
+            fresh=(0 <= self.fresh <= 1, "from 0 to 1"),
+            lr=(self.lr > 0, "above 0"),
+        )
+
+    @property
+    def before(self) -> Path:
+        """Directory of the run that is brought up to date."""
+        return Path(self.runs) / self.source_run
+
+
+def prepared_at(name: str) -> Path | None:
+    """The directory of the prepared data set of that name or path; None if there is none."""
+    for path in (Path(name), Path("data") / name):
+        if name and (path / "source.json").exists():
+            return path
+    return None
+
+
+class Change(NamedTuple):
+    """What newer data have that older ones had not, and the other way round.
+
+    item, user   (N,), (U,) the old number of each item and user; -1: new
+    gone         (items, users) of the older data that the newer have not
+    fresh        users with train rows that the older train rows lack
+    rows         how many such train rows there are
+    leaked       held-out rows that were train rows before: scores on them would be too good
+    """
+
+    item: np.ndarray
+    user: np.ndarray
+    gone: tuple[int, int]
+    fresh: np.ndarray
+    rows: int
+    leaked: int
+
+
+def change(old: Shop, new: Shop) -> Change:
+    """Compare two data sets by the shop's own ids."""
+
+    def numbers(before: list[str], now: list[str]) -> np.ndarray:
+        known = {name: n for n, name in enumerate(before)}
+        return np.array([known.get(name, -1) for name in now], np.int64)
+
+    item, user = numbers(old.catalogue.ids, new.catalogue.ids), numbers(old.user_ids, new.user_ids)
+    gone = old.n_items - int((item >= 0).sum()), old.n_users - int((user >= 0).sum())
+    train = old.rows("train", None)
+    seen = old.user[train] * old.n_items + old.item[train]
+    u, i = user[new.user], item[new.item]
+    met = (u >= 0) & (i >= 0) & np.isin(u * old.n_items + i, seen)
+    now, held = new.rows("train", None), new.rows(("valid", "test"))
+    fresh = np.unique(new.user[now & ~met])
+    return Change(item, user, gone, fresh, int((now & ~met).sum()), int((held & met).sum()))
+
+
+def recorded(config: Config) -> tuple[dict[str, Any], Path]:
+    """The config.json of the run's sft, and the directory of the data that it was made from.
+
+    Raises PageLLMError if the run has no finished SFT policy.
+    """
+    stage, name = config.before / "sft", config.source_run
+    if not config.before.exists():
+        raise PageLLMError(f"no run {name} in {config.runs}; see them with: pagellm runs")
+    finished(stage, "SFT policy", hints.command("sft", run=name))
+    made = read_json(stage / "config.json")
+    return made, Path(made["config"]["data"]) / made["config"]["dataset"]
+
+
+def older(config: Config, made: dict[str, Any], path: Path) -> Shop:
+    """The data that the run was made from. Raises PageLLMError if they are gone or others."""
+    name = config.source_run
+    kept = (
+        f"\n  Its rows are numbered by these data. Keep {path}, and prepare the new log under "
+        "another --dataset name."
+    )
+    if not (path / "source.json").exists():
+        raise PageLLMError(f"{name} was made from {path}, which is gone{kept}")
+    if file_id(path / "source.json") != made["inputs"]["data"]:
+        raise PageLLMError(f"{name} was made from {path}, which was prepared anew since{kept}")
+    return load(path)
+
+
+def checked(config: Config, old: Shop, new: Shop, path: Path) -> Change:
+    """How the data have changed. Raises PageLLMError where an update makes no sense."""
+    if file_id(path / "source.json") == file_id(config.data_dir / "source.json"):
+        raise PageLLMError(
+            f"{config.data_dir} holds the data that {config.source_run} was made from: nothing new"
+        )
+    splits = [source(p)["config"].get("split") for p in (path, config.data_dir)]
+    if splits[0] != splits[1]:
+        raise PageLLMError(
+            f"{path} was split by {splits[0]}, {config.data_dir} by {splits[1]}: rows held out now "
+            f"may have been learnt from\n  Prepare the new data with --split {splits[0]}"
+        )
+    found = change(old, new)
+    for what, numbers in (("items", found.item), ("users", found.user)):
+        if (kept := int((numbers >= 0).sum())) < 2 * PARTS:
+            raise PageLLMError(
+                f"{config.data_dir} shares {kept} {what} with {path}, too few to go by\n"
+                "  Are their ids written in the same way? If it is another shop, train a new run."
+            )
+    if not found.rows and (found.item >= 0).all() and (found.user >= 0).all():
+        raise PageLLMError(
+            f"{config.data_dir} has no user, item or train row that {path} has not: nothing new"
+        )
+    return found
+
+
+def told(found: Change, items: FoldedItems, users: FoldedUsers) -> list[str]:
+    """What was kept and folded in, in words."""
+    n_items, n_users = int((found.item < 0).sum()), int((found.user < 0).sum())
+    bought = int(items.bought.sum())
+    lines = [
+        f"{len(found.item) - n_items:,} items and {len(found.user) - n_users:,} users keep their "
+        f"rows; {found.gone[0]:,} items and {found.gone[1]:,} users are no longer there; "
+        f"{found.rows:,} new train rows of {len(found.fresh):,} users"
+    ]
+    if n_items:
+        lines.append(
+            f"{n_items:,} new items: {bought:,} folded in from buyers and words, "
+            f"{n_items - bought:,} from words alone (known items folded in likewise have a cosine "
+            f"of {items.cosine:.2f} to their trained rows)"
+        )
+    if n_users:
+        lines.append(
+            f"{n_users:,} new users from what they liked (known ones likewise: cosine "
+            f"{users.cosine:.2f})"
+        )
+    if found.leaked:
+        lines.append(
+            f"warning: {found.leaked:,} held-out rows were train rows of the run, so validation "
+            "and evaluate say too much good; prepare with --split temporal or leave_one_out"
+        )
+    return lines
+
+
+def moved(config: Config, state: dict, old: Path, new: Shop, found: Change) -> tuple[Policy, list]:
+    """The policy with rows for the new data, and what to tell of it."""
+    model = from_state(state)
+    tables = [model.item] if model.item_out is None else [model.item, model.item_out]
+    liked, groups = new.csr("train"), item_groups(new.catalogue)
+    with torch.no_grad():
+        items = fold_items([t.detach() for t in tables], found.item, liked, groups, config.seed)
+        users = fold_users(model.user.detach(), found.user, liked, items.space, config.seed)
+    model.item, model.user = nn.Parameter(items.tables[0]), nn.Parameter(users.rows)
+    if model.item_out is not None:
+        model.item_out = nn.Parameter(items.tables[1])
+    model.n_users, model.n_items = new.n_users, new.n_items
+    vocab = Vocab.load(old)
+    wider = Vocab(vocab.tokenizer, new.n_users, new.n_items, vocab.times)
+    wider.template = vocab.template
+    return Policy(model, wider, PromptStyle(**state["style"])), told(found, items, users)
+
+
+def fold(config: Config) -> dict[str, Any]:
+    """Write runs/<out>/update; returns the options that the run's sft had."""
+    made, path = recorded(config)
+    new, stage = load(config.data_dir), config.before / "sft"
+    inputs = {
+        "data": file_id(config.data_dir / "source.json"),
+        "before": made["inputs"]["data"],
+        "sft": read_json(stage / "done")["id"],
+    }
+    # What makes no sense leaves no directory behind; what is done needs the older data no more.
+    done = (config.stage("update") / "done").exists()
+    found = None if done else checked(config, older(config, made, path), new, path)
+    later = ("steps", "fresh", "compose")  # they concern what follows
+    with Run(config.stage("update"), config, inputs, free=later) as out:
+        if out.already_done() or found is None:
+            return made["config"]
+        policy, lines = moved(config, load_model_file(stage / "model.pt"), stage, new, found)
+        if dist.is_main():
+            policy.vocab.save(out.path)
+            print("\n  ".join([f"update: {config.source_run} -> {out.path.parent}", *lines]))
+        out.finish(
+            policy.state() | {"fresh": torch.from_numpy(found.fresh)},
+            new_items=int((found.item < 0).sum()),
+            new_users=int((found.user < 0).sum()),
+            new_rows=found.rows,
+            fresh_users=len(found.fresh),
+            leaked=found.leaked,
+            told=lines,
+        )
+    return made["config"]
+
+
+def fields_of(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The values that are fields of a Config; the others are of another version."""
+    return {f.name: values[f.name] for f in fields(cls) if f.name in values}
+
+
+def places_of(config: Config) -> dict[str, Any]:
+    """Where the new run and its data are, for the Config of any stage."""
+    shared = ("dataset", "data", "runs", "seed", "device", "save_every", "parallel")
+    return {name: getattr(config, name) for name in shared} | {
+        "run": config.run or config.dataset,
+        "preset": "none",
+    }
+
+
+def fit_config(config: Config, before: dict[str, Any]) -> sft.Config:
+    """The options of the fit: the run's own, but for where it begins, its steps and its rate."""
+    own = fields_of(sft.Config, before) | places_of(config)
+    own |= {"start_run": "", "fresh": config.fresh if config.steps else 0.0}
+    if own.pop("updated", False):  # a share of the rate of the run that was trained, not of a fit's
+        own["lr"] /= read_json(config.before / "update" / "config.json")["config"]["lr"]
+    own |= {"updated": True, "lr": own["lr"] * config.lr}
+    if config.steps:
+        own["warmup"] = min(own["warmup"], config.steps // 5)
+    train = load(config.data_dir).csr("train")
+    users = int((train.counts() >= 2).sum())
+    return sft.Config(**own | {"epochs": config.steps / max(1, math.ceil(users / own["batch"]))})
+
+
+def composed(config: Config) -> None:
+    """Make composed pages, if the run before has them."""
+    stage = config.before / "compose"
+    if not config.compose or not (stage / "done").exists():
+        return
+    own = fields_of(compose.Config, read_json(stage / "config.json")["config"])
+    policy = "none" if own["policy"] == "none" else "sft"
+    print(
+        f"update: composed pages of {config.source_run} are made anew, judges and choice, with "
+        f"{'no policy' if policy == 'none' else 'the updated SFT policy'}",
+        flush=True,
+    )
+    compose.run(compose.Config(**own | places_of(config) | {"policy": policy, "source_run": ""}))
+
+
+def run(config: Config) -> Path:
+    """Bring it up to date; returns the directory of the new run."""
+    dist.start(config.device)
+    before = fold(config)
+    sft.run(fit_config(config, before))
+    composed(config)
+    where = config.stage("")
+    if dist.is_main():
+        left = [s for s in ("reward", "ppo") if (config.before / s / "done").exists()]
+        if left:
+            print(
+                f"update: {' and '.join(left)} of {config.source_run} stay behind; pages are "
+                "written by the policies named above"
+            )
+        named = config.run or config.dataset
+        print(
+            f"update: {where}; next: {hints.command('evaluate', config.dataset, named)}, then "
+            f"pagellm promote {named}",
+            flush=True,
+        )
+    return where
+
+
+if __name__ == "__main__":
+    sys.exit(main(Config, run, "pagellm update"))

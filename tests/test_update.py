@@ -1,0 +1,279 @@
+"""A run goes to newer data: rows stay with their ids, what is new gets rows, the rest is a run."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import pagellm
+from pagellm import pretrain, sft, update
+from pagellm.data import prepare, synthetic
+from pagellm.data.shop import Rows, load
+from pagellm.model.als import als
+from pagellm.model.fold import fold_items, fold_users
+from pagellm.model.policy import Policy
+from pagellm.pages.truth import PageMaker
+from pagellm.serving import promote
+from pagellm.serving.recommender import Ask, Recommender
+from pagellm.serving.sources import Sources
+from pagellm.stage.config import PageLLMError, help_text, parse
+from pagellm.stage.files import read_json
+
+NEW_ITEMS = 4  # of the later log; nobody of the earlier one has them
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    """A shop's log up to two days, and a run over the first: data/one, data/two, runs/base."""
+    root = tmp_path_factory.mktemp("update")
+    made = synthetic.make(70, 40, 0)
+    rows = sorted((int(r.time), r.user, r.item, float(r.rating)) for r in made.reviews())
+    late = {item.id for item in made.items[:NEW_ITEMS]}
+    early = [r for r in rows if r[0] < rows[int(0.8 * len(rows))][0] and r[2] not in late]
+    for name, some in (("one", early), ("two", rows)):
+        raw = root / "raw" / name
+        raw.mkdir(parents=True)
+        with open(raw / "log.csv", "w", newline="") as file:
+            csv.writer(file).writerows([("timestamp", "user", "item", "rating"), *some])
+        with open(raw / "items.csv", "w", newline="") as file:
+            facts = [(i.id, i.title, i.paths[0][-1]) for i in made.items]
+            csv.writer(file).writerows([("item", "title", "category"), *facts])
+        prepare.run(
+            prepare.Config(dataset=name, raw=str(raw), data=str(root / "data"), split="temporal")
+        )
+    common = {"dataset": "one", "run": "base", "data": str(root / "data")}
+    common |= {"runs": str(root / "runs"), "device": "cpu"}
+    torch.set_num_threads(1)
+    pretrain.run(pretrain.Config(size="nano", rows="als", pool=True, steps=0, words=300, **common))
+    sft.run(sft.Config(epochs=1, batch=16, k=6, max_history=8, warmup=2, eval_every=9, **common))
+    return root
+
+
+def words(root, **more):
+    told = {"from": "base", "data": root / "data" / "two", "runs": root / "runs"} | more
+    return [f"--{name}={value}" for name, value in told.items()]
+
+
+def do(root, **more):
+    return update.run(parse(update.Config, words(root, **more), "pagellm update"))
+
+
+@pytest.fixture(scope="module")
+def updated(logs):
+    do(logs, out="next", steps=2)
+    return logs
+
+
+def test_rows_go_with_their_ids_and_new_items_can_be_on_pages(updated):
+    old, new = load(updated / "data" / "one"), load(updated / "data" / "two")
+    before = Policy.load(updated / "runs" / "base" / "sft")
+    state = torch.load(updated / "runs" / "next" / "update" / "model.pt", weights_only=True)
+    for name, mine, theirs in (
+        ("item", new.catalogue.ids, old.catalogue.ids),
+        ("user", new.user_ids, old.user_ids),
+    ):
+        rows, was = state["weights"][name], getattr(before.model, name)
+        assert len(rows) == len(mine) > len(theirs) or name == "user"
+        for number, identity in enumerate(mine):
+            if identity in theirs:
+                assert torch.equal(rows[number], was[theirs.index(identity)])
+            else:
+                assert rows[number].abs().sum() > 0
+    trunk = [n for n in state["weights"] if n.startswith("h.")]
+    kept = dict(before.model.named_parameters())
+    assert trunk and all(torch.equal(state["weights"][n], kept[n]) for n in trunk)
+    config = Sources(
+        dataset="two", run="next", data=str(updated / "data"), runs=str(updated / "runs")
+    )
+    known = Recommender.load(config)
+    found = known.answers([Ask(user=user, k=20) for user in new.user_ids])
+    shown = {slot["item"] for answer in found for slot in answer["items"]}
+    assert shown & (set(new.catalogue.ids) - set(old.catalogue.ids))
+
+
+def test_the_fit_begins_at_the_rows_and_is_an_sft_like_any_other(updated, capsys):
+    made = read_json(updated / "runs" / "next" / "sft" / "config.json")
+    assert made["config"]["updated"] and made["config"]["fresh"] == 0.5
+    assert made["config"]["lr"] == pytest.approx(0.3 * sft.Config().lr)
+    lines = (updated / "runs" / "next" / "sft" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+    assert not (updated / "runs" / "next" / "compose").exists()
+    do(updated, out="next", steps=2)  # the same command again
+    assert "sft: already done" in capsys.readouterr().out
+
+
+def test_another_update_goes_on_from_it_at_the_same_rate(updated, tmp_path):
+    shutil.copytree(updated / "runs" / "next", tmp_path / "runs" / "next")
+    shutil.copytree(updated / "data", tmp_path / "data")
+    raw = tmp_path / "raw"
+    shutil.copytree(updated / "raw" / "two", raw)
+    with open(raw / "log.csv", "a") as file:
+        file.writelines(f"2000000000,stranger,{i},5.0\n" for i in load_ids(updated)[:8])
+    prepare.run(
+        prepare.Config(dataset="three", raw=str(raw), data=str(tmp_path / "data"), split="temporal")
+    )
+    # The older data are looked for where the run was made.
+    path = tmp_path / "runs" / "next" / "sft" / "config.json"
+    path.write_text(path.read_text().replace(str(updated), str(tmp_path)))
+    model = pagellm.load("next", runs=tmp_path / "runs", data=tmp_path / "data")
+    third = model.update(pagellm.Data("three", str(tmp_path / "data")), run="third")
+    config = read_json(third.path / "sft" / "config.json")["config"]
+    assert config["lr"] == pytest.approx(0.3 * sft.Config().lr) and config["epochs"] == 0
+    assert third.pages(users=["stranger"], k=4)["item"].to_pylist()
+
+
+def load_ids(root):
+    return load(root / "data" / "two").catalogue.ids
+
+
+def test_it_is_evaluated_and_promoted_and_a_link_leads_to_its_data(updated):
+    served = Sources(dataset="auto", run="next", runs=str(updated / "runs"))
+    assert served.data_dir == updated / "data" / "two"
+    promote.run(promote.Config(run="next", runs=str(updated / "runs"), force=True))
+    live = Sources(dataset="auto", run="live", runs=str(updated / "runs"))
+    assert Recommender.load(live).shop.n_items == load(updated / "data" / "two").n_items
+    (updated / "runs" / "live").unlink()
+    with pytest.raises(PageLLMError, match="has no policy"):
+        Sources(dataset="auto", run="gone", runs=str(updated / "runs")).data_dir  # noqa: B018
+    with pytest.raises(PageLLMError, match="want a run, for dataset=auto"):
+        Sources(dataset="auto")
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"from": ""}, "the run to bring up to date: --from RUN"),
+        ({"from": "nobody"}, r"no run nobody in .*pagellm runs"),
+        ({"out": "base"}, "another run than --from"),
+        ({"data": "nowhere"}, "no prepared data"),
+    ],
+)
+def test_what_makes_no_sense_is_told(logs, more, says):
+    with pytest.raises(PageLLMError, match=says):
+        do(logs, **more)
+
+
+def test_the_same_data_other_splits_and_other_shops_are_refused(logs, tmp_path):
+    with pytest.raises(PageLLMError, match="data that base was made from: nothing new"):
+        do(logs, data=logs / "data" / "one", out="x")
+    raw = str(logs / "raw" / "two")
+    prepare.run(prepare.Config(dataset="by_chance", raw=raw, data=str(tmp_path)))
+    with pytest.raises(PageLLMError, match="split by temporal, .*by_chance by random.*\n.*--split"):
+        do(logs, data=tmp_path / "by_chance", out="x")
+    rows = list(csv.reader((logs / "raw" / "two" / "log.csv").read_text().splitlines()))
+    other = tmp_path / "other"
+    other.mkdir()
+    with open(other / "log.csv", "w", newline="") as file:
+        renamed = ([at, user, f"other {item}", stars] for at, user, item, stars in rows[1:])
+        csv.writer(file).writerows([rows[0], *renamed])
+    prepare.run(
+        prepare.Config(dataset="others", raw=str(other), data=str(tmp_path), split="temporal")
+    )
+    with pytest.raises(PageLLMError, match="shares 0 items with"):
+        do(logs, data=tmp_path / "others", out="x")
+    shutil.copytree(logs / "runs" / "base", tmp_path / "runs" / "base")
+    (tmp_path / "runs" / "base" / "sft" / "done").unlink()
+    with pytest.raises(PageLLMError, match="no SFT policy in .*begun, not finished"):
+        do(logs, runs=tmp_path / "runs", out="x")
+
+
+def test_held_out_rows_that_were_learnt_from_are_counted(logs):
+    old = load(logs / "data" / "one")
+    found = update.change(old, old)
+    assert found.rows == found.leaked == len(found.fresh) == 0
+    turned = type(old)(**{**vars(old), "split": np.where(old.split == 0, 2, 0).astype(np.int8)})
+    assert update.change(old, turned).leaked == int(old.rows("train").sum())
+
+
+def test_help_names_the_options_as_they_are_typed():
+    text = help_text(update.Config, "pagellm update")
+    assert "--from str" in text and "--out str" in text and "--source_run" not in text
+
+
+def low_rank(seed=0, users=300, items=120, rank=6, each=12):
+    """Who chose what, of people with tastes of a few dimensions: Rows, and the tastes."""
+    rng = np.random.default_rng(seed)
+    taste, kind = rng.normal(size=(users, rank)), rng.normal(size=(items, rank))
+    chosen = np.argsort(-(taste @ kind.T + rng.normal(size=(users, items))), 1)[:, :each]
+    n = np.arange(users + 1) * each
+    return Rows(n, chosen.ravel().astype(np.int64), np.full(users * each, np.nan, np.float32))
+
+
+def test_an_item_folded_in_comes_close_to_the_row_that_training_would_have_found():
+    rows = low_rank()
+    X, Y = als(rows, 300, 120, 8, 0.1, 0.03, 1.0)
+    new = np.arange(0, 120, 10)
+    old_item = np.full(120, -1)
+    known = np.setdiff1d(np.arange(120), new)
+    old_item[known] = np.arange(len(known))
+    group = [np.arange(120)]
+    items = fold_items([Y[known], 2 * Y[known]], old_item, rows, group)
+    assert torch.equal(items.tables[0][known], Y[known])
+    assert items.bought[new].all() and not items.bought[known].any()
+    level = Y[known].mean(0)
+    close = torch.cosine_similarity(items.tables[0][new] - level, Y[new] - level)
+    assert close.mean() > 0.9 and items.cosine > 0.9
+    assert torch.allclose(items.tables[1][new], 2 * items.tables[0][new], atol=1e-3)
+    strangers = np.arange(0, 300, 10)
+    old_user = np.full(300, -1)
+    met = np.setdiff1d(np.arange(300), strangers)
+    old_user[met] = np.arange(len(met))
+    users = fold_users(X[met], old_user, rows, items.space)
+    level = X[met].mean(0)
+    close = torch.cosine_similarity(users.rows[strangers] - level, X[strangers] - level)
+    assert close.mean() > 0.9 and torch.equal(users.rows[met], X[met])
+
+
+def test_an_item_that_nobody_has_gets_its_row_from_its_category():
+    """Two tastes, two categories: the new item lands on its category's side."""
+    half = 30
+    rng = np.random.default_rng(0)
+    chosen = [rng.permutation(half)[:8] + half * (user % 2) for user in range(200)]
+    rows = Rows(
+        np.arange(201) * 8,
+        np.concatenate(chosen).astype(np.int64),
+        np.full(1600, np.nan, np.float32),
+    )
+    _, Y = als(rows, 200, 2 * half, 4, 0.1, 0.03, 1.0)
+    old_item = np.append(np.arange(2 * half), -1)
+    wide = [np.append(np.arange(half), 2 * half), np.arange(half, 2 * half)]
+    items = fold_items([Y], old_item, rows, wide)
+    sides = [Y[:half].mean(0), Y[half:].mean(0)]
+    near = [torch.cosine_similarity(items.tables[0][-1], side, dim=0) for side in sides]
+    assert near[0] > near[1] and not items.bought.any()
+
+
+def test_composed_pages_are_made_anew_if_the_run_has_them(updated, monkeypatch, capsys):
+    folder, asked = updated / "runs" / "base" / "compose", []
+    monkeypatch.setattr(update.compose, "run", asked.append)  # seconds; tests/test_compose.py
+    folder.mkdir()
+    told = {"config": {"policy": "ppo", "networks": 1, "k": 6, "source_run": "elsewhere"}}
+    (folder / "config.json").write_text(json.dumps(told))
+    (folder / "done").write_text("{}")
+    try:
+        do(updated, out="next", steps=2)
+        do(updated, out="next", steps=2, compose=False)
+    finally:
+        shutil.rmtree(folder)
+    assert capsys.readouterr().out.count("composed pages of base are made anew") == 1
+    (config,) = asked
+    assert (config.networks, config.policy, config.source_run) == (1, "sft", "")
+    assert config.data_dir == updated / "data" / "two" and config.run == "next"
+
+
+def test_a_share_of_every_batch_has_new_rows(updated):
+    new = load(updated / "data" / "two")
+    made = read_json(updated / "runs" / "next" / "sft" / "config.json")["config"]
+    config = sft.Config(**made | {"batch": 10, "fresh": 0.3})
+    policy = Policy.load(updated / "runs" / "next" / "sft")
+    batches = sft.PageBatches(config, policy, PageMaker(new), new)
+    fresh = batches.maker.users[:5]
+    torch.save({"fresh": torch.from_numpy(fresh)}, updated / "model.pt")
+    batches.mix(updated)
+    drawn = [batches.maker.users[batches.drawn_users(step)[1]] for step in range(5)]
+    for users in drawn[::2]:  # 5 users in batches of 3: 3, 2, 3, 2
+        assert np.isin(users, fresh).sum() == 3 and len(set(users.tolist())) == 10
+    assert set(fresh) <= set(np.concatenate(drawn).tolist())
