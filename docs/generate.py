@@ -44,14 +44,14 @@ def module_of(path: Path) -> str:
 
 def configs() -> dict[str, type]:
     """Module -> its `Config`: commands in the order of `pagellm --help`, then studies by name."""
-    found = [
-        module_of(path)
-        for path in sources()
-        if re.search(r"^class Config\b", path.read_text(encoding="utf-8"), re.MULTILINE)
-    ]
-    commands = [module for module in VERBS.values() if module in found]
-    rest = [module for module in found if module not in commands]
-    return {module: importlib.import_module(module).Config for module in commands + rest}
+    commands = {module: importlib.import_module(module).Config for module in VERBS.values()}
+    rest = {}
+    for path in sources():
+        if re.search(r"^class Config\b", path.read_text(encoding="utf-8"), re.MULTILINE):
+            cls = importlib.import_module(module_of(path)).Config
+            if cls not in commands.values():  # some commands keep their Config in another file
+                rest[module_of(path)] = cls
+    return commands | rest
 
 
 def owners(cls: type) -> list[type]:

@@ -11,7 +11,7 @@ Folders, from the ground up; each may import what stands before it:
     data        raw files of many formats -> one prepared shop
     pages       what a page is: truth, energy, pairs, metrics, statistics; knows no network
     model       what writes a page: vocabulary, prompts, networks, decoding, reward model
-    (stages)    pretrain, sft, reward, ppo (with ppo_gate, ppo_step, ppo_watch), evaluate
+    (stages)    pretrain, sft, reward, ppo (with its parts ppo_*), compose, evaluate
     serving     pages and numbers for others: terminal, files, HTTP, embeddings
     baselines   other recommenders in the same table
     online      A/B tests, a simulator, off-policy estimates, a judge

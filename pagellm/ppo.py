@@ -25,7 +25,6 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,53 +32,49 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pagellm.data.shop import Shop, load
 from pagellm.kernels import masked
-from pagellm.model.backbone import Backbone
 from pagellm.model.choice import choose_mode
-from pagellm.model.composer import Composer
 from pagellm.model.decode import (
     LegalItems,
     page_logp,
     sample,
-    shared_start,
+    share_prompts,
     slot_states,
     trim_padding,
 )
-from pagellm.model.draws import draw, drawn_logp, first_kl, first_logits
-from pagellm.model.networks import from_state
 from pagellm.model.outcome_reward import OutcomeReward
-from pagellm.model.page_loss import Batch, page_batch, sft_loss
-from pagellm.model.policy import MODES, Policy, Validation
-from pagellm.model.reward_fn import RewardFunction, check_name
-from pagellm.model.reward_model import Critic, RewardModel
-from pagellm.model.shortlist import Proposals, Shortlist, best_items
+from pagellm.model.policy import Validation
+from pagellm.model.reward_fn import RewardFunction
+from pagellm.model.shortlist import Shortlist, draw_shortlists
 from pagellm.pages import metrics
-from pagellm.pages.truth import PageMaker
-from pagellm.ppo_gate import CLOSED, crossed_calibration, knowledge, said, validation_users
+from pagellm.ppo_config import Config
+from pagellm.ppo_gate import CLOSED, ask_gate, refuse_to_force
+from pagellm.ppo_once import drawn_at_once, once_loss
+from pagellm.ppo_setup import Networks, Prompts, StepInput, load_composer, sources
 from pagellm.ppo_step import (
     AdaptiveKL,
     Rollout,
     RunningMoments,
+    add_sft_loss,
     advantages,
     exact_kl,
     gated,
     legal_logits,
     normalise,
-    page_pay,
     policy_loss,
     reward_terms,
     step_reward,
     value_loss,
 )
 from pagellm.ppo_watch import (
-    alarms,
+    Watch,
     log_samples,
     page_row,
     policy_row,
     rollout_row,
+    shown,
     summarise,
     to_numbers,
     valid_row,
@@ -87,14 +82,12 @@ from pagellm.ppo_watch import (
 )
 from pagellm.stage import dist, hints, randomness
 from pagellm.stage.command import main
-from pagellm.stage.config import PageLLMError, check
-from pagellm.stage.files import read_json, write_json
-from pagellm.stage.run import Run, TrainingConfig, file_id, finished, load_model_file
+from pagellm.stage.config import PageLLMError
+from pagellm.stage.run import Run
 from pagellm.stage.train import (
     Best,
     GuardedStep,
     Objective,
-    batch_at,
     lr_at,
     optimiser,
     prefetch,
@@ -104,377 +97,32 @@ from pagellm.stage.train import (
 
 __all__ = ["Config", "run"]
 
-GROUPED = ("rloo", "grpo", "dr_grpo")  # these compare the pages of one user
-ALGOS = ("ppo", "reinforce", *GROUPED, "expert")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(TrainingConfig):
-    """Train the SFT policy by PPO on the reward model, with a KL penalty to the SFT policy."""
-
-    source_run: str = ""  # run whose sft is read; empty: this run (studies share one)
-    reward_run: str = ""  # run whose reward model is read; empty: the same as source_run
-    item_reward: str = "pairs"  # reward of a slot: pairs, the token head of the reward model; or
-    # outcome, the probability of a pick by the outcome model of the stage compose
-    compose_run: str = ""  # run whose outcome model is read; empty: the same as source_run
-    gate_users: int = 1000  # validation users of the gate before training; 0: all
-    gate_pages: int = 16  # pages drawn for each of them
-    force: bool = False  # train even if the reward knows nothing that the policy does not
-    algo: str = "ppo"  # ppo; reinforce (Eq. 11 minus the batch mean); rloo, grpo or dr_grpo (a page
-    # against the user's other pages); expert (likelihood of maximised pages)
-    draw: str = "auto"  # how pages are drawn: slots, one slot after another; one_shot, all from the
-    # first slot's distribution, without a critic; auto: slots for ppo and reinforce
-    epochs: float = 1.5  # passes over the users (the paper: 5)
-    min_steps: int = 45  # at least this many steps, however few the users
-    rollout: int = 64  # pages sampled in a step
-    samples: int = 1  # pages of one user among them; rloo, grpo and dr_grpo want 2 or more
-    minibatch: int = 64  # pages in one optimiser update; divides rollout
-    micro: int = 64  # pages in one forward pass: buys memory, moves no gradient
-    inner_epochs: int = 4  # passes over a rollout; 1 makes reinforce exactly Eq. 11
-    k: int = 20  # slots of a page
-    candidates: int = 0  # items of a user's shortlist, fixed before each rollout: pages are drawn
-    # from it and every log-probability is over it; 0: all items. For large catalogues
-    lazy_rows: bool = False  # user and item rows move only in steps that read them;
-    # for large catalogues
-    temperature: float = 0.3  # of sampling and of every log-probability alike; low:
-    # near the greedy page shown
-    lr: float = 2e-4  # peak learning rate of the policy, linear to 0 (the paper:
-    # 1e-5 at 124M parameters)
-    row_lr: float = 1.0  # learning rate of rows (users, items, words, positions) as a share of lr
-    critic_lr: float = 3e-4  # peak learning rate of the critic, linear to 0
-    clip: float = 0.2  # epsilon of the ratio, arXiv 1707.06347 eq. 7
-    value_clip: float = 0.2  # how far a new value may leave the old one,
-    # in units of normalised reward
-    vf_coef: float = 0.1  # weight of the value loss
-    entropy_coef: float = 0.0  # bonus for a nat of entropy of a slot
-    gamma: float = 1.0  # discount; a page is judged whole, so 1
-    lam: float = 0.95  # lambda of GAE
-    kl_coef: float = 0.1  # price of one nat of KL to the SFT policy, per slot, in normalised reward
-    kl_target: float = 0.0  # nats a page; above 0 kl_coef adapts towards it (Ziegler et al. 2019)
-    kl_horizon: float = 10000.0  # pages over which the adaptive coefficient moves
-    reward_fn: str = ""  # a reward function of your own, module:function, beside what is learnt
-    # (pagellm/model/reward_fn.py). With w_token and w_page 0 no reward model is needed
-    w_fn: float = 1.0  # weight of reward_fn
-    w_token: float = 1.0  # weight of the mean token reward; 0: page-only
-    w_page: float = 1.0  # weight of the page reward; 0: item-only
-    w_hit: float = 0.0  # weight of the page's NDCG on train items that its prompt hides;
-    # nothing learnt judges
-    sft_coef: float = 0.0  # weight of SFT's loss on the users of a rollout,
-    # nats per slot of their pages
-    relevance_gate: int = 0  # an item beyond SFT's best so many for the user earns no item reward
-    # above 0; 0: no such gate
-    label_share: float = 0.2  # share of a user's train items that w_hit and sft_coef hide from the
-    # prompt
-    max_page: int = 40  # longest page that SFT's loss reads
-    critic_warmup: int = 20  # critic updates before the policy's first
-    max_kl: float = 0.03  # stop the inner epochs when the new policy is further than this (k3,
-    # nats a slot)
-    grad_clip: float = 1.0  # largest gradient norm, policy and critic apart
-    eval_every: int = 10  # steps between validations
-    eval_users: int = 500  # users in a validation; 0: all that have validation items
-    patience: int = 0  # stop after so many validations in a row without a better one; 0: never
-    mode: str = "greedy"  # decoding in validation: greedy, beam, one_shot or hybrid
-    select: str = "energy"  # validation score that decides the weights kept: energy, ndcg or last
-    min_accuracy: float = 0.9  # a kind of pair below this accuracy draws a warning
-    strict: bool = False  # stop at any alarm
-
-    def __post_init__(self):
-        super().__post_init__()
-        positive = {
-            f: (getattr(self, f) > 0, "above 0")
-            for f in (
-                "epochs",
-                "rollout",
-                "samples",
-                "minibatch",
-                "micro",
-                "inner_epochs",
-                "k",
-                "max_page",
-                "temperature",
-                "lr",
-                "critic_lr",
-                "grad_clip",
-                "max_kl",
-                "value_clip",
-                "eval_every",
-                "kl_horizon",
-                "gate_pages",
-            )
-        }
-        check(
-            self,
-            **positive,
-            algo=(self.algo in ALGOS, ", ".join(ALGOS)),
-            draw=(self.draw in ("auto", "slots", "one_shot"), "auto, slots or one_shot"),
-            relevance_gate=(self.relevance_gate >= 0, "0 or more"),
-            item_reward=(self.item_reward in ("pairs", "outcome"), "pairs or outcome"),
-            gate_users=(self.gate_users >= 0, "0 or more"),
-            clip=(0 < self.clip < 1, "between 0 and 1"),
-            candidates=(
-                self.candidates == 0 or self.candidates >= max(4, self.k),
-                f"0 (all items), or k={self.k} and 4 or more",
-            ),
-            lam=(0 <= self.lam <= 1, "0 to 1"),
-            gamma=(0 <= self.gamma <= 1, "0 to 1"),
-            mode=(self.mode in MODES, ", ".join(MODES)),
-            kl_coef=(self.kl_coef >= 0, "0 or more"),
-            kl_target=(self.kl_target >= 0, "0 or more"),
-            select=(self.select in ("energy", "ndcg", "last"), "energy, ndcg or last"),
-            patience=(
-                self.patience >= 0 and (self.patience == 0 or self.select != "last"),
-                "0 or more, and 0 with select=last, which takes the last step",
-            ),
-            label_share=(0 < self.label_share < 1, "between 0 and 1"),
-            reward_fn=check_name(self.reward_fn),
-            **{
-                w: (getattr(self, w) >= 0, "0 or more")
-                for w in ("w_token", "w_page", "w_hit", "sft_coef")
-            },
-        )
-        if self.rollout % self.minibatch:
-            raise PageLLMError(
-                f"rollout={self.rollout} is not a multiple of minibatch={self.minibatch}"
-            )
-        if self.rollout % self.samples:
-            raise PageLLMError(
-                f"rollout={self.rollout} is not a multiple of samples={self.samples}"
-            )
-        if self.algo in GROUPED and self.samples < 2:
-            raise PageLLMError(
-                f"algo={self.algo} compares pages of one user: want samples of 2 or more, e.g. "
-                "--samples 8 --rollout 512 --minibatch 512"
-            )
-        if self.candidates and (self.once or self.relevance_gate):
-            raise PageLLMError(
-                "candidates shorten pages that are drawn slot by slot: leave it at 0 with pages "
-                "drawn at once (one pass scores all items there) and with relevance_gate"
-            )
-        if self.algo in ("ppo", "reinforce") and self.draw == "one_shot":
-            raise PageLLMError(
-                f"algo={self.algo} has a critic, which reads a page slot by slot: want draw=slots, "
-                "or one of " + ", ".join(GROUPED)
-            )
-        if self.algo == "expert" and (not self.reads_outcome or self.draw == "slots"):
-            raise PageLLMError(
-                "algo=expert learns the pages that maximise the outcome reward, all slots at once: "
-                "want --item_reward outcome and w_token above 0, and no --draw slots"
-            )
-        if self.w_token == self.w_page == self.w_hit == 0 and not (self.reward_fn and self.w_fn):
-            raise PageLLMError("w_token, w_page and w_hit are all 0: nothing to optimise")
-        if self.item_reward == "outcome" and self.w_hit > 0:
-            raise PageLLMError(
-                "w_hit pays for train items, and the outcome model has learnt from them: take "
-                "--w_hit 0 with --item_reward outcome, or --item_reward pairs"
-            )
-
-    @property
-    def once(self) -> bool:
-        """Whether all slots of a page come from the first slot's distribution, without a critic."""
-        return self.draw == "one_shot" or (
-            self.draw == "auto" and self.algo in (*GROUPED, "expert")
-        )
-
-    @property
-    def reads_pairs(self) -> bool:
-        """Whether the reward model trained on pairs has a weight above 0."""
-        return self.w_page > 0 or (self.w_token > 0 and self.item_reward == "pairs")
-
-    @property
-    def reads_outcome(self) -> bool:
-        """Whether the outcome model has a weight above 0."""
-        return self.w_token > 0 and self.item_reward == "outcome"
-
-
-@dataclass
-class Networks:
-    """The policy that learns, the SFT policy of the KL penalty, the reward models, and the critic.
-
-    reward    the reward model trained on pairs; None if its weights are 0
-    outcome   if given, scores the slots instead of the reward model's token head
-    """
-
-    policy: Policy
-    ref: Backbone
-    reward: RewardModel | None
-    critic: Critic
-    outcome: OutcomeReward | None = None
-
-    @classmethod
-    def load(cls, config: Config, sft_dir: Path, reward_dir: Path, device) -> "Networks":
-        """The critic's trunk is copied from the reward model or SFT. Reward models are frozen."""
-        policy = Policy.load(sft_dir, device)
-        policy.check_room(config.k)
-        ref = from_state(load_model_file(sft_dir / "model.pt")).to(device).eval()
-        reward = None
-        if config.reads_pairs:
-            reward = RewardModel.load(reward_dir, device).requires_grad_(False)
-        trunk_dir = reward_dir if config.reads_pairs else sft_dir
-        critic = Critic(from_state(load_model_file(trunk_dir / "model.pt"))).to(device).eval()
-        for trunk in (policy.model, critic.trunk):
-            trunk.checkpoint_blocks = config.checkpoint_blocks
-        return cls(policy, ref.requires_grad_(False), reward, critic)
-
-    def judge(
-        self,
-        user: np.ndarray,
-        group: np.ndarray,
-        prompt: Tensor,
-        valid: Tensor,
-        item: Tensor,
-        mask: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Rewards of pages before weighting: token (B, K), page (B,).
-
-        user, group  (B,) the user of each page; pages with equal `group` share a prompt
-        """
-        token, page = torch.zeros(mask.shape, device=mask.device), mask.new_zeros(len(mask)).float()
-        if self.reward is not None:
-            start = share_prompts(prompt, valid, item.shape[1], group, self.reward.trunk)
-            token, page = self.reward(prompt, valid, item, mask, start)
-        if self.outcome is not None:
-            token = self.outcome(user, item, mask)
-        return token, page
-
-
-@dataclass
-class Asked:
-    """The input of one step: users, prompts, and the random numbers that draw the pages."""
-
-    users: np.ndarray  # (B,)
-    prompt: Tensor  # (B, P)
-    valid: Tensor  # (B, P)
-    excluded: Tensor  # (B, E) items that no page may hold, padded with -1
-    uniform: Tensor  # (B, K) in [0, 1): the numbers that draw the pages; one-shot: (B, N)
-    taught: Batch | None  # the hidden train items as pages, if w_hit or sft_coef needs them
-    proposed: Tensor | None = None  # (B, M) items proposed for shortlists, padded with -1
-
-
-class Prompts:
-    """The users of each step and their prompts. They depend on the step's number alone."""
-
-    def __init__(self, config: Config, shop: Shop, policy: Policy):
-        self.config, self.policy = config, policy
-        self.device = policy.model.word.device
-        self.history, self.seen = shop.csr("train"), shop.csr("train", positive=None)
-        self.hides = config.w_hit > 0 or config.sft_coef > 0
-        self.users = np.flatnonzero(self.history.counts() > 0)
-        if self.hides:
-            if policy.vocab.times:
-                raise PageLLMError(
-                    "w_hit and sft_coef hide train items at random, and a policy with time tokens "
-                    "has learnt pages that come after their history: leave both at 0"
-                )
-            self.maker, self.disliked = PageMaker(shop), shop.csr("train", positive=False)
-            self.users = self.maker.users
-        self.per_step = config.rollout // config.samples
-        self.proposals = None
-        if 0 < config.candidates < shop.n_items:
-            self.proposals = Proposals(shop, config.candidates, config.seed)
-
-    def __call__(self, step: int) -> Asked:
-        config, seed = self.config, self.config.seed
-        index = batch_at(step, len(self.users), self.per_step, seed, "ppo")[1]
-        users = self.users[index]
-        # Micro-batches of like length need little padding.
-        order = np.argsort(self.history.counts()[users], kind="stable")
-        users = users[order].repeat(config.samples)
-        width = self.policy.model.n_items if config.once else config.k
-        draws = [
-            randomness.rng(seed, "ppo", "sample", step, int(u), i % config.samples).random(width)
-            for i, u in enumerate(users)
-        ]
-        uniform = dist.send(torch.from_numpy(np.stack(draws)), self.device)
-        taught = self.teach(step, users) if self.hides else None
-        proposed = None
-        if self.proposals is not None:
-            proposed = dist.send(torch.from_numpy(self.proposals(users)), self.device)
-        if taught is not None and config.w_hit:
-            disliked = dist.send(torch.from_numpy(self.disliked.padded(users)), self.device)
-            excluded = torch.cat([taught.excluded, disliked], 1)
-            return Asked(users, taught.prompt, taught.valid, excluded, uniform, taught, proposed)
-        prompt, valid = self.policy.prompt(users, [self.history.of(u) for u in users])
-        excluded = dist.send(torch.from_numpy(self.seen.padded(users)), self.device)
-        return Asked(users, prompt, valid, excluded, uniform, taught, proposed)
-
-    def teach(self, step: int, users: np.ndarray) -> Batch:
-        """Pages of train items that are hidden from the prompt, drawn anew for every step."""
-        examples = [
-            self.maker.example(
-                u,
-                self.config.label_share,
-                randomness.rng(self.config.seed, "ppo", "split", step, int(u)),
-            )
-            for u in users
-        ]
-        return page_batch(self.policy, users, examples)
-
-
-def share_prompts(
-    prompt: Tensor, valid: Tensor, k: int, user: np.ndarray, model: Backbone
-) -> tuple | None:
-    """Read each user's prompt once for all of that user's pages (decode.shared_start).
-
-    user   (B,) which user each page is for; pages of one user are neighbours
-    returns None if no user has two pages
-    """
-    _, first, group = np.unique(user, return_index=True, return_inverse=True)
-    if len(first) == len(user):
-        return None
-    row, of = (torch.from_numpy(x).to(prompt.device) for x in (first, group))
-    return shared_start(model, prompt[row], valid[row], k, of)
-
-
-def draw_shortlists(
-    config: Config,
-    policy: Backbone,
-    prompt: Tensor,
-    valid: Tensor,
-    excluded: Tensor,
-    proposed: Tensor,
-    index: np.ndarray,
-) -> tuple[Shortlist, tuple]:
-    """Shortlists for some pages; and their prompts, already read, to pass to decode as `start`.
-
-    All pages of a user share one shortlist. It holds the proposed items; the rest are the best
-    items by the current policy's logits of the first slot.
-
-    index   which pages of the step these are; pages of one user are neighbours
-    """
-    _, *places = np.unique(index // config.samples, return_index=True, return_inverse=True)
-    first, group = (torch.from_numpy(x).to(prompt.device) for x in places)
-    begun = shared_start(policy, prompt[first], valid[first], config.k, group)
-    # `first` are the first pages of their users, so the state of each is that user's.
-    hidden = begun[1][first]
-    found = best_items(
-        hidden, policy.scored_items(), excluded[first], config.candidates, proposed[first]
-    )
-    return Shortlist(policy, found[group]), begun
-
 
 def drawn_by_slot(
-    config: Config, nets: Networks, asked: Asked, index: np.ndarray
+    config: Config, nets: Networks, batch: StepInput, index: np.ndarray
 ) -> dict[str, Tensor]:
     """Sample pages slot by slot and measure them. Returns fields of Rollout.
 
     old_logp comes from a pass over the finished page, the same pass that the updates make, and not
     from the cached generation. So the ratio starts at 1 to the last bit.
     """
-    policy, tau, rows = nets.policy.model, config.temperature, at_rows(asked, index)
-    (p, v), x = trim_padding(asked.prompt[rows], asked.valid[rows]), asked.excluded[rows]
+    policy, tau = nets.policy.model, config.temperature
+    rows = torch.from_numpy(index).to(batch.prompt.device)
+    (p, v), x = trim_padding(batch.prompt[rows], batch.valid[rows]), batch.excluded[rows]
     group = index // config.samples
     start = partial(share_prompts, p, v, config.k, group)
     short = ref_short = None
-    if asked.proposed is None:
+    if batch.proposed is None:
         legal, begun = LegalItems(x, policy.n_items), start(policy)
     else:
-        short, begun = draw_shortlists(config, policy, p, v, x, asked.proposed[rows], index)
+        proposed, size = batch.proposed[rows], config.candidates
+        short, begun = draw_shortlists(policy, p, v, x, proposed, group, size, config.k)
         ref_short, legal = Shortlist(nets.ref, short.candidates), short.constraint()
-    pages = sample(policy, p, v, legal, asked.uniform[rows], tau, begun, short)
+    pages = sample(policy, p, v, legal, batch.uniform[rows], tau, begun, short)
     item, mask = pages.item, pages.mask
     states = slot_states(policy, p, v, item, mask)
     ref_states = slot_states(nets.ref, p, v, item, mask, start(nets.ref))
-    token, page = nets.judge(asked.users[index], group, p, v, item, mask)
+    token, page = nets.judge(batch.users[index], group, p, v, item, mask)
     if short is None or ref_short is None:
         head, ref_head = policy.scored_items(), nets.ref.scored_items()
         old, entropy = page_logp(states, head, item, mask, x, tau, with_entropy=True)
@@ -504,121 +152,26 @@ def drawn_by_slot(
     }
 
 
-def drawn_at_once(
-    config: Config, nets: Networks, asked: Asked, index: np.ndarray
-) -> dict[str, Tensor]:
-    """The same for pages whose slots all come from the first slot's distribution (draws.py).
-
-    With algo=expert the pages are not drawn: they are those that maximise the outcome reward.
-
-    A prompt is read once, however many pages are drawn for it. There is no critic: values are 0.
-    """
-    rows, users = at_rows(asked, index), asked.users[index]
-    first, at = distinct(index // config.samples, rows.device)
-    p, v, x = (x[rows][first] for x in (asked.prompt, asked.valid, asked.excluded))
-    logits, ref_logits = (first_logits(m, p, v, x) for m in (nets.policy.model, nets.ref))
-    z, ref = logits / config.temperature, ref_logits / config.temperature
-    if config.algo == "expert" and nets.outcome is not None:
-        item = dist.send(torch.from_numpy(nets.outcome.maximise(users, config.k)), rows.device)
-        mask = item >= 0
-    else:
-        pages = draw(z[at], asked.uniform[rows], config.k)
-        item, mask = pages.item, pages.mask
-    old, entropy = drawn_logp(z, item, mask, at)
-    old_ref, _ = drawn_logp(ref, item, mask, at)
-    token, page = nets.judge(users, index // config.samples, p[at], v[at], item, mask)
-    token = gated(token, ref_logits[at], item, config.relevance_gate)
-    return {
-        "item": item,
-        "mask": mask,
-        "old_logp": old,
-        "ref_logp": old_ref,
-        "value": torch.zeros_like(old),
-        "token": token,
-        "page": page,
-        "entropy": entropy,
-        "kl_exact": first_kl(z[at], ref[at], mask),
-        "drift": torch.zeros_like(old),
-    }
-
-
-def at_rows(asked: Asked, index: np.ndarray) -> Tensor:
-    return torch.from_numpy(index).to(asked.prompt.device)
-
-
-def distinct(group: np.ndarray, device) -> tuple[Tensor, Tensor]:
-    """The first row of every group; and for each row the index of its group among these."""
-    _, first, at = np.unique(group, return_index=True, return_inverse=True)
-    return torch.from_numpy(first).to(device), torch.from_numpy(at).to(device)
-
-
 @torch.no_grad()
-def roll_out(config: Config, nets: Networks, asked: Asked) -> Rollout:
+def roll_out(config: Config, nets: Networks, batch: StepInput) -> Rollout:
     """Draw pages, then score them with the policy, the reference, the reward models and the critic.
 
     Several processes share the pages and then exchange all results.
     """
     measure, parts = drawn_at_once if config.once else drawn_by_slot, []
-    mine, busy = dist.shard(np.arange(len(asked.prompt)))
+    mine, busy = dist.shard(np.arange(len(batch.prompt)))
     for index in np.split(mine, range(config.micro, len(mine), config.micro)):
-        parts.append(measure(config, nets, asked, index))
+        parts.append(measure(config, nets, batch, index))
     found: dict[str, Any] = {
         name: torch.cat([part[name] for part in parts])[: None if busy else 0] for name in parts[0]
     }
     if dist.world() > 1:
         found = {
-            name: torch.from_numpy(dist.gather(x.cpu().numpy())).to(asked.prompt.device)
+            name: torch.from_numpy(dist.gather(x.cpu().numpy())).to(batch.prompt.device)
             for name, x in found.items()
         }
     found["drift"] = float(found["drift"].max())
-    return Rollout(asked.prompt, asked.valid, asked.excluded, **found)
-
-
-def once_loss(
-    learner: Objective,
-    config: Config,
-    r: Rollout,
-    rows: Tensor,
-    advantage: Tensor,
-    ret: Tensor,
-    learn_policy: bool,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """`minibatch_loss` for pages drawn from the first slot: no critic, one pass for each prompt.
-
-    With algo=expert the loss is minus the mean log-probability of a slot instead of the clipped
-    objective.
-    """
-    x, mask, policy = r.item[rows], r.mask[rows], learner.policy
-    first, at = distinct((rows // config.samples).cpu().numpy(), rows.device)
-    p, v, gone = (t[rows[first]] for t in (r.prompt, r.valid, r.excluded))
-    logits = first_logits(policy, *trim_padding(p, v), gone) / config.temperature
-    logp, entropy = drawn_logp(logits, x, mask, at)
-    old, A, row = r.old_logp[rows], advantage[rows], {}
-    loss, row["policy/clipfrac"] = policy_loss(logp, old, A, mask, config.clip)
-    if config.algo == "expert":
-        loss = -masked.mean(logp, mask)
-    bonus = masked.mean(entropy, mask)
-    row |= policy_row(logp.detach(), old, A, mask, config.clip)
-    row |= {"policy/loss": loss.detach(), "policy/entropy": bonus.detach()}
-    loss = loss - config.entropy_coef * bonus
-    return kept_likelihood(config, policy, r, rows, loss, row, "multinomial")
-
-
-def kept_likelihood(
-    config: Config,
-    policy: Backbone,
-    r: Rollout,
-    rows: Tensor,
-    loss: Tensor,
-    row: dict[str, Tensor],
-    objective: str,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Add sft_coef times SFT's loss, weighted by slots, if sft_coef is above 0."""
-    if r.sft is not None:
-        b, slots = r.sft.select(rows), r.mask[rows].sum().clamp(min=1)
-        taught = sft_loss(policy, b, objective) * b.mask.sum() / slots
-        loss, row["policy/sft_loss"] = loss + config.sft_coef * taught, taught.detach()
-    return loss, row
+    return Rollout(batch.prompt, batch.valid, batch.excluded, **found)
 
 
 def minibatch_loss(
@@ -657,7 +210,7 @@ def minibatch_loss(
         loss = loss + p_loss - config.entropy_coef * bonus
         row |= policy_row(logp.detach(), old, A, mask, config.clip)
         row |= {"policy/loss": p_loss.detach(), "policy/entropy": bonus.detach()}
-        return kept_likelihood(config, learner.policy, r, rows, loss, row, "both")
+        return add_sft_loss(learner.policy, r, rows, loss, row, config.sft_coef, "both")
     return loss, row
 
 
@@ -761,98 +314,6 @@ def learn(
     return summarise(done, learn_policy)
 
 
-def warn_of_weak_pairs(config: Config, record: dict, where: Path) -> None:
-    """Warn if the reward model is often wrong on held-out pairs. The run goes on all the same."""
-    weak = {
-        kind: row["accuracy"]
-        for kind, row in record["held_out"].items()
-        if isinstance(row, dict) and row["accuracy"] < config.min_accuracy
-    }
-    if weak and dist.is_main():
-        shown = ", ".join(f"{kind} {accuracy:.3f}" for kind, accuracy in weak.items())
-        tqdm.write(
-            f"WARNING {shown}: the reward model's held-out accuracy is below "
-            f"{config.min_accuracy}.\n  Look closer: the pairs are in {where / 'pairs.parquet'}, "
-            f"accuracies per head in {where / 'done'}.\n  Usual causes: too few pairs (raise "
-            "per_kind or epochs of reward), a weak SFT policy, no categories.",
-            file=sys.stderr,
-        )
-
-
-def ask_gate(
-    config: Config, shop: Shop, nets: Networks, composer: Composer | None, out: Run
-) -> dict:
-    """Measure how well reward and SFT predict validation hits (ppo_gate.py): gate.json."""
-    path = out.path / "gate.json"
-    if path.exists():
-        return read_json(path)
-    if (out.path / "LAST").exists():
-        return {"open": True, "skipped": "the run was begun before there was a gate"}
-    users, gate = validation_users(shop, config.gate_users, config.seed), {}
-    own = bool(config.reward_fn and config.w_fn)
-    if own or config.w_token == config.w_page == 0 or len(users) == 0:
-        why = "no user has validation items" if len(users) == 0 else "w_hit alone pays: known hits"
-        why = f"{config.reward_fn} pays, which is yours to judge" if own else why
-        gate = {"open": True, "skipped": why}
-    else:
-        judges = nets
-        if composer is not None:
-            seen = shop.csr("train", positive=None)
-            opinion = composer.opinion(users, seen)
-            crossed, bins = crossed_calibration(*opinion, shop.csr("valid"), shop.n_items)
-            taste = composer.taste
-            outcome = OutcomeReward.from_opinion(
-                crossed, composer.kin, taste.worth, taste.spread, config.k
-            )
-            judges, gate = replace(nets, outcome=outcome), {"reliability": bins}
-
-        def pay(user, prompt, valid, item, mask):
-            group = np.unique(user, return_inverse=True)[1]
-            token, page = judges.judge(user, group, prompt, valid, item, mask)
-            return page_pay(token, page, mask, config.w_token, config.w_page)
-
-        policy = Policy(nets.ref, nets.policy.vocab, nets.policy.style)
-        gate |= knowledge(
-            shop, policy, pay, users, config.k, config.gate_pages, config.temperature, config.seed
-        )
-    if dist.is_main():
-        write_json(path, gate)
-        print("ppo: " + (f"no gate: {gate['skipped']}" if "skipped" in gate else said(gate)))
-        if not gate["open"] and config.force:
-            print(f"ppo: {CLOSED}; --force trains all the same")
-    return gate
-
-
-def sources(config: Config) -> tuple[Path, Path, Path, dict[str, str]]:
-    """The directories of SFT, reward and compose, and the ids of what is read of them.
-
-    Raises PageLLMError where one that is needed is not finished, or does not fit the others.
-    """
-    sft_dir = config.stage("sft", config.source_run)
-    reward_dir = config.stage("reward", config.reward_run or config.source_run)
-    compose_dir = config.stage("compose", config.compose_run or config.source_run)
-    sft = finished(sft_dir, "SFT policy", config.make("sft"))
-    inputs = {"data": file_id(config.data_dir / "source.json"), "sft": sft["id"]}
-    if config.reward_fn:
-        inputs["reward_fn"] = RewardFunction.load(config.reward_fn).source
-    if config.reads_pairs:
-        need = config.make("reward") + "\n  PPO needs one to score pages."
-        judged = finished(reward_dir, "reward model", need)
-        warn_of_weak_pairs(config, judged, reward_dir)
-        inputs["reward"] = judged["id"]
-    if config.reads_outcome:
-        need = config.make("compose") + "\n  --item_reward outcome pays by it."
-        inputs["compose"] = finished(compose_dir, "outcome model", need)["id"]
-        read = read_json(compose_dir / "config.json")["inputs"]
-        if "ppo" in read or read.get("sft", sft["id"]) != sft["id"]:
-            raise PageLLMError(
-                f"{compose_dir} was made for another policy than {sft_dir}: its chances are "
-                "calibrated beside that one\n  Remove it and make it again with --policy sft: "
-                + config.make("compose")
-            )
-    return sft_dir, reward_dir, compose_dir, inputs
-
-
 def keep_sft(
     config: Config,
     shop: Shop,
@@ -880,16 +341,6 @@ def keep_sft(
         print(
             f"ppo: {CLOSED}. The SFT policy is kept in {out.path}.\n"
             "  --force (in another run) trains all the same."
-        )
-
-
-def refuse_to_force(config: Config, out: Run) -> None:
-    """Raise PageLLMError where --force is given to a run that has ended at the gate."""
-    done = read_json(out.path / "done")
-    if config.force and not done["steps"] and not done.get("gate", {}).get("open", True):
-        raise PageLLMError(
-            f"{out.path} ended at the gate: {CLOSED}\n"
-            f"  To train all the same: {hints.another_run()}, or remove {out.path}"
         )
 
 
@@ -966,13 +417,13 @@ class Training:
         self.best.offer(by[self.config.select], step, self.nets.policy.model)
         return valid_row(scores)
 
-    def step(self, step: int, r: Rollout, asked: Asked, out: Run) -> dict[str, Any]:
+    def step(self, step: int, r: Rollout, batch: StepInput, out: Run) -> dict[str, Any]:
         """Rewards, advantages and all updates of one rollout -> what to log."""
         config = self.config
-        label = asked.taught.item if asked.taught and config.w_hit else None
+        label = batch.taught.item if batch.taught and config.w_hit else None
         r.terms = reward_terms(r, config.w_token, config.w_page, config.w_hit, label)
         if self.own is not None:
-            r.terms["fn"] = config.w_fn * self.own(r.item, r.mask, asked.users)
+            r.terms["fn"] = config.w_fn * self.own(r.item, r.mask, batch.users)
         paid = normalise(r.terms, r.mask, self.moments)
         reward = step_reward(paid, r.old_logp, r.ref_logp, r.mask, self.kl_coef)
         advantage, ret = advantages(
@@ -1025,28 +476,6 @@ def check_finite(r: Rollout, step: int, training: Training, out: Run) -> None:
     )
 
 
-class Watch:
-    """Writes the log and raises alarms, each kind once."""
-
-    def __init__(self, config: Config, out: Run, warmup: int):
-        self.config, self.out, self.warmup = config, out, warmup
-        self.log = out.read_log()
-        self.raised = {text.split(":")[0] for row in self.log for text in row.get("alarms", [])}
-
-    def __call__(self, step: int, row: dict) -> None:
-        """Log a step. Raises PageLLMError for an alarm if the config is strict."""
-        numbers = {k: float(v) if isinstance(v, Tensor) else v for k, v in row.items()}
-        self.log.append({"step": step, **numbers})
-        found = alarms(self.log, self.warmup, self.config.kl_target)
-        fresh = [text for text in found if text.split(":")[0] not in self.raised]
-        self.raised |= {text.split(":")[0] for text in fresh}
-        for text in fresh if dist.is_main() else ():
-            tqdm.write(f"ALARM at step {step}: {text}", file=sys.stderr)
-        self.out.log(step, **row, alarms=fresh)
-        if fresh and self.config.strict:
-            raise PageLLMError(f"stopped at step {step}: {fresh[0]}")
-
-
 def run(config: Config) -> None:
     sft_dir, reward_dir, compose_dir, inputs = sources(config)
     shop = load(config.data_dir)
@@ -1060,11 +489,7 @@ def run(config: Config) -> None:
         if dist.is_main():
             policy.vocab.save(out.path)
         prompts = Prompts(config, shop, policy)
-        composer = None
-        if config.reads_outcome:
-            frozen = Policy(nets.ref, policy.vocab, policy.style)
-            read = read_json(compose_dir / "config.json")["inputs"]  # without SFT: --policy none
-            composer = Composer.load(compose_dir, shop, frozen if "sft" in read else None)
+        composer = load_composer(config, shop, nets, compose_dir)
         gate = ask_gate(config, shop, nets, composer, out)
         steps = round(config.epochs * len(prompts.users) / prompts.per_step)
         total = max(config.min_steps, steps)
@@ -1100,17 +525,17 @@ def run(config: Config) -> None:
         watch = Watch(config, out, training.warmup)
 
         stopped, bar = total, progress(start, total, "ppo")
-        for step, asked in prefetch(out.steps(bar), total, prompts):
+        for step, batch in prefetch(out.steps(bar), total, prompts):
             began, busy = time.time(), time.process_time()
             with dist.unsharded(training.objective):
-                r = roll_out(config, nets, asked)
+                r = roll_out(config, nets, batch)
             check_finite(r, step, training, out)
-            r.sft = asked.taught.head(longest) if asked.taught and config.sft_coef else None
-            row = training.step(step, r, asked, out) | page_row(r.item, categories)
+            r.sft = batch.taught.head(longest) if batch.taught and config.sft_coef else None
+            row = training.step(step, r, batch, out) | page_row(r.item, categories)
             cpu = round(time.process_time() - busy, 4)
             if (step + 1) % config.eval_every == 0 or step + 1 == total:
                 row |= training.validate(validation, step + 1)
-                log_samples(out, step + 1, shop, shown(config, prompts, asked), r)
+                log_samples(out, step + 1, shop, shown(config, prompts, batch), r)
             seconds = round(time.time() - began, 3)
             out.log(step + 1, "timing", seconds=seconds, cpu=cpu, peak_mb=dist.peak_memory())
             watch(step + 1, row)
@@ -1145,19 +570,6 @@ def run(config: Config) -> None:
                 f"ppo: {out.path}, step {best.step} of {total}{early}, "
                 f"validation {config.select} {best.score:.4f}"
             )
-
-
-def shown(config: Config, prompts: Prompts, asked: Asked) -> dict[int, tuple]:
-    """The first three users' row, number, and the items that their prompt shows."""
-    return {
-        i: (
-            int(asked.users[i]),
-            asked.taught.excluded[i]
-            if asked.taught and config.w_hit
-            else prompts.history.of(asked.users[i])[0],
-        )
-        for i in range(0, len(asked.users), config.samples)[:3]
-    }
 
 
 if __name__ == "__main__":

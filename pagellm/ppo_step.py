@@ -19,12 +19,13 @@ from torch import Tensor
 from pagellm.kernels import masked
 from pagellm.kernels.advantage import gae, group_advantage
 from pagellm.model.backbone import Backbone
-from pagellm.model.page_loss import Batch
+from pagellm.model.page_loss import Batch, sft_loss
 
 __all__ = [
     "AdaptiveKL",
     "Rollout",
     "RunningMoments",
+    "add_sft_loss",
     "advantages",
     "exact_kl",
     "gated",
@@ -322,6 +323,28 @@ def value_loss(
     plain, clipped = (value - ret).square(), (limited - ret).square()
     loss = 0.5 * masked.mean(torch.maximum(plain, clipped), mask)
     return loss, masked.mean((clipped > plain).to(loss.dtype), mask)
+
+
+def add_sft_loss(
+    policy: Backbone,
+    r: Rollout,
+    rows: Tensor,
+    loss: Tensor,
+    row: dict[str, Tensor],
+    coef: float,
+    objective: str,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Add coef times SFT's loss, in nats per slot of the rollout, if it has SFT's pages.
+
+    rows       which pages of the rollout the loss is over
+    row        what is logged of them; gets policy/sft_loss
+    objective  what SFT's loss learns of a page: see `sft_loss`
+    """
+    if r.sft is not None:
+        b, slots = r.sft.select(rows), r.mask[rows].sum().clamp(min=1)
+        taught = sft_loss(policy, b, objective) * b.mask.sum() / slots
+        loss, row["policy/sft_loss"] = loss + coef * taught, taught.detach()
+    return loss, row
 
 
 class RunningMoments:

@@ -4,23 +4,31 @@ An alarm is a sign that the reward is being hacked, that the policy collapses, o
 broken.
 """
 
+import sys
+
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from pagellm.data.shop import Shop
 from pagellm.kernels import masked
 from pagellm.pages import metrics
+from pagellm.ppo_config import Config
+from pagellm.ppo_setup import Prompts, StepInput
 from pagellm.ppo_step import Rollout, RunningMoments, kl_k1, kl_k2, kl_k3, page_total
 from pagellm.stage import dist
+from pagellm.stage.config import PageLLMError
 from pagellm.stage.run import Run
 
 __all__ = [
+    "Watch",
     "alarms",
     "log_samples",
     "page_row",
     "policy_row",
     "rollout_row",
+    "shown",
     "summarise",
     "to_numbers",
     "valid_row",
@@ -281,3 +289,38 @@ def log_samples(out: Run, step: int, shop: Shop, shown: dict, r: Rollout) -> Non
             token_reward=[round(x, 4) for x in r.token[i][kept].tolist()],
             kl=[round(x, 4) for x in (r.old_logp - r.ref_logp)[i][kept].tolist()],
         )
+
+
+def shown(config: Config, prompts: Prompts, batch: StepInput) -> dict[int, tuple]:
+    """The first three users' row, number, and the items that their prompt shows."""
+    return {
+        i: (
+            int(batch.users[i]),
+            batch.taught.excluded[i]
+            if batch.taught and config.w_hit
+            else prompts.history.of(batch.users[i])[0],
+        )
+        for i in range(0, len(batch.users), config.samples)[:3]
+    }
+
+
+class Watch:
+    """Writes the log and raises alarms, each kind once."""
+
+    def __init__(self, config: Config, out: Run, warmup: int):
+        self.config, self.out, self.warmup = config, out, warmup
+        self.log = out.read_log()
+        self.raised = {text.split(":")[0] for row in self.log for text in row.get("alarms", [])}
+
+    def __call__(self, step: int, row: dict) -> None:
+        """Log a step. Raises PageLLMError for an alarm if the config is strict."""
+        numbers = {k: float(v) if isinstance(v, Tensor) else v for k, v in row.items()}
+        self.log.append({"step": step, **numbers})
+        found = alarms(self.log, self.warmup, self.config.kl_target)
+        fresh = [text for text in found if text.split(":")[0] not in self.raised]
+        self.raised |= {text.split(":")[0] for text in fresh}
+        for text in fresh if dist.is_main() else ():
+            tqdm.write(f"ALARM at step {step}: {text}", file=sys.stderr)
+        self.out.log(step, **row, alarms=fresh)
+        if fresh and self.config.strict:
+            raise PageLLMError(f"stopped at step {step}: {fresh[0]}")

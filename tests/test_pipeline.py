@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from experiments import ablation
-from pagellm import evaluate, ppo, pretrain, reward, sft
+from pagellm import evaluate, ppo, ppo_setup, pretrain, reward, sft
 from pagellm.data import prepare
 from pagellm.data.shop import load
 from pagellm.model import corpus, page_loss
@@ -294,7 +294,7 @@ def test_hits_and_sfts_loss_keep_to_what_a_page_may_hold(root, monkeypatch):
     ends no run.
     """
     disliked = load(root / "data" / "synthetic").csr("train", positive=False)
-    page_batch, roll_out, asked, seen = ppo.page_batch, ppo.roll_out, [], []
+    page_batch, roll_out, asked, seen = ppo_setup.page_batch, ppo.roll_out, [], []
 
     def asking(policy, users, examples, when=None):
         asked.append((np.array(users), [page for _, page in examples]))
@@ -306,7 +306,7 @@ def test_hits_and_sfts_loss_keep_to_what_a_page_may_hold(root, monkeypatch):
         seen.append(r)
         return r
 
-    monkeypatch.setattr(ppo, "page_batch", asking)
+    monkeypatch.setattr(ppo_setup, "page_batch", asking)
     monkeypatch.setattr(ppo, "roll_out", rolling)
     ppo.run(
         config(
@@ -361,7 +361,7 @@ def test_a_weak_reward_model_draws_a_warning_and_is_no_condition(root, tmp_path,
         "held_out": {"ranked": {"accuracy": 0.55}, "pairs": 3, "preference": {"accuracy": 0.99}}
     }
     for strict in (False, True):
-        ppo.warn_of_weak_pairs(config(root, "ppo", strict=strict), weak, tmp_path)
+        ppo_setup.warn_of_weak_pairs(config(root, "ppo", strict=strict), weak, tmp_path)
         said = capsys.readouterr().err
         assert "ranked 0.550" in said and "pairs.parquet" in said and "preference" not in said
 

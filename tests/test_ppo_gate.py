@@ -12,7 +12,7 @@ from pagellm.data.shop import load
 from pagellm.model.choice import choose_mode
 from pagellm.model.composer import Composer
 from pagellm.model.policy import Policy
-from pagellm.ppo_gate import CLOSED, crossed_calibration, hits, knowledge, validation_users
+from pagellm.ppo_gate import CLOSED, crossed_calibration, hit_correlations, hits, validation_users
 from pagellm.stage.config import PageLLMError
 
 SMALL = {
@@ -58,7 +58,7 @@ def shop_and_policy(root):
 def ask(root, pay, pages=6):
     shop, policy = shop_and_policy(root)
     users = validation_users(shop, 0, 0)
-    return knowledge(shop, policy, pay(shop, policy), users, 6, pages, 0.5, 0)
+    return hit_correlations(shop, policy, pay(shop, policy), users, 6, pages, 0.5, 0)
 
 
 def test_a_reward_that_knows_the_hits_opens_and_one_that_knows_nothing_does_not(judged):
@@ -130,7 +130,7 @@ def test_hits_are_discounted_by_their_slot(judged):
 def test_a_closed_gate_keeps_sft_and_ends_well(judged, capsys):
     one = config(judged, "closed", w_page=0.0, kl_coef=0.1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "knowledge", lambda *a, **k: fake(open=False))
+        patch.setattr(ppo_gate, "hit_correlations", lambda *a, **k: fake(open=False))
         ppo.run(one)
     assert CLOSED in capsys.readouterr().out
     record = done(judged, "closed")
@@ -167,7 +167,7 @@ def test_an_open_gate_trains_and_is_asked_once(judged):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "knowledge", opened)
+        patch.setattr(ppo_gate, "hit_correlations", opened)
         patch.setattr(ppo.Run, "save", save)
         with pytest.raises(KeyboardInterrupt):
             ppo.run(one)

@@ -38,6 +38,7 @@ __all__ = [
     "page_logp",
     "ranking",
     "sample",
+    "share_prompts",
     "shared_start",
     "slot_states",
     "trim_padding",
@@ -176,6 +177,21 @@ def shared_start(
     cache, hidden = prefill(model, prompt, valid, k)
     cache.select(group)
     return cache, hidden[group]
+
+
+def share_prompts(
+    prompt: Tensor, valid: Tensor, k: int, user: np.ndarray, model: Backbone
+) -> tuple | None:
+    """Read each user's prompt once for all of that user's pages (`shared_start`).
+
+    user   (B,) which user each page is for; pages of one user are neighbours
+    returns None if no user has two pages
+    """
+    _, first, group = np.unique(user, return_index=True, return_inverse=True)
+    if len(first) == len(user):
+        return None
+    row, of = (torch.from_numpy(x).to(prompt.device) for x in (first, group))
+    return shared_start(model, prompt[row], valid[row], k, of)
 
 
 def started(

@@ -19,11 +19,19 @@ from pagellm.data.shop import Rows, Shop
 from pagellm.kernels.logprob import entropy, token_logp
 from pagellm.model.als import als, transpose
 from pagellm.model.backbone import Backbone
-from pagellm.model.decode import LegalItems
+from pagellm.model.decode import LegalItems, shared_start
 from pagellm.pages.ranked import BLOCK
 from pagellm.pages.topk import largest, top_k
 
-__all__ = ["READ", "Proposals", "Shortlist", "best_items", "columns_of", "neighbours"]
+__all__ = [
+    "READ",
+    "Proposals",
+    "Shortlist",
+    "best_items",
+    "columns_of",
+    "draw_shortlists",
+    "neighbours",
+]
 
 
 # A neighbour's neighbours are read from so many users of an item, spread over all that have it.
@@ -206,3 +214,31 @@ class Shortlist:
         return self.logits(states[:, : item.shape[1]]).masked_fill(
             ~self.open(item, mask), -torch.inf
         )
+
+
+def draw_shortlists(
+    policy: Backbone,
+    prompt: Tensor,
+    valid: Tensor,
+    excluded: Tensor,
+    proposed: Tensor,
+    user: np.ndarray,
+    size: int,
+    k: int,
+) -> tuple[Shortlist, tuple]:
+    """Shortlists for some pages; and their prompts, already read, to pass to decode as `start`.
+
+    All pages of a user share one shortlist. It holds the proposed items; the rest are the best
+    items by the current policy's logits of the first slot.
+
+    excluded  (B, E) items that no page may hold, proposed (B, M) items; both padded with -1
+    user      (B,) which user each page is for; pages of one user are neighbours
+    size, k   items of a shortlist, slots of a page
+    """
+    _, *places = np.unique(user, return_index=True, return_inverse=True)
+    first, group = (torch.from_numpy(x).to(prompt.device) for x in places)
+    begun = shared_start(policy, prompt[first], valid[first], k, group)
+    # `first` are the first pages of their users, so the state of each is that user's.
+    hidden = begun[1][first]
+    found = best_items(hidden, policy.scored_items(), excluded[first], size, proposed[first])
+    return Shortlist(policy, found[group]), begun
