@@ -87,17 +87,20 @@ class Config(StageConfig):
     """Fit the outcome model and choose how pages are composed."""
 
     source_run: str = ""  # run whose policy is read; empty: this run (studies share one)
-    policy: str = "sft"  # the policy that proposes beside the plain judges: sft, ppo, or none, for
-    # a shop whose language model adds nothing
+    policy: str = "sft"  # the policy that proposes items, beside the plain models: sft, ppo, or
+    # none, for a shop whose language model adds nothing
     settings: str = ""  # settings.json of `pagellm baselines`, for the plain models; empty: the
     # data set's preset if there is one, else defaults
-    folds: int = 2  # folds of train rows that are hidden, one after the other
-    share: float = 0.2  # of each user's train rows that a fold hides
-    networks: int = 2  # outcome networks, begun differently; their chances are averaged
+    folds: int = 2  # number of folds. Each hides some train rows, and the outcome model learns to
+    # predict them
+    share: float = 0.2  # share of each user's train rows that a fold hides
+    networks: int = 2  # outcome networks with different random starts; their probabilities are
+    # averaged
     fold_users: int = 6000  # users of a fold that the networks learn from, drawn at random; 0: all
-    eval_users: int = 2000  # validation users that choose; 0: all
+    eval_users: int = 2000  # validation users on whose rows the way of composing pages is chosen;
+    # 0: all
     k: int = 20  # slots of a page
-    depth: int = 100  # ranks in all
+    depth: int = 100  # ranks that validation scores for each user: the page and what follows it
 
     def __post_init__(self):
         super().__post_init__()

@@ -69,21 +69,24 @@ class Config(StageConfig):
     """Write everybody's pages with each policy, score them, print the table and some pages."""
 
     source_run: str = ""  # run whose sft is read; empty: this run (studies share one)
-    policies: str = "auto"  # which to evaluate, comma-separated: popularity, sft, ppo, compose;
-    # auto: popularity, sft, ppo, and compose if it is done; of a run whose composed pages have
-    # no policy, sft and ppo only if they are done
-    split: str = "test"  # held-out rows that count as right: test or valid
-    mask: str = "train+valid"  # splits whose items no page may hold; "train":
-    # as some papers do. With split=valid always train
+    policies: str = "auto"  # which policies to evaluate, comma-separated: popularity, sft, ppo,
+    # compose; auto: popularity, sft, ppo, and compose if it is done. Where composed pages use no
+    # policy (compose --policy none), auto takes sft and ppo only if they are done
+    split: str = "test"  # held-out rows that count as hits: test or valid
+    mask: str = "train+valid"  # splits whose items no page may hold: train+valid, or train as in
+    # some papers. With split=valid it is always train
     k: int = 20  # slots of a page, decoded one after another
-    depth: int = 100  # ranks in all; past the page by the first slot's logits
+    depth: int = 100  # ranks written for each user; those after the page are ordered by the first
+    # slot's logits
     mode: str = "auto"  # decoding of sft and ppo: greedy, beam, or one_shot (all ranks by the first
     # slot's logits); auto: what validation chose when each was trained
-    variety: str = "none"  # inside decoding of sft and ppo: none, mmr or energy
-    strength: float = STRENGTH  # of variety, in nats
+    variety: str = "none"  # method that makes the pages of sft and ppo more varied while they are
+    # decoded: none, mmr or energy
+    strength: float = STRENGTH  # strength of variety: with mmr, an item identical to one above
+    # loses so many nats of log-probability
     batch: int = 256  # users decoded at once
-    n_boot: int = 1000  # bootstrap draws behind an interval
-    decimals: int = 4  # digits behind the point, in table.txt
+    n_boot: int = 1000  # bootstrap draws for each interval
+    decimals: int = 4  # digits after the decimal point, in table.txt
     examples: int = 3  # users whose pages are printed
     quiet: bool = False  # write the files, print nothing
 

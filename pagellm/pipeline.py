@@ -50,8 +50,9 @@ class Config(StageConfig):
 
     raw: str = ""  # directory or file of the log; empty: data/raw/<dataset>. Not read again once
     # data/<dataset> is there
-    prepare: Options = Options("")  # options of prepare, for a log whose columns are not recognised
-    minutes: float = 15.0  # for tune, where there is no preset
+    prepare: Options = Options("")  # options of prepare, as on its command line, for a log whose
+    # columns are not recognised
+    minutes: float = 15.0  # minutes that tune may take, where there is no preset
     tune: str = "auto"  # auto: tune where neither the run nor the data set has a preset; always;
     # never: the options of every stage are those of the preset or the defaults
 

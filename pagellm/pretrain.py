@@ -67,59 +67,62 @@ class Config(TrainingConfig):
     # llama-3.2-3b; auto: that of the published weights, by their config.json; without them tiny
     weights: str = ""  # published weights of a GPT-2, Llama, Qwen2 or Qwen3: a directory (shards
     # too), a file or a name on the hub; empty: none
-    bpe: str = ""  # the words of published weights: a tokenizer.json, or a directory with it or
-    # with GPT-2's encoder.json and vocab.bpe; empty: those beside the weights; without weights:
+    bpe: str = ""  # tokeniser of the published weights: a tokenizer.json, or a directory with it or
+    # with GPT-2's encoder.json and vocab.bpe; empty: the one beside the weights; without weights:
     # words learnt from the shop
     words: int = 2048  # words to learn when bpe is empty, at least 256
-    times: int = 0  # time tokens: page prompts then show which of so many periods it is; 0: none
+    times: int = 0  # number of periods into which the log is cut. A time token in each page prompt
+    # then says which of them it is; 0: no time tokens
     rows: str = "spectral"  # start of user and item rows:
     # spectral (factors of the train matrix), als or random
     facts: float = 0.5  # spectral: weight of category and brand links against user links.
     # als: any value above 0 adds every category, brand and title word as a pseudo-user
     rated: bool = False  # als: learn from disliked items and from stars too; `facts` is then the
-    # target of a category, brand or word
-    disliked: float = 0.35  # als, rated: target of a disliked item (1: as good as a liked one)
-    slope: float = 0.15  # als, rated: added to the target for every star above the average
-    alpha0: float = 0.01  # als: weight of the pairs that are not in the log
-    nu: float = 1.0  # als: how penalties grow with the rows of a user or item (model/als.py);
-    # 0: one for all
-    reg: float = 0.01  # als: regularisation
+    # target of a category, brand or word (1: as good as a liked item)
+    disliked: float = 0.35  # als with rated: target of a disliked item; a liked one has 1
+    slope: float = 0.15  # als with rated: what every star above the average adds to the target
+    alpha0: float = 0.01  # als: weight of a (user, item) pair that is not in the log; one in the
+    # log has 1
+    nu: float = 1.0  # als: exponent with which the penalty grows with the number of a user's or
+    # item's rows; 0: the same penalty for all; 1: proportional (model/als.py)
+    reg: float = 0.01  # als: size of the penalty on the factors (regularisation)
     row_scale: float = 0.1  # als: standard deviation of item rows; larger values make the first
     # pages more certain
-    pool: bool = False  # begin as the mean of the history's rows: within a GPT-2 from scratch
-    # (gpt2.GPT2.pool), beside a Llama and beside published weights (backbone.Backbone.add_pool)
+    pool: bool = False  # begin as a network whose output is the mean of the history's item rows.
+    # The mean is taken within a GPT-2 from scratch (gpt2.GPT2.pool), and beside the trunk of a
+    # Llama or of published weights (backbone.Backbone.add_pool)
     steps: int = 240  # optimiser steps
     batch: int = 64  # examples of text or items in a step
     rating_batch: int = 128  # (user, item) pairs in a step whose rating is predicted
-    max_tokens: int = 64  # longest example; the end of an over-long target is cut
+    max_tokens: int = 64  # longest example, in tokens; a longer one loses the end of its target
     lr: float = 2e-3  # peak learning rate
     row_lr: float = 1.0  # learning rate of rows (users, items, words, positions) as a share of lr
     warmup: int = 20  # steps of linear warm-up
-    weight_decay: float = 0.01  # of the matrices
-    dropout: float = 0.1  # in embedding, attention and residual
-    lora_rank: int = 0  # rank of adapters beside a frozen published trunk, in all stages;
-    # 0: everything learns
-    lora_alpha: float = 16.0  # their scale is lora_alpha / lora_rank
-    lora_targets: str = "q,v"  # which matrices of a block have one: q,k,v,o,up,down;
-    # Llama also gate
+    weight_decay: float = 0.01  # weight decay of the matrices (AdamW)
+    dropout: float = 0.1  # dropout probability in embedding, attention and residual
+    lora_rank: int = 0  # rank of the adapters beside a frozen published trunk, in this and all
+    # later stages; 0: no adapters, every weight learns
+    lora_alpha: float = 16.0  # scale of the adapters: their output is multiplied by lora_alpha /
+    # lora_rank
+    lora_targets: str = "q,v"  # matrices of a block that get an adapter, comma-separated:
+    # q,k,v,o,up,down; Llama also gate
     grad_clip: float = 1.0  # largest gradient norm; inf: no limit
-    contents: float = 1.0  # weight of "item -> title, brand, category, description"
-    first_order: float = 1.0  # weight of "user on item -> review"
-    second_order: float = 1.0  # weight of "category or brand <-> its items"
-    interaction: float = 1.0  # weight of "user -> items chosen"
+    contents: float = 1.0  # weight of the text task "item -> title, brand, category, description"
+    first_order: float = 1.0  # weight of the text task "user on item -> review"
+    second_order: float = 1.0  # weight of the text task "category or brand <-> its items"
+    interaction: float = 1.0  # weight of the text task "user -> items chosen"
     rating: float = 1.0  # weight of the rating loss beside the next-token loss
-    sampled_items: int = 0  # items drawn for a step's softmax, beside the batch's own; 0:
-    # all items, exactly
-    lazy_rows: bool = False  # user and item rows move only in steps that read them;
-    # for large catalogues
-    use_review: bool = False  # show the review in the rating prompt; it then reads sentiment,
-    # not taste
-    eval_every: int = 0  # steps between validations (NDCG@100 of one-shot pages behind page
-    # prompts), the best of which decides the weights kept; 0: none, the last weights are kept
+    sampled_items: int = 0  # items drawn for the softmax of a step, beside the items of the batch;
+    # 0: the softmax is over all items, exactly
+    lazy_rows: bool = False  # update user and item rows only in the steps that read them; saves
+    # time in large catalogues
+    use_review: bool = False  # show the review's text in the rating prompt. The model then learns
+    # to read sentiment rather than the user's taste
+    eval_every: int = 0  # steps between validations (NDCG@100 of one-shot pages after page
+    # prompts); the weights of the best one are kept. 0: no validation, the last weights are kept
     eval_users: int = 500  # users in a validation; 0: all that have validation items
     patience: int = 0  # stop after so many validations in a row without a better one; 0: never
 
-    # What a preset says of these gives way to --weights.
     PRESET_YIELDS: ClassVar[dict[str, tuple[str, ...]]] = {"weights": ("size",)}
 
     def __post_init__(self):

@@ -66,33 +66,37 @@ class Config(TrainingConfig):
     source_run: str = ""  # run whose sft is read; empty: this run (studies share one)
     kinds: str = "preference,ranked,diversity,redundancy"  # kinds of pair to learn from,
     # comma-separated
-    leave_out: str = ""  # a kind kept out of training, whose accuracy is still measured
-    shuffle_labels: bool = False  # control: chosen and rejected swapped at random in all pairs,
-    # the held-out ones too; accuracy must then be near 0.5, or labels leak
-    compare: bool = True  # let the heads see how much a slot's item resembles those above; off:
-    # the paper's
-    per_kind: int = 10  # pairs of each kind tried for each user
-    label_share: float = 0.5  # share of a user's train items that make the better page
-    ranked_margin: float = 0.2  # least energy gap of a ranked pair;
-    # smaller ones differ by less than ratings' noise
-    literal_swaps: bool = False  # the paper's diversity and redundancy pairs:
-    # swaps instead of replacements
-    soften: float = 0.5  # labels sigma(energy gap / soften) keep rewards on the energy's scale;
-    # 0: hard labels
-    held_out: float = 0.15  # share of users whose pairs are only measured on
+    leave_out: str = ""  # a kind of pair kept out of training; the accuracy on it is still measured
+    shuffle_labels: bool = False  # control experiment: swap better and worse page at random in all
+    # pairs, held-out ones too. Accuracy must then be near 0.5; anything else means that labels leak
+    compare: bool = True  # let the heads see how similar a slot's item is to those above it; off:
+    # as in the paper
+    per_kind: int = 10  # pairs of each kind that are tried for each user
+    label_share: float = 0.5  # share of a user's train items that make the better page; the rest is
+    # the prompt
+    ranked_margin: float = 0.2  # smallest energy difference between the pages of a ranked pair;
+    # smaller differences are within the noise of ratings
+    literal_swaps: bool = False  # make diversity and redundancy pairs as the paper does, by
+    # swapping slots; off: by replacing items
+    soften: float = 0.5  # soft labels: the better page wins with probability sigma(energy
+    # difference / soften), which keeps rewards on the scale of the energy; 0: hard labels
+    held_out: float = 0.15  # share of users whose pairs are kept out of training, to measure
+    # accuracy
     epochs: float = 1.0  # passes over the training pairs
     batch: int = 64  # pairs in a step
     lr: float = 2e-3  # peak learning rate
     warmup: int = 20  # steps of linear warm-up
-    weight_decay: float = 0.01  # of the matrices
-    lazy_rows: bool = False  # user and item rows move only in steps that read them;
-    # for large catalogues
+    weight_decay: float = 0.01  # weight decay of the matrices (AdamW)
+    lazy_rows: bool = False  # update user and item rows only in the steps that read them; saves
+    # time in large catalogues
     grad_clip: float = 1.0  # largest gradient norm; inf: no limit
     page: float = 1.0  # weight of the page head's loss (Eq. 7)
-    sequence: float = 1.0  # weight of the loss on mean token rewards (Eq. 8);
-    # preference pairs excepted
-    token: float = 0.5  # weight of the loss on edited slots; preference pairs excepted
-    shrink: float = 1e-3  # weight of the squared rewards
+    sequence: float = 1.0  # weight of the loss on a page's mean token reward (Eq. 8); preference
+    # pairs do not count in it
+    token: float = 0.5  # weight of the loss on the token rewards of edited slots; preference pairs
+    # do not count in it
+    shrink: float = 1e-3  # weight of the mean squared reward in the loss, which keeps rewards near
+    # 0
 
     def __post_init__(self):
         super().__post_init__()

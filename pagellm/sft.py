@@ -66,51 +66,61 @@ class Config(TrainingConfig):
     # the rest is the history
     label_share_max: float = 0.0  # if above label_share, the share is drawn between the two for
     # every example
-    cut: str = "random"  # input/label split: random (by label_share), or time:
-    # at a moment drawn anew for every example, what comes after it is the page
-    fresh_split: bool = True  # draw the input/label split anew each epoch; off: one split for good
-    objective: str = "both"  # list (Eq. 4, slot by slot),
-    # multinomial (all labels from the first state), both, or value (what every item is worth in
-    # every slot: liked, disliked and unpicked items, weighted by rating)
-    own: float = 0.0  # share of pages whose slots are learnt behind items that the policy drew
-    # itself, not behind labels (scheduled sampling)
-    unpicked: int = 64  # value: items that the user has not chosen, drawn for each page
-    unpicked_weight: float = 0.2  # value: weight of such an item; a middling rating weighs 1
-    untie: bool = False  # items are scored against output rows of their own
-    id_dropout: float = 0.0  # share of item ids replaced by one fallback row while training, beside
-    # contents (titles, categories, brands) that are fused with every item row; 0: no contents
-    cold_rows: int = 0  # with id_dropout: items with so few train rows or fewer are read by
-    # contents
-    start_run: str = ""  # run whose SFT weights it begins with; empty: this run's pre-trained ones
-    updated: bool = False  # begin with what `pagellm update` has written in this run
-    fresh: float = 0.0  # with updated: share of a batch whose users have rows that its weights have
-    # not seen; the others are drawn from the other users. 0: all users alike
-    max_page: int = 40  # longest page learnt; what a very active user has beyond it is left out
-    shrink: float = 0.0  # m of s_i: pull item means towards the mean of all, worth m ratings
+    cut: str = "random"  # how a user's train items are split into prompt and page: random (by
+    # label_share), or time (at a moment drawn anew for every example; what comes after it is the
+    # page)
+    fresh_split: bool = True  # draw the split into prompt and page anew in each epoch; off: one
+    # split for all epochs
+    objective: str = "both"  # loss: list (Eq. 4, slot by slot), multinomial (all labels from the
+    # first slot's distribution), both (their sum), or value (what every item is worth in every
+    # slot: liked, disliked and unpicked items, weighted by rating)
+    own: float = 0.0  # share of pages that are learnt with the policy's own draws on the slots
+    # above, instead of the labels (scheduled sampling)
+    unpicked: int = 64  # objective=value: items drawn for each page that the user has not picked
+    unpicked_weight: float = 0.2  # objective=value: weight of such an item in the loss; an item
+    # with a middling rating weighs 1
+    untie: bool = False  # score items against output rows of their own; off: against the rows that
+    # stand for them in prompts
+    id_dropout: float = 0.0  # share of item ids that one fallback row replaces in training. The
+    # item's contents (title, categories, brand) are then added to every item row, so that items
+    # without training rows can be read too; 0: no contents
+    cold_rows: int = 0  # with id_dropout: items with at most so many train rows are read by their
+    # contents alone
+    start_run: str = ""  # run whose SFT weights training starts from; empty: this run's pre-trained
+    # weights
+    updated: bool = False  # start from the weights that `pagellm update` has written in this run
+    fresh: float = 0.0  # with updated: share of each batch that is drawn from users who have rows
+    # newer than the weights; the rest is drawn from the other users. 0: all users are equally
+    # likely
+    max_page: int = 40  # longest page learnt, in slots; further items of very active users are left
+    # out
+    shrink: float = 0.0  # pull an item's mean rating (s_i, which orders a page) towards the mean of
+    # all items, with the weight of so many ratings; 0: not at all
     max_history: int = 24  # items of history in the prompt
     use_ratings: bool = True  # show the rating behind each item of the history
-    use_user: bool = True  # show the user's own token; off: <user_unk> for all
-    epochs: float = 15.0  # passes over the users; a fraction of one ends before everybody was seen;
-    # 0: the pre-trained model as it is
+    use_user: bool = True  # show the user's own token; off: the token <user_unk> stands for every
+    # user
+    epochs: float = 15.0  # passes over the users; a fraction ends before everybody was seen; 0:
+    # keep the pre-trained model as it is
     batch: int = 64  # users in a step
     lr: float = 2e-3  # peak learning rate
     warmup: int = 20  # steps of linear warm-up
-    weight_decay: float = 0.05  # of the matrices
+    weight_decay: float = 0.05  # weight decay of the matrices (AdamW)
     row_decay: float = 0.0  # weight decay of user and item rows
     row_lr: float = 1.0  # learning rate of rows (users, items, words, positions) as a share of lr
-    sampled_items: int = 0  # items drawn for a step's softmax, beside the batch's own; 0:
-    # all items, exactly
-    lazy_rows: bool = False  # user and item rows move only in steps that read them;
-    # for large catalogues, with sampled_items, where moving all rows costs more than learning
-    dropout: float = 0.1  # in embedding, attention and residual
+    sampled_items: int = 0  # items drawn for the softmax of a step, beside the items of the batch;
+    # 0: the softmax is over all items, exactly
+    lazy_rows: bool = False  # update user and item rows only in the steps that read them; saves
+    # time in large catalogues, together with sampled_items
+    dropout: float = 0.1  # dropout probability in embedding, attention and residual
     grad_clip: float = 1.0  # largest gradient norm; inf: no limit
     k: int = 20  # slots of a page in validation
     mode: str = "greedy"  # decoding in validation: greedy, beam, one_shot or hybrid
     eval_every: int = 60  # steps between validations
     eval_users: int = 500  # users in a validation; 0: all that have validation items
     patience: int = 0  # stop after so many validations in a row without a better one; 0: never
-    select: str = "ndcg"  # weights kept: ndcg, those with the best validation; last,
-    # which needs no validation rows (prepare --refit)
+    select: str = "ndcg"  # which weights are kept: ndcg, those with the best validation; last, the
+    # last ones, which needs no validation rows (prepare --refit)
 
     def __post_init__(self):
         super().__post_init__()

@@ -58,7 +58,8 @@ GENTLE = {"row_lr": 0.1, "dropout": 0.3, "label_share": 0.2, "patience": 3}
 class Config(StageConfig):
     """Choose factorisation, start, stages and decoding on validation; keep them as a preset."""
 
-    minutes: float = 15.0  # that all of it may take on this machine; an estimate decides what fits
+    minutes: float = 15.0  # minutes that the whole search may take on this machine; an estimate of
+    # each trial decides what fits
     k: int = 20  # slots of a page
 
     def __post_init__(self):

@@ -29,8 +29,10 @@ class Options:
     train: str = ""  # split=given: file of the training rows; empty: recognised by name
     valid: str = ""  # split=given: file of the validation rows
     test: str = ""  # split=given: file of the test rows
-    columns: str = ""  # logs without a heading: its names, e.g. user,item,rating,time
-    item_columns: str = ""  # item tables without a heading: its names, e.g. item,title,categories
+    columns: str = ""  # logs without a heading: the names of their columns, e.g.
+    # user,item,rating,time
+    item_columns: str = ""  # item tables without a heading: the names of their columns, e.g.
+    # item,title,categories
     user_column: str = ""  # logs: column of the user, or several joined by +;
     # empty, here and below: common names are known
     item_column: str = ""  # logs, and item tables without id_column: column of the item
@@ -55,8 +57,8 @@ class Options:
     # on the scale 1 to 5
     rating_min: float = 1.0  # logs: lowest rating of the shop's scale, which is brought to 1..5
     rating_max: float = 5.0  # logs: highest rating of the shop's scale
-    min_text: int = 1  # characters; a shorter review text is left out
-    max_text: int = 2000  # characters; a longer review text or description is cut
+    min_text: int = 1  # shortest review text that is kept, in characters
+    max_text: int = 2000  # longest review text or description, in characters; the rest is cut off
 
     def __post_init__(self):
         name, form = self.dataset, self.time_form

@@ -78,22 +78,23 @@ MADE_UP = "nothing: the data set 'synthetic' is made up; name yours, --dataset N
 class Config(Options):
     """Read raw files, filter, split, and write data/<dataset>/."""
 
-    k_core: int = 5  # positives that every user and item needs; split=given filters nothing
+    k_core: int = 5  # positive rows that every user and every item must have; those with fewer are
+    # removed until all have them. split=given filters nothing
     positive_above: float = 3.0  # rating above which a row is positive, on the shop's own scale;
     # rows without a rating are positive
     thin_users: int = 0  # rows are left out at random until the k-core keeps this many users;
     # 0: all rows stay
     preset: str = "auto"  # options found to fit the data set; others on the command line override
     # them. auto: <dataset>/prepare in ./presets or in the package, if it is there; none; or a path
-    seed: int = 0  # of the random split, of thinning, and of the synthetic shop
-    refit: bool = False  # validation rows join train: for a last fit with settings that are already
-    # chosen
+    seed: int = 0  # seed of the random split, of thinning, and of the synthetic shop
+    refit: bool = False  # add the validation rows to the training rows: for a last fit with
+    # settings that are already chosen
     max_broken: float = 0.01  # share of broken lines above which reading stops with an error
     users: int = 2000  # users of the synthetic shop
     items: int = 1000  # items of the synthetic shop
     strict: bool = False  # stop at a warning, such as an item table that knows none of the items
-    processes: int = 1  # that read several files, or pieces of large plain ones; 0:
-    # as many as cores
+    processes: int = 1  # processes that read several files, or pieces of large plain ones, at the
+    # same time; 0: one for each core
 
     def __post_init__(self):
         super().__post_init__()
