@@ -28,7 +28,7 @@ import torch
 
 from pagellm.baselines.compare import read_rows
 from pagellm.data.shop import Rows, Shop, load
-from pagellm.data.tables import ids_of, read_table
+from pagellm.data.tables import ids_of, read_table, told
 from pagellm.data.values import is_number
 from pagellm.pages.ranked import (
     RankedPages,
@@ -121,6 +121,14 @@ def orders(data: pa.Table, path: Path) -> np.ndarray:
     )
 
 
+def read_words(data: pa.Table, path: Path) -> list[str]:
+    """What is read of a run file, and whether ranks stand beside scores."""
+    both = {"rank", "score"} <= set(data.column_names)
+    by = "rank" if "rank" in data.column_names else "score"
+    more = ["ranks decide; the scores beside them are not read"] if both else []
+    return [told(path, data, ("user", "item", by)), *more]
+
+
 def places(user: np.ndarray, order: np.ndarray) -> np.ndarray:
     """(R,) float32: each row's place in its user's list from below, equal orders sharing one.
 
@@ -188,16 +196,28 @@ def read_run(
     depth: int,
     seed: int = 0,
     ids: str = "auto",
+    said: list[str] | None = None,
 ) -> tuple[RankedPages, str]:
     """Lists (U, depth) of exactly `users`, without items they have seen; and notes in words.
 
+    said  is filled with lines about what was read and what was left over, if given
     Equal scores are put in a seeded random order. If the file has ranks, its scores are ignored.
     Raises PageLLMError for unknown identifiers, repeated (user, item), scores that are not numbers.
     """
     data = read_file(path)
-    user = numbers(ids_of(data, "user", path), shop.user_ids, "user", path, ids)
-    item = numbers(ids_of(data, "item", path), shop.catalogue.ids, "item", path, ids)
+    texts = {name: ids_of(data, name, path) for name in ("user", "item")}
+    user = numbers(texts["user"], shop.user_ids, "user", path, ids)
+    item = numbers(texts["item"], shop.catalogue.ids, "item", path, ids)
     score = orders(data, path)
+    if said is not None:
+        said += read_words(data, path)
+        for what, number, all_ids in (
+            ("user", user, shop.user_ids),
+            ("item", item, shop.catalogue.ids),
+        ):
+            dense = all_ids[number[0]] != texts[what][0]
+            kind = "the numbers of interactions.parquet" if dense else "the shop's identifiers"
+            said.append(f"column {what} is read as {kind} (--ids)")
     if len(np.unique(user * shop.n_items + item)) < len(user):
         raise PageLLMError(f"{path}: a user's list repeats an item; want each (user, item) once")
     order = np.argsort(user, kind="stable")
@@ -267,6 +287,7 @@ def run(config: Config) -> dict:
             return {}
         scorer = Scorer(shop, "test")
         seen = seen_rows(shop, "test", config.mask)
+        said: list[str] = []
         ranked, notes = read_run(
             Path(config.file),
             shop,
@@ -276,6 +297,7 @@ def run(config: Config) -> dict:
             config.depth,
             config.seed,
             config.ids,
+            said,
         )
         rows[config.name], result = score_row(
             out.path, config.name, ranked, scorer, seen, config.k, config.seed, config.n_boot
@@ -297,7 +319,13 @@ def run(config: Config) -> dict:
         text = save(
             out.path,
             records,
-            f"{config.dataset}: {audience(shop, scorer, config.mask)}\n{config.name}: {notes}",
+            "\n".join(
+                [
+                    f"{config.dataset}: {audience(shop, scorer, config.mask)}",
+                    f"{config.name}: {notes}",
+                    *said,
+                ]
+            ),
         )
         out.finish(users=len(scorer.users))
         print(text)

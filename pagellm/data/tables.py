@@ -8,6 +8,7 @@ stand in an option itself, or in a file that it names.
 import csv
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,12 +16,12 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from pagellm.data.logs import delimiter_of
+from pagellm.data.logs import delimiter_of, spelling
 from pagellm.data.packed import DAMAGED, open_bytes
 from pagellm.data.values import Broken, id_column, identifier
 from pagellm.stage.config import PageLLMError
 
-__all__ = ["id_list", "ids_of", "read_table", "words_in"]
+__all__ = ["id_list", "ids_of", "read_table", "told", "words_in"]
 
 NONE = ["", "NULL", "null", "NaN", "nan", "None", "none", "\\N", "NA", "N/A", "#N/A", "<NA>"]
 
@@ -80,6 +81,28 @@ def json_table(data: bytes, text: tuple[str, ...]) -> pa.Table:
     # A column of the schema that the file lacks comes back without a value.
     absent = [n for n in text if n in table.column_names and f'"{n}"'.encode() not in data]
     return table.drop_columns(absent)
+
+
+def told(path, table: pa.Table, taken: Sequence[str], absent: Sequence[str] = ()) -> str:
+    """One line for the screen: the rows and columns that were read of a table, and all others.
+
+    taken   columns that are read
+    absent  optional columns that are not there
+    A column left over that is spelled like one of these but for case, blanks and marks is named as
+    perhaps meant.
+    """
+    left = [name for name in table.column_names if name not in taken]
+    meant = [
+        f"{name} (is {role} meant?)"
+        for name in left
+        for role in (*taken, *absent)
+        if spelling(name) == spelling(role)
+    ]
+    parts = [f"{Path(path).name}: {len(table):,} rows; columns {', '.join(taken)}"]
+    parts += [f"not there: {', '.join(absent)}"] if absent else []
+    parts += [f"left over: {', '.join(left)}"] if left else ["none left over"]
+    parts += [f"look at {', '.join(meant)}"] if meant else []
+    return "; ".join(parts)
 
 
 def ids_of(table: pa.Table, column: str, path) -> list[str]:

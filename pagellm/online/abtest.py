@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pagellm.data.tables import ids_of, read_table
+from pagellm.data.tables import ids_of, read_table, told
 from pagellm.pages.stats import holm
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check, check_numbers
@@ -351,9 +351,12 @@ def always_valid(difference, var, tau: float, alpha: float = 0.05) -> tuple[np.n
     return p, half
 
 
-def read_log(path: str | Path, arms: bool = True) -> dict[str, np.ndarray]:
+def read_log(
+    path: str | Path, arms: bool = True, said: list[str] | None = None
+) -> dict[str, np.ndarray]:
     """Column -> (U,) array, checked; `arms` False: no column arm is asked for.
 
+    said  is filled with a line about what was read and what was left over, if given
     Raises PageLLMError saying which column or user is wrong.
     """
     given, path = str(path), Path(path)
@@ -370,7 +373,7 @@ def read_log(path: str | Path, arms: bool = True) -> dict[str, np.ndarray]:
         )
     if not len(table):
         raise PageLLMError(f"{path} has no lines; want one a user")
-    log = {}
+    log, blank = {}, {}
     for name in who:
         log[name] = np.array(ids_of(table, name, path))
     for name in table.column_names:
@@ -380,6 +383,7 @@ def read_log(path: str | Path, arms: bool = True) -> dict[str, np.ndarray]:
             except (ValueError, TypeError):
                 raise PageLLMError(f"{path}: column {name} is not numbers") from None
             if name.startswith("pre_"):
+                blank[name] = int(np.isnan(log[name]).sum())
                 log[name] = np.where(np.isnan(log[name]), 0.0, log[name])
             wrong = ~(np.abs(log[name]) < LARGEST) | (log[name] < 0) & (
                 name.removeprefix("pre_") != "gmv"
@@ -391,6 +395,11 @@ def read_log(path: str | Path, arms: bool = True) -> dict[str, np.ndarray]:
                     f"({int(wrong.sum()):,} such); want numbers, none missing, not finite, below 0 "
                     f"or above {LARGEST:g}"
                 )
+    if said is not None:
+        more = ("day", *(f"pre_{name}" for name in COLUMNS))
+        taken = [name for name in table.column_names if name in log]
+        said.append(told(path, table, taken, [name for name in more if name not in log]))
+        said += [f"{name}: empty for {n:,} users, who count as 0" for name, n in blank.items() if n]
     user, count = np.unique(log["user"], return_counts=True)
     if (count > 1).any():
         twice = user[count.argmax()]
@@ -617,11 +626,14 @@ def plan_table(found: dict[str, dict], users: int, config: Config) -> str:
 
 def run(config: Config) -> dict:
     """Print the table; write and return what abtest.json (with --plan: plan.json) holds."""
-    log = read_log(config.log, arms=not config.plan)
+    said: list[str] = []
+    log = read_log(config.log, not config.plan, said)
+    print("\n".join(f"abtest: {line}" for line in said), flush=True)
     result: dict[str, Any]
     if config.plan:
         result = {
             "log": config.log,
+            "read": said,
             "users": len(log["user"]),
             "mde": config.mde,
             "alpha": config.alpha,
@@ -677,6 +689,7 @@ def run(config: Config) -> dict:
         m["holm"] = float(p)
     result = {
         "log": config.log,
+        "read": said,
         "control": config.control,
         "treatment": other,
         "users": counts,

@@ -37,7 +37,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pagellm.data.shop import Shop, load
-from pagellm.data.tables import ids_of, read_table
+from pagellm.data.tables import ids_of, read_table, told
 from pagellm.model.policy import Policy
 from pagellm.model.reward_model import RewardModel
 from pagellm.pages import metrics
@@ -579,10 +579,13 @@ def agreement(ours: Sequence[str], people: Sequence[str]) -> dict:
     }
 
 
-def read_labels(path: str | Path, policies: tuple[str, str]) -> dict[str, str]:
+def read_labels(
+    path: str | Path, policies: tuple[str, str], said: list[str] | None = None
+) -> dict[str, str]:
     """Read people's verdicts: user id -> a, b or tie.
 
     The file is CSV or Parquet, with columns user and winner (a policy's name, or tie).
+    said  is filled with a line about what was read and what was left over, if given
     """
     path = Path(path)
     if not path.is_file():
@@ -592,6 +595,8 @@ def read_labels(path: str | Path, policies: tuple[str, str]) -> dict[str, str]:
     table = read_table(path, ("user", "winner"))
     if not {"user", "winner"} <= set(table.column_names):
         raise PageLLMError(f"{path} has {', '.join(table.column_names)}; want columns user, winner")
+    if said is not None:
+        said.append(told(path, table, ("user", "winner")))
     name = {policies[0]: "a", policies[1]: "b", "tie": "tie"}
     found = {}
     for user, winner in zip(ids_of(table, "user", path), table["winner"].to_pylist(), strict=True):
@@ -713,14 +718,40 @@ def report(config: Config, name: str, found: dict) -> str:
     return "\n".join(lines)
 
 
+def labels_used(
+    labels: dict[str, str], judged: Sequence[str], verdicts: Sequence[Verdict], shop: Shop
+) -> str:
+    """How many of people's verdicts are compared, and why the others are not."""
+    said = dict(zip(judged, verdicts, strict=True))
+    known = set(shop.user_ids)
+    strange = [user for user in labels if user not in known]
+    unasked = [user for user in labels if user in known and user not in said]
+    silent = [user for user in labels if user in said and said[user].winner == ABSTAINED]
+    used = len(labels) - len(strange) - len(unasked) - len(silent)
+    parts = [f"{used:,} of {len(labels):,} labels are compared"]
+    for users, why in (
+        (unasked, "are of users who were not judged (--users 0 judges all that have pages)"),
+        (silent, "are of pairs without a verdict"),
+        (strange, "are of users whom the shop does not have"),
+    ):
+        if users:
+            more = ", ..." if len(users) > 3 else ""
+            parts.append(f"{len(users):,} {why}: {', '.join(users[:3])}{more}")
+    return "; ".join(parts)
+
+
 @dataclass
 class Pairs:
-    """users (U,), both policies' pages (U, k), -1 past the end; inputs: ids of the files read."""
+    """users (U,), both policies' pages (U, k), -1 past the end; inputs: ids of the files read.
+
+    said  in words, how many users have pages and how many of these are judged
+    """
 
     user: np.ndarray
     a: np.ndarray
     b: np.ndarray
     inputs: dict[str, str] = field(default_factory=dict)
+    said: str = ""
 
 
 def read_pairs(config: Config, shop: Shop) -> Pairs:
@@ -734,6 +765,8 @@ def read_pairs(config: Config, shop: Shop) -> Pairs:
         inputs[name] = file_id(path)
         ranked.append(read_pages(path, shop))
     users = np.intersect1d(ranked[0].user, ranked[1].user)
+    alone = [len(r.user) - len(users) for r in ranked]
+    both = len(users)
     if config.users:
         users = np.sort(
             randomness.rng(config.seed, "judge", "users").permutation(users)[: config.users]
@@ -744,7 +777,10 @@ def read_pairs(config: Config, shop: Shop) -> Pairs:
     for r in ranked:
         on_page = np.arange(r.item.shape[1]) < np.minimum(r.slots, config.k)[:, None]
         pages.append(np.where(on_page, r.item, -1)[np.searchsorted(r.user, users), : config.k])
-    return Pairs(users, pages[0], pages[1], inputs)
+    said = f"{len(users):,} of {both:,} users with pages of both are judged"
+    for name, n in zip((config.a, config.b), alone, strict=True):
+        said += f"; {n:,} users have a page of {name} alone" if n else ""
+    return Pairs(users, pages[0], pages[1], inputs, said)
 
 
 def run(config: Config) -> dict:
@@ -758,7 +794,9 @@ def run(config: Config) -> dict:
         config = replace(config, b=last_evaluated(config.stage("evaluate")))
     shop = load(config.data_dir)
     pairs = read_pairs(config, shop)
-    labels = read_labels(config.labels, (config.a, config.b)) if config.labels else {}
+    said = [pairs.said]
+    labels = read_labels(config.labels, (config.a, config.b), said) if config.labels else {}
+    print("\n".join(f"judge: {line}" for line in said), flush=True)
     backend, history = backend_of(config, shop), shop.csr("train")
     free = ("users", "labels", "budget", "retries", "timeout", "key_env")
     if config.backend == "reward":
@@ -787,6 +825,7 @@ def run(config: Config) -> dict:
         ]
         if labels:
             found["people"] = agreement([v for v, _ in both], [p for _, p in both])
+            print(f"judge: {labels_used(labels, ids, verdicts, shop)}", flush=True)
             if not both:
                 raise PageLLMError(
                     f"{config.labels} names none of the {len(ids)} users judged; want the shop's "

@@ -31,10 +31,11 @@ The last three need the optional columns. An estimate that rests on few sessions
 """
 
 import csv
-import gzip
+import hashlib
 import itertools
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,8 +43,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pagellm.data.packed import open_bytes
 from pagellm.data.shop import load
-from pagellm.data.tables import ids_of, read_table
+from pagellm.data.tables import ids_of, read_table, told
 from pagellm.data.values import Broken, identifier
 from pagellm.online import abtest, simulator
 from pagellm.pages.ranked import read_pages
@@ -223,15 +225,32 @@ def pseudo_inverse_weights(log: Log, block: int = 256) -> np.ndarray:
     return np.take_along_axis(weight[inverse], np.arange(K) * M + log.place(), axis=1).sum(1)
 
 
-def cascade_dr(log: Log, prior: float = 20.0) -> np.ndarray:
+def cascade_dr(log: Log, prior: float = 20.0, seed: int = 0) -> np.ndarray:
     """Sessions' terms of the cascade doubly robust estimator, (S,).
 
     Their mean is unbiased whatever the fitted values are.
     """
-    return values(log, prior)[1]
+    return values(log, prior, seed)[1]
 
 
-def values(log: Log, prior: float = 20.0) -> tuple[np.ndarray, np.ndarray]:
+def halves(user: np.ndarray, seed: int = 0) -> np.ndarray:
+    """(S,) 0 or 1: the half that each session's user (S,) belongs to.
+
+    Users are dealt out in turn, in the order of a hash of seed and id. An id is its text, whether
+    it came as a number or not. So the halves are equally large, and neither the order of lines nor
+    any order among ids decides.
+    """
+    names, back = np.unique(user, return_inverse=True)
+    draws = [
+        hashlib.sha256(f"{seed} ope halves\0{identifier(name, 'user')}".encode()).digest()
+        for name in names.tolist()
+    ]
+    half = np.empty(len(names), dtype=np.int64)
+    half[sorted(range(len(names)), key=draws.__getitem__)] = np.arange(len(names)) % 2
+    return half[back.ravel()]
+
+
+def values(log: Log, prior: float = 20.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Direct and cascade doubly robust estimates of every session, (S,) each.
 
         direct          E_target[Q_1]
@@ -239,7 +258,7 @@ def values(log: Log, prior: float = 20.0) -> tuple[np.ndarray, np.ndarray]:
 
     Q_k is the mean reward from slot k on, by the item in slot k. It is shrunk towards the slot's
     mean with the weight of `prior` sessions, fitted from the last slot backwards on one half of the
-    users, and used on the other half.
+    users, and used on the other half. See `halves`.
     """
     assert log.candidates is not None and log.target_score is not None
     S, K = log.page.shape
@@ -247,7 +266,7 @@ def values(log: Log, prior: float = 20.0) -> tuple[np.ndarray, np.ndarray]:
     place, items, candidates = log.place(), len(names), candidates.reshape(S, -1)
     page = np.take_along_axis(candidates, place, 1)
     w = np.hstack([np.ones((S, 1)), log.weights()])
-    fold = np.unique(log.user, return_inverse=True)[1].ravel() % 2
+    fold = halves(log.user, seed)
     out, direct = np.zeros(S), np.zeros(S)
     target = [rest_of(log.target_score, place, k) for k in range(K)]
     for half in (0, 1):
@@ -264,10 +283,11 @@ def values(log: Log, prior: float = 20.0) -> tuple[np.ndarray, np.ndarray]:
     return direct, out
 
 
-def estimates(log: Log, min_ess: float = 100.0) -> dict[str, Value]:
+def estimates(log: Log, min_ess: float = 100.0, seed: int = 0) -> dict[str, Value]:
     """Estimator -> Value.
 
-    With fewer than min_ess effective sessions there is no value, and `refused` says why.
+    With fewer than min_ess effective sessions there is no value, and `refused` says why. seed is of
+    the halves of users on which values are fitted.
     Raises PageLLMError for a propensity that is not in (0, 1] or that the scores contradict, and if
     all sessions are of one user.
     """
@@ -285,7 +305,7 @@ def estimates(log: Log, min_ess: float = 100.0) -> dict[str, Value]:
         "cascade IPS": ((w * log.reward).sum(1), ones, whole),
     }
     if log.candidates is not None:
-        direct, robust = values(log)
+        direct, robust = values(log, seed=seed)
         parts["cascade DR"] = robust, ones, whole
         try:
             pi = pseudo_inverse_weights(log)
@@ -352,8 +372,11 @@ def check_log(log: Log) -> None:
             )
 
 
-def read_log(path: str | Path) -> Log:
-    """Read a log. Raises PageLLMError for missing columns or lists of unequal length."""
+def read_log(path: str | Path, said: list[str] | None = None) -> Log:
+    """Read a log. Raises PageLLMError for missing columns or lists of unequal length.
+
+    said  is filled with lines about what was read and what was left over, if given
+    """
     given, path = str(path), Path(path)
     if not path.is_file():
         raise PageLLMError(
@@ -376,6 +399,8 @@ def read_log(path: str | Path) -> Log:
             f"{path} has {len(table):,} sessions, {table['user'].null_count:,} of them of nobody; "
             "want a user in each, and some sessions"
         )
+    if said is not None:
+        said += read_words(path, table, ("user", *names), more)
     columns = []
     for name in names:
         rows = table[name].to_pylist()
@@ -404,47 +429,70 @@ def read_log(path: str | Path) -> Log:
     return Log(np.array(ids_of(table, "user", path)), *columns)
 
 
+def read_words(path: Path, table: pa.Table, taken: Sequence[str], more: Sequence[str]) -> list:
+    """What was read of a log, and which estimators its optional columns `more` allow."""
+    absent = [name for name in more if name not in table.column_names]
+    lines = [told(path, table, taken, absent)]
+    if absent:
+        some = [name for name in more if name in table.column_names]
+        why = f"; {' and '.join(some)} alone is not used: all three are wanted" if some else ""
+        lines.append(f"without {', '.join(absent)} no cascade DR, pseudo-inverse or direct{why}")
+    return lines
+
+
 BANDIT = ("item_id", "position", "click", "propensity_score")
 
 
-def read_bandit(path: str | Path) -> Log:
+def read_bandit(path: str | Path, said: list[str] | None = None) -> Log:
     """A log of single slots as Open Bandit has it, with the uniform policy as the target.
 
     One line is one slot that was shown: the columns of BANDIT, and user_feature_0, 1, ...; other
     columns are not read. What is known of a user is only these features, so standard errors are
     clustered by their combination. The uniform policy shows each of the log's items alike.
 
+    said  is filled with a line about what was read and what was left over, if given
     Raises PageLLMError for a missing column, and for values that are not numbers or propensities.
     Source: Saito et al., NeurIPS 2021, arXiv 2008.07146.
     """
     path = Path(path)
     if not path.is_file():
         raise PageLLMError(f"no log {str(path)!r}: want a .csv or .csv.gz of Open Bandit's form")
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        names = reader.fieldnames or []
-        if missing := [name for name in BANDIT if name not in names]:
-            raise PageLLMError(
-                f"{path} has no column {', '.join(missing)}; there are {', '.join(names)}"
-            )
-        groups = [name for name in names if name.startswith("user_feature_")]
-        rows = [
-            ([row[n] for n in BANDIT], "|".join(row[g] or "" for g in groups)) for row in reader
-        ]
+    table = read_table(path, tuple(bandit_columns(path)))
+    names = table.column_names
+    if missing := [name for name in BANDIT if name not in names]:
+        raise PageLLMError(
+            f"{path} has no column {', '.join(missing)}; there are {', '.join(names)}"
+        )
+    if not len(table):
+        raise PageLLMError(f"{path} has no lines; want one a slot that was shown")
+    groups = [name for name in names if name.startswith("user_feature_")]
+    if said is not None:
+        said.append(told(path, table, (*BANDIT, *groups)))
     try:
-        item, position, click, propensity = np.array([r[0] for r in rows], np.float64).T
-    except ValueError:
-        raise PageLLMError(f"{path}: {', '.join(BANDIT)} want numbers in every line") from None
+        numbers = [table[name].cast(pa.float64()).to_numpy() for name in BANDIT[1:]]
+    except pa.ArrowException:
+        numbers = [np.array([np.nan])]
+    if any(np.isnan(column).any() for column in numbers):
+        raise PageLLMError(f"{path}: {', '.join(BANDIT[1:])} want numbers in every line") from None
+    _, click, propensity = numbers
     bad = ~((propensity > 0) & (propensity <= 1)) | ~np.isin(click, (0, 1))
     if bad.any():
         raise PageLLMError(
             f"{path}: line {int(np.flatnonzero(bad)[0]) + 2}: want a click of 0 or 1 and a "
             "propensity above 0, at most 1"
         )
-    user = np.unique([r[1] for r in rows], return_inverse=True)[1]
-    target = np.full(len(rows), 1.0 / len(np.unique(item)))
-    columns = (item.astype(np.int64), click, propensity, target)
-    return Log(user, *(column[:, None] for column in columns))
+    item = np.array(ids_of(table, "item_id", path))
+    kinds = zip(*([v or "" for v in table[name].to_pylist()] for name in groups), strict=True)
+    user = np.array(["|".join(kind) for kind in kinds] if groups else [""] * len(item))
+    target = np.full(len(item), 1.0 / len(np.unique(item)))
+    return Log(user, *(column[:, None] for column in (item, click, propensity, target)))
+
+
+def bandit_columns(path: Path) -> list[str]:
+    """Columns of the heading that are read as text: ids and users' features."""
+    with open_bytes(path) as file:
+        names = next(csv.reader([file.readline().decode("utf-8-sig", "replace")]), [])
+    return [name for name in names if name == "item_id" or name.startswith("user_feature_")]
 
 
 def rank_scores(candidates: np.ndarray, ranked: np.ndarray, temperature: float) -> np.ndarray:
@@ -592,12 +640,12 @@ def report(log: Log, found: dict[str, Value], truth: float | None) -> str:
 
 def run(config: Config) -> dict[str, Value]:
     """Print and write all estimates. Raises PageLLMError if every one is refused."""
-    truth = None
+    truth, said = None, list[str]()
     if config.bandit:
-        log, out = read_bandit(config.bandit), config.stage("ope") / "bandit.json"
+        log, out = read_bandit(config.bandit, said), config.stage("ope") / "bandit.json"
         out.parent.mkdir(parents=True, exist_ok=True)
     elif config.log:
-        log, out = read_log(config.log), Path(config.log).with_name("ope.json")
+        log, out = read_log(config.log, said), Path(config.log).with_name("ope.json")
     else:
         log, truth, inputs = simulate(config)
         with Run(config.stage("ope"), config, inputs) as made:
@@ -616,7 +664,9 @@ def run(config: Config) -> dict[str, Value]:
                     pa.table({n: c.tolist() for n, c in columns.items() if c is not None}), beside
                 )
             out = made.path / "ope.json"
-    found = estimates(log, config.min_ess)
+    for line in said:
+        print(f"ope: {line}", flush=True)
+    found = estimates(log, config.min_ess, config.seed)
     print(report(log, found, truth))
     if all(v.refused for v in found.values()):
         raise PageLLMError(
@@ -625,7 +675,10 @@ def run(config: Config) -> dict[str, Value]:
             "target"
         )
     write_json(
-        out, abtest.finite({"truth": truth, "estimates": {n: vars(v) for n, v in found.items()}})
+        out,
+        abtest.finite(
+            {"read": said, "truth": truth, "estimates": {n: vars(v) for n, v in found.items()}}
+        ),
     )
     print(out)
     return found

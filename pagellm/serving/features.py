@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pagellm.data.shop import Rows
-from pagellm.data.tables import ids_of, read_table
+from pagellm.data.tables import ids_of, read_table, told
 from pagellm.model.backbone import KVCache
 from pagellm.model.decode import item_tokens
 from pagellm.model.policy import MODES, Policy
@@ -42,6 +42,8 @@ from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic
 
 __all__ = ["Config", "marginal_reward", "pair_features", "run"]
+
+PAIR = ("user_id", "item_id")  # columns that are read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +182,7 @@ def pair_features(
 
 def read_pairs(path: str) -> pa.Table:
     """The file of pairs. Raises PageLLMError if it cannot be read, is empty, or has our columns."""
-    pairs = read_table(Path(path), ("user_id", "item_id"))
+    pairs = read_table(Path(path), PAIR)
     if not len(pairs):
         raise PageLLMError(f"{path} has no rows; want one a pair of user_id and item_id")
     if twice := {"dot", "marginal"} & set(pairs.column_names):
@@ -217,6 +219,8 @@ def run(config: Config) -> None:
             "no h_u: want --policy sft or ppo"
         )
     print(f"features: {rec.in_words()}")
+    kept = " and kept" if len(pairs.column_names) > len(PAIR) else ""
+    print(f"features: {told(config.pairs, pairs, PAIR)}{kept}")
 
     def composed(users: np.ndarray) -> tuple[Tensor, Tensor]:
         asks = [rec.resolve(Ask(user=rec.shop.user_ids[u], k=config.k)) for u in users]
@@ -226,7 +230,7 @@ def run(config: Config) -> None:
 
     user, item = (
         dense_ids(config, pairs, name, known)
-        for name, known in (("user_id", rec.user_of), ("item_id", rec.item_of))
+        for name, known in zip(PAIR, (rec.user_of, rec.item_of), strict=True)
     )
     # Every user's pages are written once: a row a user, that user's items side by side.
     users, back = np.unique(user, return_inverse=True)

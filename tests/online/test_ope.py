@@ -285,8 +285,8 @@ def test_a_log_of_single_slots_is_read_line_by_line(tmp_path):
     path = tmp_path / "log.csv"
     path.write_text(BANDIT + "a,3,1,0,0.25,x\nb,5,2,1,0.5,x\na,3,3,1,0.5,x\n")
     log = ope.read_bandit(path)
-    assert log.page[:, 0].tolist() == [3, 5, 3] and log.reward[:, 0].tolist() == [0, 1, 1]
-    assert log.user.tolist() == [0, 1, 0] and log.target[:, 0].tolist() == [0.5] * 3
+    assert log.page[:, 0].tolist() == ["3", "5", "3"] and log.reward[:, 0].tolist() == [0, 1, 1]
+    assert log.user.tolist() == ["a", "b", "a"] and log.target[:, 0].tolist() == [0.5] * 3
     found = ope.estimates(log, 0.0)
     # weights 2, 1, 1: inverse propensities of the uniform policy
     assert found["IPS"].value == pytest.approx((0 + 1 + 1) / 3)
@@ -299,7 +299,7 @@ def test_a_log_of_single_slots_is_read_line_by_line(tmp_path):
 
 @pytest.mark.parametrize(
     "line, message",
-    [("a,3,1,0,0,x", "line 2"), ("a,3,1,7,0.5,x", "line 2"), ("a,x,1,0,0.5,x", "want numbers")],
+    [("a,3,1,0,0,x", "line 2"), ("a,3,1,7,0.5,x", "line 2"), ("a,3,x,0,0.5,x", "want numbers")],
 )
 def test_a_broken_log_of_single_slots_is_refused(tmp_path, line, message):
     path = tmp_path / "log.csv"
@@ -311,6 +311,61 @@ def test_a_broken_log_of_single_slots_is_refused(tmp_path, line, message):
         ope.read_bandit(path)
     with pytest.raises(PageLLMError, match="no log"):
         ope.read_bandit(tmp_path / "nobody.csv")
+
+
+def test_halves_of_users_are_drawn_by_their_ids_text_alone():
+    """Not by the rank of an id: numbers and their texts, and any order of lines, give the same."""
+    users = np.arange(95, 115)
+    half = ope.halves(users)
+    assert half.sum() == 10 and (ope.halves(users.astype(str)) == half).all()
+    order = np.random.default_rng(0).permutation(20)
+    assert (ope.halves(users[order]) == half[order]).all()
+    assert (ope.halves(users, seed=1) != half).any()
+    # a rank knows which id is the smallest; here small and large ids are in both halves
+    assert 0 < half[:10].sum() < 10 and half.tolist() not in ([0, 1] * 10, [1, 0] * 10)
+
+
+@pytest.mark.parametrize("numbers", ["int", "text"])
+def test_an_estimate_is_that_of_the_sessions_and_not_of_the_order_of_lines(tmp_path, numbers):
+    log, _, _ = every_page()
+    columns = {
+        "user": [f"{u:03d}" if numbers == "text" else int(u) for u in log.user],
+        "page": log.page.tolist(),
+        "reward": log.reward.tolist(),
+        "propensity": log.propensity.tolist(),
+        "target_propensity": log.target.tolist(),
+        "candidates": log.candidates.tolist(),
+        "logging_score": log.logging_score.tolist(),
+        "target_score": log.target_score.tolist(),
+        "note": ["x"] * len(log.user),
+    }
+    table, found = pa.table(columns), []
+    for order in (np.arange(len(table)), np.random.default_rng(1).permutation(len(table))):
+        pq.write_table(table.take(order), tmp_path / "log.parquet")
+        said = []
+        found.append(ope.estimates(ope.read_log(tmp_path / "log.parquet", said), 0.0))
+        assert said[0].endswith("left over: note") and len(said) == 1
+    for name in found[0]:
+        assert found[0][name].value == pytest.approx(found[1][name].value, rel=1e-9)
+
+
+def test_optional_columns_that_are_there_in_part_are_named(tmp_path):
+    log, _, _ = every_page()
+    columns = {
+        "user": log.user.tolist(),
+        "page": log.page.tolist(),
+        "reward": log.reward.tolist(),
+        "propensity": log.propensity.tolist(),
+        "target_propensity": log.target.tolist(),
+        "candidates": log.candidates.tolist(),
+        "Target Score": log.target_score.tolist(),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "log.parquet")
+    said = []
+    assert ope.read_log(tmp_path / "log.parquet", said).candidates is None
+    assert "Target Score (is target_score meant?)" in said[0]
+    assert "without logging_score, target_score no cascade DR" in said[1]
+    assert "candidates alone is not used" in said[1]
 
 
 def test_uniform_on_open_bandit_from_thompson_sampling_covers_the_uniform_log():

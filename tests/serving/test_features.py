@@ -109,7 +109,7 @@ def test_the_command_adds_both_columns_to_the_pairs_in_their_order(served, rec, 
 def test_without_a_reward_model_there_is_no_marginal(sft_alone, rec, tmp_path, capsys):
     """SFT alone: the same dot as beside the other models."""
     ids = {"user_id": rec.shop.user_ids[:5], "item_id": rec.shop.catalogue.ids[:5]}
-    pq.write_table(pa.table(ids), tmp_path / "pairs.parquet")
+    pq.write_table(pa.table(ids | {"label": [1] * 5}), tmp_path / "pairs.parquet")
     base = {
         "run": "base",
         "data": str(sft_alone / "data"),
@@ -119,8 +119,10 @@ def test_without_a_reward_model_there_is_no_marginal(sft_alone, rec, tmp_path, c
     out = tmp_path / "out.parquet"
     features.run(features.Config(**base, pairs=str(tmp_path / "pairs.parquet"), out=str(out), k=6))
     table = pq.read_table(out)
-    assert table.column_names == ["user_id", "item_id", "dot"]
-    assert "no reward model, so no column marginal" in capsys.readouterr().out
+    assert table.column_names == ["user_id", "item_id", "label", "dot"]
+    said = capsys.readouterr().out
+    assert "no reward model, so no column marginal" in said
+    assert "5 rows; columns user_id, item_id; left over: label and kept" in said
     want, none = features.pair_features(
         rec.policies["sft"], None, rec.history, rec.met, np.arange(5), np.arange(5)[:, None], 6
     )

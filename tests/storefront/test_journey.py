@@ -90,6 +90,34 @@ def test_nothing_is_read_of_a_person_but_a_number(raw):
     assert "age" not in text and "income" not in text
 
 
+def test_lines_read_and_left_out_are_counted_by_reason(raw, capsys):
+    table = pq.read_table(raw / "transactions.parquet")
+    odd = table.slice(0, 3).to_pylist()
+    odd[0]["household_id"] = odd[1]["transaction_timestamp"] = None
+    odd[2]["product_id"] = 99
+    odd = pa.Table.from_pylist(odd, table.schema)
+    odd = pa.concat_tables([table, odd]).append_column("store", pa.array(range(12)))
+    # a column of whole numbers that lacks one is a column of floats to pandas
+    odd = odd.set_column(0, "household_id", odd["household_id"].cast(pa.float64()))
+    pq.write_table(odd, raw / "transactions.parquet")
+    shop = prepared(raw)
+    assert shop.user_ids == ["000001", "000002"] and len(load_orders(shop).user) == 6
+    said = capsys.readouterr().out
+    assert "transactions.parquet: 12 rows" in said and "left over: store" in said
+    assert "journey: 12 lines read, 6 kept; left out: 2 of fuel, coupons" in said
+    for why in (
+        "1 no household_id",
+        "1 no transaction_timestamp",
+        "1 of products that fewer than 1 households bought",
+        "1 of products that products.parquet does not have",
+    ):
+        assert why in said
+    text = odd.set_column(2, "product_id", pa.array(["x"] * 12))
+    pq.write_table(text, raw / "transactions.parquet")
+    with pytest.raises(PageLLMError, match="column product_id"):
+        journey.run(journey.Config(raw=str(raw), data=str(raw / "other")))
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(PageLLMError, match="no .*transactions.parquet"):
         journey.run(journey.Config(raw=str(tmp_path), data=str(tmp_path)))
