@@ -33,6 +33,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "promote": ("pagellm.serving.promote", "make a run the live one, if it is not worse"),
     },
+    "Upkeep": {
+        "doctor": ("pagellm.upkeep.doctor", "is all well here, and what to do if not"),
+        "forget": ("pagellm.upkeep.forget", "take a person out of a data set and its runs"),
+    },
     "Pages and what they are made of": {
         "recommend": ("pagellm.serving.recommend", "pages of some users or of all, to a file"),
         "serve": ("pagellm.serving.serve", "pages over HTTP and in a browser"),

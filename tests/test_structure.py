@@ -27,6 +27,7 @@ LAYERS = (
     {"serving"},
     {"baselines", "online"},
     {"report"},  # shows what all of them made
+    {"upkeep"},  # is all well; forget a person
     {"tuning"},  # trials of the stages
     {"tune", "update"},
     {"pipeline"},  # one command for all of it

@@ -240,6 +240,16 @@ def load(path: str | Path) -> Shop:
     )
 
 
+def forgotten(user: int) -> str:
+    """What stands for the identifier of a person whom `pagellm forget` took out."""
+    return f"<forgotten {user}>"
+
+
+def is_forgotten(name: str) -> bool:
+    """Whether an identifier is such a stand-in."""
+    return name.startswith("<forgotten ")
+
+
 def source(path: str | Path) -> dict:
     """What prepare noted about the raw files and the counts before and after each filter."""
     return read_json(Path(path) / "source.json")

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from pagellm.data.account import several
 from pagellm.data.dropped import NAME
-from pagellm.data.shop import source
+from pagellm.data.shop import is_forgotten, source
 from pagellm.data.tables import id_list, words_in
 from pagellm.model.composer import POOL
 from pagellm.model.decode import ranking
@@ -232,7 +232,7 @@ def everybody(recommender: Recommender, config: Config) -> list[Ask]:
     """An Ask for every user of the data, then for those whom the k-core left out."""
     blank = Ask(None, filters=filters_of(config), **how(config))
     names = (*recommender.shop.user_ids, *recommender.left_out.users)
-    return [replace(blank, user=name) for name in names]
+    return [replace(blank, user=name) for name in names if not is_forgotten(name)]
 
 
 def ranks(

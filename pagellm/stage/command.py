@@ -12,7 +12,15 @@ from contextlib import contextmanager
 from pagellm.stage import hints
 from pagellm.stage.config import PageLLMError, help_text, parse, verb_of
 
-__all__ = ["Interrupted", "Waiting", "deferred_signals", "explain", "handled_signals", "main"]
+__all__ = [
+    "ExitCode",
+    "Interrupted",
+    "Waiting",
+    "deferred_signals",
+    "explain",
+    "handled_signals",
+    "main",
+]
 
 
 class Interrupted(BaseException):
@@ -153,11 +161,15 @@ def explain(error: Exception, cls) -> str | None:
     return None
 
 
+class ExitCode(int):
+    """What `run` returns where the command's exit code says something, as that of doctor does."""
+
+
 def main(cls, run: Callable, prog: str, argv: list[str] | None = None) -> int:
     """Parse the command line, run the command, and return the exit code.
 
-    The code is 0 after success; 2, with one message, after an error that the user can correct; 130
-    after Ctrl-C, 143 after SIGTERM.
+    The code is 0 after success, or what `run` returns as an ExitCode; 2, with one message, after an
+    error that the user can correct; 130 after Ctrl-C, 143 after SIGTERM.
 
     cls   the command's Config      run   called with it      argv  default: sys.argv
     prog  the command as it is typed, "pagellm sft": every message begins with it. What follows
@@ -177,7 +189,7 @@ def main(cls, run: Callable, prog: str, argv: list[str] | None = None) -> int:
             print(help_text(cls, prog), flush=True)
             return 0
         with handled_signals():
-            run(parse(cls, argv, prog, verb_of(prog), tell))
+            code = run(parse(cls, argv, prog, verb_of(prog), tell))
             sys.stdout.flush()
     except PageLLMError as error:
         print(f"{who}: {error}", file=sys.stderr)
@@ -202,4 +214,4 @@ def main(cls, run: Callable, prog: str, argv: list[str] | None = None) -> int:
             raise
         print(f"{who}: {text}", file=sys.stderr)
         return 2
-    return 0
+    return int(code) if isinstance(code, ExitCode) else 0

@@ -1,0 +1,1 @@
+"""Keeping an installation in order: is all well, and forget this person."""
