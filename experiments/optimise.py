@@ -55,11 +55,12 @@ SHOWN = ("Recall@20", "NDCG@100", "PWKT", "ILD", "energy", "true_energy")
 class Config(StageConfig):
     """Ways of optimising one reward, at equal processor time."""
 
-    seconds: float = 60.0  # of processor time that each row learns
+    seconds: float = 60.0  # processor seconds that each row learns
     rows: str = ""  # names of rows, comma-separated; empty: all
     lr: float = 1e-3  # learning rate of the rows drawn at once
-    row_lr: float = 0.1  # of item and user rows, as a share of lr
-    kl_coef: float = 0.02  # price of a nat
+    row_lr: float = 0.1  # learning rate of item and user rows, as a share of lr
+    kl_coef: float = 0.02  # price of one nat of KL to the SFT policy, per slot, in normalised
+    # reward
     k: int = 20  # slots of a page
     users: int = 1000  # validation users whose pages are scored; 0: all
 

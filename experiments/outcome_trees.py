@@ -35,12 +35,12 @@ class Config:
 
     dataset: str = "synthetic"  # name of the data set
     folds: int = 2  # folds of train rows that are hidden
-    share: float = 0.2  # of each user's train rows that a fold hides
+    share: float = 0.2  # share of each user's train rows that a fold hides
     fold_users: int = 6000  # users of a fold that both learn from; 0: all
-    users: int = 2000  # validation users that are asked about; 0: all
-    networks: int = 2  # outcome networks, begun differently
-    trees: int = 250  # of LightGBM
-    seed: int = 0  # of folds, networks and trees
+    users: int = 2000  # validation users whose candidates are scored; 0: all
+    networks: int = 2  # outcome networks with different random starts
+    trees: int = 250  # trees of LightGBM
+    seed: int = 0  # seed of folds, networks and trees
     data: str = "data"  # directory of prepared data sets
     runs: str = "runs"  # directory of runs
 

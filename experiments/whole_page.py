@@ -51,11 +51,12 @@ class Config:
 
     dataset: str = "synthetic"  # name of the data set, which must know the truth
     seeds: int = 3  # number of seeds: 0, 1, ...
-    pages: int = 20000  # logged sessions of a seed
+    pages: int = 20000  # logged sessions for each seed
     k: int = 10  # slots of a page
-    pool: int = 40  # candidates of a user
-    temperature: float = 0.5  # of the exploring policy
-    steps: int = 100  # of RLOO
+    pool: int = 40  # candidates of each user
+    temperature: float = 0.5  # temperature of the exploring policy, in standard deviations of a
+    # user's scores
+    steps: int = 100  # steps of RLOO
     data: str = "data"  # directory of prepared data sets
     runs: str = "runs"  # directory of runs
 

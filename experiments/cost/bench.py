@@ -129,7 +129,8 @@ class Config:
     profile: bool = False  # print the time of each part of train, train-page and evaluate instead
     clock: str = "wall"  # clock of the profile: wall, or cpu (processor time, for a busy machine)
     base: str = ""  # commit to compare with; empty: none
-    slack: float = 0.1  # a row counts as slower if it exceeds this share and its noise
+    slack: float = 0.1  # a row counts as slower if its time exceeds the base's by more than this
+    # share, and by more than its noise
 
     def __post_init__(self):
         check(

@@ -36,8 +36,9 @@ class Config(Sources):
     policy: str = "ppo"  # policy that writes the pages
     requests: int = 2000  # number of pages asked for
     batch: int = 16  # requests answered at once
-    skew: float = 1.0  # the user of rank n comes with probability ~ n^-skew; 0: all equally often
-    room: float = 64.0  # megabytes of the cache, as in serve
+    skew: float = 1.0  # the user of popularity rank n asks with probability proportional to n **
+    # -skew; 0: all users equally often
+    room: float = 64.0  # memory of the cache, in megabytes
     k: int = 20  # slots on a page
     rounds: int = 3  # times that each setting answers all requests, each from an empty cache
 

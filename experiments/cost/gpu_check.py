@@ -48,7 +48,7 @@ class Config:
 
     device: str = "auto"  # auto, cuda or cpu
     only: str = ""  # parts to run, comma-separated: tests, kernels, steps, ppo; empty: all
-    minutes: float = 8.0  # for all parts together
+    minutes: float = 8.0  # minutes that all parts together may take
     repeats: int = 5  # timed runs of each version in the benches
     size: str = "gpt2"  # network of the training rows, and of PPO's
     quick: bool = False  # tiny shapes: only shows that everything runs

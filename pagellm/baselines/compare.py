@@ -64,8 +64,8 @@ from pagellm.stage.run import Run, StageConfig, file_id, finished
 __all__ = ["Config", "RATED", "Workbench", "climb", "read_rows", "run"]
 
 
-GOAL = "NDCG@100"  # what settings are chosen by, on validation
-# What ALS+ratings takes beside the settings of ALS, where no search has found others.
+GOAL = "NDCG@100"  # the validation metric that chooses settings
+# Further settings of ALS+ratings, where no search has found others; the rest are those of ALS.
 RATED = {"disliked": 0.35, "slope": 0.15, "facts": 0.5, "stars": 0.0}
 
 
@@ -89,8 +89,9 @@ class Config(StageConfig):
     versus: str = "EASE"  # row that every other row's differences are taken to
     k: int = 20  # slots on a page
     depth: int = 100  # length of the ranked list, k or more
-    n_boot: int = 1000  # bootstrap draws behind an interval
-    decimals: int = 4  # digits behind the point, in the tables; asked again, they are written anew
+    n_boot: int = 1000  # bootstrap draws for each interval
+    decimals: int = 4  # digits after the decimal point in the tables; the same command with another
+    # number only writes the tables anew
 
     def __post_init__(self):
         super().__post_init__()

@@ -57,11 +57,12 @@ class Config(StageConfig):
     file: str = ""  # run file with columns user, item, and score or rank
     ids: str = "auto"  # what user and item are: shop (its own identifiers), dense (the numbers of
     # interactions.parquet and pages.parquet), or auto: whichever fits every row
-    mask: str = "train+valid"  # splits whose items are removed; the baselines' mask
-    k: int = 20  # slots on a page; the baselines' k
-    depth: int = 100  # length of the ranked list; the baselines' depth
+    mask: str = "train+valid"  # splits whose items are removed from the lists; must be the mask of
+    # the baselines
+    k: int = 20  # slots on a page; must be the k of the baselines
+    depth: int = 100  # length of the ranked list; must be the depth of the baselines
     versus: str = "EASE"  # row that every other row's differences are taken to
-    n_boot: int = 1000  # bootstrap draws behind an interval
+    n_boot: int = 1000  # bootstrap draws for each interval
 
     def __post_init__(self):
         check(

@@ -1,4 +1,4 @@
-"""What `prepare` decided for its user, in one short paragraph: on the screen and in source.json.
+"""The account: what `prepare` decided, in a short paragraph on the screen and in source.json.
 
 Files and folders read and passed over; the columns taken for each role and those left over; rows
 with and without rating and time; the scale; how many items the item table knows; prices that could
@@ -26,9 +26,9 @@ from pagellm.data.where import Where
 
 __all__ = ["Account", "Join", "account_of", "is_unknown", "several"]
 
-SHOWN = 6  # names of a list that are shown
-MOST_LINES = 23  # of the paragraph; two more follow, what was written and what was left out
-JOINED = 0.1  # share of the log's items below which an item table is of something else
+SHOWN = 6  # names shown of a longer list
+MOST_LINES = 23  # lines of the paragraph; two more follow, what was written and what was left out
+JOINED = 0.1  # if an item table knows fewer of the log's items, it is of something else
 # Role -> what a column's name holds if it may be meant for it.
 NEAR = {
     "user": ("user", "customer", "visitor", "client", "member"),
@@ -40,7 +40,7 @@ NEAR = {
     "category": ("categor", "genre"),
 }
 MOST_GRADES = 1000  # different values in a sample, above which a column does not grade anything
-# Roles that a shop mostly has: said where a file has no column for them.
+# Roles that most shops have: the account says so where a file has no column for one of them.
 COMMON = {"interactions": ("rating", "time"), "items": tuple(logs.ITEM_COLUMNS)}
 DAY = 86_400  # seconds
 NUMBERING = re.compile(r"(id|no|number|code|index)$")
@@ -101,7 +101,7 @@ def is_unknown(value) -> bool:
 
 
 def several(names: list[str]) -> str:
-    """The first few names and how many more there are."""
+    """The first few names, and the number of the others."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
@@ -224,7 +224,7 @@ def ends_open(file: RawFile) -> bool:
 def near_misses(
     account: Account, raw: Raw, file: RawFile, options: Options, taken: dict, left: list[str]
 ) -> None:
-    """Columns left over that may have been meant."""
+    """Columns that were not used, but whose names look like a role that was not found."""
     roles = logs.ITEM_COLUMNS if file.role == "items" else logs.LOG_COLUMNS
     name = file.path.name
     for role, others in logs.rivals(file, options.chosen(roles)).items():

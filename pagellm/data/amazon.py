@@ -56,7 +56,7 @@ __all__ = [
     "reviews",
 ]
 
-# characters of a Python literal: parsing one takes a hundred times its memory
+# longest Python literal, in characters: parsing one takes a hundred times its memory
 LITERAL_LIMIT = 1_000_000
 NAME_LIMIT = 100  # characters of a category or brand; longer ones are pieces of the page
 # A piece of page script: a call of "function" needs its brace, for titles speak of functions too.
@@ -170,7 +170,7 @@ def parse_review(text: str) -> Review:
 
 
 def as_review(record: dict) -> Review:
-    """The same of what stands in the line."""
+    """The same, from the object that a line holds."""
     if "reviewerID" in record or "overall" in record:
         return Review(
             identifier(record.get("reviewerID"), "user"),
@@ -215,8 +215,8 @@ def review_table(data: bytes, spelling: str = "2014") -> pa.Table | None:
 
     data  lines with "\\n" between them
 
-    None as soon as one line differs from what nearly all lines of this spelling look like. The
-    caller then gives the lines to `parse_review` one by one.
+    Returns None if one line is written in an unusual way. The caller then gives the lines to
+    `parse_review` one by one.
     """
     rows = separate_objects(data)
     newer = spelling == "2023"
@@ -288,7 +288,7 @@ def may_be_older(data: bytes) -> bool:
 
 
 def separate_objects(data: bytes) -> int:
-    """The number of lines, if each one is as an object without lines within, not too deep; else 0.
+    """The number of lines if each is one JSON object, not nested too deeply; else 0.
 
     An object that begins and ends its line cannot hold a line end. If it shared its line with
     another one, the number of rows would differ. Any other byte below 32 is an error that Arrow
@@ -311,7 +311,7 @@ def separate_objects(data: bytes) -> int:
 
 
 def faults(data: bytes) -> set[str]:
-    """Which of the entities, by their first letters, and whether two spaces stand among the bytes.
+    """Which HTML entities the bytes hold, by first letter, and whether two spaces stand together.
 
     What is written with JSON's escapes, or ends in the last bytes of all, is not found.
     """
@@ -325,9 +325,9 @@ def faults(data: bytes) -> set[str]:
 
 
 def cleaned(text: pa.StringArray, there: set[str]) -> pa.StringArray:
-    """`clean` of every text; "" for null. there: `faults` of the bytes they were read from."""
+    """`clean` of every text; "" for null. there: `faults` of the bytes that the texts come from."""
     text = plain = text.fill_null("")
-    # A pass over all texts for each fault that is there; what it missed is UNCLEAN.
+    # One pass over all texts for each fault that occurs; UNCLEAN finds what these passes missed.
     for entity in QUOTES.keys() & there:
         plain = pc.replace_substring(plain, entity, QUOTES[entity])
     if "  " in there:
@@ -370,7 +370,7 @@ def parse_item(text: str, tally: Tally | None = None) -> Item:
 
 
 def unscripted(text: str, limit: int | None = None) -> str:
-    """The text, or "" if it is longer than the limit or a piece of the page it was taken from."""
+    """The text; "" if it is longer than the limit, or is script of the page that it came from."""
     return "" if (limit and len(text) > limit) or SCRIPT.search(text) else text
 
 

@@ -1,4 +1,4 @@
-"""The rows that the k-core took out of a log, kept beside the data: nobody of the log is lost.
+"""The rows that the k-core removed from a log. They are kept, so that no user of it is lost.
 
 `prepare` writes them to data/<dataset>/dropped.parquet, by user and time. Nothing is trained on
 them. A user who has no row in the data can be served from them: `LeftOut.read(shop).of(user)`.
@@ -56,7 +56,7 @@ def write(rows: pa.Table, folder: Path) -> None:
 
 
 class LeftOut(NamedTuple):
-    """Users of the log who have no row in the data, and what the log says of them.
+    """Users of the log who have no row in the data, and their rows in the log.
 
     users     the shop's own ids, in their order -> place in indptr
     indptr    (users + 1,) int64; item (E,) int64, dense ids; rating (E,) float32, NaN: none; of

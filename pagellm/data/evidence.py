@@ -1,4 +1,4 @@
-"""What a sample of a column tells: how categories are written, whether it describes the item."""
+"""Conclusions from a sample of a column: how categories are written, whether it describes items."""
 
 import ast
 import json
@@ -10,8 +10,8 @@ from pagellm.data.values import Broken, is_missing, is_number, label
 __all__ = ["category_form", "names_in", "paths_in", "steady"]
 
 COMMON_MARKS = ("|", ";", ", ", ",", "/")  # between the categories of one cell, beside >
-RECURRING = 0.5  # share of parts that other cells hold too, above which a mark separates categories
-STEADY = 0.6  # share of an item's rows that agree, on average, where a column describes the item
+RECURRING = 0.5  # a mark separates categories if more of the parts occur in other cells too
+STEADY = 0.6  # a column describes the item if a larger share of each item's rows agree, on average
 
 
 def names_in(cell, mark: str) -> list:
@@ -95,7 +95,7 @@ def category_form(cells: list, chosen: str = "") -> tuple[str, str]:
 
 
 def separates(mark: str, texts: list[str]) -> bool:
-    """Whether a mark stands between names: its parts recur in other cells. A bar always does."""
+    """Whether a mark separates names: its parts occur in other cells too. A bar always does."""
     split = [[part.strip() for part in text.split(mark)] for text in texts]
     if mark == "|" or not any(len(parts) > 1 for parts in split):
         return any(len(parts) > 1 for parts in split)
@@ -120,7 +120,7 @@ def is_set(cells: list[list[str]], mark: str) -> bool:
     moving = sum(len(places[name]) > 1 for name in often) / max(1, len(often))
     in_order = sum(names == sorted(names) for names in cells) / len(cells)
     if mark in (",", ", ", ";") and moving == 0 and len(often) < 3:
-        return True  # nothing tells: commas make lists, bars were paths ever since
+        return True  # undecided: commas then separate a set, bars a path, as in earlier versions
     return moving >= 0.3 or in_order >= 0.98 and moving > 0
 
 

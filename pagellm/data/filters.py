@@ -45,7 +45,7 @@ def latest(user, item, time, rating, tie) -> np.ndarray:
 def highest(user, item, time, rating, tie) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers, one per (user, item), of the highest rating; and (kept,) the pair's latest time.
 
-    For logs of events: who bought after viewing has bought. Ties as in `latest`.
+    For logs of events: a view and a purchase of one item count as a purchase. Ties as in `latest`.
     """
     order = np.lexsort((tie, time, np.nan_to_num(rating, nan=-np.inf), item, user))
     ends = last_of_pair(user[order], item[order])

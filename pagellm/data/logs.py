@@ -67,8 +67,9 @@ __all__ = [
 ]
 
 
-# Role -> spellings, the first that is there is taken. Compared without case, spaces, punctuation
-# and what stands in brackets. An id goes before the plain word, which often is a name.
+# Role -> names of its column; the first that is there is taken. Names are compared without case,
+# spaces, punctuation and text in brackets. An id comes before the plain word: that often holds a
+# name.
 LOG_COLUMNS = {
     "user": (
         *("userid", "reviewerid", "uid", "customerid", "visitorid", "memberid", "accountid"),
@@ -106,7 +107,7 @@ SPLIT_NAMES = {
 }
 RECORD_LINES = 200  # most lines that one quoted CSV record may span
 BATCH = 16_384  # rows of a Parquet file held at once
-SAMPLE = 20_000  # rows from which it is told how a column is to be read
+SAMPLE = 20_000  # rows of the sample that decides how a column is to be read
 csv.field_size_limit(LINE_LIMIT)
 
 
@@ -254,9 +255,9 @@ def sample(file: RawFile, rows: int = SAMPLE) -> dict[str, list]:
 
 
 def settled(file: RawFile, options: Options, values: dict[str, list]) -> Reading:
-    """How the columns are to be read. values: a `sample`, of all parts of the log together.
+    """How the columns are to be read. values: a `sample` over all parts of the log together.
 
-    Raises PageLLMError for times of which the values do not tell what they count.
+    Raises PageLLMError for times whose unit or form the values do not show.
     """
     time = file.columns.get("time", "")
     form = options.time_form or time_form(values.get(time, [])) if time else "s"
@@ -428,8 +429,8 @@ def item_of(row: dict, reading: Reading, tally: Tally) -> Item:
 def catalogue_of_log(file: RawFile, tally: Tally, where: Where) -> Iterator[Item]:
     """One Item for each item of a log that holds its title in every line.
 
-    Of several titles, brands and so on the commonest counts, of equally common ones the first in
-    the order of letters; of several prices the middle one. So the order of lines changes nothing.
+    If the lines disagree, the most frequent title, brand and so on counts; of equally frequent ones
+    the first in alphabetical order; of prices the median. So the order of lines changes nothing.
     """
     where = where.of(file.names)
     fields: dict[str, list[Counter]] = defaultdict(lambda: [Counter() for _ in Item._fields[1:]])
@@ -455,7 +456,7 @@ def catalogue_of_log(file: RawFile, tally: Tally, where: Where) -> Iterator[Item
 
 
 def common(counter: Counter):
-    """The commonest value, of equally common ones the smallest; None if there is none."""
+    """The most frequent value, of equally frequent ones the smallest; None if there is none."""
     return min(counter, key=lambda value: (-counter[value], value), default=None)
 
 
@@ -505,7 +506,7 @@ def records(file: RawFile, wanted: list[str], tally: Tally) -> Iterator[tuple[in
 
 
 def delimiter_of(header: str) -> str:
-    """The mark between the columns of a CSV file: the commonest of tab comma ; | in its header.
+    """The mark between the columns of a CSV file: the most frequent of tab , ; | in its heading.
 
     `::` where it is there and no tab is, as in the files of MovieLens.
     """
@@ -551,7 +552,7 @@ def csv_rows(
                 fields = csv_fields([line for _, line in span], mark)
         if fields is None or len(fields) != len(there):
             waiting.extendleft(reversed(span[1:]))
-            span, fields = [entry], entry[1].split(mark)  # a file that never meant its quotes
+            span, fields = [entry], entry[1].split(mark)  # quotes of this file are plain text
         tally.read -= len(span) - 1  # several lines, one record
         if fields == there:
             tally.note(PassedOver("heading repeated"), path, entry[0])

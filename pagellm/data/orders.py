@@ -1,7 +1,7 @@
 """Orders beside a prepared shop: who bought what together, and how often.
 
-A shop keeps one row per (user, item). Orders keep every line of every basket, so that what is
-bought again and again can be told from what was bought once.
+A shop keeps one row per (user, item). Orders keep every line of every basket, and so they show
+what a user buys again and again.
 
 orders = load_orders(shop)                  None where the shop has none
 items, count = orders.history(users)        see Orders.history
@@ -105,7 +105,7 @@ class Orders:
 
 
 def orders_of(shop: Shop) -> Orders:
-    """What a shop without orders knows: its positive rows, all of a user's train rows one basket.
+    """Orders made from a shop without any: all train rows of a user count as one basket.
 
     Held-out rows are baskets of their own, one a user and split.
     """

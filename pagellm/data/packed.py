@@ -6,7 +6,7 @@
     CR line ends                   turned into LF
     a JSON array of objects        one object a line
 
-All of this is told from a file's first bytes: names lie.
+All of this is decided by a file's first bytes, because names of files can be wrong.
 """
 
 import bz2

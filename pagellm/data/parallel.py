@@ -113,7 +113,7 @@ def in_processes(jobs: list[tuple], processes: int, folder: Path) -> list[Tally]
 
 def work(pipe, folder: Path) -> None:
     """Do jobs until there are no more: the life of a process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started this one stops it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one stops it
     threading.Thread(target=outlive, args=(folder,), daemon=True).start()
     while True:
         try:
@@ -129,7 +129,7 @@ def work(pipe, folder: Path) -> None:
 def outlive(folder: Path) -> None:
     """Wait until the parent process has died, then remove the folder that it no longer can."""
     parent = parent_process()
-    assert parent is not None  # in_processes started this one
+    assert parent is not None  # in_processes started this process
     connection.wait([parent.sentinel])
     while folder.exists():
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Raw files -> data/<dataset>/: duplicates out, k-core, dense ids, a split. The first stage.
+"""Raw files -> data/<dataset>/: remove duplicates, k-core, number, split. The first stage.
 
     pagellm prepare                                                   the synthetic shop, seconds
     pagellm prepare --dataset toys                                    data/raw/toys, or downloaded
@@ -57,12 +57,13 @@ from pagellm.stage.files import file_id
 __all__ = ["Config", "Table", "building", "catalogue", "run", "write_tables"]
 
 
-# Options that change no byte: where files lie (their sha256 says what they are), how they are read.
+# Options that change no byte of the output: where files lie, and how they are read. (The files
+# themselves are known by their sha256.)
 PLACES = (
     *("raw", "data", "review_files", "item_files", "train", "valid", "test"),
     *("processes", "strict", "preset"),
 )
-# Options that came later: data prepared before them were prepared as with their defaults.
+# Newer options. Data prepared before an option existed count as prepared with its default.
 LATER = ("thin_users", "refit", "columns", "item_columns", "where", "time_form", "categories")
 SYNTHETIC_ONLY = ("users", "items")
 # Options that the synthetic shop would pass over, since it is made up: files and their columns.
@@ -143,7 +144,7 @@ class Table(NamedTuple):
 
 
 def recorded(config: Config) -> dict:
-    """The Config as source.json keeps it: all that can move a byte."""
+    """The Config as source.json keeps it: all options that can change the output."""
     left_out: tuple[str, ...] = PLACES if config.dataset == "synthetic" else PLACES + SYNTHETIC_ONLY
     left_out += tuple(name for name in LATER if not getattr(config, name))
     return {name: value for name, value in asdict(config).items() if name not in left_out}
@@ -193,7 +194,7 @@ def already(config: Config, raw: Raw | None) -> bool:
 
 
 def moved_away(config: Config) -> bool:
-    """Whether the raw files are no longer where they are looked for, and are not needed either."""
+    """Whether the raw files are gone, while the data set made from them is there."""
     return (
         not config.raw and not config.folder.exists() and (config.target / "source.json").exists()
     )
@@ -205,7 +206,7 @@ def filtered(
     graded: bool,
     scale: tuple[float, float] = (1.0, 5.0),
 ) -> tuple[Table, dict, pa.Table]:
-    """Duplicates out, k-core on positive rows, split.
+    """Remove duplicates, take the k-core of the positive rows, split.
 
     Returns the table, counts of each step, and the rows that the k-core took out: `dropped.table`.
 
@@ -216,7 +217,7 @@ def filtered(
     if graded:
         rows, time = filters.highest(c.user, c.item, c.time, c.rating, c.tie)
     else:
-        # Where a pair is in two given splits and no time decides, the later split has it.
+        # If a pair is in two given splits and no time decides, it goes to the later split.
         tie = (c.tie >> np.uint64(2)) | (np.maximum(c.split, 0).astype(np.uint64) << np.uint64(62))
         rows = filters.latest(c.user, c.item, c.time, c.rating, tie)
         time = c.time[rows]
@@ -327,7 +328,7 @@ def catalogue(
     max_text  most characters of a description
     join      is filled with how the table met the items, if given
 
-    Of several lines for one item the first that fills a field fills it.
+    If several lines are about one item, the first line with a value for a field counts.
     """
     number = {name: n for n, name in enumerate(item_ids)}
     found: dict[int, Item] = {}
@@ -363,7 +364,7 @@ def catalogue(
 
 
 def common_root(all_paths) -> str | None:
-    """The name that begins a path of every item that has one, if some path goes on below it."""
+    """The root category shared by all items with a path, if some path is longer than it."""
     shared, deep = None, False
     for paths in all_paths:
         if paths:

@@ -30,8 +30,8 @@ __all__ = ["FORMATS", "Raw", "find"]
 #   reviews(files, options, tally) -> tables of records.COLUMNS    the interactions of such files
 #   items(files, options, tally) -> Item, Item, ...                the lines of such item tables
 #   release(file) -> str                                           its name in source.json
-# The first format that recognises a file has it; one that finds no role in it leaves it to the
-# next.
+# The formats are asked in this order, and the first that recognises a file reads it. A format that
+# finds no role in a file leaves it to the next one.
 FORMATS = {"amazon": amazon, "logs": logs, "sequences": sequences}
 
 SNIFFED_LINES = 20
@@ -170,9 +170,9 @@ def check_times(review_files: list[RawFile], options: Options) -> None:
 
 
 def settled(review_files: list[RawFile], item_files: list[RawFile], options: Options):
-    """The same files with how their columns are to be read; a log as its own catalogue; samples.
+    """The same files, with the way to read their columns; a log as its own catalogue; samples.
 
-    Parts of one log are settled together, so that none of them is read in another unit.
+    All parts of a log are decided together, so that all are read in the same units.
     """
     samples = {file.path.name: logs.sample(file) for file in review_files if file.columns}
     if not item_files and options.item_files != "none":
@@ -233,7 +233,7 @@ def recognised(folder: Path, options: Options) -> list[RawFile]:
 
 
 def recognise(path: Path, options: Options) -> RawFile:
-    """What a file is: the first format that finds a role for it, else what one could say of it."""
+    """What a file is: the first format that finds a role for it decides."""
     with path.open("rb") as file:
         first = [] if file.read(4) == b"PAR1" else first_lines(path)
     found = [f for form in FORMATS.values() if (f := form.recognise(path, first, options))]
@@ -252,7 +252,7 @@ def first_lines(path: Path) -> list[str]:
 
 
 def parts_without_heading(files: list[RawFile], warnings: list[str]) -> list[RawFile]:
-    """A table without a heading whose name continues a log's is that log's next part."""
+    """Tables without a heading whose names continue a log's name: they are the log's next parts."""
     found = []
     for file in files:
         whole = [
@@ -284,7 +284,7 @@ def shape(text: str) -> str:
 
 
 def differing_parts(left: list[RawFile], chosen: list[RawFile]) -> list[str]:
-    """Words about files whose names continue a chosen one's, but whose columns differ."""
+    """A remark on files whose names continue the name of a chosen one, but whose columns differ."""
     said = []
     for file in left:
         if any(part_name(file)[0] == part_name(other)[0] for other in chosen):
@@ -301,7 +301,7 @@ def differing_parts(left: list[RawFile], chosen: list[RawFile]) -> list[str]:
 
 
 def missing_parts(chosen: list[RawFile]) -> list[str]:
-    """Words about a number that the names of a log's parts leave out: log-00, log-02."""
+    """A remark on numbers that are missing in the names of a log's parts: log-00, log-02."""
     of: dict[tuple, list[tuple[int, ...]]] = {}
     for file in chosen:
         numbers = tuple(map(int, re.findall(r"\d+", file.path.name)))
@@ -391,7 +391,7 @@ def choose_items(files: list[RawFile], folder: Path, options: Options) -> list[R
     if options.item_files == "none":
         return []
     named = [located(name, folder, options) for name in options.item_files.split(",") if name]
-    # Words that somebody made up for an item, and a log's own columns, are read when asked for.
+    # Files of words about items, and a log's own columns, are read only if an option names them.
     named = [file if file.role == "items" else file._replace(role=file.also) for file in named]
     if wrong := [file for file in named if not file.role]:
         raise PageLLMError(

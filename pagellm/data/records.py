@@ -49,7 +49,7 @@ EXAMPLES = 5  # broken records shown with file and line
 
 
 class Review(NamedTuple):
-    """One user's dealing with one item."""
+    """One interaction of a user with an item."""
 
     user: str  # identifiers exactly as in the file
     item: str
@@ -303,7 +303,7 @@ def parsed_lines(
 
 
 def batched(reviews: Iterable[Review]) -> Iterator[pa.Table]:
-    """The same records as tables of COLUMNS, as many at once as memory bears."""
+    """The same records as tables of COLUMNS, in batches that fit in memory."""
     rows, characters = [], 0
     for review in reviews:
         rows.append(review)
@@ -347,7 +347,7 @@ def parsed_batches(
 
 
 def quick_tables(block: bytes | None, quick) -> Iterator[tuple[bytes | None, pa.Table | None]]:
-    """(lines, quick's table of them) of a block; in pieces if quick will not have it whole."""
+    """(lines, their table by `quick`) of a block, or of its pieces if quick refuses the whole."""
     if (table := quick_table(block, quick)) is not None:
         yield block, table
     else:

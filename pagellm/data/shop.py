@@ -58,7 +58,7 @@ class Catalogue:
     title: list[str]
     brand: list[str]
     categories: list[tuple[str, ...]]  # names below the common root; () where unknown
-    leaf: list[str]  # the most special category; "" where unknown
+    leaf: list[str]  # the deepest category of the path; "" where unknown
     description: list[str]
     price: np.ndarray  # (N,) float32
     leaf_id: np.ndarray  # (N,) int64, index into leaf_names; -1 where unknown

@@ -1,4 +1,4 @@
-"""Records to compact columns, their texts to disk: memory does not grow with the texts.
+"""Keep records as compact columns and their texts on disk, so that texts take no memory.
 
 Each part of the records is stored in two temporary files: one of numbers and identifiers, one of
 texts. `gather` puts the numbers of all parts together. When it is known which rows stay and in what

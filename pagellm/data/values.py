@@ -43,7 +43,7 @@ NO_TIME = -1.0  # an unknown time; real ones are never negative
 LATEST_TIME = 4_102_444_800  # 1 January 2100, in seconds: later dates are mistakes
 EARLIEST = 1e8  # seconds; smaller numbers in a column of finer units count something else
 ID_LIMIT = 256  # characters
-EXACT = 2**53  # floats beyond it no longer tell neighbouring integers apart
+EXACT = 2**53  # above this, float64 cannot represent every integer
 PRICE_LIMIT = 1e7
 TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # unit -> how many make a second
 DATE_PATTERNS = {"yyyymmdd": "%Y%m%d", "yyyymmddhhmmss": "%Y%m%d%H%M%S"}
@@ -109,7 +109,7 @@ def identifier(value, role: str) -> str:
 
 
 def id_text(value, role: str) -> str:
-    """The text of an identifier that is no text in its file. Raises Broken."""
+    """The identifier as text, where the file holds a number, boolean or bytes. Raises Broken."""
     if isinstance(value, bool | np.bool_):
         return "true" if value else "false"
     if isinstance(value, int | np.integer):

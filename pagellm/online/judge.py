@@ -1,4 +1,4 @@
-"""Judge two policies' pages pairwise (the paper's RQ3): which of two would a user rather see?
+"""Judge two policies' pages in pairs (the paper's RQ3): which of the two would a user prefer?
 
 Reads   data/<dataset>, runs/<run>/evaluate/<policy>/pages.parquet of two policies; optionally
         people's verdicts
@@ -70,7 +70,7 @@ __all__ = [
 
 
 WINNERS = ("first", "second", "tie")
-ABSTAINED = "abstain"  # what stands for an answer that says nothing
+ABSTAINED = "abstain"  # the winner of an answer without a verdict
 SAME = ("the pages are equal",)
 Z95 = NormalDist().inv_cdf(0.975)  # standard errors on either side of a 95% interval
 SCHEMA = {
@@ -83,7 +83,7 @@ SCHEMA = {
         "reasons": {"type": "array", "items": {"type": "string"}},
     },
 }
-# The name of the backend holds a hash of this text: a change of it asks every question anew.
+# The name of the backend holds a hash of this text: after a change all questions are asked again.
 TASK = """\
 You compare two recommendation pages for one shopper. Weigh four things: relevance to what the \
 shopper liked,

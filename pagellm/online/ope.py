@@ -226,7 +226,7 @@ def pseudo_inverse_weights(log: Log, block: int = 256) -> np.ndarray:
 
 
 def cascade_dr(log: Log, prior: float = 20.0, seed: int = 0) -> np.ndarray:
-    """Sessions' terms of the cascade doubly robust estimator, (S,).
+    """The term of each session in the cascade doubly robust estimator, (S,).
 
     Their mean is unbiased whatever the fitted values are.
     """
@@ -448,7 +448,7 @@ def read_bandit(path: str | Path, said: list[str] | None = None) -> Log:
 
     One line is one slot that was shown: the columns of BANDIT, and user_feature_0, 1, ...; other
     columns are not read. What is known of a user is only these features, so standard errors are
-    clustered by their combination. The uniform policy shows each of the log's items alike.
+    clustered by their combination. The uniform policy shows each of the log's items equally often.
 
     said  is filled with a line about what was read and what was left over, if given
     Raises PageLLMError for a missing column, and for values that are not numbers or propensities.
@@ -555,17 +555,18 @@ class Config(StageConfig):
     """Estimate a target policy's value from another policy's log, or from a simulated one."""
 
     log: str = ""  # Parquet log of sessions; empty: simulate one on the synthetic shop
-    bandit: str = ""  # log of single slots in Open Bandit's form, .csv or .csv.gz: what showing all
-    # its items alike would have earned
-    logging: str = "sft"  # simulation: policy that writes the logged pages, from its first items
+    bandit: str = ""  # log of single slots in the format of Open Bandit, .csv or .csv.gz; estimates
+    # what showing all its items equally often would have earned
+    logging: str = "sft"  # simulation: policy that writes the logged pages, from the first items of
+    # its list
     target: str = "ppo"  # simulation: policy whose value is estimated
     candidates: int = 6  # simulation: number of items that a page is drawn from
     k: int = 3  # simulation: slots on a page
     sessions: int = 20000  # simulation: number of sessions
-    logging_temperature: float = 3.0  # simulation: a rank lower is a score 1 / this lower; higher
-    # explores more
+    logging_temperature: float = 3.0  # simulation: each rank lower costs a score of 1 / this; a
+    # higher number explores more
     target_temperature: float = 1.5  # simulation: the same for the target policy
-    min_ess: float = 100.0  # effective sessions below which an estimate is refused
+    min_ess: float = 100.0  # an estimate with fewer effective sessions (Kish) is refused
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""A reward fitted to logged pages, and a policy that it teaches: slots that depend on each other.
+"""A reward model fitted to logged pages, and a policy trained on it, for slots that interact.
 
     reward = fit_reward(catalogue, log)                 a small network over slots of logged pages
     reward.value(z, item, place)                        (B,) expected purchases of pages
@@ -10,10 +10,10 @@ its place in the grid, and what stands above: how many of its kind, and how good
 It is fitted to purchases of logged slots alone; nothing here knows how shoppers behave. Without
 the columns of what stands above it is the pointwise model (`above=False`), fitted in the same way.
 
-Greedy maximisation takes the best item for each slot. It does not see that a slot changes what the
-slots below it earn; RLOO's page totals do. The policy begins as a softened greedy maximiser, so
-that whatever it learns is what looking ahead is worth. Source of RLOO: Ahmadian et al., arXiv
-2402.14740.
+Greedy maximisation takes the best item for each slot. It ignores that a slot changes what the slots
+below it earn; RLOO learns from whole pages, so it does not. The policy begins as a softened greedy
+maximiser. What it gains over that is the gain from looking ahead. Source of RLOO: Ahmadian et al.,
+arXiv 2402.14740.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from pagellm.stage import randomness
 
 __all__ = ["PagePolicy", "PageReward", "fit_reward", "places", "standard", "teach"]
 
-PLAIN = 6  # features that do not need what stands above
+PLAIN = 6  # features that do not depend on the slots above
 
 
 def standard(score: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Shoppers to whom a page is more than the sum of its slots.
+"""Simulated shoppers for whom the slots of a page influence each other.
 
     world = shoppers_of(shop, Habits(), seed=0)
     visits = visit(world, user, page, rng)              what S sessions saw, clicked and bought
@@ -22,8 +22,8 @@ price         a purchase is less likely the dearer the item. The default is a me
               -2.62 over 1,851 estimates (Bijmolt, van Heerde and Pieters, Journal of Marketing
               Research 2005), which for small chances is the slope in logits
 
-Only price and next_row have their size from a source; of the others the sources say that they
-exist, and how large they are here is an assumption. Results are called simulated.
+Only price and next_row have values from a source. For the others the sources show that the effect
+exists; its size here is an assumption. Results are called simulated.
 
 A session of a page with rows r, in closed form, with s_k the chance of a click in a row that is
 read, b_k that of a purchase behind it, Q_r the chance of a row without a click, and for a leaf

@@ -13,8 +13,8 @@ Writes  runs/<run>/simulate      log.parquet, one line a session
     price                list of K
 
 The policy is Plackett-Luce over each user's best candidates by ALS with titles: the better ones
-come first more often, and every order is possible. Shoppers are those of shopper.py; what they mind
-is an option here. `pagellm ope` reads such a log once a column target_propensity stands
+come first more often, and every order is possible. Shoppers are those of shopper.py; the options
+here set their habits. `pagellm ope` reads such a log once a column target_propensity stands
 beside it. Seconds for 20,000 pages.
 """
 
@@ -47,18 +47,20 @@ ALS = {"factors": 64, "alpha0": 0.1, "reg": 0.03, "nu": 1.0}
 class Config(StageConfig):
     """Log the pages of an exploring policy."""
 
-    pages: int = 20000  # sessions
+    pages: int = 20000  # number of sessions; each sees one page
     k: int = 10  # slots of a page
-    pool: int = 40  # candidates of a user
-    temperature: float = 0.5  # of the exploring policy, in standard deviations of a user's scores
-    columns: int = 5  # slots in a row
-    glance: float = 0.9  # a slot is looked at with probability glance ** column
+    pool: int = 40  # candidates of each user, from which a page is drawn
+    temperature: float = 0.5  # temperature of the exploring policy, in standard deviations of a
+    # user's scores; a higher one explores more
+    columns: int = 5  # slots in a row of the grid
+    glance: float = 0.9  # column c of a row is looked at with probability glance ** c
     next_row: float = 0.8  # probability of going on to the next row
-    bored: float = 0.4  # probability of leaving after a row without a click, beside that
-    satiation: float = 0.8  # mean logits that an item of the same kind above costs; 0: none
-    satiation_spread: float = 0.5  # its relative spread over users
-    substitutes: bool = True  # a purchase ends the need for its kind in the session
-    buy_price: float = 2.62  # logits of a purchase for each factor e of price
+    bored: float = 0.4  # further probability of leaving after a row without a click
+    satiation: float = 0.8  # mean loss, in logits, for each item of the same leaf category above;
+    # 0: none
+    satiation_spread: float = 0.5  # relative spread of that loss over users
+    substitutes: bool = True  # a purchase ends the need for its leaf category in the session
+    buy_price: float = 2.62  # loss of a purchase, in logits, for each factor e of price
 
     def __post_init__(self):
         super().__post_init__()

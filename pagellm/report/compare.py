@@ -25,13 +25,13 @@ from pagellm.stage.run import finished
 __all__ = ["Config", "run"]
 
 
-POLICIES = ("compose", "ppo", "sft", "popularity")  # the first that was evaluated is taken
+POLICIES = ("compose", "ppo", "sft", "popularity")  # the first one evaluated counts
 SAME = (
     "dataset",
     "split",
     "mask",
     "k",
-)  # options of evaluate without which scores mean other things
+)  # options of evaluate that must be equal, or scores cannot be compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,9 @@ class Config:
     b: str = ""  # another run; differences are b - a
     policy: str = ""  # whose pages: sft, ppo, compose; empty: the last that each has evaluated
     runs: str = "runs"  # directory of runs
-    seed: int = 0  # of the bootstrap draws
-    n_boot: int = 1000  # bootstrap draws behind an interval and a p-value
-    decimals: int = 4  # digits behind the point
+    seed: int = 0  # seed of the bootstrap draws
+    n_boot: int = 1000  # bootstrap draws for each interval and p-value
+    decimals: int = 4  # digits after the decimal point
 
     def __post_init__(self):
         if not (self.a and self.b):
@@ -115,7 +115,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def table(records: list[dict[str, Any]], decimals: int) -> str:
-    """The records as text; ahead and behind say which way b is, where the difference is clear."""
+    """The records as text. "ahead" and "behind" say where b is clearly better or worse than a."""
     d = decimals
     lines = [
         f"{'':<18}{'a':>10}{'b':>10}{'b - a':>12}  {'95% interval':<24}{'p (Holm)':>9}{'d':>8}"

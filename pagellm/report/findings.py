@@ -45,7 +45,7 @@ WRITERS = ("sft", "ppo", "compose")  # policies whose pages are shown, in this o
 
 
 class Missing(Exception):
-    """A section cannot be made.
+    """Raised where a section of the report cannot be made.
 
     what     what is missing, in words
     command  the command that makes it; "" where none does

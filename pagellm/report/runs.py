@@ -24,7 +24,7 @@ __all__ = ["Config", "described", "links", "run"]
 
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "compose", "evaluate", "baselines")
-POLICIES = ("compose", "ppo", "sft")  # the first that is there is the run's last word
+POLICIES = ("compose", "ppo", "sft")  # the policy shown is the first of these that is there
 METRIC = "NDCG@100"
 
 
@@ -56,7 +56,7 @@ def finished_stages(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
 
 
 def described(path: Path) -> dict[str, Any] | None:
-    """What a run's directory says of it; None if it holds no stage.
+    """What a run's directory says about the run; None if it holds no stage.
 
     returns  run, dataset, stages (done), begun (not finished), changed (seconds since 1970),
              policy (the last one evaluated or trained), NDCG@100 of it on held-out rows (None: not

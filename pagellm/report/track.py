@@ -6,9 +6,9 @@ Writes  runs/<run>/tensorboard/<stage>/, or MLflow's store; runs/<run>/track.jso
     pagellm track --run NAME --to tensorboard --follow      then: tensorboard --logdir runs
     pagellm track --run NAME --to mlflow --uri sqlite:///mlflow.db
 
-No stage knows of it: it reads the logs that every stage writes anyway, and sends what is new. The
-same command again sends nothing twice; a stage that was made anew replaces the old curves. Another
-tracker is another `Writer`. Needs the extra [tensorboard] or [mlflow].
+It reads the logs that every stage writes anyway, and sends what is new; no stage depends on it. The
+same command again sends nothing twice. A stage that was trained again replaces its old curves. To
+add a tracker, write another `Writer`. Needs the extra [tensorboard] or [mlflow].
 """
 
 import hashlib
@@ -30,8 +30,8 @@ from pagellm.stage.files import read_json, write_json
 __all__ = ["Config", "MLflow", "TensorBoard", "Writer", "run", "scalars_of", "send_new"]
 
 
-FILES = {"log.jsonl": "", "timing.jsonl": "timing/"}  # file -> what stands before its names
-MANY = 1000  # metrics that MLflow takes at once
+FILES = {"log.jsonl": "", "timing.jsonl": "timing/"}  # file -> prefix of its names
+MANY = 1000  # metrics in one request to MLflow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Config:
     uri: str = ""  # mlflow: where its store is, such as sqlite:///mlflow.db or http://host:5000;
     # empty: as MLFLOW_TRACKING_URI says, else sqlite:///<runs>/mlflow.db
     follow: bool = False  # go on sending what the stages log, until Ctrl-C
-    every: float = 2.0  # seconds between two looks at the logs
+    every: float = 2.0  # seconds between two looks at the logs, with --follow
 
     def __post_init__(self):
         check(
@@ -156,7 +156,7 @@ def plain_name(name: str) -> str:
 def scalars_of(row: dict[str, Any], before: str = "") -> dict[str, float]:
     """The numbers of a line of a log by name; switches count 0 or 1.
 
-    before  stands before each name
+    before  prefix of each name
     """
     return {
         before + name: float(value)
@@ -178,7 +178,7 @@ def read_rows(path: Path, after: int) -> list[dict[str, Any]]:
 
 
 def begun_as(folder: Path) -> str:
-    """16 hex digits of the options and inputs of a stage: another run of it has others."""
+    """16 hex digits of the options and inputs of a stage, which tell one run of it from another."""
     made = read_json(folder / "config.json")
     text = json.dumps([made["config"], made["inputs"]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -12,7 +12,7 @@ Writes  runs/<run>/export-<policy> (--out)  <name>.npy, item_ids.json, user_ids.
     item_token     (N, d) the item rows e_i
     item_content   (N, d) mean state over an item's title, brand and category
     user_token     (U, d) the user rows
-    user_content   (U, d) h_u, the state behind the page prompt
+    user_content   (U, d) h_u, the state after the page prompt
 
 h_u . e_i is the logit of item i in the first slot. `pagellm.serving.embeddings` reads all this with
 numpy alone. It takes seconds.
@@ -49,18 +49,18 @@ FORMATS = ("embeddings", "transformers")
 class Config(StageConfig):
     """Write a policy for others: embeddings as .npy files, or a directory for transformers."""
 
-    source_run: str = ""  # run whose sft is read; empty: this run
+    source_run: str = ""  # run whose sft is read; empty: this run (studies share one)
     policy: str = ""  # whose embeddings: ppo or sft; empty: ppo if it is there, else sft
     format: str = "embeddings"  # embeddings: matrices as .npy files. transformers: the network with
     # words, users and items as one vocabulary, which AutoModelForCausalLM opens. trec, ranx: qrels
     # and the pages that evaluate wrote. recbole: the data as atomic files
     k: int = 20  # transformers: slots of a page, the tokens that `generate` writes
-    names: str = ",".join(NAMES)  # which matrices, comma-separated
-    dtype: str = "float16"  # of embeddings: float32, float16, or int8 (a float32 scale a row beside
-    # it)
-    pca: int = 0  # dimensions kept; 0: all
-    split: str = "none"  # rows held out from the prompts of user_content. none: all rows, for
-    # serving; test: train rows alone, as in evaluate
+    names: str = ",".join(NAMES)  # which matrices to write, comma-separated
+    dtype: str = "float16"  # type of the embeddings: float32, float16, or int8 (with one float32
+    # scale for each row)
+    pca: int = 0  # dimensions kept by a projection on the principal directions (PCA); 0: all
+    split: str = "none"  # rows that the prompts of user_content do not show. none: they show all
+    # rows, for serving; test: train rows alone, as in evaluate
     batch: int = 256  # rows in a forward pass
     out: str = ""  # name of the directory under the run, or a path that begins with /; empty:
     # export-<policy> or transformers-<policy>
@@ -92,7 +92,7 @@ class Config(StageConfig):
 
 @torch.no_grad()
 def states(policy: Policy, rows: list[list[int]], batch: int, mean: bool) -> np.ndarray:
-    """(len(rows), C) float32: the state of each row's last token, or the mean over its tokens."""
+    """(len(rows), C) float32: the state at each row's last token, or the mean over its tokens."""
     out, device = [], policy.model.word.device
     for at in range(0, len(rows), batch):
         ids, valid = (x.to(device) for x in left_pad(rows[at : at + batch], policy.vocab.pad))
@@ -107,7 +107,7 @@ def states(policy: Policy, rows: list[list[int]], batch: int, mean: bool) -> np.
 
 
 def item_content(policy: Policy, shop: Shop, batch: int = 256) -> np.ndarray:
-    """(N, C) float32: what the words alone say about each item.
+    """(N, C) float32: the mean state over the words of each item, without its item row.
 
     An item without any text has the state of the padding token.
     """
@@ -121,7 +121,7 @@ def item_content(policy: Policy, shop: Shop, batch: int = 256) -> np.ndarray:
 
 
 def user_content(policy: Policy, shop: Shop, split: str = "none", batch: int = 256) -> np.ndarray:
-    """(U, C) float32: the state behind each user's page prompt, from which the first slot follows.
+    """(U, C) float32: the state after each user's page prompt, which predicts the first slot.
 
     split  none: all rows in the prompt; test: train rows, as in evaluate
     """
@@ -136,7 +136,7 @@ def user_content(policy: Policy, shop: Shop, split: str = "none", batch: int = 2
 def basis_of(x: np.ndarray, d: int) -> np.ndarray:
     """(C, d) orthonormal: the d directions that keep most of the rows' squared length.
 
-    The rows are not centred, so that dot products of projected rows stay near those before.
+    The rows are not centred, so that dot products change little by the projection.
     """
     return np.linalg.svd(x.astype(np.float64), full_matrices=False)[2][:d].T.astype(np.float32)
 
@@ -250,7 +250,7 @@ def for_tools(config: Config) -> None:
 
 
 def measured(config: Config, policy: str) -> dict | None:
-    """What evaluate found of this very policy on the test split; None where it did not run."""
+    """The metrics of this very policy on the test split; None where it was not evaluated."""
     folder = config.stage("evaluate")
     if not (folder / "done").exists():
         return None

@@ -8,8 +8,8 @@ Writes  the pairs with two more columns
 
     dot        h_u . e_i, the logit of item i in the first slot of u's page
     marginal   R(page with i) - R(page without i), R = R_c + R_f (Eq. 5, 6), of the page that the
-               policy writes for u. An item of the page is taken off it, and the rest closes up; any
-               other item is put at the page's end. Left out where there is no reward model
+               policy writes for u. An item of the page is removed, and those below it move up; any
+               other item is added at the page's end. Left out where there is no reward model
 
 `python -m experiments.ranker` measures what they add to a LightGBM ranker. About 4,000 pairs a
 second on one core.
@@ -52,13 +52,15 @@ class Config(Sources):
 
     pairs: str = ""  # Parquet file with user_id and item_id, the shop's own; other columns are kept
     out: str = ""  # Parquet file to write
-    policy: str = ""  # whose h_u, e_i and pages: ppo or sft; compose: composed pages, and h_u, e_i
-    # of the policy that proposes for them; empty: ppo if it is there, else sft
-    split: str = "test"  # rows held out from prompts and pages, as in evaluate: a ranker that is
-    # tested on them must not have them in its features. none: all rows, for pairs that are served
+    policy: str = ""  # whose h_u, e_i and pages are used: ppo or sft; or compose, which means
+    # composed pages, and h_u, e_i of the policy that proposes for them; empty: ppo if it is there,
+    # else sft
+    split: str = "test"  # rows held out, as in evaluate: prompts and pages know nothing of them. A
+    # ranker that is tested on these rows must not have them in its features. none: no row is held
+    # out, for pairs that are served
     k: int = 20  # slots of the page that an item is added to or taken from
-    mode: str = "auto"  # how ppo or sft decode it: greedy, beam, one_shot or hybrid; auto: what
-    # validation chose
+    mode: str = "auto"  # how ppo or sft decode the page: greedy, beam, one_shot or hybrid; auto:
+    # what validation chose
     batch: int = 512  # pages in a forward pass of the reward model
 
     def __post_init__(self):
@@ -123,7 +125,7 @@ def marginal_reward(
         out[row, column] = total + mean_reward(token, longer >= 0) - base[row]
     for row, column in chunks(there, batch):
         gone = (page[row] == item[row, column, None]) | (page[row] < 0)
-        # A stable sort of "is the item, or empty" closes the gap that the item leaves.
+        # A stable sort by "is this item, or empty" moves the items below one slot up.
         less = (
             page[row].masked_fill(gone, -1).gather(1, gone.long().sort(dim=1, stable=True).indices)
         )

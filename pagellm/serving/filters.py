@@ -27,7 +27,7 @@ class Filters:
 
 
 def look_up(names: Iterable[str], known: dict[str, int]) -> tuple[list[int], list[str]]:
-    """Dense ids of the names that are known, and the other names."""
+    """Dense ids of the names that are known; and the names that are not."""
     names = list(names)
     return [known[name] for name in names if name in known], [n for n in names if n not in known]
 

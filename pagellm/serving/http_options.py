@@ -32,17 +32,19 @@ class HttpOptions(StageConfig):
     ENVIRONMENT: ClassVar[str] = "PAGELLM_"
     SECRET: ClassVar[tuple[str, ...]] = ("api_key",)
 
-    api_key: str = field(default="", repr=False)  # callers must send it: Authorization: Bearer KEY.
-    # Give it as PAGELLM_API_KEY: other users of the machine can read command lines. empty: none
+    api_key: str = field(default="", repr=False)  # key that callers must send, as Authorization:
+    # Bearer KEY. Give it as PAGELLM_API_KEY: other users of the machine can read command lines.
+    # empty: no key
     host: str = "127.0.0.1"  # address to listen on
     port: int = 8000  # TCP port; 0 takes a free one and says which
     queue: int = 256  # requests that may wait; further ones are refused with 503
-    timeout: float = 10.0  # seconds a request may take to arrive, and again to be answered
+    timeout: float = 10.0  # seconds that a request may take to arrive, and again seconds that its
+    # answer may take
     keep_alive: int = 75  # seconds an idle connection stays open; longer than clients and proxies
     # keep theirs (60 is usual), so that no request meets a connection that is just being closed
-    max_body: int = 4 << 20  # bytes of a request
-    reload: float = 2.0  # seconds between two looks for what was made anew; 0: never
-    drain: int = 30  # seconds that requests under way have when the service is stopped
+    max_body: int = 4 << 20  # largest request body, in bytes
+    reload: float = 2.0  # seconds between two checks for newly trained weights; 0: never
+    drain: int = 30  # seconds that open requests get to finish when the service is stopped
     log: str = "info"  # lowest level that is logged: debug, info, warning, error
 
     def __post_init__(self):

@@ -24,7 +24,7 @@ __all__ = ["FINE", "FrameMeters", "LastPages", "Meters"]
 
 
 class LastPages:
-    """How varied the last pages are: their items, counted.
+    """How varied the last pages are, by counts of their items.
 
     room  pages that are remembered; an older page is forgotten
     """

@@ -1,4 +1,4 @@
-"""What stands around every request: the key, limits, time-outs, error bodies, logs."""
+"""What happens around every request: the key, limits, time-outs, error bodies, logs."""
 
 import asyncio
 import hashlib
@@ -168,7 +168,7 @@ class Middleware:
         self.record(inner, scope["method"], mark, status, time.perf_counter() - started)
 
     def may(self, scope) -> bool:
-        """Whether the caller has sent the key, or needs none.
+        """Whether the caller may go on: it has sent the key, or the path needs none.
 
         Digests are compared, in a time that tells nothing about the key.
         """

@@ -1,4 +1,4 @@
-"""Make a run the live one: compare it with the run that is live, then move the link to it.
+"""Make a run the live one: compare it with the live run, then point the link at it.
 
     pagellm promote v2            runs/live -> v2, unless v2 is behind the run that is live
     pagellm promote --back        runs/live -> the run before
@@ -39,7 +39,8 @@ class Config:
     run: str = ""  # the run that is to be live
     live: str = "live"  # name of the link, which `pagellm serve --run live` follows
     runs: str = "runs"  # directory of runs
-    metric: str = "NDCG@100"  # what must not be behind: 95% interval, at most 1% below
+    metric: str = "NDCG@100"  # metric by which the run must not be worse than the live one: the 95%
+    # interval of the difference decides, or where the data differ, a mean more than 1% lower
     back: bool = False  # go back to the run that was live before
     force: bool = False  # promote whatever the comparison says
     seed: int = 0  # seed of the bootstrap
@@ -98,8 +99,8 @@ def scores_of(folder: Path, metric: str) -> Scores:
 def compare(new: Scores, old: Scores, config: Config) -> tuple[str, str]:
     """Ahead, level or behind, and the numbers in words.
 
-    On the same data the difference is paired by user, and its interval decides. On other data only
-    the two means can be compared: behind is more than 1% below.
+    On the same data the difference is paired by user, and its interval decides. On different data
+    only the two means can be compared: behind then means more than 1% below.
     """
     sign = -1.0 if DIRECTION.get(config.metric, "up") == "down" else 1.0
     a, b = float(np.nanmean(new.values)), float(np.nanmean(old.values))
@@ -147,7 +148,7 @@ def before(path: Path, live: str) -> str:
 
 
 def move(link: Path, to: str) -> None:
-    """Let the link name another run, in one go: whoever follows it finds the old or the new."""
+    """Point the link at another run, atomically: a reader finds the old or the new one."""
     beside = link.with_name(f".{link.name}.{os.getpid()}.tmp")
     beside.unlink(missing_ok=True)
     beside.symlink_to(to, target_is_directory=True)

@@ -67,14 +67,17 @@ class Config(Sources):
     history: str = ""  # items and ratings 1 to 5, oldest first: id:rating,id:rating;
     # a bare id has no rating
     k: int = 20  # slots of a page
-    policy: str = ""  # compose: composed pages; ppo: with the reward; sft: without it; plain: ALS
-    # with facts and MMR, which comes with compose; empty: the best on validation of those there
+    policy: str = ""  # who writes the pages: compose, composed pages; ppo, the policy trained on
+    # the reward; sft, the one before that; plain, ALS with facts and MMR, which comes with compose;
+    # empty: the best on validation of those that are there
     mode: str = "auto"  # decoding of sft and ppo: greedy, beam, one_shot; auto: what validation
     # chose when the policy was trained
-    variety: str = "none"  # inside decoding of sft and ppo: none, mmr or energy
-    strength: float = STRENGTH  # of variety, in nats
-    candidates: int = 0  # pages are made of so many items, the best for the first slot,
-    # found once a user; 0: of all. For large catalogues
+    variety: str = "none"  # method that makes the pages of sft and ppo more varied while they are
+    # decoded: none, mmr or energy
+    strength: float = STRENGTH  # strength of variety: with mmr, an item identical to one above
+    # loses so many nats of log-probability
+    candidates: int = 0  # size of the shortlist that pages are made of: the best items for the
+    # first slot, found once for each user; 0: all items. For large catalogues
     exclude: str = ""  # item ids that no page may hold, comma-separated, in quotes where one holds
     # a comma; @path: a file of them, one a line
     categories: str = ""  # only items of these categories, separated by |; empty: all
@@ -82,12 +85,12 @@ class Config(Sources):
     price_min: float = 0.0  # only items at this price or above;
     # items of unknown price fail any price filter
     price_max: float = math.inf  # only items at this price or below
-    all: bool = False  # a page for every user, to --out
-    out: str = ""  # Parquet file: user, rank, item, score, page, user_id, item_id, known
-    depth: int = 0  # ranks a user in the file; those behind the page are ordered by the first
-    # slot's logits; 0: k
+    all: bool = False  # write a page for every user, to --out
+    out: str = ""  # Parquet file to write: user, rank, item, score, page, user_id, item_id, known
+    depth: int = 0  # ranks of each user in the file; those after the page are ordered by the first
+    # slot's logits; 0: as many as k
     batch: int = 256  # users decoded at once
-    part: int = 512  # users in a part; an interrupted --all repeats one part at most
+    part: int = 512  # users in a part of the file; an interrupted --all repeats one part at most
 
     def __post_init__(self):
         super().__post_init__()
@@ -278,7 +281,7 @@ def file_rows(recommender: Recommender, config: Config, asks: list[Ask]) -> pa.T
 
 
 def remarks(recommender: Recommender, config: Config) -> list[str]:
-    """What a person should know before reading the file.
+    """Remarks to print before the file is written.
 
     Ids and categories of the options that the data do not have, and how many users and items
     of the log have no row in the data.
@@ -366,7 +369,7 @@ def write_all(config: Config) -> None:
         for line in remarks(recommender, config):
             print(f"recommend: {line}")
     made_from = identity(recommender, config) | {"why": recommender.why}
-    if recommender.left_out.users:  # files of before have no pages of theirs
+    if recommender.left_out.users:  # files of earlier versions have no pages of these users
         made_from["users below the k-core"] = str(len(recommender.left_out.users))
     if out.exists():
         refuse_other(
@@ -404,7 +407,7 @@ def check_size(recommender: Recommender, config: Config) -> None:
 def write_parts(
     recommender: Recommender, config: Config, parts: list[tuple[Path, list[Ask]]]
 ) -> None:
-    """This process's parts, those aside that are there already."""
+    """Write this process's parts, apart from those that exist already."""
     rank, world = dist.rank(), dist.world()
     kept = sum(len(asks) for file, asks in parts if file.exists())
     started = time.perf_counter()
@@ -434,7 +437,7 @@ def write_parts(
 
 
 def identity(recommender: Recommender, config: Config) -> dict[str, str]:
-    """What the file depends on; kept in its metadata, so that no other file is carried on."""
+    """What the file depends on. Kept in its metadata, so that parts of two files never mix."""
     names = (
         "k",
         "depth",

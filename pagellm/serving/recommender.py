@@ -52,7 +52,7 @@ __all__ = ["Ask", "Recommender", "ResolvedAsk", "no_observer"]
 
 @dataclass(frozen=True)
 class Ask:
-    """One page wanted, in the shop's own words.
+    """A request for one page, in the shop's own ids and names.
 
     user     the shop's id; None or an unknown id: a stranger, whose prompt begins with <user_unk>;
              so does that of a user whom the k-core left out

@@ -12,7 +12,7 @@ Writes  nothing; with --index hnsw  runs/<run>/export-<policy>/<name>.hnsw and .
     items, score = index.query(h, 100)                       (B, 100) ids of the shop, float32
 
 Exact search is a product of matrices. It needs numpy alone, and up to some ten thousands of items
-it is the faster of the two (docs/results/serving.md has the border).
+it is the faster of the two (docs/results/serving.md measures up to where).
 
 The graph is faiss's HNSW (Malkov and Yashunin, arXiv 1603.09320). HNSW finds the nearest row, not
 the largest product. So every row gets one more dimension that makes all rows equally long; the
@@ -48,15 +48,16 @@ T = TypeVar("T")
 class Config(StageConfig):
     """Time exact search over an export's item rows; build an HNSW index, and compare both."""
 
-    index: str = "exact"  # exact, or hnsw: build the graph too, keep it, measure it beside exact
+    index: str = "exact"  # exact, or hnsw: also build the graph, keep it, and measure it beside
+    # exact search
     policy: str = ""  # whose export is read: ppo or sft; empty: ppo's if it is there, else sft's
     k: int = 100  # items wanted for each user
-    degree: int = 32  # links of an item in the graph
+    degree: int = 32  # links of each item in the graph
     build: int = 200  # items that HNSW visits to find the links of a new one (efConstruction)
     search: str = "100,200,400"  # items that HNSW visits in a query (efSearch), comma-separated;
     # each is measured
-    users: int = 1000  # queries, drawn from the export's users
-    copies: int = 1  # the catalogue is made this many times as large, to see how search scales
+    users: int = 1000  # number of queries, which are drawn from the export's users
+    copies: int = 1  # make the catalogue so many times as large, to see how search scales
     repeats: int = 3  # timings of each search; the fastest counts
 
     def __post_init__(self):

@@ -54,13 +54,13 @@ class Config(Sources, HttpOptions):
     Without --api_key there is no log-in: keep the service on loopback or behind a proxy.
     """
 
-    batch: int = 32  # pages written at once
-    max_k: int = 100  # slots of a page; the model's context may allow fewer
-    width: int = 4  # pages a beam keeps
-    candidates: int = 0  # pages are made of so many items, the best for the first slot,
-    # found once a page; 0: of all. For large catalogues
-    cache_mb: int = 128  # MiB of prompt columns and user states
-    threads: int = 0  # CPU threads of a batch; 0: torch's choice
+    batch: int = 32  # pages written in one batch, at most
+    max_k: int = 100  # most slots that a request may ask for; the model's context may allow fewer
+    width: int = 4  # pages that a beam search keeps
+    candidates: int = 0  # size of the shortlist that pages are made of: the best items for the
+    # first slot, found once for each page; 0: all items. For large catalogues
+    cache_mb: int = 128  # memory for cached prompts and user states, in MiB
+    threads: int = 0  # CPU threads that write a batch; 0: torch's choice
 
     def __post_init__(self):
         super().__post_init__()
@@ -81,7 +81,7 @@ TRIM_EVERY = 10.0  # seconds between two calls of trim_memory
 def trim_memory() -> None:
     """Hand free memory back to the system (with glibc; elsewhere nothing happens).
 
-    A full cache swaps prompts of many lengths for others, which leaves growing holes between them.
+    A full cache replaces prompts by others of other lengths, which leaves growing gaps in memory.
     """
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
@@ -111,7 +111,7 @@ class Service:
         self.closed = threading.Event()
         self.threads: list[threading.Thread] = []
         self.passed_over: dict[str, str] | None = None
-        self.reported: str | None = None  # the state on disk whose failed swap is logged
+        self.reported: str | None = None  # the state on disk whose failed swap has been logged
 
     def load(self) -> Recommender:
         """Everything that is finished now."""

@@ -98,7 +98,7 @@ class Sources(StageConfig):
         return pick_policy(policy, self.where, self.make)
 
     def stale(self) -> list[str]:
-        """What composed pages were made from and is another by now; [] also where none are."""
+        """Inputs of the composed pages that have changed since; [] too if there are none."""
         if not is_done(self.where("compose")):
             return []
         if "unit" not in read_json(self.where("compose") / "done"):
@@ -164,12 +164,12 @@ def is_done(path: Path) -> bool:
 
 
 def check_policy(policy: str) -> tuple[bool, str]:
-    """Whether a Config's policy is one, and what would be: a rule for config.check."""
+    """A rule for config.check: whether a Config's policy is known, and which are."""
     return policy in ("", *POLICIES), "ppo, sft, or nothing for what is there"
 
 
 def check_writer(policy: str) -> tuple[bool, str]:
-    """Likewise for what may write pages: composed pages and the plain row too."""
+    """The same rule for everything that writes pages: composed pages and the plain row too."""
     allowed = (*WRITERS, PLAIN)
     return policy in ("", *allowed), f"{', '.join(allowed)}, or nothing for validation's choice"
 

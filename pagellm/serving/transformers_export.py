@@ -7,8 +7,8 @@
     README.md                          a model card: metrics, hashes, and code that writes a page
 
 Its logits are the policy's own (to 1e-5 by test). A policy that gates the items of its page
-(`pretrain --pool`) reads an item otherwise on the page than in the history. So its vocabulary has
-every item twice: <item_ID> on the page, <seen_ID> in the history.
+(`pretrain --pool`) reads an item on the page in another way than in the history. So its vocabulary
+has every item twice: <item_ID> on the page, <seen_ID> in the history.
 """
 
 import json
@@ -109,7 +109,7 @@ def weights_of(model: Backbone, layout: Layout) -> tuple[dict[str, Tensor], dict
         "vocab_size": layout.size,
         "tie_word_embeddings": out is None,
         "torch_dtype": "float32",
-        # None, lest the defaults name some user or item
+        # None: the defaults would be ids of some user or item
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": pad,

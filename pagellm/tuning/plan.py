@@ -1,10 +1,10 @@
-"""The plan of `pagellm tune`: what is tried, fitted to the minutes from a few timed samples.
+"""The plan of `pagellm tune`: from a few timed samples, what can be tried in the given minutes.
 
     seconds = measure(config, shop, run)        of a factorisation, a step, a page: here
     plan = make_plan(seconds, minutes, size_of(shop))
 
-Only the measuring looks at a clock. The plan is written once. All that follows reads the plan, so
-that a run which is carried on ends with the same bytes, on a slower machine too.
+Only these samples are timed. The plan is written once, and all later steps read it. So a run that
+is resumed, even on a slower machine, ends with the same bytes.
 """
 
 import json
@@ -28,7 +28,7 @@ __all__ = ["Plan", "Seconds", "ShopSize", "epochs_for", "make_plan", "measure", 
 
 # Shares of the minutes. What is left covers reading, writing and estimates that are too low.
 SHARES = {"plain": 0.25, "start": 0.05, "pretrain": 0.05, "sft": 0.15, "compose": 0.3, "ppo": 0.1}
-WIDTHS = ("tiny", "mini", "wide", "wider")  # sizes of a start, by width
+WIDTHS = ("tiny", "mini", "wide", "wider")  # sizes of the network, by width
 BATCH = 64  # users in a step of SFT
 LEAST = 30  # steps that a stage needs to show anything
 # Costs in steps of SFT at the same width, and seconds of compose for each user;
