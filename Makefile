@@ -36,7 +36,7 @@ ROWS := $(DONE)/storefront/build/done
 OWN_LOG := $(filter --log --log=%,$(ARGS))
 SHOWN := $(if $(OWN_LOG),$(VENV)/installed,$(DONE)/evaluate/done)
 STAGES := pretrain sft reward ppo compose evaluate
-STEPS := storefront-build storefront-tune storefront-evaluate storefront-page
+STEPS := storefront-build storefront-tune storefront-evaluate storefront-cache storefront-page
 VERBS := fit tune recommend serve export features search baselines storefront $(STEPS) judge ope
 STUDIES := ablation backbones coldstart crossdomain drift leaveout
 OF_A_RUN := ranker caches load fuzz
@@ -81,6 +81,10 @@ storefront: | $(ORDERED)  ## a page of themed rows: built, tuned, scored; DATASE
 storefront-build $(ROWS): | $(ORDERED)  ## its steps one by one: keywords, missions, factors, the scorer
 storefront-tune: | $(ROWS)  ## weights of the score, chosen on validation rows
 storefront-evaluate: | $(ROWS)  ## everybody's page of rows, scored beside rows without themes
+storefront-cache: | $(ROWS)  ## rows and pages of everybody, made ahead into a SQLite file
+storefront-serve: $(VENV)/extra-serve | $(ROWS)  ## rows in a browser and over HTTP: port 8000
+	$(ONE) storefront cache $(COMMON)
+	$(call command,$@) $(ARGS)
 storefront-page: | $(ROWS)  ## one page of rows in the terminal: ARGS="--user ID"
 judge: $(DONE)/evaluate/done  ## SFT's pages against composed ones or PPO's: ARGS="--backend reward"
 ope: $(SHOWN)  ## what PPO would earn, from SFT's SIMULATED log; your own: ARGS="--log sessions.parquet"

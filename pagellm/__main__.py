@@ -56,6 +56,8 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "storefront build": ("pagellm.storefront.build", "keywords, missions, factors, the scorer"),
         "storefront tune": ("pagellm.storefront.tune", "weights of the score, on validation rows"),
         "storefront evaluate": ("pagellm.storefront.evaluate", "everybody's page of rows, scored"),
+        "storefront cache": ("pagellm.storefront.ahead", "rows and pages of everybody, made ahead"),
+        "storefront serve": ("pagellm.storefront.serve", "pages of rows over HTTP, in a browser"),
         "storefront page": ("pagellm.storefront.show", "one page of rows in the terminal"),
     },
     "Comparisons": {

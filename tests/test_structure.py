@@ -57,6 +57,7 @@ LEAVES = {
     "serving.meters": WEB,
     "serving.middleware": WEB,
     "serving.schema": WEB,
+    "storefront.api": WEB,
     "baselines.outside": OUTSIDE,
 }
 

@@ -7,12 +7,13 @@ experiments/stress/load.py starts them:
 
 Fields of the plan:
 
-    known, new   bodies of POST /v1/page. A client sends a random one of `known`, or the next one of
+    known, new   bodies of requests. A client sends a random one of `known`, or the next one of
                  `new`, which starts again when all have been sent
     share_new    share of requests from `new`
     rate         pages a second of all clients together, arriving at random times; null: each client
                  asks again at once
-    clients, k   number of clients; slots that a page must have
+    clients, k   number of clients; slots that a page must have, null: any but 0
+    path         where pages are asked for, as v1/page
     out          file for [second it ended, milliseconds, failure or ""] of each request, and the
                  clients' CPU seconds
 """
@@ -51,9 +52,13 @@ class Asker(FastHttpUser):
     def page(self):
         body = next(NEW) if random.random() < PLAN["share_new"] else random.choice(PLAN["known"])
         with self.client.post(
-            "/v1/page", data=body, headers={"content-type": "application/json"}, catch_response=True
+            f"/{PLAN['path']}",
+            data=body,
+            headers={"content-type": "application/json"},
+            catch_response=True,
         ) as reply:
-            if reply.status_code == 200 and reply.content.count(b'"rank":') != PLAN["k"]:
+            found = reply.content.count(b'"rank":') if reply.status_code == 200 else 0
+            if reply.status_code == 200 and (found != PLAN["k"] if PLAN["k"] else not found):
                 reply.failure("the page has another number of slots")
 
 

@@ -5,6 +5,7 @@ Prints  schemathesis' report; exit code 2 if an answer is a 5xx or violates the 
 
     make fuzz                           python -m experiments.stress.fuzz --dataset synthetic
     make fuzz ARGS="--cases 1000 --seed 7"
+    make fuzz ARGS="--rows"                 pages of rows: pagellm storefront build must have run
 
 schemathesis sends requests that fit the document and requests that do not, and runs its checks on
 every answer. One check is left out: that a request which fits the document is accepted. The
@@ -28,6 +29,7 @@ __all__ = ["Config", "run"]
 class Config(Sources):
     """Start the service and let schemathesis look for answers that its document does not allow."""
 
+    rows: bool = False  # pages of rows: pagellm storefront serve
     cases: int = 50  # most requests for each operation, in the phases that generate requests
     checks: str = "all"  # schemathesis' checks, comma-separated; not_a_server_error: only 5xx
     cores: int = 2  # CPU cores of the service

@@ -6,6 +6,10 @@ Prints  a row for each number of clients, with prompts that the service knows an
 
     make load                           python -m experiments.stress.load --dataset synthetic
     make load ARGS="--soak 10"          then ten minutes at 80% of the measured pages a second
+    make load ARGS="--rows"             pages of rows: pagellm storefront cache must have run
+
+With --rows `pagellm storefront serve` is measured: known are pages that are kept whole, new are
+pages that are drawn from rows that are kept.
 
 Needs the extras [serve] and [load]; the clients are locust's (clients.py). The service runs on
 `cores` cores, and the clients on the others; if there are none, they share the service's cores.
@@ -41,6 +45,7 @@ from pagellm.stage.run import commit, machine, versions
 __all__ = ["Config", "drive", "needs", "parts", "run", "served", "times"]
 
 
+COUNTED = "pagellm_storefront_page_seconds_count:"  # pages of rows, by where they came from
 PARTS = ("prompt", "decode", "reward", "metrics")
 RAMP = 1.0  # seconds at the start of a row that do not count
 KNOWN = 256  # users whose prompts are cached before the rows of known prompts; all fit in the cache
@@ -53,7 +58,8 @@ class Config(Sources):
 
     clients: str = "1,8,32"  # numbers of concurrent clients, comma-separated; a row each
     seconds: float = 10.0  # length of a row
-    k: int = 20  # slots on a page
+    rows: bool = False  # pages of rows, of pagellm storefront serve
+    k: int = 20  # slots on a page; of a page of rows, as many as its layout has
     cores: int = 2  # CPU cores of the service
     threads: int = 0  # CPU threads of a batch, as in serve; 0: torch's choice
     soak: float = 0.0  # minutes of the soak; 0: none
@@ -81,6 +87,7 @@ class Service:
     url: str
     cores: list[int]
     others: list[int]
+    path: str = "v1/page"  # where pages are asked for
 
     def get(self, path: str) -> bytes:
         with urllib.request.urlopen(self.url + path, timeout=60) as reply:
@@ -91,7 +98,7 @@ class Service:
 
         def ask(body: str) -> None:
             request = urllib.request.Request(
-                self.url + "v1/page", body.encode(), {"content-type": "application/json"}
+                self.url + self.path, body.encode(), {"content-type": "application/json"}
             )
             with urllib.request.urlopen(request, timeout=60) as reply:
                 reply.read()
@@ -124,32 +131,26 @@ class Served(Protocol):
 def served(config: Served):
     """Start the service on a free local port, and stop it at the end.
 
-    config  a Sources with cores and threads, and k if pages may be long
+    config  a Sources with cores and threads, k if pages may be long, and rows if it may be the
+            storefront's service
     Raises PageLLMError with the service's output if it does not start.
     """
     every = sorted(os.sched_getaffinity(0))
     mine = every[: config.cores]
     if len(mine) < config.cores:
         raise PageLLMError(f"cores={config.cores}: this process may use {len(mine)}")
-    options = {
-        name: getattr(config, name)
-        for name in (
-            "dataset",
-            "run",
-            "data",
-            "runs",
-            "source_run",
-            "reward_run",
-            "split",
-            "device",
-            "threads",
-        )
-    }
-    options["max_k"] = max(100, getattr(config, "k", 0))
+    names = ["dataset", "run", "data", "runs", "split", "device"]
+    rows = getattr(config, "rows", False)
+    if not rows:
+        names += ["source_run", "reward_run", "threads"]
+    options = {name: getattr(config, name) for name in names}
+    if not rows:
+        options["max_k"] = max(100, getattr(config, "k", 0))
     command = [
         sys.executable,
         "-m",
-        "pagellm.serving.serve",
+        "pagellm",
+        *(("storefront", "serve") if rows else ("serve",)),
         "--port=0",
         "--reload=0",
         *(f"--{name}={value}" for name, value in options.items() if value != ""),
@@ -172,7 +173,8 @@ def served(config: Served):
                 process.wait()
                 log.seek(0)
                 raise PageLLMError(f"the service did not start\n  {log.read().strip()[-2000:]}")
-            service = Service(said.group(), mine, every[config.cores :])
+            path = "v1/storefront" if rows else "v1/page"
+            service = Service(said.group(), mine, every[config.cores :], path)
             for _ in range(100):
                 if json.loads(service.get("readyz"))["status"] == "ready":
                     break
@@ -199,9 +201,13 @@ def needs(*modules: str) -> None:
 
 
 def bodies(config: Config) -> tuple[list[str], list[str]]:
-    """Bodies of POST /v1/page: one for every user, in seeded random order; NEW with new prompts."""
+    """Bodies of requests: one for every user, in seeded random order; NEW that no cache knows."""
     shop = load(config.data_dir)
     users = randomness.rng(config.seed, "load", "users").permutation(shop.n_users)
+    if config.rows:
+        asked = [{"user": shop.user_ids[u]} for u in users]
+        drawn = [{**asked[n % len(asked)], "explore": 1.0, "seed": n} for n in range(NEW)]
+        return [json.dumps(body) for body in asked], [json.dumps(body) for body in drawn]
     pairs = randomness.rng(config.seed, "load", "new").choice(
         shop.n_users * shop.n_items, size=min(NEW, shop.n_users * shop.n_items), replace=False
     )
@@ -230,6 +236,7 @@ def drive(service: Service, plan: dict, clients: int, seconds: float, watch=lamb
         plan = {
             "rate": None,
             "share_new": 0.0,
+            "path": service.path,
             **plan,
             "clients": clients,
             "out": f"{folder}/out.json",
@@ -307,8 +314,12 @@ def parts(before: dict[str, float], after: dict[str, float]) -> dict:
     def grown(name: str) -> float:
         return after.get(name, 0.0) - before.get(name, 0.0)
 
-    pages = max(1.0, grown("pagellm_batch_pages_sum"))
-    hits, misses = grown("pagellm_cache_hits"), grown("pagellm_cache_misses")
+    pages = sum(map(grown, (n for n in after if n.startswith(COUNTED))))
+    pages = max(1.0, grown("pagellm_batch_pages_sum") + pages)
+    hits, misses = (
+        grown(f"pagellm_cache_{name}") + grown(f"pagellm_storefront_cache_{name}")
+        for name in ("hits", "misses")
+    )
     return {
         **{name: 1e3 * grown(f"pagellm_stage_seconds_sum:{name}") / pages for name in PARTS},
         "cpu_ms": 1e3 * grown("process_cpu_seconds_total") / pages,
@@ -354,7 +365,7 @@ def soak(service: Service, config: Config, plan: dict, rate: float) -> dict:
                 (
                     now,
                     m["process_resident_memory_bytes"] / 1e6,
-                    m["pagellm_cache_bytes"] / 1e6,
+                    m.get("pagellm_cache_bytes", 0.0) / 1e6,
                     m["process_open_fds"],
                 )
             )
@@ -424,22 +435,23 @@ def run(config: Config) -> dict:
     """
     needs("locust")
     known, new = bodies(config)
+    slots = None if config.rows else config.k
     rows = []
     with served(config) as service:
         where = "on cores of their own" if service.others else "on the same cores"
         print(
-            f"service on {config.cores} cores, pages of {config.k}, {config.seconds:g} s a row; "
-            f"locust's clients {where}\n"
+            f"service on {config.cores} cores, pages of {slots or 'rows'}, "
+            f"{config.seconds:g} s a row; locust's clients {where}\n"
             f"{machine(config.device)}; torch {versions()['torch']}; commit "
             f"{commit() or 'unknown'}\n"
         )
         for clients in map(int, config.clients.split(",")):
             service.warm(known[:KNOWN])
             for name, share in (("known", 0.0), ("new", 1.0)):
-                plan = {"known": known[:KNOWN], "new": new, "share_new": share, "k": config.k}
+                plan = {"known": known[:KNOWN], "new": new, "share_new": share, "k": slots}
                 rows.append(row(service, name, plan, clients, config.seconds))
                 new = new[rows[-1]["requests"] :] + new[: rows[-1]["requests"]]
-        mixed = {"known": known, "new": new, "share_new": config.new, "k": config.k}
+        mixed = {"known": known, "new": new, "share_new": config.new, "k": slots}
         if config.soak:
             rows.append(
                 row(

@@ -31,7 +31,7 @@ from pagellm.serving.schema import (
 )
 from pagellm.stage.config import PageLLMError
 
-__all__ = ["find", "make_app"]
+__all__ = ["STATIC", "add_routes", "find", "make_app"]
 
 
 STATIC = Path(__file__).parent / "static"
@@ -50,14 +50,19 @@ def make_app(service) -> FastAPI:
         "PageLLM",
         "Whole recommendation pages, with and without the reward. Logs hold no personal data.",
     )
+    add_status_routes(app, [service], meters)
+    add_routes(app, service, meters)
+    return app
+
+
+def add_routes(app: FastAPI, service, meters: Meters) -> None:
+    """Everything of a service of pages but its health and meters."""
     add_page_routes(app, service, meters)
     add_catalogue_routes(app, service)
     add_interesting_route(app, service)
     add_shop_route(app, service)
-    add_status_routes(app, [service], meters)
     add_static_routes(app)
     complete_document(app, service)
-    return app
 
 
 def longest_page(service) -> int:

@@ -8,7 +8,7 @@ Whatever is wrong with a request comes back as 4xx with the body
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
@@ -23,7 +23,16 @@ from pagellm.serving.middleware import JSON, OPEN, Middleware, problem
 from pagellm.serving.schema import Error, Status
 from pagellm.stage.config import PageLLMError
 
-__all__ = ["Busy", "TooSlow", "add_key", "add_status_routes", "clean", "errors", "make_frame"]
+__all__ = [
+    "Busy",
+    "TooSlow",
+    "add_key",
+    "add_status_routes",
+    "clean",
+    "errors",
+    "make_frame",
+    "open_document",
+]
 
 
 class Busy(Exception):
@@ -178,6 +187,19 @@ def add_status_routes(app: FastAPI, services: Sequence, meters: FrameMeters) -> 
     )
     def metrics():
         return Response(meters.text(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+def open_document(app: FastAPI, api_key: str, open_paths: Sequence[str] = OPEN) -> None:
+    """Say in the OpenAPI document which routes need the service's key, where it has one."""
+    plain: Callable[[], dict] = app.openapi
+
+    def document() -> dict:
+        whole = plain()
+        if api_key:
+            add_key(whole, open_paths)
+        return whole
+
+    app.openapi = document  # type: ignore[method-assign]
 
 
 def add_key(document: dict, open_paths: Sequence[str] = OPEN) -> None:

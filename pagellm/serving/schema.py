@@ -12,8 +12,10 @@ from pagellm.serving.filters import Filters
 from pagellm.serving.recommender import Ask
 
 __all__ = [
+    "Allowed",
     "Error",
     "FoundList",
+    "Id",
     "Interesting",
     "Item",
     "Page",
@@ -21,6 +23,7 @@ __all__ = [
     "ScoreRequest",
     "ShopFacts",
     "Status",
+    "Strict",
     "User",
 ]
 

@@ -13,7 +13,7 @@ from pagellm.data.orders import Orders, orders_of
 from pagellm.data.shop import Rows, Shop
 from pagellm.storefront.parts import Context
 
-__all__ = ["Known", "contexts"]
+__all__ = ["Known", "contexts", "week_of"]
 
 HISTORY = 2000  # items of a history, newest first; more are left out
 OWN_BUCKET = 20  # items that give a person a bucket of their own
@@ -43,16 +43,31 @@ class Known:
         number = {name: at for at, name in enumerate(shop.user_ids)}
         return cls(rows, count, number, mission, k, at)
 
-    def context(self, user: str | None, barred: np.ndarray | None = None, season=()) -> Context:
-        """One person's. An unknown or absent user is cold."""
-        at = self.number.get(user, -1) if user is not None else -1
-        span = slice(0, 0) if at < 0 else slice(self.rows.indptr[at], self.rows.indptr[at + 1])
-        item, count = self.rows.items[span][:HISTORY], self.count[span][:HISTORY]
+    def context(
+        self,
+        user: str | None,
+        barred: np.ndarray | None = None,
+        season=(),
+        more: np.ndarray | None = None,
+        at: int | None = None,
+    ) -> Context:
+        """One person's. An unknown or absent user is cold.
+
+        more  (n,) items bought since, oldest first; one that is there twice was bought twice
+        at    the moment; None: the end of what is known
+        """
+        row = self.number.get(user, -1) if user is not None else -1
+        span = slice(0, 0) if row < 0 else slice(self.rows.indptr[row], self.rows.indptr[row + 1])
+        item, count = self.rows.items[span], self.count[span]
+        if more is not None and len(more):
+            item, count = with_more(item, count, more)
+        item, count = item[:HISTORY], count[:HISTORY]
         share = self.shares(item, count)
+        at = self.at if at is None else at
         return Context(
             user,
-            self.bucket(user, item, share),
-            self.at,
+            self.bucket(user, item, share, at),
+            at,
             item,
             count,
             share,
@@ -69,15 +84,35 @@ class Known:
             total = np.ones(self.n_missions)
         return (total / total.sum()).astype(np.float32)
 
-    def bucket(self, user: str | None, item: np.ndarray, share: np.ndarray) -> str:
+    def bucket(self, user: str | None, item: np.ndarray, share: np.ndarray, at: int) -> str:
         """Whose cached rows fit: one's own, those of people alike, or everybody's."""
+        if len(item) >= OWN_BUCKET and user is not None:
+            return f"user:{user}:{week_of(at)}"
+        return self.segment(item, share)
+
+    def segment(self, item: np.ndarray, share: np.ndarray) -> str:
+        """The bucket of people alike: their two commonest missions and how much they buy."""
         if not len(item):
             return f"cold:{self.locale}"
-        if len(item) >= OWN_BUCKET:
-            year, week, _ = datetime.fromtimestamp(self.at, UTC).isocalendar()
-            return f"user:{user}:{year}-W{week:02d}"
         first, second = np.argsort(-share, kind="stable")[:2].tolist() if len(share) > 1 else (0, 0)
         return f"segment:{first}:{second}:{int(np.searchsorted(BUSY, len(item), side='right'))}"
+
+
+def week_of(at: int) -> str:
+    """The ISO week of a moment (seconds), as 2017-W44."""
+    year, week, _ = datetime.fromtimestamp(at, UTC).isocalendar()
+    return f"{year}-W{week:02d}"
+
+
+def with_more(item: np.ndarray, count: np.ndarray, more: np.ndarray):
+    """Newest first: items bought since, then what was known; counts are added up."""
+    newest, first, times = np.unique(more[::-1], return_index=True, return_counts=True)
+    order = np.argsort(first)
+    newest, times = newest[order], times[order]
+    known = dict(zip(item.tolist(), count.tolist(), strict=True))
+    times = times + np.array([known.get(i, 0) for i in newest.tolist()], dtype=np.int64)
+    rest = ~np.isin(item, newest)
+    return np.concatenate([newest, item[rest]]), np.concatenate([times, count[rest]])
 
 
 def contexts(

@@ -78,9 +78,10 @@ def read_layout(name: str, repeats: bool) -> Layout:
     return layout_of(read_json(Path(name)))
 
 
-def open_store(config: Sources) -> Store:
+def open_store(config: Sources, splits: tuple[str, ...] = ("train",)) -> Store:
     """Read shop, build and, where it is there, what was chosen on validation.
 
+    splits  whose orders histories hold; the build itself knows train alone
     Raises PageLLMError.
     """
     shop = load(config.data_dir)
@@ -98,18 +99,19 @@ def open_store(config: Sources) -> Store:
     stock = read_stock(chosen["out_of_stock"], shop.catalogue)
     orders = load_orders(shop)
     orders = orders_of(shop) if orders is None else orders
-    train = orders.only("train")
+    seen = orders.only(*splits)
     front = front_of(config, shop, state, policy, stock, chosen["seed"])
     tuned = config.stage("storefront/tune") / "tuned.json"
     threshold = state["threshold"]
-    front = replace(
-        front, threshold=threshold[0] if threshold else 0.0, models={"catalogue": done["id"]}
-    )
+    models = {"catalogue": done["id"]}
+    front = replace(front, threshold=threshold[0] if threshold else 0.0)
     if tuned.exists():
         front = with_tuning(front, read_json(tuned))
+        models["weights"] = file_id(tuned)
+    front = replace(front, models=models)
     k = front.missions.k
-    known = Known.of(shop, train, front.missions.of_item, k, train.end())
-    repeats = bool((train.pairs()[2] > 1).any())
+    known = Known.of(shop, seen, front.missions.of_item, k, seen.end())
+    repeats = bool((orders.only("train").pairs()[2] > 1).any())
     return Store(front, shop, orders, known, read_layout(config.layout, repeats))
 
 

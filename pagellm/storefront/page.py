@@ -5,13 +5,16 @@ found = page(front, context, layout)
     ranker -> locked rows -> themes on offer -> keywords -> candidates -> agreement -> gates
            -> the best choice of themes -> rows from the top
 
+Themes, keywords and candidates may have been made ahead (`written_ahead`); the rest is then done
+for the person of the moment.
+
 A page is always made. Whatever had to be stepped over is listed in its `fallbacks`.
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -36,14 +39,17 @@ from pagellm.storefront.parts import (
     Slots,
     Theme,
     Weights,
+    Written,
 )
 from pagellm.storefront.policy import Policy
 from pagellm.storefront.rankers import Platt, Ranker
 from pagellm.storefront.retrieve import Index, members_first, retrieve
+from pagellm.storefront.text import best_first
 
-__all__ = ["Front", "Writer", "default_layout", "page"]
+__all__ = ["Front", "Writer", "default_layout", "page", "written_ahead"]
 
 DEPTH = 50  # items of a keyword
+MOST_KEPT = 200  # candidates of a theme, the ranker's best
 ALIKE, COVERED = (
     0.85,
     0.5,
@@ -57,7 +63,13 @@ TITLES = {
 
 
 class Writer(Protocol):
-    """What writes a page's themes, and then the keywords of each: themes.Template, or another."""
+    """What writes a page's themes, and then the keywords of each: themes.Template, or another.
+
+    name  of model, prompts and options together: part of every cache key
+    """
+
+    @property
+    def name(self) -> str: ...
 
     def themes(
         self, contexts: list[Context], intents: list[list[str]], used: list[list[str]]
@@ -137,6 +149,7 @@ class Making:
         self.fallbacks: list[str] = []
         self.static_left = list(front.best)
         self.answers: list[Answer] = []
+        self.source = "generated"
 
     def allowed(self, intent: str) -> np.ndarray:
         """(N,) bool: what a row of this intent may show now."""
@@ -151,29 +164,60 @@ class Making:
 
 
 def page(
-    front: Front, context: Context, layout: Layout, seed: int = 0, explore: float = 0.0
+    front: Front,
+    context: Context,
+    layout: Layout,
+    seed: int = 0,
+    explore: float = 0.0,
+    written: Sequence[Written] | None = None,
+    source: str = "generated",
 ) -> Page:
     """A whole page for one person.
 
     seed     of the draws, of which each row has its own
     explore  tau > 0 draws every generated slot by softmax(score / tau); 0 takes the best
+    written  what `written_ahead` left for this person, or for people alike; None: made now
+    source   of the rows made of them: generated, or segment where they were written for people
+             alike
     """
     started = time.perf_counter()
     making = Making(front, context, layout, seed, explore)
-    wanted = [intent_of(making, placement) for placement in layout.placements]
-    open_rows = []
-    for position, (placement, intent) in enumerate(zip(layout.placements, wanted, strict=True)):
-        if not locked(making, placement, intent):
-            open_rows.append(position)
-        elif (row := locked_row(making, placement, intent)) is not None:
-            put(making, position, row)
+    making.source = source
+    wanted, open_rows = locked_rows(making)
     if open_rows and not front.static:
-        offers = themes_on_offer(making, [wanted[position] for position in open_rows])
+        if written is None:
+            written = themes_on_offer(making, [wanted[position] for position in open_rows])
+        offers = [offer for one in written if (offer := offer_of(making, one)) is not None]
         generated_rows(making, open_rows, wanted, offers)
     for position in open_rows:
         if position not in making.rows:
             static_row(making, position, wanted[position])
     return finished(making, (time.perf_counter() - started) * 1000)
+
+
+def written_ahead(
+    front: Front, context: Context, layout: Layout, seed: int = 0
+) -> tuple[list[Written], list[Decision]]:
+    """Themes on offer for a person, with keywords and candidates: all that `page` needs a writer
+    and retrieval for; and what the gates decided meanwhile.
+    """
+    making = Making(front, context, layout, seed, 0.0)
+    wanted, open_rows = locked_rows(making)
+    rows = themes_on_offer(making, [wanted[position] for position in open_rows])
+    return rows, making.decisions
+
+
+def locked_rows(making: Making) -> tuple[list[str], list[int]]:
+    """Put the rows whose theme is given. Returns every row's intent, and the positions left."""
+    placements = making.layout.placements
+    wanted = [intent_of(making, placement) for placement in placements]
+    open_rows = []
+    for position, (placement, intent) in enumerate(zip(placements, wanted, strict=True)):
+        if not locked(making, placement, intent):
+            open_rows.append(position)
+        elif (row := locked_row(making, placement, intent)) is not None:
+            put(making, position, row)
+    return wanted, open_rows
 
 
 def intent_of(making: Making, placement: Placement) -> str:
@@ -257,8 +301,8 @@ def put(making: Making, position: int, row: Row) -> None:
     making.taken[row.item] = True
 
 
-def themes_on_offer(making: Making, intents: list[str]) -> list[Offer]:
-    """Themes with keywords, candidates and scores, of which the gates let all pass."""
+def themes_on_offer(making: Making, intents: list[str]) -> list[Written]:
+    """Themes whose texts and keywords the gates let pass, with keywords and candidates."""
     front, context = making.front, making.context
     used = [row.theme.title for row in making.rows.values()]
     # For the writer, what the locked rows show is gone.
@@ -270,14 +314,13 @@ def themes_on_offer(making: Making, intents: list[str]) -> list[Offer]:
     offered = [
         prune(front.corpus, theme) if needs_more(front, theme) else NOTHING for theme in themes
     ]
-    written = front.writer.keywords(themes, [context] * len(themes), offered)
-    making.answers += written
-    offers = [
-        offer
-        for theme, answer in zip(themes, written, strict=True)
-        if answer.value and (offer := offer_of(making, theme, answer.value)) is not None
+    answered = front.writer.keywords(themes, [context] * len(themes), offered)
+    making.answers += answered
+    return [
+        written
+        for theme, answer in zip(themes, answered, strict=True)
+        if answer.value and (written := candidates_of(making, theme, answer.value)) is not None
     ]
-    return offers
 
 
 NOTHING = np.zeros(0, np.int64)
@@ -298,8 +341,8 @@ def passes(making: Making, decisions: list[Decision]) -> bool:
     return not gates.blocked(decisions)
 
 
-def offer_of(making: Making, theme: Theme, keywords: list[Keyword]) -> Offer | None:
-    """Candidates and scores of one theme; None where a gate is against it."""
+def candidates_of(making: Making, theme: Theme, keywords: list[Keyword]) -> Written | None:
+    """What the keywords find, and how well it fits; None where no keyword passes the gates."""
     front, context = making.front, making.context
     least = front.policy.min_items
     keywords, decisions = gates.check_keywords(keywords, front.corpus, context, least, front.policy)
@@ -311,9 +354,19 @@ def offer_of(making: Making, theme: Theme, keywords: list[Keyword]) -> Offer | N
     found = untaken(making, retrieve(front.index, keywords, context, making.logit, DEPTH, allowed))
     if len(found.item) < least:
         found = widened(making, keywords, context, allowed, found)
+    best = np.sort(best_first(making.logit[found.item], found.item, MOST_KEPT))
+    found = kept(found, best)
     found = replace(found, agree=front.agree(theme, keywords, found.item))
+    return Written(theme, tuple(keywords), found)
+
+
+def offer_of(making: Making, written: Written) -> Offer | None:
+    """Scores of one theme's candidates for this person; None where a gate is against the row."""
+    front, theme = making.front, written.theme
+    found = kept(written.found, np.flatnonzero(making.allowed(theme.intent)[written.found.item]))
+    least = front.policy.min_items
     score, parts = scored(front, making.logit[found.item], found)
-    offer = Offer(theme, keywords, found, score, parts)
+    offer = Offer(theme, list(written.keywords), found, score, parts)
     slots = most_slots(making.layout)
     preview = slots_of(making, offer, slots, 0.0, np.zeros(0))
     row = Placement("", theme.intent, slots, min_items=min(least, slots))
@@ -350,9 +403,15 @@ def widened(making: Making, keywords, context, allowed, found: Candidates) -> Ca
     )
 
 
+def kept(found: Candidates, places: np.ndarray) -> Candidates:
+    """Some of the candidates: places (n,) int64 or (M,) bool."""
+    return Candidates(
+        found.item[places], found.ret[places], found.agree[places], found.source[places]
+    )
+
+
 def untaken(making: Making, found: Candidates) -> Candidates:
-    kept = ~making.taken[found.item]
-    return Candidates(found.item[kept], found.ret[kept], found.agree[kept], found.source[kept])
+    return kept(found, ~making.taken[found.item])
 
 
 def slots_of(making: Making, offer: Offer, slots: int, explore: float, uniform) -> Slots:
@@ -424,7 +483,7 @@ def generated_row(making: Making, position: int, offer: Offer) -> Row | None:
     }
     return Row(
         placement,
-        "generated",
+        making.source,
         replace(offer.theme, title=placement.title or offer.theme.title),
         tuple(offer.keywords),
         slots.item,
@@ -465,7 +524,7 @@ def finished(making: Making, ms: float) -> Page:
     rows = tuple(making.rows[position] for position in sorted(making.rows))
     making.decisions += gates.check_page(rows, front.catalogue.categories)
     items = np.concatenate([np.zeros(0, np.int64), *(row.item for row in rows)])
-    models = {"themes": getattr(front.writer, "name", "static"), "ranker": front.ranker.name}
+    models = {"themes": front.writer.name, "ranker": front.ranker.name}
     models |= {"gates": "rules/1", "policy": front.policy.name} | front.models
     tokens = [(a.prompt_tokens, a.completion_tokens) for a in making.answers] or [(0, 0)]
     key = [context.user, context.at, layout.id, making.seed, making.explore, models, items.tolist()]

@@ -22,6 +22,7 @@ __all__ = [
     "Slots",
     "Theme",
     "Weights",
+    "Written",
     "page_json",
 ]
 
@@ -75,6 +76,15 @@ class Candidates:
     ret: np.ndarray  # (M,) float64 strength of retrieval
     agree: np.ndarray  # (M,) float64, 0..1: how well the item fits the theme
     source: np.ndarray  # (M,) int64 place of the keyword that found it; -1: none
+
+
+@dataclass(frozen=True)
+class Written:
+    """A theme on offer as writer and retrieval leave it: all of a row but the person's ranking."""
+
+    theme: Theme
+    keywords: tuple[Keyword, ...]
+    found: Candidates
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def test_every_command_of_a_hint_exists():
         re.findall(r"^([a-z-]+)[ :].* ## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
     )
     alone = {"download", "runfile", "simulator", "journey", "promote", "import-gguf"}
-    alone |= {"compare", "track", "runs", "simulate"}
+    alone |= {"compare", "track", "runs", "simulate", "update", "forget", "doctor"}
     assert {verb.replace(" ", "-") for verb in VERBS} - alone <= targets
 
 

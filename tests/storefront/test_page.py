@@ -5,10 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pagellm.data import prepare
 from pagellm.pages import metrics
 from pagellm.stage.config import PageLLMError
-from pagellm.storefront import build, evaluate, storefront, tune
+from pagellm.storefront import build, evaluate, storefront
 from pagellm.storefront.corpus import build_corpus
 from pagellm.storefront.front import Sources, open_store
 from pagellm.storefront.fuse import SameLeaf
@@ -183,18 +182,6 @@ def test_no_item_left_leaves_a_row_out_and_says_so():
         Layout("l", tuple(Placement(f"p{n}", "browse", 5) for n in "12")),
     )
     assert len(found.rows) == 1 and "the row is left out" in found.fallbacks[-1]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A synthetic shop with its storefront built, tuned and evaluated."""
-    root = tmp_path_factory.mktemp("storefront")
-    common = {"data": str(root / "data"), "runs": str(root / "runs"), "device": "cpu"}
-    prepare.run(prepare.Config(data=common["data"], users=120, items=200))
-    build.run(build.Config(**common))
-    tune.run(tune.Config(people=10, **common))
-    evaluate.run(evaluate.Config(n_boot=20, **common))
-    return common
 
 
 def test_weights_0_and_static_themes_are_the_ranker_s_own_order_for_every_user(made):
