@@ -64,12 +64,13 @@ function reasons(row) {
   const who = theme.writer ? `Writer ${theme.writer}` : "No writer: the theme was given";
   const fit = quality.agreement === undefined ? ""
     : `; the first five items fit it at ${fixed(quality.agreement, 2)}, ${Math.round(100 * quality.tp5)}% of them well`;
+  const used = PARTS.filter(([key]) => key === "ranker" || row.items.some((item) => item.parts[key] !== 0));
   const parts = make("table", {}, make("thead", {}, make("tr", {}, make("th", {}, "item"), make("th", {}, "score"),
-    ...PARTS.map(([, name]) => make("th", {}, name)), make("th", {}, "chance"))));
+    ...used.map(([, name]) => make("th", {}, name)), make("th", {}, "chance"))));
   const most = Math.max(1e-9, ...row.items.flatMap((item) => PARTS.map(([key]) => Math.abs(item.parts[key]))));
   parts.append(make("tbody", {}, ...row.items.map((item) => make("tr", {}, make("td", {}, item.title || item.id),
     make("td", { className: "number" }, fixed(item.score)),
-    ...PARTS.map(([key]) => make("td", {}, bar(item.parts[key], most))),
+    ...used.map(([key]) => make("td", {}, bar(item.parts[key], most))),
     make("td", { className: "number" }, fixed(item.propensity, 2))))));
   return [make("p", {}, `${who}; intent ${row.intent}${fit}. Expected clicks ${fixed(quality.value ?? 0)}.`),
     keywords.length ? make("p", {}, "Keywords, and the items in stock that each finds:") : null,
