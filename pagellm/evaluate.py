@@ -14,15 +14,17 @@ synthetic shop on two CPU cores.
 """
 
 import json
+import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from pagellm.data.shop import Shop, load
 from pagellm.model.choice import recorded_mode
-from pagellm.model.composer import Maker, load_composer
+from pagellm.model.composer import load_composer
 from pagellm.model.policy import MODES, Policy
 from pagellm.pages import stats
 from pagellm.pages.ranked import (
@@ -50,7 +52,7 @@ from pagellm.stage import dist, hints, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic, read_json, slug, write_json
-from pagellm.stage.run import Run, StageConfig, file_id, finished
+from pagellm.stage.run import FREE, Run, StageConfig, file_id, finished
 
 __all__ = ["Config", "LABELS", "run"]
 
@@ -64,14 +66,17 @@ LABELS = {
 DIFFERENCE = "PageLLM - SFT"  # the paired row of the table
 
 
+READ_ALONE = ("batch", "examples", "quiet", "decimals")  # options that change no result
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(StageConfig):
     """Write everybody's pages with each policy, score them, print the table and some pages."""
 
     source_run: str = ""  # run whose sft is read; empty: this run (studies share one)
     policies: str = "auto"  # which policies to evaluate, comma-separated: popularity, sft, ppo,
-    # compose; auto: popularity, sft, ppo, and compose if it is done. Where composed pages use no
-    # policy (compose --policy none), auto takes sft and ppo only if they are done
+    # compose; auto: popularity and those that are done. Others than before are evaluated anew, in
+    # the same place
     split: str = "test"  # held-out rows that count as hits: test or valid
     mask: str = "train+valid"  # splits whose items no page may hold: train+valid, or train as in
     # some papers. With split=valid it is always train
@@ -153,6 +158,35 @@ def show_pages(
     return "\n".join(lines[:-1])
 
 
+def make_room(config: Config) -> None:
+    """If other policies were evaluated here, take their results away, and say so.
+
+    Where other options differ too nothing is done: `Run` refuses, and says which.
+    """
+    folder = config.stage("evaluate")
+    if not (folder / "config.json").exists():
+        return
+    before, now = read_json(folder / "config.json")["config"], asdict(config)
+    if before.get("policies") == config.policies:
+        return
+    same = {*FREE, *READ_ALONE, "policies", "mode"}
+    if any(before.get(name, now[name]) != now[name] for name in now.keys() - same):
+        return
+    try:
+        with FileLock(folder / "lock", blocking=False):
+            print(
+                f"evaluate: {folder} held {before.get('policies')}; {config.policies} are "
+                "evaluated in its place",
+                flush=True,
+            )
+            (folder / "done").unlink(missing_ok=True)
+            for name in set(before["policies"].split(",")) - set(config.policies.split(",")):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            (folder / "config.json").unlink()
+    except Timeout:
+        return  # `Run` says that another process works here
+
+
 def run(config: Config) -> dict[str, dict[str, dict]]:
     """-> policy -> metric -> {mean, low, high, coverage, count}; {} but in the main process."""
     config, where = with_policies(config)
@@ -162,9 +196,10 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
     for name in names:
         if name in where:
             inputs[name] = finished(where[name], f"{LABELS[name]} policy", config.make(name))["id"]
-    free = ("batch", "examples", "quiet", "decimals")
     device = dist.start(config.device)
-    with Run(config.stage("evaluate"), config, inputs, free) as out:
+    if dist.is_main():
+        make_room(config)
+    with Run(config.stage("evaluate"), config, inputs, READ_ALONE) as out:
         if out.done:
             results = read_json(out.path / "metrics.json")
             made = read_json(out.path / "config.json")["config"]
@@ -263,9 +298,7 @@ def with_policies(config: Config) -> tuple[Config, dict[str, Path]]:
     if config.policies != "auto":
         return config, where
     done = {name for name, path in where.items() if (path / "done").exists()}
-    alone = "compose" in done and Maker.of(where["compose"], "").policy == "none"
-    names = [name for name in ("sft", "ppo") if not alone or name in done]
-    names += ["compose"] if "compose" in done else []
+    names = [name for name in where if name in done] or ["sft"]  # where none is, an error says how
     return replace(config, policies=",".join(["popularity", *names])), where
 
 

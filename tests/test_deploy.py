@@ -1,6 +1,8 @@
 """Files in deploy/: the linter passes, and every option, meter and path that they name exists."""
 
+import configparser
 import dataclasses
+import importlib
 import re
 import shlex
 import shutil
@@ -14,6 +16,7 @@ import pytest
 yaml = pytest.importorskip("yaml", reason="needs pyyaml: pip install 'pagellm[dev]'")
 pytest.importorskip("uvicorn", reason="needs the extra: pip install 'pagellm[serve]'")
 
+from pagellm.__main__ import VERBS  # noqa: E402
 from pagellm.serving.cache import Cache  # noqa: E402
 from pagellm.serving.meters import Meters  # noqa: E402
 from pagellm.serving.serve import Config  # noqa: E402
@@ -91,4 +94,68 @@ def test_the_systemd_unit_starts_serve():
     (command,) = re.findall(r"^ExecStart=(.*)$", (DEPLOY / "pagellm.service").read_text(), re.M)
     program, verb, *words = shlex.split(command)
     assert program.endswith("/pagellm") and verb == "serve"
-    assert parse(Config, words, "pagellm serve").run == "live"
+    made = parse(Config, words, "pagellm serve")
+    assert (made.run, made.dataset) == ("live", "auto")
+
+
+@pytest.fixture
+def shop(tmp_path):
+    """A directory with a live run of some day and a `pagellm` that writes down what it is told."""
+    for day in ("2026-01-01", "2026-01-02"):
+        (tmp_path / "data" / day).mkdir(parents=True)
+        (tmp_path / "runs" / day).mkdir(parents=True)
+    (tmp_path / "runs" / "live").symlink_to("2026-01-02")
+    program = tmp_path / "bin" / "pagellm"
+    program.parent.mkdir()
+    program.write_text(
+        '#!/bin/sh\necho "$@" >> told\n[ "$1" != "$FAILS" ] || exit 2\n'
+        '[ "$1" != prepare ] || mkdir -p data/$3 runs/$3\n'
+        '[ "$1" != promote ] || ln -sfn "$2" runs/live\n'
+    )
+    program.chmod(0o755)
+    return tmp_path
+
+
+def daily(shop, **more):
+    script = re.findall(r"^ExecStart=(.*)$", (DEPLOY / "pagellm-daily.service").read_text(), re.M)
+    (words,) = (shlex.split(line) for line in script)
+    words = [w.replace("/srv/shop", str(DEPLOY)) for w in words]
+    path = {"PATH": f"{shop / 'bin'}:/usr/bin:/bin"}
+    return subprocess.run(words, cwd=shop, env=path | more, capture_output=True, text=True)
+
+
+def test_the_daily_script_says_what_every_command_takes(shop):
+    assert daily(shop, KEEP="2").returncode == 0
+    told = [line.split() for line in (shop / "told").read_text().splitlines()]
+    assert [words[0] for words in told] == ["prepare", "update", "evaluate", "promote", "doctor"]
+    for verb, *words in told:
+        module = importlib.import_module(VERBS[verb])
+        made = parse(module.Config, words, f"pagellm {verb}")
+        if verb == "update":
+            assert (made.source_run, made.steps) == ("2026-01-02", 50) and made.run == words[5]
+    day = (shop / "runs" / "live").readlink().name
+    assert {p.name for p in (shop / "data").iterdir()} == {"2026-01-02", day}  # the oldest went
+    done = daily(shop)  # the same day again
+    assert "live already" in done.stdout and len((shop / "told").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("verb", ["prepare", "update", "evaluate", "promote"])
+def test_a_step_that_fails_leaves_yesterdays_run_live(shop, verb):
+    assert daily(shop, FAILS=verb).returncode == 2
+    assert (shop / "runs" / "live").readlink().name == "2026-01-02"
+    assert (shop / "data" / "2026-01-01").exists()
+
+
+def test_systemd_takes_the_units(tmp_path):
+    timer = configparser.ConfigParser()
+    timer.read(DEPLOY / "pagellm-daily.timer")
+    assert timer["Install"]["WantedBy"] == "timers.target"
+    for path in (p for p in DEPLOY.iterdir() if p.suffix in (".service", ".timer")):
+        text = path.read_text().replace("/srv/shop/venv/bin/pagellm", "/bin/true")
+        (tmp_path / path.name).write_text(text.replace("User=shop", "User=root"))
+    if shutil.which("systemd-analyze"):  # a part of systemd, which containers lack
+        names = sorted(str(p) for p in tmp_path.iterdir())
+        done = subprocess.run(["systemd-analyze", "verify", *names], capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        calendar = ["systemd-analyze", "calendar", timer["Timer"]["OnCalendar"]]
+        assert "Next elapse" in subprocess.run(calendar, capture_output=True, text=True).stdout

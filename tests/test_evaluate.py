@@ -125,3 +125,21 @@ def test_pages_of_the_same_weights_are_written_once(tmp_path, monkeypatch):
     assert (runs / "evaluate/ppo/pages.parquet").read_bytes() == (
         runs / "evaluate/sft/pages.parquet"
     ).read_bytes()
+
+
+def test_other_policies_are_evaluated_in_the_place_of_those_before(sft_alone, tmp_path, capsys):
+    for part in ("data", "runs"):
+        shutil.copytree(sft_alone / part, tmp_path / part)
+    told = {"run": "base", "data": str(tmp_path / "data"), "runs": str(tmp_path / "runs")}
+    told |= {"k": 6, "depth": 20, "n_boot": 2, "examples": 0, "quiet": True, "device": "cpu"}
+    assert list(evaluate.run(evaluate.Config(policies="popularity", **told))) == ["popularity"]
+    # auto: what is there, which is SFT alone
+    assert list(evaluate.run(evaluate.Config(**told))) == ["popularity", "sft"]
+    out = capsys.readouterr().out
+    assert "held popularity; popularity,sft are evaluated in its place" in out
+    assert list(evaluate.run(evaluate.Config(policies="sft", **told))) == ["sft"]
+    folder = tmp_path / "runs" / "base" / "evaluate"
+    assert not (folder / "popularity").exists()
+    with pytest.raises(PageLLMError, match="was made with k=6, now k=5"):
+        evaluate.run(evaluate.Config(policies="popularity", **told | {"k": 5}))
+    assert (folder / "done").exists()

@@ -23,7 +23,7 @@ from pagellm.stage.files import read_json
 __all__ = ["Config", "described", "links", "run"]
 
 
-STAGES = ("pretrain", "sft", "reward", "ppo", "compose", "evaluate", "baselines")
+STAGES = ("pretrain", "update", "sft", "reward", "ppo", "compose", "evaluate", "baselines")
 POLICIES = ("compose", "ppo", "sft")  # the policy shown is the first of these that is there
 METRIC = "NDCG@100"
 

@@ -30,7 +30,7 @@ from pagellm.model.policy import Policy
 from pagellm.model.prompts import left_pad
 from pagellm.serving import exchange
 from pagellm.serving.embeddings import NAMES, quantise
-from pagellm.serving.sources import NEED, check_policy, pick_policy, split_in_words
+from pagellm.serving.sources import NEED, WRITERS, check_policy, pick_policy, split_in_words
 from pagellm.serving.transformers_export import export_transformers
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
@@ -50,7 +50,8 @@ class Config(StageConfig):
     """Write a policy for others: embeddings as .npy files, or a directory for transformers."""
 
     source_run: str = ""  # run whose sft is read; empty: this run (studies share one)
-    policy: str = ""  # whose embeddings: ppo or sft; empty: ppo if it is there, else sft
+    policy: str = ""  # whose embeddings: ppo or sft; empty: ppo if it is there, else sft. With
+    # format=trec or ranx any policy that was evaluated, compose too; empty: all of them
     format: str = "embeddings"  # embeddings: matrices as .npy files. transformers: the network with
     # words, users and items as one vocabulary, which AutoModelForCausalLM opens. trec, ranx: qrels
     # and the pages that evaluate wrote. recbole: the data as atomic files
@@ -74,7 +75,11 @@ class Config(StageConfig):
         names = self.names.split(",")
         check(
             self,
-            policy=check_policy(self.policy),
+            policy=(
+                (self.policy in ("", "popularity", *WRITERS), "a policy that was evaluated")
+                if self.format in exchange.FORMATS
+                else check_policy(self.policy)
+            ),
             format=(
                 self.format in FORMATS + exchange.FORMATS,
                 ", ".join(FORMATS + exchange.FORMATS),

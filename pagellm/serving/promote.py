@@ -40,8 +40,10 @@ class Config:
     live: str = "live"  # name of the link, which `pagellm serve --run live` follows
     runs: str = "runs"  # directory of runs
     metric: str = "NDCG@100"  # metric by which the run must not be worse than the live one: the 95%
-    # interval of the difference decides, or where the data differ, a mean more than 1% lower
+    # interval of the difference decides, or where the data differ, a mean lower by more than --worse
     back: bool = False  # go back to the run that was live before
+    worse: float = SHARE  # share by which the mean may be below that of the live run where the two
+    # were scored on other data, as those of two days are
     force: bool = False  # promote whatever the comparison says
     seed: int = 0  # seed of the bootstrap
     n_boot: int = 1000  # bootstrap draws behind the interval
@@ -100,7 +102,7 @@ def compare(new: Scores, old: Scores, config: Config) -> tuple[str, str]:
     """Ahead, level or behind, and the numbers in words.
 
     On the same data the difference is paired by user, and its interval decides. On different data
-    only the two means can be compared: behind then means more than 1% below.
+    only the two means can be compared: behind then means more than config.worse below.
     """
     sign = -1.0 if DIRECTION.get(config.metric, "up") == "down" else 1.0
     a, b = float(np.nanmean(new.values)), float(np.nanmean(old.values))
@@ -114,7 +116,7 @@ def compare(new: Scores, old: Scores, config: Config) -> tuple[str, str]:
     said = f"{means}, scored on other data, so only the means are compared"
     if sign * (a - b) > 0:
         return "ahead", said
-    return ("level" if sign * (a - b) >= -SHARE * abs(b) else "behind"), said
+    return ("level" if sign * (a - b) >= -config.worse * abs(b) else "behind"), said
 
 
 def target(link: Path) -> str:

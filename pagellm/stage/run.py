@@ -43,6 +43,7 @@ from pagellm.stage.config import PageLLMError, check, check_numbers
 from pagellm.stage.files import atomic, file_id, read_json, write_json
 
 __all__ = [
+    "FREE",
     "Run",
     "StageConfig",
     "TrainingConfig",

@@ -96,3 +96,17 @@ def test_what_is_missing_or_of_other_data_is_said(run, tmp_path):
     shutil.rmtree(made.parent)
     with pytest.raises(PageLLMError, match="no evaluation in"):
         export.run(export.Config(format="ranx", **run))
+
+
+def test_composed_pages_go_out_by_their_name(run, tmp_path, capsys):
+    folder = tmp_path / "runs" / "base" / "evaluate"
+    shutil.copytree(folder / "popularity", folder / "compose")
+    export.run(export.Config(format="trec", policy="compose", **run))
+    assert "qrels.txt, compose.run" in capsys.readouterr().out
+    assert not (tmp_path / "runs" / "base" / "trec" / "popularity.run").exists()
+    with pytest.raises(PageLLMError, match="has no pages of sft; there are compose, popularity"):
+        export.run(export.Config(format="ranx", policy="sft", **run))
+    with pytest.raises(PageLLMError, match="policy='compose': want ppo, sft"):
+        export.Config(policy="compose", **run)
+    with pytest.raises(PageLLMError, match="a policy that was evaluated"):
+        export.Config(format="trec", policy="nobody", **run)

@@ -1,0 +1,27 @@
+#!/bin/sh
+# Bring the live run to today's log: prepare, update, evaluate, promote. Run it by the timer
+# (pagellm-daily.timer) or by cron, in the directory that holds data/ and runs/:
+#
+#   17 3 * * * cd /srv/shop && PATH=/srv/shop/venv/bin:$PATH ./daily.sh exports >>daily.log 2>&1
+#
+# $1       directory of the whole log up to now, as files
+# STEPS    steps of the fit (50)
+# KEEP     newest data sets and runs that are kept (8); the live run and its data always are
+#
+# A step that fails ends the script, and yesterday's run stays live. The same command carries on.
+set -eu
+raw=$1 day=$(date +%F)
+live=$(readlink runs/live)
+if [ "$live" = "$day" ]; then
+    echo "daily: $day is live already"
+    exit 0
+fi
+pagellm prepare --dataset "$day" --raw "$raw" --split temporal
+pagellm update --from "$live" --data "$day" --out "$day" --steps "${STEPS:-50}"
+pagellm evaluate --dataset "$day" --run "$day"
+# Scored on another day's rows: only a drop of more than 5% says that something went wrong.
+pagellm promote "$day" --worse 0.05
+for old in $(ls -d data/20??-??-?? | sort -r | tail -n +$((${KEEP:-8} + 1))); do
+    [ "$old" = "data/$live" ] || rm -r "$old" "runs/${old#data/}"
+done
+pagellm doctor
