@@ -33,7 +33,7 @@ from pagellm.pages import stats
 from pagellm.pages.ranked import RankedPages, Scorer
 from pagellm.stage.command import main
 from pagellm.stage.config import check
-from pagellm.stage.files import write_json
+from pagellm.stage.files import slug, write_json
 from pagellm.stage.run import StageConfig, finished
 
 __all__ = ["ROWS", "Config", "run", "shares", "table"]
@@ -73,10 +73,6 @@ class Config(StageConfig):
             rows=(set(names) <= set(ROWS), "some of " + ",".join(ROWS)),
             users=(self.users >= 0, "0 or more"),
         )
-
-
-def slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name.lower())
 
 
 def train(config: Config, name: str, steps: int, run: str) -> float:

@@ -304,8 +304,8 @@ def run(config: Config) -> list[dict]:
     shop, device = load(config.data_dir), pick_device(config.device)
     inputs["data"] = file_id(config.data_dir / "source.json")
     with Run(config.stage("ranker"), config, inputs) as out:
-        if out.done:
-            print(f"ranker: already done\n\n{(out.path / 'table.md').read_text()}")
+        if out.already_done():
+            print((out.path / "table.md").read_text())
             return []
         policy = Policy.load(where[config.policy], device)
         reward = RewardModel.load(where["reward"], device).requires_grad_(False)

@@ -42,6 +42,7 @@ from pagellm.pages import stats
 from pagellm.pages.compose import GRID, Opinion, Taste, choose, compose, unit_of
 from pagellm.pages.ranked import RankedPages, Scorer, rank_all, seen_rows
 from pagellm.pages.rerank import METHODS, Kin, reranked
+from pagellm.pages.tables import ALL_COLUMNS
 from pagellm.pages.yardstick import chosen, sweep
 from pagellm.stage import dist
 from pagellm.stage.command import main
@@ -51,19 +52,8 @@ from pagellm.stage.run import Run, StageConfig, file_id, finished
 
 __all__ = ["Config", "run"]
 
-MEASURES = (
-    "Recall@20",
-    "Recall@40",
-    "NDCG@100",
-    "WAS",
-    "PWKT",
-    "WMRD",
-    "DPA",
-    "ILD",
-    "entropy",
-    "redundancy",
-    "energy",
-)
+# Metrics by which the way of composing is chosen: those that validation rows know.
+MEASURES = tuple(name for name in ALL_COLUMNS if name not in ("duplicate_rate", "true_energy"))
 # Settings of the plain rows where no search has found others.
 PLAIN = {
     "EASE": {"ridge": 200.0},

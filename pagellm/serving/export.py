@@ -195,8 +195,7 @@ def run(config: Config) -> None:
         for_transformers(config, shop, inputs)
         return
     with Run(config.stage(config.out or f"export-{policy}"), config, inputs, ("batch",)) as out:
-        if out.done:
-            print(f"export: already done in {out.path}")
+        if out.already_done():
             return
         found = export_embeddings(
             Policy.load(config.where(policy), pick_device(config.device)),

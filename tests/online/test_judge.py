@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from pagellm import evaluate
 from pagellm.data.shop import load
 from pagellm.online import judge
+from pagellm.online import judge_backends as backends
 from pagellm.stage.config import PageLLMError
 
-WHO = judge.Context(3, np.array([0, 1, 2]), np.array([5.0, 4.0, np.nan], np.float32))
+WHO = backends.Context(3, np.array([0, 1, 2]), np.array([5.0, 4.0, np.nan], np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ class Stub:
 
     def ask(self, context, first, second):
         self.asked += 1
-        return judge.Opinion(self.rule(first, second), 0.8, ("because",))
+        return backends.Opinion(self.rule(first, second), 0.8, ("because",))
 
 
 def test_both_orders_must_agree():
@@ -114,7 +115,7 @@ def test_swapping_the_pages_swaps_the_verdict(data):
     """compare(a, b) and compare(b, a) name the same page, for any backend."""
     taste = data.draw(
         st.dictionaries(
-            st.tuples(st.integers(0, 3), st.integers(0, 3)), st.sampled_from(judge.WINNERS)
+            st.tuples(st.integers(0, 3), st.integers(0, 3)), st.sampled_from(backends.WINNERS)
         )
     )
     j = judge.Judge(Stub(lambda a, b: taste.get((a[0], b[0]), "first")))
@@ -125,9 +126,9 @@ def test_swapping_the_pages_swaps_the_verdict(data):
 
 
 def test_rules_prefer_what_they_say(shop):
-    rules, c = judge.Rules(shop), shop.catalogue
+    rules, c = backends.Rules(shop), shop.catalogue
     liked = np.flatnonzero(c.leaf_id == c.leaf_id[0])
-    context = judge.Context(0, liked[:1], np.full(1, 5.0, np.float32))
+    context = backends.Context(0, liked[:1], np.full(1, 5.0, np.float32))
     strange = np.flatnonzero((c.leaf_id != c.leaf_id[0]) & (c.brand_id != c.brand_id[0]))
     page = [int(liked[-1]), *strange[:3].tolist()]
     assert judge.Judge(rules).compare(context, page, page[1:] + page[:1]).winner == "a"  # order
@@ -152,14 +153,14 @@ def test_http_asks_as_documented_and_retries(shop):
     answer = '{"winner": "second", "confidence": 1, "reasons": []}'
     slept = []
     with Server([503, "not json", 503, 429, answer]) as server:
-        backend = judge.Http(shop, server.url, "m", key="secret", sleep=slept.append)
-        assert backend.ask(WHO, [1, 2], [3]) == judge.Opinion("second", 1.0)
+        backend = backends.Http(shop, server.url, "m", key="secret", sleep=slept.append)
+        assert backend.ask(WHO, [1, 2], [3]) == backends.Opinion("second", 1.0)
         assert slept == [1, 2, 4, 8] and backend.sent == 5
         path, key, body = server.seen[0]
     assert (path, key) == ("/v1/chat/completions", "Bearer secret")
     assert (
         body["temperature"] == 0
-        and body["response_format"]["json_schema"]["schema"] == judge.SCHEMA
+        and body["response_format"]["json_schema"]["schema"] == backends.SCHEMA
     )
     question = json.loads(body["messages"][1]["content"])
     assert [x["title"] for x in question["first"]] == [shop.catalogue.title[i] for i in (1, 2)]
@@ -185,9 +186,10 @@ def test_http_asks_as_documented_and_retries(shop):
 )
 def test_an_answer_that_does_not_fit_the_schema_is_asked_for_again(shop, answer):
     with Server([answer]) as server:
-        backend = judge.Http(shop, server.url, "m", sleep=lambda seconds: None)
+        backend = backends.Http(shop, server.url, "m", sleep=lambda seconds: None)
         assert (
-            backend.ask(WHO, [1], [2]) == judge.Opinion("first", 0.9, ("ok",)) and backend.sent == 2
+            backend.ask(WHO, [1], [2]) == backends.Opinion("first", 0.9, ("ok",))
+            and backend.sent == 2
         )
 
 
@@ -205,8 +207,8 @@ VERDICT = '{"winner": "second", "confidence": 0.7, "reasons": ["{braces}"]}'
 )
 def test_a_verdict_is_found_within_a_fence_reasoning_or_prose(shop, text):
     with Server([text]) as server:
-        backend = judge.Http(shop, server.url, "m", sleep=lambda seconds: None)
-        assert backend.ask(WHO, [1], [2]) == judge.Opinion("second", 0.7, ("{braces}",))
+        backend = backends.Http(shop, server.url, "m", sleep=lambda seconds: None)
+        assert backend.ask(WHO, [1], [2]) == backends.Opinion("second", 0.7, ("{braces}",))
         assert backend.sent == 1
 
 
@@ -214,10 +216,12 @@ def test_useless_answers_cost_one_retry_and_are_counted_abstentions(shop):
     """A judgement goes on: the pair is left out of the win rate and counted."""
     sent = ["I cannot say.", '{"winner": "both", "confidence": 1, "reasons": []}'] * 2
     with Server(sent) as server:
-        backend = judge.Http(shop, server.url, "m", sleep=lambda seconds: None)
+        backend = backends.Http(shop, server.url, "m", sleep=lambda seconds: None)
         lost = judge.Judge(backend).compare(WHO, [1], [2])
         assert (lost.winner, backend.sent) == ("abstain", 4)
-    won = judge.Verdict("b", 1.0, (), judge.Opinion("second", 1.0), judge.Opinion("first", 1.0))
+    won = judge.Verdict(
+        "b", 1.0, (), backends.Opinion("second", 1.0), backends.Opinion("first", 1.0)
+    )
     found, alone = judge.summarise([lost, won]), judge.summarise([won])
     assert found == alone | {"abstained": 1} and found["pairs"] == 1
     assert "no verdict" in judge.report(judge.Config(), "m", judge.summarise([lost]))
@@ -229,26 +233,26 @@ def test_the_key_is_not_taken_to_another_address(shop):
         Server(last=302, headers=[("Location", f"{other.url}/chat/completions")]) as server,
     ):
         with pytest.raises(PageLLMError, match="refuses: 302"):
-            judge.Http(shop, server.url, "m", key="secret").ask(WHO, [1], [2])
+            backends.Http(shop, server.url, "m", key="secret").ask(WHO, [1], [2])
         assert len(server.seen) == 1 and not other.seen
 
 
 def test_http_honours_retry_after_and_gives_up_with_a_reason(shop):
     slept = []
     with Server([429], headers=[("Retry-After", "7")]) as server:
-        judge.Http(shop, server.url, "m", sleep=slept.append).ask(WHO, [1], [2])
+        backends.Http(shop, server.url, "m", sleep=slept.append).ask(WHO, [1], [2])
     assert slept == [7]
     with Server(last=500) as server:
         with pytest.raises(PageLLMError, match="no answer in 3 attempts; the last said: 500 no"):
-            judge.Http(shop, server.url, "m", retries=2, sleep=slept.append).ask(WHO, [1], [2])
+            backends.Http(shop, server.url, "m", retries=2, sleep=slept.append).ask(WHO, [1], [2])
         assert len(server.seen) == 3
     with Server(last=401) as server, pytest.raises(PageLLMError, match="refuses: 401"):
-        judge.Http(shop, server.url, "m", sleep=slept.append).ask(WHO, [1], [2])
+        backends.Http(shop, server.url, "m", sleep=slept.append).ask(WHO, [1], [2])
     # the server is gone
     with pytest.raises(PageLLMError, match="no answer in 1 attempts"):
-        judge.Http(shop, server.url, "m", retries=0, timeout=5).ask(WHO, [1], [2])
+        backends.Http(shop, server.url, "m", retries=0, timeout=5).ask(WHO, [1], [2])
     with pytest.raises(PageLLMError, match="address of a chat server"):
-        judge.Http(shop, "file:///etc", "m")
+        backends.Http(shop, "file:///etc", "m")
 
 
 def test_http_keeps_answers_within_the_budget_and_carries_on(common, capsys):
@@ -278,7 +282,7 @@ def test_http_keeps_answers_within_the_budget_and_carries_on(common, capsys):
     assert judge.run(replay) == found
     assert "replay of http m" in capsys.readouterr().out
     with pytest.raises(PageLLMError, match="no opinion on these pages"):
-        judge.Replay(opinions).ask(WHO, [1], [2])
+        backends.Replay(opinions).ask(WHO, [1], [2])
 
 
 def first_reasons(common, backend):
@@ -290,16 +294,16 @@ def first_reasons(common, backend):
 
 def test_a_line_half_written_is_asked_again(tmp_path):
     path, stub = tmp_path / "o.jsonl", Stub(lambda a, b: "first")
-    kept = judge.Kept(stub, path)
+    kept = backends.Kept(stub, path)
     kept.ask(WHO, [1], [2])
     kept.ask(WHO, [1], [2])
     assert (stub.asked, kept.hits) == (1, 1)
     kept.ask(WHO, [2], [1])
     path.write_text(path.read_text()[:-20])
-    kept = judge.Kept(stub, path)
+    kept = backends.Kept(stub, path)
     kept.ask(WHO, [1], [2])
     kept.ask(WHO, [2], [1])
-    assert stub.asked == 3 and len(judge.read_opinions(path)) == 2
+    assert stub.asked == 3 and len(backends.read_opinions(path)) == 2
     (tmp_path / "empty").write_text("")
     for name, said in (
         ("empty", "holds opinions of nobody"),
@@ -307,7 +311,7 @@ def test_a_line_half_written_is_asked_again(tmp_path):
         ("", "no opinions"),
     ):
         with pytest.raises(PageLLMError, match=said):
-            judge.Replay(tmp_path / name)
+            backends.Replay(tmp_path / name)
 
 
 def test_the_reward_judge_says_where_it_is_circular(common, served, capsys):
