@@ -40,7 +40,7 @@ class Config:
     live: str = "live"  # name of the link, which `pagellm serve --run live` follows
     runs: str = "runs"  # directory of runs
     metric: str = "NDCG@100"  # metric by which the run must not be worse than the live one: the 95%
-    # interval of the difference decides, or where the data differ, a mean lower by more than --worse
+    # interval of the difference decides, or on other data a mean lower by more than --worse
     back: bool = False  # go back to the run that was live before
     worse: float = SHARE  # share by which the mean may be below that of the live run where the two
     # were scored on other data, as those of two days are
