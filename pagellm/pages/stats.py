@@ -50,32 +50,48 @@ def summary(values: np.ndarray, seed: int, n_boot: int = 1000) -> dict[str, Any]
     returns  mean, low, high (None if no user counts); count: how many users count; coverage: their
              share of all users
     """
-    values = np.asarray(values, dtype=np.float64)
+    return summed(np.asarray(values, dtype=np.float64), seed, n_boot)[0]
+
+
+def summed(values: np.ndarray, seed: int, n_boot: int) -> tuple[dict[str, Any], np.ndarray]:
+    """What `summary` returns, and the bootstrap means behind it: (n_boot,), or none, (0,)."""
     kept = values[~np.isnan(values)]
     if len(kept) == 0:
-        return {"mean": None, "low": None, "high": None, "coverage": 0.0, "count": 0}
-    low, high = np.quantile(drawn_means(kept, seed, n_boot), [0.025, 0.975])
-    return {
+        return {"mean": None, "low": None, "high": None, "coverage": 0.0, "count": 0}, kept
+    means = drawn_means(kept, seed, n_boot)
+    low, high = np.quantile(means, [0.025, 0.975])
+    found = {
         "mean": float(kept.mean()),
         "low": float(low),
         "high": float(high),
         "coverage": len(kept) / len(values),
         "count": len(kept),
     }
+    return found, means
 
 
 def drawn_means(kept: np.ndarray, seed: int, n_boot: int) -> np.ndarray:
     """(n_boot,) means of len(kept) values drawn with replacement."""
+    few = len(kept) * n_boot <= KEPT
+    blocks = kept_rows(len(kept), seed, n_boot) if few else drawn_rows(len(kept), seed, n_boot)
+    return np.concatenate([kept[block].mean(1) for block in blocks])
+
+
+KEPT = 4_000_000  # draws that are kept for the next metric of the same users
+
+
+def drawn_rows(n: int, seed: int, n_boot: int) -> Iterable[np.ndarray]:
+    """Blocks (b, n) of numbers below n, n_boot rows in all."""
     rng = np.random.Generator(np.random.PCG64(seed))
-    step = max(1, BLOCK // len(kept))
-    return np.concatenate(
-        [
-            kept[
-                rng.integers(len(kept), size=(min(step, n_boot - at), len(kept)), dtype=np.int32)
-            ].mean(1)
-            for at in range(0, n_boot, step)
-        ]
-    )
+    step = max(1, BLOCK // n)
+    for at in range(0, n_boot, step):
+        yield rng.integers(n, size=(min(step, n_boot - at), n), dtype=np.int32)
+
+
+@lru_cache(maxsize=1)
+def kept_rows(n: int, seed: int, n_boot: int) -> list[np.ndarray]:
+    """The blocks of `drawn_rows`: a table asks for the same ones again and again."""
+    return list(drawn_rows(n, seed, n_boot))
 
 
 def p_value(means: np.ndarray) -> float:
@@ -135,9 +151,8 @@ def paired(a: np.ndarray, b: np.ndarray, seed: int = 0, n_boot: int = 1000) -> d
     if a.shape != b.shape:
         raise ValueError(f"paired: {a.shape} against {b.shape}: want scores of the same users")
     gap = a - b
-    found = summary(gap, seed, n_boot)
-    kept = gap[~np.isnan(gap)]
-    return found | {"p": p_value(drawn_means(kept, seed, n_boot)) if len(kept) else None}
+    found, means = summed(gap, seed, n_boot)
+    return found | {"p": p_value(means) if len(means) else None}
 
 
 DRAWN = 2_000_000  # counts of users in one block of draws
