@@ -25,8 +25,6 @@ import numpy as np
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pagellm.stage.config import PageLLMError
@@ -39,6 +37,7 @@ __all__ = [
     "all_reduce",
     "any_rank",
     "barrier",
+    "divided",
     "gather",
     "idle",
     "is_main",
@@ -297,8 +296,23 @@ def wrap(module: nn.Module, mode: str) -> nn.Module:
     if world() == 1:
         return module
     if mode == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
         return cast(nn.Module, fully_shard(module, reshard_after_forward=False))
     return DistributedDataParallel(module, gradient_as_bucket_view=True)
+
+
+def divided(value: Any) -> bool:
+    """Whether `value` is a tensor (DTensor) or module that FSDP2 divides among the processes.
+
+    torch's modules for that take 0.6 processor seconds to import. So they are imported where
+    something is divided, in `wrap` and `like`; where they are not, nothing is.
+    """
+    tensors = sys.modules.get("torch.distributed.tensor")
+    modules = sys.modules.get("torch.distributed.fsdp")
+    return (tensors is not None and isinstance(value, tensors.DTensor)) or (
+        modules is not None and isinstance(value, modules.FSDPModule)
+    )
 
 
 def idle(module: nn.Module) -> Tensor | float:
@@ -318,14 +332,15 @@ def unsharded(module: nn.Module):
     Use it where parameters are read outside the module's own forward pass, as in validation and
     rollouts.
     """
-    if not isinstance(module, FSDPModule):
+    if not divided(module):
         yield
         return
-    module.unshard()
+    whole = cast(Any, module)
+    whole.unshard()
     try:
         yield
     finally:
-        module.reshard()
+        whole.reshard()
 
 
 @contextmanager
@@ -339,10 +354,10 @@ def sync_gradients(module: nn.Module, last: bool):
     """
     if last or world() == 1:
         yield
-    elif isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(False)
+    elif divided(module):
+        cast(Any, module).set_requires_gradient_sync(False)
         yield
-        module.set_requires_gradient_sync(True)
+        cast(Any, module).set_requires_gradient_sync(True)
     else:
         with cast(DistributedDataParallel, module).no_sync():
             yield
@@ -356,7 +371,7 @@ def full(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     value = value.detach()
-    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu().clone()
+    return (value.full_tensor() if divided(value) else value).cpu().clone()
 
 
 def like(value: Any, parameter: Tensor) -> Any:
@@ -367,8 +382,11 @@ def like(value: Any, parameter: Tensor) -> Any:
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     value = value.to(parameter.device)
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    if divided(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        there = cast(Any, parameter)
+        return distribute_tensor(value, there.device_mesh, there.placements)
     return value.clone()
 
 

@@ -12,12 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from pagellm.stage import dist, hints, randomness
@@ -312,7 +311,7 @@ class GuardedStep:
         """
         norm: float | Tensor
         norm = clip_grad_norm(self.parameters, self.max_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = cast(Any, norm).full_tensor() if dist.divided(norm) else norm
         if self.fused:
             bad = ~norm.isfinite()
             # a fused optimiser leaves the step out where found_inf is not 0
