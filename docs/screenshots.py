@@ -79,6 +79,12 @@ def shoot(address: str, report: Path) -> None:
         page = context.new_page()
         page.goto(address)
         expect(page.locator("#status")).to_contain_text("Written", timeout=30_000)
+        if {"sft", "ppo"} <= set(
+            page.locator("#left option").evaluate_all("x => x.map(y => y.value)")
+        ):
+            with page.expect_response("**/v1/interesting?left=sft&right=ppo", timeout=60_000):
+                page.select_option("#left", "sft")
+                page.select_option("#right", "ppo")
         expect(page.locator("#interesting optgroup").first).to_be_attached(timeout=60_000)
         page.select_option("#interesting", index=1)  # the most changed
         expect(page.locator("#pages")).not_to_have_attribute("aria-busy", "true")
