@@ -2,12 +2,13 @@
 
     groups = await interesting(service, "sft", "ppo")        GET /v1/interesting?left=sft&right=ppo
 
-The first two groups come from pages that are written for SAMPLE users, drawn once for a shop and
-few at a time, so that other requests go on in between. What was found is kept until the models
-change.
+The first two groups come from pages that are written for SAMPLE users, drawn at random. They are
+written few at a time, so that other requests go on in between, and no longer than SECONDS. What was
+found is kept until the models change.
 """
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +19,8 @@ from pagellm.stage.config import PageLLMError
 
 __all__ = ["SAMPLE", "Finder", "least_served", "most_changed", "newest"]
 
-SAMPLE = 48  # users whose pages are written
+SAMPLE = 48  # users whose pages are written, at most
+SECONDS = 5.0  # after which no more are
 AT_ONCE = 8  # pages that wait at the same time
 SLOTS = 20  # of a page
 MOST = 8  # users of a group
@@ -104,20 +106,22 @@ class Finder:
         return self.kept[key]
 
     async def search(self, recommender: Recommender, left: str, right: str) -> dict:
-        """Write the sample's pages by both policies and sort its users."""
-        ids = recommender.shop.user_ids
+        """Write pages of the sample by both policies while SECONDS last, and sort the users."""
+        ids, started, sampled = recommender.shop.user_ids, time.monotonic(), 0
         drawn = randomness.rng(0, "serving", "interesting").permutation(len(ids))[:SAMPLE]
-        sample = [ids[i] for i in np.sort(drawn)]
-        pages = {p: await self.pages(recommender, p, sample) for p in dict.fromkeys((left, right))}
+        pages: dict[str, list[dict]] = {policy: [] for policy in (left, right)}
+        while sampled < len(drawn) and (not sampled or time.monotonic() - started < SECONDS):
+            some = [ids[i] for i in drawn[sampled : sampled + AT_ONCE]]
+            for policy, answers in pages.items():
+                answers += await self.pages(recommender, policy, some)
+            sampled += len(some)
         groups = [least_served(pages[right]), newest(recommender)]
         if left != right:
             groups.insert(0, most_changed(pages[left], pages[right]))
-        return {"sampled": len(sample), "groups": [g for g in groups if g]}
+        return {"sampled": sampled, "groups": [g for g in groups if g]}
 
     async def pages(self, recommender: Recommender, policy: str, users: list[str]) -> list[dict]:
-        """Answers for these users, AT_ONCE at a time."""
-        k, out = min(SLOTS, recommender.slots(policy), self.service.config.max_k), []
-        for at in range(0, len(users), AT_ONCE):
-            asks = [Ask(user=u, k=k, policy=policy, explain=True) for u in users[at : at + AT_ONCE]]
-            out += await asyncio.gather(*(self.service.answer(ask) for ask in asks))
-        return out
+        """Answers for these users, written together."""
+        k = min(SLOTS, recommender.slots(policy), self.service.config.max_k)
+        asks = [Ask(user=user, k=k, policy=policy, explain=True) for user in users]
+        return await asyncio.gather(*(self.service.answer(ask) for ask in asks))

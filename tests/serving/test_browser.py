@@ -450,6 +450,11 @@ def test_contrast_and_names_of_the_controls(desk):
     page.emulate_media(color_scheme="light")
     page.locator("#numbers").check()
     assert page.evaluate(CONTRAST) == []
+    page.emulate_media(forced_colors="active")  # the band keeps its colours where pages lose theirs
+    fields = page.locator("#ppo .band span")
+    seen = {x.evaluate("x => getComputedStyle(x).backgroundColor") for x in fields.all()}
+    assert len(seen) > 5
+    page.emulate_media(forced_colors="none")
     nameless = page.locator("button, select, input:not([type=checkbox])").evaluate_all(
         "all => all.filter(x => x.checkVisibility() && !(x.ariaLabel || x.innerText.trim()"
         " || x.labels?.[0]?.innerText.trim())).map(x => x.outerHTML)"

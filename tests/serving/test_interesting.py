@@ -84,7 +84,9 @@ def test_pages_are_written_once_for_each_pair_and_model(rec, monkeypatch):
     worst = one["groups"][0]["users"][0]
     both = [{x["item"] for x in rec.answers([pages[p][worst["id"]]])[0]["items"]} for p in pages]
     assert len(both[0] & both[1]) == worst["value"]
+    monkeypatch.setattr(interesting, "SECONDS", 0.0)  # a slow model: the first few must do
     alone = asyncio.run(finder.find("ppo", "ppo"))
+    assert alone["sampled"] == interesting.AT_ONCE < one["sampled"]
     assert [g["measure"] for g in alone["groups"]] == ["reward", "newest"]
     with pytest.raises(PageLLMError, match="not served here"):
         asyncio.run(finder.find("sft", "nothing"))
