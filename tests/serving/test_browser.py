@@ -307,6 +307,10 @@ def test_the_band_has_the_categories_in_order_and_a_press_shows_one(desk):
     button.focus()
     page.keyboard.press("Enter")
     assert page.locator("#ppo .card.on").count() == kinds.count(name)
+    button.evaluate("node => node.dataset.old = ''")
+    page.evaluate("user.dispatchEvent(new Event('input'))")  # what draws the pages anew
+    expect(page.locator("[data-old]")).to_have_count(0)
+    expect(button).to_be_focused()
     assert button.get_attribute("aria-pressed") == "true"
     page.keyboard.press("Space")
     assert page.locator(".card.on").count() == 0

@@ -144,14 +144,27 @@ function sums(policy) {
   part(policy, "sums").replaceChildren(...nodes);
 }
 
+// How to find what has the focus again once its page is drawn anew; "" if nothing on a page has it.
+function focused() {
+  const at = document.activeElement, policy = at?.closest?.("article")?.id;
+  if (!policy || at.className === "back") return "";
+  const item = at.closest(".card")?.dataset.item;
+  if (item === undefined) return `#${policy} .legend [data-category="${CSS.escape(at.dataset.category)}"]`;
+  const what = at.className === "grip" ? ".grip" : `.why ${at.tagName}`;
+  return `#${policy} .card[data-item="${CSS.escape(item)}"] ${what}`;
+}
+
 // All pages: a move on one changes the marks on the other.
 function draw() {
+  const focus = focused();
+
   const slots = policies.flatMap((policy) => shown[policy]?.order || []);
   tell([...slots, ...past].map(({ category }) => category));
   band(byId("past-band"), past, "Categories of the history");
   byId("past-items").replaceChildren(...past.map(thing));
   policies.filter((policy) => shown[policy]).forEach(drawOne);
   find(lit);
+  if (focus) document.querySelector(focus)?.focus({ preventScroll: true });
 }
 
 function drawOne(policy) {
@@ -212,11 +225,7 @@ async function rescore(policy) {
     const now = await call("/v1/score", { ...(user && { user }), ...(history && { history }), items, policy });
     if (shown[policy] !== page || page.turn !== turn) return;
     page.now = now;
-    const focus = document.activeElement?.closest?.("#pages .card");
-    const inside = focus && focus.closest("article").id === policy;
-    drawOne(policy);
-    find(lit);
-    if (inside) document.querySelector(`#${policy} .card[data-item="${CSS.escape(focus.dataset.item)}"] .grip`)?.focus();
+    draw();
     say(`New order: energy ${fixed(now.energy)} (was ${fixed(page.answer.energy)})` + (rated ?
         `, page reward ${fixed(now.page_reward)} (was ${fixed(page.answer.page_reward)}).` : "."));
   } catch (error) {
@@ -231,7 +240,7 @@ function key(event, policy, at) {
   event.preventDefault();
   move(policy, at, to);
   draw();
-  document.querySelectorAll(`#${policy} .grip`)[to].focus();
+  document.activeElement.scrollIntoView({ block: "nearest" });
   rescore(policy);
 }
 
