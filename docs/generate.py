@@ -93,10 +93,17 @@ def anchor(title: str) -> str:
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
-def beside(above: list[type]) -> list[str]:
+def title_of(cls: type, among: list[type]) -> str:
+    """The heading of a class whose options are shared; two of one name also name their folder."""
+    alike = [other for other in among if other.__name__ == cls.__name__]
+    return cls.__name__ if len(alike) == 1 else f"{cls.__name__} of {cls.__module__.split('.')[1]}"
+
+
+def beside(above: list[type], among: list[type]) -> list[str]:
     """The line that says whose options come on top: those that are no parents of others here."""
     nearest = [p for p in above if not any(p in owners(other)[1:] for other in above)]
-    names = " and ".join(f"[{p.__name__}](#{anchor(p.__name__)})" for p in nearest)
+    titles = [title_of(p, among) for p in nearest]
+    names = " and ".join(f"[{title}](#{anchor(title)})" for title in titles)
     return [f"Beside those of {names}:", ""] if nearest else []
 
 
@@ -124,8 +131,8 @@ def stages_page() -> str:
     ]
     for cls in shared:
         above = [p for p in owners(cls)[1:] if p in shared]
-        lines += [f"### {cls.__name__}", "", said(cls), ""]
-        lines += beside(above)
+        lines += [f"### {title_of(cls, shared)}", "", said(cls), ""]
+        lines += beside(above, shared)
         lines += [*option_table(cls, own_fields(cls)), ""]
     part = ""
     for module, cls in found.items():
@@ -137,7 +144,7 @@ def stages_page() -> str:
         above = [p for p in owners(cls)[1:] if p in shared]
         inline = [p for p in owners(cls) if p not in shared]
         lines += [f"### {title}", "", said(cls), ""]
-        lines += beside(above)
+        lines += beside(above, shared)
         fields = [f for p in reversed(inline) for f in own_fields(p)]
         lines += [*option_table(cls, fields), ""]
     return "\n".join(lines).rstrip() + "\n"
