@@ -40,10 +40,10 @@ class Config:
     live: str = "live"  # name of the link, which `pagellm serve --run live` follows
     runs: str = "runs"  # directory of runs
     metric: str = "NDCG@100"  # metric by which the run must not be worse than the live one: the 95%
-    # interval of the difference decides, or on other data a mean lower by more than --worse
+    # interval of the difference decides; where the data differ, a mean lower by more than --worse
     back: bool = False  # go back to the run that was live before
-    worse: float = SHARE  # share by which the mean may be below that of the live run where the two
-    # were scored on other data, as those of two days are
+    worse: float = SHARE  # where the two runs were scored on different data, as those of two days
+    # are: share by which the mean may be below that of the live run
     force: bool = False  # promote whatever the comparison says
     seed: int = 0  # seed of the bootstrap
     n_boot: int = 1000  # bootstrap draws behind the interval

@@ -1,12 +1,12 @@
-"""Everything a storefront knows before anybody asks: keywords, missions, factors, the scorer.
+"""What is built before any request: keywords, missions, item factors, the scorer.
 
 Reads   data/<dataset>, orders.parquet where there is one
 Writes  runs/<run>/storefront/build                 model.pt: tensors and plain values
 
     pagellm storefront build --dataset complete_journey
 
-Only catalogue and train rows are read for it: the held-out rows move no byte. About a minute for
-15,182 items and 612,565 pairs on one core.
+Only the catalogue and train rows are read; held-out rows do not change the result. About a minute
+for 15,182 items and 612,565 pairs on one core.
 """
 
 import json
@@ -51,9 +51,9 @@ PRECISION = 0.95  # of the threshold on agreement
 class Config(StageConfig):
     """Build keywords, missions, item factors and the scorer from catalogue and train rows."""
 
-    missions: int = 20  # sets of categories that are bought together
+    missions: int = 20  # number of missions, that is sets of categories that are bought together
     policy: str = ""  # file of the shop's policy (JSON); empty: the built-in one
-    out_of_stock: str = ""  # file with an item's id a line; empty: everything is in stock
+    out_of_stock: str = ""  # file with one item id a line; empty: everything is in stock
 
     def __post_init__(self):
         super().__post_init__()
@@ -183,8 +183,8 @@ def built(
     texts = index_texts(shop.catalogue)
     vector = corpus.space.vectors([stems(texts[item]) for item in index.live.tolist()])
     ranker = Blend(factors, households)
-    # For what fits a theme no probability is needed: the ranker's logit through the plain sigmoid
-    # will do.
+    # Whether an item fits a theme needs no calibrated probability: the plain sigmoid of the
+    # ranker's logit is enough.
     writer = Template(ranker, Platt(), missions, corpus, policy, stock, config.seed)
     matcher = Matcher.of(index, missions, vector)
     known = Known.of(shop, train, missions.of_item, missions.k, train.end())

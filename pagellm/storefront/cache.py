@@ -4,9 +4,9 @@ kept = Cache(folder / "cache.sqlite")
 kept.put([(key_of(stage="page", user="u1"), b"...")])        "" or why nothing was kept
 kept.get(key)                                                bytes, or None
 
-A key names all that the value hangs on, so that nothing is served across versions: what is stale is
-never asked for again, and is the first to go. The file may be damaged, full or taken away at any
-time; then it is begun anew, or reading gives None. Only `put` ever waits for another process.
+A key names everything that the value depends on, so a value of an old version is never found; it
+is the first to be removed. The file may be damaged, full or removed at any time; then a new one is
+begun, or reading gives None. Only `put` ever waits for another process.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ class Cache:
         self.hits = self.misses = 0
         self.trouble = ""  # why the file cannot be used now; "" where it can
         self.lock = threading.Lock()
-        self.used: dict[str, int] = {}  # looked up, not noted in the file yet
+        self.used: dict[str, int] = {}  # uses that are not noted in the file yet
         self.base: sqlite3.Connection | None = None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.lock:
@@ -80,7 +80,7 @@ class Cache:
                 self.shut()
                 self.trouble = f"{self.path}: {error}"
                 if attempt or isinstance(error, sqlite3.OperationalError):
-                    return  # locked, full or not ours to write: nothing of it is our mistake
+                    return  # locked, full or read-only: the cache is then left out
                 self.remove()
 
     def remove(self) -> None:

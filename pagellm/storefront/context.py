@@ -17,7 +17,7 @@ __all__ = ["Known", "contexts", "week_of"]
 
 HISTORY = 2000  # items of a history, newest first; more are left out
 OWN_BUCKET = 20  # items that give a person a bucket of their own
-BUSY = (40, 150)  # items that separate the three levels of activity
+BUSY = (40, 150)  # numbers of items at which a higher level of activity begins
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,13 @@ class Known:
         return (total / total.sum()).astype(np.float32)
 
     def bucket(self, user: str | None, item: np.ndarray, share: np.ndarray, at: int) -> str:
-        """Whose cached rows fit: one's own, those of people alike, or everybody's."""
+        """Which cached rows are used: the person's own, those of similar people, or everybody's."""
         if len(item) >= OWN_BUCKET and user is not None:
             return f"user:{user}:{week_of(at)}"
         return self.segment(item, share)
 
     def segment(self, item: np.ndarray, share: np.ndarray) -> str:
-        """The bucket of people alike: their two commonest missions and how much they buy."""
+        """The bucket of similar people: their two most frequent missions and how much they buy."""
         if not len(item):
             return f"cold:{self.locale}"
         first, second = np.argsort(-share, kind="stable")[:2].tolist() if len(share) > 1 else (0, 0)

@@ -51,10 +51,11 @@ COLUMNS = ("recall", "new_recall", "NDCG", "ILD", "entropy")
 class Config(Sources):
     """Make everybody's page of rows, score it on held-out orders, and print the table."""
 
-    split: str = "test"  # held-out orders that count as right: test or valid
+    split: str = "test"  # held-out orders that count as hits: test or valid
     people: int = 0  # users to evaluate, drawn by seed; 0: all
-    explore: float = 0.0  # draw each slot by softmax(score / this); 0: the best item
-    n_boot: int = 1000  # bootstrap draws behind an interval
+    explore: float = 0.0  # temperature at which each slot is drawn, by softmax(score / this); 0:
+    # the best item is taken
+    n_boot: int = 1000  # bootstrap draws for each interval
 
     def __post_init__(self):
         super().__post_init__()

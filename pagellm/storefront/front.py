@@ -36,10 +36,13 @@ __all__ = ["Sources", "Store", "open_store", "read_layout"]
 class Sources(StageConfig):
     """Fields of everything that makes pages."""
 
-    layout: str = ""  # A, B, or a layout file (JSON); empty: A where people buy again, else B
-    ranker: str = "blend"  # popularity, frequency, als, blend or file
-    scores: str = ""  # ranker=file: Parquet of user, item, score
-    static: bool = False  # no themes: best-selling categories, each in the ranker's own order
+    layout: str = ""  # rows of the page: A, B, or a layout file (JSON); empty: A where people buy
+    # again, else B
+    ranker: str = "blend"  # what orders items for a person: popularity, frequency, als, blend or
+    # file
+    scores: str = ""  # with ranker=file: Parquet file of user, item, score
+    static: bool = False  # switch themes off: rows are the best-selling categories, each in the
+    # ranker's own order
 
     def __post_init__(self):
         super().__post_init__()

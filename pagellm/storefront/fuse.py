@@ -17,7 +17,7 @@ from pagellm.storefront.parts import Candidates, Slots, Weights
 __all__ = ["Quota", "SameLeaf", "assign", "fill", "fuse", "row_value", "z_score"]
 
 MOST_NODES = 20_000  # of the search in assign
-SLOT_DECAY, ROW_DECAY = 0.85, 0.75  # how much less a later slot, a lower row is looked at
+SLOT_DECAY, ROW_DECAY = 0.85, 0.75  # attention: factor for each later slot, and for each lower row
 
 
 def z_score(column: np.ndarray) -> np.ndarray:
@@ -77,7 +77,7 @@ class SameLeaf:
 
 @dataclass
 class Quota:
-    """What limits a row beside its score.
+    """Limits on a row, beside its score.
 
     similar, mu   the cost of repeating: mu times the likeness to the nearest item above in this row
     sponsored     (N,) bool or None, and how many of them the row may still show
@@ -153,7 +153,7 @@ def pick(total: np.ndarray, item: np.ndarray, explore: float, draw: float) -> tu
     if not explore:
         best = np.flatnonzero(total == total.max())
         return int(best[np.argmin(item[best])]), 1.0
-    # Candidates lie by number, so that the same draw finds the same item whatever their order was.
+    # Candidates are sorted by number, so that a draw finds the same item whatever their order.
     order = np.argsort(item, kind="stable")
     weight = np.exp((total[order] - total.max()) / explore)
     edge = np.cumsum(weight)

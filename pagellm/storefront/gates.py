@@ -48,7 +48,7 @@ MOST_ALIKE, MOST_OVERLAP = 0.85, 0.6
 LEAST_MATCHES, LOOKED_AT, LEAST_FITTING = 4, 5, 0.8
 FITS = 0.5  # agreement from which an item counts as fitting
 LEAST_ENTROPY = 0.5
-# Words of titles that no catalogue needs to know.
+# Words that titles may hold although no text of the catalogue has them.
 TITLE_WORDS = frozenset(
     map(
         stem,
@@ -72,7 +72,7 @@ def passed(
 
 
 def blocked(decisions: Sequence[Decision]) -> bool:
-    """Whether any of them is against it."""
+    """Whether any of the decisions blocks."""
     return any(decision.action != "pass" for decision in decisions)
 
 

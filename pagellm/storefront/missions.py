@@ -2,8 +2,8 @@
 
 mission = missions(orders.baskets(), category, k=20, seed=0)      (C,) mission of each category
 
-Rows of missions cost a page far less recall than rows of single categories do, since a person's
-next purchases spread over many categories. Measured: docs/how-to/storefront.md.
+Rows of missions cost a page far less recall than rows of single categories, because a person's next
+purchases spread over many categories. Measured: docs/how-to/storefront.md.
 """
 
 from collections import Counter

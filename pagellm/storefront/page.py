@@ -8,7 +8,7 @@ found = page(front, context, layout)
 Themes, keywords and candidates may have been made ahead (`written_ahead`); the rest is then done
 for the person of the moment.
 
-A page is always made. Whatever had to be stepped over is listed in its `fallbacks`.
+A page is always made. Each step that failed, and what was done instead, is listed in `fallbacks`.
 """
 
 import hashlib
@@ -135,7 +135,7 @@ class Offer:
 
 
 class Making:
-    """One page in the making: what has been taken, decided and stepped over."""
+    """A page while it is made: items taken so far, decisions, and fallbacks."""
 
     def __init__(self, front: Front, context: Context, layout: Layout, seed: int, explore: float):
         self.front, self.context, self.layout = front, context, layout
@@ -305,7 +305,7 @@ def themes_on_offer(making: Making, intents: list[str]) -> list[Written]:
     """Themes whose texts and keywords the gates let pass, with keywords and candidates."""
     front, context = making.front, making.context
     used = [row.theme.title for row in making.rows.values()]
-    # For the writer, what the locked rows show is gone.
+    # The writer may not use items that the locked rows show.
     barred = np.union1d(context.barred, np.flatnonzero(making.taken))
     answers = front.writer.themes([replace(context, barred=barred)], [intents], [used])[0]
     making.answers += answers

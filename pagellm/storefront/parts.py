@@ -1,4 +1,4 @@
-"""What the steps of the storefront hand to each other, and a page as JSON.
+"""The data classes that the steps of the storefront exchange, and a page as JSON.
 
 M candidates of a row, N items, W keywords, K slots. Nothing here computes.
 """
@@ -115,7 +115,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the parts of an item's score.
+    """Weights of the parts of an item's score.
 
     All 0 with static themes: the ranker's own order, exactly.
     """

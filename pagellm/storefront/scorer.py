@@ -5,9 +5,9 @@ agree = scorer(features)                                (n,) in 0..1
 
 Features: BM25 of title and concepts against the item's text over the best of the shop, cosine of
 their vectors, the share of the keywords' weight that matches the item, and whether the item's
-category is among the concepts. Labels come by construction: an item of a template theme's mission
-fits; half of the others are drawn from the nearest other mission, half from the whole shop. No
-human label is behind it.
+category is among the concepts. Labels are made by rule, not by people: an item of a template
+theme's mission fits; of the items that do not fit, half are drawn from the nearest other mission,
+half from the whole shop.
 """
 
 from dataclasses import dataclass

@@ -22,10 +22,11 @@ __all__ = ["Config", "page_text", "run"]
 class Config(Sources):
     """Make pages of rows and print them."""
 
-    user: str = ""  # whose page is shown; empty: three people's, and a stranger's
-    json: bool = False  # pages as JSON, a line each
-    explain: bool = False  # JSON pages with every decision of the gates
-    explore: float = 0.0  # draw each slot by softmax(score / this); 0: the best item
+    user: str = ""  # whose page is shown; empty: pages of three users and of an unknown one
+    json: bool = False  # print pages as JSON, one a line
+    explain: bool = False  # with --json: add every decision of the gates
+    explore: float = 0.0  # temperature at which each slot is drawn, by softmax(score / this); 0:
+    # the best item is taken
 
 
 def page_text(store: Store, found: Page) -> str:

@@ -1,4 +1,4 @@
-"""What is chosen on the validation rows: the ranker's calibration and the weights of the score.
+"""Choose on validation rows: the ranker's calibration and the weights of the score.
 
 Reads   runs/<run>/storefront/build, the validation rows
 Writes  runs/<run>/storefront/tune/tuned.json
