@@ -39,6 +39,9 @@ NEAR = {
     "price": ("price", "cost"),
     "category": ("categor", "genre"),
 }
+# Words that stand for no value in some shops, and for themselves in others.
+NOBODY = {"na", "n/a", "(null)", "(none)", "undefined", "unknown", "anonymous", "guest", "-", "?"}
+NOBODY |= {"-1", "missing", "(blank)", "not set", "(not set)"}
 MOST_GRADES = 1000  # different values in a sample, above which a column does not grade anything
 # Roles that most shops have: the account says so where a file has no column for one of them.
 COMMON = {"interactions": ("rating", "time"), "items": tuple(logs.ITEM_COLUMNS)}
@@ -131,8 +134,12 @@ def account_of(
     account = Account(warnings=list(raw.warnings))
     files(account, raw, raw.options)
     rows(account, raw, rules, tally, columns, counts)
-    for what, ids in (("users", columns.user_ids), ("items", columns.item_ids)):
+    for what, ids, numbers in (
+        ("users", columns.user_ids, columns.user),
+        ("items", columns.item_ids, columns.item),
+    ):
         alike(account, what, ids)
+        nobody(account, what, ids, numbers)
     if raw.item_files:
         items(account, raw, item_tally, join)
     if counts.get("k_core"):
@@ -168,6 +175,22 @@ def alike(account: Account, what: str, ids: Iterable[str]) -> None:
         account.say("", text)
 
 
+def nobody(account: Account, what: str, ids: list[str], numbers: np.ndarray) -> None:
+    """Identifiers that may stand for none: they are kept, since a shop may name somebody so.
+
+    numbers  (R,) int, index into ids of each row
+    """
+    found = [n for n, name in enumerate(ids) if name.strip().casefold() in NOBODY]
+    if found:
+        rows = int(np.isin(numbers, found).sum())
+        account.say(
+            "",
+            f"{what} named {several([repr(ids[n]) for n in found])} have {rows:,} rows; if they "
+            "stand for none, leave them out by --where",
+        )
+        account.facts[f"{what}_that_may_be_none"] = [ids[n] for n in found]
+
+
 def files(account: Account, raw: Raw, options: Options) -> None:
     """Files read, passed over, and their columns."""
     names = [f"{f.path.name} ({f.spelling} {f.kind})".replace("( ", "(") for f in raw.review_files]
@@ -183,6 +206,7 @@ def files(account: Account, raw: Raw, options: Options) -> None:
         said.add((file.role, file.names))
         taken = file.item_columns if file.role == "items" else file.columns
         also = [f.item_columns.values() for f in raw.item_files if f.path == file.path]
+        also += [f.columns.values() for f in raw.review_files if f.path == file.path]
         used = {
             *taken.values(),
             *where.of(file.names).columns,
@@ -295,7 +319,7 @@ def between(time: np.ndarray) -> str:
     known = time[time != NO_TIME]
     if not len(known):
         return ""
-    if known.max() < 1e7 and (known == np.floor(known)).all():
+    if known.max() < 1e7:
         return ", no dates but positions"
     first, last = (datetime.fromtimestamp(float(t), UTC).date() for t in (known.min(), known.max()))
     return f", {first} to {last}" + (", whole days" if not (known % DAY).any() else "")
@@ -305,7 +329,12 @@ def items(account: Account, raw: Raw, tally: Tally, join: Join) -> None:
     """What the item table knows of the log's items, and what could not be read in it."""
     names = several(sorted({file.path.name for file in raw.item_files}))
     known = len(join.known)
-    account.say("items", f"{share(known, join.items)} of the log's items are in {names}")
+    out = [f"{n:,} {why}" for why, n in tally.passed.most_common(SHOWN)]
+    account.say(
+        "items",
+        f"{share(known, join.items)} of the log's items are in {names}"
+        + (f"; lines left out: {'; '.join(out)}" if out else ""),
+    )
     filled = ", ".join(f"{name} {n:,}" for name, n in join.fields.items())
     prices = f"; prices from {join.prices[0]:g} to {join.prices[1]:g}" if join.prices else ""
     account.say("", f"known of {join.items:,} items: {filled}{prices}")

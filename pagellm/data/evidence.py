@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from collections import Counter, defaultdict
 
 from pagellm.data.amazon import category_paths
@@ -10,6 +11,7 @@ from pagellm.data.values import Broken, is_missing, is_number, label
 __all__ = ["category_form", "names_in", "paths_in", "steady"]
 
 COMMON_MARKS = ("|", ";", ", ", ",", "/")  # between the categories of one cell, beside >
+TUPLE = re.compile(r"\(['\"].*['\"],?\)|\{['\"].*['\"]\}")  # of names in quotes
 RECURRING = 0.5  # a mark separates categories if more of the parts occur in other cells too
 STEADY = 0.6  # a column describes the item if a larger share of each item's rows agree, on average
 
@@ -24,6 +26,8 @@ def names_in(cell, mark: str) -> list:
         return []
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         cell = literal(cell.strip())
+    elif isinstance(cell, str) and TUPLE.fullmatch(cell.strip()):
+        cell = tuple_or_text(cell.strip())
     if isinstance(cell, str) and ">" in cell and mark == ">":
         return [part.split(">") for part in cell.split("|")]
     if isinstance(cell, str):
@@ -31,6 +35,15 @@ def names_in(cell, mark: str) -> list:
     if isinstance(cell, dict):
         raise Broken("categories of a wrong type")
     return list(cell) if isinstance(cell, list | tuple) else [cell]
+
+
+def tuple_or_text(text: str):
+    """A tuple or a set as Python writes it, a set in the order of letters; other text as it is."""
+    try:
+        found = ast.literal_eval(text) if len(text) < 10_000 else text
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return text
+    return found if isinstance(found, tuple) else sorted(found) if isinstance(found, set) else text
 
 
 def literal(text: str):
@@ -76,7 +89,7 @@ def category_form(cells: list, chosen: str = "") -> tuple[str, str]:
     first name, while those of a set stand in any place, or in the order of letters.
     """
     texts = list(dict.fromkeys(c for c in cells if isinstance(c, str) and not is_missing(c)))
-    texts = [text for text in texts if not text.lstrip().startswith("[")]
+    texts = [t for t in texts if not (t.lstrip().startswith("[") or TUPLE.fullmatch(t.strip()))]
     if chosen == "name":
         return "name", ""
     mark = ">" if any(">" in text for text in texts) else ""

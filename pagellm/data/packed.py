@@ -1,8 +1,8 @@
 """Raw files as bytes of UTF-8 lines, however they are packed, encoded or ended.
 
     gzip, bzip2, xz, Zstandard     unpacked while being read
-    zip                            if it holds one file
-    UTF-16                         turned into UTF-8
+    zip                            if it holds one file (what macOS adds is none)
+    UTF-16, UTF-32                 turned into UTF-8, UTF-16 without its mark too
     CR line ends                   turned into LF
     a JSON array of objects        one object a line
 
@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from pagellm.stage.config import PageLLMError
 
-__all__ = ["DAMAGED", "is_plain", "open_bytes", "packing"]
+__all__ = ["Archive", "DAMAGED", "is_plain", "open_bytes", "packing", "what_else"]
 
 MAGIC = {
     b"\x1f\x8b": "gzip",
@@ -34,10 +34,41 @@ MAGIC = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"PK\x03\x04": "zip",
 }
+# Files that hold tables in a way that nothing here reads, or no table: first bytes -> their name.
+OTHERS = {
+    b"ARROW1": "an Arrow file (write it as Parquet)",
+    b"FEA1": "a Feather file (write it as Parquet)",
+    b"ORC": "an ORC file (write it as Parquet)",
+    b"Obj\x01": "an Avro file (write it as Parquet)",
+    b"SQLite format 3": "an SQLite database (export its table as CSV)",
+    b"\xd0\xcf\x11\xe0": "an old Excel or Word file (save its sheet as CSV)",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+    b"7z\xbc\xaf": "a 7z archive (unpack it)",
+    b"Rar!": "a RAR archive (unpack it)",
+    b"%PDF": "a PDF",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+}
 LOOK = 1 << 16  # bytes that show the encoding and the line ends
 PART = 1 << 18  # characters of a JSON array read at once
 OBJECT_LIMIT = 50_000_000  # characters of one object of an array
 DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
+
+
+class Archive(PageLLMError):
+    """A file of several files, of which nobody says which is meant; `what` it is, in words."""
+
+    def __init__(self, path: Path, what: str, todo: str):
+        super().__init__(f"{path} is {what}: {todo}")
+        self.what = f"{what}: {todo}"
+
+
+def what_else(path: Path) -> str:
+    """The name of a kind of file that nothing here reads, told from its first bytes; else ""."""
+    with open(path, "rb") as file:
+        start = file.read(16)
+    return next((name for magic, name in OTHERS.items() if start.startswith(magic)), "")
 
 
 def packing(path: Path) -> str:
@@ -54,27 +85,42 @@ def is_plain(path: Path) -> bool:
 
 
 def recoding(start: bytes) -> str:
-    """What must be done to unpacked bytes to make them UTF-8 lines: "", utf-16, cr or array."""
+    """What makes unpacked bytes UTF-8 lines: "" nothing, an encoding to read, cr or array."""
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
+    if wide := without_mark(start[:1024]):
+        return wide
     if b"\r" in start[:-1] and b"\n" not in start:
         return "cr"
     text = start.removeprefix(codecs.BOM_UTF8).lstrip()
     return "array" if text.startswith(b"[") and text[1:].lstrip().startswith(b"{") else ""
 
 
+def without_mark(start: bytes) -> str:
+    """UTF-16 without its mark, told from text in which every second byte is 0; else ""."""
+    even, odd = start[0::2], start[1::2]
+    if len(odd) > 7 and odd.count(0) > 0.9 * len(odd) and 0 not in even:
+        return "utf-16-le"
+    return "utf-16-be" if len(odd) > 7 and even.count(0) > 0.9 * len(even) and 0 not in odd else ""
+
+
 def open_bytes(path: Path) -> io.BufferedIOBase:
     """The file's lines as UTF-8 bytes. Raises PageLLMError for a zip of several files."""
     form = packing(path)
     with unpacked(path, form) as file:
-        what = recoding(file.read(LOOK))
+        start = file.read(LOOK)
+    if start[257:262] == b"ustar":
+        raise Archive(path, "a tar archive", "unpack it into a folder, for --raw")
+    what = recoding(start)
     file = unpacked(path, form)
     if not what:
         return file
     if what == "cr":
         chunks = (block.replace(b"\r", b"\n") for block in iter(lambda: file.read(LOOK), b""))
-    elif what == "utf-16":
-        text = io.TextIOWrapper(file, "utf-16", errors="replace", newline="")
+    elif what.startswith("utf"):
+        text = io.TextIOWrapper(file, what, errors="replace", newline="")
         start = text.read(LOOK)
         cr = "\r" in start[:-1] and "\n" not in start
         parts = itertools.chain([start], iter_text(text))
@@ -103,10 +149,14 @@ def unpacked(path: Path, form: str):
     if form == "zip":
         archive = zipfile.ZipFile(path)
         names = [name for name in archive.namelist() if not name.endswith("/")]
+        names = [name for name in names if not name.startswith("__MACOSX/")]
+        if "[Content_Types].xml" in names:
+            raise Archive(path, "an Excel or other Office file", "save its sheet as CSV (UTF-8)")
         if len(names) != 1:
-            raise PageLLMError(
-                f"{path} is a zip archive of {len(names)} files ({', '.join(names[:3])} ...)\n"
-                "  Unpack it into a folder and name that with --raw."
+            raise Archive(
+                path,
+                f"a zip archive of {len(names)} files ({', '.join(names[:3])} ...)",
+                "unpack it into a folder, for --raw",
             )
         return archive.open(names[0])
     return open(path, "rb", buffering=1 << 20)

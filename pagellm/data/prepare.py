@@ -572,10 +572,10 @@ def left_out(config: Config, gone: pa.Table, table: Table) -> str:
         for name, kept in (("user_id", table.user_ids), ("item_id", table.item_ids))
     )
     names = f" ({several(items)})" if items else ""
+    served = "; recommend writes these users' pages from them" if users else ""
     return (
         f"{config.target / dropped.NAME}: {len(gone):,} rows of {len(users):,} users and "
-        f"{len(items):,} items{names} below the k-core; recommend writes these users' pages from "
-        "them, and shows none of these items"
+        f"{len(items):,} items{names} below the k-core{served}"
     )
 
 

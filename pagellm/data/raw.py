@@ -16,7 +16,7 @@ import pyarrow as pa
 from pagellm.data import amazon, logs, sequences
 from pagellm.data.download import download, official
 from pagellm.data.files import Options, RawFile, listing
-from pagellm.data.packed import packing
+from pagellm.data.packed import Archive, packing, what_else
 from pagellm.data.records import Item, Tally, decoded, lines, spans
 from pagellm.data.values import Broken
 from pagellm.stage.config import PageLLMError
@@ -205,10 +205,10 @@ def reason(file: RawFile) -> str:
         return "interactions, but other files were named"
     if file.role == "items":
         return "an item table, but others were named"
-    if packed := packing(file.path) if file.path.stat().st_size else "":
-        return f"{packed}, holds no table that is known"
     if file.kind != "other":
         return file.kind
+    if packed := packing(file.path) if file.path.stat().st_size else "":
+        return f"{packed}, holds no table that is known"
     return "no table of users and items" if file.names else "not known"
 
 
@@ -233,9 +233,17 @@ def recognised(folder: Path, options: Options) -> list[RawFile]:
 
 
 def recognise(path: Path, options: Options) -> RawFile:
-    """What a file is: the first format that finds a role for it decides."""
-    with path.open("rb") as file:
-        first = [] if file.read(4) == b"PAR1" else first_lines(path)
+    """What a file is: the first format that finds a role for it decides.
+
+    An archive of several files, or a file of a kind that nothing here reads, is named and left.
+    """
+    if other := what_else(path):
+        return RawFile(path, kind=other)
+    try:
+        with path.open("rb") as file:
+            first = [] if file.read(4) == b"PAR1" else first_lines(path)
+    except Archive as archive:
+        return RawFile(path, kind=archive.what)
     found = [f for form in FORMATS.values() if (f := form.recognise(path, first, options))]
     return next((f for f in found if f.role), found[0] if found else RawFile(path))
 

@@ -45,6 +45,12 @@ CHUNK = 4_000_000  # bytes of lines read and parsed at once; of the first ones:
 FIRST_READ = 1 << 16
 MARK = b"\xef\xbb\xbf"  # of byte order, at the start of a file
 PIECES = 16  # that a chunk is cut into where not all of its lines are plain
+HINTS = {  # what a reason of broken lines holds -> what to do about it
+    "rating outside": "--rating_min and --rating_max say what the scale of the ratings is.",
+    "rating of a wrong type": "Grades in words are events: --event_column and --event_values.",
+    "unknown event": "--event_values says what events there are.",
+    "not UTF-8": "Write the file in UTF-8 (iconv -f latin1 -t utf-8) or UTF-16.",
+}
 EXAMPLES = 5  # broken records shown with file and line
 
 
@@ -154,6 +160,7 @@ class Tally:
             raise PageLLMError(
                 f"{message}\n  That is more than --max_broken {max_broken:g}. If the file is\n"
                 "  whole and its columns are the right ones, raise --max_broken."
+                + "".join(f"\n  {hint}" for word, hint in HINTS.items() if word in reasons)
             )
         print(f"  {message}", flush=True)
         return 1 + len(self.examples)

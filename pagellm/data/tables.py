@@ -23,6 +23,7 @@ from pagellm.stage.config import PageLLMError
 
 __all__ = ["id_list", "ids_of", "read_table", "told", "words_in"]
 
+SHOWN = 8  # columns left over that are named
 NONE = ["", "NULL", "null", "NaN", "nan", "None", "none", "\\N", "NA", "N/A", "#N/A", "<NA>"]
 
 
@@ -100,7 +101,9 @@ def told(path, table: pa.Table, taken: Sequence[str], absent: Sequence[str] = ()
     ]
     parts = [f"{Path(path).name}: {len(table):,} rows; columns {', '.join(taken)}"]
     parts += [f"not there: {', '.join(absent)}"] if absent else []
-    parts += [f"left over: {', '.join(left)}"] if left else ["none left over"]
+    more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+    shown = ", ".join(name or "one without a name" for name in left[:SHOWN])
+    parts += [f"left over: {shown}{more}"] if left else ["none left over"]
     parts += [f"look at {', '.join(meant)}"] if meant else []
     return "; ".join(parts)
 

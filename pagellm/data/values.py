@@ -57,6 +57,7 @@ PATTERNS = tuple(day + clock for day in re.split(r"\||(?<=%[Yyd]) ", DAYS) for c
 # How databases, spreadsheets and data frames write "no value", in small letters.
 MISSING = frozenset({"", "null", "none", "nan", "nat", "\\n", "<na>", "#n/a"})
 WHOLE_FLOAT = re.compile(r"-?(0|[1-9][0-9]*)\.0")
+COMMA_NUMBER = re.compile(r"\s*-?[0-9]+,[0-9]{1,2}\s*")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 LINE_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 UTC_MARK = re.compile(r"\s*(UTC|GMT|Z)$", re.IGNORECASE)
@@ -276,7 +277,12 @@ def understood(text, form: str) -> bool:
 
 
 def rating_in(value, low: float = 1.0, high: float = 5.0) -> float:
-    """A rating on the file's own scale, NaN where missing. Raises Broken outside low..high."""
+    """A rating on the file's own scale, NaN where missing. Raises Broken outside low..high.
+
+    "4,5" is four and a half: between thousands a comma has three digits behind it.
+    """
+    if isinstance(value, str) and COMMA_NUMBER.fullmatch(value):
+        value = value.replace(",", ".")
     rating = number(value, "rating")
     if rating < low or rating > high:
         raise Broken(f"rating outside {low:g}..{high:g}")

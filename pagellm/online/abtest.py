@@ -36,6 +36,7 @@ import numpy as np
 import torch
 
 from pagellm.data.tables import ids_of, read_table, told
+from pagellm.data.values import is_number
 from pagellm.pages.stats import holm
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check, check_numbers
@@ -381,7 +382,11 @@ def read_log(
             try:
                 log[name] = table[name].to_numpy().astype(np.float64)
             except (ValueError, TypeError):
-                raise PageLLMError(f"{path}: column {name} is not numbers") from None
+                odd = [v for v in table[name].to_pylist() if not is_number(v) and v is not None]
+                raise PageLLMError(
+                    f"{path}: column {name} is not numbers, such as {str(odd[:1] or '')[:60]}; "
+                    "decimals want a point"
+                ) from None
             if name.startswith("pre_"):
                 blank[name] = int(np.isnan(log[name]).sum())
                 log[name] = np.where(np.isnan(log[name]), 0.0, log[name])

@@ -197,8 +197,8 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 def answer_in(text: str) -> dict:
     """The verdict within an answer: the last JSON object that names a winner.
 
-    Servers that do not enforce the schema put it into a code fence, behind reasoning, or between
-    sentences. Raises ValueError if there is none.
+    Servers that do not enforce the schema put it into a code fence, behind reasoning, between
+    sentences, or into an object of their own. Raises ValueError if there is none.
     """
     decoder, found, at = json.JSONDecoder(), None, text.find("{")
     while at >= 0:
@@ -207,7 +207,8 @@ def answer_in(text: str) -> dict:
         except (ValueError, RecursionError):
             end = at + 1
         else:
-            found = value if isinstance(value, dict) and "winner" in value else found
+            named = isinstance(value, dict) and "winner" in value
+            found, end = (value, end) if named else (found, at + 1)
         at = text.find("{", end)
     if found is None:
         raise ValueError(f"no verdict in {text[:80]!r}")

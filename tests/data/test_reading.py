@@ -2,9 +2,12 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import random
+import re
+import tarfile
 import zipfile
 
 import pyarrow as pa
@@ -66,6 +69,7 @@ def items_of(path):
 def zipped(path, data):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("log.csv", data)
+        archive.writestr("__MACOSX/._log.csv", b"what a Mac adds")
 
 
 @pytest.mark.parametrize(
@@ -77,6 +81,9 @@ def zipped(path, data):
         ("log.csv.zst", lambda p, d: p.write_bytes(pa.compress(d, "zstd", asbytes=True))),
         ("log.zip", zipped),
         ("utf16.csv", lambda p, d: p.write_bytes(d.decode().encode("utf-16"))),
+        ("bare.csv", lambda p, d: p.write_bytes(d.decode().encode("utf-16-le"))),
+        ("big.csv", lambda p, d: p.write_bytes(d.decode().encode("utf-16-be"))),
+        ("utf32.csv", lambda p, d: p.write_bytes(d.decode().encode("utf-32"))),
         ("mark.csv", lambda p, d: p.write_bytes(b"\xef\xbb\xbf" + d)),
         ("mac.csv", lambda p, d: p.write_bytes(d.replace(b"\n", b"\r"))),
         ("windows.csv", lambda p, d: p.write_bytes(d.replace(b"\n", b"\r\n"))),
@@ -103,15 +110,37 @@ def test_an_array_of_objects_is_read_as_lines(tmp_path):
         json.loads(list(lines(tmp_path / "x.json"))[-1])
 
 
-def test_an_archive_of_several_files_is_named(tmp_path):
-    folder_of(tmp_path, {})
-    with zipfile.ZipFile(tmp_path / "raw" / "all.zip", "w") as archive:
-        archive.writestr("a.csv", "x")
-        archive.writestr("b.csv", "y")
-    with pytest.raises(
-        PageLLMError, match=r"all\.zip is a zip archive of 2 files \(a\.csv, b\.csv"
-    ):
-        prepared(tmp_path, {})
+def archive(kind, *names):
+    """A zip or tar archive of some small files, as bytes."""
+    data = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(data, "w") as file:
+            for name in names:
+                file.writestr(name, "user_id,item_id")
+    else:
+        with tarfile.open(fileobj=data, mode=f"w:{kind}") as file:
+            for name in names:
+                file.addfile(tarfile.TarInfo(name))
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        (archive("zip", "a.csv", "b.csv"), r"a zip archive of 2 files \(a\.csv, b\.csv \.\.\.\)"),
+        (archive("zip", "[Content_Types].xml", "xl/workbook.xml"), "an Excel or other Office file"),
+        (archive("gz", "log.csv"), "a tar archive"),
+        (b"ARROW1\0\0rest", "an Arrow file"),
+        (b"SQLite format 3\0rest", "an SQLite database"),
+        (b"\xd0\xcf\x11\xe0rest", "an old Excel or Word file"),
+    ],
+)
+def test_a_file_that_is_not_read_is_named_for_what_it_is(tmp_path, capsys, content, what):
+    """Alone it is refused by that name; beside a log it is passed over under that name."""
+    with pytest.raises(PageLLMError, match=rf"no interactions .*\n +all\.x: {what}"):
+        prepared(tmp_path, {"all.x": content})
+    assert len(rows_of(prepared(tmp_path, {"log.csv": csv_text()}))) == 36
+    assert re.search(rf"not read +all\.x \({what}", capsys.readouterr().out)
 
 
 def test_one_endless_line_beside_the_log_is_no_trouble(tmp_path):
@@ -373,7 +402,7 @@ def test_rows_of_nobody_are_refused_by_column(tmp_path):
         ids_of(read_table(tmp_path / "x.csv", ("user",)), "user", tmp_path / "x.csv")
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
 def test_a_list_of_ids_in_a_file_or_in_an_option(tmp_path, encoding):
     (tmp_path / "ids.txt").write_bytes("B1\r\nred, large\r\n\r\n17850.0\n".encode(encoding))
     ids = ("B1", "red, large", "17850")
@@ -419,6 +448,45 @@ def test_ids_written_in_several_ways_are_said(tmp_path, capsys):
     text, read = said(tmp_path / "b", capsys, {"log.csv": csv_text(rows)})
     assert "1 users are written in several ways, such as 'U1' and 'u1'" in text
     assert not read["warnings"]
+
+
+def test_ids_that_may_stand_for_none_are_said_and_kept(tmp_path, capsys):
+    rows = [*ROWS, ("N/A", "i0", 5), ("undefined", "i0", 5), ("undefined", "i1", 5)]
+    text, read = said(tmp_path, capsys, {"log.csv": csv_text(rows)})
+    assert "users named 'N/A', 'undefined' have 3 rows; if they stand for none" in text
+    assert read["users_that_may_be_none"] == ["N/A", "undefined"] and not read["warnings"]
+
+
+def test_lines_of_an_item_table_without_an_item_are_counted(tmp_path, capsys):
+    table = "item_id,title\ni0,A\nNULL,B\n,C\n"
+    text, _ = said(tmp_path, capsys, {"log.csv": csv_text(), "items.csv": table})
+    assert "lines left out: 1 no item (written NULL); 1 no item" in text
+
+
+@pytest.mark.parametrize(
+    "rows, hint",
+    [
+        ([(u, i, r + 5) for u, i, r in ROWS], "--rating_min and --rating_max"),
+        ([(u, i, "good") for u, i, _ in ROWS], "--event_values"),
+        ([("é", "i0", 3), *ROWS], "Write the file in UTF-8"),
+    ],
+)
+def test_what_to_do_about_broken_lines_is_said(tmp_path, rows, hint):
+    with pytest.raises(PageLLMError, match=hint):
+        prepared(tmp_path, {"log.csv": csv_text(rows).encode("latin-1")})
+
+
+def test_tuples_and_sets_as_python_writes_them_are_categories():
+    assert paths_in("('X', 'Y')", "path", "") == (("X", "Y"),)
+    assert paths_in("{'B', 'A'}", "set", "") == (("A",), ("B",))
+    assert paths_in("(no genres listed)", "path", "|") == (("(no genres listed)",),)
+    assert paths_in("('X', open('y'))", "path", "") == (("('X', open('y'))",),)
+
+
+def test_ratings_with_a_comma_are_ratings(tmp_path):
+    rows = [(u, i, f"{r - 0.5}".replace(".", ",")) for u, i, r in ROWS if r > 1]
+    path = prepared(tmp_path, {"log.csv": csv_text(rows, mark=";")})
+    assert {row["rating"] for row in rows_of(path)} == {1.5, 2.5, 3.5, 4.5}
 
 
 def test_what_is_known_of_items_is_counted(tmp_path, capsys):

@@ -299,6 +299,13 @@ def test_users_without_a_past_count_as_zero_there(tmp_path):
     assert "pre_clicks: empty for 143 users, who count as 0" in said
 
 
+def test_a_column_with_decimal_commas_is_named_with_a_value(tmp_path):
+    log = draw_log(20)
+    log["gmv"] = np.array(["1,5"] * 20)
+    with pytest.raises(PageLLMError, match=r"column gmv is not numbers, such as \['1,5'\]"):
+        abtest.read_log(save(log, tmp_path / "log.parquet"))
+
+
 def test_columns_read_and_left_over_are_named(tmp_path, capsys):
     log = draw_log(2000)
     log["Day"], log["note"] = log.pop("day"), log["arm"]

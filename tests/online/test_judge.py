@@ -202,6 +202,7 @@ VERDICT = '{"winner": "second", "confidence": 0.7, "reasons": ["{braces}"]}'
         f"```json\n{VERDICT}\n```",
         f"<think>first? {{hm}} {{}} [1]</think>\n{VERDICT}",
         f"My verdict: {VERDICT} I hope that helps {{}}.",
+        f'{{"verdict": {VERDICT}, "n": {{}}}}',
         f'Draft {{"winner": "first", "confidence": 1, "reasons": []}}, no: {VERDICT}',
     ],
 )
