@@ -463,7 +463,7 @@ class Model:
             there = self.recommender
             return [(user, ()) for user in (*there.shop.user_ids, *there.left_out.users)]
         if isinstance(history, Mapping):
-            known = {str(user): events_of(events) for user, events in history.items()}
+            known = {id_of(user, "user"): events_of(events) for user, events in history.items()}
             names = list(known) if users is None else ids_of(users)
             return [(user, known.get(user, ())) for user in names]
         alone = () if history is None else events_of(history)
@@ -546,7 +546,17 @@ class Model:
 def ids_of(values: Any) -> tuple[str, ...]:
     """Different ids as text: of one id, of a list, or of a column of any library."""
     values = [values] if isinstance(values, str) else list(values)
-    return tuple(dict.fromkeys(str(v.as_py() if hasattr(v, "as_py") else v) for v in values))
+    return tuple(dict.fromkeys(id_of(value) for value in values))
+
+
+def id_of(value: Any, what: str = "id") -> str:
+    """An id as `prepare` keeps it: 17850.0 is 17850. Raises PageLLMError for a missing one."""
+    from pagellm.data.values import Broken, identifier
+
+    try:
+        return identifier(value.as_py() if hasattr(value, "as_py") else value, what)
+    except Broken as broken:
+        raise PageLLMError(f"{value!r} is no {what}: {broken}") from None
 
 
 def events_of(events: Any) -> tuple[tuple[str, float], ...]:
@@ -558,11 +568,11 @@ def events_of(events: Any) -> tuple[tuple[str, float], ...]:
         raise PageLLMError(f"history={events!r}: want a list of item ids, or of (id, rating)")
     out = []
     for event in events:
-        item, rating = (event, math.nan) if isinstance(event, str | int) else tuple(event)
+        item, rating = event if isinstance(event, tuple | list) else (event, math.nan)
         rating = math.nan if rating is None else float(rating)
         if not (math.isnan(rating) or 1 <= rating <= 5):
             raise PageLLMError(f"history: {item} has rating {rating}; want 1 to 5, or none")
-        out.append((str(item), rating))
+        out.append((id_of(item, "item"), rating))
     return tuple(out)
 
 
@@ -580,7 +590,7 @@ def histories_of(table: "ArrowStream") -> dict[str, list[tuple[str, float]]]:
     out: dict[str, list[tuple[str, float]]] = {}
     rows = zip(found["user"].to_pylist(), found["item"].to_pylist(), ratings, strict=True)
     for user, item, rating in rows:
-        out.setdefault(str(user), []).append((item, rating))
+        out.setdefault(id_of(user, "user"), []).append((item, rating))
     return out
 
 
@@ -590,7 +600,7 @@ def page_table(recommender: "Recommender", asks: "list[Ask]", batch: int) -> "pa
     from tqdm import tqdm
 
     rows: list[tuple] = []
-    unknown: dict[str, dict[str, None]] = {"items": {}, "categories": {}}
+    unknown: dict[str, dict[str, None]] = {"users": {}, "items": {}, "categories": {}}
     short = 0
     parts = range(0, len(asks), batch)
     for at in tqdm(parts, desc="pages", unit="batch", disable=len(parts) < 2):
@@ -599,8 +609,11 @@ def page_table(recommender: "Recommender", asks: "list[Ask]", batch: int) -> "pa
                 raise answer
             who, slots = answer["user"], answer["items"]
             short += bool(answer["notes"])
-            for what, names in unknown.items():
-                names |= dict.fromkeys(answer["unknown"][what])
+            if answer["unknown"]["user"] and not who["history"]:
+                strangers = {who["id"]: None}.keys() - recommender.left_out.users.keys()
+                unknown["users"] |= dict.fromkeys(strangers)
+            for what in ("items", "categories"):
+                unknown[what] |= dict.fromkeys(answer["unknown"][what])
             rows += [(who["id"], who["known"], *(s[name] for name in SLOT)) for s in slots]
     for what, names in unknown.items():
         if names:

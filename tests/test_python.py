@@ -1,10 +1,12 @@
 """`import pagellm`: the calls of a notebook end in the same directories as the command line."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -287,6 +289,25 @@ def test_histories_of_any_form_are_the_same_and_unknown_ids_are_printed(model, c
     assert not {a, b} & set(longer["item"].to_pylist())
 
 
+def test_ids_of_any_type_are_read_as_prepare_reads_them(model, capsys):
+    """A column of whole numbers with a gap comes as floats: 7.0 is 7 in a log and here."""
+    assert python.ids_of(np.array([7.0, 8.0])) == python.ids_of([7, "8"]) == ("7", "8")
+    assert python.events_of([np.float64(7), (np.int64(8), 5), "007"])[1:] == (
+        ("8", 5.0),
+        ("007", pytest.approx(math.nan, nan_ok=True)),
+    )
+    table = pa.table({"user": [1.0, 1.0], "item": [2.0, 3.0]})
+    assert list(python.histories_of(table)) == ["1"]
+    for wrong in ([None], [float("nan")], ["NULL"]):
+        with pytest.raises(pagellm.PageLLMError, match="is no id: no id"):
+            python.ids_of(wrong)
+    with pytest.raises(pagellm.PageLLMError, match="None is no user"):
+        python.histories_of(pa.table({"user": ["a", None], "item": ["b", "c"]}))
+    known = model.recommender.shop.user_ids[0]
+    model.pages(users=[known, "nobody"], k=2)
+    assert "pages: unknown users: nobody\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("said", "options"),
     [
@@ -373,5 +394,8 @@ def test_types_that_parquet_has_not_are_turned_into_those_that_it_has():
         "price": [1.0, None],
         "score": [1.0, None],
     }
+    digits = [Decimal("12345678901234567890"), None]
+    wide = pa.table({"user": pa.array(digits, pa.decimal256(20, 0))})
+    assert arrow.storable(wide)["user"].to_pylist() == digits  # ids keep all their digits
     with pytest.raises(pagellm.PageLLMError, match="two columns are named a"):
         arrow.storable(pa.Table.from_arrays([views, views], names=["a", "a"]))

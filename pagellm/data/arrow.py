@@ -70,10 +70,15 @@ def plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """Views and large strings as strings, decimals as floats; so also inside of lists."""
+    """Views and large strings as strings, decimals of one width; so also inside of lists.
+
+    Decimals stay decimals: ids of 20 digits are written so, and a float has 16.
+    """
     t = pa.types
     if t.is_string_view(kind) or t.is_large_string(kind):
         return pa.string()
+    if t.is_decimal(kind) and kind.precision <= 38:
+        return pa.decimal128(kind.precision, kind.scale)
     if t.is_decimal(kind) or t.is_float16(kind):
         return pa.float64()
     if t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind):

@@ -552,6 +552,24 @@ def test_a_condition_may_spell_a_column_in_its_own_way():
     assert ids.keeps({"user": 9007199254740993}) and not ids.keeps({"user": "9007199254740992"})
 
 
+def test_a_first_prepare_says_all_in_25_lines(tmp_path, capsys):
+    """Of a shop where much goes wrong: broken lines, files passed over, odd ids, near misses."""
+    heading = "user_id,user,item_id,product,score,date,timestamp,item_price,genre,name,comment"
+    row = "{u},x{u},{i},p{i},{r},2020-01-0{r},1577836800,1.5,a|b,N {i},fine"
+    rows = [row.format(u=u, i=i, r=r) for u, i, r in [*ROWS * 9, ("N/A", "rare", 5)]]
+    files = {"log-0.csv": "\n".join([heading, *rows, "broken", "too", "short"])}
+    files |= {"log-2.csv": "\n".join([heading, *rows, *["x,y"] * 3]), "log-4.csv": "a,b\n1,2\n"}
+    files |= {"u.bin": b"7z\xbc\xaf", "notes.md": "hello", "empty.csv": ""}
+    items = "item_id,title,brand,price,cost,categories,genres\n"
+    items += "".join(f"i{n},T,NULL,cheap,2,{{}},x\n" for n in range(5)) + "i5,T\ni0,U,B,1,2,c,d\n"
+    text, _ = said(tmp_path, capsys, files | {"items.csv": items}, max_broken=0.5, k_core=2)
+    lines = text.splitlines()
+    assert len(lines) <= 25, text
+    assert "broken" in lines[0] and "dropped.parquet: 1 rows of 1 users" in lines[-1]
+    for word in ("WARNING", "not read", "left over", "k-core", "more lines: see `read`"):
+        assert word in text
+
+
 def test_an_account_is_short_and_says_what_it_leaves_out():
     account = Account([f"line {n}" for n in range(40)], ["mind this"])
     assert len(account.text(before=6).splitlines()) == 17
