@@ -27,6 +27,7 @@ from typing import Any
 
 from pagellm import tune
 from pagellm.data import prepare
+from pagellm.data.stores import is_remote
 from pagellm.evaluate import LABELS
 from pagellm.pages.yardstick import verdict_grid
 from pagellm.stage import presets
@@ -105,9 +106,11 @@ def prepared(config: Config) -> None:
         return
     raw, words = Path(config.raw).expanduser(), [f"--dataset={config.dataset}"]
     words += [f"--data={config.data}"]
-    if config.raw and not raw.exists():
+    if is_remote(config.raw):
+        words += [f"--raw={config.raw}"]
+    elif config.raw and not raw.exists():
         raise PageLLMError(f"{raw}: no such file or directory; --raw names the log")
-    if config.raw and raw.is_file():
+    elif config.raw and raw.is_file():
         words += [f"--raw={raw.parent}", f"--review_files={raw.name}"]
     elif config.raw:
         words += [f"--raw={raw}"]

@@ -105,7 +105,9 @@ def prepare(
         options, items = options | {"items": items}, None
     if table is None and items is not None:
         raise PageLLMError("items= without a table; give the log too")
-    if isinstance(table, str | Path):
+    if isinstance(table, str) and "://" in table and items is None:
+        told["raw"] = table
+    elif isinstance(table, str | Path):
         told |= files_of(Path(table), items)
     elif table is not None:
         told |= kept_tables(table, items, dataset, Path(data) / "raw" / dataset)

@@ -20,7 +20,8 @@ class Options:
     dataset: str = "synthetic"  # synthetic; toys, beauty, sports, instruments, luxury,
     # scientific, food,
     # gift_cards, all_beauty or an official category's name; any other name is a shop of your own
-    raw: str = ""  # directory of the raw files; empty: <data>/raw/<dataset>
+    raw: str = ""  # directory of the raw files, or an address such as s3://bucket/exports, from
+    # which they are fetched; empty: <data>/raw/<dataset>
     data: str = "data"  # directory of prepared data sets
     release: str = ""  # 2014, 2018 or 2023: of the files to download; empty: the paper's
     review_files: str = ""  # interaction files within raw, with commas between; empty: recognised

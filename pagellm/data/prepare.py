@@ -34,7 +34,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +43,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pagellm.data import dropped, filters, parallel, synthetic, text_store
+from pagellm.data import dropped, filters, parallel, stores, synthetic, text_store
 from pagellm.data.account import Account, Join, account_of, is_unknown, several
 from pagellm.data.files import Options
 from pagellm.data.raw import Raw, find
@@ -478,6 +478,9 @@ def run(config: Config) -> Path:
     broken, and with strict at a warning.
     """
     made_up = config.dataset == "synthetic"
+    if stores.wants_fetching(config.raw):
+        kept = stores.fetch(config.raw, Path(config.data) / "raw" / config.dataset)
+        config = replace(config, raw=str(kept))
     raw = None if made_up or moved_away(config) else find(config)
     if already(config, raw):
         print(f"{config.target} is already prepared", flush=True)

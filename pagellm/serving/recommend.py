@@ -32,6 +32,7 @@ from tqdm import tqdm
 from pagellm.data.account import several
 from pagellm.data.dropped import NAME
 from pagellm.data.shop import is_forgotten, source
+from pagellm.data.stores import is_remote, partition_of, safe, send
 from pagellm.data.tables import id_list, words_in
 from pagellm.model.composer import POOL
 from pagellm.model.decode import ranking
@@ -86,7 +87,9 @@ class Config(Sources):
     # items of unknown price fail any price filter
     price_max: float = math.inf  # only items at this price or below
     all: bool = False  # write a page for every user, to --out
-    out: str = ""  # Parquet file to write: user, rank, item, score, page, user_id, item_id, known
+    out: str = ""  # Parquet file to write: user, rank, item, score, page, user_id, item_id, known.
+    # A name that ends in /: a directory, in which each day has a folder (date=2026-11-30). An
+    # address (s3://bucket/pages/): the file is sent there when it is whole
     depth: int = 0  # ranks of each user in the file; those after the page are ordered by the first
     # slot's logits; 0: as many as k
     batch: int = 256  # users decoded at once
@@ -345,7 +348,21 @@ def write_all(config: Config) -> None:
     Process r of torchrun's n writes every n-th part. Whichever process finds all parts there joins
     them, so a run may be carried on with another number of processes.
     """
-    out = Path(config.out)
+    out, target = Path(config.out), partition_of(config.out)
+    if is_remote(config.out):
+        out = config.stage("recommend") / safe(target).rpartition("://")[2]
+        out.parent.mkdir(parents=True, exist_ok=True)
+    elif target != config.out:
+        out = Path(target)
+        out.parent.mkdir(parents=True, exist_ok=True)
+    write_file(config, out)
+    if is_remote(config.out) and dist.is_main():
+        send(out, target)
+        print(f"recommend: {out} is at {safe(target)}")
+
+
+def write_file(config: Config, out: Path) -> None:
+    """As `write_all`, to a file on this machine."""
     if not out.parent.is_dir():
         raise PageLLMError(f"--out {out}: there is no directory {out.parent}; make it first")
     config = replace(config, device=str(dist.start(config.device)))

@@ -1,0 +1,159 @@
+"""Raw files in an object store, partitioned tables, and pages that go back there.
+
+    pagellm prepare --dataset mine --raw s3://bucket/exports
+    pagellm recommend --dataset mine --all --out s3://bucket/pages/
+
+An address is what pyarrow.fs takes: s3://, gs://, abfs://, hdfs://, with its options behind a
+question mark: s3://bucket/path?endpoint_override=minio:9000&scheme=http. Credentials come from the
+environment or the machine's role, as every tool of that store finds them.
+
+Files are fetched into data/raw/<dataset> and read there: what `prepare` writes is hashed from bytes
+that lie still. A file whose size and time are as before is not fetched again. A table that is
+partitioned into folders (day=2026-11-30/part-0.parquet), here or in a store, becomes one file, with
+the partitions as columns.
+"""
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from pagellm.stage.config import PageLLMError
+from pagellm.stage.files import atomic, read_json, write_json
+
+__all__ = ["fetch", "is_remote", "partition_of", "safe", "send", "wants_fetching"]
+
+NOTE = ".fetched.json"  # hidden, so that it is no raw file
+TABLE = "log.parquet"  # what a partitioned table becomes
+
+
+def is_remote(name: str) -> bool:
+    """Whether a name is an address and no path."""
+    return bool(re.match(r"[a-z][a-z0-9+.-]+://", name))
+
+
+def safe(uri: str) -> str:
+    """An address without the key and secret that it may hold, for messages."""
+    return re.sub(r"(://)[^/@]*@", r"\1", uri.partition("?")[0])
+
+
+def wants_fetching(name: str) -> bool:
+    """Whether raw files are elsewhere, or lie in folders of partitions."""
+    if not name or is_remote(name):
+        return bool(name)
+    path = Path(name).expanduser()
+    return path.is_dir() and any("=" in p.name for p in path.iterdir() if p.is_dir())
+
+
+def opened(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The file system of an address or path, and the path within it.
+
+    Raises PageLLMError for a scheme that pyarrow does not know, or cannot load.
+    """
+    try:
+        if not is_remote(uri):
+            return pyarrow.fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+        return pyarrow.fs.FileSystem.from_uri(uri)
+    except (pa.ArrowException, OSError) as error:
+        raise PageLLMError(
+            f"{safe(uri)} cannot be opened: {first_line(error)}\n"
+            "  Want s3://, gs://, abfs:// or hdfs:// (which needs Java), or a path."
+        ) from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, without secrets."""
+    return safe(str(error).splitlines()[0]) if str(error) else type(error).__name__
+
+
+def failed(uri: str, what: str, error: BaseException) -> PageLLMError:
+    """An error of the store in words."""
+    return PageLLMError(
+        f"{safe(uri)} cannot be {what}: {first_line(error)}\n"
+        "  Check the address and the credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+        "AWS_REGION, or what that store's own tools take."
+    )
+
+
+def fetch(uri: str, folder: Path) -> Path:
+    """Bring the files at an address into a folder; returns the folder.
+
+    Raises PageLLMError if there are none, if they cannot be read, or if the folder holds others.
+    """
+    store, root = opened(uri)
+    try:
+        found = store.get_file_info(root.rstrip("/"))
+        if found.type == pyarrow.fs.FileType.File:
+            files = [found]
+        else:
+            files = store.get_file_info(pyarrow.fs.FileSelector(root.rstrip("/"), recursive=True))
+    except (pa.ArrowException, OSError) as error:
+        raise failed(uri, "read", error) from None
+    files = [f for f in files if f.type == pyarrow.fs.FileType.File and f.size]
+    if not files:
+        raise PageLLMError(f"{safe(uri)} holds no files")
+    now = {f.path: [f.size, str(f.mtime)] for f in sorted(files, key=lambda f: f.path)}
+    note = folder / NOTE
+    before: dict[str, Any] = read_json(note) if note.exists() else {}
+    others = [p for p in folder.iterdir() if p.name != NOTE] if folder.is_dir() else []
+    if others and before.get("from") != safe(uri):
+        raise PageLLMError(
+            f"{folder} holds files that are not from {safe(uri)}, which would be fetched there\n"
+            "  Move them away, or choose another --dataset name."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if before.get("files") == now and all((folder / n).exists() for n in before["names"]):
+        return folder
+    write_json(note, {"from": safe(uri), "files": {}, "names": []})
+    for path in others:
+        path.unlink()
+    parts = [f for f in files if "=" in f.path[len(root) :] and f.path.endswith(".parquet")]
+    try:
+        names = [gathered(store, root, parts, folder)] if parts else []
+        for f in (f for f in files if f not in parts):
+            names.append(Path(f.path).name)
+            with atomic(folder / names[-1]) as beside:
+                pyarrow.fs.copy_files(f.path, str(beside.absolute()), source_filesystem=store)
+    except (pa.ArrowException, OSError) as error:
+        raise failed(uri, "fetched", error) from None
+    write_json(note, {"from": safe(uri), "files": now, "names": names})
+    print(f"fetched {len(files):,} files from {safe(uri)} into {folder}", flush=True)
+    return folder
+
+
+def gathered(store: pyarrow.fs.FileSystem, root: str, parts: list, folder: Path) -> str:
+    """One file of all parts of a partitioned table, partitions as columns; returns its name."""
+    import pyarrow.dataset  # here, since it looks for pandas at once
+
+    table = pyarrow.dataset.dataset(
+        [f.path for f in parts],
+        filesystem=store,
+        format="parquet",
+        partitioning="hive",
+        partition_base_dir=root,
+    )
+    with atomic(folder / TABLE) as beside, pq.ParquetWriter(beside, table.schema) as out:
+        for batch in table.to_batches():
+            out.write_batch(batch)
+    return TABLE
+
+
+def partition_of(out: str) -> str:
+    """Where today's pages go: below a name that ends in /, a folder named by the date."""
+    name, mark, more = out.partition("?") if is_remote(out) else (out, "", "")
+    if not name.endswith("/"):
+        return out
+    return f"{name}date={time.strftime('%Y-%m-%d')}/pages.parquet{mark}{more}"
+
+
+def send(path: Path, uri: str) -> None:
+    """Copy a file to an address. Raises PageLLMError if it cannot be written."""
+    store, target = opened(uri)
+    try:
+        pyarrow.fs.copy_files(str(path.absolute()), target, destination_filesystem=store)
+    except (pa.ArrowException, OSError) as error:
+        raise failed(uri, "written", error) from None

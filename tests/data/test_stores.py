@@ -1,0 +1,122 @@
+"""Raw files come out of an S3 server, partitioned tables too, and pages go back there."""
+
+import re
+import shutil
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.dataset
+import pyarrow.fs
+import pyarrow.parquet as pq
+import pytest
+
+from pagellm.data import prepare, stores, synthetic
+from pagellm.data.shop import load
+from pagellm.serving.recommend import Config as Recommend
+from pagellm.serving.recommend import run as recommend
+from pagellm.stage.config import PageLLMError
+
+moto = pytest.importorskip("moto.server", reason="needs moto: pip install 'pagellm[dev]'")
+
+
+@pytest.fixture(scope="module")
+def log():
+    reviews = list(synthetic.make(40, 30, 0).reviews())
+    columns = {
+        "user": [r.user for r in reviews],
+        "item": [r.item for r in reviews],
+        "rating": [float(r.rating) for r in reviews],
+        "timestamp": [int(r.time) for r in reviews],
+        "shop": ["north" if i % 3 else "south" for i in range(len(reviews))],
+    }
+    return pa.table(columns)
+
+
+@pytest.fixture(scope="module")
+def bucket(log):
+    """-> a function from a path to an address in a bucket of a local S3 server."""
+    server = moto.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    more = f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+
+    def address(path):
+        return f"s3://akey:asecret@shop/{path}{more}"
+
+    store, _ = pyarrow.fs.FileSystem.from_uri(address("x") + "&allow_bucket_creation=true")
+    store.create_dir("shop")
+    with store.open_output_stream("shop/exports/orders.csv") as file:
+        pa.csv.write_csv(log.drop_columns("shop"), file)
+    pyarrow.dataset.write_dataset(
+        log,
+        "shop/parted",
+        format="parquet",
+        filesystem=store,
+        partitioning=["shop"],
+        partitioning_flavor="hive",
+    )
+    yield address
+    server.stop()
+
+
+def prepared(raw, root, name="there"):
+    prepare.run(prepare.Config(dataset=name, raw=raw, data=str(root)))
+    return load(root / name)
+
+
+def test_files_and_partitioned_tables_in_a_bucket_are_the_same_data(bucket, log, tmp_path, capsys):
+    shop = prepared(bucket("exports"), tmp_path)
+    out = capsys.readouterr().out
+    assert "fetched 1 files from s3://shop/exports into" in out and "asecret" not in out
+    parted = prepared(bucket("parted"), tmp_path, "parted")
+    assert [len(shop.user), shop.user_ids] == [len(parted.user), parted.user_ids]
+    kept = pq.read_table(tmp_path / "raw" / "parted" / "log.parquet")
+    assert set(kept["shop"].to_pylist()) == {"north", "south"} and len(kept) == len(log)
+    # Nothing is fetched again, and nothing that is there is taken for the bucket's.
+    capsys.readouterr()
+    prepared(bucket("exports"), tmp_path)
+    assert "fetched" not in capsys.readouterr().out
+    with pytest.raises(PageLLMError, match="holds files that are not from s3://shop/parted"):
+        stores.fetch(bucket("parted"), tmp_path / "raw" / "there")
+
+
+def test_a_partitioned_directory_on_this_machine_is_read_too(log, tmp_path):
+    pyarrow.dataset.write_dataset(
+        log,
+        tmp_path / "parted",
+        format="parquet",
+        partitioning=["shop"],
+        partitioning_flavor="hive",
+    )
+    assert prepared(str(tmp_path / "parted"), tmp_path).n_users > 30
+
+
+def test_everybodys_pages_go_to_a_folder_of_today_here_and_in_a_bucket(
+    bucket, sft_alone, tmp_path, capsys
+):
+    shutil.copytree(sft_alone / "runs", tmp_path / "runs")
+    told = {"run": "base", "data": str(sft_alone / "data"), "runs": str(tmp_path / "runs")}
+    told |= {"all": True, "k": 4, "device": "cpu"}
+    recommend(Recommend(out=f"{tmp_path}/pages/", **told))
+    (local,) = (tmp_path / "pages").glob("date=20??-??-??/pages.parquet")
+    recommend(Recommend(out=bucket("pages/"), **told))
+    assert re.search(
+        r"is at s3://shop/pages/date=20..-..-../pages.parquet", capsys.readouterr().out
+    )
+    store, _ = pyarrow.fs.FileSystem.from_uri(bucket("x"))
+    sent = pyarrow.dataset.dataset("shop/pages", filesystem=store, partitioning="hive").to_table()
+    here = pq.read_table(local, partitioning=None)
+    assert sent.drop_columns("date").equals(here) and len(here) == 80 * 4
+
+
+def test_what_cannot_be_reached_is_told_without_secrets(bucket, tmp_path):
+    with pytest.raises(PageLLMError, match="s3://shop/nothing cannot be read"):
+        stores.fetch(bucket("nothing"), tmp_path)
+    with pytest.raises(PageLLMError, match=r"cannot be opened.*\n.*Want s3://"):
+        stores.fetch("ftp://host/x", tmp_path)
+    away = bucket("pages.parquet").replace("shop/", "nobody/")
+    (tmp_path / "x").write_text("x")
+    with pytest.raises(PageLLMError, match="cannot be written") as error:
+        stores.send(tmp_path / "x", away)
+    assert "asecret" not in str(error.value)
+    assert stores.safe("s3://a:b@bucket/p?secret=c") == "s3://bucket/p"
