@@ -22,19 +22,21 @@ function draws(text) {
 const HUES = 12, STEPS = [0, 1, -1];   // 36 colours that can be told apart
 const colours = new Map();      // category -> {hue, step}
 
-// Give each of these categories a colour of its own, as far as there are any: the nearest to the one that its
-// name asks for. So a category mostly keeps its colour from page to page.
+// Give each of these categories a colour of its own, as far as there are any: near the one that its name asks
+// for, rather in a hue that no other has. So a category mostly keeps its colour from page to page.
 export function tell(categories) {
   colours.clear();
   const free = new Set(STEPS.flatMap((step) => Array.from({ length: HUES }, (_, hue) => `${hue} ${step}`)));
+  const taken = Array(HUES).fill(0);
   for (const name of new Set(categories)) {
     if (!name) continue;
     const want = hash(name) % HUES, tilt = hash(`${name} step`) % 3;
     const far = ([hue, step]) => 3 * Math.min((hue - want + HUES) % HUES, (want - hue + HUES) % HUES) +
-                                 (STEPS.indexOf(step) - tilt + 3) % 3;
+                                 9 * taken[hue] + (STEPS.indexOf(step) - tilt + 3) % 3;
     const left = [...free].map((text) => text.split(" ").map(Number));
     const [hue, step] = left.length ? left.reduce((a, b) => far(b) < far(a) ? b : a) : [want, STEPS[tilt]];
     free.delete(`${hue} ${step}`);
+    taken[hue] += 1;
     colours.set(name, { hue: hue * 360 / HUES + 12, step });
   }
 }
