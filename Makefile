@@ -38,7 +38,7 @@ SHOWN := $(if $(OWN_LOG),$(VENV)/installed,$(DONE)/evaluate/done)
 STAGES := pretrain sft reward ppo compose evaluate
 STEPS := storefront-build storefront-tune storefront-evaluate storefront-cache storefront-page
 VERBS := fit tune recommend serve export features search baselines storefront $(STEPS) judge ope
-STUDIES := ablation backbones coldstart crossdomain drift leaveout
+STUDIES := ablation backbones coldstart crossdomain drift leaveout updates
 OF_A_RUN := ranker caches load fuzz
 MEASURES := torture gpu-check scaling bench seeds
 .PHONY: $(STUDIES) $(OF_A_RUN) $(MEASURES) $(shell sed -n 's/^\([a-z-]*\)[ :].*  ##.*/\1/p' Makefile)
@@ -104,7 +104,8 @@ casestudy report:
 	$(ONE) $@ --run $(RUN) $(call given,DATASET,--dataset $(DATASET)) $(ARGS)
 
 # A study has several runs: RUN, where it is given, names the study.
-$(STUDIES): | $(PREPARED)
+$(filter-out updates,$(STUDIES)): | $(PREPARED)
+$(STUDIES): | $(VENV)/installed
 	$(PY) -m experiments.$@ --dataset $(DATASET) $(call given,RUN,--study $(RUN)) $(fit_options) $(ARGS)
 ranker: $(VENV)/extra-ranker
 fuzz load: $(VENV)/extra-serve,load
