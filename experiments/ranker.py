@@ -82,7 +82,7 @@ class Config(StageConfig):
     candidates: int = 100  # number of items that the first stage proposes for each user
     ridge: float = 100.0  # strength of EASE's ridge; EASE is the first stage
     k: int = 20  # slots on a page
-    mode: str = "greedy"  # how the page behind the marginal reward is decoded
+    mode: str = "greedy"  # how the page of the marginal reward is decoded
     seeds: int = 5  # number of rankers; each samples its own rows and columns for its trees
     trees: int = 100  # trees of a ranker
     leaves: int = 15  # leaves of a tree

@@ -42,7 +42,7 @@ class Config:
     baselines: str = ""  # run whose baselines are added; empty: the data set's name
     versus: str = ""  # row that every other row's differences are taken to; empty: the first of
     # policies
-    n_boot: int = 1000  # bootstrap draws behind an interval
+    n_boot: int = 1000  # bootstrap draws for each interval
     runs: str = "runs"  # directory of runs
 
     def __post_init__(self):

@@ -134,7 +134,7 @@ def plain_rows(
 ) -> tuple[dict[str, list[dict]], list[dict], PlainRow]:
     """Validation scores of every plain row, as it is and re-ranked at the strength chosen.
 
-    returns  name -> its scores, the re-ranked ones behind them; the records of the frontier; and
+    returns  name -> its scores, the re-ranked ones after them; the records of the frontier; and
              ALS with facts and MMR, which is kept
     """
     seen, rows, frontier = seen_rows(shop, "valid", "train"), {}, []

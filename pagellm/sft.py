@@ -25,7 +25,7 @@ from pagellm.model.backbone import Backbone
 from pagellm.model.choice import choose_mode
 from pagellm.model.judges import contents
 from pagellm.model.networks import from_state
-from pagellm.model.page_loss import Batch, behind_own, page_batch, sft_loss
+from pagellm.model.page_loss import Batch, draw_prefixes, page_batch, sft_loss
 from pagellm.model.policy import MODES, Policy, PromptStyle, Validation
 from pagellm.model.sampled_softmax import Proposal
 from pagellm.model.value_loss import Feedback, value_loss
@@ -97,7 +97,7 @@ class Config(TrainingConfig):
     shrink: float = 0.0  # pull an item's mean rating (s_i, which orders a page) towards the mean of
     # all items, with the weight of so many ratings; 0: not at all
     max_history: int = 24  # items of history in the prompt
-    use_ratings: bool = True  # show the rating behind each item of the history
+    use_ratings: bool = True  # show the rating after each item of the history
     use_user: bool = True  # show the user's own token; off: the token <user_unk> stands for every
     # user
     epochs: float = 15.0  # passes over the users; a fraction ends before everybody was seen; 0:
@@ -418,10 +418,10 @@ def print_end(out: Run, best: Best, stopped: int) -> None:
 
 
 def drawn(objective: Objective, model: Backbone, b: Batch) -> Batch:
-    """The batch, its slots behind the policy's own items where it has draws (`behind_own`)."""
+    """The batch; where it has draws, the policy's own items stand above its slots."""
     if b.draws is not None:
         with dist.unsharded(objective):
-            b.behind = behind_own(model, b)
+            b.prefix = draw_prefixes(model, b)
     return b
 
 

@@ -56,7 +56,7 @@ class Join:
     """How the item table met the items of the log."""
 
     lines: int = 0
-    items: int = 0  # of the log, behind the k-core
+    items: int = 0  # of the log, after the k-core
     known: set = field(default_factory=set)  # those of them that the table has
     repeated: int = 0  # lines of the table about an item that an earlier line was about
     fields: dict = field(default_factory=dict)  # title, brand ... -> items that have one

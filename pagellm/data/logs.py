@@ -523,7 +523,7 @@ def csv_rows(
     names  of the columns, where the file has no heading
 
     A quote that never closes costs its own line at most, not the rest of the file. A heading that
-    is repeated, as in files put behind each other, is passed over.
+    is repeated, as in files that were joined, is passed over.
     """
     stream = text_lines(path, tally, keep_empty=True)
     waiting: deque[tuple[int, str]] = deque()  # lines to look at before the stream goes on

@@ -279,7 +279,7 @@ def understood(text, form: str) -> bool:
 def rating_in(value, low: float = 1.0, high: float = 5.0) -> float:
     """A rating on the file's own scale, NaN where missing. Raises Broken outside low..high.
 
-    "4,5" is four and a half: between thousands a comma has three digits behind it.
+    "4,5" is four and a half: between thousands a comma has three digits after it.
     """
     if isinstance(value, str) and COMMA_NUMBER.fullmatch(value):
         value = value.replace(",", ".")

@@ -203,7 +203,7 @@ class Composer:
         return compose(opinion, self.kin, self.taste, k, depth, WITHIN, self.unit)
 
     def rank(self, users: np.ndarray, seen: Rows, k: int, depth: int) -> RankedPages:
-        """Pages of k and the ranks behind them, without items in `seen`."""
+        """Pages of k and the ranks after them, without items in `seen`."""
         opinion, _, _ = self.opinion(users, seen)
         return RankedPages(users, *self.page(opinion, k, depth))
 

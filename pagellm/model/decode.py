@@ -603,7 +603,7 @@ def page_logp(
     candidates  items that stand for all in the softmax (sampled_softmax.py). `rows` (S, C) are then
                 theirs, temperature has to be 1, and there is no entropy
     above       (B, K) the items that stand on the page, where `item` names others to be scored
-                slot by slot behind them; None: `item`
+                slot by slot after them; None: `item`
     returns     logp (B, K) float32, 0 off the mask; with_entropy: and the entropy (B, K) of the
                 legal distribution
     """

@@ -106,7 +106,7 @@ def thinned(rows: Rows, n_people: int, most: np.ndarray, rng: np.random.Generato
 
 
 def described(place: Tensor, counts: np.ndarray) -> Tensor:
-    """What the regression reads of each: its place, and how many rows stand behind it."""
+    """What the regression reads of each: its place, and how many rows it was made from."""
     return torch.cat([place, torch.from_numpy(np.log1p(counts)).float()[:, None]], 1)
 
 

@@ -357,7 +357,7 @@ class Judges:
         """Other people, or the same ones later: what the judges make of their rows.
 
         Items stay as they were fitted. Nobody's numbers depend on who else is asked about. A day
-        behind the last one of the judges' rows counts as that last day.
+        after the last one of the judges' rows counts as that last day.
         """
         value = targets_of(history, self.settings["levels"], self.means)
         liked = history.part(True)
@@ -454,7 +454,7 @@ class Judges:
         return np.stack(out, 2).astype(np.float32)
 
     def sold(self, item: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-        """(B, M) rows of every item from WINDOW days before `start` to WINDOW days behind `end`."""
+        """(B, M) rows of every item from WINDOW days before `start` to WINDOW days after `end`."""
         base = item * self.span
         low = np.searchsorted(self.days, base + start)
         return np.searchsorted(self.days, base + np.minimum(end + 2 * WINDOW, self.span - 1)) - low

@@ -122,7 +122,7 @@ def from_state(state: dict, dropout: float = 0.0) -> Backbone:
         model.untie()
     if "lora" in state:
         adapt(model, **state["lora"])
-    if model.word_out is not None:  # no stage behind pre-training scores words
+    if model.word_out is not None:  # no stage after pre-training scores words
         model.word_out.requires_grad_(False)
     model.load_state_dict(state["weights"] | state.get("frozen", {}))
     return model

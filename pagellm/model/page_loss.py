@@ -13,12 +13,12 @@ from pagellm.model.prompts import pad_ids
 from pagellm.model.sampled_softmax import Candidates, locate, sampled_logits
 from pagellm.stage import dist
 
-__all__ = ["Batch", "Behind", "behind_own", "page_batch", "sft_loss"]
+__all__ = ["Batch", "OwnPrefix", "draw_prefixes", "page_batch", "sft_loss"]
 
 
 @dataclass
-class Behind:
-    """Slots to learn behind items that are not the labels above them.
+class OwnPrefix:
+    """Slots to learn where the items above are the policy's own draws instead of labels.
 
     above   (B, K) the items that stand on the page, -1 past its end
     target  (B, K) the label that each slot learns, -1 where none is left
@@ -36,9 +36,10 @@ class Batch:
     item, mask     (B, K) item ids, -1 off the mask
     excluded       (B, E) item ids that no slot may hold, padded with -1
     candidates     items that stand for all in the softmax (sampled_softmax.py); None: all items
-    draws          (B, 2, K) float64 in [0, 1): of pages that are learnt behind the policy's own
-                   items, what these and their labels are drawn by; NaN for the others; None: none
-    behind         what `behind_own` made of the draws; None: every slot stands behind labels
+    draws          (B, 2, K) float64 in [0, 1): for pages that are learnt with the policy's own
+                   items above each slot: these and the labels are drawn by them; NaN for the other
+                   pages; None: there is no such page
+    prefix         what `draw_prefixes` made of the draws; None: labels stand above every slot
     """
 
     prompt: Tensor
@@ -49,11 +50,11 @@ class Batch:
     candidates: Candidates | None = None
     values: Any = None  # value_loss.Values, if values are learnt
     draws: Tensor | None = None
-    behind: Behind | None = None
+    prefix: OwnPrefix | None = None
 
     def state(self) -> dict:
         """Everything as plain tensors, for a file."""
-        parts = {name: getattr(self, name) for name in ("values", "behind")}
+        parts = {name: getattr(self, name) for name in ("values", "prefix")}
         return vars(self) | {name: part and vars(part) for name, part in parts.items()}
 
     def select(self, rows: Tensor) -> "Batch":
@@ -89,12 +90,12 @@ def page_batch(policy: Policy, users, examples, when=None) -> Batch:
 
 
 @torch.no_grad()
-def behind_own(model: Backbone, b: Batch) -> Behind | None:
+def draw_prefixes(model: Backbone, b: Batch) -> OwnPrefix | None:
     """Pages that the policy draws itself, and for each slot a label that is not above it yet.
 
     A slot learns a label drawn from those that the slots above lack, each as likely as another. So
-    its expected loss is the mean over all of them. A page that is written slot by slot stands
-    behind the policy's own items, hits and misses; behind labels alone there are only hits.
+    its expected loss is the mean over all of them. When a page is written slot by slot, the items
+    above a slot are the policy's own, hits and misses. In training on labels they are hits only.
 
     Source: Bengio et al., Scheduled sampling, NeurIPS 2015; Ross et al., DAgger, AISTATS 2011.
 
@@ -114,7 +115,7 @@ def behind_own(model: Backbone, b: Batch) -> Behind | None:
     above, target = b.item.clone(), b.item.clone()
     above[rows] = torch.where(there, own, -1)
     target[rows] = torch.where(there, labels_left(label, own, draws[:, 1]), -1)
-    return Behind(above, target)
+    return OwnPrefix(above, target)
 
 
 def labels_left(label: Tensor, own: Tensor, uniform: Tensor) -> Tensor:
@@ -136,12 +137,12 @@ def labels_left(label: Tensor, own: Tensor, uniform: Tensor) -> Tensor:
 def sft_loss(model: Backbone, b: Batch, objective: str = "list") -> Tensor:
     """Eq. 4 as the mean over the batch's slots: -log p(i_k | q, i_<k) over the legal items.
 
-    Where the batch has slots `behind` other items, these are what the slots are learnt behind.
+    Where the batch has a `prefix`, its items stand above the slots instead of the labels.
 
     objective  list: that loss. multinomial: the state before the first slot scores every label, and
-               no label excludes another; this trains the ranks behind the page. both: their sum
+               no label excludes another; this trains the ranks after the page. both: their sum
     """
-    above, target = (b.item, b.item) if b.behind is None else (b.behind.above, b.behind.target)
+    above, target = (b.item, b.item) if b.prefix is None else (b.prefix.above, b.prefix.target)
     states = slot_states(model, b.prompt, b.valid, above, above >= 0)
     chosen = b.candidates
     rows = model.scored_items() if chosen is None else model.scored_rows(chosen[0])

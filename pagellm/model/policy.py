@@ -157,7 +157,7 @@ class Policy:
         seed: int = 0,
         variety: Variety | None = None,
     ) -> RankedPages:
-        """The page of k slots and the ranks behind it, for every user.
+        """The page of k slots and the ranks after it, for every user.
 
         history  what the prompts show        seen  what no page may hold
         batch    users at once; fewer where the catalogue is so large that their logits would be

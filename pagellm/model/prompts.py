@@ -50,7 +50,7 @@ class Prompts:
 
     room         tokens that fit in the context
     max_history  items of history that the page prompt shows; the oldest are dropped first
-    use_ratings  show the rating token behind each item of the history
+    use_ratings  show the rating token after each item of the history
     now          period of a page whose moment is not given, if the vocabulary has time tokens
     """
 

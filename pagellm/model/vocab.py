@@ -59,7 +59,7 @@ def plain_words(tokenizer: Tokenizer) -> bool:
 class Vocab:
     """words 0..W-1 | special tokens W..W+S-1 | users | items.
 
-    times  time tokens <t1>..<t{times}> behind the other special tokens, for prompts that show the
+    times  time tokens <t1>..<t{times}> after the other special tokens, for prompts that show the
            time; 0: none
     """
 

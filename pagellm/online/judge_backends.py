@@ -197,7 +197,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 def answer_in(text: str) -> dict:
     """The verdict within an answer: the last JSON object that names a winner.
 
-    Servers that do not enforce the schema put it into a code fence, behind reasoning, between
+    Servers that do not enforce the schema put it into a code fence, after reasoning, between
     sentences, or into an object of their own. Raises ValueError if there is none.
     """
     decoder, found, at = json.JSONDecoder(), None, text.find("{")

@@ -26,7 +26,7 @@ Only price and next_row have values from a source. For the others the sources sh
 exists; its size here is an assumption. Results are called simulated.
 
 A session of a page with rows r, in closed form, with s_k the chance of a click in a row that is
-read, b_k that of a purchase behind it, Q_r the chance of a row without a click, and for a leaf
+read, b_k that of a purchase after it, Q_r the chance of a row without a click, and for a leaf
 category l N_rl = prod over the row's slots of l of (1 - s_k b_k):
 
     P(row r is read, l not bought yet) = prod over rows above of next_row (N_rl - bored Q_r)
@@ -56,7 +56,7 @@ class Habits:
     substitutes: bool = True  # a purchase ends the need for its kind
     click_base: float = -2.5  # logits of a click on an item of 3 stars
     click_taste: float = 1.0  # logits for each star
-    buy_base: float = -1.0  # logits of a purchase behind a click, at 3 stars and the median price
+    buy_base: float = -1.0  # logits of a purchase after a click, at 3 stars and the median price
     buy_taste: float = 0.8  # logits for each star
     buy_price: float = 2.62  # logits for each factor e of price
 

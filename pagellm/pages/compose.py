@@ -96,7 +96,7 @@ def compose(
     within: int = 100,
     unit: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Page of k and the ranks behind it: item (U, depth), score (U, depth), slots (U,) filled.
+    """Page of k and the ranks after it: item (U, depth), score (U, depth), slots (U,) filled.
 
     Candidates are ranked by chance * worth; -1 past the last. Scores fall.
 

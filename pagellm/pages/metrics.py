@@ -138,7 +138,7 @@ def ndcg_bound(n: np.ndarray, recalls: Mapping[int, np.ndarray], k: int = 100) -
     """The highest NDCG@k (grades 0 and 1) that lists of these recalls can have.
 
     It is reached if the hits of each band between two cuts lead that band, and all labels not yet
-    found stand right behind the last cut. A higher score was not computed from the same lists.
+    found stand right after the last cut. A higher score was not computed from the same lists.
 
     n        (U,) number of labels of each user
     recalls  cut -> (U,) Recall@cut, for cuts up to k
@@ -160,7 +160,7 @@ class Aligned(NamedTuple):
     """How far each of the n labels of u users stands from where it belongs; n is the same for all.
 
     real    (u, n) rank where the label belongs
-    place   (u, n) its rank on the page; a label not on the page stands right behind the page
+    place   (u, n) its rank on the page; a label not on the page stands right after the page
     weight  (u, n) 1 / log2(1 + real); 0 for a missing label that is skipped
     shift   (u, n) |real - place|; the limit for a missing label that counts as worst
     found   (u, n) bool: whether the label earns any similarity
@@ -219,7 +219,7 @@ def was_rows(a: Aligned) -> np.ndarray:
 
 def pwkt_rows(a: Aligned) -> np.ndarray:
     """`pwkt` of u users, (u,)."""
-    # Missing labels share the rank behind the page: after all others, and tied with each other.
+    # Missing labels share the rank after the page: after all others, and tied with each other.
     concordance = np.sign(a.real[:, :, None] - a.real[:, None, :]) * np.sign(
         a.place[:, :, None] - a.place[:, None, :]
     )

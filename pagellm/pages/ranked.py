@@ -49,7 +49,7 @@ BLOCK = 2**25
 
 @dataclass
 class RankedPages:
-    """Ranked items of many users; the first `slots` of a row are the page, the rest rank behind it.
+    """Ranked items of many users; the first `slots` of a row are the page, the rest rank after it.
 
     user   (U,) int64, rising
     item   (U, depth) int64, best first; -1 past the end of a row
@@ -343,7 +343,7 @@ def audience(shop: Shop, scorer: Scorer, mask: str, split: str = "test") -> str:
 def write_pages(path: Path, ranked: RankedPages, shop: Shop) -> None:
     """Write pages.parquet: user, rank (from 1), item, score, page (True on the page's slots).
 
-    user_id and item_id, the shop's own, stand behind them.
+    user_id and item_id, the shop's own, stand after them.
     """
     kept = ranked.item >= 0
     rank = np.broadcast_to(np.arange(1, ranked.item.shape[1] + 1), kept.shape)

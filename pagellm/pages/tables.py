@@ -71,7 +71,7 @@ DAGGER = "† p < .05 by the paired bootstrap, corrected over the metrics of a r
 
 
 def check_decimals(decimals: int) -> tuple[bool, str]:
-    """A rule for config.check: whether so many digits behind the point can be shown."""
+    """A rule for config.check: whether so many digits after the decimal point can be shown."""
     return 0 <= decimals <= 12, "0 to 12"
 
 
@@ -102,7 +102,7 @@ def text_table(
     labels     row -> what to call it, where that is not its own name
     signed     rows whose numbers carry a sign: differences
     per_block  metrics side by side; more go into the next block of lines
-    decimals   digits behind the point
+    decimals   digits after the decimal point
     """
     labels = labels or {}
     columns = [c for c in columns if any(c in scores for scores in results.values())]
@@ -316,7 +316,7 @@ def save(folder: Path, records: list[dict], heading: str, decimals: int = 4) -> 
     """Write table.parquet, table.md and table.tex into `folder`; return the text of table.md.
 
     heading   lines above the table; in table.tex they are comments
-    decimals  digits behind the point, in the two texts
+    decimals  digits after the decimal point, in the two texts
     """
     write_table(folder / "table.parquet", records)
     if any(map(dagger, records)):

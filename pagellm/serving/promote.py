@@ -46,7 +46,7 @@ class Config:
     # are: share by which the mean may be below that of the live run
     force: bool = False  # promote whatever the comparison says
     seed: int = 0  # seed of the bootstrap
-    n_boot: int = 1000  # bootstrap draws behind the interval
+    n_boot: int = 1000  # bootstrap draws for each interval
 
     def __post_init__(self):
         check_numbers(self)

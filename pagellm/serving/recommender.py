@@ -282,7 +282,7 @@ class Recommender:
         return f"{self.default}{mode}: {self.why}"
 
     def slots(self, policy: str) -> int:
-        """The longest page that fits behind the longest prompt; of composed pages, in the pool."""
+        """The longest page that fits after the longest prompt; of composed pages, in the pool."""
         p = self.networks.get(policy, self.reader)
         room = POOL if p is None else p.model.shape.n_ctx - p.prompts.page_room
         return room if policy in POLICIES else min(room, POOL)

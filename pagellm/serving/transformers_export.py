@@ -39,7 +39,7 @@ class Layout:
     """Where each kind of token stands in the exported vocabulary.
 
     first  name -> its first id: specials, users, items, and seen for a gated policy
-    names  the text of every token behind the words, in order of ids
+    names  the text of every token after the words, in order of ids
     """
 
     def __init__(self, policy: Policy, shop: Shop):
@@ -55,7 +55,7 @@ class Layout:
 def token_names(
     vocab: Vocab, users: Sequence[str], items: Sequence[str], gated: bool = False
 ) -> list[str]:
-    """Texts of the tokens behind the words: specials, users, items, and items of the history.
+    """Texts of the tokens after the words: specials, users, items, and items of the history.
 
     Raises PageLLMError where one is a word already, or two are alike.
     """
@@ -118,7 +118,7 @@ def weights_of(model: Backbone, layout: Layout) -> tuple[dict[str, Tensor], dict
 
 
 def tokenizer_table(vocab: Vocab, layout: Layout) -> dict:
-    """tokenizer.json: the words' own, and behind them a special token for each further name."""
+    """tokenizer.json: the words' own, then a special token for each further name."""
     table = json.loads(vocab.tokenizer.to_str())
     table["added_tokens"] += [
         {
@@ -132,7 +132,7 @@ def tokenizer_table(vocab: Vocab, layout: Layout) -> dict:
         }
         for at, name in enumerate(layout.names)
     ]
-    # Prompts are complete as they are written: no token is put before or behind them.
+    # Prompts are complete as they are written: no token is put before or after them.
     return table | {"post_processor": None, "padding": None, "truncation": None}
 
 

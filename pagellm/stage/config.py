@@ -75,7 +75,7 @@ def check_numbers(config, negative: tuple[str, ...] = (), infinite: tuple[str, .
 def field_comments(cls) -> dict[str, str]:
     """Field name -> its comment, of a dataclass and its parents.
 
-    A field's comment stands behind # on its line, and on the lines under it that hold nothing else.
+    A field's comment stands after # on its line, and on the lines under it that hold nothing else.
     """
     comments: dict[str, str] = {}
     for parent in reversed([c for c in cls.__mro__ if dataclasses.is_dataclass(c)]):

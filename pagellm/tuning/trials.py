@@ -131,7 +131,7 @@ class Bench:
         return self.scores(name, lambda: self.pages(Policy.load(where, self.device), mode))
 
     def start(self, trial: str, style: PromptStyle, mode: str) -> dict[str, np.ndarray]:
-        """The scores of a pre-trained model behind page prompts of some style."""
+        """The scores of a pre-trained model after page prompts of some style."""
         where = self.where("pretrain", trial)
 
         def pages() -> RankedPages:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagellm.model.decode import LegalItems, sample
-from pagellm.model.page_loss import Batch, behind_own, labels_left, sft_loss
+from pagellm.model.page_loss import Batch, draw_prefixes, labels_left, sft_loss
 from tests.model.test_decode import N, make_model
 
 MODEL = make_model(seed=3)
@@ -47,15 +47,15 @@ def test_own_items_are_those_that_the_policy_draws_and_others_keep_their_labels(
     draws[1] = torch.nan
     MODEL.train()
     b = batch(draws)
-    b.behind = behind_own(MODEL, b)
+    b.prefix = draw_prefixes(MODEL, b)
     assert MODEL.training  # dropout is off while it draws, and on again
     MODEL.eval()
     legal = LegalItems(b.excluded[:1], N)
     want = sample(MODEL, b.prompt[:1], b.valid[:1], legal, draws[:1, 0]).item
-    assert torch.equal(b.behind.above[:1], want)
-    assert torch.equal(b.behind.above[1], b.item[1])
-    assert torch.equal(b.behind.target[1], b.item[1])
-    assert set(b.behind.target[0].tolist()) <= {1, 4, 6}
+    assert torch.equal(b.prefix.above[:1], want)
+    assert torch.equal(b.prefix.above[1], b.item[1])
+    assert torch.equal(b.prefix.target[1], b.item[1])
+    assert set(b.prefix.target[0].tolist()) <= {1, 4, 6}
 
 
 @pytest.mark.parametrize("objective", ["list", "both"])
@@ -63,17 +63,17 @@ def test_the_loss_is_that_of_the_targets_behind_what_stands_above(objective):
     none = torch.full((2, 2, 3), torch.nan, dtype=torch.float64)
     plain = sft_loss(MODEL, batch(), objective)
     kept = batch(none)
-    kept.behind = behind_own(MODEL, kept)
-    assert kept.behind is None and sft_loss(MODEL, kept, objective) == plain
+    kept.prefix = draw_prefixes(MODEL, kept)
+    assert kept.prefix is None and sft_loss(MODEL, kept, objective) == plain
     b = batch(torch.from_numpy(np.random.default_rng(1).random((2, 2, 3))))
-    b.behind = behind_own(MODEL, b)
+    b.prefix = draw_prefixes(MODEL, b)
     other = sft_loss(MODEL, b, objective) - (
         sft_loss(MODEL, b, "multinomial") if objective == "both" else 0
     )
     total, slots = 0.0, 0
     for row in range(2):
         prompt, above = b.prompt[row : row + 1], []
-        behind = b.behind.above[row].tolist(), b.behind.target[row].tolist()
+        behind = b.prefix.above[row].tolist(), b.prefix.target[row].tolist()
         for on, target in zip(*behind, strict=True):
             if target >= 0:
                 ids = torch.cat([prompt[0], torch.tensor(above, dtype=torch.long) + 5 + 2])[None]
