@@ -112,10 +112,11 @@ def fetch(uri: str, folder: Path) -> Path:
     for path in others:
         path.unlink()
     parts = [f for f in files if "=" in f.path[len(root) :] and f.path.endswith(".parquet")]
+    alone = [f for f in files if f not in parts]
     try:
         names = [gathered(store, root, parts, folder)] if parts else []
-        for f in (f for f in files if f not in parts):
-            names.append(Path(f.path).name)
+        for f, name in zip(alone, own_names([f.path for f in alone], root), strict=True):
+            names.append(name)
             with atomic(folder / names[-1]) as beside:
                 pyarrow.fs.copy_files(f.path, str(beside.absolute()), source_filesystem=store)
     except (pa.ArrowException, OSError) as error:
@@ -125,15 +126,51 @@ def fetch(uri: str, folder: Path) -> Path:
     return folder
 
 
-def gathered(store: pyarrow.fs.FileSystem, root: str, parts: list, folder: Path) -> str:
-    """One file of all parts of a partitioned table, partitions as columns; returns its name."""
-    import pyarrow.dataset  # here, since it looks for pandas at once
+def own_names(paths: list[str], root: str) -> list[str]:
+    """A file name for each path, none of them twice: where folders hold files of one name, the
+    folders' names stand before it. Prints which folders look like partitions that are not read."""
+    names = [Path(path).name for path in paths]
+    inside = [path[len(root) :].strip("/").replace("/", "-") for path in paths]
+    lost = sorted({part for name in inside for part in name.split("-")[:-1] if "=" in part})
+    if lost:
+        print(
+            f"  folders such as {lost[0]} are read as columns of Parquet files only; the others "
+            "are read without them",
+            flush=True,
+        )
+    return [
+        long if names.count(name) > 1 else name for name, long in zip(names, inside, strict=True)
+    ]
 
-    table = pyarrow.dataset.dataset(
-        [f.path for f in parts],
+
+def gathered(store: pyarrow.fs.FileSystem, root: str, parts: list, folder: Path) -> str:
+    """One file of all parts of a partitioned table, partitions as columns; returns its name.
+
+    A partition's value stays text, as identifiers do: user=007 is no 7. Columns that some parts
+    lack are empty there, and named on the screen.
+    """
+    from pyarrow import dataset  # here, since it looks for pandas at once
+
+    paths = [f.path for f in parts]
+    inside = {path: path[len(root) :].strip("/") for path in paths}
+    folders = [part for path in inside.values() for part in path.split("/")[:-1] if "=" in part]
+    found = {path: pq.read_schema(path, filesystem=store).remove_metadata() for path in paths}
+    every = pa.unify_schemas(list(found.values()), promote_options="permissive")
+    for name in every.names:
+        if lacking := [path for path in paths if name not in found[path].names]:
+            print(
+                f"  column {name} is not in {len(lacking):,} of {len(paths):,} parts, such as "
+                f"{inside[lacking[0]]}",
+                flush=True,
+            )
+    keys = dict.fromkeys(part.partition("=")[0] for part in folders)
+    texts = pa.schema([(key, pa.string()) for key in keys if key not in every.names])
+    table = dataset.dataset(
+        paths,
+        schema=pa.unify_schemas([every, texts]),
         filesystem=store,
         format="parquet",
-        partitioning="hive",
+        partitioning=dataset.partitioning(texts, flavor="hive"),
         partition_base_dir=root,
     )
     with atomic(folder / TABLE) as beside, pq.ParquetWriter(beside, table.schema) as out:

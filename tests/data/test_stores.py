@@ -91,6 +91,33 @@ def test_a_partitioned_directory_on_this_machine_is_read_too(log, tmp_path):
     assert prepared(str(tmp_path / "parted"), tmp_path).n_users > 30
 
 
+def test_partitions_stay_text_and_parts_that_differ_are_named(tmp_path, capsys):
+    """user=007 is no 7; a column that some parts lack is empty there, not gone everywhere."""
+    for user, more in (("007", {}), ("7", {"rating": [1.0, 5.0]})):
+        folder = tmp_path / "parted" / f"user_id={user}"
+        folder.mkdir(parents=True)
+        pq.write_table(pa.table({"item_id": ["a", "b"]} | more), folder / "part-0.parquet")
+    stores.fetch(str(tmp_path / "parted"), tmp_path / "raw")
+    rows = pq.read_table(tmp_path / "raw" / "log.parquet").to_pylist()
+    assert sorted((r["user_id"], r["item_id"], r["rating"]) for r in rows if r["rating"]) == [
+        ("7", "a", 1.0),
+        ("7", "b", 5.0),
+    ]
+    assert {r["user_id"] for r in rows} == {"007", "7"} and len(rows) == 4
+    said = capsys.readouterr().out
+    assert "column rating is not in 1 of 2 parts, such as user_id=007/part-0.parquet" in said
+
+
+def test_files_of_one_name_in_several_folders_all_come(tmp_path, capsys):
+    for day in ("day=1", "day=2"):
+        (tmp_path / "parted" / day).mkdir(parents=True)
+        (tmp_path / "parted" / day / "log.csv").write_text(f"user_id,item_id\n{day},a\n")
+    stores.fetch(str(tmp_path / "parted"), tmp_path / "raw")
+    texts = [path.read_text() for path in sorted((tmp_path / "raw").glob("*.csv"))]
+    assert texts == [f"user_id,item_id\nday={n},a\n" for n in (1, 2)]
+    assert "folders such as day=1 are read as columns of Parquet" in capsys.readouterr().out
+
+
 def test_everybodys_pages_go_to_a_folder_of_today_here_and_in_a_bucket(
     bucket, sft_alone, tmp_path, capsys
 ):
