@@ -49,6 +49,8 @@ __all__ = [
     "online_log",
     "run",
     "visit",
+    "visit_log",
+    "visits",
     "world_of",
 ]
 
@@ -74,6 +76,7 @@ READERS = {
     "carousel": Behaviour(),
     "position": Behaviour(columns=1, glance=1.0, next_row=0.9, leave_on_purchase=False),
     "cascade": Behaviour(columns=1, glance=1.0, next_row=0.9, leave_on_click=True),
+    "rows": Behaviour(columns=10, leave_on_purchase=False),  # rows of ten, as a storefront's
 }
 
 
@@ -193,6 +196,58 @@ def expected(world: World, user: np.ndarray, page: np.ndarray) -> dict[str, np.n
     }
 
 
+AGAIN_AFTER_ADD, AGAIN, MOST_VIEWS = 0.15, 0.35, 5  # chances of another page, and the most pages
+
+
+def visits(adds: np.ndarray, any_add: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Page views and cart adds of a visit, in closed form: (S,) each.
+
+    A visitor looks at another page with probability .15 after a page with an add, .35 after one
+    without, and at five at most. So more adds a page view mean fewer page views a visit, and which
+    of the two a change is measured by matters.
+
+    adds     (S,) expected adds of one page view        any_add  (S,) P(an add) of one page view
+    """
+    again = AGAIN_AFTER_ADD * any_add + AGAIN * (1 - any_add)
+    views = (1 - again**MOST_VIEWS) / (1 - again)
+    return views, adds * views
+
+
+def visits_of(true: list[dict[str, np.ndarray]]) -> dict[str, dict[str, float]]:
+    """Adds by both denominators, of the control's and the treatment's `expected`: metric ->
+    control, treatment, relative.
+    """
+    shown = []
+    for t in true:
+        views, adds = visits(t["purchases"], t["purchase"])
+        shown.append((t["purchases"].mean(), views.mean(), adds.mean()))
+    found = {}
+    for at, metric in enumerate(("adds per page view", "views per visit", "adds per visit")):
+        a, b = float(shown[0][at]), float(shown[1][at])
+        found[metric] = {"control": a, "treatment": b, "relative": b / a - 1}
+    return found
+
+
+def visit_log(
+    world: World, user: np.ndarray, page: np.ndarray, visitors: int, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """adds, views, visits (visitors,) of people who come once each and read pages as `visits` says.
+
+    user, page  (U,), (U, K) whose pages there are; a visitor is one of them, drawn at random
+    """
+    rng = randomness.rng(seed, "simulator", "visits")
+    who = rng.integers(len(user), size=visitors)
+    adds, views = np.zeros(visitors), np.zeros(visitors)
+    here = np.ones(visitors, dtype=bool)
+    for _ in range(MOST_VIEWS):
+        at = np.flatnonzero(here)
+        bought = visit(world, user[who[at]], page[who[at]], rng).bought.sum(1)
+        adds[at] += bought
+        views[at] += 1
+        here[at] = rng.random(len(at)) < np.where(bought > 0, AGAIN_AFTER_ADD, AGAIN)
+    return {"adds": adds, "views": views, "visits": np.ones(visitors)}
+
+
 def before(on: np.ndarray) -> np.ndarray:
     """Product of the entries before each slot, row by row: (S, K) -> (S, K)."""
     return np.cumprod(np.concatenate([np.ones((len(on), 1)), on[:, :-1]], axis=1), axis=1)
@@ -275,7 +330,7 @@ class Config(StageConfig):
     days: int = 14  # length of the test; visitors come evenly
     sessions: float = 3.0  # mean number of sessions of a visitor
     k: int = 20  # slots shown
-    reading: str = "carousel"  # how a page is read: carousel, position, cascade
+    reading: str = "carousel"  # how a page is read: carousel, position, cascade, or rows of ten
     failure: str = "click"  # what an abandoned session lacks: click (and so a purchase too), or
     # purchase
     alpha: float = 0.01  # error rate over all metrics together
@@ -362,9 +417,13 @@ def run(config: Config) -> dict:
             if name == "failure" and config.failure == "purchase":
                 a, b = (1 - float(t["purchase"].mean()) for t in true)
             result["truth"][metric] = {"control": a, "treatment": b, "relative": b / a - 1}
+        result["visits"] = visits_of(true)
         print(
             "\nclosed form, the same visitors without chance: "
-            + ", ".join(f"{metric} {t['relative']:+.2%}" for metric, t in result["truth"].items())
+            + ", ".join(
+                f"{metric} {t['relative']:+.2%}"
+                for metric, t in (result["truth"] | result["visits"]).items()
+            )
         )
         out.finish(simulated=True, **abtest.finite(result))
     return result

@@ -10,8 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from pagellm.data.orders import Orders, load_orders, orders_of
-from pagellm.data.shop import Shop, load
+from pagellm.data.shop import Rows, Shop, load
+from pagellm.model.composer import POOL, load_composer
+from pagellm.model.policy import Policy
 from pagellm.pages.energy import near_duplicates
+from pagellm.serving.sources import pick_policy
+from pagellm.stage import dist
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import read_json
 from pagellm.stage.run import StageConfig, file_id, finished, load_model_file
@@ -29,7 +33,9 @@ from pagellm.storefront.scorer import Matcher
 from pagellm.storefront.text import index_texts, parents
 from pagellm.storefront.themes import Template
 
-__all__ = ["Sources", "Store", "open_store", "read_layout"]
+__all__ = ["Sources", "Store", "open_store", "page_ranker", "read_layout", "with_tuning"]
+
+MOST_SCORED = 2000  # items of a user that PageLLM's policy scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +45,7 @@ class Sources(StageConfig):
     layout: str = ""  # rows of the page: A, B, or a layout file (JSON); empty: A where people buy
     # again, else B
     ranker: str = "blend"  # what orders items for a person: popularity, frequency, als, blend or
-    # file
+    # file; or PageLLM of this run: policy (ppo, or sft), or compose for rows of new items
     scores: str = ""  # with ranker=file: Parquet file of user, item, score
     static: bool = False  # switch themes off: rows are the best-selling categories, each in the
     # ranker's own order
@@ -127,11 +133,12 @@ def front_of(
     of_item = np.where(category >= 0, of_category[category] if len(of_category) else -1, -1)
     missions = Missions(category, kept["names"], of_category, of_item, kept["k"])
     index = build_index(shop.catalogue, stock, corpus, households)
-    ranker: Ranker = (
-        File.read(config.scores, shop.user_ids, shop.catalogue.ids)
-        if config.ranker == "file"
-        else make_ranker(config.ranker, households, factors_of(state))
-    )
+    if config.ranker == "file":
+        ranker: Ranker = File.read(config.scores, shop.user_ids, shop.catalogue.ids)
+    elif config.ranker in ("policy", "compose"):
+        ranker = page_ranker(config, shop)
+    else:
+        ranker = make_ranker(config.ranker, households, factors_of(state))
     matcher, scorer = (
         Matcher.of(index, missions, state["vector"].numpy()),
         scorer_of(state["scorer"]),
@@ -156,6 +163,35 @@ def front_of(
         known=known_words(index_texts(shop.catalogue)),
         static=config.static,
     )
+
+
+def page_ranker(config: Sources, shop: Shop) -> File:
+    """PageLLM as a ranker: its scores of each user's best items; all other items come last.
+
+    policy   the logits of ppo, or of sft, for the first slot of a page, of 2,000 items
+    compose  what composed pages think of the items that a page may hold: none that the user has
+    Prompts show train rows. Somebody whom the shop does not know has no scores: all items tie.
+    Raises PageLLMError where the stage is not finished.
+    """
+    name = "compose" if config.ranker == "compose" else pick_policy("", config.stage, config.make)
+    folder, device = config.stage(name), dist.start(config.device)
+    done = finished(folder, name, config.make(name))
+    users = np.arange(shop.n_users)
+    if name == "compose":
+        data = file_id(config.data_dir / "source.json")
+        composer = load_composer(folder, shop, config.stage, device, data, config.make(name))
+        ranked = composer.rank(users, shop.csr("train", positive=None), 1, POOL)
+    else:
+        nobody = Rows(np.zeros(shop.n_users + 1, np.int64), np.zeros(0, np.int64), np.zeros(0))
+        depth = min(shop.n_items, MOST_SCORED)
+        ranked = Policy.load(folder, device).rank(
+            users, shop.csr("train"), nobody, 1, depth, "one_shot", progress=f"scores of {name}"
+        )
+    there = ranked.item >= 0
+    indptr = np.r_[0, np.cumsum(there.sum(1))]
+    rows = Rows(indptr, ranked.item[there], ranked.score[there].astype(np.float64))
+    number = {user: at for at, user in enumerate(shop.user_ids)}
+    return File(number, rows, shop.n_items, f"{name}/{done['id']}")
 
 
 def with_tuning(front: Front, tuned: dict) -> Front:

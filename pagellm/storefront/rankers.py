@@ -8,6 +8,8 @@ rank(context)                           (N,) float64, higher is better
     als          implicit matrix factorisation (Hu et al., ICDM 2008), folded in from the history
     blend        ln(1 + orders) + .5 als, the default
     file         scores of any ranker outside, from a Parquet file (user, item, score)
+    policy       logits of PageLLM's own policy for a page's first slot (page_ranker in front.py)
+    compose      what PageLLM's composed pages think of each item, for rows of new items
 
 A logit becomes a probability by Platt's rule, p = 1 / (1 + exp(-(alpha + beta logit))).
 """
@@ -41,7 +43,7 @@ __all__ = [
     "make_ranker",
 ]
 
-NAMES = ("popularity", "frequency", "als", "blend", "file")
+NAMES = ("popularity", "frequency", "als", "blend", "file", "policy", "compose")
 FACTORS, ALPHA, RIDGE, SWEEPS = 64, 10.0, 50.0, 6
 
 
@@ -223,7 +225,7 @@ class File:
 
 
 def make_ranker(name: str, households: np.ndarray, factors: Factors) -> Ranker:
-    """A ranker of NAMES but `file`, which is read by File.read."""
+    """A ranker of NAMES but `file`, `policy` and `compose`, which are read from elsewhere."""
     if name == "popularity":
         return Popularity(households)
     if name == "frequency":

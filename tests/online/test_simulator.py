@@ -162,6 +162,8 @@ def test_sft_against_ppo_end_to_end(served, tmp_path, capsys):
     assert said.startswith("SIMULATED") and "closed form" in said
     assert (result["control"], result["treatment"]) == ("sft", "ppo")
     assert set(result["truth"]) == set(abtest.METRICS)
+    assert set(result["visits"]) == {"adds per page view", "views per visit", "adds per visit"}
+    assert "adds per visit" in said
     for metric, true in result["truth"].items():
         m = result["metrics"][metric]
         assert abs(m["difference"] - (true["treatment"] - true["control"])) < 4.5 * m["se"], metric
@@ -209,3 +211,39 @@ def test_only_a_shop_with_truth_can_be_simulated(served):
 
     with pytest.raises(PageLLMError, match="no truth.npy"):
         simulator.world_of(replace(load(served / "data" / "synthetic"), truth=None))
+
+
+def test_a_visit_in_closed_form_worked_out_by_hand():
+    """More adds a page view, fewer page views a visit: +3.33% a view is +3.05% a visit."""
+    adds, any_add = np.array([0.30, 0.31]), np.array([0.25, 0.26])
+    views, per_visit = simulator.visits(adds, any_add)
+    assert views == pytest.approx([1.42510, 1.42115], abs=1e-5)
+    assert per_visit == pytest.approx([0.427530, 0.440558], abs=1e-6)
+    assert per_visit[1] / per_visit[0] - 1 == pytest.approx(0.0305, abs=5e-5)
+
+
+def test_both_denominators_of_six_users_an_arm_worked_out_by_hand():
+    from pagellm.online.abtest import estimate, welch
+
+    control = [np.array(x, float) for x in ([3, 0, 2, 5, 1, 4], [10, 4, 8, 15, 5, 12],
+                                            [2, 1, 2, 3, 1, 2])]  # fmt: skip
+    treated = [np.array(x, float) for x in ([4, 1, 2, 6, 1, 5], [10, 5, 7, 14, 5, 13],
+                                            [2, 1, 2, 3, 1, 3])]  # fmt: skip
+    for at, values, relative in ((1, (0.277778, 0.351852), 0.2667), (2, (1.363636, 1.583333), 0.1611)):  # fmt: skip # noqa: E501
+        a, b = estimate(control[0], control[at]), estimate(treated[0], treated[at])
+        assert (a.value, b.value) == pytest.approx(values, abs=1e-6)
+        assert welch(a, b).relative == pytest.approx(relative, abs=1e-4)
+
+
+def test_simulated_visits_have_the_means_of_the_closed_form():
+    rng = np.random.default_rng(3)
+    how = simulator.READERS["rows"]
+    click, buy = rng.random((5, 30)), rng.random((5, 30)) * 0.3
+    world = simulator.World(click, buy, np.ones(30), how)
+    user, page = np.arange(5), np.array([rng.permutation(30)[:20] for _ in range(5)])
+    one = simulator.expected(world, user, page)
+    views, adds = simulator.visits(one["purchases"], one["purchase"])
+    log = simulator.visit_log(world, user, page, 40_000, seed=1)
+    assert log["views"].mean() == pytest.approx(views.mean(), rel=0.02)
+    # A visitor goes on for reasons that hang on the page's adds, so the closed form is exact.
+    assert log["adds"].mean() == pytest.approx(adds.mean(), rel=0.03)
