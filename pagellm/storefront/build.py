@@ -29,13 +29,13 @@ from pagellm.stage.run import Run, StageConfig, file_id
 from pagellm.storefront.context import Known
 from pagellm.storefront.corpus import Corpus, Space, build_corpus
 from pagellm.storefront.gates import choose_threshold
-from pagellm.storefront.missions import Missions, find_missions
+from pagellm.storefront.missions import SLOTS, Missions, Shelves, find_missions, refined
 from pagellm.storefront.parts import Theme
 from pagellm.storefront.policy import Policy, policy_of
 from pagellm.storefront.rankers import Blend, Factors, Platt, fit_factors
 from pagellm.storefront.retrieve import build_index
 from pagellm.storefront.scorer import Matcher, Scorer, fit_scorer
-from pagellm.storefront.text import BM25, index_texts, stems
+from pagellm.storefront.text import BM25, best_first, index_texts, stems
 from pagellm.storefront.themes import Template
 
 __all__ = ["Config", "best_categories", "corpus_of", "read_policy", "read_stock", "run"]
@@ -44,6 +44,7 @@ LABEL_PEOPLE, LABEL_ITEMS = (
     200,
     5,
 )  # people whose themes are labelled; items that fit, and that do not
+SHELF_PEOPLE, SHELF_ITEMS = 300, 300  # whose best items the missions are refined by; how many
 PRECISION = 0.95  # of the threshold on agreement
 
 
@@ -105,6 +106,36 @@ def best_categories(missions: Missions, train: Orders, policy: Policy, corpus: C
     order = np.lexsort((np.arange(len(sales)), -sales))
     names = [missions.names[c] for c in order.tolist()]
     return [n for n in names if n in corpus.number and not policy.restricted.found(n)]
+
+
+def shelves_of(
+    shop: Shop, train: Orders, missions: Missions, corpus: Corpus, policy: Policy, ranker, seed: int
+) -> Shelves:
+    """The best items of some people behind those of a first row, from train orders alone.
+
+    The first row is what they bought before, where the shop has repeat orders; where it has none,
+    what they bought is not shown at all. Categories that no row may name are -1.
+    """
+    names = missions.names
+    may = np.array(
+        [n in corpus.number and not policy.restricted.found(n) for n in names], dtype=bool
+    )
+    known = Known.of(shop, train, missions.of_item, missions.k, train.end())
+    repeats = bool((known.count > 1).any())
+    people = randomness.rng(seed, "storefront", "shelves").permutation(shop.n_users)[:SHELF_PEOPLE]
+    category = np.full((len(people), SHELF_ITEMS), -1, dtype=np.int64)
+    clicks = np.zeros(category.shape)
+    for row, user in enumerate(people.tolist()):
+        context = known.context(shop.user_ids[user])
+        logit = ranker(context)
+        own = context.item
+        first = own[best_first(logit[own], own, SLOTS)] if repeats else own
+        order = best_first(logit, np.arange(len(logit)), min(len(logit), SHELF_ITEMS + len(first)))
+        order = order[~np.isin(order, first)][:SHELF_ITEMS]
+        found = missions.category[order]
+        category[row, : len(order)] = np.where((found >= 0) & may[np.maximum(found, 0)], found, -1)
+        clicks[row, : len(order)] = Platt()(logit[order])
+    return Shelves(category, clicks)
 
 
 def labels(shop: Shop, known: Known, writer: Template, matcher: Matcher, people, rng) -> tuple:
@@ -179,10 +210,13 @@ def built(
     rows, count = train.history()
     households = np.bincount(rows.items, minlength=shop.n_items)
     factors = fit_factors(rows, count, shop.n_items, config.seed)
+    ranker = Blend(factors, households)
+    if missions.names:
+        shelves = shelves_of(shop, train, missions, corpus, policy, ranker, config.seed)
+        missions = refined(missions, train, shelves)
     index = build_index(shop.catalogue, stock, corpus, households)
     texts = index_texts(shop.catalogue)
     vector = corpus.space.vectors([stems(texts[item]) for item in index.live.tolist()])
-    ranker = Blend(factors, households)
     # Whether an item fits a theme needs no calibrated probability: the plain sigmoid of the
     # ranker's logit is enough.
     writer = Template(ranker, Platt(), missions, corpus, policy, stock, config.seed)

@@ -17,13 +17,17 @@ from pagellm.stage import randomness
 from pagellm.storefront.text import words
 
 __all__ = [
+    "SLOTS",
     "Missions",
+    "Shelves",
     "affinity",
+    "cohesion",
     "category_names",
     "find_missions",
     "joint_counts",
     "kmeans",
     "missions",
+    "refined",
     "spectral",
     "top_of_groups",
 ]
@@ -34,6 +38,9 @@ FEWEST = (
 AVERAGE = 25  # items that the categories of a level hold on average, to be what rows are made of
 COLUMNS = 16  # eigenvectors
 ROUNDS = 100
+ROWS, SLOTS = 5, 10  # of the page that missions are refined for
+MOVED, NEAREST = 150, 3  # categories that may move, the largest; missions that each may move to
+GIVEN_UP = 0.02  # share of the cohesion that may be lost
 BLOCK = 4096  # baskets held at once as a dense table
 
 
@@ -124,10 +131,7 @@ def missions(orders: Rows, leaf: np.ndarray, k: int = 20, seed: int = 0) -> np.n
     if weight.sum() <= 0:
         weight = np.ones(n_categories)
     cluster = kmeans(points, weight, k, randomness.rng(seed, "missions"))
-    total = np.bincount(cluster, sales, minlength=k)
-    place = np.empty(len(total), dtype=np.int64)
-    place[np.lexsort((np.arange(len(total)), -total))] = np.arange(len(total))
-    return place[cluster]
+    return by_sales(cluster, sales, k)[cluster]
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,85 @@ def find_missions(catalogue: Catalogue, orders: Orders, k: int = 20, seed: int =
     of_category = missions(orders.baskets(), category, k, seed) if names else np.zeros(0, np.int64)
     of_item = np.where(category >= 0, of_category[category] if names else -1, -1)
     return Missions(category, names, of_category, of_item, k)
+
+
+@dataclass(frozen=True)
+class Shelves:
+    """What some people would be shown, to see how much of it rows of missions can hold.
+
+    category  (U, T) int64 categories of each person's best items, best first; -1: not to be shown
+    clicks    (U, T) float64 expected clicks of the same items, 0 past the end
+    """
+
+    category: np.ndarray
+    clicks: np.ndarray
+
+    def held(self, of_category: np.ndarray, rows: int = ROWS, slots: int = SLOTS) -> float:
+        """Mean expected clicks in a person's best rows, one a mission, of so many slots each."""
+        people, k = len(self.category), int(of_category.max(initial=0)) + 1
+        mission = np.where(self.category >= 0, of_category[np.maximum(self.category, 0)], -1)
+        worth, filled = np.zeros((people, k)), np.zeros((people, k), dtype=np.int64)
+        person = np.arange(people)
+        for place in range(mission.shape[1]):
+            m = mission[:, place]
+            take = (m >= 0) & (filled[person, m] < slots)
+            at = person[take], m[take]
+            worth[at] += self.clicks[take, place]
+            filled[at] += 1
+        return float(np.sort(worth, axis=1)[:, ::-1][:, :rows].sum(1).mean())
+
+
+def cohesion(of_category: np.ndarray, likeness: np.ndarray, sales: np.ndarray) -> float:
+    """Mean affinity in nats of two categories of one mission, weighed by the root of sales."""
+    weight = np.sqrt(np.outer(sales, sales))
+    inside = of_category[:, None] == of_category[None]
+    np.fill_diagonal(inside, False)
+    total = weight[inside].sum()
+    return float((likeness * weight)[inside].sum() / total) if total > 0 else 0.0
+
+
+def refined(found: Missions, orders: Orders, shelves: Shelves) -> Missions:
+    """Missions that hold more of what people would be shown, as close together as before.
+
+    k-means does not know what a page has room for: of a mission that holds much of somebody's best
+    items, ten are shown, and the rest is lost. Here the largest categories move, one after the
+    other, to one of the three missions whose centres lie nearest, where that raises the expected
+    clicks in people's best five rows and takes less than 2% of the missions' cohesion in all.
+    """
+    of_category, n = found.of_category.copy(), len(found.names)
+    if n < 2:
+        return found
+    baskets = orders.baskets()
+    likeness = affinity(joint_counts(baskets, found.category, n), max(len(baskets.indptr) - 1, 1))
+    points = spectral(likeness, min(COLUMNS, found.k))
+    sold = found.category[baskets.items]
+    sales = np.bincount(sold[sold >= 0], minlength=n).astype(np.float64)
+    weighed = points * np.sqrt(sales)[:, None]
+    least = (1 - GIVEN_UP) * cohesion(of_category, likeness, sales)
+    best = shelves.held(of_category)
+    for c in np.argsort(-sales, kind="stable")[:MOVED].tolist():
+        centres = np.array([weighed[of_category == m].sum(0) for m in range(found.k)])
+        length = np.linalg.norm(centres, axis=1)
+        near = np.where(length > 1e-12, centres @ points[c] / np.maximum(length, 1e-12), -np.inf)
+        for m in np.argsort(-near, kind="stable")[:NEAREST].tolist():
+            changed = of_category.copy()
+            changed[c] = m
+            if m == of_category[c] or cohesion(changed, likeness, sales) < least:
+                continue
+            if (held := shelves.held(changed)) > best + 1e-9:
+                of_category, best = changed, held
+    place = by_sales(of_category, sales, found.k)
+    of_category = place[of_category]
+    of_item = np.where(found.category >= 0, of_category[found.category], -1)
+    return Missions(found.category, found.names, of_category, of_item, found.k)
+
+
+def by_sales(cluster: np.ndarray, sales: np.ndarray, k: int) -> np.ndarray:
+    """(k,) the new number of each cluster: the one with the most sales is 0."""
+    total = np.bincount(cluster, sales, minlength=k)
+    place = np.empty(len(total), dtype=np.int64)
+    place[np.lexsort((np.arange(len(total)), -total))] = np.arange(len(total))
+    return place
 
 
 def top_of_groups(order: np.ndarray, group: np.ndarray, n_groups: int, most: int) -> np.ndarray:

@@ -7,16 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pagellm.data.orders import Orders
 from pagellm.data.shop import Rows
 from pagellm.stage.config import PageLLMError
 from pagellm.storefront.build import read_policy, read_stock
 from pagellm.storefront.context import Known, contexts
 from pagellm.storefront.missions import (
+    Missions,
+    Shelves,
     affinity,
     category_names,
+    cohesion,
     find_missions,
     joint_counts,
     missions,
+    refined,
     top_of_groups,
 )
 from pagellm.storefront.rankers import (
@@ -212,3 +217,48 @@ def test_files_of_a_shop_may_begin_with_a_byte_order_mark(tmp_path):
     (tmp_path / "policy.json").write_text("{")
     with pytest.raises(PageLLMError, match=r"policy\.json is no JSON"):
         read_policy(str(tmp_path / "policy.json"))
+
+
+def test_shelves_count_the_best_rows_of_ten_or_fewer():
+    """One person: mission 0 holds three items of which two have room, mission 1 holds one."""
+    shelves = Shelves(np.array([[0, 1, 0, 2, -1]]), np.array([[0.5, 0.4, 0.3, 0.2, 0.9]]))
+    of_category = np.array([0, 0, 1])
+    assert shelves.held(of_category, rows=2, slots=2) == pytest.approx(0.5 + 0.4 + 0.2)
+    assert shelves.held(of_category, rows=1, slots=3) == pytest.approx(1.2)
+
+
+def test_refined_missions_hold_more_and_stay_as_close_together():
+    """Twelve categories bought in threes; people want what three of them at once would not hold."""
+    rng = np.random.default_rng(0)
+    n, per = 12, 10
+    leaf = np.repeat(np.arange(n), per)
+    baskets = []
+    for _ in range(400):
+        group = rng.integers(4)
+        some = rng.choice(np.arange(3 * group, 3 * group + 3), 2, replace=False)
+        extra = rng.integers(n, size=1)
+        baskets.append(np.unique(np.r_[some, extra] * per + rng.integers(per)))
+    size = [len(b) for b in baskets]
+    item = np.concatenate(baskets)
+    lines = len(item)
+    basket = np.repeat(np.arange(400), size)
+    zero = np.zeros(lines, np.int64)
+    orders = Orders(
+        basket % 50, item, basket, basket, zero + 1, np.ones(lines, np.float32),
+        zero.astype(np.int8), 50, n * per,
+    )  # fmt: skip
+    of_category = missions(orders.baskets(), leaf, 4)
+    names = [f"c{c}" for c in range(n)]
+    found = Missions(leaf, names, of_category, of_category[leaf], 4)
+    shelves = Shelves(rng.integers(3, size=(40, 60)), np.tile(np.linspace(1, 0.1, 60), (40, 1)))
+    better = refined(found, orders, shelves)
+    likeness = affinity(joint_counts(orders.baskets(), leaf, n), 400)
+    sales = np.bincount(leaf[item], minlength=n).astype(float)
+    assert shelves.held(better.of_category) >= shelves.held(found.of_category)
+    least = 0.98 * cohesion(found.of_category, likeness, sales)
+    assert cohesion(better.of_category, likeness, sales) >= least - 1e-12
+    assert better.of_item.tolist() == better.of_category[leaf].tolist()
+    total = np.bincount(better.of_category, sales, minlength=4)
+    assert (np.diff(total) <= 0).all()  # the mission with the most sales is still the first
+    same = refined(found, orders, shelves)
+    assert same.of_category.tolist() == better.of_category.tolist()
