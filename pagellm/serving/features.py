@@ -16,7 +16,7 @@ second on one core.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -192,9 +192,12 @@ def read_pairs(path: str) -> pa.Table:
     return pairs
 
 
-def dense_ids(config: Config, pairs: pa.Table, name: str, known: dict[str, int]) -> np.ndarray:
+def dense_ids(
+    config: Config, pairs: pa.Table, name: str, known: dict[str, int], below: Container[str] = ()
+) -> np.ndarray:
     """(R,) int64: a column of ids as dense ids. Ids are text: see `pagellm.data.values.identifier`.
 
+    below  ids of the log that are below the k-core
     Raises PageLLMError for a column that is missing, and for ids that the data do not have.
     """
     if name not in pairs.column_names:
@@ -203,9 +206,12 @@ def dense_ids(config: Config, pairs: pa.Table, name: str, known: dict[str, int])
         )
     ids = ids_of(pairs, name, config.pairs)
     if strange := [i for i in ids if i not in known]:
+        rare = sum(i in below for i in strange)
         raise PageLLMError(
             f"{config.pairs}: {len(strange):,} rows of column {name} are not in {config.data_dir}, "
-            f"first {strange[0]!r}\n  Leave them out: the model has no row for them."
+            f"first {strange[0]!r}"
+            + (f"; {rare:,} of them are below the k-core" if rare else "")
+            + "\n  Leave them out: the model has no row for them."
         )
     return np.array([known[i] for i in ids], np.int64)
 
@@ -231,8 +237,11 @@ def run(config: Config) -> None:
         return page, page >= 0
 
     user, item = (
-        dense_ids(config, pairs, name, known)
-        for name, known in zip(PAIR, (rec.user_of, rec.item_of), strict=True)
+        dense_ids(config, pairs, name, known, below)
+        for name, known, below in (
+            ("user_id", rec.user_of, rec.left_out.users),
+            ("item_id", rec.item_of, set(rec.left_out.items)),
+        )
     )
     # Every user's pages are written once: a row a user, that user's items side by side.
     users, back = np.unique(user, return_inverse=True)
