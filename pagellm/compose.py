@@ -14,7 +14,8 @@ Seconds to minutes on two CPU cores. Four steps:
 3. Score the baselines on validation rows: EASE, ALS, ALS with titles, ALS with titles and ratings,
    each as it is and re-ranked for variety.
 4. Choose worth, order and spread of a page (pages/compose.py): the setting whose smallest margin
-   over all these baselines and all metrics is largest.
+   over all these baselines and all metrics is largest. If the smallest margin of ALS with titles
+   and MMR is larger still, its pages are taken: nothing that was learnt makes better ones here.
 
 model.pt holds all that a page needs, the judges fitted to all train rows too. No test row is read.
 A judge is never asked about a row that it was fitted to.
@@ -39,7 +40,7 @@ from pagellm.model.outcome import Calibration, learn
 from pagellm.model.plain import Chosen, Fitted, fit, gram_matrix
 from pagellm.model.policy import Policy
 from pagellm.pages import stats
-from pagellm.pages.compose import GRID, Opinion, Taste, choose, compose, unit_of
+from pagellm.pages.compose import ENOUGH, GRID, Opinion, Taste, choose, compose, unit_of, value_of
 from pagellm.pages.ranked import RankedPages, Scorer, rank_all, seen_rows
 from pagellm.pages.rerank import METHODS, Kin, reranked
 from pagellm.pages.tables import ALL_COLUMNS
@@ -91,6 +92,8 @@ class Config(StageConfig):
     # 0: all
     k: int = 20  # slots of a page
     depth: int = 100  # ranks that validation scores for each user: the page and what follows it
+    fallback: bool = True  # take the pages of ALS with titles and MMR where validation finds
+    # nothing better among what was learnt
 
     def __post_init__(self):
         super().__post_init__()
@@ -131,11 +134,11 @@ def judge_settings(plain: dict[str, dict]) -> dict:
 
 def plain_rows(
     config: Config, shop: Shop, scorer: Scorer, users: np.ndarray, plain: dict, kin: Kin
-) -> tuple[dict[str, list[dict]], list[dict], PlainRow]:
+) -> tuple[dict[str, list[dict]], list[dict], PlainRow, dict]:
     """Validation scores of every plain row, as it is and re-ranked at the strength chosen.
 
     returns  name -> its scores, the re-ranked ones after them; the records of the frontier; and
-             ALS with facts and MMR, which is kept
+             ALS with facts and MMR, which is kept, and its scores
     """
     seen, rows, frontier = seen_rows(shop, "valid", "train"), {}, []
     train, groups = shop.csr("train"), item_groups(shop.catalogue)
@@ -165,7 +168,8 @@ def plain_rows(
         if name == "ALS+facts":
             space = space_of(model, shop, groups, settings)
             kept = PlainRow(space, chosen(records, name, "mmr"))
-    return rows, frontier, kept
+            shipped = scorer(reranked(pages, kin, config.k, "mmr", kept.strength), config.k)
+    return rows, frontier, kept, shipped
 
 
 def space_of(model: Fitted, shop: Shop, groups: list[np.ndarray], settings: dict) -> Space:
@@ -184,8 +188,11 @@ def choose_taste(
     opinion: Opinion,
     rows: dict[str, list[dict]],
     kin: Kin,
-) -> tuple[Taste, int]:
-    """The best Taste by validation scores, and how many were tried.
+    shipped: dict,
+) -> tuple[Taste, int, bool]:
+    """The best Taste by validation scores, how many were tried, and if the plain row is better.
+
+    shipped  the plain row's scores
 
     Baselines without ratings count first, then those with ratings. If a shop has no ratings, worth
     and order have no effect and stay 0.
@@ -201,7 +208,10 @@ def choose_taste(
 
     groups = [group for group in (others, rated) if group]
     taste, tried = choose(scored, groups, MEASURES, grid)
-    return taste, len(tried)
+    stands, best = value_of(shipped, groups, MEASURES), tried[taste]
+    # Far enough ahead of all baselines is enough, also where the plain row is still further.
+    plain = config.fallback and stands > best and min(best) < ENOUGH
+    return taste, len(tried), plain
 
 
 def run(config: Config) -> None:
@@ -262,12 +272,14 @@ def run(config: Config) -> None:
         timed("opinions", began)
 
         began = time.process_time()
-        rows, frontier, composer.plain = plain_rows(
+        rows, frontier, composer.plain, shipped = plain_rows(
             config, shop, scorer, users, plain, composer.kin
         )
         timed("plain rows", began)
         began = time.process_time()
-        composer.taste, tried = choose_taste(config, shop, scorer, opinion, rows, composer.kin)
+        composer.taste, tried, composer.plain_pages = choose_taste(
+            config, shop, scorer, opinion, rows, composer.kin, shipped
+        )
         composer.unit = unit_of(opinion, composer.taste, config.k)
         timed("choice", began)
 
@@ -279,6 +291,7 @@ def run(config: Config) -> None:
         result = {
             "taste": asdict(composer.taste),
             "unit": composer.unit,
+            "plain_pages": composer.plain_pages,
             "valid": standing(
                 shop,
                 config.k,
@@ -293,10 +306,20 @@ def run(config: Config) -> None:
         write_json(out.path / "choice.json", result | {"settings": plain, "frontier": frontier})
         out.finish(composer.state(), **result)
         dist.barrier()
-        means = ", ".join(f"{name} {row['mean']:.3f}" for name, row in knows.items())
+        tell(out.path, composer, tried, knows, took)
+
+
+def tell(path: Path, composer: Composer, tried: int, knows: dict, took: dict) -> None:
+    """Print what was chosen, and what the opinions know of validation picks."""
+    means = ", ".join(f"{name} {row['mean']:.3f}" for name, row in knows.items())
+    print(
+        f"compose: {path}, {composer.taste}, {tried} tried; within-user correlation with "
+        f"validation picks: {means}; processor seconds {took}"
+    )
+    if composer.plain_pages:
         print(
-            f"compose: {out.path}, {composer.taste}, {tried} tried; within-user correlation with "
-            f"validation picks: {means}; processor seconds {took}"
+            "compose: on validation rows ALS+facts with MMR stands better against the plain "
+            "rows than any page of what was learnt, so its pages are taken"
         )
 
 

@@ -352,6 +352,11 @@ def pages_of(
     )
 
 
+def is_plain(done: Path) -> bool:
+    """Whether the stage compose took the pages of the plain row."""
+    return bool(read_json(done).get("plain_pages", False))
+
+
 def in_words(
     config: Config,
     modes: dict[str, str],
@@ -364,6 +369,10 @@ def in_words(
     how = ", ".join(f"{name} {mode}" for name, mode in modes.items())
     varied = f", variety {config.variety} {config.strength:g}" if config.variety != "none" else ""
     decoded = f"decoding: {how}{varied}\n" if modes else ""
+    if "compose" in config.policies.split(",") and is_plain(config.stage("compose") / "done"):
+        decoded += (
+            "composed pages: those of ALS+facts with MMR, since validation found none better\n"
+        )
     last = list(pages.values())[-1]
     short = int((last.slots < config.k).sum())
     note = f"\n{short} pages are shorter than {config.k}: no more legal items\n" if short else ""

@@ -188,6 +188,8 @@ def what_it_is(config: Config, last: str) -> str:
     """The last policy in words."""
     if last != "compose":
         return LABELS[last]
+    if read_json(config.stage("compose") / "done").get("plain_pages"):
+        return "the pages of ALS+facts with MMR; nothing that was learnt was better on validation"
     policy = read_json(config.stage("compose") / "config.json")["config"]["policy"]
     if policy == "none":
         return "composed pages of plain models alone; the language model added nothing"

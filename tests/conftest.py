@@ -143,7 +143,12 @@ def composed(served, tmp_path_factory):
         recall_choice(root / "runs" / "base" / stage, served)
     compose.run(
         compose.Config(
-            run="base", data=str(root / "data"), runs=str(root / "runs"), k=6, networks=1
+            run="base",
+            data=str(root / "data"),
+            runs=str(root / "runs"),
+            k=6,
+            networks=1,
+            fallback=False,
         )
     )
     return root

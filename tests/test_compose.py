@@ -2,20 +2,22 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from pagellm import compose, evaluate
+from pagellm import compose, evaluate, pipeline
 from pagellm.data.shop import load
 from pagellm.model import judges
 from pagellm.model.composer import Composer, Maker, load_composer, picks, standardised
-from pagellm.model.judges import History, Judges, legal_items
+from pagellm.model.judges import History, Judges, People, legal_items
 from pagellm.model.policy import Policy
+from pagellm.pages import compose as page_composition
 from pagellm.pages import stats
 from pagellm.pages.compose import Taste
-from pagellm.pages.ranked import Scorer, seen_rows
+from pagellm.pages.ranked import RankedPages, Scorer, seen_rows
 from pagellm.stage.config import PageLLMError
 
 
@@ -42,7 +44,7 @@ def test_the_same_seed_gives_the_same_file(composed, tmp_path):
     shutil.copytree(composed / "runs", tmp_path / "runs")
     shutil.copytree(composed / "data", tmp_path / "data")
     shutil.rmtree(tmp_path / "runs/base/compose")
-    compose.run(compose.Config(**where(tmp_path), networks=1))
+    compose.run(compose.Config(**where(tmp_path), networks=1, fallback=False))
     ids = [
         json.loads((r / "runs/base/compose/done").read_text())["id"] for r in (composed, tmp_path)
     ]
@@ -84,7 +86,7 @@ def test_a_loaded_composer_writes_the_pages_of_the_one_that_was_fitted(
     for part in ("data", "runs"):
         shutil.copytree(composed / part, tmp_path / part)
     shutil.rmtree(tmp_path / "runs/base/compose")
-    compose.run(compose.Config(**where(tmp_path), networks=1))
+    compose.run(compose.Config(**where(tmp_path), networks=1, fallback=False))
     for name in ("als", "fit_stars", "ease_weights", "knn_weights", "contents"):
         monkeypatch.setattr(judges, name, lambda *_, **__: pytest.fail("a model is fitted"))
     loaded, shop = composer_of(tmp_path)
@@ -232,3 +234,64 @@ def test_what_is_missing_or_wrong_is_said(tmp_path, composed):
         compose.plain_settings(compose.Config(settings=str(tmp_path / "s.json")))
     with pytest.raises(PageLLMError, match="no sft policy"):
         compose.run(compose.Config(**where(composed) | {"run": "nowhere"}))
+
+
+def test_the_plain_rows_pages_are_taken_where_nothing_learnt_is_better(
+    composed, tmp_path, monkeypatch
+):
+    """choose_taste compares them by the same margins; the composer then writes them, bit by bit."""
+    composer, shop = composer_of(composed)
+    scorer = Scorer(shop, "valid")
+    users, seen = scorer.users, seen_rows(shop, "valid", "train")
+    opinion, _, _ = composer.opinion(users, seen)
+    blind = replace(opinion, chance=np.where(opinion.item >= 0, 1e-3, 0.0))
+    knowing, config = perfect(opinion, scorer), compose.Config(**where(composed))
+    pages = page_composition.compose(knowing, composer.kin, Taste(), 6, 100)
+    best = scorer(RankedPages(users, *pages), 6)
+    composer.plain_pages = True
+    shipped = scorer(composer.rank(users, seen, 6, 100), 6)
+    monkeypatch.setattr(compose, "MEASURES", ("Recall@20", "NDCG@100"))
+    for think, plain in ((blind, True), (knowing, False)):
+        rows = {"ALS+facts": [shipped], "EASE": [best]}
+        found = compose.choose_taste(config, shop, scorer, think, rows, composer.kin, shipped)
+        assert found[2] is plain
+    alone = replace(config, fallback=False)
+    assert not compose.choose_taste(alone, shop, scorer, blind, rows, composer.kin, shipped)[2]
+    torch.save(composer.state(), tmp_path / "model.pt")
+    loaded = Composer.load(tmp_path, shop, None)
+    pages, people = loaded.rank(users, seen, 6, 9), loaded.judges.known.select(users)
+    legal = legal_items(seen, users, shop.n_items)
+    plain = loaded.plain.write(people.liked, legal, loaded.kin, 6, 9)
+    assert (pages.item == plain.item).all() and (pages.score == plain.score).all()
+    # the plain row knows nothing about a person without likes, and scores all items 0
+    nobody = loaded.judges.people(History.joined([([], [], [], [])]))
+    some, every = (
+        People.joined([people.select(np.arange(2)), nobody]),
+        np.ones((3, shop.n_items), bool),
+    )
+    mixed = loaded.write(some, None, every, 6, 100)
+    learnt = loaded.write_learnt(nobody, None, every[:1], 6, 100)
+    known = loaded.plain.write(some.liked, every, loaded.kin, 6, 100)
+    assert (mixed.item[:2] == known.item[:2]).all() and (
+        mixed.item[2] == learnt.item[0, : mixed.item.shape[1]]
+    ).all()
+    assert mixed.slots.tolist() == [6, 6, 6]
+
+
+def perfect(opinion, scorer):
+    """An opinion that knows the held-out items of two users in three."""
+    held = scorer.held
+    code = np.repeat(np.arange(len(held.indptr) - 1), held.counts()) * 10_000 + held.items
+    hit = np.isin(opinion.user[:, None] * 10_000 + opinion.item, code) & (opinion.item >= 0)
+    return replace(opinion, chance=opinion.chance + (hit & (opinion.user[:, None] % 3 > 0)))
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_evaluate_and_fit_say_whose_pages_they_are(tmp_path, plain):
+    done = tmp_path / "runs/base/compose/done"
+    done.parent.mkdir(parents=True)
+    done.write_text(json.dumps({"plain_pages": plain}))
+    (done.parent / "config.json").write_text(json.dumps({"config": {"policy": "sft"}}))
+    config = pipeline.Config(run="base", data=str(tmp_path), runs=str(tmp_path / "runs"))
+    assert evaluate.is_plain(done) is plain
+    assert ("ALS+facts with MMR" in pipeline.what_it_is(config, "compose")) is plain

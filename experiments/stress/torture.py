@@ -101,6 +101,7 @@ class Config:
     inputs: int = 100_000  # number of mutated lines
     mutations: int = 500  # number of shops with a silent fault
     minutes: float = 30.0  # length of soak
+    rounds: int = 8  # that soak runs in any case
     seed: int = 0  # seed of all random choices
 
     def __post_init__(self):
@@ -112,6 +113,7 @@ class Config:
             inputs=(self.inputs >= 0, "0 or more"),
             mutations=(self.mutations >= 0, "0 or more"),
             minutes=(0 < self.minutes < 1e6, "above 0"),
+            rounds=(self.rounds >= 4, "4 or more: its quarters are compared"),
         )
 
 
@@ -466,19 +468,22 @@ class Trials:
 
     def damaged_checkpoints(self) -> None:
         for verb in ("pretrain", "sft", "reward", "ppo"):
+            folder = self.trial(verb)
+            place, kept = self.place(folder, verb), folder / "kept"
+            last = [0]
+
+            def watch(_n: int, _what: str, place=place, last=last) -> None:
+                if len(list(place.glob("step-*.pt"))) == 2 and (place / "LAST").exists():
+                    last[0] += 1
+                    if last[0] == 8:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            self.stage(folder, verb, arm=lambda watch=watch: watchers.append(watch))
+            shutil.copytree(place, kept)
+            names = [line.split()[0] for line in (place / "LAST").read_text().splitlines()]
             for harm in ("flip", "cut", "both"):
-                folder = self.trial(verb)
-                place = self.place(folder, verb)
-                last = [0]
-
-                def watch(_n: int, _what: str, place=place, last=last) -> None:
-                    if len(list(place.glob("step-*.pt"))) == 2 and (place / "LAST").exists():
-                        last[0] += 1
-                        if last[0] == 8:
-                            os.kill(os.getpid(), signal.SIGKILL)
-
-                self.stage(folder, verb, arm=lambda watch=watch: watchers.append(watch))
-                names = [line.split()[0] for line in (place / "LAST").read_text().splitlines()]
+                shutil.rmtree(place)
+                shutil.copytree(kept, place)
                 for name in names[: 2 if harm == "both" else 1]:
                     data = bytearray((place / name).read_bytes())
                     if harm == "cut":
@@ -641,11 +646,14 @@ class Trials:
         )
         self.expect(close, "two processes, then one, do not train like one throughout")
 
-    def soak(self, minutes: float) -> None:
-        """Run the pipeline in a loop in one process: what it holds after a round must not grow."""
+    def soak(self, minutes: float, least: int) -> None:
+        """Run the pipeline in a loop in one process: what it holds after a round must not grow.
+
+        minutes, least  it ends after so many minutes, but not before so many rounds
+        """
         folder = self.root / "soak"
         folder.mkdir()
-        ended = forked(folder, lambda: rounds(minutes * 60), patience=False)
+        ended = forked(folder, lambda: rounds(minutes * 60, least), patience=False)
         lines = [line for line in ended.text.splitlines() if line.startswith('{"memory_mb"')]
         self.expect(
             ended.code == 0 and len(lines) >= 4,
@@ -980,7 +988,7 @@ def counted(spelling: str, name: str) -> int:
     return 0 if adds_up else 1
 
 
-def rounds(seconds: float, least: int = 8) -> int:
+def rounds(seconds: float, least: int) -> int:
     """Run all stages again and again; after each round print what this process holds, as JSON.
 
     Stops after `seconds`, but not before `least` rounds.
@@ -1064,12 +1072,9 @@ def run(config: Config) -> list[str]:
             ):
                 trials.kill(verb)
         if "signal" in wanted:
-            moments = [
-                (v, s)
-                for v in VERBS
-                for s in (signal.SIGTERM, signal.SIGINT)
-                for _ in range(-(-config.moments // 4))
-            ]
+            both = (signal.SIGTERM, signal.SIGINT)  # by turns, so that one moment each tries both
+            half = max(1, config.moments // 2)
+            moments = [(v, both[(i + n) % 2]) for i, v in enumerate(VERBS) for n in range(half)]
             for verb, signum in tqdm(moments, "signal", unit="moment"):
                 trials.signal(verb, signum)
         if "fault" in wanted:
@@ -1081,7 +1086,7 @@ def run(config: Config) -> list[str]:
         if "silent" in wanted:
             trials.silent(config.mutations)
         if "soak" in wanted:
-            trials.soak(config.minutes)
+            trials.soak(config.minutes, config.rounds)
     print(f"\n{time.time() - began:.0f} s")
     for what, count in sorted(trials.counts.items()):
         print(f"  {count:>9,}  {what}")

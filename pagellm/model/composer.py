@@ -118,6 +118,8 @@ class Composer:
     taste    how a page is made of them        unit  the unit of its spread: what a slot is worth
     plain    the plain row that pages can be compared with; None: not kept
     near     of near_duplicates, where it is at hand
+    plain_pages  whether the pages are those of the plain row: nothing better was found on
+                 validation rows
     """
 
     def __init__(
@@ -131,10 +133,11 @@ class Composer:
         unit: float | None = None,
         plain: PlainRow | None = None,
         near: Near | None = None,
+        plain_pages: bool = False,
     ):
         self.shop, self.policy, self.judges, self.outcome = shop, policy, judges, outcome
         self.scale, self.taste = scale or Calibration(), taste or Taste()
-        self.unit, self.plain = unit, plain
+        self.unit, self.plain, self.plain_pages = unit, plain, plain_pages
         self.made: Maker | None = None  # what it was made from, if a stage has kept it
         self.prompts, self.kin = shop.csr("train"), Kin.of(shop.catalogue, near)
         stars = np.nan_to_num(item_scores(shop, SHRINK), nan=judges.stars.mean)
@@ -204,8 +207,22 @@ class Composer:
 
     def rank(self, users: np.ndarray, seen: Rows, k: int, depth: int) -> RankedPages:
         """Pages of k and the ranks after them, without items in `seen`."""
-        opinion, _, _ = self.opinion(users, seen)
-        return RankedPages(users, *self.page(opinion, k, depth))
+        if not self.plain_pages:
+            opinion, _, _ = self.opinion(users, seen)
+            return RankedPages(users, *self.page(opinion, k, depth))
+        return self.rank_plain(users, seen, k, depth)
+
+    def rank_plain(self, users: np.ndarray, seen: Rows, k: int, depth: int) -> RankedPages:
+        """`rank` with the pages of `write`: the plain row's where validation chose it."""
+        parts = []
+        for some in (users[at : at + BLOCK] for at in range(0, len(users), BLOCK)):
+            people = self.judges.known.select(some)
+            legal = legal_items(seen, some, self.shop.n_items)
+            nobody = not (people.liked.counts() > 0).all()
+            logp = self.logp(some) if nobody else None
+            parts.append(self.write(people, logp, legal, k, depth))
+        item, score, slots = (np.concatenate([part[i] for part in parts]) for i in range(3))
+        return RankedPages(users, item, score, slots)
 
     def write(
         self, people: People, logp: np.ndarray | None, legal: np.ndarray, k: int, depth: int = 0
@@ -218,6 +235,28 @@ class Composer:
         legal    (B, N) bool: the items that a page may hold
         depth    ranks in all, at most POOL; 0: k
         """
+        known = people.liked.counts() > 0
+        if not self.plain_pages or not known.all():
+            learnt = self.write_learnt(people, logp, legal, k, depth)
+        if not self.plain_pages:
+            return learnt
+        assert self.plain is not None
+        plain = self.plain.write(people.liked, legal, self.kin, k, depth or k)
+        if known.all():
+            return plain
+        # The plain row knows nothing about who likes nothing: all its scores are 0.
+        width = min(plain.item.shape[1], learnt.item.shape[1])
+        slots = np.where(known, plain.slots, learnt.slots)
+        item, score, chance = (
+            np.where(known[:, None], getattr(plain, x)[:, :width], getattr(learnt, x)[:, :width])
+            for x in ("item", "score", "chance")
+        )
+        return Composed(item, score, slots, chance)
+
+    def write_learnt(
+        self, people: People, logp: np.ndarray | None, legal: np.ndarray, k: int, depth: int = 0
+    ) -> Composed:
+        """`write` from what was learnt, also where validation chose the plain row."""
         made = self.judged(people, logp, legal)
         opinion = self.weighed(np.arange(len(people)), *made)
         item, score, slots = self.page(opinion, k, depth or k)
@@ -242,6 +281,7 @@ class Composer:
             "plain": None
             if plain is None
             else {"space": vars_of(plain.space), "strength": plain.strength},
+            "plain_pages": self.plain_pages,
         }
 
     @classmethod
@@ -270,8 +310,18 @@ class Composer:
             Space(**state["plain"]["space"]), state["plain"]["strength"]
         )
         scale, taste = Calibration(**state["scale"]), Taste(**state["taste"])
-        outcome = Outcome(networks)
-        return cls(shop, policy, judges, outcome, scale, taste, state["unit"], plain, near)
+        return cls(
+            shop,
+            policy,
+            judges,
+            Outcome(networks),
+            scale,
+            taste,
+            state["unit"],
+            plain,
+            near,
+            state.get("plain_pages", False),
+        )
 
 
 class Maker(NamedTuple):

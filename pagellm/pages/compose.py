@@ -31,6 +31,7 @@ __all__ = [
     "compose",
     "margin",
     "unit_of",
+    "value_of",
     "worst",
 ]
 
@@ -146,6 +147,17 @@ def worst(
     return min((mean / error for mean, error in found), default=np.inf)
 
 
+def value_of(
+    ours: dict[str, np.ndarray], rows: list[list[dict]], names: tuple[str, ...]
+) -> tuple[float, ...]:
+    """What `choose` makes largest: the worst margin over each group of baselines.
+
+    Up to ENOUGH standard errors the first group's counts, beyond that the second's, and so on.
+    """
+    found = [worst(ours, group, names) for group in rows]
+    return tuple(min(x, ENOUGH) for x in found[:-1]) + (found[-1],)
+
+
 def choose(
     scored: Callable[[Taste], dict[str, np.ndarray]],
     rows: list[list[dict]],
@@ -158,18 +170,15 @@ def choose(
     scored  a Taste -> validation scores of its pages
     rows    groups of baselines, the most important group first
 
-    Up to ENOUGH standard errors the first group's worst margin counts, beyond that the second's,
-    and so on. Every other value of each grid is tried with those of the others: from the middle
-    alone the search can get stuck. From the best of these one number after the other is moved over
-    its whole grid, until none gains.
+    "Largest" is by `value_of`. Every other value of each grid is tried with those of the others:
+    from the middle alone the search can get stuck. From the best of these one number after the
+    other is moved over its whole grid, until none gains.
     """
     tried: dict[Taste, tuple[float, ...]] = {}
 
     def value(taste: Taste) -> tuple[float, ...]:
         if taste not in tried:
-            ours = scored(taste)
-            found = [worst(ours, group, names) for group in rows]
-            tried[taste] = tuple(min(x, ENOUGH) for x in found[:-1]) + (found[-1],)
+            tried[taste] = value_of(scored(taste), rows, names)
         return tried[taste]
 
     coarse = product(*(values[::2] for values in grid.values()))

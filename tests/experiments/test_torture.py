@@ -37,13 +37,15 @@ def python(*words, seconds=1800):
 @pytest.fixture(scope="module")
 def counts():
     """What was tried, in a short run of all kinds of harm; nothing broke."""
-    words = "--suites kill,signal,fault,ranks,input,silent,soak --seed 1 --moments 1 --inputs 5000"
+    words = "--suites kill,signal,fault,ranks,input,silent,soak --seed 1 --moments 1 --inputs 3000"
     code, said = python(
         "-m",
         "experiments.stress.torture",
         *words.split(),
         "--minutes",
         "0.01",
+        "--rounds",
+        "5",
         "--mutations",
         "30",
     )
@@ -59,11 +61,11 @@ def counts():
         ("stopped by a signal", 3),
         ("faults", 40),
         ("ranks killed", 1),
-        ("inputs", 5000),
+        ("inputs", 3000),
         ("bombs", 8),
         ("odd shops: all stages", 1),
         ("odd shops: refused", 1),
-        ("soak: rounds", 8),
+        ("soak: rounds", 5),
         ("silent faults: nothing", 5),
         ("silent faults: named", 8),
         ("silent faults: refused", 3),
@@ -76,7 +78,7 @@ def test_nothing_breaks_of_all_that_was_tried(counts, counted, least):
 def test_rows_read_are_kept_passed_over_or_broken(counts):
     parts = [counts.get(f"rows {what}", 0) for what in ("kept", "passed", "broken")]
     assert counts["rows read"] == sum(parts)
-    assert counts["rows read"] + counts.get("rows refused", 0) > 4000
+    assert counts["rows read"] + counts.get("rows refused", 0) > 2000
 
 
 def test_a_job_ends_soon_after_one_of_its_processes(counts):
