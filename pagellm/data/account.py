@@ -133,6 +133,11 @@ def account_of(
     """columns: text_store.Columns of what was kept; counts: of prepare.filtered."""
     account = Account(warnings=list(raw.warnings))
     files(account, raw, raw.options)
+    for key, n in (tally.later + item_tally.later).most_common(SHOWN):
+        account.warnings.append(
+            f"{key!r} begins after the first {logs.SAMPLE:,} lines, is in {n:,} lines, and is not "
+            "read; move such a line to the front"
+        )
     rows(account, raw, rules, tally, columns, counts)
     for what, ids, numbers in (
         ("users", columns.user_ids, columns.user),

@@ -64,6 +64,7 @@ __all__ = [
     "sample",
     "settled",
     "spelling",
+    "with_later_keys",
 ]
 
 
@@ -140,6 +141,19 @@ def recognise(path: Path, first_lines: list[str], options: Options) -> RawFile |
     if not found.role and any(map(is_number, fields)):
         return found._replace(kind="table without a heading", heading=False)
     return found
+
+
+def with_later_keys(file: RawFile, options: Options) -> RawFile:
+    """A file of JSON lines with all the keys of its first SAMPLE lines: some may begin late."""
+    names = dict.fromkeys(file.names)
+    with contextlib.suppress(PageLLMError):  # a damaged file is told of where it is read
+        for _, row in islice(records(file, [], Tally()), SAMPLE):
+            names |= dict.fromkeys(row)
+    return (
+        file
+        if len(names) == len(file.names)
+        else as_table(file.path, "jsonl", list(names), options)
+    )
 
 
 def as_table(path: Path, form: str, names: list[str], options: Options, heading=True) -> RawFile:
@@ -470,7 +484,15 @@ def read_rows(
     wanted = [part for name in columns.values() for part in parts_of(name, file.names)]
     wanted = list(dict.fromkeys([*wanted, *(more or ())]))
     if file.spelling == "jsonl":
-        yield from parsed(file.path, lambda text: make(json_object(text)), tally, file.span)
+        known = set(file.names)
+
+        def read(text: str):
+            row = json_object(text)
+            if not known >= row.keys():
+                tally.later.update(row.keys() - known)
+            return make(row)
+
+        yield from parsed(file.path, read, tally, file.span)
         return
     for at, row in records(file, wanted, tally):
         try:

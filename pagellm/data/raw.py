@@ -245,7 +245,9 @@ def recognise(path: Path, options: Options) -> RawFile:
     except Archive as archive:
         return RawFile(path, kind=archive.what)
     found = [f for form in FORMATS.values() if (f := form.recognise(path, first, options))]
-    return next((f for f in found if f.role), found[0] if found else RawFile(path))
+    chosen = next((f for f in found if f.role), found[0] if found else RawFile(path))
+    late = chosen.format == "logs" and chosen.spelling == "jsonl"
+    return logs.with_later_keys(chosen, options) if late else chosen
 
 
 def first_lines(path: Path) -> list[str]:

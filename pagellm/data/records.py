@@ -98,6 +98,7 @@ class Tally:
     broken: Counter = field(default_factory=Counter)  # reason -> records that are damaged
     passed: Counter = field(default_factory=Counter)  # reason -> whole records, not wanted
     fields: Counter = field(default_factory=Counter)  # reason -> values dropped from kept records
+    later: Counter = field(default_factory=Counter)  # key of JSON that begins late -> lines with it
     noted: list[tuple[str, int, str]] = field(default_factory=list)  # first broken: file, line, why
     odd: dict[str, str] = field(default_factory=dict)  # reason of `fields` -> the first such value
 
@@ -121,6 +122,7 @@ class Tally:
         self.broken.update(other.broken)
         self.passed.update(other.passed)
         self.fields.update(other.fields)
+        self.later.update(other.later)
         self.odd = other.odd | self.odd
         self.noted += [
             (name, line + lines_before, reason)

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from pagellm.data import logs
 from pagellm.data.account import Account, share
 from pagellm.data.evidence import category_form, paths_in, steady
 from pagellm.data.prepare import Config, run
@@ -146,6 +147,18 @@ def test_a_file_that_is_not_read_is_named_for_what_it_is(tmp_path, capsys, conte
 def test_one_endless_line_beside_the_log_is_no_trouble(tmp_path):
     path = prepared(tmp_path, {"log.csv": csv_text(), "notes.txt": "a,b" + "x" * 140_000})
     assert len(rows_of(path)) == 36
+
+
+def test_keys_of_json_that_begin_late_are_read_or_named(tmp_path, capsys, monkeypatch):
+    records = [{"user_id": u, "item_id": i} for u, i, _ in ROWS]
+    records += [{"user_id": u, "item_id": i + "x", "rating": r} for u, i, r in ROWS]
+    files = {"log.jsonl": "\n".join(map(json.dumps, records)) + "\n"}
+    text, _ = said(tmp_path, capsys, files)
+    assert "rating in 36 of 72 (50.0%)" in text and "WARNING" not in text
+    monkeypatch.setattr(logs, "SAMPLE", 30)
+    text, read = said(tmp_path / "few", capsys, files)
+    assert "'rating' begins after the first 30 lines, is in 36 lines, and is not read" in text
+    assert len(read["warnings"]) == 1
 
 
 # Identifiers, times and thresholds
