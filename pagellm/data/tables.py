@@ -21,7 +21,7 @@ from pagellm.data.packed import DAMAGED, open_bytes
 from pagellm.data.values import Broken, id_column, identifier
 from pagellm.stage.config import PageLLMError
 
-__all__ = ["id_list", "ids_of", "read_table", "told", "words_in"]
+__all__ = ["id_list", "ids_of", "plain_id", "read_table", "told", "words_in"]
 
 SHOWN = 8  # columns left over that are named
 NONE = ["", "NULL", "null", "NaN", "nan", "None", "none", "\\N", "NA", "N/A", "#N/A", "<NA>"]

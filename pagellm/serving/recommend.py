@@ -33,7 +33,7 @@ from pagellm.data.account import several
 from pagellm.data.dropped import NAME
 from pagellm.data.shop import is_forgotten, source
 from pagellm.data.stores import is_remote, partition_of, safe, send
-from pagellm.data.tables import id_list, words_in
+from pagellm.data.tables import id_list, plain_id, words_in
 from pagellm.model.composer import POOL
 from pagellm.model.decode import ranking
 from pagellm.model.policy import MODES
@@ -141,7 +141,7 @@ def parse_history(text: str, known: dict[str, int] | None = None) -> tuple[tuple
             raise PageLLMError(
                 f"--history {word!r}: want id:rating with a rating from 1 to 5, or a bare id"
             )
-        out.append((item, value))
+        out.append((plain_id(item), value))
     return tuple(out)
 
 
@@ -214,7 +214,7 @@ def show(config: Config) -> None:
         config, (chosen.policy,), why=chosen.why, candidates=config.candidates
     )
     ask = Ask(
-        user=config.user or None,
+        user=plain_id(config.user) if config.user else None,
         history=parse_history(config.history, recommender.item_of) if config.history else (),
         filters=filters_of(config),
         **how(config),
@@ -225,10 +225,10 @@ def show(config: Config) -> None:
     shown = [recommender.cards[i] for i in recommender.resolve(ask).items[-6:].tolist()]
     print(f"recommend: {recommender.in_words()}")
     print(f"recommend: policy {recommender.choice_in_words()}")
-    if config.user in recommender.left_out.users:
-        n = len(recommender.left_out.of(config.user))
+    if ask.user in recommender.left_out.users:
+        n = len(recommender.left_out.of(ask.user))
         print(
-            f"recommend: {config.user} is below the k-core, so that the model has no row for them; "
+            f"recommend: {ask.user} is below the k-core, so that the model has no row for them; "
             f"their page follows from {n:,} rows in {config.data_dir / NAME}"
         )
     print(page_text(answer, [card["title"] or card["item"] for card in shown]))

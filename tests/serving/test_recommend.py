@@ -33,6 +33,7 @@ def test_histories_from_the_command_line():
     assert parse_history("a:b:4") == (("a:b", 4.0),)
     ((name, rating),) = parse_history("a:2", known={"a:2": 0})
     assert name == "a:2" and math.isnan(rating)
+    assert parse_history("17850.0:5") == (("17850", 5.0),)  # as prepare keeps it
     assert parse_history('"red, large":5,b:3') == (("red, large", 5.0), ("b", 3.0))
     for wrong in ("a:6", "a:0", "a:x", "a:", ":3", "", "a,,b", "a:inf"):
         with pytest.raises(PageLLMError, match="rating from 1 to 5"):
