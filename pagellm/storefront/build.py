@@ -201,12 +201,28 @@ def run(config: Config) -> dict | None:
         return read_json(out.path / "done")
 
 
+def refuse_policy(missions: Missions, policy: Policy) -> None:
+    """Raise PageLLMError where the policy lets no row name any category: term and count."""
+    found = Counter(
+        term
+        for name in missions.names
+        if (term := policy.restricted.found(name) or policy.banned.found(name))
+    )
+    if missions.names and found.total() == len(missions.names):
+        term, times = found.most_common(1)[0]
+        raise PageLLMError(
+            f"the policy blocks the names of all {len(missions.names)} categories, {times} of them "
+            f"by {term!r}: no row could be named\n  Take that term out of banned or restricted."
+        )
+
+
 def built(
     config: Config, shop: Shop, train: Orders, policy: Policy, stock: np.ndarray
 ) -> tuple[dict, dict]:
     """What goes into model.pt, and counts of it."""
     corpus = build_corpus(shop.catalogue, stock, policy.forbidden, config.seed)
     missions = find_missions(shop.catalogue, train, config.missions, config.seed)
+    refuse_policy(missions, policy)
     rows, count = train.history()
     households = np.bincount(rows.items, minlength=shop.n_items)
     factors = fit_factors(rows, count, shop.n_items, config.seed)

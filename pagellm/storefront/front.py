@@ -4,6 +4,7 @@ store = open_store(config)
 page(store.front, store.known.context("u1"), default_layout())
 """
 
+import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from pagellm.storefront.context import Known
 from pagellm.storefront.fuse import SameLeaf
 from pagellm.storefront.gates import known_words
 from pagellm.storefront.missions import Missions
-from pagellm.storefront.page import Front, default_layout
+from pagellm.storefront.page import Front, blocked_by, default_layout
 from pagellm.storefront.parts import Layout, Weights
 from pagellm.storefront.rankers import NAMES, File, Platt, Ranker, make_ranker
 from pagellm.storefront.retrieve import build_index
@@ -33,7 +34,15 @@ from pagellm.storefront.scorer import Matcher
 from pagellm.storefront.text import index_texts, parents
 from pagellm.storefront.themes import Template
 
-__all__ = ["Sources", "Store", "open_store", "page_ranker", "read_layout", "with_tuning"]
+__all__ = [
+    "Sources",
+    "Store",
+    "check_layout",
+    "open_store",
+    "page_ranker",
+    "read_layout",
+    "with_tuning",
+]
 
 MOST_SCORED = 2000  # items of a user that PageLLM's policy scores
 
@@ -87,6 +96,23 @@ def read_layout(name: str, repeats: bool) -> Layout:
     return layout_of(read_json(Path(name)))
 
 
+def check_layout(front: Front, layout: Layout) -> None:
+    """Raise PageLLMError for locked titles that the gates block and categories nobody sells."""
+    problems = []
+    for at, row in enumerate(layout.placements):
+        if row.title and (rule := blocked_by(front, row.title)):
+            problems.append(f"placements[{at}].title: {row.title!r} is blocked by the rule {rule}")
+        for name in row.categories:
+            if name not in front.corpus.number:
+                near = difflib.get_close_matches(name, front.corpus.number, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                problems.append(f"placements[{at}].categories: nobody sells {name!r}{hint}")
+    if problems:
+        raise PageLLMError(
+            f"layout {layout.id!r} cannot be shown as it is written\n  " + "\n  ".join(problems)
+        )
+
+
 def open_store(config: Sources, splits: tuple[str, ...] = ("train",)) -> Store:
     """Read shop, build and, where it is there, what was chosen on validation.
 
@@ -121,7 +147,9 @@ def open_store(config: Sources, splits: tuple[str, ...] = ("train",)) -> Store:
     k = front.missions.k
     known = Known.of(shop, seen, front.missions.of_item, k, seen.end())
     repeats = bool((orders.only("train").pairs()[2] > 1).any())
-    return Store(front, shop, orders, known, read_layout(config.layout, repeats))
+    layout = read_layout(config.layout, repeats)
+    check_layout(front, layout)
+    return Store(front, shop, orders, known, layout)
 
 
 def front_of(

@@ -46,7 +46,7 @@ from pagellm.storefront.rankers import Platt, Ranker
 from pagellm.storefront.retrieve import Index, members_first, retrieve
 from pagellm.storefront.text import best_first
 
-__all__ = ["Front", "Writer", "default_layout", "page", "written_ahead"]
+__all__ = ["Front", "Writer", "blocked_by", "default_layout", "page", "written_ahead"]
 
 DEPTH = 50  # items of a keyword
 MOST_KEPT = 200  # candidates of a theme, the ranker's best
@@ -245,16 +245,17 @@ def locked(making: Making, placement: Placement, intent: str) -> bool:
 def locked_row(making: Making, placement: Placement, intent: str) -> Row | None:
     """A row whose theme is given: its items are those of the history or of the named categories."""
     front, allowed = making.front, making.allowed(intent)
-    names, title = placement.categories, placement.title
+    names, title = placement.categories, ""
     if intent == "restock":
         items = making.context.item[allowed[making.context.item]]
     else:
         if intent == "season" and not names:
             season = front.policy.seasons(making.context.at)[0]
-            names, title = tuple(season["categories"]), title or season["name"]
+            names, title = tuple(season["categories"]), season["name"]
         items = items_of(front, names)
         items = items[allowed[items]]
-    title = title or TITLES.get(intent) or (names[0] if names else "")
+    otherwise = title or TITLES.get(intent) or (names[0] if names else "")
+    title = own_title(making, placement, otherwise)
     if not len(items):
         making.fallbacks.append(f"{placement.id}: no item of {', '.join(names)} is in stock")
         return None
@@ -262,6 +263,23 @@ def locked_row(making: Making, placement: Placement, intent: str) -> Row | None:
     return plain_row(
         making, placement, Theme(title[:40], intent, names[:8], source="static"), items, source
     )
+
+
+def blocked_by(front: Front, title: str) -> str:
+    """The first rule that keeps a title off the page, "" for none.
+
+    A person may use words that the catalogue does not know; all other rules hold for everybody.
+    """
+    decisions = gates.check_text(title, "", front.policy, front.known)
+    return next((d.rule for d in decisions if d.action != "pass" and d.rule != "known"), "")
+
+
+def own_title(making: Making, placement: Placement, otherwise: str) -> str:
+    """The placement's locked title; another where it has none, or where a gate is against it."""
+    rule = blocked_by(making.front, placement.title) if placement.title else ""
+    if rule:
+        making.fallbacks.append(f"{placement.id}: its title is blocked by the rule {rule}")
+    return otherwise if rule or not placement.title else placement.title
 
 
 def items_of(front: Front, names: tuple[str, ...]) -> np.ndarray:
@@ -484,7 +502,7 @@ def generated_row(making: Making, position: int, offer: Offer) -> Row | None:
     return Row(
         placement,
         making.source,
-        replace(offer.theme, title=placement.title or offer.theme.title),
+        replace(offer.theme, title=own_title(making, placement, offer.theme.title)),
         tuple(offer.keywords),
         slots.item,
         slots.score,
@@ -503,7 +521,8 @@ def static_row(making: Making, position: int, intent: str) -> None:
         items = items_of(making.front, (name,))
         items = items[allowed[items]]
         if len(items) >= min(placement.min_items, placement.slots):
-            theme = Theme((placement.title or name)[:40], intent, (name,), source="static")
+            title = own_title(making, placement, name)[:40]
+            theme = Theme(title, intent, (name,), source="static")
             put(making, position, plain_row(making, placement, theme, items, "static"))
             if not making.front.static:
                 making.fallbacks.append(f"{placement.id}: no theme is left; {name} instead")

@@ -44,7 +44,7 @@ from pagellm.storefront import gates
 from pagellm.storefront.ahead import Ahead, Served, open_ahead, page_bytes, with_time
 from pagellm.storefront.ask import FrontAsk
 from pagellm.storefront.build import read_stock
-from pagellm.storefront.front import read_layout
+from pagellm.storefront.front import check_layout, read_layout
 from pagellm.storefront.page import default_layout, page
 from pagellm.storefront.parts import Context, Keyword, Layout, Page, Theme
 from pagellm.storefront.retrieve import members_first, retrieve
@@ -122,6 +122,7 @@ class FrontService:
             found.setdefault(name, default_layout(name))
         for path in filter(None, self.config.layouts.split(",")):
             layout = read_layout(path, True)
+            check_layout(self.ahead.store.front, layout)
             if found.get(layout.id, layout) != layout:
                 raise PageLLMError(f"{path}: there is another layout {layout.id!r}; rename one")
             found[layout.id] = layout
