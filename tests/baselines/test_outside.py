@@ -1,5 +1,6 @@
 """Outside libraries: their process reads prepared data and writes a run file that ours reads."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -213,26 +214,62 @@ RECTOOLS = os.environ.get("PAGELLM_RECTOOLS", "")
 TESTED = {m: library for m, library in PACKAGE.items() if library != "rectools" or RECTOOLS}
 
 
+# Each fit has a process of its own, forked from one that has imported the library: importing takes
+# most of the time.
+FIT = """
+import importlib, json, os, sys
+sys.path.insert(0, sys.argv[1])
+import outside
+for name in json.loads(sys.argv[3]):
+    importlib.import_module(name)
+for words in json.loads(sys.argv[2]):
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = outside.main(words)
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0, words
+"""
+
+
+@pytest.fixture(scope="module")
+def fitted(shop, tmp_path_factory):
+    """model -> a directory with x.parquet, again.parquet (the same settings) and refit.parquet."""
+    root, found = tmp_path_factory.mktemp("fitted"), {}
+    for python in {sys.executable, RECTOOLS} - {""}:
+        runs, names = [], ["pandas", "torch"]
+        for model, library in TESTED.items():
+            if (library == "rectools") != (python == RECTOOLS):
+                continue
+            if library != "rectools" and importlib.util.find_spec(library) is None:
+                continue
+            names.append("rectools.models" if library == "rectools" else library)
+            folder = found[model] = root / model
+            words = ["--data", str(shop.path), "--model", model, "--minutes", "0", "--out"]
+            given = ["--settings", str(folder / "x.json")]
+            runs += [
+                [*words, str(folder / "x.parquet")],
+                [*words, str(folder / "again.parquet"), *given],
+                [*words, str(folder / "refit.parquet"), *given, "--refit"],
+            ]
+        subprocess.run(
+            [python, "-c", FIT, str(Path(outside.__file__).parent)]
+            + [json.dumps(runs), json.dumps(names)],
+            check=True,
+            cwd=root,
+            capture_output=True,
+        )
+    return found
+
+
 @pytest.mark.parametrize(("model", "library"), TESTED.items())
-def test_a_librarys_run_file_is_taken_in(shop, tmp_path, model, library):
+def test_a_librarys_run_file_is_taken_in(shop, fitted, model, library):
     """Also: settings of an earlier search give that run file again, to the byte."""
-    if library == "rectools":
-        python = RECTOOLS
-    else:
-        pytest.importorskip(library, reason=f"needs the outside library {library}")
-        python = sys.executable
-    script, out = Path(outside.__file__), tmp_path / "runs" / "x.parquet"
-    command = [
-        python,
-        str(script),
-        "--data",
-        str(shop.path),
-        "--model",
-        model,
-        "--minutes",
-        "0",
-    ]
-    subprocess.run([*command, "--out", str(out)], check=True, cwd=tmp_path, capture_output=True)
+    if model not in fitted:
+        pytest.skip(f"needs the outside library {library}")
+    out = fitted[model] / "x.parquet"
     about = json.loads(out.with_suffix(".json").read_text())
     row = outside.LIBRARY[model][0]
     assert about[row]["tried"] == 1 and about[row]["settings"].keys() == outside.GRIDS[model].keys()
@@ -242,22 +279,10 @@ def test_a_librarys_run_file_is_taken_in(shop, tmp_path, model, library):
     table, train = pq.read_table(out), outside.read(shop.path)["train"].matrix
     assert table.column_names == ["user", "item", "score"]
     assert not np.asarray(train[table["user"].to_numpy(), table["item"].to_numpy()]).any()
-    again, refit = tmp_path / "again.parquet", tmp_path / "refit.parquet"
-    given = ["--settings", str(out.with_suffix(".json"))]
-    subprocess.run(
-        [*command, "--out", str(again), *given], check=True, cwd=tmp_path, capture_output=True
-    )
-    assert again.read_bytes() == out.read_bytes()
-    subprocess.run(
-        [*command, "--out", str(refit), *given, "--refit"],
-        check=True,
-        cwd=tmp_path,
-        capture_output=True,
-    )
-    assert (
-        json.loads(refit.with_suffix(".json").read_text())["refit"]
-        and refit.read_bytes() != out.read_bytes()
-    )
+    assert (fitted[model] / "again.parquet").read_bytes() == out.read_bytes()
+    refit = fitted[model] / "refit.parquet"
+    assert json.loads(refit.with_suffix(".json").read_text())["refit"]
+    assert refit.read_bytes() != out.read_bytes()
 
 
 @pytest.mark.parametrize("model", outside.GRIDS)
