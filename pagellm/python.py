@@ -526,6 +526,8 @@ class Model:
         from pagellm.baselines import compare
 
         told = {**self.common(), "run": "", **options}
+        if "models" in options:  # the row that the others are compared with is one of these
+            told.setdefault("versus", name)
         folder = Path(self.runs) / self.data.dataset / "baselines"
         if not (folder / "done").exists():
             config = configured(compare.Config, "baselines", told)

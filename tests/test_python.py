@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -399,3 +400,15 @@ def test_types_that_parquet_has_not_are_turned_into_those_that_it_has():
     assert arrow.storable(wide)["user"].to_pylist() == digits  # ids keep all their digits
     with pytest.raises(pagellm.PageLLMError, match="two columns are named a"):
         arrow.storable(pa.Table.from_arrays([views, views], names=["a", "a"]))
+
+
+def test_a_row_of_models_of_ones_own_is_what_the_others_are_compared_with(model, monkeypatch):
+    from pagellm.baselines import compare
+
+    def seen(config):
+        raise pagellm.PageLLMError(f"{config.models} versus {config.versus}")
+
+    monkeypatch.setattr(compare, "run", seen)
+    elsewhere = replace(model, runs=str(model.path / "none"))
+    with pytest.raises(pagellm.PageLLMError, match="ALS versus ALS"):
+        elsewhere.plain_row("ALS", {"models": "ALS"}, "train+valid")

@@ -16,7 +16,7 @@ from pagellm.model.als import als
 from pagellm.model.fold import fold_items, fold_users
 from pagellm.model.policy import Policy
 from pagellm.pages.truth import PageMaker
-from pagellm.serving import promote
+from pagellm.serving import promote, serve
 from pagellm.serving.recommender import Ask, Recommender
 from pagellm.serving.sources import Sources
 from pagellm.stage.config import PageLLMError, help_text, parse
@@ -277,3 +277,20 @@ def test_a_share_of_every_batch_has_new_rows(updated):
     for users in drawn[::2]:  # 5 users in batches of 3: 3, 2, 3, 2
         assert np.isin(users, fresh).sum() == 3 and len(set(users.tolist())) == 10
     assert set(fresh) <= set(np.concatenate(drawn).tolist())
+
+
+def test_a_service_that_follows_the_link_goes_from_one_days_data_to_the_nexts(updated):
+    runs, live = updated / "runs", updated / "runs" / "followed"
+    live.symlink_to("base")
+    service = serve.Service(
+        serve.Config(dataset="auto", run="followed", runs=str(runs), device="cpu", reload=0.0)
+    )
+    one, two = load(updated / "data" / "one"), load(updated / "data" / "two")
+    assert service.recommender.shop.n_items == one.n_items
+    assert not service.take_new_weights()
+    promote.move(live, "next")
+    assert service.take_new_weights() and service.recommender.shop.n_items == two.n_items
+    added = sorted(set(two.catalogue.ids) - set(one.catalogue.ids))
+    (answer,) = service.recommender.answers([Ask(page=(added[0],))])
+    assert answer["unknown"]["items"] == []
+    live.unlink()
