@@ -119,9 +119,10 @@ $(OF_A_RUN) torture gpu-check scaling:
 	$(PY) -m $(subst /,.,$(file:.py=)) $(options) $(ARGS)
 soak: $(VENV)/installed  ## all stages in a loop for half an hour: does anything grow?
 	$(PY) -m experiments.stress.torture --suites soak $(ARGS)
-seeds: | $(PREPARED)
+seeds: | $(DONE)/baselines/done
 	for seed in $(SEEDS); do $(MAKE) $(DONE)-s$$seed/evaluate/done RUN=$(RUN)-s$$seed SEED=$$seed || exit; done
-	$(PY) -m experiments.seeds --dataset $(DATASET) --run $(RUN) --seeds "$(SEEDS)" $(evaluate_options) $(ARGS)
+	$(PY) -m experiments.seeds --dataset $(DATASET) --run $(RUN) --baselines $(RUN) --seeds "$(SEEDS)" \
+		$(evaluate_options) $(ARGS)
 bench: $(VENV)/extra-dev
 	$(if $(BASE)$(filter --only% --profile,$(ARGS)),,$(PY) -m kernels.bench $(filter --quick,$(ARGS)) \
 		$(if $(filter cuda --device=cuda,$(ARGS)),--device cuda))

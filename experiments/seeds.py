@@ -4,11 +4,11 @@
     python -m experiments.seeds --dataset instruments --seeds 0,1,2,3,4
 
 Reads   runs/<run>-s<seed>/evaluate of every seed, runs/<baselines>/baselines if it is there
-Writes  runs/<run>-seeds/table.{md,tex,parquet}
+Writes  runs/<run>-seeds/table.{md,tex,parquet}, versus.json
 
 A cell holds the mean over seeds and users, and the paired difference to `versus` with its 95%
 interval (bootstrap over seeds, then users). Baselines are fitted once and count as equal in every
-seed.
+seed. Below it the last policy is ahead, level or behind of every baseline, metric by metric.
 """
 
 import sys
@@ -19,16 +19,17 @@ import numpy as np
 
 from pagellm.baselines.compare import read_rows
 from pagellm.pages.tables import ALL_COLUMNS, compare, per_user, save
+from pagellm.pages.yardstick import verdict_table, verdicts
 from pagellm.stage import hints
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
-from pagellm.stage.files import read_json
+from pagellm.stage.files import read_json, write_json
 from pagellm.stage.run import finished
 
 __all__ = ["Config", "OURS", "run"]
 
 
-OURS = {"sft": 'SFT = "w/o reward"', "ppo": "PageLLM"}
+OURS = {"sft": 'SFT = "w/o reward"', "ppo": "PageLLM", "compose": "PageLLM, composed"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,10 @@ class Config:
     dataset: str = "synthetic"  # name of the data set
     run: str = ""  # runs are <run>-s<seed>; empty: the data set's name
     seeds: str = "0,1,2,3,4"  # seeds of the runs, with commas or blanks between them
-    policies: str = "sft,ppo"  # our rows, comma-separated; popularity comes with the baselines
+    policies: str = (
+        "auto"  # our rows, some of sft,ppo,compose; popularity comes with the baselines.
+    )
+    # auto: all that every seed has evaluated
     baselines: str = ""  # run whose baselines are added; empty: the data set's name
     versus: str = ""  # row that every other row's differences are taken to; empty: the first of
     # policies
@@ -50,9 +54,10 @@ class Config:
         check(
             self,
             policies=(
-                bool(set(self.policies.split(",")) & set(OURS))
+                self.policies == "auto"
+                or bool(set(self.policies.split(",")) & set(OURS))
                 and set(self.policies.split(",")) <= {"popularity", *OURS},
-                f"some of {','.join(OURS)}, beside popularity if you like",
+                f"auto, or some of {','.join(OURS)}, beside popularity if you like",
             ),
             seeds=(
                 0 < len(names) == len(set(names)) and all(n.isdigit() for n in names),
@@ -71,10 +76,8 @@ def run(config: Config) -> list[dict]:
     """Write and print the table. Returns one record for each row and metric (tables.compare)."""
     name, root = config.run or config.dataset, Path(config.runs)
     seeds, data = config.each, set()
-    ours = {policy: row for policy, row in OURS.items() if policy in config.policies.split(",")}
-    results: dict[str, list[dict[str, np.ndarray]]] = {row: [] for row in ours.values()}
-    for seed in seeds:
-        folder = root / f"{name}-s{seed}" / "evaluate"
+    folders = {seed: root / f"{name}-s{seed}" / "evaluate" for seed in seeds}
+    for seed, folder in folders.items():
         finished(
             folder,
             f"evaluation of seed {seed}",
@@ -88,8 +91,18 @@ def run(config: Config) -> list[dict]:
                 + hints.command("evaluate", config.dataset, f"{name}-s{seed}", seed)
             )
         data.add(made["inputs"]["data"])
-        for policy, row in ours.items():
-            results[row].append(per_user(folder / policy / "per_user.parquet"))
+    wanted = config.policies.split(",")
+    ours = {
+        policy: row
+        for policy, row in OURS.items()
+        if policy in wanted
+        or wanted == ["auto"]
+        and all((at / policy / "per_user.parquet").exists() for at in folders.values())
+    }
+    results: dict[str, list[dict[str, np.ndarray]]] = {
+        row: [per_user(at / policy / "per_user.parquet") for at in folders.values()]
+        for policy, row in ours.items()
+    }
     folder = root / (config.baselines or config.dataset) / "baselines"
     if (folder / "done").exists():
         data.add(read_json(folder / "config.json")["inputs"]["data"])
@@ -113,6 +126,12 @@ def run(config: Config) -> list[dict]:
             f"{versus} with its 95% interval over seeds and users",
         )
     )
+    plain = {row: scores for row, scores in results.items() if row not in ours.values()}
+    if plain:
+        last = list(ours.values())[-1]
+        found = verdicts(results[last], plain, ALL_COLUMNS, 0, config.n_boot)
+        write_json(out / "versus.json", found)
+        print(verdict_table(found, last))
     return records
 
 

@@ -1,6 +1,7 @@
 """Runs of several seeds in one table: means, paired differences, refusal of runs that differ."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -69,7 +70,8 @@ def test_rows_are_means_over_seeds_and_users(runs, capsys):
         (r["variant"], r["metric"]): r
         for r in seeds.run(seeds.Config(runs=str(runs), seeds="0 1", n_boot=50))
     }
-    for policy, row in seeds.OURS.items():
+    assert "PageLLM, composed" not in {row for row, _ in records}  # no seed has composed pages
+    for policy, row in list(seeds.OURS.items())[:2]:
         both = [
             per_user(runs / f"synthetic-s{s}" / "evaluate" / policy / "per_user.parquet")
             for s in (0, 1)
@@ -86,7 +88,13 @@ def test_rows_are_means_over_seeds_and_users(runs, capsys):
         "table.md",
         "table.tex",
         "table.parquet",
+        "versus.json",
     }
+    assert re.search(r"^PageLLM against +ahead", printed, re.MULTILINE)
+    against = json.loads((runs / "synthetic-seeds" / "versus.json").read_text())
+    best = next(r for r in against if (r["row"], r["metric"]) == ("popularity", "Recall@20"))
+    gap = ours["mean"] - records["popularity", "Recall@20"]["mean"]
+    assert best["difference"] == pytest.approx(gap)
 
 
 def test_what_does_not_belong_together_is_refused(runs, tmp_path):
