@@ -39,10 +39,8 @@ class Config:
     dataset: str = "synthetic"  # name of the data set
     run: str = ""  # runs are <run>-s<seed>; empty: the data set's name
     seeds: str = "0,1,2,3,4"  # seeds of the runs, with commas or blanks between them
-    policies: str = (
-        "auto"  # our rows, some of sft,ppo,compose; popularity comes with the baselines.
-    )
-    # auto: all that every seed has evaluated
+    policies: str = "auto"  # our rows, some of sft,ppo,compose; popularity comes with the
+    # baselines. auto: all that every seed has evaluated
     baselines: str = ""  # run whose baselines are added; empty: the data set's name
     versus: str = ""  # row that every other row's differences are taken to; empty: the first of
     # policies

@@ -68,9 +68,8 @@ class Config(Served, HttpOptions):
     layouts: str = ""  # more layout files (JSON), comma-separated; requests name them by their id
     stock: str = ""  # file with an item's id a line that is out of stock now; read again when it
     # changes
-    live: bool = (
-        False  # ask the writer in a request where no rows are kept, for two seconds at most
-    )
+    live: bool = False  # where no rows are kept, ask the writer in a request, for two seconds at
+    # most
     both: bool = False  # PageLLM's own pages too, where its stages are there: POST /v1/page, and /
     workers: int = 1  # threads that make pages which are not in the cache
 
