@@ -4,11 +4,9 @@ A backend has ask(context, first, second) -> Opinion; pages are item ids (K,), t
 """
 
 import hashlib
-import http.client
 import json
 import math
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from pagellm.data.shop import Shop
 from pagellm.model.policy import Policy
 from pagellm.model.reward_model import RewardModel
+from pagellm.online.chat import Chat, Reply, object_in
 from pagellm.pages import metrics
 from pagellm.pages.energy import near_duplicates
 from pagellm.stage.config import PageLLMError
@@ -189,32 +188,6 @@ class Reward:
         )
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_):
-        return None
-
-
-def answer_in(text: str) -> dict:
-    """The verdict within an answer: the last JSON object that names a winner.
-
-    Servers that do not enforce the schema put it into a code fence, after reasoning, between
-    sentences, or into an object of their own. Raises ValueError if there is none.
-    """
-    decoder, found, at = json.JSONDecoder(), None, text.find("{")
-    while at >= 0:
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):
-            end = at + 1
-        else:
-            named = isinstance(value, dict) and "winner" in value
-            found, end = (value, end) if named else (found, at + 1)
-        at = text.find("{", end)
-    if found is None:
-        raise ValueError(f"no verdict in {text[:80]!r}")
-    return found
-
-
 def opinion_of(answer) -> Opinion:
     """Read an answer that follows SCHEMA. Raises ValueError or KeyError for any other.
 
@@ -239,12 +212,9 @@ class Http:
 
     key      sent as a bearer token; empty: none
     budget   most requests that this object sends, repeats included
-    retries  most repeats of one question after 408, 409, 429, 5xx or a broken connection; after 1,
-             2, 4 ... seconds, or what Retry-After says
-    timeout  seconds to wait for an answer
-    An answer without a verdict is asked for once more, and then counts as an abstention. Does not
-    follow redirects, so that the key reaches no other address. Raises PageLLMError when the budget
-    or the retries are used up, or when the server refuses (3xx, any other 4xx).
+    retries, timeout, sleep    as in chat.Chat
+    An answer without a verdict is asked for once more, and then counts as an abstention. Raises
+    PageLLMError when the budget or the retries are used up, or when the server refuses.
     """
 
     def __init__(
@@ -258,20 +228,14 @@ class Http:
         timeout: float = 60.0,
         sleep: Callable[[float], None] = time.sleep,
     ):
-        if not url.startswith(("http://", "https://")) or not model:
-            raise PageLLMError(
-                f"--url {url!r}, --model {model!r}: want the address of a chat server, e.g. "
-                "http://127.0.0.1:8080/v1, and the name of a model there"
-            )
-        self.catalogue, self.url, self.model, self.key = shop.catalogue, url.rstrip("/"), model, key
-        self.budget, self.retries, self.timeout, self.sleep, self.sent = (
-            budget,
-            retries,
-            timeout,
-            sleep,
-            0,
-        )
+        self.chat = Chat(url, model, key, budget, retries, timeout, sleep)
+        self.catalogue = shop.catalogue
         self.name = f"http {model} {hashlib.sha256(TASK.encode()).hexdigest()[:8]}"
+
+    @property
+    def sent(self) -> int:
+        """Requests sent so far, repeats included."""
+        return self.chat.sent
 
     def describe(self, items: Sequence[int] | np.ndarray) -> list[dict]:
         """What the model is told about items: title, brand, category, price."""
@@ -293,7 +257,6 @@ class Http:
         ]
         question = {"liked": liked, "first": self.describe(first), "second": self.describe(second)}
         return {
-            "model": self.model,
             "temperature": 0,
             "messages": [
                 {"role": "system", "content": TASK},
@@ -306,49 +269,15 @@ class Http:
         }
 
     def ask(self, context: Context, first: Sequence[int], second: Sequence[int]) -> Opinion:
-        body, said, wait = json.dumps(self.request(context, first, second)).encode(), "", 0.0
-        useless = 0
-        for attempt in range(self.retries + 1):
-            if attempt:
-                self.sleep(wait)
-            wait = 2.0**attempt
-            if self.sent >= self.budget:
-                raise PageLLMError(
-                    f"the budget of {self.budget} requests is used up; answers so far are kept, "
-                    "and the same command with a larger --budget carries on"
-                )
-            self.sent += 1
-            try:
-                return self.send(body)
-            except urllib.error.HTTPError as error:
-                text = error.read(500).decode(errors="replace")
-                said = f"{error.code} {text}"
-                if error.code not in (408, 409, 429) and error.code < 500:
-                    raise PageLLMError(
-                        f"{self.url} refuses: {said}\n  Mend --url, --model or the key."
-                    ) from None
-                after = error.headers.get("Retry-After", "")
-                wait = min(float(after), 300.0) if after.isdigit() else wait
-            except (OSError, http.client.HTTPException) as error:
-                said = f"{type(error).__name__}: {error}"
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-                said = f"{type(error).__name__}: {error}"
-                useless += 1
-                if useless > 1 or attempt == self.retries:
-                    return Opinion(ABSTAINED, 0.0, (said[:200],))
-        raise PageLLMError(
-            f"{self.url} gave no answer in {self.retries + 1} attempts; the last said: {said}\n"
-            "  Answers so far are kept; the same command carries on."
-        )
+        return self.chat.ask(self.request(context, first, second), verdict_of, gave_none)
 
-    def send(self, body: bytes) -> Opinion:
-        headers = {"Content-Type": "application/json"} | (
-            {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        )
-        request = urllib.request.Request(f"{self.url}/chat/completions", body, headers)
-        with urllib.request.build_opener(NoRedirect).open(request, timeout=self.timeout) as reply:
-            message = json.loads(reply.read(1 << 20))["choices"][0]["message"]
-            return opinion_of(answer_in(message["content"]))
+
+def verdict_of(reply: Reply) -> Opinion:
+    return opinion_of(object_in(reply.text, "winner", "verdict"))
+
+
+def gave_none(said: str) -> Opinion:
+    return Opinion(ABSTAINED, 0.0, (said[:200],))
 
 
 def question_key(context: Context, first: Sequence[int], second: Sequence[int]) -> str:
