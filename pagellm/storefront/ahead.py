@@ -18,7 +18,7 @@ import sys
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime
 from functools import cached_property, lru_cache
 
@@ -88,7 +88,9 @@ def rows_bytes(rows: Sequence[Written]) -> bytes:
     head, arrays = [], []
     for row in rows:
         theme = asdict(row.theme)
-        head.append([theme, [asdict(keyword) for keyword in row.keywords], len(row.found.item)])
+        head.append(
+            [theme, [asdict(keyword) for keyword in row.keywords], len(row.found.item), row.note]
+        )
         found = row.found
         arrays += [found.item.astype("<i4"), found.ret.astype("<f8"), found.agree.astype("<f8")]
         arrays += [found.source.astype("<i1")]
@@ -103,7 +105,7 @@ def rows_of(value: bytes, n_items: int) -> list[Written] | None:
         whole = zlib.decompress(value)
         (length,) = struct.unpack_from("<I", whole)
         at, rows = 4 + length, []
-        for theme, keywords, n in json.loads(whole[4:at]):
+        for theme, keywords, n, note in json.loads(whole[4:at]):
             columns = []
             for kind in ("<i4", "<f8", "<f8", "<i1"):
                 columns.append(np.frombuffer(whole, kind, n, at))
@@ -114,7 +116,8 @@ def rows_of(value: bytes, n_items: int) -> list[Written] | None:
             for name in ("concepts", "avoid"):
                 theme[name] = tuple(theme[name])
             found = Candidates(item.astype(np.int64), ret, agree, source.astype(np.int64))
-            rows.append(Written(Theme(**theme), tuple(Keyword(**k) for k in keywords), found))
+            named = tuple(Keyword(**k) for k in keywords)
+            rows.append(Written(Theme(**theme), named, found, note))
         return rows if at == len(whole) else None
     except (zlib.error, struct.error, ValueError, TypeError, KeyError):
         return None
@@ -149,6 +152,7 @@ class Ahead:
     switch   turns themes off when the gates block too many
     at       the moment of a page of which none is asked for
     seed     of titles and draws
+    notes    why rows made here were written by another writer than the one that was asked
     """
 
     store: Store
@@ -157,6 +161,7 @@ class Ahead:
     switch: KillSwitch
     at: int
     seed: int = 0
+    notes: list[str] = field(default_factory=list)
 
     @cached_property
     def stock(self) -> str:
@@ -286,6 +291,7 @@ class Ahead:
             for decision in decisions:
                 if decision.level == "theme":
                     self.switch.note(decision.action != "pass")
+            self.notes += [row.note for row in rows if row.note]
             entries.append((rows_key, rows_bytes(rows)))
             made[0] += 1
         if person:
@@ -362,6 +368,13 @@ def run(config: Config) -> dict[str, int]:
             f"alike have rows; {entries:,} entries, {size / 1e6:.0f} MB",
             flush=True,
         )
+        if ahead.notes:
+            print(
+                f"{len(ahead.notes):,} rows were not written by {ahead.store.front.writer.name}: "
+                f"{ahead.notes[0]}\n  They are kept like others. To have them written again, "
+                f"remove {ahead.cache.path} and run this command again.",
+                flush=True,
+            )
         return found
     finally:
         ahead.cache.close()

@@ -5,6 +5,7 @@ page(store.front, store.known.context("u1"), default_layout())
 """
 
 import difflib
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from pagellm.data.orders import Orders, load_orders, orders_of
 from pagellm.data.shop import Rows, Shop, load
 from pagellm.model.composer import POOL, load_composer
 from pagellm.model.policy import Policy
+from pagellm.online.chat import Chat
 from pagellm.pages.energy import near_duplicates
 from pagellm.serving.sources import pick_policy
 from pagellm.stage import dist
@@ -28,6 +30,7 @@ from pagellm.storefront.missions import Missions
 from pagellm.storefront.page import Front, blocked_by, default_layout
 from pagellm.storefront.parts import Layout, Weights
 from pagellm.storefront.rankers import NAMES, File, Platt, Ranker, make_ranker
+from pagellm.storefront.remote import Asked, Kept, Remote, Replay, Server
 from pagellm.storefront.retrieve import build_index
 from pagellm.storefront.schemas import layout_of
 from pagellm.storefront.scorer import Matcher
@@ -44,6 +47,7 @@ __all__ = [
     "with_tuning",
 ]
 
+WRITERS = ("template", "http", "replay")
 MOST_SCORED = 2000  # items of a user that PageLLM's policy scores
 
 
@@ -58,9 +62,21 @@ class Sources(StageConfig):
     scores: str = ""  # with ranker=file: Parquet file of user, item, score
     static: bool = False  # switch themes off: rows are the best-selling categories, each in the
     # ranker's own order
+    writer: str = "template"  # what writes themes and keywords: template; http, a language model
+    # on a server; or replay, its answers out of a file
+    answers: str = ""  # http: file (JSON lines) that keeps answers, so that no question is asked
+    # twice; replay: the file
+    url: str = ""  # http: address up to /chat/completions, e.g. http://127.0.0.1:8080/v1
+    model: str = ""  # http: name of the model
+    key_env: str = "OPENAI_API_KEY"  # http: environment variable that holds the key, which is
+    # written nowhere
+    budget: int = 10000  # http: most requests of this command, repeats included
+    retries: int = 1  # http: most repeats of one question to a server that gives no answer
+    patience: float = 20.0  # http: seconds to wait for an answer
 
     def __post_init__(self):
         super().__post_init__()
+        served = self.writer == "http"
         check(
             self,
             ranker=(self.ranker in NAMES, ", ".join(NAMES)),
@@ -68,6 +84,22 @@ class Sources(StageConfig):
                 (self.ranker == "file") == bool(self.scores),
                 "a file with ranker=file, else none",
             ),
+            writer=(self.writer in WRITERS, "template, http or replay"),
+            answers=(
+                self.writer != "replay" or bool(self.answers),
+                "with writer=replay, the file of answers that --writer http --answers FILE made",
+            ),
+            url=(
+                served == bool(self.url),
+                "an address with writer=http, else none",
+            ),
+            model=(
+                served == bool(self.model),
+                "a name with writer=http, else none",
+            ),
+            budget=(self.budget > 0, "1 or more"),
+            retries=(self.retries >= 0, "0 or more"),
+            patience=(self.patience > 0, "above 0"),
         )
 
 
@@ -136,6 +168,7 @@ def open_store(config: Sources, splits: tuple[str, ...] = ("train",)) -> Store:
     orders = orders_of(shop) if orders is None else orders
     seen = orders.only(*splits)
     front = front_of(config, shop, state, policy, stock, chosen["seed"])
+    front = with_writer(config, front)
     tuned = config.stage("storefront/tune") / "tuned.json"
     threshold = state["threshold"]
     models = {"catalogue": done["id"]}
@@ -222,6 +255,21 @@ def page_ranker(config: Sources, shop: Shop) -> File:
     return File(number, rows, shop.n_items, f"{name}/{done['id']}")
 
 
+def with_writer(config: Sources, front: Front) -> Front:
+    """The front with the writer asked for; the template writer, which it has, stands in."""
+    if config.writer == "template" or not isinstance(front.writer, Template):
+        return front
+    if config.writer == "replay":
+        asked: Asked = Replay(config.answers)
+    else:
+        key = os.environ.get(config.key_env, "")
+        chat = Chat(config.url, config.model, key, config.budget, config.retries, config.patience)
+        asked = Server(chat)
+        if config.answers:
+            asked = Kept(asked, config.answers)
+    return replace(front, writer=Remote(asked, front.writer, front.known))
+
+
 def with_tuning(front: Front, tuned: dict) -> Front:
     """The front with what tune.py chose: calibration of this ranker, weights of the score."""
     platt, writer = front.platt, front.writer
@@ -229,4 +277,6 @@ def with_tuning(front: Front, tuned: dict) -> Front:
         platt = Platt(*tuned["platt"])
     if isinstance(writer, Template):
         writer = replace(writer, platt=platt)
+    elif isinstance(writer, Remote):
+        writer = replace(writer, template=replace(writer.template, platt=platt))
     return replace(front, platt=platt, writer=writer, weights=Weights(**tuned["weights"]))

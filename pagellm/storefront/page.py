@@ -66,6 +66,8 @@ class Writer(Protocol):
     """What writes a page's themes, and then the keywords of each: themes.Template, or another.
 
     name  of model, prompts and options together: part of every cache key
+    A writer with an attribute `chooses` that is true is offered keywords for every theme; others
+    only where the theme's own concepts are too few.
     """
 
     @property
@@ -130,6 +132,7 @@ class Offer:
     found: Candidates
     score: np.ndarray
     parts: np.ndarray  # (M, 3) ranker, ret, agree as they enter the score
+    note: str = ""
     value: float = 0.0
     shown: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
@@ -327,18 +330,21 @@ def themes_on_offer(making: Making, intents: list[str]) -> list[Written]:
     barred = np.union1d(context.barred, np.flatnonzero(making.taken))
     answers = front.writer.themes([replace(context, barred=barred)], [intents], [used])[0]
     making.answers += answers
-    themes = [answer.value for answer in answers if answer.value is not None]
-    themes = [theme for theme in themes if passes(making, text_decisions(front, theme))]
+    both = [(answer.value, answer.problem) for answer in answers if answer.value is not None]
+    both = [(theme, note) for theme, note in both if passes(making, text_decisions(front, theme))]
+    themes, chooses = [theme for theme, _ in both], getattr(front.writer, "chooses", False)
     offered = [
-        prune(front.corpus, theme) if needs_more(front, theme) else NOTHING for theme in themes
+        prune(front.corpus, theme) if chooses or needs_more(front, theme) else NOTHING
+        for theme in themes
     ]
     answered = front.writer.keywords(themes, [context] * len(themes), offered)
     making.answers += answered
-    return [
-        written
-        for theme, answer in zip(themes, answered, strict=True)
-        if answer.value and (written := candidates_of(making, theme, answer.value)) is not None
-    ]
+    found = []
+    for (theme, note), answer in zip(both, answered, strict=True):
+        written = candidates_of(making, theme, answer.value) if answer.value else None
+        if written is not None:
+            found.append(replace(written, note=note or answer.problem))
+    return found
 
 
 NOTHING = np.zeros(0, np.int64)
@@ -384,7 +390,7 @@ def offer_of(making: Making, written: Written) -> Offer | None:
     found = kept(written.found, np.flatnonzero(making.allowed(theme.intent)[written.found.item]))
     least = front.policy.min_items
     score, parts = scored(front, making.logit[found.item], found)
-    offer = Offer(theme, list(written.keywords), found, score, parts)
+    offer = Offer(theme, list(written.keywords), found, score, parts, written.note)
     slots = most_slots(making.layout)
     preview = slots_of(making, offer, slots, 0.0, np.zeros(0))
     row = Placement("", theme.intent, slots, min_items=min(least, slots))
@@ -475,6 +481,8 @@ def generated_rows(
             row = generated_row(making, position, offers[g]) if fits[g, place] else None
             if row is not None:
                 put(making, position, row)
+                if offers[g].note:
+                    making.fallbacks.append(f"{row.placement.id}: {offers[g].note}")
                 standing.append(g)
                 spare = [other for other in spare if other != g]
                 break

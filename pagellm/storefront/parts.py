@@ -85,11 +85,13 @@ class Written:
     theme: Theme
     keywords: tuple[Keyword, ...]
     found: Candidates
+    note: str = ""  # why another writer than the one that was asked wrote it; "": it did itself
 
 
 @dataclass(frozen=True)
 class Answer(Generic[Made]):
-    """What a writer gave, a theme or keywords, or why it gave nothing.
+    """What a writer gave, a theme or keywords, or why it gave nothing; both where another writer
+    stood in.
 
     Tokens are 0 where no model was asked.
     """
