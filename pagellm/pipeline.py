@@ -7,9 +7,10 @@ Writes  data/<dataset>, runs/<run>/<stage> of every stage kept, runs/<run>/fit/s
 
 1. prepare, unless data/<dataset> is there.
 2. tune, unless the run or the data set has a preset (--tune always or never decides otherwise).
-3. The stages kept, compose, the plain rows, evaluate: on test rows, which are read here alone.
-4. A table against popularity, EASE, ALS+facts and ALS+facts re-ranked; the stages kept, those that
-   added nothing; minutes by stage.
+3. Train the stages that were kept, fit the plain models, and evaluate. Test rows are read only
+   here.
+4. Print a table beside popularity, EASE, ALS+facts and ALS+facts re-ranked; the stages that were
+   kept and those that added nothing; the minutes of each stage.
 
 A stage that is done is not run again. The same command carries on what was interrupted.
 """

@@ -6,16 +6,15 @@ Writes  runs/<run>/preset/<stage>   what was found, read by the stages of this r
 
     pagellm tune --dataset mine --minutes 15
 
-A timed probe says how long a factorisation, a training step and a page take here. What fits into
-the minutes is written down once, in plan.json; a run that was interrupted follows it and ends with
-the same bytes. Then, in this order:
+A short test times a factorisation, a training step and a page on this machine. From these times it
+makes a plan that fits into the minutes, and writes it to plan.json. An interrupted run follows the
+same plan and ends with the same bytes. Then it chooses, in this order:
 
 1. Plain models: settings of EASE, ALS, ALS+facts and ALS+ratings.
 2. The start of the network: the best factorisation's rows; its width, its prompts, its decoding.
 3. Pre-training on texts, SFT (learning rate; early stopping), composed pages with and without the
-   language model, reward and PPO. A stage is kept where its paired 95% interval says that it adds
-   something, and left out where it does not. So the pages are never worse than the start, on
-   validation.
+   language model, reward and PPO. A stage is kept if its paired 95% interval says that it adds
+   something. Otherwise it is left out. So on validation the pages are never worse than the start.
 
 No test row is read.
 """

@@ -1,4 +1,4 @@
-"""Bring a trained run to newer data, without training it anew: new users, new items, new rows.
+"""Bring a trained run to newer data, with its new users and items, without training it anew.
 
 Reads   runs/<from>/sft and the data that it was made from; data/<new>
 Writes  runs/<out>/update   model.pt, the rows before any fit
@@ -7,14 +7,15 @@ Writes  runs/<out>/update   model.pt, the rows before any fit
     pagellm prepare --dataset shop-0302 --raw exports/       the whole log, up to now
     pagellm update --from shop-0301 --data shop-0302 --out shop-0302
 
-Seconds, and then the steps of the fit.
+This takes seconds, and then the time of the fit, if one is wanted.
 
-1. Rows are kept by the shop's own ids: numbers of users and items differ between two data sets.
-2. A new item gets a row from its buyers and its words, a new user one from what they liked
+1. Known users and items keep their rows. They are matched by the shop's own ids, because their
+   numbers differ between two data sets.
+2. A new item gets a row from its buyers and its words. A new user gets one from what they liked
    (model/fold.py).
-3. A short fit of --steps, if wanted. A share of each batch (--fresh) are users with new rows, the
-   others are drawn from all other users, so that what is known is not forgotten. Validation keeps
-   the better of the rows before and after.
+3. --steps makes a short fit. A share of each batch (--fresh) are users with new rows. The others
+   are drawn from all other users, so that what is known is not forgotten. Validation keeps the
+   rows from before the fit or after it, whichever are better.
 4. Composed pages are made anew: their judges are plain models, which fit in seconds to minutes.
 
 The same command carries on what was interrupted. The new run is one like any other: evaluate,
@@ -54,11 +55,11 @@ class Config(StageConfig):
     ALIASES: ClassVar[dict[str, str]] = {"from": "source_run", "out": "run"}
 
     source_run: str = ""  # the run that is brought up to date; it stays as it is
-    data: str = "data"  # the new data: the name of a prepared data set, or its directory. With
-    # --dataset, as everywhere: the directory of prepared data sets
+    data: str = "data"  # the new data: a prepared data set's name, or its directory. If you name
+    # the data set by --dataset: the directory of prepared data sets
     run: str = ""  # name of the new run; empty: the name of the new data set
     steps: int = 0  # steps of the fit that follows; 0: none
-    fresh: float = 0.5  # share of a batch whose users have rows that the run has not seen
+    fresh: float = 0.5  # share of a batch that are users with rows that the run has not seen
     lr: float = 0.3  # learning rate of the fit, as a share of that of the run
     compose: bool = True  # make composed pages, if the run has them
 

@@ -1,8 +1,9 @@
 """The account: what `prepare` decided, in a short paragraph on the screen and in source.json.
 
-Files and folders read and passed over; the columns taken for each role and those left over; rows
-with and without rating and time; the scale; how many items the item table knows; prices that could
-not be read; what the k-core took away. What changes the meaning of the data is a warning.
+It names the files and folders that were read and passed over, and the columns taken for each role
+and left over. It counts rows with and without rating and time, items that the item table knows,
+prices that could not be read, and what the k-core removed. It states the scale of the ratings.
+Whatever changes the meaning of the data is a warning.
 """
 
 import math

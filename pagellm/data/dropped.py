@@ -1,7 +1,7 @@
 """The rows that the k-core removed from a log. They are kept, so that no user of it is lost.
 
 `prepare` writes them to data/<dataset>/dropped.parquet, by user and time. Nothing is trained on
-them. A user who has no row in the data can be served from them: `LeftOut.read(shop).of(user)`.
+them. They are the history of a user without a row in the data: `LeftOut.read(shop).of(user)`.
 """
 
 from collections.abc import Iterator

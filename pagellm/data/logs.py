@@ -1,8 +1,8 @@
 """Any shop's own log, and item tables: CSV, Parquet or JSON lines.
 
 A log has a user and an item column, and perhaps a rating or an event, a time, a text, a split.
-Columns are named by option or recognised by the common spellings below. What holds for a whole
-column, such as the unit of its times, is told from a sample of its values: see `settled`.
+Columns are named by an option or recognised by the common spellings below. What holds for a whole
+column, such as the unit of its times, is decided from a sample of its values: see `settled`.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """Raw files as bytes of UTF-8 lines, however they are packed, encoded or ended.
 
     gzip, bzip2, xz, Zstandard     unpacked while being read
-    zip                            if it holds one file (what macOS adds is none)
-    UTF-16, UTF-32                 turned into UTF-8, UTF-16 without its mark too
+    zip                            if it holds one file; those that macOS adds do not count
+    UTF-16, UTF-32                 turned into UTF-8, UTF-16 even without a byte-order mark
     CR line ends                   turned into LF
     a JSON array of objects        one object a line
 

@@ -1,7 +1,7 @@
 """Raw files read by several processes; the records come out as if one process had read them.
 
 A piece is a file or some of its lines. Each process reads one piece after another and stores it in
-temporary files; this process then takes the numbers from there, and copies the texts when it
+temporary files. The main process then reads the numbers from there, and copies the texts when it
 writes. Broken lines are counted per piece and added up in order. So nothing depends on the number
 of processes.
 """

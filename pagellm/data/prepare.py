@@ -21,8 +21,8 @@ Writes, all or nothing:
                           and after each filter, this Config, and the hashes of what was written:
                           `load` refuses anything else
 
-After reading, a paragraph says what was read and passed over, which columns were taken and left,
-and what was lost; --strict stops at its warnings. See pagellm.data.account.
+After reading, it prints a paragraph: what was read and passed over, which columns were taken and
+left, and what was lost. --strict stops at a warning. See pagellm.data.account.
 
 Dense ids are ranks of the sorted identifiers. The bytes depend on the raw files and Config alone.
 """

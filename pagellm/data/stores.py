@@ -7,8 +7,8 @@ An address is what pyarrow.fs takes: s3://, gs://, abfs://, hdfs://, with its op
 question mark: s3://bucket/path?endpoint_override=minio:9000&scheme=http. Credentials come from the
 environment or the machine's role, as every tool of that store finds them.
 
-Files are fetched into data/raw/<dataset> and read there: what `prepare` writes is hashed from bytes
-that lie still. A file whose size and time are as before is not fetched again. A table that is
+Files are fetched into data/raw/<dataset> and read there, so that they cannot change while they are
+read and hashed. A file whose size and time are as before is not fetched again. A table that is
 partitioned into folders (day=2026-11-30/part-0.parquet), here or in a store, becomes one file, with
 the partitions as columns.
 """

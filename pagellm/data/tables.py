@@ -1,6 +1,6 @@
 """Small tables that users hand to a command: run files, logs of tests, pairs, people's verdicts.
 
-CSV (with any of the usual marks), JSON lines and Parquet, packed or not, told from the content.
+CSV (with any usual separator), JSON lines and Parquet, packed or not, recognised by content.
 Columns of identifiers are read as text; see `pagellm.data.values.identifier`. Lists of identifiers
 stand in an option itself, or in a file that it names.
 """

@@ -5,9 +5,9 @@
     several     joined by `and`, or by `or`; `and` binds closer
 
 A column whose name holds spaces or marks stands in quotes: "unit price" > 0. Case, blanks and marks
-of its name do not matter where one column alone is meant. Where the value is a number, cells are
-compared as numbers, with all their digits; a cell that is none makes its condition false, `!=`
-apart. A value with zeros in front, 007, is text.
+of a name do not matter if only one column can be meant. Where the value is a number, cells are
+compared as numbers, with all their digits. A cell that is no number makes the condition false,
+except with `!=`. A value with leading zeros, such as 007, is text.
 """
 
 import operator

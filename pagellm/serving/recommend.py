@@ -71,8 +71,8 @@ class Config(Sources):
     policy: str = ""  # who writes the pages: compose, composed pages; ppo, the policy trained on
     # the reward; sft, the one before that; plain, ALS with facts and MMR, which comes with compose;
     # empty: the best on validation of those that are there
-    mode: str = "auto"  # decoding of sft and ppo: greedy, beam, one_shot; auto: what validation
-    # chose when the policy was trained
+    mode: str = "auto"  # decoding of sft and ppo: greedy, beam, one_shot or hybrid; auto: what
+    # validation chose when the policy was trained
     variety: str = "none"  # method that makes the pages of sft and ppo more varied while they are
     # decoded: none, mmr or energy
     strength: float = STRENGTH  # strength of variety: with mmr, an item identical to one above

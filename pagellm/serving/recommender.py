@@ -1,10 +1,11 @@
-"""Pages on request: an Ask in the shop's own ids -> an answer of plain values, many at once.
+"""Pages on request: each Ask in the shop's own ids gets an answer of plain values.
 
     recommender = Recommender.load(config)                          # config: a Sources
     answer, = recommender.answers([Ask(user="A1B2", k=20, filters=Filters(price_max=30.0))])
 
-Filters hold in every slot, inside decoding. Prompts and users that were met before come from a
-Cache. `pagellm recommend` prints and files the answers; `pagellm serve` puts them on HTTP.
+Many Asks are answered in one batch. Filters are applied during decoding, in every slot. A Cache
+keeps the prompts and user states of earlier Asks. `pagellm recommend` prints the answers or writes
+them to a file; `pagellm serve` sends them over HTTP.
 """
 
 import time

@@ -53,8 +53,9 @@ OWN = {"config.json", "done", "LAST", "lock", "log.jsonl", "timing.jsonl", "voca
 class Config(StageConfig):
     """Forget a person. Without --yes it only says what would go."""
 
+    run: str = ""  # only this run; empty: every run that was made from the data
     user: str = ""  # the shop's identifier of the person
-    yes: bool = False  # do it
+    yes: bool = False  # take the person out; without it nothing changes
 
     def __post_init__(self):
         super().__post_init__()
