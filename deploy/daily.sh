@@ -22,6 +22,7 @@ pagellm evaluate --dataset "$day" --run "$day"
 # Scored on another day's rows: only a drop of more than 5% says that something went wrong.
 pagellm promote "$day" --worse 0.05
 for old in $(ls -d data/20??-??-?? | sort -r | tail -n +$((${KEEP:-8} + 1))); do
-    [ "$old" = "data/$live" ] || rm -r "$old" "runs/${old#data/}"
+    case $old in "data/$live" | "data/$day") continue ;; esac
+    rm -rf "$old" "runs/${old#data/}" # a day that failed has data and no run
 done
 pagellm doctor

@@ -139,6 +139,15 @@ def test_the_daily_script_says_what_every_command_takes(shop):
     assert "live already" in done.stdout and len((shop / "told").read_text().splitlines()) == 5
 
 
+def test_old_days_without_a_run_go_too_and_today_never(shop):
+    (shop / "runs" / "2026-01-01").rmdir()  # that day failed before it had a run
+    done = daily(shop, KEEP="0")
+    assert done.returncode == 0, done.stderr
+    day = (shop / "runs" / "live").readlink().name
+    assert {p.name for p in (shop / "data").iterdir()} == {"2026-01-02", day}
+    assert (shop / "runs" / day).exists()
+
+
 @pytest.mark.parametrize("verb", ["prepare", "update", "evaluate", "promote"])
 def test_a_step_that_fails_leaves_yesterdays_run_live(shop, verb):
     assert daily(shop, FAILS=verb).returncode == 2
