@@ -111,16 +111,18 @@ def fetch(uri: str, folder: Path) -> Path:
     write_json(note, {"from": safe(uri), "files": {}, "names": []})
     for path in others:
         path.unlink()
-    parts = [f for f in files if "=" in f.path[len(root) :] and f.path.endswith(".parquet")]
+    inside = {f.path: f.path[len(root) :].rpartition("/")[0] for f in files}  # its folders
+    parts = [f for f in files if "=" in inside[f.path] and f.path.endswith(".parquet")]
     alone = [f for f in files if f not in parts]
+    names = own_names([f.path for f in alone], root)
     try:
-        names = [gathered(store, root, parts, folder)] if parts else []
-        for f, name in zip(alone, own_names([f.path for f in alone], root), strict=True):
-            names.append(name)
-            with atomic(folder / names[-1]) as beside:
+        for f, name in zip(alone, names, strict=True):
+            with atomic(folder / name) as beside:
                 pyarrow.fs.copy_files(f.path, str(beside.absolute()), source_filesystem=store)
+        whole = [gathered(store, root, parts, folder, names)] if parts else []
     except (pa.ArrowException, OSError) as error:
         raise failed(uri, "fetched", error) from None
+    names += whole
     write_json(note, {"from": safe(uri), "files": now, "names": names})
     print(f"fetched {len(files):,} files from {safe(uri)} into {folder}", flush=True)
     return folder
@@ -143,8 +145,12 @@ def own_names(paths: list[str], root: str) -> list[str]:
     ]
 
 
-def gathered(store: pyarrow.fs.FileSystem, root: str, parts: list, folder: Path) -> str:
+def gathered(
+    store: pyarrow.fs.FileSystem, root: str, parts: list, folder: Path, taken: list[str]
+) -> str:
     """One file of all parts of a partitioned table, partitions as columns; returns its name.
+
+    taken  names of the other files, which it may not have
 
     A partition's value stays text, as identifiers do: user=007 is no 7. Columns that some parts
     lack are empty there, and named on the screen.
@@ -173,10 +179,13 @@ def gathered(store: pyarrow.fs.FileSystem, root: str, parts: list, folder: Path)
         partitioning=dataset.partitioning(texts, flavor="hive"),
         partition_base_dir=root,
     )
-    with atomic(folder / TABLE) as beside, pq.ParquetWriter(beside, table.schema) as out:
+    name = TABLE
+    while name in taken:
+        name = f"parts-{name}"
+    with atomic(folder / name) as beside, pq.ParquetWriter(beside, table.schema) as out:
         for batch in table.to_batches():
             out.write_batch(batch)
-    return TABLE
+    return name
 
 
 def partition_of(out: str) -> str:

@@ -350,7 +350,7 @@ def write_all(config: Config) -> None:
     """
     out, target = Path(config.out), partition_of(config.out)
     if is_remote(config.out):
-        out = config.stage("recommend") / safe(target).rpartition("://")[2]
+        out = config.stage("recommend") / safe(target).rpartition("://")[2].lstrip("/")
         out.parent.mkdir(parents=True, exist_ok=True)
     elif target != config.out:
         out = Path(target)

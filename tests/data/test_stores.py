@@ -118,6 +118,21 @@ def test_files_of_one_name_in_several_folders_all_come(tmp_path, capsys):
     assert "folders such as day=1 are read as columns of Parquet" in capsys.readouterr().out
 
 
+def test_a_file_named_as_the_gathered_table_is_kept_beside_it(tmp_path):
+    """Also a = in a file's own name is no partition."""
+    (tmp_path / "parted" / "day=1").mkdir(parents=True)
+    for name in ("day=1/part-0", "log", "items_v=2"):
+        path = tmp_path / "parted" / f"{name}.parquet"
+        pq.write_table(pa.table({"user_id": ["u"], "item_id": [path.stem]}), path)
+    stores.fetch(str(tmp_path / "parted"), tmp_path / "raw")
+    found = {p.name: pq.read_table(p)["item_id"].to_pylist() for p in tmp_path.glob("raw/*.parquet")}
+    assert found == {
+        "log.parquet": ["log"],
+        "items_v=2.parquet": ["items_v=2"],
+        "parts-log.parquet": ["part-0"],
+    }
+
+
 def test_everybodys_pages_go_to_a_folder_of_today_here_and_in_a_bucket(
     bucket, sft_alone, tmp_path, capsys
 ):
@@ -127,6 +142,9 @@ def test_everybodys_pages_go_to_a_folder_of_today_here_and_in_a_bucket(
     recommend(Recommend(out=f"{tmp_path}/pages/", **told))
     (local,) = (tmp_path / "pages").glob("date=20??-??-??/pages.parquet")
     recommend(Recommend(out=bucket("pages/"), **told))
+    whole = tmp_path / "pages.parquet"  # an address without a host: no file is copied onto itself
+    recommend(Recommend(out=f"file://{whole}", **told))
+    assert pq.read_table(whole).equals(pq.read_table(local, partitioning=None))
     assert re.search(
         r"is at s3://shop/pages/date=20..-..-../pages.parquet", capsys.readouterr().out
     )
