@@ -158,28 +158,28 @@ def whole_names(path: Path, user: str) -> bool:
     return bool(re.search(rf"(?<!\w){re.escape(user)}(?!\w)", text))
 
 
-def lines_without(path: Path, user: str, yes: bool) -> int:
+def lines_without(path: Path, user: str, number: int | None, yes: bool) -> int:
     """Take the lines of the person out of a file of lines; returns how many there are."""
     text = path.read_text(encoding="utf-8", errors="replace")
-    if user not in text:
-        return 0
     lines = text.splitlines(keepends=True)
-    kept = [line for line in lines if not line_names(line, path.suffix, user)]
+    kept = [line for line in lines if not line_names(line, path.suffix, user, number)]
     if len(kept) < len(lines) and yes:
         with atomic(path) as beside:
             beside.write_text("".join(kept), encoding="utf-8")
     return len(lines) - len(kept)
 
 
-def line_names(line: str, suffix: str, user: str) -> bool:
-    """Whether a cell of the line is the person's identifier."""
+def line_names(line: str, suffix: str, user: str, number: int | None = None) -> bool:
+    """Whether a cell of the line is the person's identifier, or its field `user` their number."""
+    if suffix == ".jsonl" and (user in line or '"user"' in line):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            return user in line
+        who = value.get("user") if isinstance(value, dict) else None
+        return names(value, user) or (type(who) is int and who == number)
     if user not in line:
         return False
-    if suffix == ".jsonl":
-        try:
-            return names(json.loads(line), user)
-        except ValueError:
-            return True
     mark = "," if suffix == ".csv" else "\t" if "\t" in line else " "
     return user in next(csv.reader(io.StringIO(line), delimiter=mark), [])
 
@@ -202,31 +202,39 @@ def traces_in_run(run: Path, config: Config, number: int | None) -> Iterator[Tra
             if n := rewritten(path, config.user, number, config.yes):
                 yield Trace(path, n)
         elif path.suffix in LINES:
-            if n := lines_without(path, config.user, config.yes):
+            if n := lines_without(path, config.user, number, config.yes):
                 yield Trace(path, n)
         elif path.suffix in WHOLE and path.name != "tokenizer.json":
             if whole_names(path, config.user):
                 if config.yes:
                     path.unlink()
                 yield Trace(path, 0)
-    if (folder := run / "pretrain" / "tokens").exists():  # of an interrupted pre-training
-        if config.yes:
-            shutil.rmtree(folder)
-        yield Trace(folder, 0)
+    # Of an interrupted pre-training; pages made ahead, under keys that name nobody.
+    for folder in (run / "pretrain" / "tokens", run / "storefront" / "cache"):
+        if folder.exists():
+            if config.yes:
+                shutil.rmtree(folder)
+            yield Trace(folder, 0)
 
 
 def runs_of(config: Config, ids: set[str]) -> list[Path]:
     """The run named, or every run of which a stage was made from the data."""
     runs = Path(config.runs)
-    if config.run:
-        if not (runs / config.run).is_dir():
-            raise PageLLMError(f"no run {config.run} in {runs}; see them with: pagellm runs")
-        return [(runs / config.run).resolve()]
+    if config.run and not (runs / config.run).is_dir():
+        raise PageLLMError(f"no run {config.run} in {runs}; see them with: pagellm runs")
     found: dict[Path, None] = {}
     for made in runs.rglob("config.json") if runs.is_dir() else ():
         if "inputs" in (about := read_json(made)) and about["inputs"].get("data") in ids:
             found[made.parent.parent.resolve()] = None
-    return sorted(found)
+    if not config.run:
+        return sorted(found)
+    named = (runs / config.run).resolve()
+    if not any(path == named or named in path.parents for path in found):
+        raise PageLLMError(
+            f"{runs / config.run} was not made from {config.data_dir}, so its numbers of users are "
+            "others\n  Name its own --dataset, or leave --run out."
+        )
+    return [named]
 
 
 def renew(runs: Path, before: str, after: str) -> None:
@@ -293,15 +301,13 @@ def run(config: Config) -> list[Trace]:
     folder, number = config.data_dir, number_of(config)
     journal = folder / JOURNAL
     before = file_id(folder / "source.json")
-    if journal.exists():
-        ids = {before, read_json(journal)["before"]}
-    else:
-        ids = {before}
-        if config.yes:
-            load(folder)  # what was changed by others must not be sealed
-            write_json(journal, {"user": config.user, "number": number, "before": before})
+    begun = journal.exists()
+    runs = runs_of(config, {before, read_json(journal)["before"]} if begun else {before})
+    if config.yes and not begun:
+        load(folder)  # what was changed by others must not be sealed
+        write_json(journal, {"user": config.user, "number": number, "before": before})
     found = []
-    for path in runs_of(config, ids):
+    for path in runs:
         found += list(traces_in_run(path, config, number))
     found += list(traces_in_data(config, number))
     if config.yes:

@@ -112,6 +112,31 @@ def test_no_file_holds_the_person_and_the_run_goes_on(root):
         do(root, user, yes=True)
 
 
+def test_lines_that_number_the_person_and_pages_made_ahead_go_too(root):
+    """samples.jsonl of PPO and opinions.jsonl of the judge have numbers, the cache only hashes."""
+    user = load(root / "data" / "synthetic").user_ids[0]
+    run = root / "runs" / "base"
+    (run / "samples.jsonl").write_text('{"user": 0, "page": [1]}\n{"user": 10, "page": [0]}\n')
+    (run / "storefront" / "cache").mkdir(parents=True)
+    (run / "storefront" / "cache" / "cache.sqlite").write_bytes(b"pages")
+    do(root, user, yes=True, run="base")
+    assert (run / "samples.jsonl").read_text() == '{"user": 10, "page": [0]}\n'
+    assert not (run / "storefront" / "cache").exists()
+
+
+def test_a_run_of_other_data_is_refused(root):
+    """There the number is another person's."""
+    user = load(root / "data" / "synthetic").user_ids[0]
+    other = root / "runs" / "other"
+    (other / "sft").mkdir(parents=True)
+    write_json(other / "sft" / "config.json", {"config": {}, "inputs": {"data": "of others"}})
+    (other / "samples.jsonl").write_text('{"user": 0}\n')
+    with pytest.raises(PageLLMError, match="other was not made from .*its numbers"):
+        do(root, user, yes=True, run="other")
+    assert (other / "samples.jsonl").exists()
+    assert not (root / "data" / "synthetic" / forget.JOURNAL).exists()
+
+
 def test_somebody_below_the_k_core_is_forgotten_too(root):
     assert holding(root, BELOW)
     do(root, BELOW, yes=True)
