@@ -68,7 +68,11 @@ def what_else(path: Path) -> str:
     """The name of a kind of file that nothing here reads, told from its first bytes; else ""."""
     with open(path, "rb") as file:
         start = file.read(16)
-    return next((name for magic, name in OTHERS.items() if start.startswith(magic)), "")
+    text = all(byte >= 32 or byte in b"\t\r\n" for byte in start)
+    for magic, name in OTHERS.items():
+        if start.startswith(magic) and not (text and magic.isalnum()):
+            return name  # ORCID,item_id is a heading
+    return ""
 
 
 def packing(path: Path) -> str:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pagellm.data import logs
 from pagellm.data.account import Account, share
 from pagellm.data.evidence import category_form, paths_in, steady
+from pagellm.data.packed import what_else
 from pagellm.data.prepare import Config, run
 from pagellm.data.raw import recognise
 from pagellm.data.records import lines
@@ -590,3 +591,10 @@ def test_an_account_is_short_and_says_what_it_leaves_out():
     assert len(lines) == 23 and lines[-1].split() == ["WARNING", "mind", "this"]
     assert "and 19 more lines" in lines[-2] and lines[20] == "line 20"
     assert Account(["a"], []).text() == "a"
+
+
+def test_a_heading_that_begins_as_an_orc_file_does_is_a_heading(tmp_path):
+    path = tmp_path / "log"
+    for start, said in ((b"ORCID,item_id\na,b\n", ""), (b"ORC\n\x06\x12\x04", "an ORC file")):
+        path.write_bytes(start)
+        assert what_else(path).startswith(said) and bool(what_else(path)) == bool(said)

@@ -125,7 +125,9 @@ def test_a_file_named_as_the_gathered_table_is_kept_beside_it(tmp_path):
         path = tmp_path / "parted" / f"{name}.parquet"
         pq.write_table(pa.table({"user_id": ["u"], "item_id": [path.stem]}), path)
     stores.fetch(str(tmp_path / "parted"), tmp_path / "raw")
-    found = {p.name: pq.read_table(p)["item_id"].to_pylist() for p in tmp_path.glob("raw/*.parquet")}
+    found = {
+        p.name: pq.read_table(p)["item_id"].to_pylist() for p in tmp_path.glob("raw/*.parquet")
+    }
     assert found == {
         "log.parquet": ["log"],
         "items_v=2.parquet": ["items_v=2"],
