@@ -10,8 +10,11 @@
 #
 # A step that fails ends the script, and yesterday's run stays live. The same command carries on.
 set -eu
-raw=$1 day=$(date +%F)
-live=$(readlink runs/live)
+raw=${1:?usage: daily.sh DIRECTORY, the whole log up to now} day=$(date +%F)
+live=$(readlink runs/live) || {
+    echo "daily: runs/live is no link to a run; make it with: pagellm promote RUN" >&2
+    exit 2
+}
 if [ "$live" = "$day" ]; then
     echo "daily: $day is live already"
     exit 0

@@ -303,6 +303,11 @@ def composed(config: Config) -> None:
 def run(config: Config) -> Path:
     """Bring it up to date; returns the directory of the new run."""
     dist.start(config.device)
+    if config.stage("").resolve() == config.before.resolve():
+        raise PageLLMError(
+            f"{config.stage('')} and {config.before} are one directory: it would be overwritten\n"
+            "  Give the new run another name: --out NAME"
+        )
     before = fold(config)
     sft.run(fit_config(config, before))
     composed(config)

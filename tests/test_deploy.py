@@ -148,6 +148,13 @@ def test_old_days_without_a_run_go_too_and_today_never(shop):
     assert (shop / "runs" / day).exists()
 
 
+def test_the_daily_script_wants_a_live_run(shop):
+    (shop / "runs" / "live").unlink()
+    done = daily(shop)
+    assert done.returncode == 2 and "pagellm promote RUN" in done.stderr
+    assert not (shop / "told").exists()
+
+
 @pytest.mark.parametrize("verb", ["prepare", "update", "evaluate", "promote"])
 def test_a_step_that_fails_leaves_yesterdays_run_live(shop, verb):
     assert daily(shop, FAILS=verb).returncode == 2

@@ -100,26 +100,32 @@ def fetch(uri: str, folder: Path) -> Path:
     note = folder / NOTE
     before: dict[str, Any] = read_json(note) if note.exists() else {}
     others = [p for p in folder.iterdir() if p.name != NOTE] if folder.is_dir() else []
-    if others and before.get("from") != safe(uri):
+    mine = before.get("names", []) if before.get("from") == safe(uri) else []
+    if foreign := [p.name for p in others if p.name not in mine]:
         raise PageLLMError(
-            f"{folder} holds files that are not from {safe(uri)}, which would be fetched there\n"
+            f"{folder} holds files that are not from {safe(uri)}, which would be fetched there: "
+            f"{', '.join(sorted(foreign)[:5])}\n"
             "  Move them away, or choose another --dataset name."
         )
     folder.mkdir(parents=True, exist_ok=True)
     if before.get("files") == now and all((folder / n).exists() for n in before["names"]):
         return folder
-    write_json(note, {"from": safe(uri), "files": {}, "names": []})
     for path in others:
         path.unlink()
     inside = {f.path: f.path[len(root) :].rpartition("/")[0] for f in files}  # its folders
     parts = [f for f in files if "=" in inside[f.path] and f.path.endswith(".parquet")]
     alone = [f for f in files if f not in parts]
     names = own_names([f.path for f in alone], root)
+    whole = [gathered_name(names)] if parts else []
+    # Known before the first file is there: a fetch that was interrupted leaves no file of unknown
+    # origin.
+    write_json(note, {"from": safe(uri), "files": {}, "names": names + whole})
     try:
         for f, name in zip(alone, names, strict=True):
             with atomic(folder / name) as beside:
                 pyarrow.fs.copy_files(f.path, str(beside.absolute()), source_filesystem=store)
-        whole = [gathered(store, root, parts, folder, names)] if parts else []
+        for name in whole:
+            gathered(store, root, parts, folder / name)
     except (pa.ArrowException, OSError) as error:
         raise failed(uri, "fetched", error) from None
     names += whole
@@ -145,12 +151,16 @@ def own_names(paths: list[str], root: str) -> list[str]:
     ]
 
 
-def gathered(
-    store: pyarrow.fs.FileSystem, root: str, parts: list, folder: Path, taken: list[str]
-) -> str:
-    """One file of all parts of a partitioned table, partitions as columns; returns its name.
+def gathered_name(taken: list[str]) -> str:
+    """A name for the file of all parts that no other file has."""
+    name = TABLE
+    while name in taken:
+        name = f"parts-{name}"
+    return name
 
-    taken  names of the other files, which it may not have
+
+def gathered(store: pyarrow.fs.FileSystem, root: str, parts: list, target: Path) -> None:
+    """Write one file of all parts of a partitioned table, partitions as columns.
 
     A partition's value stays text, as identifiers do: user=007 is no 7. Columns that some parts
     lack are empty there, and named on the screen.
@@ -179,13 +189,9 @@ def gathered(
         partitioning=dataset.partitioning(texts, flavor="hive"),
         partition_base_dir=root,
     )
-    name = TABLE
-    while name in taken:
-        name = f"parts-{name}"
-    with atomic(folder / name) as beside, pq.ParquetWriter(beside, table.schema) as out:
+    with atomic(target) as beside, pq.ParquetWriter(beside, table.schema) as out:
         for batch in table.to_batches():
             out.write_batch(batch)
-    return name
 
 
 def partition_of(out: str) -> str:

@@ -136,6 +136,7 @@ def archive(kind, *names):
         (b"SQLite format 3\0rest", "an SQLite database"),
         (b"\xd0\xcf\x11\xe0rest", "an old Excel or Word file"),
     ],
+    ids=["zip", "office", "tar", "arrow", "sqlite", "old office"],
 )
 def test_a_file_that_is_not_read_is_named_for_what_it_is(tmp_path, capsys, content, what):
     """Alone it is refused by that name; beside a log it is passed over under that name."""

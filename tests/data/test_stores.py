@@ -118,6 +118,32 @@ def test_files_of_one_name_in_several_folders_all_come(tmp_path, capsys):
     assert "folders such as day=1 are read as columns of Parquet" in capsys.readouterr().out
 
 
+def test_a_file_put_there_by_hand_is_never_removed(tmp_path, monkeypatch):
+    """Nor is what an interrupted fetch has brought taken for such a file."""
+    source, folder = tmp_path / "export", tmp_path / "raw"
+    source.mkdir()
+    for name in ("a.csv", "b.csv"):
+        (source / name).write_text("user,item\nu,i\n")
+    copy, done = stores.pyarrow.fs.copy_files, []
+
+    def once(*words, **more):
+        if done:
+            raise KeyboardInterrupt
+        done.append(copy(*words, **more))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stores.pyarrow.fs, "copy_files", once)
+        with pytest.raises(KeyboardInterrupt):
+            stores.fetch(str(source), folder)
+    stores.fetch(str(source), folder)
+    assert {p.name for p in folder.glob("*.csv")} == {"a.csv", "b.csv"}
+    (folder / "mine.csv").write_text("user,item\n")
+    (source / "c.csv").write_text("user,item\nu,i\n")
+    with pytest.raises(PageLLMError, match="not from .*: mine.csv"):
+        stores.fetch(str(source), folder)
+    assert (folder / "mine.csv").exists() and (folder / "a.csv").exists()
+
+
 def test_a_file_named_as_the_gathered_table_is_kept_beside_it(tmp_path):
     """Also a = in a file's own name is no partition."""
     (tmp_path / "parted" / "day=1").mkdir(parents=True)
