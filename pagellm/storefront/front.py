@@ -26,6 +26,7 @@ from pagellm.storefront.build import corpus_of, factors_of, read_policy, read_st
 from pagellm.storefront.context import Known
 from pagellm.storefront.fuse import SameLeaf
 from pagellm.storefront.gates import known_words
+from pagellm.storefront.local import Local
 from pagellm.storefront.missions import Missions
 from pagellm.storefront.page import Front, blocked_by, default_layout
 from pagellm.storefront.parts import Layout, Weights
@@ -47,7 +48,7 @@ __all__ = [
     "with_tuning",
 ]
 
-WRITERS = ("template", "http", "replay")
+WRITERS = ("template", "lm", "http", "replay")
 MOST_SCORED = 2000  # items of a user that PageLLM's policy scores
 
 
@@ -62,10 +63,11 @@ class Sources(StageConfig):
     scores: str = ""  # with ranker=file: Parquet file of user, item, score
     static: bool = False  # switch themes off: rows are the best-selling categories, each in the
     # ranker's own order
-    writer: str = "template"  # what writes themes and keywords: template; http, a language model
-    # on a server; or replay, its answers out of a file
-    answers: str = ""  # http: file (JSON lines) that keeps answers, so that no question is asked
-    # twice; replay: the file
+    writer: str = "template"  # what writes themes and keywords: template; lm, a language model
+    # of our own blocks; http, one on a server; or replay, answers out of a file
+    weights: str = ""  # lm: directory of a published model, such as `pagellm import-gguf` makes
+    answers: str = ""  # lm, http: file (JSON lines) that keeps answers, so that no question is
+    # asked twice; replay: the file
     url: str = ""  # http: address up to /chat/completions, e.g. http://127.0.0.1:8080/v1
     model: str = ""  # http: name of the model
     key_env: str = "OPENAI_API_KEY"  # http: environment variable that holds the key, which is
@@ -84,10 +86,14 @@ class Sources(StageConfig):
                 (self.ranker == "file") == bool(self.scores),
                 "a file with ranker=file, else none",
             ),
-            writer=(self.writer in WRITERS, "template, http or replay"),
+            writer=(self.writer in WRITERS, "template, lm, http or replay"),
             answers=(
                 self.writer != "replay" or bool(self.answers),
                 "with writer=replay, the file of answers that --writer http --answers FILE made",
+            ),
+            weights=(
+                (self.writer == "lm") == bool(self.weights),
+                "a published model's directory with writer=lm, else none",
             ),
             url=(
                 served == bool(self.url),
@@ -261,12 +267,14 @@ def with_writer(config: Sources, front: Front) -> Front:
         return front
     if config.writer == "replay":
         asked: Asked = Replay(config.answers)
+    elif config.writer == "lm":
+        asked = Local.load(config.weights, front.corpus, dist.pick_device(config.device))
     else:
         key = os.environ.get(config.key_env, "")
         chat = Chat(config.url, config.model, key, config.budget, config.retries, config.patience)
         asked = Server(chat)
-        if config.answers:
-            asked = Kept(asked, config.answers)
+    if config.answers and config.writer != "replay":
+        asked = Kept(asked, config.answers)
     return replace(front, writer=Remote(asked, front.writer, front.known))
 
 

@@ -342,8 +342,9 @@ def test_a_changed_answer_is_not_believed(tmp_path):
 
 def test_wrong_options_are_refused():
     for options, why in (
-        ({"writer": "gpt"}, "template, http or replay"),
+        ({"writer": "gpt"}, "template, lm, http or replay"),
         ({"writer": "replay"}, "answers"),
+        ({"writer": "lm"}, "weights"),
         ({"writer": "http", "model": "m"}, "url"),
         ({"url": "http://x/v1"}, "url"),
         ({"writer": "http", "url": "http://x/v1", "model": "m", "patience": 0}, "patience"),

@@ -1,0 +1,220 @@
+"""Writer `lm`: a language model of our own blocks names rows and chooses keywords, on this machine.
+
+local = Local.load("models/smollm2", corpus)       a directory that `pagellm import-gguf` made
+writer = Remote(local, template, known)
+
+A title is written token by token under a mask of characters, a keyword under the trie of those on
+offer: whatever the network holds, a title has at most 40 plain characters, and every keyword is in
+the corpus. Nothing is drawn, so the same question has the same answer.
+"""
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pagellm.model.backbone import Backbone, KVCache
+from pagellm.model.networks import build, load_published, published_shape
+from pagellm.model.vocab import Vocab
+from pagellm.stage.config import PageLLMError
+from pagellm.stage.run import file_id
+from pagellm.storefront.corpus import Corpus
+from pagellm.storefront.gates import LONGEST, MOST_WORDS, SHORTEST
+from pagellm.storefront.parts import Answer, Theme
+from pagellm.storefront.prompts import VERSION, Question, line_messages
+from pagellm.storefront.remote import Read
+from pagellm.storefront.trie import MOST, Trie, keywords_under
+
+__all__ = ["Local", "Next", "Pieces"]
+
+GAMMA = 2.0  # weight of the cosine between theme and keyword, beside nats a token
+PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 &',-")
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What each word token may do in a title.
+
+    plain (V,) bool: of plain characters alone    opens (V,) bool: it begins with a space
+    """
+
+    plain: np.ndarray
+    opens: np.ndarray
+
+    @classmethod
+    def of(cls, vocab: Vocab) -> "Pieces":
+        texts = vocab.tokenizer.decode_batch(
+            [[token] for token in range(vocab.n_words)], skip_special_tokens=False
+        )
+        special = vocab.tokenizer.get_added_tokens_decoder()
+        plain = [
+            bool(text) and set(text) <= PLAIN and token not in special
+            for token, text in enumerate(texts)
+        ]
+        return cls(np.array(plain), np.array([text.startswith(" ") for text in texts]))
+
+
+class Next:
+    """Log-probabilities of the next word after a prompt and paths of equal length.
+
+    Columns that all paths share with what was read before are read once.
+    room  columns that fit behind the prompt
+    """
+
+    def __init__(self, model: Backbone, prompt: Sequence[int], room: int):
+        self.model, self.prompt = model, tuple(prompt)
+        self.cache = KVCache(model.shape, 1, len(prompt) + room, model.word)
+        self.read = np.zeros(0, np.int64)
+        self.tokens = 0  # that the model was asked to follow
+
+    @torch.no_grad()
+    def __call__(self, paths: Sequence[tuple[int, ...]]) -> np.ndarray:
+        """(n, V) float64 under the full softmax. paths: n of one length."""
+        rows = np.array([(*self.prompt, *path) for path in paths], dtype=np.int64)
+        ids = torch.from_numpy(rows).to(self.model.word.device)
+        common = alike(rows[:, :-1], rows[:1, :-1])
+        n = min(common, len(self.read))
+        known = self.cache.length = alike(self.read[None, :n], rows[:1, :n])
+        if common > known:
+            self.model(ids[:1, known:common], cache=self.cache)
+        self.read = rows[0, :common]
+        branch = copy.copy(self.cache)
+        branch.select(torch.zeros(len(rows), dtype=torch.long, device=ids.device))
+        hidden = self.model(ids[:, common:], cache=branch)[:, -1]
+        self.tokens += len(rows)
+        return log_softmax(self.model.word_logits(hidden))
+
+
+def log_softmax(logits: Tensor) -> np.ndarray:
+    return torch.log_softmax(logits.double(), dim=-1).cpu().numpy()
+
+
+def alike(rows: np.ndarray, one: np.ndarray) -> int:
+    """Columns at the front in which all rows (n, L) are what one (1, L) is."""
+    differs = (rows != one).any(0)
+    return int(differs.argmax()) if differs.any() else len(differs)
+
+
+@dataclass(frozen=True)
+class Local:
+    """Answers of a network in this process; `ask` as in remote.Asked.
+
+    ends    word tokens that end a line: the newline first, which also ends a keyword
+    gamma   weight of the cosine between theme and keyword
+    """
+
+    model: Backbone
+    vocab: Vocab
+    corpus: Corpus
+    pieces: Pieces
+    ends: tuple[int, ...]
+    name: str
+    gamma: float = GAMMA
+
+    @classmethod
+    def of(cls, model: Backbone, vocab: Vocab, corpus: Corpus, name: str) -> "Local":
+        newline = vocab.words("\n")
+        if len(newline) != 1:
+            raise PageLLMError("the model's tokenizer has no token for a new line; take another")
+        special = vocab.tokenizer.get_added_tokens_decoder()
+        ends = (newline[0], *(token for token in sorted(special) if token < vocab.n_words))
+        return cls(model.eval(), vocab, corpus, Pieces.of(vocab), ends, name)
+
+    @classmethod
+    def load(cls, path: str | Path, corpus: Corpus, device: torch.device | str = "cpu") -> "Local":
+        """From a published model's directory. Raises PageLLMError for one that cannot be read."""
+        path = Path(path)
+        if not path.is_dir():
+            raise PageLLMError(
+                f"no model directory {str(path)!r}\n"
+                "  Make one of a GGUF file: pagellm import-gguf FILE --out DIRECTORY"
+            )
+        vocab = Vocab.published(path, 0, 0)
+        model = build(published_shape(path), vocab.n_words, 0, 0, 0.0)
+        load_published(model, path, vocab.n_words, spare=True)
+        ids = "-".join(file_id(file) for file in sorted(path.glob("*.safetensors")))
+        name = f"lm {path.name} {ids[:40]} {VERSION} gamma {GAMMA:g}"
+        return cls.of(model.to(device), vocab, corpus, name)
+
+    def ask(self, question: Question, read: Read) -> Answer[dict]:
+        """One answer; for a title that will not do, one more, which begins otherwise."""
+        started, problem = time.perf_counter(), ""
+        prompt, room = self.prompt(question), self.room(question)
+        if len(prompt) + room > self.model.shape.n_ctx:
+            why = f"{len(prompt)} tokens of a question, and {room} of an answer, do not fit"
+            return Answer(None, f"{why} into the model's {self.model.shape.n_ctx}")
+        follow = Next(self.model, prompt, room)
+        barred: tuple[int, ...] = ()
+        for _ in (0, 1):
+            if question.kind == "theme":
+                path, title = self.title(follow, barred)
+                value: dict = {"title": title, "concepts": question.data["categories"][:MOST]}
+                barred = path[:1]
+            else:
+                value = {"keywords": self.keywords(follow, question)}
+            try:
+                found = read(value)
+            except ValueError as error:
+                problem = str(error)
+                continue
+            seconds = time.perf_counter() - started
+            return Answer(found, "", len(prompt), follow.tokens, seconds)
+        seconds = time.perf_counter() - started
+        return Answer(None, problem, len(prompt), follow.tokens, seconds)
+
+    def prompt(self, question: Question) -> list[int]:
+        """Tokens of the question, up to where the answer begins."""
+        messages = line_messages(question)
+        if self.vocab.template is not None:
+            return self.vocab.chat(messages)
+        return self.vocab.words("\n".join(message["content"] for message in messages) + "\n")
+
+    def room(self, question: Question) -> int:
+        """Most tokens of an answer."""
+        if question.kind == "theme":
+            return LONGEST + 1
+        longest = max(map(len, self.vocab.words_batch(question.data["offered"])), default=0)
+        return (MOST + 1) * (longest + 1)
+
+    def title(self, follow: Next, barred: tuple[int, ...] = ()) -> tuple[tuple[int, ...], str]:
+        """The likeliest token at each step, among plain ones, up to 40 characters and 7 words.
+
+        barred  tokens that it must not begin with
+        """
+        path: tuple[int, ...] = ()
+        text, whole = "", False
+        while True:
+            scores = follow([path])[0][: self.vocab.n_words]
+            allowed = self.pieces.plain.copy()
+            if not path:
+                allowed[list(barred)] = False
+            allowed[list(self.ends)] = len(text.strip()) >= SHORTEST
+            best = int(np.where(allowed, scores, -np.inf).argmax())
+            longer = self.vocab.tokenizer.decode([*path, best], skip_special_tokens=False)
+            fits = len(longer) <= LONGEST and len(longer.split()) <= MOST_WORDS
+            if best in self.ends or not fits:
+                whole = best in self.ends or self.pieces.opens[best]
+                break
+            path, text = (*path, best), longer
+        text = " ".join(text.split())
+        # Where there was no room to end it, the last word may be half a word.
+        text = text if whole or " " not in text else text.rsplit(" ", 1)[0]
+        return path, text.strip(" ,&'-")
+
+    def keywords(self, follow: Next, question: Question) -> list[str]:
+        """Up to eight of those on offer, by log-probability and nearness to the theme."""
+        offered = question.data["offered"]
+        trie = Trie.of(self.vocab.words_batch(offered), self.ends[0])
+        return [offered[one.number] for one in keywords_under(trie, follow, self.bonus(question))]
+
+    def bonus(self, question: Question) -> np.ndarray:
+        theme = Theme(question.data["title"], "", tuple(question.data["concepts"]))
+        vector = self.corpus.theme_vector(theme)
+        number = [self.corpus.number.get(text, -1) for text in question.data["offered"]]
+        near = self.corpus.vector[np.maximum(number, 0)] @ vector
+        return self.gamma * np.where(np.array(number) >= 0, near, 0.0)

