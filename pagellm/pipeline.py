@@ -164,7 +164,7 @@ def summary(config: Config, kept: list[str], left_out: list[str]) -> str:
     versus = json.loads((config.stage("evaluate") / "versus.json").read_text())
     plain = json.loads((config.stage("baselines") / "metrics.json").read_text())
     ours = json.loads((config.stage("evaluate") / "metrics.json").read_text())
-    last = [name for name in ours if name in LABELS][-1]
+    last = [name for name in LABELS if name in ours][-1]  # the one that versus.json compares
     rows = {name: plain[name] for name in ROWS if name in plain} | {"PageLLM": ours[last]}
     known = {m for row in rows.values() for m, x in row.items() if x["mean"] is not None}
     shown = [m for m in METRICS if m in known]

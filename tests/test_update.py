@@ -177,7 +177,7 @@ def test_the_same_data_other_splits_and_other_shops_are_refused(logs, tmp_path):
     shutil.copytree(logs / "runs" / "base", tmp_path / "runs" / "base")
     (tmp_path / "runs" / "live").symlink_to("base")
     with pytest.raises(PageLLMError, match="are one directory"):
-        do(logs, runs=tmp_path / "runs", source_run="live", out="base")
+        do(logs, out="base", **{"runs": tmp_path / "runs", "from": "live"})
     (tmp_path / "runs" / "base" / "sft" / "done").unlink()
     with pytest.raises(PageLLMError, match="no SFT policy in .*begun, not finished"):
         do(logs, runs=tmp_path / "runs", out="x")
