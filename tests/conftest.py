@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -21,6 +22,9 @@ from tests.only_skips import (  # noqa: F401  pytest finds its hooks here
 )
 
 TESTS = Path(__file__).parent
+# The first call of a test may import what others have imported already, or wait for a busy machine.
+hypothesis.settings.register_profile("pagellm", deadline=None)
+hypothesis.settings.load_profile("pagellm")
 # `make test ARGS=...` hands its variables down to every `make` below it; tests want none of them.
 for name in (
     "MAKEFLAGS",
