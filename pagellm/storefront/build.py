@@ -53,12 +53,17 @@ class Config(StageConfig):
     """Build keywords, missions, item factors and the scorer from catalogue and train rows."""
 
     missions: int = 20  # number of missions, that is sets of categories that are bought together
+    starts: int = 6  # of the clustering that finds them; the one whose rows hold most is kept
     policy: str = ""  # file of the shop's policy (JSON); empty: the built-in one
     out_of_stock: str = ""  # file with one item id a line; empty: everything is in stock
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, missions=(self.missions > 0, "1 or more"))
+        check(
+            self,
+            missions=(self.missions > 0, "1 or more"),
+            starts=(self.starts > 0, "1 or more"),
+        )
 
 
 def read_policy(path: str) -> Policy:
@@ -229,7 +234,7 @@ def built(
     ranker = Blend(factors, households)
     if missions.names:
         shelves = shelves_of(shop, train, missions, corpus, policy, ranker, config.seed)
-        missions = refined(missions, train, shelves)
+        missions = refined(missions, train, shelves, config.starts, config.seed)
     index = build_index(shop.catalogue, stock, corpus, households)
     texts = index_texts(shop.catalogue)
     vector = corpus.space.vectors([stems(texts[item]) for item in index.live.tolist()])

@@ -20,6 +20,7 @@ __all__ = [
     "SLOTS",
     "Missions",
     "Shelves",
+    "Together",
     "affinity",
     "cohesion",
     "category_names",
@@ -40,6 +41,7 @@ COLUMNS = 16  # eigenvectors
 ROUNDS = 100
 ROWS, SLOTS = 5, 10  # of the page that missions are refined for
 MOVED, NEAREST = 150, 3  # categories that may move, the largest; missions that each may move to
+PASSES = 6  # over all of them, at most; fewer where one moves none
 GIVEN_UP = 0.02  # share of the cohesion that may be lost
 BLOCK = 4096  # baskets held at once as a dense table
 
@@ -112,6 +114,42 @@ def kmeans(points: np.ndarray, weight: np.ndarray, k: int, rng: np.random.Genera
     return cluster
 
 
+@dataclass(frozen=True)
+class Together:
+    """What is known of categories before they are put into missions.
+
+    likeness  (C, C) affinity in nats        sales  (C,) train lines        size  (C,) items
+    """
+
+    likeness: np.ndarray
+    sales: np.ndarray
+    size: np.ndarray
+
+    @classmethod
+    def of(cls, orders: Rows, leaf: np.ndarray) -> "Together":
+        """orders: items of every basket; leaf: (N,) category of every item, -1 where unknown."""
+        n = int(leaf.max(initial=-1)) + 1
+        known = leaf[orders.items]
+        return cls(
+            affinity(joint_counts(orders, leaf, n), max(len(orders.indptr) - 1, 1)),
+            np.bincount(known[known >= 0], minlength=n).astype(np.float64),
+            np.bincount(leaf[leaf >= 0], minlength=n),
+        )
+
+    def points(self, k: int) -> np.ndarray:
+        """(C, d) unit rows. As many directions as groups: with all of them, every category would
+        be a group of its own.
+        """
+        return spectral(self.likeness, min(COLUMNS, k))
+
+    def drawn(self, points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
+        """(C,) mission of each category, by one start of k-means."""
+        weight = np.sqrt(self.sales) * (self.size >= min(FEWEST, self.size.max(initial=1)))
+        if weight.sum() <= 0:
+            weight = np.ones(len(weight))
+        return kmeans(points, weight, k, rng)
+
+
 def missions(orders: Rows, leaf: np.ndarray, k: int = 20, seed: int = 0) -> np.ndarray:
     """(C,) int64: the mission of each category, 0..k-1, the one with the most sales first.
 
@@ -120,18 +158,9 @@ def missions(orders: Rows, leaf: np.ndarray, k: int = 20, seed: int = 0) -> np.n
     """
     if k < 1:
         raise ValueError(f"missions: k={k}, want 1 or more")
-    n_categories = int(leaf.max(initial=-1)) + 1
-    known = leaf[orders.items]
-    sales = np.bincount(known[known >= 0], minlength=n_categories).astype(np.float64)
-    size = np.bincount(leaf[leaf >= 0], minlength=n_categories)
-    likeness = affinity(joint_counts(orders, leaf, n_categories), max(len(orders.indptr) - 1, 1))
-    # As many directions as groups: with all of them, every category would be a group of its own.
-    points = spectral(likeness, min(COLUMNS, k))
-    weight = np.sqrt(sales) * (size >= min(FEWEST, size.max(initial=1)))
-    if weight.sum() <= 0:
-        weight = np.ones(n_categories)
-    cluster = kmeans(points, weight, k, randomness.rng(seed, "missions"))
-    return by_sales(cluster, sales, k)[cluster]
+    known = Together.of(orders, leaf)
+    cluster = known.drawn(known.points(k), k, randomness.rng(seed, "missions"))
+    return by_sales(cluster, known.sales, k)[cluster]
 
 
 @dataclass(frozen=True)
@@ -198,19 +227,22 @@ class Shelves:
     category: np.ndarray
     clicks: np.ndarray
 
+    def worth(self, inside: np.ndarray, slots: int = SLOTS) -> np.ndarray:
+        """(U,) each person's expected clicks in one row of the categories inside (C,) bool."""
+        fits = np.r_[inside, False][self.category]  # -1 is the last
+        first = fits & (np.cumsum(fits, axis=1, dtype=np.int32) <= slots)
+        return np.where(first, self.clicks, 0.0).sum(1)
+
     def held(self, of_category: np.ndarray, rows: int = ROWS, slots: int = SLOTS) -> float:
         """Mean expected clicks in a person's best rows, one a mission, of so many slots each."""
-        people, k = len(self.category), int(of_category.max(initial=0)) + 1
-        mission = np.where(self.category >= 0, of_category[np.maximum(self.category, 0)], -1)
-        worth, filled = np.zeros((people, k)), np.zeros((people, k), dtype=np.int64)
-        person = np.arange(people)
-        for place in range(mission.shape[1]):
-            m = mission[:, place]
-            take = (m >= 0) & (filled[person, m] < slots)
-            at = person[take], m[take]
-            worth[at] += self.clicks[take, place]
-            filled[at] += 1
-        return float(np.sort(worth, axis=1)[:, ::-1][:, :rows].sum(1).mean())
+        k = int(of_category.max(initial=0)) + 1
+        return best_rows(np.stack([self.worth(of_category == m, slots) for m in range(k)], 1), rows)
+
+
+def best_rows(worth: np.ndarray, rows: int = ROWS) -> float:
+    """Mean over people of the sum of their best rows; worth (U, k)."""
+    rows = min(rows, worth.shape[1])
+    return float(np.partition(worth, -rows, axis=1)[:, -rows:].sum(1).mean())
 
 
 def cohesion(of_category: np.ndarray, likeness: np.ndarray, sales: np.ndarray) -> float:
@@ -222,40 +254,79 @@ def cohesion(of_category: np.ndarray, likeness: np.ndarray, sales: np.ndarray) -
     return float((likeness * weight)[inside].sum() / total) if total > 0 else 0.0
 
 
-def refined(found: Missions, orders: Orders, shelves: Shelves) -> Missions:
+def moved(
+    of_category: np.ndarray, known: Together, points: np.ndarray, shelves: Shelves, k: int
+) -> tuple[np.ndarray, float]:
+    """(C,) missions after the moves of `refined`, and the expected clicks they hold."""
+    of_category = of_category.copy()
+    root = np.sqrt(known.sales)
+    weight = np.outer(root, root)
+    np.fill_diagonal(weight, 0.0)
+    tied = known.likeness * weight
+    inside = of_category[:, None] == of_category[None]
+    total = np.array([tied[inside].sum(), weight[inside].sum()])  # cohesion is their ratio
+    least = (1 - GIVEN_UP) * cohesion(of_category, known.likeness, known.sales)
+    worth = np.stack([shelves.worth(of_category == m) for m in range(k)], 1)
+    best = best_rows(worth)
+    for _ in range(PASSES):
+        before = best
+        for c in np.argsort(-known.sales, kind="stable")[:MOVED].tolist():
+            near = nearness(points[c], of_category, points * root[:, None], k)
+            for m in np.argsort(-near, kind="stable")[:NEAREST].tolist():
+                left, joined = of_category == of_category[c], of_category == m
+                if joined[c]:
+                    continue
+                new = total + [2 * (t[c][joined].sum() - t[c][left].sum()) for t in (tied, weight)]
+                if new[0] < least * new[1]:
+                    continue
+                left[c], joined[c] = False, True
+                changed = worth.copy()
+                changed[:, of_category[c]] = shelves.worth(left)
+                changed[:, m] = shelves.worth(joined)
+                if (held := best_rows(changed)) > best + 1e-9:
+                    of_category[c], worth, best, total = m, changed, held, new
+        if best == before:
+            break
+    return of_category, best
+
+
+def nearness(point: np.ndarray, of_category: np.ndarray, weighed: np.ndarray, k: int) -> np.ndarray:
+    """(k,) cosine of a unit point (d,) and the centre of each mission, -inf where that is empty."""
+    centre = np.zeros((k, len(point)))
+    np.add.at(centre, of_category, weighed)
+    length = np.linalg.norm(centre, axis=1)
+    filled = length > 1e-12
+    return np.where(filled, centre @ point / np.where(filled, length, 1.0), -np.inf)
+
+
+def refined(
+    found: Missions, orders: Orders, shelves: Shelves, starts: int = 1, seed: int = 0
+) -> Missions:
     """Missions that hold more of what people would be shown, as close together as before.
 
     k-means does not know what a page has room for: of a mission that holds much of somebody's best
     items, ten are shown, and the rest is lost. Here the largest categories move, one after the
     other, to one of the three missions whose centres lie nearest, where that raises the expected
-    clicks in people's best five rows and takes less than 2% of the missions' cohesion in all.
+    clicks in people's best five rows and takes less than 2% of the missions' cohesion in all;
+    again and again, until none moves, six times at most.
+
+    starts  of k-means, the first being `found`; the one that holds most after its moves is kept
     """
-    of_category, n = found.of_category.copy(), len(found.names)
+    n, k = len(found.names), found.k
     if n < 2:
         return found
-    baskets = orders.baskets()
-    likeness = affinity(joint_counts(baskets, found.category, n), max(len(baskets.indptr) - 1, 1))
-    points = spectral(likeness, min(COLUMNS, found.k))
-    sold = found.category[baskets.items]
-    sales = np.bincount(sold[sold >= 0], minlength=n).astype(np.float64)
-    weighed = points * np.sqrt(sales)[:, None]
-    least = (1 - GIVEN_UP) * cohesion(of_category, likeness, sales)
-    best = shelves.held(of_category)
-    for c in np.argsort(-sales, kind="stable")[:MOVED].tolist():
-        centres = np.array([weighed[of_category == m].sum(0) for m in range(found.k)])
-        length = np.linalg.norm(centres, axis=1)
-        near = np.where(length > 1e-12, centres @ points[c] / np.maximum(length, 1e-12), -np.inf)
-        for m in np.argsort(-near, kind="stable")[:NEAREST].tolist():
-            changed = of_category.copy()
-            changed[c] = m
-            if m == of_category[c] or cohesion(changed, likeness, sales) < least:
-                continue
-            if (held := shelves.held(changed)) > best + 1e-9:
-                of_category, best = changed, held
-    place = by_sales(of_category, sales, found.k)
-    of_category = place[of_category]
+    known = Together.of(orders.baskets(), found.category)
+    points = known.points(k)
+    draws = [found.of_category]
+    draws += [
+        known.drawn(points, k, randomness.rng(seed, "missions", start))
+        for start in range(1, starts)
+    ]
+    tried = [moved(draw, known, points, shelves, k) for draw in draws]
+    of_category = max(tried, key=lambda one: one[1])[0]
+    of_category = by_sales(of_category, known.sales, k)[of_category]
     of_item = np.where(found.category >= 0, of_category[found.category], -1)
-    return Missions(found.category, found.names, of_category, of_item, found.k)
+    return Missions(found.category, found.names, of_category, of_item, k)
 
 
 def by_sales(cluster: np.ndarray, sales: np.ndarray, k: int) -> np.ndarray:

@@ -27,6 +27,7 @@ class Config(show.Config):
     steps: str = ",".join(STEPS)  # which of build, tune, evaluate, page to take, comma-separated
     people: int = 200  # users on whose pages the weights are chosen
     missions: int = 20  # sets of categories that are bought together
+    starts: int = 6  # of the clustering that finds them; the one whose rows hold most is kept
     policy: str = ""  # file of the shop's policy (JSON); empty: the built-in one
     out_of_stock: str = ""  # file with an item's id a line; empty: everything is in stock
 

@@ -262,3 +262,39 @@ def test_refined_missions_hold_more_and_stay_as_close_together():
     assert (np.diff(total) <= 0).all()  # the mission with the most sales is still the first
     same = refined(found, orders, shelves)
     assert same.of_category.tolist() == better.of_category.tolist()
+
+
+def test_more_starts_hold_no_less_and_are_the_same_every_time():
+    """The first start is among more of them; baskets without a pattern make starts differ."""
+    rng = np.random.default_rng(1)
+    item, basket = rng.integers(24, size=300), np.arange(300) // 3
+    zero = np.zeros(300, np.int64)
+    orders = Orders(
+        basket % 20, item, basket, basket, zero + 1, np.ones(300, np.float32),
+        zero.astype(np.int8), 20, 24,
+    )  # fmt: skip
+    leaf = np.arange(24)
+    of_category = missions(orders.baskets(), leaf, 6)
+    found = Missions(leaf, [f"c{c}" for c in leaf], of_category, of_category, 6)
+    shelves = Shelves(rng.integers(24, size=(20, 60)), rng.random((20, 60)))
+    made = [refined(found, orders, shelves, starts, seed=3) for starts in (1, 2, 4, 8)]
+    held = [shelves.held(one.of_category) for one in made]
+    assert held == sorted(held) and held[0] < held[-1]
+    again = refined(found, orders, shelves, 8, seed=3)
+    assert again.of_category.tolist() == made[-1].of_category.tolist()
+
+
+@given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 5))
+@settings(max_examples=30, deadline=None)
+def test_what_rows_hold_is_what_filling_them_item_by_item_gives(seed, rows, slots):
+    rng = np.random.default_rng(seed)
+    shelves = Shelves(rng.integers(-1, 6, size=(3, 12)), rng.random((3, 12)))
+    of_category = rng.integers(0, 4, size=6)
+    total = 0.0
+    for categories, clicks in zip(shelves.category, shelves.clicks, strict=True):
+        row = [[] for _ in range(4)]
+        for c, click in zip(categories, clicks, strict=True):
+            if c >= 0 and len(row[of_category[c]]) < slots:
+                row[of_category[c]].append(click)
+        total += sum(sorted(map(sum, row))[::-1][:rows]) / 3
+    assert shelves.held(of_category, rows, slots) == pytest.approx(total)
