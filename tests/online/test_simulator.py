@@ -229,10 +229,13 @@ def test_both_denominators_of_six_users_an_arm_worked_out_by_hand():
                                             [2, 1, 2, 3, 1, 2])]  # fmt: skip
     treated = [np.array(x, float) for x in ([4, 1, 2, 6, 1, 5], [10, 5, 7, 14, 5, 13],
                                             [2, 1, 2, 3, 1, 3])]  # fmt: skip
-    for at, values, relative in ((1, (0.277778, 0.351852), 0.2667), (2, (1.363636, 1.583333), 0.1611)):  # fmt: skip # noqa: E501
+    wanted = ((1, (0.277778, 0.351852), 0.2667, 0.1952), (2, (1.363636, 1.583333), 0.1611, 0.2362))
+    for at, values, relative, se in wanted:
         a, b = estimate(control[0], control[at]), estimate(treated[0], treated[at])
         assert (a.value, b.value) == pytest.approx(values, abs=1e-6)
-        assert welch(a, b).relative == pytest.approx(relative, abs=1e-4)
+        found = welch(a, b)
+        assert found.relative == pytest.approx(relative, abs=1e-4)
+        assert (found.relative_high - found.relative) / 1.959964 == pytest.approx(se, abs=1e-4)
 
 
 def test_simulated_visits_have_the_means_of_the_closed_form():

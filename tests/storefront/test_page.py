@@ -8,7 +8,7 @@ import pytest
 from pagellm.pages import metrics
 from pagellm.stage.config import PageLLMError
 from pagellm.storefront import build, evaluate, storefront
-from pagellm.storefront.corpus import build_corpus
+from pagellm.storefront.corpus import build_corpus, prune
 from pagellm.storefront.front import Sources, check_layout, open_store
 from pagellm.storefront.fuse import SameLeaf
 from pagellm.storefront.gates import known_words
@@ -270,6 +270,21 @@ def test_template_titles_pass_the_gates(made):
         total += len(texts)
         blocked += sum(d.action != "pass" for d in texts)
     assert total and blocked <= 0.01 * total
+
+
+def test_a_writer_answers_many_contexts_as_it_answers_one(made):
+    store = open_store(Sources(**made))
+    writer, wanted = store.front.writer, ["browse"] * 3
+    people = [store.known.context(user) for user in [*store.shop.user_ids[:8], None]]
+    together = writer.themes(people, [wanted] * 9, [[]] * 9)
+    alone = [writer.themes([person], [wanted], [[]])[0] for person in people]
+    assert together == alone and all(together)
+    themes = [answers[0].value for answers in together]
+    offered = [prune(store.front.corpus, theme) for theme in themes]
+    each = zip(themes, people, offered, strict=True)
+    assert writer.keywords(themes, people, offered) == [
+        writer.keywords([theme], [person], [numbers])[0] for theme, person, numbers in each
+    ]
 
 
 def test_exploring_writes_propensities_below_one_and_taking_the_best_writes_one(made):

@@ -46,6 +46,7 @@ def titles_and_leaves():
 
 def test_bm25_of_the_golden_shop():
     """Mean length 4; idf(milk) = idf(coffee) = ln 5.2."""
+    assert np.mean([len(text) for text in titles_and_leaves()]) == 4
     index = BM25(titles_and_leaves())
     assert index.idf[index.terms["milk"]] == pytest.approx(math.log(5.2))
     doc, score = index.top(["milk"], 10)
