@@ -77,7 +77,7 @@ SMALL = {
     "reward": "--per_kind 1 --batch 16 --warmup 2 --save_every 2",
     "ppo": "--epochs 1 --rollout 16 --minibatch 8 --micro 4 --inner_epochs 2 --k 6 --eval_every 2 "
     "--critic_warmup 4 --lr 1e-3 --min_steps 8 --save_every 2 --gate_users 8 --force true",
-    "evaluate": "--k 6 --depth 40 --n_boot 50 --examples 1",
+    "evaluate": "--policies popularity,sft,ppo --k 6 --depth 40 --n_boot 50 --examples 1",
 }
 SMALL = {verb: f"--preset none {options}" for verb, options in SMALL.items()}
 

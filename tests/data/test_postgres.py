@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,15 @@ BIN = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def address():
     """A server of its own, with a table `orders`; -> its address."""
     pytest.importorskip("adbc_driver_postgresql", reason="postgres: no adbc-driver-postgresql")
     if BIN is None:
         pytest.skip("postgres: no server; apt install postgresql")
-    root = tmp_path_factory.mktemp("postgres")
+    # pytest's own directories are closed to other users, and a server does not run as root
+    root = Path(tempfile.mkdtemp(prefix="postgres-"))
     as_owner: list[str] = []
-    if os.geteuid() == 0:  # a server does not run as root
-        for folder in (root, *root.parents[:2]):
-            folder.chmod(0o755)
+    if os.geteuid() == 0:
         shutil.chown(root, "postgres", "postgres")
         as_owner = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
     with socket.socket() as free:
@@ -43,6 +43,7 @@ def address(tmp_path_factory):
         yield f"postgresql://shop@127.0.0.1:{port}/postgres"
     finally:
         do("pg_ctl", "-D", "db", "-m", "immediate", "stop")
+        shutil.rmtree(root)
 
 
 def test_a_query_is_a_table_of_prepare(address, tmp_path):
