@@ -134,8 +134,10 @@ RUN_TESTS = $(if $(XDIST),OMP_NUM_THREADS=1) $(PY) -m pytest $(XDIST)
 check: $(VENV)/extra-dev  ## rules, format, types and the quick tests, before a commit
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 	$(RUN_TESTS) -q -m quick $(ARGS)
-test: $(VENV)/installed  ## all tests
-	$(RUN_TESTS) $(ARGS)
+test: $(VENV)/installed  ## all tests but those of `make stress`; some: ARGS=tests/test_ppo.py
+	$(RUN_TESTS) $(if $(findstring tests/,$(ARGS)),,-m "not stress") $(ARGS)
+stress: $(VENV)/installed  ## tests that start many processes: kills, load, two ranks, a wheel, libraries
+	$(RUN_TESTS) -m stress $(ARGS)
 docs: $(VENV)/extra-docs,serve  ## the documentation as a site: site/index.html
 	$(PY) docs/generate.py && $(PY) -m mkdocs build --strict
 	$(PY) -m pdoc --output-directory site/api pagellm '!pagellm.baselines.outside'

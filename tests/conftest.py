@@ -40,6 +40,19 @@ for name in (
     os.environ.pop(name, None)
 # `make check` runs these (pytest -m quick): a minute at most.
 QUICK = ("kernels/", "pages/", "stage/test_config.py", "test_structure.py")
+# `make test` leaves these to `make stress`: they start many processes, kill them, or wait for them.
+STRESS = (
+    "baselines/test_outside.py",
+    "experiments/test_backbones.py",
+    "experiments/test_gpu_check.py",
+    "experiments/test_load.py",
+    "experiments/test_scaling.py",
+    "experiments/test_torture.py",
+    "stage/test_dist.py",
+    "test_notebooks.py",
+    "test_sweep.py",
+    "test_wheel.py",
+)
 # The longest files come first, so that none of several workers is left with one of them at the end.
 LONGEST = ("experiments/test_torture.py", "stage/test_dist.py", "experiments/test_load.py")
 
@@ -59,6 +72,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if where[item].startswith(QUICK) and not item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.quick)
+        if where[item] in STRESS:
+            item.add_marker(pytest.mark.stress)
     items.sort(key=lambda item: place.get(where[item], len(LONGEST)))
 
 
