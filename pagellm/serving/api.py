@@ -35,7 +35,7 @@ __all__ = ["STATIC", "add_routes", "find", "make_app"]
 
 
 STATIC = Path(__file__).parent / "static"
-SCRIPTS = ("page.js", "cards.js", "picture.js", "link.js")
+SCRIPTS = ("page.js", "cards.js", "common.js", "picture.js", "link.js")
 FILES = {"page.css": "text/css", **dict.fromkeys(SCRIPTS, "text/javascript")}
 
 

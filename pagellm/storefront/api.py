@@ -16,6 +16,7 @@ from pydantic import Field
 from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse
 
+from pagellm.serving.api import STATIC as PAGE_STATIC
 from pagellm.serving.api import add_routes as add_page_service
 from pagellm.serving.api import find
 from pagellm.serving.filters import Filters
@@ -30,8 +31,12 @@ from pagellm.storefront.schemas import LAYOUT, PAGE
 __all__ = ["FrontMeters", "make_app"]
 
 STATIC = Path(__file__).parent / "static"
-SCRIPTS = ("common.js", "rows.js")
-FILES = {"rows.css": "text/css", **dict.fromkeys(SCRIPTS, "text/javascript")}
+# File -> its folder and type. common.js is the one of the page of `pagellm serve`.
+FILES = {
+    "rows.css": (STATIC, "text/css"),
+    "rows.js": (STATIC, "text/javascript"),
+    "common.js": (PAGE_STATIC, "text/javascript"),
+}
 DESCRIPTION = "Pages of themed rows. Logs hold no personal data."
 
 
@@ -239,18 +244,19 @@ LAYOUT_FIELDS = tuple(LAYOUT["properties"]["placements"]["items"]["properties"])
 
 def add_front_files(app: FastAPI, alone: bool) -> None:
     """The page in the browser: its files are read once, here."""
-    kept = {name: (STATIC / name).read_bytes() for name in ("rows.html", *FILES)}
+    page = (STATIC / "rows.html").read_bytes()
+    kept = {name: (folder / name).read_bytes() for name, (folder, _) in FILES.items()}
     fresh = {"cache-control": "no-cache"}
 
     @app.get("/storefront", include_in_schema=False)
     async def rows():
-        return Response(kept["rows.html"], media_type="text/html", headers=fresh)
+        return Response(page, media_type="text/html", headers=fresh)
 
     @app.get("/static/storefront/{name}", include_in_schema=False)
     async def front_file(name: str):
         if name not in FILES:
             raise HTTPException(404, "no such file")
-        return Response(kept[name], media_type=FILES[name], headers=fresh)
+        return Response(kept[name], media_type=FILES[name][1], headers=fresh)
 
     if alone:
 

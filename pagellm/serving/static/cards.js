@@ -1,19 +1,8 @@
 // One page as a shop shows it: its words, its band of colours, its cards. State lives in page.js.
 
+import { fixed, make } from "./common.js";
 import { paint, picture } from "./picture.js";
 
-export function make(tag, options = {}, ...children) {
-  const { on = {}, ...rest } = options;
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(rest)) {
-    if (name in node && name !== "list") node[name] = value; else node.setAttribute(name, value);
-  }
-  for (const [name, act] of Object.entries(on)) node.addEventListener(name, act);
-  node.append(...children.filter((child) => child !== null && child !== ""));
-  return node;
-}
-
-export const fixed = (x, digits = 3) => x === null || x === undefined ? "–" : x.toFixed(digits).replace("-", "−");
 const many = (n, one, more = `${one}s`) => `${n} ${n === 1 ? one : more}`;
 
 function counts(names) {

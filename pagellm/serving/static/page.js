@@ -1,11 +1,11 @@
 // The page of `pagellm serve`, without a library. State is what stands in the form, the typed history, the
 // items left out and the order of the cards; all of it stands in the address too (link.js).
 
-import { band, card, fixed, legend, make, thing, words } from "./cards.js";
+import { band, card, legend, thing, words } from "./cards.js";
+import { byId, call, fixed, later, make, say } from "./common.js";
 import { read, written } from "./link.js";
 import { tell } from "./picture.js";
 
-const byId = (id) => document.getElementById(id);
 const typed = new Map();        // item id -> {title, rating}
 const excluded = new Map();     // item id -> title
 const shown = {};               // policy -> {answer, order: [slots as they stand now], now: answer for that order}
@@ -20,45 +20,6 @@ let wanted = {};                // policy -> item ids: orders of a link that are
 let past = [];                  // the stored history of the user
 let lit = "";                   // the category that is being looked for
 
-// The key of a service that has one: asked for once, kept until the tab is closed.
-let asking = null;              // the open question, so that calls at the same time share it
-function askKey() {
-  asking ??= new Promise((told) => {
-    const dialog = byId("key");
-    dialog.addEventListener("close", () => {
-      const key = byId("key-value").value.trim();
-      byId("key-value").value = "";
-      asking = null;
-      if (key && dialog.returnValue === "send") sessionStorage.setItem("key", key);
-      told(Boolean(key) && dialog.returnValue === "send");
-    }, { once: true });
-    dialog.showModal();
-  });
-  return asking;
-}
-
-async function call(path, body) {
-  let reply;
-  const key = sessionStorage.getItem("key");
-  try {
-    reply = await fetch(path, {
-      headers: {
-        ...(key && { authorization: `Bearer ${key}` }),
-        ...(body !== undefined && { "content-type": "application/json" }),
-      },
-      ...(body !== undefined && { method: "POST", body: JSON.stringify(body) }) });
-  } catch {
-    throw new Error("the service does not answer; is it still running?");
-  }
-  // Another call may have been told the key meanwhile.
-  if (reply.status === 401 && (sessionStorage.getItem("key") !== key || await askKey())) return call(path, body);
-  const answer = await reply.json();
-  if (!reply.ok) throw new Error(answer.error.message);
-  return answer;
-}
-
-const say = (text) => { byId("status").textContent = text; };
-const later = (act, wait = 250) => { let t; return () => { clearTimeout(t); t = setTimeout(act, wait); }; };
 const part = (policy, name) => document.querySelector(`#${policy} .${name}`);
 
 // What is asked for.

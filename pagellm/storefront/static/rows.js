@@ -1,5 +1,6 @@
-// The page of rows: whose it is stands in the form; common.js comes first.
-"use strict";
+// The page of rows: whose it is stands in the form.
+
+import { byId, call, fixed, later, make, say } from "./common.js";
 
 let asked = 0;                  // the newest question; older answers are dropped
 const PARTS = [["ranker", "the shop's ranker"], ["ret", "retrieval"], ["agree", "fit to the theme"],

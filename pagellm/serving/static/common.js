@@ -1,9 +1,7 @@
-// Nodes, calls with the service's key, and words.
-"use strict";
+// What the page of `pagellm serve` and the storefront's share: nodes, calls with the key, words.
+export const byId = (id) => document.getElementById(id);
 
-const byId = (id) => document.getElementById(id);
-
-function make(tag, options = {}, ...children) {
+export function make(tag, options = {}, ...children) {
   const { on = {}, ...rest } = options;
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(rest)) {
@@ -31,7 +29,7 @@ function askKey() {
   return asking;
 }
 
-async function call(path, body) {
+export async function call(path, body) {
   let reply;
   const key = sessionStorage.getItem("key");
   try {
@@ -51,7 +49,7 @@ async function call(path, body) {
   return answer;
 }
 
-const say = (text) => { byId("status").textContent = text; };
-const fixed = (x, digits = 3) => x === null ? "–" : x.toFixed(digits).replace("-", "−");
-const later = (act, wait = 250) => { let t; return () => { clearTimeout(t); t = setTimeout(act, wait); }; };
+export const say = (text) => { byId("status").textContent = text; };
+export const fixed = (x, digits = 3) => x === null || x === undefined ? "–" : x.toFixed(digits).replace("-", "−");
+export const later = (act, wait = 250) => { let t; return () => { clearTimeout(t); t = setTimeout(act, wait); }; };
 
