@@ -269,6 +269,7 @@ def test_the_plain_rows_pages_are_taken_where_nothing_learnt_is_better(
         People.joined([people.select(np.arange(2)), nobody]),
         np.ones((3, shop.n_items), bool),
     )
+    assert loaded.asks_policy(some) and not loaded.asks_policy(people)
     mixed = loaded.write(some, None, every, 6, 100)
     learnt = loaded.write_learnt(nobody, None, every[:1], 6, 100)
     known = loaded.plain.write(some.liked, every, loaded.kin, 6, 100)

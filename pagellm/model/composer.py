@@ -218,11 +218,14 @@ class Composer:
         for some in (users[at : at + BLOCK] for at in range(0, len(users), BLOCK)):
             people = self.judges.known.select(some)
             legal = legal_items(seen, some, self.shop.n_items)
-            nobody = not (people.liked.counts() > 0).all()
-            logp = self.logp(some) if nobody else None
+            logp = self.logp(some) if self.asks_policy(people) else None
             parts.append(self.write(people, logp, legal, k, depth))
         item, score, slots = (np.concatenate([part[i] for part in parts]) for i in range(3))
         return RankedPages(users, item, score, slots)
+
+    def asks_policy(self, people: People) -> bool:
+        """Whether `write` uses the policy's opinion of these people, where there is a policy."""
+        return not self.plain_pages or not (people.liked.counts() > 0).all()
 
     def write(
         self, people: People, logp: np.ndarray | None, legal: np.ndarray, k: int, depth: int = 0
@@ -235,15 +238,13 @@ class Composer:
         legal    (B, N) bool: the items that a page may hold
         depth    ranks in all, at most POOL; 0: k
         """
-        known = people.liked.counts() > 0
-        if not self.plain_pages or not known.all():
-            learnt = self.write_learnt(people, logp, legal, k, depth)
         if not self.plain_pages:
-            return learnt
+            return self.write_learnt(people, logp, legal, k, depth)
         assert self.plain is not None
         plain = self.plain.write(people.liked, legal, self.kin, k, depth or k)
-        if known.all():
+        if not self.asks_policy(people):
             return plain
+        known, learnt = people.liked.counts() > 0, self.write_learnt(people, logp, legal, k, depth)
         # The plain row knows nothing about who likes nothing: all its scores are 0.
         width = min(plain.item.shape[1], learnt.item.shape[1])
         slots = np.where(known, plain.slots, learnt.slots)

@@ -482,7 +482,10 @@ class Recommender:
         """
         composer, logp = self.composer, None
         assert composer is not None
-        if name == "compose" and "compose" in self.networks:
+        started = time.perf_counter()
+        people = None if name == PLAIN else People.joined([self.person(asked) for asked in asks])
+        folded = time.perf_counter() - started
+        if people is not None and name in self.networks and composer.asks_policy(people):
             started = time.perf_counter()
             proposer = self.networks[name]
             _, _, (_, hidden) = self.read_prompts(name, prompt_rows(proposer, asks), 0)
@@ -494,14 +497,13 @@ class Recommender:
             legal[row, asked.seen] = False
             if asked.allowed is not None:
                 legal[row] &= asked.allowed.numpy()
-        if name == PLAIN:
+        if people is None:
             assert composer.plain is not None
             liked = History.joined([self.events(asked) for asked in asks]).part(True)
             found = composer.plain.write(liked, legal, self.kin, k, depth or k)
         else:
-            people = People.joined([self.person(asked) for asked in asks])
             found = composer.write(people, logp, legal, k, depth)
-        self.observe("decode", time.perf_counter() - started)
+        self.observe("decode", folded + time.perf_counter() - started)
         return found
 
     def events(self, asked: ResolvedAsk) -> tuple[np.ndarray, ...]:
