@@ -5,10 +5,12 @@
     object_in(reply.text, "winner")                    the JSON object within an answer
 
 What a server says is untrusted: an answer is read up to a size and a moment, and no redirect is
-followed, so that the key reaches no other address. Only the standard library is needed.
+followed, so that the key reaches no other address. A key goes over https, or over http to this
+machine. Only the standard library is needed.
 """
 
 import http.client
+import ipaddress
 import json
 import time
 import urllib.error
@@ -54,10 +56,27 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def split(url: str) -> urllib.parse.SplitResult | None:
+    """The parts of an address; None if it is none."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts if parts.port != 0 else None
+    except ValueError:
+        return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host of an address is this machine: localhost, 127.0.0.0/8 or ::1."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.rstrip(".") == "localhost"
+
+
 class Chat:
     """A model on a server.
 
-    key      sent as a bearer token; empty: none
+    key      sent as a bearer token; empty: none. Refused for http:// to another machine
     budget   most requests that this object sends, repeats included
     retries  most repeats of one question after 408, 409, 429, 5xx or a broken connection; after 1,
              2, 4 ... seconds, or what Retry-After says
@@ -74,16 +93,28 @@ class Chat:
         timeout: float = 60.0,
         sleep: Callable[[float], None] = time.sleep,
     ):
-        parts = urllib.parse.urlsplit(url)
-        if not url.startswith(("http://", "https://")) or not model:
+        parts, key = split(url), key.strip()
+        if parts and (parts.username or parts.password or parts.query):
+            raise PageLLMError(
+                "--url holds a name, a password or a query, which would stand in files and logs\n"
+                "  Give the plain address, and the key in the environment."
+            )
+        if not parts or parts.scheme not in ("http", "https") or not parts.hostname or not model:
             raise PageLLMError(
                 f"--url {url!r}, --model {model!r}: want the address of a chat server, e.g. "
                 "http://127.0.0.1:8080/v1, and the name of a model there"
             )
-        if parts.username or parts.password or parts.query:
+        if not (key.isascii() and key.isprintable()):
             raise PageLLMError(
-                "--url holds a name, a password or a query, which would stand in files and logs\n"
-                "  Give the plain address, and the key in the environment."
+                "the key holds letters that no header can carry, such as a line break\n"
+                "  Set the environment variable that --key_env names anew."
+            )
+        if key and parts.scheme == "http" and not is_loopback(parts.hostname):
+            raise PageLLMError(
+                f"--url {url}: over http:// the key would go to {parts.hostname} unencrypted, "
+                "and whoever is between could read it\n"
+                "  Want https://, or a tunnel (ssh -L 8080:localhost:8080 HOST) and --url "
+                "http://127.0.0.1:8080/v1; for a server that needs no key, --key_env NONE"
             )
         self.url, self.model, self.key = url.rstrip("/"), model, key
         self.budget, self.retries, self.timeout, self.sleep = budget, retries, timeout, sleep

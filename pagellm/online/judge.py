@@ -217,7 +217,7 @@ class Config(StageConfig):
     url: str = ""  # http: address up to /chat/completions, e.g. http://127.0.0.1:8080/v1
     model: str = ""  # http: name of the model
     key_env: str = "OPENAI_API_KEY"  # http: environment variable that holds the key, which is
-    # written nowhere
+    # written nowhere, and goes over https:// or to this machine only
     budget: int = 1000  # http: most requests of this command, repeats included
     retries: int = 4  # http: most repeats of one question
     timeout: float = 60.0  # http: seconds to wait for an answer

@@ -356,6 +356,32 @@ def test_wrong_options_are_refused():
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("host", ["host", "10.0.0.5:8080", "[fe80::1]", "127.0.0.1.example.com"])
+def test_a_key_goes_to_another_machine_over_https_only(host):
+    with pytest.raises(PageLLMError, match="unencrypted.*\n.*https://") as caught:
+        Chat(f"http://{host}/v1", "m", KEY)
+    assert KEY not in str(caught.value)
+    assert Chat(f"https://{host}/v1", "m", KEY).key == KEY
+    assert Chat(f"http://{host}/v1", "m").key == ""
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:8080", "127.3.2.1", "[::1]:8080"])
+def test_a_key_may_go_to_this_machine_over_http(host):
+    assert Chat(f"http://{host}/v1", "m", KEY + "\r\n").key == KEY
+
+
+@pytest.mark.parametrize("url", ["http://", "http://[::1/v1", "http://h:99999/v1", "h/v1", ""])
+def test_what_is_no_address_is_refused_at_once(url):
+    with pytest.raises(PageLLMError, match="want the address of a chat server"):
+        Chat(url, "m")
+
+
+def test_a_key_that_no_header_can_carry_is_told_without_it():
+    with pytest.raises(PageLLMError, match="no header can carry") as caught:
+        Chat("https://h/v1", "m", "first\nsecond")
+    assert "second" not in str(caught.value)
+
+
 def test_pages_of_the_command_line_are_kept_and_replayed(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("STOREFRONT_TEST_KEY", KEY)
     answers, user = str(tmp_path / "answers.jsonl"), "U0001000"
