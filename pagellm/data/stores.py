@@ -10,7 +10,7 @@ environment or the machine's role, as every tool of that store finds them.
 Files are fetched into data/raw/<dataset> and read there, so that they cannot change while they are
 read and hashed. A file whose size and time are as before is not fetched again. A table that is
 partitioned into folders (day=2026-11-30/part-0.parquet), here or in a store, becomes one file, with
-the partitions as columns.
+the partitions as columns. Tables side by side (orders/day=..., items/shop=...) become a file each.
 """
 
 import re
@@ -24,11 +24,12 @@ import pyarrow.parquet as pq
 
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import atomic, read_json, write_json
+from pagellm.stage.hints import counted
 
 __all__ = ["fetch", "is_remote", "partition_of", "safe", "send", "wants_fetching"]
 
 NOTE = ".fetched.json"  # hidden, so that it is no raw file
-TABLE = "log.parquet"  # what a partitioned table becomes
+TABLE = "log.parquet"  # what a partitioned table becomes that lies in no folder of its own
 
 
 def is_remote(name: str) -> bool:
@@ -37,8 +38,13 @@ def is_remote(name: str) -> bool:
 
 
 def safe(uri: str) -> str:
-    """An address without the key and secret that it may hold, for messages."""
-    return re.sub(r"(://)[^/@]*@", r"\1", uri.partition("?")[0])
+    """An address, or a text with addresses, without the keys and secrets that it may hold.
+
+    A secret may hold / ? # and @ as they are, so all between :// and the last @ goes where a colon
+    stands in it. A path with a colon and an @ is then cut too short, which harms nobody.
+    """
+    uri = re.sub(r"(://)[^/@\s]*:\S*@", r"\1", uri)
+    return re.sub(r"(://)[^/@\s]*@", r"\1", uri.partition("?")[0])
 
 
 def wants_fetching(name: str) -> bool:
@@ -46,7 +52,10 @@ def wants_fetching(name: str) -> bool:
     if not name or is_remote(name):
         return bool(name)
     path = Path(name).expanduser()
-    return path.is_dir() and any("=" in p.name for p in path.iterdir() if p.is_dir())
+    if not path.is_dir():
+        return False
+    inside = [path, *(p for p in path.iterdir() if p.is_dir())]
+    return any("=" in p.name for folder in inside for p in folder.iterdir() if p.is_dir())
 
 
 def opened(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -60,20 +69,24 @@ def opened(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
         return pyarrow.fs.FileSystem.from_uri(uri)
     except (pa.ArrowException, OSError) as error:
         raise PageLLMError(
-            f"{safe(uri)} cannot be opened: {first_line(error)}\n"
+            f"{safe(uri)} cannot be opened: {first_line(error, uri)}\n"
             "  Want s3://, gs://, abfs:// or hdfs:// (which needs Java), or a path."
         ) from None
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without secrets."""
-    return safe(str(error).splitlines()[0]) if str(error) else type(error).__name__
+def first_line(error: BaseException, uri: str) -> str:
+    """The first line of an error's text, without the secrets of the address."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    hidden = uri.partition("://")[2].rpartition("@")[0]
+    for part in sorted({hidden, *re.split(r"[:/?#@]", hidden)} - {""}, key=len, reverse=True):
+        text = text.replace(part, "***")
+    return safe(text)
 
 
 def failed(uri: str, what: str, error: BaseException) -> PageLLMError:
     """An error of the store in words."""
     return PageLLMError(
-        f"{safe(uri)} cannot be {what}: {first_line(error)}\n"
+        f"{safe(uri)} cannot be {what}: {first_line(error, uri)}\n"
         "  Check the address and the credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
         "AWS_REGION, or what that store's own tools take."
     )
@@ -116,7 +129,8 @@ def fetch(uri: str, folder: Path) -> Path:
     parts = [f for f in files if "=" in inside[f.path] and f.path.endswith(".parquet")]
     alone = [f for f in files if f not in parts]
     names = own_names([f.path for f in alone], root)
-    whole = [gathered_name(names)] if parts else []
+    tables = parted_tables(parts, inside, names)
+    whole = list(tables)
     # Known before the first file is there: a fetch that was interrupted leaves no file of unknown
     # origin.
     write_json(note, {"from": safe(uri), "files": {}, "names": names + whole})
@@ -124,13 +138,13 @@ def fetch(uri: str, folder: Path) -> Path:
         for f, name in zip(alone, names, strict=True):
             with atomic(folder / name) as beside:
                 pyarrow.fs.copy_files(f.path, str(beside.absolute()), source_filesystem=store)
-        for name in whole:
-            gathered(store, root, parts, folder / name)
+        for name, some in tables.items():
+            gathered(store, root, some, folder / name)
     except (pa.ArrowException, OSError) as error:
         raise failed(uri, "fetched", error) from None
     names += whole
     write_json(note, {"from": safe(uri), "files": now, "names": names})
-    print(f"fetched {len(files):,} files from {safe(uri)} into {folder}", flush=True)
+    print(f"fetched {counted(len(files), 'file')} from {safe(uri)} into {folder}", flush=True)
     return folder
 
 
@@ -151,12 +165,31 @@ def own_names(paths: list[str], root: str) -> list[str]:
     ]
 
 
-def gathered_name(taken: list[str]) -> str:
-    """A name for the file of all parts that no other file has."""
-    name = TABLE
-    while name in taken:
-        name = f"parts-{name}"
-    return name
+def parted_tables(parts: list, inside: dict[str, str], taken: list[str]) -> dict[str, list]:
+    """File name -> parts of each partitioned table; no name is in `taken`.
+
+    parts   files of partitions
+    inside  path of a file -> its folders below the address
+
+    One table are the parts below one folder whose first partition has one key: orders/day=1 and
+    items/shop=2 are two tables, and so are day=1 and shop=2.
+    """
+    found: dict[tuple[str, str], list] = {}
+    for part in parts:
+        above, _, rest = f"/{inside[part.path].strip('/')}".partition("=")
+        home, _, key = above.rpartition("/")
+        found.setdefault((home.strip("/"), key), []).append(part)
+    homes = [home for home, _ in found]
+    tables: dict[str, list] = {}
+    for (home, key), some in found.items():
+        name = home.replace("/", "-")
+        if homes.count(home) > 1:
+            name = f"{name}-{key}".strip("-")
+        name = f"{name}.parquet" if name else TABLE
+        while name in taken or name in tables:
+            name = f"parts-{name}"
+        tables[name] = some
+    return tables
 
 
 def gathered(store: pyarrow.fs.FileSystem, root: str, parts: list, target: Path) -> None:
@@ -203,9 +236,18 @@ def partition_of(out: str) -> str:
 
 
 def send(path: Path, uri: str) -> None:
-    """Copy a file to an address. Raises PageLLMError if it cannot be written."""
+    """Copy a file to an address; who reads there sees the old file or the new one, never a part.
+
+    Raises PageLLMError if it cannot be written.
+    """
     store, target = opened(uri)
+    # A bucket shows a file when all of it is there; a disk shows each part.
+    disk = store.type_name == "local"
+    home, _, name = target.rpartition("/")
+    beside = f"{home}/.{name}.tmp" if disk else target
     try:
-        pyarrow.fs.copy_files(str(path.absolute()), target, destination_filesystem=store)
+        pyarrow.fs.copy_files(str(path.absolute()), beside, destination_filesystem=store)
+        if disk:
+            store.move(beside, target)
     except (pa.ArrowException, OSError) as error:
         raise failed(uri, "written", error) from None

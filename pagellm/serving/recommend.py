@@ -18,6 +18,7 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -348,23 +349,33 @@ def write_all(config: Config) -> None:
     Process r of torchrun's n writes every n-th part. Whichever process finds all parts there joins
     them, so a run may be carried on with another number of processes.
     """
-    out, target = Path(config.out), partition_of(config.out)
+    target = partition_of(config.out)
     if is_remote(config.out):
-        out = config.stage("recommend") / safe(target).rpartition("://")[2].lstrip("/")
+        home = config.stage("recommend")
+        name = safe(target).rpartition("://")[2].lstrip("/")
+        # What is on its way lies under the hash of what it is made from: pages of another model
+        # are no hindrance.
+        out = write_file(config, lambda made_from: home / made_from / name)
+        if out is not None:
+            send(out, target)
+            print(f"recommend: {out} is at {safe(target)}")
+            for before in home.glob(f"*/{name}"):
+                if before != out:
+                    before.unlink(missing_ok=True)
+        return
+    out = Path(target)
+    if target != config.out:
         out.parent.mkdir(parents=True, exist_ok=True)
-    elif target != config.out:
-        out = Path(target)
-        out.parent.mkdir(parents=True, exist_ok=True)
-    write_file(config, out)
-    if is_remote(config.out) and dist.is_main():
-        send(out, target)
-        print(f"recommend: {out} is at {safe(target)}")
-
-
-def write_file(config: Config, out: Path) -> None:
-    """As `write_all`, to a file on this machine."""
     if not out.parent.is_dir():
         raise PageLLMError(f"--out {out}: there is no directory {out.parent}; make it first")
+    write_file(config, lambda made_from: out)
+
+
+def write_file(config: Config, place: Callable[[str], Path]) -> Path | None:
+    """As `write_all`, to the file that `place` names for the hash of what the pages are made from.
+
+    Returns the file if it is whole and this process is the one that has to pass it on, else None.
+    """
     config = replace(config, device=str(dist.start(config.device)))
     chosen = config.default(config.policy)
     config = replace(config, policy=chosen.policy)
@@ -388,12 +399,16 @@ def write_file(config: Config, out: Path) -> None:
     made_from = identity(recommender, config) | {"why": recommender.why}
     if recommender.left_out.users:  # files of earlier versions have no pages of these users
         made_from["users below the k-core"] = str(len(recommender.left_out.users))
+    out = place(
+        str(hash_of(tuple(f"{name}={value}" for name, value in made_from.items() if name != "why")))
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists():
         refuse_other(
             out, json.loads((pq.read_schema(out).metadata or {}).get(b"pagellm", b"{}")), made_from
         )
         print(f"recommend: {out} is already there")
-        return
+        return out if dist.is_main() else None
     folder = out.with_name(out.name + ".parts")
     folder.mkdir(exist_ok=True)
     note = folder / "made_from.json"
@@ -407,7 +422,7 @@ def write_file(config: Config, out: Path) -> None:
     write_parts(
         recommender, config, list(zip(files, parts, strict=True))[dist.rank() :: dist.world()]
     )
-    join(out, folder, files, made_from, len(asks))
+    return out if join(out, folder, files, made_from, len(asks)) else None
 
 
 def check_size(recommender: Recommender, config: Config) -> None:
@@ -493,21 +508,21 @@ def refuse_other(path: Path, before: dict, now: dict) -> None:
         )
 
 
-def join(out: Path, folder: Path, files: list[Path], made_from: dict, pages: int) -> None:
+def join(out: Path, folder: Path, files: list[Path], made_from: dict, pages: int) -> bool:
     """All parts -> one file, with one part in memory at a time; nothing if a part is missing.
 
-    Says how many pages are shorter than was asked for.
+    Says how many pages are shorter than was asked for; returns whether this process joined them.
     """
     try:
         held = FileLock(folder / "lock").acquire()  # of processes that end together one joins
     except OSError:
         if out.exists():
-            return  # another process has joined them and cleared up
+            return False  # another process has joined them and cleared up
         raise
     with held:
-        if not out.exists():
+        if joined := not out.exists():
             if not all(file.exists() for file in files):
-                return
+                return False
             full = write_joined(out, files, made_from)
             print(f"recommend: wrote {out}")
             if short := pages - full:
@@ -516,6 +531,7 @@ def join(out: Path, folder: Path, files: list[Path], made_from: dict, pages: int
                     "slots: no more items pass the filters"
                 )
     shutil.rmtree(folder, ignore_errors=True)
+    return joined
 
 
 def write_joined(out: Path, files: list[Path], made_from: dict) -> int:

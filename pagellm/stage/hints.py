@@ -6,10 +6,15 @@ targets of make. Elsewhere, where a wheel was installed, they are `pagellm <comm
 
 from pathlib import Path
 
-__all__ = ["another_run", "command", "in_checkout", "install", "prepare", "study"]
+__all__ = ["another_run", "command", "counted", "in_checkout", "install", "prepare", "study"]
 
 
 PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def counted(n: int, what: str) -> str:
+    """ "1 row", "1,200 rows": a number and what it counts, given in the singular."""
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 
 def in_checkout() -> bool:

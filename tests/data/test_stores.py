@@ -67,7 +67,7 @@ def prepared(raw, root, name="there"):
 def test_files_and_partitioned_tables_in_a_bucket_are_the_same_data(bucket, log, tmp_path, capsys):
     shop = prepared(bucket("exports"), tmp_path)
     out = capsys.readouterr().out
-    assert "fetched 1 files from s3://shop/exports into" in out and "asecret" not in out
+    assert "fetched 1 file from s3://shop/exports into" in out and "asecret" not in out
     parted = prepared(bucket("parted"), tmp_path, "parted")
     assert [len(shop.user), shop.user_ids] == [len(parted.user), parted.user_ids]
     kept = pq.read_table(tmp_path / "raw" / "parted" / "log.parquet")
@@ -180,6 +180,56 @@ def test_everybodys_pages_go_to_a_folder_of_today_here_and_in_a_bucket(
     sent = pyarrow.dataset.dataset("shop/pages", filesystem=store, partitioning="hive").to_table()
     here = pq.read_table(local, partitioning=None)
     assert sent.drop_columns("date").equals(here) and len(here) == 80 * 4
+
+
+def test_a_fixed_address_takes_the_pages_of_every_day(bucket, sft_alone, tmp_path, capsys):
+    """What lies on this machine of the pages of before neither hinders nor stays."""
+    shutil.copytree(sft_alone / "runs", tmp_path / "runs")
+    told = {"run": "base", "data": str(sft_alone / "data"), "runs": str(tmp_path / "runs")}
+    store, _ = pyarrow.fs.FileSystem.from_uri(bucket("x"))
+    for address, read in (
+        (bucket("fixed.parquet"), lambda: pq.read_table("shop/fixed.parquet", filesystem=store)),
+        (f"file://{tmp_path}/f.parquet", lambda: pq.read_table(tmp_path / "f.parquet")),
+    ):
+        for k in (4, 3, 3):
+            recommend(Recommend(out=address, k=k, all=True, device="cpu", **told))
+            assert len(read()) == 80 * k
+        assert "is already there" in capsys.readouterr().out  # the third: sent again, as it is
+        assert len(list((tmp_path / "runs" / "base" / "recommend").rglob("f*.parquet"))) <= 2
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_tables_side_by_side_become_a_file_each(bucket, log, tmp_path):
+    """A log by day and an item table by shop: in folders of their own, or only by their keys."""
+    items = sorted(set(log["item"].to_pylist()))
+    catalogue = pa.table({"item": items, "title": [f"Title {i}" for i in items]})
+    for orders, cards in (("orders/", "items/"), ("", "")):
+        root = tmp_path / "from" / f"export{len(orders)}"
+        for shop in ("north", "south"):
+            folder = root / f"{orders}shop={shop}"
+            folder.mkdir(parents=True)
+            rows = log.filter(pa.compute.equal(log["shop"], shop)).drop_columns("shop")
+            pq.write_table(rows, folder / "part-0.parquet")
+        for n in (0, 1):
+            folder = root / f"{cards}bucket={n}"
+            folder.mkdir(parents=True)
+            pq.write_table(catalogue.slice(n * 15, 15), folder / "part-0.parquet")
+        shop = prepared(str(root), tmp_path, root.name)
+        assert shop.catalogue.title[0].startswith("Title ")
+        names = {path.name for path in (tmp_path / "raw" / root.name).glob("*.parquet")}
+        assert names == (
+            {"orders.parquet", "items.parquet"} if orders else {"shop.parquet", "bucket.parquet"}
+        )
+
+
+@pytest.mark.parametrize("secret", ["a/b", "a?b", "a#b", "a@b", "a+b", "12/cd"])
+def test_no_secret_is_told_whatever_letters_it_holds(secret, tmp_path, capsys):
+    address = f"s3://AKIA:{secret}@bucket/exports?endpoint_override=127.0.0.1:1&region=us-east-1"
+    assert stores.safe(address) == "s3://bucket/exports"
+    with pytest.raises(PageLLMError) as error:
+        stores.fetch(address, tmp_path)
+    said = str(error.value) + capsys.readouterr().out
+    assert secret not in said.replace("://", "") and "AKIA" not in said
 
 
 def test_what_cannot_be_reached_is_told_without_secrets(bucket, tmp_path):
