@@ -232,7 +232,7 @@ def left_behind(config: Config) -> Iterator[Finding]:
     if found:
         few = ", ".join(map(str, found[:3]))
         do = "the next run of the same command clears them, or remove them while nothing runs"
-        yield Finding("note", "half-written", f"{len(found)} files: {few}", do)
+        yield Finding("note", "half-written", f"{hints.counted(len(found), 'file')}: {few}", do)
 
 
 def examine(config: Config) -> list[Finding]:
@@ -257,7 +257,8 @@ def run(config: Config) -> ExitCode:
     mark: dict[str, Any] = {"ok": "ok   ", "note": "note ", "wrong": "WRONG"}
     for f in found:
         print(f"{mark[f.kind]} {f.about}: {f.found}" + (f"\n      -> {f.do}" if f.do else ""))
-    print(f"\n{len(wrong)} things are wrong" if wrong else "\nnothing is wrong")
+    count = f"{hints.counted(len(wrong), 'thing')} {'is' if len(wrong) == 1 else 'are'}"
+    print(f"\n{count if wrong else 'nothing is'} wrong")
     return ExitCode(bool(wrong))
 
 

@@ -17,6 +17,7 @@ person's own row also goes with `pagellm update` to data without them. Raw files
 """
 
 import csv
+import html
 import io
 import json
 import re
@@ -145,43 +146,99 @@ def names(value: Any, user: str) -> bool:
     return value in (user, f"<user_{user}>")
 
 
+def spellings(user: str) -> set[str]:
+    """The identifier as it stands in a text: plain, in JSON, in a quoted cell, in HTML."""
+    quoted = user.replace('"', '""')
+    return {user, json.dumps(user)[1:-1], quoted, html.escape(user), html.escape(user, False)}
+
+
+def may_name(text: str, user: str) -> bool:
+    """Whether the identifier stands anywhere in a text, perhaps within a longer word."""
+    return any(name in text for name in spellings(user))
+
+
 def whole_names(path: Path, user: str) -> bool:
     """Whether a file that cannot lose single lines names the person."""
     text = path.read_text(encoding="utf-8", errors="replace")
-    if user not in text:
+    if not may_name(text, user):
         return False
     if path.suffix == ".json":
         try:
             return names(json.loads(text), user)
         except ValueError:
             return True
-    return bool(re.search(rf"(?<!\w){re.escape(user)}(?!\w)", text))
+    return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) for name in spellings(user))
 
 
 def lines_without(path: Path, user: str, number: int | None, yes: bool) -> int:
-    """Take the lines of the person out of a file of lines; returns how many there are."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.splitlines(keepends=True)
-    kept = [line for line in lines if not line_names(line, path.suffix, user, number)]
-    if len(kept) < len(lines) and yes:
+    """Take the person's records out of a file of lines; returns how many there are.
+
+    Every byte of the other records stays.
+    """
+    text = path.read_bytes().decode("utf-8", "surrogateescape")
+    mark = "" if path.suffix == ".jsonl" else delimiter(text, path.suffix)
+    kept, gone = [], 0
+    for record in records(text, mark):
+        if any(line_names(part, mark, user, number) for part in {record, *cut(record)}):
+            gone += 1
+        else:
+            kept.append(record)
+    if gone and yes:
         with atomic(path) as beside:
-            beside.write_text("".join(kept), encoding="utf-8")
-    return len(lines) - len(kept)
+            beside.write_bytes("".join(kept).encode("utf-8", "surrogateescape"))
+    return gone
 
 
-def line_names(line: str, suffix: str, user: str, number: int | None = None) -> bool:
-    """Whether a cell of the line is the person's identifier, or its field `user` their number."""
-    if suffix == ".jsonl" and (user in line or '"user"' in line):
+def cut(text: str) -> list[str]:
+    """The lines of a text with their ends; only \\n, \\r and \\r\\n end one."""
+    return list(io.StringIO(text, newline=""))
+
+
+def delimiter(text: str, suffix: str) -> str:
+    """What stands between the cells of a table, by its first line."""
+    first = text.partition("\n")[0]
+    if suffix == ".csv":
+        return max(",;\t|", key=first.count)
+    return "\t" if "\t" in first else " "
+
+
+def records(text: str, mark: str) -> Iterator[str]:
+    """A file's records, each of its lines: a quoted cell of a table may hold line breaks.
+
+    mark  between the cells; empty: JSON lines
+    """
+    lines, at = cut(text), 0
+    if mark and '"' in text:
+        reader = csv.reader(iter(lines), delimiter=mark)
         try:
-            value = json.loads(line)
+            for _ in reader:
+                yield "".join(lines[at : reader.line_num])
+                at = reader.line_num
+        except csv.Error:  # a cell beyond the reader's limit: what a quote left open has swallowed
+            pass
+    yield from lines[at:]
+
+
+def line_names(record: str, mark: str, user: str, number: int | None = None) -> bool:
+    """Whether a cell of a record is the person's identifier, or its field `user` their number.
+
+    mark  between the cells; empty: JSON lines
+    """
+    if not mark:
+        if not may_name(record, user) and '"user"' not in record:
+            return False
+        try:
+            value = json.loads(record)
         except ValueError:
-            return user in line
+            return may_name(record, user)
         who = value.get("user") if isinstance(value, dict) else None
         return names(value, user) or (type(who) is int and who == number)
-    if user not in line:
+    if not may_name(record, user):
         return False
-    mark = "," if suffix == ".csv" else "\t" if "\t" in line else " "
-    return user in next(csv.reader(io.StringIO(line), delimiter=mark), [])
+    try:
+        return any(user in row for row in csv.reader(cut(record), delimiter=mark))
+    except csv.Error:
+        return True
 
 
 def exports(run: Path) -> list[Path]:
@@ -281,7 +338,7 @@ def tell(found: list[Trace], config: Config, raw: Path) -> None:
     """Print what went, or would go, and what stays."""
     verb = "went" if config.yes else "would go"
     for trace in found:
-        what = f"{trace.rows:,} rows" if trace.rows else "all of it"
+        what = hints.counted(trace.rows, "row") if trace.rows else "all of it"
         print(f"forget: {trace.path}: {what} {verb}")
     if not found:
         print("forget: nothing is left of this person here")

@@ -56,13 +56,15 @@ def test_what_is_wrong_is_named_with_what_to_do(root, monkeypatch, capsys):
     assert "things are wrong" in capsys.readouterr().out
 
 
-def test_a_stage_that_a_process_works_on_is_not_wrong(root):
+def test_a_stage_that_a_process_works_on_is_not_wrong(root, capsys):
     stage = root / "runs" / "base" / "ppo"
     stage.mkdir()
     (stage / "config.json").write_text("{}")
     with FileLock(stage / "lock"):
         assert wrong(root) == []
     assert len(wrong(root)) == 1  # the lock file is left, nobody holds it
+    doctor.run(doctor.Config(data=str(root / "data"), runs=str(root / "runs")))
+    assert capsys.readouterr().out.endswith("\n1 thing is wrong\n")
 
 
 def test_a_run_whose_data_are_gone_and_a_folder_that_cannot_be_written(root, monkeypatch):

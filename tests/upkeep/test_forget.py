@@ -1,5 +1,7 @@
 """After `forget` no file of the data or the runs holds the person, and everything still works."""
 
+import csv
+import html
 import json
 import shutil
 
@@ -175,6 +177,53 @@ def test_a_kill_is_mended_by_the_same_command(root, monkeypatch, at):
 def test_numbers_that_look_like_the_identifier_are_no_person():
     assert not forget.names({"users": 12, "of": [12]}, "12")
     assert forget.names({"users": ["12"]}, "12") and forget.names(["<user_12>"], "12")
-    assert forget.line_names("a,12,3\n", ".csv", "12")
-    assert not forget.line_names("a,120,3\n", ".csv", "12")
-    assert forget.line_names("12 Q0 i1 1 0.5 run\n", ".run", "12")
+    assert forget.line_names("a,12,3\n", ",", "12")
+    assert not forget.line_names("a,120,3\n", ",", "12")
+    assert forget.line_names("12 Q0 i1 1 0.5 run\n", " ", "12")
+
+
+@pytest.mark.parametrize(
+    "name, text, left",
+    [
+        # The cell's second line is of u2, and so is the row of which it is a part.
+        (
+            "a.csv",
+            'user,note\nu1,"one\ntwo"\nu2,"a\nb, c"\nu3,x\n',
+            'user,note\nu1,"one\ntwo"\nu3,x\n',
+        ),
+        ("a.csv", 'note,user\r\n"b\r\n",u2\r\n"c\r\nd",u3\r\n', 'note,user\r\n"c\r\nd",u3\r\n'),
+        ("a.csv", 'user;note\nu2;"a\nb"\nu3;1,2,3\n', "user;note\nu3;1,2,3\n"),
+        # A quote that is no quoting: two lines, one of them of u2.
+        ("a.tsv", 'u1\t"Great\nu2\tfine"\nu3\tok\n', "u3\tok\n"),
+        ("a.csv", "user,note\nu1,a\u2028u2,b\nu2,c\u2028d\n", "user,note\nu1,a\u2028u2,b\n"),
+        (
+            "a.jsonl",
+            '{"user": "u1", "t": "\u2028"}\n{"user": "u2"}\n',
+            '{"user": "u1", "t": "\u2028"}\n',
+        ),
+    ],
+)
+def test_records_go_as_a_whole_and_the_others_stay_to_the_byte(tmp_path, name, text, left):
+    path = tmp_path / name
+    path.write_bytes(text.encode() + b"caf\xe9,u9\n")
+    n = forget.lines_without(path, "u2", 7, yes=False)
+    assert n and path.read_bytes() == text.encode() + b"caf\xe9,u9\n"
+    assert forget.lines_without(path, "u2", 7, yes=True) == n
+    assert path.read_bytes() == left.encode() + b"caf\xe9,u9\n"
+
+
+@pytest.mark.parametrize("user", ['a"b', "josé", "a,b", "x & y"])
+def test_identifiers_with_letters_that_files_escape_are_found(tmp_path, user):
+    """In JSON, in quoted cells and in HTML they are spelled in another way."""
+    json_file, lines, table, page = (
+        tmp_path / f"f{s}" for s in (".json", ".jsonl", ".csv", ".html")
+    )
+    json_file.write_text(json.dumps([user]))
+    lines.write_text(json.dumps({"user": user}) + "\n" + json.dumps({"user": "other"}) + "\n")
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([["user"], [user], ["other"]])
+    page.write_text(f"<p>user {html.escape(user)}</p>")
+    assert forget.whole_names(json_file, user) and forget.whole_names(page, user)
+    for path in (lines, table):
+        assert forget.lines_without(path, user, 1, yes=True) == 1
+        assert "other" in path.read_text()
