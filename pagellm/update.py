@@ -3,6 +3,7 @@
 Reads   runs/<from>/sft and the data that it was made from; data/<new>
 Writes  runs/<out>/update   model.pt, the rows before any fit
         runs/<out>/sft      as `pagellm sft` does; runs/<out>/compose, if <from> has composed pages
+        runs/<out>/reward, runs/<out>/ppo    if <from> has them: the same networks, new rows
 
     pagellm prepare --dataset shop-0302 --raw exports/       the whole log, up to now
     pagellm update --from shop-0301 --data shop-0302 --out shop-0302
@@ -16,7 +17,9 @@ This takes seconds, and then the time of the fit, if one is wanted.
 3. --steps makes a short fit. A share of each batch (--fresh) are users with new rows. The others
    are drawn from all other users, so that what is known is not forgotten. Validation keeps the
    rows from before the fit or after it, whichever are better.
-4. Composed pages are made anew: their judges are plain models, which fit in seconds to minutes.
+4. The reward model and PPO's policy get rows for what is new in the same way, from their own. They
+   are not fitted. Validation on the new data says which policy writes, as after training.
+5. Composed pages are made anew: their judges are plain models, which fit in seconds to minutes.
 
 The same command carries on what was interrupted. The new run is one like any other: evaluate,
 recommend, serve, promote and the next update take it.
@@ -32,11 +35,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from pagellm import compose, sft
+from pagellm import compose, ppo_config, reward, sft
 from pagellm.data.shop import Shop, load, source
 from pagellm.model.als import item_groups
+from pagellm.model.backbone import Backbone
+from pagellm.model.choice import choose_mode
 from pagellm.model.fold import PARTS, FoldedItems, FoldedUsers, fold_items, fold_users
-from pagellm.model.networks import from_state
+from pagellm.model.networks import from_state, to_state
 from pagellm.model.policy import Policy, PromptStyle
 from pagellm.model.vocab import Vocab
 from pagellm.stage import dist, hints
@@ -46,6 +51,11 @@ from pagellm.stage.files import file_id, read_json
 from pagellm.stage.run import Run, StageConfig, finished, load_model_file
 
 __all__ = ["Change", "Config", "change", "run"]
+
+# What comes along as it is but for its rows, in the order in which it is trained anew.
+CARRIED: dict[str, Any] = {"reward": reward.Config, "ppo": ppo_config.Config}
+CARRIED_WORDS = {"reward": "the reward model", "ppo": "PPO's policy"}
+OWN = ("id", "seconds", "cpu_seconds", "peak_mb", "state")  # of `done`: of the run that wrote it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +71,7 @@ class Config(StageConfig):
     steps: int = 0  # steps of the fit that follows; 0: none
     fresh: float = 0.5  # share of a batch that are users with rows that the run has not seen
     lr: float = 0.3  # learning rate of the fit, as a share of that of the run
+    carry: bool = True  # give the reward model and PPO's policy rows too, if the run has them
     compose: bool = True  # make composed pages, if the run has them
 
     def __post_init__(self):
@@ -207,22 +218,73 @@ def told(found: Change, items: FoldedItems, users: FoldedUsers) -> list[str]:
     return lines
 
 
-def moved(config: Config, state: dict, old: Path, new: Shop, found: Change) -> tuple[Policy, list]:
-    """The policy with rows for the new data, and what to tell of it."""
-    model = from_state(state)
+def widen(model: Backbone, new: Shop, found: Change, seed: int) -> tuple[FoldedItems, FoldedUsers]:
+    """Give a network the rows of the new data, in place; returns what was folded in."""
     tables = [model.item] if model.item_out is None else [model.item, model.item_out]
     liked, groups = new.csr("train"), item_groups(new.catalogue)
     with torch.no_grad():
-        items = fold_items([t.detach() for t in tables], found.item, liked, groups, config.seed)
-        users = fold_users(model.user.detach(), found.user, liked, items.space, config.seed)
+        items = fold_items([t.detach() for t in tables], found.item, liked, groups, seed)
+        users = fold_users(model.user.detach(), found.user, liked, items.space, seed)
     model.item, model.user = nn.Parameter(items.tables[0]), nn.Parameter(users.rows)
     if model.item_out is not None:
         model.item_out = nn.Parameter(items.tables[1])
     model.n_users, model.n_items = new.n_users, new.n_items
+    return items, users
+
+
+def moved(config: Config, state: dict, old: Path, new: Shop, found: Change) -> tuple[Policy, list]:
+    """The policy with rows for the new data, and what to tell of it."""
+    model = from_state(state)
+    items, users = widen(model, new, found, config.seed)
     vocab = Vocab.load(old)
     wider = Vocab(vocab.tokenizer, new.n_users, new.n_items, vocab.times)
     wider.template = vocab.template
     return Policy(model, wider, PromptStyle(**state["style"])), told(found, items, users)
+
+
+def left_behind(config: Config, made: dict[str, Any]) -> dict[str, str]:
+    """Stage -> why it does not come along: the reward model and PPO's policy, where they are."""
+    found = {}
+    for stage in CARRIED:
+        if not (config.before / stage / "done").exists():
+            continue
+        if not config.carry:
+            found[stage] = "--no-carry"
+        elif (
+            read_json(config.before / stage / "config.json")["inputs"]["data"]
+            != (made["inputs"]["data"])
+        ):
+            found[stage] = "made from other data than the SFT policy"
+    return found
+
+
+def carried(config: Config, stage: str, new: Shop, found: Change) -> None:
+    """Write runs/<out>/<stage>: the network of the run before, with rows for the new data."""
+    source = config.before / stage
+    done, made = read_json(source / "done"), read_json(source / "config.json")
+    own = fields_of(CARRIED[stage], made["config"]) | places_of(config)
+    own |= {name: "" for name in ("source_run", "reward_run", "compose_run") if name in own}
+    inputs = {
+        "data": file_id(config.data_dir / "source.json"),
+        "before": made["inputs"]["data"],
+        stage: done["id"],
+    }
+    with Run(config.stage(stage), CARRIED[stage](**own), inputs) as out:
+        if out.already_done():
+            return
+        said = {k: v for k, v in done.items() if k not in OWN} | {"carried": config.source_run}
+        state = load_model_file(source / "model.pt")
+        if stage == "reward":
+            trunk = from_state(state)
+            widen(trunk, new, found, config.seed)
+            out.finish(state | to_state(trunk), **said)
+            return
+        policy, _ = moved(config, state, source, new, found)
+        policy.model.eval()
+        if dist.is_main():
+            policy.vocab.save(out.path)
+        said["decoding"] = choose_mode(policy, new, own["k"])
+        out.finish(policy.state(), **said)
 
 
 def fold(config: Config) -> dict[str, Any]:
@@ -237,7 +299,7 @@ def fold(config: Config) -> dict[str, Any]:
     # What makes no sense leaves no directory behind; what is done needs the older data no more.
     done = (config.stage("update") / "done").exists()
     found = None if done else checked(config, older(config, made, path), new, path)
-    later = ("steps", "fresh", "compose")  # they concern what follows
+    later = ("steps", "fresh", "carry", "compose")  # they concern what follows
     with Run(config.stage("update"), config, inputs, free=later) as out:
         if out.already_done() or found is None:
             return made["config"]
@@ -245,6 +307,10 @@ def fold(config: Config) -> dict[str, Any]:
         if dist.is_main():
             policy.vocab.save(out.path)
             print("\n  ".join([f"update: {config.source_run} -> {out.path.parent}", *lines]))
+        left = left_behind(config, made)
+        for name in CARRIED:
+            if (config.before / name / "done").exists() and name not in left:
+                carried(config, name, new, found)
         out.finish(
             policy.state() | {"fresh": torch.from_numpy(found.fresh)},
             new_items=int((found.item < 0).sum()),
@@ -291,13 +357,35 @@ def composed(config: Config) -> None:
     if not config.compose or not (stage / "done").exists():
         return
     own = fields_of(compose.Config, read_json(stage / "config.json")["config"])
-    policy = "none" if own["policy"] == "none" else "sft"
+    named = {"none": "no policy", "ppo": "the carried PPO policy", "sft": "the updated SFT policy"}
+    policy = own["policy"] if own["policy"] in named else "sft"
+    if policy == "ppo" and not (config.stage("ppo") / "done").exists():
+        policy = "sft"
     print(
         f"update: composed pages of {config.source_run} are made anew, judges and choice, with "
-        f"{'no policy' if policy == 'none' else 'the updated SFT policy'}",
+        f"{named[policy]}",
         flush=True,
     )
     compose.run(compose.Config(**own | places_of(config) | {"policy": policy, "source_run": ""}))
+
+
+def tell_of_stages(config: Config) -> None:
+    """Say what became of the reward model and PPO's policy, and how they are trained anew."""
+    left = left_behind(config, recorded(config)[0])
+    came = [name for name in CARRIED if (config.stage(name) / "done").exists() and name not in left]
+    name = config.run or config.dataset
+    if came:
+        folders = " and ".join(str(config.stage(stage)) for stage in came)
+        print(
+            f"update: {' and '.join(CARRIED_WORDS[s] for s in came)} got rows for what is new and "
+            f"no fit; to train on the new data, remove {folders} and run "
+            + ", then ".join(hints.command(stage, config.dataset, name) for stage in came)
+        )
+    for stage, why in left.items():
+        print(
+            f"update: {CARRIED_WORDS[stage]} of {config.source_run} stays behind ({why}); to have "
+            f"one, run {hints.command(stage, config.dataset, name)}"
+        )
 
 
 def run(config: Config) -> Path:
@@ -313,12 +401,7 @@ def run(config: Config) -> Path:
     composed(config)
     where = config.stage("")
     if dist.is_main():
-        left = [s for s in ("reward", "ppo") if (config.before / s / "done").exists()]
-        if left:
-            print(
-                f"update: {' and '.join(left)} of {config.source_run} stay behind; pages are "
-                "written by the policies named above"
-            )
+        tell_of_stages(config)
         named = config.run or config.dataset
         print(
             f"update: {where}; next: {hints.command('evaluate', config.dataset, named)}, then "

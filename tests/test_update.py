@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import pagellm
-from pagellm import pretrain, sft, update
+from pagellm import evaluate, ppo, pretrain, reward, sft, update
 from pagellm.data import prepare, synthetic
 from pagellm.data.shop import Rows, load
 from pagellm.model.als import als
 from pagellm.model.fold import fold_items, fold_users
 from pagellm.model.policy import Policy
 from pagellm.pages.truth import PageMaker
+from pagellm.report import report
 from pagellm.serving import promote, serve
 from pagellm.serving.recommender import Ask, Recommender
 from pagellm.serving.sources import Sources
@@ -65,6 +66,60 @@ def do(root, **more):
 def updated(logs):
     do(logs, out="next", steps=2)
     return logs
+
+
+@pytest.fixture(scope="module")
+def paid(logs):
+    """The run with a reward model and a PPO policy too: runs/paid, and runs/later by update."""
+    shutil.copytree(logs / "runs" / "base", logs / "runs" / "paid")
+    common = {"dataset": "one", "run": "paid", "data": str(logs / "data"), "device": "cpu"}
+    common |= {"runs": str(logs / "runs")}
+    reward.run(reward.Config(per_kind=1, batch=32, warmup=2, **common))
+    few = {"epochs": 0.5, "rollout": 16, "minibatch": 8, "micro": 4, "min_steps": 1}
+    ppo.run(ppo.Config(k=6, eval_every=2, force=True, select="last", **few, **common))
+    do(logs, **{"from": "paid"}, out="later")
+    return logs
+
+
+def test_the_reward_model_and_ppos_policy_come_along(paid, capsys):
+    """Known rows and all other weights stay; pages of both policies have rewards."""
+    old, new = load(paid / "data" / "one"), load(paid / "data" / "two")
+    number = {name: i for i, name in enumerate(old.catalogue.ids)}
+    for stage in ("reward", "ppo"):
+        was, now = (
+            torch.load(paid / "runs" / run / stage / "model.pt", weights_only=True)
+            for run in ("paid", "later")
+        )
+        assert len(now["weights"]["item"]) == new.n_items
+        for at, name in enumerate(new.catalogue.ids):
+            if name in number:
+                assert torch.equal(now["weights"]["item"][at], was["weights"]["item"][number[name]])
+        rows = ("item", "item_out", "user")
+        for name in was["weights"]:
+            assert name in rows or torch.equal(was["weights"][name], now["weights"][name])
+        for name in was.get("heads", {}):
+            assert torch.equal(was["heads"][name], now["heads"][name])
+    told = {"dataset": "two", "run": "later", "runs": str(paid / "runs")}
+    told |= {"data": str(paid / "data"), "device": "cpu"}
+    known = Recommender.load(Sources(**told))
+    for policy in ("ppo", "sft"):
+        answers = known.answers([Ask(user=user, k=6, policy=policy) for user in new.user_ids[:4]])
+        assert all(answer["page_reward"] is not None for answer in answers)
+    assert "ppo" in known.choice_in_words()  # validation compares it with the others
+    evaluate.run(evaluate.Config(k=6, depth=20, n_boot=2, examples=0, **told))
+    capsys.readouterr()
+    do(paid, **{"from": "paid"}, out="later")  # the same command again
+    out = capsys.readouterr().out
+    assert "the reward model and PPO's policy got rows" in out and "reward" in out
+    report.run(report.Config(**{n: v for n, v in told.items() if n != "device"}))
+
+
+def test_what_stays_behind_is_named_with_the_command_that_makes_it(paid, capsys):
+    do(paid, **{"from": "paid"}, out="alone", carry="false")
+    out = capsys.readouterr().out
+    assert "PPO's policy of paid stays behind (--no-carry)" in out
+    assert "pagellm ppo --dataset two --run alone" in out or "make ppo" in out
+    assert not (paid / "runs" / "alone" / "ppo").exists()
 
 
 def test_rows_go_with_their_ids_and_new_items_can_be_on_pages(updated):
