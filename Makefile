@@ -36,7 +36,7 @@ ROWS := $(DONE)/storefront/build/done
 OWN_LOG := $(filter --log --log=%,$(ARGS))
 SHOWN := $(if $(OWN_LOG),$(VENV)/installed,$(DONE)/evaluate/done)
 STAGES := pretrain sft reward ppo compose evaluate
-STEPS := storefront-build storefront-tune storefront-evaluate storefront-cache storefront-page
+STEPS := $(addprefix storefront-,build tune evaluate cache page label)
 VERBS := fit tune recommend serve export features search baselines storefront $(STEPS) judge ope
 STUDIES := ablation backbones coldstart crossdomain drift leaveout updates
 OF_A_RUN := ranker caches load fuzz
@@ -86,6 +86,19 @@ storefront-serve: $(VENV)/extra-serve | $(ROWS)  ## rows in a browser and over H
 	$(ONE) storefront cache $(COMMON)
 	$(call command,$@) $(ARGS)
 storefront-page: | $(ROWS)  ## one page of rows in the terminal: ARGS="--user ID"
+storefront-label: | $(ROWS)  ## pairs of a row and an item for people to judge: ARGS="--labels FILE" reads
+storefront-distil: | $(ROWS)  ## a small model taught what a search finds; table of all writers
+	$(ONE) storefront teach $(COMMON)
+	for swapped in 0 .15; do for labels in clean raw; do \
+		$(ONE) storefront student $(COMMON) --labels $$labels --swapped $$swapped || exit; done; done
+	$(ONE) storefront prefer $(COMMON)
+	$(PY) -m experiments.storefront_distil $(COMMON) $(ARGS)
+storefront-server: | $(ROWS)  ## rows written by a real llama.cpp server on this machine (wheel xllamacpp)
+	$(PY) -m experiments.storefront_server $(COMMON) $(ARGS)
+storefront-study: | $(ROWS)  ## what each part of the page is worth: one part changed at a time
+	$(PY) -m experiments.storefront_study $(COMMON) $(ARGS)
+storefront-bench: | $(ROWS)  ## times of its parts, and of pages in shops of up to a million items
+	$(PY) -m experiments.storefront_bench $(COMMON) $(ARGS)
 judge: $(DONE)/evaluate/done  ## SFT's pages against composed ones or PPO's: ARGS="--backend reward"
 ope: $(SHOWN)  ## what PPO would earn, from SFT's SIMULATED log; your own: ARGS="--log sessions.parquet"
 shared = $(and $(filter-out 1,$(NPROC)),$(filter $(STAGES) recommend,$(1)))

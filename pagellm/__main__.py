@@ -58,6 +58,19 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "storefront evaluate": ("pagellm.storefront.evaluate", "everybody's page of rows, scored"),
         "storefront cache": ("pagellm.storefront.ahead", "rows and pages of everybody, made ahead"),
         "storefront serve": ("pagellm.storefront.serve", "pages of rows over HTTP, in a browser"),
+        "storefront teach": (
+            "pagellm.storefront.teach",
+            "what a teacher writes, kept for a student",
+        ),
+        "storefront student": ("pagellm.storefront.student", "a small model that writes rows"),
+        "storefront prefer": (
+            "pagellm.storefront.prefer",
+            "the student, by which answer is better",
+        ),
+        "storefront label": (
+            "pagellm.storefront.label",
+            "pairs of row and item for people to judge",
+        ),
         "storefront page": ("pagellm.storefront.show", "one page of rows in the terminal"),
     },
     "Comparisons": {

@@ -49,6 +49,7 @@ STRESS = (
     "experiments/test_scaling.py",
     "experiments/test_torture.py",
     "stage/test_dist.py",
+    "storefront/test_kills.py",
     "test_notebooks.py",
     "test_sweep.py",
     "test_wheel.py",

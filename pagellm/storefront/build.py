@@ -46,6 +46,8 @@ LABEL_PEOPLE, LABEL_ITEMS = (
 )  # people whose themes are labelled; items that fit, and that do not
 SHELF_PEOPLE, SHELF_ITEMS = 300, 300  # whose best items the missions are refined by; how many
 PRECISION = 0.95  # of the threshold on agreement
+# Of a shop whose items are all of one mission: nothing tells what does not fit.
+EVERYTHING_FITS = Scorer(np.zeros(4), np.ones(4), np.zeros(4), 3.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,9 @@ def shelves_of(
 
 
 def labels(shop: Shop, known: Known, writer: Template, matcher: Matcher, people, rng) -> tuple:
-    """features (n, 4), fits (n,) by construction: see scorer.py."""
+    """features (n, 4), fits (n,) by construction: see scorer.py; n is 0 where one mission holds
+    all.
+    """
     features, fits = [], []
     near = nearest_missions(writer.missions, writer.corpus)
     of_item, live = writer.missions.of_item, np.flatnonzero(writer.stock)
@@ -164,11 +168,7 @@ def labels(shop: Shop, known: Known, writer: Template, matcher: Matcher, people,
                 features.append(matcher.features(theme, keywords, items))
                 fits.append(np.full(len(items), right))
     if not features:
-        raise PageLLMError(
-            f"{shop.path}: one mission holds every category, so that nothing tells "
-            "what fits a theme\n"
-            "  The shop needs at least two categories."
-        )
+        return np.zeros((0, 4)), np.zeros(0, dtype=bool)
     return np.concatenate(features), np.concatenate(fits)
 
 
@@ -203,6 +203,9 @@ def run(config: Config) -> dict | None:
         kinds = ", ".join(f"{count:,} {name}" for name, count in counts["keywords"].items())
         print(f"{out.path}: keywords: {kinds}; {counts['categories']} categories in "
               f"{counts['missions']} missions", flush=True)  # fmt: skip
+        if not counts["labels"]:
+            print("one mission holds all items: nothing tells what fits a theme, so that every "
+                  "item counts as fitting", flush=True)  # fmt: skip
         return read_json(out.path / "done")
 
 
@@ -245,7 +248,8 @@ def built(
     known = Known.of(shop, train, missions.of_item, missions.k, train.end())
     rng = randomness.rng(config.seed, "storefront", "labels")
     people = rng.permutation(shop.n_users)[: 2 * LABEL_PEOPLE]
-    scorer = fit_scorer(*labels(shop, known, writer, matcher, people[::2], rng))
+    features, fits = labels(shop, known, writer, matcher, people[::2], rng)
+    scorer = fit_scorer(features, fits) if len(fits) else EVERYTHING_FITS
     features, fits = labels(shop, known, writer, matcher, people[1::2], rng)
     cut = choose_threshold(scorer(features).round(3), fits, PRECISION)
     best = best_categories(missions, train, policy, corpus)

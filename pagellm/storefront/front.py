@@ -34,7 +34,8 @@ from pagellm.storefront.rankers import NAMES, File, Platt, Ranker, make_ranker
 from pagellm.storefront.remote import Asked, Kept, Remote, Replay, Server
 from pagellm.storefront.retrieve import build_index
 from pagellm.storefront.schemas import layout_of
-from pagellm.storefront.scorer import Matcher
+from pagellm.storefront.scorer import Agreement, Matcher
+from pagellm.storefront.search import Search
 from pagellm.storefront.text import index_texts, parents
 from pagellm.storefront.themes import Template
 
@@ -48,7 +49,7 @@ __all__ = [
     "with_tuning",
 ]
 
-WRITERS = ("template", "lm", "http", "replay")
+WRITERS = ("template", "search", "lm", "http", "replay")
 MOST_SCORED = 2000  # items of a user that PageLLM's policy scores
 
 
@@ -63,8 +64,9 @@ class Sources(StageConfig):
     scores: str = ""  # with ranker=file: Parquet file of user, item, score
     static: bool = False  # switch themes off: rows are the best-selling categories, each in the
     # ranker's own order
-    writer: str = "template"  # what writes themes and keywords: template; lm, a language model
-    # of our own blocks; http, one on a server; or replay, answers out of a file
+    writer: str = "template"  # what writes themes and keywords: template; search, which tries many
+    # keywords; lm, a language model of our own blocks; http, one on a server; or replay, answers
+    # out of a file
     weights: str = ""  # lm: directory of a published model, such as `pagellm import-gguf` makes
     answers: str = ""  # lm, http: file (JSON lines) that keeps answers, so that no question is
     # asked twice; replay: the file
@@ -86,7 +88,7 @@ class Sources(StageConfig):
                 (self.ranker == "file") == bool(self.scores),
                 "a file with ranker=file, else none",
             ),
-            writer=(self.writer in WRITERS, "template, lm, http or replay"),
+            writer=(self.writer in WRITERS, ", ".join(WRITERS)),
             answers=(
                 self.writer != "replay" or bool(self.answers),
                 "with writer=replay, the file of answers that --writer http --answers FILE made",
@@ -223,7 +225,7 @@ def front_of(
         ranker=ranker,
         platt=Platt(),
         writer=Template(ranker, Platt(), missions, corpus, policy, stock, seed),
-        agree=lambda theme, keywords, item: scorer(matcher.features(theme, keywords, item)),
+        agree=Agreement(scorer, matcher),
         policy=policy,
         similar=SameLeaf(shop.catalogue.leaf_id, parent, near_duplicates(shop.catalogue)),
         best=state["best"],
@@ -265,6 +267,8 @@ def with_writer(config: Sources, front: Front) -> Front:
     """The front with the writer asked for; the template writer, which it has, stands in."""
     if config.writer == "template" or not isinstance(front.writer, Template):
         return front
+    if config.writer == "search":
+        return replace(front, writer=Search(front))
     if config.writer == "replay":
         asked: Asked = Replay(config.answers)
     elif config.writer == "lm":
@@ -287,4 +291,6 @@ def with_tuning(front: Front, tuned: dict) -> Front:
         writer = replace(writer, platt=platt)
     elif isinstance(writer, Remote):
         writer = replace(writer, template=replace(writer.template, platt=platt))
+    elif isinstance(writer, Search):
+        writer = Search(with_tuning(writer.front, tuned))
     return replace(front, platt=platt, writer=writer, weights=Weights(**tuned["weights"]))

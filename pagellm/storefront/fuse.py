@@ -101,6 +101,7 @@ def fill(
     taken: np.ndarray,
     explore: float,
     uniform: np.ndarray,
+    given: np.ndarray | None = None,
 ) -> Slots:
     """The items of a row, top first; fewer than `slots` where fewer are legal.
 
@@ -108,11 +109,15 @@ def fill(
     explore  tau: each slot is drawn by softmax(score / tau) over what is still legal; 0: the best
              one
     uniform  (slots,) in [0, 1): the draws
+    given    (K,) places of candidates that are shown whatever the draws: their propensities are
+             those of a page that another policy drew
     Equal scores go by item number. propensity is P(item | slots above), exactly; 1 without
-    exploring. Raises ValueError on scores of another length or too few draws.
+    exploring. Raises ValueError on scores of another length or too few draws, and for a given place
+    that is not legal.
     """
     item = candidates.item
-    if score.shape != item.shape or len(uniform) < (slots if explore else 0):
+    draws = slots if explore and given is None else 0
+    if score.shape != item.shape or len(uniform) < draws:
         raise ValueError(
             f"fill: score {score.shape} for {item.shape} candidates, {len(uniform)} draws for "
             f"{slots} slots: want one score a candidate and one draw a slot"
@@ -125,7 +130,12 @@ def fill(
     while len(chosen) < slots and legal.any():
         now = np.flatnonzero(legal)
         total = score[now] - quota.mu * redundancy[now] if quota.mu else score[now]
-        at, p = pick(total, item[now], explore, uniform[len(chosen)] if explore else 0.0)
+        if given is None:
+            at, p = pick(total, item[now], explore, uniform[len(chosen)] if explore else 0.0)
+        elif len(chosen) == len(given):
+            break
+        else:
+            at, p = chance_of(total, now, int(given[len(chosen)]), explore)
         place = now[at]
         chosen.append(place)
         costs.append(-quota.mu * redundancy[place] if quota.mu else 0.0)
@@ -159,6 +169,17 @@ def pick(total: np.ndarray, item: np.ndarray, explore: float, draw: float) -> tu
     edge = np.cumsum(weight)
     at = min(int(np.searchsorted(edge, draw * edge[-1], side="right")), len(order) - 1)
     return int(order[at]), float(weight[at] / edge[-1])
+
+
+def chance_of(total: np.ndarray, now: np.ndarray, place: int, explore: float) -> tuple[int, float]:
+    """Where a place stands among the legal ones `now` (M',), and its propensity."""
+    at = int(np.searchsorted(now, place))
+    if at == len(now) or now[at] != place:
+        raise ValueError(f"fill: given place {place} is shown above already, or may not be shown")
+    if not explore:
+        return at, float(total[at] == total.max())
+    weight = np.exp((total - total.max()) / explore)
+    return at, float(weight[at] / weight.sum())
 
 
 def row_value(p: np.ndarray, row: int = 1) -> float:

@@ -22,16 +22,18 @@ from pagellm.model.backbone import Backbone, KVCache
 from pagellm.model.networks import build, load_published, published_shape
 from pagellm.model.vocab import Vocab
 from pagellm.stage.config import PageLLMError
+from pagellm.stage.files import read_json
 from pagellm.stage.run import file_id
 from pagellm.storefront.corpus import Corpus
 from pagellm.storefront.gates import LONGEST, MOST_WORDS, SHORTEST
 from pagellm.storefront.parts import Answer, Theme
-from pagellm.storefront.prompts import VERSION, Question, line_messages
+from pagellm.storefront.prompts import VERSION, Question, line_messages, tagged_line
 from pagellm.storefront.remote import Read
-from pagellm.storefront.trie import MOST, Trie, keywords_under
+from pagellm.storefront.trie import MOST, Trie, drawn_under, keywords_under
 
-__all__ = ["Local", "Next", "Pieces"]
+__all__ = ["Local", "Next", "Pieces", "TAUGHT"]
 
+TAUGHT = "storefront.json"  # beside the weights of a model that was taught these tasks
 GAMMA = 2.0  # weight of the cosine between theme and keyword, beside nats a token
 PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 &',-")
 
@@ -106,6 +108,7 @@ class Local:
 
     ends    word tokens that end a line: the newline first, which also ends a keyword
     gamma   weight of the cosine between theme and keyword
+    taught  the model was taught these two questions (student.py): it is asked in their short form
     """
 
     model: Backbone
@@ -115,15 +118,24 @@ class Local:
     ends: tuple[int, ...]
     name: str
     gamma: float = GAMMA
+    taught: bool = False
 
     @classmethod
-    def of(cls, model: Backbone, vocab: Vocab, corpus: Corpus, name: str) -> "Local":
+    def of(
+        cls,
+        model: Backbone,
+        vocab: Vocab,
+        corpus: Corpus,
+        name: str,
+        gamma: float = GAMMA,
+        taught: bool = False,
+    ) -> "Local":
         newline = vocab.words("\n")
         if len(newline) != 1:
             raise PageLLMError("the model's tokenizer has no token for a new line; take another")
         special = vocab.tokenizer.get_added_tokens_decoder()
         ends = (newline[0], *(token for token in sorted(special) if token < vocab.n_words))
-        return cls(model.eval(), vocab, corpus, Pieces.of(vocab), ends, name)
+        return cls(model.eval(), vocab, corpus, Pieces.of(vocab), ends, name, gamma, taught)
 
     @classmethod
     def load(cls, path: str | Path, corpus: Corpus, device: torch.device | str = "cpu") -> "Local":
@@ -138,8 +150,10 @@ class Local:
         model = build(published_shape(path), vocab.n_words, 0, 0, 0.0)
         load_published(model, path, vocab.n_words, spare=True)
         ids = "-".join(file_id(file) for file in sorted(path.glob("*.safetensors")))
-        name = f"lm {path.name} {ids[:40]} {VERSION} gamma {GAMMA:g}"
-        return cls.of(model.to(device), vocab, corpus, name)
+        about = read_json(path / TAUGHT) if (path / TAUGHT).exists() else {}
+        gamma = float(about.get("gamma", GAMMA))
+        name = f"lm {path.name} {ids[:40]} {VERSION} gamma {gamma:g}"
+        return cls.of(model.to(device), vocab, corpus, name, gamma, bool(about))
 
     def ask(self, question: Question, read: Read) -> Answer[dict]:
         """One answer; for a title that will not do, one more, which begins otherwise."""
@@ -169,6 +183,8 @@ class Local:
 
     def prompt(self, question: Question) -> list[int]:
         """Tokens of the question, up to where the answer begins."""
+        if self.taught:
+            return [*self.vocab.words(tagged_line(question)), self.ends[0]]
         messages = line_messages(question)
         if self.vocab.template is not None:
             return self.vocab.chat(messages)
@@ -210,7 +226,23 @@ class Local:
         """Up to eight of those on offer, by log-probability and nearness to the theme."""
         offered = question.data["offered"]
         trie = Trie.of(self.vocab.words_batch(offered), self.ends[0])
-        return [offered[one.number] for one in keywords_under(trie, follow, self.bonus(question))]
+        bonus = self.bonus(question)
+        chosen = keywords_under(trie, follow, bonus, stops=self.taught)
+        return [offered[one.number] for one in chosen]
+
+    def drawn(
+        self, question: Question, rng: np.random.Generator, times: int, temperature: float
+    ) -> list[list[str]]:
+        """Keywords of so many answers, each drawn; [] where the question is too long."""
+        offered, prompt = question.data["offered"], self.prompt(question)
+        room = self.room(question)
+        if len(prompt) + room > self.model.shape.n_ctx:
+            return []
+        follow = Next(self.model, prompt, room)
+        trie = Trie.of(self.vocab.words_batch(offered), self.ends[0])
+        return [
+            [offered[n] for n in drawn_under(trie, follow, rng, temperature)] for _ in range(times)
+        ]
 
     def bonus(self, question: Question) -> np.ndarray:
         theme = Theme(question.data["title"], "", tuple(question.data["concepts"]))

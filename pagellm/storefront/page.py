@@ -42,11 +42,24 @@ from pagellm.storefront.parts import (
     Written,
 )
 from pagellm.storefront.policy import Policy
-from pagellm.storefront.rankers import Platt, Ranker
+from pagellm.storefront.rankers import Logits, Platt, Ranker
 from pagellm.storefront.retrieve import Index, members_first, retrieve
 from pagellm.storefront.text import best_first
 
-__all__ = ["Front", "Writer", "blocked_by", "default_layout", "page", "written_ahead"]
+__all__ = [
+    "DEPTH",
+    "Front",
+    "MOST_KEPT",
+    "Writer",
+    "blocked_by",
+    "default_layout",
+    "kept",
+    "open_rows_of",
+    "page",
+    "scored",
+    "text_decisions",
+    "written_ahead",
+]
 
 DEPTH = 50  # items of a keyword
 MOST_KEPT = 200  # candidates of a theme, the ranker's best
@@ -112,6 +125,7 @@ class Front:
     known: frozenset[str]
     weights: Weights = Weights()
     threshold: float = 0.0
+    depth: int = DEPTH  # items that each keyword finds at most
     static: bool = False  # themes off: every row shows a best-selling category
     models: dict = field(default_factory=dict)
 
@@ -143,7 +157,7 @@ class Making:
     def __init__(self, front: Front, context: Context, layout: Layout, seed: int, explore: float):
         self.front, self.context, self.layout = front, context, layout
         self.seed, self.explore = seed, explore
-        self.logit = front.ranker(context)
+        self.logit = Logits(front.ranker, context)
         self.legal = front.stock.copy()
         self.legal[context.barred] = False
         self.taken = np.zeros(len(front.stock), dtype=bool)
@@ -157,6 +171,13 @@ class Making:
     def allowed(self, intent: str) -> np.ndarray:
         """(N,) bool: what a row of this intent may show now."""
         return self.fitting(intent) & ~self.taken
+
+    def may(self, intent: str, items: np.ndarray) -> np.ndarray:
+        """(n,) bool: which of some items a row of this intent may show now."""
+        allowed = self.legal[items] & ~self.taken[items]
+        if intent == "discover":
+            allowed &= ~np.isin(items, self.context.item)
+        return allowed
 
     def fitting(self, intent: str) -> np.ndarray:
         """(N,) bool: what it might show, were nothing above it on the page."""
@@ -247,16 +268,16 @@ def locked(making: Making, placement: Placement, intent: str) -> bool:
 
 def locked_row(making: Making, placement: Placement, intent: str) -> Row | None:
     """A row whose theme is given: its items are those of the history or of the named categories."""
-    front, allowed = making.front, making.allowed(intent)
+    front = making.front
     names, title = placement.categories, ""
     if intent == "restock":
-        items = making.context.item[allowed[making.context.item]]
+        items = making.context.item
     else:
         if intent == "season" and not names:
             season = front.policy.seasons(making.context.at)[0]
             names, title = tuple(season["categories"]), season["name"]
         items = items_of(front, names)
-        items = items[allowed[items]]
+    items = items[making.may(intent, items)]
     otherwise = title or TITLES.get(intent) or (names[0] if names else "")
     title = own_title(making, placement, otherwise)
     if not len(items):
@@ -322,13 +343,30 @@ def put(making: Making, position: int, row: Row) -> None:
     making.taken[row.item] = True
 
 
+def told_to_writer(making: Making) -> tuple[Context, list[str]]:
+    """The person without the items that the locked rows show, and the titles of these rows."""
+    used = [row.theme.title for row in making.rows.values()]
+    barred = np.union1d(making.context.barred, np.flatnonzero(making.taken))
+    return replace(making.context, barred=barred), used
+
+
+def open_rows_of(
+    front: Front, context: Context, layout: Layout
+) -> tuple[Context, list[str], list[str]]:
+    """What a writer is told: the person without what the locked rows show, the intents of the open
+    rows, and the titles used already.
+    """
+    making = Making(front, context, layout, 0, 0.0)
+    wanted, open_rows = locked_rows(making)
+    told, used = told_to_writer(making)
+    return told, [wanted[position] for position in open_rows], used
+
+
 def themes_on_offer(making: Making, intents: list[str]) -> list[Written]:
     """Themes whose texts and keywords the gates let pass, with keywords and candidates."""
-    front, context = making.front, making.context
-    used = [row.theme.title for row in making.rows.values()]
-    # The writer may not use items that the locked rows show.
-    barred = np.union1d(context.barred, np.flatnonzero(making.taken))
-    answers = front.writer.themes([replace(context, barred=barred)], [intents], [used])[0]
+    front = making.front
+    context, used = told_to_writer(making)
+    answers = front.writer.themes([context], [intents], [used])[0]
     making.answers += answers
     both = [(answer.value, answer.problem) for answer in answers if answer.value is not None]
     both = [(theme, note) for theme, note in both if passes(making, text_decisions(front, theme))]
@@ -375,7 +413,9 @@ def candidates_of(making: Making, theme: Theme, keywords: list[Keyword]) -> Writ
         return None
     # What a keyword finds does not hang on the rows above; what they show is taken out afterwards.
     allowed = making.fitting(theme.intent)
-    found = untaken(making, retrieve(front.index, keywords, context, making.logit, DEPTH, allowed))
+    found = untaken(
+        making, retrieve(front.index, keywords, context, making.logit.all, front.depth, allowed)
+    )
     if len(found.item) < least:
         found = widened(making, keywords, context, allowed, found)
     best = np.sort(best_first(making.logit[found.item], found.item, MOST_KEPT))
@@ -387,7 +427,7 @@ def candidates_of(making: Making, theme: Theme, keywords: list[Keyword]) -> Writ
 def offer_of(making: Making, written: Written) -> Offer | None:
     """Scores of one theme's candidates for this person; None where a gate is against the row."""
     front, theme = making.front, written.theme
-    found = kept(written.found, np.flatnonzero(making.allowed(theme.intent)[written.found.item]))
+    found = kept(written.found, making.may(theme.intent, written.found.item))
     least = front.policy.min_items
     score, parts = scored(front, making.logit[found.item], found)
     offer = Offer(theme, list(written.keywords), found, score, parts, written.note)
@@ -423,7 +463,8 @@ def widened(making: Making, keywords, context, allowed, found: Candidates) -> Ca
     lowest = min(keyword.score for keyword in keywords)
     more = [front.corpus.keyword(w, lowest - 1.0) for w in dict.fromkeys(numbers)]
     return untaken(
-        making, retrieve(front.index, [*keywords, *more], context, making.logit, DEPTH, allowed)
+        making,
+        retrieve(front.index, [*keywords, *more], context, making.logit.all, front.depth, allowed),
     )
 
 

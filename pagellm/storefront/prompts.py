@@ -23,6 +23,7 @@ __all__ = [
     "clean",
     "keywords_question",
     "line_messages",
+    "tagged_line",
     "theme_question",
 ]
 
@@ -123,3 +124,14 @@ def line_messages(question: Question) -> list[dict[str, str]]:
         {"role": "system", "content": LINE_TASKS[question.kind]},
         {"role": "user", "content": json.dumps(data, ensure_ascii=False)},
     ]
+
+
+def tagged_line(question: Question) -> str:
+    """The same question to a model that was taught these two tasks (student.py): a tag and data."""
+    values = []
+    for name, value in question.data.items():
+        if name == "bought":
+            value = [[one["category"], one["orders"]] for one in value]
+        if name != "offered":
+            values.append(value)
+    return f"{question.kind}: {json.dumps(values, ensure_ascii=False)}"

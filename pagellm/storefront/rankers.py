@@ -14,7 +14,9 @@ rank(context)                           (N,) float64, higher is better
 A logit becomes a probability by Platt's rule, p = 1 / (1 + exp(-(alpha + beta logit))).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +34,7 @@ __all__ = [
     "Factors",
     "File",
     "Frequency",
+    "Logits",
     "NAMES",
     "Platt",
     "Popularity",
@@ -48,12 +51,42 @@ FACTORS, ALPHA, RIDGE, SWEEPS = 64, 10.0, 50.0, 6
 
 
 class Ranker(Protocol):
-    """Anything with a name, which is part of every cache key, and a logit for every item."""
+    """Anything with a name, which is part of every cache key, and a logit for every item.
+
+    Where it also has of(context), which gives a function from items (n,) to their logits (n,), bit
+    for bit those of the whole, a page that is ranked from kept rows costs no more in a large shop.
+    """
 
     @property
     def name(self) -> str: ...
 
     def __call__(self, context: Context) -> np.ndarray: ...
+
+
+class Logits:
+    """A person's logits, indexed by items (n,) or a boolean mask; worked out as far as needed."""
+
+    def __init__(self, ranker: Ranker, context: Context):
+        self.ranker, self.context = ranker, context
+        of = getattr(ranker, "of", None)
+        self.some: Callable[[np.ndarray], np.ndarray] | None = of(context) if of else None
+
+    @cached_property
+    def all(self) -> np.ndarray:
+        """(N,) float64."""
+        return self.ranker(self.context)
+
+    def __getitem__(self, items: np.ndarray) -> np.ndarray:
+        if self.some is None or "all" in self.__dict__:
+            return self.all[items]
+        return self.some(items)
+
+
+def dots(rows: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    """(n,) product of each row with a vector: the same bits whichever other rows are there, which
+    a matrix product does not promise.
+    """
+    return np.einsum("ij,j->i", rows, vector)
 
 
 @dataclass(frozen=True)
@@ -107,6 +140,20 @@ def solve_side(factors: Factors, indptr, item, count) -> np.ndarray:
     return out
 
 
+def habit_of(context: Context) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from items (n,) to ln(1 + orders) of each, 0 for what was never bought."""
+    order = np.argsort(context.item)
+    bought, times = context.item[order], np.log1p(context.count[order])
+
+    def habit(items: np.ndarray) -> np.ndarray:
+        if not len(bought):
+            return np.zeros(len(items))
+        at = np.minimum(np.searchsorted(bought, items), len(bought) - 1)
+        return np.where(bought[at] == items, times[at], 0.0)
+
+    return habit
+
+
 @dataclass(frozen=True)
 class Popularity:
     """households (N,): how many bought each item."""
@@ -116,6 +163,9 @@ class Popularity:
 
     def __call__(self, context: Context) -> np.ndarray:
         return np.log1p(self.households.astype(np.float64))
+
+    def of(self, context: Context) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda items: np.log1p(self.households[items].astype(np.float64))
 
 
 @dataclass(frozen=True)
@@ -131,6 +181,11 @@ class Frequency:
         logit[context.item] += np.log1p(context.count)
         return logit
 
+    def of(self, context: Context) -> Callable[[np.ndarray], np.ndarray]:
+        most = max(float(self.households.max(initial=0)), 1.0)
+        habit = habit_of(context)
+        return lambda items: (-3 + self.households[items] / most) + habit(items)
+
 
 @dataclass(frozen=True)
 class Als:
@@ -143,7 +198,14 @@ class Als:
     def __call__(self, context: Context) -> np.ndarray:
         if not len(context.item):
             return self.households / max(float(self.households.max(initial=0)), 1.0)
-        return self.factors.item @ fold_in(self.factors, context.item, context.count)
+        return dots(self.factors.item, fold_in(self.factors, context.item, context.count))
+
+    def of(self, context: Context) -> Callable[[np.ndarray], np.ndarray]:
+        if not len(context.item):
+            most = max(float(self.households.max(initial=0)), 1.0)
+            return lambda items: self.households[items] / most
+        taste = fold_in(self.factors, context.item, context.count)
+        return lambda items: dots(self.factors.item[items], taste)
 
 
 @dataclass(frozen=True)
@@ -158,6 +220,10 @@ class Blend:
         logit = 0.5 * Als(self.factors, self.households)(context)
         logit[context.item] += np.log1p(context.count)
         return logit
+
+    def of(self, context: Context) -> Callable[[np.ndarray], np.ndarray]:
+        taste, habit = Als(self.factors, self.households).of(context), habit_of(context)
+        return lambda items: 0.5 * taste(items) + habit(items)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from pagellm.storefront.schemas import check
 from pagellm.storefront.text import stem, words
 from pagellm.storefront.themes import FIRST, STEP, Template
 
-__all__ = ["Asked", "Kept", "Remote", "Replay", "Server"]
+__all__ = ["Asked", "Kept", "Read", "Remote", "Replay", "Server", "bought_by"]
 
 Made = TypeVar("Made")
 TOKENS = 400  # of an answer; twice as many when it was cut off
@@ -229,6 +229,19 @@ class Replay:
             ) from None
 
 
+def bought_by(template: Template, context: Context) -> list[tuple[str, int]]:
+    """Categories of what a person bought, with counts, the most frequent first.
+
+    None that no row may name: what is restricted is told to nobody.
+    """
+    missions, orders = template.missions, Counter[str]()
+    for item, count in zip(context.item.tolist(), context.count.tolist(), strict=True):
+        c = int(missions.category[item])
+        if c >= 0 and template.nameable[c]:
+            orders[missions.names[c]] += count
+    return sorted(orders.items(), key=lambda pair: (-pair[1], pair[0]))
+
+
 @dataclass(frozen=True)
 class Remote:
     """See the module.
@@ -256,7 +269,7 @@ class Remote:
         drafts = self.template.themes(contexts, intents, used)
         found = []
         for context, wanted, titles, offers in zip(contexts, intents, used, drafts, strict=True):
-            bought, left = self.bought(context), Counter(wanted)
+            bought, left = bought_by(self.template, context), Counter(wanted)
             answers: list[Answer[Theme]] = []
             for draft in [answer.value for answer in offers if answer.value is not None]:
                 if left[draft.intent]:
@@ -265,18 +278,6 @@ class Remote:
                     answers.append(self.theme(draft, bought, [*titles, *above]))
             found.append(answers)
         return found
-
-    def bought(self, context: Context) -> list[tuple[str, int]]:
-        """Categories of what a person bought, with counts, the most frequent first.
-
-        None that no row may name: what is restricted is told to nobody.
-        """
-        missions, orders = self.template.missions, Counter[str]()
-        for item, count in zip(context.item.tolist(), context.count.tolist(), strict=True):
-            c = int(missions.category[item])
-            if c >= 0 and self.template.nameable[c]:
-                orders[missions.names[c]] += count
-        return sorted(orders.items(), key=lambda pair: (-pair[1], pair[0]))
 
     def theme(self, draft: Theme, bought: list[tuple[str, int]], used: list[str]) -> Answer[Theme]:
         question = theme_question(draft, bought, used)

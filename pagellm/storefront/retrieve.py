@@ -15,9 +15,10 @@ import numpy as np
 from pagellm.data.shop import Catalogue
 from pagellm.storefront.corpus import Corpus, fused_ranks
 from pagellm.storefront.parts import Candidates, Context, Keyword
+from pagellm.storefront.rankers import Logits
 from pagellm.storefront.text import BM25, best_first, index_texts, parents, stems
 
-__all__ = ["Index", "build_index", "members_first", "retrieve"]
+__all__ = ["Index", "build_index", "found_by", "members_first", "merged", "retrieve", "reached"]
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,12 @@ def build_index(
     return Index(corpus, BM25(docs), live, np.asarray(popularity, np.float64), parent, nearness)
 
 
-def members_first(items: np.ndarray, score: np.ndarray, depth: int) -> np.ndarray:
+def members_first(items: np.ndarray, score: np.ndarray | Logits, depth: int) -> np.ndarray:
     """The `depth` best of some items by score (N,), best first, ties by number."""
     return items[best_first(score[items], items, depth)]
 
 
-def answer(
+def found_by(
     index: Index, keyword: Keyword, allowed: np.ndarray, score: np.ndarray, depth: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """item, fused score of one keyword; at most `depth` items a list."""
@@ -75,6 +76,41 @@ def answer(
         best = best_first(near, index.live, depth)
         lists.append(index.live[best[near[best] > 0]])
     return fused_ranks(lists)
+
+
+def reached(
+    index: Index, context: Context, allowed: np.ndarray | None, logit: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """live (N,) bool: what may be found; score (N,): what orders the members of a keyword.
+
+    People without history get the members by popularity.
+    """
+    live = np.zeros(len(index.popularity), dtype=bool)
+    live[index.live] = True
+    if allowed is not None:
+        live &= allowed
+    live[context.barred] = False
+    return live, logit if len(context.item) else index.popularity
+
+
+def merged(lists: list[tuple[np.ndarray, np.ndarray]], weight: np.ndarray) -> Candidates:
+    """Candidates out of what each keyword finds: item and score of its list.
+
+    weight  (W,) of each keyword, the best 1
+    """
+    if not lists:
+        none = np.zeros(0, np.int64)
+        return Candidates(none, np.zeros(0), np.zeros(0), none)
+    item = np.concatenate([found for found, _ in lists])
+    place = np.repeat(np.arange(len(lists)), [len(found) for found, _ in lists])
+    gain = np.concatenate([w * score for w, (_, score) in zip(weight, lists, strict=True)])
+    # Of equal gains the earlier keyword's counts: the places rise already, and the sort is stable.
+    order = np.lexsort((-gain, item))
+    number, first = np.unique(item[order], return_index=True)
+    best = order[first]
+    at = np.searchsorted(number, item)
+    share = np.bincount(at, weight[place], len(number)) / weight.sum()
+    return Candidates(number, gain[best], np.minimum(share, 1.0), place[best])
 
 
 def retrieve(
@@ -96,21 +132,7 @@ def retrieve(
     n_items = len(index.popularity)
     if logit.shape != (n_items,):
         raise ValueError(f"retrieve: logit {logit.shape}, want ({n_items},)")
-    live = np.zeros(n_items, dtype=bool)
-    live[index.live] = True
-    if allowed is not None:
-        live &= allowed
-    live[context.barred] = False
-    score = logit if len(context.item) else index.popularity
-    ret, agree = np.zeros(n_items), np.zeros(n_items)
-    source = np.full(n_items, -1, dtype=np.int64)
+    live, score = reached(index, context, allowed, logit)
     weight = np.array([keyword.score for keyword in keywords])
     weight = np.exp(weight - weight.max()) if len(weight) else weight
-    for k, keyword in enumerate(keywords):
-        item, fused = answer(index, keyword, live, score, depth)
-        gain = weight[k] * fused
-        better = gain > ret[item]
-        ret[item[better]], source[item[better]] = gain[better], k
-        agree[item] += weight[k] / weight.sum()
-    found = np.flatnonzero(source >= 0)
-    return Candidates(found, ret[found], np.minimum(agree[found], 1.0), source[found])
+    return merged([found_by(index, keyword, live, score, depth) for keyword in keywords], weight)

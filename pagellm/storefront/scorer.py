@@ -10,6 +10,7 @@ theme's mission fits; of the items that do not fit, half are drawn from the near
 half from the whole shop.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from pagellm.storefront.parts import Keyword, Theme
 from pagellm.storefront.retrieve import Index
 from pagellm.storefront.text import stems
 
-__all__ = ["Matcher", "Scorer", "fit_scorer"]
+__all__ = ["Agreement", "Matcher", "Scorer", "fit_scorer"]
 
 RIDGE = 0.01
 
@@ -45,19 +46,19 @@ class Matcher:
 
     def features(self, theme: Theme, keywords: list[Keyword], item: np.ndarray) -> np.ndarray:
         """(n, 4) float64 of some items in stock."""
+        text, near, named = self.of_theme(theme, item)
+        return np.stack([text, near, self.keyword_share(keywords, item), named], axis=1).astype(
+            np.float64
+        )
+
+    def of_theme(self, theme: Theme, item: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The three features, (n,) each, in which a theme's keywords have no part."""
         at = self.place[item]
         score = self.index.bm25.dense(stems(" ".join((theme.title, *theme.concepts))))
         near = self.vector[at] @ self.corpus.theme_vector(theme).astype(np.float32)
         named = [self.number[concept] for concept in theme.concepts if concept in self.number]
-        return np.stack(
-            [
-                score[at] / max(score.max(initial=0.0), 1e-12),
-                near,
-                self.keyword_share(keywords, item),
-                np.isin(self.missions.category[item], named),
-            ],
-            axis=1,
-        ).astype(np.float64)
+        text = score[at] / max(score.max(initial=0.0), 1e-12)
+        return text, near, np.isin(self.missions.category[item], named)
 
     def keyword_share(self, keywords: list[Keyword], item: np.ndarray) -> np.ndarray:
         """(n,) the share of the keywords' weight exp(score - best) that matches each item."""
@@ -85,6 +86,30 @@ class Scorer:
     def __call__(self, features: np.ndarray) -> np.ndarray:
         z = self.intercept + (features - self.mean) / self.scale @ self.weight
         return 1 / (1 + np.exp(-np.clip(z, -500, 500)))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well items fit a theme: agree(theme, keywords, item) -> (n,) in 0..1."""
+
+    scorer: Scorer
+    matcher: Matcher
+
+    def __call__(self, theme: Theme, keywords: list[Keyword], item: np.ndarray) -> np.ndarray:
+        return self.scorer(self.matcher.features(theme, keywords, item))
+
+    def of_theme(self, theme: Theme) -> Callable[[list[Keyword], np.ndarray], np.ndarray]:
+        """The same for one theme and many sets of keywords, as a function of the other two."""
+        live = self.matcher.index.live
+        columns = np.zeros((len(self.matcher.place), 4))
+        columns[live[:, None], (0, 1, 3)] = np.stack(self.matcher.of_theme(theme, live), axis=1)
+
+        def agree(keywords: list[Keyword], item: np.ndarray) -> np.ndarray:
+            features = columns[item]
+            features[:, 2] = self.matcher.keyword_share(keywords, item)
+            return self.scorer(features)
+
+        return agree
 
 
 def fit_scorer(features: np.ndarray, fits: np.ndarray, rounds: int = 50) -> Scorer:

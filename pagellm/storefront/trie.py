@@ -17,11 +17,12 @@ import numpy as np
 
 from pagellm.stage.config import PageLLMError
 
-__all__ = ["Chosen", "Node", "Trie", "keywords_under", "walk"]
+__all__ = ["Chosen", "Node", "Trie", "drawn_under", "keywords_under", "walk"]
 
 MOST, LEAST = 8, 3  # keywords of a theme
 BEAM = 4  # unfinished keywords that are followed at a time
 DROP = 3.0  # a keyword so far below the first ends the list
+ENDS = float(np.log(0.5))  # a list ends where an empty line is likelier than all else together
 PAD = -1
 
 # Paths of tokens -> (n, V) float64: log-probability of each next token, under the full softmax.
@@ -195,17 +196,21 @@ def keywords_under(
     m: int = MOST,
     least: int = LEAST,
     width: int | None = BEAM,
+    stops: bool = False,
 ) -> list[Chosen]:
     """Up to m keywords, one after the other, each the best that the beam finds; none twice.
 
     bonus  (W,) float64 by keyword number, added to its mean log-probability; None: nothing
     least  keywords that are written however low their scores; later ones more than 3.0 below the
            first end the list
+    stops  the model was taught to end a list by an empty line: after `least` keywords it may do so
     """
     chosen: list[Chosen] = []
     gone: list[int] = []
     start: tuple[int, ...] = ()
     while len(chosen) < m:
+        if stops and len(chosen) >= least and logp([start])[0][trie.separator] > ENDS:
+            break
         row, mean, _ = walk(trie, logp, gone, width, start)
         if not len(row):
             break
@@ -219,4 +224,43 @@ def keywords_under(
         chosen.append(Chosen(int(number[best]), float(score[best]), path))
         gone.append(int(row[best]))
         start += path
+    return chosen
+
+
+def drawn_under(
+    trie: Trie,
+    logp: NextLogp,
+    rng: np.random.Generator,
+    temperature: float,
+    m: int = MOST,
+    least: int = LEAST,
+) -> list[int]:
+    """Numbers of up to m keywords, drawn token by token by softmax(log p / temperature).
+
+    Only tokens that lead to a keyword are drawn, none twice; after `least` keywords the empty line
+    that ends a list is one of them.
+    """
+    chosen: list[int] = []
+    gone: list[int] = []
+    start: tuple[int, ...] = ()
+    while len(chosen) < m:
+        node, path = trie.root, start
+        while True:
+            token, low, high = trie.children(node, gone)
+            if not len(token):
+                return chosen
+            ends = len(path) == len(start) and len(chosen) >= least
+            every = np.append(token, trie.separator) if ends else token
+            scores = logp([path])[0][every] / temperature
+            weight = np.exp(scores - scores.max())
+            at = int(rng.choice(len(every), p=weight / weight.sum()))
+            if at == len(token):
+                return chosen
+            path = (*path, int(token[at]))
+            if token[at] == trie.separator:
+                break
+            node = Node(int(low[at]), int(high[at]), node.depth + 1)
+        chosen.append(int(trie.number[low[at]]))
+        gone.append(int(low[at]))
+        start = path
     return chosen

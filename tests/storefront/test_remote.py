@@ -342,7 +342,7 @@ def test_a_changed_answer_is_not_believed(tmp_path):
 
 def test_wrong_options_are_refused():
     for options, why in (
-        ({"writer": "gpt"}, "template, lm, http or replay"),
+        ({"writer": "gpt"}, "template, search, lm, http, replay"),
         ({"writer": "replay"}, "answers"),
         ({"writer": "lm"}, "weights"),
         ({"writer": "http", "model": "m"}, "url"),
