@@ -43,6 +43,7 @@ QUICK = ("kernels/", "pages/", "stage/test_config.py", "test_structure.py")
 # `make test` leaves these to `make stress`: they start many processes, kill them, or wait for them.
 STRESS = (
     "baselines/test_outside.py",
+    "data/test_spark.py",
     "experiments/test_backbones.py",
     "experiments/test_gpu_check.py",
     "experiments/test_load.py",

@@ -9,7 +9,7 @@ Whatever changes the meaning of the data is a warning.
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Protocol
@@ -22,11 +22,13 @@ from pagellm.data.files import Options, RawFile
 from pagellm.data.packed import is_plain
 from pagellm.data.raw import Raw
 from pagellm.data.records import Item, Tally
+from pagellm.data.text_store import Columns
 from pagellm.data.values import NO_TIME
 from pagellm.data.where import Where
 
-__all__ = ["Account", "Join", "account_of", "is_unknown", "several"]
+__all__ = ["DAY", "Account", "Join", "RowsOf", "Seen", "account_of", "is_unknown", "several"]
 
+RowsOf = Callable[[list[str]], int]
 SHOWN = 6  # names shown of a longer list
 MOST_LINES = 23  # lines of the paragraph; two more follow, what was written and what was left out
 JOINED = 0.1  # if an item table knows fewer of the log's items, it is of something else
@@ -118,6 +120,45 @@ def share(part: int, whole: int) -> str:
     return f"{part:,} of {whole:,} ({rounded:.1%})"
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What the account tells of the rows that were kept, whoever counted them."""
+
+    rows: int
+    rated: int  # rows with a rating
+    timed: int  # rows with a time
+    texts: int  # rows with a text
+    first: float  # earliest time, seconds since 1970
+    last: float
+    whole_days: bool  # no time has a clock
+    user_ids: Iterable[str]  # in order, to be gone through more than once
+    item_ids: Iterable[str]
+    rows_of_users: RowsOf  # some identifiers -> how many rows they have
+    rows_of_items: RowsOf
+
+    @classmethod
+    def of(cls, columns: Columns) -> "Seen":
+        """Counted in memory."""
+        known = columns.time[columns.time != NO_TIME]
+
+        def rows_of(numbers: np.ndarray, ids: list[str]) -> RowsOf:
+            return lambda names: int(np.isin(numbers, [ids.index(name) for name in names]).sum())
+
+        return cls(
+            rows=len(columns.user),
+            rated=int((~np.isnan(columns.rating)).sum()),
+            timed=len(known),
+            texts=int((columns.tie > 0).sum()),
+            first=float(known.min()) if len(known) else 0.0,
+            last=float(known.max()) if len(known) else 0.0,
+            whole_days=not (known % DAY).any(),
+            user_ids=columns.user_ids,
+            item_ids=columns.item_ids,
+            rows_of_users=rows_of(columns.user, columns.user_ids),
+            rows_of_items=rows_of(columns.item, columns.item_ids),
+        )
+
+
 class Rules(Protocol):
     """Options of `prepare` that the account names, beside those of the raw files."""
 
@@ -129,9 +170,9 @@ class Rules(Protocol):
 
 
 def account_of(
-    raw: Raw, rules: Rules, tally: Tally, item_tally: Tally, columns, counts: dict, join: Join
+    raw: Raw, rules: Rules, tally: Tally, item_tally: Tally, seen: Seen, counts: dict, join: Join
 ) -> Account:
-    """columns: text_store.Columns of what was kept; counts: of prepare.filtered."""
+    """seen: what was kept; counts: of prepare.filtered."""
     account = Account(warnings=list(raw.warnings))
     files(account, raw, raw.options)
     for key, n in (tally.later + item_tally.later).most_common(SHOWN):
@@ -139,13 +180,13 @@ def account_of(
             f"{key!r} begins after the first {logs.SAMPLE:,} lines, is in {n:,} lines, and is not "
             "read; move such a line to the front"
         )
-    rows(account, raw, rules, tally, columns, counts)
-    for what, ids, numbers in (
-        ("users", columns.user_ids, columns.user),
-        ("items", columns.item_ids, columns.item),
+    rows(account, raw, rules, tally, seen, counts)
+    for what, ids, rows_of in (
+        ("users", seen.user_ids, seen.rows_of_users),
+        ("items", seen.item_ids, seen.rows_of_items),
     ):
         alike(account, what, ids)
-        nobody(account, what, ids, numbers)
+        nobody(account, what, ids, rows_of)
     if raw.item_files:
         items(account, raw, item_tally, join)
     if counts.get("k_core"):
@@ -156,11 +197,18 @@ def account_of(
 
 def alike(account: Account, what: str, ids: Iterable[str]) -> None:
     """Identifiers that differ in what a program may have changed underway: zeros in front, blanks,
-    capitals. One user who is written in two ways counts as two."""
+    capitals. One user who is written in two ways counts as two.
+
+    ids  is gone through twice: first for a hash of each, so that millions of them fit in memory
+    """
+    codes = np.fromiter((hash(bare(name).casefold()) for name in ids), np.int64)
+    codes.sort()
+    repeated = set(codes[1:][codes[1:] == codes[:-1]].tolist())
     of: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for name in ids:
-        bare = name.strip().lstrip("0")
-        of[bare.casefold()][bare].append(name)
+    for name in ids if repeated else ():
+        short = bare(name)
+        if hash(short.casefold()) in repeated:
+            of[short.casefold()][short].append(name)
     several_ways = [
         (same, [name for names in same.values() for name in names])
         for same in of.values()
@@ -181,20 +229,21 @@ def alike(account: Account, what: str, ids: Iterable[str]) -> None:
         account.say("", text)
 
 
-def nobody(account: Account, what: str, ids: list[str], numbers: np.ndarray) -> None:
-    """Identifiers that may stand for none: they are kept, since a shop may name somebody so.
+def bare(name: str) -> str:
+    """An identifier without blanks around it and zeros before it."""
+    return name.strip().lstrip("0")
 
-    numbers  (R,) int, index into ids of each row
-    """
-    found = [n for n, name in enumerate(ids) if name.strip().casefold() in NOBODY]
+
+def nobody(account: Account, what: str, ids: Iterable[str], rows_of: RowsOf) -> None:
+    """Identifiers that may stand for none: they are kept, since a shop may name somebody so."""
+    found = [name for name in ids if name.strip().casefold() in NOBODY]
     if found:
-        rows = int(np.isin(numbers, found).sum())
         account.say(
             "",
-            f"{what} named {several([repr(ids[n]) for n in found])} have {rows:,} rows; if they "
-            "stand for none, leave them out by --where",
+            f"{what} named {several([repr(name) for name in found])} have "
+            f"{rows_of(found):,} rows; if they stand for none, leave them out by --where",
         )
-        account.facts[f"{what}_that_may_be_none"] = [ids[n] for n in found]
+        account.facts[f"{what}_that_may_be_none"] = found
 
 
 def files(account: Account, raw: Raw, options: Options) -> None:
@@ -283,52 +332,49 @@ def may_rate(column: str, values: list) -> bool:
     return grades and not NUMBERING.search(logs.spelling(column))
 
 
-def rows(account: Account, raw: Raw, rules: Rules, tally: Tally, columns, counts: dict) -> None:
+def rows(account: Account, raw: Raw, rules: Rules, tally: Tally, seen: Seen, counts: dict) -> None:
     """Rows kept and not, with and without rating and time; the scale and what is liked on it."""
     out = [f"{n:,} {why}" for why, n in (tally.passed + tally.broken).most_common(SHOWN)]
-    kept = len(columns.user)
+    kept = seen.rows
     text = f"{tally.read:,} lines read, {kept:,} rows kept"
     account.say("rows", text + (f"; left out: {'; '.join(out)}" if out else ""))
-    rated = int((~np.isnan(columns.rating)).sum())
-    timed = int((columns.time != NO_TIME).sum())
     low, high = raw.scale
     liked = f"liked above {rules.positive_above:g}"
-    scale = f" on the scale {low:g}..{high:g}" if rated else ""
+    scale = f" on the scale {low:g}..{high:g}" if seen.rated else ""
     if raw.graded:
         scale += ", events graded by --event_values"
     account.say(
         "",
-        f"rating in {share(rated, kept)}{scale}; {liked}, or without a rating: "
+        f"rating in {share(seen.rated, kept)}{scale}; {liked}, or without a rating: "
         f"{share(counts['positives'], counts['distinct'])} of different rows",
     )
-    texts = int((columns.tie > 0).sum())
     account.say(
         "",
-        f"time in {share(timed, kept)}{between(columns.time)}; review text in {share(texts, kept)}",
+        f"time in {share(seen.timed, kept)}{between(seen)}; review text in "
+        f"{share(seen.texts, kept)}",
     )
     account.facts["rows"] = {
-        "with_rating": rated,
-        "with_time": timed,
-        "with_text": texts,
+        "with_rating": seen.rated,
+        "with_time": seen.timed,
+        "with_text": seen.texts,
         "scale": [low, high],
     }
-    if rules.positive_above < (low + high) / 2 and (low, high) != (1, 5) and rated:
+    if rules.positive_above < (low + high) / 2 and (low, high) != (1, 5) and seen.rated:
         account.warnings.append(
             f"liked is what is rated above {rules.positive_above:g} on the scale "
             f"{low:g}..{high:g}, which is below its middle; --positive_above decides"
         )
 
 
-def between(time: np.ndarray) -> str:
+def between(seen: Seen) -> str:
     """The days of the first and the last time, and whether they are days without a clock, or
     positions as in sequences."""
-    known = time[time != NO_TIME]
-    if not len(known):
+    if not seen.timed:
         return ""
-    if known.max() < 1e7:
+    if seen.last < 1e7:
         return ", no dates but positions"
-    first, last = (datetime.fromtimestamp(float(t), UTC).date() for t in (known.min(), known.max()))
-    return f", {first} to {last}" + (", whole days" if not (known % DAY).any() else "")
+    first, last = (datetime.fromtimestamp(t, UTC).date() for t in (seen.first, seen.last))
+    return f", {first} to {last}" + (", whole days" if seen.whole_days else "")
 
 
 def items(account: Account, raw: Raw, tally: Tally, join: Join) -> None:

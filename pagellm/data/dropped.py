@@ -18,7 +18,7 @@ from pagellm.data.shop import Shop, read_parquet
 from pagellm.data.text_store import by_time, time_array
 from pagellm.stage.config import PageLLMError
 
-__all__ = ["LeftOut", "NAME", "table", "write"]
+__all__ = ["LeftOut", "NAME", "schema", "table", "write", "writer"]
 
 NAME = "dropped.parquet"
 
@@ -47,6 +47,18 @@ def table(
         "positive": pa.array(positive),
     }
     return pa.table(columns)
+
+
+def schema(time: pa.DataType) -> pa.Schema:
+    """The columns of the file. time: int64, or float64 where some times have a fraction."""
+    kinds = (pa.string(), pa.string(), pa.float32(), time, pa.bool_())
+    names = ("user_id", "item_id", "rating", "time", "positive")
+    return pa.schema(list(zip(names, kinds, strict=True)))
+
+
+def writer(folder: Path, columns: pa.Schema) -> pq.ParquetWriter:
+    """To write the file a group of rows at a time, as `write` writes it at once."""
+    return pq.ParquetWriter(folder / NAME, columns, compression="zstd", write_page_checksum=True)
 
 
 def write(rows: pa.Table, folder: Path) -> None:

@@ -9,17 +9,21 @@ import contextlib
 import csv
 import re
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pagellm.data.amazon import as_object, json_object
 from pagellm.data.evidence import category_form, paths_in, steady
 from pagellm.data.files import Options, RawFile, Reading
 from pagellm.data.records import (
+    COLUMNS,
     LINE_LIMIT,
     WHOLE,
     Item,
@@ -32,6 +36,13 @@ from pagellm.data.records import (
     text_lines,
 )
 from pagellm.data.values import (
+    EARLIEST,
+    EXACT,
+    ID_LIMIT,
+    LATEST_TIME,
+    MISSING,
+    NO_TIME,
+    TIME_UNITS,
     Broken,
     PassedOver,
     clean,
@@ -194,7 +205,18 @@ def reviews(files: list[RawFile], options: Options, tally: Tally) -> Iterator[pa
     """The rows of logs as tables of records.COLUMNS."""
     scale, where = (options.rating_min, options.rating_max), Where.parse(options.where)
     for file in files:
-        yield from batched(log_rows(file, tally, options.grades(), scale, where))
+        make = reader(file, options.grades(), scale, where)
+        if file.spelling != "parquet":
+            yield from batched(read_rows(file, file.columns, make, tally, make.where.columns))
+            continue
+        wanted = wanted_columns(file, file.columns, make.where.columns)
+        for first, batch in parquet_batches(file.path, wanted):
+            if (table := make.many(batch)) is not None:
+                tally.read += len(table)
+                yield table
+            else:
+                rows = numbered(batch, wanted, tally, first)
+                yield from batched(made(rows, make, tally, file.path))
 
 
 def items(files: list[RawFile], options: Options, tally: Tally) -> Iterator[Item]:
@@ -348,30 +370,124 @@ def read_log(
 def log_rows(
     file: RawFile, tally: Tally, grades: dict, scale: tuple[float, float], where: Where
 ) -> Iterator[Review]:
-    form = (file.reading or settled(file, Options(), sample(file))).time
-    low, high = scale
-    where = where.of(file.names)
+    make = reader(file, grades, scale, where)
+    return read_rows(file, file.columns, make, tally, make.where.columns)
 
-    def review(row: dict) -> Review:
-        if not where.keeps(row):
-            raise PassedOver(f"not {where.text}")
-        row = by_role(row, file.columns)
+
+def reader(file: RawFile, grades: dict, scale: tuple[float, float], where: Where) -> "Reader":
+    form = (file.reading or settled(file, Options(), sample(file))).time
+    return Reader(file, form, grades, scale, where.of(file.names))
+
+
+class Reader(NamedTuple):
+    """How a log's rows become reviews: one by one, or many plain ones at once.
+
+    form           what the times count, a form of values.time_form
+    grades, scale  as `read_log` has them
+    """
+
+    file: RawFile
+    form: str
+    grades: dict[str, float]
+    scale: tuple[float, float]
+    where: Where
+
+    def __call__(self, row: dict) -> Review:
+        """The review of one row, column -> value. Raises Broken."""
+        if not self.where.keeps(row):
+            raise PassedOver(f"not {self.where.text}")
+        row = by_role(row, self.file.columns)
+        low, high = self.scale
         user, item = identifier(row.get("user"), "user"), identifier(row.get("item"), "item")
         rating = rating_in(row.get("rating"), low, high)
-        if "event" in file.columns and rating != rating:
-            rating = grade(row.get("event"), grades)
-            if scale != (1, 5):  # a grade is on 1..5, ratings are on the scale of the file
+        if "event" in self.file.columns and rating != rating:
+            rating = grade(row.get("event"), self.grades)
+            if self.scale != (1, 5):  # a grade is on 1..5, ratings are on the scale of the file
                 rating = low + (rating - 1) / 4 * (high - low)
         return Review(
             user,
             item,
             rating,
-            time_in(row.get("time"), form),
+            time_in(row.get("time"), self.form),
             opinion(row.get("summary"), row.get("text")),
-            file.split or split_name(row.get("split")),
+            self.file.split or split_name(row.get("split")),
         )
 
-    return read_rows(file, file.columns, review, tally, where.columns)
+    def many(self, batch: pa.RecordBatch) -> pa.Table | None:
+        """The same of all rows of a batch as a table of records.COLUMNS.
+
+        None where a row is not plain, or a column is of a kind that is read one by one: events,
+        texts, dates in words. Plain rows have printable ASCII identifiers or whole numbers.
+        """
+        columns = self.file.columns
+        if self.where.text or columns.keys() & {"event", "summary", "text", "split"}:
+            return None
+        if any(name not in batch.schema.names for name in columns.values()):  # a + b
+            return None
+        user, item = (plain_ids(batch[columns[role]]) for role in ("user", "item"))
+        rating: np.ndarray | None = np.full(len(batch), np.nan)
+        if "rating" in columns:
+            rating = plain_ratings(batch[columns["rating"]], *self.scale)
+        time: np.ndarray | None = np.full(len(batch), NO_TIME)
+        if "time" in columns:
+            time = plain_times(batch[columns["time"]], self.form)
+        if user is None or item is None or rating is None or time is None:
+            return None
+        empty = pa.array([""], pa.string()).take(pa.array(np.zeros(len(batch), np.int32)))
+        split = pa.array([self.file.split], pa.string()).take(
+            pa.array(np.zeros(len(batch), np.int32))
+        )
+        return pa.table([user, item, rating, time, empty, split], COLUMNS)
+
+
+def plain_ids(column: pa.Array) -> pa.Array | None:
+    """Identifiers as text where `values.identifier` would keep each as it is; else None."""
+    if column.null_count or pa.types.is_dictionary(column.type):
+        return None
+    if pa.types.is_integer(column.type):
+        return column.cast(pa.string())
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return None
+    text = column.cast(pa.string())
+    plain = pc.match_substring_regex(text, f"^[!-~]{{1,{ID_LIMIT}}}$")
+    odd = pc.or_(
+        pc.ends_with(text, ".0"), pc.is_in(pc.ascii_lower(text), pa.array(sorted(MISSING)))
+    )
+    return text if pc.all(plain).as_py() and not pc.any(odd).as_py() else None
+
+
+def plain_ratings(column: pa.Array, low: float, high: float) -> np.ndarray | None:
+    """(R,) float64, NaN where there is none; None unless all are numbers from low to high."""
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        return None
+    rating = floats(column)
+    known = rating[~np.isnan(rating)]
+    return None if ((known < low) | (known > high)).any() else rating
+
+
+def plain_times(column: pa.Array, form: str) -> np.ndarray | None:
+    """(R,) float64 seconds, NO_TIME where there is none; None unless all are such numbers."""
+    kind = column.type
+    if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
+        count = floats(column.cast(pa.timestamp("us"), safe=False).cast(pa.int64())) / 1e6
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        count = floats(column)
+    else:
+        return None
+    known = count[~np.isnan(count)]
+    if form not in TIME_UNITS or (np.abs(known) > EXACT).any():
+        return None
+    seconds = known / TIME_UNITS[form]
+    if ((seconds < 0) | (seconds > LATEST_TIME)).any():
+        return None
+    if form != "s" and ((seconds > 0) & (seconds < EARLIEST)).any():
+        return None
+    return np.where(np.isnan(count), NO_TIME, count / TIME_UNITS[form])
+
+
+def floats(column: pa.Array) -> np.ndarray:
+    """(R,) float64 of a column of numbers, NaN for null."""
+    return column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
 
 
 def grade(event, grades: dict[str, float]) -> float:
@@ -481,8 +597,7 @@ def read_rows(
 
     columns, more  whose values are wanted
     """
-    wanted = [part for name in columns.values() for part in parts_of(name, file.names)]
-    wanted = list(dict.fromkeys([*wanted, *(more or ())]))
+    wanted = wanted_columns(file, columns, more)
     if file.spelling == "jsonl":
         known = set(file.names)
 
@@ -494,13 +609,26 @@ def read_rows(
 
         yield from parsed(file.path, read, tally, file.span)
         return
-    for at, row in records(file, wanted, tally):
+    yield from made(records(file, wanted, tally), make, tally, file.path)
+
+
+def made(rows: Iterable[tuple[int, dict]], make, tally: Tally, path: Path) -> Iterator:
+    """make(row) of every (number, row); rows for which it raises Broken are counted."""
+    for at, row in rows:
         try:
             record = make(row)
         except Broken as broken:
-            tally.note(broken, file.path, at)
+            tally.note(broken, path, at)
         else:
             yield record
+
+
+def wanted_columns(
+    file: RawFile, columns: dict[str, str], more: list[str] | None = None
+) -> list[str]:
+    """The columns of a file that these roles need, each once."""
+    wanted = [part for name in columns.values() for part in parts_of(name, file.names)]
+    return list(dict.fromkeys([*wanted, *(more or ())]))
 
 
 def parts_of(name: str, names) -> list[str]:
@@ -596,22 +724,35 @@ def csv_fields(record: list[str], mark: str) -> list[str] | None:
 
 def parquet_rows(path: Path, wanted: list[str], tally: Tally) -> Iterator[tuple[int, dict]]:
     """(row from 1, column -> value) of a Parquet file, a batch at a time."""
+    for first, batch in parquet_batches(path, wanted):
+        yield from numbered(batch, wanted, tally, first)
+
+
+def parquet_batches(path: Path, wanted: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """(number of its first row, from 1, and a batch) of a Parquet file's wanted columns."""
     try:
         file = pq.ParquetFile(path)
         if missing := [name for name in wanted if name not in file.schema_arrow.names]:
             there = ", ".join(file.schema_arrow.names)
             raise PageLLMError(f"{path.name}: no column {missing[0]!r}; there are {there}")
         with progress(range(file.metadata.num_rows), path) as bar:
-            at = 0
+            first = 1
             for batch in file.iter_batches(batch_size=BATCH, columns=wanted):
-                values = [plain(batch[name]) for name in wanted]
-                for row in zip(*values, strict=True):
-                    tally.read += 1
-                    at += 1
-                    yield at, dict(zip(wanted, row, strict=True))
+                yield first, batch
+                first += len(batch)
                 bar.update(len(batch))
     except (pa.ArrowException, OSError) as error:
         raise PageLLMError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def numbered(
+    batch: pa.RecordBatch, wanted: list[str], tally: Tally, first: int
+) -> Iterator[tuple[int, dict]]:
+    """(number, column -> value) of a batch's rows, the first of which has number `first`."""
+    values = [plain(batch[name]) for name in wanted]
+    for at, row in enumerate(zip(*values, strict=True), first):
+        tally.read += 1
+        yield at, dict(zip(wanted, row, strict=True))
 
 
 def plain(column: pa.Array) -> list:

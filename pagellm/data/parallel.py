@@ -28,19 +28,29 @@ PIECE = 32_000_000  # bytes of a large file that are one piece
 
 
 def store(
-    raw: Raw, tally: Tally, processes: int, folder: Path, min_text: int, max_text: int
+    raw: Raw,
+    tally: Tally,
+    processes: int,
+    folder: Path,
+    min_text: int,
+    max_text: int,
+    spooled: bool = False,
 ) -> list[Path]:
     """Store every interaction of every file with text_store.store. Returns the stems, in order.
 
     processes  most processes at once; 0: one per core. A piece is read by one process: a packed,
                CSV or Parquet file, or all sequence files together
+    spooled    store with text_store.spool instead, for a log that is larger than memory
     folder     for temporary files; if this process is killed, those that it started remove it
     Raises PageLLMError as a single process would, or if a process dies.
     """
     processes = processes or os.cpu_count() or 1
     pieces = raw.pieces(PIECE) if processes > 1 else [raw]
     stems = [folder / f"part-{number}" for number in range(len(pieces))]
-    jobs = [(piece, stem, min_text, max_text) for piece, stem in zip(pieces, stems, strict=True)]
+    jobs = [
+        (piece, stem, min_text, max_text, number if spooled else None)
+        for number, (piece, stem) in enumerate(zip(pieces, stems, strict=True))
+    ]
     if len(pieces) == 1:
         tally.add(read(*jobs[0]))
         return stems
@@ -55,9 +65,12 @@ def store(
     return stems
 
 
-def read(raw: Raw, stem: Path, min_text: int, max_text: int) -> Tally:
+def read(raw: Raw, stem: Path, min_text: int, max_text: int, number: int | None) -> Tally:
     tally = Tally()
-    text_store.store(raw.reviews(tally), stem, min_text, max_text)
+    if number is None:
+        text_store.store(raw.reviews(tally), stem, min_text, max_text)
+    else:
+        text_store.spool(raw.reviews(tally), stem, number, min_text, max_text)
     return tally
 
 

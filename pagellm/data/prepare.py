@@ -33,7 +33,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -43,8 +43,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pagellm.data import dropped, filters, parallel, stores, synthetic, text_store
-from pagellm.data.account import Account, Join, account_of, is_unknown, several
+from pagellm.data import dropped, filters, parallel, relational, stores, synthetic, text_store
+from pagellm.data.account import Account, Join, Seen, account_of, is_unknown, several
+from pagellm.data.engines import ENGINES, is_size, opened
 from pagellm.data.files import Options
 from pagellm.data.raw import Raw, find
 from pagellm.data.records import Item, Tally, batched
@@ -62,6 +63,7 @@ __all__ = ["Config", "Table", "building", "catalogue", "run", "write_tables"]
 PLACES = (
     *("raw", "data", "review_files", "item_files", "train", "valid", "test"),
     *("processes", "strict", "preset"),
+    *("engine", "memory", "spark_master"),
 )
 # Newer options. Data prepared before an option existed count as prepared with its default.
 LATER = ("thin_users", "refit", "columns", "item_columns", "where", "time_form", "categories")
@@ -95,7 +97,13 @@ class Config(Options):
     items: int = 1000  # items of the synthetic shop
     strict: bool = False  # stop at a warning, such as an item table that knows none of the items
     processes: int = 1  # processes that read several files, or pieces of large plain ones, at the
-    # same time; 0: one for each core
+    # same time, and threads of an engine; 0: one for each core
+    engine: str = "memory"  # what removes duplicates, takes the k-core, splits and sorts: memory,
+    # in this process; duckdb or spark, for a log larger than memory. The data set is the same
+    memory: str = ""  # memory of the engine, such as 4GB; the process itself takes more;
+    # empty: the engine's own default
+    spark_master: str = ""  # engine=spark: its cluster (yarn, spark://host:7077); empty: this
+    # machine
 
     def __post_init__(self):
         super().__post_init__()
@@ -108,6 +116,21 @@ class Config(Options):
                 "0 or more, and 0 with split=given, which filters nothing",
             ),
             positive_above=(math.isfinite(self.positive_above), "a finite number"),
+            engine=(
+                self.engine == "memory"
+                or self.engine in ENGINES
+                and self.dataset != "synthetic"
+                and not self.thin_users,
+                f"memory, or without --thin_users and for files of your own {' or '.join(ENGINES)}",
+            ),
+            memory=(
+                not self.memory or self.engine != "memory" and is_size(self.memory),
+                "nothing, or a size such as 4GB with an engine",
+            ),
+            spark_master=(
+                not self.spark_master or self.engine == "spark",
+                "nothing, or engine=spark",
+            ),
             max_broken=(0 <= self.max_broken <= 1, "a share between 0 and 1"),
             users=(
                 self.dataset == "synthetic" or self.users == 2000,
@@ -254,11 +277,7 @@ def filtered(
         core, counts["k_core"] = filters.k_core(user[positive], item[positive], config.k_core)
         keep = np.isin(user, user[positive][core]) & np.isin(item, item[positive][core])
     if not keep.any():
-        raise PageLLMError(
-            f"none is left of {len(rows):,} rows, {counts['positives']:,} of them positive:\n"
-            f"  no users and items have {config.k_core} positives each among themselves.\n"
-            "  Lower --k_core or --positive_above."
-        )
+        raise relational.nothing_left(config, len(rows), counts["positives"])
     out = tuple(x[~keep] for x in (user, item, rating, time, positive))
     gone = dropped.table(config.seed, out, c.user_ids, c.item_ids)
     user_numbers, user = np.unique(user[keep], return_inverse=True)
@@ -313,10 +332,7 @@ def split_of(config: Config, user, item, time, tie, positive, user_ids, item_ids
         keys = filters.random_keys(config.seed, user, item, user_ids, item_ids)
         return filters.split_random(user, item, positive, keys)
     if (time == NO_TIME).all():
-        raise PageLLMError(
-            f"split={config.split} needs times, and no row has one\n"
-            "  Name their column with --time_column, or use --split random."
-        )
+        raise relational.without_times(config.split)
     return filters.split_by_time(user, tie, time, positive, config.split == "leave_one_out")
 
 
@@ -374,20 +390,25 @@ def common_root(all_paths) -> str | None:
     return min(shared) if shared and deep else None
 
 
-def missing_shares(table: Table, items: dict[str, list]) -> dict[str, float]:
-    """Share of rows without rating, time or text, and of items without each field."""
+def share(absent) -> float:
+    return round(float(np.mean(absent)), 6)
 
-    def share(absent):
-        return round(float(np.mean(absent)), 6)
 
-    shares = {
+def missing_of_rows(table: Table) -> dict[str, float]:
+    """Share of rows without rating, time or text."""
+    return {
         "rating": share(np.isnan(table.rating)),
         "time": share(table.time == NO_TIME),
         "text": share(~table.has_text),
     }
-    for name in ("title", "brand", "categories", "price", "description"):
-        shares[name] = share([is_unknown(value) for value in items[name]])
-    return shares
+
+
+def missing_of_items(items: dict[str, list]) -> dict[str, float]:
+    """Share of items without each field."""
+    return {
+        name: share([is_unknown(value) for value in items[name]])
+        for name in ("title", "brand", "categories", "price", "description")
+    }
 
 
 def write_tables(folder: Path, table: Table, items: dict[str, list]) -> None:
@@ -401,10 +422,20 @@ def write_tables(folder: Path, table: Table, items: dict[str, list]) -> None:
         "split": split,
     }
     pq.write_table(pa.table(columns), folder / "interactions.parquet", compression="zstd")
+    write_items(folder, table.item_ids, items)
+    columns = {
+        "user": pa.array(np.arange(len(table.user_ids), dtype=np.int32)),
+        "id": pa.array(table.user_ids, pa.string()),
+    }
+    pq.write_table(pa.table(columns), folder / "users.parquet", compression="zstd")
+
+
+def write_items(folder: Path, item_ids: list[str], items: dict[str, list]) -> None:
+    """Write items.parquet. items: columns of `catalogue`."""
     price = np.array(items["price"], dtype=np.float32)
     columns = {
-        "item": pa.array(np.arange(len(table.item_ids), dtype=np.int32)),
-        "id": pa.array(table.item_ids, pa.string()),
+        "item": pa.array(np.arange(len(item_ids), dtype=np.int32)),
+        "id": pa.array(item_ids, pa.string()),
         "title": pa.array(items["title"], pa.string()),
         "brand": pa.array(items["brand"], pa.string()),
         "categories": pa.array(items["categories"], pa.list_(pa.string())),
@@ -413,11 +444,6 @@ def write_tables(folder: Path, table: Table, items: dict[str, list]) -> None:
         "description": pa.array(items["description"], pa.string()),
     }
     pq.write_table(pa.table(columns), folder / "items.parquet", compression="zstd")
-    columns = {
-        "user": pa.array(np.arange(len(table.user_ids), dtype=np.int32)),
-        "id": pa.array(table.user_ids, pa.string()),
-    }
-    pq.write_table(pa.table(columns), folder / "users.parquet", compression="zstd")
 
 
 def write_truth(folder: Path, shop: synthetic.SyntheticShop, table: Table) -> None:
@@ -487,44 +513,54 @@ def run(config: Config) -> Path:
         return config.target
     source = raw or synthetic.make(config.users, config.items, config.seed)
     tally, item_tally, join = Tally(), Tally(), Join()
-    with building(config.target) as folder:
+    with building(config.target) as folder, ExitStack() as held:
+        engine = None
+        if config.engine != "memory":
+            place, threads = folder / "engine", config.processes
+            engine = opened(config.engine, place, config.memory, threads, config.spark_master)
+            held.callback(engine.close)
         texts = (config.min_text, config.max_text)
         stems = (
-            parallel.store(source, tally, config.processes, folder, *texts)
+            parallel.store(source, tally, config.processes, folder, *texts, engine is not None)
             if isinstance(source, Raw)
             else [
                 text_store.store(batched(counted(source.reviews(), tally)), folder / "part", *texts)
             ]
         )
-        columns = text_store.gather(stems)
-        printed = tally.check("review", config.max_broken)
-        scale = raw.scale if raw else (1.0, 5.0)
-        table, counts, gone = filtered(columns, config, bool(raw and raw.graded), scale)
-        position = np.full(len(columns.user), -1, dtype=np.int64)
-        train = np.flatnonzero(table.split == filters.TRAIN)
-        position[table.source[train]] = np.arange(len(train))
-        counts["reviews"] = text_store.write_reviews(
-            stems, position, table.user[train], table.item[train], folder / "reviews.parquet"
-        )
+        rules = (config, bool(raw and raw.graded), raw.scale if raw else (1.0, 5.0), folder)
+        if engine:
+            printed = tally.check("review", config.max_broken)
+            made, table, gone = relational.made(engine, stems, *rules), None, None
+        else:
+            columns = text_store.gather(stems)
+            printed = tally.check("review", config.max_broken)
+            made, table, gone = in_memory(columns, stems, *rules)
         items = catalogue(
             source.items(item_tally)
             if isinstance(source, Raw)
             else counted(source.items, item_tally),
-            table.item_ids,
+            made.item_ids,
             config.max_text,
             join,
         )
         printed += item_tally.check("item", config.max_broken)
         account = (
-            account_of(raw, config, tally, item_tally, columns, counts, join) if raw else Account()
+            account_of(raw, config, tally, item_tally, made.seen, made.counts, join)
+            if raw
+            else Account()
         )
+        held.close()
+        shutil.rmtree(folder / "engine", ignore_errors=True)
         if config.strict and account.warnings:
             raise PageLLMError(
                 f"{account.text()}\n  --strict: nothing was written, for the warnings above."
             )
-        write_tables(folder, table, items)
-        if not isinstance(source, Raw):
-            write_truth(folder, source, table)
+        if table is None:
+            write_items(folder, made.item_ids, items)
+        else:
+            write_tables(folder, table, items)
+            if not isinstance(source, Raw):
+                write_truth(folder, source, table)
         record = {
             "dataset": config.dataset,
             "release": raw.release if raw else "synthetic",
@@ -532,15 +568,52 @@ def run(config: Config) -> Path:
             "unused_files": raw.unused if raw else [],
             "config": recorded(config),
             "read": account.facts | {"lines": [line.strip() for line in account.lines]},
-            "missing": missing_shares(table, items),
-            "written": {path.name: file_id(path) for path in sorted(folder.iterdir())},
-            "counts": {"lines": tally.counts(), "item_lines": item_tally.counts(), **counts},
+            "missing": made.missing | missing_of_items(items),
+            "written": {
+                path.name: file_id(path)
+                for path in sorted(folder.iterdir())
+                if path.name != dropped.NAME
+            },
+            "counts": {"lines": tally.counts(), "item_lines": item_tally.counts(), **made.counts},
         }
         (folder / "source.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-        dropped.write(gone, folder)
-    said = (account.text(printed), summary(config, counts), left_out(config, gone, table))
+        if gone is not None:
+            dropped.write(gone, folder)
+    said = (account.text(printed), summary(config, made.counts), left_out(config, made))
     print("\n".join(filter(None, said)), flush=True)
     return config.target
+
+
+def in_memory(
+    columns: text_store.Columns,
+    stems: list[Path],
+    config: Config,
+    graded: bool,
+    scale: tuple[float, float],
+    folder: Path,
+) -> tuple[relational.Made, Table, pa.Table]:
+    """`filtered`, with the reviews written; -> also what relational.made says of it."""
+    table, counts, gone = filtered(columns, config, graded, scale)
+    position = np.full(len(columns.user), -1, dtype=np.int64)
+    train = np.flatnonzero(table.split == filters.TRAIN)
+    position[table.source[train]] = np.arange(len(train))
+    counts["reviews"] = text_store.write_reviews(
+        stems, position, table.user[train], table.item[train], folder / "reviews.parquet"
+    )
+    users, items = (
+        sorted(set(pc.unique(gone[name]).to_pylist()) - set(kept))
+        for name, kept in (("user_id", table.user_ids), ("item_id", table.item_ids))
+    )
+    made = relational.Made(
+        counts,
+        table.item_ids,
+        Seen.of(columns),
+        missing_of_rows(table),
+        len(gone),
+        len(users),
+        items,
+    )
+    return made, table, gone
 
 
 def counted(records, tally: Tally) -> Iterator:
@@ -566,18 +639,15 @@ def summary(config: Config, counts: dict) -> str:
     )
 
 
-def left_out(config: Config, gone: pa.Table, table: Table) -> str:
+def left_out(config: Config, made: relational.Made) -> str:
     """One line about what the k-core took out; "" if nothing."""
-    if not len(gone):
+    if not made.gone_rows:
         return ""
-    users, items = (
-        sorted(set(pc.unique(gone[name]).to_pylist()) - set(kept))
-        for name, kept in (("user_id", table.user_ids), ("item_id", table.item_ids))
-    )
+    items = made.gone_items
     names = f" ({several(items)})" if items else ""
-    served = "; recommend writes these users' pages from them" if users else ""
+    served = "; recommend writes these users' pages from them" if made.gone_users else ""
     return (
-        f"{config.target / dropped.NAME}: {len(gone):,} rows of {len(users):,} users and "
+        f"{config.target / dropped.NAME}: {made.gone_rows:,} rows of {made.gone_users:,} users and "
         f"{len(items):,} items{names} below the k-core{served}"
     )
 

@@ -227,12 +227,16 @@ def gathered(store: pyarrow.fs.FileSystem, root: str, parts: list, target: Path)
             out.write_batch(batch)
 
 
-def partition_of(out: str) -> str:
-    """Where today's pages go: below a name that ends in /, a folder named by the date."""
+def partition_of(out: str, file: str = "pages.parquet") -> str:
+    """Where today's pages go: below a name that ends in /, a folder named by the date.
+
+    file  its name in that folder; "": the folder itself
+    """
     name, mark, more = out.partition("?") if is_remote(out) else (out, "", "")
     if not name.endswith("/"):
         return out
-    return f"{name}date={time.strftime('%Y-%m-%d')}/pages.parquet{mark}{more}"
+    day = f"{name}date={time.strftime('%Y-%m-%d')}"
+    return f"{day}/{file}".rstrip("/") + mark + more
 
 
 def send(path: Path, uri: str) -> None:

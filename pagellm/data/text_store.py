@@ -9,7 +9,7 @@ to be sorted in memory and written.
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,12 @@ from pagellm.data.values import NO_TIME
 __all__ = [
     "Columns",
     "Names",
+    "PART_BITS",
     "REVIEWS",
     "SPLIT_CODES",
     "by_time",
     "gather",
+    "spool",
     "store",
     "time_array",
     "write_reviews",
@@ -48,6 +50,20 @@ NUMBERS = pa.schema(
         ("split", pa.int8()),
     ]
 )
+ROWS = pa.schema(
+    [
+        ("source", pa.int64()),
+        ("user_id", pa.string()),
+        ("item_id", pa.string()),
+        ("rating", pa.float64()),  # null where unknown
+        ("seconds", pa.float64()),
+        ("tie", pa.int64()),
+        ("has_text", pa.bool_()),
+        ("split", pa.int8()),
+    ]
+)
+PART_BITS = 40  # of a row's number; the bits above them are the number of its part
+SPOOLED = 500_000  # rows of a row group of ROWS
 TEXTS = pa.schema([("text", pa.string())])
 DEALT = pa.schema([("position", pa.int64()), ("text", pa.string())])
 PACKED = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
@@ -117,31 +133,72 @@ def store(batches: Iterable[pa.Table], stem: Path, min_text: int = 1, max_text: 
     """
     users, items = Names(), Names()
     parts: list[list[np.ndarray]] = []
-    with pa.ipc.new_stream(f"{stem}.texts", TEXTS, options=PACKED) as writer:
-        for batch in batches:
-            user, item, rating, time, text, split = (batch[i].combine_chunks() for i in range(6))
-            users.add(user)
-            items.add(item)
-            text = shortened(text, min_text, max_text)
-            writer.write_batch(pa.record_batch([text], schema=TEXTS))
-            code = split.dictionary_encode()
-            codes = np.array(
-                [SPLIT_CODES[name] for name in code.dictionary.to_pylist()], dtype=np.int8
-            )
-            parts.append(
-                [
-                    rating.to_numpy(zero_copy_only=False),
-                    time.to_numpy(),
-                    digests(text),
-                    codes[code.indices.to_numpy()],
-                ]
-            )
+    for user, item, *numbers in without_texts(batches, stem, min_text, max_text):
+        users.add(user)
+        items.add(item)
+        parts.append(numbers)
     columns = [users.coded(), items.coded(), *joined(parts, NUMBERS.types[2:])]
     with pa.ipc.new_file(f"{stem}.numbers", NUMBERS) as writer:
         writer.write_batch(
             pa.record_batch([pa.array(column) for column in columns], schema=NUMBERS)
         )
     return stem
+
+
+def spool(
+    batches: Iterable[pa.Table], stem: Path, number: int, min_text: int = 1, max_text: int = 2000
+) -> Path:
+    """As `store`, with the numbers in <stem>.rows: a Parquet file of ROWS, written as it is read.
+
+    So a log of any length takes the memory of one batch. No digest of a text is 2^63 or more
+    apart from another after the shift into a signed column: their order stays.
+
+    number  of this part; `source` of its first row is number << PART_BITS
+    """
+    at = number << PART_BITS
+    with pq.ParquetWriter(f"{stem}.rows", ROWS, compression="lz4") as writer:
+        waiting: list[pa.RecordBatch] = []
+        for user, item, rating, time, tie, split in without_texts(
+            batches, stem, min_text, max_text
+        ):
+            source = np.arange(at, at + len(rating))
+            signed = (tie ^ np.uint64(1 << 63)).view(np.int64)
+            rating = pa.array(rating, mask=np.isnan(rating))
+            columns = [source, user, item, rating, time, signed, tie > 0, split]
+            waiting.append(pa.record_batch([pa.array(c) for c in columns], ROWS))
+            at += len(source)
+            if sum(map(len, waiting)) >= SPOOLED:
+                writer.write_table(pa.Table.from_batches(waiting))
+                waiting = []
+        if waiting:
+            writer.write_table(pa.Table.from_batches(waiting))
+    return stem
+
+
+def without_texts(
+    batches: Iterable[pa.Table], stem: Path, min_text: int, max_text: int
+) -> Iterator[tuple]:
+    """user, item (R,) arrays of identifiers; rating, time, tie, split (R,) as `Columns` has them.
+
+    The texts go to <stem>.texts.
+    """
+    with pa.ipc.new_stream(f"{stem}.texts", TEXTS, options=PACKED) as writer:
+        for batch in batches:
+            user, item, rating, time, text, split = (batch[i].combine_chunks() for i in range(6))
+            text = shortened(text, min_text, max_text)
+            writer.write_batch(pa.record_batch([text], schema=TEXTS))
+            code = split.dictionary_encode()
+            codes = np.array(
+                [SPLIT_CODES[name] for name in code.dictionary.to_pylist()], dtype=np.int8
+            )
+            yield (
+                user,
+                item,
+                rating.to_numpy(zero_copy_only=False),
+                time.to_numpy(),
+                digests(text),
+                codes[code.indices.to_numpy()],
+            )
 
 
 def joined(parts: list[list[np.ndarray]], kinds: list[pa.DataType]) -> Iterable[np.ndarray]:
@@ -165,6 +222,8 @@ def digests(text: pa.StringArray) -> np.ndarray:
     """(R,) uint64: 64 bits of each text, 0 for no text: a tie-breaker independent of line order."""
     if not len(text):
         return np.zeros(0, np.uint64)
+    if not pc.max(pc.binary_length(text)).as_py():
+        return np.zeros(len(text), np.uint64)
     _, offsets, data = text.buffers()
     at = np.frombuffer(offsets, np.int32)[text.offset : text.offset + len(text) + 1]
     view, blake2b = memoryview(data or b""), hashlib.blake2b
@@ -225,12 +284,13 @@ def time_array(time: np.ndarray) -> pa.Array:
     return pa.array(time.astype(np.int64) if whole else time, mask=time == NO_TIME)
 
 
-def write_reviews(stems: list[Path], position: np.ndarray, user, item, path: Path) -> int:
+def write_reviews(stems: list[Path], position: np.ndarray | None, user, item, path: Path) -> int:
     """Write reviews.parquet: the texts of rows with position >= 0, in order of position.
 
     The files of texts are deleted.
 
-    position (R,) int64   where each row of the parts belongs, -1 for nowhere
+    position (R,) int64   where each row of the parts belongs, -1 for nowhere; None: no row has a
+                          text
     user, item (P,) int32 columns by position
     returns how many rows were written: those that have a text
     """
@@ -254,10 +314,16 @@ def write_reviews(stems: list[Path], position: np.ndarray, user, item, path: Pat
     return written
 
 
-def deal(stems: list[Path], position: np.ndarray, width: int, parts: list[Path]) -> None:
+def deal(stems: list[Path], position: np.ndarray | None, width: int, parts: list[Path]) -> None:
     """One pass over the texts: the row that belongs at position p goes to parts[p // width]."""
     writers = [pa.ipc.new_stream(str(part), DEALT, options=PACKED) for part in parts]
     start = 0
+    if position is None:
+        for stem in stems:
+            stem.with_name(f"{stem.name}.texts").unlink()
+        for writer in writers:
+            writer.close()
+        return
     bar = tqdm(
         total=len(position), desc="  sorting reviews", unit=" rows", unit_scale=True, delay=2
     )

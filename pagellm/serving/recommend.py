@@ -15,6 +15,7 @@ interrupted --all stopped. It takes seconds for the synthetic shop.
 import hashlib
 import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -57,6 +58,8 @@ from pagellm.stage.files import atomic, write_json
 
 __all__ = ["Config", "id_list", "parse_history", "run"]
 
+SUCCESS = "_SUCCESS"  # in a folder of pieces that are all there, as Spark and others write it
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Sources):
@@ -91,6 +94,8 @@ class Config(Sources):
     out: str = ""  # Parquet file to write: user, rank, item, score, page, user_id, item_id, known.
     # A name that ends in /: a directory, in which each day has a folder (date=2026-11-30). An
     # address (s3://bucket/pages/): the file is sent there when it is whole
+    pieces: bool = False  # --out names a directory: it gets the parts as files, part-000000.parquet
+    # and so on, and an empty _SUCCESS when all are there. For more pages than one file should hold
     depth: int = 0  # ranks of each user in the file; those after the page are ordered by the first
     # slot's logits; 0: as many as k
     batch: int = 256  # users decoded at once
@@ -117,6 +122,8 @@ class Config(Sources):
             raise PageLLMError(
                 "--all and --out go together: pagellm recommend --all --out pages.parquet"
             )
+        if self.pieces and not self.all:
+            raise PageLLMError("--pieces is about everybody's pages: it goes with --all and --out")
         if not (self.all or self.user or self.history):
             raise PageLLMError(
                 "whose page? Give --user ID, --history id:rating,... or --all --out pages.parquet"
@@ -349,7 +356,7 @@ def write_all(config: Config) -> None:
     Process r of torchrun's n writes every n-th part. Whichever process finds all parts there joins
     them, so a run may be carried on with another number of processes.
     """
-    target = partition_of(config.out)
+    target = partition_of(config.out, "" if config.pieces else "pages.parquet")
     if is_remote(config.out):
         home = config.stage("recommend")
         name = safe(target).rpartition("://")[2].lstrip("/")
@@ -357,10 +364,13 @@ def write_all(config: Config) -> None:
         # are no hindrance.
         out = write_file(config, lambda made_from: home / made_from / name)
         if out is not None:
-            send(out, target)
+            for path in [*sorted(out.glob("part-*")), out / SUCCESS] if config.pieces else [out]:
+                send(path, beside(target, path.name) if config.pieces else target)
             print(f"recommend: {out} is at {safe(target)}")
             for before in home.glob(f"*/{name}"):
-                if before != out:
+                if before.is_dir() and before != out:
+                    shutil.rmtree(before, ignore_errors=True)
+                elif before != out:
                     before.unlink(missing_ok=True)
         return
     out = Path(target)
@@ -369,6 +379,12 @@ def write_all(config: Config) -> None:
     if not out.parent.is_dir():
         raise PageLLMError(f"--out {out}: there is no directory {out.parent}; make it first")
     write_file(config, lambda made_from: out)
+
+
+def beside(directory: str, name: str) -> str:
+    """The address of a file in a directory at an address, which may have options."""
+    path, mark, options = directory.partition("?")
+    return f"{path.rstrip('/')}/{name}{mark}{options}"
 
 
 def write_file(config: Config, place: Callable[[str], Path]) -> Path | None:
@@ -403,15 +419,18 @@ def write_file(config: Config, place: Callable[[str], Path]) -> Path | None:
         str(hash_of(tuple(f"{name}={value}" for name, value in made_from.items() if name != "why")))
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists():
-        refuse_other(
-            out, json.loads((pq.read_schema(out).metadata or {}).get(b"pagellm", b"{}")), made_from
-        )
+    folder = out.with_name(out.name + ".parts")
+    note = folder / "made_from.json"
+    if config.pieces:  # programs that read a folder of tables pass over names that begin with _
+        folder, note = out, out / "_made_from.json"
+        refuse_strangers(out)
+    elif out.is_dir():
+        raise PageLLMError(f"--out {out} is a directory\n  Name a file in it, or add --pieces.")
+    if out.exists() and (not config.pieces or (out / SUCCESS).exists()):
+        refuse_other(out, made_before(out, note.name), made_from)
         print(f"recommend: {out} is already there")
         return out if dist.is_main() else None
-    folder = out.with_name(out.name + ".parts")
     folder.mkdir(exist_ok=True)
-    note = folder / "made_from.json"
     if note.exists():
         refuse_other(folder, json.loads(note.read_text()), made_from)
     else:
@@ -420,9 +439,53 @@ def write_file(config: Config, place: Callable[[str], Path]) -> Path | None:
     parts = [asks[at : at + config.part] for at in range(0, len(asks), config.part)]
     files = [folder / f"part-{n:06d}.parquet" for n in range(len(parts))]
     write_parts(
-        recommender, config, list(zip(files, parts, strict=True))[dist.rank() :: dist.world()]
+        recommender,
+        config,
+        list(zip(files, parts, strict=True))[dist.rank() :: dist.world()],
+        {"pagellm": json.dumps(made_from)} if config.pieces else {},
     )
-    return out if join(out, folder, files, made_from, len(asks)) else None
+    if config.pieces:
+        whole = finish(out, files, int(made_from["k"]), len(asks))
+    else:
+        whole = join(out, folder, files, made_from, len(asks))
+    return out if whole else None
+
+
+def made_before(out: Path, note: str) -> dict:
+    """What finished pages, a file or a folder of pieces, were made from."""
+    if out.is_dir():
+        return json.loads((out / note).read_text())
+    return json.loads((pq.read_schema(out).metadata or {}).get(b"pagellm", b"{}"))
+
+
+def refuse_strangers(out: Path) -> None:
+    """Raise PageLLMError if a folder for pieces is a file, or holds files of something else."""
+    if out.exists() and not out.is_dir():
+        raise PageLLMError(f"--out {out} is a file\n  With --pieces it names a directory.")
+    others = [
+        path.name
+        for path in (sorted(out.iterdir()) if out.exists() else ())
+        if not re.match(r"part-\d{6}\.parquet|[._]", path.name)
+    ]
+    if others:
+        raise PageLLMError(
+            f"--out {out} holds files that are no parts of pages: {several(others)}\n"
+            "  Name a directory that is empty or not there."
+        )
+
+
+def finish(out: Path, files: list[Path], k: int, pages: int) -> bool:
+    """Say that all pieces are there, if they are; -> whether this process was the one to say so."""
+    if not all(file.exists() for file in files):
+        return False
+    with FileLock(out / ".lock"):  # of processes that end together one says so
+        if (out / SUCCESS).exists():
+            return False
+        short = pages - sum(full_pages(pq.read_table(file), k) for file in files)
+        (out / SUCCESS).touch()
+        print(f"recommend: wrote {out}, {len(files):,} parts")
+        say_short(short, pages, k)
+    return True
 
 
 def check_size(recommender: Recommender, config: Config) -> None:
@@ -437,9 +500,15 @@ def check_size(recommender: Recommender, config: Config) -> None:
 
 
 def write_parts(
-    recommender: Recommender, config: Config, parts: list[tuple[Path, list[Ask]]]
+    recommender: Recommender,
+    config: Config,
+    parts: list[tuple[Path, list[Ask]]],
+    metadata: dict[str, str],
 ) -> None:
-    """Write this process's parts, apart from those that exist already."""
+    """Write this process's parts, apart from those that exist already.
+
+    metadata  of each file
+    """
     rank, world = dist.rank(), dist.world()
     kept = sum(len(asks) for file, asks in parts if file.exists())
     started = time.perf_counter()
@@ -455,8 +524,8 @@ def write_parts(
     for file, asks in parts:
         if not file.exists():
             rows = file_rows(recommender, config, asks)
-            with atomic(file) as beside:
-                pq.write_table(rows, beside)
+            with atomic(file) as temporary:
+                pq.write_table(rows.replace_schema_metadata(metadata or None), temporary)
             bar.update(len(asks))
     bar.close()
     seconds, wrote = time.perf_counter() - started, sum(len(asks) for _, asks in parts) - kept
@@ -525,13 +594,22 @@ def join(out: Path, folder: Path, files: list[Path], made_from: dict, pages: int
                 return False
             full = write_joined(out, files, made_from)
             print(f"recommend: wrote {out}")
-            if short := pages - full:
-                print(
-                    f"recommend: {short:,} of {pages:,} pages have fewer than {made_from['k']} "
-                    "slots: no more items pass the filters"
-                )
+            say_short(pages - full, pages, int(made_from["k"]))
     shutil.rmtree(folder, ignore_errors=True)
     return joined
+
+
+def say_short(short: int, pages: int, k: int) -> None:
+    if short:
+        print(
+            f"recommend: {short:,} of {pages:,} pages have fewer than {k} "
+            "slots: no more items pass the filters"
+        )
+
+
+def full_pages(table: pa.Table, k: int) -> int:
+    """How many pages of a table have all their k slots."""
+    return pc.sum(pc.and_(pc.equal(table["rank"], k), table["page"])).as_py() or 0
 
 
 def write_joined(out: Path, files: list[Path], made_from: dict) -> int:
@@ -541,7 +619,7 @@ def write_joined(out: Path, files: list[Path], made_from: dict) -> int:
     with atomic(out) as beside, pq.ParquetWriter(beside, schema) as writer:
         for file in files:
             table = pq.read_table(file).cast(schema)
-            full += pc.sum(pc.and_(pc.equal(table["rank"], k), table["page"])).as_py() or 0
+            full += full_pages(table, k)
             writer.write_table(table)
     return full
 

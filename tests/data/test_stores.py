@@ -180,6 +180,10 @@ def test_everybodys_pages_go_to_a_folder_of_today_here_and_in_a_bucket(
     sent = pyarrow.dataset.dataset("shop/pages", filesystem=store, partitioning="hive").to_table()
     here = pq.read_table(local, partitioning=None)
     assert sent.drop_columns("date").equals(here) and len(here) == 80 * 4
+    recommend(Recommend(out=bucket("parts/"), pieces=True, part=30, **told))
+    sent = pyarrow.dataset.dataset("shop/parts", filesystem=store, partitioning="hive")
+    assert len(sent.files) == 3 and sent.to_table().drop_columns("date").equals(here)
+    assert store.get_file_info(sent.files[0].rpartition("/")[0] + "/_SUCCESS").type.value == 2
 
 
 def test_a_fixed_address_takes_the_pages_of_every_day(bucket, sft_alone, tmp_path, capsys):

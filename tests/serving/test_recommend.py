@@ -368,3 +368,59 @@ def test_pages_of_shortlists(served, rec, tmp_path):
                 candidates=7,
             )
         )
+
+
+def test_pieces_are_carried_on_part_by_part_and_read_as_one_table(
+    served, rec, tmp_path, monkeypatch, capsys
+):
+    """Two processes write a folder of parts; what is there is not written again."""
+
+    def options(name, **more):
+        return config(served, all=True, out=str(tmp_path / name), k=6, part=16, **more)
+
+    recommend.run(options("whole.parquet"))
+    folder = tmp_path / "pages"
+    plain, made = recommend.file_rows, []
+
+    def unplugged(recommender, options, users):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(users)
+        return plain(recommender, options, users)
+
+    with monkeypatch.context() as m:
+        m.setattr(recommend, "file_rows", unplugged)
+        with pytest.raises(KeyboardInterrupt):
+            recommend.run(options("pages", pieces=True))
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*")}
+    assert len(before) == 2 and not (folder / "_SUCCESS").exists()
+    with pytest.raises(PageLLMError, match="another mode"):
+        recommend.run(options("pages", pieces=True, mode="one_shot"))
+    monkeypatch.setattr(dist, "world", lambda: 2)
+    for rank in (1, 0):
+        assert not (folder / "_SUCCESS").exists()
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        recommend.run(options("pages", pieces=True))
+    assert (folder / "_SUCCESS").exists()
+    assert before.items() <= {p.name: p.stat().st_mtime_ns for p in folder.glob("part-*")}.items()
+    assert rows(folder) == rows(tmp_path / "whole.parquet")
+    assert len(list(folder.glob("part-*.parquet"))) == -(-rec.shop.n_users // 16)
+    capsys.readouterr()
+    recommend.run(options("pages", pieces=True))
+    assert "already there" in capsys.readouterr().out
+    with pytest.raises(PageLLMError, match="another exclude"):
+        recommend.run(options("pages", pieces=True, exclude=rec.shop.catalogue.ids[0]))
+
+
+def test_pieces_want_a_directory_of_their_own(served, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "file").write_text("a file")
+    for more, wanted in (
+        ({"all": True, "out": str(tmp_path), "pieces": True}, "holds files that are no parts"),
+        ({"all": True, "out": str(tmp_path / "file"), "pieces": True}, "is a file"),
+        ({"all": True, "out": str(tmp_path)}, "add --pieces"),
+        ({"user": "a", "pieces": True}, "goes with --all"),
+    ):
+        with pytest.raises(PageLLMError, match=wanted):
+            recommend.run(config(served, **more))
+    assert (tmp_path / "mine.txt").read_text() == "mine"
