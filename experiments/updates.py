@@ -10,6 +10,7 @@ step after it. Rows:
     histories           the first model, prompts with all that is known by now of the items it knows
     fold-in             `pagellm update` of the day before, without a fit
     update, N steps     `pagellm update` of the day before, with a short fit
+    ..., M slots kept   the same two, M of 20 slots kept for new items (`recommend --new_items`)
     trained anew        pre-training and SFT on everything, each day
 
 All are scored on the same users and items; an item that a model does not know cannot be on its
@@ -48,6 +49,7 @@ from pagellm.model.vocab import Vocab
 from pagellm.pages import stats
 from pagellm.pages.ranked import RankedPages, Scorer
 from pagellm.pages.tables import write_table
+from pagellm.serving.newcomers import ranks_with_new
 from pagellm.stage.command import main
 from pagellm.stage.config import Options, PageLLMError, check
 
@@ -71,6 +73,7 @@ class Config:
     users: int = 1500  # users drawn at random
     least: int = 10  # rows that an item has at least among them
     steps: int = 20  # steps of the fit in the row with one
+    kept: int = 2  # slots that are kept for new items, in the rows with such
     pretrain: Options = Options("--size mini --rows als --pool --row_scale 0.05 --steps 0")
     # options of pretrain
     sft: Options = Options(
@@ -86,6 +89,7 @@ class Config:
             users=(self.users > 0, "1 or more"),
             least=(self.least > 0, "1 or more"),
             steps=(self.steps > 0, "1 or more"),
+            kept=(0 < self.kept <= K, f"1 to {K}, the slots of a page"),
         )
 
 
@@ -232,18 +236,36 @@ class Day:
         self.held = shop.csr("test")
 
     def scored(
-        self, policy: Policy, history: Rows | None = None, unknown: np.ndarray | None = None
+        self,
+        policy: Policy,
+        history: Rows | None = None,
+        unknown: np.ndarray | None = None,
+        kept: int = 0,
     ) -> dict[str, np.ndarray]:
-        """Scores (U,) of pages of the policy; unknown (N,) bool: items that it cannot show."""
-        seen = self.history
-        if unknown is not None and unknown.any():
-            every = np.flatnonzero(unknown)
-            n = self.shop.n_users
-            more = Rows(np.arange(n + 1) * len(every), np.tile(every, n), np.zeros(n * len(every)))
-            seen = joined(seen, more)
+        """Scores (U,) of pages of the policy.
+
+        unknown  (N,) bool: items that it cannot show      kept  slots that are kept for new items
+        """
         told = self.history if history is None else history
+        seen = self.history if unknown is None else self.without(unknown)
         ranked = policy.rank(self.users, told, seen, K, DEPTH, "greedy")
+        if kept:
+            some = policy.rank(self.users, told, self.without(~self.new), kept, kept, "greedy")
+            pages = [
+                set(page[:n]) for page, n in zip(ranked.item.tolist(), ranked.slots, strict=True)
+            ]
+            fresh = [
+                [i for i in row if i >= 0 and i not in page]
+                for row, page in zip(some.item.tolist(), pages, strict=True)
+            ]
+            ranked.item = ranks_with_new(ranked.item, ranked.slots, fresh, self.new, kept)
         return self.scorer(ranked, K) | self.exposed(ranked)
+
+    def without(self, items: np.ndarray) -> Rows:
+        """What no page may hold: each user's own, and these items (N,) bool."""
+        every, n = np.flatnonzero(items), self.shop.n_users
+        more = Rows(np.arange(n + 1) * len(every), np.tile(every, n), np.zeros(n * len(every)))
+        return joined(self.history, more) if len(every) else self.history
 
     def exposed(self, ranked: RankedPages) -> dict[str, np.ndarray]:
         """Per user: share of slots with a new item; share of chosen new items that were shown."""
@@ -313,7 +335,9 @@ def one_day(config: Config, first: Shop, day: int, minutes: dict) -> tuple[Day, 
     for name, steps in (("fold-in", 0), (fit, config.steps)):
         with counted(minutes, name):
             where = updated(config, day, steps)
-        rows[name] = today.scored(Policy.load(where))
+        policy = Policy.load(where)
+        rows[name] = today.scored(policy)
+        rows[f"{name}, {config.kept} slots kept"] = today.scored(policy, kept=config.kept)
     with counted(minutes, "trained anew"):
         made = trained(config, day)
     rows["trained anew"] = today.scored(Policy.load(made.stage("sft")))
@@ -347,7 +371,8 @@ def records_of(config: Config, days: list[tuple[Day, dict]], minutes: dict) -> l
             differs = stats.summary(mine - anew, config.seed)
             record = {"row": row, "metric": metric, **stats.summary(mine, config.seed)}
             record |= {f"versus_{part}": differs[part] for part in ("mean", "low", "high")}
-            out.append(record | {"minutes": minutes.get(row, 0.0) / len(days)})
+            took = minutes.get(row.removesuffix(f", {config.kept} slots kept"), 0.0)
+            out.append(record | {"minutes": took / len(days)})
     return out
 
 

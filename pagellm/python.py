@@ -412,6 +412,7 @@ class Model:
         in_stock: Sequence[str] | None = None,
         price_min: float | None = None,
         price_max: float | None = None,
+        new_items: int = 0,
         batch: int = 256,
     ) -> "pa.Table":
         """Pages of k slots, one row a slot.
@@ -424,6 +425,8 @@ class Model:
         mode     greedy, beam, one_shot or hybrid; empty: as in `pagellm recommend`
         exclude, categories, in_stock, price_min, price_max
                  filters that hold in every slot; an item of unknown price fails a price filter
+        new_items  slots kept for new items, those whose first row lies within the last 30 days of
+                 the log
         batch    pages written at once
 
         returns  user, known, rank (from 1), item, title, category, price, score and reward.
@@ -442,7 +445,10 @@ class Model:
         }
         if k < 1 or batch < 1:
             raise PageLLMError(f"k={k}, batch={batch}: want 1 or more")
+        if not 0 <= new_items <= k:
+            raise PageLLMError(f"new_items={new_items}: want 0 to k={k}")
         wanted = {"k": k, "policy": policy, "filters": Filters(**as_filter)}  # type: ignore[arg-type]
+        wanted["new_items"] = new_items
         if mode:
             from pagellm.model.policy import MODES
 

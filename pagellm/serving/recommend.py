@@ -42,6 +42,7 @@ from pagellm.model.policy import MODES
 from pagellm.pages.variety import STRENGTH
 from pagellm.serving.cache import Cache
 from pagellm.serving.filters import Filters, look_up
+from pagellm.serving.newcomers import NEW_DAYS, check_new, ranks_with_new
 from pagellm.serving.recommender import Ask, Recommender, ResolvedAsk
 from pagellm.serving.sources import (
     PLAIN,
@@ -90,6 +91,9 @@ class Config(Sources):
     price_min: float = 0.0  # only items at this price or above;
     # items of unknown price fail any price filter
     price_max: float = math.inf  # only items at this price or below
+    new_items: int = 0  # slots of a page that are kept for new items, the best of them for its user
+    new_days: float = NEW_DAYS  # an item is new if its first row lies within so many last days of
+    # the log
     all: bool = False  # write a page for every user, to --out
     out: str = ""  # Parquet file to write: user, rank, item, score, page, user_id, item_id, known.
     # A name that ends in /: a directory, in which each day has a folder (date=2026-11-30). An
@@ -109,6 +113,7 @@ class Config(Sources):
             policy=check_writer(self.policy),
             mode=(self.mode in ("auto", *MODES), f"auto, {', '.join(MODES)}"),
             **check_variety(self.variety, self.strength),
+            **check_new(self.new_items, self.new_days, self.k),
             price_min=(0 <= self.price_min < math.inf, "a price"),
             price_max=(self.price_max >= self.price_min, f"price_min={self.price_min} or more"),
             candidates=(self.candidates >= 0, "0 or more"),
@@ -212,6 +217,7 @@ def how(config: Config) -> dict:
         "mode": mode,
         "variety": config.variety,
         "strength": config.strength,
+        "new_items": config.new_items,
     }
 
 
@@ -219,7 +225,11 @@ def show(config: Config) -> None:
     """Print one page."""
     chosen = config.default(config.policy)
     recommender = Recommender.load(
-        config, (chosen.policy,), why=chosen.why, candidates=config.candidates
+        config,
+        (chosen.policy,),
+        why=chosen.why,
+        candidates=config.candidates,
+        new_days=config.new_days,
     )
     ask = Ask(
         user=plain_id(config.user) if config.user else None,
@@ -256,11 +266,31 @@ def ranks(
     name, mode = some[0].policy, some[0].mode
     if not mode:
         made = recommender.compose(name, some, config.k, depth)
-        return made.item, made.score.astype(np.float32), made.slots
+        found = made.item, made.score.astype(np.float32), made.slots
+        return with_newcomers(recommender, some, *found)
     variety = recommender.variety(config.variety, config.strength)
     pages, legal, short = recommender.write(name, some, config.k, mode, depth, variety)
     item, score = (x.cpu().numpy() for x in ranking(pages, legal, depth, short=short))
-    return item, score, pages.mask.sum(1).cpu().numpy()
+    return with_newcomers(recommender, some, item, score, pages.mask.sum(1).cpu().numpy())
+
+
+def with_newcomers(
+    recommender: Recommender,
+    some: list[ResolvedAsk],
+    item: np.ndarray,
+    score: np.ndarray,
+    slots: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """item, score (B, depth) and slots (B,), with the new items that --new_items keeps slots for.
+
+    Scores stay with the ranks, whose order they say.
+    """
+    group = recommender.group(some[0].ask)
+    if not group[-1]:
+        return item, score, slots
+    pages = [row[:n].tolist() for row, n in zip(item, slots, strict=True)]
+    fresh = recommender.newcomers(group, some, pages)
+    return ranks_with_new(item, slots, fresh, recommender.new, group[-1]), score, slots
 
 
 def file_rows(recommender: Recommender, config: Config, asks: list[Ask]) -> pa.Table:
@@ -402,6 +432,7 @@ def write_file(config: Config, place: Callable[[str], Path]) -> Path | None:
         why=chosen.why,
         cache=Cache(0),
         candidates=config.candidates,
+        new_days=config.new_days,
     )
     check_size(recommender, config)
     mode = config.mode if config.mode != "auto" else recommender.modes.get(config.policy, "greedy")
@@ -556,6 +587,8 @@ def identity(recommender: Recommender, config: Config) -> dict[str, str]:
         "part",
     )
     made_from = {name: str(getattr(config, name)) for name in names} | recommender.hashes
+    if config.new_items:
+        made_from |= {"new_items": str(config.new_items), "new_days": str(config.new_days)}
     filters = filters_of(config)
     for name in ("exclude", "in_stock"):  # their files may change
         made_from[name] = str(hash_of(getattr(filters, name)))

@@ -35,6 +35,7 @@ from pagellm.pages.truth import item_scores
 from pagellm.pages.variety import STRENGTH, Variety
 from pagellm.serving.cache import Cache
 from pagellm.serving.filters import Filters, allowed_items, category_members, look_up
+from pagellm.serving.newcomers import NEW_DAYS, check_times, is_new, with_new
 from pagellm.serving.sources import (
     NEED,
     PLAIN,
@@ -63,6 +64,7 @@ class Ask:
     policy   compose, ppo, sft or plain; empty: the best on validation of those that are loaded
     variety  inside decoding, for ppo and sft: none, mmr or energy, at `strength` nats
     page     item ids of a page to be scored instead of written, in order
+    new_items  slots that are kept for new items, at most k; None: as many as the Recommender keeps
     """
 
     user: str | None = None
@@ -75,6 +77,7 @@ class Ask:
     filters: Filters = field(default_factory=Filters)
     page: tuple[str, ...] | None = None
     explain: bool = False
+    new_items: int | None = None
 
 
 @dataclass
@@ -124,6 +127,8 @@ class Recommender:
     left_out  users whom the k-core left out, with their histories; None: nobody
     candidates  items of a shortlist: the best of the first slot, of which pages are then made;
               0: the whole catalogue
+    new_items  slots of a page that are kept for new items, where an Ask says nothing
+    new_days  an item is new if its first row lies within so many last days of the log
     observe   called with (stage, seconds); the stages are prompt, decode, reward and metrics
     """
 
@@ -144,6 +149,8 @@ class Recommender:
         why: str = "",
         modes: dict[str, str] | None = None,
         left_out: LeftOut | None = None,
+        new_items: int = 0,
+        new_days: float = NEW_DAYS,
     ):
         self.networks = dict(policies)
         if composer is not None and composer.policy is not None:
@@ -198,6 +205,9 @@ class Recommender:
                 rows[PLAIN] = composer.plain.space.items
         self.unit = {name: F.normalize(x, dim=1).cpu() for name, x in rows.items()}
         self.kinds: dict[tuple[str, float], Variety] = {}
+        self.new_items, self.new = new_items, is_new(shop, new_days)
+        if new_items:
+            check_times(shop)
 
     @classmethod
     def load(
@@ -312,6 +322,10 @@ class Recommender:
             raise PageLLMError(
                 f"k={ask.k}: this model writes pages of at most {self.slots(policy)} slots"
             )
+        if ask.page is None and (n := self.kept(ask)):
+            check_times(self.shop)
+            if n > ask.k:
+                raise PageLLMError(f"new_items={n}: a page of k={ask.k} has not so many slots")
         user = self.user_of.get(ask.user) if ask.user is not None else None
         if user is None and (stored := self.left_out.of(ask.user)):
             ask = replace(ask, history=(*stored, *ask.history))
@@ -598,7 +612,11 @@ class Recommender:
         mode = self.mode(ask, policy)
         whole = mode in ("", "beam")
         varied = (ask.variety, ask.strength) if mode and ask.variety != "none" else ("none", 0.0)
-        return (policy, mode, ask.k if whole else 0, *varied)
+        return (policy, mode, ask.k if whole else 0, *varied, self.kept(ask))
+
+    def kept(self, ask: Ask) -> int:
+        """Slots of an Ask's page that are kept for new items."""
+        return min(self.new_items, ask.k) if ask.new_items is None else ask.new_items
 
     def answers(self, asks: list[Ask]) -> list[dict | PageLLMError]:
         """One answer an ask, in order; for an ask that cannot be met, the error that says why."""
@@ -614,6 +632,8 @@ class Recommender:
         for group, places in groups.items():
             some = [resolved[at] for at in places]
             item, mask, logp = self.pages(group, some)
+            if group[-1] and group != ("score",) and logp is not None:
+                item, logp = self.with_newcomers(group, some, item, mask, logp)
             rewards = self.rewards(some, item, mask)
             started = time.perf_counter()
             for row, at in enumerate(places):
@@ -634,7 +654,7 @@ class Recommender:
             given = [a.page for a in asks if a.page is not None]
             item = torch.from_numpy(pad_ids(given, -1, max([1, *map(len, given)])))
             return item, item >= 0, None
-        name, mode, _, method, strength = group
+        name, mode, _, method, strength, _ = group
         k = max(a.ask.k for a in asks)
         if not mode:
             made = self.compose(name, asks, k)
@@ -649,6 +669,51 @@ class Recommender:
         wanted = torch.tensor([a.ask.k for a in asks])
         mask = written.mask.cpu() & (torch.arange(written.item.shape[1]) < wanted[:, None])
         return written.item.cpu(), mask, written.logp.cpu()
+
+    def with_newcomers(
+        self, group: tuple, asks: list[ResolvedAsk], item: Tensor, mask: Tensor, worth: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """item, worth (B, K) of the pages, with the new items that the group's Asks want.
+
+        item, mask, worth  as `pages` returns them. What a new item is worth is said among those.
+        """
+        lengths = mask.sum(1).tolist()
+        pages = [row[:length] for row, length in zip(item.tolist(), lengths, strict=True)]
+        item, worth = item.clone(), worth.clone()
+        for row, fresh in enumerate(self.newcomers(group, asks, pages)):
+            known = dict(zip(pages[row], worth[row].tolist(), strict=False)) | fresh
+            page = with_new(pages[row], list(fresh), self.new, group[-1])
+            item[row, : len(page)] = torch.tensor(page, dtype=item.dtype)
+            worth[row, : len(page)] = torch.tensor([known[i] for i in page], dtype=worth.dtype)
+        return item, worth
+
+    def newcomers(
+        self, group: tuple, asks: list[ResolvedAsk], pages: list[list[int]]
+    ) -> list[dict[int, float]]:
+        """For each page new items that are not on it, the best first, and what they are worth.
+
+        {} for a page that has as many as the group's Asks want.
+        """
+        n, new = group[-1], torch.from_numpy(self.new)
+        out: list[dict[int, float]] = [{} for _ in pages]
+        lacking = [at for at, page in enumerate(pages) if page and int(self.new[page].sum()) < n]
+        only = [
+            replace(
+                asks[at],
+                ask=replace(asks[at].ask, k=n),
+                allowed=new if (had := asks[at].allowed) is None else had & new,
+                seen=np.concatenate([asks[at].seen, np.array(pages[at], np.int64)]),
+            )
+            for at in lacking
+        ]
+        if only:
+            item, mask, worth = self.pages(group, only)
+            assert worth is not None
+            for row, at in enumerate(lacking):
+                there = mask[row]
+                found = zip(item[row][there].tolist(), worth[row][there].tolist(), strict=True)
+                out[at] = dict(found)
+        return out
 
     def answer(
         self,

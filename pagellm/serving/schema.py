@@ -132,6 +132,13 @@ class PageRequest(Person):
         description="of ppo and sft; null: what validation chose, `decoding` of GET /v1/shop",
     )
     variety: Varied | None = None
+    new_items: int | None = Field(
+        None,
+        ge=0,
+        le=1000,
+        description="slots that are kept for new items, the best of them for the user; at most k; "
+        "null: what the service was started with (--new_items)",
+    )
     filters: Allowed = Field(default_factory=Allowed)  # type: ignore[arg-type]
 
     def ask(self) -> Ask:
@@ -140,6 +147,7 @@ class PageRequest(Person):
         return self.asked(
             k=self.k,
             mode=self.decoding or "",
+            new_items=self.new_items,
             variety=self.variety.method if self.variety else "none",
             strength=self.variety.strength if self.variety else STRENGTH,
             filters=Filters(

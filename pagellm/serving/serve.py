@@ -35,6 +35,7 @@ from pagellm.serving.http_options import (
     needs_web,
     warn_if_open,
 )
+from pagellm.serving.newcomers import NEW_DAYS, check_new
 from pagellm.serving.recommender import Ask, Recommender, no_observer
 from pagellm.serving.sources import WRITERS, Sources
 from pagellm.stage.command import main
@@ -59,6 +60,10 @@ class Config(Sources, HttpOptions):
     width: int = 4  # pages that a beam search keeps
     candidates: int = 0  # size of the shortlist that pages are made of: the best items for the
     # first slot, found once for each page; 0: all items. For large catalogues
+    new_items: int = 0  # slots of a page that are kept for new items, the best of them for its
+    # user; a request may say another number
+    new_days: float = NEW_DAYS  # an item is new if its first row lies within so many last days of
+    # the log
     cache_mb: int = 128  # memory for cached prompts and user states, in MiB
     threads: int = 0  # CPU threads that write a batch; 0: torch's choice
 
@@ -70,6 +75,7 @@ class Config(Sources, HttpOptions):
             max_k=(self.max_k > 0, "1 or more"),
             width=(self.width > 0, "1 or more"),
             candidates=(self.candidates >= 0, "0 or more"),
+            **check_new(self.new_items, self.new_days, self.max_k),
             cache_mb=(self.cache_mb >= 0, "0 or more"),
             threads=(self.threads >= 0, "0 or more"),
         )
@@ -120,6 +126,8 @@ class Service:
             cache=self.cache,
             width=self.config.width,
             candidates=self.config.candidates,
+            new_items=self.config.new_items,
+            new_days=self.config.new_days,
             observe=lambda stage, seconds: self.observe(stage, seconds),
         )
 

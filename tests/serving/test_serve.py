@@ -21,6 +21,7 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -315,6 +316,22 @@ values = st.recursive(
     ),
     max_leaves=12,
 )
+
+
+def test_slots_are_kept_for_new_items_by_option_and_by_request(served):
+    service = Service(config(served, new_items=2, new_days=1e5))  # every item is new
+    shop = service.recommender.shop
+    first = np.sort([shop.time[shop.item == i].min() for i in range(shop.n_items)])
+    few = Service(config(served, new_days=float(shop.time.max() - first[-3]) / 86400 + 0.5))
+    new = {name for name, new in zip(shop.catalogue.ids, few.recommender.new, strict=True) if new}
+    assert service.recommender.new_items == 2 and 0 < len(new) < shop.n_items
+    with Client(few) as client:
+        for body, least in (({"history": []}, 0), ({"history": [], "new_items": 1}, 1)):
+            page = client("POST", "/v1/page", json=body | {"k": 5}).json()
+            assert sum(slot["item"] in new for slot in page["items"]) >= least
+        error = refused(client("POST", "/v1/page", json=GOOD | {"k": 2, "new_items": 3}), 422)
+        assert "new_items" in error.message
+        refused(client("POST", "/v1/page", json=GOOD | {"new_items": -1}), 422)
 
 
 @given(body=values, path=st.sampled_from(["/v1/page", "/v1/score"]))
