@@ -20,7 +20,7 @@ Folders, from the ground up; each may import what stands before it:
     presets     options that were found for a data set
     update      a trained run -> newer data, without training anew
     tuning      trials behind `pagellm tune` (tune.py) and `pagellm fit` (pipeline.py)
-    python      what `import pagellm` offers: prepare, fit, load (see docs/reference/python.md)
+    python      what `import pagellm` offers: prepare, fit, load (docs/reference/python.md)
 
 This file imports nothing before a name is asked for, so that `import pagellm` is quick and
 `python -m pagellm.ppo` loads ppo once.
@@ -29,10 +29,10 @@ This file imports nothing before a name is asked for, so that `import pagellm` i
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pagellm.python import Data, Model, fit, load, prepare
+    from pagellm.python import Data, Model, cards, fit, load, prepare
     from pagellm.stage.config import PageLLMError
 
-__all__ = ["Data", "Model", "PageLLMError", "__version__", "fit", "load", "prepare"]
+__all__ = ["Data", "Model", "PageLLMError", "__version__", "cards", "fit", "load", "prepare"]
 
 __version__ = "0.1.0"
 

@@ -1,10 +1,11 @@
-"""What `import pagellm` offers: prepare, fit, load, and a model's pages and scores.
+"""What `import pagellm` offers: prepare, fit, load, a model's pages and scores, and cards of pages.
 
     import pagellm
 
     data = pagellm.prepare(orders, items=items, dataset="autumn")   # tables of any library
     model = pagellm.fit(data, stages="sft")                         # or load("autumn"), later
     pages = model.pages(users=["C00001"], k=20, price_max=30)       # an Arrow table
+    pagellm.cards(pages)                                            # what a notebook shows of them
     table = model.evaluate(versus="ALS")                            # an Arrow table, with intervals
 
 Nothing passes between these calls but directories, and they are those of the command line:
@@ -38,9 +39,10 @@ if TYPE_CHECKING:  # these load torch or Arrow
     import pyarrow as pa
 
     from pagellm.data.arrow import ArrowStream
+    from pagellm.serving.cards import Cards
     from pagellm.serving.recommender import Ask, Recommender
 
-__all__ = ["Data", "Model", "NEEDS", "fit", "load", "prepare"]
+__all__ = ["Data", "Model", "NEEDS", "cards", "fit", "load", "prepare"]
 
 
 # Stage -> the stage that it reads, in the order in which they run.
@@ -551,6 +553,36 @@ class Model:
                 f"{hints.command('baselines', self.data.dataset)}: remove {folder} first."
             )
         return rows[name]
+
+
+def cards(pages: "ArrowStream", most: int = 4) -> "Cards":
+    """Pages as cards in a grid, as `pagellm serve` shows them; the last line of a notebook's cell.
+
+    pages  what `model.pages` returns, or a file of `pagellm recommend --all`, read by any library.
+           Columns: user and item, or user_id and item_id; perhaps rank, title, category, price
+    most   users that are shown, the first ones
+
+    returns  an object that a notebook draws; `.save("pages.html")` writes a file for a browser.
+             Plain HTML without a script, which asks nobody for anything.
+
+    Raises PageLLMError for a table without such columns.
+    """
+    from pagellm.data.arrow import storable, table_of
+    from pagellm.serving.cards import of
+
+    found = storable(table_of(pages, "pages"))
+    for name in ("user", "item"):  # a file of `recommend` has numbers there, and ids beside them
+        if f"{name}_id" in found.column_names:
+            found = found.drop_columns([n for n in (name,) if n in found.column_names])
+            found = found.rename_columns({f"{name}_id": name})
+    if missing := {"user", "item"} - set(found.column_names):
+        raise PageLLMError(
+            f"cards: no column {', '.join(sorted(missing))}; there are "
+            f"{', '.join(found.column_names)}\n  Want what model.pages returns."
+        )
+    if "page" in found.column_names:  # ranks after the page
+        found = found.filter(found["page"])
+    return of(found.to_pylist(), most)
 
 
 def ids_of(values: Any) -> tuple[str, ...]:
