@@ -809,6 +809,7 @@ def test_the_open_api_document_names_every_route_and_error(client):
         }
     asked = document["components"]["schemas"]["PageRequest"]
     assert set(asked["properties"]) == {
+        "new_items",
         "user",
         "history",
         "k",
