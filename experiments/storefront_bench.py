@@ -43,6 +43,7 @@ class Config(Sources):
     sizes: str = "10000,100000,1000000"  # items of the shops, comma-separated; the first may be
     # smaller than the shop itself, and is then the shop as it is
     people: int = 100  # whose pages are made in each shop
+    parts: str = "online,parts,bm25"  # what is measured, comma-separated
     rounds: int = 3  # of which the median counts
 
     def __post_init__(self):
@@ -51,6 +52,7 @@ class Config(Sources):
         check(
             self,
             sizes=(ok, "numbers above 0, comma-separated"),
+            parts=(set(self.parts.split(",")) <= set(PARTS), f"some of {','.join(PARTS)}"),
             people=(self.people > 0, "1 or more"),
             rounds=(self.rounds > 0, "1 or more"),
             ranker=(self.ranker == "blend", "blend, whose factors can be copied"),
@@ -104,19 +106,20 @@ def online(store: Store, config: Config) -> list[dict]:
     users = randomness.rng(config.seed, "storefront", "bench").permutation(shop.n_users)
     people = [store.known.context(shop.user_ids[u]) for u in users[: config.people].tolist()]
     kept = [written_ahead(front, context, store.layout)[0] for context in people]
+    copies = [max(1, round(int(size) / shop.n_items)) for size in config.sizes.split(",")]
+    fronts = [grown(front, times) for times in copies]
+    spent = np.zeros((len(people), len(copies), config.rounds))
+    for at, (context, rows) in enumerate(zip(people, kept, strict=True)):
+        rng = randomness.rng(config.seed, "storefront", "spread", at)
+        moved = [spread(context, rows, shop.n_items, times, rng) for times in copies]
+        # All shops in turn, so that whatever else the machine does meets them alike.
+        for turn in range(config.rounds):
+            for size, (large, (person, own)) in enumerate(zip(fronts, moved, strict=True)):
+                do = partial(page, large, person, store.layout, written=own)
+                spent[at, size, turn] = milliseconds(do, 1)
     found = []
-    for size in map(int, config.sizes.split(",")):
-        times = max(1, round(size / shop.n_items))
-        large, rng = grown(front, times), randomness.rng(config.seed, "storefront", "spread")
-        moved = [
-            spread(context, rows, shop.n_items, times, rng)
-            for context, rows in zip(people, kept, strict=True)
-        ]
-        spent = []
-        for context, rows in moved:
-            do = partial(page, large, context, store.layout, written=rows)
-            spent.append(milliseconds(do, config.rounds))
-        p50, p95 = np.percentile(spent, [50, 95])
+    for size, times in enumerate(copies):
+        p50, p95 = np.percentile(np.median(spent[:, size], axis=1), [50, 95])
         found.append({"items": times * shop.n_items, "p50": float(p50), "p95": float(p95)})
         print(f"page from kept rows, {times * shop.n_items:>9,} items: p50 {p50:.2f} ms, "
               f"p95 {p95:.2f} ms", flush=True)  # fmt: skip
@@ -173,11 +176,14 @@ def single_parts(store: Store, config: Config) -> dict[str, float]:
 def run(config: Config) -> dict:
     """Measure and print; returns the numbers."""
     store = open_store(config)
-    return {
-        "online": online(store, config),
-        "parts": single_parts(store, config),
-        "bm25": searched(store, config),
-    }
+    return {name: PARTS[name](store, config) for name in config.parts.split(",")}
+
+
+PARTS: dict[str, Callable[[Store, Config], Any]] = {
+    "online": online,
+    "parts": single_parts,
+    "bm25": searched,
+}
 
 
 if __name__ == "__main__":
