@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pagellm import compose
 from pagellm.data.shop import load
 from pagellm.model.composer import picks
 from pagellm.model.judges import History, Judges, legal_items
@@ -92,8 +93,8 @@ def compare(
         p = np.zeros(raw.shape)
         for side in (0, 1):
             fit = there & (half != side)[:, None]
-            scale = Calibration.fit(raw[fit], np.zeros(int(fit.sum())), picked[fit])
-            p[half == side] = scale(raw[half == side], np.zeros(raw[half == side].shape))
+            scale = Calibration.fit(raw[fit], np.zeros((int(fit.sum()), 0)), picked[fit])
+            p[half == side] = scale(raw[half == side], np.zeros((*raw[half == side].shape, 0)))
         within[name] = stats.within_users(p, picked, there)
         loss = -np.log(np.where(picked, p, 1 - p).clip(1e-12))
         found[name] = {
@@ -111,7 +112,11 @@ def compare(
 def run(config: Config) -> dict[str, dict]:
     """Fit both, ask both, print and write."""
     shop = load(Path(config.data) / config.dataset)
-    x, y = fold_rows(shop, None, config.folds, config.share, 150, config.seed, config.fold_users)
+    plain = compose.plain_settings(compose.Config(dataset=config.dataset))
+    settings = compose.judge_settings(plain, shop)
+    x, y = fold_rows(
+        shop, settings, config.folds, config.share, 150, config.seed, config.fold_users
+    )
     began = time.process_time()
     network = Outcome([fit_network(x, y, config.seed + i) for i in range(config.networks)])
     middle = time.process_time()
@@ -122,7 +127,7 @@ def run(config: Config) -> dict[str, dict]:
     if 0 < config.users < len(users):
         users = np.sort(np.random.default_rng(config.seed).permutation(users)[: config.users])
     history = History.of(shop, shop.rows("train", None))
-    judges = Judges.fit(shop.catalogue, history, None, config.seed)
+    judges = Judges.fit(shop.catalogue, history, settings, config.seed)
     parts = []
     for at in range(0, len(users), 256):
         some = users[at : at + 256]

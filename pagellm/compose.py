@@ -126,10 +126,16 @@ def plain_settings(config: Config) -> dict[str, dict]:
     return PLAIN | facts | {name: found[name] for name in PLAIN if name in found}
 
 
-def judge_settings(plain: dict[str, dict]) -> dict:
-    """Settings of the outcome model's judges: those of the plain rows where they are the same."""
+def judge_settings(plain: dict[str, dict], shop: Shop) -> dict:
+    """Settings of the outcome model's judges: those of the plain rows, which validation chose.
+
+    Where all that was chosen was liked, the judges `liked` and `chosen` read the same rows. Then
+    `chosen` keeps settings of its own, so that it is another opinion.
+    """
+    disliked = not shop.positive[shop.rows("train", None)].all()
     rated = {name: plain["ALS+ratings"][name] for name in SETTINGS["levels"]}
-    return SETTINGS | {"levels": rated, "EASE": plain["EASE"]}
+    own = {"liked": plain["ALS+facts"]} | ({"chosen": plain["ALS+facts"]} if disliked else {})
+    return SETTINGS | {"levels": rated, "EASE": plain["EASE"]} | own
 
 
 def plain_rows(
@@ -245,7 +251,7 @@ def run(config: Config) -> None:
             took[what] = round(time.process_time() - began, 1)
 
         began = time.process_time()
-        settings = judge_settings(plain)
+        settings = judge_settings(plain, shop)
         outcome = learn(
             shop,
             settings,
@@ -263,11 +269,11 @@ def run(config: Config) -> None:
 
         began = time.process_time()
         seen = seen_rows(shop, "valid", "train")
-        opinion, raw, other = composer.opinion(users, seen)
+        opinion, raw, others = composer.opinion(users, seen)
         there = opinion.item >= 0
         picked = picks(users, opinion.item, scorer.held, shop.n_items)
-        composer.scale = Calibration.fit(raw[there], other[there], picked[there])
-        chance = np.where(there, composer.scale(raw, other), 0.0)
+        composer.scale = Calibration.fit(raw[there], others[there], picked[there])
+        chance = np.where(there, composer.scale(raw, others), 0.0)
         opinion = Opinion(users, opinion.item, chance, opinion.stars, opinion.mean)
         timed("opinions", began)
 
@@ -283,7 +289,8 @@ def run(config: Config) -> None:
         composer.unit = unit_of(opinion, composer.taste, config.k)
         timed("choice", began)
 
-        opinions = {"outcome": chance} | ({} if policy is None else {"policy": other})
+        opinions = {"outcome": chance, "ALS+facts": others[:, :, 1]}
+        opinions |= {} if policy is None else {"policy": others[:, :, 0]}
         knows = {
             name: stats.summary(stats.within_users(score, picked, there), config.seed)
             for name, score in opinions.items()

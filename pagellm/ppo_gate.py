@@ -198,21 +198,21 @@ def in_words(gate: dict[str, Any]) -> str:
 
 
 def crossed_calibration(
-    o: Opinion, raw: np.ndarray, other: np.ndarray, held: Rows, n_items: int
+    o: Opinion, raw: np.ndarray, others: np.ndarray, held: Rows, n_items: int
 ) -> tuple[Opinion, list[float]]:
     """The opinion with every user's chances calibrated on the other half of the users.
 
-    raw, other  (U, M) as in Composer.opinion
-    returns     the opinion; and the ratio of observed to predicted picks in ten bins of equally
-                many candidates, by rising chance
+    raw, others  as in Composer.opinion
+    returns      the opinion; and the ratio of observed to predicted picks in ten bins of equally
+                 many candidates, by rising chance
     """
     there, picked = o.item >= 0, picks(o.user, o.item, held, n_items)
     chance, half = np.zeros(raw.shape), np.arange(len(o.user)) % 2
     for side in (0, 1):
         fit = there & (half != side)[:, None]
-        scale = Calibration.fit(raw[fit], other[fit], picked[fit])
+        scale = Calibration.fit(raw[fit], others[fit], picked[fit])
         rows = half == side
-        chance[rows] = np.where(there[rows], scale(raw[rows], other[rows]), 0.0)
+        chance[rows] = np.where(there[rows], scale(raw[rows], others[rows]), 0.0)
     crossed = Opinion(o.user, o.item, chance, o.stars, o.mean)
     return crossed, stats.reliability(chance, picked, there)
 

@@ -11,8 +11,10 @@ import torch
 from pagellm import compose, evaluate, pipeline
 from pagellm.data.shop import load
 from pagellm.model import judges
+from pagellm.model.als import item_groups
 from pagellm.model.composer import Composer, Maker, load_composer, picks, standardised
 from pagellm.model.judges import History, Judges, People, legal_items
+from pagellm.model.plain import fit
 from pagellm.model.policy import Policy
 from pagellm.pages import compose as page_composition
 from pagellm.pages import stats
@@ -210,7 +212,9 @@ def test_a_shop_without_a_policy_gets_composed_pages(composed, tmp_path):
     shutil.copytree(composed / "data", tmp_path / "data")
     compose.run(compose.Config(**where(tmp_path), networks=1, policy="none"))
     done = json.loads((tmp_path / "runs/base/compose/done").read_text())
-    assert set(done["correlation"]) == {"outcome"} and done["calibration"]["c"] == 0
+    assert set(done["correlation"]) == {"outcome", "ALS+facts"}
+    policy, plain = done["calibration"]["c"]
+    assert policy == 0 and plain != 0
     found = evaluate.run(
         evaluate.Config(**where(tmp_path), depth=20, n_boot=20, examples=0, quiet=True)
     )
@@ -219,9 +223,41 @@ def test_a_shop_without_a_policy_gets_composed_pages(composed, tmp_path):
 
 
 def test_a_policy_s_opinion_has_mean_0_and_spread_1_among_the_candidates():
-    logp = np.array([[-1.0, -2.0, -3.0, -9.0], [-1.0, -1.0, -1.0, -1.0]])
-    z = standardised(logp, np.array([[0, 2, -1], [-1, -1, -1]]))
-    assert z.tolist() == [[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]]
+    score = np.array([[-1.0, -3.0, -9.0], [-1.0, -1.0, -2.0], [-4.0, -4.0, 0.0]])
+    there = np.array([[True, True, False], [False, False, False], [True, True, False]])
+    assert standardised(score, there).tolist() == [[1.0, -1.0, 0.0], [0.0] * 3, [0.0] * 3]
+
+
+def test_the_judge_liked_has_the_settings_and_the_scores_of_the_plain_row(composed):
+    """What the calibration weighs beside the outcome is ALS+facts itself."""
+    composer, shop = composer_of(composed)
+    settings, plain = composer.judges.settings, compose.PLAIN["ALS+facts"]
+    assert all(settings[name] == plain for name in ("liked", "chosen"))
+    users = np.arange(20)
+    people = composer.judges.known.select(users)
+    item, x = composer.judges.candidates(people, np.ones((20, shop.n_items), bool), 30)
+    fitted = fit(
+        "ALS+facts",
+        shop.csr("train"),
+        shop.n_users,
+        shop.n_items,
+        plain,
+        0,
+        None,
+        item_groups(shop.catalogue),
+    )
+    scores = np.take_along_axis(fitted.score(users).numpy(), item, 1)
+    np.testing.assert_allclose(composer.judges.score_in(x, "liked"), scores, atol=1e-4)
+
+
+def test_where_everything_is_liked_two_judges_differ_by_their_settings(composed):
+    _, shop = composer_of(composed)
+    plain = compose.PLAIN | {"ALS+facts": {"factors": 8, "alpha0": 0.2, "reg": 0.1, "nu": 0.5}}
+    found = compose.judge_settings(plain, shop)
+    assert found["liked"] == found["chosen"] == plain["ALS+facts"]
+    shop.positive[:] = True
+    alike = compose.judge_settings(plain, shop)
+    assert alike["liked"] == plain["ALS+facts"] and alike["chosen"] == judges.SETTINGS["chosen"]
 
 
 def test_what_is_missing_or_wrong_is_said(tmp_path, composed):

@@ -6,8 +6,9 @@
     written = composer.write(people, logp, legal, k=20)
 
 1. The candidates of a user are the policy's best and the plain judges' best (model/judges.py).
-2. The outcome network gives each candidate a chance of being picked. A calibration with three
-   numbers puts it on the scale of validation rows, beside the policy's own log-probability.
+2. The outcome network gives each candidate a chance of being picked. A calibration with four
+   numbers puts it on the scale of validation rows. Beside the chance it weighs the policy's own
+   log-probability and the score of ALS+facts.
 3. `compose` (pages/compose.py) makes the page of chances, expected stars and variety.
 
 The file model.pt of the stage `compose` holds all of this, the fitted judges too: loading fits
@@ -60,13 +61,11 @@ def picks(users: np.ndarray, item: np.ndarray, held: Rows, n_items: int) -> np.n
     return (item >= 0) & np.isin(users[:, None] * n_items + item, code)
 
 
-def standardised(logp: np.ndarray, item: np.ndarray) -> np.ndarray:
-    """logp (B, N) of the candidates (B, M), in standard deviations of a user's; 0 where none is."""
-    at, there = np.maximum(item, 0), (item >= 0).any(1, keepdims=True)
-    z = np.where(item >= 0, np.take_along_axis(logp, at, 1), np.nan)
-    z = np.where(there, z, 0.0)
+def standardised(score: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """score (B, M) where there (B, M) bool, in standard deviations of a user's; 0 elsewhere."""
+    z = np.where(there | ~there.any(1, keepdims=True), score, np.nan)
     spread = np.maximum(np.nanstd(z, 1, keepdims=True), 1e-9)
-    return np.nan_to_num((z - np.nanmean(z, 1, keepdims=True)) / spread)
+    return np.where(there, (z - np.nanmean(z, 1, keepdims=True)) / spread, 0.0)
 
 
 class Composed(NamedTuple):
@@ -114,7 +113,7 @@ class Composer:
     outcome  the network that gives chances
     policy   whose prompts show the liked items of those same rows; None: the judges propose alone,
              and the policy's log-probability counts as 0
-    scale    puts chances on the scale of validation rows
+    scale    puts chances on the scale of validation rows, beside the policy and the judge `liked`
     taste    how a page is made of them        unit  the unit of its spread: what a slot is worth
     plain    the plain row that pages can be compared with; None: not kept
     near     of near_duplicates, where it is at hand
@@ -136,7 +135,7 @@ class Composer:
         plain_pages: bool = False,
     ):
         self.shop, self.policy, self.judges, self.outcome = shop, policy, judges, outcome
-        self.scale, self.taste = scale or Calibration(), taste or Taste()
+        self.scale, self.taste = scale or Calibration(c=(0.0, 0.0)), taste or Taste()
         self.unit, self.plain, self.plain_pages = unit, plain, plain_pages
         self.made: Maker | None = None  # what it was made from, if a stage has kept it
         self.prompts, self.kin = shop.csr("train"), Kin.of(shop.catalogue, near)
@@ -156,8 +155,9 @@ class Composer:
     def opinion(self, users: np.ndarray, seen: Rows) -> tuple[Opinion, np.ndarray, np.ndarray]:
         """What is thought of the candidates of some users, none of them in `seen`.
 
-        returns  the opinion, with calibrated chances; the chances before calibration; the policy's
-                 log-probability, in standard deviations of a user's candidates: (U, POOL) each
+        returns  the opinion, with calibrated chances; the chances before calibration (U, POOL); and
+                 what the calibration weighs beside them (U, POOL, 2), in standard deviations of a
+                 user's candidates: the policy's log-probability, the judge `liked`
         """
         parts = [
             self.judged(
@@ -167,13 +167,13 @@ class Composer:
             )
             for some in (users[at : at + BLOCK] for at in range(0, len(users), BLOCK))
         ]
-        item, raw, other, stars = (np.concatenate(x) for x in zip(*parts, strict=True))
-        return self.weighed(users, item, raw, other, stars), raw, other
+        item, raw, others, stars = (np.concatenate(x) for x in zip(*parts, strict=True))
+        return self.weighed(users, item, raw, others, stars), raw, others
 
     def judged(
         self, people: People, logp: np.ndarray | None, legal: np.ndarray
     ) -> tuple[np.ndarray, ...]:
-        """Candidates, raw chances, the policy's opinion, expected stars less their mean.
+        """Candidates, raw chances, two more opinions as in `opinion`, stars less their mean.
 
         people  B of them        logp (B, N) float32 and legal (B, N) bool: of every item
         """
@@ -182,23 +182,24 @@ class Composer:
             free = np.where(legal, logp, np.float32(-np.inf))
             best, _ = largest(free, min(POOL, free.shape[1]))
         item, x = self.judges.candidates(people, legal, POOL, best)
-        at = np.maximum(item, 0)
-        other = np.zeros(item.shape) if logp is None else standardised(logp, item)
+        at, there = np.maximum(item, 0), item >= 0
+        asked = np.zeros(item.shape) if logp is None else np.take_along_axis(logp, at, 1)
+        others = [standardised(score, there) for score in (asked, self.judges.score_in(x, "liked"))]
         found = self.judges.stars
         taste = np.einsum("bd,bmd->bm", people.taste.numpy(), found.place.numpy()[at])
         stars = people.bias.numpy()[:, None] + found.item.numpy()[at] + taste
-        return item, self.outcome(x), other, stars
+        return item, self.outcome(x), np.stack(others, 2), stars
 
     def weighed(
         self,
         users: np.ndarray,
         item: np.ndarray,
         raw: np.ndarray,
-        other: np.ndarray,
+        others: np.ndarray,
         stars: np.ndarray,
     ) -> Opinion:
         """An opinion, with calibrated chances, from what `judged` gives."""
-        chance = np.where(item >= 0, self.scale(raw, other), 0.0)
+        chance = np.where(item >= 0, self.scale(raw, others), 0.0)
         return Opinion(users, item, chance, stars, self.mean_stars[np.maximum(item, 0)])
 
     def page(self, opinion: Opinion, k: int, depth: int) -> tuple[np.ndarray, ...]:
@@ -291,13 +292,12 @@ class Composer:
     ) -> "Composer":
         """Read model.pt. Matrices of items are mapped from the file, not copied into memory.
 
-        Raises PageLLMError for a file that an earlier version wrote, without the judges.
+        Raises PageLLMError for a file that an earlier version wrote.
         """
         state = load_model_file(Path(path) / "model.pt", mapped=True)
-        if "judges" not in state:
+        if "judges" not in state or isinstance(state["scale"]["c"], float):
             raise PageLLMError(
-                f"{path} was made by an earlier version and lacks the judges\n"
-                f"  Remove {path} and make it again."
+                f"{path} was made by an earlier version\n  Remove {path} and make it again."
             )
         networks = []
         for weights in state["networks"]:

@@ -453,6 +453,10 @@ class Judges:
         ]
         return np.stack(out, 2).astype(np.float32)
 
+    def score_in(self, x: np.ndarray, name: str) -> np.ndarray:
+        """(..., ) the score of one of the judges of `self.spaces`, read from features (..., F)."""
+        return x[..., 3 * list(self.spaces).index(name)]
+
     def sold(self, item: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
         """(B, M) rows of every item from WINDOW days before `start` to WINDOW days after `end`."""
         base = item * self.span

@@ -192,33 +192,34 @@ def fold_rows(
 
 @dataclass
 class Calibration:
-    """Chances on the scale of a split: sigmoid(a + b logit p + c other), a logistic regression.
+    """Chances on the scale of a split: sigmoid(a + b logit p + c @ others), a logistic regression.
 
-    other  a second opinion, in standard deviations of a user's candidates: a policy's
-           log-probability, for instance. c says what it knows that the outcome does not.
+    others  (..., len(c)) further opinions, each in standard deviations of a user's candidates: a
+            policy's log-probability, for instance. c says what they know that the outcome does not
     """
 
     a: float = 0.0
     b: float = 1.0
-    c: float = 0.0
+    c: tuple[float, ...] = ()
 
     @classmethod
     def fit(
-        cls, p: np.ndarray, other: np.ndarray, picked: np.ndarray, ridge: float = 1.0
+        cls, p: np.ndarray, others: np.ndarray, picked: np.ndarray, ridge: float = 1.0
     ) -> "Calibration":
-        """p, other, picked (R,). Newton's method; `ridge` draws b to 1 and c to 0."""
-        x = np.stack([np.ones(len(p)), logit(p), other], 1)
-        start, prior = np.array([0.0, 1.0, 0.0]), np.diag([0.0, ridge, ridge])
+        """p, picked (R,), others (R, n). Newton's method; `ridge` draws b to 1 and c to 0."""
+        x = np.concatenate([np.ones((len(p), 1)), logit(p)[:, None], others], 1)
+        start, prior = np.zeros(x.shape[1]), np.full(x.shape[1], ridge)
+        start[1], prior[0] = 1.0, 0.0
 
         def loss(w: np.ndarray) -> float:
             z, away = x @ w, w - start
-            return float(np.logaddexp(0.0, z).sum() - z[picked].sum() + away @ prior @ away / 2)
+            return float(np.logaddexp(0.0, z).sum() - z[picked].sum() + prior @ away**2 / 2)
 
         w = start
         for _ in range(25):
             q = 1 / (1 + np.exp(-np.clip(x @ w, -500, 500)))
-            gradient = x.T @ (picked - q) - prior @ (w - start)
-            curve = (x * (q * (1 - q))[:, None]).T @ x + prior + 1e-9 * np.eye(3)
+            gradient = x.T @ (picked - q) - prior * (w - start)
+            curve = (x * (q * (1 - q))[:, None]).T @ x + np.diag(prior + 1e-9)
             step, now = np.linalg.solve(curve, gradient), loss(w)
             # A whole step may overshoot where chances begin far off: it is halved until it gains.
             while np.abs(step).max() > 1e-9 and loss(w + step) > now:
@@ -226,10 +227,10 @@ class Calibration:
             w = w + step
             if np.abs(step).max() < 1e-9:
                 break
-        return cls(*map(float, w))
+        return cls(float(w[0]), float(w[1]), tuple(map(float, w[2:])))
 
-    def __call__(self, p: np.ndarray, other: np.ndarray) -> np.ndarray:
-        return 1 / (1 + np.exp(-(self.a + self.b * logit(p) + self.c * other)))
+    def __call__(self, p: np.ndarray, others: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp(-(self.a + self.b * logit(p) + others @ np.array(self.c))))
 
 
 def logit(p: np.ndarray) -> np.ndarray:

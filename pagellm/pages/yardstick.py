@@ -19,6 +19,7 @@ from pagellm.pages.ranked import RankedPages, Scorer
 __all__ = [
     "ACCURACY",
     "JUDGED_BY",
+    "SHARE",
     "VARIETY",
     "best_of",
     "chosen",

@@ -207,7 +207,8 @@ def make_plan(seconds: Seconds, minutes: float, shop: ShopSize) -> Plan:
         steps = min(most, int((share["sft"] - 4 * look) / step))
     texts = min(240, int(share["pretrain"] / step))
     ppo = int((share["ppo"] - shop.users * 4 / BATCH * step) / (PPO_STEP * step))
-    each = share["compose"] / 3 - 12 * als_seconds(seconds, 64)
+    # Composed twice, with the language model and without. Each fits three judges three times.
+    each = share["compose"] / 2 - 9 * als_seconds(seconds, best)
     return Plan(
         trials=trials,
         factors=factors,

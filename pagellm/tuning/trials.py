@@ -29,13 +29,13 @@ from pagellm.model.policy import Policy, PromptStyle
 from pagellm.model.vocab import Vocab
 from pagellm.pages.ranked import RankedPages, Scorer, seen_rows
 from pagellm.pages.tables import per_user
-from pagellm.pages.yardstick import ACCURACY, verdicts
+from pagellm.pages.yardstick import ACCURACY, SHARE, best_of, verdicts
 from pagellm.stage import dist, randomness
 from pagellm.stage.config import PageLLMError, as_words
 from pagellm.stage.files import atomic, read_json, slug, write_json
 from pagellm.stage.run import StageConfig, load_model_file
 
-__all__ = ["SHOWN", "STAGES", "Bench", "compared", "pays", "write_preset"]
+__all__ = ["SHOWN", "STAGES", "Bench", "better", "compared", "pays", "write_preset"]
 
 STAGES: dict[str, ModuleType] = {
     "pretrain": pretrain,
@@ -54,9 +54,23 @@ def compared(ours: dict, theirs: dict, seed: int = 0) -> dict[str, dict]:
 
 
 def pays(added: dict[str, dict], by: tuple[str, ...] = SHOWN) -> bool:
-    """Whether something is worth having: ahead in one of `by`, and in no accuracy behind."""
-    behind = any(added[m]["verdict"] == "behind" for m in ACCURACY if m in added)
-    return not behind and any(added[m]["verdict"] == "ahead" for m in by if m in added)
+    """Whether a stage is worth having: ahead in one of `by`, and no accuracy lost.
+
+    An accuracy is lost where its mean falls by more than 1%. Its interval does not decide: for some
+    hundred users it is wider than that whatever a stage does.
+    """
+    there = [added[m] for m in ACCURACY if m in added]
+    lost = any(row["difference"] < -SHARE * abs(row["value"]) for row in there)
+    return not lost and any(added[m]["verdict"] == "ahead" for m in by if m in added)
+
+
+def better(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
+    """Which of two kinds of pages to take: whether ours are, by `best_of` over SHOWN."""
+    turned = {
+        name: {m: float(np.nanmean(row[m])) for m in SHOWN if m in row}
+        for name, row in (("theirs", theirs), ("ours", ours))
+    }
+    return best_of(turned, SHOWN)[0] == "ours"
 
 
 class Bench:

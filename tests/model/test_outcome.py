@@ -157,18 +157,18 @@ def test_calibrated_chances_add_up_to_what_was_picked(seed):
     picks.
     """
     rng = np.random.default_rng(seed)
-    p, other = rng.random(500) * 0.3 + 0.01, rng.standard_normal(500)
+    p, others = rng.random(500) * 0.3 + 0.01, rng.standard_normal((500, int(rng.integers(3))))
     picked = rng.random(500) < p * 0.5
-    scale = Calibration.fit(p, other, picked)
-    assert abs(scale(p, other).sum() - picked.sum()) < 1e-3
+    scale = Calibration.fit(p, others, picked)
+    assert abs(scale(p, others).sum() - picked.sum()) < 1e-3
 
 
-def test_calibration_finds_the_weight_of_a_second_opinion():
+def test_calibration_finds_the_weights_of_further_opinions():
     rng = np.random.default_rng(0)
-    p, other = rng.random(50_000) * 0.5 + 0.05, rng.standard_normal(50_000)
-    truth = Calibration(-0.5, 0.8, 0.6)
-    found = Calibration.fit(p, other, rng.random(50_000) < truth(p, other))
-    np.testing.assert_allclose([found.a, found.b, found.c], [-0.5, 0.8, 0.6], atol=0.06)
+    p, others = rng.random(50_000) * 0.5 + 0.05, rng.standard_normal((50_000, 2))
+    truth = Calibration(-0.5, 0.8, (0.6, -0.3))
+    found = Calibration.fit(p, others, rng.random(50_000) < truth(p, others))
+    np.testing.assert_allclose([found.a, found.b, *found.c], [-0.5, 0.8, 0.6, -0.3], atol=0.06)
 
 
 def test_calibration_of_chances_that_know_nothing_is_the_rate():
@@ -176,5 +176,6 @@ def test_calibration_of_chances_that_know_nothing_is_the_rate():
     rng = np.random.default_rng(0)
     picked = rng.random(1600) < 0.2
     p = rng.random(1600)
-    scale = Calibration.fit(p, np.zeros(1600), picked)
-    assert abs(scale.a) < 10 and abs(scale(p, np.zeros(1600)).mean() - picked.mean()) < 0.01
+    none = np.zeros((1600, 0))
+    scale = Calibration.fit(p, none, picked)
+    assert abs(scale.a) < 10 and abs(scale(p, none).mean() - picked.mean()) < 0.01
