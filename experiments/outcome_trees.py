@@ -19,7 +19,7 @@ import numpy as np
 from pagellm import compose
 from pagellm.data.shop import load
 from pagellm.model.composer import picks
-from pagellm.model.judges import History, Judges, legal_items
+from pagellm.model.judges import History, Judges, legal_items, tuned
 from pagellm.model.outcome import Calibration, Outcome, fit_network, fold_rows
 from pagellm.pages import stats
 from pagellm.stage import hints
@@ -113,8 +113,8 @@ def run(config: Config) -> dict[str, dict]:
     """Fit both, ask both, print and write."""
     shop = load(Path(config.data) / config.dataset)
     plain = compose.plain_settings(compose.Config(dataset=config.dataset))
-    settings = compose.judge_settings(plain, shop)
-    x, y = fold_rows(
+    settings = tuned(plain, shop)
+    x, y, _ = fold_rows(
         shop, settings, config.folds, config.share, 150, config.seed, config.fold_users
     )
     began = time.process_time()

@@ -8,7 +8,8 @@ Writes  runs/<run>-seeds/table.{md,tex,parquet}, versus.json
 
 A cell holds the mean over seeds and users, and the paired difference to `versus` with its 95%
 interval (bootstrap over seeds, then users). Baselines are fitted once and count as equal in every
-seed. Below it the last policy is ahead, level or behind of every baseline, metric by metric.
+seed. Below it the last policy is ahead of every baseline, level, unclear or behind, metric by
+metric.
 """
 
 import sys

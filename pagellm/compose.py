@@ -13,9 +13,10 @@ Seconds to minutes on two CPU cores. Four steps:
 2. Calibrate its probabilities on validation rows, together with the policy's log-probabilities.
 3. Score the baselines on validation rows: EASE, ALS, ALS with titles, ALS with titles and ratings,
    each as it is and re-ranked for variety.
-4. Choose worth, order and spread of a page (pages/compose.py): the setting whose smallest margin
-   over all these baselines and all metrics is largest. If the smallest margin of ALS with titles
-   and MMR is larger still, its pages are taken: nothing that was learnt makes better ones here.
+4. Choose worth, order and spread of a page (pages/compose.py): of the settings that lose no
+   accuracy, the one whose smallest margin over all these baselines and all metrics is largest. If
+   the smallest margin of ALS with titles and MMR is larger still, its pages are taken: nothing that
+   was learnt makes better ones here.
 
 model.pt holds all that a page needs, the judges fitted to all train rows too. No test row is read.
 A judge is never asked about a row that it was fitted to.
@@ -35,7 +36,7 @@ from pagellm.data.shop import Shop, load
 from pagellm.model.als import Space, add_pseudo_users, item_groups, penalty_scale
 from pagellm.model.choice import standing
 from pagellm.model.composer import Composer, PlainRow, picks
-from pagellm.model.judges import DENSE, SETTINGS, History, Judges
+from pagellm.model.judges import DENSE, History, Judges, tuned
 from pagellm.model.outcome import Calibration, learn
 from pagellm.model.plain import Chosen, Fitted, fit, gram_matrix
 from pagellm.model.policy import Policy
@@ -126,18 +127,6 @@ def plain_settings(config: Config) -> dict[str, dict]:
     return PLAIN | facts | {name: found[name] for name in PLAIN if name in found}
 
 
-def judge_settings(plain: dict[str, dict], shop: Shop) -> dict:
-    """Settings of the outcome model's judges: those of the plain rows, which validation chose.
-
-    Where all that was chosen was liked, the judges `liked` and `chosen` read the same rows. Then
-    `chosen` keeps settings of its own, so that it is another opinion.
-    """
-    disliked = not shop.positive[shop.rows("train", None)].all()
-    rated = {name: plain["ALS+ratings"][name] for name in SETTINGS["levels"]}
-    own = {"liked": plain["ALS+facts"]} | ({"chosen": plain["ALS+facts"]} if disliked else {})
-    return SETTINGS | {"levels": rated, "EASE": plain["EASE"]} | own
-
-
 def plain_rows(
     config: Config, shop: Shop, scorer: Scorer, users: np.ndarray, plain: dict, kin: Kin
 ) -> tuple[dict[str, list[dict]], list[dict], PlainRow, dict]:
@@ -216,7 +205,8 @@ def choose_taste(
     taste, tried = choose(scored, groups, MEASURES, grid)
     stands, best = value_of(shipped, groups, MEASURES), tried[taste]
     # Far enough ahead of all baselines is enough, also where the plain row is still further.
-    plain = config.fallback and stands > best and min(best) < ENOUGH
+    enough = best[0] >= stands[0] and min(best[1:]) >= ENOUGH
+    plain = config.fallback and stands > best and not enough
     return taste, len(tried), plain
 
 
@@ -251,7 +241,7 @@ def run(config: Config) -> None:
             took[what] = round(time.process_time() - began, 1)
 
         began = time.process_time()
-        settings = judge_settings(plain, shop)
+        settings = tuned(plain, shop)
         outcome = learn(
             shop,
             settings,

@@ -407,7 +407,7 @@ def compared(config: Config, rows: dict[str, dict], plain: Plain) -> list[dict]:
 
 
 def said_of_plain(config: Config, name: str, plain: Plain, versus: list[dict]) -> str:
-    """The plain rows, and where the last policy is ahead of them, level or behind."""
+    """The plain rows, and where the last policy is ahead of them, level, unclear or behind."""
     command = hints.command("baselines", config.dataset)
     if not plain.summary:
         return f"\nplain baselines beside this: {command}\n"

@@ -41,7 +41,7 @@ __all__ = ["Config", "run"]
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "compose")
 # Rows of the summary and its metrics, where they are there.
-ROWS = ("popularity", "EASE", "ALS+facts", "ALS+facts + MMR")
+ROWS = ("popularity", "EASE", "ALS+facts", "ALS+facts + MMR", "LightGBM")
 METRICS = ("Recall@20", "Recall@40", "NDCG@100", "PWKT", "ILD", "entropy", "redundancy", "energy")
 TUNES = ("auto", "always", "never")
 
@@ -160,7 +160,7 @@ def run_stage(config: Config, verb: str, module: str) -> Any:
 
 
 def summary(config: Config, kept: list[str], left_out: list[str]) -> str:
-    """The table against plain rows, ahead, level or behind; stages; minutes."""
+    """The table against plain rows, ahead or not; stages; minutes."""
     versus = json.loads((config.stage("evaluate") / "versus.json").read_text())
     plain = json.loads((config.stage("baselines") / "metrics.json").read_text())
     ours = json.loads((config.stage("evaluate") / "metrics.json").read_text())

@@ -2,7 +2,8 @@
 
     make baselines DATASET=toys       pagellm baselines --dataset toys --refit
 
-Popularity, ItemKNN, EASE and implicit ALS (pagellm/model/plain.py). Every model is fitted to train
+Popularity, ItemKNN, EASE and implicit ALS (pagellm/model/plain.py); where LightGBM is installed,
+also its trees over the scores of all of them (boosted.py). Every model is fitted to train
 rows only. Its settings are those with the best validation NDCG@100 out of at most `trials`, which
 are searched in the same way for all models. Test rows are used once, for the final scores. --refit
 adds each model fitted to train + validation with the chosen settings. --settings takes the settings
@@ -29,6 +30,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from pagellm.baselines.boosted import Boosted, installed
 from pagellm.data.shop import SPLITS, Rows, Shop, load
 from pagellm.model.als import item_groups
 from pagellm.model.plain import GRIDS, Chosen, Fitted, fit, gram_matrix, grid_of
@@ -64,6 +66,7 @@ from pagellm.stage.run import Run, StageConfig, file_id, finished
 __all__ = ["Config", "RATED", "Workbench", "climb", "read_rows", "run"]
 
 
+LIGHTGBM = "LightGBM"  # name of the row
 GOAL = "NDCG@100"  # the validation metric that chooses settings
 # Further settings of ALS+ratings, where no search has found others; the rest are those of ALS.
 RATED = {"disliked": 0.35, "slope": 0.15, "facts": 0.5, "stars": 0.0}
@@ -77,6 +80,10 @@ class Config(StageConfig):
 
     models: str = ",".join(GRIDS)  # models to fit, comma-separated. ALS+facts reads titles and
     # categories too, ALS+ratings also ratings and disliked items
+    ranker: str = (
+        "auto"  # a row of LightGBM over the scores of all models, cross-fitted: auto, where
+    )
+    # LightGBM is installed (extra [ranker]); always, or an error; never
     rerank: str = "mmr"  # also add each model re-ranked for variety, as strongly as validation
     # allows: some of mmr, dpp, energy; empty: none
     trials: int = 24  # most settings tried for each model on validation;
@@ -106,6 +113,7 @@ class Config(StageConfig):
                 set(self.rerank.split(",")) <= {"", *METHODS},
                 f"some of {','.join(METHODS)}, or empty",
             ),
+            ranker=(self.ranker in ("auto", "always", "never"), "auto, always or never"),
             trials=(self.trials > 0, "1 or more"),
             mask=check_mask(self.mask),
             k=(self.k > 0, "1 or more"),
@@ -204,13 +212,15 @@ class Workbench:
             chosen,
         )
 
-    def rank(self, fitted: Fitted, users: np.ndarray, seen: Rows) -> RankedPages:
+    def rank(self, fitted: Fitted | Boosted, users: np.ndarray, seen: Rows) -> RankedPages:
         """Ranked pages of these users, without the items they have seen."""
+        if isinstance(fitted, Boosted):
+            return fitted.rank(users, seen, self.config.k, self.config.depth)
         return rank_all(
             fitted.score, users, seen, self.config.k, self.config.depth, self.config.seed
         )
 
-    def frontier(self, name: str, fitted: Fitted) -> list[dict]:
+    def frontier(self, name: str, fitted: Fitted | Boosted) -> list[dict]:
         """The model's pages of validation users, re-ranked at rising strengths."""
         methods = [m for m in self.config.rerank.split(",") if m]
         if not methods:
@@ -352,8 +362,18 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
             )
 
         frontier, strengths = [], {}
-        for name in names:
-            if name in chosen:
+        boosted = (
+            [LIGHTGBM]
+            if config.ranker == "always" or (config.ranker == "auto" and installed())
+            else []
+        )
+        for name in names + boosted:
+            fitted: Fitted | Boosted
+            if name == LIGHTGBM:
+                plain = {n: chosen[n]["settings"] for n in names}
+                fitted = Boosted.fit(shop, plain, config.seed)
+                chosen[name] = {"settings": {"trees": fitted.number}}
+            elif name in chosen:
                 fitted = bench.fit(name, chosen[name]["settings"])
             else:
                 chosen[name], fitted = bench.choose(name, out.path / "trials.json")
@@ -380,7 +400,9 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
             f"{heading}; pages of {config.k}, mean over users and its 95% bootstrap interval\n\n"
             f"{text_table(results, ALL_COLUMNS, decimals=config.decimals)}\n\n"
             + "\n".join(
-                f"{name}: {json.dumps(chosen[name]['settings'])}" for name in names if GRIDS[name]
+                f"{name}: {json.dumps(row['settings'])}"
+                for name, row in chosen.items()
+                if row["settings"]
             )
             + (f"\n\n{frontier_table(frontier)}" if frontier else "")
             + "\n"

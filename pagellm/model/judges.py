@@ -42,6 +42,7 @@ __all__ = [
     "contents",
     "legal_items",
     "rows_of",
+    "tuned",
     "vars_of",
 ]
 
@@ -67,6 +68,25 @@ WINDOW = 30  # days around a user's rows in which an item's rows count as of tha
 
 
 RIDGE = 0.5  # of a user's taste in stars, in ratings (als.fit_stars)
+
+
+def tuned(plain: dict[str, dict], shop: Shop) -> dict[str, dict]:
+    """Settings of the judges: those that validation chose for the plain models of their kind.
+
+    plain  name of a plain model -> its settings. A judge whose model is missing keeps SETTINGS
+
+    Where all that was chosen was liked, the judges `liked` and `chosen` read the same rows. Then
+    `chosen` keeps settings of its own, so that it is another opinion.
+    """
+    rated, own = plain.get("ALS+ratings"), plain.get("ALS+facts")
+    out = {name: plain[name] for name in ("EASE", "ItemKNN") if name in plain}
+    if rated:
+        out["levels"] = {name: rated[name] for name in SETTINGS["levels"]}
+    if own:
+        out["liked"] = own
+        if not shop.positive[shop.rows("train", None)].all():
+            out["chosen"] = own
+    return SETTINGS | out
 
 
 @dataclass(frozen=True)

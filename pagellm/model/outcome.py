@@ -151,7 +151,7 @@ def learn(
 
     users  of each fold, drawn anew; 0: all. 5,000 are plenty for some 30 features
     """
-    x, y = fold_rows(shop, settings, folds, share, depth, seed, users, block)
+    x, y, _ = fold_rows(shop, settings, folds, share, depth, seed, users, block)
     return Outcome([fit_network(x, y, seed + i) for i in range(networks)])
 
 
@@ -164,12 +164,13 @@ def fold_rows(
     seed: int,
     users: int,
     block: int = 256,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What `learn` learns from: features (R, F) of candidates; which were hidden and liked (R,).
 
     Arguments as in `learn`. The judges of a fold have not seen the rows that it hides.
+    returns  third, how many of the rows belong to each user, one user after the other
     """
-    xs, ys, content = [], [], contents(shop.catalogue)
+    xs, ys, sizes, content = [], [], [], contents(shop.catalogue)
     train = shop.rows("train", None)
     for fold, hidden in enumerate(hide(shop, folds, share, seed)):
         history = History.of(shop, train & ~hidden)
@@ -186,8 +187,9 @@ def fold_rows(
             item, x = judges.candidates(judges.known.select(some), legal, depth)
             there = item >= 0
             xs.append(x[there])
+            sizes.append(there.sum(1))
             ys.append(np.isin((some[:, None] * shop.n_items + item)[there], code))
-    return np.concatenate(xs), np.concatenate(ys)
+    return np.concatenate(xs), np.concatenate(ys), np.concatenate(sizes)
 
 
 @dataclass

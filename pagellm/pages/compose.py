@@ -20,10 +20,12 @@ from itertools import product
 import numpy as np
 
 from pagellm.pages.rerank import Kin, mmr, placed, sort_page
+from pagellm.pages.yardstick import ACCURACY
 
 __all__ = [
     "DOWN",
     "ENOUGH",
+    "accuracy_lost",
     "GRID",
     "Opinion",
     "Taste",
@@ -40,6 +42,7 @@ DOWN = ("WMRD", "redundancy")  # measures of which less is better
 # flatters, so one more.
 ENOUGH = 3.0
 FEWEST = 30  # users
+LOSS = 0.005  # share of a baseline's mean accuracy that counts as one loss
 GRID: dict[str, tuple[float, ...]] = {
     "worth": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
     "order": (0.0, 0.15, 0.3, 0.5, 0.75, 1.0),
@@ -147,15 +150,35 @@ def worst(
     return min((mean / error for mean, error in found), default=np.inf)
 
 
+def accuracy_lost(
+    ours: dict[str, np.ndarray], rows: list[dict[str, np.ndarray]], names: tuple[str, ...]
+) -> float:
+    """How far the mean accuracy is below a baseline's, at the worst, in whole LOSSES of its value.
+
+    Half a LOSS counts as none.
+    """
+    worst = 0.0
+    for row in rows:
+        for name in set(names) & set(ACCURACY) & set(row):
+            theirs, mine = float(np.nanmean(row[name])), float(np.nanmean(ours[name]))
+            worst = max(worst, (theirs - mine) / max(abs(theirs), 1e-9))
+    return float(np.round(worst / LOSS))
+
+
 def value_of(
     ours: dict[str, np.ndarray], rows: list[list[dict]], names: tuple[str, ...]
 ) -> tuple[float, ...]:
-    """What `choose` makes largest: the worst margin over each group of baselines.
+    """What `choose` makes largest: no accuracy lost, then the worst margin over each group.
 
-    Up to ENOUGH standard errors the first group's counts, beyond that the second's, and so on.
+    rows  groups of baselines. Accuracy is compared with the first. Up to ENOUGH standard errors
+          the first group's margin counts, beyond that the second's, and so on
+
+    Margins are in standard errors. Alone they would sell a good part of the hits for variety where
+    few users make the errors large.
     """
     found = [worst(ours, group, names) for group in rows]
-    return tuple(min(x, ENOUGH) for x in found[:-1]) + (found[-1],)
+    lost = accuracy_lost(ours, rows[0], names) if rows else 0.0
+    return (-lost, *(min(x, ENOUGH) for x in found[:-1]), found[-1])
 
 
 def choose(

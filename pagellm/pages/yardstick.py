@@ -21,6 +21,7 @@ __all__ = [
     "JUDGED_BY",
     "SHARE",
     "VARIETY",
+    "VERDICTS",
     "best_of",
     "chosen",
     "frontier_table",
@@ -36,6 +37,7 @@ __all__ = [
 ACCURACY = ("Recall@20", "NDCG@100")
 VARIETY = ("ILD", "entropy", "redundancy", "energy")
 JUDGED_BY = (*ACCURACY, "ILD", "energy")  # what one is chosen by, out of several kinds of pages
+VERDICTS = ("ahead", "level", "unclear", "behind")
 SHARE = 0.01  # of a row's value: how far below it an interval may reach and still be level
 
 
@@ -125,15 +127,19 @@ def chosen(records: list[dict], base: str, method: str) -> float:
 
 
 def verdict(low: float, high: float, value: float) -> str:
-    """ "ahead", "level" or "behind" from the 95% interval of a difference in which more is better.
+    """One of VERDICTS from the 95% interval of a difference in which more is better.
 
     Ahead: the whole interval is above 0. Level: it reaches at most 1% of the row's value below 0.
+    Unclear: it holds 0 and reaches further down, so that there are too few users to say. Behind:
+    all of it is below 0.
 
     low, high  the interval      value  the mean of the row that is compared with
     """
     if low > 0:
         return "ahead"
-    return "level" if low >= -SHARE * abs(value) else "behind"
+    if low >= -SHARE * abs(value):
+        return "level"
+    return "unclear" if high > 0 else "behind"
 
 
 def verdicts(
@@ -178,22 +184,20 @@ def verdicts(
 
 
 def verdict_table(records: list[dict], ours: str = "PageLLM") -> str:
-    """One line per row: how often ours is ahead, level and behind, and where it is behind."""
-    lines = [f"{ours} against          ahead  level  behind   (95% intervals; level: within 1%)"]
+    """One line per row: how often ours is which of VERDICTS, and where it is behind."""
+    heads = "".join(f"{what:>9}" for what in VERDICTS)
+    lines = [f"{ours + ' against':<22}{heads}   (95% intervals; level: within 1%)"]
     for row in dict.fromkeys(r["row"] for r in records):
         some = [r for r in records if r["row"] == row]
-        named = {
-            what: [r["metric"] for r in some if r["verdict"] == what]
-            for what in ("ahead", "level", "behind")
-        }
+        named = {what: [r["metric"] for r in some if r["verdict"] == what] for what in VERDICTS}
         behind = f"   behind: {', '.join(named['behind'])}" if named["behind"] else ""
-        counts = "".join(f"{len(named[what]):>7}" for what in named)
+        counts = "".join(f"{len(named[what]):>9}" for what in named)
         lines.append(f"{row:<22}{counts}{behind}")
     return "\n".join(lines)
 
 
 def verdict_grid(records: list[dict], columns: Sequence[str], ours: str = "PageLLM") -> str:
-    """One line per row, one column per metric: ours is ahead, level or behind, and by how much.
+    """One line per row, one column per metric: which of VERDICTS ours is, and by how much.
 
     The differences are turned so that more is better.
     """

@@ -34,7 +34,7 @@ LEAST = 30  # steps that a stage needs to show anything
 # Costs in steps of SFT at the same width, and seconds of compose for each user;
 # experiments/LOG.md has them.
 PPO_STEP = 8.0
-FOLD_USER, ASKED_USER = 0.006, 0.04
+FOLD_USER, ASKED_USER = 0.006, 0.015
 
 
 @dataclass(frozen=True)
@@ -219,6 +219,6 @@ def make_plan(seconds: Seconds, minutes: float, shop: ShopSize) -> Plan:
         sft_steps=steps if steps >= LEAST else 0,
         ppo=min(60, ppo) if ppo >= LEAST else 0,
         fold_users=int(min(6000, max(500, each * 0.35 / FOLD_USER / 2))),
-        eval_users=int(min(2000, max(300, each * 0.65 / ASKED_USER))),
+        eval_users=int(min(3000, max(1000, each * 0.65 / ASKED_USER))),
         seconds=asdict(seconds),
     )

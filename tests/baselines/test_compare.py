@@ -44,6 +44,7 @@ def config(root, **more):
             "settings": str(root / "settings.json"),
             "models": ",".join(PLAIN),
             "rerank": "",
+            "ranker": "never",
         }
         | more
     )

@@ -71,12 +71,13 @@ def test_the_table_names_every_base_and_its_methods(frontier):
         (0.001, 0.2, 1.0, "ahead"),
         (0.0, 0.2, 1.0, "level"),
         (-0.01, 0.2, 1.0, "level"),
-        (-0.0101, 0.2, 1.0, "behind"),
+        (-0.0101, 0.2, 1.0, "unclear"),
+        (-0.0101, 0.0, 1.0, "behind"),
         (-0.0101, 0.2, -2.0, "level"),
         (-0.3, -0.2, 1.0, "behind"),
     ],
 )
-def test_ahead_level_and_behind(low, high, value, want):
+def test_ahead_level_unclear_and_behind(low, high, value, want):
     assert verdict(low, high, value) == want
 
 
@@ -109,10 +110,10 @@ def test_metrics_that_a_row_lacks_are_left_out():
 def test_the_verdict_table_counts_and_names_what_is_behind():
     records = [
         {"row": "ALS", "metric": m, "verdict": v}
-        for m, v in (("ILD", "ahead"), ("WAS", "level"), ("PWKT", "behind"), ("DPA", "behind"))
+        for m, v in (("ILD", "ahead"), ("WAS", "unclear"), ("PWKT", "behind"), ("DPA", "behind"))
     ]
     line = verdict_table(records).splitlines()[1]
-    assert line.split()[:4] == ["ALS", "1", "1", "2"] and "behind: PWKT, DPA" in line
+    assert line.split()[:5] == ["ALS", "1", "0", "1", "2"] and "behind: PWKT, DPA" in line
 
 
 def test_the_best_of_several_is_the_one_that_loses_least_anywhere():
