@@ -130,6 +130,11 @@ class Config(StageConfig):
             decimals=check_decimals(self.decimals),
         )
 
+    @property
+    def has_trees(self) -> bool:
+        """Whether there is a row of LightGBM."""
+        return self.ranker == "always" or (self.ranker == "auto" and installed())
+
 
 def climb(
     grid: dict[str, tuple], value: Callable[[dict], float], trials: int
@@ -362,12 +367,7 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
             )
 
         frontier, strengths = [], {}
-        boosted = (
-            [LIGHTGBM]
-            if config.ranker == "always" or (config.ranker == "auto" and installed())
-            else []
-        )
-        for name in names + boosted:
+        for name in names + ([LIGHTGBM] if config.has_trees else []):
             fitted: Fitted | Boosted
             if name == LIGHTGBM:
                 plain = {n: chosen[n]["settings"] for n in names}

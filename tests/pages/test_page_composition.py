@@ -131,7 +131,7 @@ def test_a_margin_allows_1_percent_and_knows_what_is_better():
 
 
 def test_no_accuracy_is_sold_however_large_the_errors_are():
-    """Hits vary so much that 2% of them are far within an error; variety is behind until the end."""
+    """Hits vary so much that 2% of them are within an error; variety is behind until the end."""
     noise = np.random.default_rng(0).normal(size=100) * 2
 
     def scored(taste):
