@@ -79,7 +79,7 @@ def tuned(plain: dict[str, dict], shop: Shop) -> dict[str, dict]:
     `chosen` keeps settings of its own, so that it is another opinion.
     """
     rated, own = plain.get("ALS+ratings"), plain.get("ALS+facts")
-    out = {name: plain[name] for name in ("EASE", "ItemKNN") if name in plain}
+    out: dict[str, dict] = {n: plain[n] for n in ("EASE", "ItemKNN") if n in plain}
     if rated:
         out["levels"] = {name: rated[name] for name in SETTINGS["levels"]}
     if own:
