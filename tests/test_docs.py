@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -279,3 +280,19 @@ def test_the_readme_can_be_run_and_says_which_blocks_cannot():
         check=True,
     ).stdout
     assert "\nmake\n" in listed and "pagellm recommend" in listed and "make test" not in listed
+
+
+def test_the_stories_can_be_typed_by_a_program():
+    """Each story has lines; a Python block has a file's name, and somebody runs it."""
+    spec = importlib.util.spec_from_file_location("stories", ROOT / "docs" / "run_stories.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = module.stories(module.STORIES.read_text(encoding="utf-8"))
+    assert list(found)[0] == "Install" and len(found) == 6
+    for story in found.values():
+        assert module.lines(story) and not any(x.endswith("\\") for x in module.lines(story))
+        if module.blocks(story, "python"):
+            assert len(set(re.findall(r"\b(\w+\.py)\b", story))) == 1
+    wheels = [x for story in found.values() for x in module.lines(story) if ".whl" in x]
+    assert len(wheels) == 3
+    assert all(re.sub(module.WHEEL, "W", x).lstrip("pi nstal'").startswith("W") for x in wheels)
