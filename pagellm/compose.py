@@ -15,8 +15,8 @@ Seconds to minutes on two CPU cores. Four steps:
    each as it is and re-ranked for variety.
 4. Choose worth, order and spread of a page (pages/compose.py): of the settings that lose no
    accuracy, the one whose smallest margin over all these baselines and all metrics is largest. If
-   the smallest margin of ALS with titles and MMR is larger still, its pages are taken: nothing that
-   was learnt makes better ones here.
+   the worst relative difference of these pages to those of ALS with titles and MMR is larger than
+   the other way round, the latter are taken: nothing that was learnt makes better ones here.
 
 model.pt holds all that a page needs, the judges fitted to all train rows too. No test row is read.
 A judge is never asked about a row that it was fitted to.
@@ -41,11 +41,11 @@ from pagellm.model.outcome import Calibration, learn
 from pagellm.model.plain import Chosen, Fitted, fit, gram_matrix
 from pagellm.model.policy import Policy
 from pagellm.pages import stats
-from pagellm.pages.compose import ENOUGH, GRID, Opinion, Taste, choose, compose, unit_of, value_of
+from pagellm.pages.compose import GRID, Opinion, Taste, choose, compose, unit_of
 from pagellm.pages.ranked import RankedPages, Scorer, rank_all, seen_rows
 from pagellm.pages.rerank import METHODS, Kin, reranked
 from pagellm.pages.tables import ALL_COLUMNS
-from pagellm.pages.yardstick import chosen, sweep
+from pagellm.pages.yardstick import best_of, chosen, means, sweep
 from pagellm.stage import dist
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
@@ -203,11 +203,8 @@ def choose_taste(
 
     groups = [group for group in (others, rated) if group]
     taste, tried = choose(scored, groups, MEASURES, grid)
-    stands, best = value_of(shipped, groups, MEASURES), tried[taste]
-    # Far enough ahead of all baselines is enough, also where the plain row is still further.
-    enough = best[0] >= stands[0] and min(best[1:]) >= ENOUGH
-    plain = config.fallback and stands > best and not enough
-    return taste, len(tried), plain
+    kinds = {"learnt": means(scored(taste)), "plain": means(shipped)}
+    return taste, len(tried), config.fallback and best_of(kinds)[0] == "plain"
 
 
 def run(config: Config) -> None:
@@ -315,8 +312,8 @@ def tell(path: Path, composer: Composer, tried: int, knows: dict, took: dict) ->
     )
     if composer.plain_pages:
         print(
-            "compose: on validation rows ALS+facts with MMR stands better against the plain "
-            "rows than any page of what was learnt, so its pages are taken"
+            "compose: on validation rows ALS+facts with MMR loses less to the pages of what was "
+            "learnt than they lose to it, so its pages are taken"
         )
 
 
