@@ -80,10 +80,8 @@ class Config(StageConfig):
 
     models: str = ",".join(GRIDS)  # models to fit, comma-separated. ALS+facts reads titles and
     # categories too, ALS+ratings also ratings and disliked items
-    ranker: str = (
-        "auto"  # a row of LightGBM over the scores of all models, cross-fitted: auto, where
-    )
-    # LightGBM is installed (extra [ranker]); always, or an error; never
+    ranker: str = "auto"  # a row of LightGBM over the scores of all models, cross-fitted: auto,
+    # where it is installed (extra [ranker]); always, or an error; never
     rerank: str = "mmr"  # also add each model re-ranked for variety, as strongly as validation
     # allows: some of mmr, dpp, energy; empty: none
     trials: int = 24  # most settings tried for each model on validation;
