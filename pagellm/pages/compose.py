@@ -153,15 +153,18 @@ def worst(
 def accuracy_lost(
     ours: dict[str, np.ndarray], rows: list[dict[str, np.ndarray]], names: tuple[str, ...]
 ) -> float:
-    """How far the mean accuracy is below a baseline's, at the worst, in whole LOSSES of its value.
+    """How far accuracy may be below a baseline's, at the worst, in whole LOSSES of its value.
 
-    Half a LOSS counts as none.
+    Accuracy counts as its mean less one standard error of the difference, so that the fewer users
+    there are, the less of it is given up. Half a LOSS counts as none.
     """
     worst = 0.0
     for row in rows:
         for name in set(names) & set(ACCURACY) & set(row):
-            theirs, mine = float(np.nanmean(row[name])), float(np.nanmean(ours[name]))
-            worst = max(worst, (theirs - mine) / max(abs(theirs), 1e-9))
+            more = row[name] - ours[name]
+            more, size = more[~np.isnan(more)], max(abs(float(np.nanmean(row[name]))), 1e-9)
+            if len(more):
+                worst = max(worst, float(more.mean() + more.std() / len(more) ** 0.5) / size)
     return float(np.round(worst / LOSS))
 
 
@@ -173,8 +176,8 @@ def value_of(
     rows  groups of baselines. Accuracy is compared with the first. Up to ENOUGH standard errors
           the first group's margin counts, beyond that the second's, and so on
 
-    Margins are in standard errors. Alone they would sell a good part of the hits for variety where
-    few users make the errors large.
+    Margins are in standard errors. Alone they would sell a good part of the hits for variety or
+    order where few users make the errors large.
     """
     found = [worst(ours, group, names) for group in rows]
     lost = accuracy_lost(ours, rows[0], names) if rows else 0.0
