@@ -42,7 +42,7 @@ DOWN = ("WMRD", "redundancy")  # measures of which less is better
 # flatters, so one more.
 ENOUGH = 3.0
 FEWEST = 30  # users
-LOSS = 0.005  # share of a baseline's mean accuracy that counts as one loss
+LOSS = 0.001  # share of a baseline's mean accuracy that counts as one loss
 GRID: dict[str, tuple[float, ...]] = {
     "worth": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
     "order": (0.0, 0.15, 0.3, 0.5, 0.75, 1.0),
