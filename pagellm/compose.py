@@ -15,8 +15,8 @@ Seconds to minutes on two CPU cores. Four steps:
    each as it is and re-ranked for variety.
 4. Choose worth, order and spread of a page (pages/compose.py): of the settings that lose no
    accuracy, the one whose smallest margin over all these baselines and all metrics is largest. If
-   the worst relative difference of these pages to those of ALS with titles and MMR is larger than
-   the other way round, the latter are taken: nothing that was learnt makes better ones here.
+   these pages lose more accuracy to those of ALS with titles and MMR than the other way round, the
+   latter are taken: nothing that was learnt makes better ones here.
 
 model.pt holds all that a page needs, the judges fitted to all train rows too. No test row is read.
 A judge is never asked about a row that it was fitted to.
@@ -45,7 +45,7 @@ from pagellm.pages.compose import GRID, Opinion, Taste, choose, compose, unit_of
 from pagellm.pages.ranked import RankedPages, Scorer, rank_all, seen_rows
 from pagellm.pages.rerank import METHODS, Kin, reranked
 from pagellm.pages.tables import ALL_COLUMNS
-from pagellm.pages.yardstick import best_of, chosen, means, sweep
+from pagellm.pages.yardstick import ACCURACY, best_of, chosen, means, sweep
 from pagellm.stage import dist
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
@@ -204,7 +204,7 @@ def choose_taste(
     groups = [group for group in (others, rated) if group]
     taste, tried = choose(scored, groups, MEASURES, grid)
     kinds = {"learnt": means(scored(taste)), "plain": means(shipped)}
-    return taste, len(tried), config.fallback and best_of(kinds)[0] == "plain"
+    return taste, len(tried), config.fallback and best_of(kinds, ACCURACY)[0] == "plain"
 
 
 def run(config: Config) -> None:
@@ -312,8 +312,8 @@ def tell(path: Path, composer: Composer, tried: int, knows: dict, took: dict) ->
     )
     if composer.plain_pages:
         print(
-            "compose: on validation rows ALS+facts with MMR loses less to the pages of what was "
-            "learnt than they lose to it, so its pages are taken"
+            "compose: on validation rows ALS+facts with MMR loses less accuracy to the pages of "
+            "what was learnt than they lose to it, so its pages are taken"
         )
 
 
