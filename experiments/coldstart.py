@@ -218,6 +218,7 @@ def run(config: Config) -> list[dict]:
 
     def plain(dataset: str, settings: str, seed: int) -> dict[str, dict[str, np.ndarray]]:
         made = compare.Config(
+            ranker="never",
             dataset=dataset,
             run=f"{config.study}/{dataset}",
             settings=settings,

@@ -28,6 +28,7 @@ def root(tmp_path_factory):
     )
     compare.run(
         compare.Config(
+            ranker="never",
             data=str(root / "data"),
             runs=str(root / "runs"),
             models="popularity,EASE",

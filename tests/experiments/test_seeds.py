@@ -52,6 +52,7 @@ def runs(served, tmp_path_factory):
     )
     compare.run(
         compare.Config(
+            ranker="never",
             dataset="synthetic",
             data=str(root / "data"),
             runs=str(root / "runs"),

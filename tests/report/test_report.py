@@ -97,6 +97,7 @@ def root(served, tmp_path_factory):
     evaluate.run(evaluate.Config(k=6, depth=40, n_boot=50, quiet=True, **common))
     compare.run(
         compare.Config(
+            ranker="never",
             models="popularity,EASE",
             rerank="",
             trials=2,

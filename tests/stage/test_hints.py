@@ -77,6 +77,8 @@ def test_every_command_of_a_hint_exists():
     )
     alone = {"download", "runfile", "simulator", "journey", "promote", "import-gguf"}
     alone |= {"compare", "track", "runs", "simulate", "update", "forget", "doctor"}
+    # steps of `make storefront-distil`
+    alone |= {"storefront-teach", "storefront-student", "storefront-prefer"}
     assert {verb.replace(" ", "-") for verb in VERBS} - alone <= targets
 
 
