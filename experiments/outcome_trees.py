@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from pagellm import compose
+from pagellm.baselines.boosted import grow
 from pagellm.data.shop import load
-from pagellm.model.composer import picks
+from pagellm.model.composer import POOL, picks
 from pagellm.model.judges import History, Judges, legal_items, tuned
 from pagellm.model.outcome import Calibration, Outcome, fit_network, fold_rows
 from pagellm.pages import stats
-from pagellm.stage import hints
 from pagellm.stage.command import main
-from pagellm.stage.config import PageLLMError, check, check_numbers
+from pagellm.stage.config import check, check_numbers
 from pagellm.stage.files import write_json
 
 __all__ = ["Config", "compare", "run"]
@@ -54,31 +54,6 @@ class Config:
             networks=(self.networks > 0, "1 or more"),
             trees=(self.trees > 0, "1 or more"),
         )
-
-
-def fit_trees(x: np.ndarray, y: np.ndarray, trees: int, seed: int):
-    """LightGBM on the rows. Raises PageLLMError where it is not installed."""
-    try:
-        import lightgbm
-    except ImportError:
-        raise PageLLMError(
-            "the trees are LightGBM's, which is not installed\n"
-            f"  Install it with: {hints.install('ranker')}"
-        ) from None
-    params = {
-        "objective": "binary",
-        "num_leaves": 15,
-        "learning_rate": 0.05,
-        "min_data_in_leaf": 100,
-        "feature_fraction": 0.7,
-        "bagging_fraction": 0.7,
-        "bagging_freq": 1,
-        "lambda_l2": 10.0,
-        "num_threads": 1,
-        "seed": seed,
-        "verbose": -1,
-    }
-    return lightgbm.train(params, lightgbm.Dataset(x, y.astype(np.float32)), trees)
 
 
 def compare(
@@ -115,12 +90,12 @@ def run(config: Config) -> dict[str, dict]:
     plain = compose.plain_settings(compose.Config(dataset=config.dataset))
     settings = tuned(plain, shop)
     x, y, _ = fold_rows(
-        shop, settings, config.folds, config.share, 150, config.seed, config.fold_users
+        shop, settings, config.folds, config.share, POOL, config.seed, config.fold_users
     )
     began = time.process_time()
     network = Outcome([fit_network(x, y, config.seed + i) for i in range(config.networks)])
     middle = time.process_time()
-    trees = fit_trees(x, y, config.trees, config.seed)
+    trees = grow(x, y, config.trees, config.seed, {"objective": "binary"})
     seconds = {"network": middle - began, "trees": time.process_time() - middle}
     held, train = shop.csr("valid"), shop.csr("train")
     users = np.flatnonzero((held.counts() > 0) & (train.counts() > 0))
@@ -132,7 +107,7 @@ def run(config: Config) -> dict[str, dict]:
     for at in range(0, len(users), 256):
         some = users[at : at + 256]
         legal = legal_items(history.rows, some, shop.n_items)
-        item, features = judges.candidates(judges.known.select(some), legal, 150)
+        item, features = judges.candidates(judges.known.select(some), legal, POOL)
         flat = trees.predict(features.reshape(-1, features.shape[2]), num_threads=1)
         parts.append((item, network(features), flat.reshape(item.shape)))
     item, ours, theirs = (np.concatenate(column) for column in zip(*parts, strict=True))

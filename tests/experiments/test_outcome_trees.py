@@ -32,4 +32,4 @@ def test_it_runs_and_says_which_extra_it_needs(served, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(__import__("sys").modules, "lightgbm", None)
         with pytest.raises(PageLLMError, match="LightGBM"):
-            outcome_trees.fit_trees(np.zeros((2, 1)), np.zeros(2), 1, 0)
+            outcome_trees.grow(np.zeros((2, 1)), np.zeros(2), 1, 0, {})
