@@ -20,6 +20,23 @@ from pagellm.stage import dist
 from pagellm.stage.config import PageLLMError
 
 
+def cut_short(monkeypatch, options) -> list:
+    """Run recommend until its third part, where the plug is pulled; returns the parts made."""
+    plain, made = recommend.file_rows, []
+
+    def unplugged(recommender, options, users):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(users)
+        return plain(recommender, options, users)
+
+    with monkeypatch.context() as m:
+        m.setattr(recommend, "file_rows", unplugged)
+        with pytest.raises(KeyboardInterrupt):
+            recommend.run(options)
+    return made
+
+
 def config(root, **more):
     return Config(
         run="base", data=str(root / "data"), runs=str(root / "runs"), device="cpu", **more
@@ -98,18 +115,7 @@ def test_everybodys_pages_whole_resumed_and_shared_are_the_same(
     assert whole["user_id"] == [rec.shop.user_ids[u] for u in whole["user"]]
     assert whole["item_id"] == [rec.shop.catalogue.ids[i] for i in whole["item"]]
 
-    plain, made = recommend.file_rows, []
-
-    def unplugged(recommender, options, users):
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        made.append(users)
-        return plain(recommender, options, users)
-
-    with monkeypatch.context() as m:
-        m.setattr(recommend, "file_rows", unplugged)
-        with pytest.raises(KeyboardInterrupt):
-            recommend.run(options("cut.parquet"))
+    plain, made = recommend.file_rows, cut_short(monkeypatch, options("cut.parquet"))
     assert not (tmp_path / "cut.parquet").exists() and len(made) == 2
     with pytest.raises(PageLLMError, match="another mode"):
         recommend.run(options("cut.parquet", mode="one_shot"))
@@ -380,18 +386,7 @@ def test_pieces_are_carried_on_part_by_part_and_read_as_one_table(
 
     recommend.run(options("whole.parquet"))
     folder = tmp_path / "pages"
-    plain, made = recommend.file_rows, []
-
-    def unplugged(recommender, options, users):
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        made.append(users)
-        return plain(recommender, options, users)
-
-    with monkeypatch.context() as m:
-        m.setattr(recommend, "file_rows", unplugged)
-        with pytest.raises(KeyboardInterrupt):
-            recommend.run(options("pages", pieces=True))
+    cut_short(monkeypatch, options("pages", pieces=True))
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*")}
     assert len(before) == 2 and not (folder / "_SUCCESS").exists()
     with pytest.raises(PageLLMError, match="another mode"):
