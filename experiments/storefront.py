@@ -35,7 +35,7 @@ from pagellm.storefront.page import page
 from pagellm.storefront.parts import Layout, Placement, Weights
 from pagellm.storefront.tune import calibrate, people_of
 
-__all__ = ["Config", "rewards", "run", "tested"]
+__all__ = ["Config", "keep", "rewards", "run", "tested"]
 
 ROWS, COLUMNS = 4, 5
 SHOWN = ("Recall@20", "NDCG@100", "ILD", "entropy", "energy", "reward", "per view", "per visit")
@@ -185,11 +185,17 @@ def run(config: Config) -> dict:
             for column in SHOWN
         }
     text = table(results, test, len(scorer.users), config)
-    write_json(out / "metrics.json", {"rows": results, "test": test})
-    with atomic(out / "table.txt") as beside:
+    keep(out, {"rows": results, "test": test}, text)
+    return results
+
+
+def keep(folder: Path, results: dict, text: str) -> None:
+    """Write a study's metrics.json and table.txt to its folder, and print the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "metrics.json", results)
+    with atomic(folder / "table.txt") as beside:
         Path(beside).write_text(text)
     print(text, flush=True)
-    return results
 
 
 def table(results: dict, test: dict, users: int, config: Config) -> str:

@@ -17,15 +17,14 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
+from experiments.storefront import keep
 from pagellm.pages import stats
 from pagellm.stage import dist, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
-from pagellm.stage.files import atomic, write_json
 from pagellm.storefront.front import Sources, Store, open_store
 from pagellm.storefront.local import Local
 from pagellm.storefront.page import Writer, open_rows_of, page, written_ahead
@@ -246,11 +245,7 @@ def run(config: Config) -> dict:
             f"{about['time']:.3f} of the teacher's time\n"
         )
     out = config.stage("storefront-distil")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "metrics.json", results)
-    with atomic(out / "table.txt") as beside:
-        Path(beside).write_text(text)
-    print(text, flush=True)
+    keep(out, results, text)
     return results
 
 

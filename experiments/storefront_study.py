@@ -13,16 +13,15 @@ are read, and nothing is chosen by them. Rows that need a model are in storefron
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+from experiments.storefront import keep
 from pagellm.pages import stats
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
-from pagellm.stage.files import atomic, write_json
 from pagellm.storefront.ahead import Ahead
 from pagellm.storefront.evaluate import baselines, user_scores
 from pagellm.storefront.front import Sources, Store, open_store
@@ -284,11 +283,7 @@ def run(config: Config) -> dict:
         print(f"{name}: recall {results[name]['recall']:.4f}", flush=True)
     text = table(results, len(users), config)
     out = config.stage("storefront-study")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "metrics.json", results)
-    with atomic(out / "table.txt") as beside:
-        Path(beside).write_text(text)
-    print(text, flush=True)
+    keep(out, results, text)
     return results
 
 
