@@ -138,7 +138,7 @@ def plain_rows(
     seen, rows, frontier = seen_rows(shop, "valid", "train"), {}, []
     train, groups = shop.csr("train"), item_groups(shop.catalogue)
     for name, settings in plain.items():
-        if name == "EASE" and shop.n_items > DENSE:
+        if (name == "EASE" and shop.n_items > DENSE) or (name == "ALS+ratings" and not shop.rated):
             continue
         gram = gram_matrix(train, shop.n_items) if name == "EASE" else None
         model = fit(
@@ -194,8 +194,7 @@ def choose_taste(
     """
     rated = rows.get("ALS+ratings", [])
     others = [row for name, some in rows.items() if name != "ALS+ratings" for row in some]
-    has_stars = not np.isnan(shop.rating[shop.rows("train", None)]).all()
-    grid = GRID if has_stars else GRID | {"worth": (0.0,), "order": (0.0,)}
+    grid = GRID if shop.rated else GRID | {"worth": (0.0,), "order": (0.0,)}
 
     def scored(taste: Taste) -> dict[str, np.ndarray]:
         pages = compose(opinion, kin, taste, config.k, config.depth)

@@ -261,6 +261,21 @@ def test_where_everything_is_liked_two_judges_differ_by_their_settings(composed)
     assert alike["liked"] == plain["ALS+facts"] and alike["chosen"] == judges.SETTINGS["chosen"]
 
 
+def test_without_ratings_levels_keeps_settings_that_follow_the_size_of_the_shop(composed):
+    _, shop = composer_of(composed)
+    plain = compose.PLAIN | {"ALS+ratings": compose.PLAIN["ALS+ratings"] | {"factors": 9}}
+    assert shop.rated and judges.tuned(plain, shop)["levels"]["factors"] == 9
+    bare = replace(shop, rating=np.full_like(shop.rating, np.nan))
+    assert not bare.rated and judges.tuned(plain, bare)["levels"] == judges.SETTINGS["levels"]
+    many = 3 * judges.SIZED_FOR
+    large = replace(bare, n_items=many)
+    found = judges.tuned({}, large)
+    for name in ("levels", "liked", "chosen"):
+        own = judges.SETTINGS[name]
+        assert found[name] == own | {"alpha0": pytest.approx(own["alpha0"] / 3)}
+    assert found["EASE"] == judges.SETTINGS["EASE"]
+
+
 def test_what_is_missing_or_wrong_is_said(tmp_path, composed):
     with pytest.raises(PageLLMError, match="sft, ppo or none"):
         compose.Config(policy="reward")

@@ -156,6 +156,11 @@ class Shop:
         keep = np.isin(self.split, [SPLITS.index(name) for name in names])
         return keep if positive is None else keep & (self.positive == positive)
 
+    @property
+    def rated(self) -> bool:
+        """Whether any train row has stars."""
+        return not bool(np.isnan(self.rating[self.rows("train", None)]).all())
+
     def csr(self, split: str | tuple[str, ...] | None, positive: bool | None = True) -> Rows:
         """The chosen rows by user: (indptr, items, ratings). Within a user: by time."""
         keep = self.rows(split, positive)

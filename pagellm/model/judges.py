@@ -62,6 +62,7 @@ SETTINGS = {
     "EASE": {"ridge": 200.0},
     "ItemKNN": {"neighbours": 500, "shrink": 0.0},
 }
+SIZED_FOR = 1_600  # items of a shop up to which alpha0 of SETTINGS is right (`tuned`)
 DAY = 86_400
 DENSE = 20_000  # items up to which EASE and ItemKNN (N x N) are fitted
 WINDOW = 30  # days around a user's rows in which an item's rows count as of that time
@@ -76,11 +77,20 @@ def tuned(plain: dict[str, dict], shop: Shop) -> dict[str, dict]:
     plain  name of a plain model -> its settings. A judge whose model is missing keeps SETTINGS
 
     Where all that was chosen was liked, the judges `liked` and `chosen` read the same rows. Then
-    `chosen` keeps settings of its own, so that it is another opinion.
+    `chosen` keeps settings of its own, so that it is another opinion. Without ratings `levels` does
+    so too.
+
+    Settings of their own follow the size of the shop: alpha0 is the weight of every item that was
+    not chosen, so that their sum grows with the catalogue and drowns what was. Above SIZED_FOR
+    items alpha0 falls, and the sum stays.
     """
     rated, own = plain.get("ALS+ratings"), plain.get("ALS+facts")
-    out: dict[str, dict] = {n: plain[n] for n in ("EASE", "ItemKNN") if n in plain}
-    if rated:
+    fewer = min(1.0, SIZED_FOR / max(shop.n_items, 1))
+    out: dict[str, dict] = {
+        name: s | {"alpha0": s["alpha0"] * fewer} for name, s in SETTINGS.items() if "alpha0" in s
+    }
+    out |= {n: plain[n] for n in ("EASE", "ItemKNN") if n in plain}
+    if rated and shop.rated:
         out["levels"] = {name: rated[name] for name in SETTINGS["levels"]}
     if own:
         out["liked"] = own

@@ -83,11 +83,10 @@ class Plan:
 def size_of(shop: Shop) -> ShopSize:
     """The numbers of a shop that decide what there is to try."""
     counts = shop.csr("train").counts()
-    stars = shop.rating[shop.rows("train", None)]
     return ShopSize(
         shop.n_users,
         shop.n_items,
-        bool((~np.isnan(stars)).any()),
+        shop.rated,
         bool(item_groups(shop.catalogue)),
         int(np.quantile(counts[counts > 0], 0.9)) if counts.any() else 0,
     )
