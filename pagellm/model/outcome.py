@@ -24,6 +24,8 @@ from pagellm.data.shop import Shop
 from pagellm.model.judges import History, Judges, contents, legal_items
 from pagellm.stage import randomness
 
+KNOTS = (0.3, 0.7)  # quantiles of candidates at which a calibration bends
+
 __all__ = [
     "Calibration",
     "Network",
@@ -194,45 +196,84 @@ def fold_rows(
 
 @dataclass
 class Calibration:
-    """Chances on the scale of a split: sigmoid(a + b logit p + c @ others), a logistic regression.
+    """Chances on the scale of a split: sigmoid(bent(a + b logit p + c @ others)).
 
     others  (..., len(c)) further opinions, each in standard deviations of a user's candidates: a
             policy's log-probability, for instance. c says what they know that the outcome does not
+    line    above the last knot, bent(z) = line[0] + line[1] z
+    knots   below each of them the line has another slope, so that rare picks come out right too
+    bends   what the slope gains below each knot. It stays above 0: the order of chances is that
+            of the sum
     """
 
     a: float = 0.0
     b: float = 1.0
     c: tuple[float, ...] = ()
+    line: tuple[float, ...] = (0.0, 1.0)
+    knots: tuple[float, ...] = ()
+    bends: tuple[float, ...] = ()
 
     @classmethod
     def fit(
         cls, p: np.ndarray, others: np.ndarray, picked: np.ndarray, ridge: float = 1.0
     ) -> "Calibration":
-        """p, picked (R,), others (R, n). Newton's method; `ridge` draws b to 1 and c to 0."""
+        """p, picked (R,), others (R, n): two logistic regressions, of the sum and of its bends.
+
+        `ridge` draws both to chances that stay as they are. Knots are the KNOTS quantiles.
+        """
         x = np.concatenate([np.ones((len(p), 1)), logit(p)[:, None], others], 1)
-        start, prior = np.zeros(x.shape[1]), np.full(x.shape[1], ridge)
-        start[1], prior[0] = 1.0, 0.0
+        start = np.eye(x.shape[1])[1]
+        a, b, *c = logistic(x, picked, start, ridge)
+        out = cls(float(a), float(b), tuple(map(float, c)))
+        z = out.sum(p, others)
+        knots = tuple(map(float, np.unique(np.quantile(z, KNOTS)))) if len(z) else ()
+        bent = basis(z, knots)
+        w = logistic(bent, picked, np.eye(bent.shape[1])[1], ridge)
+        if (w[1] + np.cumsum(np.append(0.0, w[:1:-1])) <= 0).any():
+            return out
+        line, bends = tuple(map(float, w[:2])), tuple(map(float, w[2:]))
+        return cls(out.a, out.b, out.c, line, knots, bends)
 
-        def loss(w: np.ndarray) -> float:
-            z, away = x @ w, w - start
-            return float(np.logaddexp(0.0, z).sum() - z[picked].sum() + prior @ away**2 / 2)
-
-        w = start
-        for _ in range(25):
-            q = 1 / (1 + np.exp(-np.clip(x @ w, -500, 500)))
-            gradient = x.T @ (picked - q) - prior * (w - start)
-            curve = (x * (q * (1 - q))[:, None]).T @ x + np.diag(prior + 1e-9)
-            step, now = np.linalg.solve(curve, gradient), loss(w)
-            # A whole step may overshoot where chances begin far off: it is halved until it gains.
-            while np.abs(step).max() > 1e-9 and loss(w + step) > now:
-                step = step / 2
-            w = w + step
-            if np.abs(step).max() < 1e-9:
-                break
-        return cls(float(w[0]), float(w[1]), tuple(map(float, w[2:])))
+    def sum(self, p: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """(...) what the chances are made of, before its bends."""
+        return self.a + self.b * logit(p) + others @ np.array(self.c)
 
     def __call__(self, p: np.ndarray, others: np.ndarray) -> np.ndarray:
-        return 1 / (1 + np.exp(-(self.a + self.b * logit(p) + others @ np.array(self.c))))
+        w = np.array([*self.line, *self.bends])
+        return 1 / (1 + np.exp(-basis(self.sum(p, others), self.knots) @ w))
+
+
+def basis(z: np.ndarray, knots: tuple[float, ...]) -> np.ndarray:
+    """(..., 2 + knots): 1, z, and how far z is below each knot, as a negative number."""
+    below = [np.minimum(z - knot, 0.0) for knot in knots]
+    return np.stack([np.ones_like(z), z, *below], -1)
+
+
+def logistic(x: np.ndarray, picked: np.ndarray, start: np.ndarray, ridge: float) -> np.ndarray:
+    """Weights (n,) of a logistic regression of picked (R,) on x (R, n), by Newton's method.
+
+    ridge  draws all but the first weight to `start` (n,)
+    """
+    prior = np.full(x.shape[1], ridge)
+    prior[0] = 0.0
+
+    def loss(w: np.ndarray) -> float:
+        z, away = x @ w, w - start
+        return float(np.logaddexp(0.0, z).sum() - z[picked].sum() + prior @ away**2 / 2)
+
+    w = start
+    for _ in range(25):
+        q = 1 / (1 + np.exp(-np.clip(x @ w, -500, 500)))
+        gradient = x.T @ (picked - q) - prior * (w - start)
+        curve = (x * (q * (1 - q))[:, None]).T @ x + np.diag(prior + 1e-9)
+        step, now = np.linalg.solve(curve, gradient), loss(w)
+        # A whole step may overshoot where chances begin far off: it is halved until it gains.
+        while np.abs(step).max() > 1e-9 and loss(w + step) > now:
+            step = step / 2
+        w = w + step
+        if np.abs(step).max() < 1e-9:
+            break
+    return w
 
 
 def logit(p: np.ndarray) -> np.ndarray:

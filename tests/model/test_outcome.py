@@ -13,6 +13,7 @@ from pagellm.data import prepare
 from pagellm.data.shop import load
 from pagellm.model.judges import History, Judges, by_turns, contents, legal_items
 from pagellm.model.outcome import Calibration, Outcome, fit_network, hide, learn
+from pagellm.pages import stats
 
 STEADY = settings(deadline=None, max_examples=40)
 
@@ -179,3 +180,32 @@ def test_calibration_of_chances_that_know_nothing_is_the_rate():
     none = np.zeros((1600, 0))
     scale = Calibration.fit(p, none, picked)
     assert abs(scale.a) < 10 and abs(scale(p, none).mean() - picked.mean()) < 0.01
+
+
+def bent_chances(n: int, seed: int):
+    """Predicted chances, none of another opinion, and picks: rare ones are twice as frequent."""
+    rng = np.random.default_rng(seed)
+    z = rng.normal(-3.0, 1.2, n)
+    true = -0.2 + z - 0.6 * np.minimum(z + 3.0, 0.0)
+    return 1 / (1 + np.exp(-z)), np.zeros((n, 0)), rng.random(n) < 1 / (1 + np.exp(-true))
+
+
+def test_calibration_bends_where_rare_picks_are_more_frequent_than_a_line_says():
+    scale = Calibration.fit(*bent_chances(200_000, 0))
+    p, others, picked = bent_chances(200_000, 1)
+    there = np.ones(len(p), bool)
+    bins = stats.reliability(scale(p, others), picked, there)
+    assert 0.85 < min(bins) and max(bins) < 1.18
+    straight = Calibration(scale.a, scale.b, scale.c)
+    assert max(stats.reliability(straight(p, others), picked, there)) > 1.25
+
+
+@STEADY
+@given(st.integers(0, 10_000))
+def test_calibration_keeps_the_order_of_its_sum(seed):
+    rng = np.random.default_rng(seed)
+    p, others = rng.random(400) * 0.3 + 0.01, rng.standard_normal((400, 1))
+    picked = rng.random(400) < rng.random(400) ** rng.integers(1, 4)
+    scale = Calibration.fit(p, others, picked)
+    order = np.argsort(scale.sum(p, others))
+    assert (np.diff(scale(p, others)[order]) >= -1e-12).all()
