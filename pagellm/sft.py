@@ -23,6 +23,7 @@ from torch import Tensor
 from pagellm.data.shop import Shop, load
 from pagellm.model.backbone import Backbone
 from pagellm.model.choice import choose_mode
+from pagellm.model.facts import FACTS
 from pagellm.model.judges import contents
 from pagellm.model.networks import from_state
 from pagellm.model.page_loss import Batch, draw_prefixes, page_batch, sft_loss
@@ -98,6 +99,8 @@ class Config(TrainingConfig):
     # all items, with the weight of so many ratings; 0: not at all
     max_history: int = 24  # items of history in the prompt
     use_ratings: bool = True  # show the rating after each item of the history
+    show: str = ""  # what prompts say of each item of the history beside it: some of category,
+    # brand, price, with commas between them; empty: nothing
     use_user: bool = True  # show the user's own token; off: the token <user_unk> stands for every
     # user
     epochs: float = 15.0  # passes over the users; a fraction ends before everybody was seen; 0:
@@ -122,10 +125,16 @@ class Config(TrainingConfig):
     select: str = "ndcg"  # which weights are kept: ndcg, those with the best validation; last, the
     # last ones, which needs no validation rows (prepare --refit)
 
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """Names of the facts in `show`."""
+        return tuple(name.strip() for name in self.show.split(",") if name.strip())
+
     def __post_init__(self):
         super().__post_init__()
         check(
             self,
+            show=(set(self.facts) <= set(FACTS), f"some of {','.join(FACTS)}"),
             label_share=(0 < self.label_share < 1, "between 0 and 1"),
             label_share_max=(0 <= self.label_share_max < 1, "0 or more, below 1"),
             own=(0 <= self.own <= 1, "from 0 to 1"),
@@ -254,7 +263,7 @@ def own_draws(config: Config, step: int, users: np.ndarray, item: Tensor) -> Ten
     return torch.from_numpy(out).to(item.device)
 
 
-def new_policy(config: Config, before: Path, maker: PageMaker, device) -> Policy:
+def new_policy(config: Config, before: Path, maker: PageMaker, shop: Shop, device) -> Policy:
     """The pre-trained model as a policy. Raises PageLLMError where it cannot learn pages."""
     vocab = Vocab.load(before)
     if vocab.times and config.cut != "time":
@@ -274,6 +283,8 @@ def new_policy(config: Config, before: Path, maker: PageMaker, device) -> Policy
     )
     if config.updated:  # periods stay where they were, or their tokens would change their meaning
         style = PromptStyle(**state["style"])
+    else:
+        vocab.show(config.facts, shop.catalogue)
     policy = Policy(model, vocab, style)
     longest = max(1, int(maker.train.counts().max()))
     policy.check_room(max(config.k, min(longest, config.max_page)))
@@ -318,7 +329,7 @@ def run(config: Config) -> None:
         if out.already_done():
             return
         maker = PageMaker(shop, config.shrink)
-        policy = new_policy(config, before, maker, device)
+        policy = new_policy(config, before, maker, shop, device)
         model = widened(config, policy.model, shop)
         if dist.is_main():
             policy.vocab.save(out.path)

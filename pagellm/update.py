@@ -239,6 +239,7 @@ def moved(config: Config, state: dict, old: Path, new: Shop, found: Change) -> t
     vocab = Vocab.load(old)
     wider = Vocab(vocab.tokenizer, new.n_users, new.n_items, vocab.times)
     wider.template = vocab.template
+    wider.show(vocab.shown, new.catalogue)
     return Policy(model, wider, PromptStyle(**state["style"])), told(found, items, users)
 
 

@@ -10,7 +10,8 @@ those that count in the loss.
     interaction   user_3 " chose:"                           -> item tokens
     rating        user_3 item_12 " rating:"                  -> a number, read at the last token
     page          user_3 " history" item_5 <r5> item_9 <r4> <page>   -> the page, slot by slot
-                  (with time tokens, <t7> before <page>: the period in which it is shown)
+                  (with time tokens, <t7> before <page>: the period in which it is shown;
+                  with facts, "category brand price" after every item of the history)
 """
 
 from collections.abc import Sequence
@@ -115,6 +116,8 @@ class Prompts:
         items, ratings = items[-self.max_history :], ratings[-self.max_history :]
         for item, rating in zip(items, ratings, strict=True):
             ids.append(self.vocab.item(item))
+            if self.vocab.shown:
+                ids += self.vocab.facts[item]
             if self.use_ratings:
                 ids.append(self.vocab.rating(rating))
         period = self.now if period is None else period
@@ -123,10 +126,11 @@ class Prompts:
     @property
     def page_room(self) -> int:
         """Tokens of the longest page prompt."""
+        facts = max(map(len, self.vocab.facts), default=0)
         return (
             2
             + len(self.words(" history"))
-            + self.max_history * (2 if self.use_ratings else 1)
+            + self.max_history * (1 + facts + self.use_ratings)
             + (self.vocab.times > 0)
         )
 

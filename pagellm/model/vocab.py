@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from pagellm.data.shop import Catalogue
 from pagellm.model.chat import Message, guarded, read_template, render
+from pagellm.model.facts import item_facts
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import atomic, read_json
 
@@ -61,6 +63,8 @@ class Vocab:
 
     times  time tokens <t1>..<t{times}> after the other special tokens, for prompts that show the
            time; 0: none
+    shown  names of the facts that page prompts show of items (facts.py); (): none
+    facts  their tokens, by item
     """
 
     def __init__(self, tokenizer: Tokenizer, n_users: int, n_items: int, times: int = 0):
@@ -73,6 +77,8 @@ class Vocab:
         self.template: dict[str, str] | None = None
         self.n_words = tokenizer.get_vocab_size()
         self.times = times
+        self.shown: tuple[str, ...] = ()
+        self.facts: tuple[tuple[int, ...], ...] = ()
         self.n_specials = len(SPECIALS) + times
         self.n_users, self.n_items = n_users, n_items
         self.user0 = self.n_words + self.n_specials
@@ -167,6 +173,11 @@ class Vocab:
         vocab = cls(tokenizer, n_users, n_items, times)
         vocab.template = read_template(path.parent)
         return vocab
+
+    def show(self, names: tuple[str, ...], catalogue: Catalogue) -> None:
+        """Let page prompts show these facts of the items of a catalogue."""
+        found = item_facts(self, catalogue, names) if names else []
+        self.shown, self.facts = tuple(names), tuple(map(tuple, found))
 
     def special(self, name: str) -> int:
         """Token of one of SPECIALS."""
@@ -282,6 +293,7 @@ class Vocab:
                     {"n_users": self.n_users, "n_items": self.n_items}
                     | ({"times": self.times} if self.times else {})
                     | ({"chat": self.template} if self.template else {})
+                    | ({"shown": self.shown, "facts": self.facts} if self.shown else {})
                 )
                 + "\n"
             )
@@ -299,6 +311,8 @@ class Vocab:
                 sizes.get("times", 0),
             )
             vocab.template = sizes.get("chat")
+            vocab.shown = tuple(sizes.get("shown", ()))
+            vocab.facts = tuple(map(tuple, sizes.get("facts", ())))
             return vocab
         except FileNotFoundError as error:
             missing = Path(error.filename or "tokenizer.json").name
