@@ -1,20 +1,17 @@
 """What a page prompt says of an item of the history, beside its token.
 
-    item_facts(vocab, catalogue, ("category", "price"))     [[412, 87], [412, 9, 88], ...]
+    item_facts(vocab.words, catalogue, ("category", "price"))   [[412, 87], [412, 9, 88], ...]
 
 The facts of an item are written in words, which mean the same of every item: two drums share the
 word, a cheap drum and a cheap flute share another. `pagellm sft --show category,price` keeps them
 with the vocabulary, so that every later stage writes the same prompts.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 
 from pagellm.data.shop import Catalogue
-
-if TYPE_CHECKING:
-    from pagellm.model.vocab import Vocab
 
 __all__ = ["FACTS", "item_facts", "price_levels"]
 
@@ -36,9 +33,12 @@ def price_levels(price: np.ndarray) -> np.ndarray:
     return out
 
 
-def item_facts(vocab: "Vocab", catalogue: Catalogue, names: tuple[str, ...]) -> list[list[int]]:
+def item_facts(
+    words: Callable[[str], list[int]], catalogue: Catalogue, names: tuple[str, ...]
+) -> list[list[int]]:
     """Word tokens of every item, fact after fact; what is unknown is left out.
 
+    words  text -> its tokens, of which each fact keeps LONGEST
     names  some of FACTS
     """
     level = price_levels(catalogue.price)
@@ -52,7 +52,7 @@ def item_facts(vocab: "Vocab", catalogue: Catalogue, names: tuple[str, ...]) -> 
             token
             for name in names
             if text[name][item]
-            for token in vocab.words(f" {text[name][item]}")[:LONGEST]
+            for token in words(f" {text[name][item]}")[:LONGEST]
         ]
         for item in range(len(catalogue))
     ]

@@ -176,7 +176,7 @@ class Vocab:
 
     def show(self, names: tuple[str, ...], catalogue: Catalogue) -> None:
         """Let page prompts show these facts of the items of a catalogue."""
-        found = item_facts(self, catalogue, names) if names else []
+        found = item_facts(self.words, catalogue, names) if names else []
         self.shown, self.facts = tuple(names), tuple(map(tuple, found))
 
     def special(self, name: str) -> int:

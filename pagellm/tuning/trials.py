@@ -35,7 +35,7 @@ from pagellm.stage.config import PageLLMError, as_words
 from pagellm.stage.files import atomic, read_json, slug, write_json
 from pagellm.stage.run import StageConfig, load_model_file
 
-__all__ = ["SHOWN", "STAGES", "Bench", "better", "compared", "pays", "write_preset"]
+__all__ = ["SHOWN", "STAGES", "Bench", "better", "compared", "copied", "pays", "write_preset"]
 
 STAGES: dict[str, ModuleType] = {
     "pretrain": pretrain,

@@ -36,11 +36,11 @@ def test_price_levels_are_fifths_of_the_known_prices():
 
 def test_facts_are_words_in_the_order_asked_for_and_unknown_ones_are_left_out():
     words = vocab()
-    said = [words.decode(x) for x in item_facts(words, CATALOGUE, ("price", "category"))]
+    said = [words.decode(x) for x in item_facts(words.words, CATALOGUE, ("price", "category"))]
     assert said[0] == " cheapest Drums" and said[1] == " Drums" and said[3] == " dear"
-    long = item_facts(words, CATALOGUE, ("brand",))[3]
+    long = item_facts(words.words, CATALOGUE, ("brand",))[3]
     assert len(long) == LONGEST and words.decode(long).startswith(" Borealis"[:4])
-    assert item_facts(words, CATALOGUE, ("brand",))[4] == []
+    assert item_facts(words.words, CATALOGUE, ("brand",))[4] == []
 
 
 def test_a_prompt_shows_the_facts_of_each_item_before_its_rating():
@@ -56,7 +56,7 @@ def test_a_prompt_shows_the_facts_of_each_item_before_its_rating():
 
 
 def words(names) -> set[int]:
-    return {token for some in item_facts(vocab(), CATALOGUE, names) for token in some}
+    return {token for some in item_facts(vocab().words, CATALOGUE, names) for token in some}
 
 
 def test_a_vocabulary_keeps_them(tmp_path):

@@ -1,0 +1,140 @@
+"""Study of prompts: what is it worth to tell the network more about a person's history?
+
+    python -m experiments.prompt_study
+    python -m experiments.prompt_study --dataset movielens_small --sft "--epochs 4 --lr 1e-4"
+
+All rows of a seed begin at one pre-trained model and make the same number of SFT steps. What a row
+says of its prompts holds, whatever --sft says.
+
+    items               the last 24 items that the user liked; the row that others are compared with
+    last 6 items        recent ones alone
+    user                the user's own token before them
+    ratings             the rating after each item
+    category, brand, price   in words after each item (sft --show)
+    all facts           user, ratings, category, brand and price
+    cut by time         as `items`; what comes after a drawn moment is the page (sft --cut time)
+    cut by time, time   that, and the period of the page (pretrain --times): compare it with the row
+                        above
+
+Facts that the shop does not have are left out. Writes runs/<study>/<dataset>.parquet and prints it;
+Markdown and LaTeX with effect sizes lie in runs/<study>/<dataset>/. A minute a row and seed on the
+synthetic shop. Rows already done are not run again.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.study import overrides, prepared, print_table
+from pagellm import evaluate, pretrain, sft
+from pagellm.data.shop import Shop, load
+from pagellm.pages.tables import ALL_COLUMNS, compare, compare_seeds, per_user, save, write_table
+from pagellm.stage.command import main
+from pagellm.stage.config import Options, PageLLMError, check
+from pagellm.stage.files import slug
+from pagellm.tuning.trials import copied
+
+__all__ = ["Config", "rows_of", "run"]
+
+ITEMS = {"use_user": False, "use_ratings": False}
+TIME = ITEMS | {"cut": "time"}
+STAGES = {"pretrain": pretrain, "sft": sft, "evaluate": evaluate}
+FIXED = {"dataset", "run", "data", "runs", "seed"}  # fields that the study sets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Compare what page prompts say of a person's history, over several seeds."""
+
+    dataset: str = "synthetic"  # name of the data set
+    raw: str = ""  # directory of its raw files, if it is not prepared yet
+    study: str = "prompts"  # name of the study: results lie in <runs>/<study>
+    seeds: int = 3  # number of seeds: 0, 1, ...; each trains all rows anew
+    periods: int = 12  # of the row with time tokens
+    preset: str = "auto"  # auto: every stage begins with the data set's preset, if there is one;
+    # none: with its defaults
+    data: str = "data"  # directory of prepared data sets
+    runs: str = "runs"  # directory of runs
+    pretrain: Options = Options("")  # options for that stage in every row, as on its command line
+    sft: Options = Options("")  # options for sft
+    evaluate: Options = Options("")  # options for evaluate
+
+    def __post_init__(self):
+        check(
+            self,
+            seeds=(self.seeds > 0, "1 or more"),
+            periods=(self.periods > 0, "1 or more"),
+        )
+
+
+def rows_of(shop: Shop) -> dict[str, dict[str, Any]]:
+    """Name of a row -> its fields of sft.Config; only of what the shop knows."""
+    about = shop.catalogue
+    there = {
+        "category": any(about.leaf),
+        "brand": any(about.brand),
+        "price": not np.isnan(about.price).all(),
+    }
+    facts = [name for name, known in there.items() if known]
+    rated = {"use_ratings": True} if shop.rated else {}
+    rows: dict[str, dict[str, Any]] = {"items": ITEMS, "last 6 items": ITEMS | {"max_history": 6}}
+    rows["user"] = ITEMS | {"use_user": True}
+    rows |= {"ratings": ITEMS | rated} if rated else {}
+    rows |= {name: ITEMS | {"show": name} for name in facts}
+    if facts:
+        rows["all facts"] = ITEMS | rated | {"use_user": True, "show": ",".join(facts)}
+    if len(np.unique(shop.time)) > 1:
+        rows |= {"cut by time": TIME, "cut by time, time": TIME}
+    return rows
+
+
+def one(config: Config, options: dict, name: str, fields: dict, seed: int) -> Path:
+    """Run the stages of a row that are missing; returns its per_user.parquet."""
+    timed = name.endswith(", time")
+    start = f"{config.study}/{config.dataset}-s{seed}{'-times' if timed else ''}"
+    own = f"{config.study}/{config.dataset}-s{seed}-{slug(name)}"
+    common: dict[str, Any] = {
+        "dataset": config.dataset,
+        "seed": seed,
+        "data": config.data,
+        "runs": config.runs,
+    }
+    times = {"times": config.periods} if timed else {}
+    pretrain.run(pretrain.Config(run=start, **common, **options["pretrain"] | times))
+    runs = Path(config.runs)
+    copied(runs / start / "pretrain", runs / own / "pretrain")
+    sft.run(sft.Config(run=own, **common, **options["sft"] | fields))
+    scoring: dict[str, Any] = {"examples": 0, "quiet": True} | options["evaluate"]
+    evaluate.run(evaluate.Config(run=own, policies="sft", **common, **scoring))
+    return runs / own / "evaluate" / "sft" / "per_user.parquet"
+
+
+def run(config: Config) -> list[dict]:
+    """Train and compare the rows. Returns the records of compare_seeds."""
+    options = {name: overrides(module, getattr(config, name)) for name, module in STAGES.items()}
+    for name, chosen in options.items():
+        if fixed := FIXED & set(chosen):
+            raise PageLLMError(f"--{name} must not set {', '.join(sorted(fixed))}: the study does")
+    prepared(config.dataset, config.raw, config.data, config.preset)
+    rows = rows_of(load(Path(config.data) / config.dataset))
+    results = {
+        name: [per_user(one(config, options, name, row, seed)) for seed in range(config.seeds)]
+        for name, row in rows.items()
+    }
+    records = compare_seeds(results, ALL_COLUMNS)
+    path = Path(config.runs) / config.study / f"{config.dataset}.parquet"
+    write_table(path, records)
+    heading = (
+        f"{config.dataset}: {config.seeds} seeds; paired difference to 'items' with its 95% "
+        "interval (bootstrap over seeds and users) and effect size d"
+    )
+    save(path.with_suffix(""), compare(results, ALL_COLUMNS, "items"), heading)
+    print(f"{print_table(records)}\n\n{heading}\n{path}")
+    return records
+
+
+if __name__ == "__main__":
+    sys.exit(main(Config, run, "experiments.prompt_study"))
