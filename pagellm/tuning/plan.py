@@ -27,7 +27,8 @@ from pagellm.stage.run import StageConfig
 __all__ = ["Plan", "Seconds", "ShopSize", "epochs_for", "make_plan", "measure", "size_of"]
 
 # Shares of the minutes. What is left covers reading, writing and estimates that are too low.
-SHARES = {"plain": 0.25, "start": 0.05, "pretrain": 0.05, "sft": 0.15, "compose": 0.3, "ppo": 0.1}
+SHARES = {"plain": 0.35, "start": 0.05, "pretrain": 0.05, "sft": 0.1, "compose": 0.3, "ppo": 0.1}
+FITS = 10  # of a factorisation that a search needs to find something. So many of the widest must fit
 WIDTHS = ("tiny", "mini", "wide", "wider")  # sizes of the network, by width
 BATCH = 64  # users in a step of SFT
 LEAST = 30  # steps that a stage needs to show anything
@@ -176,10 +177,13 @@ def make_plan(seconds: Seconds, minutes: float, shop: ShopSize) -> Plan:
     """What fits into the minutes."""
     share = {name: minutes * 60 * part for name, part in SHARES.items()}
     cap = [f for f in GRIDS["ALS"]["factors"] if f < shop.items] or [8]
-    dear = [f for f in cap if als_seconds(seconds, f) <= share["plain"] / 30]
-    factors = dear or cap[:1]
+    # Of a large shop few settings are tried, and not narrow ones alone: width is worth more.
+    room = share["plain"] * 0.85
+    factors = [
+        f for f in cap if FITS * (als_seconds(seconds, f) + seconds.rank) <= room
+    ] or cap[:1]
     trial = als_seconds(seconds, factors[len(factors) // 2]) + seconds.rank
-    n = max(1, int(share["plain"] * 0.85 / trial))
+    n = max(1, int(room / trial))
     ratings = min(16, n // 4) if shop.rated else 0
     facts = min(12, n // 4) if shop.facts else 0
     trials = {"ALS": max(1, min(24, n - ratings - facts)), "ALS+facts": facts}
