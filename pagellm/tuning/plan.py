@@ -28,7 +28,7 @@ __all__ = ["Plan", "Seconds", "ShopSize", "epochs_for", "make_plan", "measure", 
 
 # Shares of the minutes. What is left covers reading, writing and estimates that are too low.
 SHARES = {"plain": 0.35, "start": 0.05, "pretrain": 0.05, "sft": 0.1, "compose": 0.3, "ppo": 0.1}
-FITS = 10  # of a factorisation that a search needs to find something. So many of the widest must fit
+FITS = 10  # fits that a search needs to find something: so many of the widest must be affordable
 WIDTHS = ("tiny", "mini", "wide", "wider")  # sizes of the network, by width
 BATCH = 64  # users in a step of SFT
 LEAST = 30  # steps that a stage needs to show anything
