@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from pagellm.stage.config import PageLLMError
 
-__all__ = ["atomic", "file_id", "read_json", "sha256", "slug", "write_json"]
+__all__ = ["atomic", "atomic_folder", "file_id", "read_json", "sha256", "slug", "write_json"]
 
 
 def sha256(path: str | Path) -> str:
@@ -49,6 +50,24 @@ def atomic(path: str | Path) -> Iterator[Path]:
             os.close(folder)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Replace the directory `path` by one with all of its files, or leave it as it is.
+
+    Yields an empty directory beside it, for the block to fill.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        shutil.rmtree(path, ignore_errors=True)
+        beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

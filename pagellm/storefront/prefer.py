@@ -36,7 +36,7 @@ from pagellm.pages import stats
 from pagellm.stage import dist, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
-from pagellm.stage.files import file_id, read_json
+from pagellm.stage.files import atomic_folder, file_id, read_json
 from pagellm.stage.run import Run, finished
 from pagellm.stage.train import GuardedStep, batch_at, logged, optimiser, progress
 from pagellm.storefront.corpus import prune
@@ -242,10 +242,10 @@ def run(config: Config) -> dict:
         gain = stats.paired(after, before, config.seed, 1000)
         kept = bool(gain["low"] is not None and gain["low"] > 0)
         folder = out.path / "model"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(student / "model", folder)
-        if kept:
-            networks.save_published(local.model, folder, local.vocab.n_words)
+        with atomic_folder(folder) as beside:
+            shutil.copytree(student / "model", beside, dirs_exist_ok=True)
+            if kept:
+                networks.save_published(local.model, beside, local.vocab.n_words)
         out.finish(
             pairs=len(pairs),
             kept=kept,

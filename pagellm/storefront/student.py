@@ -17,7 +17,6 @@ everything, cut to as many rows, so that a comparison is about labels and not ab
 """
 
 import math
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from pagellm.pretrain import next_token_loss
 from pagellm.stage import dist, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
-from pagellm.stage.files import file_id, read_json, write_json
+from pagellm.stage.files import atomic_folder, file_id, read_json, write_json
 from pagellm.stage.run import Run, TrainingConfig, finished, load_model_file
 from pagellm.stage.train import GuardedStep, batch_at, logged, lr_at, optimiser, progress, set_lr
 from pagellm.storefront.local import GAMMA, TAUGHT
@@ -210,15 +209,15 @@ def new_model(config: Config, rows: list[dict], texts: list[str]) -> tuple[Backb
 
 def publish(model: Backbone, vocab: Vocab, config: Config, folder: Path) -> None:
     """Write a directory that `--writer lm --weights` reads."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    if model.lora is not None:
-        lora.merge(model)
-    networks.save_published(model, folder, vocab.n_words)
-    if model.lora is not None:
-        lora.unmerge(model)
-    vocab.tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / TAUGHT, {"gamma": config.gamma})
+    with atomic_folder(folder) as beside:
+        if model.lora is not None:
+            lora.merge(model)
+        networks.save_published(model, beside, vocab.n_words)
+        if model.lora is not None:
+            lora.unmerge(model)
+        words_text = vocab.tokenizer.to_str(pretty=True)
+        (beside / "tokenizer.json").write_text(words_text, encoding="utf-8")
+        write_json(beside / TAUGHT, {"gamma": config.gamma})
 
 
 @torch.no_grad()

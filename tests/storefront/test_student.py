@@ -1,7 +1,10 @@
 """Teacher, student and preference: what is kept to be learnt, that it is learnt, and kills."""
 
 import json
+import resource
 import shutil
+import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,7 @@ import torch
 
 from experiments import storefront_distil
 from pagellm.model.vocab import Vocab
+from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError
 from pagellm.storefront import prefer, show, student, teach
 from pagellm.storefront.front import open_store
@@ -191,6 +195,85 @@ def test_preference_is_kept_only_where_it_pays(taught):
         for name in ("student-clean", "prefer")
     )
     assert done["kept"] == (done["gain"]["low"] > 0) == (before != after)
+
+
+@contextmanager
+def files_up_to(size):
+    """No file may grow beyond so many bytes, as on a full disk: a write ends halfway."""
+    was, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, was[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, was)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def own_run(taught, folder, *names):
+    """Options of a run that has these stages of `taught`, and its directory."""
+    for name in names:
+        source = Path(taught["runs"]) / "synthetic/storefront" / name
+        shutil.copytree(source, folder / "synthetic/storefront" / name)
+    return taught | {"runs": str(folder)}, folder / "synthetic/storefront"
+
+
+def half_written(folder):
+    return [path.name for path in folder.rglob("*") if ".tmp" in path.name]
+
+
+def test_a_teacher_on_a_full_disk_stops_with_a_message_and_carries_on(taught, tmp_path, capsys):
+    common, folder = own_run(taught, tmp_path, "build", "tune")
+    path = folder / "teach/traces.jsonl"
+    whole = (Path(taught["runs"]) / "synthetic/storefront/teach/traces.jsonl").read_bytes()
+    argv = [f"--{name}={value}" for name, value in common.items()] + ["--people=24"]
+    with files_up_to(len(whole) // 2):
+        assert main(teach.Config, teach.run, "teach", argv) == 2
+    said = capsys.readouterr().err
+    assert "cannot be written" in said and "carries on" in said and "Traceback" not in said
+    assert not (folder / "teach/done").exists() and 0 < path.stat().st_size <= len(whole) // 2
+    assert main(teach.Config, teach.run, "teach", argv) == 0
+    assert path.read_bytes() == whole and not half_written(folder)
+
+
+def test_a_student_on_a_full_disk_leaves_no_half_written_model(taught, tmp_path, capsys):
+    common, folder = own_run(taught, tmp_path, "build", "tune", "teach")
+    options = common | TINY | {"save_every": 1000}
+    argv = [f"--{name}={value}" for name, value in options.items()]
+    weights = "student-clean/model/model.safetensors"
+    whole = (Path(taught["runs"]) / "synthetic/storefront" / weights).read_bytes()
+    with files_up_to(len(whole) // 2):
+        assert main(student.Config, student.run, "student", argv) == 2
+    said = capsys.readouterr().err
+    assert "too large" in said and "Traceback" not in said
+    assert not (folder / "student-clean/model").exists() and not half_written(folder)
+    assert main(student.Config, student.run, "student", argv) == 0
+    assert (folder / weights).read_bytes() == whole
+
+
+def test_preference_on_a_full_disk_keeps_its_pairs_and_leaves_no_half_model(
+    taught, tmp_path, capsys
+):
+    common, folder = own_run(taught, tmp_path, "build", "tune", "teach", "student-clean")
+    options = common | {"people": 4, "valid_people": 2, "samples": 3, "temperature": 2.0}
+    argv = [f"--{name}={value}" for name, value in options.items()]
+    with files_up_to(1500):  # not even the first person's pairs
+        assert main(prefer.Config, prefer.run, "prefer", argv) == 2
+    said = capsys.readouterr().err
+    assert "pairs.jsonl cannot be written" in said and "carries on" in said
+    with files_up_to(100_000):  # the pairs, but no weights
+        assert main(prefer.Config, prefer.run, "prefer", argv) == 2
+    said = capsys.readouterr().err
+    assert "too large" in said and "Traceback" not in said
+    assert not (folder / "prefer/model").exists() and not half_written(folder)
+    assert not (folder / "prefer/done").exists()
+    assert main(prefer.Config, prefer.run, "prefer", argv) == 0
+    model = (folder / "prefer/model/model.safetensors").read_bytes()
+    again, other = own_run(taught, tmp_path / "again", "build", "tune", "teach", "student-clean")
+    assert main(prefer.Config, prefer.run, "prefer", [*argv, f"--runs={again['runs']}"]) == 0
+    for name in ("pairs/pairs.jsonl", "model/model.safetensors"):
+        assert (folder / "prefer" / name).read_bytes() == (other / "prefer" / name).read_bytes()
+    assert len(model) > 100_000
 
 
 def test_the_cost_of_the_golden_values():
