@@ -99,6 +99,13 @@ storefront-study: | $(ROWS)  ## what each part of the page is worth: one part ch
 	$(PY) -m experiments.storefront_study $(COMMON) $(ARGS)
 storefront-bench: | $(ROWS)  ## times of its parts, and of pages in shops of up to a million items
 	$(PY) -m experiments.storefront_bench $(COMMON) $(ARGS)
+storefront-sim: $(DONE)/evaluate/done | $(ROWS) $(DONE)/baselines/done  ## rows beside flat pages, tested
+	$(PY) -m experiments.storefront $(COMMON) $(ARGS)
+storefront-fuzz: $(VENV)/extra-serve,load | $(ROWS)  ## its service fuzzed with schemathesis: no 5xx
+	$(PY) -m experiments.stress.fuzz --rows $(COMMON) $(ARGS)
+storefront-load: $(VENV)/extra-serve,load | $(ROWS)  ## its service under load: ARGS="--soak 10"
+	$(ONE) storefront cache $(COMMON)
+	$(PY) -m experiments.stress.load --rows $(COMMON) $(ARGS)
 judge: $(DONE)/evaluate/done  ## SFT's pages against composed ones or PPO's: ARGS="--backend reward"
 ope: $(SHOWN)  ## what PPO would earn, from SFT's SIMULATED log; your own: ARGS="--log sessions.parquet"
 shared = $(and $(filter-out 1,$(NPROC)),$(filter $(STAGES) recommend,$(1)))
