@@ -228,15 +228,20 @@ class Blend:
 
 @dataclass(frozen=True)
 class File:
-    """Scores of an outside ranker: items and scores of each user; all other items come last."""
+    """Scores of an outside ranker: items and scores of each user.
+
+    All other items come last, by popularity; so do all items of somebody without scores.
+    """
 
     user: dict[str, int]
     rows: Rows  # ratings hold the scores
-    n_items: int
+    households: np.ndarray  # (N,) how many bought each item
     name: str = "file/1"
 
     @classmethod
-    def read(cls, path: str | Path, users: list[str], items: list[str]) -> "File":
+    def read(
+        cls, path: str | Path, users: list[str], items: list[str], households: np.ndarray
+    ) -> "File":
         """Read (user, item, score) with the shop's identifiers, and print what is left out.
 
         Raises PageLLMError for a score that is no number, a pair that stands there twice, or a file
@@ -271,8 +276,8 @@ class File:
             )
         if lacking := len(users) - len(np.unique(user[keep])):
             print(
-                f"{path}: {lacking:,} of {len(users):,} users have no score; all items are equal "
-                "to them",
+                f"{path}: {lacking:,} of {len(users):,} users have no score: items come to them "
+                "by popularity",
                 flush=True,
             )
         if len(np.unique(user[keep] * len(items) + item[keep])) < keep.sum():
@@ -280,10 +285,11 @@ class File:
         order = np.argsort(user[keep], kind="stable")
         indptr = np.zeros(len(users) + 1, dtype=np.int64)
         np.cumsum(np.bincount(user[keep], minlength=len(users)), out=indptr[1:])
-        return cls(known, Rows(indptr, item[keep][order], score[keep][order]), len(items))
+        return cls(known, Rows(indptr, item[keep][order], score[keep][order]), households)
 
     def __call__(self, context: Context) -> np.ndarray:
-        logit = np.full(self.n_items, self.rows.ratings.min(initial=0.0) - 1.0)
+        least = self.rows.ratings.min(initial=0.0) - 1.0
+        logit = least + 0.5 * self.households / max(float(self.households.max(initial=0)), 1.0)
         if context.user in self.user:
             items, score = self.rows.of(self.user[context.user])
             logit[items] = score

@@ -1,6 +1,7 @@
 """The two systems meet: PageLLM ranks the rows, and its reward reads them."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from pagellm.model.policy import Policy
 from pagellm.pages.ranked import Scorer, seen_rows
 from pagellm.stage.config import PageLLMError
 from pagellm.storefront import build
-from pagellm.storefront.front import Sources, open_store
+from pagellm.storefront.front import Sources, open_store, page_ranker
 from pagellm.storefront.page import page
 
 
@@ -38,6 +39,34 @@ def test_pagellm_s_policy_ranks_the_rows(both):
         logits = policy.model.item_logits(policy.model(prompt, valid)[:, -1])[0].detach().numpy()
         for row in page(store.front, context, store.layout).rows:
             assert (np.diff(logits[row.item]) <= 1e-5).all()
+
+
+def test_pagellm_s_policy_ranks_for_strangers_and_for_people_without_a_liked_item(both):
+    """Strangers, and people of whom nothing is scored, get what is popular, not the first ids."""
+    config = Sources(**both, ranker="policy", layout="B")
+    store = open_store(config)
+    for user in (None, "nobody at all"):
+        found = page(replace(store.front, static=True), store.known.context(user), store.layout)
+        for row in found.rows:
+            assert (np.diff(store.front.households[row.item]) <= 0).all()
+        assert len(page(store.front, store.known.context(user), store.layout).items()) > 40
+    shop, user = store.shop, 5
+    mine = shop.user == user
+    nothing = replace(shop, positive=shop.positive & ~mine)
+    for less in (nothing, replace(nothing, **columns_without(nothing, mine))):
+        ranker = page_ranker(config, less, store.front.households)
+        logit = ranker(store.known.context(shop.user_ids[user]))
+        assert np.isfinite(logit).all() and len(np.unique(logit)) > 1
+        front = replace(store.front, ranker=ranker)
+        context, none = store.known.context(shop.user_ids[user]), np.zeros(0, np.int64)
+        for asked in (context, replace(context, item=none, count=none)):
+            assert len(page(front, asked, store.layout).items()) > 40 - len(context.item)
+
+
+def columns_without(shop, gone):
+    """The columns of a shop's rows without some of them."""
+    names = ("user", "item", "rating", "time", "positive", "split")
+    return {name: getattr(shop, name)[~gone] for name in names}
 
 
 def test_a_ranker_that_is_not_trained_is_named(both):

@@ -189,7 +189,8 @@ def test_labels_all_alike_cannot_be_calibrated():
 def test_scores_of_a_ranker_outside_are_read_by_the_shops_own_ids(tmp_path, capsys):
     """Ids are text, rows of strangers are counted on the screen, and no score is chosen of two."""
     (tmp_path / "x.csv").write_text("user,item,score\n007,a,0.5\n7,b,2\n007,c,1\n")
-    file = File.read(tmp_path / "x.csv", ["007", "8"], ["a", "b", "c"])
+    sold = np.array([2, 9, 4])
+    file = File.read(tmp_path / "x.csv", ["007", "8"], ["a", "b", "c"], sold)
     assert file.rows.of(0)[0].tolist() == [0, 2] and file.rows.of(0)[1].tolist() == [0.5, 1.0]
     said = capsys.readouterr().out
     assert "3 rows; columns user, item, score; none left over" in said
@@ -203,7 +204,7 @@ def test_scores_of_a_ranker_outside_are_read_by_the_shops_own_ids(tmp_path, caps
     ):
         (tmp_path / "x.csv").write_text(text)
         with pytest.raises(PageLLMError, match=said):
-            File.read(tmp_path / "x.csv", ["007", "8"], ["a", "b", "c"])
+            File.read(tmp_path / "x.csv", ["007", "8"], ["a", "b", "c"], sold)
 
 
 def test_files_of_a_shop_may_begin_with_a_byte_order_mark(tmp_path):
