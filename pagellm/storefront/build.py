@@ -12,7 +12,7 @@ for 15,182 items and 612,565 pairs on one core.
 import json
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,17 @@ from pagellm.storefront.scorer import Matcher, Scorer, fit_scorer
 from pagellm.storefront.text import BM25, best_first, index_texts, stems
 from pagellm.storefront.themes import Template
 
-__all__ = ["Config", "best_categories", "corpus_of", "read_policy", "read_stock", "run"]
+__all__ = [
+    "Config",
+    "best_categories",
+    "corpus_of",
+    "heard",
+    "read_document",
+    "read_items",
+    "read_policy",
+    "read_stock",
+    "run",
+]
 
 LABEL_PEOPLE, LABEL_ITEMS = (
     200,
@@ -75,35 +85,59 @@ def read_policy(path: str) -> Policy:
     """
     if not path:
         return policy_of()
-    if not Path(path).exists():
-        raise PageLLMError(f"no policy file {path}; write one as in docs/how-to/storefront.md")
+    return policy_of(read_document(path, "policy"), file_id(path))
+
+
+def read_document(path: str | Path, what: str) -> dict:
+    """A JSON file that a person wrote. what: policy or layout, for messages.
+
+    Raises PageLLMError.
+    """
+    how = "as in docs/how-to/storefront.md"
     try:
         # utf-8-sig: editors put a byte order mark in front
-        own = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise PageLLMError(f"no {what} file {path}; write one {how}") from None
+    except OSError as error:
+        raise PageLLMError(f"{what} file {path} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise PageLLMError(f"{path} is no JSON ({error}); write it {how}") from None
+
+
+def read_items(path: str, catalogue: Catalogue, option: str) -> np.ndarray:
+    """(N,) bool: the items of a file with one id a line. option: its name, for messages.
+
+    Raises PageLLMError for ids that the shop has not.
+    """
+    number = {name: at for at, name in enumerate(catalogue.ids)}
+    ids = id_list(f"@{path}", option)
+    if unknown := [name for name in ids if name not in number]:
         raise PageLLMError(
-            f"{path} is no JSON ({error}); write it as in docs/how-to/storefront.md"
-        ) from None
-    return policy_of(own, file_id(path))
+            f"{path} names {len(unknown)} items that the shop has not: {', '.join(unknown[:3])}\n"
+            "  Take them out, or prepare the shop anew."
+        )
+    found = np.zeros(len(catalogue), dtype=bool)
+    found[[number[name] for name in ids]] = True
+    return found
 
 
 def read_stock(path: str, catalogue: Catalogue) -> np.ndarray:
     """(N,) bool. Raises PageLLMError for ids that the shop has not, or where nothing is left."""
-    stock = np.ones(len(catalogue), dtype=bool)
-    if path:
-        number = {name: at for at, name in enumerate(catalogue.ids)}
-        gone = id_list(f"@{path}", "out_of_stock")
-        unknown = [name for name in gone if name not in number]
-        if unknown:
-            raise PageLLMError(
-                f"{path} names {len(unknown)} items that the shop has not: "
-                f"{', '.join(unknown[:3])}\n"
-                "  Take them out, or prepare the shop anew."
-            )
-        stock[[number[name] for name in gone]] = False
-    if not stock.any():
+    gone = read_items(path, catalogue, "out_of_stock") if path else np.zeros(len(catalogue), bool)
+    if gone.all():
         raise PageLLMError(f"{path} leaves no item in stock: there is nothing to show")
-    return stock
+    return ~gone
+
+
+def heard(catalogue: Catalogue, policy: Policy) -> Catalogue:
+    """The catalogue as rows are written from it: titles that were written for a machine are empty.
+
+    The items are shown under their own titles, but not one word of these is a keyword, finds the
+    item, or counts among the shop's words.
+    """
+    titles = ["" if policy.planted(title) else title for title in catalogue.title]
+    return catalogue if titles == catalogue.title else replace(catalogue, title=titles)
 
 
 def best_categories(missions: Missions, train: Orders, policy: Policy, corpus: Corpus) -> list[str]:
@@ -203,6 +237,9 @@ def run(config: Config) -> dict | None:
         kinds = ", ".join(f"{count:,} {name}" for name, count in counts["keywords"].items())
         print(f"{out.path}: keywords: {kinds}; {counts['categories']} categories in "
               f"{counts['missions']} missions", flush=True)  # fmt: skip
+        if counts["titles_left_out"]:
+            print(f"{counts['titles_left_out']:,} titles hold commands or markup: these items are "
+                  "shown, and no keyword comes from their titles", flush=True)  # fmt: skip
         if not counts["labels"]:
             print("one mission holds all items: nothing tells what fits a theme, so that every "
                   "item counts as fitting", flush=True)  # fmt: skip
@@ -211,16 +248,12 @@ def run(config: Config) -> dict | None:
 
 def refuse_policy(missions: Missions, policy: Policy) -> None:
     """Raise PageLLMError where the policy lets no row name any category: term and count."""
-    found = Counter(
-        term
-        for name in missions.names
-        if (term := policy.restricted.found(name) or policy.banned.found(name))
-    )
+    found = Counter(term for name in missions.names if (term := policy.against(name)))
     if missions.names and found.total() == len(missions.names):
         term, times = found.most_common(1)[0]
         raise PageLLMError(
             f"the policy blocks the names of all {len(missions.names)} categories, {times} of them "
-            f"by {term!r}: no row could be named\n  Take that term out of banned or restricted."
+            f"by {term!r}: no row could be named\n  Take that term out of the policy."
         )
 
 
@@ -228,8 +261,9 @@ def built(
     config: Config, shop: Shop, train: Orders, policy: Policy, stock: np.ndarray
 ) -> tuple[dict, dict]:
     """What goes into model.pt, and counts of it."""
-    corpus = build_corpus(shop.catalogue, stock, policy.forbidden, config.seed)
-    missions = find_missions(shop.catalogue, train, config.missions, config.seed)
+    catalogue = heard(shop.catalogue, policy)
+    corpus = build_corpus(catalogue, stock, policy.forbidden, config.seed)
+    missions = find_missions(catalogue, train, config.missions, config.seed)
     refuse_policy(missions, policy)
     rows, count = train.history()
     households = np.bincount(rows.items, minlength=shop.n_items)
@@ -238,8 +272,8 @@ def built(
     if missions.names:
         shelves = shelves_of(shop, train, missions, corpus, policy, ranker, config.seed)
         missions = refined(missions, train, shelves, config.starts, config.seed)
-    index = build_index(shop.catalogue, stock, corpus, households)
-    texts = index_texts(shop.catalogue)
+    index = build_index(catalogue, stock, corpus, households)
+    texts = index_texts(catalogue)
     vector = corpus.space.vectors([stems(texts[item]) for item in index.live.tolist()])
     # Whether an item fits a theme needs no calibrated probability: the plain sigmoid of the
     # ranker's logit is enough.
@@ -280,6 +314,9 @@ def built(
         "categories": len(missions.names),
         "missions": int(missions.of_category.max(initial=-1)) + 1,
         "labels": len(fits),
+        "titles_left_out": sum(
+            a != b for a, b in zip(catalogue.title, shop.catalogue.title, strict=True)
+        ),
         "threshold": state["threshold"],
     }
     return state, counts

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 
 from pagellm.stage.config import PageLLMError
+from pagellm.storefront.parts import INTENTS
 from pagellm.storefront.schemas import POLICY, check
 from pagellm.storefront.text import stems
 
-__all__ = ["Policy", "Terms", "policy_of"]
+__all__ = ["Policy", "Terms", "bare", "policy_of"]
 
 BANNED = (
     "shit|bullshit|damn|fuck|fucking|bitch|bastard|asshole|arse|ass|crap|piss|porn|sexy|slut|"
@@ -54,6 +55,7 @@ INSTRUCTIONS = (
     "ignore|disregard|forget your|override|previous instruction|prior rule|language model|as an ai|"
     "system prompt|the prompt|you are a|inst"
 )
+MACHINE = re.compile("[{}<>\u202a-\u202e\u2066-\u2069]|^\\s*(system|assistant|user)\\s*:", re.I)
 RESTRICTED = (
     "tobacco|cigarette|cigar|alcohol|beer|ale|wine|liquor|spirit|family planning|condom|medicine|"
     "analgesic|antacid|laxative|cold and flu|sinus and allergy|diaper|infant formula|feminine "
@@ -109,6 +111,17 @@ class Policy:
             return True
         return bool(self.banned.found(text) or self.instructions.found(text))
 
+    def planted(self, text: str) -> bool:
+        """Whether a title was written for a machine: an instruction, markup, marks that turn text
+        around.
+        """
+        return bool(MACHINE.search(text)) or bool(self.instructions.found(text))
+
+    def against(self, text: str) -> str:
+        """The first term of any list that a text holds, in stems; "" for none."""
+        lists = (self.restricted, self.banned, self.claims, self.sensitive, self.instructions)
+        return next((term for terms in lists if (term := terms.found(text))), "")
+
     def seasons(self, at: int) -> list[dict]:
         """The calendar's entries in force at a moment (seconds)."""
         today = datetime.fromtimestamp(at, UTC).date().isoformat()
@@ -120,7 +133,7 @@ def policy_of(document: dict | None = None, name: str = "built-in") -> Policy:
 
     Raises PageLLMError naming the field that is wrong.
     """
-    document = document or {}
+    document = {} if document is None else document
     if problems := check(document, POLICY):
         raise PageLLMError("the policy is not valid\n  " + "\n  ".join(problems))
     for entry in document.get("calendar", ()):
@@ -132,6 +145,8 @@ def policy_of(document: dict | None = None, name: str = "built-in") -> Policy:
             ) from None
         if first > last:
             raise PageLLMError(f"the policy's season {entry['name']!r} ends before it begins")
+    for intent, forms in document.get("titles", {}).items():
+        check_forms(intent, forms)
     for category, most in document.get("caps", {}).items():
         if not isinstance(most, int) or isinstance(most, bool) or most < 0:
             raise PageLLMError(f"the policy's cap of {category!r}: want a whole number, 0 or more")
@@ -139,7 +154,7 @@ def policy_of(document: dict | None = None, name: str = "built-in") -> Policy:
     def terms(field_name: str, built_in: str) -> Terms:
         return Terms([*built_in.split("|"), *document.get(field_name, ())])
 
-    return Policy(
+    policy = Policy(
         name,
         terms("banned", BANNED),
         terms("claims", CLAIMS),
@@ -152,3 +167,30 @@ def policy_of(document: dict | None = None, name: str = "built-in") -> Policy:
         document.get("min_items", 4),
         {intent: tuple(forms) for intent, forms in document.get("titles", {}).items()},
     )
+    for intent, forms in policy.titles.items():
+        for form in forms:
+            if why := policy.against(bare(form)):
+                raise PageLLMError(
+                    f"the policy blocks its own form {form!r} of {intent!r} by {why!r}"
+                )
+    return policy
+
+
+def bare(form: str) -> str:
+    """A form of titles without its places for names."""
+    return re.sub(r"\{\w+\}", " ", form)
+
+
+def check_forms(intent: str, forms) -> None:
+    """Raise PageLLMError for forms of titles that no row could be named by."""
+    if intent not in INTENTS:
+        raise PageLLMError(f"the policy's titles of {intent!r}: want one of {', '.join(INTENTS)}")
+    if not isinstance(forms, list) or not forms or not all(isinstance(f, str) for f in forms):
+        raise PageLLMError(f"the policy's titles of {intent!r}: want a list of one text or more")
+    for form in forms:
+        rest = re.sub(r"\{(A|a|b|Season|season)\}", "", form)
+        if "{" in rest or "}" in rest or len(form) > 80:
+            raise PageLLMError(
+                f"the policy's form {form!r} of {intent!r}: want at most 80 characters, and in "
+                "braces {A}, {a}, {b}, {Season} or {season} alone"
+            )

@@ -18,8 +18,8 @@ from pagellm.storefront.corpus import Corpus
 from pagellm.storefront.fuse import SLOT_DECAY
 from pagellm.storefront.gates import LONGEST, MOST_WORDS
 from pagellm.storefront.missions import Missions, top_of_groups
-from pagellm.storefront.parts import Answer, Context, Keyword, Theme
-from pagellm.storefront.policy import Policy
+from pagellm.storefront.parts import INTENTS, Answer, Context, Keyword, Theme
+from pagellm.storefront.policy import Policy, bare
 from pagellm.storefront.rankers import Platt, Ranker
 from pagellm.storefront.text import words
 
@@ -165,11 +165,21 @@ class Template:
 
     def theme(self, context: Context, intent: str, m: int, categories: np.ndarray) -> Theme:
         names = [self.missions.names[c] for c in categories.tolist()]
-        forms = self.policy.titles.get(intent) or FORMS.get(intent, FORMS["browse"])
+        forms = self.forms[intent]
         season = context.season[0] if context.season else ""
         draw = randomness.seed_of(self.seed, context.bucket, m, intent) % len(forms)
         title = row_title(forms, draw, names[0], names[1] if len(names) > 1 else "", season)
         return Theme(title, intent, tuple(names), mission=m, source=self.name)
+
+    @cached_property
+    def forms(self) -> dict[str, tuple[str, ...]]:
+        """Forms of titles by intent, without those whose own words the policy is against."""
+        found = {}
+        for intent in INTENTS:
+            forms = self.policy.titles.get(intent) or FORMS.get(intent, FORMS["browse"])
+            plain = tuple(form for form in forms if not self.policy.against(bare(form)))
+            found[intent] = plain or forms
+        return found
 
     @cached_property
     def nameable(self) -> np.ndarray:

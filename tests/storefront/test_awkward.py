@@ -153,6 +153,35 @@ def test_what_is_planted_in_titles_reaches_no_title_concept_keyword_or_corpus():
         assert not any(word in text.lower() for word in bad), text
 
 
+def told_of(page):
+    """All of a page that a person reads, but for the titles of its items."""
+    rows = []
+    for row in page.rows:
+        words = [(keyword.text, keyword.matches) for keyword in row.keywords]
+        rows.append((row.theme, words, row.item.tolist(), row.score.tolist(), row.source))
+    return rows, page.fallbacks
+
+
+def test_what_is_planted_moves_nobody_s_page():
+    """The same shop twice, with planted titles and with empty ones: not a row differs."""
+    titles, paths = titled(60)
+    where = [("Dairy", "Milk") if at % 2 else ("Bakery", "Bread") for at in range(20)]
+    planted, known, counts = opened([*titles, *PLANTED, *PLANTED], [*paths, *where])
+    empty, _, _ = opened([*titles, *[""] * 20], [*paths, *where])
+    assert counts["titles_left_out"] == 20
+    assert planted.corpus.text == empty.corpus.text and planted.known == empty.known
+    for user in [*(f"u{at}" for at in range(30)), None]:
+        both = [page(front, known.context(user), default_layout()) for front in (planted, empty)]
+        assert told_of(both[0]) == told_of(both[1])
+
+
+def test_a_title_with_brackets_or_a_rude_word_is_no_command():
+    policy = policy_of()
+    for title in ("Milk [2-pack] | 1 l", "Kick-ass hot sauce", "Operating system guide"):
+        assert not policy.planted(title)
+    assert all(map(policy.planted, PLANTED))
+
+
 def test_all_out_of_stock_is_refused_at_build_and_leaves_an_empty_page(tmp_path):
     titles, paths = titled(8)
     front, known, _ = opened(titles, paths)

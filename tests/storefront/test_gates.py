@@ -1,6 +1,7 @@
 """What is blocked and what passes; bounds, thresholds, and the switch for generated rows."""
 
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,24 @@ def test_a_policy_that_cannot_be_read_is_told_field_by_field():
         policy_of({"banned": ["!!"]})
     with pytest.raises(PageLLMError, match="want dates like"):
         policy_of({"calendar": [{"name": "x", "from": "soon", "to": "later", "categories": ["a"]}]})
+
+
+@pytest.mark.parametrize(
+    ("titles", "words"),
+    [
+        ({"browse": "{A} and more"}, "want a list of one text or more"),
+        ({"browse": []}, "want a list of one text or more"),
+        ({"browse": ["{C} and more"]}, "want at most 80 characters, and in braces"),
+        ({"browse": ["{A.__class__}"]}, "in braces"),
+        ({"browse": ["{A} and {"]}, "in braces"),
+        ({"hero": ["{A}"]}, "want one of restock, browse"),
+        ({"browse": ["Cheap {a}"]}, "blocks its own form 'Cheap {a}' of 'browse' by 'cheap'"),
+    ],
+)
+def test_forms_that_no_row_could_be_named_by_are_refused(titles, words):
+    with pytest.raises(PageLLMError, match=re.escape(words)):
+        policy_of({"titles": titles})
+    assert policy_of({"titles": {"browse": ["{A} for {season}"]}}).titles
 
 
 def test_likeness_of_titles_and_of_keyword_sets():
