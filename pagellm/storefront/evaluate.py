@@ -4,6 +4,7 @@ themes.
 Reads   runs/<run>/storefront/build and tune
 Writes  runs/<run>/storefront/evaluate      pages.parquet (user, rank, item, score; reading order),
                                             placements.parquet (one row an item, with its parts),
+                                            decisions.parquet (every look of a gate),
                                             metrics.json, table.txt
 
     pagellm storefront evaluate --dataset complete_journey
@@ -31,12 +32,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pagellm.pages import metrics, stats
+from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic, read_json, write_json
 from pagellm.stage.run import Run, finished
 from pagellm.storefront.front import Sources, Store, open_store
-from pagellm.storefront.page import page
+from pagellm.storefront.page import page, spread
 from pagellm.storefront.parts import Context, Page
 from pagellm.storefront.rankers import Popularity
 from pagellm.storefront.text import best_first
@@ -229,6 +231,61 @@ def pages_table(users: np.ndarray, pages: list[Page]) -> pa.Table:
     )
 
 
+def decisions_table(pages: list[Page]) -> pa.Table:
+    """Every decision of the gates, which names no person: decisions.parquet."""
+    looks = [(found, look) for found in pages for look in found.decisions]
+    texts = ("stage", "level", "rule", "action")
+    columns = {"page_id": pa.array([found.page_id for found, _ in looks]).dictionary_encode()}
+    for name in texts:
+        columns[name] = pa.array([getattr(look, name) for _, look in looks]).dictionary_encode()
+    for name in ("value", "threshold"):
+        columns[name] = pa.array([getattr(look, name) for _, look in looks], pa.float64())
+    version = [f"{found.models['gates']} {found.models['policy']}" for found, _ in looks]
+    return pa.table(columns | {"version": pa.array(version).dictionary_encode()})
+
+
+def personal(
+    store: Store, users: np.ndarray, labelled: list[np.ndarray], pages: list[Page], seed: int
+) -> float | None:
+    """How often one's own page finds more of one's labels than the page of somebody as active.
+
+    A tie counts half: .5 is what pages that are the same for everybody have. None without anybody
+    to compare with.
+    """
+    n_bought = store.known.rows.counts()[users]
+    tercile = np.searchsorted(np.quantile(n_bought, [1 / 3, 2 / 3]), n_bought)
+    rng, wins = randomness.rng(seed, "storefront", "personal"), []
+    items = [found.items() for found in pages]
+    for at, label in enumerate(labelled):
+        others = np.flatnonzero(tercile == tercile[at])
+        others = others[others != at]
+        if len(others):
+            own, other = (np.isin(label, items[i]).mean() for i in (at, rng.choice(others)))
+            wins.append(0.5 * (1 + np.sign(own - other)))
+    return float(np.mean(wins)) if wins else None
+
+
+def about_keywords(
+    store: Store, labelled: list[np.ndarray], pages: list[Page]
+) -> dict[str, float | None]:
+    """keyword_fit: share of keywords that match a label of the person's. overlap: how much of a
+    keyword's items its nearest neighbour above finds too. density: items a keyword finds, median.
+    """
+    corpus = store.front.corpus
+    fits, found, overlap = [], [], []
+    for label, made in zip(labelled, pages, strict=True):
+        for row in made.rows:
+            matches = [corpus.matches(corpus.number[word.text]) for word in row.keywords]
+            fits += [bool(np.isin(label, items).any()) for items in matches]
+            found += [len(items) for items in matches]
+        overlap += [d.value for d in made.decisions if d.rule == "overlap" and d.action == "pass"]
+    return {
+        "keyword_fit": float(np.mean(fits)) if fits else None,
+        "overlap": float(np.mean(overlap)) if overlap else None,
+        "density": float(np.median(found)) if found else None,
+    }
+
+
 def about_rows(store: Store, pages: list[Page]) -> dict[str, float]:
     """What is said of the rows themselves."""
     rows = [row for found in pages for row in found.rows]
@@ -237,6 +294,8 @@ def about_rows(store: Store, pages: list[Page]) -> dict[str, float]:
     decisions = [
         d for found in pages for d in found.decisions if d.level in ("text", "theme", "placement")
     ]
+    categories, households = store.shop.catalogue.categories, store.front.households
+    percentile = np.argsort(np.argsort(households, kind="stable")) / max(len(households) - 1, 1)
     sets = {tuple(row.theme.title for row in found.rows) for found in pages}
     return {
         "generated": float(np.mean([row.source == "generated" for row in rows])),
@@ -249,6 +308,8 @@ def about_rows(store: Store, pages: list[Page]) -> dict[str, float]:
         "blocked": float(np.mean([d.action != "pass" for d in decisions])) if decisions else 0.0,
         "titles": len({row.theme.title for row in rows}),
         "page_sets": len(sets) / len(pages),
+        "cohesion": float(np.mean([1 - spread(row.item.tolist(), categories) for row in rows])),
+        "popularity": float(np.mean(percentile[np.concatenate([p.items() for p in pages])])),
         "items_ever": len(np.unique(np.concatenate([p.items() for p in pages])))
         / store.shop.n_items,
         "ms": float(np.median([found.ms["total"] for found in pages])),
@@ -274,10 +335,19 @@ def table(results: dict[str, dict], about: dict[str, Any], heading: str) -> str:
         f"{about['generated']:.3f}; keywords of the corpus {about['validity']:.4f} of "
         f"{about['keywords']:,}; "
         f"without a result {about['zero_results']:.4f}",
+        f"keywords that match a label {shown(about['keyword_fit'])}; items a keyword finds "
+        f"{shown(about['density'])} (median), its overlap with one above {shown(about['overlap'])}",
+        f"likeness inside rows {about['cohesion']:.3f}; popularity percentile "
+        f"{about['popularity']:.3f}; own page better than that of somebody as active "
+        f"{shown(about['personal'])}",
         f"{about['titles']} titles; decisions that block {about['blocked']:.4f}; items ever shown "
         f"{about['items_ever']:.3f}; {about['ms']:.1f} ms a page",
     ]
     return "\n".join(lines) + "\n"
+
+
+def shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def run(config: Config) -> dict:
@@ -303,7 +373,10 @@ def run(config: Config) -> dict:
             name: {m: stats.summary(v, config.seed, config.n_boot) for m, v in scores.items()}
             for name, scores in scored.items()
         }
-        about = about_rows(store, pages) | {
+        labelled = [labels.of(user)[0] for user in users.tolist()]
+        about = about_rows(store, pages) | about_keywords(store, labelled, pages)
+        about |= {
+            "personal": personal(store, users, labelled, pages, config.seed),
             "price": 1
             - results["storefront"]["recall"]["mean"] / results["flat"]["recall"]["mean"],
             "difference": stats.paired(
@@ -328,6 +401,7 @@ def write_results(
     for name, content in (
         ("pages", pages_table(users, pages)),
         ("placements", placements_table(users, pages)),
+        ("decisions", decisions_table(pages)),
     ):
         with atomic(folder / f"{name}.parquet") as beside:
             pq.write_table(content, beside, compression="zstd")
