@@ -7,12 +7,14 @@ page(store.front, store.known.context("u1"), default_layout())
 import difflib
 import os
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 
 from pagellm.data.orders import Orders, load_orders, orders_of
-from pagellm.data.shop import Rows, Shop, load
+from pagellm.data.shop import Catalogue, Rows, Shop, load
+from pagellm.data.tables import ids_of, read_table
 from pagellm.model.composer import POOL, load_composer
 from pagellm.model.policy import Policy
 from pagellm.online.chat import Chat
@@ -22,13 +24,22 @@ from pagellm.stage import dist
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import read_json
 from pagellm.stage.run import StageConfig, file_id, finished, load_model_file
-from pagellm.storefront.build import corpus_of, factors_of, read_policy, read_stock, scorer_of
+from pagellm.storefront.build import (
+    corpus_of,
+    factors_of,
+    heard,
+    read_document,
+    read_items,
+    read_policy,
+    read_stock,
+    scorer_of,
+)
 from pagellm.storefront.context import Known
 from pagellm.storefront.fuse import SameLeaf
 from pagellm.storefront.gates import known_words
 from pagellm.storefront.local import Local
 from pagellm.storefront.missions import Missions
-from pagellm.storefront.page import Front, blocked_by, default_layout
+from pagellm.storefront.page import Deals, Front, blocked_by, default_layout
 from pagellm.storefront.parts import Layout, Weights
 from pagellm.storefront.rankers import NAMES, File, Platt, Ranker, make_ranker
 from pagellm.storefront.remote import Asked, Kept, Remote, Replay, Server
@@ -42,14 +53,17 @@ from pagellm.storefront.themes import Template
 __all__ = [
     "Sources",
     "Store",
+    "caps_of",
     "check_layout",
     "open_store",
     "page_ranker",
+    "read_deals",
     "read_layout",
     "with_tuning",
 ]
 
 WRITERS = ("template", "search", "lm", "http", "replay")
+EPOCH = date(1970, 1, 1).toordinal()
 MOST_SCORED = 2000  # items of a user that PageLLM's policy scores
 
 
@@ -64,6 +78,9 @@ class Sources(StageConfig):
     scores: str = ""  # with ranker=file: Parquet file of user, item, score
     static: bool = False  # switch themes off: rows are the best-selling categories, each in the
     # ranker's own order
+    deals: str = ""  # table of item, from and to (days): what is on offer, for rows of intent deal
+    sponsored: str = ""  # file with one item id a line that somebody pays for: a row shows as many
+    # as its layout says, a page a fifth of its slots
     writer: str = "template"  # what writes themes and keywords: template; search, which tries many
     # keywords; lm, a language model of our own blocks; http, one on a server; or replay, answers
     # out of a file
@@ -133,7 +150,7 @@ def read_layout(name: str, repeats: bool) -> Layout:
         raise PageLLMError(
             f"no layout {name}; want A, B or a JSON file as in docs/how-to/storefront.md"
         )
-    return layout_of(read_json(Path(name)))
+    return layout_of(read_document(name, "layout"))
 
 
 def check_layout(front: Front, layout: Layout) -> None:
@@ -180,6 +197,12 @@ def open_store(config: Sources, splits: tuple[str, ...] = ("train",)) -> Store:
     tuned = config.stage("storefront/tune") / "tuned.json"
     threshold = state["threshold"]
     models = {"catalogue": done["id"]}
+    if config.deals:
+        front = replace(front, deals=read_deals(config.deals, shop.catalogue))
+        models["deals"] = file_id(config.deals)
+    if config.sponsored:
+        front = replace(front, sponsored=read_items(config.sponsored, shop.catalogue, "sponsored"))
+        models["sponsored"] = file_id(config.sponsored)
     front = replace(front, threshold=threshold[0] if threshold else 0.0)
     if tuned.exists():
         front = with_tuning(front, read_json(tuned))
@@ -201,18 +224,19 @@ def front_of(
     category, of_category = kept["category"].numpy(), kept["of_category"].numpy()
     of_item = np.where(category >= 0, of_category[category] if len(of_category) else -1, -1)
     missions = Missions(category, kept["names"], of_category, of_item, kept["k"])
-    index = build_index(shop.catalogue, stock, corpus, households)
+    catalogue = heard(shop.catalogue, policy)
+    index = build_index(catalogue, stock, corpus, households)
     if config.ranker == "file":
-        ranker: Ranker = File.read(config.scores, shop.user_ids, shop.catalogue.ids)
+        ranker: Ranker = File.read(config.scores, shop.user_ids, shop.catalogue.ids, households)
     elif config.ranker in ("policy", "compose"):
-        ranker = page_ranker(config, shop)
+        ranker = page_ranker(config, shop, households)
     else:
         ranker = make_ranker(config.ranker, households, factors_of(state))
     matcher, scorer = (
         Matcher.of(index, missions, state["vector"].numpy()),
         scorer_of(state["scorer"]),
     )
-    above = parents(shop.catalogue)
+    above = parents(catalogue)
     number = {name: at for at, name in enumerate(sorted(set(above) - {""}))}
     parent = np.array([number.get(name, -1) for name in above], dtype=np.int64)
     return Front(
@@ -227,19 +251,64 @@ def front_of(
         writer=Template(ranker, Platt(), missions, corpus, policy, stock, seed),
         agree=Agreement(scorer, matcher),
         policy=policy,
-        similar=SameLeaf(shop.catalogue.leaf_id, parent, near_duplicates(shop.catalogue)),
+        similar=SameLeaf(shop.catalogue.leaf_id, parent, near_duplicates(catalogue)),
         best=state["best"],
-        known=known_words(index_texts(shop.catalogue)),
+        known=known_words(index_texts(catalogue)),
         static=config.static,
+        caps=caps_of(policy, corpus, len(stock)),
     )
 
 
-def page_ranker(config: Sources, shop: Shop) -> File:
-    """PageLLM as a ranker: its scores of each user's best items; all other items come last.
+def caps_of(policy, corpus, n_items: int) -> tuple[tuple[np.ndarray, int], ...]:
+    """The policy's caps as items of a category (N,) bool and how many of them a page may show.
+
+    Raises PageLLMError for a category that nobody sells.
+    """
+    found = []
+    for name, most in policy.caps.items():
+        if name not in corpus.number:
+            raise PageLLMError(f"the policy's cap of {name!r}: nobody sells that category")
+        group = np.zeros(n_items, dtype=bool)
+        group[corpus.matches(corpus.number[name])] = True
+        found.append((group, most))
+    return tuple(found)
+
+
+def read_deals(path: str, catalogue: Catalogue) -> Deals:
+    """Items on offer from a table of item, from, to; lines of unknown items are counted.
+
+    Raises PageLLMError for a file that cannot be read, and for a line whose days are none.
+    """
+    table = read_table(Path(path), ("item", "from", "to"))
+    if missing := [name for name in ("item", "from", "to") if name not in table.column_names]:
+        raise PageLLMError(f"{path}: no column {missing[0]}; want item, from, to")
+    number = {name: at for at, name in enumerate(catalogue.ids)}
+    names = ids_of(table, "item", path)
+    item, days = np.array([number.get(name, -1) for name in names], dtype=np.int64), []
+    for line, ends in enumerate(
+        zip(table["from"].to_pylist(), table["to"].to_pylist(), strict=True), 2
+    ):
+        try:
+            first, last = (date.fromisoformat(str(end)[:10]).toordinal() - EPOCH for end in ends)
+        except ValueError:
+            raise PageLLMError(f"{path}, line {line}: want days like 2017-12-01") from None
+        if first > last:
+            raise PageLLMError(f"{path}, line {line}: the offer ends before it begins")
+        days.append((first, last))
+    known, ends_of = item >= 0, np.array(days, dtype=np.int64).reshape(-1, 2)
+    if not known.all():
+        print(f"{path}: {int((~known).sum()):,} of {len(known):,} lines name items that the shop "
+              f"has not; the first: {names[int((~known).argmax())]}", flush=True)  # fmt: skip
+    return Deals(item[known], ends_of[known, 0], ends_of[known, 1])
+
+
+def page_ranker(config: Sources, shop: Shop, households: np.ndarray) -> File:
+    """PageLLM as a ranker: its scores of each user's best items; all others come last.
 
     policy   the logits of ppo, or of sft, for the first slot of a page, of 2,000 items
     compose  what composed pages think of the items that a page may hold: none that the user has
-    Prompts show train rows. Somebody whom the shop does not know has no scores: all items tie.
+    Prompts show train rows. Somebody whom the shop does not know has no scores: items come by
+    popularity, households (N,).
     Raises PageLLMError where the stage is not finished.
     """
     name = "compose" if config.ranker == "compose" else pick_policy("", config.stage, config.make)
@@ -260,7 +329,7 @@ def page_ranker(config: Sources, shop: Shop) -> File:
     indptr = np.r_[0, np.cumsum(there.sum(1))]
     rows = Rows(indptr, ranked.item[there], ranked.score[there].astype(np.float64))
     number = {user: at for at, user in enumerate(shop.user_ids)}
-    return File(number, rows, shop.n_items, f"{name}/{done['id']}")
+    return File(number, rows, households, f"{name}/{done['id']}")
 
 
 def with_writer(config: Sources, front: Front) -> Front:

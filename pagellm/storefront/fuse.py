@@ -7,7 +7,8 @@ z is taken over the row's candidates with the population's standard deviation; a
 at 0 the score is the ranker's logit itself, bit for bit.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -80,17 +81,14 @@ class Quota:
     """Limits on a row, beside its score.
 
     similar, mu   the cost of repeating: mu times the likeness to the nearest item above in this row
-    sponsored     (N,) bool or None, and how many of them the row may still show
-    group, left   (N,) int64 group of each item, -1 none, and how many of each group the page may
-                  still show
+    groups, left  (N,) bool each, such as a category or what is sponsored; and how many items of
+                  each the row may still show
     """
 
     similar: SameLeaf | None = None
     mu: float = 0.0
-    sponsored: np.ndarray | None = None
-    most_sponsored: int = 0
-    group: np.ndarray | None = None
-    left: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    groups: Sequence[np.ndarray] = ()
+    left: Sequence[int] = ()
 
 
 def fill(
@@ -124,7 +122,10 @@ def fill(
         )
     legal = ~taken[item]
     redundancy = np.zeros(len(item))
-    left, sponsored = quota.left.copy(), quota.most_sponsored
+    left, members = list(quota.left), [group[item] for group in quota.groups]
+    for group, most in zip(members, left, strict=True):
+        if most <= 0:
+            legal &= ~group
     chosen: list[int] = []
     costs, chance = [], []
     while len(chosen) < slots and legal.any():
@@ -144,14 +145,10 @@ def fill(
         one = int(item[place])
         if quota.similar is not None and quota.mu:
             redundancy = np.maximum(redundancy, quota.similar.to(one, item))
-        if quota.group is not None and quota.group[one] >= 0:
-            left[quota.group[one]] -= 1
-            if left[quota.group[one]] <= 0:
-                legal &= quota.group[item] != quota.group[one]
-        if quota.sponsored is not None and quota.sponsored[one]:
-            sponsored -= 1
-        if quota.sponsored is not None and sponsored <= 0:
-            legal &= ~quota.sponsored[item]
+        for number, group in enumerate(members):
+            left[number] -= int(group[place])
+            if left[number] <= 0:
+                legal &= ~group
     place = np.array(chosen, dtype=np.int64)
     cost = np.array(costs, dtype=np.float64)
     total = score[place] + cost if quota.mu else score[place]

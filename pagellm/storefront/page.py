@@ -21,6 +21,7 @@ from typing import Protocol
 import numpy as np
 
 from pagellm.data.shop import Catalogue
+from pagellm.pages import metrics
 from pagellm.stage import randomness
 from pagellm.storefront import gates
 from pagellm.storefront.corpus import Corpus, prune
@@ -48,6 +49,7 @@ from pagellm.storefront.text import best_first
 
 __all__ = [
     "DEPTH",
+    "Deals",
     "Front",
     "MOST_KEPT",
     "Writer",
@@ -57,6 +59,7 @@ __all__ = [
     "open_rows_of",
     "page",
     "scored",
+    "spread",
     "text_decisions",
     "written_ahead",
 ]
@@ -67,6 +70,7 @@ ALIKE, COVERED = (
     0.85,
     0.5,
 )  # two themes of a page: likeness at most, share of one's items in the other's
+POPULAR = "Popular now"  # the title of a row that is about nothing in particular
 TITLES = {
     "restock": "Buy it again",
     "deal": "Offers",
@@ -101,6 +105,20 @@ class Writer(Protocol):
 
 
 @dataclass(frozen=True)
+class Deals:
+    """Items on offer, and when. All (D,)."""
+
+    item: np.ndarray  # int64
+    first: np.ndarray  # int64: days since 1970
+    last: np.ndarray  # int64: days since 1970, the last one included
+
+    def at(self, moment: int) -> np.ndarray:
+        """(D',) items on offer at a moment (seconds), rising, none twice."""
+        day = moment // 86_400
+        return np.unique(self.item[(self.first <= day) & (day <= self.last)])
+
+
+@dataclass(frozen=True)
 class Front:
     """A built storefront. Arrays are by item (N,).
 
@@ -128,6 +146,9 @@ class Front:
     depth: int = DEPTH  # items that each keyword finds at most
     static: bool = False  # themes off: every row shows a best-selling category
     models: dict = field(default_factory=dict)
+    deals: Deals | None = None  # None: the shop marks none
+    sponsored: np.ndarray | None = None  # (N,) bool: what is paid for; None: nothing
+    caps: tuple[tuple[np.ndarray, int], ...] = ()  # items of a category (N,) bool, most of a page
 
 
 def default_layout(name: str = "A") -> Layout:
@@ -162,11 +183,20 @@ class Making:
         self.legal[context.barred] = False
         self.taken = np.zeros(len(front.stock), dtype=bool)
         self.rows: dict[int, Row] = {}
+        self.placements = list(layout.placements)
+        self.groups, self.left = limits_of(front, layout)
         self.decisions: list[Decision] = []
         self.fallbacks: list[str] = []
         self.static_left = list(front.best)
         self.answers: list[Answer] = []
         self.source = "generated"
+
+    def quota(self, placement: Placement) -> Quota:
+        """What a generated row may show: policy's caps, and sponsored items by row and page."""
+        front, left = self.front, list(self.left)
+        if front.sponsored is not None:
+            left[-1] = min(left[-1], placement.sponsored)
+        return Quota(front.similar, front.weights.redundancy, self.groups, left)
 
     def allowed(self, intent: str) -> np.ndarray:
         """(N,) bool: what a row of this intent may show now."""
@@ -185,6 +215,18 @@ class Making:
         if intent == "discover":
             allowed[self.context.item] = False
         return allowed
+
+
+def limits_of(front: Front, layout: Layout) -> tuple[list[np.ndarray], list[int]]:
+    """Groups of items (N,) bool that a page may show only so many of, and how many: the policy's
+    caps, then what is sponsored.
+    """
+    groups, left = [group for group, _ in front.caps], [most for _, most in front.caps]
+    if front.sponsored is not None:
+        slots = sum(placement.slots for placement in layout.placements)
+        groups.append(front.sponsored)
+        left.append(int(front.policy.sponsored_share * slots))
+    return groups, left
 
 
 def page(
@@ -233,14 +275,19 @@ def written_ahead(
 
 def locked_rows(making: Making) -> tuple[list[str], list[int]]:
     """Put the rows whose theme is given. Returns every row's intent, and the positions left."""
-    placements = making.layout.placements
-    wanted = [intent_of(making, placement) for placement in placements]
-    open_rows = []
-    for position, (placement, intent) in enumerate(zip(placements, wanted, strict=True)):
-        if not locked(making, placement, intent):
-            open_rows.append(position)
-        elif (row := locked_row(making, placement, intent)) is not None:
+    wanted, open_rows = [], []
+    for position, placement in enumerate(making.layout.placements):
+        intent = intent_of(making, placement)
+        row = locked_row(making, placement, intent) if locked(placement, intent) else None
+        if row is not None:
             put(making, position, row)
+        else:
+            open_rows.append(position)
+            if placement.categories or placement.intent in ("restock", "season", "deal"):
+                # Its title was written for other items than those of a row to browse.
+                making.placements[position] = replace(placement, title="", categories=())
+                intent = "browse"
+        wanted.append(intent)
     return wanted, open_rows
 
 
@@ -252,8 +299,8 @@ def intent_of(making: Making, placement: Placement) -> str:
         why = "nothing bought before that is in stock"
     if intent == "season" and not making.front.policy.seasons(context.at):
         why = "no season in the policy's calendar"
-    if intent == "deal":
-        why = "the shop marks no deals"
+    if intent == "deal" and not making.legal[deals_at(making)].any():
+        why = "no deal is in force" if making.front.deals else "the shop marks no deals"
     if intent == "editorial" and not placement.categories:
         why = "an editorial row names no category"
     if why:
@@ -262,30 +309,42 @@ def intent_of(making: Making, placement: Placement) -> str:
     return intent
 
 
-def locked(making: Making, placement: Placement, intent: str) -> bool:
-    return intent in ("restock", "season", "editorial") or bool(placement.categories)
+def deals_at(making: Making) -> np.ndarray:
+    deals = making.front.deals
+    return NOTHING if deals is None else deals.at(making.context.at)
+
+
+def locked(placement: Placement, intent: str) -> bool:
+    return intent in ("restock", "season", "deal", "editorial") or bool(placement.categories)
 
 
 def locked_row(making: Making, placement: Placement, intent: str) -> Row | None:
     """A row whose theme is given: its items are those of the history or of the named categories."""
     front = making.front
-    names, title = placement.categories, ""
+    names, title = known_names(front, placement.categories), ""
     if intent == "restock":
         items = making.context.item
+    elif intent == "deal" and not names:
+        items = deals_at(making)
     else:
         if intent == "season" and not names:
             season = front.policy.seasons(making.context.at)[0]
-            names, title = tuple(season["categories"]), season["name"]
+            names, title = known_names(front, tuple(season["categories"])), season["name"]
+            title = "" if blocked_by(front, title) else title
         items = items_of(front, names)
+        if intent == "deal":
+            items = np.intersect1d(items, deals_at(making))
     items = items[making.may(intent, items)]
     otherwise = title or TITLES.get(intent) or (names[0] if names else "")
-    title = own_title(making, placement, otherwise)
+    title = fresh_title(making, own_title(making, placement, otherwise), intent)
     if not len(items):
-        making.fallbacks.append(f"{placement.id}: no item of {', '.join(names)} is in stock")
+        asked = ", ".join(name[:80] for name in (names or placement.categories)[:3])
+        what = f"no item of {asked} is in stock" if asked else "nothing of it is in stock"
+        making.fallbacks.append(f"{placement.id}: {what}; shown as browse")
         return None
     source = "editorial" if placement.categories else "static"
     return plain_row(
-        making, placement, Theme(title[:40], intent, names[:8], source="static"), items, source
+        making, placement, Theme(title, intent, names[:8], source="static"), items, source
     )
 
 
@@ -306,10 +365,26 @@ def own_title(making: Making, placement: Placement, otherwise: str) -> str:
     return otherwise if rule or not placement.title else placement.title
 
 
+def fresh_title(making: Making, title: str, intent: str) -> str:
+    """A title of a row that no writer names: 3 to 40 characters, and none that the page has."""
+    title = title[: gates.LONGEST].strip()
+    if len(title) < gates.SHORTEST:
+        title = TITLES.get(intent, POPULAR)
+    used, n, found = {row.theme.title for row in making.rows.values()}, 2, title
+    while found in used:
+        found, n = f"{title[: gates.LONGEST - 4].strip()} {n}", n + 1
+    return found
+
+
+def known_names(front: Front, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of some categories that the shop sells."""
+    return tuple(name for name in names if name in front.corpus.number)
+
+
 def items_of(front: Front, names: tuple[str, ...]) -> np.ndarray:
     """Items of some categories, rising."""
-    known = [front.corpus.number[name] for name in names if name in front.corpus.number]
-    found = [front.corpus.matches(w) for w in known]
+    number = front.corpus.number
+    found = [front.corpus.matches(number[name]) for name in known_names(front, names)]
     return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
 
 
@@ -339,8 +414,14 @@ def put(making: Making, position: int, row: Row) -> None:
     quality = dict(row.quality)
     if "value" in quality:
         quality["value"] = row_value(making.front.platt(making.logit[row.item]), position + 1)
-    making.rows[position] = replace(row, quality=quality)
+    sponsored = making.front.sponsored
+    paid = () if sponsored is None else row.item[sponsored[row.item]].tolist()
+    making.rows[position] = replace(row, quality=quality, sponsored=frozenset(paid))
     making.taken[row.item] = True
+    making.left = [
+        left - int(group[row.item].sum())
+        for group, left in zip(making.groups, making.left, strict=True)
+    ]
 
 
 def told_to_writer(making: Making) -> tuple[Context, list[str]]:
@@ -432,8 +513,9 @@ def offer_of(making: Making, written: Written) -> Offer | None:
     score, parts = scored(front, making.logit[found.item], found)
     offer = Offer(theme, list(written.keywords), found, score, parts, written.note)
     slots = most_slots(making.layout)
-    preview = slots_of(making, offer, slots, 0.0, np.zeros(0))
-    row = Placement("", theme.intent, slots, min_items=min(least, slots))
+    most = max((placement.sponsored for placement in making.placements), default=0)
+    row = Placement("", theme.intent, slots, min_items=min(least, slots), sponsored=most)
+    preview = slots_of(making, offer, row, 0.0, np.zeros(0))
     if not passes(making, gates.check_placement(found.agree[preview.place], row, front.threshold)):
         return None
     offer.value = row_value(front.platt(making.logit[preview.item]))
@@ -479,10 +561,9 @@ def untaken(making: Making, found: Candidates) -> Candidates:
     return kept(found, ~making.taken[found.item])
 
 
-def slots_of(making: Making, offer: Offer, slots: int, explore: float, uniform) -> Slots:
-    front = making.front
-    quota = Quota(front.similar, front.weights.redundancy)
-    return fill(offer.score, offer.found, slots, quota, making.taken, explore, uniform)
+def slots_of(making: Making, offer: Offer, row: Placement, explore: float, uniform) -> Slots:
+    quota = making.quota(row)
+    return fill(offer.score, offer.found, row.slots, quota, making.taken, explore, uniform)
 
 
 def conflicts(making: Making, offers: list[Offer]) -> np.ndarray:
@@ -531,10 +612,10 @@ def generated_rows(
 
 def generated_row(making: Making, position: int, offer: Offer) -> Row | None:
     """The row, or None where too little is left for it or a gate is against it."""
-    placement, front = making.layout.placements[position], making.front
+    placement, front = making.placements[position], making.front
     draws = randomness.rng(making.seed, "slots", making.context.user, making.context.at, position)
     uniform = draws.random(placement.slots) if making.explore else np.zeros(0)
-    slots = slots_of(making, offer, placement.slots, making.explore, uniform)
+    slots = slots_of(making, offer, placement, making.explore, uniform)
     agree = offer.found.agree[slots.place]
     least = min(placement.min_items, placement.slots)
     if not passes(
@@ -564,13 +645,13 @@ def generated_row(making: Making, position: int, offer: Offer) -> Row | None:
 
 def static_row(making: Making, position: int, intent: str) -> None:
     """The next best-selling category that still has items."""
-    placement, allowed = making.layout.placements[position], making.allowed(intent)
+    placement, allowed = making.placements[position], making.allowed(intent)
     while making.static_left:
         name = making.static_left.pop(0)
         items = items_of(making.front, (name,))
         items = items[allowed[items]]
         if len(items) >= min(placement.min_items, placement.slots):
-            title = own_title(making, placement, name)[:40]
+            title = fresh_title(making, own_title(making, placement, name), intent)
             theme = Theme(title, intent, (name,), source="static")
             put(making, position, plain_row(making, placement, theme, items, "static"))
             if not making.front.static:
@@ -578,13 +659,30 @@ def static_row(making: Making, position: int, intent: str) -> None:
             return
     rest = np.flatnonzero(allowed)
     if len(rest):
-        theme = Theme(
-            placement.title or TITLES.get(intent, "Popular now"), intent, (), source="static"
-        )
+        title = own_title(making, placement, TITLES.get(intent, POPULAR))
+        theme = Theme(fresh_title(making, title, intent), intent, (), source="static")
         put(making, position, plain_row(making, placement, theme, rest, "static"))
         making.fallbacks.append(f"{placement.id}: no category is left; what is popular instead")
     else:
         making.fallbacks.append(f"{placement.id}: no item is left; the row is left out")
+
+
+def spread(items: list[int], categories: Sequence[Sequence[str]]) -> float:
+    """ILD of a page, as metrics.ild has it, by one product of matrices; 0 for less than two items.
+
+    items  none twice
+    """
+    if len(items) < 2:
+        return 0.0
+    number: dict[str, int] = {}
+    sets = [{number.setdefault(n, len(number)) for n in categories[item]} for item in items]
+    held = np.zeros((len(items), max(len(number), 1)))
+    for row, names in enumerate(sets):
+        held[row, list(names)] = 1.0
+    both, size = held @ held.T, held.sum(1)
+    alike = both / np.maximum(size[:, None] + size - both, 1.0)
+    pairs = len(items) * (len(items) - 1)
+    return float(1 - (alike.sum() - np.trace(alike)) / pairs)
 
 
 def finished(making: Making, ms: float) -> Page:
@@ -608,6 +706,8 @@ def finished(making: Making, ms: float) -> Page:
         {
             "items": len(items),
             "repeats": len(items) - len(np.unique(items)),
+            "entropy": metrics.entropy(items.tolist(), front.catalogue.categories) or 0.0,
+            "ild": spread(items.tolist(), front.catalogue.categories),
             "value": float(sum(row.quality["value"] for row in rows)),
         },
         tuple(making.fallbacks),

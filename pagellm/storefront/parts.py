@@ -177,6 +177,7 @@ class Row:
     propensity: np.ndarray  # (K',) float64
     quality: dict = field(default_factory=dict)
     theme_propensity: float = 1.0
+    sponsored: frozenset[int] = frozenset()  # which of its items are paid for
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,8 @@ def row_json(row: Row, position: int, ids: list[str], titles: list[str]) -> dict
         entry["propensity"] = float(row.propensity[k])
         if titles[item]:
             entry["title"] = titles[item]
+        if item in row.sponsored:
+            entry["sponsored"] = True
         if row.keyword[k] >= 0:
             entry["keyword"] = row.keywords[row.keyword[k]].text
         items.append(entry)

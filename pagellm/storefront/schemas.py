@@ -70,7 +70,7 @@ POLICY = {"$id": "policy/1"} | record(
     calendar=some(
         record(
             "name from to categories",
-            name=text(1, 40),
+            name=text(3, 40),
             **{"from": {"type": "string"}, "to": {"type": "string"}},
             categories=some(text(1, 80), 1),
         )
@@ -242,6 +242,12 @@ def layout_of(document: dict) -> Layout:
             f"placements[{at}].id: {name!r} is there twice"
             for at, name in enumerate(names)
             if name in names[:at]
+        ]
+        titles = [row.get("title") for row in rows]
+        problems += [
+            f"placements[{at}].title: {title!r} is there twice"
+            for at, title in enumerate(titles)
+            if title and title in titles[:at]
         ]
         total = sum(row["slots"] for row in rows)
         if total > MOST_SLOTS:

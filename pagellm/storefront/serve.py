@@ -353,8 +353,8 @@ class FrontService:
         try:
             found.append(file_id(config.stage("storefront/build") / "done"))
             found.append(file_id(config.data_dir / "source.json"))
-            if config.stock:
-                found.append(file_id(config.stock))
+            others = (config.stock, config.deals, config.sponsored)
+            found += [file_id(path) for path in others if path]
         except OSError:
             return None
         tuned = config.stage("storefront/tune") / "tuned.json"

@@ -128,13 +128,16 @@ def test_caps_and_sponsored_places_are_kept():
     item = np.arange(6)
     candidates = Candidates(item, np.zeros(6), np.zeros(6), np.full(6, -1))
     sponsored = np.isin(np.arange(12), [0, 1, 2])
-    quota = Quota(sponsored=sponsored, most_sponsored=1)
+    quota = Quota(groups=[sponsored], left=[1])
     best = fill(-item.astype(float), candidates, 4, quota, NONE, 0.0, np.zeros(0))
     assert best.item.tolist() == [0, 3, 4, 5]
-    group = np.where(np.arange(12) < 3, 0, -1)
-    quota = Quota(group=group, left=np.array([2]))
+    low, even = np.arange(12) < 3, np.arange(12) % 2 == 0
+    quota = Quota(groups=[low, even], left=[2, 1])  # item 0 is of both groups
     best = fill(-item.astype(float), candidates, 4, quota, NONE, 0.0, np.zeros(0))
-    assert best.item.tolist() == [0, 1, 3, 4]
+    assert best.item.tolist() == [0, 1, 3, 5]
+    none_left = Quota(groups=[even], left=[0])
+    best = fill(-item.astype(float), candidates, 4, none_left, NONE, 0.0, np.zeros(0))
+    assert best.item.tolist() == [1, 3, 5]
 
 
 def test_wrong_shapes_are_refused_with_both():

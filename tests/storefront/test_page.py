@@ -1,19 +1,31 @@
 """The cascade on the golden shop, and its laws on a synthetic one."""
 
+import json
 from dataclasses import replace
+from datetime import date
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from pagellm.pages import metrics
 from pagellm.stage.config import PageLLMError
+from pagellm.stage.files import read_json
 from pagellm.storefront import build, evaluate, storefront
 from pagellm.storefront.corpus import build_corpus, prune
-from pagellm.storefront.front import Sources, check_layout, open_store
+from pagellm.storefront.front import (
+    Sources,
+    caps_of,
+    check_layout,
+    open_store,
+    read_deals,
+    read_layout,
+)
 from pagellm.storefront.fuse import SameLeaf
 from pagellm.storefront.gates import known_words
 from pagellm.storefront.missions import Missions
-from pagellm.storefront.page import Front, default_layout, page
+from pagellm.storefront.page import Deals, Front, default_layout, page
 from pagellm.storefront.parts import Answer, Layout, Placement, Theme, Weights, page_json
 from pagellm.storefront.policy import policy_of
 from pagellm.storefront.rankers import Frequency, Platt
@@ -92,6 +104,9 @@ def test_metrics_of_the_golden_page():
     assert metrics.ndcg(LABELS, items, 6) == pytest.approx(0.9268, abs=1e-4)
     assert metrics.entropy(items, names) == pytest.approx(2.2539, abs=1e-4)
     assert metrics.ild(items, names) == pytest.approx(0.9556, abs=1e-4)
+    told = golden_page().page
+    assert told["entropy"] == metrics.entropy(items, names)
+    assert told["ild"] == pytest.approx(metrics.ild(items, names), abs=1e-12)
 
 
 def test_parts_sum_to_the_score():
@@ -171,6 +186,129 @@ def test_a_row_of_named_categories_stays_as_the_merchandiser_wrote_it():
     row = found.rows[0]
     assert row.source == "editorial" and row.theme.title == "Hot cups"
     assert row.item.tolist() == [4, 5, 6]
+
+
+def days(*ends):
+    return [date.fromisoformat(end).toordinal() - date(1970, 1, 1).toordinal() for end in ends]
+
+
+def test_a_row_of_deals_shows_what_is_on_offer_that_day():
+    """At u1's moment, 1 November 2017, g05 and g11 are on offer, g06 no more, g07 not yet."""
+    first = days("2017-11-01", "2017-10-01", "2017-10-01", "2017-11-02")
+    last = days("2017-11-01", "2017-12-01", "2017-10-31", "2017-11-05")
+    deals = Deals(np.array([4, 10, 5, 6]), np.array(first), np.array(last))
+    layout = Layout("mine", (Placement("d", "deal", 3), Placement("p2", "browse", 3, min_items=3)))
+    found = page(front(deals=deals), u1(), layout)
+    assert found.rows[0].theme.title == "Offers" and found.rows[0].item.tolist() == [4, 10]
+    drinks = replace(layout.placements[0], categories=("Coffee",))
+    found = page(front(deals=deals), u1(), replace(layout, placements=(drinks,)))
+    assert found.rows[0].item.tolist() == [4]
+    for some, why in ((None, "the shop marks no deals"), (deals, "no deal is in force")):
+        late = replace(u1(), at=u1().at + 90 * 86_400)
+        found = page(front(deals=some), late, layout)
+        assert f"d: {why}; shown as browse" in found.fallbacks and len(found.rows) == 2
+
+
+def test_deals_are_read_from_a_table_and_wrong_lines_are_named(tmp_path, capsys):
+    path = tmp_path / "deals.csv"
+    path.write_text("item,from,to\ng05,2017-11-01,2017-11-01\nzz,2017-11-01,2017-11-02\n")
+    deals = read_deals(str(path), catalogue())
+    assert deals.at(u1().at).tolist() == [4] and deals.at(u1().at + 86_400).tolist() == []
+    assert "1 of 2 lines name items that the shop has not; the first: zz" in capsys.readouterr().out
+    for line, words in (
+        ("item,from\ng05,2017-11-01", "no column to"),
+        ("item,from,to\ng05,soon,2017-11-01", "line 2: want days like"),
+        ("item,from,to\ng05,2017-11-02,2017-11-01", "line 2: the offer ends before"),
+    ):
+        path.write_text(line + "\n")
+        with pytest.raises(PageLLMError, match=words):
+            read_deals(str(path), catalogue())
+
+
+def test_a_policy_s_caps_hold_for_generated_rows_and_count_what_stands_above():
+    shop = front()
+    policy = policy_of({"caps": {"Drinks": 2, "Breakfast": 1}, "min_items": 1})
+    capped = replace(shop, policy=policy, caps=caps_of(policy, shop.corpus, 12))
+    wide = replace(TINY.placements[1], slots=4, min_items=1)
+    rows = (TINY.placements[0], wide)
+    plain, limited = (
+        page(one, u1(), Layout("mine", rows)).rows[1].item.tolist() for one in (shop, capped)
+    )
+    # g05 stands in the first row: of Drinks one more may come, of Breakfast the better one.
+    assert plain == [7, 1, 8, 5] and limited == [7, 1, 5]
+    with pytest.raises(PageLLMError, match="cap of 'Shoes': nobody sells"):
+        caps_of(policy_of({"caps": {"Shoes": 1}}), shop.corpus, 12)
+
+
+def test_sponsored_items_keep_to_row_and_page_and_are_said():
+    paid = np.isin(np.arange(12), [1, 7])
+    for sponsored, wanted in ((0, [8, 5]), (1, [7, 8, 5]), (2, [7, 8, 5])):  # a page of 7: one
+        row = Placement("p2", "browse", 4, min_items=1, sponsored=sponsored)
+        layout = Layout("mine", (TINY.placements[0], row))
+        found = page(front(sponsored=paid, policy=policy_of({"min_items": 1})), u1(), layout)
+        assert found.rows[1].item.tolist() == wanted
+        document = page_json(found, catalogue().ids, catalogue().title)
+        items = document["placements"][1]["items"]
+        assert [one["id"] for one in items if one.get("sponsored")] == ["g08"] * (sponsored > 0)
+        assert check(document, PAGE) == []
+
+
+def test_a_given_row_that_cannot_be_filled_falls_back_without_its_title():
+    """Its title was written for other items."""
+    gone = STOCK.copy()
+    gone[[4, 5]] = False
+    locked = Placement("p1", "editorial", 3, 3, title="Hot cups", categories=("Coffee",))
+    found = page(front(stock=gone), u1(), Layout("mine", (locked,)))
+    assert [row.theme.title for row in found.rows] == ["Easy weekday breakfasts"]
+    assert found.fallbacks[0] == "p1: no item of Coffee is in stock; shown as browse"
+    again = Placement("p1", "restock", 3, 3, title="Your usual")
+    found = page(front(), cold(), Layout("mine", (again,)))
+    assert [row.theme.title for row in found.rows] == ["Easy weekday breakfasts"]
+
+
+def test_titles_of_given_and_static_rows_are_long_enough_and_none_comes_twice():
+    """A category of two letters, two rows to buy again, and more rows than categories."""
+    again = tuple(Placement(name, "restock", 1) for name in ("a", "b"))
+    popular = tuple(Placement(name, "browse", 1) for name in ("c", "d", "e"))
+    shop = front(static=True)
+    found = page(replace(shop, best=[]), u1(), Layout("mine", again + popular))
+    titles = [row.theme.title for row in found.rows]
+    assert titles == ["Buy it again", "Buy it again 2", "Popular now", "Popular now 2",
+                      "Popular now 3"]  # fmt: skip
+    assert not [d for d in found.decisions if d.rule == "titles" and d.action != "pass"]
+    shop.corpus.number["TV"] = shop.corpus.number["Coffee"]
+    found = page(replace(shop, best=["TV"]), u1(), Layout("mine", popular[:1]))
+    assert [row.theme.title for row in found.rows] == ["Popular now"]
+    del shop.corpus.number["TV"]
+
+
+def test_names_that_nobody_sells_are_neither_a_row_s_title_nor_its_concepts():
+    """As a request's own layout may hold them."""
+    names = ("<script>alert(1)</script>", "x" * 100, "Coffee")
+    found = page(front(), u1(), Layout("mine", (Placement("a", "editorial", 2, categories=names),)))
+    assert found.rows[0].theme.title == "Coffee" and found.rows[0].theme.concepts == ("Coffee",)
+    assert check(page_json(found, catalogue().ids, catalogue().title), PAGE) == []
+    rows = (Placement("a", "editorial", 2, categories=names[:2]), Placement("b", "season", 2))
+    season = {"name": "Cheapest week", "from": "2017-01-01", "to": "2018-01-01"}
+    policy = policy_of({"calendar": [season | {"categories": ["Coffee"]}]})
+    found = page(front(policy=policy), u1(), Layout("mine", rows))
+    assert any(note.startswith("a: no item of <script>") for note in found.fallbacks)
+    assert [row.theme.title for row in found.rows][1] == "In season"
+
+
+def test_a_layout_file_that_cannot_be_read_is_named_and_nothing_is_to_be_removed(tmp_path):
+    path = tmp_path / "home.json"
+    for text, words in (("{", "is no JSON"), ("[]", "is not of type object"), ("", "is no JSON")):
+        path.write_text(text)
+        with pytest.raises(PageLLMError, match=words) as said:
+            read_layout(str(path), True)
+        assert "emove" not in str(said.value)
+    with pytest.raises(PageLLMError, match="cannot be read"):
+        read_layout(str(tmp_path), True)
+    rows = [{"id": "a", "intent": "browse", "slots": 4}]
+    text = json.dumps({"schema": "layout/1", "id": "x", "placements": rows})
+    path.write_text("\ufeff" + text, encoding="utf-8")
+    assert read_layout(str(path), True).placements[0].slots == 4
 
 
 def test_a_locked_title_that_the_gates_block_is_not_shown_and_the_row_says_why():
@@ -318,7 +456,17 @@ def test_the_table_has_a_row_for_every_baseline_and_the_ceiling_is_flat(made, ca
         "storefront", "static", "static popular", "own popular", "own ranked", "flat", "popularity"
     }  # fmt: skip
     assert all(0 <= scores["recall"]["mean"] <= 1 for scores in results.values())
-    assert "price of theming" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "price of theming" in said and "own page better than that of somebody as active" in said
+    folder = Path(made["runs"]) / "synthetic/storefront/evaluate"
+    about = read_json(folder / "metrics.json")["about"]
+    assert 0.5 < about["personal"] <= 1 and 0 < about["keyword_fit"] <= 1
+    assert 0 <= about["overlap"] <= 0.6 and about["density"] >= 1
+    looks = pq.read_table(folder / "decisions.parquet")
+    assert looks.column_names == [
+        "page_id", "stage", "level", "rule", "action", "value", "threshold", "version",
+    ]  # fmt: skip
+    assert {"text", "theme", "keyword", "placement", "page"} <= set(looks["level"].to_pylist())
 
 
 def test_pages_are_read_by_the_code_that_scores_all_pages(made):

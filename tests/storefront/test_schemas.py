@@ -163,6 +163,13 @@ def test_a_wrong_layout_is_refused_by_field(change, words):
         layout_of(bad)
 
 
+def test_the_same_title_twice_is_refused():
+    row = {"intent": "editorial", "slots": 4, "title": "Hot cups", "categories": ["Coffee"]}
+    rows = [row | {"id": name} for name in "ab"]
+    with pytest.raises(PageLLMError, match=r"placements\[1\].title: 'Hot cups' is there twice"):
+        layout_of({"schema": "layout/1", "id": "x", "placements": rows})
+
+
 def test_a_page_of_more_than_200_slots_or_21_rows_is_refused():
     row = {"intent": "browse", "slots": 40}
     big = GOOD_LAYOUT | {"placements": [row | {"id": str(n)} for n in range(6)]}
