@@ -21,7 +21,6 @@ from typing import Protocol
 import numpy as np
 
 from pagellm.data.shop import Catalogue
-from pagellm.pages import metrics
 from pagellm.stage import randomness
 from pagellm.storefront import gates
 from pagellm.storefront.corpus import Corpus, prune
@@ -688,7 +687,8 @@ def spread(items: list[int], categories: Sequence[Sequence[str]]) -> float:
 def finished(making: Making, ms: float) -> Page:
     front, context, layout = making.front, making.context, making.layout
     rows = tuple(making.rows[position] for position in sorted(making.rows))
-    making.decisions += gates.check_page(rows, front.catalogue.categories)
+    looks = gates.check_page(rows, front.catalogue.categories)
+    making.decisions += looks
     items = np.concatenate([np.zeros(0, np.int64), *(row.item for row in rows)])
     models = {"themes": front.writer.name, "ranker": front.ranker.name}
     models |= {"gates": "rules/1", "policy": front.policy.name} | front.models
@@ -706,7 +706,7 @@ def finished(making: Making, ms: float) -> Page:
         {
             "items": len(items),
             "repeats": len(items) - len(np.unique(items)),
-            "entropy": metrics.entropy(items.tolist(), front.catalogue.categories) or 0.0,
+            "entropy": next(look.value for look in looks if look.rule == "entropy"),
             "ild": spread(items.tolist(), front.catalogue.categories),
             "value": float(sum(row.quality["value"] for row in rows)),
         },

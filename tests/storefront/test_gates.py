@@ -95,7 +95,8 @@ def test_a_policy_that_cannot_be_read_is_told_field_by_field():
     with pytest.raises(PageLLMError, match="holds no word"):
         policy_of({"banned": ["!!"]})
     with pytest.raises(PageLLMError, match="want dates like"):
-        policy_of({"calendar": [{"name": "May", "from": "soon", "to": "later", "categories": ["a"]}]})
+        season = {"name": "May", "from": "soon", "to": "later", "categories": ["a"]}
+        policy_of({"calendar": [season]})
 
 
 @pytest.mark.parametrize(
