@@ -35,7 +35,7 @@ from pagellm.model.vocab import Vocab
 from pagellm.pages import stats
 from pagellm.stage import dist, randomness
 from pagellm.stage.command import main
-from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.config import check
 from pagellm.stage.files import atomic_folder, file_id, read_json
 from pagellm.stage.run import Run, finished
 from pagellm.stage.train import GuardedStep, batch_at, logged, optimiser, progress
@@ -47,7 +47,7 @@ from pagellm.storefront.parts import Context, Theme
 from pagellm.storefront.prompts import Question, clean, keywords_question, tagged_line
 from pagellm.storefront.search import Objective
 from pagellm.storefront.student import example_of
-from pagellm.storefront.teach import carried_on, part_of, read_traces, template_of
+from pagellm.storefront.teach import appended, carried_on, part_of, read_traces, template_of
 from pagellm.storefront.themes import FIRST, STEP
 
 __all__ = ["Config", "answer_logp", "preference_loss", "run"]
@@ -153,16 +153,11 @@ def write_pairs(store: Store, local: Local, path: Path, people: list[int], confi
     Raises PageLLMError on a full disk.
     """
     start = carried_on(path, people)
-    with open(path, "a", encoding="utf-8") as file:
+    with appended(path) as file:
         for user in tqdm(people[start:], desc="pairs", unit="person", disable=None):
-            try:
-                lines = (json.dumps(one) + "\n" for one in pairs_of(store, local, user, config))
-                file.write("".join(lines))
-                file.flush()
-            except OSError as error:
-                raise PageLLMError(
-                    f"{path} cannot be written ({error})\n  Make room; the same command carries on."
-                ) from None
+            lines = (json.dumps(one) + "\n" for one in pairs_of(store, local, user, config))
+            file.write("".join(lines))
+            file.flush()
 
 
 def fit(config: Config, out: Run, model: Backbone, vocab: Vocab, pairs: list[dict]) -> None:

@@ -14,9 +14,11 @@ leaves the same bytes.
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from tqdm import tqdm
@@ -42,7 +44,7 @@ from pagellm.storefront.remote import Remote, bought_by
 from pagellm.storefront.search import Objective, Search, passes
 from pagellm.storefront.themes import Template
 
-__all__ = ["Config", "part_of", "read_traces", "run", "template_of", "traces_of"]
+__all__ = ["Config", "appended", "part_of", "read_traces", "run", "template_of", "traces_of"]
 
 FITTING = 5  # items of a row whose fit is looked at
 
@@ -181,6 +183,21 @@ def read_traces(path: Path) -> list[dict]:
         ) from None
 
 
+@contextmanager
+def appended(path: Path) -> Iterator[TextIO]:
+    """The file, to write more lines to it. Raises PageLLMError on a full disk.
+
+    Closing a file writes what is left of it, and so may fail again: that is caught too.
+    """
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        raise PageLLMError(
+            f"{path} cannot be written ({error})\n  Make room; the same command carries on."
+        ) from None
+
+
 def carried_on(path: Path, people: list[int]) -> int:
     """How many people of the list have all their lines in a file that a stopped run left.
 
@@ -212,16 +229,10 @@ def run(config: Config) -> dict:
         order = randomness.rng(config.seed, "storefront", "teach").permutation(store.shop.n_users)
         people = order[: config.people or None].tolist()
         start = carried_on(path, people)
-        with open(path, "a", encoding="utf-8") as file:
+        with appended(path) as file:
             for user in tqdm(people[start:], desc="teach", unit="person", disable=None):
-                try:
-                    file.write("".join(json.dumps(t) + "\n" for t in traces_of(store, user)))
-                    file.flush()
-                except OSError as error:
-                    raise PageLLMError(
-                        f"{path} cannot be written ({error})\n  Make room; the same command "
-                        "carries on."
-                    ) from None
+                file.write("".join(json.dumps(t) + "\n" for t in traces_of(store, user)))
+                file.flush()
         found = read_traces(path)
         better = [one["score"] > one["template"] for one in found if one["task"] == "keywords"]
         counts: dict[str, Any] = {
