@@ -374,7 +374,8 @@ def run(config: Config) -> dict:
             for name, scores in scored.items()
         }
         labelled = [labels.of(user)[0] for user in users.tolist()]
-        about = about_rows(store, pages) | about_keywords(store, labelled, pages)
+        about: dict[str, Any] = {**about_rows(store, pages)}
+        about |= about_keywords(store, labelled, pages)
         about |= {
             "personal": personal(store, users, labelled, pages, config.seed),
             "price": 1

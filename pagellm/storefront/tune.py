@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
+from pagellm.data.shop import Rows
 from pagellm.pages import stats
 from pagellm.stage import randomness
 from pagellm.stage.command import main
@@ -46,7 +47,7 @@ class Config(Sources):
         check(self, people=(self.people > 0, "1 or more"))
 
 
-def people_of(store: Store, split: str) -> tuple[np.ndarray, object]:
+def people_of(store: Store, split: str) -> tuple[np.ndarray, Rows]:
     """Users with labels in a split and history before it, rising; and the labels by user."""
     labels = store.orders.only(split).history()[0]
     return np.flatnonzero((labels.counts() > 0) & (store.known.rows.counts() > 0)), labels
