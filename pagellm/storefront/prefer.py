@@ -238,7 +238,8 @@ def run(config: Config) -> dict:
         kept = bool(gain["low"] is not None and gain["low"] > 0)
         folder = out.path / "model"
         with atomic_folder(folder) as beside:
-            shutil.copytree(student / "model", beside, dirs_exist_ok=True)
+            for file in sorted((student / "model").iterdir()):
+                shutil.copyfile(file, beside / file.name)  # copytree would hide a full disk
             if kept:
                 networks.save_published(local.model, beside, local.vocab.n_words)
         out.finish(

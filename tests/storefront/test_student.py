@@ -16,6 +16,7 @@ from experiments import storefront_distil
 from pagellm.model.vocab import Vocab
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError
+from pagellm.stage.files import atomic_folder
 from pagellm.storefront import prefer, show, student, teach
 from pagellm.storefront.front import open_store
 from pagellm.storefront.local import Local
@@ -23,7 +24,7 @@ from pagellm.storefront.page import page
 from pagellm.storefront.prefer import answer_logp, preference_loss
 from pagellm.storefront.prompts import keywords_question, tagged_line, theme_question
 from pagellm.storefront.student import chosen_rows, clean_rows, example_of, without_copies
-from pagellm.storefront.teach import part_of, read_traces
+from pagellm.storefront.teach import appended, part_of, read_traces
 from tests.storefront.test_local import THEME, offered
 
 TINY = {"size": "llama-mini", "words": 700, "epochs": 12, "batch": 16}
@@ -221,6 +222,30 @@ def own_run(taught, folder, *names):
 
 def half_written(folder):
     return [path.name for path in folder.rglob("*") if ".tmp" in path.name]
+
+
+def test_lines_that_a_full_disk_does_not_take_are_named_also_when_the_file_is_closed(tmp_path):
+    for flushed in (True, False):
+        path = tmp_path / f"{flushed}.jsonl"
+        with pytest.raises(PageLLMError, match="jsonl cannot be written.*\n.*carries on"):
+            with files_up_to(1500), appended(path) as file:
+                file.write("x" * 5000)
+                if flushed:
+                    file.flush()
+        assert path.stat().st_size <= 1500
+
+
+def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "model"
+    with atomic_folder(path) as beside:
+        (beside / "a").write_text("old")
+    with pytest.raises(OSError), files_up_to(1500), atomic_folder(path) as beside:
+        (beside / "a").write_text("new")
+        (beside / "b").write_text("x" * 5000)
+    assert (path / "a").read_text() == "old" and not half_written(tmp_path)
+    with atomic_folder(path) as beside:
+        (beside / "b").write_text("new")
+    assert [one.name for one in path.iterdir()] == ["b"] and not half_written(tmp_path)
 
 
 def test_a_teacher_on_a_full_disk_stops_with_a_message_and_carries_on(taught, tmp_path, capsys):
