@@ -36,9 +36,9 @@ from pagellm.data.shop import Shop, load
 from pagellm.model.als import Space, add_pseudo_users, item_groups, penalty_scale
 from pagellm.model.choice import standing
 from pagellm.model.composer import Composer, PlainRow, picks
-from pagellm.model.judges import DENSE, History, Judges, tuned
+from pagellm.model.judges import DENSE, History, Judges, contents, tuned
 from pagellm.model.outcome import Calibration, learn
-from pagellm.model.plain import Chosen, Fitted, fit, gram_matrix
+from pagellm.model.plain import Chosen, Fitted, fit
 from pagellm.model.policy import Policy
 from pagellm.pages import stats
 from pagellm.pages.compose import GRID, Opinion, Taste, choose, compose, unit_of
@@ -128,10 +128,17 @@ def plain_settings(config: Config) -> dict[str, dict]:
 
 
 def plain_rows(
-    config: Config, shop: Shop, scorer: Scorer, users: np.ndarray, plain: dict, kin: Kin
+    config: Config,
+    shop: Shop,
+    scorer: Scorer,
+    users: np.ndarray,
+    plain: dict,
+    judges: Judges,
+    kin: Kin,
 ) -> tuple[dict[str, list[dict]], list[dict], PlainRow, dict]:
     """Validation scores of every plain row, as it is and re-ranked at the strength chosen.
 
+    judges   fitted to all train rows; a judge of a row's own settings is that row
     returns  name -> its scores, the re-ranked ones after them; the records of the frontier; and
              ALS with facts and MMR, which is kept, and its scores
     """
@@ -140,17 +147,15 @@ def plain_rows(
     for name, settings in plain.items():
         if (name == "EASE" and shop.n_items > DENSE) or (name == "ALS+ratings" and not shop.rated):
             continue
-        gram = gram_matrix(train, shop.n_items) if name == "EASE" else None
-        model = fit(
+        model = judges.plain(name, settings) or fit(
             name,
             train,
             shop.n_users,
             shop.n_items,
             settings,
             config.seed,
-            gram,
-            groups,
-            Chosen.of(shop),
+            groups=groups,
+            chosen=Chosen.of(shop),
         )
         pages = rank_all(model.score, users, seen, config.k, config.depth, config.seed)
         records = sweep(name, pages, scorer, kin, config.k, users=0)
@@ -173,7 +178,7 @@ def space_of(model: Fitted, shop: Shop, groups: list[np.ndarray], settings: dict
     alpha0, nu = settings["alpha0"], settings["nu"]
     size = len(rows.indptr) - 1, shop.n_items
     scale = penalty_scale(rows, *size, alpha0, settings["reg"], nu)
-    return Space(model.learned["items"], alpha0, scale, nu)
+    return Space(model.learned["items"].clone(), alpha0, scale, nu)
 
 
 def choose_taste(
@@ -206,7 +211,36 @@ def choose_taste(
     return taste, len(tried), config.fallback and best_of(kinds, ACCURACY)[0] == "plain"
 
 
-def run(config: Config) -> None:
+def fitted_from(config: Config, inputs: dict[str, str]) -> str:
+    """What judges, outcome network and plain rows depend on: all but the policy."""
+    of = {key: value for key, value in inputs.items() if key in ("data", "settings")}
+    own = {"run", "source_run", "policy", "fallback", "preset", "device"}
+    return json.dumps([of, {key: value for key, value in vars(config).items() if key not in own}])
+
+
+def fits(config: Config, shop: Shop, plain: dict[str, dict]) -> tuple:
+    """The outcome network, and the judges fitted to all train rows."""
+    settings, content = tuned(plain, shop), contents(shop.catalogue)
+    outcome = learn(
+        shop,
+        settings,
+        config.folds,
+        config.share,
+        networks=config.networks,
+        seed=config.seed,
+        users=config.fold_users,
+        content=content,
+    )
+    history = History.of(shop, shop.rows("train", None))
+    return outcome, Judges.fit(shop.catalogue, history, settings, config.seed, content)
+
+
+def run(config: Config, shared: dict[str, tuple] | None = None) -> None:
+    """The stage.
+
+    shared  kept by a caller that composes with one policy and then with another: what does not
+            depend on the policy is put here, and taken from here
+    """
     where = config.stage(config.policy, config.source_run)
     shop, inputs = load(config.data_dir), {"data": file_id(config.data_dir / "source.json")}
     if config.policy != "none":
@@ -237,19 +271,13 @@ def run(config: Config) -> None:
             took[what] = round(time.process_time() - began, 1)
 
         began = time.process_time()
-        settings = tuned(plain, shop)
-        outcome = learn(
-            shop,
-            settings,
-            config.folds,
-            config.share,
-            networks=config.networks,
-            seed=config.seed,
-            users=config.fold_users,
-        )
         policy = None if config.policy == "none" else Policy.load(where, device)
-        history = History.of(shop, shop.rows("train", None))
-        judges = Judges.fit(shop.catalogue, history, settings, config.seed)
+        shared = {} if shared is None else shared
+        alike = fitted_from(config, inputs)
+        if alike not in shared:
+            shared.clear()
+            shared[alike] = fits(config, shop, plain)
+        outcome, judges = shared[alike][:2]
         composer = Composer(shop, policy, judges, outcome)
         timed("outcome model", began)
 
@@ -264,9 +292,9 @@ def run(config: Config) -> None:
         timed("opinions", began)
 
         began = time.process_time()
-        rows, frontier, composer.plain, shipped = plain_rows(
-            config, shop, scorer, users, plain, composer.kin
-        )
+        if len(shared[alike]) == 2:
+            shared[alike] += plain_rows(config, shop, scorer, users, plain, judges, composer.kin)
+        rows, frontier, composer.plain, shipped = shared[alike][2:]
         timed("plain rows", began)
         began = time.process_time()
         composer.taste, tried, composer.plain_pages = choose_taste(

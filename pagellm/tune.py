@@ -296,13 +296,14 @@ def composition(t: Tuning, policy: Scores, plain: tuple[str, Scores]) -> Scores:
     """Composed pages without and with the language model; returns the scores of the best pages."""
     options = t.presets["compose"] | {"k": t.config.k, "eval_users": t.plan.eval_users}
     options |= {"fold_users": t.plan.fold_users}
-    t.bench.stage("compose", "composed-none", options | {"policy": "none"})
+    shared: dict[str, tuple] = {}  # judges, outcome network and plain rows are the same in both
+    t.bench.stage("compose", "composed-none", options | {"policy": "none"}, shared=shared)
     alone = t.bench.composed("composed-none", None)
     t.note("compose", "without language model", alone)
     t.judge("compose", plain[0], alone, plain[1], decides=False)
     source = t.trial_of["sft"]
     more = {"policy": "sft", "source_run": t.bench.run_of(source)}
-    t.bench.stage("compose", "composed-sft", options | more)
+    t.bench.stage("compose", "composed-sft", options | more, shared=shared)
     both = t.bench.composed("composed-sft", t.bench.where("sft", source))
     t.note("compose", "with language model", both)
     name, scores, by = "none", alone, ("Recall@20", "NDCG@100")

@@ -26,6 +26,7 @@ __all__ = [
     "als_side",
     "fit_stars",
     "item_groups",
+    "like_counts",
     "liked_means",
     "penalty_scale",
     "rating_targets",
@@ -72,10 +73,11 @@ def als(
     reg_u, reg_i = (scale * size.pow(nu) for size in (size_u, size_i))
     start = randomness.rng(seed, "als").standard_normal((n_items, factors), dtype=np.float32)
     Y = torch.from_numpy(start) * (0.1 / factors**0.5)
+    alike, alike_items = like_counts(rows, factors), like_counts(by_item, factors)
     for _ in range(iterations):
-        X = als_side(Y, rows, alpha0, reg_u.float(), target=target)
-        Y = als_side(X, by_item, alpha0, reg_i.float(), target=item_target)
-    return als_side(Y, rows, alpha0, reg_u.float(), target=target), Y
+        X = als_side(Y, rows, alpha0, reg_u.float(), target, alike=alike)
+        Y = als_side(X, by_item, alpha0, reg_i.float(), item_target, alike=alike_items)
+    return als_side(Y, rows, alpha0, reg_u.float(), target, alike=alike), Y
 
 
 def sizes(rows: Rows, alpha0: float, others: int) -> Tensor:
@@ -155,14 +157,38 @@ def transpose(rows: Rows, n_items: int) -> Rows:
     return Rows(indptr, user[order], rows.ratings[order])
 
 
+class Alike(NamedTuple):
+    """Users with equally many rows: B users with n rows each.
+
+    user  (B,)        where (B, n) their rows        item (B * n,) what these hold
+    """
+
+    user: Tensor
+    where: np.ndarray
+    item: Tensor
+
+
+def like_counts(rows: Rows, d: int, block: int = 4_000_000) -> list[Alike]:
+    """The users of `rows` that have any, in groups for `als_side` with d factors."""
+    counts, groups = rows.counts(), []
+    for n in np.unique(counts[counts > 0]).tolist():
+        members = np.flatnonzero(counts == n)
+        step = max(1, block // (n * d + min(n, d) ** 2))
+        for some in (members[at : at + step] for at in range(0, len(members), step)):
+            where = rows.indptr[some][:, None] + np.arange(n)
+            item = torch.from_numpy(rows.items[where.reshape(-1)])
+            groups.append(Alike(torch.from_numpy(some), where, item))
+    return groups
+
+
 def als_side(
     Y: Tensor,
     rows: Rows,
     alpha0: float,
     reg: Tensor,
-    block: int = 4_000_000,
     target: np.ndarray | None = None,
     basis: Basis | None = None,
+    alike: list[Alike] | None = None,
 ) -> Tensor:
     """The best x_u for fixed Y, for all users: (Y_u'Y_u + alpha0 Y'Y + reg_u I) x_u = Y_u'v_u.
 
@@ -173,32 +199,28 @@ def als_side(
         x_u = Q H^-1 W' (I + W H^-1 W')^-1 v_u,   W = Y_u Q          (push-through identity)
 
     Y (N, d)    reg (U,)    target (R,), or None for 1 throughout    returns (U, d)
-    basis       `basis_of` Y, where it is at hand
+    basis       `basis_of` Y, where it is at hand; alike: `like_counts` of rows likewise
     """
     e, Q, V = basis_of(Y) if basis is None else basis
     d = Y.shape[1]
-    out = Y.new_zeros(len(rows.indptr) - 1, d)
-    counts = rows.counts()
-    for n in np.unique(counts[counts > 0]):
-        members = np.flatnonzero(counts == n)
-        step = max(1, int(block // (n * d + min(n, d) ** 2)))
-        for some in (members[at : at + step] for at in range(0, len(members), step)):
-            where = rows.indptr[some][:, None] + np.arange(n)
-            W = V[torch.from_numpy(rows.items[where])]  # (B, n, d)
-            v = None if target is None else torch.from_numpy(target[where])[..., None]  # (B, n, 1)
-            H = alpha0 * e + reg[torch.from_numpy(some), None]  # (B, d)
-            if n <= d:
-                WH = W / H[:, None]
-                K = WH @ W.mT
-                K.diagonal(dim1=1, dim2=2).add_(1.0)
-                ones = W.new_ones(len(some), n, 1) if v is None else v
-                z = torch.cholesky_solve(ones, torch.linalg.cholesky(K))
-                x = (WH.mT @ z)[..., 0]
-            else:
-                A = W.mT @ W + torch.diag_embed(H)
-                right = W.sum(1)[..., None] if v is None else W.mT @ v
-                x = torch.cholesky_solve(right, torch.linalg.cholesky(A))[..., 0]
-            out[torch.from_numpy(some)] = x @ Q.T
+    out, every = Y.new_zeros(len(rows.indptr) - 1, d), alpha0 * e
+    for user, where, item in like_counts(rows, d) if alike is None else alike:
+        B, n = where.shape
+        W = V.index_select(0, item).view(B, n, d)
+        v = None if target is None else torch.from_numpy(target[where])[..., None]  # (B, n, 1)
+        H = every + reg[user, None]  # (B, d)
+        if n <= d:
+            WH = W / H[:, None]
+            K = WH @ W.mT
+            K.diagonal(dim1=1, dim2=2).add_(1.0)
+            ones = W.new_ones(B, n, 1) if v is None else v
+            z = torch.cholesky_solve(ones, torch.linalg.cholesky(K))
+            x = (WH.mT @ z)[..., 0]
+        else:
+            A = W.mT @ W + torch.diag_embed(H)
+            right = W.sum(1)[..., None] if v is None else W.mT @ v
+            x = torch.cholesky_solve(right, torch.linalg.cholesky(A))[..., 0]
+        out.index_copy_(0, user, x @ Q.T)
     return out
 
 

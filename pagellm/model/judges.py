@@ -29,7 +29,16 @@ from pagellm.model.als import (
     penalty_scale,
     rating_targets,
 )
-from pagellm.model.plain import ease_weights, gram_matrix, knn_weights, sum_rows
+from pagellm.model.plain import (
+    Fitted,
+    by_factors,
+    by_ratings,
+    by_weights,
+    ease_weights,
+    gram_matrix,
+    knn_weights,
+    sum_rows,
+)
 from pagellm.pages.topk import largest
 from pagellm.stage import randomness
 
@@ -362,6 +371,28 @@ class Judges:
     def state(self) -> dict:
         """What the constructor takes: tensors and plain values."""
         return self.fitted
+
+    def plain(self, name: str, settings: dict) -> Fitted | None:
+        """A plain model (plain.fit) of these settings and of the judges' own rows, to the last bit.
+
+        None where no judge is that model: it has to be fitted.
+        """
+        judge = {"ALS+facts": "liked", "ALS+ratings": "levels"}.get(name, name)
+        mine = self.settings.get(judge)
+        if mine is None or name not in ("EASE", "ALS+facts", "ALS+ratings"):
+            return None
+        both = {"nu": 1.0, **mine}
+        if any(both.get(key) != settings[key] for key in settings if key != "stars"):
+            return None
+        if name == "EASE":
+            found = self.weights.get("EASE")
+            return None if found is None else by_weights(found, self.history.part(True))
+        if settings["factors"] > len(self.catalogue):
+            return None
+        X, Y = self.fitted["users"][judge], self.spaces[judge].items
+        if name == "ALS+facts":
+            return by_factors(X, Y)
+        return by_ratings(X, Y, self.stars, settings["stars"])
 
     def count_days(self, history: History, n: int) -> None:
         """Count days from the first row; sort the days of every item's rows."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pagellm.data.shop import Rows, Shop
-from pagellm.model.als import add_pseudo_users, als, fit_stars, rating_targets
+from pagellm.model.als import Stars, add_pseudo_users, als, fit_stars, rating_targets
 from pagellm.stage.config import PageLLMError
 
 __all__ = [
@@ -28,6 +28,9 @@ __all__ = [
     "Fitted",
     "GRIDS",
     "PLAIN",
+    "by_factors",
+    "by_ratings",
+    "by_weights",
     "ease_weights",
     "fit",
     "gram_matrix",
@@ -131,15 +134,14 @@ def fit(
     if name in ("ALS", "ALS+facts"):
         rows = add_pseudo_users(rows, groups or []) if name == "ALS+facts" else rows
         X, Y = als(rows, len(rows.counts()), n_items, **settings, seed=seed)
-        X = X[:n_users]
-        return Fitted(lambda users: X[torch.from_numpy(users)] @ Y.T, {"users": X, "items": Y})
+        return by_factors(X[:n_users], Y)
     if name == "ALS+ratings":
         if chosen is None:
             raise ValueError("fit: ALS+ratings wants `chosen`")
         return fit_ratings(chosen, n_users, n_items, settings, seed, groups or [])
     gram = gram_matrix(rows, n_items) if gram is None else gram
     W = (knn_weights if name == "ItemKNN" else ease_weights)(gram, **settings)
-    return Fitted(lambda users: sum_rows(W, rows, users), {"weights": W})
+    return by_weights(W, rows)
 
 
 def fit_ratings(
@@ -154,7 +156,21 @@ def fit_ratings(
     plain = {name: settings[name] for name in ("factors", "alpha0", "reg", "nu")}
     target = np.concatenate([target, more])
     X, Y = als(rows, len(rows.counts()), n_items, **plain, seed=seed, target=target)
-    X, weight, stars = X[:n_users], settings["stars"], fit_stars(chosen.rows, Y)
+    return by_ratings(X[:n_users], Y, fit_stars(chosen.rows, Y), settings["stars"])
+
+
+def by_factors(X: Tensor, Y: Tensor) -> Fitted:
+    """Scores by factors of users (U, d) and items (N, d)."""
+    return Fitted(lambda users: X[torch.from_numpy(users)] @ Y.T, {"users": X, "items": Y})
+
+
+def by_weights(W: Tensor, rows: Rows) -> Fitted:
+    """Scores by item weights W (N, N), and who liked what."""
+    return Fitted(lambda users: sum_rows(W, rows, users), {"weights": W})
+
+
+def by_ratings(X: Tensor, Y: Tensor, stars: Stars, weight: float) -> Fitted:
+    """Scores by factors; a predicted star adds `weight` standard deviations of a user's scores."""
 
     def score(users: np.ndarray) -> Tensor:
         out = X[torch.from_numpy(users)] @ Y.T

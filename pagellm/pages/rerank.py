@@ -21,6 +21,7 @@ Shapes: U users, M candidates of a user, K slots of a page, N items.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -43,7 +44,8 @@ __all__ = [
     "sort_page",
 ]
 
-BLOCK = 2_000_000  # numbers in the largest arrays held at once
+BLOCK = 100_000  # numbers in the largest arrays held at once, so that they stay in the cache
+SETS = 2048  # different sets of categories up to which all their similarities are kept: 32 MB
 # Share of a DPP kernel that is the identity, so that two items of one kind are not quite the same.
 OWN = 0.01
 
@@ -68,6 +70,22 @@ class Kin:
         near = near_duplicates(catalogue) if near is None else near
         return cls(described(catalogue.categories), near.group, catalogue.leaf_id, near)
 
+    @cached_property
+    def sets(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Which set of categories every item has, (N + 1,), and the Jaccard similarity of any two
+        sets, (S, S) float64, 0 for two empty ones. None where there are more than SETS of them."""
+        if self.kinds.table.shape[1] == 0:
+            return np.zeros(len(self.kinds.table), np.int64), np.zeros((1, 1))
+        sets, of = np.unique(np.sort(self.kinds.table, axis=1), axis=0, return_inverse=True)
+        if len(sets) > SETS:
+            return None
+        has = np.zeros((len(sets), self.kinds.known + 1), np.float32)
+        np.put_along_axis(has, sets, 1.0, axis=1)  # -1, no category, is the last column
+        has[:, -1] = 0.0
+        both, size = has @ has.T, has.sum(1)
+        union = np.maximum(size[:, None] + size - both, 1.0)
+        return of.reshape(-1), both.astype(np.float64) / union
+
     def similarity(self, item: np.ndarray, other: np.ndarray) -> np.ndarray:
         """Jaccard similarity of category sets; 1 for two items of one near-duplicate group.
 
@@ -75,13 +93,16 @@ class Kin:
 
         item (B, M), other (B,) item ids -> (B, M) float64 in 0..1
         """
+        same = self.group[item] == self.group[other][:, None]
+        if self.sets is not None:
+            of, like = self.sets
+            return np.where(same, 1.0, like.take(of[other][:, None] * len(like) + of[item]))
         table, size = self.kinds.table, self.kinds.size
         mine, theirs = table[item], table[other]  # (B, M, m), (B, m)
         both = np.zeros(item.shape, np.int64)
         for c in theirs.T:
             both += ((mine == c[:, None, None]) & (c >= 0)[:, None, None]).any(2)
         union = size[item] + size[other][:, None] - both
-        same = self.group[item] == self.group[other][:, None]
         return np.where(same, 1.0, both / np.maximum(union, 1))
 
 

@@ -106,8 +106,8 @@ class Bench:
         """The directory of a stage of a trial."""
         return self.config.stage(stage, self.run_of(trial))
 
-    def stage(self, stage: str, trial: str, options: Mapping[str, Any]) -> Path:
-        """Run a stage of a trial; returns its directory."""
+    def stage(self, stage: str, trial: str, options: Mapping[str, Any], **more: Any) -> Path:
+        """Run a stage of a trial; returns its directory. more: what else its `run` takes."""
         c = self.config
         common: dict[str, Any] = {
             "dataset": c.dataset,
@@ -116,7 +116,7 @@ class Bench:
             "run": self.run_of(trial),
         }
         common |= {"seed": c.seed, "device": c.device, "preset": "none"}
-        STAGES[stage].run(STAGES[stage].Config(**common | dict(options)))
+        STAGES[stage].run(STAGES[stage].Config(**common | dict(options)), **more)
         return self.where(stage, trial)
 
     def lend(self, stage: str, trial: str, to: str) -> None:

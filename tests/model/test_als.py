@@ -15,6 +15,7 @@ from pagellm.model.als import (
     als_side,
     fit_stars,
     item_groups,
+    like_counts,
     rating_targets,
 )
 from tests.strategies import purchases, rows_of, seeds
@@ -42,7 +43,8 @@ def test_als_half_step_solves_each_users_normal_equations(matrix, alpha0, reg, d
         matrix.shape[1], d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
     regs = reg * (1 + torch.arange(len(matrix), dtype=torch.float64))
-    X = als_side(Y, rows_of(matrix), alpha0, regs, block)
+    rows = rows_of(matrix)
+    X = als_side(Y, rows, alpha0, regs, alike=like_counts(rows, d, block))
     for u, mine in enumerate(matrix):
         A = Y[mine].T @ Y[mine] + alpha0 * Y.T @ Y + regs[u] * torch.eye(d, dtype=torch.float64)
         torch.testing.assert_close(

@@ -6,14 +6,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagellm.data import prepare
 from pagellm.data.shop import load
-from pagellm.model.judges import History, Judges, by_turns, contents, legal_items
-from pagellm.model.outcome import Calibration, Outcome, fit_network, hide, learn
+from pagellm.model.als import item_groups
+from pagellm.model.judges import History, Judges, by_turns, contents, legal_items, tuned
+from pagellm.model.outcome import Calibration, Network, Outcome, fit_network, hide, learn
+from pagellm.model.plain import Chosen, fit
 from pagellm.pages import stats
+from pagellm.stage import randomness
 
 STEADY = settings(deadline=None, max_examples=40)
 
@@ -132,6 +137,54 @@ def test_the_network_finds_what_decides_and_is_the_same_for_the_same_seed():
     assert np.corrcoef(found, p)[0, 1] > 0.97
     again = Outcome([fit_network(x, picked, seed=1, epochs=20, batch=256)])(x)
     assert (found == again).all()
+
+
+def test_the_network_has_the_weights_of_torchs_adamw_to_the_last_bit():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1100, 7)).astype(np.float32)
+    picked = rng.random(len(x)) < 0.2
+    ours = fit_network(x, picked, seed=1, epochs=2, batch=128)
+    z, y = torch.from_numpy(x), torch.from_numpy(picked.astype(np.float32))
+    torch.manual_seed(int(randomness.rng(1, "outcome", "network").integers(2**31)))
+    theirs, rate = Network(z.mean(0), z.std(0) + 1e-6), float(y.mean())
+    torch.nn.init.constant_(theirs.line.bias, float(np.log(rate / (1 - rate))))
+    opt = torch.optim.AdamW(theirs.parameters(), lr=3e-3, weight_decay=0.01)
+    orders = [torch.randperm(len(y))[: len(y) // 128 * 128].split(128) for _ in range(2)]
+    for step, at in enumerate(part for order in orders for part in order):
+        opt.param_groups[0]["lr"] = 3e-3 * min(1.0, (step + 1) / 50) * (1 - step / 16)
+        opt.zero_grad()
+        F.binary_cross_entropy_with_logits(theirs(z[at]), y[at]).backward()
+        opt.step()
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], weight), name
+        assert ours.state_dict()[name].untyped_storage().nbytes() == weight.nbytes
+
+
+@pytest.mark.parametrize("name", ["EASE", "ALS+facts", "ALS+ratings"])
+def test_a_judge_of_a_plain_models_settings_is_that_model(shop, name):
+    """So `compose` need not fit it again: equal scores to the last bit."""
+    small = {"factors": 8, "alpha0": 0.1, "reg": 0.03, "nu": 1.0}
+    found = {
+        "EASE": {"ridge": 50.0},
+        "ALS+facts": small,
+        "ALS+ratings": small | {"disliked": 0.35, "slope": 0.15, "facts": 0.5, "stars": 0.1},
+    }
+    history = History.of(shop, shop.rows("train", None))
+    judges = Judges.fit(shop.catalogue, history, tuned(found, shop))
+    model = fit(
+        name,
+        shop.csr("train"),
+        shop.n_users,
+        shop.n_items,
+        found[name],
+        groups=item_groups(shop.catalogue),
+        chosen=Chosen.of(shop),
+    )
+    mine, every = judges.plain(name, found[name]), np.arange(shop.n_users)
+    assert torch.equal(mine.score(every), model.score(every))
+    assert mine.learned.keys() == model.learned.keys()
+    changed = {key: value * 2 for key, value in found[name].items()}
+    assert judges.plain(name, changed) is None and judges.plain("ALS", small) is None
 
 
 def test_learnt_chances_rank_hidden_rows_above_chance(shop):

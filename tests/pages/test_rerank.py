@@ -137,6 +137,22 @@ def test_similarity_is_symmetric_1_with_itself_and_what_the_slow_one_says(seed):
     np.testing.assert_allclose(fast, slow)
 
 
+@settings(deadline=None, max_examples=30)
+@given(seeds)
+def test_similarities_kept_by_sets_of_categories_are_those_of_items_to_the_last_bit(seed):
+    rng = np.random.default_rng(seed)
+    _, kin = shop_of(rng)
+    item = rng.integers(-1, N, (5, 9))  # -1: an empty slot
+    other = rng.integers(0, N, 5)
+    assert kin.sets is not None
+    kept = kin.similarity(item, other)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rerank, "SETS", 0)
+        bare = rerank.Kin(kin.kinds, kin.group, kin.leaf, kin.near)
+        assert bare.sets is None
+        assert np.array_equal(bare.similarity(item, other), kept)
+
+
 def test_mmr_prefers_the_other_kind_once_similarity_outweighs_relevance():
     """rel .9 and .8 of one kind, .7 of another: the third comes second as soon as strength > .1."""
     catalogue = Catalogue.of(
