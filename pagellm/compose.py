@@ -26,6 +26,7 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from importlib import resources
 from importlib.abc import Traversable
 from pathlib import Path
@@ -41,7 +42,15 @@ from pagellm.model.outcome import Calibration, learn
 from pagellm.model.plain import Chosen, Fitted, fit
 from pagellm.model.policy import Policy
 from pagellm.pages import stats
-from pagellm.pages.compose import GRID, Opinion, Taste, choose, compose, unit_of
+from pagellm.pages.compose import (
+    GRID,
+    Opinion,
+    Taste,
+    choose,
+    compose,
+    ranked_by_value,
+    unit_of,
+)
 from pagellm.pages.ranked import RankedPages, Scorer, rank_all, seen_rows
 from pagellm.pages.rerank import METHODS, Kin, reranked
 from pagellm.pages.tables import ALL_COLUMNS
@@ -201,8 +210,11 @@ def choose_taste(
     others = [row for name, some in rows.items() if name != "ALS+ratings" for row in some]
     grid = GRID if shop.rated else GRID | {"worth": (0.0,), "order": (0.0,)}
 
+    # `choose` tries many tastes of one worth in a row.
+    ranked = lru_cache(maxsize=1)(lambda worth: ranked_by_value(opinion, worth))
+
     def scored(taste: Taste) -> dict[str, np.ndarray]:
-        pages = compose(opinion, kin, taste, config.k, config.depth)
+        pages = compose(opinion, kin, taste, config.k, config.depth, ranked=ranked(taste.worth))
         return scorer(RankedPages(opinion.user, *pages), config.k)
 
     groups = [group for group in (others, rated) if group]

@@ -53,6 +53,31 @@ def test_the_same_seed_gives_the_same_file(composed, tmp_path):
     assert ids[0] == ids[1]
 
 
+def test_what_does_not_depend_on_the_policy_is_shared_and_the_file_stays_the_same(
+    composed, tmp_path, monkeypatch
+):
+    """As `pagellm tune` composes: without a policy, then with one; the second time nothing is
+    fitted."""
+    for part in ("data", "runs"):
+        shutil.copytree(composed / part, tmp_path / part)
+    shutil.rmtree(tmp_path / "runs/base/compose")
+    shared, options = {}, where(tmp_path) | {"networks": 1, "fallback": False}
+    compose.run(compose.Config(**options | {"run": "alone", "policy": "none"}), shared)
+    for name in ("learn", "fit"):
+        monkeypatch.setattr(compose, name, lambda *_, **__: pytest.fail("a model is fitted"))
+    compose.run(compose.Config(**options), shared)
+    ids = [
+        json.loads((r / "runs/base/compose/done").read_text())["id"] for r in (composed, tmp_path)
+    ]
+    assert ids[0] == ids[1]
+    apart = {
+        compose.fitted_from(compose.Config(**options | more), {"data": data, "sft": "x"})
+        for more in ({}, {"seed": 1}, {"eval_users": 9}, {"folds": 1})
+        for data in ("a", "b")
+    }
+    assert len(apart) == 8
+
+
 def test_pages_hold_distinct_unseen_items_of_the_pool(composed):
     composer, shop = composer_of(composed)
     scorer, seen = Scorer(shop, "test"), seen_rows(shop, "test", "train+valid")

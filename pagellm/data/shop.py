@@ -38,16 +38,14 @@ def read_parquet(path: Path, columns: list[str] | None = None, checked: bool = F
     """A table that a stage has written, or some columns of it; checked by its own checksums.
 
     A small file is read without threads. It is as quick, and where memory is limited (`ulimit -v`)
-    so that no thread can be started, Arrow would wait for its threads without end.
+    so that no thread can be started, Arrow would wait for its threads without end. A single file
+    is not read by `pq.read_table`, which imports pandas where it is installed (.5 s).
     """
     large = path.stat().st_size >= THREADS_FROM
-    return pq.read_table(
-        path,
-        columns=columns,
-        use_threads=large,
-        pre_buffer=large,
-        page_checksum_verification=checked,
-    )
+    if path.is_dir():
+        return pq.read_table(path, columns=columns, page_checksum_verification=checked)
+    with pq.ParquetFile(path, pre_buffer=large, page_checksum_verification=checked) as file:
+        return file.read(columns=columns, use_threads=large)
 
 
 @dataclass(frozen=True)

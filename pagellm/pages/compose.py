@@ -32,6 +32,7 @@ __all__ = [
     "choose",
     "compose",
     "margin",
+    "ranked_by_value",
     "unit_of",
     "value_of",
     "worst",
@@ -77,9 +78,12 @@ class Taste:
     spread: float = 0.0
 
 
-def ranked_by_value(o: Opinion, taste: Taste) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+Ranked = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def ranked_by_value(o: Opinion, worth: float) -> Ranked:
     """item, chance * worth, mean (U, M) of the candidates, the largest value first."""
-    value = np.where(o.item >= 0, o.chance * np.exp(taste.worth * (o.stars + o.mean)), -np.inf)
+    value = np.where(o.item >= 0, o.chance * np.exp(worth * (o.stars + o.mean)), -np.inf)
     best = np.argsort(-value, axis=1, kind="stable")
     item, value, mean = (np.take_along_axis(x, best, 1) for x in (o.item, value, o.mean))
     return item, value, mean
@@ -87,7 +91,12 @@ def ranked_by_value(o: Opinion, taste: Taste) -> tuple[np.ndarray, np.ndarray, n
 
 def unit_of(o: Opinion, taste: Taste, k: int = 20) -> float:
     """What a slot is worth: the mean of chance * worth over the best k of each user."""
-    value = ranked_by_value(o, taste)[1][:, :k]
+    return mean_of_best(ranked_by_value(o, taste.worth)[1], k)
+
+
+def mean_of_best(value: np.ndarray, k: int) -> float:
+    """The mean over the first k of values (U, M); what is below 0 counts as 0."""
+    value = value[:, :k]
     return float(np.maximum(value, 0.0).mean()) if value.size else 0.0
 
 
@@ -99,6 +108,7 @@ def compose(
     depth: int = 100,
     within: int = 100,
     unit: float | None = None,
+    ranked: Ranked | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Page of k and the ranks after it: item (U, depth), score (U, depth), slots (U,) filled.
 
@@ -107,9 +117,10 @@ def compose(
     within  the best so many candidates may stand on the page, whatever the depth
     unit    of spread; None: `unit_of` these users. With a number, a page does not depend on who
             else is asked about
+    ranked  what `ranked_by_value` gives, where it is at hand
     """
-    unit = unit_of(o, taste, k) if unit is None else unit
-    item, value, mean = ranked_by_value(o, taste)
+    item, value, mean = ranked_by_value(o, taste.worth) if ranked is None else ranked
+    unit = mean_of_best(value, k) if unit is None else unit
     column = mmr(item[:, :within], value[:, :within], kin, k, taste.spread * unit)
     column = sort_page(column, np.log(np.maximum(value, 1e-12)) + taste.order * mean)
     item, score = placed(item, value, column)

@@ -261,12 +261,18 @@ def placed(
                  all others.
     """
     M, K = item.shape[1], column.shape[1]
-    key = np.broadcast_to(np.arange(M) + K, item.shape).copy()
-    row, slot = np.nonzero(column >= 0)
-    key[row, column[row, slot]] = slot
-    order = np.argsort(key, axis=1)
+    if (column >= 0).all():  # the usual case needs no sort
+        left = np.ones(item.shape, bool)
+        np.put_along_axis(left, column, False, axis=1)
+        order = np.concatenate([column, np.nonzero(left)[1].reshape(len(item), M - K)], axis=1)
+        on_page = np.broadcast_to(np.arange(M) < K, item.shape)
+    else:
+        key = np.broadcast_to(np.arange(M) + K, item.shape).copy()
+        row, slot = np.nonzero(column >= 0)
+        key[row, column[row, slot]] = slot
+        order = np.argsort(key, axis=1)
+        on_page = np.take_along_axis(key, order, 1) < K
     best = np.where(item >= 0, score, -np.inf).max(1, keepdims=True, initial=-np.inf)
-    on_page = np.take_along_axis(key, order, 1) < K
     behind = np.take_along_axis(score, order, 1)
     lifted = np.where(on_page, best + K - np.arange(M), behind)
     return np.take_along_axis(item, order, 1), lifted.astype(score.dtype)
