@@ -28,6 +28,7 @@ __all__ = [
     "item_groups",
     "like_counts",
     "liked_means",
+    "one_by_one",
     "penalty_scale",
     "rating_targets",
 ]
@@ -132,6 +133,21 @@ class Space:
                 self.items, one, self.alpha0, reg[u : u + 1], target=mine, basis=self.basis
             )[0]
         return out
+
+
+def one_by_one(Y: Tensor, X: Tensor, size: int = 2**18) -> Tensor:
+    """X Y' (B, N), each row of X (B, d) by itself: what is found for one does not depend on who
+    else is asked about, to the last bit. A product of matrices rounds otherwise by batch.
+
+    Every row meets a part of Y (N, d), of `size` numbers, while that part is in the cache.
+    """
+    out = Y.new_empty(len(X), len(Y))
+    rows = max(64, size // max(1, Y.shape[1]) // 64 * 64)
+    for at in range(0, len(Y), rows):
+        part = Y[at : at + rows]
+        for x, to in zip(X, out[:, at : at + rows], strict=True):
+            torch.mv(part, x, out=to)
+    return out
 
 
 class Basis(NamedTuple):

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from pagellm.data.shop import Rows, Shop
-from pagellm.model.als import Space
+from pagellm.model.als import Space, one_by_one
 from pagellm.model.judges import History, Judges, People, legal_items, vars_of
 from pagellm.model.outcome import Calibration, Network, Outcome
 from pagellm.model.policy import Policy
@@ -94,7 +94,7 @@ class PlainRow:
     def write(self, liked: Rows, legal: np.ndarray, kin: Kin, k: int, depth: int) -> Composed:
         """Pages from liked rows; chance is the score. An unknown person's items all score 0."""
         users = self.space.place(liked)
-        score = torch.stack([torch.mv(self.space.items, x) for x in users]).numpy()
+        score = one_by_one(self.space.items, users).numpy()
         score = np.where(legal, score, np.float32(-np.inf))
         item, value = largest(score, max(WITHIN, depth))
         rel = relevance(item[:, :WITHIN], value[:, :WITHIN])

@@ -26,6 +26,7 @@ from pagellm.model.als import (
     fit_stars,
     item_groups,
     liked_means,
+    one_by_one,
     penalty_scale,
     rating_targets,
 )
@@ -449,9 +450,8 @@ class Judges:
 
     def scores(self, people: People) -> dict[str, np.ndarray]:
         """name -> (B, N) float32 of the judges that rank the whole catalogue."""
-        # A product with each person's vector alone: those of a batch round otherwise.
         out = {
-            name: torch.stack([torch.mv(space.items, x) for x in people.factors[name]]).numpy()
+            name: one_by_one(space.items, people.factors[name]).numpy()
             for name, space in self.spaces.items()
         }
         return out | {

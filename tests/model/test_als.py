@@ -16,6 +16,7 @@ from pagellm.model.als import (
     fit_stars,
     item_groups,
     like_counts,
+    one_by_one,
     rating_targets,
 )
 from tests.strategies import purchases, rows_of, seeds
@@ -50,6 +51,17 @@ def test_als_half_step_solves_each_users_normal_equations(matrix, alpha0, reg, d
         torch.testing.assert_close(
             X[u], torch.linalg.solve(A, Y[mine].sum(0)), atol=1e-8, rtol=1e-6
         )
+
+
+@pytest.mark.parametrize("items, d", [(1, 1), (63, 5), (200, 64), (131, 3)])
+def test_scores_of_one_do_not_depend_on_the_others(items, d):
+    draw = torch.Generator().manual_seed(0)
+    Y, X = torch.randn(items, d, generator=draw), torch.randn(7, d, generator=draw)
+    for size in (1, 100 * d, 2**18):
+        every = one_by_one(Y, X, size)
+        assert torch.equal(every[3:4], one_by_one(Y, X[3:4], size))
+        torch.testing.assert_close(every, X @ Y.T)
+    assert one_by_one(Y, X[:0]).shape == (0, items)
 
 
 @pytest.mark.parametrize("nu", [0.0, 0.5, 1.0])
