@@ -38,7 +38,7 @@ SHOWN := $(if $(OWN_LOG),$(VENV)/installed,$(DONE)/evaluate/done)
 STAGES := pretrain sft reward ppo compose evaluate
 STEPS := $(addprefix storefront-,build tune evaluate cache page label)
 VERBS := fit tune recommend serve export features search baselines storefront $(STEPS) judge ope
-STUDIES := ablation backbones coldstart crossdomain drift leaveout updates
+STUDIES := ablation backbones coldstart crossdomain drift leaveout repeats updates
 OF_A_RUN := ranker caches load fuzz
 MEASURES := torture gpu-check scaling bench seeds
 .PHONY: $(STUDIES) $(OF_A_RUN) $(MEASURES) $(shell sed -n 's/^\([a-z-]*\)[ :].*  ##.*/\1/p' Makefile)
@@ -124,7 +124,7 @@ casestudy report:
 	$(ONE) $@ --run $(RUN) $(call given,DATASET,--dataset $(DATASET)) $(ARGS)
 
 # A study has several runs: RUN, where it is given, names the study.
-$(filter-out updates,$(STUDIES)): | $(PREPARED)
+$(filter-out repeats updates,$(STUDIES)): | $(PREPARED)
 $(STUDIES): | $(VENV)/installed
 	$(PY) -m experiments.$@ --dataset $(DATASET) $(call given,RUN,--study $(RUN)) $(fit_options) $(ARGS)
 ranker: $(VENV)/extra-ranker

@@ -414,6 +414,7 @@ class Model:
         in_stock: Sequence[str] | None = None,
         price_min: float | None = None,
         price_max: float | None = None,
+        seen: str = "hide",
         new_items: int = 0,
         batch: int = 256,
     ) -> "pa.Table":
@@ -427,6 +428,8 @@ class Model:
         mode     greedy, beam, one_shot or hybrid; empty: as in `pagellm recommend`
         exclude, categories, in_stock, price_min, price_max
                  filters that hold in every slot; an item of unknown price fails a price filter
+        seen     items that the user has met: hide, no page holds them; allow, a page may hold them
+                 again, unless the user disliked them
         new_items  slots kept for new items, those whose first row lies within the last 30 days of
                  the log
         batch    pages written at once
@@ -437,10 +440,13 @@ class Model:
 
         Raises PageLLMError for a wrong option. Unknown ids are no error: they are printed.
         """
-        from pagellm.serving.filters import Filters
+        from pagellm.serving.filters import SEEN, Filters
         from pagellm.serving.recommender import Ask
 
+        if seen not in SEEN:
+            raise PageLLMError(f"seen={seen!r}: want {' or '.join(SEEN)}")
         as_filter = dict(exclude=ids_of(exclude), price_min=price_min, price_max=price_max)
+        as_filter["seen"] = seen
         as_filter |= {
             name: None if value is None else ids_of(value)
             for name, value in (("categories", categories), ("in_stock", in_stock))

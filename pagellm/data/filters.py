@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
+from pagellm.data.values import NO_TIME
+
 __all__ = [
     "TEST",
     "TRAIN",
@@ -23,8 +25,10 @@ __all__ = [
     "k_core",
     "latest",
     "random_keys",
+    "repeats",
     "split_by_time",
     "split_random",
+    "strength",
     "thin",
     "tie_ranks",
 ]
@@ -53,6 +57,30 @@ def highest(user, item, time, rating, tie) -> tuple[np.ndarray, np.ndarray]:
         return order, np.zeros(0, time.dtype)
     starts = np.concatenate([[0], np.flatnonzero(ends)[:-1] + 1])
     return order[ends], np.maximum.reduceat(time[order], starts)
+
+
+def repeats(user, item, time) -> np.ndarray:
+    """How often each (user, item) occurs, in order of (user, item); as in `latest`.
+
+    Rows of a pair at one time are one, so that lines that an export repeats do not count. Rows
+    without a time count one each.
+    """
+    order = np.lexsort((time, item, user))
+    user, item, time = user[order], item[order], time[order]
+    ends = last_of_pair(user, item)
+    if not len(order):
+        return np.zeros(0, np.int64)
+    counts = np.ones(len(order), np.int64)
+    counts[1:] = ends[:-1] | (time[1:] != time[:-1]) | (time[1:] == NO_TIME)
+    return np.add.reduceat(counts, np.concatenate([[0], np.flatnonzero(ends)[:-1] + 1]))
+
+
+def strength(times: np.ndarray) -> np.ndarray:
+    """The rating on 1..5 of an item met so many times: 4 for once, 4.5 for twice, up to 5.
+
+    It grows ever more slowly, as people's liking does not double with their purchases.
+    """
+    return 5.0 - 1.0 / times
 
 
 def last_of_pair(user, item) -> np.ndarray:

@@ -51,6 +51,7 @@ from pagellm.data.raw import Raw, find
 from pagellm.data.records import Item, Tally, batched
 from pagellm.data.shop import SPLITS
 from pagellm.data.values import NO_TIME
+from pagellm.stage import hints
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check, check_numbers
 from pagellm.stage.files import file_id
@@ -66,7 +67,16 @@ PLACES = (
     *("engine", "memory", "spark_master"),
 )
 # Newer options. Data prepared before an option existed count as prepared with its default.
-LATER = ("thin_users", "refit", "columns", "item_columns", "where", "time_form", "categories")
+LATER = (
+    "thin_users",
+    "refit",
+    "repeat",
+    "columns",
+    "item_columns",
+    "where",
+    "time_form",
+    "categories",
+)
 SYNTHETIC_ONLY = ("users", "items")
 # Options that the synthetic shop would pass over, since it is made up: files and their columns.
 OF_FILES = tuple(
@@ -92,6 +102,8 @@ class Config(Options):
     seed: int = 0  # seed of the random split, of thinning, and of the synthetic shop
     refit: bool = False  # add the validation rows to the training rows: for a last fit with
     # settings that are already chosen
+    repeat: bool = False  # how often a person met an item is its rating: 4 for once, 4.5 for twice,
+    # up to 5. For shops where people buy the same things again, whose log has no ratings
     max_broken: float = 0.01  # share of broken lines above which reading stops with an error
     users: int = 2000  # users of the synthetic shop
     items: int = 1000  # items of the synthetic shop
@@ -254,6 +266,12 @@ def filtered(
         "distinct": len(rows),
         "positives": int(positive.sum()),
     }
+    if config.repeat:
+        if not np.isnan(rating).all():
+            raise relational.rated_already()
+        times = filters.repeats(c.user, c.item, c.time)
+        rating = filters.strength(times).astype(np.float32)
+        counts["repeated"] = {"pairs": int((times > 1).sum()), "most": int(times.max(initial=0))}
 
     if config.thin_users:
         keys = filters.random_keys(f"{config.seed} thin", user, item, c.user_ids, c.item_ids)
@@ -630,6 +648,11 @@ def summary(config: Config, counts: dict) -> str:
         if config.thin_users
         else ""
     )
+    if config.repeat:
+        thinned += (
+            f"; {hints.counted(counts['repeated']['pairs'], 'pair')} met more than once, at most "
+            f"{counts['repeated']['most']:,} times, which is their rating"
+        )
     return (
         f"{config.target}: {counts['users']:,} users, {counts['items']:,} items, "
         f"{counts['interactions']:,} rows; positives {rows['train']:,} train, "

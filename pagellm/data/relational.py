@@ -51,6 +51,9 @@ class Rules(Protocol):
     @property
     def refit(self) -> bool: ...
 
+    @property
+    def repeat(self) -> bool: ...
+
 
 @dataclass(frozen=True)
 class Made:
@@ -88,11 +91,17 @@ def made(
     for file in files:
         file.unlink()
     counts: dict = {"records": seen.rows}
+    if rules.repeat:
+        if seen.rated:
+            raise rated_already()
+        count_repeats(engine)
     distinct(engine, rules, graded, scale)
     n, positives = engine.one(
         "SELECT count(*), coalesce(sum(CASE WHEN positive THEN 1 ELSE 0 END), 0) FROM pairs"
     )
     counts |= {"duplicates": seen.rows - n, "distinct": n, "positives": int(positives)}
+    if rules.repeat:
+        counts["repeated"] = rate_repeats(engine)
     if rules.split != "given" and rules.k_core > 0:
         counts["k_core"] = k_core(engine, rules.k_core)
     keep(engine, "k_core" in counts)
@@ -202,6 +211,32 @@ def distinct(engine: Engine, rules: Rules, graded: bool, scale: tuple[float, flo
         ") AS placed WHERE place = 1",
     )
     engine.drop("numbered")
+
+
+def count_repeats(engine: Engine) -> None:
+    """Table `repeats` (u, i, times) of `numbered`, as filters.repeats counts them."""
+    timed = f"seconds <> {NO_TIME}"
+    engine.keep(
+        "repeats",
+        f"SELECT u, i, count(DISTINCT CASE WHEN {timed} THEN seconds END) + "
+        f"sum(CASE WHEN {timed} THEN 0 ELSE 1 END) AS times FROM numbered GROUP BY u, i",
+    )
+
+
+def rate_repeats(engine: Engine) -> dict[str, int]:
+    """Rate `pairs` by filters.strength; -> how many were met more than once, and the most times."""
+    pairs, most = engine.one(
+        "SELECT coalesce(sum(CASE WHEN times > 1 THEN 1 ELSE 0 END), 0), coalesce(max(times), 0) "
+        "FROM repeats"
+    )
+    rating = f"CAST({double(5)} - {double(1)} / CAST(r.times AS DOUBLE) AS FLOAT)"
+    engine.keep(
+        "pairs",
+        f"SELECT p.u, p.i, {rating} AS rating, positive, seconds, has_text, split, source "
+        "FROM pairs AS p JOIN repeats AS r ON r.u = p.u AND r.i = p.i",
+    )
+    engine.drop("repeats")
+    return {"pairs": int(pairs), "most": int(most)}
 
 
 def double(number: float) -> str:
@@ -505,4 +540,13 @@ def without_times(split: str) -> PageLLMError:
     return PageLLMError(
         f"split={split} needs times, and no row has one\n"
         "  Name their column with --time_column, or use --split random."
+    )
+
+
+def rated_already() -> PageLLMError:
+    """The error of --repeat for a log whose rows have ratings."""
+    return PageLLMError(
+        "--repeat rates an item by how often a person met it, and this log has ratings or events "
+        "that say already how much it is liked\n"
+        "  Leave --repeat out."
     )

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from pagellm.data.shop import Catalogue
 
-__all__ = ["Filters", "allowed_items", "category_members", "look_up"]
+__all__ = ["SEEN", "Filters", "allowed_items", "category_members", "look_up"]
+
+
+SEEN = ("hide", "allow")  # what becomes of items that the person has met
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Filters:
     in_stock: tuple[str, ...] | None = None  # only these item ids
     price_min: float | None = None  # an item of unknown price fails either bound
     price_max: float | None = None
+    seen: str | None = None  # one of SEEN. allow: what the person liked before may stand on the
+    # page again, what they disliked may not. None: what the Recommender does
 
 
 def look_up(names: Iterable[str], known: dict[str, int]) -> tuple[list[int], list[str]]:

@@ -41,12 +41,13 @@ from pagellm.model.decode import ranking
 from pagellm.model.policy import MODES
 from pagellm.pages.variety import STRENGTH
 from pagellm.serving.cache import Cache
-from pagellm.serving.filters import Filters, look_up
+from pagellm.serving.filters import SEEN, Filters, look_up
 from pagellm.serving.newcomers import NEW_DAYS, check_new, ranks_with_new
 from pagellm.serving.recommender import Ask, Recommender, ResolvedAsk
 from pagellm.serving.sources import (
     PLAIN,
     POLICIES,
+    WRITERS,
     Sources,
     check_variety,
     check_writer,
@@ -91,6 +92,8 @@ class Config(Sources):
     price_min: float = 0.0  # only items at this price or above;
     # items of unknown price fail any price filter
     price_max: float = math.inf  # only items at this price or below
+    seen: str = "hide"  # items that a person has met: hide, no page holds them; allow, a page may
+    # hold them again, unless the person disliked them. For shops where people buy things again
     new_items: int = 0  # slots of a page that are kept for new items, the best of them for its user
     new_days: float = NEW_DAYS  # an item is new if its first row lies within so many last days of
     # the log
@@ -115,6 +118,7 @@ class Config(Sources):
             **check_variety(self.variety, self.strength),
             **check_new(self.new_items, self.new_days, self.k),
             price_min=(0 <= self.price_min < math.inf, "a price"),
+            seen=(self.seen in SEEN, " or ".join(SEEN)),
             price_max=(self.price_max >= self.price_min, f"price_min={self.price_min} or more"),
             candidates=(self.candidates >= 0, "0 or more"),
             depth=(self.depth == 0 or self.depth >= self.k, f"0, or k={self.k} or more"),
@@ -230,6 +234,7 @@ def show(config: Config) -> None:
         why=chosen.why,
         candidates=config.candidates,
         new_days=config.new_days,
+        seen=config.seen,
     )
     ask = Ask(
         user=plain_id(config.user) if config.user else None,
@@ -433,13 +438,14 @@ def write_file(config: Config, place: Callable[[str], Path]) -> Path | None:
         cache=Cache(0),
         candidates=config.candidates,
         new_days=config.new_days,
+        seen=config.seen,
     )
     check_size(recommender, config)
     mode = config.mode if config.mode != "auto" else recommender.modes.get(config.policy, "greedy")
     config = replace(config, mode=mode if config.policy in POLICIES else "auto")
     if dist.is_main():
         made_by = recommender.hashes["compose" if config.policy == PLAIN else config.policy]
-        print(f"recommend: {config.policy} {made_by}; {split_in_words(config.split)}")
+        print(f"recommend: {config.policy} {made_by}; {split_in_words(config.split, config.seen)}")
         print(f"recommend: policy {recommender.choice_in_words()}")
         for line in remarks(recommender, config):
             print(f"recommend: {line}")
@@ -587,6 +593,8 @@ def identity(recommender: Recommender, config: Config) -> dict[str, str]:
         "part",
     )
     made_from = {name: str(getattr(config, name)) for name in names} | recommender.hashes
+    if config.seen != "hide":
+        made_from["seen"] = config.seen
     if config.new_items:
         made_from |= {"new_items": str(config.new_items), "new_days": str(config.new_days)}
     filters = filters_of(config)
@@ -602,11 +610,22 @@ def hash_of(names: tuple[str, ...] | None) -> str | None:
 
 def refuse_other(path: Path, before: dict, now: dict) -> None:
     """Raise PageLLMError if what is at `path` was made from something else."""
-    changed = [n for n in sorted(now) if n != "why" and before.get(n) != now[n]]
-    if changed:
+    names = sorted((before.keys() | now.keys()) - {"why"})
+    changed = [name for name in names if before.get(name) != now.get(name)]
+    if not before:
         raise PageLLMError(
-            f"{path} was made with another {', '.join(changed)}\n"
-            f"  Remove {path}, or name another --out."
+            f"{path} is there, and does not say what it was made from\n"
+            f"  Move it away, or name another --out."
+        )
+    made_of = (*WRITERS, "reward", "data")
+    models = [name for name in changed if name in made_of]
+    others = [name for name in changed if name not in made_of]
+    if changed:
+        said = [f"by another model ({', '.join(models)})"] if models else []
+        said += [f"with another {', '.join(others)}"] if others else []
+        raise PageLLMError(
+            f"{path} was made {', '.join(said)}; it was left as it is\n"
+            f"  Remove {path}, or name another --out. --out DIRECTORY/ gives each day a folder."
         )
 
 

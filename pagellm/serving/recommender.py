@@ -88,7 +88,8 @@ class ResolvedAsk:
     mode            how it decodes; empty for composed pages and the plain row
     user            row of the user table; None: a stranger
     items, ratings  (H,) liked items of the prompt, oldest first
-    seen            (E,) items that no slot may hold: all that the user has met, and those excluded
+    seen            (E,) items that no slot may hold: all that the user has met, or of these only
+                    the disliked where the filters allow what was seen; and those excluded
     allowed         (N,) bool; None: no filter
     page            (L,) items to be scored; None: a page is to be written
     """
@@ -129,6 +130,7 @@ class Recommender:
               0: the whole catalogue
     new_items  slots of a page that are kept for new items, where an Ask says nothing
     new_days  an item is new if its first row lies within so many last days of the log
+    seen      whether pages hide what a person has met, or allow it, where an Ask says nothing
     observe   called with (stage, seconds); the stages are prompt, decode, reward and metrics
     """
 
@@ -151,6 +153,7 @@ class Recommender:
         left_out: LeftOut | None = None,
         new_items: int = 0,
         new_days: float = NEW_DAYS,
+        seen: str = "hide",
     ):
         self.networks = dict(policies)
         if composer is not None and composer.policy is not None:
@@ -205,7 +208,7 @@ class Recommender:
                 rows[PLAIN] = composer.plain.space.items
         self.unit = {name: F.normalize(x, dim=1).cpu() for name, x in rows.items()}
         self.kinds: dict[tuple[str, float], Variety] = {}
-        self.new_items, self.new = new_items, is_new(shop, new_days)
+        self.new_items, self.new, self.seen = new_items, is_new(shop, new_days), seen
         if new_items:
             check_times(shop)
 
@@ -285,7 +288,7 @@ class Recommender:
         rewards = (
             "no reward model" if self.reward is None else f"reward model {self.hashes['reward']}"
         )
-        return f"{', '.join(models)}, {rewards}; {split_in_words(self.split)}"
+        return f"{', '.join(models)}, {rewards}; {split_in_words(self.split, self.seen)}"
 
     def choice_in_words(self) -> str:
         """Which policy writes where none is named, how it decodes, and why."""
@@ -331,6 +334,8 @@ class Recommender:
             ask = replace(ask, history=(*stored, *ask.history))
         items, ratings, seen, unknown = self.past(user, ask.history)
         f = ask.filters
+        if (f.seen or self.seen) == "allow":
+            seen = np.setdiff1d(seen, items)
         excluded, strange = look_up(f.exclude, self.item_of)
         unknown += strange + look_up(f.in_stock or (), self.item_of)[1]
         page = None

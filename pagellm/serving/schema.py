@@ -73,6 +73,15 @@ class Allowed(Strict):
     price: PriceRange | None = None
 
 
+class PageFilters(Allowed):
+    seen: Literal["hide", "allow"] | None = Field(
+        None,
+        description="items that the person has met: hide, no slot holds them; allow, a slot may "
+        "hold them again, unless the person disliked them; null: what the service was started with "
+        "(--seen)",
+    )
+
+
 class Person(Strict):
     """Who the page is for: a user, a history, or both (the history then follows what is stored)."""
 
@@ -139,7 +148,7 @@ class PageRequest(Person):
         description="slots that are kept for new items, the best of them for the user; at most k; "
         "null: what the service was started with (--new_items)",
     )
-    filters: Allowed = Field(default_factory=Allowed)  # type: ignore[arg-type]
+    filters: PageFilters = Field(default_factory=PageFilters)  # type: ignore[arg-type]
 
     def ask(self) -> Ask:
         f = self.filters
@@ -156,6 +165,7 @@ class PageRequest(Person):
                 None if f.in_stock is None else tuple(f.in_stock),
                 price.min,
                 price.max,
+                f.seen,
             ),
         )
 

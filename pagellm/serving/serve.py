@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from pagellm.serving.cache import Cache
+from pagellm.serving.filters import SEEN
 from pagellm.serving.http_options import (
     HttpOptions,
     address,
@@ -60,6 +61,8 @@ class Config(Sources, HttpOptions):
     width: int = 4  # pages that a beam search keeps
     candidates: int = 0  # size of the shortlist that pages are made of: the best items for the
     # first slot, found once for each page; 0: all items. For large catalogues
+    seen: str = "hide"  # items that a person has met: hide, no page holds them; allow, a page may
+    # hold them again, unless the person disliked them; a request may say the other
     new_items: int = 0  # slots of a page that are kept for new items, the best of them for its
     # user; a request may say another number
     new_days: float = NEW_DAYS  # an item is new if its first row lies within so many last days of
@@ -75,6 +78,7 @@ class Config(Sources, HttpOptions):
             max_k=(self.max_k > 0, "1 or more"),
             width=(self.width > 0, "1 or more"),
             candidates=(self.candidates >= 0, "0 or more"),
+            seen=(self.seen in SEEN, " or ".join(SEEN)),
             **check_new(self.new_items, self.new_days, self.max_k),
             cache_mb=(self.cache_mb >= 0, "0 or more"),
             threads=(self.threads >= 0, "0 or more"),
@@ -126,6 +130,7 @@ class Service:
             cache=self.cache,
             width=self.config.width,
             candidates=self.config.candidates,
+            seen=self.config.seen,
             new_items=self.config.new_items,
             new_days=self.config.new_days,
             observe=lambda stage, seconds: self.observe(stage, seconds),

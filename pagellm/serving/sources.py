@@ -213,10 +213,11 @@ def known_rows(shop: Shop, split: str) -> tuple[Rows, Rows, Rows]:
     return shop.csr("train"), shop.csr(met, positive=None), shop.csr(split)
 
 
-def split_in_words(split: str) -> str:
-    """What a split means for prompts and pages, for the screen."""
+def split_in_words(split: str, seen: str = "hide") -> str:
+    """What a split and the filter `seen` mean for prompts and pages, for the screen."""
+    again = "none of it" if seen == "hide" else "what was liked"
     return {
-        "none": "no rows held out: prompts show all that is known, pages repeat none of it",
+        "none": f"no rows held out: prompts show all that is known, pages repeat {again}",
         "test": "test rows held out: prompts show train rows, pages may hold test items",
         "valid": "valid rows held out: prompts show train rows, pages may hold valid, test items",
     }[split]

@@ -16,8 +16,10 @@ from pagellm.data.filters import (
     k_core,
     latest,
     random_keys,
+    repeats,
     split_by_time,
     split_random,
+    strength,
     thin,
     tie_ranks,
 )
@@ -301,3 +303,19 @@ def test_no_rows_no_split(split):
     assert len(split(empty, empty, np.zeros(0, bool))) == 0
     assert len(latest(empty, empty, empty, np.zeros(0), empty)) == 0
     assert k_core(empty, empty, 5)[0].shape == (0,)
+
+
+@few
+@given(rows_with_repeats, st.randoms(use_true_random=False))
+def test_repeats_are_the_different_times_of_a_pair_and_its_rows_without_one(rows, random):
+    user, item, time, *_ = columns(random.sample(rows, len(rows)))
+    expected = {}
+    for n, row in enumerate(rows):
+        expected.setdefault(row[:2], set()).add(f"row {n}" if row[2] == -1 else row[2])
+    assert repeats(user, item, time).tolist() == [len(expected[p]) for p in sorted(expected)]
+
+
+def test_strength_grows_ever_more_slowly_and_is_always_liked():
+    found = strength(np.arange(1, 60))
+    assert found[0] == 4 and found.max() < 5
+    assert (np.diff(found) > 0).all() and (np.diff(found, 2) < 0).all()

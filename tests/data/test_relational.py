@@ -74,6 +74,14 @@ CASES = {
         {"split": "temporal", "time_column": "at"},
     ),
     "thin core": (log(rows=900, seed=8), {"k_core": 6, "positive_above": 2.0}),
+    "repeats": (
+        log(seed=11, review=texts).drop_columns(["rating"]),
+        {"repeat": True, "split": "temporal"},
+    ),
+    "repeats without times": (
+        log(seed=12).drop_columns(["rating", "timestamp"]),
+        {"repeat": True, "k_core": 3},
+    ),
     "no core": (log(rows=300, seed=9), {"k_core": 0}),
 }
 
@@ -239,3 +247,34 @@ def test_many_rows_at_once_are_read_as_one_by_one(tmp_path_factory, user, rating
 
 def min_time(values):
     return min([v for v in values if v], default=0)
+
+
+def test_what_was_bought_often_is_rated_higher_by_every_engine(tmp_path, engine):
+    """By the log itself: 5 less one by the days on which a person bought a thing."""
+    table = log(seed=13).drop_columns(["rating"])
+    days = {}
+    for row in table.to_pylist():
+        pair = days.setdefault((row["user_id"], row["item_id"]), [])
+        pair += [row["timestamp"]] if row["timestamp"] else [f"row {len(pair)}"]
+    for name in ("memory", engine):
+        folder = prepared(tmp_path, table, {"repeat": True}, name)
+        rows = pq.read_table(folder / "interactions.parquet").to_pylist()
+        ids = {
+            of: pq.read_table(folder / f"{of}s.parquet")["id"].to_pylist()
+            for of in ("user", "item")
+        }
+        told = {(ids["user"][r["user"]], ids["item"][r["item"]]): r["rating"] for r in rows}
+        assert len(told) > 500 and all(row["positive"] for row in rows)
+        assert all(abs(5 - 1 / len({*days[pair]}) - had) < 1e-6 for pair, had in told.items())
+        noted = json.loads((folder / "source.json").read_text())
+        often = [len({*times}) for times in days.values()]
+        assert noted["counts"]["repeated"] == {
+            "pairs": sum(n > 1 for n in often),
+            "most": max(often),
+        }
+
+
+def test_a_log_with_ratings_is_not_rated_by_repeats(tmp_path, engine):
+    for name in ("memory", engine):
+        with pytest.raises(PageLLMError, match="already how much it is liked"):
+            prepared(tmp_path, log(), {"repeat": True}, name)
