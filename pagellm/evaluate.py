@@ -380,7 +380,8 @@ def in_words(
         shop, pages, scorer.held, shop.csr("train"), config.examples, config.k, config.seed
     )
     return (
-        f"{config.dataset}: {len(scorer.users):,} users, {shop.n_items:,} items, {config.split} "
+        f"{config.dataset}: {hints.counted(len(scorer.users), 'user')}, "
+        f"{hints.counted(shop.n_items, 'item')}, {config.split} "
         f"split, pages of {config.k}; mean over users and its 95% bootstrap interval\n"
         f"{audience(shop, scorer, config.mask, config.split)}\n{decoded}\n{table}\n{note}\n"
         f"{examples}\n"

@@ -73,8 +73,9 @@ class Data:
     def __repr__(self) -> str:
         counts = self.source["counts"]
         return (
-            f"Data({str(self.path)!r}: {counts['users']:,} users, {counts['items']:,} items, "
-            f"{counts['interactions']:,} rows)"
+            f"Data({str(self.path)!r}: {hints.counted(counts['users'], 'user')}, "
+            f"{hints.counted(counts['items'], 'item')}, "
+            f"{hints.counted(counts['interactions'], 'row')})"
         )
 
 
@@ -488,7 +489,8 @@ class Model:
         names = ids_of(users)
         if alone and len(names) != 1:
             raise PageLLMError(
-                f"one history for {len(names)} users; give a dict user -> history, or a table"
+                f"one history for {hints.counted(len(names), 'user')}; give a dict user -> "
+                "history, or a table"
             )
         return [(user, alone) for user in names]
 

@@ -195,8 +195,10 @@ def told(found: Change, items: FoldedItems, users: FoldedUsers) -> list[str]:
     n_items, n_users = int((found.item < 0).sum()), int((found.user < 0).sum())
     bought = int(items.bought.sum())
     lines = [
-        f"{len(found.item) - n_items:,} items and {len(found.user) - n_users:,} users keep their "
-        f"rows; {found.gone[0]:,} items and {found.gone[1]:,} users are no longer there; "
+        f"{hints.counted(len(found.item) - n_items, 'item')} and "
+        f"{hints.counted(len(found.user) - n_users, 'user')} keep their "
+        f"rows; {hints.counted(found.gone[0], 'item')} and "
+        f"{hints.counted(found.gone[1], 'user')} are no longer there; "
         f"{found.rows:,} new train rows of {len(found.fresh):,} users"
     ]
     if n_items:

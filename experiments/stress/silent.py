@@ -275,7 +275,7 @@ def pad_the_users_of_some_rows(f, draw):
         draw.choice([f.log[-1], some_rows(f, draw, 0.2)]) if len(f.log) > 1 else f.log[0][:9]
     ):
         row["user_id"] = f"00{row['user_id']}"
-    return (r"users are written in several ways",)
+    return (r"users? (is|are) written in several ways",)
 
 
 @mutation
@@ -285,7 +285,7 @@ def unpad_the_items_of_some_rows(f, draw):
         return None
     for row in some_rows(f, draw, 0.3):
         row["item_id"] = str(row["item_id"]).lstrip("0")
-    return (r"items are written in several ways",)
+    return (r"items? (is|are) written in several ways",)
 
 
 @mutation
@@ -303,7 +303,7 @@ def put_blanks_behind_some_ids(f, draw):
         return None
     for row in some_rows(f, draw, 0.2):
         row["user_id"] = f"{row['user_id']} "
-    return (r"users are written in several ways",)
+    return (r"users? (is|are) written in several ways",)
 
 
 @mutation
@@ -312,7 +312,7 @@ def write_some_ids_in_small_letters(f, draw):
         row["user_id"] = (
             row["user_id"].lower() if isinstance(row["user_id"], str) else row["user_id"]
         )
-    return (r"users are written in several ways",)
+    return (r"users? (is|are) written in several ways",)
 
 
 @mutation

@@ -44,6 +44,7 @@ from pagellm.pages.tables import ALL_COLUMNS, compare, save
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import read_json, slug, write_json
+from pagellm.stage.hints import counted
 from pagellm.stage.run import Run, StageConfig, file_id, finished
 
 __all__ = ["Config", "read_run", "run"]
@@ -248,9 +249,9 @@ def read_run(
     given = np.diff(indptr)[users]
     room = np.minimum(depth, shop.n_items - seen.counts()[users])
     notes = (
-        f"{len(user):,} rows read; {masked:,} masked items taken out, "
-        f"{int((given == 0).sum()):,} users without a list count with 0, "
-        f"{len(np.unique(user[~scored])):,} users without held-out items left out, "
+        f"{counted(len(user), 'row')} read; {masked:,} masked items taken out, "
+        f"{counted(int((given == 0).sum()), 'user')} without a list count with 0, "
+        f"{counted(len(np.unique(user[~scored])), 'user')} without held-out items left out, "
         f"{int(((given > 0) & (length < room)).sum()):,} lists shorter than {depth}"
     )
     return ranked, notes

@@ -25,6 +25,7 @@ from pagellm.data.records import Item, Tally
 from pagellm.data.text_store import Columns
 from pagellm.data.values import NO_TIME
 from pagellm.data.where import Where
+from pagellm.stage.hints import counted
 
 __all__ = ["DAY", "Account", "Join", "RowsOf", "Seen", "account_of", "is_unknown", "several"]
 
@@ -177,7 +178,8 @@ def account_of(
     files(account, raw, raw.options)
     for key, n in (tally.later + item_tally.later).most_common(SHOWN):
         account.warnings.append(
-            f"{key!r} begins after the first {logs.SAMPLE:,} lines, is in {n:,} lines, and is not "
+            f"{key!r} begins after the first {logs.SAMPLE:,} lines, is in {counted(n, 'line')}, "
+            "and is not "
             "read; move such a line to the front"
         )
     rows(account, raw, rules, tally, seen, counts)
@@ -219,7 +221,8 @@ def alike(account: Account, what: str, ids: Iterable[str]) -> None:
     same, names = several_ways[0]
     zeros = any(len(names) > 1 for same, _ in several_ways for names in same.values())
     text = (
-        f"{len(several_ways):,} {what} are written in several ways, such as "
+        f"{counted(len(several_ways), what[:-1])} {'is' if len(several_ways) == 1 else 'are'} "
+        "written in several ways, such as "
         f"{' and '.join(map(repr, sorted(names)[:2]))}; each way counts as one of its own"
     )
     account.facts[f"{what}_written_in_several_ways"] = len(several_ways)
@@ -241,7 +244,7 @@ def nobody(account: Account, what: str, ids: Iterable[str], rows_of: RowsOf) -> 
         account.say(
             "",
             f"{what} named {several([repr(name) for name in found])} have "
-            f"{rows_of(found):,} rows; if they stand for none, leave them out by --where",
+            f"{counted(rows_of(found), 'row')}; if they stand for none, leave them out by --where",
         )
         account.facts[f"{what}_that_may_be_none"] = found
 
@@ -336,7 +339,7 @@ def rows(account: Account, raw: Raw, rules: Rules, tally: Tally, seen: Seen, cou
     """Rows kept and not, with and without rating and time; the scale and what is liked on it."""
     out = [f"{n:,} {why}" for why, n in (tally.passed + tally.broken).most_common(SHOWN)]
     kept = seen.rows
-    text = f"{tally.read:,} lines read, {kept:,} rows kept"
+    text = f"{counted(tally.read, 'line')} read, {counted(kept, 'row')} kept"
     account.say("rows", text + (f"; left out: {'; '.join(out)}" if out else ""))
     low, high = raw.scale
     liked = f"liked above {rules.positive_above:g}"

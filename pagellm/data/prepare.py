@@ -644,7 +644,7 @@ def summary(config: Config, counts: dict) -> str:
     rows = {name: parts["positive"] for name, parts in counts["rows"].items()}
     thinned = (
         f"; thinned at random to {counts['thinned']['kept']:,} of {counts['distinct']:,} rows for "
-        f"{config.thin_users:,} users"
+        f"{hints.counted(config.thin_users, 'user')}"
         if config.thin_users
         else ""
     )
@@ -654,11 +654,13 @@ def summary(config: Config, counts: dict) -> str:
             f"{counts['repeated']['most']:,} times, which is their rating"
         )
     return (
-        f"{config.target}: {counts['users']:,} users, {counts['items']:,} items, "
-        f"{counts['interactions']:,} rows; positives {rows['train']:,} train, "
+        f"{config.target}: {hints.counted(counts['users'], 'user')}, "
+        f"{hints.counted(counts['items'], 'item')}, "
+        f"{hints.counted(counts['interactions'], 'row')}; positives {rows['train']:,} train, "
         f"{rows['valid']:,} valid, "
         f"{rows['test']:,} test "
-        f"({counts['duplicates']:,} duplicates out of {counts['records']:,} records{thinned})"
+        f"({hints.counted(counts['duplicates'], 'duplicate')} out of {counts['records']:,} "
+        f"records{thinned})"
     )
 
 
@@ -670,8 +672,9 @@ def left_out(config: Config, made: relational.Made) -> str:
     names = f" ({several(items)})" if items else ""
     served = "; recommend writes these users' pages from them" if made.gone_users else ""
     return (
-        f"{config.target / dropped.NAME}: {made.gone_rows:,} rows of {made.gone_users:,} users and "
-        f"{len(items):,} items{names} below the k-core{served}"
+        f"{config.target / dropped.NAME}: {hints.counted(made.gone_rows, 'row')} of "
+        f"{hints.counted(made.gone_users, 'user')} and "
+        f"{hints.counted(len(items), 'item')}{names} below the k-core{served}"
     )
 
 

@@ -353,7 +353,9 @@ def choose_reviews(files: list[RawFile], folder: Path, options: Options) -> list
     chosen = named or [file for file in files if file.role == "interactions"]
     if not chosen:
         check_columns(logs.LOG_COLUMNS, [file for file in files if file.names], options)
-        raise PageLLMError(f"no interactions among the files of {folder}:{listing(files)}\n{FORMS}")
+        raise PageLLMError(
+            f"no interactions among the files of {folder}:{listing(files)}{nearly(files)}\n{FORMS}"
+        )
     if not named and len({part_name(file) for file in chosen}) > 1:
         raise PageLLMError(
             f"several sets of interactions in {folder}:{listing(chosen)}\n"
@@ -366,6 +368,29 @@ def choose_reviews(files: list[RawFile], folder: Path, options: Options) -> list
             "  Name files with --train, --valid and --test, or a column with --split_column."
         )
     return chosen
+
+
+def nearly(files: list[RawFile]) -> str:
+    """What a table lacks that has one of the user and the item column, and which may be the other.
+
+    An item column stands in a log and in the item table: it is one that two files share.
+    """
+    said = []
+    for file in files:
+        found = logs.match(file.names, logs.LOG_COLUMNS, {})
+        if len({"user", "item"} & found.keys()) != 1:
+            continue
+        has, lacks = ("user", "item") if "user" in found else ("item", "user")
+        others = {name for other in files if other is not file for name in other.names}
+        left = [name for name in file.names if name not in found.values()]
+        shared = [name for name in left if name in others]
+        ids = [name for name in left if logs.spelling(name).endswith(("id", "code", "no"))]
+        if likely := (shared if lacks == "item" else []) or ids:
+            said.append(
+                f"\n  {file.path.name}: {found[has]} is its {has} column, none is known for its "
+                f"{lacks} column; perhaps --{lacks}_column {likely[0]}"
+            )
+    return "".join(said)
 
 
 def part_name(file: RawFile) -> tuple:

@@ -20,6 +20,7 @@ from pagellm.data.logs import delimiter_of, spelling
 from pagellm.data.packed import DAMAGED, open_bytes
 from pagellm.data.values import Broken, id_column, identifier
 from pagellm.stage.config import PageLLMError
+from pagellm.stage.hints import counted
 
 __all__ = ["id_list", "ids_of", "plain_id", "read_table", "told", "words_in"]
 
@@ -99,7 +100,7 @@ def told(path, table: pa.Table, taken: Sequence[str], absent: Sequence[str] = ()
         for role in (*taken, *absent)
         if spelling(name) == spelling(role)
     ]
-    parts = [f"{Path(path).name}: {len(table):,} rows; columns {', '.join(taken)}"]
+    parts = [f"{Path(path).name}: {counted(len(table), 'row')}; columns {', '.join(taken)}"]
     parts += [f"not there: {', '.join(absent)}"] if absent else []
     more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
     shown = ", ".join(name or "one without a name" for name in left[:SHOWN])
@@ -116,7 +117,8 @@ def ids_of(table: pa.Table, column: str, path) -> list[str]:
         raise PageLLMError(f"{path}: column {column}: {broken}") from None
     if None in found:
         raise PageLLMError(
-            f"{path}: column {column} is empty in {found.count(None):,} lines; want one in each"
+            f"{path}: column {column} is empty in {counted(found.count(None), 'line')}; want one "
+            "in each"
         )
     return [name for name in found if name is not None]
 

@@ -53,6 +53,7 @@ from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic, write_json
+from pagellm.stage.hints import counted
 from pagellm.stage.run import Run, StageConfig, file_id
 
 __all__ = [
@@ -396,7 +397,8 @@ def read_log(path: str | Path, said: list[str] | None = None) -> Log:
         )
     if not len(table) or table["user"].null_count:
         raise PageLLMError(
-            f"{path} has {len(table):,} sessions, {table['user'].null_count:,} of them of nobody; "
+            f"{path} has {counted(len(table), 'session')}, {table['user'].null_count:,} of them "
+            "of nobody; "
             "want a user in each, and some sessions"
         )
     if said is not None:
@@ -616,7 +618,8 @@ def simulate(config: Config) -> tuple[Log, float, dict[str, str]]:
 
 def report(log: Log, found: dict[str, Value], truth: float | None) -> str:
     lines = [
-        f"{len(log.user):,} sessions of {len(np.unique(log.user)):,} users, pages of "
+        f"{counted(len(log.user), 'session')} of {counted(len(np.unique(log.user)), 'user')}, "
+        "pages of "
         f"{log.page.shape[1]}; logged reward a session {log.reward.sum(1).mean():.4f}"
     ]
     if truth is not None:

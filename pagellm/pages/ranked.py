@@ -21,6 +21,7 @@ from pagellm.pages.truth import item_scores
 from pagellm.stage import randomness
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import atomic
+from pagellm.stage.hints import counted
 
 __all__ = [
     "BLOCK",
@@ -333,9 +334,9 @@ def audience(shop: Shop, scorer: Scorer, mask: str, split: str = "test") -> str:
     cold = int((shop.csr("train").counts()[users] == 0).sum())
     trained = np.bincount(shop.csr("train").items, minlength=shop.n_items) > 0
     return (
-        f"{len(users):,} users, all counted, {cold:,} of them cold (no train row); "
+        f"{counted(len(users), 'user')}, all counted, {cold:,} of them cold (no train row); "
         f"{len(held.items):,} held-out items, {int((~trained[held.items]).sum()):,} of them cold; "
-        f"ranked: all {shop.n_items:,} items less the user's "
+        f"ranked: all {counted(shop.n_items, 'item')} less the user's "
         f"{mask if split == 'test' else 'train'} rows"
     )
 

@@ -32,6 +32,7 @@ from pagellm.report.measure import (
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.hints import counted
 from pagellm.stage.run import StageConfig
 
 __all__ = ["Config", "KINDS", "case_text", "counts", "run"]
@@ -175,7 +176,7 @@ def run(config: Config) -> str:
     reader = next(name for name in ("ppo", "sft") if found.stages[name].done)
     policy = Policy.load(found.stages[reader].path)
     cases = [case_text(found, policy, rewards, at) for at in range(len(rows))]
-    text = "\n\n\n".join(cases + [f"all {len(of):,} users\n\n{table(found)}"])
+    text = "\n\n\n".join(cases + [f"all {counted(len(of), 'user')}\n\n{table(found)}"])
     print(
         text + "\n\n✓ held out   ≈ a held-out item's category   ◇ a held-out item's brand   sum/T: "
         "rewards down to this slot over all slots (Eq. 6)"

@@ -108,7 +108,8 @@ def run(config: Config) -> list[dict[str, Any]]:
     ]
     made, users = made_a["config"], len(a["user"])
     print(
-        f"{made['dataset']}: {users:,} users, {made['split']} split, pages of {made['k']}\n"
+        f"{made['dataset']}: {hints.counted(users, 'user')}, {made['split']} split, pages of "
+        f"{made['k']}\n"
         f"a  {names[0]}\nb  {names[1]}\n\n{table(records, config.decimals)}"
     )
     return records

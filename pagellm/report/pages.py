@@ -9,6 +9,7 @@ from pagellm.report.measure import bins_of, hits, page_items, page_rewards
 from pagellm.report.options import Config
 from pagellm.report.plots import dots, lines
 from pagellm.stage import randomness
+from pagellm.stage.hints import counted
 
 __all__ = ["energies", "history_length", "popularity", "positions"]
 
@@ -106,7 +107,7 @@ def popularity(found: Found, config: Config) -> str:
             "Gini",
         ],
         rows,
-        f"{shop.n_items:,} items in the catalogue",
+        f"{counted(shop.n_items, 'item')} in the catalogue",
     )
     parts = [
         figure(

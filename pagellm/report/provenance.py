@@ -29,8 +29,10 @@ def data_card(found: Found, config: Config) -> str:
     if counts.get("k_core"):
         steps = counts["k_core"]
         out += text(
-            f"k-core filter, {len(steps)} rounds: from {steps[0]['users']:,} users, "
-            f"{steps[0]['items']:,} items, {steps[0]['rows']:,} rows to {steps[-1]['users']:,}, "
+            f"k-core filter, {hints.counted(len(steps), 'round')}: from "
+            f"{hints.counted(steps[0]['users'], 'user')}, "
+            f"{hints.counted(steps[0]['items'], 'item')}, "
+            f"{hints.counted(steps[0]['rows'], 'row')} to {steps[-1]['users']:,}, "
             f"{steps[-1]['items']:,}, {steps[-1]['rows']:,}."
         )
     if read := s.get("read"):

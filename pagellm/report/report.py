@@ -20,6 +20,7 @@ from pagellm.report.overview import opening
 from pagellm.report.sections import SECTIONS
 from pagellm.stage.command import main
 from pagellm.stage.files import atomic
+from pagellm.stage.hints import counted
 
 __all__ = ["Config", "build", "run"]
 
@@ -34,7 +35,7 @@ def build(found: Found, config: Config) -> str:
             + "</section>"
         )
     size = (
-        f"{found.shop.n_users:,} users, {found.shop.n_items:,} items"
+        f"{counted(found.shop.n_users, 'user')}, {counted(found.shop.n_items, 'item')}"
         if found.shop
         else "no prepared data"
     )

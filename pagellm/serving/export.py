@@ -36,6 +36,7 @@ from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.dist import pick_device
 from pagellm.stage.files import atomic, read_json, sha256, write_json
+from pagellm.stage.hints import counted
 from pagellm.stage.run import Run, StageConfig, file_id, finished, versions
 
 __all__ = ["Config", "basis_of", "export_embeddings", "item_content", "run", "user_content"]
@@ -282,7 +283,8 @@ def for_transformers(config: Config, shop: Shop, inputs: dict[str, str]) -> None
     size = (folder / "model.safetensors").stat().st_size
     print(f"export: {folder}, a {made['architecture']}, {size / 1e6:.1f} MB in float32")
     print(
-        f"export: {config.policy} {inputs['policy']}; {made['n_items']:,} items from token "
+        f"export: {config.policy} {inputs['policy']}; {counted(made['n_items'], 'item')} from "
+        "token "
         f"{made['first']['items']} on; README.md has the code that writes a page"
     )
     if metrics is None:

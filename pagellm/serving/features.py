@@ -40,6 +40,7 @@ from pagellm.serving.sources import WRITERS, Sources
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic
+from pagellm.stage.hints import counted
 
 __all__ = ["Config", "marginal_reward", "pair_features", "run"]
 
@@ -208,9 +209,9 @@ def dense_ids(
     if strange := [i for i in ids if i not in known]:
         rare = sum(i in below for i in strange)
         raise PageLLMError(
-            f"{config.pairs}: {len(strange):,} rows of column {name} are not in {config.data_dir}, "
-            f"first {strange[0]!r}"
-            + (f"; {rare:,} of them are below the k-core" if rare else "")
+            f"{config.pairs}: not in {config.data_dir}: {counted(len(strange), 'row')} of column "
+            f"{name}, first {strange[0]!r}"
+            + (f"; below the k-core: {rare:,} of them" if rare else "")
             + "\n  Leave them out: the model has no row for them."
         )
     return np.array([known[i] for i in ids], np.int64)
@@ -269,7 +270,10 @@ def run(config: Config) -> None:
     with atomic(Path(config.out)) as beside:
         pq.write_table(pairs, beside)
     missing = "" if marginal is not None else "; no reward model, so no column marginal"
-    print(f"features: {config.out}, {len(pairs):,} pairs of {len(users):,} users{missing}")
+    print(
+        f"features: {config.out}, {counted(len(pairs), 'pair')} of "
+        f"{counted(len(users), 'user')}{missing}"
+    )
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ from pagellm.stage import dist
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic, write_json
+from pagellm.stage.hints import counted
 
 __all__ = ["Config", "id_list", "parse_history", "run"]
 
@@ -252,7 +253,7 @@ def show(config: Config) -> None:
         n = len(recommender.left_out.of(ask.user))
         print(
             f"recommend: {ask.user} is below the k-core, so that the model has no row for them; "
-            f"their page follows from {n:,} rows in {config.data_dir / NAME}"
+            f"their page follows from {counted(n, 'row')} in {config.data_dir / NAME}"
         )
     print(page_text(answer, [card["title"] or card["item"] for card in shown]))
 
@@ -520,7 +521,7 @@ def finish(out: Path, files: list[Path], k: int, pages: int) -> bool:
             return False
         short = pages - sum(full_pages(pq.read_table(file), k) for file in files)
         (out / SUCCESS).touch()
-        print(f"recommend: wrote {out}, {len(files):,} parts")
+        print(f"recommend: wrote {out}, {counted(len(files), 'part')}")
         say_short(short, pages, k)
     return True
 
@@ -567,7 +568,7 @@ def write_parts(
     bar.close()
     seconds, wrote = time.perf_counter() - started, sum(len(asks) for _, asks in parts) - kept
     rate = (
-        f"{wrote:,} pages in {seconds:.1f} s, {wrote / max(seconds, 1e-9):,.0f} pages/s"
+        f"{counted(wrote, 'page')} in {seconds:.1f} s, {wrote / max(seconds, 1e-9):,.0f} pages/s"
         if wrote
         else "no page left"
     )

@@ -97,7 +97,10 @@ class Exact:
 
     def __init__(self, rows: np.ndarray, ids: list[str]):
         if len(rows) != len(ids):
-            raise PageLLMError(f"{len(rows)} rows and {len(ids)} ids: want one id a row")
+            raise PageLLMError(
+                f"{hints.counted(len(rows), 'row')} and {hints.counted(len(ids), 'id')}: want "
+                "one id a row"
+            )
         self.rows, self.ids = rows, np.array(ids, dtype=object)
 
     @classmethod
@@ -135,7 +138,10 @@ class Index:
     def build(cls, rows: np.ndarray, ids: list[str], degree: int = 32, build: int = 200) -> "Index":
         """rows (N, d) float32. degree: links of an item. build: items visited to find these."""
         if len(rows) != len(ids):
-            raise PageLLMError(f"{len(rows)} rows and {len(ids)} ids: want one id a row")
+            raise PageLLMError(
+                f"{hints.counted(len(rows), 'row')} and {hints.counted(len(ids), 'id')}: want "
+                "one id a row"
+            )
         faiss = library()
         square = (rows.astype(np.float64) ** 2).sum(1)
         longest = float(square.max(initial=0.0))
@@ -260,7 +266,7 @@ def run(config: Config) -> list[dict]:
         rows = grown(rows, config.copies, config.seed)
         ids = [f"{name}/{copy}" if copy else name for copy in range(config.copies) for name in ids]
     if config.k > len(rows):
-        raise PageLLMError(f"k={config.k}: the export has {len(rows):,} items")
+        raise PageLLMError(f"k={config.k}: the export has {hints.counted(len(rows), 'item')}")
     seconds, true = fastest(lambda: exact(rows, h, config.k), config.repeats)
     records = [record("exact", np.ones(len(h)), None, len(h) / seconds, rows.nbytes)]
     built = ""
@@ -273,7 +279,8 @@ def run(config: Config) -> list[dict]:
         else ""
     )
     print(
-        f"{folder}: {len(rows):,} items{made_up} of {rows.shape[1]} dimensions, {len(h):,} users, "
+        f"{folder}: {hints.counted(len(rows), 'item')}{made_up} of {rows.shape[1]} dimensions, "
+        f"{hints.counted(len(h), 'user')}, "
         f"k={config.k}{built}"
     )
     print(f"\n{'':<24}{'recall@' + str(config.k):<28}{'queries/s':>10}{'MB':>8}")

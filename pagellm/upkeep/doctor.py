@@ -153,7 +153,8 @@ def of_data(config: Config) -> Iterator[Finding]:
         try:
             about = read_json(path)
             counts = about["counts"]
-            text = f"{counts['users']:,} users, {counts['items']:,} items"
+            users, items = (hints.counted(counts[f"{n}s"], n) for n in ("user", "item"))
+            text = f"{users}, {items}"
             gone = [n for n in about.get("written", {}) if not (path.parent / n).exists()]
         except (PageLLMError, KeyError, TypeError) as error:
             yield Finding("wrong", f"data set {name}", f"source.json: {error}", again)

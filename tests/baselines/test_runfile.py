@@ -117,7 +117,7 @@ def test_every_test_user_counts_and_equal_scores_are_shuffled(shop, tmp_path):
     some = user != Scorer(shop, "test").users[0]
     path = write(tmp_path / "x.parquet", user[some], item[some], np.zeros(some.sum(), np.float32))
     ranked, notes = read(path, shop)
-    assert (ranked.item[0] == -1).all() and "1 users without a list count with 0" in notes
+    assert (ranked.item[0] == -1).all() and "1 user without a list count with 0" in notes
     np.testing.assert_array_equal(ranked.item, read(path, shop)[0].item)
     assert (ranked.item != read(path, shop, seed=1)[0].item).any()
     assert abs(np.mean(np.diff(ranked.item[1:], axis=1) > 0) - 0.5) < 0.1  # a random order

@@ -95,7 +95,7 @@ def test_a_damaged_file_is_refused(folder):
 def test_prepare_counts_and_names_what_it_drops(folder, capsys):
     prepared(folder, FULL + RARE, "said")
     said = capsys.readouterr().out
-    assert "5 rows of 2 users and 1 items (gone) below the k-core" in said
+    assert "5 rows of 2 users and 1 item (gone) below the k-core" in said
 
 
 @pytest.mark.parametrize(

@@ -413,7 +413,7 @@ def test_small_tables_give_ids_as_text(tmp_path, form):
 
 def test_rows_of_nobody_are_refused_by_column(tmp_path):
     (tmp_path / "x.csv").write_text("user,n\nNULL,1\nu,2\n")
-    with pytest.raises(PageLLMError, match="column user is empty in 1 lines"):
+    with pytest.raises(PageLLMError, match="column user is empty in 1 line;"):
         ids_of(read_table(tmp_path / "x.csv", ("user",)), "user", tmp_path / "x.csv")
 
 
@@ -461,7 +461,7 @@ def test_ids_written_in_several_ways_are_said(tmp_path, capsys):
     assert read["users_written_in_several_ways"] == 2
     rows = [*ROWS, ("U1", "i0", 5)]  # capitals often tell users apart: said, and no warning
     text, read = said(tmp_path / "b", capsys, {"log.csv": csv_text(rows)})
-    assert "1 users are written in several ways, such as 'U1' and 'u1'" in text
+    assert "1 user is written in several ways, such as 'U1' and 'u1'" in text
     assert not read["warnings"]
 
 
@@ -580,7 +580,7 @@ def test_a_first_prepare_says_all_in_25_lines(tmp_path, capsys):
     text, _ = said(tmp_path, capsys, files | {"items.csv": items}, max_broken=0.5, k_core=2)
     lines = text.splitlines()
     assert len(lines) <= 25, text
-    assert "broken" in lines[0] and "dropped.parquet: 1 rows of 1 users" in lines[-1]
+    assert "broken" in lines[0] and "dropped.parquet: 1 row of 1 user and 1 item" in lines[-1]
     for word in ("WARNING", "not read", "left over", "k-core", "more lines: see `read`"):
         assert word in text
 
@@ -599,3 +599,21 @@ def test_a_heading_that_begins_as_an_orc_file_does_is_a_heading(tmp_path):
     for start, said in ((b"ORCID,item_id\na,b\n", ""), (b"ORC\n\x06\x12\x04", "an ORC file")):
         path.write_bytes(start)
         assert what_else(path).startswith(said) and bool(what_else(path)) == bool(said)
+
+
+def test_a_log_that_lacks_one_of_two_columns_is_told_which_it_may_be(tmp_path):
+    """The item column is the one that log and item table share, here as X-Wines has them."""
+    (tmp_path / "ratings.csv").write_text("RatingID,UserID,WineID,Rating\n1,a,7,5\n2,b,8,4\n")
+    (tmp_path / "wines.csv").write_text("WineID,WineName,Type\n7,Red,dry\n8,White,sweet\n")
+    with pytest.raises(PageLLMError) as told:
+        run(Config(dataset="wines", raw=str(tmp_path), data=str(tmp_path / "data")))
+    assert "ratings.csv: UserID is its user column" in str(told.value)
+    assert "perhaps --item_column WineID\n" in str(told.value) and "Rating" in str(told.value)
+    (tmp_path / "wines.csv").unlink()
+    (tmp_path / "ratings.csv").write_text("colour,client_code,product_id\nred,a,7\n")
+    with pytest.raises(PageLLMError, match="perhaps --user_column client_code\n"):
+        run(Config(dataset="wines", raw=str(tmp_path), data=str(tmp_path / "data")))
+    (tmp_path / "ratings.csv").write_text("colour,size\nred,7\n")
+    with pytest.raises(PageLLMError) as told:
+        run(Config(dataset="wines", raw=str(tmp_path), data=str(tmp_path / "data")))
+    assert "perhaps" not in str(told.value)

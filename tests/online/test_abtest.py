@@ -249,11 +249,11 @@ def test_a_sample_ratio_mismatch_is_refused(tmp_path):
         (lambda log: log["gmv"].__setitem__(1, 1e200), "column gmv"),
         (
             lambda log: log.__setitem__("user", np.array([None, *map(str, range(199))])),
-            "column user is empty in 1 lines",
+            "column user is empty in 1 line",
         ),
         (
             lambda log: log.__setitem__("arm", np.array([None, *log["arm"][1:]])),
-            "column arm is empty in 1 lines",
+            "column arm is empty in 1 line",
         ),
         (lambda log: log.update({k: v[:0] for k, v in log.items()}), "no lines"),
         (

@@ -158,7 +158,7 @@ def test_bad_pairs_are_named(served, tmp_path):
     for name, said in (
         ("twice", "has a column dot already"),
         ("none", "has no rows"),
-        ("strange", "1 rows of column user_id are not in"),
+        ("strange", "1 row of column user_id, first"),
         ("columns", "no column user_id"),
         ("gone", "cannot be read"),
     ):
