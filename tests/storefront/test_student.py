@@ -5,6 +5,7 @@ import resource
 import shutil
 import signal
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -274,6 +275,29 @@ def test_a_student_on_a_full_disk_leaves_no_half_written_model(taught, tmp_path,
     assert not (folder / "student-clean/model").exists() and not half_written(folder)
     assert main(student.Config, student.run, "student", argv) == 0
     assert (folder / weights).stat().st_size == size
+
+
+def test_preference_on_a_full_disk_keeps_its_pairs_and_leaves_no_half_model(
+    taught, tmp_path, capsys
+):
+    common, folder = own_run(taught, tmp_path, "build", "tune", "teach", "student-clean")
+    options = common | {"people": 4, "valid_people": 2, "samples": 3, "temperature": 2.0}
+    argv = [f"--{name}={value}" for name, value in options.items()]
+    with files_up_to(1500):  # not even the first person's pairs
+        assert main(prefer.Config, prefer.run, "prefer", argv) == 2
+    said = capsys.readouterr().err
+    assert "pairs.jsonl cannot be written" in said and "carries on" in said
+    with files_up_to(100_000):  # the pairs, but no weights
+        assert main(prefer.Config, prefer.run, "prefer", argv) == 2
+    said = capsys.readouterr().err
+    assert "too large" in said and "Traceback" not in said
+    assert not (folder / "prefer/model").exists() and not half_written(folder)
+    assert not (folder / "prefer/done").exists()
+    assert main(prefer.Config, prefer.run, "prefer", argv) == 0
+    sizes = [folder / name / "model/model.safetensors" for name in ("prefer", "student-clean")]
+    assert len({path.stat().st_size for path in sizes}) == 1
+    users = [one["user"] for one in read_traces(folder / "prefer/pairs/pairs.jsonl")]
+    assert [user for user, _ in groupby(users)] == list(dict.fromkeys(users))  # none twice
 
 
 def test_the_cost_of_the_golden_values():
