@@ -55,7 +55,9 @@ INSTRUCTIONS = (
     "ignore|disregard|forget your|override|previous instruction|prior rule|language model|as an ai|"
     "system prompt|the prompt|you are a|inst"
 )
-MACHINE = re.compile("[{}<>\u202a-\u202e\u2066-\u2069]|^\\s*(system|assistant|user)\\s*:", re.I)
+MACHINE = re.compile(
+    r"[{}\u202a-\u202e\u2066-\u2069]|<[a-z/!?|]|\|>|^\s*(system|assistant|user)\s*:", re.I
+)
 RESTRICTED = (
     "tobacco|cigarette|cigar|alcohol|beer|ale|wine|liquor|spirit|family planning|condom|medicine|"
     "analgesic|antacid|laxative|cold and flu|sinus and allergy|diaper|infant formula|feminine "

@@ -177,7 +177,8 @@ def test_what_is_planted_moves_nobody_s_page():
 
 def test_a_title_with_brackets_or_a_rude_word_is_no_command():
     policy = policy_of()
-    for title in ("Milk [2-pack] | 1 l", "Kick-ass hot sauce", "Operating system guide"):
+    plain = ("Milk [2-pack] | 1 l", "Kick-ass hot sauce", "Operating system guide", "I <3 milk")
+    for title in (*plain, "View-Master 3D > Toy Story 3 - 3pc set Reel"):
         assert not policy.planted(title)
     assert all(map(policy.planted, PLANTED))
 
