@@ -511,6 +511,12 @@ class Lists(NamedTuple):
 
 def rows_among(users: np.ndarray, user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Index of every entry of `user` in the rising `users`, and whether it is there at all."""
+    begin = np.flatnonzero(np.diff(user)) + 1
+    if len(user) > 1 and 2 * len(begin) < len(user):  # one search for entries that stand together
+        begin = np.concatenate([[0], begin])
+        length = np.diff(begin, append=len(user))
+        row, found = rows_among(users, user[begin])
+        return np.repeat(row, length), np.repeat(found, length)
     row = np.minimum(np.searchsorted(users, user), len(users) - 1)
     return row, users[row] == user
 
@@ -543,7 +549,8 @@ def ranked_lists(
 ) -> tuple[Lists, Index]:
     """Sort entries (P,) into Lists and their Index, leaving out users that are not in `users`."""
     row, kept = rows_among(users, user)
-    row, rank, item = row[kept], rank[kept], item[kept]
+    if not kept.all():
+        row, rank, item = row[kept], rank[kept], item[kept]
     step = np.diff(row)
     if not ((step > 0) | ((step == 0) & (np.diff(rank) >= 0))).all():  # most inputs are sorted
         by_rank = np.lexsort((rank, row))
@@ -568,10 +575,16 @@ def index_of(row: np.ndarray, item: np.ndarray, place: np.ndarray, n_rows: int) 
         base = len(ids)
     code = item.astype(np.int64) * width + place - 1
     if n_rows * width <= 2 * len(row):  # many short sorts are several times faster than a long one
-        table = np.full((n_rows, width), np.iinfo(np.int64).max)
-        table[row, place - 1] = code
-        table.sort(axis=1)
-        code = table[np.arange(width) < count[:, None]] + row * (base * width)
+        kind = "int32" if base * width < 1 << 31 else "int64"
+        if n_rows * width == len(row):
+            table = code.astype(kind).reshape(n_rows, width)
+            table.sort(axis=1)
+            code = table.reshape(-1) + row * (base * width)
+        else:
+            table = np.full((n_rows, width), np.iinfo(kind).max, kind)
+            table[row, place - 1] = code
+            table.sort(axis=1)
+            code = table[np.arange(width) < count[:, None]] + row * (base * width)
     else:
         code = np.sort(code + row * (base * width))
     begin = np.minimum(np.cumsum(count) - count, max(len(row) - 1, 0))
@@ -783,13 +796,12 @@ def described(categories: Sequence) -> Described:
 
     categories  (N,) for every item from 0 to N - 1 its category names, () if unknown; no mapping
     """
-    if not all(type(names) is tuple for names in categories):
+    if not set(map(type, categories)) <= {tuple}:
         categories = [tuple(names_of(categories, item)) for item in range(len(categories))]
-    number: dict[Hashable, int] = {}
+    every = list(chain.from_iterable(categories))
+    number: dict[Hashable, int] = {name: at for at, name in enumerate(dict.fromkeys(every))}
     size = np.fromiter(map(len, (*categories, ())), np.int64, len(categories) + 1)
-    flat = np.fromiter(
-        (number.setdefault(name, len(number)) for name in chain.from_iterable(categories)), np.int32
-    )
+    flat = np.fromiter(map(number.__getitem__, every), np.int32, len(every))
     table = np.full((len(size), size.max()), -1, dtype=np.int32)
     table[np.arange(table.shape[1]) < size[:, None]] = flat
     order = np.sort(table, axis=1)
