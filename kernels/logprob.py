@@ -13,9 +13,11 @@ only the head's item rows; other rows then cost nothing.
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as td
 from torch import Tensor
 
 from .checks import compute_dtype, require, require_temperature
+from .parallel import Parts, exchange, gathered, gathered_ids
 
 __all__ = ["entropy", "linear_logp", "token_logp"]
 
@@ -100,6 +102,7 @@ def linear_logp(
     excluded: Tensor | None = None,
     temperature: float = 1.0,
     return_entropy: bool = False,
+    parts: Parts | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """token_logp(hidden @ weight.T, target) of N positions, without a tensor of all (N, V) logits.
 
@@ -109,6 +112,9 @@ def linear_logp(
     excluded     (N, E) integer  ids that row n may not choose, in any order, repeats allowed; -1 is
                                  padding
     temperature  positive; divides the logits
+    parts        the head's rows are divided among processes (parallel.py), and `weight` holds this
+                 process's, `averaged` where they learn; V is then parts.whole. Each process asks
+                 about its own positions. Call it on all of them
     returns      logp (N,), with return_entropy also the entropy (N,) of the choice; in nats,
                  float32 (float64 if an input is). logp is -inf with gradient 0 where the target is
                  excluded.
@@ -136,7 +142,7 @@ def linear_logp(
             f"linear_logp: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, target "
             f"{tuple(target.shape)}: want (N, C), (V, C), (N,)"
         )
-    V = len(weight)
+    V = len(weight) if parts is None else parts.whole
     require((target >= 0) & (target < V), f"linear_logp: target outside [0, {V}) in row {{row}}")
     if excluded is not None:
         if excluded.dim() != 2 or len(excluded) != len(hidden):
@@ -150,6 +156,12 @@ def linear_logp(
         excluded = excluded.long() if excluded.shape[1] else None
     # Autocast would round the logits to bf16.
     with torch.autocast(hidden.device.type, enabled=False):
+        if parts is not None:
+            counts = parts.counts(len(hidden), hidden.device)
+            target = gathered_ids(target.long()[:, None], counts, parts)[:, 0]
+            none = target.new_empty((len(hidden), 0))
+            excluded = gathered_ids(none if excluded is None else excluded, counts, parts)
+            hidden = gathered(hidden, counts, parts)
         logp, spread = LinearLogp.apply(
             hidden,
             weight,
@@ -158,8 +170,26 @@ def linear_logp(
             temperature,
             return_entropy,
             torch.is_grad_enabled(),
+            parts,
         )
+        if parts is not None:  # of the positions of all processes, this one's
+            logp = logp.split(counts)[parts.rank]
+            spread = spread.split(counts)[parts.rank] if return_entropy else None
     return (logp, spread) if return_entropy else logp
+
+
+def together(m: Tensor, s: Tensor, u: Tensor, chosen: Tensor, parts: Parts) -> tuple[Tensor, ...]:
+    """The statistics of `LinearLogp` over all rows, from those over every process's rows.
+
+    One exchange of four numbers a position and process.
+    """
+    mine, world = torch.stack([m, s, u, chosen]), parts.world
+    parts_of = exchange(mine.repeat(world, 1), [4] * world, [4] * world).view(world, 4, -1)
+    each_m, each_s, each_u, each_chosen = parts_of.unbind(1)
+    m = each_m.amax(0)
+    drop = (each_m - m).clamp(min=FLOOR)
+    u = ((each_u + drop * each_s) * drop.exp()).sum(0)
+    return m, (each_s * drop.exp()).sum(0), u, each_chosen.sum(0)
 
 
 class LinearLogp(torch.autograd.Function):
@@ -185,6 +215,7 @@ class LinearLogp(torch.autograd.Function):
         temperature: float,
         with_entropy: bool,
         for_backward: bool,
+        parts: Parts | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         tiles = Tiles(
@@ -219,10 +250,12 @@ class LinearLogp(torch.autograd.Function):
                 s[rows] = s[rows] * drop.exp() + e.sum(1)
                 m[rows] = peak
 
+        if parts is not None:
+            m, s, u, chosen = together(m, s, u, chosen, parts)
         require(m != lowest, "linear_logp: row {row} has nothing left to choose")
         u /= s
         log_s = s.log()
-        ctx.temperature = temperature
+        ctx.temperature, ctx.parts, ctx.with_entropy = temperature, parts, with_entropy
         ctx.save_for_backward(
             hidden, weight, target, excluded, m, s, u, chosen != -torch.inf, *tiles.kept
         )
@@ -231,7 +264,7 @@ class LinearLogp(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx, grad_logp: Tensor | None, grad_entropy: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None, None]:
         # Autograd's own once_differentiable raises only if the incoming gradient has a graph.
         # Without this check a gradient penalty would silently lose its term.
         if torch.is_grad_enabled():
@@ -242,6 +275,8 @@ class LinearLogp(torch.autograd.Function):
         hidden, weight, target, excluded, m, s, u, legal, *kept = ctx.saved_tensors
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         tiles = Tiles(hidden, weight, excluded, ctx.temperature, kept=kept)
+        if ctx.parts is not None:  # each process has the gradients of its own positions
+            grad_logp, grad_entropy = summed(grad_logp, grad_entropy, s, ctx.with_entropy)
         # d loss / d(h . w_j) = hit [j = target] - e_j (flat + slope L_j)
         hit = torch.zeros_like(s)
         if grad_logp is not None:
@@ -276,7 +311,19 @@ class LinearLogp(torch.autograd.Function):
                     grad_weight[columns] = grad_w
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(hidden.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
+
+
+def summed(
+    grad_logp: Tensor | None, grad_entropy: Tensor | None, like: Tensor, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients summed over all processes, in one exchange; None counts as 0."""
+    total = torch.zeros(1 + with_entropy, len(like), dtype=like.dtype, device=like.device)
+    for row, grad in zip(total, (grad_logp, grad_entropy), strict=False):
+        if grad is not None:
+            row.copy_(grad)
+    td.all_reduce(total)
+    return total[0], total[1] if with_entropy else None
 
 
 class Tiles:

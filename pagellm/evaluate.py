@@ -335,7 +335,9 @@ def pages_of(
             config.make(name),
         )
         return composer.rank(users, seen, config.k, config.depth)
-    return Policy.load(where[name], device).rank(
+    policy = Policy.load(where[name], device)
+    dist.cut(policy.model, config.parallel)
+    return policy.rank(
         users,
         shop.csr("train"),
         seen,

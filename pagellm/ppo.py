@@ -125,8 +125,9 @@ def drawn_by_slot(
     token, page = nets.judge(batch.users[index], group, p, v, item, mask)
     if short is None or ref_short is None:
         head, ref_head = policy.scored_items(), nets.ref.scored_items()
-        old, entropy = page_logp(states, head, item, mask, x, tau, with_entropy=True)
-        old_ref = page_logp(ref_states, ref_head, item, mask, x, tau)
+        cut = policy.item_parts
+        old, entropy = page_logp(states, head, item, mask, x, tau, with_entropy=True, parts=cut)
+        old_ref = page_logp(ref_states, ref_head, item, mask, x, tau, parts=cut)
         logits = legal_logits(states, policy, item, x)
         ref_logits = legal_logits(ref_states, nets.ref, item, x)
         token = gated(token, ref_logits[:, 0], item, config.relevance_gate)
@@ -160,8 +161,9 @@ def roll_out(config: Config, nets: Networks, batch: StepInput) -> Rollout:
     """
     measure, parts = drawn_at_once if config.once else drawn_by_slot, []
     mine, busy = dist.shard(np.arange(len(batch.prompt)))
-    for index in np.split(mine, range(config.micro, len(mine), config.micro)):
-        parts.append(measure(config, nets, batch, index))
+    for index, real in dist.pieces(mine, config.micro, nets.policy.model.parts is not None):
+        measured = measure(config, nets, batch, index)
+        parts += [measured] if real else []
     found: dict[str, Any] = {
         name: torch.cat([part[name] for part in parts])[: None if busy else 0] for name in parts[0]
     }
@@ -203,7 +205,10 @@ def minibatch_loss(
             logp, entropy = short.logp(states, x, mask, tau)
         else:
             head, gone = learner.policy.scored_items(), r.excluded[rows]
-            logp, entropy = page_logp(states, head, x, mask, gone, tau, with_entropy=True)
+            parts = learner.policy.item_parts
+            logp, entropy = page_logp(
+                states, head, x, mask, gone, tau, with_entropy=True, parts=parts
+            )
         old, A = r.old_logp[rows], advantage[rows]
         p_loss, row["policy/clipfrac"] = policy_loss(logp, old, A, mask, config.clip)
         bonus = masked.mean(entropy, mask)

@@ -144,7 +144,7 @@ def hit_correlations(
     mine, busy = dist.shard(users)
     found = [np.zeros((0, 3, pages))]
     size = max(1, min(BATCH, ENTRIES // (pages * N)))
-    for some in np.split(mine, range(size, len(mine), size)):
+    for some, real in dist.pieces(mine, size, policy.model.parts is not None):
         prompt, valid = policy.prompt(some, [history.of(u) for u in some])
         excluded = dist.send(torch.from_numpy(seen.padded(some)), device)
         logits = first_logits(policy.model, prompt, valid, excluded)
@@ -161,7 +161,8 @@ def hit_correlations(
             (z * discount[: z.shape[1]]).sum(1),
             hits(some[many], item.cpu().numpy(), held, N),
         )
-        found.append(np.stack([c.reshape(-1, pages) for c in columns], 1))
+        if real:
+            found.append(np.stack([c.reshape(-1, pages) for c in columns], 1))
     reward, sft, truth = np.moveaxis(
         dist.gather(np.concatenate(found)[: None if busy else 0]), 1, 0
     )

@@ -106,6 +106,9 @@ class Networks:
         critic = Critic(from_state(load_model_file(trunk_dir / "model.pt"))).to(device).eval()
         for trunk in (policy.model, critic.trunk):
             trunk.checkpoint_blocks = config.checkpoint_blocks
+        for network in (policy.model, ref, reward, critic):
+            if network is not None:
+                dist.cut(network, config.parallel)
         return cls(policy, ref.requires_grad_(False), reward, critic)
 
     def judge(

@@ -218,17 +218,20 @@ def next_token_loss(
     over = np.concatenate(of_over)
     total = states.new_zeros((), dtype=torch.float32)
     scored = (model.word if model.word_out is None else model.word_out)[:n_words]
-    for rows, begin, chosen in ((scored, 0, ~over), (model.item, first, over)):
+    for items, begin, chosen in ((False, 0, ~over), (True, first, over)):
         at = torch.from_numpy(np.flatnonzero(chosen))
-        if not len(at):
+        # Another process may have items here, and where rows are cut all must ask for them.
+        parts = model.item_parts if items else None
+        if not len(at) and parts is None:
             continue
-        whose = of_history if rows is model.item else states
+        whose = of_history if items else states
         hidden, wanted = whose[dist.send(at, device)], dist.send(target[at] - begin, device)
-        if rows is model.item and draw:
+        if items and draw:
             candidates = draw(wanted)
             logp = sampled_logp(hidden, model.item_rows(candidates[0]), candidates, wanted)
         else:
-            alone = linear_logp(hidden, rows, wanted)
+            rows = model.scored_items() if items else scored
+            alone = linear_logp(hidden, rows, wanted, parts=parts)
             assert isinstance(alone, Tensor)  # no entropy was asked for
             logp = alone
         total = total - logp.sum()

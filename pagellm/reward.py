@@ -302,14 +302,12 @@ def score_pairs(
     rejected   False: score the chosen pages only, (n, 1) each
     """
     mine, busy = dist.shard(np.arange(len(pairs)))
-    some = [pairs[i] for i in mine] if busy else []
+    some = [pairs[i] for i in mine]
     # Batches of like length need little padding.
     order = np.argsort([tokens_of(p) for p in some], kind="stable")
     found = [np.zeros((0, 2, 2 if rejected else 1))]
-    for start in range(0, len(some), batch):
-        b = collate(
-            [some[i] for i in order[start : start + batch]], policy, model.token_mean.device
-        )
+    for at, real in dist.pieces(order, batch, model.trunk.parts is not None):
+        b = collate([some[i] for i in at], policy, model.token_mean.device)
         if rejected:
             *token, chosen, other = rewards_of(model, b)
             page = [chosen, other]
@@ -318,8 +316,9 @@ def score_pairs(
         both = torch.stack(
             [torch.stack(page, 1), torch.stack([mean_reward(x, b.mask) for x in token], 1)], 1
         )
-        found.append(both.cpu().double().numpy())
-    scores = dist.gather(np.concatenate(found)[np.argsort(order)])
+        if real and busy:
+            found.append(both.cpu().double().numpy())
+    scores = dist.gather(np.concatenate(found)[np.argsort(order) if busy else []])
     return {"page": scores[:, 0], "token": scores[:, 1]}
 
 

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pagellm.kernels.parallel import Parts, all_logits, averaged, lookup
+
 __all__ = ["Backbone", "KVCache", "attention_mask"]
 
 
@@ -121,6 +123,8 @@ class Backbone(nn.Module):
         # shares of the trunk's state and of the pooled history (`add_pool`); None: the state alone
         self.register_parameter("blend", None)
         self.lora: dict | None = None  # what lora.adapt was called with
+        # how user and item rows are divided among processes (`cut`); None: all are here
+        self.parts: tuple[Parts, Parts] | None = None
         # the backward pass computes each block again instead of keeping its activations
         self.checkpoint_blocks = False
 
@@ -152,16 +156,45 @@ class Backbone(nn.Module):
             known = F.embedding(special.clamp(0, len(self.special) - 1), self.special)
             rows = torch.where((special >= 0)[..., None], known, rows)
         if self.n_users:
-            known = F.embedding(user.clamp(0, self.n_users - 1), self.user, sparse=self.lazy)
+            known = self.look_up(self.user, user.clamp(0, self.n_users - 1))
             rows = torch.where((user >= 0)[..., None], known, rows)
         if self.n_items:
             known = self.item_rows(item.clamp(0, self.n_items - 1))
             rows = torch.where((item >= 0)[..., None], known, rows)
         return rows
 
+    @torch.no_grad()
+    def cut(self) -> None:
+        """Keep this process's user and item rows only, for good (kernels/parallel.py).
+
+        All processes must then make the same calls, in the same order. Call it once the network is
+        whole and before its optimiser is made.
+        """
+        self.parts = Parts(self.n_users), Parts(self.n_items)
+        for name in ("user", "item", "item_out"):
+            if (whole := getattr(self, name)) is not None:
+                parts = self.parts[name != "user"]
+                own = nn.Parameter(whole[parts.first : parts.last].clone(), whole.requires_grad)
+                own.parts = parts  # type: ignore[attr-defined]  # for stage/dist.py
+                setattr(self, name, own)
+
+    @property
+    def item_parts(self) -> Parts | None:
+        """How item rows are divided among processes; None: all are here."""
+        return self.parts and self.parts[1]
+
+    def look_up(self, table: Tensor, ids: Tensor) -> Tensor:
+        """Rows (..., C) of dense ids (...) in a table of users or items, wherever they are."""
+        if self.parts is None:
+            return F.embedding(ids, table, sparse=self.lazy)
+        return lookup(table, ids, self.parts[table is not self.user], self.lazy)
+
     def item_rows(self, item: Tensor) -> Tensor:
         """Dense item ids (...) in 0..N-1 -> their rows (..., C)."""
-        rows = F.embedding(item, self.item, sparse=self.lazy)
+        return self.fused(self.look_up(self.item, item), item)
+
+    def fused(self, rows: Tensor, item: Tensor) -> Tensor:
+        """Id rows (..., C) of items (...), with their contents where these are read (`fuse`)."""
         if (
             self.content_map is None
             or self.content is None
@@ -177,18 +210,25 @@ class Backbone(nn.Module):
         )
 
     def scored_items(self) -> Tensor:
-        """Rows (N, C) that items are scored against."""
-        if self.item_out is not None:
-            return self.item_out
-        if self.content_map is None:
-            return self.item
-        return self.item_rows(torch.arange(self.n_items, device=self.item.device))
+        """Rows (N, C) that items are scored against; where they are `cut`, this process's."""
+        rows = self.item if self.item_out is None else self.item_out
+        parts = self.item_parts
+        if parts is not None:
+            rows = averaged(rows, parts)
+        if self.item_out is not None or self.content_map is None:
+            return rows
+        return self.fused(rows, self.own_items())
+
+    def own_items(self) -> Tensor:
+        """Ids of the items whose rows this process holds."""
+        first, last = (0, self.n_items) if (p := self.item_parts) is None else (p.first, p.last)
+        return torch.arange(first, last, device=self.item.device)
 
     def scored_rows(self, item: Tensor) -> Tensor:
         """Dense item ids (...) in 0..N-1 -> the rows (..., C) that they are scored against."""
         if self.item_out is None:
             return self.item_rows(item)
-        return F.embedding(item, self.item_out, sparse=self.lazy)
+        return self.look_up(self.item_out, item)
 
     def untie(self) -> None:
         """Give the output rows of its own, which begin as the item rows are now.
@@ -217,7 +257,7 @@ class Backbone(nn.Module):
         if self.content_map is None:
             return
         was, self.training = self.training, False
-        rows = self.item_rows(torch.arange(self.n_items, device=self.item.device))
+        rows = self.fused(self.item, self.own_items())
         self.training = was
         self.item.copy_(rows)
         self.content = self.cold = self.content_map = self.fallback = None
@@ -353,6 +393,8 @@ class Backbone(nn.Module):
 
     def item_logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., N) in float32, against the item rows only."""
+        if (parts := self.item_parts) is not None:
+            return all_logits(hidden.float(), self.scored_items().float(), parts)
         return hidden.float() @ self.scored_items().float().T
 
     def word_logits(self, hidden: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, from_numpy
 
 from pagellm.kernels.logprob import linear_logp
+from pagellm.kernels.parallel import Parts
 from pagellm.model.backbone import Backbone, KVCache
 from pagellm.model.sampled_softmax import Candidates, sampled_logp
 from pagellm.pages.topk import Rank, argmax, top_k
@@ -185,10 +186,11 @@ def share_prompts(
     """Read each user's prompt once for all of that user's pages (`shared_start`).
 
     user   (B,) which user each page is for; pages of one user are neighbours
-    returns None if no user has two pages
+    returns None if no user has two pages. Not where rows are cut: then another process may have
+    such a user, and all must read their prompts alike
     """
     _, first, group = np.unique(user, return_index=True, return_inverse=True)
-    if len(first) == len(user):
+    if len(first) == len(user) and model.parts is None:
         return None
     row, of = (torch.from_numpy(x).to(prompt.device) for x in (first, group))
     return shared_start(model, prompt[row], valid[row], k, of)
@@ -593,6 +595,7 @@ def page_logp(
     with_entropy: bool = False,
     candidates: Candidates | None = None,
     above: Tensor | None = None,
+    parts: Parts | None = None,
 ):
     """Log-probability of every slot under its legal set, without a tensor of slots x items.
 
@@ -604,6 +607,8 @@ def page_logp(
                 theirs, temperature has to be 1, and there is no entropy
     above       (B, K) the items that stand on the page, where `item` names others to be scored
                 slot by slot after them; None: `item`
+    parts       how item rows are divided among processes (Backbone.item_parts); `rows` are then
+                this process's
     returns     logp (B, K) float32, 0 off the mask; with_entropy: and the entropy (B, K) of the
                 legal distribution
     """
@@ -623,6 +628,7 @@ def page_logp(
             torch.where(mask[..., None], illegal, -1).flatten(0, 1),
             temperature,
             return_entropy=with_entropy,
+            parts=parts,
         )
         columns = out if isinstance(out, tuple) else (out,)
         spread = [torch.where(mask, x.view(B, K), 0.0) for x in columns]
@@ -634,6 +640,7 @@ def page_logp(
             illegal[mask],
             temperature,
             return_entropy=with_entropy,
+            parts=parts,
         )
         columns = out if isinstance(out, tuple) else (out,)
         spread = [

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pagellm.model.backbone import Backbone
@@ -104,14 +105,23 @@ def draw_prefixes(model: Backbone, b: Batch) -> OwnPrefix | None:
     if b.draws is None:
         return None
     rows = (~b.draws[:, 0, 0].isnan()).nonzero()[:, 0]
-    if not len(rows):
+    busy = len(rows) > 0
+    if not (dist.any_rank(busy) if model.parts is not None else busy):
         return None
+    if not busy:  # another process draws, and where rows are cut all must read alike
+        rows = rows.new_zeros(1)
     label, there, draws = b.item[rows], b.mask[rows], b.draws[rows]
     training = model.training
     model.eval()
     legal = LegalItems(b.excluded[rows], model.n_items)
-    own = sample(model, b.prompt[rows], b.valid[rows], legal, draws[:, 0]).item
+    K = label.shape[1]
+    uniform = draws[:, 0].nan_to_num()
+    if model.parts is not None:  # and equally often: as the widest batch
+        uniform = F.pad(uniform, (0, dist.largest(K) - K))
+    own = sample(model, b.prompt[rows], b.valid[rows], legal, uniform).item[:, :K]
     model.train(training)
+    if not busy:
+        return None
     above, target = b.item.clone(), b.item.clone()
     above[rows] = torch.where(there, own, -1)
     target[rows] = torch.where(there, labels_left(label, own, draws[:, 1]), -1)
@@ -150,7 +160,14 @@ def sft_loss(model: Backbone, b: Batch, objective: str = "list") -> Tensor:
     if objective in ("list", "both"):
         learnt = target >= 0
         logp = page_logp(
-            states, rows, target, learnt, b.excluded, candidates=b.candidates, above=above
+            states,
+            rows,
+            target,
+            learnt,
+            b.excluded,
+            candidates=b.candidates,
+            above=above,
+            parts=model.item_parts,
         )
         loss = loss - logp.sum() / learnt.sum()
     if objective in ("multinomial", "both"):

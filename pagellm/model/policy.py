@@ -182,8 +182,8 @@ class Policy:
             disable=not progress or not dist.is_main(),
             mininterval=1.0,
         )
-        for start in range(0, len(mine), batch):
-            some = mine[order[start : start + batch]]
+        for at, real in dist.pieces(order, batch, self.model.parts is not None):
+            some = mine[at]
             ties = tie_breaker(seed, some, len(seen.indptr) - 1, self.model.n_items)
             pages, legal = self.write(
                 some,
@@ -195,6 +195,8 @@ class Policy:
                 ties=ties,
                 variety=variety,
             )
+            if not real:
+                continue
             item, score = ranking(pages, legal, max(depth, k), ties)
             items.append(item.cpu())
             scores.append(score.cpu())

@@ -13,10 +13,12 @@ follows the shortlist. A shortlist of all legal items gives what the whole catal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pagellm.data.shop import Rows, Shop
 from pagellm.kernels.logprob import entropy, token_logp
+from pagellm.kernels.parallel import Parts, gathered, gathered_ids, turned
 from pagellm.model.als import als, transpose
 from pagellm.model.backbone import Backbone
 from pagellm.model.decode import LegalItems, shared_start
@@ -106,6 +108,7 @@ def best_items(
     size: int,
     proposed: Tensor | None = None,
     allowed: Tensor | None = None,
+    parts: Parts | None = None,
 ) -> Tensor:
     """Shortlists: what is proposed, and the items of the largest logits that fill it up.
 
@@ -115,12 +118,42 @@ def best_items(
     excluded  (U, E) item ids, padded with -1, that no shortlist may hold
     proposed  (U, M) item ids, padded with -1, also twice; the first `size` of them are kept
     allowed   (N,) or (U, N) bool: a hard filter on top, as in decode.LegalItems
+    parts     how item rows are divided among processes, and `rows` are then this process's. Each
+              finds the best of its rows for everybody; the lists are then merged. Call it on all,
+              without `allowed`
     returns   (U, min(size, N)) int64, rising in each row; -1, at the left, where fewer are legal
+    """
+    if parts is None:
+        value, column = best_of(hidden, rows, excluded, size, proposed, allowed)
+    else:
+        counts = parts.counts(len(hidden), hidden.device)
+        ids = [None if x is None else gathered_ids(x, counts, parts) for x in (excluded, proposed)]
+        assert ids[0] is not None
+        found = best_of(gathered(hidden, counts, parts), rows, ids[0], size, ids[1], None, parts)
+        widths = [min(size, width) for width in parts.widths()]
+        value, column = (turned(x, counts, widths, parts) for x in found)
+        value, place = top_k(value, min(size, parts.whole))
+        column = column.gather(1, place)
+    return torch.where(value == -torch.inf, -1, column).sort(1).values
+
+
+def best_of(
+    hidden: Tensor,
+    rows: Tensor,
+    excluded: Tensor,
+    size: int,
+    proposed: Tensor | None,
+    allowed: Tensor | None,
+    parts: Parts | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Of `best_items`: score and item (U, min(size, rows)), the largest score first.
+
+    Ids are counted from this process's rows on; items that come back from the first of all rows on.
     """
     (U, _), N = hidden.shape, len(rows)
     size = min(size, N)
-    out = hidden.new_empty((U, size), dtype=torch.long)
-    step = max(1, BLOCK // max(1, N))
+    values, items = hidden.new_empty((U, size)).float(), hidden.new_empty((U, size)).long()
+    step = max(1, BLOCK // max(1, N if parts is None else parts.size))
     for at in range(0, U, step):
         some = slice(at, at + step)
         scores = hidden[some].float() @ rows.float().T
@@ -133,11 +166,11 @@ def best_items(
             first = torch.where(ids >= 0, torch.arange(ids.shape[1], 0, -1, device=ids.device), 0)
             padded = torch.zeros(len(ids), N + 1, device=ids.device)
             padded.scatter_reduce_(1, torch.where(ids < 0, N, ids), first.to(padded.dtype), "amax")
-            over = scores.amax(1, keepdim=True).clamp(min=0) + 1
+            over = F.pad(scores, (0, 1)).amax(1, keepdim=True) + 1  # the padding is 0
+            over = over if parts is None else parts.largest(over)
             scores = torch.where(padded[:, :N] > 0, over + padded[:, :N], scores)
-        value, column = top_k(legal.mask(scores), size)
-        out[some] = torch.where(value == -torch.inf, -1, column).sort(1).values
-    return out
+        values[some], items[some] = top_k(legal.mask(scores), size)
+    return values, items if parts is None else items + parts.first
 
 
 def columns_of(candidates: Tensor, items: Tensor) -> Tensor:
@@ -240,5 +273,6 @@ def draw_shortlists(
     begun = shared_start(policy, prompt[first], valid[first], k, group)
     # `first` are the first pages of their users, so the state of each is that user's.
     hidden = begun[1][first]
-    found = best_items(hidden, policy.scored_items(), excluded[first], size, proposed[first])
+    rows, parts = policy.scored_items(), policy.item_parts
+    found = best_items(hidden, rows, excluded[first], size, proposed[first], parts=parts)
     return Shortlist(policy, found[group]), begun

@@ -17,6 +17,7 @@ import atexit
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -37,17 +38,21 @@ __all__ = [
     "all_reduce",
     "any_rank",
     "barrier",
+    "cut",
     "divided",
     "gather",
     "idle",
     "is_main",
+    "largest",
     "load_optimiser",
     "load_weights",
     "multiplies_bf16",
     "optimiser_state",
+    "parts_of",
     "peak_memory",
     "pick_device",
     "pick_precision",
+    "pieces",
     "rank",
     "send",
     "shard",
@@ -63,7 +68,7 @@ __all__ = [
 Rows = TypeVar("Rows", np.ndarray, Tensor)
 
 
-MODES = ("ddp", "fsdp")
+MODES = ("ddp", "fsdp", "rows")
 PRECISIONS = ("auto", "float32", "bfloat16")
 # The narrowest network that bfloat16 makes faster on a CPU, as experiments/precision.py measured
 # it. In narrower networks the conversions cost more than the products gain.
@@ -208,6 +213,21 @@ def shard(rows: Rows) -> tuple[Rows, bool]:
     return (mine, True) if len(mine) else (rows[:1], False)
 
 
+def pieces(mine: Rows, size: int, together: bool = False) -> Iterator[tuple[Rows, bool]]:
+    """This process's rows in pieces of `size`, and whether they count.
+
+    mine      (n,) or (n, ...), n >= 1
+    together  every process gets as many pieces, as it must where user and item rows are cut. A
+              surplus piece is row 0 alone and does not count
+
+    Call it on every process where `together`.
+    """
+    own = -(-len(mine) // size)
+    count = largest(own) if together else own
+    for at in range(count):
+        yield (mine[at * size : (at + 1) * size], True) if at < own else (mine[:1], False)
+
+
 def all_reduce(x: Tensor) -> Tensor:
     """The sum of x over all processes, element by element. It carries no gradient."""
     if world() > 1:
@@ -228,16 +248,21 @@ def all_gather(value: Any) -> list[Any]:
     return values
 
 
-def any_rank(flag: bool) -> bool:
-    """True on every process if `flag` is True on any of them.
+def largest(number: int) -> int:
+    """The largest of the numbers that all processes pass.
 
-    One number goes from CPU to CPU, which is cheap enough for every step.
+    It goes from CPU to CPU, which is cheap enough for every step.
     """
     if world() == 1:
-        return flag
-    x = torch.tensor(int(flag), dtype=torch.int32)
+        return number
+    x = torch.tensor(number)
     td.all_reduce(x, td.ReduceOp.MAX)
-    return bool(x)
+    return int(x)
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every process if `flag` is True on any of them."""
+    return bool(largest(int(flag)))
 
 
 class AsyncScalars:
@@ -286,7 +311,8 @@ def wrap(module: nn.Module, mode: str) -> nn.Module:
     """Make the processes average their gradients in every backward pass through `module`.
 
     mode   "ddp": every process holds the whole model. "fsdp": parameters, gradients and moments are
-           divided among the processes (FSDP2's fully_shard, which changes the module in place). In
+           divided among the processes (FSDP2's fully_shard, which changes the module in place), and
+           every step fetches all parameters. "rows": as fsdp, but user and item rows are `cut`. In
            one process the module is returned as it is
 
     As gradients are averaged, a loss that is a sum over the batch has to be multiplied by `world`
@@ -295,11 +321,35 @@ def wrap(module: nn.Module, mode: str) -> nn.Module:
     """
     if world() == 1:
         return module
-    if mode == "fsdp":
+    if mode in ("fsdp", "rows"):
         from torch.distributed.fsdp import fully_shard
 
-        return cast(nn.Module, fully_shard(module, reshard_after_forward=False))
+        if mode == "rows":
+            cut(module)
+        own = {p for p in module.parameters() if parts_of(p) is not None}
+        return cast(nn.Module, fully_shard(module, reshard_after_forward=False, ignored_params=own))
     return DistributedDataParallel(module, gradient_as_bucket_view=True)
+
+
+def cut(module: nn.Module, mode: str = "rows") -> nn.Module:
+    """With mode "rows" and several processes, leave each with its share of user and item rows.
+
+    For networks that `wrap` is not given: those that only judge or write pages. Rows that are cut
+    already stay as they are.
+    """
+    if mode == "rows" and world() > 1:
+        for part in module.modules():
+            if hasattr(part, "cut") and getattr(part, "parts", None) is None:
+                cast(Any, part).cut()
+    return module
+
+
+def parts_of(value: Any) -> Any:
+    """How the rows of a parameter are divided among the processes for good; None: they are not.
+
+    It is a kernels.parallel.Parts, an attribute that `cut` gives to a parameter.
+    """
+    return getattr(value, "parts", None)
 
 
 def divided(value: Any) -> bool:
@@ -363,24 +413,64 @@ def sync_gradients(module: nn.Module, last: bool):
             yield
 
 
-def full(value: Any) -> Any:
+def full(value: Any, parts: Any = None) -> Any:
     """A copy on the CPU of a whole tensor, also where it is divided among the processes.
+
+    parts    of the parameter that the value is, or belongs to (`parts_of`). The rows of such a
+             tensor come to the main process alone; the others get one without rows
 
     What is no tensor is returned as it is. Call it on every process.
     """
     if not isinstance(value, Tensor):
         return value
     value = value.detach()
+    if parts is not None and value.ndim:
+        return whole_rows(value, parts)
     return (value.full_tensor() if divided(value) else value).cpu().clone()
+
+
+def whole_rows(own: Tensor, parts: Any) -> Tensor:
+    """The rows of all processes in the main one; in the others a tensor without rows."""
+    if not is_main():
+        if len(own):
+            td.send(own.contiguous(), 0)
+        return torch.empty((0, *own.shape[1:]), dtype=own.dtype)
+    whole = torch.empty((parts.whole, *own.shape[1:]), dtype=own.dtype)
+    whole[parts.first : parts.last] = own.cpu()
+    for source in range(1, world()):
+        first, last = parts.bounds(source)
+        if last > first:
+            came = own.new_empty((last - first, *own.shape[1:]))
+            td.recv(came, source)
+            whole[first:last] = came.cpu()
+    return whole
+
+
+def own_rows(whole: Tensor, parts: Any, device: torch.device) -> Tensor:
+    """The inverse of `whole_rows`: this process's rows; only the main one need have them all."""
+    if is_main():
+        for to in range(1, world()):
+            first, last = parts.bounds(to)
+            if last > first:
+                td.send(whole[first:last].to(device).contiguous(), to)
+        return whole[parts.first : parts.last].to(device, copy=True)
+    own = torch.empty(
+        (parts.last - parts.first, *whole.shape[1:]), dtype=whole.dtype, device=device
+    )
+    if len(own):
+        td.recv(own, 0)
+    return own
 
 
 def like(value: Any, parameter: Tensor) -> Any:
     """The inverse of `full`: a tensor placed and divided among the processes as `parameter` is.
 
-    Scalars stay whole, and what is no tensor is returned as it is.
+    Scalars stay whole, and what is no tensor is returned as it is. Call it on every process.
     """
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
+    if (parts := parts_of(parameter)) is not None:
+        return own_rows(value, parts, parameter.device)
     value = value.to(parameter.device)
     if divided(parameter):
         from torch.distributed.tensor import distribute_tensor
@@ -396,7 +486,7 @@ def inner(module: nn.Module) -> nn.Module:
 
 
 def weights(module: nn.Module, frozen: bool = True) -> dict[str, Tensor]:
-    """The state_dict of a module, as whole tensors on the CPU.
+    """The state_dict of a module, as whole tensors on the CPU; cut rows in the main process only.
 
     module   as it was, or what `wrap` made of it: the names are the same
     frozen   False: leave out parameters that do not learn, which a checkpoint need not hold
@@ -405,7 +495,8 @@ def weights(module: nn.Module, frozen: bool = True) -> dict[str, Tensor]:
     """
     module = inner(module)
     left = set() if frozen else frozen_names(module)
-    return {name: full(value) for name, value in module.state_dict().items() if name not in left}
+    kept = module.state_dict(keep_vars=True).items()
+    return {name: full(value, parts_of(value)) for name, value in kept if name not in left}
 
 
 def frozen_names(module: nn.Module) -> set[str]:
@@ -421,7 +512,7 @@ def load_weights(module: nn.Module, values: dict[str, Tensor]) -> None:
     any other name is missing, or if there is a name that the module does not have.
     """
     module = inner(module)
-    own = module.state_dict()
+    own = module.state_dict(keep_vars=True)
     if strange := (set(own) ^ set(values)) - (frozen_names(module) - set(values)):
         raise PageLLMError(f"the checkpoint's weights are not this model's: {sorted(strange)[:3]}")
     for name, value in values.items():
@@ -429,13 +520,13 @@ def load_weights(module: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def optimiser_state(module: nn.Module, opt: torch.optim.Optimizer) -> dict[str, dict]:
-    """Parameter name -> the optimiser's state of that parameter: whole tensors on the CPU.
+    """Parameter name -> the optimiser's state of that parameter: as `weights` gives the weights.
 
     Parameters that the optimiser has not moved yet are left out. Call it on every process.
     """
     name_of: dict[Tensor, str] = {p: name for name, p in inner(module).named_parameters()}
     return {
-        name_of[p]: {key: full(value) for key, value in moments.items()}
+        name_of[p]: {key: full(value, parts_of(p)) for key, value in moments.items()}
         for p, moments in opt.state.items()
     }
 

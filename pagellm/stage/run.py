@@ -74,8 +74,9 @@ class StageConfig:
     seed: int = 0  # seed of every random draw in this stage
     device: str = "auto"  # cpu, cuda, cuda:1; auto: cuda if there is a GPU, else cpu
     save_every: int = 50  # steps between checkpoints
-    parallel: str = "ddp"  # how several processes share a model: ddp, each holds all of it; or
-    # fsdp, weights and moments are split among them
+    parallel: str = "ddp"  # how several processes share a model: ddp, each holds all of it; fsdp,
+    # weights and moments are split among them, and each step fetches them; rows, as fsdp, but user
+    # and item rows stay where they are
     checkpoint_blocks: bool = False  # compute a block's activations again in the backward pass
     # instead of storing them: slower, less memory
 
@@ -86,7 +87,7 @@ class StageConfig:
         check(
             self,
             save_every=(self.save_every > 0, "1 or more"),
-            parallel=(self.parallel in dist.MODES, " or ".join(dist.MODES)),
+            parallel=(self.parallel in dist.MODES, ", ".join(dist.MODES)),
         )
 
     @property

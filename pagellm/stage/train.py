@@ -182,14 +182,16 @@ def optimiser(
     row_decay      weight decay of user and item rows. All else (norms, biases, words, positions)
                    has none
     lazy           train user and item rows with RowAdamW, and ask the network for sparse gradients
-                   of them. It works in one process only
+                   of them. With several processes it works where rows are cut (dist.wrap)
     row_lr         learning rate of all that is looked up (users, items, words, positions, gate) as
                    a multiple of `lr`
 
-    Raises PageLLMError for lazy=True with several processes.
+    Raises PageLLMError for lazy=True with several processes that do not divide the rows.
     """
-    if lazy and dist.world() > 1:
-        raise PageLLMError("lazy_rows works in one process only: leave it out, or NPROC")
+    if lazy and dist.world() > 1 and not any(map(dist.parts_of, model.parameters())):
+        raise PageLLMError(
+            "lazy_rows works in one process, or with --parallel rows: leave it out, or NPROC"
+        )
     for module in model.modules():
         if hasattr(module, "lazy"):
             module.lazy = lazy  # type: ignore[assignment]
@@ -254,22 +256,35 @@ def set_lr(opt: torch.optim.Optimizer, lr: float) -> None:
 
 
 def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-    """torch's clip_grad_norm_ that also accepts sparse gradients, which it coalesces.
+    """torch's clip_grad_norm_ that also accepts sparse gradients, which it coalesces, and cut rows.
 
     max_norm   the largest norm of all gradients together; larger ones are scaled down to it
-    returns    () the norm before that
+    returns    () the norm before that, of all processes together
     """
     for p in parameters:
         if p.grad is not None and p.grad.is_sparse:
             p.grad = p.grad.coalesce()
-    if not any(p.grad is not None and p.grad.is_sparse for p in parameters):
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
-    grads = [
-        p.grad.values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None
-    ]
-    norm = nn.utils.get_total_norm(grads)
-    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    there = [p for p in parameters if p.grad is not None]
+    own = any(dist.parts_of(p) is not None for p in parameters)
+    if not own and not any(p.grad is not None and p.grad.is_sparse for p in there):
+        norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+        return cast(Any, norm).full_tensor() if dist.divided(norm) else norm
+    cut = [gradient(p) for p in there if dist.parts_of(p) is not None]
+    rest = [gradient(p) for p in there if dist.parts_of(p) is None]
+    norm = nn.utils.get_total_norm(rest)
+    norm = cast(Any, norm).full_tensor() if dist.divided(norm) else norm
+    if own:
+        squares = nn.utils.get_total_norm(cut).square() if cut else torch.zeros_like(norm)
+        norm = (norm.square() + dist.all_reduce(squares)).sqrt()
+    local = [cast(Any, g).to_local() if dist.divided(g) else g for g in (*rest, *cut)]
+    torch._foreach_mul_(local, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
+
+
+def gradient(p: nn.Parameter) -> Tensor:
+    """The gradient of a parameter; of a sparse one the values."""
+    assert p.grad is not None
+    return p.grad.values() if p.grad.is_sparse else p.grad
 
 
 class GuardedStep:
@@ -311,7 +326,6 @@ class GuardedStep:
         """
         norm: float | Tensor
         norm = clip_grad_norm(self.parameters, self.max_norm)
-        norm = cast(Any, norm).full_tensor() if dist.divided(norm) else norm
         if self.fused:
             bad = ~norm.isfinite()
             # a fused optimiser leaves the step out where found_inf is not 0
