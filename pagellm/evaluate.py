@@ -89,6 +89,9 @@ class Config(StageConfig):
     # decoded: none, mmr or energy
     strength: float = STRENGTH  # strength of variety: with mmr, an item identical to one above
     # loses so many nats of log-probability
+    candidates: int = 0  # size of the shortlist that pages of sft and ppo are made of: the best
+    # items for the first slot, at least `depth` of them. Less work in a large catalogue; 0: the
+    # whole catalogue
     batch: int = 256  # users decoded at once
     n_boot: int = 1000  # bootstrap draws for each interval
     decimals: int = 4  # digits after the decimal point, in table.txt
@@ -112,6 +115,10 @@ class Config(StageConfig):
             depth=(self.depth >= self.k, f"k={self.k} or more"),
             mode=(self.mode in ("auto", *MODES), f"auto, {', '.join(MODES)}"),
             variety=(self.variety in KINDS, ", ".join(KINDS)),
+            candidates=(
+                self.candidates == 0 or self.candidates > 0 and self.variety == "none",
+                "0, or above 0 without variety, which looks at the whole catalogue",
+            ),
             strength=(0 <= self.strength < np.inf, "0 or more"),
             batch=(self.batch > 0, "1 or more"),
             n_boot=(self.n_boot > 1, "2 or more"),
@@ -351,6 +358,7 @@ def pages_of(
         None
         if config.variety == "none"
         else Variety(Kin.of(shop.catalogue, scorer.near), config.variety, config.strength),
+        config.candidates,
     )
 
 
@@ -370,14 +378,15 @@ def in_words(
     """What table.txt says: who is scored, how, the table, the pages of some users."""
     how = ", ".join(f"{name} {mode}" for name, mode in modes.items())
     varied = f", variety {config.variety} {config.strength:g}" if config.variety != "none" else ""
-    decoded = f"decoding: {how}{varied}\n" if modes else ""
+    short = f", {config.candidates} candidates" if config.candidates else ""
+    decoded = f"decoding: {how}{varied}{short}\n" if modes else ""
     if "compose" in config.policies.split(",") and is_plain(config.stage("compose") / "done"):
         decoded += (
             "composed pages: those of ALS+facts with MMR, since validation found none better\n"
         )
     last = list(pages.values())[-1]
-    short = int((last.slots < config.k).sum())
-    note = f"\n{short} pages are shorter than {config.k}: no more legal items\n" if short else ""
+    cut = int((last.slots < config.k).sum())
+    note = f"\n{cut} pages are shorter than {config.k}: no more legal items\n" if cut else ""
     examples = show_pages(
         shop, pages, scorer.held, shop.csr("train"), config.examples, config.k, config.seed
     )

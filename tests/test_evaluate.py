@@ -10,7 +10,7 @@ import torch
 from pagellm import evaluate, pretrain, sft
 from pagellm.data import prepare
 from pagellm.data.shop import Rows, load
-from pagellm.model.policy import Policy
+from pagellm.model.policy import MODES, Policy
 from pagellm.pages.ranked import top_items
 from pagellm.stage.config import PageLLMError
 
@@ -28,6 +28,24 @@ def test_a_policy_that_scores_all_items_alike_ranks_them_by_the_same_shuffle(ser
     np.testing.assert_array_equal(ranked.item, want.numpy())
     other = policy.rank(users, shop.csr("train"), seen, 6, 20, mode, seed=4)
     assert (other.item != ranked.item).mean() > 0.5
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_shortlist_of_all_legal_items_ranks_as_the_catalogue_does(served, mode):
+    """Everybody has seen an item, so one less than all are all legal ones."""
+    policy = Policy.load(served / "runs" / "base" / "sft")
+    shop = load(served / "data" / "synthetic")
+    history, seen = shop.csr("train"), shop.csr("train", positive=None)
+    users = np.flatnonzero(seen.counts() > 0)[:40]
+    whole = policy.rank(users, history, seen, 5, 20, mode)
+    for candidates in (shop.n_items - 1, 1):  # 1: as many as there are ranks
+        short = policy.rank(users, history, seen, 5, 20, mode, candidates=candidates)
+        if candidates > 1 or mode == "one_shot":
+            np.testing.assert_array_equal(short.item, whole.item)
+            np.testing.assert_allclose(short.score, whole.score, rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(np.sort(short.slots), np.sort(whole.slots))
+    with pytest.raises(PageLLMError, match="without variety"):
+        evaluate.Config(candidates=50, variety="mmr")
 
 
 def test_the_table_says_what_every_stage_took(served, tmp_path, capsys):

@@ -5,7 +5,7 @@
 JOBS is a JSON list of tables with these keys, all optional but "run":
 
     run    name of the run
-    mode   ddp or fsdp
+    mode   one of dist.MODES
     more   fields of pretrain
     stop   [stage, step]: only this stage, until its checkpoint of that step is written
 """

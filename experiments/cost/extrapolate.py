@@ -34,6 +34,7 @@ class Config:
     size: str = "gpt2"  # shape of the trunk
     tokens: int = 72  # tokens of a user's prompt and page together
     slots: int = 10  # slots of a user's page
+    candidates: int = 8192  # items drawn for the softmax of a step (sampled_items)
     batch: int = 512  # users in a step on each GPU
     tflops: float = 400.0  # speed of bf16 matrix products on one GPU (about half of an H200's peak)
     memory_gb: float = 141.0  # memory of one GPU
@@ -52,6 +53,7 @@ class Config:
                     "items",
                     "tokens",
                     "slots",
+                    "candidates",
                     "batch",
                     "tflops",
                     "memory_gb",
@@ -136,37 +138,39 @@ def measure() -> Measured:
 
 
 def estimate(config: Config, parts: Measured, gpus: int) -> dict[str, float]:
-    """GB on each GPU and hours for an epoch with DDP and FSDP, as `dist.wrap` sets them up.
+    """GB on each GPU and hours for an epoch with DDP, FSDP and cut rows (`dist.wrap`).
 
-    `cut` is a third layout that is not implemented: each GPU keeps its share of the item rows for
-    good (vocabulary-parallel).
+    With cut rows the trunk is fetched as by FSDP, and states, rows that are read, and a few numbers
+    a slot travel instead of tables. `drawn` is that with a softmax over drawn items.
     """
-    C = SIZES[config.size].n_embd
-    elements = (config.users + config.items) * C + trunk_parameters(SIZES[config.size])
+    C, trunk = SIZES[config.size].n_embd, trunk_parameters(SIZES[config.size])
+    elements = (config.users + config.items) * C + trunk
     weights = 4 * elements / 1e9  # float32
     state = parts.state * elements / 1e9
-    trunk = parts.trunk * config.tokens * trunk_parameters(SIZES[config.size])
-    head = parts.head * config.slots * config.items * C
-    compute = config.users * (trunk + head) / (gpus * config.tflops * 1e12) / 3600
+    read = parts.trunk * config.tokens * trunk
+    head, drawn = (parts.head * config.slots * n * C for n in (config.items, config.candidates))
+    speed = gpus * config.tflops * 1e12 * 3600
     steps = config.users / (config.batch * gpus)
-    link = config.near_gbs if gpus <= 8 else config.far_gbs
+    link = (config.near_gbs if gpus <= 8 else config.far_gbs) * 3600
     # All-gather of weights and reduce-scatter of gradients each move (W - 1) / W of them through
-    # every GPU.
-    moved = 2 * weights * (gpus - 1) / gpus
-    wires = steps * moved / link / 3600
-    # Rows that stay on their GPU move hidden states and one maximum and sum for each slot instead.
-    states = 3 * 4 * config.batch * gpus * config.slots * C / 1e9
-    whole = 2 * weights if gpus > 1 else 0.0  # gathered weights, and the gradient before scattering
+    # every GPU, and so do states that are gathered, or rows and their gradients.
+    moved = 2 * (gpus - 1) / gpus
+    of_trunk, of_row = moved * 4 * trunk / 1e9, moved * 4 * C / 1e9
+    rows = of_trunk + of_row * config.batch * config.tokens
+    cut = rows + of_row * config.batch * gpus * config.slots
+    whole = 2.0 if gpus > 1 else 0.0  # gathered weights, and the gradient before scattering
     return {
         "gpus": gpus,
         "weights_gb": weights,
         "ddp_gb": state,
-        "fsdp_gb": state / gpus + whole,
-        "cut_gb": state / gpus,
-        "compute_hours": compute,
-        "trunk_share": trunk / (trunk + head),
-        "fsdp_wire_hours": wires,
-        "cut_wire_hours": 0.0 if gpus == 1 else steps * states / link / 3600,
+        "fsdp_gb": state / gpus + whole * weights,
+        "cut_gb": state / gpus + whole * 4 * trunk / 1e9,
+        "compute_hours": config.users * (read + head) / speed,
+        "drawn_hours": config.users * (read + drawn) / speed,
+        "trunk_share": read / (read + head),
+        "fsdp_wire_hours": steps * moved * weights / link,
+        "cut_wire_hours": steps * cut / link,
+        "drawn_wire_hours": steps * (rows + of_row * config.candidates) / link,
     }
 
 
@@ -179,20 +183,21 @@ def run(config: Config) -> list[dict]:
         f"{config.users:,} users x {config.items:,} items, {config.size}, {config.slots} slots, "
         f"batch {config.batch} a GPU of {config.memory_gb:g} GB and {config.tflops:g} TFLOP/s\n"
     )
+    names = ("ddp", "fsdp", "cut"), ("compute", "drawn"), ("fsdp_wire", "cut_wire", "drawn_wire")
     print(
         f"{'GPUs':>4}{'GB a GPU: ddp':>16}{'fsdp':>8}{'rows cut':>10}"
-        f"{'hours an epoch: compute':>26}"
-        f"{'fsdp wires':>12}{'cut wires':>11}   fits"
+        f"{'hours an epoch: all items':>27}{'drawn':>8}"
+        f"{'wires: fsdp':>13}{'rows cut':>10}{'cut, drawn':>12}   fits"
     )
     for row in rows:
-        fits = [
-            name for name in ("ddp", "fsdp", "cut") if row[f"{name}_gb"] < 0.8 * config.memory_gb
-        ]
+        fits = [name for name in names[0] if row[f"{name}_gb"] < 0.8 * config.memory_gb]
+        memory = [f"{row[f'{name}_gb']:.0f}" for name in names[0]]
+        hours = [f"{row[f'{name}_hours']:.3f}" for name in (*names[1], *names[2])]
+        cells = zip((*memory, *hours), (16, 8, 10, 27, 8, 13, 10, 12), strict=True)
         print(
-            f"{row['gpus']:>4}{row['ddp_gb']:>16.0f}{row['fsdp_gb']:>8.0f}{row['cut_gb']:>10.0f}"
-            f"{row['compute_hours']:>26.2f}{row['fsdp_wire_hours']:>12.2f}"
-            f"{row['cut_wire_hours']:>11.2f}   "
-            f"{', '.join(fits) or 'none'}"
+            f"{row['gpus']:>4}"
+            + "".join(f"{cell:>{width}}" for cell, width in cells)
+            + f"   {', '.join(fits) or 'none'}"
         )
     print(f"the item softmax is {1 - rows[0]['trunk_share']:.0%} of the arithmetic")
     print(json.dumps({"config": asdict(config), "parts": asdict(parts), "rows": rows}))

@@ -37,6 +37,7 @@ __all__ = [
     "item_tokens",
     "one_shot",
     "page_logp",
+    "prefill",
     "ranking",
     "sample",
     "share_prompts",
@@ -159,6 +160,7 @@ def legal_logp(logits: Tensor, legal: Tensor, temperature: float) -> tuple[Tenso
     return torch.where(legal, logp, -torch.inf), alive
 
 
+@torch.no_grad()
 def prefill(model: Backbone, prompt: Tensor, valid: Tensor, k: int) -> tuple[KVCache, Tensor]:
     """Read the prompts: a cache with room for k more columns, and the last states (B, C)."""
     cache = KVCache(model.shape, len(prompt), prompt.shape[1] + k, model.word)

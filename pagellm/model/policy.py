@@ -4,8 +4,11 @@ It is what sft and ppo save and what all later stages load. It also writes and r
 users, and scores them on validation rows.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +17,19 @@ from tqdm import tqdm
 
 from pagellm.data.shop import Rows, Shop
 from pagellm.model.backbone import Backbone
-from pagellm.model.decode import LegalItems, Pages, beam, greedy, hybrid, one_shot, ranking
+from pagellm.model.decode import (
+    LegalItems,
+    Pages,
+    beam,
+    greedy,
+    hybrid,
+    one_shot,
+    prefill,
+    ranking,
+)
 from pagellm.model.networks import from_state, to_state
 from pagellm.model.prompts import Prompts, left_pad
+from pagellm.model.shortlist import Shortlist, best_items
 from pagellm.model.vocab import Vocab
 from pagellm.pages.ranked import BLOCK, RankedPages, Scorer, tie_breaker
 from pagellm.pages.topk import Rank
@@ -127,21 +140,60 @@ class Policy:
         Raises PageLLMError for an unknown mode.
         """
         prompt, valid = self.prompt(users, [history.of(u) for u in users], when)
-        constraint = LegalItems(
-            torch.from_numpy(seen.padded(users)).to(prompt.device),
-            self.model.n_items,
-            variety=variety,
-        )
+        excluded = torch.from_numpy(seen.padded(users)).to(prompt.device)
+        constraint = LegalItems(excluded, self.model.n_items, variety=variety)
         legal = constraint.legal.clone()
-        if mode == "greedy":
-            return greedy(self.model, prompt, valid, constraint, k, ties=ties), legal
-        if mode == "beam":
-            return beam(self.model, prompt, valid, constraint, k, width), legal
-        if mode == "one_shot":
-            return one_shot(self.model, prompt, valid, constraint, k, ties=ties), legal
-        if mode == "hybrid":
-            return hybrid(self.model, prompt, valid, constraint, k, ties=ties), legal
-        raise PageLLMError(f"mode={mode!r}: want one of {', '.join(MODES)}")
+        return self.decode(prompt, valid, constraint, k, mode, width, ties), legal
+
+    @torch.no_grad()
+    def write_short(
+        self,
+        users: np.ndarray,
+        history: Rows,
+        seen: Rows,
+        k: int,
+        candidates: int,
+        mode: str = "greedy",
+        width: int = 4,
+        when: np.ndarray | None = None,
+        ties: Rank | None = None,
+    ) -> tuple[Pages, Shortlist]:
+        """`write` with shortlists: each user's best items for the first slot, `candidates` of them.
+
+        returns  the pages and the shortlists, whose columns Pages.first has
+        """
+        prompt, valid = self.prompt(users, [history.of(u) for u in users], when)
+        excluded, model = torch.from_numpy(seen.padded(users)).to(prompt.device), self.model
+        start = prefill(model, prompt, valid, k)
+        rows, parts = model.scored_items(), model.item_parts
+        short = Shortlist(model, best_items(start[1], rows, excluded, candidates, parts=parts))
+        ties = ties and among(ties, short)
+        pages = self.decode(
+            prompt, valid, short.constraint(), k, mode, width, ties, start=start, short=short
+        )
+        return pages, short
+
+    def decode(
+        self,
+        prompt: Tensor,
+        valid: Tensor,
+        constraint: LegalItems,
+        k: int,
+        mode: str,
+        width: int,
+        ties: Rank | None,
+        **more: Any,
+    ) -> Pages:
+        """Pages in one of MODES. more: `start` and `short` of decode.generate"""
+        ways: dict[str, Callable[..., Pages]] = {
+            "greedy": partial(greedy, ties=ties),
+            "beam": partial(beam, width=width),
+            "one_shot": partial(one_shot, ties=ties),
+            "hybrid": partial(hybrid, ties=ties),
+        }
+        if mode not in ways:
+            raise PageLLMError(f"mode={mode!r}: want one of {', '.join(MODES)}")
+        return ways[mode](self.model, prompt, valid, constraint, k, **more)
 
     def rank(
         self,
@@ -156,6 +208,7 @@ class Policy:
         when: np.ndarray | None = None,
         seed: int = 0,
         variety: Variety | None = None,
+        candidates: int = 0,
     ) -> RankedPages:
         """The page of k slots and the ranks after it, for every user.
 
@@ -165,9 +218,13 @@ class Policy:
         when     (all users of the shop,) seconds: the moment of each one's page, as in `prompt`
         seed     of the random order among equal scores (`tie_breaker`)
         variety  as in `write`
+        candidates  items of a shortlist (`write_short`), at least as many as there are ranks; 0:
+                 the whole catalogue
         """
         self.check_room(k)
-        batch = max(1, min(batch, BLOCK // max(1, self.model.n_items)))
+        candidates = candidates and max(candidates, depth, k)
+        width = min(candidates or self.model.n_items, self.model.n_items)
+        batch = max(1, min(batch, BLOCK // max(1, width)))
         was_training, bf16 = self.model.training, self.model.bf16
         self.model.bf16 = False
         self.model.eval()
@@ -185,19 +242,20 @@ class Policy:
         for at, real in dist.pieces(order, batch, self.model.parts is not None):
             some = mine[at]
             ties = tie_breaker(seed, some, len(seen.indptr) - 1, self.model.n_items)
-            pages, legal = self.write(
-                some,
-                history,
-                seen,
-                k,
-                mode,
-                when=None if when is None else when[some],
-                ties=ties,
-                variety=variety,
-            )
+            moment = None if when is None else when[some]
+            short = None
+            if 0 < candidates < self.model.n_items:
+                pages, short = self.write_short(
+                    some, history, seen, k, candidates, mode, when=moment, ties=ties
+                )
+                legal, ties = short.candidates >= 0, among(ties, short)
+            else:
+                pages, legal = self.write(
+                    some, history, seen, k, mode, when=moment, ties=ties, variety=variety
+                )
             if not real:
                 continue
-            item, score = ranking(pages, legal, max(depth, k), ties)
+            item, score = ranking(pages, legal, max(depth, k), ties, short)
             items.append(item.cpu())
             scores.append(score.cpu())
             slots.append(pages.mask.sum(1).cpu())
@@ -210,6 +268,12 @@ class Policy:
             users,
             *(dist.gather(torch.cat(column).numpy()[back]) for column in (items, scores, slots)),
         )
+
+
+def among(ties: Rank, short: Shortlist) -> Rank:
+    """`ties` for the columns of shortlists: an item ranks as it does in the catalogue."""
+    ids = short.candidates.clamp(min=0).cpu().numpy()
+    return lambda row, column: ties(row, ids[row, column])
 
 
 class Validation:

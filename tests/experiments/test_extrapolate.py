@@ -2,7 +2,8 @@
 
 import pytest
 
-from experiments.cost.extrapolate import Config, Measured, estimate, measure
+from experiments.cost.extrapolate import Config, Measured, estimate, measure, trunk_parameters
+from pagellm.model.gpt2 import SIZES
 from pagellm.stage.config import PageLLMError
 
 
@@ -22,7 +23,11 @@ def test_what_grows_and_what_is_shared():
     config, parts = Config(users=1000, items=500, batch=4), Measured(6.0, 8.0, 16.0)
     one, eight = estimate(config, parts, 1), estimate(config, parts, 8)
     assert one["ddp_gb"] == eight["ddp_gb"] == one["fsdp_gb"] and one["fsdp_wire_hours"] == 0
-    assert eight["cut_gb"] == pytest.approx(one["cut_gb"] / 8)
+    trunk = 8 * trunk_parameters(SIZES[config.size]) / 1e9  # fetched weights, their gradient
+    assert eight["cut_gb"] == pytest.approx(one["cut_gb"] / 8 + trunk)
+    assert eight["cut_wire_hours"] > one["cut_wire_hours"] == one["drawn_wire_hours"] == 0
+    less = estimate(Config(users=1000, items=500, batch=4, candidates=500), parts, 8)
+    assert less["drawn_hours"] == less["compute_hours"]
     assert eight["compute_hours"] == pytest.approx(one["compute_hours"] / 8)
     more = estimate(Config(users=1000, items=1000, batch=4), parts, 1)
     head = one["compute_hours"] * (1 - one["trunk_share"])

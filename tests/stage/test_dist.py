@@ -25,6 +25,7 @@ from tests import two_processes
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("pretrain", "sft", "reward", "ppo")
+CARRIED = ("fsdp", "rows")  # modes that divide weights
 
 
 @pytest.fixture
@@ -128,17 +129,19 @@ def lora(folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The same stages by one process and by two, with DDP and with FSDP2; again with adapters.
+    """The same stages by one process and by two, in each mode; again with adapters.
 
-    runs/alone, runs/ddp, runs/fsdp           runs/alone-lora, runs/ddp-lora, runs/fsdp-lora
-    runs/carried/sft                          begun by two processes with FSDP2, stopped at step 4
+    runs/alone, runs/ddp, ...       runs/alone-lora, runs/ddp-lora, ...      each mode of dist.MODES
+    runs/carried-fsdp/sft, runs/carried-rows/sft       begun by two processes, stopped at step 4
     """
     folder = tmp_path_factory.mktemp("dist")
     prepare.run(prepare.Config(data=str(folder / "data"), users=53, items=45))
     two_processes.main(folder, [{"run": "alone"}])
     save_published(build("llama-nano", 300, 0, 0), folder / "llama", 300)
-    (folder / "runs" / "carried").mkdir()
-    os.symlink(folder / "runs" / "alone" / "pretrain", folder / "runs" / "carried" / "pretrain")
+    for mode in CARRIED:
+        (folder / "runs" / f"carried-{mode}").mkdir()
+        there = folder / "runs" / f"carried-{mode}" / "pretrain"
+        os.symlink(folder / "runs" / "alone" / "pretrain", there)
     two_processes.main(folder, [{"run": "alone-lora", "more": lora(folder)}])
     jobs = [
         job
@@ -148,7 +151,8 @@ def folder(tmp_path_factory):
             {"run": f"{mode}-lora", "mode": mode, "more": lora(folder)},
         )
     ]
-    done = launch(folder, [*jobs, {"run": "carried", "mode": "fsdp", "stop": ["sft", 4]}])
+    jobs += [{"run": f"carried-{mode}", "mode": mode, "stop": ["sft", 4]} for mode in CARRIED]
+    done = launch(folder, jobs)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "Warning" not in done.stdout, done.stdout
     return folder
@@ -164,7 +168,7 @@ def launch(folder, jobs, processes=2):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 
@@ -216,23 +220,26 @@ def test_the_same_number_of_processes_gives_the_same_bytes(folder):
     assert (folder / "runs" / "ddp" / "ppo" / "log.jsonl").read_bytes() == before
 
 
-def test_what_two_processes_wrote_one_reads(folder):
+@pytest.mark.parametrize("mode", CARRIED)
+def test_what_two_processes_wrote_one_reads(folder, mode):
     """A model.pt holds plain names and whole tensors, whatever wrapped the model."""
     state = [
         torch.load(folder / "runs" / run / "ppo" / "model.pt", weights_only=True)
-        for run in ("alone", "fsdp")
+        for run in ("alone", mode)
     ]
     assert state[0]["weights"].keys() == state[1]["weights"].keys()
     for name, weight in state[0]["weights"].items():
         assert_close(state[1]["weights"][name], weight, atol=1e-4, rtol=1e-3)
 
 
-def test_one_process_carries_on_what_two_began(folder):
-    """A checkpoint of FSDP2 goes on in one process: the same losses to the end."""
-    last = folder / "runs" / "carried" / "sft" / "LAST"
+@pytest.mark.parametrize("mode", CARRIED)
+def test_one_process_carries_on_what_two_began(folder, mode):
+    """A checkpoint of divided weights goes on in one process: the same losses to the end."""
+    run = f"carried-{mode}"
+    last = folder / "runs" / run / "sft" / "LAST"
     assert last.read_text().startswith("step-00000004")
-    sft.run(two_processes.stage_of(folder, sft, "carried", "fsdp"))
-    got, want = (log_of(folder, run, "sft") for run in ("carried", "alone"))
+    sft.run(two_processes.stage_of(folder, sft, run, mode))
+    got, want = (log_of(folder, name, "sft") for name in (run, "alone"))
     assert [row["step"] for row in got] == [row["step"] for row in want]
     assert all(
         a["loss"] == pytest.approx(b["loss"], rel=1e-4)
@@ -241,5 +248,5 @@ def test_one_process_carries_on_what_two_began(folder):
 
 
 def test_an_unknown_mode_is_refused():
-    with pytest.raises(PageLLMError, match="ddp or fsdp"):
+    with pytest.raises(PageLLMError, match="ddp, fsdp, rows"):
         sft.Config(parallel="tensor")
