@@ -211,9 +211,8 @@ class Backbone(nn.Module):
 
     def scored_items(self) -> Tensor:
         """Rows (N, C) that items are scored against; where they are `cut`, this process's."""
-        rows = self.item if self.item_out is None else self.item_out
-        parts = self.item_parts
-        if parts is not None:
+        rows: Tensor = self.item if self.item_out is None else self.item_out
+        if (parts := self.item_parts) is not None:
             rows = averaged(rows, parts)
         if self.item_out is not None or self.content_map is None:
             return rows
