@@ -31,6 +31,8 @@ __all__ = [
     "one_by_one",
     "penalty_scale",
     "rating_targets",
+    "sizes",
+    "transpose",
 ]
 
 
