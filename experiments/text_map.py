@@ -20,7 +20,7 @@ from torch import Tensor
 from experiments.text_vectors import cached
 from pagellm.data.filters import group_rank
 from pagellm.data.shop import Rows, Shop
-from pagellm.model.als import als, als_side, penalty_scale, sizes, transpose
+from pagellm.model.als import als, als_side, basis_of, penalty_scale, sizes, transpose
 from pagellm.stage import randomness
 
 __all__ = ["Practice", "Ridge", "World", "fold_in", "ndcg", "subset", "without"]
@@ -52,12 +52,18 @@ class Ridge:
         self.mean, self.level = x.mean(0), y.mean(0)
         z = x - self.mean
         self.gram, self.right = z.T @ z, z.T @ (y - self.level)
+        self.solved: dict[float, Tensor] = {}
+
+    def weights(self, strength: float) -> Tensor:
+        """(F, d); the last ones are kept."""
+        if strength not in self.solved:
+            factor = torch.linalg.cholesky(self.gram + strength * torch.eye(len(self.gram)))
+            self.solved = {strength: torch.cholesky_solve(self.right, factor)}
+        return self.solved[strength]
 
     def __call__(self, x: Tensor, strength: float) -> Tensor:
         """What it says of these features (n, F): (n, d)."""
-        eye = torch.eye(len(self.gram))
-        factor = torch.linalg.cholesky(self.gram + strength * eye)
-        return (x - self.mean) @ torch.cholesky_solve(self.right, factor) + self.level
+        return (x - self.mean) @ self.weights(strength) + self.level
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ class World:
 
 
 def fold_in(
-    world: World, users: Tensor, begin: Tensor, buyers: Rows, hold: float, block: int = 256
+    world: World, users: Tensor, begin: Tensor, buyers: Rows, hold: float, basis=None
 ) -> Tensor:
     """Rows of items with a few buyers: from where their texts put them, towards their buyers.
 
@@ -110,12 +116,14 @@ def fold_in(
                   + hold reg_i |y - b|^2
 
     users (U, d)    begin (n, d), b of each item    buyers  the users of each of the n items
+    basis  als.basis_of(users), where it is at hand
     """
     alpha0 = world.settings["alpha0"]
     item = np.repeat(np.arange(len(begin)), buyers.counts())
     said = (users[torch.from_numpy(buyers.items)] * begin[torch.from_numpy(item)]).sum(1)
     penalty = hold * world.ridge(buyers, len(users))
-    return begin + als_side(users, buyers, alpha0, penalty, target=(1.0 - said).numpy())
+    target = (1.0 - said).numpy()
+    return begin + als_side(users, buyers, alpha0, penalty, target=target, basis=basis)
 
 
 def ndcg(score: Tensor, picks: Rows, at: np.ndarray) -> float:
@@ -164,7 +172,9 @@ class Practice:
             mine = np.sort(warm[p::PARTS])
             hidden = np.zeros(shop.n_items, bool)
             hidden[mine] = True
-            self.parts.append((mine, world.users(hidden), thinned(by_item, mine, few, rng)))
+            X = world.users(hidden)
+            self.parts.append((mine, X, thinned(by_item, mine, few, rng)))
+        self.bases = [basis_of(X) if few else None for _, X, _ in self.parts]
 
     def ranked(self, score: Tensor, at: np.ndarray) -> float:
         """NDCG of the validation picks among these columns, less what the users have."""
@@ -181,7 +191,8 @@ class Practice:
 
         def made(p: int, strength: float, hold: float) -> Tensor:
             mine, X, buyers = self.parts[p]
-            return fold_in(world, X, ridges[p](x[mine], strength), buyers, hold)
+            begin = ridges[p](x[mine], strength)
+            return fold_in(world, X, begin, buyers, hold, self.bases[p]) if self.few else begin
 
         for p, (mine, X, _) in enumerate(self.parts):
             rest = world.warm.copy()

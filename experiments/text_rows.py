@@ -109,16 +109,18 @@ class Config:
         return Path(self.runs) / self.study / self.dataset
 
     def tuned(self, dataset: str) -> dict[str, dict]:
-        """Model -> its settings on this data set."""
+        """Model -> its settings on this data set; ALS+facts has those of ALS where it has none."""
         path = Path(self.settings) if self.settings else None
         if path is None:
             path = Path(str(resources.files("pagellm"))) / "presets" / dataset / "baselines.json"
-        if not path.is_file():
+        found = read_json(path) if path.is_file() else {}
+        if "ALS" not in found:
             raise PageLLMError(
                 f"no settings of ALS in {path}\n"
                 f"  Make them with `pagellm baselines --dataset {dataset}`, and name --settings."
             )
-        return {name: entry["settings"] for name, entry in read_json(path).items()}
+        chosen = {name: entry["settings"] for name, entry in found.items()}
+        return {"popularity": {}, "ALS+facts": chosen["ALS"]} | chosen
 
 
 def cold_items(shop: Shop, share: float, draw: int) -> np.ndarray:
@@ -428,7 +430,7 @@ def crossed_table(config: Config, shop: Shop) -> tuple[list[dict], str]:
     for name, x in ({VERSUS: counted} | encoded).items():
         made[f"cosine: {name}"] = partial(cosine, x[n:], history)
     for name in ("popularity", "ALS", "ALS+facts"):
-        settings = config.tuned(config.dataset).get(name, {})
+        settings = config.tuned(config.dataset)[name]
         made[f"knows this shop: {name}"] = lambda name=name, settings=settings: (
             plain.fit(
                 name,

@@ -24,6 +24,7 @@ __all__ = [
     "add_pseudo_users",
     "als",
     "als_side",
+    "basis_of",
     "fit_stars",
     "item_groups",
     "like_counts",

@@ -12,7 +12,7 @@ from experiments import text_map, text_rows
 from experiments.text_map import Practice, Ridge, World, fold_in, ndcg, subset, without
 from experiments.text_rows import Config, Draw, cold_items, taken_out
 from experiments.text_vectors import language, rotated, sentences, texts_of, words
-from pagellm.data.shop import Rows, load
+from pagellm.data.shop import Rows
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import write_json
 
@@ -216,9 +216,10 @@ def test_the_map_of_another_shop_ranks_items_that_it_never_met(small, served, tm
     records = text_rows.run(Config(**crossing | {"runs": str(tmp_path / "runs")}))
     mean = {r["variant"]: r["mean"] for r in records if r["metric"] == "NDCG@100"}
     assert {"map: words", "map: ours", "cosine: words", "knows this shop: ALS"} <= set(mean)
-    shop = load(tmp_path / "data" / "here")
-    assert mean["map: words"] > mean["map: ours"] or mean["map: words"] > 0.1
-    assert (tmp_path / "runs" / "text_rows" / "there-to-here.md").exists() and shop.n_items
+    # There is what here is, so its map must be as good as factors of this shop.
+    assert abs(mean["map: words"] - mean["knows this shop: ALS"]) < 0.1
+    assert mean["map: words"] > mean["knows this shop: popularity"] + 0.05
+    assert (tmp_path / "runs" / "text_rows" / "there-to-here.md").exists()
 
 
 def test_wrong_options_are_refused(small, tmp_path):
