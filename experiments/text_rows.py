@@ -322,7 +322,7 @@ def scored(
     folder.mkdir(exist_ok=True)
     features = features_of(counted, encoded)
     plainly = plain_rows(draw, tuned, {VERSUS: counted} | encoded, config.folder / "factors")
-    blended = [f"ALS+facts, {name}" for name in features if name.endswith(tuple(encoded))]
+    blended = [f"ALS+facts, {name}" for name in features if name != "no text"]
     wanted = [*features, *plainly, *blended]
     missing = [name for name in wanted if not (folder / f"{slug(name)}.parquet").exists()]
     made = plainly
@@ -414,21 +414,26 @@ def crossed_table(config: Config, shop: Shop) -> tuple[list[dict], str]:
     history, n = shop.csr("train"), origin.n_items
     scorer, seen = Scorer(shop, "test"), seen_rows(shop, "test", "train+valid")
 
-    def carried(x: Tensor) -> Callable:
-        strength, _, _ = practice.choose(x[:n])
-        begin = Ridge(x[:n][world.warm], world.items[world.warm])(x[n:], strength)
+    def carried(name: str, x: Tensor) -> Callable:
+        def rows() -> np.ndarray:
+            strength, _, _ = practice.choose(x[:n])
+            return Ridge(x[:n][world.warm], world.items[world.warm])(x[n:], strength).numpy()
+
+        kept = config.folder / "factors" / f"{config.source}-{slug(name)}.npy"
+        begin = torch.from_numpy(cached(kept, rows))
         users = als_side(
             begin, history, world.settings["alpha0"], world.ridge(history, shop.n_items)
         )
         return dot(users, begin)
 
     made: dict[str, Callable] = {
-        f"map: {name}": partial(carried, x)
+        f"map: {name}": partial(carried, name, x)
         for name, x in features_of(counted, encoded).items()
         if name != "no text"
     }
-    for name, x in ({VERSUS: counted} | encoded).items():
-        made[f"cosine: {name}"] = partial(cosine, x[n:], history)
+    alone = torch.from_numpy(words(shop.catalogue, config.directions))  # rarity in this shop
+    for name, x in ({VERSUS: alone} | {name: x[n:] for name, x in encoded.items()}).items():
+        made[f"cosine: {name}"] = partial(cosine, x, history)
     for name in ("popularity", "ALS", "ALS+facts"):
         settings = config.tuned(config.dataset)[name]
         made[f"knows this shop: {name}"] = lambda name=name, settings=settings: (
@@ -445,10 +450,10 @@ def crossed_table(config: Config, shop: Shop) -> tuple[list[dict], str]:
     for name, make in made.items():
         found = scorer(rank_all(make(), scorer.users, seen, K, DEPTH), K)
         draw[name] = {"user": scorer.users} | {metric: found[metric] for metric in SHOWN}
-    records = compared([draw], shop.n_users, f"map: {VERSUS}")
+    records = compared([draw], shop.n_users, f"cosine: {VERSUS}")
     text = (
         f"{config.source} to {config.dataset}, {len(scorer.users)} users; mean and difference to "
-        f"map: {VERSUS}, each with its 95% interval (bootstrap over users)\n\n{show(records)}\n"
+        f"cosine: {VERSUS}, each with its 95% interval (bootstrap over users)\n\n{show(records)}\n"
     )
     return records, text
 

@@ -20,14 +20,14 @@ def test_rows_differ_in_their_steps_alone_and_frozen_rows_stay(served, tmp_path)
         row_lr=1.0,
         preset="none",
         pretrain=Options("--size nano --rows als --batch 8 --words 300 --warmup 0"),
-        sft=Options("--epochs 1 --batch 32 --eval_every 0"),
+        sft=Options("--epochs 1 --batch 32 --eval_every 2"),
     )
     records = pretraining.run(config)
     assert list(dict.fromkeys(r["variant"] for r in records)) == list(ARMS)
     start, gentle, frozen, alone = (
-        load_model_file(
-            tmp_path / "pretraining" / arm / "synthetic-s0" / "pretrain" / "model.pt"
-        )["weights"]
+        load_model_file(tmp_path / "pretraining" / arm / "synthetic-s0" / "pretrain" / "model.pt")[
+            "weights"
+        ]
         for arm in ("no-steps", "gentle", "frozen-rows", "items-alone")
     )
     for name in ("item", "user"):
