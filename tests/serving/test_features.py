@@ -134,7 +134,7 @@ def test_whole_numbers_are_ids_as_their_digits():
     table = pa.table({"item_id": pa.array([12, 7])})
     config = features.Config(pairs="x", out="y")
     assert features.dense_ids(config, table, "item_id", {"7": 0, "12": 3}).tolist() == [3, 0]
-    with pytest.raises(PageLLMError, match="first '12'; 1 of them are below the k-core"):
+    with pytest.raises(PageLLMError, match="first '12'; below the k-core: 1 of them"):
         features.dense_ids(config, table, "item_id", {"7": 0}, {"12"})
 
 
