@@ -179,9 +179,7 @@ def make_plan(seconds: Seconds, minutes: float, shop: ShopSize) -> Plan:
     cap = [f for f in GRIDS["ALS"]["factors"] if f < shop.items] or [8]
     # Of a large shop few settings are tried, and not narrow ones alone: width is worth more.
     room = share["plain"] * 0.85
-    factors = [
-        f for f in cap if FITS * (als_seconds(seconds, f) + seconds.rank) <= room
-    ] or cap[:1]
+    factors = [f for f in cap if FITS * (als_seconds(seconds, f) + seconds.rank) <= room] or cap[:1]
     trial = als_seconds(seconds, factors[len(factors) // 2]) + seconds.rank
     n = max(1, int(room / trial))
     ratings = min(16, n // 4) if shop.rated else 0
