@@ -17,6 +17,7 @@ again.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from experiments.study import Stages, Variant, overrides, prepared, run_variant
 from pagellm import evaluate, pretrain, sft
@@ -88,12 +89,8 @@ def run(config: Config) -> list[dict]:
     results: dict[str, list] = {arm: [] for arm in config.arms.split(",")}
     for seed in range(config.seeds):
         for arm, scores in results.items():
-            stages = Stages(
-                config.data,
-                config.runs,
-                config.raw,
-                **options | {"pretrain": options["pretrain"] | config.options(arm)},
-            )
+            each: dict[str, Any] = options | {"pretrain": options["pretrain"] | config.options(arm)}
+            stages = Stages(config.data, config.runs, config.raw, **each)
             name = f"{config.study}/{slug(arm)}"
             path = run_variant(name, config.dataset, Variant(arm, policy="sft"), seed, stages)
             scores.append(per_user(path))

@@ -187,7 +187,8 @@ class Practice:
         """strength, hold, length for features x (N, F)."""
         world, n = self.world, len(self.world.warm)
         tried = [(s, h) for s in STRENGTHS for h in (HOLDS if self.few else HOLDS[:1])]
-        found, ridges = np.zeros(len(tried)), []
+        found = np.zeros(len(tried))
+        ridges: list = []
 
         def made(p: int, strength: float, hold: float) -> Tensor:
             mine, X, buyers = self.parts[p]

@@ -388,8 +388,8 @@ def show(records: list[dict]) -> str:
 def both(a: Catalogue, b: Catalogue) -> Catalogue:
     """The items of two catalogues, one after the other."""
     columns = ("ids", "title", "brand", "categories", "leaf", "description")
-    joint = [[*getattr(a, name), *getattr(b, name)] for name in columns]
-    return Catalogue.of(*joint, np.concatenate([a.price, b.price]))
+    joint = {name: [*getattr(a, name), *getattr(b, name)] for name in columns}
+    return Catalogue.of(**joint, price=np.concatenate([a.price, b.price]))
 
 
 def crossed_table(config: Config, shop: Shop) -> tuple[list[dict], str]:

@@ -446,8 +446,9 @@ class Model:
 
         if seen not in SEEN:
             raise PageLLMError(f"seen={seen!r}: want {' or '.join(SEEN)}")
-        as_filter = dict(exclude=ids_of(exclude), price_min=price_min, price_max=price_max)
-        as_filter["seen"] = seen
+        as_filter: dict[str, Any] = dict(
+            exclude=ids_of(exclude), price_min=price_min, price_max=price_max, seen=seen
+        )
         as_filter |= {
             name: None if value is None else ids_of(value)
             for name, value in (("categories", categories), ("in_stock", in_stock))

@@ -377,7 +377,7 @@ def nearly(files: list[RawFile]) -> str:
     """
     said = []
     for file in files:
-        found = logs.match(file.names, logs.LOG_COLUMNS, {})
+        found = logs.match(list(file.names), logs.LOG_COLUMNS, {})
         if len({"user", "item"} & found.keys()) != 1:
             continue
         has, lacks = ("user", "item") if "user" in found else ("item", "user")

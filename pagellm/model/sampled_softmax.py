@@ -112,7 +112,3 @@ def sampled_logp(
     )
     assert isinstance(logp, Tensor)
     return logp
-    assert isinstance(logp, Tensor)
-    return logp
-    assert isinstance(logp, Tensor)
-    return logp
