@@ -78,7 +78,6 @@ class Config:
 
 def run(config: Config) -> list[dict]:
     """Train and score every row and seed, print the table, return its records."""
-    prepared(config.dataset, config.raw, config.data, config.preset)
     options = {
         name: overrides(module, getattr(config, name))
         for name, module in (("pretrain", pretrain), ("sft", sft), ("evaluate", evaluate))
@@ -86,6 +85,7 @@ def run(config: Config) -> list[dict]:
     for name, chosen in options.items():
         if fixed := FIXED & set(chosen):
             raise PageLLMError(f"--{name} must not set {', '.join(sorted(fixed))}: the study does")
+    prepared(config.dataset, config.raw, config.data, config.preset)
     results: dict[str, list] = {arm: [] for arm in config.arms.split(",")}
     for seed in range(config.seeds):
         for arm, scores in results.items():

@@ -239,5 +239,7 @@ def test_moments_of_lazy_rows_survive_a_checkpoint():
 
 def test_lazy_rows_are_refused_in_several_processes(monkeypatch):
     monkeypatch.setattr(dist, "world", lambda: 2)
-    with pytest.raises(PageLLMError, match="lazy_rows works in one process only"):
+    with pytest.raises(
+        PageLLMError, match="lazy_rows works in one process, or with --parallel rows"
+    ):
         optimiser(model_of(0), 1e-3, lazy=True)

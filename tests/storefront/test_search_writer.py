@@ -102,7 +102,10 @@ def test_its_keywords_pass_the_gates_and_its_titles_are_forms_of_the_template(st
     context = store.known.context(store.shop.user_ids[11])
     told, intents, used = open_rows_of(front, context, store.layout)
     answers = search.themes([told], [intents], [used])[0]
-    assert len(answers) == len(intents) and all(a.seconds > 0 for a in answers)
+    drafts = search.template.themes([told], [intents], [used])[0]
+    # A small shop runs out of themes: then rows are left to their fallback.
+    assert len(answers) == sum(draft.value is not None for draft in drafts) >= len(intents) - 1
+    assert all(answer.seconds > 0 for answer in answers)
     titles = [answer.value.title for answer in answers]
     assert len(set(titles)) == len(titles)
     themes = [answer.value for answer in answers]
