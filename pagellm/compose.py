@@ -98,7 +98,7 @@ class Config(StageConfig):
     networks: int = 2  # outcome networks with different random starts; their probabilities are
     # averaged
     fold_users: int = 6000  # users of a fold that the networks learn from, drawn at random; 0: all
-    eval_users: int = 2000  # validation users on whose rows the way of composing pages is chosen;
+    eval_users: int = 6000  # validation users on whose rows the way of composing pages is chosen;
     # 0: all
     k: int = 20  # slots of a page
     depth: int = 100  # ranks that validation scores for each user: the page and what follows it

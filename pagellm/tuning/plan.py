@@ -220,6 +220,6 @@ def make_plan(seconds: Seconds, minutes: float, shop: ShopSize) -> Plan:
         sft_steps=steps if steps >= LEAST else 0,
         ppo=min(60, ppo) if ppo >= LEAST else 0,
         fold_users=int(min(6000, max(500, each * 0.35 / FOLD_USER / 2))),
-        eval_users=int(min(3000, max(1000, each * 0.65 / ASKED_USER))),
+        eval_users=int(min(6000, max(2000, each * 0.65 / ASKED_USER))),
         seconds=asdict(seconds),
     )
