@@ -139,7 +139,7 @@ def verdict(low: float, high: float, value: float) -> str:
         return "ahead"
     if low >= -SHARE * abs(value):
         return "level"
-    return "unclear" if high > 0 else "behind"
+    return "unclear" if high >= 0 else "behind"
 
 
 def verdicts(

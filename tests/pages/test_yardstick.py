@@ -72,7 +72,7 @@ def test_the_table_names_every_base_and_its_methods(frontier):
         (0.0, 0.2, 1.0, "level"),
         (-0.01, 0.2, 1.0, "level"),
         (-0.0101, 0.2, 1.0, "unclear"),
-        (-0.0101, 0.0, 1.0, "behind"),
+        (-0.0101, 0.0, 1.0, "unclear"),  # it holds 0
         (-0.0101, 0.2, -2.0, "level"),
         (-0.3, -0.2, 1.0, "behind"),
     ],
