@@ -25,6 +25,7 @@ import faulthandler
 import gc
 import gzip
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -1033,6 +1034,9 @@ def little_memory(megabytes: int) -> None:
 def nobody() -> None:
     """Give up root's rights: root may write into a read-only directory."""
     if os.getuid() == 0:
+        # Arrow imports it on demand, and without rights this may fail half-way.
+        with contextlib.suppress(ImportError):
+            importlib.import_module("pandas")
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
