@@ -20,7 +20,7 @@ from experiments.study import Stages, Variant, overrides, print_table, study
 from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.pages.tables import ALL_COLUMNS, compare, compare_seeds, save, write_table
 from pagellm.stage.command import main
-from pagellm.stage.config import Options, PageLLMError, check
+from pagellm.stage.config import Options, check
 
 __all__ = ["Config", "PAIRS", "TABLE5", "run"]
 
@@ -81,10 +81,9 @@ class Config:
 
 def run(config: Config) -> list[dict]:
     """Train and compare the rows. Returns the records of compare_seeds."""
-    options = {name: overrides(module, getattr(config, name)) for name, module in STAGES.items()}
-    for name, chosen in options.items():
-        if fixed := FIXED & set(chosen):
-            raise PageLLMError(f"--{name} must not set {', '.join(sorted(fixed))}: the study does")
+    options = {
+        name: overrides(module, getattr(config, name), FIXED) for name, module in STAGES.items()
+    }
     stages = Stages(config.data, config.runs, config.raw, config.preset, **options)
     results = study(config.study, config.dataset, SETS[config.rows], range(config.seeds), stages)
     records = compare_seeds(results, ALL_COLUMNS)

@@ -49,6 +49,9 @@ ROWS = ("GPT-2", "Llama", "Llama + LoRA")
 RANKING = ("Recall@20", "Recall@40", "NDCG@100")
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "evaluate": evaluate}
 
+FIXED = {"dataset", "run", "data", "runs", "seed", "device", "source_run", "reward_run", "policies"}
+FIXED |= {"size", "weights", "bpe", "lora_rank", "lora_alpha", "lora_targets"}  # set by the study
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -107,27 +110,7 @@ class Config:
 
     def options(self, stage: str) -> dict:
         """Fields that --<stage> sets. Raises PageLLMError for those that the study sets itself."""
-        found = overrides(STAGES[stage], getattr(self, stage))
-        fixed = set(found) & {
-            "dataset",
-            "run",
-            "data",
-            "runs",
-            "seed",
-            "device",
-            "source_run",
-            "reward_run",
-            "size",
-            "weights",
-            "bpe",
-            "lora_rank",
-            "lora_alpha",
-            "lora_targets",
-            "policies",
-        }
-        if fixed:
-            raise PageLLMError(f"--{stage} must not set {', '.join(sorted(fixed))}: the study does")
-        return found
+        return overrides(STAGES[stage], getattr(self, stage), FIXED)
 
 
 def alone(module, **options) -> None:

@@ -193,14 +193,9 @@ def run(config: Config) -> list[dict]:
     data = Path(config.data)
     prepared(config.dataset, config.raw, config.data, config.preset)
     options: dict[str, Any] = {
-        name: overrides(module, getattr(config, name)) for name, module in STAGES.items()
+        name: overrides(module, getattr(config, name), FIXED) for name, module in STAGES.items()
     }
-    plainly = overrides(compare, config.baselines)
-    for name, chosen in (*options.items(), ("baselines", plainly)):
-        if FIXED & set(chosen):
-            raise PageLLMError(
-                f"--{name} must not set {', '.join(sorted(FIXED & set(chosen)))}: the study does"
-            )
+    plainly = overrides(compare, config.baselines, FIXED)
     options["evaluate"]["mask"] = MASK
     stages = Stages(config.data, config.runs, config.raw, **options)
     shared: dict[str, Any] = {

@@ -308,8 +308,7 @@ def aligned(
 def run(config: Config) -> list[dict]:
     data = Path(config.data)
     for stage, module in (("pretrain", pretrain), ("sft", sft)):
-        if fixed := FIXED & set(overrides(module, getattr(config, stage))):
-            raise PageLLMError(f"--{stage} must not set {', '.join(sorted(fixed))}: the study does")
+        overrides(module, getattr(config, stage), FIXED)
     for name, raw in ((config.dataset, config.raw), (config.target, config.target_raw)):
         if name:
             prepared(name, raw, config.data, config.preset)

@@ -242,8 +242,7 @@ def scored(
 
 def run(config: Config) -> list[dict]:
     for stage, module in (("prepare", prepare), ("pretrain", pretrain), ("sft", sft)):
-        if fixed := FIXED & set(overrides(module, getattr(config, stage))):
-            raise PageLLMError(f"--{stage} must not set {', '.join(sorted(fixed))}: the study does")
+        overrides(module, getattr(config, stage), FIXED)
     later, name = str(Path(config.data) / "temporal"), config.dataset
     for folder, split in ((config.data, "random"), (later, "temporal")):
         if not (Path(folder) / config.dataset / "source.json").exists():

@@ -85,10 +85,7 @@ class Config:
             temperature=(self.temperature > 0, "above 0"),
         )
         for stage, module in STAGES.items():
-            if fixed := FIXED & set(overrides(module, getattr(self, stage))):
-                raise PageLLMError(
-                    f"--{stage} must not set {', '.join(sorted(fixed))}: the study does"
-                )
+            overrides(module, getattr(self, stage), FIXED)
 
 
 def run(config: Config) -> list[dict]:

@@ -23,7 +23,7 @@ from experiments.study import Stages, Variant, overrides, prepared, run_variant
 from pagellm import evaluate, pretrain, sft
 from pagellm.pages.tables import compare_seeds, markdown, per_user, write_table
 from pagellm.stage.command import main
-from pagellm.stage.config import Options, PageLLMError, check
+from pagellm.stage.config import Options, check
 from pagellm.stage.files import atomic, slug
 
 __all__ = ["ARMS", "Config", "run"]
@@ -79,12 +79,9 @@ class Config:
 def run(config: Config) -> list[dict]:
     """Train and score every row and seed, print the table, return its records."""
     options = {
-        name: overrides(module, getattr(config, name))
+        name: overrides(module, getattr(config, name), FIXED)
         for name, module in (("pretrain", pretrain), ("sft", sft), ("evaluate", evaluate))
     }
-    for name, chosen in options.items():
-        if fixed := FIXED & set(chosen):
-            raise PageLLMError(f"--{name} must not set {', '.join(sorted(fixed))}: the study does")
     prepared(config.dataset, config.raw, config.data, config.preset)
     results: dict[str, list] = {arm: [] for arm in config.arms.split(",")}
     for seed in range(config.seeds):

@@ -28,17 +28,18 @@ from typing import Any
 
 import numpy as np
 
-from experiments.study import overrides, prepared, print_table
+from experiments.study import Stages, Variant, overrides, prepared, print_table, run_variant
 from pagellm import evaluate, pretrain, sft
 from pagellm.data.shop import Shop, load
 from pagellm.pages.tables import ALL_COLUMNS, compare, compare_seeds, per_user, save, write_table
 from pagellm.stage.command import main
-from pagellm.stage.config import Options, PageLLMError, check
+from pagellm.stage.config import Options, check
 from pagellm.stage.files import slug
 from pagellm.tuning.trials import copied
 
 __all__ = ["Config", "rows_of", "run"]
 
+FIRST = "items"  # the row that others are compared with, and begin with
 ITEMS = {"use_user": False, "use_ratings": False}
 TIME = ITEMS | {"cut": "time"}
 STAGES = {"pretrain": pretrain, "sft": sft, "evaluate": evaluate}
@@ -80,7 +81,7 @@ def rows_of(shop: Shop) -> dict[str, dict[str, Any]]:
     }
     facts = [name for name, known in there.items() if known]
     rated = {"use_ratings": True} if shop.rated else {}
-    rows: dict[str, dict[str, Any]] = {"items": ITEMS, "last 6 items": ITEMS | {"max_history": 6}}
+    rows: dict[str, dict[str, Any]] = {FIRST: ITEMS, "last 6 items": ITEMS | {"max_history": 6}}
     rows["user"] = ITEMS | {"use_user": True}
     rows |= {"ratings": ITEMS | rated} if rated else {}
     rows |= {name: ITEMS | {"show": name} for name in facts}
@@ -93,31 +94,23 @@ def rows_of(shop: Shop) -> dict[str, dict[str, Any]]:
 
 def one(config: Config, options: dict, name: str, fields: dict, seed: int) -> Path:
     """Run the stages of a row that are missing; returns its per_user.parquet."""
-    timed = name.endswith(", time")
-    start = f"{config.study}/{config.dataset}-s{seed}{'-times' if timed else ''}"
-    own = f"{config.study}/{config.dataset}-s{seed}-{slug(name)}"
-    common: dict[str, Any] = {
-        "dataset": config.dataset,
-        "seed": seed,
-        "data": config.data,
-        "runs": config.runs,
-    }
-    times = {"times": config.periods} if timed else {}
-    pretrain.run(pretrain.Config(run=start, **common, **options["pretrain"] | times))
-    runs = Path(config.runs)
-    copied(runs / start / "pretrain", runs / own / "pretrain")
-    sft.run(sft.Config(run=own, **common, **options["sft"] | fields))
-    scoring: dict[str, Any] = {"examples": 0, "quiet": True} | options["evaluate"]
-    evaluate.run(evaluate.Config(run=own, policies="sft", **common, **scoring))
-    return runs / own / "evaluate" / "sft" / "per_user.parquet"
+    runs, study = Path(config.runs), f"{config.study}/{slug(name)}"
+    each: dict[str, Any] = options | {"sft": options["sft"] | fields}
+    if name.endswith(", time"):
+        each["pretrain"] = options["pretrain"] | {"times": config.periods}
+    elif name != FIRST:  # all of these begin at one pre-trained model
+        run = f"{study}/{config.dataset}-s{seed}"
+        begin = runs / config.study / FIRST / f"{config.dataset}-s{seed}" / "pretrain"
+        copied(begin, runs / run / "pretrain", {"run": run})
+    stages = Stages(config.data, config.runs, config.raw, config.preset, **each)
+    return run_variant(study, config.dataset, Variant(name, policy="sft"), seed, stages)
 
 
 def run(config: Config) -> list[dict]:
     """Train and compare the rows. Returns the records of compare_seeds."""
-    options = {name: overrides(module, getattr(config, name)) for name, module in STAGES.items()}
-    for name, chosen in options.items():
-        if fixed := FIXED & set(chosen):
-            raise PageLLMError(f"--{name} must not set {', '.join(sorted(fixed))}: the study does")
+    options = {
+        name: overrides(module, getattr(config, name), FIXED) for name, module in STAGES.items()
+    }
     prepared(config.dataset, config.raw, config.data, config.preset)
     rows = rows_of(load(Path(config.data) / config.dataset))
     results = {
@@ -128,10 +121,10 @@ def run(config: Config) -> list[dict]:
     path = Path(config.runs) / config.study / f"{config.dataset}.parquet"
     write_table(path, records)
     heading = (
-        f"{config.dataset}: {config.seeds} seeds; paired difference to 'items' with its 95% "
+        f"{config.dataset}: {config.seeds} seeds; paired difference to {FIRST!r} with its 95% "
         "interval (bootstrap over seeds and users) and effect size d"
     )
-    save(path.with_suffix(""), compare(results, ALL_COLUMNS, "items"), heading)
+    save(path.with_suffix(""), compare(results, ALL_COLUMNS, FIRST), heading)
     print(f"{print_table(records)}\n\n{heading}\n{path}")
     return records
 

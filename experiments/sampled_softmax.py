@@ -18,7 +18,7 @@ from experiments.study import Stages, Variant, overrides, run_variant
 from pagellm import pretrain, sft
 from pagellm.pages.tables import COLUMNS, compare_seeds, per_user, spread, write_table
 from pagellm.stage.command import main
-from pagellm.stage.config import Options, PageLLMError, check, check_numbers
+from pagellm.stage.config import Options, check, check_numbers
 
 __all__ = ["Config", "run"]
 
@@ -47,10 +47,7 @@ class Config:
             seeds=(self.seeds > 0, "1 or more"),
         )
         for stage, module in (("pretrain", pretrain), ("sft", sft)):
-            if fixed := FIXED & set(overrides(module, getattr(self, stage))):
-                raise PageLLMError(
-                    f"--{stage} must not set {', '.join(sorted(fixed))}: the study does"
-                )
+            overrides(module, getattr(self, stage), FIXED)
 
 
 def run(config: Config) -> list[dict]:

@@ -21,7 +21,7 @@ an example. Its table has to lie in <runs>/<study>/<dataset>-*.parquet for `make
 """
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,12 +72,12 @@ class Stages:
     evaluate: dict = field(default_factory=dict)
 
 
-def overrides(module, text: str) -> dict:
+def overrides(module, text: str, fixed: Collection[str] = ()) -> dict:
     """Options of a stage that differ from its defaults: "--lr 0.1 --k 10" -> {"lr": 0.1, "k": 10}.
 
     Such a text is in a study's field of type Options. Where the study runs as a command, `parse`
     has put the data set's preset before what was typed: "@toys/sft --lr 0.1". Raises PageLLMError
-    for what is no option of the stage.
+    for what is no option of the stage, and for one of `fixed`, which the study sets itself.
     """
     verb = next(verb for verb, name in VERBS.items() if name == module.__name__)
     config, default = parse(module.Config, shlex.split(text), f"pagellm {verb}"), module.Config()
@@ -91,6 +91,8 @@ def overrides(module, text: str) -> dict:
             f"--{verb} must not set preset\n  Name it as @{found['preset']}, or switch presets off "
             "for the whole study: --preset none"
         )
+    if refused := set(fixed) & set(found):
+        raise PageLLMError(f"--{verb} must not set {', '.join(sorted(refused))}: the study does")
     return found
 
 

@@ -48,7 +48,7 @@ def test_every_row_is_trained_with_its_own_prompts(served, tmp_path, capsys, mon
     assert "paired difference to 'items'" in capsys.readouterr().out
 
     def policy(name):
-        return Policy.load(tmp_path / "prompts" / f"synthetic-s0-{slug(name)}" / "sft")
+        return Policy.load(tmp_path / "prompts" / slug(name) / "synthetic-s0" / "sft")
 
     assert policy("items").vocab.shown == () and policy("category").vocab.shown == ("category",)
     assert not policy("items").style.use_user and policy("cut by time, time").vocab.times == 4
