@@ -253,12 +253,12 @@ def test_calibration_bends_where_rare_picks_are_more_frequent_than_a_line_says()
     assert max(stats.reliability(straight(p, others), picked, there)) > 1.25
 
 
-@STEADY
-@given(st.integers(0, 10_000))
-def test_calibration_keeps_the_order_of_its_sum(seed):
-    rng = np.random.default_rng(seed)
-    p, others = rng.random(400) * 0.3 + 0.01, rng.standard_normal((400, 1))
-    picked = rng.random(400) < rng.random(400) ** rng.integers(1, 4)
-    scale = Calibration.fit(p, others, picked)
+def test_calibration_keeps_the_order_of_its_sum_also_where_low_chances_are_picked_most():
+    """The lowest third is picked the more often the lower it is: a slope of its own would fall."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(0.0, 1.5, 20_000)
+    true = z + 3.0 * np.maximum(-0.5 - z, 0.0)
+    p, others = 1 / (1 + np.exp(-z)), np.zeros((len(z), 0))
+    scale = Calibration.fit(p, others, rng.random(len(z)) < 1 / (1 + np.exp(-true)))
     order = np.argsort(scale.sum(p, others))
-    assert (np.diff(scale(p, others)[order]) >= -1e-12).all()
+    assert (np.diff(scale(p, others)[order]) >= 0).all()
