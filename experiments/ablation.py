@@ -7,6 +7,10 @@
 --rows hits     not in the paper: SFT's loss added to PPO's, and a reward for hits on hidden train
                 items beside the learnt one
 
+The same with an item head that knows outcomes, and without hits, which would pay for train items:
+
+    python -m experiments.ablation --ppo "--item_reward outcome --w_hit 0"
+
 Writes runs/<study>/<dataset>-<rows>.parquet and prints it; Markdown and LaTeX with effect sizes lie
 in runs/<study>/<dataset>-<rows>/table.{md,tex,parquet}. About six minutes a seed on the synthetic
 shop with two cores. Rows already done are not run again.
@@ -17,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.study import Stages, Variant, overrides, print_table, study
-from pagellm import evaluate, ppo, pretrain, reward, sft
+from pagellm import compose, evaluate, ppo, pretrain, reward, sft
 from pagellm.pages.tables import ALL_COLUMNS, compare, compare_seeds, save, write_table
 from pagellm.stage.command import main
 from pagellm.stage.config import Options, check
@@ -47,7 +51,14 @@ HITS = [
     Variant("SFT's loss, hits", ppo=KEEP | {"w_hit": 3.0, "w_token": 0.0, "w_page": 0.0}),
 ]
 SETS = {"table5": TABLE5, "pairs": PAIRS, "hits": HITS}
-STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "evaluate": evaluate}
+STAGES = {
+    "pretrain": pretrain,
+    "sft": sft,
+    "reward": reward,
+    "compose": compose,
+    "ppo": ppo,
+    "evaluate": evaluate,
+}
 FIXED = {"dataset", "run", "data", "runs", "seed", "source_run"}  # fields that the study sets
 
 
@@ -68,6 +79,8 @@ class Config:
     pretrain: Options = Options("")  # options for that stage in every row, as on its command line
     sft: Options = Options("")  # options for sft
     reward: Options = Options("")  # options for reward
+    compose: Options = Options("")  # options for compose, which runs where --ppo says
+    # "--item_reward outcome": its outcome model then pays the slots
     ppo: Options = Options("")  # options for ppo, e.g. "--epochs 1"
     evaluate: Options = Options("")  # options for evaluate
 

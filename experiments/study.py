@@ -10,7 +10,8 @@
     print(print_table(records))
 
 Variants of one seed share pretrain and sft, in the run <study>/<dataset>-s<seed>. They also share
-the reward model, unless a variant has options for it. Stages that are done are not run again.
+the reward model, unless a variant has options for it, and the outcome model of the stage compose,
+where a variant is paid by it (--item_reward outcome). Stages that are done are not run again.
 
 Each variant is compared with the first one: the difference for each user, and its 95% interval from
 a two-level bootstrap (seeds, then users), because both vary.
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from pagellm import evaluate, ppo, pretrain, reward, sft
+from pagellm import compose, evaluate, ppo, pretrain, reward, sft
 from pagellm.__main__ import VERBS
 from pagellm.data import prepare
 from pagellm.pages.tables import per_user
@@ -68,6 +69,7 @@ class Stages:
     pretrain: dict = field(default_factory=dict)  # fields of that stage's Config
     sft: dict = field(default_factory=dict)
     reward: dict = field(default_factory=dict)
+    compose: dict = field(default_factory=dict)  # run only where the outcome reward pays PPO
     ppo: dict = field(default_factory=dict)
     evaluate: dict = field(default_factory=dict)
 
@@ -129,16 +131,12 @@ def run_variant(name: str, dataset: str, variant: Variant, seed: int, stages: St
             )
         )
         own = f"{base}-{slug(variant.name)}"
-        ppo.run(
-            ppo.Config(
-                run=own,
-                source_run=base,
-                reward_run=judge,
-                **common,
-                # A study asks what training does, whatever the gate before it would say.
-                **{"force": True} | stages.ppo | variant.ppo,
-            )
-        )
+        # A study asks what training does, whatever the gate before it would say.
+        fields: dict[str, Any] = {"force": True} | stages.ppo | variant.ppo
+        config = ppo.Config(run=own, source_run=base, reward_run=judge, **common, **fields)
+        if config.reads_outcome:
+            compose.run(compose.Config(run=base, **common, **stages.compose))
+        ppo.run(config)
     scoring: dict[str, Any] = {"examples": 0, "quiet": True} | stages.evaluate
     evaluate.run(
         evaluate.Config(run=own, source_run=base, policies=variant.policy, **common, **scoring)

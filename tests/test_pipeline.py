@@ -482,6 +482,31 @@ def test_the_ablation_runs_its_rows_once(root, capsys):
         ablation.run(dataclasses.replace(own, ppo="--seed 4"))
 
 
+def test_the_ablation_fits_an_outcome_model_where_one_pays(root):
+    """One for each seed, read by the rows whose slots it pays."""
+    short = SMALL | {"ppo": SMALL["ppo"] | {"epochs": 0.4, "eval_every": 10}}
+    options = {
+        s: " ".join(f"--{k} {v}" for k, v in (short[s] | {"device": "cpu"}).items()) for s in STAGES
+    }
+    options["ppo"] += " --item_reward outcome"
+    ablation.run(
+        ablation.Config(
+            data=str(root / "data"),
+            runs=str(root / "runs"),
+            study="paid",
+            seeds=1,
+            compose="--folds 1 --networks 1 --k 6 --depth 40",
+            **options,
+        )
+    )
+    models = list((root / "runs" / "paid").glob("*/compose/model.pt"))
+    assert [path.parent.parent.name for path in models] == ["synthetic-s0"]
+    for row, reads in (("mixed", True), ("item-only", True), ("page-only", False)):
+        run = root / "runs" / "paid" / f"synthetic-s0-{row}"
+        said = json.loads((run / "ppo" / "config.json").read_text())
+        assert ("compose" in said["inputs"]) == reads, row
+
+
 def test_pages_begin_as_the_factorisation_and_learn_on(root):
     """rows=als with pool, through all stages; before any step SFT ranks as mean rows do, and beats
     random rows.
