@@ -38,7 +38,7 @@ SHOWN := $(if $(OWN_LOG),$(VENV)/installed,$(DONE)/evaluate/done)
 STAGES := pretrain sft reward ppo compose evaluate
 STEPS := $(addprefix storefront-,build tune evaluate cache page label)
 VERBS := fit tune recommend serve export features search baselines storefront $(STEPS) judge ope
-STUDIES := ablation backbones coldstart crossdomain drift leaveout repeats updates
+STUDIES := ablation backbones coldstart crossdomain drift leaveout repeats stages updates
 OF_A_RUN := ranker caches load fuzz
 MEASURES := torture gpu-check scaling bench seeds
 .PHONY: $(STUDIES) $(OF_A_RUN) $(MEASURES) $(shell sed -n 's/^\([a-z-]*\)[ :].*  ##.*/\1/p' Makefile)
