@@ -20,9 +20,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.study import Stages, Variant, overrides, print_table, study
+from experiments.study import Stages, Variant, overrides, publish, study
 from pagellm import compose, evaluate, ppo, pretrain, reward, sft
-from pagellm.pages.tables import ALL_COLUMNS, compare, compare_seeds, save, write_table
 from pagellm.stage.command import main
 from pagellm.stage.config import Options, check
 
@@ -99,16 +98,8 @@ def run(config: Config) -> list[dict]:
     }
     stages = Stages(config.data, config.runs, config.raw, config.preset, **options)
     results = study(config.study, config.dataset, SETS[config.rows], range(config.seeds), stages)
-    records = compare_seeds(results, ALL_COLUMNS)
     path = Path(config.runs) / config.study / f"{config.dataset}-{config.rows}.parquet"
-    write_table(path, records)
-    heading = (
-        f"{config.dataset}: {config.seeds} seeds; paired difference to {records[0]['variant']!r} "
-        "with its 95% interval (bootstrap over seeds and users) and effect size d"
-    )
-    save(path.with_suffix(""), compare(results, ALL_COLUMNS, records[0]["variant"]), heading)
-    print(f"{print_table(records)}\n\n{heading}\n{path}")
-    return records
+    return publish(results, path, config.dataset)
 
 
 if __name__ == "__main__":

@@ -16,22 +16,27 @@ says of its prompts holds, whatever --sft says.
     cut by time, time   that, and the period of the page (pretrain --times): compare it with the row
                         above
 
-Facts that the shop does not have are left out. Writes runs/<study>/<dataset>.parquet and prints it;
-Markdown and LaTeX with effect sizes lie in runs/<study>/<dataset>/. A minute a row and seed on the
-synthetic shop. Rows already done are not run again.
+Facts that the shop does not have are left out. Where so many facts of 24 items do not fit in the
+context, a row shows as many items as fit, and says so.
+
+Writes runs/<study>/<dataset>.parquet and prints it; Markdown and LaTeX with effect sizes lie in
+runs/<study>/<dataset>/. A minute a row and seed on the synthetic shop. Rows already done are not
+run again.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.study import Stages, Variant, overrides, prepared, print_table, run_variant
+from experiments.study import Stages, Variant, overrides, prepared, publish, run_variant
 from pagellm import evaluate, pretrain, sft
 from pagellm.data.shop import Shop, load
-from pagellm.pages.tables import ALL_COLUMNS, compare, compare_seeds, per_user, save, write_table
+from pagellm.pages.tables import per_user
+from pagellm.pages.truth import PageMaker
+from pagellm.stage import hints
 from pagellm.stage.command import main
 from pagellm.stage.config import Options, check
 from pagellm.stage.files import slug
@@ -92,7 +97,19 @@ def rows_of(shop: Shop) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def one(config: Config, options: dict, name: str, fields: dict, seed: int) -> Path:
+def fitting(config: sft.Config, before: Path, shop: Shop) -> int:
+    """Items of history that fit in the context beside a page: config.max_history, or fewer."""
+    maker = PageMaker(shop, config.shrink)
+    one, two = (
+        sft.new_policy(replace(config, max_history=n), before, maker, shop, "cpu") for n in (1, 2)
+    )
+    page = max(config.k, min(max(1, int(maker.train.counts().max())), config.max_page))
+    each = two.prompts.page_room - one.prompts.page_room
+    left = one.model.shape.n_ctx - page - one.prompts.page_room
+    return min(config.max_history, 1 + left // each)
+
+
+def one(config: Config, options: dict, name: str, fields: dict, seed: int, shop: Shop) -> Path:
     """Run the stages of a row that are missing; returns its per_user.parquet."""
     runs, study = Path(config.runs), f"{config.study}/{slug(name)}"
     each: dict[str, Any] = options | {"sft": options["sft"] | fields}
@@ -102,6 +119,10 @@ def one(config: Config, options: dict, name: str, fields: dict, seed: int) -> Pa
         run = f"{study}/{config.dataset}-s{seed}"
         begin = runs / config.study / FIRST / f"{config.dataset}-s{seed}" / "pretrain"
         copied(begin, runs / run / "pretrain", {"run": run})
+        wanted = sft.Config(dataset=config.dataset, data=config.data, **each["sft"])
+        if (fits := fitting(wanted, begin, shop)) < wanted.max_history:
+            print(f"{name}: the context has room for {hints.counted(fits, 'item')} of history")
+            each["sft"] |= {"max_history": fits}
     stages = Stages(config.data, config.runs, config.raw, config.preset, **each)
     return run_variant(study, config.dataset, Variant(name, policy="sft"), seed, stages)
 
@@ -112,21 +133,16 @@ def run(config: Config) -> list[dict]:
         name: overrides(module, getattr(config, name), FIXED) for name, module in STAGES.items()
     }
     prepared(config.dataset, config.raw, config.data, config.preset)
-    rows = rows_of(load(Path(config.data) / config.dataset))
+    shop = load(Path(config.data) / config.dataset)
+    rows = rows_of(shop)
     results = {
-        name: [per_user(one(config, options, name, row, seed)) for seed in range(config.seeds)]
+        name: [
+            per_user(one(config, options, name, row, seed, shop)) for seed in range(config.seeds)
+        ]
         for name, row in rows.items()
     }
-    records = compare_seeds(results, ALL_COLUMNS)
     path = Path(config.runs) / config.study / f"{config.dataset}.parquet"
-    write_table(path, records)
-    heading = (
-        f"{config.dataset}: {config.seeds} seeds; paired difference to {FIRST!r} with its 95% "
-        "interval (bootstrap over seeds and users) and effect size d"
-    )
-    save(path.with_suffix(""), compare(results, ALL_COLUMNS, FIRST), heading)
-    print(f"{print_table(records)}\n\n{heading}\n{path}")
-    return records
+    return publish(results, path, config.dataset)
 
 
 if __name__ == "__main__":

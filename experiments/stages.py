@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.study import overrides, prepared, print_table
+from experiments.study import overrides, prepared, publish
 from pagellm import compose, evaluate, ppo, pretrain, sft
-from pagellm.pages.tables import ALL_COLUMNS, compare, compare_seeds, per_user, save, write_table
+from pagellm.pages.tables import per_user
 from pagellm.stage.command import main
 from pagellm.stage.config import Options, check
 from pagellm.stage.files import slug
@@ -144,17 +144,8 @@ def run(config: Config) -> list[dict]:
         name: [per_user(one(config, options, name, seed)) for seed in range(config.seeds)]
         for name in config.names
     }
-    records = compare_seeds(results, ALL_COLUMNS)
     path = Path(config.runs) / config.study / f"{config.dataset}.parquet"
-    write_table(path, records)
-    first = config.names[0]
-    heading = (
-        f"{config.dataset}: {config.seeds} seeds; paired difference to {first!r} with its 95% "
-        "interval (bootstrap over seeds and users) and effect size d"
-    )
-    save(path.with_suffix(""), compare(results, ALL_COLUMNS, first), heading)
-    print(f"{print_table(records)}\n\n{heading}\n{path}")
-    return records
+    return publish(results, path, config.dataset)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@
         Variant("without reward", policy="sft"),
     ]
     results = study("ablation", "synthetic", rows, seeds=range(3))
-    records = compare_seeds(results, ("NDCG@100", "ILD"))
-    print(print_table(records))
+    records = publish(results, Path("runs/ablation/synthetic-mine.parquet"), "synthetic")
 
 Variants of one seed share pretrain and sft, in the run <study>/<dataset>-s<seed>. They also share
 the reward model, unless a variant has options for it, and the outcome model of the stage compose,
@@ -17,12 +16,12 @@ Each variant is compared with the first one: the difference for each user, and i
 a two-level bootstrap (seeds, then users), because both vary.
 
 To add a study, write experiments/<name>.py with a list of Variants, a Config and a run(config) that
-calls study, and compare_seeds and write_table of pagellm.pages.tables; experiments/ablation.py is
-an example. Its table has to lie in <runs>/<study>/<dataset>-*.parquet for `make report` to show it.
+calls study and publish; experiments/ablation.py is an example. Its table has to lie in
+<runs>/<study>/<dataset>-*.parquet for `make report` to show it.
 """
 
 import shlex
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,8 @@ import numpy as np
 from pagellm import compose, evaluate, ppo, pretrain, reward, sft
 from pagellm.__main__ import VERBS
 from pagellm.data import prepare
-from pagellm.pages.tables import per_user
+from pagellm.pages.tables import ALL_COLUMNS, compare, compare_seeds, per_user, save, write_table
+from pagellm.stage import hints
 from pagellm.stage.config import PageLLMError, parse
 from pagellm.stage.files import slug
 
@@ -42,6 +42,7 @@ __all__ = [
     "overrides",
     "prepared",
     "print_table",
+    "publish",
     "run_variant",
     "study",
 ]
@@ -162,6 +163,34 @@ def study(
         v.name: [per_user(run_variant(name, dataset, v, seed, stages)) for seed in seeds]
         for v in variants
     }
+
+
+def publish(
+    results: dict[str, list[dict[str, np.ndarray]]],
+    path: Path,
+    dataset: str,
+    note: str = "",
+    more: Mapping[str, dict] | None = None,
+) -> list[dict]:
+    """Compare the rows with the first one, write the table and print it.
+
+    results  name -> for each seed what `tables.per_user` reads
+    path     of the Parquet table; Markdown and LaTeX with effect sizes lie beside it, in a
+             directory of this name without its suffix
+    note     a line to print under the table
+    more     name -> further columns of its rows in the Parquet table
+    returns  the records of compare_seeds
+    """
+    records = compare_seeds(results, ALL_COLUMNS)
+    write_table(path, [record | (more or {}).get(record["variant"], {}) for record in records])
+    first, seeds = next(iter(results)), len(next(iter(results.values())))
+    heading = (
+        f"{dataset}: {hints.counted(seeds, 'seed')}; paired difference to {first!r} with its 95% "
+        "interval (bootstrap over seeds and users) and effect size d"
+    )
+    save(path.with_suffix(""), compare(results, ALL_COLUMNS, first), heading)
+    print("\n".join([print_table(records), "", *filter(None, [note]), heading, str(path)]))
+    return records
 
 
 def print_table(records: list[dict]) -> str:

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from experiments import prompt_study
+from pagellm import sft
+from pagellm.data.shop import load
 from pagellm.model.policy import Policy
+from pagellm.pages.truth import PageMaker
 from pagellm.stage.config import Options, PageLLMError
 from pagellm.stage.files import slug
 
@@ -52,6 +55,21 @@ def test_every_row_is_trained_with_its_own_prompts(served, tmp_path, capsys, mon
 
     assert policy("items").vocab.shown == () and policy("category").vocab.shown == ("category",)
     assert not policy("items").style.use_user and policy("cut by time, time").vocab.times == 4
+
+
+def test_a_history_is_as_long_as_the_context_holds(served, capsys):
+    """The nano network has room for 24 bare items, and for fewer with all their facts."""
+    data, before = served / "data", served / "runs" / "base" / "pretrain"
+    shop = load(data / "synthetic")
+    bare = sft.Config(data=str(data), max_page=40, max_history=24, use_ratings=False)
+    assert prompt_study.fitting(bare, before, shop) == 24
+    full = replace(bare, show="category,brand,price", use_ratings=True, max_history=2000)
+    fits = prompt_study.fitting(full, before, shop)
+    maker = PageMaker(shop, 0.0)
+    policy = sft.new_policy(replace(full, max_history=fits), before, maker, shop, "cpu")
+    with pytest.raises(PageLLMError, match=f"a history of {fits + 1} items"):
+        sft.new_policy(replace(full, max_history=fits + 1), before, maker, shop, "cpu")
+    assert policy.style.max_history == fits < 2000
 
 
 def test_what_the_study_sets_itself_is_refused():
