@@ -20,67 +20,47 @@ Every trial runs in a forked child, so this process must have no other threads: 
 Prints what was tried. Exits with 1, and says what broke, if anything did.
 """
 
-import contextlib
-import faulthandler
 import gc
-import gzip
-import hashlib
-import importlib
 import json
 import os
-import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from experiments.stress import silent
-from pagellm import evaluate, ppo, pretrain, reward, sft
-from pagellm.data import prepare, synthetic
-from pagellm.data.amazon import parse_item, parse_review
-from pagellm.data.logs import ITEM_COLUMNS, LOG_COLUMNS, match, read_items, read_log
-from pagellm.data.records import Tally, parsed
-from pagellm.data.sequences import read_sequences
+from experiments.stress.children import (
+    Outcome,
+    children_of,
+    die_after,
+    die_at,
+    die_where,
+    forked,
+    limited_files,
+    little_memory,
+    nobody,
+    small_disk,
+    watchers,
+)
+from experiments.stress.malformed import every_input
+from experiments.stress.trials import SMALL, VERBS, Trials, merged
+from pagellm import sft
 from pagellm.stage.command import main
-from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.config import check
 
-__all__ = ["Config", "Trials", "fuzzed_line", "merged", "run"]
+__all__ = ["Config", "Suites", "run"]
 
 
 SUITES = ("kill", "signal", "fault", "ranks", "input", "silent", "soak")
-VERBS = {
-    "prepare": prepare,
-    "pretrain": pretrain,
-    "sft": sft,
-    "reward": reward,
-    "ppo": ppo,
-    "evaluate": evaluate,
-}
-# Presets would override what makes a shop and its networks this small.
-SMALL = {
-    "prepare": "--users 60 --items 40",
-    "pretrain": "--size nano --steps 8 --batch 8 --rating_batch 8 --words 300 --warmup 2 "
-    "--save_every 2",
-    "sft": "--epochs 2 --batch 16 --eval_every 3 --max_history 8 --warmup 2 --k 6 --save_every 2",
-    "reward": "--per_kind 1 --batch 16 --warmup 2 --save_every 2",
-    "ppo": "--epochs 1 --rollout 16 --minibatch 8 --micro 4 --inner_epochs 2 --k 6 --eval_every 2 "
-    "--critic_warmup 4 --lr 1e-3 --min_steps 8 --save_every 2 --gate_users 8 --force true",
-    "evaluate": "--policies popularity,sft,ppo --k 6 --depth 40 --n_boot 50 --examples 1",
-}
-SMALL = {verb: f"--preset none {options}" for verb, options in SMALL.items()}
 
 
 # Critical moments for a kill: the file operation that comes next, as `operations` describes it.
@@ -118,242 +98,14 @@ class Config:
         )
 
 
-@dataclass
-class Outcome:
-    """How a child ended: exit code, or minus the signal that ended it; output; file operations."""
-
-    code: int
-    text: str
-    operations: int
-    seconds: float
-    peak_mb: float
-
-
-TRIAL_SECONDS = (
-    180  # a trial that takes longer counts as hanging: its stack is printed, it is killed
-)
-
-
-def forked(
-    folder: Path,
-    action: Callable[[], int],
-    arm: Callable[[], object] | None = None,
-    signum: int = 0,
-    after: float = 0.0,
-    patience: bool = True,
-) -> Outcome:
-    """Run action() in a forked child whose working directory is `folder`.
-
-    arm            called in the child first
-    signum, after  signal that the parent sends after so many seconds; 0: none
-    patience       kill a child that hangs, after TRIAL_SECONDS; False: wait without a limit
-    """
-    out, count = folder / ".out", folder / ".operations"
-    began = time.time()
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            os.chdir(folder)
-            handle = os.open(".out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(handle, 1)
-            os.dup2(handle, 2)
-            sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
-            # tqdm's lock is a semaphore that forked processes share. A child killed while it draws
-            # a bar would keep it, and the next bar, even one of the parent, would wait for ever.
-            tqdm.set_lock(threading.RLock())
-            faulthandler.register(signal.SIGQUIT)
-            torch.set_num_threads(1)
-            counted = operations()
-            if arm:
-                arm()
-            code = action()
-            with contextlib.suppress(OSError):  # the child may have no right or no room to write
-                Path(".operations").write_text(str(counted[0]))
-        except BaseException as error:  # an exception that `main` does not handle is a crash
-            import traceback
-
-            traceback.print_exception(error)
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    if signum:
-        time.sleep(after)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signum)
-    deadline, asked = time.time() + TRIAL_SECONDS + after, False
-    while not (ended := os.wait4(child, os.WNOHANG))[0]:
-        # print where it hangs; its end is then reported like any other
-        if time.time() > deadline and patience:
-            os.kill(child, signal.SIGKILL if asked else signal.SIGQUIT)
-            deadline, asked = deadline + 1, True
-        time.sleep(0.002)
-    _, status, usage = ended
-    text = out.read_text(errors="replace") if out.exists() else ""
-    done = int(count.read_text() or 0) if count.exists() else 0  # empty: killed while writing it
-    for path in (out, count):
-        path.unlink(missing_ok=True)
-    code = os.waitstatus_to_exitcode(status)
-    return Outcome(code, text, done, time.time() - began, usage.ru_maxrss / 1024)
-
-
-watchers: list[Callable[[int, str], None]] = []
-
-
-def operations() -> list[int]:
-    """Count this process's openings, renames and removals of files below data/ and runs/.
-
-    Calls `watchers` at each, with its number and "event path".
-    """
-    count = [0]
-
-    def hook(event: str, args: tuple) -> None:
-        if event in ("open", "os.rename", "os.remove", "os.mkdir") and isinstance(
-            args[0], str | bytes | os.PathLike
-        ):
-            path = os.fsdecode(args[0])
-            if "runs/" in path or path.startswith("data"):
-                count[0] += 1
-                for watch in watchers:
-                    watch(count[0], f"{event} {path}")
-
-    sys.addaudithook(hook)
-    return count
-
-
-def die_at(operation: int, delay: float | None) -> Callable[[], object]:
-    """Prepare a child's SIGKILL at its n-th file operation, or `delay` seconds after it."""
-
-    def watch(n: int, _what: str) -> None:
-        if n == operation:
-            die(delay)
-
-    return lambda: watchers.append(watch)
-
-
-def die(delay: float | None) -> None:
-    """Kill this process now, or in `delay` seconds by an alarm; no handler or cleanup runs."""
-    if delay is None:
-        os.kill(os.getpid(), signal.SIGKILL)
-    else:
-        signal.setitimer(signal.ITIMER_REAL, delay)
-
-
-def die_where(words: str, nth: int, delay: float | None) -> Callable[[], object]:
-    """Like die_at, at the n-th operation whose description contains these words."""
-    seen = [0]
-
-    def watch(_n: int, what: str) -> None:
-        if words in what:
-            seen[0] += 1
-            if seen[0] == nth:
-                die(delay)
-
-    return lambda: watchers.append(watch)
-
-
-def die_after(seconds: float) -> Callable[[], object]:
-    return lambda: signal.setitimer(signal.ITIMER_REAL, seconds)
-
-
-def snapshot(folder: Path) -> dict[str, str]:
-    """Relative path -> hash of every file that a finished stage leaves, without times."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.is_dir() or name in ("lock", "timing.jsonl"):
-            continue
-        data = path.read_bytes()
-        if path.name in ("done", "config.json"):
-            passing = ("seconds", "cpu_seconds", "peak_mb", "versions")
-            data = json.dumps(
-                {k: v for k, v in json.loads(data).items() if k not in passing}
-            ).encode()
-        found[name] = hashlib.sha256(data).hexdigest()
-    return found
-
-
 def steps_of(stage: Path) -> list[dict]:
     """Lines of a stage's log, without the validation before the first step."""
     rows = [json.loads(line) for line in (stage / "log.jsonl").read_text().splitlines()]
     return [row for row in rows if row["step"] > 0]
 
 
-def merged(options: str, more: str) -> list[str]:
-    """ "--a 1 --b 2" and "--b 3" -> the words of "--a 1 --b 3"."""
-    words = f"{options} {more}".split()
-    last = dict(zip(words[::2], words[1::2], strict=True))
-    return [word for option in last.items() for word in option]
-
-
-class Trials:
-    """A reference run of all stages on a tiny shop, and trials that are compared with it."""
-
-    def __init__(self, root: Path, seed: int = 0):
-        self.root, self.random = root, random.Random(seed)
-        self.counts: Counter[str] = Counter()
-        self.failures: list[str] = []
-        self.reference = root / "reference"
-        self.reference.mkdir(parents=True)
-        self.whole: dict[str, Outcome] = {}
-        for verb in VERBS:
-            self.whole[verb] = outcome = self.stage(self.reference, verb)
-            if outcome.code:
-                raise RuntimeError(f"{verb} fails when left in peace:\n{outcome.text}")
-
-    @staticmethod
-    def place(folder: Path, verb: str) -> Path:
-        """The directory that a stage writes."""
-        return folder / ("data/synthetic" if verb == "prepare" else f"runs/synthetic/{verb}")
-
-    def stage(self, folder: Path, verb: str, more: str = "", **how) -> Outcome:
-        """Run the stage's command line in a child."""
-        module, options = VERBS[verb], merged(SMALL[verb], more)
-        return forked(
-            folder, lambda: main(module.Config, module.run, f"pagellm {verb}", options), **how
-        )
-
-    def trial(self, verb: str) -> Path:
-        """A new directory with the output of all stages before this one."""
-        folder = self.root / "trial"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        if verb != "prepare":
-            shutil.copytree(self.reference / "data", folder / "data")
-        for before in list(VERBS)[1 : list(VERBS).index(verb)]:
-            shutil.copytree(self.place(self.reference, before), self.place(folder, before))
-        return folder
-
-    def expect(self, holds: bool, what: str, outcome: Outcome | None = None) -> None:
-        if not holds:
-            tail = "\n    ".join(outcome.text.strip().splitlines()[-6:]) if outcome else ""
-            self.failures.append(f"{what}\n    {tail}")
-
-    def same(self, folder: Path, verb: str, what: str) -> None:
-        """Expect the stage's files to equal the reference's, and no temporary files."""
-        mine, reference = (
-            snapshot(self.place(folder, verb)),
-            snapshot(self.place(self.reference, verb)),
-        )
-        odd = sorted(
-            name for name in set(mine) | set(reference) if mine.get(name) != reference.get(name)
-        )
-        self.expect(
-            not odd, f"{verb}, {what}: {', '.join(odd[:4])} differ from the undisturbed run"
-        )
-        left = [str(p.relative_to(folder)) for p in folder.rglob(".*") if p.name.endswith(".tmp")]
-        self.expect(not left, f"{verb}, {what}: left behind {left[:3]}")
-
-    def carry_on(self, folder: Path, verb: str, what: str, **how) -> Outcome:
-        outcome = self.stage(folder, verb, **how)
-        self.expect(
-            outcome.code == 0, f"{verb}, {what}: the same command did not carry on", outcome
-        )
-        if outcome.code == 0:
-            self.same(folder, verb, what)
-        return outcome
-
-    # The suites.
+class Suites(Trials):
+    """What is done to the stages, and must not hurt them."""
 
     def kill(self, verb: str) -> None:
         """Kill the stage at random file operations, times and critical moments, and resume it.
@@ -677,50 +429,6 @@ class Trials:
             )
         self.counts["soak: rounds"] = len(held)
 
-    def input(self, lines: int) -> None:
-        """Mutated lines through every reader, directories of them through prepare, and bombs."""
-        shop = synthetic.make(30, 20, seed=1)
-        sources = {}
-        for spelling in ("amazon2014", "amazon2018", "amazon2023", "sequences", "csv", "jsonl"):
-            folder = self.root / "spellings" / spelling
-            synthetic.write(shop, folder, spelling, compress=False)
-            sources[spelling] = {
-                path.name: path.read_bytes().split(b"\n")[:-1] for path in sorted(folder.iterdir())
-            }
-        bar = tqdm(total=lines, desc="inputs", unit="line", mininterval=1.0)
-        while self.counts["inputs"] < lines:
-            spelling = self.random.choice(list(sources))
-            name, source = self.random.choice(list(sources[spelling].items()))
-            header = source[:1] if spelling == "csv" else []
-            batch = [fuzzed_line(self.random, source[len(header) :]) for _ in range(1000)]
-            folder = self.root / "fuzz"
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            (folder / "input").write_bytes(b"\n".join(header + batch) + b"\n")
-            ended = forked(
-                folder,
-                partial(read_everything, spelling, name),
-                arm=lambda: signal.alarm(60),
-            )
-            self.counts["inputs"] += len(batch)
-            bar.update(len(batch))
-            self.expect(
-                ended.code == 0 and ended.peak_mb < 2000,
-                f"{spelling} {name}: exit {ended.code}, {ended.peak_mb:.0f} MB",
-                ended,
-            )
-            if ended.code:
-                keep = self.root / f"failed-{len(self.failures)}"
-                keep.write_bytes((folder / "input").read_bytes())
-            else:
-                counted = json.loads(ended.text.splitlines()[-1])
-                for what, number in counted.items():
-                    self.counts[f"rows {what}"] += number
-        bar.close()
-        self.directories(sources, max(3, lines // 5000))
-        self.odd_shops(all_ratings=lines >= 50_000)
-        self.bombs(large=lines >= 50_000)
-
     def silent(self, mutations: int) -> None:
         """Change clean shops; every kind of change comes about as often as any other."""
         shops, kinds = silent.Shops(self.root / "silent"), list(silent.MUTATIONS)
@@ -730,263 +438,6 @@ class Trials:
             self.counts[f"silent faults: {ended}"] += 1
             self.expect(ended != "silent", f"{name.replace('_', ' ')}: not a word of it\n{said}")
         self.counts["silent faults: kinds"] = min(mutations, len(kinds))
-
-    def directories(self, sources: dict, count: int) -> None:
-        """prepare directories in which some or all lines are malformed: success or one message."""
-        for _ in range(count):
-            folder = self.root / "fuzz"
-            shutil.rmtree(folder, ignore_errors=True)
-            (folder / "raw").mkdir(parents=True)
-            spelling = self.random.choice(list(sources))
-            share = self.random.choice([0.0, 0.005, 0.3, 1.0])
-            for name, source in sources[spelling].items():
-                rows = [
-                    line if self.random.random() >= share else fuzzed_line(self.random, source)
-                    for line in source
-                ]
-                (folder / "raw" / name).write_bytes(b"\n".join(rows))
-            options = ["--dataset", "shop", "--raw", "raw"]
-            if self.random.random() < 0.5:
-                options += ["--max_broken", "1"]
-            ended = forked(
-                folder,
-                partial(main, prepare.Config, prepare.run, "pagellm.prepare", options),
-                arm=lambda: signal.alarm(60),
-            )
-            self.counts["directories prepared" if ended.code == 0 else "directories refused"] += 1
-            self.expect(
-                ended.code in (0, 2) and "Traceback" not in ended.text,
-                f"prepare: exit {ended.code}",
-                ended,
-            )
-            left = (
-                [p.name for p in (folder / "data").glob(".*")] if (folder / "data").exists() else []
-            )
-            self.expect(not left, f"prepare left {left}")
-
-    def odd_shops(self, all_ratings: bool) -> None:
-        """Run extreme shops through all stages: each ends, or stops with one clear message."""
-        rows = {
-            "nothing": [],
-            "one user, one item": [("u", "i")],
-            "one user": [("u", f"i{n}") for n in range(30)],
-            "one item": [(f"u{n}", "i") for n in range(30)],
-            "everybody has everything": [(f"u{n}", f"i{m}") for n in range(12) for m in range(9)],
-            "two of each": [(f"u{n}", f"i{m}") for n in range(2) for m in range(2)],
-            "ids that look alike": [
-                (u, i) for u in ("a", "\u0430", "A", "a ", "\u212b", "\u00c5") for i in "xyzvw"
-            ],
-        }
-        kinds = ("", "5", "mixed")
-        for n, (name, pairs) in enumerate(rows.items()):
-            for ratings in kinds if all_ratings else kinds[n % 3 : n % 3 + 1]:
-                folder = self.root / "fuzz"
-                shutil.rmtree(folder, ignore_errors=True)
-                (folder / "raw").mkdir(parents=True)
-                lines = ["user_id,item_id" + (",rating" if ratings else "")]
-                lines += [
-                    f"{u},{i}" + (f",{ratings if ratings == '5' else 1 + n % 5}" if ratings else "")
-                    for n, (u, i) in enumerate(pairs)
-                ]
-                (folder / "raw" / "log.csv").write_text("\n".join(lines) + "\n")
-                for verb, module in VERBS.items():
-                    words = merged(SMALL[verb], "--dataset odd")
-                    if verb == "prepare":
-                        words = ["--dataset", "odd", "--raw", "raw", "--k_core", "0"]
-                    ended = forked(
-                        folder,
-                        partial(main, module.Config, module.run, f"pagellm {verb}", words),
-                        arm=lambda: signal.alarm(120),
-                    )
-                    self.expect(
-                        ended.code in (0, 2) and "Traceback" not in ended.text,
-                        f"{name}, ratings {ratings or 'none'}: {verb} exit {ended.code}",
-                        ended,
-                    )
-                    if ended.code:
-                        break
-                self.counts[
-                    "odd shops: all stages" if ended.code == 0 else "odd shops: refused"
-                ] += 1
-
-    def bombs(self, large: bool) -> None:
-        """A gigabyte of zeros in a megabyte of gzip, a line of 100 MB, very deep brackets."""
-
-        def bomb(write: Callable) -> None:
-            folder = self.root / "fuzz"
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            write(folder / "input")
-            ended = forked(
-                folder,
-                lambda: read_everything("amazon2018", "reviews"),
-                arm=lambda: signal.alarm(120),
-            )
-            self.counts["bombs"] += 1
-            self.expect(
-                ended.code == 0 and ended.peak_mb < 1500,
-                f"bomb: exit {ended.code}, {ended.peak_mb:.0f} MB",
-                ended,
-            )
-
-        def zeros(path: Path) -> None:
-            with gzip.open(path, "wb", compresslevel=1) as file:
-                for _ in range(1024):
-                    file.write(bytes(1 << 20))
-
-        if large:
-            bomb(zeros)
-            bomb(lambda path: path.write_bytes(b'{"reviewerID": "' + b"a" * 100_000_000 + b'"}\n'))
-        for piece in (
-            b"[",
-            b'{"a":',
-            b"{'a': (",
-            b"-",
-            b"{'a': " + b"-" * 1000,
-            b'"\\u',
-            b"\xff\xfe",
-            b"{'a':not ",
-        ):
-            many = piece * (900_000 // len(piece))
-            bomb(lambda path, many=many: path.write_bytes(b"{'b': " + many + b"\n" + many))
-
-
-PIECES = [
-    b"\0",
-    b"\xff",
-    b"\xc3(",
-    b"\xed\xa0\x80",
-    b"\xe2\x80\xa8",
-    b"\xe2\x80\xae",
-    b"\xd0\xb0",
-    b'"',
-    b"'",
-    b"\\",
-    b",",
-    b"\t",
-    b"\r",
-    b" ",
-    b"",
-    b"\xef\xbb\xbf",
-    b"[" * 50,
-    b"{" * 50,
-    b"(" * 50,
-    b"NaN",
-    b"Infinity",
-    b"-1",
-    b"1e999",
-    b"9" * 400,
-    b"null",
-    b"true",
-    b"\\ud800",
-    b"&lt;",
-    b"&#0;",
-    b"&#xD800;",
-    b"<br>",
-    b"__import__('os')",
-]
-LOG_FIELDS = ["user_id", "item_id", "rating", "timestamp", "summary", "text"]
-ITEM_FIELDS = ["item_id", "title", "brand", "categories", "price", "description"]
-VALUES: list[Any] = [
-    None,
-    True,
-    -1,
-    0,
-    6,
-    1e308,
-    10**30,
-    -(10**30),
-    "",
-    " ",
-    "a\nb",
-    "x" * 300,
-    [],
-    {},
-    [[]],
-    [None],
-    {"a": {}},
-    "5",
-    "five",
-    4.5,
-    "\u0000",
-    "\ud800",
-    ["a", ["b"]],
-]
-
-
-def fuzzed_line(draw: random.Random, source: list[bytes]) -> bytes:
-    """A line of the file with wrong bytes, structure or types, or spliced with another line.
-
-    It never contains a line break.
-    """
-    line = draw.choice(source)
-    for _ in range(draw.randint(1, 3)):
-        kind = draw.randrange(6)
-        at = draw.randrange(len(line) + 1)
-        if kind == 0 and line:
-            line = line[:at] + bytes([draw.randrange(256)]) + line[at + 1 :]
-        elif kind == 1:
-            line = line[:at] + draw.choice(PIECES) + line[at:]
-        elif kind == 2:
-            line = line[:at] + line[min(len(line), at + draw.randint(1, 30)) :]
-        elif kind == 3:
-            other = draw.choice(source)
-            line = line[:at] + other[draw.randrange(len(other) + 1) :]
-        elif kind == 4:
-            line = line[:at]
-        else:
-            try:
-                record = json.loads(line)
-                record[draw.choice(list(record))] = draw.choice(VALUES)
-                line = json.dumps(record).encode()
-            except (ValueError, TypeError, IndexError, AttributeError):
-                line = line[:at] + draw.choice(PIECES) * draw.randint(1, 5) + line[at:]
-    return line.replace(b"\n", b" ")
-
-
-def read_everything(spelling: str, name: str) -> int:
-    """Read ./input as the file `name` of a format, print the counts, return 0 if they add up.
-
-    A file that could mean two things is refused in words, which is right as well.
-    """
-    try:
-        return counted(spelling, name)
-    except PageLLMError as error:
-        print(f"\nrefused: {error}")
-        print(json.dumps({"refused": Path("input").read_bytes().count(b"\n")}))
-        return 0
-
-
-def counted(spelling: str, name: str) -> int:
-    """What read_everything prints and returns, for a file that can be read."""
-    path, tally = Path("input"), Tally()
-    is_items = name.startswith(("meta", "items"))
-    records: Iterator
-    if spelling == "sequences" and not is_items:
-        records = read_sequences(path, tally, {})
-    elif spelling in ("csv", "jsonl"):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            first = file.readline().strip()
-        names = first.split(",") if spelling == "csv" else ITEM_FIELDS if is_items else LOG_FIELDS
-        columns = match(names, ITEM_COLUMNS if is_items else LOG_COLUMNS, {})
-        records = (
-            read_items(path, spelling, columns, tally)
-            if is_items
-            else read_log(path, spelling, columns, tally, {}, (1.0, 5.0))
-        )
-    else:
-        records = parsed(path, parse_item if is_items else parse_review, tally)
-    found = sum(1 for _ in records)
-    print()
-    passed, broken = tally.passed.total(), tally.broken.total()
-    print(json.dumps({"read": tally.read, "kept": tally.kept, "passed": passed, "broken": broken}))
-    adds_up = tally.read == tally.kept + passed + broken
-    if spelling != "sequences" or is_items:  # a line of sequences holds several records
-        adds_up = adds_up and found == tally.kept
-    data = path.read_bytes() if path.stat().st_size < 1e7 else b""
-    if data and spelling != "csv" and data[:2] != b"\x1f\x8b":  # a CSV record may span lines
-        adds_up = adds_up and tally.read == data.count(b"\n") + (not data.endswith(b"\n"))
-    return 0 if adds_up else 1
 
 
 def rounds(seconds: float, least: int) -> int:
@@ -1018,58 +469,12 @@ def rounds(seconds: float, least: int) -> int:
     return 0
 
 
-def limited_files(size: int) -> None:
-    """Limit every file that this process writes to `size` bytes."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
-def little_memory(megabytes: int) -> None:
-    """Limit this process to so many megabytes more than it has now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + (megabytes << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-def nobody() -> None:
-    """Give up root's rights: root may write into a read-only directory."""
-    if os.getuid() == 0:
-        # Arrow imports it on demand, and without rights this may fail half-way.
-        with contextlib.suppress(ImportError):
-            importlib.import_module("pandas")
-        os.setgroups([])
-        os.setgid(65534)
-        os.setuid(65534)
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: int):
-    """Mount a tmpfs of `size` bytes at `folder`; yields False if this process may not mount."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True
-    )
-    try:
-        yield made.returncode == 0
-    finally:
-        if made.returncode == 0:
-            subprocess.run(["umount", str(folder)], check=True)
-
-
-def children_of(pid: int) -> list[str]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += (task / "children").read_text().split()
-    return found
-
-
 def run(config: Config) -> list[str]:
     """Run the suites. Returns what broke, one line each."""
     tqdm.monitor_interval = 0  # tqdm's monitor thread could hold a lock at the moment of a fork
     began, wanted = time.time(), config.suites.split(",")
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
-        trials = Trials(Path(folder), config.seed)
+        trials = Suites(Path(folder), config.seed)
         if "kill" in wanted:
             for verb in tqdm(
                 [v for v in VERBS for _ in range(config.moments)], "kill", unit="moment"
@@ -1086,7 +491,7 @@ def run(config: Config) -> list[str]:
         if "ranks" in wanted:
             trials.ranks()
         if "input" in wanted:
-            trials.input(config.inputs)
+            every_input(trials, config.inputs)
         if "silent" in wanted:
             trials.silent(config.mutations)
         if "soak" in wanted:

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments.stress.malformed import fuzzed_line
 from experiments.stress.silent import MUTATIONS, Result, clean, judge
-from experiments.stress.torture import Config, fuzzed_line, merged
+from experiments.stress.torture import Config
+from experiments.stress.trials import merged
 from pagellm.stage.config import PageLLMError
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +91,7 @@ NOTICE = """
 import sys, tempfile
 from pathlib import Path
 from experiments.stress.silent import MUTATIONS, Result, clean, judge
-from experiments.stress.torture import Trials
+from experiments.stress.trials import Trials
 with tempfile.TemporaryDirectory() as root:
     trials = Trials(Path(root) / "bench", 0)
     folder = trials.trial("sft")
@@ -114,8 +116,8 @@ MIDLINE = """
 import os, signal, sys, tempfile
 from pathlib import Path
 from tqdm import tqdm
-from experiments.stress import torture
-torture.TRIAL_SECONDS = 1
+from experiments.stress import children
+children.TRIAL_SECONDS = 1
 for _ in tqdm(range(1), "before"):
     pass
 
@@ -128,10 +130,10 @@ def hang():
         pass
 
 with tempfile.TemporaryDirectory() as folder:
-    print("killed", torture.forked(Path(folder), die).code, flush=True)
+    print("killed", children.forked(Path(folder), die).code, flush=True)
     for _ in tqdm(range(3), "after", mininterval=0):
         pass
-    hung = torture.forked(Path(folder), hang)
+    hung = children.forked(Path(folder), hang)
     print("hung", hung.code, "in hang" in hung.text)
 """
 
