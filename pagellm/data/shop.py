@@ -202,7 +202,7 @@ def load(path: str | Path) -> Shop:
     if not (path / "source.json").exists():
         raise PageLLMError(
             f"no prepared data in {path}\n"
-            f"  Make it with: {hints.prepare(path.name, str(path.parent))}"
+            f"  Make it with: {hints.prepare(path.name, str(path.parent))}{hints.other_data(path)}"
         )
     for name, written in source(path).get("written", {}).items():
         if not (path / name).exists() or file_id(path / name) != written:

@@ -16,6 +16,7 @@ import numpy as np
 from pagellm.evaluate import LABELS
 from pagellm.pages import metrics, stats
 from pagellm.pages.tables import ALL_COLUMNS, DAGGER, check_decimals, dagger, heading, per_user
+from pagellm.report.runs import described
 from pagellm.stage import hints
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
@@ -62,7 +63,8 @@ class Config:
 def scores_of(config: Config, name: str) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
     """A run's policy, its scores metric -> (U,), and the record of its evaluation."""
     folder = Path(config.runs) / name / "evaluate"
-    finished(folder, "evaluation", hints.command("evaluate", run=name))
+    dataset = (described(folder.parent) or {}).get("dataset", "")
+    finished(folder, "evaluation", hints.command("evaluate", dataset, name))
     there = [p for p in POLICIES if (folder / p / "per_user.parquet").exists()]
     policy = config.policy or next(iter(there), "")
     if policy not in there:

@@ -172,7 +172,10 @@ def run(config: Config) -> str:
     to = before(notes, now) if config.back else config.run
     served = [name for name in WRITERS if (runs / to / name / "done").exists()]
     if not served:
-        raise PageLLMError(f"{runs / to} holds no finished policy ({', '.join(WRITERS)})")
+        raise PageLLMError(
+            f"{runs / to} holds no finished policy ({', '.join(WRITERS)})\n"
+            "  See the runs that are there, and their stages, with: pagellm runs"
+        )
     if to == now:
         print(f"promote: {to} is live already")
         return to

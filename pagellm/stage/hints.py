@@ -6,7 +6,17 @@ targets of make. Elsewhere, where a wheel was installed, they are `pagellm <comm
 
 from pathlib import Path
 
-__all__ = ["another_run", "command", "counted", "in_checkout", "install", "prepare", "study"]
+__all__ = [
+    "another_run",
+    "command",
+    "counted",
+    "in_checkout",
+    "install",
+    "other_data",
+    "other_runs",
+    "prepare",
+    "study",
+]
 
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -65,3 +75,27 @@ def install(extra: str, target: str = "") -> str:
 def another_run() -> str:
     """The option that gives a run another name."""
     return "RUN=another" if in_checkout() else "--run another"
+
+
+def other_runs(run: Path) -> str:
+    """A line that names the runs that are there, if `run` is not: --dataset was forgotten, say."""
+    if any(run.parent.glob("*/config.json")):  # `run` is within another run
+        return ""
+    return others(run, "*/config.json", "--dataset or --run")
+
+
+def other_data(data_set: Path) -> str:
+    """A line that names the prepared data sets that are there, if this one is not."""
+    return others(data_set, "source.json", "--dataset")
+
+
+def others(path: Path, mark: str, option: str) -> str:
+    """A line with the directories beside `path` that hold a file `mark`; "" if path is there.
+
+    Begins with a line break. At most eight are named.
+    """
+    if path.exists() or not path.parent.is_dir():
+        return ""
+    names = sorted({p.relative_to(path.parent).parts[0] for p in path.parent.glob(f"*/{mark}")})
+    few = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"\n  In {path.parent} there are: {few}. Name one with {option}." if names else ""

@@ -225,7 +225,8 @@ def finished(path: str | Path, need: str, make: str) -> dict[str, Any]:
         return read_json(path / "done")
     except FileNotFoundError:
         half = " (begun, not finished)" if (path / "config.json").exists() else ""
-        raise PageLLMError(f"no {need} in {path}{half}\n  Make it with: {make}") from None
+        others = hints.other_runs(path.parent)
+        raise PageLLMError(f"no {need} in {path}{half}\n  Make it with: {make}{others}") from None
 
 
 def load_model_file(path: str | Path, mapped: bool = False) -> dict[str, Any]:

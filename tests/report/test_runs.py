@@ -104,7 +104,12 @@ def test_what_is_missing_is_named(tmp_path):
     evaluated(tmp_path, "a", 1)
     with pytest.raises(PageLLMError, match="no evaluation in .*none"):
         compare.run(compare.Config(a="a", b="none", runs=str(tmp_path)))
+    with pytest.raises(PageLLMError, match="there are: a. Name one"):
+        compare.run(compare.Config(a="a", b="none", runs=str(tmp_path)))
     with pytest.raises(PageLLMError, match="no pages of ppo; there are sft"):
         compare.run(compare.Config(a="a", b="a", policy="ppo", runs=str(tmp_path)))
     with pytest.raises(PageLLMError, match="want two runs"):
         compare.Config(a="a")
+    (tmp_path / "a" / "evaluate" / "done").unlink()
+    with pytest.raises(PageLLMError, match="evaluate .*toys .*a"):  # its data are named too
+        compare.run(compare.Config(a="a", b="a", runs=str(tmp_path)))

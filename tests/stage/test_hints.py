@@ -8,8 +8,10 @@ import pytest
 
 from pagellm.__main__ import GROUPS, VERBS
 from pagellm.__main__ import main as front_door
+from pagellm.data.shop import load
 from pagellm.stage import hints
-from pagellm.stage.run import StageConfig
+from pagellm.stage.config import PageLLMError
+from pagellm.stage.run import StageConfig, finished
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +45,24 @@ def test_a_working_directory_that_is_gone_is_no_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tmp_path.rmdir()
     assert not hints.in_checkout()
+
+
+def test_a_name_that_is_not_there_is_answered_with_those_that_are(tmp_path):
+    """Who forgets --dataset looks for the made-up shop, and reads here what there is."""
+    for run in ("autumn", "winter"):
+        (tmp_path / "runs" / run / "sft").mkdir(parents=True)
+        (tmp_path / "runs" / run / "sft" / "config.json").touch()
+    (tmp_path / "data" / "shop").mkdir(parents=True)
+    (tmp_path / "data" / "shop" / "source.json").touch()
+    told = f"In {tmp_path / 'runs'} there are: autumn, winter. Name one with --dataset or --run."
+    with pytest.raises(PageLLMError, match=re.escape(f"  {told}")):
+        finished(tmp_path / "runs" / "synthetic" / "sft", "SFT policy", "pagellm sft")
+    with pytest.raises(PageLLMError, match="there are: shop. Name one with --dataset."):
+        load(tmp_path / "data" / "synthetic")
+    # A run that is there lacks a stage: no other run's name helps.
+    assert not hints.other_runs(tmp_path / "runs" / "autumn")
+    assert not hints.other_runs(tmp_path / "runs" / "autumn" / "storefront")
+    assert not hints.other_runs(tmp_path / "nowhere" / "autumn")
 
 
 def strings(path):
