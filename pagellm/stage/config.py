@@ -16,7 +16,7 @@ import shlex
 import textwrap
 import tokenize
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from pagellm.stage import presets
@@ -202,7 +202,7 @@ def parse(
             given |= preset_options(cls, name, prog)
         else:
             given |= from_toml(cls, name, verb_of(prog), prog)
-    given |= from_environment(cls, os.environ, tell)
+    given |= from_environment(cls, os.environ, tell, set(typed))
     given |= typed
     if verb and "preset" in {f.name for f in dataclasses.fields(cls)}:
         given = with_presets(cls, given, prog, verb, tell)
@@ -291,13 +291,16 @@ def from_toml(cls, name: str, verb: str, prog: str) -> dict[str, object]:
         raise PageLLMError(f"--config {name}: {error}") from None
 
 
-def from_environment(cls, environment, tell: Callable[[str], None]) -> dict[str, object]:
+def from_environment(
+    cls, environment, tell: Callable[[str], None], typed: Collection[str] = ()
+) -> dict[str, object]:
     """Field -> value, from variables such as PAGELLM_PORT; nothing unless cls.ENVIRONMENT is set.
 
     cls.ENVIRONMENT  what the variables' names begin with: "PAGELLM_". An empty variable counts as
                      not set
     cls.SECRET       fields whose values are never shown
     tell             is called with the variables that were taken, and with those that look mistyped
+    typed            fields that the command line has given: their variables are passed over
     """
     prefix = getattr(cls, "ENVIRONMENT", "")
     if not prefix:
@@ -310,6 +313,8 @@ def from_environment(cls, environment, tell: Callable[[str], None]) -> dict[str,
             near = difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
             if near:
                 tell(f"environment: {name} is no option of this command; {near[0]} is")
+            continue
+        if field.name in typed:
             continue
         secret = field.name in getattr(cls, "SECRET", ())
         try:

@@ -396,7 +396,11 @@ def test_options_from_toml_environment_and_command_line_each_override_the_one_be
         "environment: SHOP_NAME=...",
     ]
     assert parse(Config, argv, prog).clip == 0.5  # a command without ENVIRONMENT reads none
-    assert parse(Service, [*argv, "--clip=0.75"], prog).clip == 0.75
+    told.clear()
+    assert parse(Service, [*argv, "--clip=0.75"], prog, tell=told.append).clip == 0.75
+    assert told == ["environment: SHOP_CLIPS is no option of this command; SHOP_CLIP is"] + [
+        "environment: SHOP_NAME=..."  # and no word of SHOP_CLIP, which was not taken
+    ]
     monkeypatch.setenv("SHOP_SEED", "three")
     with pytest.raises(PageLLMError, match="SHOP_SEED of the environment: --seed 'three': want a"):
         parse(Service, [], prog)
