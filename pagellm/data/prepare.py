@@ -185,6 +185,12 @@ def recorded(config: Config) -> dict:
     return {name: value for name, value in asdict(config).items() if name not in left_out}
 
 
+# What somebody wants who prepares today's log under yesterday's name.
+NEWER = """
+  If these are newer rows of the same shop: prepare them under another name, and bring your run to
+  them, without training it anew, with: pagellm update --from RUN --data NAME"""
+
+
 def already(config: Config, raw: Raw | None) -> bool:
     """Whether the target holds the same data already.
 
@@ -206,26 +212,40 @@ def already(config: Config, raw: Raw | None) -> bool:
             f"{path} cannot be read ({error})\n  Delete {config.target} and prepare again."
         ) from error
     now = recorded(config)
-    differing = [
+    options = [
         f"{name} was {then.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(then.keys() | now.keys())
         if then.get(name) != now.get(name)
     ]
+    changed = []
     if raw is not None:
         old = {(entry["role"], entry["name"]): entry["sha256"] for entry in files}
         new = {(entry["role"], entry["name"]): entry["sha256"] for entry in raw.described()}
-        differing += [
+        changed = [
             f"{key[0]} file {key[1]} "
             + ("is new" if key not in old else "is gone" if key not in new else "has other bytes")
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key)
         ]
-    if differing:
+    if options or changed:
+        more = f"; and {len(changed) - 5:,} files more" if len(changed) > 5 else ""
         raise PageLLMError(
-            f"{config.target} was prepared differently: {'; '.join(differing)}.\n"
+            f"{config.target} was prepared differently: {'; '.join(options + changed[:5])}{more}.\n"
             f"  Delete {config.target} to prepare again, or choose another --dataset name."
+            + ("" if options else NEWER)
         )
     return True
+
+
+def fetched(config: Config) -> Config:
+    """The Config, with raw files that are elsewhere, or parts of a table, brought together here."""
+    source = config.raw or str(config.folder)
+    if not stores.wants_fetching(source):
+        return config
+    kept = Path(config.data) / "raw" / config.dataset
+    if not stores.is_remote(source) and Path(source).expanduser().resolve() == kept.resolve():
+        kept = kept.with_name(f"{kept.name}-joined")  # the parts lie where the files would
+    return replace(config, raw=str(stores.fetch(source, kept)))
 
 
 def moved_away(config: Config) -> bool:
@@ -522,9 +542,8 @@ def run(config: Config) -> Path:
     broken, and with strict at a warning.
     """
     made_up = config.dataset == "synthetic"
-    if stores.wants_fetching(config.raw):
-        kept = stores.fetch(config.raw, Path(config.data) / "raw" / config.dataset)
-        config = replace(config, raw=str(kept))
+    if not made_up:
+        config = fetched(config)
     raw = None if made_up or moved_away(config) else find(config)
     if already(config, raw):
         print(f"{config.target} is already prepared", flush=True)

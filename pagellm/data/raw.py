@@ -353,8 +353,10 @@ def choose_reviews(files: list[RawFile], folder: Path, options: Options) -> list
     chosen = named or [file for file in files if file.role == "interactions"]
     if not chosen:
         check_columns(logs.LOG_COLUMNS, [file for file in files if file.names], options)
+        below = "".join(f"\n    {name}" for name in folders(folder))
         raise PageLLMError(
-            f"no interactions among the files of {folder}:{listing(files)}{nearly(files)}\n{FORMS}"
+            f"no interactions among the files of {folder}:{listing(files)}{below}{nearly(files)}\n"
+            f"{FORMS}"
         )
     if not named and len({part_name(file) for file in chosen}) > 1:
         raise PageLLMError(

@@ -123,19 +123,25 @@ def fetch(uri: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if before.get("files") == now and all((folder / n).exists() for n in before["names"]):
         return folder
-    for path in others:
-        path.unlink()
     inside = {f.path: f.path[len(root) :].rpartition("/")[0] for f in files}  # its folders
     parts = [f for f in files if "=" in inside[f.path] and f.path.endswith(".parquet")]
     alone = [f for f in files if f not in parts]
     names = own_names([f.path for f in alone], root)
     tables = parted_tables(parts, inside, names)
     whole = list(tables)
+    # A file that is as it was fetched stays; a table is gathered anew from all of its parts.
+    known = before.get("files", {})
+    same = {name for f, name in zip(alone, names, strict=True) if known.get(f.path) == now[f.path]}
+    for path in others:
+        if path.name not in same:
+            path.unlink()
     # Known before the first file is there: a fetch that was interrupted leaves no file of unknown
     # origin.
     write_json(note, {"from": safe(uri), "files": {}, "names": names + whole})
     try:
         for f, name in zip(alone, names, strict=True):
+            if name in same and (folder / name).exists():
+                continue
             with atomic(folder / name) as beside:
                 pyarrow.fs.copy_files(f.path, str(beside.absolute()), source_filesystem=store)
         for name, some in tables.items():

@@ -224,6 +224,21 @@ def test_thinning_leaves_the_users_asked_for_whatever_the_order_of_lines(tmp_pat
         Config(dataset="shop", split="given", thin_users=5)
 
 
+def test_newer_rows_under_an_old_name_lead_to_update(tmp_path):
+    rows = "user,item\n" + "".join(f"u{u},i{i}\n" for u in range(8) for i in range(8))
+    (tmp_path / "raw" / "shop").mkdir(parents=True)
+    for day in range(9):
+        (tmp_path / "raw" / "shop" / f"log-{day}.csv").write_text(rows)
+        if day == 1:
+            run(Config(dataset="shop", data=str(tmp_path), k_core=4))
+    newer = r"is new; and 2 files more\.\n.*\n.*newer rows.*\n.*pagellm update --from RUN --data"
+    with pytest.raises(PageLLMError, match=newer):
+        run(Config(dataset="shop", data=str(tmp_path), k_core=4))
+    with pytest.raises(PageLLMError, match="k_core was 4, now 3") as other_options:
+        run(Config(dataset="shop", data=str(tmp_path), k_core=3))
+    assert "update" not in str(other_options.value)
+
+
 def pairs_of(path):
     """(user, item) of every row, by the shop's own identifiers."""
     users, items = ([row["id"] for row in table(path, name)] for name in ("users", "items"))

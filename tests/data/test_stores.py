@@ -88,7 +88,44 @@ def test_a_partitioned_directory_on_this_machine_is_read_too(log, tmp_path):
         partitioning=["shop"],
         partitioning_flavor="hive",
     )
-    assert prepared(str(tmp_path / "parted"), tmp_path).n_users > 30
+    users = prepared(str(tmp_path / "parted"), tmp_path).user_ids
+    assert len(users) > 30
+    # The place where raw files are looked for by themselves holds folders as well as files.
+    (tmp_path / "parted").rename(tmp_path / "raw" / "mine")
+    assert prepared("", tmp_path, "mine").user_ids == users
+    assert (tmp_path / "raw" / "mine-joined" / "log.parquet").exists()
+    prepared(str(tmp_path / "raw" / "mine"), tmp_path, "mine")  # the same place, named
+
+
+def test_only_what_has_changed_is_fetched_again(tmp_path, monkeypatch):
+    source, folder = tmp_path / "export", tmp_path / "raw"
+    source.mkdir()
+    for name in ("a.csv", "b.csv", "c.csv"):
+        (source / name).write_text("user,item\nu,i\n")
+    stores.fetch(str(source), folder)
+    copied, copy = [], stores.pyarrow.fs.copy_files
+
+    def noted(path, *words, **more):
+        copied.append(path.rpartition("/")[2])
+        copy(path, *words, **more)
+
+    monkeypatch.setattr(stores.pyarrow.fs, "copy_files", noted)
+    (source / "b.csv").write_text("user,item\nu,j\nu,k\n")
+    (source / "c.csv").unlink()
+    (folder / "a.csv").unlink()
+    stores.fetch(str(source), folder)
+    assert copied == ["a.csv", "b.csv"] and {p.name for p in folder.glob("*.csv")} == {*copied}
+    assert (folder / "b.csv").read_text() == (source / "b.csv").read_text()
+    (source / "d.csv").write_text("user,item\n")
+    stores.fetch(str(source), folder)
+    assert copied == ["a.csv", "b.csv", "d.csv"]
+
+
+def test_folders_that_are_not_looked_into_are_named(tmp_path):
+    (tmp_path / "raw" / "mine" / "orders").mkdir(parents=True)
+    (tmp_path / "raw" / "mine" / "orders" / "log.csv").write_text("user,item\nu,i\n")
+    with pytest.raises(PageLLMError, match=r"among the files of .*\n.*\n *orders/ \(a folder\)"):
+        prepared("", tmp_path, "mine")
 
 
 def test_partitions_stay_text_and_parts_that_differ_are_named(tmp_path, capsys):
