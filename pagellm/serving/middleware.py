@@ -96,8 +96,8 @@ class HttpWithTimeout(H11Protocol):
 
 
 # Paths that need no key: load balancers and monitors ask for them, and the browser's page holds
-# nothing of the shop until it has sent the key.
-OPEN = ("/", "/healthz", "/readyz", "/metrics")
+# nothing of the shop until it has sent the key. It links to the document, and a link sends no key.
+OPEN = ("/", "/healthz", "/readyz", "/metrics", "/openapi.json")
 
 
 def digest(key: bytes) -> bytes:

@@ -723,7 +723,7 @@ KEY = "a-key-of-the-tests.1"
 def test_a_service_with_a_key_answers_who_sends_it(served):
     with Client(Service(config(served, api_key=KEY))) as client:
         sent = {"authorization": f"Bearer {KEY}"}
-        for path in ("/healthz", "/readyz", "/metrics", "/", "/static/page.js"):
+        for path in ("/healthz", "/readyz", "/metrics", "/", "/static/page.js", "/openapi.json"):
             assert client("GET", path).status_code == 200, path
         for headers in (
             {},
