@@ -24,6 +24,7 @@ from pathlib import Path
 from pagellm.online.chat import Chat
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.hints import counted
 from pagellm.storefront.front import Sources, Store, open_store
 from pagellm.storefront.page import page
 from pagellm.storefront.parts import Answer, Page
@@ -118,11 +119,11 @@ def summary(noted: Noted, pages: list[Page], requests: int) -> str:
     rows = [row for found in pages for row in found.rows if row.source == "generated"]
     own = sum(row.theme.source == noted.name for row in rows)
     lines = [
-        f"{len(pages)} pages made, {len(rows)} rows generated, {own} of them by the server; the "
-        "template wrote the others",
-        f"{len(answers)} questions, {requests} requests: {len(taken)} answers taken; {told:,} "
-        f"tokens read, {said:,} written in {seconds:.1f} s ({said / max(seconds, 1e-9):.1f} a "
-        "second)",
+        f"{counted(len(pages), 'page')} made, {counted(len(rows), 'row')} generated, {own} of them "
+        "by the server; the template wrote the others",
+        f"{counted(len(answers), 'question')}, {counted(requests, 'request')}: "
+        f"{counted(len(taken), 'answer')} taken; {told:,} tokens read, {said:,} written "
+        f"in {seconds:.1f} s ({said / max(seconds, 1e-9):.1f} a second)",
     ]
     for kind in ("theme", "keywords"):
         some = [answer for name, answer in noted.seen if name == kind]

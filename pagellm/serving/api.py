@@ -15,6 +15,7 @@ from fastapi import Path as InPath
 from starlette.exceptions import HTTPException
 
 from pagellm import __version__
+from pagellm.data.shop import is_forgotten
 from pagellm.serving.frame import add_key, add_status_routes, errors, make_frame
 from pagellm.serving.interesting import Finder
 from pagellm.serving.meters import Meters
@@ -140,7 +141,7 @@ def add_catalogue_routes(app: FastAPI, service) -> None:
         summary="Find users by id",
     )
     def users(query: Words = "", limit: Limit = 20):
-        ids = service.recommender.shop.user_ids
+        ids = (i for i in service.recommender.shop.user_ids if not is_forgotten(i))
         return JSON({"found": find(query, limit, ((i, "") for i in ids))})
 
     @app.get(

@@ -22,9 +22,12 @@ __all__ = [
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def counted(n: int, what: str) -> str:
-    """ "1 row", "1,200 rows": a number and what it counts, given in the singular."""
-    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+def counted(n: int, what: str, many: str = "") -> str:
+    """ "1 row", "1,200 rows": a number and what it counts, given in the singular.
+
+    many  the plural where it is not the singular and an s: person, people
+    """
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {many or what + 's'}"
 
 
 def in_checkout() -> bool:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 from pagellm.data.orders import Orders, orders_of
-from pagellm.data.shop import Rows, Shop
+from pagellm.data.shop import Rows, Shop, is_forgotten
 from pagellm.storefront.parts import Context
 
 __all__ = ["Known", "contexts", "week_of"]
@@ -40,7 +40,7 @@ class Known:
     @classmethod
     def of(cls, shop: Shop, orders: Orders, mission: np.ndarray, k: int, at: int) -> "Known":
         rows, count = orders.where(orders.time < at).history()
-        number = {name: at for at, name in enumerate(shop.user_ids)}
+        number = {name: at for at, name in enumerate(shop.user_ids) if not is_forgotten(name)}
         return cls(rows, count, number, mission, k, at)
 
     def context(

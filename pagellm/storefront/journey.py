@@ -26,6 +26,7 @@ from pagellm.data.orders import write_orders
 from pagellm.data.tables import told
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check, check_numbers
+from pagellm.stage.hints import counted
 
 __all__ = ["Config", "plain_name", "run"]
 
@@ -285,7 +286,7 @@ def run(config: Config) -> Path:
     lines = {name: column[inside] for name, column in lines.items()}
     why = "; ".join(f"{n:,} {text}" for text, n in said.most_common())
     print(
-        f"journey: {len(table):,} lines read, {inside.sum():,} kept"
+        f"journey: {counted(len(table), 'line')} read, {inside.sum():,} kept"
         + (f"; left out: {why}" if why else "")
         + f"; no price is taken from {(lines['quantity'] <= 0).sum():,} kept lines without a "
         f"quantity and {(lines['sales_value'] <= 0).sum():,} with nothing paid",
@@ -312,7 +313,8 @@ def run(config: Config) -> Path:
             "split": split_of(lines["week"]),
         },
     )
-    print(f"{path}: {len(lines['time']):,} lines of {len(np.unique(lines['basket_id'])):,} baskets")
+    baskets = counted(len(np.unique(lines["basket_id"])), "basket")
+    print(f"{path}: {counted(len(lines['time']), 'line')} of {baskets}")
     return folder
 
 

@@ -24,6 +24,7 @@ from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic, read_json, write_json
+from pagellm.stage.hints import counted
 from pagellm.stage.run import finished
 from pagellm.storefront.front import Sources, Store, open_store
 from pagellm.storefront.gates import choose_threshold, clopper_pearson, kappa
@@ -56,6 +57,8 @@ def drawn_pairs(store: Store, pairs: int, seed: int) -> list[dict]:
     found: list[dict] = []
     seen: set[tuple[str, str]] = set()
     for user in rng.permutation(shop.n_users).tolist():
+        if shop.user_ids[user] not in store.known.number:
+            continue  # was forgotten
         context = store.known.context(shop.user_ids[user])
         for row in written_ahead(front, context, store.layout)[0]:
             for item in pair_of(row, np.flatnonzero(front.stock), rng):
@@ -131,14 +134,17 @@ def report(labels: Sequence[dict], score: dict[tuple[str, str], float]) -> tuple
     both, k = agreement_of(labels)
     cut = choose_threshold(scores.round(3), fits, PRECISION)
     agreed = float(((scores >= 0.5) == fits).mean())
-    lines = [f"{len(labels)} labels, {fits.mean():.1%} fit; the scorer agrees with {agreed:.1%}"]
+    lines = [
+        f"{counted(len(labels), 'label')}, {fits.mean():.1%} fit; the scorer agrees with "
+        f"{agreed:.1%}"
+    ]
     if k is not None:
-        lines.append(f"{both} pairs that two people judged: kappa {k:.3f}; a judge may gate from "
-                     "200 labels and .6 on")  # fmt: skip
+        lines.append(f"{counted(both, 'pair')} that two people judged: kappa {k:.3f}; a judge may "
+                     "gate from 200 labels and .6 on")  # fmt: skip
     if cut is None:
         n = lacking(scores, fits)
         lines.append(f"no threshold is surely right in {PRECISION:.0%}: the gate would stay shut; "
-                     f"at least {n} more labels that fit are needed")  # fmt: skip
+                     f"what it needs: at least {counted(n, 'more label')} that fit")  # fmt: skip
     else:
         lines.append(
             f"threshold {cut.value:.3f}: surely right in {cut.bound:.1%}, lets "
@@ -185,8 +191,8 @@ def run(config: Config) -> dict:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(found)
-    print(f"{path}: {len(found)} pairs; write 1 or 0 into `fits` and a name into `rater`, then: "
-          f"pagellm storefront label --labels {path}", flush=True)  # fmt: skip
+    print(f"{path}: {counted(len(found), 'pair')}; write 1 or 0 into `fits` and a name into "
+          f"`rater`, then: pagellm storefront label --labels {path}", flush=True)  # fmt: skip
     return {"pairs": len(found)}
 
 

@@ -37,6 +37,7 @@ from pagellm.stage import dist, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import check
 from pagellm.stage.files import atomic_folder, file_id, read_json
+from pagellm.stage.hints import counted
 from pagellm.stage.run import Run, finished
 from pagellm.stage.train import GuardedStep, batch_at, logged, optimiser, progress
 from pagellm.storefront.corpus import prune
@@ -250,7 +251,8 @@ def run(config: Config) -> dict:
             weights_id=file_id(folder / "model.safetensors"),
         )
         said = "kept" if kept else "not kept: the student stays as it was"
-        print(f"{folder}: {len(pairs):,} pairs; J of {len(valid)} people {before.mean():.4f}, "
+        people = counted(len(valid), "person", "people")
+        print(f"{folder}: {counted(len(pairs), 'pair')}; J of {people} {before.mean():.4f}, "
               f"{gain['mean']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]; {said}",
               flush=True)  # fmt: skip
         return read_json(out.path / "done")

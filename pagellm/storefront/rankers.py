@@ -7,6 +7,7 @@ rank(context)                           (N,) float64, higher is better
     frequency    -3 + ln(1 + orders) + households / most households
     als          implicit matrix factorisation (Hu et al., ICDM 2008), folded in from the history
     blend        ln(1 + orders) + .5 als, the default
+    lightgbm     trees over habit, taste, categories and brands (trees.py)
     file         scores of any ranker outside, from a Parquet file (user, item, score)
     policy       logits of PageLLM's own policy for a page's first slot (page_ranker in front.py)
     compose      what PageLLM's composed pages think of each item, for rows of new items
@@ -26,6 +27,7 @@ from pagellm.data.shop import Rows
 from pagellm.data.tables import ids_of, read_table, told
 from pagellm.stage import randomness
 from pagellm.stage.config import PageLLMError
+from pagellm.stage.hints import counted
 from pagellm.storefront.parts import Context
 
 __all__ = [
@@ -46,7 +48,7 @@ __all__ = [
     "make_ranker",
 ]
 
-NAMES = ("popularity", "frequency", "als", "blend", "file", "policy", "compose")
+NAMES = ("popularity", "frequency", "als", "blend", "file", "lightgbm", "policy", "compose")
 FACTORS, ALPHA, RIDGE, SWEEPS = 64, 10.0, 50.0, 6
 
 
@@ -270,14 +272,14 @@ class File:
         if not keep.all():
             first = int(np.flatnonzero(~keep)[0])
             print(
-                f"{path}: {int((~keep).sum()):,} of {len(keep):,} rows are left out, whose user "
-                f"or item the shop has not; the first: {names[0][first]}, {names[1][first]}",
+                f"{path}: of {counted(len(keep), 'row')} {int((~keep).sum()):,} left out, whose "
+                f"user or item the shop has not; the first: {names[0][first]}, {names[1][first]}",
                 flush=True,
             )
         if lacking := len(users) - len(np.unique(user[keep])):
             print(
-                f"{path}: {lacking:,} of {len(users):,} users have no score: items come to them "
-                "by popularity",
+                f"{path}: of {counted(len(users), 'user')} {lacking:,} without a score: items come "
+                "to them by popularity",
                 flush=True,
             )
         if len(np.unique(user[keep] * len(items) + item[keep])) < keep.sum():
@@ -297,7 +299,9 @@ class File:
 
 
 def make_ranker(name: str, households: np.ndarray, factors: Factors) -> Ranker:
-    """A ranker of NAMES but `file`, `policy` and `compose`, which are read from elsewhere."""
+    """A ranker of NAMES but those that are read from elsewhere: `file`, `lightgbm`, `policy` and
+    `compose`.
+    """
     if name == "popularity":
         return Popularity(households)
     if name == "frequency":

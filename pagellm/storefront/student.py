@@ -34,6 +34,7 @@ from pagellm.stage import dist, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic_folder, file_id, read_json, write_json
+from pagellm.stage.hints import counted
 from pagellm.stage.run import Run, TrainingConfig, finished, load_model_file
 from pagellm.stage.train import GuardedStep, batch_at, logged, lr_at, optimiser, progress, set_lr
 from pagellm.storefront.local import GAMMA, TAUGHT
@@ -263,7 +264,10 @@ def run(config: Config) -> dict:
             weights_id=file_id(out.path / "model" / "model.safetensors"),
         )
         said = "" if loss is None else f"; {loss:.3f} nats a token of held-out answers"
-        print(f"{out.path / 'model'}: {len(rows):,} rows, {total} steps{said}", flush=True)
+        print(
+            f"{out.path / 'model'}: {counted(len(rows), 'row')}, {counted(total, 'step')}{said}",
+            flush=True,
+        )
         return read_json(out.path / "done")
 
 

@@ -27,6 +27,7 @@ from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import file_id, read_json
+from pagellm.stage.hints import counted
 from pagellm.stage.run import Run, finished
 from pagellm.storefront import gates
 from pagellm.storefront.corpus import prune
@@ -227,7 +228,9 @@ def run(config: Config) -> dict:
             return read_json(out.path / "done")
         store, path = open_store(config), out.path / "traces.jsonl"
         order = randomness.rng(config.seed, "storefront", "teach").permutation(store.shop.n_users)
-        people = order[: config.people or None].tolist()
+        known = store.known.number
+        people = [user for user in order.tolist() if store.shop.user_ids[user] in known]
+        people = people[: config.people or None]
         start = carried_on(path, people)
         with appended(path) as file:
             for user in tqdm(people[start:], desc="teach", unit="person", disable=None):
@@ -242,7 +245,8 @@ def run(config: Config) -> dict:
             "traces_id": file_id(path),
         }
         out.finish(**counts)
-        print(f"{path}: {len(found):,} traces of {len(people):,} people by "
+        print(f"{path}: {counted(len(found), 'trace')} of "
+              f"{counted(len(people), 'person', 'people')} by "
               f"{store.front.writer.name}; {counts['better_than_template']:.1%} of its keywords "
               "are worth more than the template's", flush=True)  # fmt: skip
         return read_json(out.path / "done")

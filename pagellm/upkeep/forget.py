@@ -267,7 +267,8 @@ def traces_in_run(run: Path, config: Config, number: int | None) -> Iterator[Tra
                     path.unlink()
                 yield Trace(path, 0)
     # Of an interrupted pre-training; pages made ahead, under keys that name nobody.
-    for folder in (run / "pretrain" / "tokens", run / "storefront" / "cache"):
+    ahead = sorted(path.parent for path in run.rglob("cache.sqlite"))
+    for folder in (run / "pretrain" / "tokens", *ahead):
         if folder.exists():
             if config.yes:
                 shutil.rmtree(folder)

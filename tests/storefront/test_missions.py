@@ -194,8 +194,8 @@ def test_scores_of_a_ranker_outside_are_read_by_the_shops_own_ids(tmp_path, caps
     assert file.rows.of(0)[0].tolist() == [0, 2] and file.rows.of(0)[1].tolist() == [0.5, 1.0]
     said = capsys.readouterr().out
     assert "3 rows; columns user, item, score; none left over" in said
-    assert "1 of 3 rows are left out, whose user or item the shop has not; the first: 7, b" in said
-    assert "1 of 2 users have no score" in said
+    assert "of 3 rows 1 left out, whose user or item the shop has not; the first: 7, b" in said
+    assert "of 2 users 1 without a score" in said
     for text, said in (
         ("user,item,score\n007,a,1\n007,a,2\n", "two scores for one item"),
         ("user,item,score\n007,a,one\n", "column score is not numbers"),
