@@ -1,6 +1,7 @@
 """The page of rows as one more arm: beside PageLLM's flat pages, ALS with MMR, and static rows.
 
-Reads   data/<dataset>, runs/<run>/{ppo or sft, compose, reward, evaluate, baselines, storefront}
+Reads   data/<dataset>, runs/<run>/{ppo or sft, compose, evaluate, baselines, storefront}, and
+        reward where it is there
 Writes  runs/<run>/storefront-arms/<arm>/pages.parquet, per_user.parquet; metrics.json, table.txt
 
     python -m experiments.storefront --dataset synthetic
@@ -9,7 +10,7 @@ All pages have as many slots as the layout (4 rows of 5), leave out what the use
 are scored by the code of `pagellm evaluate`. Reward is PageLLM's, in reward-model units. On the
 made-up shop, whose truth is known, adds per page view and per visit come in closed form and from
 simulated visitors, who read row by row (pagellm/online/simulator.py). These lifts are statements
-about the test, not earnings. Takes a minute.
+about the test, not earnings. On a real shop the table ends before them. Takes a minute.
 """
 
 import sys
@@ -30,6 +31,7 @@ from pagellm.stage import dist
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import atomic, write_json
+from pagellm.stage.hints import counted
 from pagellm.storefront.front import Sources, Store, open_store, with_tuning
 from pagellm.storefront.page import page
 from pagellm.storefront.parts import Layout, Placement, Weights
@@ -92,6 +94,7 @@ def arms_of(config: Config, shop, scorer: Scorer, seen) -> dict[str, RankedPages
     kept = {
         FIRST: config.stage("evaluate") / "compose",
         "PageLLM, ppo": config.stage("evaluate") / "ppo",
+        "PageLLM, sft": config.stage("evaluate") / "sft",
         "ALS + MMR": config.stage("baselines") / "als---mmr",
     }
     for name, folder in kept.items():
@@ -102,7 +105,8 @@ def arms_of(config: Config, shop, scorer: Scorer, seen) -> dict[str, RankedPages
             found[name] = RankedPages(pages.user, pages.item[:, :k], pages.score[:, :k], slots)
     if FIRST not in found:
         raise PageLLMError(f"no composed pages to compare with\n  {config.make('evaluate')}")
-    rankers = (("blend", "blend"), ("ppo ranks", "policy"), ("PageLLM ranks", "compose"))
+    policy = pick_policy("", config.stage, config.make)
+    rankers = (("blend", "blend"), (f"{policy} ranks", "policy"), ("PageLLM ranks", "compose"))
     for name, ranker in rankers:
         store = tuned_store(config, ranker)
         found[f"rows, {name}"] = rows_of_everybody(store, scorer.users, seen, layout)
@@ -169,20 +173,27 @@ def run(config: Config) -> dict:
     scorer, seen = Scorer(shop, "test"), seen_rows(shop, "test", "train+valid")
     out = config.stage("storefront-arms")
     pages = arms_of(config, shop, scorer, seen)
-    reward = rewards(config, shop, pages)
-    exact, test = tested(config, shop, pages)
+    more: dict[str, dict] = {name: {} for name in pages}
+    if (config.stage("reward") / "done").exists():
+        for name, worth in rewards(config, shop, pages).items():
+            more[name]["reward"] = worth
+    test: dict[str, dict] = {}
+    if shop.truth is not None:
+        exact, test = tested(config, shop, pages)
+        for name, adds in exact.items():
+            more[name] |= dict(zip(("per view", "per visit"), adds, strict=True))
     rows, results = {}, {}
     for name, ranked in pages.items():
         folder = out / name.lower().replace(",", "").replace(" ", "-")
         rows[name], _ = score_row(
             folder, name, ranked, scorer, seen, ROWS * COLUMNS, config.seed, config.n_boot
         )
-        rows[name] |= {"reward": reward[name]}
-        rows[name] |= dict(zip(("per view", "per visit"), exact[name], strict=True))
+        rows[name] |= more[name]
         results[name] = {
             column: stats.summary(rows[name][column], config.seed, config.n_boot)
             | {"less": stats.paired(rows[name][column], rows[FIRST][column], config.seed, 200)}
             for column in SHOWN
+            if column in rows[name]
         }
     text = table(results, test, len(scorer.users), config)
     keep(out, {"rows": results, "test": test}, text)
@@ -199,21 +210,24 @@ def keep(folder: Path, results: dict, text: str) -> None:
 
 
 def table(results: dict, test: dict, users: int, config: Config) -> str:
+    shown = [column for column in SHOWN if column in results[FIRST]]
     lines = [
-        f"{config.dataset}: {users:,} users, test rows, {ROWS} rows of {COLUMNS}; mean, and the "
-        f"paired 95% interval of the difference to {FIRST}",
-        "adds: in closed form, by simulated readers of rows",
+        f"{config.dataset}: {counted(users, 'user')}, test rows, {ROWS} rows of {COLUMNS}; mean, "
+        f"and the paired 95% interval of the difference to {FIRST}",
+        *(["adds: in closed form, by simulated readers of rows"] if test else []),
         "",
-        f"{'':<26}" + "".join(f"{name:>26}" for name in SHOWN),
+        f"{'':<26}" + "".join(f"{name:>26}" for name in shown),
     ]
     for name, found in results.items():
         cells = []
-        for column in SHOWN:
+        for column in shown:
             less = found[column]["less"]
             gap = "" if name == FIRST else f" [{less['low']:+.3f}, {less['high']:+.3f}]"
             cells.append(f"{found[column]['mean']:.3f}{gap}")
         lines.append(f"{name:<26}" + "".join(f"{cell:>26}" for cell in cells))
-    lines += ["", f"simulated test, {config.visitors:,} visitors an arm, each against {FIRST}:"]
+    if test:
+        visitors = f"{config.visitors:,} visitors an arm, each against {FIRST}:"
+        lines += ["", f"simulated test, {visitors}"]
     for name, found in test.items():
         cells = [
             f"adds {metric} {found[metric]['value']:.4f}"
