@@ -2,7 +2,9 @@
 
 Reads   data/<dataset>, runs/<run>/storefront/build and tune
 Prints  pages from kept rows in shops of several sizes, pages without a cache, BM25, pruning, the
-        trie, the scorer
+        trie, the scorer, writing under masks
+
+Beside ours stand bm25s (same scores) and the masks of llguidance, where these wheels are installed.
 
     make storefront-bench DATASET=complete_journey
 
@@ -10,29 +12,35 @@ A larger shop is this one several times over: its items are copied, and what peo
 rows hold is spread over the copies. Times are of this machine; ratios within a run say more.
 """
 
+import re
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
+from pagellm.model.networks import build
+from pagellm.model.vocab import Vocab
 from pagellm.stage import randomness
 from pagellm.stage.command import main
-from pagellm.stage.config import check
+from pagellm.stage.config import PageLLMError, check
 from pagellm.storefront.corpus import prune
 from pagellm.storefront.front import Sources, Store, open_store
 from pagellm.storefront.fuse import SameLeaf
+from pagellm.storefront.local import Next
 from pagellm.storefront.page import Front, page, written_ahead
 from pagellm.storefront.parts import Context, Written
 from pagellm.storefront.rankers import Blend, Factors
 from pagellm.storefront.text import BM25, index_texts, stems
-from pagellm.storefront.trie import Trie
+from pagellm.storefront.trie import Node, Trie, keywords_under
 
 __all__ = ["Config", "grown", "run"]
 
+MASK_WORDS = 2048  # of the vocabulary under whose masks keywords are written
 TRIE, LONGEST, WORDS = 300_000, 8, 30_000  # keywords of the trie, tokens of one, different tokens
 
 
@@ -43,7 +51,7 @@ class Config(Sources):
     sizes: str = "10000,100000,1000000"  # items of the shops, comma-separated; the first may be
     # smaller than the shop itself, and is then the shop as it is
     people: int = 100  # whose pages are made in each shop
-    parts: str = "online,parts,bm25"  # what is measured, comma-separated
+    parts: str = "online,parts,bm25,masks"  # what is measured, comma-separated
     rounds: int = 3  # of which the median counts
 
     def __post_init__(self):
@@ -142,7 +150,121 @@ def searched(store: Store, config: Config) -> list[dict]:
         found.append({"texts": times * len(docs), "p50": float(p50), "p95": float(p95)})
         print(f"BM25 of three words, {times * len(docs):>9,} texts: p50 {p50:.3f} ms, "
               f"p95 {p95:.3f} ms", flush=True)  # fmt: skip
+        if (other := beside_bm25s(docs * times, index, queries, config.rounds)) is not None:
+            found[-1] |= other
+            print(f"  bm25s: p50 {other['bm25s p50']:.3f} ms, p95 {other['bm25s p95']:.3f} ms; "
+                  f"best scores differ by {other['apart']:.1e} at most", flush=True)  # fmt: skip
     return found
+
+
+def beside_bm25s(docs: list[list[str]], index: BM25, queries, rounds: int) -> dict | None:
+    """Times of bm25s for the same queries, and how far its best scores are from ours."""
+    if find_spec("bm25s") is None:
+        print("  bm25s is not installed: pip install --no-deps bm25s", flush=True)
+        return None
+    import bm25s
+
+    other = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
+    other.index(docs, show_progress=False)
+    k, spent, apart = min(50, len(docs)), [], 0.0
+    for query in queries:
+        ask = partial(other.retrieve, [query], k=k, show_progress=False)
+        spent.append(milliseconds(ask, rounds))
+        theirs = float(np.asarray(ask().scores).max())
+        apart = max(apart, abs(theirs - float(index.top(query, k)[1][0])))
+    p50, p95 = np.percentile(spent, [50, 95])
+    return {"bm25s p50": float(p50), "bm25s p95": float(p95), "apart": apart}
+
+
+def under_masks(store: Store, config: Config) -> dict[str, float]:
+    """Keywords written under the trie against the network alone on the same tokens; one step's
+    mask beside llguidance's for the same keywords on offer.
+
+    The network is llama-mini as it is before training: what it prefers plays no part.
+    """
+    corpus, users = store.front.corpus, store.shop.user_ids
+    vocab = Vocab.train(corpus.text, 0, 0, MASK_WORDS)
+    randomness.seed_torch(config.seed, "storefront", "masks")
+    model = build("llama-mini", vocab.n_words, 0, 0, 0.0).eval()
+    rows = written_ahead(store.front, store.known.context(users[0]), store.layout)[0]
+    offered = [corpus.text[w] for w in prune(corpus, rows[0].theme).tolist()]
+    (separator,) = vocab.words("\n")
+    tokens = vocab.words_batch(offered)
+    trie = Trie.of(tokens, separator)
+    prompt = vocab.words(f"keywords: {rows[0].theme.title}\n")
+    room = (8 + 1) * (max(map(len, tokens)) + 1)
+    calls: list[list[tuple[int, ...]]] = []
+
+    def write(keep: bool = False) -> None:
+        follow = Next(model, prompt, room)
+
+        def ask(paths):
+            if keep:
+                calls.append(list(paths))
+            return follow(paths)
+
+        keywords_under(trie, ask)
+
+    def alone() -> None:
+        follow = Next(model, prompt, room)
+        for paths in calls:
+            follow(paths)
+
+    write(keep=True)
+    both = [(milliseconds(write, 1), milliseconds(alone, 1)) for _ in range(max(3, config.rounds))]
+    ratio = float(np.median([masked / plain for masked, plain in both]))
+    found = {"masked over unmasked": ratio, "tokens": float(sum(map(len, calls)))}
+    print(f"eight keywords under the trie, {found['tokens']:.0f} tokens followed: {ratio:.2f} of "
+          "the network's own time", flush=True)  # fmt: skip
+    steps = sum(len(path) + 1 for path in tokens)
+    ours = milliseconds(partial(our_masks, trie, tokens, vocab.n_words), config.rounds) / steps
+    found["mask us"] = 1e3 * ours
+    print(f"one step's mask of {len(offered)} keywords: {1e3 * ours:.1f} us", flush=True)
+    theirs = llguidance_masks(vocab, offered, tokens, config.rounds)
+    if theirs is not None:
+        found["llguidance us"] = 1e3 * theirs / steps
+        print(f"  llguidance: {found['llguidance us']:.1f} us", flush=True)
+    return found
+
+
+def our_masks(trie: Trie, tokens: list[list[int]], n_words: int) -> None:
+    """The mask of every step of every keyword."""
+    for path in tokens:
+        node = trie.root
+        for token in [*path, trie.separator]:
+            child, low, high = trie.children(node)
+            allowed = np.zeros(n_words, dtype=bool)
+            allowed[child] = True
+            at = int(np.searchsorted(child, token))
+            node = Node(int(low[at]), int(high[at]), node.depth + 1)
+
+
+def llguidance_masks(
+    vocab: Vocab, offered: list[str], tokens: list[list[int]], rounds: int
+) -> float | None:
+    """Milliseconds of the masks of every step of every keyword; None without llguidance."""
+    if find_spec("llguidance") is None:
+        print("  llguidance is not installed: pip install --no-deps llguidance", flush=True)
+        return None
+    from llguidance import LLMatcher, LLTokenizer
+
+    words = "|".join(re.escape(text) for text in offered)
+    tokenizer = LLTokenizer(vocab.tokenizer.to_str())
+    grammar = LLMatcher.grammar_from_regex(f"({words})\\n")
+    began = LLMatcher(tokenizer, grammar)
+    if began.is_error():
+        raise PageLLMError(f"llguidance does not take the keywords: {began.get_error()}")
+
+    def walk() -> None:
+        for path in tokens:
+            matcher = began.deep_copy()
+            for token in path:
+                matcher.compute_bitmask()
+                if not matcher.consume_token(token):
+                    raise ValueError(f"llguidance refuses a keyword's own token {token}")
+            matcher.compute_bitmask()
+
+    return milliseconds(walk, rounds)
 
 
 def single_parts(store: Store, config: Config) -> dict[str, float]:
@@ -183,6 +305,7 @@ PARTS: dict[str, Callable[[Store, Config], Any]] = {
     "online": online,
     "parts": single_parts,
     "bm25": searched,
+    "masks": under_masks,
 }
 
 

@@ -74,6 +74,7 @@ def test_the_bench_prints_its_parts(made, capsys, monkeypatch):
         storefront_bench.Config(**made, sizes="100,2000", people=3, rounds=1)
     )
     assert [one["items"] for one in found["online"]][1] > 1000
-    assert set(found) == {"online", "parts", "bm25"} and len(found["bm25"]) == 2
+    assert set(found) == {"online", "parts", "bm25", "masks"} and len(found["bm25"]) == 2
+    assert found["masks"]["masked over unmasked"] > 0.5 and found["masks"]["mask us"] > 0
     said = capsys.readouterr().out
     assert "p95 of the largest shop" in said and "pages a second without a cache" in said
