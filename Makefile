@@ -36,7 +36,7 @@ ROWS := $(DONE)/storefront/build/done
 OWN_LOG := $(filter --log --log=%,$(ARGS))
 SHOWN := $(if $(OWN_LOG),$(VENV)/installed,$(DONE)/evaluate/done)
 STAGES := pretrain sft reward ppo compose evaluate
-STEPS := $(addprefix storefront-,build tune evaluate cache page label)
+STEPS := $(addprefix storefront-,build trees tune evaluate cache page label judge)
 VERBS := fit tune recommend serve export features search baselines storefront $(STEPS) judge ope
 STUDIES := ablation backbones coldstart crossdomain drift leaveout repeats stages updates
 OF_A_RUN := ranker caches load fuzz
@@ -79,6 +79,7 @@ features: $(DONE)/ppo/done  ## two scores of (user, item) pairs: ARGS="--pairs i
 search: $(VENV)/extra-search $(DONE)/export-ppo/done  ## item rows searched; by a graph: ARGS="--index hnsw"
 storefront: | $(ORDERED)  ## a page of themed rows: built, tuned, scored; DATASET=complete_journey
 storefront-build $(ROWS): | $(ORDERED)  ## its steps one by one: keywords, missions, factors, the scorer
+storefront-trees: $(VENV)/extra-ranker | $(ROWS)  ## LightGBM as their ranker: then --ranker lightgbm
 storefront-tune: | $(ROWS)  ## weights of the score, chosen on validation rows
 storefront-evaluate: | $(ROWS)  ## everybody's page of rows, scored beside rows without themes
 storefront-cache: | $(ROWS)  ## rows and pages of everybody, made ahead into a SQLite file
@@ -87,6 +88,7 @@ storefront-serve: $(VENV)/extra-serve | $(ROWS)  ## rows in a browser and over H
 	$(call command,$@) $(ARGS)
 storefront-page: | $(ROWS)  ## one page of rows in the terminal: ARGS="--user ID"
 storefront-label: | $(ROWS)  ## pairs of a row and an item for people to judge: ARGS="--labels FILE" reads
+storefront-judge: | $(ROWS)  ## do rows hold what their titles say? rules, or a model: ARGS="--backend http"
 storefront-distil: | $(ROWS)  ## a small model taught what a search finds; table of all writers
 	$(ONE) storefront teach $(COMMON)
 	for swapped in 0 .15; do for labels in clean raw; do \

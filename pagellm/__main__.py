@@ -54,6 +54,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "journey": ("pagellm.storefront.journey", "Complete Journey -> a shop with orders"),
         "storefront": ("pagellm.storefront.storefront", "all the steps below, and some pages"),
         "storefront build": ("pagellm.storefront.build", "keywords, missions, factors, the scorer"),
+        "storefront trees": ("pagellm.storefront.trees", "LightGBM as the ranker of rows"),
         "storefront tune": ("pagellm.storefront.tune", "weights of the score, on validation rows"),
         "storefront evaluate": ("pagellm.storefront.evaluate", "everybody's page of rows, scored"),
         "storefront cache": ("pagellm.storefront.ahead", "rows and pages of everybody, made ahead"),
@@ -70,6 +71,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "storefront label": (
             "pagellm.storefront.label",
             "pairs of row and item for people to judge",
+        ),
+        "storefront judge": (
+            "pagellm.storefront.judge",
+            "rows judged by rules or a model; a trusted judge stops them",
         ),
         "storefront page": ("pagellm.storefront.show", "one page of rows in the terminal"),
     },

@@ -43,7 +43,7 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 BASE = {"torch", "tokenizers", "numpy", "pyarrow", "tqdm", "filelock"}  # torch needs filelock
 # Extras that are imported inside functions only, where a person asked for what needs them.
 EXTRAS = {"faiss", "gguf", "huggingface_hub", "jinja2", "mlflow", "uvicorn", "matplotlib"}
-EXTRAS |= {"duckdb", "lightgbm", "pyspark"}
+EXTRAS |= {"duckdb", "lightgbm", "pyspark", "transformers"}
 # Modules that cannot be imported without an extra.
 WEB = {"fastapi", "starlette", "pydantic", "prometheus_client", "uvicorn", "h11"}
 OUTSIDE = {

@@ -28,6 +28,8 @@ from tqdm import tqdm
 from pagellm.data.shop import SPLITS
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.files import read_json
+from pagellm.stage.hints import counted
 from pagellm.stage.run import file_id
 from pagellm.storefront.cache import Cache, key_of
 from pagellm.storefront.context import week_of
@@ -207,20 +209,21 @@ class Ahead:
         return None, ""
 
     def page(
-        self, context: Context, layout: Layout, seed: int = 0, explore: float = 0.0, live=False
+        self, context: Context, layout: Layout, seed: int = 0, live=False, **drawn
     ) -> tuple[Page, str]:
         """A page, and what its themes came from: own, segment, live, static or off.
 
-        live  where no rows are kept, a writer may be asked now
+        live   where no rows are kept, a writer may be asked now
+        drawn  explore, explore_themes and explore_all, as of page.page
         """
         front = self.store.front
         if front.static:
-            return page(front, context, layout, seed, explore), "off"
+            return page(front, context, layout, seed, **drawn), "off"
         rows, whose = self.rows(context, layout)
         if rows is None and live:
-            return page(front, context, layout, seed, explore), "live"
+            return page(front, context, layout, seed, **drawn), "live"
         source = "segment" if whose == "segment" else "generated"
-        made = page(front, context, layout, seed, explore, rows or [], source)
+        made = page(front, context, layout, seed, written=rows or [], source=source, **drawn)
         if rows is None:
             why = f"no rows are kept for {context.bucket.partition(':')[0]}; static ones instead"
             made = replace(made, fallbacks=(why, *made.fallbacks))
@@ -229,7 +232,7 @@ class Ahead:
     def people(self) -> list[Context]:
         """A context of everybody's."""
         known = self.store.known
-        return [known.context(user, at=self.at) for user in self.store.shop.user_ids]
+        return [known.context(user, at=self.at) for user in known.number]
 
     def alike(self, people: Sequence[Context]) -> list[Context]:
         """A context for each set of people alike, and a stranger's."""
@@ -347,9 +350,12 @@ def open_ahead(config: Served) -> Ahead:
         policy=front.policy.name,
         writer=front.writer.name,
         split=config.split,
+        **({"nearness": True} if config.nearness else {}),
     )
     cache = Cache(config.stage("storefront/cache") / "cache.sqlite")
-    switch = KillSwitch(config.stage("storefront"), 0.0)
+    tuned = config.stage("storefront/tune") / "tuned.json"
+    usual = read_json(tuned).get("blocked", 0.0) if tuned.exists() else 0.0
+    switch = KillSwitch(config.stage("storefront"), usual)
     return Ahead(store, cache, version, switch, moment(config, store), config.seed)
 
 
@@ -362,16 +368,18 @@ def run(config: Config) -> dict[str, int]:
         found = ahead.coverage(ahead.store.layout)
         entries, size = ahead.cache.size()
         print(
-            f"{ahead.cache.path}: {rows:,} sets of rows and {pages:,} pages made in "
-            f"{time.perf_counter() - started:.0f} s; {found['pages']:,} of {found['people']:,} "
-            f"people have a page, {found['segments_kept']} of {found['segments']} sets of people "
-            f"alike have rows; {entries:,} entries, {size / 1e6:.0f} MB",
+            f"{ahead.cache.path}: {counted(rows, 'set')} of rows and {counted(pages, 'page')} made "
+            f"in {time.perf_counter() - started:.0f} s; {found['pages']:,} of "
+            f"{counted(found['people'], 'person', 'people')} have a page, "
+            f"{found['segments_kept']} of {counted(found['segments'], 'set')} of people alike have "
+            f"rows; {counted(entries, 'entry', 'entries')}, {size / 1e6:.0f} MB",
             flush=True,
         )
         if ahead.notes:
             print(
-                f"{len(ahead.notes):,} rows were not written by {ahead.store.front.writer.name}: "
-                f"{ahead.notes[0]}\n  They are kept like others. To have them written again, "
+                f"{counted(len(ahead.notes), 'row')} not written by "
+                f"{ahead.store.front.writer.name}: "
+                f"{ahead.notes[0]}\n  Kept like others. To have them written again, "
                 f"remove {ahead.cache.path} and run this command again.",
                 flush=True,
             )

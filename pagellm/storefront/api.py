@@ -67,6 +67,10 @@ class FrontRequest(Strict):
     explore: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = Field(
         0.0, description="draw each slot by softmax(score / this); 0: the best item"
     )
+    explore_themes: bool = Field(False, description="with explore: draw each row's theme too")
+    explore_all: bool = Field(
+        False, description="with explore: draw static, editorial and bought-before rows too"
+    )
     seed: int | None = Field(None, ge=0, lt=2**63, description="of the draws; null: as served")
     static: bool = Field(False, description="the same layout without themes, to stand beside")
     filters: Allowed | None = None
@@ -86,6 +90,8 @@ class FrontRequest(Strict):
             self.at,
             self.explain,
             self.explore,
+            self.explore_themes,
+            self.explore_all,
             self.seed,
             self.static,
             limits,
@@ -235,7 +241,7 @@ def add_shop_routes(app: FastAPI, service) -> None:
         query: Annotated[str, Query(max_length=256)] = "",
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
     ):
-        ids = service.ahead.store.shop.user_ids
+        ids = service.ahead.store.known.number
         return JSON({"found": find(query, limit, ((i, "") for i in ids))})
 
 

@@ -13,6 +13,7 @@ class FrontAsk:
 
     more     ids of items bought since, oldest first        layout  an id, or a whole layout
     static   the page without themes, to stand beside
+    explore, explore_themes, explore_all    what is drawn: see page.page
     """
 
     user: str | None = None
@@ -21,9 +22,17 @@ class FrontAsk:
     at: int | None = None
     explain: bool = False
     explore: float = 0.0
+    explore_themes: bool = False
+    explore_all: bool = False
     seed: int | None = None
     static: bool = False
     filters: Filters = field(default_factory=Filters)
+
+    @property
+    def drawn(self) -> dict:
+        """What of the page is drawn, as options of page.page."""
+        names = ("explore", "explore_themes", "explore_all")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def plain(self) -> bool:

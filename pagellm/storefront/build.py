@@ -25,9 +25,11 @@ from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import read_json
+from pagellm.stage.hints import counted
 from pagellm.stage.run import Run, StageConfig, file_id
 from pagellm.storefront.context import Known
-from pagellm.storefront.corpus import Corpus, Space, build_corpus
+from pagellm.storefront.corpus import Corpus, Space, Vectors, build_corpus
+from pagellm.storefront.encode import Encoder, encoder_folder
 from pagellm.storefront.gates import choose_threshold
 from pagellm.storefront.missions import SLOTS, Missions, Shelves, find_missions, refined
 from pagellm.storefront.parts import Theme
@@ -42,6 +44,7 @@ __all__ = [
     "Config",
     "best_categories",
     "corpus_of",
+    "encoder_of",
     "heard",
     "read_document",
     "read_items",
@@ -68,6 +71,8 @@ class Config(StageConfig):
     starts: int = 6  # of the clustering that finds them; the one whose rows hold most is kept
     policy: str = ""  # file of the shop's policy (JSON); empty: the built-in one
     out_of_stock: str = ""  # file with one item id a line; empty: everything is in stock
+    encoder: str = ""  # vectors of texts: minilm, out of a wheel, or the directory of another
+    # sentence encoder; empty: of the shop's own words
 
     def __post_init__(self):
         super().__post_init__()
@@ -114,8 +119,8 @@ def read_items(path: str, catalogue: Catalogue, option: str) -> np.ndarray:
     ids = id_list(f"@{path}", option)
     if unknown := [name for name in ids if name not in number]:
         raise PageLLMError(
-            f"{path} names {len(unknown)} items that the shop has not: {', '.join(unknown[:3])}\n"
-            "  Take them out, or prepare the shop anew."
+            f"{path} names {counted(len(unknown), 'item')} that the shop has not: "
+            f"{', '.join(unknown[:3])}\n  Take them out, or prepare the shop anew."
         )
     found = np.zeros(len(catalogue), dtype=bool)
     found[[number[name] for name in ids]] = True
@@ -128,6 +133,13 @@ def read_stock(path: str, catalogue: Catalogue) -> np.ndarray:
     if gone.all():
         raise PageLLMError(f"{path} leaves no item in stock: there is nothing to show")
     return ~gone
+
+
+def encoder_of(config: StageConfig, name: str) -> Vectors | None:
+    """The sentence encoder of that name; None for the shop's own words."""
+    if not name:
+        return None
+    return Encoder(encoder_folder(name, config.stage("storefront/encoder")))
 
 
 def heard(catalogue: Catalogue, policy: Policy) -> Catalogue:
@@ -235,11 +247,12 @@ def run(config: Config) -> dict | None:
         state, counts = built(config, shop, train, policy, stock)
         out.finish(model=state, **counts)
         kinds = ", ".join(f"{count:,} {name}" for name, count in counts["keywords"].items())
-        print(f"{out.path}: keywords: {kinds}; {counts['categories']} categories in "
-              f"{counts['missions']} missions", flush=True)  # fmt: skip
+        print(f"{out.path}: keywords: {kinds}; "
+              f"{counted(counts['categories'], 'category', 'categories')} in "
+              f"{counted(counts['missions'], 'mission')}", flush=True)  # fmt: skip
         if counts["titles_left_out"]:
-            print(f"{counts['titles_left_out']:,} titles hold commands or markup: these items are "
-                  "shown, and no keyword comes from their titles", flush=True)  # fmt: skip
+            print(f"{counted(counts['titles_left_out'], 'title')} with commands or markup: what "
+                  "has it is shown, and no keyword comes from it", flush=True)  # fmt: skip
         if not counts["labels"]:
             print("one mission holds all items: nothing tells what fits a theme, so that every "
                   "item counts as fitting", flush=True)  # fmt: skip
@@ -252,8 +265,9 @@ def refuse_policy(missions: Missions, policy: Policy) -> None:
     if missions.names and found.total() == len(missions.names):
         term, times = found.most_common(1)[0]
         raise PageLLMError(
-            f"the policy blocks the names of all {len(missions.names)} categories, {times} of them "
-            f"by {term!r}: no row could be named\n  Take that term out of the policy."
+            "the policy blocks the names of all "
+            f"{counted(len(missions.names), 'category', 'categories')}, {times} of them by "
+            f"{term!r}: no row could be named\n  Take that term out of the policy."
         )
 
 
@@ -262,7 +276,8 @@ def built(
 ) -> tuple[dict, dict]:
     """What goes into model.pt, and counts of it."""
     catalogue = heard(shop.catalogue, policy)
-    corpus = build_corpus(catalogue, stock, policy.forbidden, config.seed)
+    encoder = encoder_of(config, config.encoder)
+    corpus = build_corpus(catalogue, stock, policy.forbidden, config.seed, encoder)
     missions = find_missions(catalogue, train, config.missions, config.seed)
     refuse_policy(missions, policy)
     rows, count = train.history()
@@ -274,7 +289,7 @@ def built(
         missions = refined(missions, train, shelves, config.starts, config.seed)
     index = build_index(catalogue, stock, corpus, households)
     texts = index_texts(catalogue)
-    vector = corpus.space.vectors([stems(texts[item]) for item in index.live.tolist()])
+    vector = corpus.space.texts([texts[item] for item in index.live.tolist()])
     # Whether an item fits a theme needs no calibrated probability: the plain sigmoid of the
     # ranker's logit is enough.
     writer = Template(ranker, Platt(), missions, corpus, policy, stock, config.seed)
@@ -329,16 +344,28 @@ def corpus_state(corpus: Corpus) -> dict:
         "indptr": torch.from_numpy(corpus.indptr),
         "item": torch.from_numpy(corpus.item),
         "vector": torch.from_numpy(corpus.vector),
-        "terms": list(corpus.space.terms),
-        "idf": torch.from_numpy(corpus.space.idf),
-        "basis": torch.from_numpy(np.ascontiguousarray(corpus.space.basis)),
+        **space_state(corpus.space),
     }
 
 
-def corpus_of(state: dict) -> Corpus:
-    """The inverse of what `built` keeps."""
-    terms = {term: at for at, term in enumerate(state["terms"])}
-    space = Space(terms, state["idf"].numpy(), state["basis"].numpy())
+def space_state(space: Vectors) -> dict:
+    """What vectors of the shop's own words are made by; nothing of an encoder, which is a file."""
+    if not isinstance(space, Space):
+        return {}
+    return {
+        "terms": list(space.terms),
+        "idf": torch.from_numpy(space.idf),
+        "basis": torch.from_numpy(np.ascontiguousarray(space.basis)),
+    }
+
+
+def corpus_of(state: dict, encoder: Vectors | None = None) -> Corpus:
+    """The inverse of what `built` keeps. encoder: that of the build, where it had one."""
+    if encoder is None:
+        terms = {term: at for at, term in enumerate(state["terms"])}
+        space: Vectors = Space(terms, state["idf"].numpy(), state["basis"].numpy())
+    else:
+        space = encoder
     text = state["text"]
     return Corpus(
         text,

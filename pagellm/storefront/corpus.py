@@ -4,6 +4,8 @@ corpus = build_corpus(catalogue, stock)
 corpus.matches(w)                           items in stock of keyword w
 prune(corpus, theme, n=100)                 the keywords nearest to a theme, best first
 
+Vectors are of the shop's own words (Space), or of a sentence encoder (encode.py).
+
 Four types, the earlier one where two texts are equal after stemming: category (every node of every
 path), brand (of 5 items and more), attribute (a word frequent in titles of a category, with the
 category's name) and query (1 to 3 words that stand together in 3 titles and more). A structured
@@ -15,6 +17,9 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,12 +28,14 @@ from pagellm.data.shop import Catalogue
 from pagellm.storefront.parts import Keyword, Theme
 from pagellm.storefront.text import BM25, best_first, index_texts, stem, stems, words
 
-__all__ = ["Corpus", "STOP", "Space", "TYPES", "build_corpus", "fused_ranks", "prune"]
+__all__ = ["Corpus", "STOP", "Space", "TYPES", "Vectors", "build_corpus", "fused_ranks", "prune"]
 
 TYPES = ("category", "brand", "attribute", "query")
 BRAND_ITEMS, ATTRIBUTE_ITEMS, QUERY_ITEMS = 5, 10, 3  # items that a text of each type needs
 LONGEST_TEXT = 40  # characters of a keyword
 COLUMNS = 64  # of the vectors
+EXACT = 300_000  # keywords up to which the nearest are found exactly
+LINKS, VISITED = 32, 100  # of a keyword in the graph beyond that; keywords looked at
 STOP = frozenset(
     "a an and are as at be by for from has have in into is it its of on or our over per than that "
     "the this to under up with without you your all any each not no other".split()
@@ -83,10 +90,24 @@ class Space:
         length = np.linalg.norm(summed)
         return summed / length if length > 1e-12 else summed
 
-    def vectors(self, texts: list[list[str]]) -> np.ndarray:
+    def text(self, text: str) -> np.ndarray:
+        """(d,) float64 of a text as it stands."""
+        return self.vector(stems(text))
+
+    def texts(self, texts: list[str]) -> np.ndarray:
         """(n, d) float32."""
-        found = [self.vector(text) for text in texts]
+        found = [self.text(text) for text in texts]
         return np.array(found, dtype=np.float32).reshape(len(texts), self.basis.shape[1])
+
+
+class Vectors(Protocol):
+    """Texts as rows of length 1: Space, or encode.Encoder."""
+
+    def text(self, text: str) -> np.ndarray:
+        """(d,) float64."""
+
+    def texts(self, texts: list[str]) -> np.ndarray:
+        """(n, d) float32."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +119,7 @@ class Corpus:
     indptr: np.ndarray  # (W+1,) int64
     item: np.ndarray  # (E,) int64
     vector: np.ndarray  # (W, d) float32, rows of length 1
-    space: Space
+    space: Vectors
     number: dict[str, int]  # text -> w
     bm25: BM25  # over the keywords' own texts
 
@@ -116,7 +137,33 @@ class Corpus:
         return Keyword(self.text[w], TYPES[self.type[w]], float(score), count)
 
     def theme_vector(self, theme: Theme) -> np.ndarray:
-        return self.space.vector(stems(" ".join((theme.title, *theme.concepts))))
+        return self.space.text(" ".join((theme.title, *theme.concepts)))
+
+    @cached_property
+    def graph(self):
+        """A faiss graph over the keywords' vectors; None where there are few, or no faiss."""
+        if len(self) <= EXACT or find_spec("faiss") is None:
+            return None
+        import faiss
+
+        graph = faiss.IndexHNSWFlat(self.vector.shape[1], LINKS, faiss.METRIC_INNER_PRODUCT)
+        graph.hnsw.efConstruction, graph.hnsw.efSearch = VISITED, 4 * VISITED
+        graph.add(np.ascontiguousarray(self.vector))
+        return graph
+
+    def nearest(self, vector: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """number, cosine of the n keywords nearest to a vector, best first, ties by number.
+
+        Exact up to 300,000 keywords; beyond, a faiss graph finds nearly all of them.
+        """
+        if self.graph is not None:
+            near, at = self.graph.search(vector.astype(np.float32)[None], min(n, len(self)))
+            number, cosine = at[0][at[0] >= 0].astype(np.int64), near[0][at[0] >= 0]
+            order = np.lexsort((number, -cosine))
+            return number[order], cosine[order].astype(np.float64)
+        cosine = self.vector @ vector
+        number = best_first(cosine, np.arange(len(self)), n)
+        return number, cosine[number]
 
 
 def category_sets(catalogue: Catalogue, live: np.ndarray) -> dict[str, list[int]]:
@@ -182,11 +229,13 @@ def build_corpus(
     stock: np.ndarray,
     forbidden: Callable[[str], bool] = lambda text: False,
     seed: int = 0,
+    encoder: Vectors | None = None,
 ) -> Corpus:
     """Every keyword of the items in stock.
 
     stock      (N,) bool
     forbidden  says which texts must not become keywords: banned words, instructions in titles
+    encoder    of the vectors; None: the shop's own words
     """
     live = np.flatnonzero(stock)
     texts = index_texts(catalogue)
@@ -209,14 +258,14 @@ def build_corpus(
             chosen[key] = (name, TYPES.index("query"), live[doc])
     keys, kept = list(chosen), list(chosen.values())
     size = np.array([len(items) for _, _, items in kept], dtype=np.int64)
-    space = Space.of(docs, seed)
+    space = Space.of(docs, seed) if encoder is None else encoder
     text = [name for name, _, _ in kept]
     return Corpus(
         text,
         np.array([kind for _, kind, _ in kept], dtype=np.int8),
         np.concatenate([[0], np.cumsum(size)]).astype(np.int64),
         np.concatenate([np.zeros(0, np.int64), *(items for _, _, items in kept)]),
-        space.vectors([list(key) for key in keys]),
+        space.texts(text),
         space,
         {name: w for w, name in enumerate(text)},
         BM25([list(key) for key in keys]),
@@ -243,11 +292,8 @@ def prune(corpus: Corpus, theme: Theme, n: int = 100) -> np.ndarray:
     The n best by cosine to title and concepts, and for each concept the n best by BM25, fused by
     rank.
     """
-    vector = corpus.theme_vector(theme)
-    cosine = corpus.vector @ vector
-    everything = np.arange(len(corpus))
-    near = best_first(cosine, everything, n)
-    lists = [near[cosine[near] > 0]]
+    near, cosine = corpus.nearest(corpus.theme_vector(theme), n)
+    lists = [near[cosine > 0]]
     for concept in itertools.chain(theme.concepts, () if theme.concepts else (theme.title,)):
         lists.append(corpus.bm25.top(stems(concept), n)[0])
     number, score = fused_ranks(lists)

@@ -36,8 +36,9 @@ from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic, read_json, write_json
+from pagellm.stage.hints import counted
 from pagellm.stage.run import Run, finished
-from pagellm.storefront.front import Sources, Store, open_store
+from pagellm.storefront.front import Explored, Store, open_store
 from pagellm.storefront.page import page, spread
 from pagellm.storefront.parts import Context, Page
 from pagellm.storefront.rankers import Popularity
@@ -50,13 +51,11 @@ COLUMNS = ("recall", "new_recall", "NDCG", "ILD", "entropy")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Sources):
+class Config(Explored):
     """Make everybody's page of rows, score it on held-out orders, and print the table."""
 
     split: str = "test"  # held-out orders that count as hits: test or valid
     people: int = 0  # users to evaluate, drawn by seed; 0: all
-    explore: float = 0.0  # temperature at which each slot is drawn, by softmax(score / this); 0:
-    # the best item is taken
     n_boot: int = 1000  # bootstrap draws for each interval
 
     def __post_init__(self):
@@ -183,7 +182,7 @@ def all_pages(
     made = []
     for user in users.tolist():
         context = store.known.context(store.shop.user_ids[user])
-        made.append(page(store.front, context, store.layout, config.seed, config.explore))
+        made.append(page(store.front, context, store.layout, config.seed, **config.drawn))
         shown = {
             "storefront": made[-1].items(),
             "static": page(static, context, store.layout).items(),
@@ -340,8 +339,8 @@ def table(results: dict[str, dict], about: dict[str, Any], heading: str) -> str:
         f"likeness inside rows {about['cohesion']:.3f}; popularity percentile "
         f"{about['popularity']:.3f}; own page better than that of somebody as active "
         f"{shown(about['personal'])}",
-        f"{about['titles']} titles; decisions that block {about['blocked']:.4f}; items ever shown "
-        f"{about['items_ever']:.3f}; {about['ms']:.1f} ms a page",
+        f"{counted(about['titles'], 'title')}; decisions that block {about['blocked']:.4f}; items "
+        f"ever shown {about['items_ever']:.3f}; {about['ms']:.1f} ms a page",
     ]
     return "\n".join(lines) + "\n"
 
@@ -385,7 +384,8 @@ def run(config: Config) -> dict:
             ),
         }
         heading = (
-            f"{config.dataset}: {len(users):,} people, {store.shop.n_items:,} items, "
+            f"{config.dataset}: {counted(len(users), 'person', 'people')}, "
+            f"{counted(store.shop.n_items, 'item')}, "
             f"{config.split} orders; "
             f"layout {store.layout.id}, ranker {store.front.ranker.name}; mean and 95% interval"
         )

@@ -23,9 +23,11 @@ from pagellm.serving.sources import pick_policy
 from pagellm.stage import dist
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import read_json
+from pagellm.stage.hints import counted
 from pagellm.stage.run import StageConfig, file_id, finished, load_model_file
 from pagellm.storefront.build import (
     corpus_of,
+    encoder_of,
     factors_of,
     heard,
     read_document,
@@ -35,6 +37,7 @@ from pagellm.storefront.build import (
     scorer_of,
 )
 from pagellm.storefront.context import Known
+from pagellm.storefront.corpus import Corpus
 from pagellm.storefront.fuse import SameLeaf
 from pagellm.storefront.gates import known_words
 from pagellm.storefront.local import Local
@@ -49,8 +52,10 @@ from pagellm.storefront.scorer import Agreement, Matcher
 from pagellm.storefront.search import Search
 from pagellm.storefront.text import index_texts, parents
 from pagellm.storefront.themes import Template
+from pagellm.storefront.trees import read_trees
 
 __all__ = [
+    "Explored",
     "Sources",
     "Store",
     "caps_of",
@@ -73,9 +78,12 @@ class Sources(StageConfig):
 
     layout: str = ""  # rows of the page: A, B, or a layout file (JSON); empty: A where people buy
     # again, else B
-    ranker: str = "blend"  # what orders items for a person: popularity, frequency, als, blend or
-    # file; or PageLLM of this run: policy (ppo, or sft), or compose for rows of new items
+    ranker: str = "blend"  # what orders items for a person: popularity, frequency, als, blend,
+    # file, or lightgbm (`pagellm storefront trees`); or PageLLM of this run: policy (ppo, or sft),
+    # or compose for rows of new items
     scores: str = ""  # with ranker=file: Parquet file of user, item, score
+    nearness: bool = False  # keywords that are queries find items whose vectors are near, beside
+    # those that hold their words
     static: bool = False  # switch themes off: rows are the best-selling categories, each in the
     # ranker's own order
     deals: str = ""  # table of item, from and to (days): what is on offer, for rows of intent deal
@@ -126,6 +134,35 @@ class Sources(StageConfig):
             retries=(self.retries >= 0, "0 or more"),
             patience=(self.patience > 0, "above 0"),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explored(Sources):
+    """Fields of what may draw a page instead of taking its best."""
+
+    explore: float = 0.0  # temperature at which each slot is drawn, by softmax(score / this); 0:
+    # the best item is taken
+    explore_themes: bool = False  # with explore: draw each row's theme too, by softmax(its value
+    # over the best theme's / temperature)
+    explore_all: bool = False  # with explore: draw the items of static, editorial and bought-before
+    # rows too
+
+    def __post_init__(self):
+        super().__post_init__()
+        more = self.explore_themes or self.explore_all
+        check(
+            self,
+            explore=(
+                self.explore >= 0 and (self.explore > 0 or not more),
+                "0 or more; above 0 with explore_themes or explore_all",
+            ),
+        )
+
+    @property
+    def drawn(self) -> dict:
+        """What of a page is drawn, as options of page.page."""
+        names = ("explore", "explore_themes", "explore_all")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -192,7 +229,9 @@ def open_store(config: Sources, splits: tuple[str, ...] = ("train",)) -> Store:
     orders = load_orders(shop)
     orders = orders_of(shop) if orders is None else orders
     seen = orders.only(*splits)
-    front = front_of(config, shop, state, policy, stock, chosen["seed"])
+    encoder = encoder_of(config, chosen.get("encoder", ""))
+    corpus = corpus_of(state["corpus"], encoder)
+    front = front_of(config, shop, state, corpus, policy, stock, chosen["seed"])
     front = with_writer(config, front)
     tuned = config.stage("storefront/tune") / "tuned.json"
     threshold = state["threshold"]
@@ -217,17 +256,20 @@ def open_store(config: Sources, splits: tuple[str, ...] = ("train",)) -> Store:
 
 
 def front_of(
-    config: Sources, shop: Shop, state: dict, policy, stock: np.ndarray, seed: int
+    config: Sources, shop: Shop, state: dict, corpus: Corpus, policy, stock: np.ndarray, seed: int
 ) -> Front:
-    corpus, households = corpus_of(state["corpus"]), state["households"].numpy()
+    households = state["households"].numpy()
     kept = state["missions"]
     category, of_category = kept["category"].numpy(), kept["of_category"].numpy()
     of_item = np.where(category >= 0, of_category[category] if len(of_category) else -1, -1)
     missions = Missions(category, kept["names"], of_category, of_item, kept["k"])
     catalogue = heard(shop.catalogue, policy)
-    index = build_index(catalogue, stock, corpus, households)
+    index = build_index(catalogue, stock, corpus, households, config.nearness)
     if config.ranker == "file":
         ranker: Ranker = File.read(config.scores, shop.user_ids, shop.catalogue.ids, households)
+    elif config.ranker == "lightgbm":
+        folder, make = config.stage("storefront/trees"), config.make("storefront trees")
+        ranker = read_trees(folder, shop, factors_of(state), households, make)
     elif config.ranker in ("policy", "compose"):
         ranker = page_ranker(config, shop, households)
     else:
@@ -297,8 +339,9 @@ def read_deals(path: str, catalogue: Catalogue) -> Deals:
         days.append((first, last))
     known, ends_of = item >= 0, np.array(days, dtype=np.int64).reshape(-1, 2)
     if not known.all():
-        print(f"{path}: {int((~known).sum()):,} of {len(known):,} lines name items that the shop "
-              f"has not; the first: {names[int((~known).argmax())]}", flush=True)  # fmt: skip
+        print(f"{path}: of {counted(len(known), 'line')} {int((~known).sum()):,} with an item "
+              f"that the shop has not; the first: {names[int((~known).argmax())]}",
+              flush=True)  # fmt: skip
     return Deals(item[known], ends_of[known, 0], ends_of[known, 1])
 
 

@@ -174,9 +174,20 @@ class Offer:
 class Making:
     """A page while it is made: items taken so far, decisions, and fallbacks."""
 
-    def __init__(self, front: Front, context: Context, layout: Layout, seed: int, explore: float):
+    def __init__(
+        self,
+        front: Front,
+        context: Context,
+        layout: Layout,
+        seed: int,
+        explore: float,
+        explore_themes: bool = False,
+        explore_all: bool = False,
+    ):
         self.front, self.context, self.layout = front, context, layout
         self.seed, self.explore = seed, explore
+        self.explore_themes = explore_themes and explore > 0
+        self.explore_all = explore_all and explore > 0
         self.logit = Logits(front.ranker, context)
         self.legal = front.stock.copy()
         self.legal[context.barred] = False
@@ -196,6 +207,12 @@ class Making:
         if front.sponsored is not None:
             left[-1] = min(left[-1], placement.sponsored)
         return Quota(front.similar, front.weights.redundancy, self.groups, left)
+
+    def draws(self, kind: str, placement: Placement, n: int) -> np.ndarray:
+        """(n,) in [0, 1): draws of one row. kind: slots or theme."""
+        position = [row.id for row in self.layout.placements].index(placement.id)
+        key = (self.context.user, self.context.at, position)
+        return randomness.rng(self.seed, kind, *key).random(n)
 
     def allowed(self, intent: str) -> np.ndarray:
         """(N,) bool: what a row of this intent may show now."""
@@ -236,17 +253,22 @@ def page(
     explore: float = 0.0,
     written: Sequence[Written] | None = None,
     source: str = "generated",
+    explore_themes: bool = False,
+    explore_all: bool = False,
 ) -> Page:
     """A whole page for one person.
 
     seed     of the draws, of which each row has its own
     explore  tau > 0 draws every generated slot by softmax(score / tau); 0 takes the best
+    explore_themes  draws the theme of each open row too, from the top, by softmax(value over the
+             best value / tau)
+    explore_all     draws the slots of all other rows too: bought before, static, editorial
     written  what `written_ahead` left for this person, or for people alike; None: made now
     source   of the rows made of them: generated, or segment where they were written for people
              alike
     """
     started = time.perf_counter()
-    making = Making(front, context, layout, seed, explore)
+    making = Making(front, context, layout, seed, explore, explore_themes, explore_all)
     making.source = source
     wanted, open_rows = locked_rows(making)
     if open_rows and not front.static:
@@ -388,8 +410,15 @@ def items_of(front: Front, names: tuple[str, ...]) -> np.ndarray:
 
 
 def plain_row(making: Making, placement: Placement, theme: Theme, items, source: str) -> Row:
-    """The ranker's own best of some items, bit for bit."""
+    """The ranker's own best of some items, bit for bit; drawn with `explore_all`."""
     best = members_first(items, making.logit, placement.slots)
+    propensity = np.ones(len(best))
+    if making.explore_all:
+        some = Candidates(items, np.zeros(len(items)), np.zeros(len(items)), NOTHING)
+        uniform = making.draws("slots", placement, placement.slots)
+        logit, slots = making.logit[items], placement.slots
+        drawn = fill(logit, some, slots, Quota(), making.taken, making.explore, uniform)
+        best, propensity = drawn.item, drawn.propensity
     n = len(best)
     parts = np.zeros((n, 4))
     parts[:, 0] = making.logit[best]
@@ -404,7 +433,7 @@ def plain_row(making: Making, placement: Placement, theme: Theme, items, source:
         making.logit[best],
         parts,
         (-1,) * n,
-        np.ones(n),
+        propensity,
         quality,
     )
 
@@ -590,6 +619,9 @@ def generated_rows(
     fits = np.array([[o.theme.intent == wanted[s] for s in open_rows] for o in offers])
     value = np.where(fits, np.array([o.value for o in offers])[:, None] * decay, -np.inf)
     clash = conflicts(making, offers)
+    if making.explore_themes:
+        drawn_rows(making, open_rows, offers, fits, clash)
+        return
     chosen, _ = assign(value, clash)
     spare = [g for g in range(len(offers)) if g not in set(chosen.tolist())]
     standing: list[int] = []
@@ -601,26 +633,74 @@ def generated_rows(
                 continue
             row = generated_row(making, position, offers[g]) if fits[g, place] else None
             if row is not None:
-                put(making, position, row)
-                if offers[g].note:
-                    making.fallbacks.append(f"{row.placement.id}: {offers[g].note}")
+                put_offer(making, position, row, offers[g])
                 standing.append(g)
                 spare = [other for other in spare if other != g]
                 break
 
 
-def generated_row(making: Making, position: int, offer: Offer) -> Row | None:
-    """The row, or None where too little is left for it or a gate is against it."""
-    placement, front = making.placements[position], making.front
-    draws = randomness.rng(making.seed, "slots", making.context.user, making.context.at, position)
-    uniform = draws.random(placement.slots) if making.explore else np.zeros(0)
-    slots = slots_of(making, offer, placement, making.explore, uniform)
-    agree = offer.found.agree[slots.place]
+def put_offer(making: Making, position: int, row: Row, offer: Offer) -> None:
+    put(making, position, row)
+    if offer.note:
+        making.fallbacks.append(f"{row.placement.id}: {offer.note}")
+
+
+def drawn_rows(
+    making: Making, open_rows: list[int], offers: list[Offer], fits: np.ndarray, clash: np.ndarray
+) -> None:
+    """Draw a theme for each open row, from the top, and fill the row.
+
+    Drawn from are the themes that clash with none above and whose best row the gates let pass, so
+    that the probability of the one that is shown, given the rows above, is exact.
+    """
+    value = np.array([offer.value for offer in offers])
+    weight = np.exp((value / max(value.max(), 1e-12) - 1) / making.explore)
+    standing: list[int] = []
+    for place, position in enumerate(open_rows):
+        placement = making.placements[position]
+        legal = [
+            g
+            for g in range(len(offers))
+            if fits[g, place]
+            and g not in standing
+            and not clash[g, standing].any()
+            and not gates.blocked(best_row(making, position, offers[g])[1])
+        ]
+        if not legal:
+            continue
+        chance = weight[legal] / weight[legal].sum()
+        draw = making.draws("theme", placement, 1)[0]
+        at = min(int(np.searchsorted(np.cumsum(chance), draw, side="right")), len(legal) - 1)
+        row = generated_row(making, position, offers[legal[at]])
+        assert row is not None
+        row = replace(row, theme_propensity=float(chance[at]))
+        put_offer(making, position, row, offers[legal[at]])
+        standing.append(legal[at])
+
+
+def best_row(making: Making, position: int, offer: Offer) -> tuple[Slots, list[Decision]]:
+    """The row of the offer's best items, and what the gates say of it."""
+    placement = making.placements[position]
+    slots = slots_of(making, offer, placement, 0.0, np.zeros(0))
     least = min(placement.min_items, placement.slots)
-    if not passes(
-        making, gates.check_placement(agree, replace(placement, min_items=least), front.threshold)
-    ):
+    row, agree = replace(placement, min_items=least), offer.found.agree[slots.place]
+    return slots, gates.check_placement(agree, row, making.front.threshold)
+
+
+def generated_row(making: Making, position: int, offer: Offer) -> Row | None:
+    """The row, or None where too little is left for it or a gate is against it.
+
+    The gates look at the best items. Whether the row is shown hangs on no draw, so that the
+    propensities of drawn items are exact.
+    """
+    placement = making.placements[position]
+    slots, looks = best_row(making, position, offer)
+    if not passes(making, looks):
         return None
+    if making.explore:
+        uniform = making.draws("slots", placement, placement.slots)
+        slots = slots_of(making, offer, placement, making.explore, uniform)
+    agree = offer.found.agree[slots.place]
     parts = np.concatenate([offer.parts[slots.place], slots.redundancy[:, None]], axis=1)
     quality = {
         "decision": "pass",
@@ -694,6 +774,8 @@ def finished(making: Making, ms: float) -> Page:
     models |= {"gates": "rules/1", "policy": front.policy.name} | front.models
     tokens = [(a.prompt_tokens, a.completion_tokens) for a in making.answers] or [(0, 0)]
     key = [context.user, context.at, layout.id, making.seed, making.explore, models, items.tolist()]
+    drawn = {"explore_themes": making.explore_themes, "explore_all": making.explore_all}
+    drawn = {name: True for name, asked in drawn.items() if asked}
     return Page(
         hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest(),
         context.user,
@@ -709,6 +791,7 @@ def finished(making: Making, ms: float) -> Page:
             "entropy": next(look.value for look in looks if look.rule == "entropy"),
             "ild": spread(items.tolist(), front.catalogue.categories),
             "value": float(sum(row.quality["value"] for row in rows)),
+            **drawn,
         },
         tuple(making.fallbacks),
         {"total": round(ms, 3)},

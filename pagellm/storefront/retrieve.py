@@ -46,10 +46,11 @@ def build_index(
     """The index of the items in stock (N,) bool. vectors: queries are answered by nearness too."""
     live = np.flatnonzero(stock)
     texts = index_texts(catalogue)
-    docs = [stems(texts[item]) for item in live.tolist()]
+    found = [texts[item] for item in live.tolist()]
+    docs = [stems(text) for text in found]
     above = dict(zip(catalogue.leaf, parents(catalogue), strict=True))
     parent = {leaf: name for leaf, name in above.items() if leaf and name}
-    nearness = corpus.space.vectors(docs) if vectors else None
+    nearness = corpus.space.texts(found) if vectors else None
     return Index(corpus, BM25(docs), live, np.asarray(popularity, np.float64), parent, nearness)
 
 
@@ -71,7 +72,7 @@ def found_by(
     doc, _ = index.bm25.top(query, depth, allowed_docs, every=keyword.type == "query")
     lists = [index.live[doc]]
     if index.vector is not None:
-        near = index.vector @ index.corpus.space.vector(query).astype(np.float32)
+        near = index.vector @ index.corpus.space.text(keyword.text).astype(np.float32)
         near = np.where(allowed_docs, near, -np.inf)
         best = best_first(near, index.live, depth)
         lists.append(index.live[best[near[best] > 0]])

@@ -18,6 +18,7 @@ import logging
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -39,6 +40,7 @@ from pagellm.serving.http_options import (
 from pagellm.serving.recommender import no_observer
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
+from pagellm.stage.hints import counted
 from pagellm.stage.run import file_id
 from pagellm.storefront import gates
 from pagellm.storefront.ahead import Ahead, Served, open_ahead, page_bytes, with_time
@@ -97,6 +99,8 @@ class FrontService:
         self.fresh: list[tuple[str, bytes]] = []  # pages made in requests, not kept yet
         self.watcher: threading.Thread | None = None
         self.reported: object = None
+        self.looks: Counter[str] = Counter()  # of the gates since the start, by rule
+        self.blocks: Counter[str] = Counter()  # those that were no pass
 
     def load(self) -> Ahead:
         """What is built and tuned now, without what is out of stock now."""
@@ -240,10 +244,10 @@ class FrontService:
         seed = self.seed_of(ask)
         live = self.config.live and not ahead.store.front.static
         if live and ahead.rows(context, layout)[0] is None:
-            made = self.within(LIVE_SECONDS, ahead, context, layout, seed, ask.explore)
+            made = self.within(LIVE_SECONDS, ahead, context, layout, seed, ask.drawn)
         else:
             made = None
-        found, how = made or ahead.page(context, layout, seed, ask.explore)
+        found, how = made or ahead.page(context, layout, seed, **ask.drawn)
         if how == "off" and not ask.static and ahead.switch.is_off():
             notes = [*notes, "themes are switched off; static rows instead"]
         self.count(found, how, ahead)
@@ -254,14 +258,14 @@ class FrontService:
         return value, how
 
     def within(
-        self, seconds: float, ahead: Ahead, context: Context, layout: Layout, seed, explore
+        self, seconds: float, ahead: Ahead, context: Context, layout: Layout, seed, drawn: dict
     ) -> tuple[Page, str] | None:
         """The page that a writer makes now; None where it fails or takes longer."""
         box: list[tuple[Page, str]] = []
 
         def ask() -> None:
             try:
-                box.append(ahead.page(context, layout, seed, explore, live=True))
+                box.append(ahead.page(context, layout, seed, live=True, **drawn))
             except Exception as error:  # a writer may fail in any way; the page is made without it
                 log.error("writer", extra={"fields": {"type": type(error).__name__}})
 
@@ -277,7 +281,9 @@ class FrontService:
         for row in found.rows:
             self.observe(f"row:{row.source}", 1)
         for decision in found.decisions:
+            self.looks[decision.rule] += 1
             if decision.action != "pass":
+                self.blocks[decision.rule] += 1
                 self.observe(f"gate:{decision.rule}:{decision.action}", 1)
             if how == "live" and decision.level == "theme":
                 ahead.switch.note(decision.action != "pass")
@@ -343,6 +349,8 @@ class FrontService:
                 "trouble": bool(ahead.cache.trouble),
             },
             "coverage": ahead.coverage(ahead.store.layout),
+            "looks": dict(self.looks),
+            "blocked": {rule: n / self.looks[rule] for rule, n in self.blocks.items()},
         }
 
     # What changes on disk.
@@ -425,8 +433,8 @@ def run(config: Config) -> None:
     print(f"Storefront: {address(sock)}storefront   (Ctrl+C stops)", flush=True)
     print(
         f"  layout {ahead.store.layout.id}, ranker {ahead.store.front.ranker.name}; "
-        f"{kept['pages']:,} pages of {kept['people']:,} people are kept, rows of "
-        f"{kept['segments_kept']} of {kept['segments']} sets of people alike",
+        f"kept: {kept['pages']:,} pages of {counted(kept['people'], 'person', 'people')}, rows of "
+        f"{kept['segments_kept']} of {counted(kept['segments'], 'set')} of people alike",
         flush=True,
     )
     if not kept["segments_kept"]:

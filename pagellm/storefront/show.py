@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 
 from pagellm.stage.command import main
-from pagellm.storefront.front import Sources, Store, open_store
+from pagellm.storefront.front import Explored, Store, open_store
 from pagellm.storefront.page import page
 from pagellm.storefront.parts import Page, page_json
 
@@ -19,14 +19,12 @@ __all__ = ["Config", "page_text", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Sources):
+class Config(Explored):
     """Make pages of rows and print them."""
 
     user: str = ""  # whose page is shown; empty: pages of three users and of an unknown one
     json: bool = False  # print pages as JSON, one a line
     explain: bool = False  # with --json: add every decision of the gates
-    explore: float = 0.0  # temperature at which each slot is drawn, by softmax(score / this); 0:
-    # the best item is taken
 
 
 def page_text(store: Store, found: Page) -> str:
@@ -58,10 +56,11 @@ def run(config: Config) -> None:
             )
         people: list[str | None] = [config.user]
     else:
-        people = [*store.shop.user_ids[:: max(1, store.shop.n_users // 3)][:3], None]
+        ids = list(store.known.number)
+        people = [*ids[:: max(1, len(ids) // 3)][:3], None]
     for user in people:
         context = store.known.context(user)
-        found = page(store.front, context, store.layout, config.seed, config.explore)
+        found = page(store.front, context, store.layout, config.seed, **config.drawn)
         if config.json or config.explain:
             catalogue = store.front.catalogue
             print(json.dumps(page_json(found, catalogue.ids, catalogue.title, config.explain)))

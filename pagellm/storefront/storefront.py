@@ -30,6 +30,8 @@ class Config(show.Config):
     starts: int = 6  # of the clustering that finds them; the one whose rows hold most is kept
     policy: str = ""  # file of the shop's policy (JSON); empty: the built-in one
     out_of_stock: str = ""  # file with an item's id a line; empty: everything is in stock
+    encoder: str = ""  # vectors of texts: minilm, out of a wheel, or the directory of another
+    # sentence encoder; empty: of the shop's own words
 
     def __post_init__(self):
         super().__post_init__()

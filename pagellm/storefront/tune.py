@@ -89,15 +89,19 @@ def fitting(front: Front, pages: list[Page]) -> float:
 
 def choose_weights(
     store: Store, front: Front, users: np.ndarray, labels, seed: int
-) -> tuple[Weights, list[dict]]:
-    """The weights, and every setting that was tried: its recall, and the gain's interval.
+) -> tuple[Weights, list[dict], float]:
+    """The weights; every setting that was tried, its recall, and the gain's interval; and the share
+    of looks at a theme that blocked it.
 
     Where the ranker's own order fits the themes too seldom, the setting with the most recall of
     those that fit is taken, whether or not its gain is sure.
     """
     people = [store.known.context(store.shop.user_ids[u]) for u in users.tolist()]
     # No writer looks at the weights, so that each person's rows are written once.
-    rows = [written_ahead(front, context, store.layout)[0] for context in people]
+    made = [written_ahead(front, context, store.layout) for context in people]
+    rows = [one for one, _ in made]
+    looks = [d.action != "pass" for _, found in made for d in found if d.level == "theme"]
+    blocked = float(np.mean(looks)) if looks else 0.0
 
     def measured(weights: Weights) -> tuple[np.ndarray, float]:
         return scores(replace(front, weights=weights), people, rows, store.layout, labelled)
@@ -119,7 +123,7 @@ def choose_weights(
             sure = based < LEAST_FITTING or gain["low"] > 0
             if fits < LEAST_FITTING or (sure and found.mean() > recall.mean()):
                 best, recall, fits = weights, found, share
-    return best, tried
+    return best, tried, blocked
 
 
 def scores(
@@ -166,8 +170,8 @@ def run(config: Config) -> dict:
             "weights": asdict(Weights(0.0, 0.0, 0.0, 0.0)),
         }
         front = with_tuning(store.front, tuned)
-        weights, tried = choose_weights(store, front, drawn, labels, config.seed)
-        tuned |= {"weights": asdict(weights), "tried": tried}
+        weights, tried, blocked = choose_weights(store, front, drawn, labels, config.seed)
+        tuned |= {"weights": asdict(weights), "tried": tried, "blocked": blocked}
         write_json(out.path / "tuned.json", tuned)
         out.finish(people=len(drawn))
         print(

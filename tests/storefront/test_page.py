@@ -1,6 +1,7 @@
 """The cascade on the golden shop, and its laws on a synthetic one."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from pagellm.pages import metrics
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import read_json
-from pagellm.storefront import build, evaluate, storefront
+from pagellm.storefront import build, evaluate, show, storefront
 from pagellm.storefront.corpus import build_corpus, prune
 from pagellm.storefront.front import (
     Sources,
@@ -25,7 +26,7 @@ from pagellm.storefront.front import (
 from pagellm.storefront.fuse import SameLeaf
 from pagellm.storefront.gates import known_words
 from pagellm.storefront.missions import Missions
-from pagellm.storefront.page import Deals, Front, default_layout, page
+from pagellm.storefront.page import Deals, Front, default_layout, page, written_ahead
 from pagellm.storefront.parts import Answer, Layout, Placement, Theme, Weights, page_json
 from pagellm.storefront.policy import policy_of
 from pagellm.storefront.rankers import Frequency, Platt
@@ -214,7 +215,8 @@ def test_deals_are_read_from_a_table_and_wrong_lines_are_named(tmp_path, capsys)
     path.write_text("item,from,to\ng05,2017-11-01,2017-11-01\nzz,2017-11-01,2017-11-02\n")
     deals = read_deals(str(path), catalogue())
     assert deals.at(u1().at).tolist() == [4] and deals.at(u1().at + 86_400).tolist() == []
-    assert "1 of 2 lines name items that the shop has not; the first: zz" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "of 2 lines 1 with an item that the shop has not; the first: zz" in said
     for line, words in (
         ("item,from\ng05,2017-11-01", "no column to"),
         ("item,from,to\ng05,soon,2017-11-01", "line 2: want days like"),
@@ -432,6 +434,67 @@ def test_exploring_writes_propensities_below_one_and_taking_the_best_writes_one(
     assert all((row.propensity == 1).all() for row in best.rows)
     chances = np.concatenate([row.propensity for row in drawn.rows if row.source == "generated"])
     assert ((chances > 0) & (chances <= 1)).all() and (chances < 1).any()
+
+
+def test_with_explore_all_a_row_to_buy_again_is_drawn_by_its_logits():
+    """Every draw has the chance that the softmax over what is left gives it."""
+    plain = page(front(), u1(), TINY, 5, 1.0).rows[0]
+    assert plain.propensity.tolist() == [1.0] * 3
+    logit = front().ranker(u1())
+    firsts = set()
+    for seed in range(20):
+        row = page(front(), u1(), TINY, seed, 1.0, explore_all=True).rows[0]
+        left = u1().item.tolist()
+        for item, chance in zip(row.item.tolist(), row.propensity.tolist(), strict=True):
+            weight = np.exp(logit[left])
+            assert chance == pytest.approx(weight[left.index(item)] / weight.sum())
+            left.remove(item)
+        firsts.add(int(row.item[0]))
+        assert row.parts.sum(1) == pytest.approx(row.score)
+    assert len(firsts) > 1
+    same = page(front(), u1(), TINY, 5, 0.0, explore_all=True).rows[0]
+    assert same.item.tolist() == golden_page().rows[0].item.tolist()
+
+
+def test_themes_are_drawn_as_often_as_they_say(made):
+    """Shares over many seeds are the propensities; later rows clash with none above."""
+    store = open_store(Sources(**made))
+    context = next(c for u in store.shop.user_ids if len((c := store.known.context(u)).item) > 25)
+    layout, seeds = Layout("two", default_layout("B").placements[:2]), 300
+    written, _ = written_ahead(store.front, context, layout)
+    chance, seen = {}, Counter()
+    for seed in range(seeds):
+        found = page(store.front, context, layout, seed, 0.5, written=written, explore_themes=True)
+        first, second = found.rows
+        assert first.theme.title != second.theme.title
+        assert chance.setdefault(first.theme.title, first.theme_propensity) == pytest.approx(
+            first.theme_propensity
+        )
+        seen[first.theme.title] += 1
+        assert found.page["explore_themes"] is True
+    assert len(chance) > 1 and sum(chance.values()) <= 1 + 1e-9
+    for title, p in chance.items():
+        assert abs(seen[title] / seeds - p) < 4 * np.sqrt(p * (1 - p) / seeds) + 1e-9
+    best = page(store.front, context, layout, written=written)
+    assert {row.theme_propensity for row in best.rows} == {1.0}
+    document = page_json(found, store.front.catalogue.ids, store.front.catalogue.title)
+    assert check(document, PAGE) == [] and document["placements"][0]["propensity"] < 1
+
+
+def test_a_drawn_row_is_shown_wherever_its_best_row_is(made):
+    """Else the chance of what is shown would hang on what its draws would have been."""
+    store = open_store(Sources(**made))
+    for user in store.shop.user_ids[:10]:
+        context = store.known.context(user)
+        best, drawn = (page(store.front, context, store.layout, 1, tau) for tau in (0.0, 5.0))
+        assert [r.source for r in best.rows][:2] == [r.source for r in drawn.rows][:2]
+
+
+def test_what_is_drawn_needs_a_temperature():
+    with pytest.raises(PageLLMError, match="explore"):
+        show.Config(explore_themes=True)
+    with pytest.raises(PageLLMError, match="explore"):
+        show.Config(explore=-1.0)
 
 
 def test_held_out_rows_move_no_byte_of_the_build(made, tmp_path):
