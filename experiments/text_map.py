@@ -20,7 +20,15 @@ from torch import Tensor
 from experiments.text_vectors import cached
 from pagellm.data.filters import group_rank
 from pagellm.data.shop import Rows, Shop
-from pagellm.model.als import als, als_side, basis_of, penalty_scale, sizes, transpose
+from pagellm.model.als import (
+    als,
+    als_side,
+    basis_of,
+    fold_towards,
+    penalty_scale,
+    sizes,
+    transpose,
+)
 from pagellm.stage import randomness
 
 __all__ = ["Practice", "Ridge", "World", "fold_in", "ndcg", "subset", "without"]
@@ -110,20 +118,9 @@ class World:
 def fold_in(
     world: World, users: Tensor, begin: Tensor, buyers: Rows, hold: float, basis=None
 ) -> Tensor:
-    """Rows of items with a few buyers: from where their texts put them, towards their buyers.
-
-        minimise  sum over buyers (1 - x_u.y)^2 + alpha0 sum over users (x_u.(y - b))^2
-                  + hold reg_i |y - b|^2
-
-    users (U, d)    begin (n, d), b of each item    buyers  the users of each of the n items
-    basis  als.basis_of(users), where it is at hand
-    """
-    alpha0 = world.settings["alpha0"]
-    item = np.repeat(np.arange(len(begin)), buyers.counts())
-    said = (users[torch.from_numpy(buyers.items)] * begin[torch.from_numpy(item)]).sum(1)
+    """`als.fold_towards` with ALS's penalty times `hold`."""
     penalty = hold * world.ridge(buyers, len(users))
-    target = (1.0 - said).numpy()
-    return begin + als_side(users, buyers, alpha0, penalty, target=target, basis=basis)
+    return fold_towards(users, begin, buyers, world.settings["alpha0"], penalty, basis)
 
 
 def ndcg(score: Tensor, picks: Rows, at: np.ndarray) -> float:

@@ -26,6 +26,7 @@ __all__ = [
     "als_side",
     "basis_of",
     "fit_stars",
+    "fold_towards",
     "item_groups",
     "like_counts",
     "liked_means",
@@ -241,6 +242,27 @@ def als_side(
             x = torch.cholesky_solve(right, torch.linalg.cholesky(A))[..., 0]
         out.index_copy_(0, user, x @ Q.T)
     return out
+
+
+def fold_towards(
+    users: Tensor,
+    begin: Tensor,
+    buyers: Rows,
+    alpha0: float,
+    reg: Tensor,
+    basis: Basis | None = None,
+) -> Tensor:
+    """Rows of items with a few buyers: from where something else puts them, towards their buyers.
+
+        minimise  sum over buyers (1 - x_u.y)^2 + alpha0 sum over users (x_u.(y - b))^2
+                  + reg_i |y - b|^2
+
+    users (U, d)    begin (n, d), b of each item    buyers  the users of each of the n items
+    reg   (n,)      basis  `basis_of` users, where it is at hand
+    """
+    item = np.repeat(np.arange(len(begin)), buyers.counts())
+    said = (users[torch.from_numpy(buyers.items)] * begin[torch.from_numpy(item)]).sum(1)
+    return begin + als_side(users, buyers, alpha0, reg, target=(1.0 - said).numpy(), basis=basis)
 
 
 def item_groups(catalogue: Catalogue) -> list[np.ndarray]:

@@ -4,14 +4,17 @@
     users = fold_users(model.user, old_user, liked, items.space)
 
 The trained item rows are taken as the item factors of implicit ALS (model/als.py), and frozen. One
-half step of ALS gives every user, category, brand and title word a place among them; the next gives
-each new item a place, from its buyers and from its words. A ridge regression then carries these
-places over to rows of the network. It is learnt on known items, each folded in as if it were new:
-without its own row, and with as many buyers as one of the new items has.
+half step of ALS gives every user a place among them. A new item begins where its category, brand
+and title words put it, by a ridge regression from words to places, and moves from there towards its
+buyers. A second regression then carries these places over to rows of the network. Both are learnt
+on known items, each taken for a new one: without its own row, and with as many buyers as one of the
+new items has.
 
-Source of the fold-in: Hu, Koren and Volinsky, ICDM 2008. The regression is not in the literature.
+Source of the fold-in: Hu, Koren and Volinsky, ICDM 2008, around a prior mean. The regressions are
+not in the literature; what they are worth is in docs/results/updates.md.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,16 +22,20 @@ import torch
 from torch import Tensor
 
 from pagellm.data.shop import Rows
-from pagellm.model.als import add_pseudo_users, als_side, penalty_scale, sizes, transpose
+from pagellm.model.als import als_side, fold_towards, penalty_scale, sizes, transpose
 from pagellm.model.judges import rows_of
 from pagellm.stage import randomness
 
 __all__ = ["FoldedItems", "FoldedUsers", "fold_items", "fold_users"]
 
-ALPHA0, REG = 0.1, 0.03  # of als.als with nu = 1: those of the plain row ALS+facts
+ALPHA0, REG = 0.001, 0.03  # of als.als with nu = 1; larger alpha0 finds new users less well
 PARTS = 3  # parts of the known items; each is folded in by the others
 PRACTICE = 6000  # known items, or users, that the regression is learnt from
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # tried; per example, features being standardised
+STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)  # tried, of the ridge from words; their rows have length 1
+TRIED_ON = 3000  # known items that the strength is chosen on
+HOLDS = (0.3, 1.0, 4.0, 16.0)  # tried, of how firmly a new item is held where its words put it
+CHUNK = 4096  # items whose words are compared at once
 
 
 @dataclass(frozen=True)
@@ -89,20 +96,78 @@ def balanced(Y: Tensor, rows: Rows, keep: np.ndarray, scale: float) -> Tensor:
     return Y
 
 
-def thinned(rows: Rows, n_people: int, most: np.ndarray, rng: np.random.Generator) -> Rows:
-    """By-item rows with at most `most` (N,) people each, drawn at random; the facts all stay.
-
-    Users from n_people on are facts: categories, brands and words (als.add_pseudo_users).
-    """
+def thinned(rows: Rows, most: np.ndarray, rng: np.random.Generator) -> Rows:
+    """By-item rows with at most `most` (N,) people each, drawn at random."""
     item = np.repeat(np.arange(len(rows.indptr) - 1), rows.counts())
-    person = rows.items < n_people
-    order = np.lexsort((rng.random(len(item)), ~person, item))  # people first, at random
+    order = np.lexsort((rng.random(len(item)), item))
     rank = np.empty(len(item), np.int64)
     rank[order] = np.arange(len(item)) - rows.indptr[:-1][item[order]]
-    keep = ~person | (rank < most[item])
+    keep = rank < most[item]
     indptr = np.zeros(len(rows.indptr), np.int64)
     np.cumsum(np.bincount(item[keep], minlength=len(rows.indptr) - 1), out=indptr[1:])
     return Rows(indptr, rows.items[keep], rows.ratings[keep])
+
+
+class Words:
+    """TF-IDF rows of items over categories, brands and title words; each row has length 1.
+
+    groups  the items of every category, brand and word (als.item_groups)
+    """
+
+    def __init__(self, groups: list[np.ndarray], n_items: int):
+        item = np.concatenate([*groups, np.zeros(0, np.int64)])
+        wide = np.array([len(items) for items in groups], np.int64)
+        fact = np.repeat(np.arange(len(groups)), wide)
+        order = np.argsort(item, kind="stable")
+        self.fact, self.n_facts = fact[order], len(groups)
+        weight = np.log(n_items / np.maximum(wide, 1.0))[self.fact]
+        length = np.sqrt(np.bincount(item[order], weight**2, n_items)).clip(1e-9)
+        self.weight = (weight / length[item[order]]).astype(np.float32)
+        self.indptr = np.zeros(n_items + 1, np.int64)
+        np.cumsum(np.bincount(item, minlength=n_items), out=self.indptr[1:])
+
+    def table(self, items: np.ndarray) -> Tensor:
+        """(len(items), number of facts) sparse."""
+        place, at = Rows(self.indptr, np.arange(len(self.fact)), self.weight).flat(items)
+        return torch.sparse_coo_tensor(
+            torch.from_numpy(np.stack([place, self.fact[at]])),
+            torch.from_numpy(self.weight[at]),
+            (len(items), self.n_facts),
+            check_invariants=False,
+        ).coalesce()
+
+    def dots(self, some: np.ndarray, others: np.ndarray) -> Tensor:
+        """(len(some), len(others)) dot products of their rows."""
+        if not self.n_facts or not len(some):
+            return torch.zeros(len(some), len(others))
+        right = self.table(others).T.coalesce()
+        found = []
+        for at in range(0, len(some), CHUNK):
+            with warnings.catch_warnings():  # torch calls its sparse tables a beta
+                warnings.simplefilter("ignore", UserWarning)
+                found.append(torch.sparse.mm(self.table(some[at : at + CHUNK]), right).to_dense())
+        return torch.cat(found)
+
+
+def by_words(K: Tensor, y: Tensor, others: Tensor, strength: float) -> Tensor:
+    """What a ridge regression says of other items: (n, C).
+
+    K (E, E) dot products of the examples' words, y (E, C) their targets, others (n, E)
+    """
+    level = y.mean(0)
+    factor = torch.linalg.cholesky(K + strength * torch.eye(len(K)))
+    return level + others @ torch.cholesky_solve(y - level, factor)
+
+
+def crossed(K: Tensor, y: Tensor, part: np.ndarray, strength: float) -> Tensor:
+    """What `by_words` says of each part (E,) of the examples, having seen the others: (E, C)."""
+    out = torch.empty_like(y)
+    for p in range(PARTS):
+        mine = torch.from_numpy(part == p)
+        if mine.any():
+            rest = ~mine
+            out[mine] = by_words(K[rest][:, rest], y[rest], K[mine][:, rest], strength)
+    return out
 
 
 def described(place: Tensor, counts: np.ndarray) -> Tensor:
@@ -165,6 +230,62 @@ def practice_of(known: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray
     return chosen, np.arange(len(chosen)) % PARTS
 
 
+class Placing:
+    """Places of items among users, from where their words put them and from their buyers.
+
+    Y (N, C) places of the known items, keep (N,) bool; liked (U) rows by user; practice (E,) known
+    items that are taken for new ones, each with its part (E,)
+    begins  (E, C) where words put them, the part itself not having been seen
+    """
+
+    def __init__(
+        self,
+        Y: Tensor,
+        liked: Rows,
+        keep: np.ndarray,
+        scale: float,
+        practice: np.ndarray,
+        part: np.ndarray,
+    ):
+        self.Y, self.scale, self.practice, self.part = Y, scale, practice, part
+        self.by_item = transpose(liked, len(Y))
+        self.users, self.apart = places(Y, liked, keep, scale), []
+        for p in range(PARTS):
+            rest = keep.copy()
+            rest[practice[part == p]] = False
+            self.apart.append(places(Y, liked, rest, scale))
+        self.begins = Y.new_zeros(len(practice), Y.shape[1])
+
+    def moved(self, users: Tensor, begin: Tensor, buyers: Rows, hold: float) -> Tensor:
+        penalty = hold * penalties(buyers, len(users), self.scale)
+        return fold_towards(users, begin, buyers, ALPHA0, penalty)
+
+    def placed(self, items: np.ndarray, begin: Tensor, hold: float) -> Tensor:
+        """(n, C) places of new items that begin there."""
+        return self.moved(self.users, begin, rows_of(self.by_item, items), hold)
+
+    def practised(self, most: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, float]:
+        """Places of the practice items with at most so many (N,) buyers, and the hold that suits.
+
+        That is the one with which they come closest to where these items are.
+        """
+        buyers = thinned(self.by_item, most, rng)
+        real = self.Y[torch.from_numpy(self.practice)]
+        best, least = None, float("inf")
+        for hold in HOLDS if most.any() else HOLDS[:1]:
+            place = torch.empty_like(real)
+            for p, users in enumerate(self.apart):
+                mine = self.part == p
+                at = torch.from_numpy(mine)
+                some = rows_of(buyers, self.practice[mine])
+                place[at] = self.moved(users, self.begins[at], some, hold)
+            error = float((place - real).square().sum())
+            if best is None or error < least:
+                best, least = (place, hold), error
+        assert best is not None
+        return best
+
+
 def fold_items(
     tables: list[Tensor],
     old_item: np.ndarray,
@@ -186,50 +307,46 @@ def fold_items(
     out = [table.new_zeros(len(old_item), table.shape[1]) for table in tables]
     for table, rows in zip(out, tables, strict=True):
         table[torch.from_numpy(known)] = rows.detach().float()[old]
-    n_people, keep = len(liked.indptr) - 1, old_item >= 0
-    everybody = add_pseudo_users(liked, groups)
-    scale = penalty_scale(everybody, len(everybody.indptr) - 1, len(old_item), ALPHA0, REG, 1.0)
+    keep = old_item >= 0
+    scale = penalty_scale(liked, len(liked.indptr) - 1, len(old_item), ALPHA0, REG, 1.0)
     level = out[0][torch.from_numpy(known)].mean(0)
     Y = torch.where(torch.from_numpy(keep)[:, None], out[0] - level, 0.0)
-    Y = balanced(Y, everybody, keep, scale)
-    by_item = transpose(everybody, len(old_item))
+    Y = balanced(Y, liked, keep, scale)
     people = np.bincount(liked.items, minlength=len(old_item))
     bought = ~keep & (people > 0)
     if not len(new):
         return FoldedItems(out, Y, bought, float("nan"))
 
-    def folded(items: np.ndarray, X: Tensor, rows: Rows) -> Tensor:
-        mine = rows_of(rows, items)
-        return als_side(X, mine, ALPHA0, penalties(mine, len(X), scale))
-
     rng = randomness.rng(seed, "fold items")
     practice, part = practice_of(known, rng)
-    X = places(Y, everybody, keep, scale)
-    apart = []
-    for p in range(PARTS):
-        rest = keep.copy()
-        rest[practice[part == p]] = False
-        apart.append(places(Y, everybody, rest, scale))
+    words, of_practice = Words(groups, len(old_item)), Y[torch.from_numpy(practice)]
+    K, few = words.dots(practice, practice), slice(TRIED_ON)
+    strength = min(
+        STRENGTHS,
+        key=lambda s: float(
+            (crossed(K[few, few], of_practice[few], part[few], s) - of_practice[few]).square().sum()
+        ),
+    )
+    learner = Placing(Y, liked, keep, scale, practice, part)
+    learner.begins = crossed(K, of_practice, part, strength)
     target = torch.cat([table[torch.from_numpy(practice)] for table in out], 1)
     agree = []
     for some in (new[people[new] > 0], new[people[new] == 0]):
         if not len(some):
             continue
+        begin = by_words(K, of_practice, words.dots(some, practice), strength)
         most = np.zeros(len(old_item), np.int64)
         most[practice] = rng.choice(people[some], len(practice))
-        few = thinned(by_item, n_people, most, rng)
-        place = Y.new_zeros(len(practice), Y.shape[1])
-        for p in range(PARTS):
-            mine = part == p
-            place[torch.from_numpy(mine)] = folded(practice[mine], apart[p], few)
+        place, hold = learner.practised(most, rng)
         seen = np.minimum(people[practice], most[practice])
         regression, said = learnt(described(place, seen), target, part)
         agree.append((cosine(said, target), len(some)))
-        found = regression(described(folded(some, X, by_item), people[some]))
+        there = learner.placed(some, begin, hold)
+        found = regression(described(there, people[some]))
         at = torch.from_numpy(some)
         for table, rows_found in zip(out, found.split(tables[0].shape[1], 1), strict=True):
             table[at] = rows_found
-        Y[at] = folded(some, X, by_item)
+        Y[at] = there
     total = sum(c * n for c, n in agree) / sum(n for _, n in agree)
     return FoldedItems(out, Y, bought, total)
 
