@@ -386,7 +386,8 @@ def in_words(
         )
     last = list(pages.values())[-1]
     cut = int((last.slots < config.k).sum())
-    note = f"\n{cut} pages are shorter than {config.k}: no more legal items\n" if cut else ""
+    shorter = f"{hints.counted(cut, 'page')} shorter than {config.k} slots: no more legal items"
+    note = f"\n{shorter}\n" if cut else ""
     examples = show_pages(
         shop, pages, scorer.held, shop.csr("train"), config.examples, config.k, config.seed
     )

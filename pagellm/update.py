@@ -199,22 +199,22 @@ def told(found: Change, items: FoldedItems, users: FoldedUsers) -> list[str]:
         f"{hints.counted(len(found.user) - n_users, 'user')} keep their "
         f"rows; {hints.counted(found.gone[0], 'item')} and "
         f"{hints.counted(found.gone[1], 'user')} are no longer there; "
-        f"{found.rows:,} new train rows of {len(found.fresh):,} users"
+        f"{hints.counted(found.rows, 'new train row')} of {hints.counted(len(found.fresh), 'user')}"
     ]
     if n_items:
         lines.append(
-            f"{n_items:,} new items: {bought:,} folded in from buyers and words, "
+            f"{hints.counted(n_items, 'new item')}: {bought:,} folded in from buyers and words, "
             f"{n_items - bought:,} from words alone (known items folded in likewise have a cosine "
             f"of {items.cosine:.2f} to their trained rows)"
         )
     if n_users:
         lines.append(
-            f"{n_users:,} new users from what they liked (known ones likewise: cosine "
-            f"{users.cosine:.2f})"
+            f"{hints.counted(n_users, 'new user')} from what they liked (known ones likewise: "
+            f"cosine {users.cosine:.2f})"
         )
     if found.leaked:
         lines.append(
-            f"warning: {found.leaked:,} held-out rows were train rows of the run, so validation "
+            f"warning: train rows of the run held out now: {found.leaked:,}. So validation "
             "and evaluate say too much good; prepare with --split temporal or leave_one_out"
         )
     return lines

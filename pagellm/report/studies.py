@@ -128,7 +128,7 @@ def one_study(records: list[dict]) -> str:
     return table(
         ["", *names],
         rows,
-        f"mean ± standard deviation over {seeds} seeds; below it the paired difference to "
+        f"mean ± standard deviation over seeds ({seeds}); below it the paired difference to "
         f"{first} with its 95% interval",
     ) + figures(parts)
 
