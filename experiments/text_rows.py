@@ -16,6 +16,7 @@ and among all.
     words               TF-IDF of title words, brands and categories
     MiniLM, ...         mean states of encoders (--minilm, --language)
     words + MiniLM      both side by side
+    update's fold-in    rows that `pagellm update` gives new items (model/fold.py), without training
     cosine: ...         no factors: cosine to the mean of the history
     ALS+facts           as the product fits it: words, brands, categories are users of their items
     ceiling: ...        nothing removed
@@ -46,6 +47,7 @@ from pagellm.data.filters import group_rank
 from pagellm.data.shop import SPLITS, Catalogue, Rows, Shop, load
 from pagellm.model import plain
 from pagellm.model.als import als_side, item_groups, transpose
+from pagellm.model.fold import fold_items
 from pagellm.pages.ranked import Scorer, rank_all, seen_rows
 from pagellm.pages.stats import difference
 from pagellm.pages.tables import per_user, write_table
@@ -62,6 +64,7 @@ SHOWN = ("Recall@20", "NDCG@100")
 VIEWS = ("cold", "all")  # what a cold pick is ranked among
 MODES = ("none", "few")
 VERSUS = "words"
+UPDATE = "update's fold-in"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +261,15 @@ def text_rows(
         print(f"  {name}: strength {strength:g}, hold {hold:g}, length {length:g}", flush=True)
         return dot(world.everybody, table)
 
-    return {name: partial(made, name) for name in features}
+    def as_update() -> Callable:
+        warm = torch.from_numpy(world.warm)
+        old = np.where(world.warm, np.cumsum(world.warm) - 1, -1)
+        groups = item_groups(draw.shop.catalogue)
+        known = draw.thin.csr("train")
+        found = fold_items([world.items[warm]], old, known, groups, draw.number)
+        return dot(world.everybody, found.tables[0])
+
+    return {name: partial(made, name) for name in features} | {UPDATE: as_update}
 
 
 def plain_rows(
@@ -323,7 +334,7 @@ def scored(
     features = features_of(counted, encoded)
     plainly = plain_rows(draw, tuned, {VERSUS: counted} | encoded, config.folder / "factors")
     blended = [f"ALS+facts, {name}" for name in features if name != "no text"]
-    wanted = [*features, *plainly, *blended]
+    wanted = [*features, UPDATE, *plainly, *blended]
     missing = [name for name in wanted if not (folder / f"{slug(name)}.parquet").exists()]
     made = plainly
     if set(missing) - set(plainly):

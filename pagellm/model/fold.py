@@ -6,9 +6,10 @@
 The trained item rows are taken as the item factors of implicit ALS (model/als.py), and frozen. One
 half step of ALS gives every user a place among them. A new item begins where its category, brand
 and title words put it, by a ridge regression from words to places, and moves from there towards its
-buyers. A second regression then carries these places over to rows of the network. Both are learnt
-on known items, each taken for a new one: without its own row, and with as many buyers as one of the
-new items has.
+buyers. How strong the regression is, and how firmly an item is held where it begins, are chosen on
+known items, each taken for a new one: without its own row, and with as many buyers as one of the
+new items has. A user's row is carried over from their place by another regression; so is an output
+row from the item's row, where a network has such.
 
 Source of the fold-in: Hu, Koren and Volinsky, ICDM 2008, around a prior mean. The regressions are
 not in the literature; what they are worth is in docs/results/updates.md.
@@ -329,7 +330,9 @@ def fold_items(
     )
     learner = Placing(Y, liked, keep, scale, practice, part)
     learner.begins = crossed(K, of_practice, part, strength)
-    target = torch.cat([table[torch.from_numpy(practice)] for table in out], 1)
+    stretch = float(Y.norm() / (out[0] - level)[torch.from_numpy(known)].norm().clamp_min(1e-12))
+    real = out[0][torch.from_numpy(practice)]
+    others = [learnt(real, table[torch.from_numpy(practice)], part)[0] for table in out[1:]]
     agree = []
     for some in (new[people[new] > 0], new[people[new] == 0]):
         if not len(some):
@@ -338,14 +341,11 @@ def fold_items(
         most = np.zeros(len(old_item), np.int64)
         most[practice] = rng.choice(people[some], len(practice))
         place, hold = learner.practised(most, rng)
-        seen = np.minimum(people[practice], most[practice])
-        regression, said = learnt(described(place, seen), target, part)
-        agree.append((cosine(said, target), len(some)))
-        there = learner.placed(some, begin, hold)
-        found = regression(described(there, people[some]))
-        at = torch.from_numpy(some)
-        for table, rows_found in zip(out, found.split(tables[0].shape[1], 1), strict=True):
-            table[at] = rows_found
+        agree.append((cosine(level + place / stretch, real), len(some)))
+        there, at = learner.placed(some, begin, hold), torch.from_numpy(some)
+        out[0][at] = level + there / stretch
+        for table, regression in zip(out[1:], others, strict=True):
+            table[at] = regression(out[0][at])
         Y[at] = there
     total = sum(c * n for c, n in agree) / sum(n for _, n in agree)
     return FoldedItems(out, Y, bought, total)
