@@ -25,11 +25,11 @@ __all__ = ["entropy", "linear_logp", "token_logp"]
 # any shape tried. On a GPU 128 MB, because there kernel launches cost more than memory.
 TILE = {"cpu": 2**21, "other": 2**25}
 TILE_ROWS = 2048
-# If all logits fit into KEEP tiles (128 MB on a CPU, 512 MB on a GPU), they are kept for the
+# If all logits fit into KEEP tiles (256 MB on a CPU, 512 MB on a GPU), they are kept for the
 # backward pass, which saves one of four matrix products; otherwise they are computed again. Hidden
 # states narrower than KEEP_FROM channels keep at most one tile: for them a product is as cheap as
 # storing its result.
-KEEP, KEEP_FROM = {"cpu": 16, "other": 4}, 256
+KEEP, KEEP_FROM = {"cpu": 32, "other": 4}, 256
 PITCH = 16  # entries: 64 bytes in float32
 
 # exp(-60) = 9e-27 vanishes beside 1 even in float64 and is still a normal float32. Without this

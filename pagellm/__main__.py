@@ -5,6 +5,7 @@ import importlib
 import sys
 
 from pagellm import __version__
+from pagellm.stage import collector
 from pagellm.stage.command import main as run_main
 
 __all__ = ["GROUPS", "VERBS", "main", "verb_and_rest"]
@@ -135,7 +136,8 @@ def main() -> int:
         hint = f"did you mean {near[0]}?" if near else "pagellm --help lists the commands"
         print(f"pagellm: no command {words!r}; {hint}", file=sys.stderr)
         return 2
-    module = importlib.import_module(VERBS[verb])
+    with collector.paused():  # a sixth to a quarter of what importing torch takes
+        module = importlib.import_module(VERBS[verb])
     return run_main(module.Config, module.run, f"pagellm {verb}", rest)
 
 

@@ -17,10 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from pagellm.data.engines import quoted
 from pagellm.stage.command import main
 from pagellm.stage.config import check
 from pagellm.stage.files import read_json
@@ -48,22 +45,29 @@ class Config:
 
 
 def make_log(folder: Path, rows: int, users: int, items: int, seed: int = 0) -> None:
-    """Write the log: rows // DAY_ROWS folders of Parquet, one at least."""
-    draw = np.random.default_rng(seed)
+    """Write the log by DuckDB: rows // DAY_ROWS folders of Parquet, one at least.
+
+    Each number of a row is drawn by a hash of the row's number, so the log is the same each time.
+    """
+    import duckdb
+
+    def drawn(what: int) -> str:  # from 0 to 1, another one for each number of a row
+        return f"(hash(row, {seed}, {what}) >> 11) * pow(2.0, -53)"
+
+    base = duckdb.connect()
     for day, start in enumerate(range(0, rows, DAY_ROWS)):
-        n = min(DAY_ROWS, rows - start)
-        user = (users * draw.random(n) ** 1.5).astype(np.int64)
-        item = (items * draw.random(n) ** 2).astype(np.int64)
-        table = pa.table(
-            {
-                "user_id": pa.array(np.char.add("u", user.astype(str))),
-                "item_id": pa.array(np.char.add("i", item.astype(str))),
-                "rating": draw.integers(1, 6, n).astype(np.float64),
-                "timestamp": 1_500_000_000 + draw.integers(0, 100_000_000, n),
-            }
+        target = folder / f"day={day:04d}" / "part-0.parquet"
+        target.parent.mkdir(parents=True)
+        base.execute(
+            f"""COPY (SELECT
+                'u' || CAST(floor({users} * pow({drawn(0)}, 1.5)) AS BIGINT) AS user_id,
+                'i' || CAST(floor({items} * pow({drawn(1)}, 2)) AS BIGINT) AS item_id,
+                1 + floor(5 * {drawn(2)}) AS rating,
+                1500000000 + CAST(floor(1e8 * {drawn(3)}) AS BIGINT) AS timestamp
+            FROM range({start}, {min(rows, start + DAY_ROWS)}) AS log(row))
+            TO {quoted(str(target))} (FORMAT parquet)"""
         )
-        (folder / f"day={day:04d}").mkdir(parents=True)
-        pq.write_table(table, folder / f"day={day:04d}" / "part-0.parquet")
+    base.close()
 
 
 def prepared(config: Config, engine: str, raw: Path) -> dict:

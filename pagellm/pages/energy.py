@@ -247,6 +247,7 @@ def page_energy(
     near: Near,
     lambda_d: float = LAMBDA_D,
     lambda_r: float = LAMBDA_R,
+    log2: np.ndarray | None = None,
 ) -> np.ndarray:
     """`energy` of a batch of pages, without a loop over pages or slots.
 
@@ -254,6 +255,7 @@ def page_energy(
     mask     (B, K) bool, True on the slots of each page: True, then False
     gain     (B, K) float; where the mask is False, pages and gain may hold anything
     leaf     (N,) int, -1 if unknown
+    log2     (K,) log2(k + 1) of slot k; None: NumPy's. With math.log2 every bit is that of `energy`
     returns  (B,) float64; 0 for an empty page
 
     Raises ValueError on unequal shapes or a mask with a hole.
@@ -277,7 +279,8 @@ def page_energy(
         + lambda_d * novel_slots(row, np.asarray(leaf)[item])
         - lambda_r * redundant_slots(row, item, near)
     )
-    return np.bincount(row, weights=worth / np.log2(slot + 2.0), minlength=len(pages))
+    discount = np.log2(slot + 2.0) if log2 is None else log2[slot]
+    return np.bincount(row, weights=worth / discount, minlength=len(pages))
 
 
 def novel_slots(row: np.ndarray, leaf: np.ndarray) -> np.ndarray:
@@ -293,13 +296,24 @@ def redundant_slots(row: np.ndarray, item: np.ndarray, near: Near) -> np.ndarray
     code, first = np.unique(row * len(near) + item, return_index=True)
     redundant = np.ones(len(row), dtype=bool)
     redundant[first] = False
+    redundant[near_above(row, item, near, code, first)[1]] = True
+    return redundant
+
+
+def near_above(
+    row: np.ndarray, item: np.ndarray, near: Near, code: np.ndarray, first: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """above, below (E,): two slots (S,) in reading order of one page that hold near-duplicates.
+
+    code, first  np.unique of row * len(near) + item, with its return_index
+    """
     begin, degree = near.indptr[item], near.indptr[item + 1] - near.indptr[item]
     slot = np.repeat(np.arange(len(item)), degree)
     within = np.arange(len(slot)) - np.repeat(np.cumsum(degree) - degree, degree)
     want = row[slot] * len(near) + near.neighbour[begin[slot] + within]
     at = np.minimum(np.searchsorted(code, want), len(code) - 1)
-    redundant[slot[(code[at] == want) & (first[at] < slot)]] = True
-    return redundant
+    found = (code[at] == want) & (first[at] < slot)
+    return first[at[found]], slot[found]
 
 
 class Move(NamedTuple):

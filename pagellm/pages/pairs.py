@@ -18,26 +18,40 @@ page holds, so only their order would tell about diversity or redundancy. litera
 that way.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain, islice
 
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from pagellm.data.shop import Catalogue, Shop
-from pagellm.pages.energy import Near, energy, gain, gains, near_duplicates, page_energy
+from pagellm.data.shop import Catalogue, Rows, Shop
+from pagellm.pages.energy import (
+    Near,
+    energy,
+    gain,
+    gains,
+    near_above,
+    near_duplicates,
+    novel_slots,
+    page_energy,
+)
 from pagellm.pages.stats import average_ranks
 from pagellm.pages.truth import (
     Ties,
     best_first,
     draw_labels,
     item_scores,
+    label_counts,
     level_members,
-    page_of,
     popularity,
     rating_levels,
 )
+from pagellm.stage import collector
+from pagellm.stage.randomness import generators, seeds
 
 __all__ = [
     "KINDS",
@@ -60,6 +74,9 @@ __all__ = [
 
 KINDS = ("preference", "ranked", "diversity", "redundancy")
 NEUTRAL = ("exclude", "weak_negative")
+USERS = 256  # whose draws are made together; fewer in a large catalogue:
+FLAGS = 1 << 22  # items times users
+CHECKED = 1_000  # pairs whose energies are computed a second time
 MATCHES = 5  # a replacement is drawn from so many items, those nearest in popularity and s_i
 
 
@@ -87,10 +104,11 @@ class Stock:
     near: Near
     s: np.ndarray  # (N,) truth.item_scores
     weight: np.ndarray  # (N,) popularity ** 0.75: odds of an item to fill a rejected page
-    coordinate: np.ndarray  # (N, 2) in 0..1: popularity rank and s_i, to match replacements by
+    level: np.ndarray  # (N,) s as truth.rating_levels has it
+    coordinate: np.ndarray  # (2, N) in 0..1: popularity rank and s_i, to match replacements by
     by_leaf: list[np.ndarray]  # items of every leaf category
     ties: Ties  # the order of labels that nothing else tells apart
-    leaf: list[int]  # leaf category of every item, as catalogue.leaf_id
+    flag: np.ndarray  # (N,) bool to work with, False between any two uses
 
     @classmethod
     def of(cls, shop: Shop, near: Near | None = None, shrink: float = 0.0) -> "Stock":
@@ -100,16 +118,17 @@ class Stock:
         known = ~np.isnan(s)
         middle = s[known].mean() if known.any() else 3.0
         rank = (len(count) - average_ranks(count)) / max(1, len(count) - 1)
-        coordinate = np.stack([rank, (np.where(known, s, middle) - 1.0) / 4.0], axis=1)
+        coordinate = np.stack([rank, (np.where(known, s, middle) - 1.0) / 4.0])
         return cls(
             catalogue,
             near or near_duplicates(catalogue),
             s,
             count**0.75,
+            rating_levels(s),
             coordinate,
             [order[a:b] for a, b in zip(cuts, cuts[1:], strict=False)],
             Ties(shop.n_users, shop.n_items),
-            catalogue.leaf_id.tolist(),
+            np.zeros(shop.n_items, dtype=bool),
         )
 
 
@@ -121,14 +140,21 @@ class Buyer:
     items: np.ndarray  # liked ones, oldest first
     ratings: np.ndarray  # of the liked ones; NaN where unknown
     disliked: np.ndarray  # items rated below 3
-    gain: dict[int, float]  # energy.gain of every train item, liked or not
+    seen: np.ndarray  # all train items, liked or not, and their ratings
+    stars: np.ndarray
     free: np.ndarray  # (N,) bool: True unless the item is in the user's train rows
-    # What every draw needs of the liked items, made once: places of each rating level,
-    levels: list[np.ndarray]
-    order: list[int]  # places of the items, best first (truth.best_first),
-    item_list: list[int]  # the items, their rating levels and leaf categories as lists
-    level_list: list[float]
-    leaf_list: list[int]
+    # What every draw needs of the liked items, made once:
+    members: list[np.ndarray]  # places of each rating level
+    order: np.ndarray  # places of the items, best first (truth.best_first)
+    level: np.ndarray  # rating level of each item
+    kept: list[np.ndarray] = field(default_factory=list, init=False)
+
+    def eligible(self, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Free items of a weight above 0, and their weights; made once for one array of weights."""
+        if not self.kept or self.kept[0] is not weight:
+            items = np.flatnonzero(self.free & (weight > 0))
+            self.kept[:] = weight, items, weight[items]
+        return self.kept[1], self.kept[2]
 
 
 @dataclass(frozen=True)
@@ -154,10 +180,10 @@ def preference(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | Non
     fill = length - len(bad)
     if fill:
         # Exponential race: the `fill` earliest arrivals are a weighted draw without replacement.
-        eligible = np.flatnonzero(side.buyer.free & (stock.weight > 0))
+        eligible, weight = side.buyer.eligible(stock.weight)
         if len(eligible) < fill:
             return None
-        arrival = rng.standard_exponential(len(eligible)) / stock.weight[eligible]
+        arrival = rng.standard_exponential(len(eligible)) / weight
         first = np.argpartition(arrival, fill - 1)[:fill]  # sorts no more: there may be millions
         bad = rng.permutation(np.concatenate([bad, eligible[first[np.argsort(arrival[first])]]]))
     source = "rated" if fill == 0 else "sampled" if fill == length else "rated+sampled"
@@ -166,7 +192,7 @@ def preference(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | Non
 
 def ranked(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None:
     """Swap 1 to 3 disjoint pairs of positions a < b where a has the better (rating, s_i)."""
-    level, s = side.level, rating_levels(stock.s[side.page])
+    level, s = side.level, stock.level[side.page]
     better = (level[:, None] > level) | ((level[:, None] == level) & (s[:, None] > s))
     return swap(side.page, better, rng, most=3)
 
@@ -176,18 +202,25 @@ def swap(page: list[int], worth: np.ndarray, rng: np.random.Generator, most: int
 
     worth  (K, K) bool
     """
-    candidates = rng.permutation(np.argwhere(np.triu(worth, 1))).tolist()
-    if not candidates:
+    K = len(page)
+    candidates = rng.permutation(np.flatnonzero(worth & above(K)))
+    if not len(candidates):
         return None
     count = rng.integers(1, most + 1)
     rejected, edited = list(page), []
-    for a, b in candidates:
+    for a, b in (divmod(both, K) for both in candidates.tolist()):
         if a not in edited and b not in edited:
             rejected[a], rejected[b] = rejected[b], rejected[a]
             edited += [a, b]
         if len(edited) == 2 * count:
             break
     return rejected, edited, "swap"
+
+
+@lru_cache(maxsize=64)
+def above(K: int) -> np.ndarray:
+    """(K, K) bool: whether slot a stands above slot b."""
+    return np.triu(np.ones((K, K), dtype=bool), 1)
 
 
 def lonely(leaf: np.ndarray) -> np.ndarray:
@@ -205,27 +238,30 @@ def diversity(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None
     slots = np.flatnonzero(lonely(leaf))
     if len(slots) == 0:
         return None
-    slot = int(rng.choice(slots))
+    slot = int(slots[rng.integers(len(slots))])
     others = set(leaf.tolist()) - {-1, int(leaf[slot])}
     if not others:
         return None
     pool = np.concatenate([stock.by_leaf[category] for category in sorted(others)])
+    pool = pool[side.buyer.free[pool]]
     near = np.concatenate([stock.near.of(item) for item in side.page])
-    pool = pool[side.buyer.free[pool] & ~np.isin(pool, near)]
+    stock.flag[near] = True
+    pool = pool[~stock.flag[pool]]
+    stock.flag[near] = False
     if len(pool) == 0:
         return None
-    distance = np.abs(stock.coordinate[pool] - stock.coordinate[side.page[slot]]).sum(1)
-    return replace(
-        side.page, slot, int(rng.choice(pool[np.argsort(distance, kind="stable")[:MATCHES]]))
-    )
+    popular, liked = np.abs(stock.coordinate[:, pool] - stock.coordinate[:, [side.page[slot]]])
+    nearest = pool[np.argsort(popular + liked, kind="stable")[:MATCHES]]
+    return replace(side.page, slot, int(nearest[rng.integers(len(nearest))]))
 
 
 def redundancy(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None:
     """Replace an item by an unseen near-duplicate of an item above it."""
+    indptr, neighbour = stock.near.lists
     copies = [
         (a, copy)
         for a, item in enumerate(side.page[:-1])
-        for copy in stock.near.of(item).tolist()
+        for copy in neighbour[indptr[item] : indptr[item + 1]]
         if side.buyer.free[copy]
     ]
     if not copies:
@@ -263,14 +299,22 @@ def makers(literal_swaps: bool) -> dict[str, Callable]:
     return dict(zip(KINDS, (preference, ranked, diversity, redundancy), strict=True))
 
 
-def pair_seed(seed: int, user: int, kind: str, draw: int) -> int:
-    """63 bits that depend on the arguments only, so that neither order nor processes matter."""
-    state = np.random.SeedSequence([seed, user, KINDS.index(kind), draw]).generate_state(
-        1, np.uint64
-    )
-    return int(state[0] >> np.uint64(1))
+def pair_seeds(seed: int, user: int, kinds: Sequence[str], per_kind: int) -> np.ndarray:
+    """63 bits for every kind and draw of a user, (kinds * per_kind,) uint64.
+
+    They depend on the seed, the user, the kind and the number of the draw only, so that neither
+    order nor processes matter.
+    """
+    kind = np.repeat([KINDS.index(name) for name in kinds], per_kind)
+    whole = [seed & 0xFFFFFFFF]
+    while seed := seed >> 32:
+        whole.append(seed & 0xFFFFFFFF)
+    given = [np.full(len(kind), word) for word in (*whole, user)]
+    draw = np.tile(np.arange(per_kind), len(kinds))
+    return seeds([*given, kind, draw], 1)[:, 0] >> np.uint64(1)
 
 
+@collector.paused()
 def make_pairs(
     shop: Shop,
     seed: int = 0,
@@ -334,22 +378,29 @@ def make_pairs(
         total=shop.n_users if users is None else len(users),
         mininterval=1.0,
     )
-    for buyer in wait:
-        for kind in kinds:
-            for draw in range(per_kind):
-                own = pair_seed(seed, buyer.user, kind, draw)
-                rng = np.random.Generator(np.random.PCG64(own))
-                side = draw_side(buyer, stock, label_share, k, rng)
-                edit = make[kind](side, stock, rng)
-                pair = edit and finish(side, stock, kind, edit, own)
-                least = max(margin, ranked_margin) if kind == "ranked" else margin
-                outcome = (
-                    "impossible" if not pair else "rejected" if pair.delta_E < least else "emitted"
-                )
-                counts[kind]["tried"] += 1
-                counts[kind][outcome] += 1
-                if outcome == "emitted":
-                    pairs.append(pair)
+    buyer_of = iter(wait)
+    while block := list(islice(buyer_of, max(1, min(USERS, FLAGS // max(1, shop.n_items))))):
+        drawn = [pair_seeds(seed, buyer.user, kinds, per_kind) for buyer in block]
+        own = np.concatenate(drawn)
+        rngs = list(generators(own))
+        labels = label_draws(block, len(kinds) * per_kind, label_share, rngs)
+        sides = sides_of(block, labels, stock, k)
+        kind_of = [kind for _ in block for kind in kinds for _ in range(per_kind)]
+        edits = [
+            make[kind](side, stock, rng)
+            for kind, side, rng in zip(kind_of, sides, rngs, strict=True)
+        ]
+        for kind, pair in zip(
+            kind_of, finish(block, sides, kind_of, edits, own, stock, implicit_gain), strict=True
+        ):
+            least = max(margin, ranked_margin) if kind == "ranked" else margin
+            outcome = (
+                "impossible" if not pair else "rejected" if pair.delta_E < least else "emitted"
+            )
+            counts[kind]["tried"] += 1
+            counts[kind][outcome] += 1
+            if outcome == "emitted":
+                pairs.append(pair)
     check_energy(pairs, counts, shop, stock, implicit_gain)
     return pairs, counts
 
@@ -366,96 +417,183 @@ def buyers(
         rest, stars = others.of(user)
         bad = rest[stars < 3] if neutral == "exclude" else rest[stars <= 3]
         seen = np.concatenate([items, rest])
-        worth = gain(np.concatenate([ratings, stars]), stock.s[seen], implicit_gain)
         free = np.ones(shop.n_items, dtype=bool)
         free[seen] = False
-        gain_of = dict(zip(seen.tolist(), worth.tolist(), strict=True))
         yield Buyer(
             int(user),
             items,
             ratings,
             bad,
-            gain_of,
+            seen,
+            np.concatenate([ratings, stars]),
             free,
             level_members(ratings),
-            best_first(items, ratings, stock.s, stock.ties.of(int(user), items)).tolist(),
-            items.tolist(),
-            rating_levels(ratings).tolist(),
-            stock.catalogue.leaf_id[items].tolist(),
+            best_first(items, ratings, stock.s, stock.ties.of(int(user), items)),
+            rating_levels(ratings),
         )
+
+
+def label_draws(
+    block: Sequence[Buyer], draws: int, label_share: float, rngs: Sequence[np.random.Generator]
+) -> list[np.ndarray]:
+    """For every buyer (draws, n) bool: the labels among the liked items, a generator a draw."""
+    found = []
+    for at, buyer in enumerate(block):
+        counts = label_counts(buyer.members, label_share)
+        label = np.zeros((draws, len(buyer.items)), dtype=bool)
+        for row, rng in zip(label, rngs[at * draws : (at + 1) * draws], strict=True):
+            draw_labels(row, buyer.members, counts, rng)
+        found.append(label)
+    return found
 
 
 def draw_side(
     buyer: Buyer, stock: Stock, label_share: float, k: int, rng: np.random.Generator
 ) -> Side:
     """Split one user's liked items at random; the labels make the page, cut at k slots."""
-    items, levels = buyer.item_list, buyer.level_list
-    label = draw_labels(buyer.levels, len(items), label_share, rng)
-    is_label = label.tolist()
-    chosen = [at for at in buyer.order if is_label[at]]
-    page = page_of(
-        [items[at] for at in chosen],
-        [levels[at] for at in chosen],
-        [buyer.leaf_list[at] for at in chosen],
-        stock.near,
-    )[:k]
-    level = {items[at]: levels[at] for at in chosen}
-    return Side(
-        buyer,
-        buyer.items[~label].tolist(),
-        buyer.ratings[~label].tolist(),
-        page,
-        np.array([level[item] for item in page]),
+    labels = label_draws([buyer], 1, label_share, [rng])
+    return sides_of([buyer], labels, stock, k)[0]
+
+
+def sides_of(
+    block: Sequence[Buyer], labels: Sequence[np.ndarray], stock: Stock, k: int
+) -> list[Side]:
+    """All draws of all buyers as Sides. Their pages are those of truth.ground_truth_page.
+
+    labels  for every buyer (draws, n) bool
+    """
+    # The labels of all draws, one after another, each draw's best first.
+    at = [np.nonzero(label[:, buyer.order]) for buyer, label in zip(block, labels, strict=True)]
+    place = [buyer.order[column] for buyer, (_, column) in zip(block, at, strict=True)]
+    count = np.concatenate([label.sum(1) for label in labels])
+    draw = np.repeat(np.arange(len(count)), count)
+    item = np.concatenate([buyer.items[p] for buyer, p in zip(block, place, strict=True)])
+    level = np.concatenate([buyer.level[p] for buyer, p in zip(block, place, strict=True)])
+    # Within a level, categories that the page does not show yet go first.
+    fresh = novel_slots(draw, stock.catalogue.leaf_id[item])
+    new = (np.diff(draw) > 0) | (level[1:] != level[:-1])
+    group = np.concatenate([[0], np.cumsum(new)])
+    order = np.argsort(2 * group + ~fresh, kind="stable")
+    item, level = item[order], level[order]
+    # Of near-duplicates the highest one stays.
+    code, first = np.unique(draw * len(stock.near) + item, return_index=True)
+    above, below = near_above(draw, item, stock.near, code, first)
+    kept = np.ones(len(item), dtype=bool)
+    for a, b in zip(above.tolist(), below.tolist(), strict=True):  # below rises
+        if kept[a]:
+            kept[b] = False
+    draw, item, level = draw[kept], item[kept], level[kept]
+    count = np.bincount(draw, minlength=len(count))
+    end = np.cumsum(count)
+    begin, end, items = end - count, (end - count + np.minimum(count, k)).tolist(), item.tolist()
+    pages = [(items[a:b], level[a:b]) for a, b in zip(begin.tolist(), end, strict=True)]
+    sides = []
+    for buyer, label in zip(block, labels, strict=True):
+        row, column = np.nonzero(~label)
+        history, ratings = buyer.items[column].tolist(), buyer.ratings[column].tolist()
+        cut = np.searchsorted(row, np.arange(len(label) + 1)).tolist()
+        for a, b in zip(cut, cut[1:], strict=False):
+            page, own = pages[len(sides)]
+            sides.append(Side(buyer, history[a:b], ratings[a:b], page, own))
+    return sides
+
+
+def padded(pages: Sequence[Sequence[int]]) -> np.ndarray:
+    """(B, longest) int64 items of pages, -1 past their ends."""
+    count = np.fromiter(map(len, pages), np.int64, len(pages))
+    item = np.full((len(pages), count.max(initial=0)), -1, dtype=np.int64)
+    flat = np.fromiter(chain.from_iterable(pages), np.int64, count.sum())
+    item[np.arange(item.shape[1]) < count[:, None]] = flat
+    return item
+
+
+def finish(
+    block: Sequence[Buyer],
+    sides: Sequence[Side],
+    kinds: Sequence[str],
+    edits: Sequence[Edit | None],
+    own: np.ndarray,
+    stock: Stock,
+    implicit_gain: float,
+) -> Iterator[Pair | None]:
+    """The pairs that edits make, with the energies' difference; None where there is no edit.
+
+    block    buyers; equally many of the sides, one after another, are each one's
+    """
+    made = np.flatnonzero([edit is not None for edit in edits])
+    buyer = made // (len(sides) // len(block))
+    begin = np.cumsum([0, *(len(b.seen) for b in block)])
+    rows = Rows(
+        begin, np.concatenate([b.seen for b in block]), np.concatenate([b.stars for b in block])
     )
-
-
-def finish(side: Side, stock: Stock, kind: str, edit: Edit, seed: int) -> Pair:
-    """The pair that an edit makes, with the energies' difference."""
-    rejected, edited, source = edit
-    of, leaf = side.buyer.gain, stock.leaf
+    some = made.tolist()
     value = [
-        energy(page, [of.get(item, 0.0) for item in page], leaf, stock.near)
-        for page in (side.page, rejected)
+        page_energy(
+            item,
+            item >= 0,
+            gains(buyer, item, rows, stock.s, implicit_gain),
+            stock.catalogue.leaf_id,
+            stock.near,
+            log2=np.array([math.log2(slot + 2.0) for slot in range(item.shape[1])]),
+        )
+        for item in (padded([sides[at].page for at in some]), padded([e[0] for e in edits if e]))
     ]
-    return Pair(
-        side.buyer.user,
-        kind,
-        side.history,
-        side.history_rating,
-        side.page,
-        rejected,
-        [slot in edited for slot in range(len(side.page))],
-        value[0] - value[1],
-        source,
-        seed,
-    )
+    delta = iter((value[0] - value[1]).tolist())
+    for side, kind, edit, seed in zip(sides, kinds, edits, own.tolist(), strict=True):
+        if edit is None:
+            yield None
+            continue
+        rejected, edited, source = edit
+        mask = [False] * len(side.page)
+        for slot in edited:
+            mask[slot] = True
+        yield Pair(
+            side.buyer.user,
+            kind,
+            side.history,
+            side.history_rating,
+            side.page,
+            rejected,
+            mask,
+            next(delta),
+            source,
+            seed,
+        )
 
 
 def check_energy(
     pairs: list[Pair], counts: dict[str, dict], shop: Shop, stock: Stock, implicit_gain: float
 ) -> None:
-    """Compute all energies again, in one batch; add the share that agrees to every kind's count.
+    """Compute energies again, slot by slot; add the share that agrees to every kind's count.
 
-    The two ways to compute E must agree; that they do not is a bug, hence the assertions.
+    Of CHECKED pairs at most, evenly among all. The two ways to compute E must agree; that they do
+    not is a bug, hence the assertions.
     """
-    rows, leaf = shop.csr("train", positive=None), stock.catalogue.leaf_id
-    users = np.array([pair.user for pair in pairs], dtype=np.int64)
-    values = []
-    for pages in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs]):
-        item = np.full((len(pages), max(map(len, pages), default=0)), -1, dtype=np.int64)
-        for row, page in enumerate(pages):
-            item[row, : len(page)] = page
-        worth = gains(users, item, rows, stock.s, implicit_gain)
-        values.append(page_energy(item, item >= 0, worth, leaf, stock.near))
-    right = values[0] > values[1]
-    assert np.allclose(values[0] - values[1], [pair.delta_E for pair in pairs]), (
-        "two ways to E disagree"
-    )
+    rows, leaf = shop.csr("train", positive=None), stock.catalogue.leaf_id.tolist()
+    some = pairs[:: max(1, -(-len(pairs) // CHECKED))]
+    right = np.ones(len(some), dtype=bool)
+    for at, pair in enumerate(some):
+        items, ratings = rows.of(pair.user)
+        worth = dict(
+            zip(
+                items.tolist(),
+                gain(ratings, stock.s[items], implicit_gain).tolist(),
+                strict=True,
+            )
+        )
+        value = [
+            energy(page, [worth.get(item, 0.0) for item in page], leaf, stock.near)
+            for page in (pair.chosen, pair.rejected)
+        ]
+        assert math.isclose(value[0] - value[1], pair.delta_E, rel_tol=1e-5, abs_tol=1e-8), (
+            "two ways to E disagree"
+        )
+        right[at] = value[0] > value[1]
     assert not pairs or right.mean() >= 0.99, (
         f"only {right.mean():.4f} of the pairs have E(chosen) higher"
     )
     for kind, count in counts.items():
-        mine = right[np.array([pair.kind == kind for pair in pairs], dtype=bool)]
+        mine = right[np.array([pair.kind == kind for pair in some], dtype=bool)]
         count["lower_energy"] = round(float(mine.mean()), 4) if len(mine) else None
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "draw_labels",
     "ground_truth_page",
     "item_scores",
+    "label_counts",
     "level_members",
     "page_of",
     "popularity",
@@ -88,7 +89,8 @@ def split_history(
         )
     if not 0 < share < 1:
         raise ValueError(f"split_history: share={share}, want it between 0 and 1")
-    chosen = draw_labels(level_members(ratings), len(items), share, rng)
+    chosen, members = np.zeros(len(items), dtype=bool), level_members(ratings)
+    draw_labels(chosen, members, label_counts(members, share), rng)
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
 
@@ -98,17 +100,22 @@ def level_members(ratings: np.ndarray) -> list[np.ndarray]:
     return [np.flatnonzero(level == value) for value in sorted(set(level.tolist()))]
 
 
+def label_counts(members: list[np.ndarray], share: float) -> list[int]:
+    """How many items of each level become labels; members from `level_members`."""
+    return [
+        min(max(1, math.floor(share * len(places) + 0.5)), len(places) - 1) for places in members
+    ]
+
+
 def draw_labels(
-    levels: list[np.ndarray], n: int, share: float, rng: np.random.Generator
-) -> np.ndarray:
-    """(n,) bool, the labels that `split_history` draws; levels from `level_members`."""
-    chosen = np.zeros(n, dtype=bool)
-    for members in levels:
-        count = min(max(1, math.floor(share * len(members) + 0.5)), len(members) - 1)
-        chosen[rng.permutation(members)[:count]] = True
-    if not chosen.any():
-        chosen[rng.integers(n)] = True
-    return chosen
+    chosen: np.ndarray, members: list[np.ndarray], counts: list[int], rng: np.random.Generator
+) -> None:
+    """Set the labels that `split_history` draws in chosen (n,) bool, where all are False."""
+    for places, count in zip(members, counts, strict=True):
+        if count:
+            chosen[rng.permutation(places)[:count]] = True
+    if not any(counts):
+        chosen[rng.integers(len(chosen))] = True
 
 
 def single_level(ratings: np.ndarray, given: np.ndarray, label: np.ndarray) -> bool:

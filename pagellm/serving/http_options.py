@@ -8,7 +8,7 @@ import socket
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from pagellm.stage import hints
+from pagellm.stage import collector, hints
 from pagellm.stage.command import Interrupted
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.run import StageConfig
@@ -136,6 +136,7 @@ def answer_until_stopped(app, sock: socket.socket, config: HttpOptions) -> None:
             h11_max_incomplete_event_size=64 << 10,
         )
     )
+    collector.settle()
     try:
         server.run(sockets=[sock])
     except (Interrupted, KeyboardInterrupt):

@@ -39,6 +39,7 @@ from pagellm.serving.http_options import (
 from pagellm.serving.newcomers import NEW_DAYS, check_new
 from pagellm.serving.recommender import Ask, Recommender, no_observer
 from pagellm.serving.sources import WRITERS, Sources
+from pagellm.stage import collector
 from pagellm.stage.command import main
 from pagellm.stage.config import check
 from pagellm.stage.run import file_id
@@ -282,13 +283,14 @@ class Service:
 def run(config: Config) -> None:
     """Serve until SIGINT or SIGTERM; requests under way are answered first."""
     needs_web()
-    from pagellm.serving.api import make_app
-    from pagellm.serving.middleware import json_logs
-
-    if config.threads:
-        torch.set_num_threads(config.threads)
     started = time.perf_counter()
-    service = Service(config)
+    with collector.paused():
+        from pagellm.serving.api import make_app
+        from pagellm.serving.middleware import json_logs
+
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        service = Service(config)
     sock = listen(config.host, config.port)
     json_logs(config.log)
     warn_if_open(config, sock)

@@ -38,6 +38,7 @@ from pagellm.serving.http_options import (
     warn_if_open,
 )
 from pagellm.serving.recommender import no_observer
+from pagellm.stage import collector
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.hints import counted
@@ -421,10 +422,11 @@ def page_service(config: Config) -> pages.Service | None:
 def run(config: Config) -> None:
     """Serve until SIGINT or SIGTERM; requests under way are answered first."""
     needs_web()
-    from pagellm.serving.middleware import json_logs
-    from pagellm.storefront.api import make_app
+    with collector.paused():
+        from pagellm.serving.middleware import json_logs
+        from pagellm.storefront.api import make_app
 
-    service = FrontService(config)
+        service = FrontService(config)
     sock = listen(config.host, config.port)
     json_logs(config.log)
     warn_if_open(config, sock)

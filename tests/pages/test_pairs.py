@@ -25,7 +25,7 @@ from pagellm.pages.pairs import (
     redundancy,
     to_table,
 )
-from pagellm.pages.truth import item_scores, popularity
+from pagellm.pages.truth import Ties, ground_truth_page, item_scores, popularity
 
 law = settings(deadline=None, max_examples=40)
 TRAIN, VALID, TEST = (SPLITS.index(name) for name in ("train", "valid", "test"))
@@ -286,7 +286,7 @@ def test_diversity_matches_popularity_and_score():
         len(count) - 1
     )
     s = np.where(np.isnan(s), np.nanmean(s), s)
-    np.testing.assert_allclose(stock.coordinate, np.stack([rank, (s - 1) / 4], 1))
+    np.testing.assert_allclose(stock.coordinate, np.stack([rank, (s - 1) / 4]))
     train, near, leaf = by_user(shop), near_duplicates(shop.catalogue), shop.catalogue.leaf_id
     ranks, near_by = Counter(), set()
     for pair in make_pairs(shop, 0, ("diversity",), per_kind=6)[0]:
@@ -299,7 +299,8 @@ def test_diversity_matches_popularity_and_score():
             and i not in train[pair.user]
             and not set(near.of(i).tolist()) & set(pair.chosen)
         ]
-        distance = np.abs(stock.coordinate[pool] - stock.coordinate[pair.chosen[slot]]).sum(1)
+        at = stock.coordinate[:, [pair.chosen[slot]]]
+        distance = np.abs(stock.coordinate[:, pool] - at).sum(0)
         got = distance[pool.index(pair.rejected[slot])]
         ranks[int((distance < got - 1e-12).sum())] += 1
         near_by.add(pair.rejected[slot])
@@ -384,11 +385,40 @@ def test_impossible_pages_give_none():
     shut = replace(side, buyer=nobody)
     assert preference(shut, stock, rng) is None
     assert diversity(shut, stock, rng) is None and redundancy(shut, stock, rng) is None
-    flat = replace(stock, s=np.full(60, np.nan))
+    flat = replace(stock, level=np.full(60, -np.inf))
     assert ranked(replace(side, level=np.full(len(side.page), 4.0)), flat, rng) is None
     one = np.flatnonzero(shop.catalogue.leaf_id == 2)[:3].tolist()
     assert diversity(replace(side, page=one), stock, rng) is None  # a single category
     assert diversity(replace(side, page=one[:1]), stock, rng) is None
+
+
+@law
+@given(shops, st.integers(0, 9))
+def test_a_page_is_the_ground_truth_page_of_what_the_history_leaves(shop, seed):
+    s, near = item_scores(shop), near_duplicates(shop.catalogue)
+    ties, liked = Ties(shop.n_users, shop.n_items), shop.csr("train")
+    for pair in make_pairs(shop, seed, per_kind=2, k=7, label_share=0.7)[0]:
+        items, ratings = liked.of(pair.user)
+        label = ~np.isin(items, pair.history)
+        mine, stars = items[label], ratings[label]
+        tie = ties.of(pair.user, mine)
+        page = ground_truth_page(mine, stars, shop.catalogue, s, near, tie)[0]
+        assert pair.chosen == page.tolist()[:7]
+
+
+@law
+@given(shops, st.integers(0, 9), st.booleans())
+def test_delta_is_to_the_last_bit_what_slot_by_slot_gives(shop, seed, literal):
+    s, near = item_scores(shop), near_duplicates(shop.catalogue)
+    leaf, known = shop.catalogue.leaf_id.tolist(), shop.csr("train", positive=None)
+    for pair in make_pairs(shop, seed, per_kind=3, literal_swaps=literal)[0]:
+        items, ratings = known.of(pair.user)
+        worth = dict(zip(items.tolist(), gain(ratings, s[items]).tolist(), strict=True))
+        value = [
+            energy(page, [worth.get(item, 0.0) for item in page], leaf, near)
+            for page in (pair.chosen, pair.rejected)
+        ]
+        assert pair.delta_E == value[0] - value[1]
 
 
 def test_pages_of_one_slot_give_preference_pairs_only():
