@@ -17,7 +17,7 @@ undefined for a user without labels, not 0.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -699,7 +699,8 @@ def labels(users: np.ndarray, refs: tuple, rel: np.ndarray | None) -> tuple[np.n
         )
     row, kept = rows_among(users, user)
     row, item, rank, grade = row[kept], item[kept], rank[kept].astype(np.float64), grade[kept]
-    if len(np.unique(row * (item.max(initial=0) + 1) + item)) < len(row):
+    code = np.sort(row * (item.max(initial=0) + 1) + item)
+    if (code[1:] == code[:-1]).any():
         raise ValueError("score_pages: the labels of a user repeat an item")
     by_row = np.lexsort((rank, row))
     return row[by_row], item[by_row], rank[by_row], grade[by_row]
@@ -758,7 +759,7 @@ def order_scores(
     scores = {name: np.full(n_users, np.nan) for name in ("WAS", "PWKT", "WMRD", "DPA")}
     count = np.bincount(row, minlength=n_users)
     begin = np.cumsum(count) - count
-    for n in np.unique(count[count > 0]):
+    for n in (1 + np.flatnonzero(np.bincount(count)[1:])).tolist():
         members = np.flatnonzero(count == n)
         step = max(1, BLOCK // n**2)  # pwkt holds (users, n, n)
         for some in (members[at : at + step] for at in range(0, len(members), step)):
@@ -856,16 +857,23 @@ def category_scores(
 
 def category_entropy(grid: np.ndarray, table: np.ndarray, size: np.ndarray) -> np.ndarray:
     """`entropy` (U,) of pages (U, K) of items, -1 in empty slots; arguments from Described."""
-    (U, K), m = grid.shape, table.shape[1]
+    U, m = len(grid), table.shape[1]
     base = m + 2  # above any count
-    names, count, length = table[grid].astype(np.int64), size[grid][..., None], (grid >= 0).sum(1)
+    small = (int(table.max(initial=0)) + 2) * base < 1 << 31  # narrow numbers sort faster
+    kind = np.int32 if small else np.int64
+    names, length = table[grid].astype(kind), (grid >= 0).sum(1)
+    count = size.astype(kind)[grid][..., None]
     # One key for each category of each slot. Sorting brings a page's entries of one category
     # together.
     key = np.where(names >= 0, (names + 1) * base + count, -1)
-    unknown = np.where((grid >= 0)[..., None] & (count == 0), 1, -1)
-    key = np.sort(np.concatenate([key, unknown], 2).reshape(U, K * (m + 1)), axis=1)
-    row, column = np.nonzero(key >= 0)
-    number, count = np.divmod(key[row, column], base)
+    unknown = (grid >= 0)[..., None] & (count == 0)
+    if unknown.any():
+        key = np.concatenate([key, np.where(unknown, kind(1), kind(-1))], 2)
+    key = np.sort(key.reshape(U, -1), axis=1)
+    there = key >= 0
+    row, key = np.repeat(np.arange(U), there.sum(1)), key[there]
+    number = key // base
+    count = key - number * base
     new = np.ones(len(row), dtype=bool)
     new[1:] = (row[1:] != row[:-1]) | (number[1:] != number[:-1])
     start = np.flatnonzero(new)
@@ -878,17 +886,47 @@ def jaccard_diversity(grid: np.ndarray, table: np.ndarray, size: np.ndarray) -> 
     """`ild` (U,) by categories, of pages (U, K) of items, -1 in empty slots."""
     U, K = grid.shape
     # Users along the last axis: operations then run along many users, even if pages are short.
-    names = np.ascontiguousarray(table[grid.T].transpose(2, 0, 1))  # (m, K, U)
-    mine = np.where(names < 0, -2, names)  # padding equals no padding
-    count, similar = size.astype(np.int32)[grid.T], np.zeros(U)
+    at = np.ascontiguousarray(grid.T)
+    few = table.max(initial=0) < 256 and hasattr(np, "bitwise_count")  # NumPy 2
+    common = common_by_bits if few else common_by_names
+    both_of, count, similar = common(table, at), size.astype(np.int32)[at], np.zeros(U)
     for i in range(K - 1):
-        both = np.zeros((K - 1 - i, U), dtype=np.int32)
-        for a in mine[:, i]:
-            for b in names[:, i + 1 :]:
-                both += a == b
+        both = both_of(i)
         similar += (both / np.maximum(count[i] + count[i + 1 :] - both, 1)).sum(0)
     n = (grid >= 0).sum(1)
     return 1.0 - ratio(similar, n * (n - 1) // 2)
+
+
+def common_by_names(table: np.ndarray, at: np.ndarray) -> Callable[[int], np.ndarray]:
+    """A function of slot i: how many categories slots i + 1, ... share with it, (K - 1 - i, U).
+
+    table  (N + 1, m) of Described      at  (K, U) items
+    """
+    names = np.ascontiguousarray(table[at].transpose(2, 0, 1))  # (m, K, U)
+    mine = np.where(names < 0, -2, names)  # padding equals no padding
+
+    def both_of(i: int) -> np.ndarray:
+        both = np.zeros((len(at) - 1 - i, at.shape[1]), dtype=np.int32)
+        for a in mine[:, i]:
+            for b in names[:, i + 1 :]:
+                both += a == b
+        return both
+
+    return both_of
+
+
+def common_by_bits(table: np.ndarray, at: np.ndarray) -> Callable[[int], np.ndarray]:
+    """`common_by_names` for few categories: a bit for each, 64 in a word."""
+    words = []
+    for start in range(0, int(table.max(initial=0)) + 1, 64):
+        inside = (table >= start) & (table < start + 64)
+        bit = np.uint64(1) << np.where(inside, table - start, 0).astype(np.uint64)
+        words.append(np.bitwise_or.reduce(np.where(inside, bit, np.uint64(0)), axis=1)[at])
+
+    def both_of(i: int) -> np.ndarray:
+        return sum(np.bitwise_count(w[i] & w[i + 1 :]).astype(np.int32) for w in words)
+
+    return both_of
 
 
 def cosine_diversity(

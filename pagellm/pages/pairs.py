@@ -399,7 +399,7 @@ def make_pairs(
             )
             counts[kind]["tried"] += 1
             counts[kind][outcome] += 1
-            if outcome == "emitted":
+            if pair and outcome == "emitted":
                 pairs.append(pair)
     check_energy(pairs, counts, shop, stock, implicit_gain)
     return pairs, counts
@@ -487,7 +487,7 @@ def sides_of(
     end = np.cumsum(count)
     begin, end, items = end - count, (end - count + np.minimum(count, k)).tolist(), item.tolist()
     pages = [(items[a:b], level[a:b]) for a, b in zip(begin.tolist(), end, strict=True)]
-    sides = []
+    sides: list[Side] = []
     for buyer, label in zip(block, labels, strict=True):
         row, column = np.nonzero(~label)
         history, ratings = buyer.items[column].tolist(), buyer.ratings[column].tolist()

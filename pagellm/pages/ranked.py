@@ -5,6 +5,7 @@ Whatever ranks items, ours or another library, comes out as RankedPages and is s
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -73,11 +74,20 @@ def tie_breaker(seed: int, users: np.ndarray, n_users: int, n_items: int) -> Ran
     users    (B,) users of the rows that will be ranked
     returns  rank for topk.largest: shuffled[item] xor drawn[user]
     """
+    shuffled, every = tie_draws(seed, n_users, n_items)
+    drawn = every[users]
+    return lambda row, column: shuffled[column] ^ drawn[row]
+
+
+@lru_cache(maxsize=2)
+def tie_draws(seed: int, n_users: int, n_items: int) -> tuple[np.ndarray, np.ndarray]:
+    """What `tie_breaker` draws for all items and all users; not to be written to."""
     shuffled = randomness.rng(seed, "ties", "items").permutation(n_items)
     drawn = randomness.rng(seed, "ties", "users").integers(
         1 << max(1, (n_items - 1).bit_length()), size=n_users
-    )[users]
-    return lambda row, column: shuffled[column] ^ drawn[row]
+    )
+    shuffled.flags.writeable = drawn.flags.writeable = False
+    return shuffled, drawn
 
 
 class Scorer:

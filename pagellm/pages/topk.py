@@ -46,8 +46,9 @@ def contenders(score: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         found = np.isnan(score).any()
     if found:
         raise ValueError("a score is NaN")
-    row, column = np.divmod(np.flatnonzero(score >= bound[:, None]), max(N, 1))
-    return row, column
+    at = np.flatnonzero(score >= bound[:, None])
+    row = at // max(N, 1)
+    return row, at - row * N
 
 
 def largest(score: np.ndarray, k: int, rank: Rank | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -83,10 +84,11 @@ def largest_of(score: np.ndarray, k: int, rank: Rank | None) -> tuple[np.ndarray
     slot = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
     width = max(int(count.max()), k)
     key, which = np.full((B, width), np.iinfo(np.int64).min), np.full((B, width), -1)
-    key[row, slot] = tie_key(
-        score[row, column], N - 1 - column if rank is None else rank(row, column)
-    )
-    which[row, slot] = column
+    # Places in the flat arrays: NumPy finds these faster than pairs of row and column.
+    slot += row * width
+    value = score.reshape(-1)[row * N + column]
+    key.reshape(-1)[slot] = tie_key(value, N - 1 - column if rank is None else rank(row, column))
+    which.reshape(-1)[slot] = column
     item = np.take_along_axis(which, np.argsort(key, axis=1)[:, : -k - 1 : -1], 1)
     return item, np.where(
         item >= 0, np.take_along_axis(score, np.maximum(item, 0), 1), np.float32(-np.inf)

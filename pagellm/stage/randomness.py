@@ -66,7 +66,7 @@ def seeds(words: Sequence[np.ndarray], n: int) -> np.ndarray:
     pool = [mixed(word) for word in given[:POOL]]
 
     def mix(at: int, word: np.ndarray) -> None:
-        both = MIX[0] * pool[at] - MIX[1] * mixed(word)
+        both: np.ndarray = MIX[0] * pool[at] - MIX[1] * mixed(word)
         pool[at] = both ^ (both >> np.uint32(16))
 
     for source in range(POOL):
@@ -95,4 +95,4 @@ def generators(seed: np.ndarray) -> Iterator[np.random.Generator]:
     """Generator(PCG64(s)) for every s of seed (n,) uint64: the same draws, ten times as fast."""
     low, high = seed & np.uint64(0xFFFFFFFF), seed >> np.uint64(32)
     for state in seeds([low, high], 4):
-        yield np.random.Generator(np.random.PCG64(State(state)))
+        yield np.random.Generator(np.random.PCG64(State(state)))  # type: ignore[arg-type]
