@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from pagellm.model.lora import adapt, learns
 from pagellm.model.networks import build
 from pagellm.model.page_loss import Batch, sft_loss
 from pagellm.stage import dist
@@ -17,10 +18,12 @@ from tests.processes import in_processes
 USERS, ITEMS, TABLES = 11, 19, ("user", "item", "item_out")
 
 
-def learner_of(mode):
+def learner_of(mode, adapters=False):
     torch.manual_seed(0)
     model = build("nano", 20, USERS, ITEMS, dropout=0.0)
     model.untie()
+    if adapters:
+        adapt(model, 2, 4.0, "q,down", 3)
     objective = Objective(lambda this, b: sft_loss(this.model, b, "both"), model=model)
     return model, objective, dist.wrap(objective, mode)
 
@@ -36,9 +39,9 @@ def batch(step):
     return Batch(prompt, torch.ones_like(prompt, dtype=torch.bool), item, item >= 0, item[:, :0])
 
 
-def trained(mode, lazy, steps, state=None):
+def trained(mode, lazy, steps, state=None, adapters=False):
     """Weights and moments after some steps, and the bytes that this process holds of the rows."""
-    model, objective, learner = learner_of(mode)
+    model, objective, learner = learner_of(mode, adapters)
     opt = optimiser(model, 1e-2, 0.01, 0.1, lazy=lazy)
     guard = GuardedStep(opt, model.parameters(), 1.0)
     if state:
@@ -93,6 +96,48 @@ def test_rows_take_their_share_of_memory_and_learn_as_in_one_process(
     in_processes(check, world, tmp_path, world, lazy, trained("ddp", lazy, [0, 1]))
     written = torch.load("state.pt", weights_only=True)
     assert_same(trained("ddp", lazy, [2], written)[:2], trained("ddp", lazy, [0, 1, 2])[:2])
+
+
+def begin(rank, lazy):
+    state = trained("rows", lazy, [0, 1])[:2]
+    if rank == 0:
+        torch.save(state, "two.pt")
+
+
+def carry_on(rank, lazy):
+    state = trained("rows", lazy, [2], torch.load("two.pt", weights_only=True))[:2]
+    if rank == 0:
+        torch.save(state, "four.pt")
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_four_processes_carry_on_what_two_began(tmp_path, monkeypatch, lazy):
+    monkeypatch.chdir(tmp_path)
+    for name, check_of, world in (("a", begin, 2), ("b", carry_on, 4)):
+        (tmp_path / name).mkdir()
+        in_processes(check_of, world, tmp_path / name, lazy)
+    found = torch.load("four.pt", weights_only=True)
+    assert_same(found, trained("ddp", lazy, [0, 1, 2])[:2])
+
+
+def check_adapters(rank, alone):
+    state = trained("rows", False, [0, 1], adapters=True)[:2]
+    if rank == 0:
+        assert_same(state, alone)
+        torch.save(state, "adapters.pt")
+
+
+def test_adapters_beside_cut_rows_learn_as_in_one_process(tmp_path, monkeypatch):
+    """Frozen trunk, cut rows: what is written holds whole rows, and one process loads it."""
+    monkeypatch.chdir(tmp_path)
+    alone = trained("ddp", False, [0, 1], adapters=True)[:2]
+    in_processes(check_adapters, 4, tmp_path, alone)
+    whole = learner_of("ddp", True)[0]
+    began = {name: weight.clone() for name, weight in whole.state_dict().items()}
+    dist.load_weights(whole, torch.load("adapters.pt", weights_only=True)[0])
+    for name, weight in whole.named_parameters():
+        moved = learns(name) and name != "special"  # of which no batch here reads any
+        assert moved != torch.equal(weight, began[name]), name
 
 
 def test_lazy_rows_of_several_processes_must_be_cut(monkeypatch):
