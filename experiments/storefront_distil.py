@@ -6,7 +6,8 @@ Writes  runs/<run>/storefront-distil/metrics.json, table.txt
     make storefront-distil DATASET=complete_journey
     python -m experiments.storefront_distil --dataset complete_journey --people 60
 
-Rows of the table: `template` and `search`, the teacher; a row for each student that is there, by
+Rows of the table: `template`, as it is and with three keywords, since the teacher's objective likes
+few; `search`, the teacher; a row for each student that is there, by
 the labels it was taught (`clean`, `raw`, and both with 15% of the answers swapped); the student
 after preference. Every writer is asked for the same people's rows, and what it cannot write is
 the template's, as on a page. J is the teacher's objective (search.py), summed over a person's rows;
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from experiments.storefront import keep
+from experiments.storefront_study import Limited
 from pagellm.pages import stats
 from pagellm.stage import dist, randomness
 from pagellm.stage.command import main
@@ -43,7 +45,7 @@ STUDENTS = {
     "student, 15% swapped, raw": "student-raw-swapped",
     "student, clean, preference": "prefer",
 }
-TEACHER, PLAIN = "search (teacher)", "template"
+TEACHER, PLAIN, FEW = "search (teacher)", "template", "template, 3 keywords"
 FITTING = (5, 20)  # first candidates of a row whose fit is looked at
 PRICE_IN, PRICE_OUT, CORE_HOUR = 0.15, 0.60, 0.04  # USD: a million tokens read, written; a core
 
@@ -117,13 +119,13 @@ def writers_of(config: Config, store: Store) -> dict[str, Writer]:
     """name -> writer: template, teacher, and every student that is there."""
     front, device = store.front, dist.start(config.device)
     template = template_of(front.writer)
-    found: dict[str, Writer] = {PLAIN: template, TEACHER: Search(front)}
+    found: dict[str, Writer] = {PLAIN: template, FEW: Limited(template, 3), TEACHER: Search(front)}
     for name, stage in STUDENTS.items():
         folder = config.stage(f"storefront/{stage}")
         if (folder / "done").exists():
             local = Local.load(folder / "model", front.corpus, device)
             found[name] = Remote(local, template, front.known)
-    if len(found) == 2:
+    if len(found) == 3:
         raise PageLLMError("no student to compare\n  Teach one: pagellm storefront student")
     return found
 

@@ -51,8 +51,8 @@ def encoder_folder(name: str, keep: Path) -> Path:
             )
         with atomic_folder(keep) as beside, zipfile.ZipFile(files[0]) as packed:
             for entry in packed.namelist():
-                if not entry.endswith("/"):
-                    (beside / Path(entry).name).write_bytes(packed.read(entry))
+                if "/" not in entry:  # what is below is of another library
+                    (beside / entry).write_bytes(packed.read(entry))
     return keep
 
 
@@ -67,8 +67,14 @@ class Encoder:
             )
         from transformers import AutoModel, AutoTokenizer
 
-        self.words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModel.from_pretrained(folder, local_files_only=True)
+        try:
+            self.words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            model = AutoModel.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # of a damaged file each library raises its own
+            raise PageLLMError(
+                f"the sentence encoder in {folder} cannot be read ({type(error).__name__})\n"
+                "  Remove that directory; minilm is unpacked anew."
+            ) from None
         self.model = model.float().eval()
         self.text = lru_cache(REMEMBERED)(self.one)
 

@@ -195,9 +195,16 @@ def check_theme(
 
 
 def check_keywords(
-    keywords: Sequence[Keyword], corpus: Corpus, context: Context, min_items: int, policy: Policy
+    keywords: Sequence[Keyword],
+    corpus: Corpus,
+    context: Context,
+    min_items: int,
+    policy: Policy,
+    generated: bool = True,
 ) -> tuple[list[Keyword], list[Decision]]:
     """The keywords that stay, and a decision for each that was looked at.
+
+    generated  by a writer: no keyword names a restricted category. A merchandiser's may.
 
     A keyword must be in the corpus, match 4 items that this person may see (fewer where all
     keywords together match min_items), and overlap no earlier one by more than .6.
@@ -209,6 +216,9 @@ def check_keywords(
     for keyword in keywords:
         if keyword.text not in items or policy.forbidden(keyword.text):
             decisions.append(passed("keyword", "corpus", 0, 1, False))
+            continue
+        if generated and policy.restricted.found(keyword.text):
+            decisions.append(passed("keyword", "restricted", 0, 0, False))
             continue
         n = len(items[keyword.text])
         enough = n >= LEAST_MATCHES or (n > 0 and together >= min_items)

@@ -28,6 +28,7 @@ from pagellm.storefront.corpus import Corpus
 from pagellm.storefront.gates import LONGEST, MOST_WORDS, SHORTEST
 from pagellm.storefront.parts import Answer, Theme
 from pagellm.storefront.prompts import VERSION, Question, line_messages, tagged_line
+from pagellm.storefront.remote import TAUGHT as SAYS_SO
 from pagellm.storefront.remote import Read
 from pagellm.storefront.trie import MOST, Trie, drawn_under, keywords_under
 
@@ -152,7 +153,7 @@ class Local:
         ids = "-".join(file_id(file) for file in sorted(path.glob("*.safetensors")))
         about = read_json(path / TAUGHT) if (path / TAUGHT).exists() else {}
         gamma = float(about.get("gamma", GAMMA))
-        name = f"lm {path.name} {ids[:40]} {VERSION} gamma {gamma:g}"
+        name = f"lm {path.name} {ids[:40]} {VERSION} gamma {gamma:g}{SAYS_SO if about else ''}"
         return cls.of(model.to(device), vocab, corpus, name, gamma, bool(about))
 
     def ask(self, question: Question, read: Read) -> Answer[dict]:

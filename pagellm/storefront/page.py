@@ -65,6 +65,7 @@ __all__ = [
 
 DEPTH = 50  # items of a keyword
 MOST_KEPT = 200  # candidates of a theme, the ranker's best
+MOST_KEYWORDS = 8  # of a row
 ALIKE, COVERED = (
     0.85,
     0.5,
@@ -526,7 +527,9 @@ def candidates_of(making: Making, theme: Theme, keywords: list[Keyword]) -> Writ
         making, retrieve(front.index, keywords, context, making.logit.all, front.depth, allowed)
     )
     if len(found.item) < least:
-        found = widened(making, keywords, context, allowed, found)
+        keywords, found = widened(making, theme, keywords, allowed, found)
+    if not len(found.item):
+        return None
     best = np.sort(best_first(making.logit[found.item], found.item, MOST_KEPT))
     found = kept(found, best)
     found = replace(found, agree=front.agree(theme, keywords, found.item))
@@ -563,18 +566,33 @@ def scored(front: Front, logit: np.ndarray, found: Candidates) -> tuple[np.ndarr
     return score, np.stack([logit, by_ret, score - logit - by_ret], axis=1)
 
 
-def widened(making: Making, keywords, context, allowed, found: Candidates) -> Candidates:
-    """The same search with each keyword's parent category added, where a row would be too short."""
-    front = making.front
-    parents = [front.index.parent.get(keyword.text) for keyword in keywords]
-    numbers = [front.corpus.number[name] for name in parents if name in front.corpus.number]
-    if not numbers:
-        return found
+def widened(
+    making: Making, theme: Theme, keywords: list[Keyword], allowed: np.ndarray, found: Candidates
+) -> tuple[list[Keyword], Candidates]:
+    """More keywords where a row would be too short: each one's parent category, then those nearest
+    to the theme, until it is long enough. None that a generated row may not name.
+
+    Returned are the keywords that found something, at most eight, and what they found.
+    """
+    front, policy = making.front, making.front.policy
+    parents = [front.index.parent.get(keyword.text, "") for keyword in keywords]
+    near = [front.corpus.text[w] for w in prune(front.corpus, theme).tolist()]
+    names = [name for name in (*parents, *near) if name in front.corpus.number]
+    tried, have = list(keywords), {keyword.text for keyword in keywords}
     lowest = min(keyword.score for keyword in keywords)
-    more = [front.corpus.keyword(w, lowest - 1.0) for w in dict.fromkeys(numbers)]
-    return untaken(
-        making,
-        retrieve(front.index, [*keywords, *more], context, making.logit.all, front.depth, allowed),
+    for name in dict.fromkeys(names):
+        if len(found.item) >= policy.min_items:
+            break
+        if name in have or policy.forbidden(name) or policy.restricted.found(name):
+            continue
+        tried.append(front.corpus.keyword(front.corpus.number[name], lowest - 1.0))
+        logit = making.logit.all
+        more = retrieve(front.index, tried, making.context, logit, front.depth, allowed)
+        found = untaken(making, more)
+    places = np.unique(found.source)[:MOST_KEYWORDS]
+    found = kept(found, np.isin(found.source, places))
+    return [tried[at] for at in places], replace(
+        found, source=np.searchsorted(places, found.source)
     )
 
 

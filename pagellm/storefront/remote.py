@@ -43,6 +43,7 @@ Made = TypeVar("Made")
 TOKENS = 400  # of an answer; twice as many when it was cut off
 MOST = 8  # keywords of a theme
 PAUSE = 60.0  # seconds in which a server that gave no answer is not asked again
+TAUGHT = " taught"  # ends the name of a model that was taught these questions
 FORMS = ("json_schema", "json_object", "")  # what a server may be told of the answer's form
 Read = Callable[[dict], dict]  # raises ValueError, which names what is wrong
 
@@ -319,7 +320,9 @@ class Remote:
     ) -> list[Answer[list[Keyword]]]:
         """For each theme keywords out of those offered, the model's first choice first.
 
-        The template's own keywords for its own themes, and where the model's will not do.
+        The template's own keywords for its own themes, and where the model's will not do. A model
+        that was taught these questions is asked for both: its keywords may be good where its title
+        was not.
         """
         drafts = self.template.keywords(themes, contexts, offered, m)
         return [
@@ -332,7 +335,7 @@ class Remote:
     ) -> Answer[list[Keyword]]:
         corpus = self.template.corpus
         number = {clean(corpus.text[w]): w for w in numbers.tolist()}
-        if theme.source != self.name or not number:
+        if not number or (theme.source != self.name and not self.name.endswith(TAUGHT)):
             return draft
         question = keywords_question(theme, list(number))
         answer = self.asked.ask(question, lambda value: read_keywords(value, question))

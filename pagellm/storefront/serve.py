@@ -308,7 +308,12 @@ class FrontService:
         stay: list[Keyword] = []
         if wanted:
             stay, more = gates.check_keywords(
-                wanted, corpus, context, front.policy.min_items, front.policy
+                wanted,
+                corpus,
+                context,
+                front.policy.min_items,
+                front.policy,
+                generated=intent != "editorial",
             )
             decisions += more
         logit = front.ranker(context)
@@ -362,6 +367,8 @@ class FrontService:
         try:
             found.append(file_id(config.stage("storefront/build") / "done"))
             found.append(file_id(config.data_dir / "source.json"))
+            if config.ranker == "lightgbm":
+                found.append(file_id(config.stage("storefront/trees") / "done"))
             others = (config.stock, config.deals, config.sponsored)
             found += [file_id(path) for path in others if path]
         except OSError:

@@ -152,7 +152,12 @@ def read_trees(folder: Path, shop: Shop, factors: Factors, households, make: str
     needs_lightgbm()
     import lightgbm
 
-    trees = lightgbm.Booster(model_str=(folder / "model.txt").read_text())
+    try:
+        trees = lightgbm.Booster(model_str=(folder / "model.txt").read_text())
+    except (OSError, ValueError, lightgbm.basic.LightGBMError):
+        raise PageLLMError(
+            f"{folder / 'model.txt'} is damaged\n  Remove {folder} and fit it anew: {make}"
+        ) from None
     seen = Features(factors, households, shop.catalogue.leaf_id, shop.catalogue.brand_id)
     return Trees(seen, trees, f"lightgbm/{done['id']}")
 

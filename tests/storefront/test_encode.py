@@ -63,6 +63,14 @@ def test_a_shop_is_built_on_it_and_opened_again(made, tmp_path):
     open_store(Sources(**options))  # unpacked anew
 
 
+@needs_weights
+def test_a_damaged_encoder_is_named(tmp_path):
+    folder = encoder_folder("minilm", tmp_path / "encoder")
+    (folder / "model.safetensors").write_bytes(b"half of it")
+    with pytest.raises(PageLLMError, match="cannot be read"):
+        Encoder(folder)
+
+
 def test_an_encoder_that_is_not_there_is_named(tmp_path, monkeypatch):
     with pytest.raises(PageLLMError, match="no sentence encoder in"):
         encoder_folder(str(tmp_path), tmp_path)

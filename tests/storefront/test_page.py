@@ -27,7 +27,7 @@ from pagellm.storefront.fuse import SameLeaf
 from pagellm.storefront.gates import known_words
 from pagellm.storefront.missions import Missions
 from pagellm.storefront.page import Deals, Front, default_layout, page, written_ahead
-from pagellm.storefront.parts import Answer, Layout, Placement, Theme, Weights, page_json
+from pagellm.storefront.parts import Answer, Keyword, Layout, Placement, Theme, Weights, page_json
 from pagellm.storefront.policy import policy_of
 from pagellm.storefront.rankers import Frequency, Platt
 from pagellm.storefront.retrieve import build_index
@@ -434,6 +434,58 @@ def test_exploring_writes_propensities_below_one_and_taking_the_best_writes_one(
     assert all((row.propensity == 1).all() for row in best.rows)
     chances = np.concatenate([row.propensity for row in drawn.rows if row.source == "generated"])
     assert ((chances > 0) & (chances <= 1)).all() and (chances < 1).any()
+
+
+class Writes:
+    """A writer that always offers one theme with these keywords."""
+
+    name = "one/1"
+
+    def __init__(self, theme, *names):
+        self.theme, self.names = theme, names
+
+    def themes(self, contexts, intents, used):
+        return [[Answer(self.theme)]]
+
+    def keywords(self, themes, contexts, offered, m=8):
+        words = [Keyword(name, "category", -0.1 * k, 2) for k, name in enumerate(self.names)]
+        return [Answer(words) for _ in themes]
+
+
+SHORT = Layout("short", (Placement("p", "discover", 5, min_items=2),))
+
+
+def short_page(*names, **policy):
+    """u1 bought g05, one of two coffees, so that a row of new coffee is too short."""
+    theme = Theme("Coffee break", "discover", ("Coffee",), source="one/1")
+    known = known_words(["coffee break"])
+    rules = policy_of({"min_items": 2} | policy)
+    made = front(Writes(theme, *names), policy=rules, known=known)
+    return page(made, u1(), SHORT)
+
+
+def test_a_short_row_takes_the_category_above_and_names_it():
+    found = short_page("Coffee")
+    (row,) = found.rows
+    assert row.source == "generated" and set(row.item.tolist()) == {5, 6}
+    assert [keyword.text for keyword in row.keywords] == ["Coffee", "Drinks"]
+    document = page_json(found, catalogue().ids, catalogue().title)
+    assert check(document, PAGE) == []
+    said = {item["id"]: item["keyword"] for item in document["placements"][0]["items"]}
+    assert said == {"g06": "Coffee", "g07": "Drinks"}
+
+
+def test_a_short_row_takes_no_category_that_the_policy_keeps_out():
+    """Neither the one above nor any that is near; then the row is static."""
+    for row in short_page("Coffee", restricted=["drinks", "tea"]).rows:
+        assert 6 not in row.item or row.source == "static"
+        assert "Drinks" not in [keyword.text for keyword in row.keywords]
+
+
+def test_a_writer_s_keyword_names_no_restricted_category():
+    found = short_page("Coffee", "Milk", restricted=["milk"])
+    assert any(d.rule == "restricted" and d.level == "keyword" for d in found.decisions)
+    assert all("Milk" not in [k.text for k in row.keywords] for row in found.rows)
 
 
 def test_with_explore_all_a_row_to_buy_again_is_drawn_by_its_logits():

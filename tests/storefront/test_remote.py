@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -18,7 +18,7 @@ from pagellm.storefront.front import Sources
 from pagellm.storefront.gates import known_words
 from pagellm.storefront.missions import Missions
 from pagellm.storefront.page import page
-from pagellm.storefront.parts import Theme, page_json
+from pagellm.storefront.parts import Answer, Theme, page_json
 from pagellm.storefront.policy import policy_of
 from pagellm.storefront.prompts import keywords_question, theme_question
 from pagellm.storefront.rankers import Frequency, Platt
@@ -238,6 +238,35 @@ def test_one_repair_names_the_problem(name):
     # Servers that pass over json_schema without a word want this form.
     assert again["response_format"]["type"] == "json_object"
     assert again["max_tokens"] == (800 if name == "half an object" else 400)
+
+
+@dataclass
+class Untitled:
+    """Answers of a model that cannot write titles."""
+
+    name: str
+    kinds: list
+
+    def ask(self, question, read):
+        self.kinds.append(question.kind)
+        if question.kind == "theme":
+            return Answer(None, "the title is cut inside a word")
+        return Answer(read({"keywords": question.data["offered"][-3:]}))
+
+
+def test_a_taught_model_chooses_keywords_for_a_row_that_the_template_named():
+    """Its keywords may be good where its title was not; any other model costs no question more."""
+    offered = np.arange(len(template().corpus))
+    for name, theirs in (("lm m taught", True), ("http m", False)):
+        asked = Untitled(name, [])
+        remote = Remote(asked, template(), KNOWN)
+        (answers,) = remote.themes([u1()], [["browse"]], [[]])
+        theme = answers[0].value
+        assert theme.source == template().name and "instead" in answers[0].problem
+        (found,) = remote.keywords([theme], [u1()], [offered])
+        texts = [keyword.text for keyword in found.value]
+        assert (texts == template().corpus.text[-3:]) == theirs
+        assert asked.kinds == ["theme", "keywords"][: 1 + theirs]
 
 
 @pytest.mark.parametrize(

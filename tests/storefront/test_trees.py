@@ -77,6 +77,14 @@ def test_it_foresees_more_than_popularity_does(fitted):
     assert np.mean(found["trees"]) > np.mean(found["popular"])
 
 
+def test_damaged_trees_are_named(fitted, tmp_path):
+    shutil.copytree(f"{fitted['runs']}/synthetic", tmp_path / "synthetic")
+    for text in ("", "tree\nversion=v4\nnum_class=1"):
+        (tmp_path / "synthetic" / "storefront" / "trees" / "model.txt").write_text(text)
+        with pytest.raises(PageLLMError, match="damaged"):
+            open_store(Sources(ranker="lightgbm", **fitted | {"runs": str(tmp_path)}))
+
+
 def test_held_out_rows_move_nothing(made):
     store = open_store(Sources(**made))
     whole = examples(store.shop, store.orders.only("train"), 20, 0)
