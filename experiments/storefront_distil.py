@@ -27,7 +27,7 @@ from pagellm.pages import stats
 from pagellm.stage import dist, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
-from pagellm.storefront.front import Sources, Store, open_store
+from pagellm.storefront.front import WAYS, Sources, Store, open_store
 from pagellm.storefront.local import Local
 from pagellm.storefront.page import Writer, open_rows_of, page, written_ahead
 from pagellm.storefront.parts import Answer, Context, Keyword, Theme
@@ -55,12 +55,14 @@ class Config(Sources):
     """Ask every writer for the rows of the same test people, and print one table."""
 
     people: int = 60  # test people, drawn by seed; 0: all
+    ways: str = "trie"  # how each student writes keywords, comma-separated: trie, prompt, free
     n_boot: int = 1000  # bootstrap draws behind an interval
 
     def __post_init__(self):
         super().__post_init__()
         check(
             self,
+            ways=(set(self.ways.split(",")) <= set(WAYS), f"some of {','.join(WAYS)}"),
             people=(self.people >= 0, "0 or more"),
             n_boot=(self.n_boot > 1, "2 or more"),
             writer=(self.writer == "template", "no writer: all of them are compared"),
@@ -123,8 +125,10 @@ def writers_of(config: Config, store: Store) -> dict[str, Writer]:
     for name, stage in STUDENTS.items():
         folder = config.stage(f"storefront/{stage}")
         if (folder / "done").exists():
-            local = Local.load(folder / "model", front.corpus, device)
-            found[name] = Remote(local, template, front.known)
+            for way in config.ways.split(","):
+                local = Local.load(folder / "model", front.corpus, device, way)
+                about = name if way == "trie" else f"{name}, {way}"
+                found[about] = Remote(local, template, front.known)
     if len(found) == 3:
         raise PageLLMError("no student to compare\n  Teach one: pagellm storefront student")
     return found

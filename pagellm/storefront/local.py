@@ -110,6 +110,8 @@ class Local:
     ends    word tokens that end a line: the newline first, which also ends a keyword
     gamma   weight of the cosine between theme and keyword
     taught  the model was taught these two questions (student.py): it is asked in their short form
+    way     how keywords are written: trie, under the trie; prompt, the same by a model that is told
+            those on offer; free, under no mask, so that what is no keyword on offer is lost
     """
 
     model: Backbone
@@ -120,6 +122,7 @@ class Local:
     name: str
     gamma: float = GAMMA
     taught: bool = False
+    way: str = "trie"
 
     @classmethod
     def of(
@@ -130,16 +133,23 @@ class Local:
         name: str,
         gamma: float = GAMMA,
         taught: bool = False,
+        way: str = "trie",
     ) -> "Local":
         newline = vocab.words("\n")
         if len(newline) != 1:
             raise PageLLMError("the model's tokenizer has no token for a new line; take another")
         special = vocab.tokenizer.get_added_tokens_decoder()
         ends = (newline[0], *(token for token in sorted(special) if token < vocab.n_words))
-        return cls(model.eval(), vocab, corpus, Pieces.of(vocab), ends, name, gamma, taught)
+        return cls(model.eval(), vocab, corpus, Pieces.of(vocab), ends, name, gamma, taught, way)
 
     @classmethod
-    def load(cls, path: str | Path, corpus: Corpus, device: torch.device | str = "cpu") -> "Local":
+    def load(
+        cls,
+        path: str | Path,
+        corpus: Corpus,
+        device: torch.device | str = "cpu",
+        way: str = "trie",
+    ) -> "Local":
         """From a published model's directory. Raises PageLLMError for one that cannot be read."""
         path = Path(path)
         if not path.is_dir():
@@ -153,8 +163,9 @@ class Local:
         ids = "-".join(file_id(file) for file in sorted(path.glob("*.safetensors")))
         about = read_json(path / TAUGHT) if (path / TAUGHT).exists() else {}
         gamma = float(about.get("gamma", GAMMA))
-        name = f"lm {path.name} {ids[:40]} {VERSION} gamma {gamma:g}{SAYS_SO if about else ''}"
-        return cls.of(model.to(device), vocab, corpus, name, gamma, bool(about))
+        name = f"lm {path.name} {ids[:40]} {VERSION} gamma {gamma:g}"
+        name += (f" {way}" if way != "trie" else "") + (SAYS_SO if about else "")
+        return cls.of(model.to(device), vocab, corpus, name, gamma, bool(about), way)
 
     def ask(self, question: Question, read: Read) -> Answer[dict]:
         """One answer; for a title that will not do, one more, which begins otherwise."""
@@ -170,6 +181,8 @@ class Local:
                 path, title = self.title(follow, barred)
                 value: dict = {"title": title, "concepts": question.data["categories"][:MOST]}
                 barred = path[:1]
+            elif self.way == "free":
+                value = {"keywords": self.lines(follow, room)}
             else:
                 value = {"keywords": self.keywords(follow, question)}
             try:
@@ -185,8 +198,9 @@ class Local:
     def prompt(self, question: Question) -> list[int]:
         """Tokens of the question, up to where the answer begins."""
         if self.taught:
-            return [*self.vocab.words(tagged_line(question)), self.ends[0]]
-        messages = line_messages(question)
+            line = tagged_line(question, self.way == "prompt")
+            return [*self.vocab.words(line), self.ends[0]]
+        messages = line_messages(question, self.way == "prompt")
         if self.vocab.template is not None:
             return self.vocab.chat(messages)
         return self.vocab.words("\n".join(message["content"] for message in messages) + "\n")
@@ -230,6 +244,23 @@ class Local:
         bonus = self.bonus(question)
         chosen = keywords_under(trie, follow, bonus, stops=self.taught)
         return [offered[one.number] for one in chosen]
+
+    def lines(self, follow: Next, room: int) -> list[str]:
+        """Lines as the network likes them best, under no mask, up to an empty one."""
+        path: tuple[int, ...] = ()
+        said: list[list[int]] = [[]]
+        while len(path) < room and len(said) <= MOST:
+            best = int(follow([path])[0][: self.vocab.n_words].argmax())
+            path = (*path, best)
+            if best not in self.ends:
+                said[-1].append(best)
+            elif best == self.ends[0] and said[-1]:
+                said.append([])
+            else:
+                break
+        decode = self.vocab.tokenizer.decode
+        texts = [decode(line, skip_special_tokens=False).strip() for line in said if line]
+        return texts[:MOST]
 
     def drawn(
         self, question: Question, rng: np.random.Generator, times: int, temperature: float

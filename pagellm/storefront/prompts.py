@@ -114,24 +114,28 @@ def keywords_question(theme: Theme, offered: Sequence[str]) -> Question:
     return Question("keywords", theme.title, KEYWORDS_TASK, data, schema)
 
 
-def line_messages(question: Question) -> list[dict[str, str]]:
+def line_messages(question: Question, offered: bool = False) -> list[dict[str, str]]:
     """The same question to a model whose answer is held to its form by masks.
 
     It is asked for plain lines, and is not told the keywords on offer: it can write no others.
+    offered  it is told them all the same
     """
-    data = {name: value for name, value in question.data.items() if name != "offered"}
+    data = {name: value for name, value in question.data.items() if offered or name != "offered"}
     return [
         {"role": "system", "content": LINE_TASKS[question.kind]},
         {"role": "user", "content": json.dumps(data, ensure_ascii=False)},
     ]
 
 
-def tagged_line(question: Question) -> str:
-    """The same question to a model that was taught these two tasks (student.py): a tag and data."""
+def tagged_line(question: Question, offered: bool = False) -> str:
+    """The same question to a model that was taught these two tasks (student.py): a tag and data.
+
+    offered  keywords on offer are among the data, which no model was taught
+    """
     values = []
     for name, value in question.data.items():
         if name == "bought":
             value = [[one["category"], one["orders"]] for one in value]
-        if name != "offered":
+        if offered or name != "offered":
             values.append(value)
     return f"{question.kind}: {json.dumps(values, ensure_ascii=False)}"

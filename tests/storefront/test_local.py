@@ -1,6 +1,7 @@
 """Writer `lm`: whatever the network holds, titles are plain and keywords are the corpus' own."""
 
 import importlib.util
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from pagellm.model.llama import Shape
 from pagellm.model.networks import build
 from pagellm.model.vocab import Vocab
 from pagellm.stage.config import PageLLMError
+from pagellm.storefront.front import Sources
 from pagellm.storefront.local import PLAIN, Local, Next
 from pagellm.storefront.parts import Theme
 from pagellm.storefront.prompts import keywords_question, line_messages, theme_question
-from pagellm.storefront.remote import Kept, Remote, Replay
+from pagellm.storefront.remote import Kept, Remote, Replay, read_keywords
 from tests.storefront.golden import catalogue
 from tests.storefront.test_remote import KNOWN, made_by, template
 
@@ -61,6 +63,28 @@ def test_any_network_writes_plain_titles_and_keywords_of_the_corpus(seed):
     assert set(keywords) <= set(offered())
     again = local(seed).ask(keywords_question(THEME, offered()), lambda value: value)
     assert again.value == answer.value
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_without_a_mask_what_is_no_keyword_on_offer_is_lost(seed):
+    """The ablation: lines of any kind are asked for, and read as any model's answer is."""
+    free = replace(local(seed), way="free")
+    question, said = keywords_question(THEME, offered()), []
+    answer = free.ask(question, lambda v: read_keywords(said.append(v["keywords"]) or v, question))
+    assert len(said) >= 1 and all(len(lines) <= 8 for lines in said)
+    assert answer.value is None or set(answer.value["keywords"]) <= set(offered())
+    assert free.ask(question, lambda v: v).value["keywords"] == said[0]
+
+
+def test_the_keywords_on_offer_may_stand_in_the_prompt():
+    question = keywords_question(THEME, offered())
+    told = replace(local(), way="prompt")
+    assert len(told.prompt(question)) > len(local().prompt(question)) + len(offered())
+    answer = told.ask(question, lambda value: value)
+    assert set(answer.value["keywords"]) <= set(offered())
+    assert Sources(writer="lm", weights="x", keywords="free").keywords == "free"
+    with pytest.raises(PageLLMError, match="trie, prompt, free"):
+        Sources(keywords="none")
 
 
 def test_networks_differ_in_what_they_write():
