@@ -28,18 +28,21 @@ Box = tuple[float, float, float, float]  # middle, upper edge, width, height
 # What counts as a space in a title, as in JavaScript.
 SPACE = r"[\t\n\v\f\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]+"
 
+# A notebook indents every list by a rule that outweighs ours, hence !important.
 STYLE = """
 .pagellm { color: #1a1d24; background: #f3f4f7; padding: .6rem .8rem; border-radius: .7rem;
   font: 15px/1.4 system-ui, sans-serif; }
-.pagellm h3 { font-size: 1rem; margin: .5rem 0 .4rem; color: inherit; }
+.pagellm, .pagellm * { box-sizing: border-box; }
+.pagellm h3 { font-size: 1rem; font-weight: 600; margin: .5rem 0 .4rem; color: inherit; }
 .pagellm h3 small, .pagellm .about { color: #565d6b; font-weight: normal; }
-.pagellm ol { list-style: none; padding: 0; margin: .5rem 0 1rem; display: grid; gap: .6rem;
-  grid-template-columns: repeat(auto-fill, minmax(8.6rem, 1fr)); }
+.pagellm ol { list-style: none !important; padding: 0 !important; margin: .5rem 0 1rem !important;
+  display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(8.6rem, 1fr)); }
 .pagellm li { margin: 0; border: 1px solid #d5d9e1; border-radius: .7rem; overflow: hidden;
   background: #fff; position: relative; min-width: 0; }
 .pagellm svg { display: block; width: 100%; height: auto; aspect-ratio: 4 / 3; }
 .pagellm .rank { position: absolute; left: .4rem; top: .4rem; min-width: 1.6rem; padding: 0 .3rem;
-  border-radius: .8rem; text-align: center; font-size: .8rem; font-weight: 600; background: #fff; }
+  line-height: 1.6rem; border-radius: .8rem; text-align: center; font-size: .8rem;
+  font-weight: 600; background: #fff; }
 .pagellm p { margin: 0 .6rem .25rem; font-size: .84rem; overflow-wrap: anywhere; }
 .pagellm .title { margin-top: .45rem; font-weight: 550; font-size: .92rem; }
 .pagellm i { display: inline-block; width: .7rem; height: .7rem; border-radius: 50%;

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pagellm.serving import cards
+
 pytest.importorskip("fastapi", reason="needs the extra: pip install 'pagellm[serve]'")
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs: pip install playwright")
 expect = sync_api.expect
@@ -473,3 +475,25 @@ def test_contrast_and_names_of_the_controls(desk):
     assert page.evaluate("document.activeElement.closest('#pages') !== null")
     ring = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
     assert ring == "solid"
+
+
+# The rules of JupyterLab and of nbconvert's pages that meet the cards.
+NOTEBOOK = """
+.jp ol:not(.list-inline), .jp ul:not(.list-inline) { padding-left: 2em; margin: 1em 0; }
+.jp h3 { font-weight: 500; line-height: 1; margin: 1em 0 .5em; }
+"""
+
+
+@pytest.mark.parametrize("width, beside", [(1280, 6), (360, 2)])
+def test_a_notebooks_own_rules_do_not_move_the_cards(chromium, width, beside):
+    rows = [{"user": "u", "item": f"i{n}", "category": f"C{n}", "rank": n} for n in range(1, 7)]
+    page = chromium.new_context(viewport={"width": width, "height": 800}).new_page()
+    page.set_content(
+        f'<style>{NOTEBOOK}</style><div class="jp">{cards.of(rows)._repr_html_()}</div>'
+    )
+    boxes = [card.bounding_box() for card in page.locator("li").all()]
+    band, rank = (page.locator(name).first.bounding_box() for name in (".band", ".rank"))
+    assert boxes[0]["x"] == band["x"]  # the cards begin where the band does
+    assert len({box["x"] for box in boxes}) == beside
+    assert rank["width"] == pytest.approx(rank["height"], abs=0.5)  # a round badge
+    page.context.close()

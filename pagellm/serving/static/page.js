@@ -295,7 +295,7 @@ async function interesting() {
     const { groups, sampled } = await call(`/v1/interesting?left=${left}&right=${right}`);
     const [first, last] = [policies[0], policies.at(-1)];
     if (first !== left || last !== right) return;
-    box.replaceChildren(make("option", { value: "" }, `choose; ${sampled} were looked at`), ...groups.map(({ name, measure, users }) => {
+    box.replaceChildren(make("option", { value: "" }, `choose (of ${sampled})`), ...groups.map(({ name, measure, users }) => {
       const group = make("optgroup", { label: name });
       group.append(...users.map(({ id, value }) => make("option", { value: id }, `${id} · ${note[measure](value)}`)));
       return group;
