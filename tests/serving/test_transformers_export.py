@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,6 +79,19 @@ def opened(transformers, folder):
         transformers.AutoModelForCausalLM.from_pretrained(folder).eval(),
         transformers.AutoTokenizer.from_pretrained(folder),
     )
+
+
+def test_the_prompts_of_the_documentation_are_the_policys_own(
+    served, synthetic, tmp_path, transformers
+):
+    """A stranger's page by the lines of the tutorial is the page that `recommend` writes."""
+    policy = random_policy(served, synthetic, "gpt2")
+    export_transformers(policy, synthetic, tmp_path / "out", K, ABOUT)
+    _, tokenizer = opened(transformers, tmp_path / "out")
+    docs = Path(__file__).parents[2] / "docs"
+    (typed,) = re.findall(r'tokenizer\("([^"]+)"', (docs / "tutorial" / "stories.md").read_text())
+    assert f"`{typed}`" in (docs / "how-to" / "hugging-face.md").read_text()
+    assert tokenizer(typed)["input_ids"] == policy.prompts.page(None, [], [])
 
 
 @pytest.mark.parametrize("kind", KINDS)
