@@ -256,7 +256,8 @@ def run(config: Config, shared: dict[str, tuple] | None = None) -> None:
     where = config.stage(config.policy, config.source_run)
     shop, inputs = load(config.data_dir), {"data": file_id(config.data_dir / "source.json")}
     if config.policy != "none":
-        record = finished(where, f"{config.policy} policy", config.make(config.policy))
+        make = config.make(config.policy, config.source_run)
+        record = finished(where, f"{config.policy} policy", make)
         inputs[config.policy] = record["id"]
     if config.settings:
         inputs["settings"] = file_id(config.settings)

@@ -202,7 +202,8 @@ def run(config: Config) -> dict[str, dict[str, dict]]:
     names, inputs = config.policies.split(","), {"data": file_id(config.data_dir / "source.json")}
     for name in names:
         if name in where:
-            inputs[name] = finished(where[name], f"{LABELS[name]} policy", config.make(name))["id"]
+            make = config.make(name, where[name].parent.name)
+            inputs[name] = finished(where[name], f"{LABELS[name]} policy", make)["id"]
     device = dist.start(config.device)
     if dist.is_main():
         make_room(config)
@@ -339,7 +340,7 @@ def pages_of(
             lambda policy, run: config.stage(policy, run or config.source_run),
             device,
             file_id(config.data_dir / "source.json"),
-            config.make(name),
+            config.make(name, where[name].parent.name),
         )
         return composer.rank(users, seen, config.k, config.depth)
     policy = Policy.load(where[name], device)

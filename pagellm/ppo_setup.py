@@ -39,24 +39,26 @@ def sources(config: Config) -> tuple[Path, Path, Path, dict[str, str]]:
     sft_dir = config.stage("sft", config.source_run)
     reward_dir = config.stage("reward", config.reward_run or config.source_run)
     compose_dir = config.stage("compose", config.compose_run or config.source_run)
-    sft = finished(sft_dir, "SFT policy", config.make("sft"))
+    sft = finished(sft_dir, "SFT policy", config.make("sft", config.source_run))
     inputs = {"data": file_id(config.data_dir / "source.json"), "sft": sft["id"]}
     if config.reward_fn:
         inputs["reward_fn"] = RewardFunction.load(config.reward_fn).source
     if config.reads_pairs:
-        need = config.make("reward") + "\n  PPO needs one to score pages."
+        need = config.make("reward", config.reward_run or config.source_run)
+        need += "\n  PPO needs one to score pages."
         judged = finished(reward_dir, "reward model", need)
         warn_of_weak_pairs(config, judged, reward_dir)
         inputs["reward"] = judged["id"]
     if config.reads_outcome:
-        need = config.make("compose") + "\n  --item_reward outcome pays by it."
+        make = config.make("compose", config.compose_run or config.source_run)
+        need = make + "\n  --item_reward outcome pays by it."
         inputs["compose"] = finished(compose_dir, "outcome model", need)["id"]
         read = read_json(compose_dir / "config.json")["inputs"]
         if "ppo" in read or read.get("sft", sft["id"]) != sft["id"]:
             raise PageLLMError(
                 f"{compose_dir} was made for another policy than {sft_dir}: its chances are "
                 "calibrated beside that one\n  Remove it and make it again with --policy sft: "
-                + config.make("compose")
+                + make
             )
     return sft_dir, reward_dir, compose_dir, inputs
 

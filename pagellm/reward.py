@@ -410,7 +410,7 @@ def new_model(config: Config, before: Path, device) -> RewardModel:
 
 def run(config: Config) -> None:
     before = config.stage("sft", config.source_run)
-    record = finished(before, "SFT policy", config.make("sft"))
+    record = finished(before, "SFT policy", config.make("sft", config.source_run))
     shop = load(config.data_dir)
     inputs = {"data": file_id(config.data_dir / "source.json"), "sft": record["id"]}
     device = dist.start(config.device)

@@ -303,7 +303,7 @@ def start_of(config: Config) -> tuple[Path, dict[str, str]]:
     stage = "update" if config.updated else "sft" if config.start_run else "pretrain"
     before = config.stage(stage, config.start_run)
     need = {"update": "updated rows", "sft": "SFT policy", "pretrain": "pre-trained model"}[stage]
-    record = finished(before, need, config.make(stage))
+    record = finished(before, need, config.make(stage, config.start_run))
     return before, {"data": file_id(config.data_dir / "source.json"), stage: record["id"]}
 
 

@@ -253,7 +253,7 @@ def backend_of(config: Config, shop: Shop):
     if config.backend == "replay":
         return Replay(config.opinions)
     where, device = config.stage("reward", config.reward_run), pick_device(config.device)
-    finished(where, "reward model", config.make("reward"))
+    finished(where, "reward model", config.make("reward", config.reward_run))
     reader = config.stage(
         "sft", read_json(where / "config.json")["config"]["source_run"] or config.reward_run
     )
@@ -265,7 +265,9 @@ def circular(config: Config) -> list[str]:
     if config.backend != "reward":
         return []
     judge = finished(
-        config.stage("reward", config.reward_run), "reward model", config.make("reward")
+        config.stage("reward", config.reward_run),
+        "reward model",
+        config.make("reward", config.reward_run),
     )["id"]
     return [
         name
@@ -392,7 +394,9 @@ def run(config: Config) -> dict:
     free = ("users", "labels", "budget", "retries", "timeout", "key_env")
     if config.backend == "reward":
         pairs.inputs["reward"] = finished(
-            config.stage("reward", config.reward_run), "reward model", config.make("reward")
+            config.stage("reward", config.reward_run),
+            "reward model",
+            config.make("reward", config.reward_run),
         )["id"]
     if config.backend == "replay":
         pairs.inputs["opinions"] = file_id(config.opinions)

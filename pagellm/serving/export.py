@@ -71,6 +71,10 @@ class Config(StageConfig):
         """Directory of sft or ppo."""
         return self.stage(policy, self.source_run if policy == "sft" else "")
 
+    def made_by(self, policy: str) -> str:
+        """The command that makes sft or ppo, in the run where it is looked for."""
+        return self.make(policy, self.where(policy).parent.name)
+
     def __post_init__(self):
         super().__post_init__()
         names = self.names.split(",")
@@ -187,9 +191,9 @@ def run(config: Config) -> None:
     if config.format in exchange.FORMATS:
         for_tools(config)
         return
-    policy = pick_policy(config.policy, config.where, config.make)
+    policy = pick_policy(config.policy, config.where, config.made_by)
     config = replace(config, policy=policy)
-    record = finished(config.where(policy), NEED[policy], config.make(policy))
+    record = finished(config.where(policy), NEED[policy], config.made_by(policy))
     shop = load(config.data_dir)
     inputs = {"data": file_id(config.data_dir / "source.json"), "policy": record["id"]}
     if config.format == "transformers":

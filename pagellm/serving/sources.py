@@ -89,6 +89,10 @@ class Sources(StageConfig):
             {"sft": self.source_run, "reward": self.reward_run or self.source_run}.get(verb, ""),
         )
 
+    def make(self, target: str, run: str = "") -> str:
+        """The command that makes a stage, in the run where it is looked for."""
+        return super().make(target, run or self.where(target).parent.name)
+
     def proposer(self, policy: str, run: str) -> Path:
         """Directory of the policy that composed pages were made with."""
         return self.stage(policy, run or (self.source_run if policy == "sft" else ""))

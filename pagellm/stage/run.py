@@ -99,10 +99,11 @@ class StageConfig:
         """Directory of a stage of this run, or of the run named."""
         return Path(self.runs) / (run or self.run or self.dataset) / verb
 
-    def make(self, target: str) -> str:
-        """The command that runs an earlier stage of this run."""
+    def make(self, target: str, run: str = "") -> str:
+        """The command that runs an earlier stage of this run, or of the run named."""
         elsewhere = {n: getattr(self, n) for n in ("data", "runs") if getattr(self, n) != n}
-        return hints.command(target, self.dataset, self.run, **elsewhere)
+        run = run or self.run
+        return hints.command(target, self.dataset, "" if run == self.dataset else run, **elsewhere)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from pagellm import ppo, reward, sft
 from pagellm.__main__ import GROUPS, VERBS
 from pagellm.__main__ import main as front_door
 from pagellm.data.shop import load
+from pagellm.ppo_setup import sources
+from pagellm.serving import export
+from pagellm.serving.recommender import Recommender
+from pagellm.serving.sources import Sources
 from pagellm.stage import hints
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.run import StageConfig, finished
@@ -39,6 +44,25 @@ def test_elsewhere_hints_are_commands_of_the_package(tmp_path, monkeypatch):
     assert hints.study("ablation", "toys").startswith("python -m experiments.ablation")
     assert hints.install("serve") == "pip install 'pagellm[serve]'"
     assert hints.another_run() == "--run another"
+
+
+def test_a_stage_that_is_read_from_another_run_is_to_be_made_there(tmp_path, monkeypatch):
+    """`--run mine` would make it where nobody looks for it."""
+    monkeypatch.chdir(tmp_path)
+    both = {"dataset": "toys", "run": "mine", "source_run": "base"}
+    for want in (
+        lambda: sources(ppo.Config(**both)),
+        lambda: reward.run(reward.Config(**both)),
+        lambda: export.run(export.Config(**both)),
+        lambda: export.run(export.Config(**both, policy="sft")),
+        lambda: Recommender.load(Sources(**both)),
+        lambda: sft.run(sft.Config(dataset="toys", run="mine", start_run="base")),
+    ):
+        with pytest.raises(PageLLMError) as error:
+            want()
+        assert "Make it with: pagellm sft --dataset toys --run base" in str(error.value), want
+    # The run of the data set's name needs no --run.
+    assert StageConfig(dataset="toys", run="mine").make("sft", "toys").endswith("--dataset toys")
 
 
 def test_a_working_directory_that_is_gone_is_no_checkout(tmp_path, monkeypatch):
