@@ -75,7 +75,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "storefront judge": (
             "pagellm.storefront.judge",
-            "rows judged by rules or a model; a trusted judge stops them",
+            "rows judged by rules or a model; a trusted one stops them",
         ),
         "storefront page": ("pagellm.storefront.show", "one page of rows in the terminal"),
     },
