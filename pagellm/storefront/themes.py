@@ -56,8 +56,10 @@ FORMS = {
 }
 
 
-def lower_first(name: str) -> str:
-    return name[:1].lower() + name[1:]
+def in_a_sentence(name: str) -> str:
+    """A category's name within a title: "Toys & Games" is toys & games, LEGO stays LEGO."""
+    parts = name.split(" ")
+    return " ".join(p.lower() if p[1:] == p[1:].lower() else p for p in parts)
 
 
 def cut_at_word(text: str, most: int) -> str:
@@ -79,8 +81,8 @@ def row_title(forms: tuple[str, ...], draw: int, a: str, b: str, season: str = "
             continue
         text = form.format(
             A=first,
-            a=lower_first(first),
-            b=lower_first(second),
+            a=in_a_sentence(first),
+            b=in_a_sentence(second),
             Season=season,
             season=season.lower(),
         )

@@ -32,6 +32,7 @@ from pagellm.storefront.policy import policy_of
 from pagellm.storefront.rankers import Frequency, Platt
 from pagellm.storefront.retrieve import build_index
 from pagellm.storefront.schemas import PAGE, check
+from pagellm.storefront.themes import row_title
 from tests.storefront.golden import HOUSEHOLDS, STOCK, catalogue
 from tests.storefront.test_retrieve import BREAKFAST, cold, u1
 
@@ -434,6 +435,12 @@ def test_exploring_writes_propensities_below_one_and_taking_the_best_writes_one(
     assert all((row.propensity == 1).all() for row in best.rows)
     chances = np.concatenate([row.propensity for row in drawn.rows if row.source == "generated"])
     assert ((chances > 0) & (chances <= 1)).all() and (chances < 1).any()
+
+
+def test_a_category_within_a_title_is_written_as_in_a_sentence():
+    form = ("Try {a} and {b}",)
+    assert row_title(form, 0, "Beauty", "Toys & Games") == "Try beauty and toys & games"
+    assert row_title(form, 0, "LEGO Sets", "iPad cases") == "Try LEGO sets and iPad cases"
 
 
 class Writes:

@@ -134,7 +134,8 @@ async function suggest() {
 async function begin() {
   const state = await call("/v1/storefront/state");
   const { layouts, default: first } = await call("/v1/storefront/layouts");
-  byId("facts").textContent = `${state.coverage.people} people, ranker ${state.ranker}, writer ${state.writer}; ` +
+  const people = state.coverage.people.toLocaleString("en");
+  byId("facts").textContent = `${people} people, ranker ${state.ranker}, writer ${state.writer}; ` +
     (state.themes_on ? `${state.coverage.pages} pages are kept` : "themes are switched off");
   byId("layout").append(...layouts.map(({ id }) => make("option", { value: id, selected: id === first }, id)));
   const day = new Date(1000 * state.at + 86_399_000).toISOString().slice(0, 10);
