@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from pagellm import sft
 from pagellm.baselines.compare import RATED, Workbench
 from pagellm.baselines.compare import Config as PlainConfig
 from pagellm.data.shop import Shop, load
@@ -212,7 +213,8 @@ def start_options(t: Tuning, best: str) -> dict[str, Any]:
 def styles(t: Tuning, size: str) -> list[PromptStyle]:
     """Prompts worth a look: with the user's own row or without, and with more of the history."""
     out = [PromptStyle(FEW, t.rated, user) for user in (True, False)]
-    room = SIZES[size].n_ctx - t.config.k - 16
+    # SFT's pages may be longer than those that are shown; the words of a prompt take a few tokens.
+    room = SIZES[size].n_ctx - max(t.config.k, sft.Config.max_page) - 16
     longest = min(size_of(t.shop).history, room)
     if longest > FEW:
         out += [PromptStyle(longest, False, user) for user in (True, False)]

@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +13,14 @@ import pytest
 from pagellm import pipeline, pretrain, sft, tune
 from pagellm.__main__ import VERBS
 from pagellm.data import prepare
+from pagellm.data.shop import load
+from pagellm.model.networks import SIZES, from_state
+from pagellm.pages.truth import PageMaker
 from pagellm.pages.yardstick import VERDICTS
 from pagellm.stage import presets
 from pagellm.stage.config import PageLLMError, parse
 from pagellm.stage.files import write_json
+from pagellm.stage.run import load_model_file
 from pagellm.tuning.plan import Plan, Seconds, ShopSize, epochs_for, make_plan
 from pagellm.tuning.trials import Bench, better, compared, pays
 
@@ -224,6 +229,25 @@ def test_a_plan_fits_the_shop():
     slow = replace(SECONDS, als={"32": 20.0, "128": 200.0})
     assert max(make_plan(slow, 15, SIZE).factors) < max(make_plan(SECONDS, 15, SIZE).factors)
     assert make_plan(SECONDS, 15, replace(SIZE, items=60_000)).trials["EASE"] == 0
+
+
+def test_long_histories_leave_room_for_the_longest_page_of_sft(served, monkeypatch):
+    """A shop whose users have chosen hundreds of items: each prompt tried fits beside a page."""
+    before, shop = served / "runs" / "base" / "pretrain", load(served / "data" / "synthetic")
+    size = from_state(load_model_file(before / "model.pt")).shape
+    monkeypatch.setattr(tune, "size_of", lambda shop: ShopSize(80, 54, True, True, 10_000))
+    asked = SimpleNamespace(rated=True, shop=shop, config=SimpleNamespace(k=20))
+    found = tune.styles(asked, "nano")
+    assert SIZES["nano"].n_ctx == size.n_ctx and max(s.max_history for s in found) > 100
+    for style in found:
+        own = sft.Config(
+            dataset="synthetic",
+            data=str(served / "data"),
+            max_history=style.max_history,
+            use_ratings=style.use_ratings,
+        )
+        policy = sft.new_policy(own, before, PageMaker(shop, 0.0), shop, "cpu")
+        policy.check_room(own.max_page)
 
 
 def test_epochs_for_so_many_steps():
