@@ -26,7 +26,9 @@ from pagellm.storefront.text import stem, stems, words
 
 __all__ = [
     "KillSwitch",
+    "LEAST_FITTING",
     "LONGEST",
+    "LOOKED_AT",
     "MOST_WORDS",
     "Threshold",
     "blocked",
