@@ -52,7 +52,8 @@ def make_log(folder: Path, rows: int, users: int, items: int, seed: int = 0) -> 
     import duckdb
 
     def drawn(what: int) -> str:  # from 0 to 1, another one for each number of a row
-        return f"(hash(row, {seed}, {what}) >> 11) * pow(2.0, -53)"
+        # One number is hashed. Hashes of several are xors of theirs, so draws would go together.
+        return f"(hash({(seed << 48) + what} + 4 * row) >> 11) * pow(2.0, -53)"
 
     base = duckdb.connect()
     for day, start in enumerate(range(0, rows, DAY_ROWS)):

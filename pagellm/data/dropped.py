@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pagellm.data.filters import tie_ranks
-from pagellm.data.shop import Shop, read_parquet
+from pagellm.data.shop import Shop, numbers, read_parquet
 from pagellm.data.text_store import by_time, time_array
 from pagellm.stage.config import PageLLMError
 
@@ -105,23 +105,25 @@ class LeftOut(NamedTuple):
                 f"{shop.path / NAME} cannot be read: {error}\n  Remove {shop.path} and prepare it "
                 "again."
             ) from error
-        known = pa.array(shop.catalogue.ids, pa.string())
+        # From the files: pa.array imports pandas where it is installed, as `numbers` says.
+        known, users = (
+            read_parquet(shop.path / f"{name}.parquet", ["id"])["id"].combine_chunks()
+            for name in ("items", "users")
+        )
         items = pc.unique(rows["item_id"])
         items = items.filter(pc.invert(pc.is_in(items, known)))
-        rows = rows.filter(
-            pc.invert(pc.is_in(rows["user_id"], pa.array(shop.user_ids, pa.string())))
-        )
+        rows = rows.filter(pc.invert(pc.is_in(rows["user_id"], users)))
         user = rows["user_id"].combine_chunks().dictionary_encode()
         item = pc.index_in(rows["item_id"], known).combine_chunks()
-        place = user.indices.to_numpy()
-        there = np.flatnonzero(item.is_valid().to_numpy(zero_copy_only=False))
+        place, at = numbers(user.indices), numbers(item, -1)
+        there = np.flatnonzero(at >= 0)
         there = there[np.argsort(place[there], kind="stable")]  # a user's rows side by side
         count = np.bincount(place[there], minlength=len(user.dictionary))
         return cls(
             {name: at for at, name in enumerate(user.dictionary.to_pylist())},
             np.concatenate([[0], np.cumsum(count)]).astype(np.int64),
-            item.take(pa.array(there)).to_numpy().astype(np.int64),
-            rows["rating"].to_numpy().astype(np.float32)[there],
+            at[there].astype(np.int64),
+            numbers(rows["rating"], np.nan).astype(np.float32)[there],
             sorted(items.to_pylist()),
             shop.catalogue.ids,
         )

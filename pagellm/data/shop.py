@@ -25,6 +25,7 @@ __all__ = [
     "Shop",
     "liked_above",
     "load",
+    "numbers",
     "read_parquet",
     "source",
 ]
@@ -46,6 +47,37 @@ def read_parquet(path: Path, columns: list[str] | None = None, checked: bool = F
         return pq.read_table(path, columns=columns, page_checksum_verification=checked)
     with pq.ParquetFile(path, pre_buffer=large, page_checksum_verification=checked) as file:
         return file.read(columns=columns, use_threads=large)
+
+
+def numbers(column: pa.ChunkedArray | pa.Array, fill: float | None = None) -> np.ndarray:
+    """A column of numbers, or of truth values as bool, `fill` where it is null.
+
+    Read from Arrow's memory, since `to_numpy`, `pa.array` and `pa.scalar` import pandas where it is
+    installed (.4 s). Raises ValueError for null without `fill`.
+    """
+    if column.null_count and fill is None:
+        raise ValueError(f"{column.null_count:,} of the numbers are null")
+    truth = pa.types.is_boolean(column.type)
+    kind = "f" if pa.types.is_floating(column.type) else "i"
+    dtype = np.dtype(bool if truth else f"{kind}{column.type.bit_width // 8}")
+    parts = [np.zeros(0, dtype)]
+    for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+        n, at = len(chunk), chunk.offset
+        valid, data = chunk.buffers()
+        if n:
+            value = (
+                bits(data, at, n) if truth else np.frombuffer(data, dtype, n, at * dtype.itemsize)
+            )
+            if chunk.null_count:
+                value = np.where(bits(valid, at, n), value, dtype.type(fill))
+            parts.append(value)
+    return np.concatenate(parts)
+
+
+def bits(buffer: pa.Buffer, at: int, n: int) -> np.ndarray:
+    """(n,) bool from bit `at` on."""
+    whole = np.unpackbits(np.frombuffer(buffer, np.uint8), count=at + n, bitorder="little")
+    return whole[at:].astype(bool)
 
 
 @dataclass(frozen=True)
@@ -187,8 +219,8 @@ class Shop:
             return np.zeros(0, np.int64), np.zeros(0, np.int64), []
         table = read_parquet(self.path / "reviews.parquet")
         return (
-            table["user"].to_numpy().astype(np.int64),
-            table["item"].to_numpy().astype(np.int64),
+            numbers(table["user"]).astype(np.int64),
+            numbers(table["item"]).astype(np.int64),
             table["text"].to_pylist(),
         )
 
@@ -224,18 +256,18 @@ def load(path: str | Path) -> Shop:
         items["description"],
         price,
     )
-    split_name = rows["split"].cast("string").to_numpy(zero_copy_only=False)
-    code = {name: i for i, name in enumerate(SPLITS)}
+    split = rows["split"].cast("string").combine_chunks().dictionary_encode()
+    code = np.array([SPLITS.index(name) for name in split.dictionary.to_pylist()], dtype=np.int8)
     truth = path / "truth.npy"
     return Shop(
         n_users=len(users),
         n_items=len(catalogue),
-        user=rows["user"].to_numpy().astype(np.int64),
-        item=rows["item"].to_numpy().astype(np.int64),
-        rating=rows["rating"].to_numpy(zero_copy_only=False).astype(np.float32),
-        time=rows["time"].fill_null(0).to_numpy().astype(np.int64),
-        positive=rows["positive"].to_numpy(zero_copy_only=False).astype(bool),
-        split=np.array([code[name] for name in split_name], dtype=np.int8),
+        user=numbers(rows["user"]).astype(np.int64),
+        item=numbers(rows["item"]).astype(np.int64),
+        rating=numbers(rows["rating"], np.nan).astype(np.float32),
+        time=numbers(rows["time"], 0).astype(np.int64),
+        positive=numbers(rows["positive"]),
+        split=code[numbers(split.indices)],
         catalogue=catalogue,
         user_ids=users,
         truth=np.load(truth, allow_pickle=False) if truth.exists() else None,
