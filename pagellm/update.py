@@ -78,6 +78,12 @@ class Config(StageConfig):
         if found := prepared_at(self.data):
             object.__setattr__(self, "data", str(found.parent))
             object.__setattr__(self, "dataset", found.name)
+        elif not (self.data_dir / "source.json").exists() and self.dataset == "synthetic":
+            # --dataset was not given, so that --data was meant for the data set itself
+            raise PageLLMError(
+                f"no prepared data of the name {self.data}\n  Make it with: "
+                f"{hints.prepare(Path(self.data).name)}{hints.other_data(Path('data') / self.data)}"
+            )
         super().__post_init__()
         check(
             self,

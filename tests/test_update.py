@@ -203,7 +203,7 @@ def test_it_is_evaluated_and_promoted_and_a_link_leads_to_its_data(updated):
         ({"from": ""}, "the run to bring up to date: --from RUN"),
         ({"from": "nobody"}, r"no run nobody in .*pagellm runs"),
         ({"out": "base"}, "another run than --from"),
-        ({"data": "nowhere"}, "no prepared data"),
+        ({"data": "nowhere"}, "no prepared data of the name nowhere\n.*prepare .*nowhere"),
     ],
 )
 def test_what_makes_no_sense_is_told(logs, more, says):

@@ -327,6 +327,15 @@ def traces_in_data(config: Config, number: int | None) -> Iterator[Trace]:
         yield Trace(path, 1)
 
 
+def knows(folder: Path, user: str) -> bool:
+    """Whether a prepared data set has the person, above the k-core or below it."""
+    for name, column in (("users.parquet", "id"), ("dropped.parquet", "user_id")):
+        path = folder / name
+        if path.exists() and user in pq.read_table(path, columns=[column])[column].to_pylist():
+            return True
+    return False
+
+
 def resealed(folder: Path) -> str:
     """Write the hashes of the files as they are now into source.json; returns its new id."""
     about = source(folder)
@@ -373,7 +382,13 @@ def run(config: Config) -> list[Trace]:
         renew(Path(config.runs), first, after)
         journal.unlink()
     tell(found, config, Path(config.data) / "raw" / config.dataset)
-    if config.yes:
+    homes = sorted(path.parent for path in Path(config.data).glob("*/source.json"))
+    if others := [home.name for home in homes if home != folder and knows(home, config.user)]:
+        print(
+            f"forget: other data sets know the person too: {', '.join(others)}; give the command "
+            "for each, with its --dataset"
+        )
+    if config.yes and any((path / "compose").exists() for path in runs):
         again = hints.command("compose", config.dataset, config.run)
         print(f"forget: composed pages keep judges that were fitted to the rows; anew: {again}")
     return found

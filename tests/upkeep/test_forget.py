@@ -90,6 +90,21 @@ def test_nothing_changes_until_yes_is_said(root, capsys):
     assert {"interactions.parquet", "users.parquet", "per_user.parquet", "rows"} <= said
 
 
+def test_other_data_sets_that_know_the_person_are_named(root, capsys):
+    """A shop that updates every day has a data set for each of the last days."""
+    user = load(root / "data" / "synthetic").user_ids[0]
+    do(root, user)
+    out = capsys.readouterr().out
+    assert "other data sets" not in out and "composed pages" not in out  # there are none
+    for name in ("yesterday", "today", "elsewhere"):
+        shutil.copytree(root / "data" / "synthetic", root / "data" / name)
+    table = pa.table({"id": ["somebody else"]})
+    pq.write_table(table, root / "data" / "elsewhere" / "users.parquet")
+    (root / "data" / "elsewhere" / "dropped.parquet").unlink()
+    do(root, user, yes=True)
+    assert "know the person too: today, yesterday; give" in capsys.readouterr().out
+
+
 def test_no_file_holds_the_person_and_the_run_goes_on(root):
     folder = root / "data" / "synthetic"
     user, other = load(folder).user_ids[:2]
