@@ -23,6 +23,7 @@ from pagellm.pages.metrics import DIRECTION
 from pagellm.pages.tables import per_user
 from pagellm.pages.yardstick import SHARE, verdict
 from pagellm.serving.sources import WRITERS
+from pagellm.stage import hints
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check, check_numbers
 from pagellm.stage.files import atomic, read_json
@@ -80,10 +81,12 @@ def scores_of(folder: Path, metric: str) -> Scores:
     """The evaluated scores of a run. Raises PageLLMError if it was not evaluated."""
     where = folder / "evaluate"
     if not (where / "done").exists():
+        made = next(iter(sorted(folder.glob("*/config.json"))), None)
+        dataset = read_json(made)["config"].get("dataset", "") if made else ""
         raise PageLLMError(
             f"{folder.name} was not evaluated, so nothing says what its pages are worth\n"
-            f"  Evaluate it with: pagellm evaluate --run {folder.name} (and its --dataset), "
-            "or promote it all the same with --force"
+            f"  Evaluate it with: {hints.command('evaluate', dataset, folder.name)}\n"
+            "  or promote it all the same with --force"
         )
     made = read_json(where / "config.json")
     config = made["config"]

@@ -108,7 +108,7 @@ def test_what_cannot_be_promoted_is_refused(runs):
     make_run(runs, "blind", [], evaluated=False)
     (runs / "empty").mkdir()
     for words, message in (
-        (["blind"], "was not evaluated"),
+        (["blind"], r"was not evaluated.*\n.*evaluate .*blind"),
         (["empty"], "holds no finished policy"),
         (["nowhere"], "holds no finished policy"),
         (["--back"], "no run was live before this one"),
