@@ -81,8 +81,8 @@ def scores_of(folder: Path, metric: str) -> Scores:
     """The evaluated scores of a run. Raises PageLLMError if it was not evaluated."""
     where = folder / "evaluate"
     if not (where / "done").exists():
-        made = next(iter(sorted(folder.glob("*/config.json"))), None)
-        dataset = read_json(made)["config"].get("dataset", "") if made else ""
+        stage = next(iter(sorted(folder.glob("*/config.json"))), None)
+        dataset = read_json(stage)["config"].get("dataset", "") if stage else ""
         raise PageLLMError(
             f"{folder.name} was not evaluated, so nothing says what its pages are worth\n"
             f"  Evaluate it with: {hints.command('evaluate', dataset, folder.name)}\n"
