@@ -78,12 +78,6 @@ class Config(StageConfig):
         if found := prepared_at(self.data):
             object.__setattr__(self, "data", str(found.parent))
             object.__setattr__(self, "dataset", found.name)
-        elif not (self.data_dir / "source.json").exists() and self.dataset == "synthetic":
-            # --dataset was not given, so that --data was meant for the data set itself
-            raise PageLLMError(
-                f"no prepared data of the name {self.data}\n  Make it with: "
-                f"{hints.prepare(Path(self.data).name)}{hints.other_data(Path('data') / self.data)}"
-            )
         super().__post_init__()
         check(
             self,
@@ -400,6 +394,13 @@ def tell_of_stages(config: Config) -> None:
 def run(config: Config) -> Path:
     """Bring it up to date; returns the directory of the new run."""
     dist.start(config.device)
+    if not (config.data_dir / "source.json").exists() and config.dataset == "synthetic":
+        # --dataset was not given, so that --data was meant for the data set itself
+        name = config.data
+        raise PageLLMError(
+            f"no prepared data of the name {name}\n  Make it with: "
+            f"{hints.prepare(Path(name).name)}{hints.other_data(Path('data') / name)}"
+        )
     if config.stage("").resolve() == config.before.resolve():
         raise PageLLMError(
             f"{config.stage('')} and {config.before} are one directory: it would be overwritten\n"
