@@ -99,12 +99,26 @@ LOST_PROCESS = (
     "NCCL error",
     "Broken pipe",
 )
+STARVED = 64 << 20  # bytes: with less than this left, an import may fail for want of memory
 OUT_OF_MEMORY = (
     "out of memory",
     "not enough memory",
     "can't allocate memory",
     "cannot allocate memory",
 )
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether this error comes of too little memory."""
+    if isinstance(error, RuntimeError):
+        return any(words in str(error).lower() for words in OUT_OF_MEMORY)
+    if isinstance(error, ImportError):
+        # Modules that meet no memory while they are imported fail in ways of their own.
+        try:
+            bytearray(STARVED)
+        except MemoryError:
+            return True
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
 def explain(error: Exception, cls) -> str | None:
@@ -114,10 +128,7 @@ def explain(error: Exception, cls) -> str | None:
 
     cls  the command's Config: the message names those of its options that lower memory
     """
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(words in str(error).lower() for words in OUT_OF_MEMORY)
-    ):
+    if ran_out(error):
         names = [f.name for f in dataclasses.fields(cls)]
         lower = [
             f"--{name}"

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pagellm.stage import command
 from pagellm.stage.command import deferred_signals, main
 from pagellm.stage.config import (
     Options,
@@ -164,6 +165,7 @@ def test_numbers_are_finite_and_not_negative_unless_said():
         (OSError(errno.ENOSPC, "x", "runs/a"), ("disk is full", "runs/a", "carries on")),
         (OSError(errno.EROFS, "x", "runs/a"), ("cannot write", "runs/a")),
         (MemoryError(), ("out of memory", "--batch")),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), ("out of memory", "--batch")),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
             ("out of memory",),
@@ -181,6 +183,19 @@ def test_faults_of_the_machine_are_explained(error, words, capsys):
     assert main(Numbers, run, "stage", []) == 2
     said = capsys.readouterr().err
     assert said.startswith("stage: ") and said.count("\n") == 1 and all(w in said for w in words)
+
+
+def test_an_import_that_fails_for_want_of_memory_is_told_from_one_that_is_missing(
+    capsys, monkeypatch
+):
+    def run(config):
+        raise ImportError("cannot import name 'x' from 'torch._dynamo.utils'")
+
+    with pytest.raises(ImportError):
+        main(Numbers, run, "stage", [])
+    monkeypatch.setattr(command, "STARVED", 1 << 62)  # more than any machine has left
+    assert main(Numbers, run, "stage", []) == 2
+    assert "out of memory; lower --batch" in capsys.readouterr().err
 
 
 def test_what_torch_wraps_is_still_a_full_disk(capsys):
