@@ -112,8 +112,8 @@ def ran_out(error: Exception) -> bool:
     """Whether this error comes of too little memory."""
     if isinstance(error, RuntimeError):
         return any(words in str(error).lower() for words in OUT_OF_MEMORY)
-    if isinstance(error, ImportError):
-        # Modules that meet no memory while they are imported fail in ways of their own.
+    if isinstance(error, ImportError | SystemError | AttributeError):
+        # Modules that find no memory while they are imported fail in ways of their own.
         try:
             bytearray(STARVED)
         except MemoryError:

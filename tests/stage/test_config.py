@@ -185,13 +185,20 @@ def test_faults_of_the_machine_are_explained(error, words, capsys):
     assert said.startswith("stage: ") and said.count("\n") == 1 and all(w in said for w in words)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("cannot import name 'x' from 'torch._dynamo.utils'"),
+        SystemError("error return without exception set"),
+    ],
+)
 def test_an_import_that_fails_for_want_of_memory_is_told_from_one_that_is_missing(
-    capsys, monkeypatch
+    error, capsys, monkeypatch
 ):
     def run(config):
-        raise ImportError("cannot import name 'x' from 'torch._dynamo.utils'")
+        raise error
 
-    with pytest.raises(ImportError):
+    with pytest.raises(type(error)):
         main(Numbers, run, "stage", [])
     monkeypatch.setattr(command, "STARVED", 1 << 62)  # more than any machine has left
     assert main(Numbers, run, "stage", []) == 2
