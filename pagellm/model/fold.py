@@ -29,7 +29,7 @@ from pagellm.stage import randomness
 
 __all__ = ["FoldedItems", "FoldedUsers", "fold_items", "fold_users"]
 
-ALPHA0, REG = 0.001, 0.03  # of als.als with nu = 1; larger alpha0 finds new users less well
+ALPHA0, REG = 0.001, 0.03  # of als.als with nu = 1
 PARTS = 3  # parts of the known items; each is folded in by the others
 PRACTICE = 6000  # known items, or users, that the regression is learnt from
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # tried; per example, features being standardised
@@ -247,15 +247,16 @@ class Placing:
         scale: float,
         practice: np.ndarray,
         part: np.ndarray,
+        begins: Tensor,
     ):
         self.Y, self.scale, self.practice, self.part = Y, scale, practice, part
+        self.begins = begins
         self.by_item = transpose(liked, len(Y))
         self.users, self.apart = places(Y, liked, keep, scale), []
         for p in range(PARTS):
             rest = keep.copy()
             rest[practice[part == p]] = False
             self.apart.append(places(Y, liked, rest, scale))
-        self.begins = Y.new_zeros(len(practice), Y.shape[1])
 
     def moved(self, users: Tensor, begin: Tensor, buyers: Rows, hold: float) -> Tensor:
         penalty = hold * penalties(buyers, len(users), self.scale)
@@ -328,8 +329,8 @@ def fold_items(
             (crossed(K[few, few], of_practice[few], part[few], s) - of_practice[few]).square().sum()
         ),
     )
-    learner = Placing(Y, liked, keep, scale, practice, part)
-    learner.begins = crossed(K, of_practice, part, strength)
+    begins = crossed(K, of_practice, part, strength)
+    learner = Placing(Y, liked, keep, scale, practice, part, begins)
     stretch = float(Y.norm() / (out[0] - level)[torch.from_numpy(known)].norm().clamp_min(1e-12))
     real = out[0][torch.from_numpy(practice)]
     others = [learnt(real, table[torch.from_numpy(practice)], part)[0] for table in out[1:]]
