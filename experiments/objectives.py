@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.study import overrides, prepared, publish
+from experiments.study import common_fields, overrides, prepared, publish
 from pagellm import evaluate, pretrain, sft
 from pagellm.pages.tables import per_user
 from pagellm.stage.command import main
@@ -108,12 +108,7 @@ def trained(config: sft.Config) -> None:
 def one(config: Config, options: dict[str, dict], name: str, seed: int) -> tuple[Path, float]:
     """Run the stages of a row that are missing; returns its per_user.parquet and seconds."""
     row, runs = ROWS[name], Path(config.runs)
-    common: dict[str, Any] = {
-        "dataset": config.dataset,
-        "seed": seed,
-        "data": config.data,
-        "runs": config.runs,
-    }
+    common = common_fields(config, config.dataset, seed)
     base = f"{config.study}/{config.dataset}-s{seed}"
     own = base if name == FIRST else f"{base}-{slug(name)}"
     if name == FIRST:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.study import overrides, prepared, publish
+from experiments.study import common_fields, overrides, prepared, publish
 from pagellm import compose, evaluate, ppo, pretrain, sft
 from pagellm.pages.tables import per_user
 from pagellm.stage.command import main
@@ -105,12 +105,7 @@ def one(config: Config, options: dict[str, dict], name: str, seed: int) -> Path:
     Rows that begin alike share runs: <study>/<dataset>-s<seed>, with what differs behind it.
     """
     row = ROWS[name]
-    common: dict[str, Any] = {
-        "dataset": config.dataset,
-        "seed": seed,
-        "data": config.data,
-        "runs": config.runs,
-    }
+    common = common_fields(config, config.dataset, seed)
     base = f"{config.study}/{config.dataset}-s{seed}"
     if row.pretrain or row.sft:
         base += f"-{slug(name)}"

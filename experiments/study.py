@@ -39,6 +39,7 @@ from pagellm.stage.files import slug
 __all__ = [
     "Stages",
     "Variant",
+    "common_fields",
     "overrides",
     "prepared",
     "print_table",
@@ -108,15 +109,18 @@ def prepared(dataset: str, raw: str, data: str, preset: str = "auto") -> None:
     prepare.run(parse(prepare.Config, words, "pagellm prepare", "prepare"))
 
 
+def common_fields(places: Any, dataset: str, seed: int) -> dict[str, Any]:
+    """Fields that every stage of one seed has.
+
+    places  has `data` and `runs`, the directories: Stages, or a study's own Config
+    """
+    return {"dataset": dataset, "seed": seed, "data": places.data, "runs": places.runs}
+
+
 def run_variant(name: str, dataset: str, variant: Variant, seed: int, stages: Stages) -> Path:
     """Run the stages that are missing and return this variant and seed's per_user.parquet."""
     base = f"{name}/{dataset}-s{seed}"
-    common: dict[str, Any] = {
-        "dataset": dataset,
-        "seed": seed,
-        "data": stages.data,
-        "runs": stages.runs,
-    }
+    common = common_fields(stages, dataset, seed)
     prepared(dataset, stages.raw, stages.data, stages.preset)
     pretrain.run(pretrain.Config(run=base, **common, **stages.pretrain))
     sft.run(sft.Config(run=base, **common, **stages.sft))
