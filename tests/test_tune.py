@@ -229,6 +229,12 @@ def test_a_plan_fits_the_shop():
     slow = replace(SECONDS, als={"32": 20.0, "128": 200.0})
     assert max(make_plan(slow, 15, SIZE).factors) < max(make_plan(SECONDS, 15, SIZE).factors)
     assert make_plan(SECONDS, 15, replace(SIZE, items=60_000)).trials["EASE"] == 0
+    # compose fits EASE too, of up to DENSE items: what that takes is not there for its users
+    dear = replace(SECONDS, cube=0.2)
+    few, many = (make_plan(each, 15, replace(SIZE, items=6000)) for each in (dear, SECONDS))
+    assert few.fold_users < many.fold_users and few.eval_users < many.eval_users
+    few, many = (make_plan(each, 15, replace(SIZE, items=60_000)) for each in (dear, SECONDS))
+    assert few == replace(many, seconds=few.seconds)
 
 
 def test_long_histories_leave_room_for_the_longest_page_of_sft(served, monkeypatch):

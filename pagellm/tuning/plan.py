@@ -19,6 +19,7 @@ import numpy as np
 from pagellm import pretrain, sft
 from pagellm.data.shop import Shop
 from pagellm.model.als import item_groups
+from pagellm.model.judges import DENSE
 from pagellm.model.networks import SIZES
 from pagellm.model.plain import GRIDS, LARGEST, Fitted, fit
 from pagellm.model.policy import Policy
@@ -186,8 +187,9 @@ def make_plan(seconds: Seconds, minutes: float, shop: ShopSize) -> Plan:
     facts = min(12, n // 4) if shop.facts else 0
     trials = {"ALS": max(1, min(24, n - ratings - facts)), "ALS+facts": facts}
     trials["ALS+ratings"] = ratings
-    ease = seconds.cube * (shop.items / 1000) ** 3 + seconds.rank
-    trials["EASE"] = min(5, int(share["plain"] * 0.15 / ease)) if shop.items <= LARGEST else 0
+    ease = seconds.cube * (shop.items / 1000) ** 3
+    few = int(share["plain"] * 0.15 / (ease + seconds.rank))
+    trials["EASE"] = min(5, few) if shop.items <= LARGEST else 0
     # Starts are pages of validation users alone: a vocabulary, a factorisation, four looks each.
     judged = int(min(2000, max(200, share["start"] / 3 / (4 * seconds.page))))
     best = max(factors)
@@ -208,8 +210,10 @@ def make_plan(seconds: Seconds, minutes: float, shop: ShopSize) -> Plan:
         steps = min(most, int((share["sft"] - 4 * look) / step))
     texts = min(240, int(share["pretrain"] / step))
     ppo = int((share["ppo"] - shop.users * 4 / BATCH * step) / (PPO_STEP * step))
-    # Composed twice, with the language model and without. Each fits three judges three times.
-    each = share["compose"] / 2 - 9 * als_seconds(seconds, best)
+    # Composed twice, with the language model and without, by the same judges: three factorisations
+    # and EASE, fitted three times.
+    fits = 9 * als_seconds(seconds, best) + (3 * ease if shop.items <= DENSE else 0)
+    each = (share["compose"] - fits) / 2
     return Plan(
         trials=trials,
         factors=factors,

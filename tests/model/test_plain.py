@@ -48,6 +48,7 @@ def test_ease_is_a_minimum_under_a_zero_diagonal():
     X = dense(BIG)
     B = ease_weights(X.T @ X, 2.0)
     assert not B.diagonal().any()
+    assert B.is_contiguous()  # by rows: sum_rows reads whole ones
 
     def cost(W):
         return (X - X @ W).square().sum() + 2.0 * W.square().sum()
