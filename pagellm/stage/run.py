@@ -325,8 +325,10 @@ def versions() -> dict[str, str]:
 
 
 # Options that may differ when a run is carried on: no result depends on them. `preset` is one,
-# since the options that a preset sets are compared themselves.
-FREE = ("preset", "device", "save_every", "parallel", "checkpoint_blocks")
+# since the options that a preset sets are compared themselves. So are the places: a run may be
+# moved or named in another way, and what it read is compared by the ids of its inputs.
+PLACES = ("run", "runs", "data")
+FREE = ("preset", "device", "save_every", "parallel", "checkpoint_blocks", *PLACES)
 
 
 class Run:

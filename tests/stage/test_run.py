@@ -126,6 +126,21 @@ def test_a_changed_option_or_input_is_refused_by_name(tmp_path):
         Run(tmp_path / "r", Config(), {"sft": "b"}, free=("device",))
 
 
+def test_a_run_may_be_named_in_another_way_or_moved(tmp_path, monkeypatch):
+    """`make sft` names the run, `pagellm sft` need not: both mean the same directory."""
+    monkeypatch.chdir(tmp_path)
+    for own in (Config(), Config(run="synthetic"), Config(runs=str(tmp_path / "runs"))):
+        with Run(own.stage("sft"), own, {"data": "a"}) as run:
+            assert run.path.resolve() == tmp_path / "runs" / "synthetic" / "sft"
+    (tmp_path / "runs" / "synthetic").rename(tmp_path / "runs" / "old")
+    moved = Config(run="old", data=str(tmp_path / "data"))
+    Run(moved.stage("sft"), moved, {"data": "a"}).close()
+    with pytest.raises(PageLLMError, match="made from another data"):
+        Run(moved.stage("sft"), moved, {"data": "b"})
+    with pytest.raises(PageLLMError, match="dataset='synthetic', now dataset='toys'"):
+        Run(moved.stage("sft"), Config(run="old", dataset="toys"), {"data": "a"})
+
+
 def test_a_run_from_before_a_field_existed_goes_on_with_its_default(tmp_path):
     Run(tmp_path / "r", Config(), {}).close()
     path = tmp_path / "r" / "config.json"
