@@ -171,12 +171,14 @@ class Ahead:
         return digest(np.flatnonzero(~self.store.front.stock))
 
     def rows_key(self, bucket: str, layout: Layout, at: int) -> str:
+        """A season may begin or end within a week, and titles may name it."""
         return key_of(
             stage="rows",
             version=self.version,
             layout=layout_digest(layout),
             bucket=bucket,
             week=week_of(at),
+            season=self.store.known.seasons(at),
             seed=self.seed,
         )
 

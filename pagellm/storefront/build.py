@@ -9,6 +9,7 @@ Only the catalogue and train rows are read; held-out rows do not change the resu
 for 15,182 items and 612,565 pairs on one core.
 """
 
+import difflib
 import json
 import sys
 from collections import Counter
@@ -30,7 +31,7 @@ from pagellm.stage.run import Run, StageConfig, file_id
 from pagellm.storefront.context import Known
 from pagellm.storefront.corpus import Corpus, Space, Vectors, build_corpus
 from pagellm.storefront.encode import Encoder, encoder_folder
-from pagellm.storefront.gates import choose_threshold
+from pagellm.storefront.gates import check_text, choose_threshold
 from pagellm.storefront.missions import SLOTS, Missions, Shelves, find_missions, refined
 from pagellm.storefront.parts import Theme
 from pagellm.storefront.policy import Policy, policy_of
@@ -173,7 +174,7 @@ def shelves_of(
     may = np.array(
         [n in corpus.number and not policy.restricted.found(n) for n in names], dtype=bool
     )
-    known = Known.of(shop, train, missions.of_item, missions.k, train.end())
+    known = Known.of(shop, train, missions.of_item, missions.k, train.end(), policy)
     repeats = bool((known.count > 1).any())
     people = randomness.rng(seed, "storefront", "shelves").permutation(shop.n_users)[:SHELF_PEOPLE]
     category = np.full((len(people), SHELF_ITEMS), -1, dtype=np.int64)
@@ -271,11 +272,34 @@ def refuse_policy(missions: Missions, policy: Policy) -> None:
         )
 
 
+def refuse_calendar(policy: Policy, catalogue: Catalogue) -> None:
+    """Raise PageLLMError for seasons that no row could show as they are written: a name that the
+    gates block, a category that nobody sells.
+    """
+    sold = {name for path in catalogue.categories for name in path}
+    problems = []
+    for entry in policy.calendar:
+        name = entry["name"]
+        looks = check_text(name, "", policy, frozenset())
+        # A person may use words that the catalogue does not know.
+        rules = [d.rule for d in looks if d.action != "pass" and d.rule != "known"]
+        if rules:
+            problems.append(f"season {name!r}: the name is blocked by the rule {rules[0]}")
+        for category in entry["categories"]:
+            if category not in sold:
+                near = difflib.get_close_matches(category, sold, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                problems.append(f"season {name!r}: nobody sells {category!r}{hint}")
+    if problems:
+        raise PageLLMError("the policy's calendar cannot be kept\n  " + "\n  ".join(problems))
+
+
 def built(
     config: Config, shop: Shop, train: Orders, policy: Policy, stock: np.ndarray
 ) -> tuple[dict, dict]:
     """What goes into model.pt, and counts of it."""
     catalogue = heard(shop.catalogue, policy)
+    refuse_calendar(policy, catalogue)
     encoder = encoder_of(config, config.encoder)
     corpus = build_corpus(catalogue, stock, policy.forbidden, config.seed, encoder)
     missions = find_missions(catalogue, train, config.missions, config.seed)
@@ -294,7 +318,7 @@ def built(
     # ranker's logit is enough.
     writer = Template(ranker, Platt(), missions, corpus, policy, stock, config.seed)
     matcher = Matcher.of(index, missions, vector)
-    known = Known.of(shop, train, missions.of_item, missions.k, train.end())
+    known = Known.of(shop, train, missions.of_item, missions.k, train.end(), policy)
     rng = randomness.rng(config.seed, "storefront", "labels")
     people = rng.permutation(shop.n_users)[: 2 * LABEL_PEOPLE]
     features, fits = labels(shop, known, writer, matcher, people[::2], rng)

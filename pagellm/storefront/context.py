@@ -12,6 +12,7 @@ import numpy as np
 from pagellm.data.orders import Orders, orders_of
 from pagellm.data.shop import Rows, Shop, is_forgotten
 from pagellm.storefront.parts import Context
+from pagellm.storefront.policy import Policy
 
 __all__ = ["Known", "contexts", "week_of"]
 
@@ -27,6 +28,7 @@ class Known:
     rows, count   items of every user, newest first, and the orders that hold each
     number        the shop's identifier -> user
     mission       (N,) mission of every item, -1 where unknown
+    policy        whose calendar says which seasons are in force; None: it has none
     """
 
     rows: Rows
@@ -36,18 +38,26 @@ class Known:
     n_missions: int
     at: int
     locale: str = "en"
+    policy: Policy | None = None
 
     @classmethod
-    def of(cls, shop: Shop, orders: Orders, mission: np.ndarray, k: int, at: int) -> "Known":
+    def of(
+        cls,
+        shop: Shop,
+        orders: Orders,
+        mission: np.ndarray,
+        k: int,
+        at: int,
+        policy: Policy | None = None,
+    ) -> "Known":
         rows, count = orders.where(orders.time < at).history()
         number = {name: at for at, name in enumerate(shop.user_ids) if not is_forgotten(name)}
-        return cls(rows, count, number, mission, k, at)
+        return cls(rows, count, number, mission, k, at, policy=policy)
 
     def context(
         self,
         user: str | None,
         barred: np.ndarray | None = None,
-        season=(),
         more: np.ndarray | None = None,
         at: int | None = None,
     ) -> Context:
@@ -72,8 +82,14 @@ class Known:
             count,
             share,
             np.zeros(0, np.int64) if barred is None else barred,
-            tuple(season),
+            self.seasons(at),
         )
+
+    def seasons(self, at: int) -> tuple[str, ...]:
+        """Names of the calendar's entries in force at a moment (seconds), in its order."""
+        if self.policy is None:
+            return ()
+        return tuple(entry["name"] for entry in self.policy.seasons(at))
 
     def shares(self, item: np.ndarray, count: np.ndarray) -> np.ndarray:
         """(k,) float32: the part of a person's orders in each mission; uniform without any."""
@@ -122,12 +138,14 @@ def contexts(
     at: int,
     mission: np.ndarray | None = None,
     k: int = 20,
+    policy: Policy | None = None,
 ) -> list[Context]:
     """One context a user, in order. Without orders a user's positive rows count once each.
 
     mission  (N,) of every item; None: no missions are known, and the shares are uniform
+    policy   with the calendar of seasons; None: there are none
     """
     orders = orders_of(shop) if orders is None else orders
     mission = np.full(shop.n_items, -1) if mission is None else mission
-    known = Known.of(shop, orders, mission, k, at)
+    known = Known.of(shop, orders, mission, k, at, policy)
     return [known.context(user) for user in users]

@@ -326,9 +326,10 @@ def table(results: dict[str, dict], about: dict[str, Any], heading: str) -> str:
             )
         lines.append(f"{name:<16}" + "".join(f"{cell:>26}" for cell in cells))
     gap = about["difference"]
+    price = "–" if about["price"] is None else f"{about['price']:.1%}"
     lines += [
         "",
-        f"price of theming {about['price']:.1%}; storefront - flat {gap['mean']:+.4f} "
+        f"price of theming {price}; storefront - flat {gap['mean']:+.4f} "
         f"[{gap['low']:+.4f}, {gap['high']:+.4f}]",
         f"first five items that fit the theme's mission {about['tp5']:.3f}; rows generated "
         f"{about['generated']:.3f}; keywords of the corpus {about['validity']:.4f} of "
@@ -343,6 +344,11 @@ def table(results: dict[str, dict], about: dict[str, Any], heading: str) -> str:
         f"ever shown {about['items_ever']:.3f}; {about['ms']:.1f} ms a page",
     ]
     return "\n".join(lines) + "\n"
+
+
+def price_of(recall: float, flat: float) -> float | None:
+    """The share of the list's recall that rows cost; None where the list finds nothing either."""
+    return 1 - recall / flat if flat else None
 
 
 def shown(value: float | None) -> str:
@@ -377,8 +383,9 @@ def run(config: Config) -> dict:
         about |= about_keywords(store, labelled, pages)
         about |= {
             "personal": personal(store, users, labelled, pages, config.seed),
-            "price": 1
-            - results["storefront"]["recall"]["mean"] / results["flat"]["recall"]["mean"],
+            "price": price_of(
+                results["storefront"]["recall"]["mean"], results["flat"]["recall"]["mean"]
+            ),
             "difference": stats.paired(
                 scored["storefront"]["recall"], scored["flat"]["recall"], config.seed, config.n_boot
             ),

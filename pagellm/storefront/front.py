@@ -252,7 +252,7 @@ def open_store(config: Sources, splits: tuple[str, ...] = ("train",)) -> Store:
         models["weights"] = file_id(tuned)
     front = replace(front, models=models)
     k = front.missions.k
-    known = Known.of(shop, seen, front.missions.of_item, k, seen.end())
+    known = Known.of(shop, seen, front.missions.of_item, k, seen.end(), policy)
     repeats = bool((orders.only("train").pairs()[2] > 1).any())
     layout = read_layout(config.layout, repeats)
     check_layout(front, layout)
@@ -305,7 +305,7 @@ def front_of(
         policy=policy,
         similar=SameLeaf(shop.catalogue.leaf_id, parent, near_duplicates(catalogue)),
         best=state["best"],
-        known=known_words(index_texts(catalogue)),
+        known=known_words([*index_texts(catalogue), *policy.texts]),
         static=config.static,
         caps=caps_of(policy, corpus, len(stock)),
     )

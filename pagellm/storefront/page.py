@@ -45,6 +45,7 @@ from pagellm.storefront.policy import Policy
 from pagellm.storefront.rankers import Logits, Platt, Ranker
 from pagellm.storefront.retrieve import Index, members_first, retrieve
 from pagellm.storefront.text import best_first
+from pagellm.storefront.themes import season_title
 
 __all__ = [
     "DEPTH",
@@ -201,6 +202,8 @@ class Making:
         self.static_left = list(front.best)
         self.answers: list[Answer] = []
         self.source = "generated"
+        # Entries of the calendar that no row above shows.
+        self.seasons = [e for e in front.policy.seasons(context.at) if e["name"] in context.season]
 
     def quota(self, placement: Placement) -> Quota:
         """What a generated row may show: policy's caps, and sponsored items by row and page."""
@@ -319,8 +322,10 @@ def intent_of(making: Making, placement: Placement) -> str:
     why = ""
     if intent == "restock" and not making.legal[context.item].any():
         why = "nothing bought before that is in stock"
-    if intent == "season" and not making.front.policy.seasons(context.at):
+    if intent == "season" and not context.season:
         why = "no season in the policy's calendar"
+    elif intent == "season" and not (making.seasons or placement.categories):
+        why = "a row above shows the season"
     if intent == "deal" and not making.legal[deals_at(making)].any():
         why = "no deal is in force" if making.front.deals else "the shop marks no deals"
     if intent == "editorial" and not placement.categories:
@@ -350,9 +355,7 @@ def locked_row(making: Making, placement: Placement, intent: str) -> Row | None:
         items = deals_at(making)
     else:
         if intent == "season" and not names:
-            season = front.policy.seasons(making.context.at)[0]
-            names, title = known_names(front, tuple(season["categories"])), season["name"]
-            title = "" if blocked_by(front, title) else title
+            names, title = season_of(making)
         items = items_of(front, names)
         if intent == "deal":
             items = np.intersect1d(items, deals_at(making))
@@ -368,6 +371,31 @@ def locked_row(making: Making, placement: Placement, intent: str) -> Row | None:
     return plain_row(
         making, placement, Theme(title, intent, names[:8], source="static"), items, source
     )
+
+
+def season_of(making: Making) -> tuple[tuple[str, ...], str]:
+    """Categories and title of the next season in force that has something to show: the categories
+    with the person's best items come first. Two rows of seasons show two seasons.
+    """
+    front, title = making.front, ""
+    names: tuple[str, ...] = ()
+    while making.seasons:
+        season = making.seasons.pop(0)
+        found: dict[str, float] = {}
+        for name in known_names(front, tuple(season["categories"])):
+            items = items_of(front, (name,))
+            items = items[making.may("season", items)]
+            if len(items):
+                found[name] = float(making.logit[items].max())
+        names = tuple(sorted(found, key=lambda name: -found[name]))
+        names = names or known_names(front, tuple(season["categories"]))
+        draw = randomness.seed_of(making.seed, making.context.bucket, season["name"])
+        for title in (season_title(front.policy, season["name"], names, draw), season["name"], ""):
+            if not blocked_by(front, title):
+                break
+        if found:
+            break
+    return names, title
 
 
 def blocked_by(front: Front, title: str) -> str:

@@ -124,6 +124,12 @@ class Policy:
         lists = (self.restricted, self.banned, self.claims, self.sensitive, self.instructions)
         return next((term for terms in lists if (term := terms.found(text))), "")
 
+    @property
+    def texts(self) -> list[str]:
+        """What a person wrote to stand in titles: names of seasons, and forms of titles."""
+        forms = [bare(form) for forms in self.titles.values() for form in forms]
+        return [*(entry["name"] for entry in self.calendar), *forms]
+
     def seasons(self, at: int) -> list[dict]:
         """The calendar's entries in force at a moment (seconds)."""
         today = datetime.fromtimestamp(at, UTC).date().isoformat()

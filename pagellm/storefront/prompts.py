@@ -81,13 +81,17 @@ class Question:
 
 
 def theme_question(
-    draft: Theme, bought: Sequence[tuple[str, int]], used: Sequence[str]
+    draft: Theme,
+    bought: Sequence[tuple[str, int]],
+    used: Sequence[str],
+    season: Sequence[str] = (),
 ) -> Question:
     """Ask for title and concepts of a row.
 
     draft   its concepts are the categories on offer
     bought  categories and in how many orders, the most frequent first
     used    titles that stand on the page already
+    season  names of the calendar's entries in force
     """
     names = list(dict.fromkeys(map(clean, draft.concepts)))
     data = {
@@ -96,6 +100,8 @@ def theme_question(
         "bought": [{"category": clean(name), "orders": int(n)} for name, n in bought[:LEAVES]],
         "used": [clean(title) for title in used],
     }
+    if season:
+        data["season"] = [clean(name) for name in season]
     properties = dict(THEME["properties"])
     properties["concepts"] = properties["concepts"] | {"items": {"enum": names}}
     return Question("theme", draft.title, THEME_TASK, data, THEME | {"properties": properties})
@@ -131,9 +137,12 @@ def tagged_line(question: Question, offered: bool = False) -> str:
     """The same question to a model that was taught these two tasks (student.py): a tag and data.
 
     offered  keywords on offer are among the data, which no model was taught
+    Seasons are left out: what it was taught is of the moment at which train orders end.
     """
     values = []
     for name, value in question.data.items():
+        if name == "season":
+            continue
         if name == "bought":
             value = [[one["category"], one["orders"]] for one in value]
         if offered or name != "offered":

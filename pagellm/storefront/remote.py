@@ -276,12 +276,18 @@ class Remote:
                 if left[draft.intent]:
                     left[draft.intent] -= 1
                     above = [a.value.title for a in answers if a.value is not None]
-                    answers.append(self.theme(draft, bought, [*titles, *above]))
+                    answers.append(self.theme(draft, bought, [*titles, *above], context.season))
             found.append(answers)
         return found
 
-    def theme(self, draft: Theme, bought: list[tuple[str, int]], used: list[str]) -> Answer[Theme]:
-        question = theme_question(draft, bought, used)
+    def theme(
+        self,
+        draft: Theme,
+        bought: list[tuple[str, int]],
+        used: list[str],
+        season: tuple[str, ...] = (),
+    ) -> Answer[Theme]:
+        question = theme_question(draft, bought, used, season)
         own = {clean(name): name for name in draft.concepts}
 
         def read(value: dict) -> dict:

@@ -23,7 +23,7 @@ from pagellm.storefront.page import MOST_KEPT, Front, kept, scored, text_decisio
 from pagellm.storefront.parts import Answer, Candidates, Context, Keyword, Theme
 from pagellm.storefront.retrieve import found_by, merged, reached
 from pagellm.storefront.text import best_first
-from pagellm.storefront.themes import FIRST, FORMS, STEP, Template, row_title
+from pagellm.storefront.themes import FIRST, STEP, Template, row_title
 
 __all__ = ["Objective", "Search", "grown", "objective", "passes"]
 
@@ -163,9 +163,7 @@ class Search:
     def titled(self, context: Context, draft: Theme, taken: set[str]) -> Answer[Theme]:
         """The draft under the title that makes its row worth most; the title joins `taken`."""
         started = time.perf_counter()
-        forms = self.front.policy.titles.get(draft.intent) or FORMS.get(
-            draft.intent, FORMS["browse"]
-        )
+        forms = self.template.forms[draft.intent]
         a, b = [*draft.concepts, "", ""][:2]
         season = context.season[0] if context.season else ""
         titles = [row_title(forms, n, a, b, season) for n in range(len(forms))]

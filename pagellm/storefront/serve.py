@@ -217,7 +217,7 @@ class FrontService:
         if unknown:
             notes.append(f"items not known: {', '.join(name[:80] for name in unknown[:20])}")
         barred = self.barred(ask.filters)
-        context = known.context(ask.user, barred, (), np.array(more, dtype=np.int64), at)
+        context = known.context(ask.user, barred, np.array(more, dtype=np.int64), at)
         if ask.layout is None:
             return context, ahead.store.layout, notes
         if isinstance(ask.layout, dict):

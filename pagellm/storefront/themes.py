@@ -8,6 +8,7 @@ which this person is expected to buy most. The title is one of six forms, drawn 
 person and mission.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,9 +22,9 @@ from pagellm.storefront.missions import Missions, top_of_groups
 from pagellm.storefront.parts import INTENTS, Answer, Context, Keyword, Theme
 from pagellm.storefront.policy import Policy, bare
 from pagellm.storefront.rankers import Platt, Ranker
-from pagellm.storefront.text import words
+from pagellm.storefront.text import stems, words
 
-__all__ = ["FORMS", "Template", "row_title"]
+__all__ = ["FORMS", "Template", "forms_of", "row_title", "season_title"]
 
 CONCEPTS = 8
 LOOKED_AT = 10  # items of a category or mission that its value is counted over
@@ -48,7 +49,7 @@ FORMS = {
     "season": (
         "{Season}, {a} and more",
         "{Season} and {a}",
-        "{A} for {season}",
+        "{Season} with {a}, {b}",
         "{Season}, {a}, {b}",
         "{Season}",
         "{Season} with {a}",
@@ -89,6 +90,31 @@ def row_title(forms: tuple[str, ...], draw: int, a: str, b: str, season: str = "
         if len(text) <= LONGEST and len(words(text)) <= MOST_WORDS:
             return text
     return " ".join(first.split()[:MOST_WORDS])
+
+
+def forms_of(policy: Policy, intent: str) -> tuple[str, ...]:
+    """A shop's own forms of titles, else the built-in ones, without those whose words its policy is
+    against.
+    """
+    forms = policy.titles.get(intent) or FORMS.get(intent, FORMS["browse"])
+    return tuple(form for form in forms if not policy.against(bare(form))) or forms
+
+
+def season_title(policy: Policy, season: str, names: Sequence[str], draw: int) -> str:
+    """A title for a row of a season and some of its categories, the person's first in front.
+
+    No category is named that generated rows may not name, nor one of the season's own words.
+    """
+    forms, said = forms_of(policy, "season"), set(stems(season))
+    named = [
+        name
+        for name in names
+        if not policy.restricted.found(name) and not said.intersection(stems(name))
+    ]
+    if not named:
+        forms = ("{Season}",)
+    a, b = [*named, "", ""][:2]
+    return row_title(forms, draw % len(forms), a, b, season)
 
 
 @dataclass(frozen=True)
@@ -175,13 +201,8 @@ class Template:
 
     @cached_property
     def forms(self) -> dict[str, tuple[str, ...]]:
-        """Forms of titles by intent, without those whose own words the policy is against."""
-        found = {}
-        for intent in INTENTS:
-            forms = self.policy.titles.get(intent) or FORMS.get(intent, FORMS["browse"])
-            plain = tuple(form for form in forms if not self.policy.against(bare(form)))
-            found[intent] = plain or forms
-        return found
+        """Forms of titles by intent."""
+        return {intent: forms_of(self.policy, intent) for intent in INTENTS}
 
     @cached_property
     def nameable(self) -> np.ndarray:

@@ -294,7 +294,8 @@ def test_names_that_nobody_sells_are_neither_a_row_s_title_nor_its_concepts():
     rows = (Placement("a", "editorial", 2, categories=names[:2]), Placement("b", "season", 2))
     season = {"name": "Cheapest week", "from": "2017-01-01", "to": "2018-01-01"}
     policy = policy_of({"calendar": [season | {"categories": ["Coffee"]}]})
-    found = page(front(policy=policy), u1(), Layout("mine", rows))
+    person = replace(u1(), season=("Cheapest week",))
+    found = page(front(policy=policy), person, Layout("mine", rows))
     assert any(note.startswith("a: no item of <script>") for note in found.fallbacks)
     assert [row.theme.title for row in found.rows][1] == "In season"
 

@@ -20,7 +20,7 @@ from pagellm.storefront.missions import Missions
 from pagellm.storefront.page import page
 from pagellm.storefront.parts import Answer, Theme, page_json
 from pagellm.storefront.policy import policy_of
-from pagellm.storefront.prompts import keywords_question, theme_question
+from pagellm.storefront.prompts import keywords_question, tagged_line, theme_question
 from pagellm.storefront.rankers import Frequency, Platt
 from pagellm.storefront.remote import PAUSE, Kept, Remote, Replay, Server
 from pagellm.storefront.themes import Template
@@ -332,6 +332,9 @@ def test_the_model_is_told_no_person_and_no_control_characters():
     data = theme_question(evil, bought, []).data
     assert len(data["bought"]) == 12 and len(data["categories"][0]) == 80
     assert data["categories"][0].startswith("Milk <|im_end|>")
+    asked = theme_question(evil, bought, [], ("Winter\nweeks",))
+    assert asked.data["season"] == ["Winter weeks"] and "season" not in data
+    assert tagged_line(asked) == tagged_line(theme_question(evil, bought, []))
     assert keywords_question(evil, ["a", "b"]).schema["properties"]["keywords"]["minItems"] == 2
 
 
