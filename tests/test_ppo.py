@@ -36,6 +36,7 @@ from pagellm.ppo_step import (
     value_loss,
 )
 from pagellm.ppo_watch import alarms, rollout_row
+from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError
 
 unit = st.floats(0, 1)
@@ -549,3 +550,25 @@ def test_a_function_of_one_s_own_pays_without_a_reward_model(sft_alone, tmp_path
         dataclasses.replace(config, w_fn=0.0)
     with pytest.raises(PageLLMError, match="want module:function"):
         dataclasses.replace(config, reward_fn="first_reward.py")
+
+
+def test_a_function_of_one_s_own_that_raises_is_shown_without_our_code(
+    sft_alone, tmp_path, monkeypatch, capsys
+):
+    """Exit code 2, one line that names it, then the lines of its file; nothing of PageLLM."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrong_reward.py").write_text(
+        "def wrong(pages, mask, shop, users):\n    return shop.catalogue.prices[pages]\n"
+    )
+    words = ["--run", "wrong", "--source_run", "base", "--runs", str(sft_alone / "runs")]
+    words += ["--data", str(sft_alone / "data"), "--device", "cpu", "--k", "4", "--rollout", "16"]
+    words += ["--minibatch", "8", "--micro", "8", "--epochs", "0.1", "--w_token", "0"]
+    words += ["--w_page", "0", "--reward_fn", "wrong_reward:wrong"]
+    assert main(ppo.Config, ppo.run, "pagellm ppo", words) == 2
+    told = capsys.readouterr().err
+    told = told[told.index("pagellm ppo: reward_fn=") :].splitlines()
+    assert told[0].endswith("raised AttributeError: 'Catalogue' object has no attribute 'prices'")
+    assert told[1].startswith("  It was given pages (16, 4) int64, mask (16, 4) bool, users (16,)")
+    assert told[2] == f'  File "{tmp_path / "wrong_reward.py"}", line 2, in wrong'
+    assert told[3] == "    return shop.catalogue.prices[pages]"
+    assert set("".join(told[4:])) <= set(" ^~")
