@@ -58,7 +58,7 @@ STAGES = {
     "ppo": ppo,
     "evaluate": evaluate,
 }
-FIXED = {"dataset", "run", "data", "runs", "seed", "source_run"}  # fields that the study sets
+FIXED = {"dataset", "run", "data", "runs", "seed", "source_run", "policies"}  # set by the study
 
 
 @dataclass(frozen=True, kw_only=True)

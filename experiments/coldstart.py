@@ -63,6 +63,7 @@ FIXED = {
     "trials",
     "models",
     "mask",
+    "policies",
 }
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "evaluate": evaluate}
 

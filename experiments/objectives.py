@@ -61,6 +61,7 @@ ROWS = {
 }
 STAGES = {"pretrain": pretrain, "sft": sft, "evaluate": evaluate}
 FIXED = {"dataset", "run", "data", "runs", "seed", "source_run", "mode", "start_run", "objective"}
+FIXED |= {"policies"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ __all__ = ["ARMS", "Config", "run"]
 
 ARMS = ("no steps", "gentle", "frozen rows", "items alone")
 SHOWN = ("Recall@20", "Recall@40", "NDCG@100", "ILD")
-FIXED = {"dataset", "run", "data", "runs", "seed", "source_run"}
+FIXED = {"dataset", "run", "data", "runs", "seed", "source_run", "policies"}
 
 
 @dataclass(frozen=True, kw_only=True)

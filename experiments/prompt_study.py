@@ -48,7 +48,7 @@ FIRST = "items"  # the row that others are compared with, and begin with
 ITEMS = {"use_user": False, "use_ratings": False}
 TIME = ITEMS | {"cut": "time"}
 STAGES = {"pretrain": pretrain, "sft": sft, "evaluate": evaluate}
-FIXED = {"dataset", "run", "data", "runs", "seed"}  # fields that the study sets
+FIXED = {"dataset", "run", "data", "runs", "seed", "policies"}  # fields that the study sets
 
 
 @dataclass(frozen=True, kw_only=True)

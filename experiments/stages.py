@@ -55,6 +55,7 @@ ROWS = {
 }
 STAGES = {"pretrain": pretrain, "sft": sft, "compose": compose, "ppo": ppo, "evaluate": evaluate}
 FIXED = {"dataset", "run", "data", "runs", "seed", "source_run", "policy", "compose_run"}
+FIXED |= {"policies", "item_reward", "w_page", "w_hit"}  # the last three are of PAID
 PAID = {
     "item_reward": "outcome",
     "w_page": 0.0,  # the page head is taught by pairs: a stage of its own, see `ablation`

@@ -21,6 +21,7 @@ calls study and publish; experiments/ablation.py is an example. Its table has to
 """
 
 import shlex
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,24 +81,35 @@ def overrides(module, text: str, fixed: Collection[str] = ()) -> dict:
     """Options of a stage that differ from its defaults: "--lr 0.1 --k 10" -> {"lr": 0.1, "k": 10}.
 
     Such a text is in a study's field of type Options. Where the study runs as a command, `parse`
-    has put the data set's preset before what was typed: "@toys/sft --lr 0.1". Raises PageLLMError
-    for what is no option of the stage, and for one of `fixed`, which the study sets itself.
+    has put the data set's preset before what was typed: "@toys/sft --lr 0.1".
+
+    fixed   what the study sets itself. A preset's value of it is left out, and this is said
+
+    Raises PageLLMError for what is no option of the stage, and for one of `fixed` that was typed.
     """
     verb = next(verb for verb, name in VERBS.items() if name == module.__name__)
-    config, default = parse(module.Config, shlex.split(text), f"pagellm {verb}"), module.Config()
-    found = {
-        name: getattr(config, name)
-        for name in config.__dataclass_fields__
-        if getattr(config, name) != getattr(default, name)
-    }
+    default = module.Config()
+
+    def differing(words: list[str]) -> dict:
+        config = parse(module.Config, words, f"pagellm {verb}")
+        every = {name: getattr(config, name) for name in config.__dataclass_fields__}
+        return {name: value for name, value in every.items() if value != getattr(default, name)}
+
+    words = shlex.split(text)
+    found, typed = differing(words), differing([w for w in words if not w.startswith("@")])
     if "preset" in found:
         raise PageLLMError(
             f"--{verb} must not set preset\n  Name it as @{found['preset']}, or switch presets off "
             "for the whole study: --preset none"
         )
-    if refused := set(fixed) & set(found):
+    if refused := set(fixed) & set(typed):
         raise PageLLMError(f"--{verb} must not set {', '.join(sorted(refused))}: the study does")
-    return found
+    if left := set(fixed) & set(found):
+        print(
+            f"{verb}: the study sets {', '.join(sorted(left))} itself, whatever the preset says",
+            file=sys.stderr,
+        )
+    return {name: value for name, value in found.items() if name not in left}
 
 
 def prepared(dataset: str, raw: str, data: str, preset: str = "auto") -> None:

@@ -1,12 +1,13 @@
 """The scaling study: generated shops have the stated sizes, real stages are timed, it resumes."""
 
 import json
+import math
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 
-from experiments import sampled_softmax
+from experiments import sampled_softmax, shortlists
 from experiments.cost import scaling
 from experiments.cost.scaling import (
     STAGES,
@@ -339,3 +340,40 @@ def test_the_study_of_drawn_items_pairs_three_rows(tmp_path):
     for wrong in ({"sft": "--sampled_items 3"}, {"pretrain": "--seed 1"}):
         with pytest.raises(PageLLMError, match="must not set"):
             sampled_softmax.Config(**wrong)
+
+
+@pytest.mark.slow
+def test_the_study_of_shortlists_draws_from_them(tmp_path):
+    from pagellm.data import prepare
+
+    prepare.run(prepare.Config(data=str(tmp_path / "data"), users=40, items=40))
+    records = shortlists.run(
+        shortlists.Config(
+            data=str(tmp_path / "data"),
+            runs=str(tmp_path / "runs"),
+            seeds=1,
+            candidates=8,
+            pretrain="--size nano --steps 3 --batch 8 --words 300",
+            sft="--epochs 1 --k 6 --batch 16",
+            reward="--per_kind 1 --epochs 1",
+            ppo="--k 6 --min_steps 2 --epochs 0.1 --gate_users 8 --gate_pages 2",
+        )
+    )
+    rows = ["all items", "8 of a user", "8 of a user, lazy rows", "without reward"]
+    assert list(dict.fromkeys(r["variant"] for r in records)) == rows
+    at = tmp_path / "runs" / "shortlists"
+    rows_made = ("all-items", "8-of-a-user", "8-of-a-user--lazy-rows")
+    made = [
+        json.loads((at / f"synthetic-s0-{row}" / "ppo" / "config.json").read_text())["config"]
+        for row in rows_made
+    ]
+    assert [(c["candidates"], c["lazy_rows"]) for c in made] == [(0, False), (8, False), (8, True)]
+    logs = [at / f"synthetic-s0-{row}" / "ppo" / "log.jsonl" for row in rows_made]
+    entropy = [
+        json.loads(log.read_text().splitlines()[1])["objective/entropy"] for log in logs
+    ]  # of eight items it is lower than of all
+    assert entropy[1] == entropy[2] < min(math.log(8), entropy[0])
+    with pytest.raises(PageLLMError, match="must not set candidates"):
+        shortlists.run(shortlists.Config(ppo="--candidates 9"))
+    with pytest.raises(PageLLMError, match="candidates"):
+        shortlists.Config(candidates=2)

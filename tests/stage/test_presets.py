@@ -177,6 +177,37 @@ def test_what_a_study_gives_a_stage_is_what_the_stage_takes_by_itself():
         overrides(sft, "--preset toys/sft")
 
 
+def test_a_study_sets_its_own_options_whatever_a_preset_says(tmp_path, capsys):
+    """What was typed against the study is refused; what a file of options has is left out."""
+    from experiments.study import overrides
+
+    file = tmp_path / "sft"
+    file.write_text("--lr 0.25 --mode one_shot")
+    assert overrides(sft, f"@{file} --epochs 2", {"mode"}) == {"lr": 0.25, "epochs": 2.0}
+    assert capsys.readouterr().err == "sft: the study sets mode itself, whatever the preset says\n"
+    with pytest.raises(PageLLMError, match="--sft must not set mode: the study does"):
+        overrides(sft, f"@{file} --mode one_shot", {"mode"})
+
+
+@pytest.mark.parametrize("name", ("ablation", "objectives", "prompt_study", "shortlists", "stages"))
+def test_a_study_begins_with_every_preset(name, tmp_path):
+    """Each packaged preset, and one that `tune` may have kept, gives stages that the study runs."""
+    from experiments.study import overrides
+
+    module = importlib.import_module(f"experiments.{name}")
+    for dataset in sorted({found.split("/")[0] for found in FOUND}):
+        config = study(name, "--dataset", dataset)
+        for verb, stage in module.STAGES.items():
+            own = overrides(stage, getattr(config, verb), module.FIXED)
+            assert not module.FIXED & set(own)
+            if (name, verb) == ("stages", "ppo"):
+                stage.Config(**module.PAID | own)
+    kept = tmp_path / "evaluate"
+    kept.write_text("--policies popularity,sft,compose")
+    if evaluate := module.STAGES.get("evaluate"):
+        assert "policies" not in overrides(evaluate, f"@{kept}", module.FIXED)
+
+
 def test_a_study_prepares_a_data_set_as_pagellm_prepare_does(tmp_path, monkeypatch):
     from experiments.study import prepared
 
