@@ -374,6 +374,6 @@ def test_the_study_of_shortlists_draws_from_them(tmp_path):
     ]  # of eight items it is lower than of all
     assert entropy[1] == entropy[2] < min(math.log(8), entropy[0])
     with pytest.raises(PageLLMError, match="must not set candidates"):
-        shortlists.run(shortlists.Config(ppo="--candidates 9"))
+        shortlists.run(shortlists.Config(ppo="--candidates 30"))
     with pytest.raises(PageLLMError, match="candidates"):
         shortlists.Config(candidates=2)
