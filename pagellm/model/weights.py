@@ -8,7 +8,9 @@ header, a JSON header, the numbers. Files are mapped into memory, so a tensor is
 used. Nothing pickled is loaded. Source of the format: the documentation of huggingface/safetensors.
 """
 
+import difflib
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -41,6 +43,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 SINGLE = ("model.safetensors", "pytorch_model.bin")
+# a repository of the hub: a name, or an owner and a name
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # What belongs to weights, where it is there: words and chat template.
 BESIDE = (
@@ -206,7 +210,18 @@ def located(source: str | Path) -> Path:
         raise PageLLMError(
             f"{path} is a GGUF file; unpack it first: pagellm import-gguf {path} --out DIR"
         )
-    return path if path.exists() else fetch(str(source))
+    if path.exists():
+        return path
+    if not HUB_NAME.fullmatch(str(source)):
+        raise PageLLMError(f"no file or directory {path}{nearest(path)}")
+    return fetch(str(source))
+
+
+def nearest(path: Path) -> str:
+    """ "; did you mean ...?" with the name beside `path` that is most like it, or nothing."""
+    there = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, there, 1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
 def folder_of(source: str | Path) -> Path:
@@ -242,7 +257,7 @@ def fetch(name: str) -> Path:
     """
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils import EntryNotFoundError
+        from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError:
         raise PageLLMError(
             f"{name} is no file here; to fetch it from the hub: pip install 'pagellm[hub]'"
@@ -250,6 +265,8 @@ def fetch(name: str) -> Path:
     try:
         try:
             path = Path(hf_hub_download(name, SINGLE[0]))
+        except LocalEntryNotFoundError:  # the hub cannot be reached: it is not asked again
+            raise
         except EntryNotFoundError:
             path = Path(hf_hub_download(name, INDEX[0]))
             for file in sorted(set(map(str, read_table(path).get("weight_map", {}).values()))):
@@ -263,7 +280,7 @@ def fetch(name: str) -> Path:
         raise
     except Exception as error:
         raise PageLLMError(
-            f"could not fetch {name} from the hub ({type(error).__name__}); put its files into a "
-            "directory and name its path"
+            f"no directory {name} here{nearest(Path(name))}\n  Nor could it be fetched from the "
+            f"hub ({type(error).__name__}); put its files into a directory and name its path."
         ) from error
     return path

@@ -5,6 +5,7 @@ file is named.
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,24 +138,35 @@ def test_a_name_is_fetched_from_the_hub_shards_too(tmp_path, monkeypatch):
     class EntryNotFoundError(Exception):
         pass
 
+    class LocalEntryNotFoundError(EntryNotFoundError):
+        """As in huggingface_hub: the hub cannot be reached, and the file is not in the cache."""
+
     def hf_hub_download(name, file):
         asked.append(file)
         if name != "some/model":
-            raise ConnectionError("no network")
+            raise LocalEntryNotFoundError("no network")
         if not (tmp_path / file).exists():
             raise EntryNotFoundError(file)
         return str(tmp_path / file)
 
     hub, utils = types.ModuleType("huggingface_hub"), types.ModuleType("huggingface_hub.utils")
     hub.hf_hub_download, utils.EntryNotFoundError = hf_hub_download, EntryNotFoundError
+    utils.LocalEntryNotFoundError = LocalEntryNotFoundError
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.setitem(sys.modules, "huggingface_hub.utils", utils)
     found, config = read_weights("some/model")
     assert same(found, weights) and config == {"model_type": "x"} and len(asked) == 11
-    with pytest.raises(
-        PageLLMError, match="could not fetch other/model from the hub .ConnectionError"
-    ):
-        read_weights("other/model")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "others" / "models").mkdir(parents=True)
+    asked.clear()
+    said = "no directory others/model here; did you mean others/models.*\n.*hub .LocalEntryNotFound"
+    with pytest.raises(PageLLMError, match=said):
+        read_weights("others/model")
+    assert len(asked) == 1, "a hub that cannot be reached is asked once"
+    for path in ("./others/model", "others/models/x", str(tmp_path / "others" / "model"), "~/x"):
+        with pytest.raises(PageLLMError, match=f"^no file or directory {Path(path)}"):
+            read_weights(path)
+    assert len(asked) == 1, "what can only be a path is no name on the hub"
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(PageLLMError, match=r"pip install 'pagellm\[hub\]'"):
         read_weights("some/model")
