@@ -182,7 +182,8 @@ def run(config: Config) -> str:
     if to == now:
         print(f"promote: {to} is live already")
         return to
-    said = "going back" if config.back else "nothing was live before"
+    said = f"{now} was live before" if now else "nothing was live before"
+    said = "going back" if config.back else said
     if now and not config.back and not config.force:
         how, said = compare(
             scores_of(runs / to, config.metric), scores_of(runs / now, config.metric), config

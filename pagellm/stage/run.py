@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -329,6 +330,9 @@ def versions() -> dict[str, str]:
 # moved or named in another way, and what it read is compared by the ids of its inputs.
 PLACES = ("run", "runs", "data")
 FREE = ("preset", "device", "save_every", "parallel", "checkpoint_blocks", *PLACES)
+
+# What a stage writes before it has learnt anything.
+BEGUN = {"config.json", "lock", "log.jsonl", "vocab.json", "tokenizer.json", "gate.json"}
 
 
 class Run:
@@ -666,20 +670,39 @@ class Run:
             self._drop_checkpoints()
         dist.barrier()
 
-    def close(self) -> None:
-        """Write what waits, close the logs, and let other processes use the directory."""
+    def close(self, failed: bool = False) -> None:
+        """Write what waits, close the logs, and let other processes use the directory.
+
+        failed  an error ended the stage
+        """
         self.flush()
         for file in self._logs.values():
             file.close()
         self._logs.clear()
+        if failed and dist.is_main():
+            self._leave_nothing()
         if self._lock is not None:
             self._lock.release()
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None and issubclass(kind, Exception))
+
+    def _leave_nothing(self) -> None:
+        """Clear a directory in which nothing was learnt, so that the mended command may begin here.
+
+        Otherwise a mistyped option would be what the run was made with for good.
+        """
+        there = {one.name for one in self.path.iterdir()}
+        if there <= BEGUN and not self.last.get("step"):
+            for name in there - {"lock"}:
+                (self.path / name).unlink()
+            with suppress(OSError):  # the run has another stage; or it is Windows and the lock held
+                (self.path / "lock").unlink()
+                self.path.rmdir()
+                self.path.parent.rmdir()
 
 
 def plain(value: Any) -> Any:

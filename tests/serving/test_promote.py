@@ -55,6 +55,7 @@ def test_a_better_run_becomes_live_a_worse_one_does_not(runs, capsys):
         do(runs, "v3")
     assert live(runs) == "v2"
     assert do(runs, "v3", "--force") == "v3" == live(runs)
+    assert capsys.readouterr().out.endswith("; v2 was live before\n")
     assert (runs / "live" / "ppo" / "done").exists()
     do(runs, "v3")
     assert "live already" in capsys.readouterr().out

@@ -278,3 +278,36 @@ def test_a_damaged_record_is_refused(tmp_path):
     (tmp_path / "done").write_text("{half")
     with pytest.raises(PageLLMError, match="damaged"):
         finished(tmp_path, "thing", "make thing")
+
+
+def test_a_command_that_fails_before_it_learns_anything_leaves_nothing(tmp_path):
+    """A mistyped option is not what the run was made with: the mended command begins there."""
+    path = tmp_path / "r" / "stage"
+    with pytest.raises(PageLLMError, match="no such file"), Run(path, Config(lr=9.0), {}) as run:
+        run.log(0, score=0.5)
+        raise PageLLMError("no such file")
+    assert not path.parent.exists()
+    (tmp_path / "r" / "other").mkdir(parents=True)
+    with pytest.raises(KeyError), Run(path, Config(lr=8.0), {}):
+        raise KeyError
+    assert [one.name for one in path.parent.iterdir()] == ["other"]
+    with Run(path, Config(lr=1.0), {}) as run:
+        assert run.read_log() == []
+
+
+@pytest.mark.parametrize("left", ["step", "file", "checkpoint", "done", "interrupt"])
+def test_what_was_learnt_stays_whatever_ends_the_stage(tmp_path, left):
+    ends = KeyboardInterrupt if left == "interrupt" else KeyError
+    with pytest.raises(ends), Run(tmp_path / "r", Config(lr=9.0), {}) as run:
+        run.log(0, score=0.5)
+        if left == "step":
+            run.log(1, score=0.5)
+        if left == "file":
+            (tmp_path / "r" / "pages.parquet").touch()
+        if left == "checkpoint":
+            run.save({"step": 0})
+        if left == "done":
+            run.finish({"w": torch.zeros(1)})
+        raise ends
+    with pytest.raises(PageLLMError, match="was made with lr=9.0, now lr=1.0"):
+        Run(tmp_path / "r", Config(), {})
