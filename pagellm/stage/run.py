@@ -695,12 +695,13 @@ class Run:
 
         Otherwise a mistyped option would be what the run was made with for good.
         """
-        there = {one.name for one in self.path.iterdir()}
-        if there <= BEGUN and not self.last.get("step"):
-            for name in there - {"lock"}:
-                (self.path / name).unlink()
-            with suppress(OSError):  # the run has another stage; or it is Windows and the lock held
-                (self.path / "lock").unlink()
+        # An error here, as on a disk that became read-only, would hide the one that ended the
+        # stage. A directory that holds something else stays.
+        with suppress(OSError):
+            there = {one.name for one in self.path.iterdir()}
+            if there <= BEGUN and not self.last.get("step"):
+                for name in (*(there - {"lock"}), "lock"):
+                    (self.path / name).unlink()
                 self.path.rmdir()
                 self.path.parent.rmdir()
 
