@@ -32,7 +32,8 @@ from pagellm.storefront.corpus import prune
 from pagellm.storefront.front import Sources, Store, open_store
 from pagellm.storefront.fuse import SameLeaf
 from pagellm.storefront.local import Next
-from pagellm.storefront.page import Front, page, written_ahead
+from pagellm.storefront.making import Front
+from pagellm.storefront.page import page, written_ahead
 from pagellm.storefront.parts import Context, Written
 from pagellm.storefront.rankers import Blend, Factors
 from pagellm.storefront.text import BM25, index_texts, stems

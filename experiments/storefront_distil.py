@@ -29,7 +29,9 @@ from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.storefront.front import WAYS, Sources, Store, open_store
 from pagellm.storefront.local import Local
-from pagellm.storefront.page import Writer, open_rows_of, page, written_ahead
+from pagellm.storefront.making import Writer
+from pagellm.storefront.offers import open_rows_of
+from pagellm.storefront.page import page, written_ahead
 from pagellm.storefront.parts import Answer, Context, Keyword, Theme
 from pagellm.storefront.remote import Remote
 from pagellm.storefront.search import Objective, Search

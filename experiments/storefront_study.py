@@ -25,8 +25,9 @@ from pagellm.stage.config import PageLLMError, check
 from pagellm.storefront.ahead import Ahead
 from pagellm.storefront.evaluate import baselines, user_scores
 from pagellm.storefront.front import Sources, Store, open_store
+from pagellm.storefront.making import Front, Writer
 from pagellm.storefront.missions import Missions
-from pagellm.storefront.page import Front, Writer, page, written_ahead
+from pagellm.storefront.page import page, written_ahead
 from pagellm.storefront.parts import Answer, Context, Keyword, Page, Theme
 from pagellm.storefront.rankers import Als, Blend, Popularity
 from pagellm.storefront.search import Search

@@ -40,9 +40,10 @@ from pagellm.storefront.context import Known
 from pagellm.storefront.corpus import Vectors
 from pagellm.storefront.fuse import SameLeaf
 from pagellm.storefront.gates import known_words
+from pagellm.storefront.given import blocked_by
 from pagellm.storefront.local import Local
+from pagellm.storefront.making import Deals, Front, default_layout
 from pagellm.storefront.missions import Missions
-from pagellm.storefront.page import Deals, Front, blocked_by, default_layout
 from pagellm.storefront.parts import Layout, Weights
 from pagellm.storefront.rankers import NAMES, File, Platt, Ranker, make_ranker
 from pagellm.storefront.remote import Asked, Kept, Remote, Replay, Server

@@ -43,7 +43,7 @@ from pagellm.stage.train import GuardedStep, batch_at, logged, optimiser, progre
 from pagellm.storefront.corpus import prune
 from pagellm.storefront.front import Sources, Store, open_store
 from pagellm.storefront.local import Local
-from pagellm.storefront.page import open_rows_of
+from pagellm.storefront.offers import open_rows_of
 from pagellm.storefront.parts import Context, Theme
 from pagellm.storefront.prompts import Question, clean, keywords_question, tagged_line
 from pagellm.storefront.search import Objective

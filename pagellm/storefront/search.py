@@ -19,7 +19,8 @@ from functools import partial
 import numpy as np
 
 from pagellm.storefront import gates
-from pagellm.storefront.page import MOST_KEPT, Front, kept, scored, text_decisions
+from pagellm.storefront.making import Front
+from pagellm.storefront.offers import MOST_KEPT, kept, scored, text_decisions
 from pagellm.storefront.parts import Answer, Candidates, Context, Keyword, Theme
 from pagellm.storefront.retrieve import found_by, merged, reached
 from pagellm.storefront.text import best_first

@@ -48,7 +48,8 @@ from pagellm.storefront.ahead import Ahead, Served, open_ahead, page_bytes, with
 from pagellm.storefront.ask import FrontAsk
 from pagellm.storefront.build import read_stock
 from pagellm.storefront.front import check_layout, read_layout
-from pagellm.storefront.page import default_layout, page
+from pagellm.storefront.making import default_layout
+from pagellm.storefront.page import page
 from pagellm.storefront.parts import Context, Keyword, Layout, Page, Theme
 from pagellm.storefront.retrieve import members_first, retrieve
 from pagellm.storefront.schemas import layout_of

@@ -32,7 +32,7 @@ from pagellm.stage.run import Run, finished
 from pagellm.storefront import gates
 from pagellm.storefront.corpus import prune
 from pagellm.storefront.front import Sources, Store, open_store
-from pagellm.storefront.page import open_rows_of, text_decisions
+from pagellm.storefront.offers import open_rows_of, text_decisions
 from pagellm.storefront.parts import Answer, Keyword, Placement, Theme
 from pagellm.storefront.prompts import (
     Question,

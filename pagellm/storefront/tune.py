@@ -24,7 +24,8 @@ from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import read_json, write_json
 from pagellm.stage.run import Run, finished
 from pagellm.storefront.front import Sources, Store, open_store, with_tuning
-from pagellm.storefront.page import Front, page, written_ahead
+from pagellm.storefront.making import Front
+from pagellm.storefront.page import page, written_ahead
 from pagellm.storefront.parts import Context, Layout, Page, Weights, Written
 from pagellm.storefront.rankers import calibration_error, fit_platt
 

@@ -11,7 +11,8 @@ import pytest
 from pagellm.stage.config import PageLLMError
 from pagellm.storefront import ahead as module
 from pagellm.storefront.ahead import Config, open_ahead, page_bytes, rows_bytes, rows_of
-from pagellm.storefront.page import default_layout, page, written_ahead
+from pagellm.storefront.making import default_layout
+from pagellm.storefront.page import page, written_ahead
 from pagellm.storefront.parts import Answer
 
 

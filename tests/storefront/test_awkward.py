@@ -13,7 +13,8 @@ from pagellm.storefront import show
 from pagellm.storefront.build import Config, built, read_stock
 from pagellm.storefront.context import Known
 from pagellm.storefront.front import front_of
-from pagellm.storefront.page import default_layout, page
+from pagellm.storefront.making import default_layout
+from pagellm.storefront.page import page
 from pagellm.storefront.parts import page_json
 from pagellm.storefront.policy import policy_of
 from pagellm.storefront.schemas import PAGE, check

@@ -13,7 +13,7 @@ import pytest
 from pagellm.pages import metrics
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import read_json
-from pagellm.storefront import build, evaluate, show, storefront
+from pagellm.storefront import build, choose, evaluate, show, storefront
 from pagellm.storefront.corpus import build_corpus, prune
 from pagellm.storefront.front import (
     Sources,
@@ -25,8 +25,9 @@ from pagellm.storefront.front import (
 )
 from pagellm.storefront.fuse import SameLeaf
 from pagellm.storefront.gates import known_words
+from pagellm.storefront.making import Deals, Front, default_layout
 from pagellm.storefront.missions import Missions
-from pagellm.storefront.page import Deals, Front, default_layout, page, written_ahead
+from pagellm.storefront.page import page, written_ahead
 from pagellm.storefront.parts import Answer, Keyword, Layout, Placement, Theme, Weights, page_json
 from pagellm.storefront.policy import policy_of
 from pagellm.storefront.rankers import Frequency, Platt
@@ -539,6 +540,22 @@ def test_themes_are_drawn_as_often_as_they_say(made):
     assert {row.theme_propensity for row in best.rows} == {1.0}
     document = page_json(found, store.front.catalogue.ids, store.front.catalogue.title)
     assert check(document, PAGE) == [] and document["placements"][0]["propensity"] < 1
+
+
+def test_a_theme_s_best_row_is_made_once_whether_it_is_looked_at_drawn_or_shown(made, monkeypatch):
+    store, asked = open_store(Sources(**made)), Counter()
+    real = choose.best_row
+
+    def counted(making, position, offer):
+        asked[position, offer.theme.title] += 1
+        return real(making, position, offer)
+
+    monkeypatch.setattr(choose, "best_row", counted)
+    context = store.known.context(store.shop.user_ids[0])
+    for themes in (True, False):
+        asked.clear()
+        page(store.front, context, store.layout, 3, 0.5, explore_themes=themes)
+        assert asked and set(asked.values()) == {1}
 
 
 def test_a_drawn_row_is_shown_wherever_its_best_row_is(made):

@@ -11,7 +11,8 @@ from pagellm.storefront import show
 from pagellm.storefront.corpus import prune
 from pagellm.storefront.front import open_store
 from pagellm.storefront.gates import check_keywords
-from pagellm.storefront.page import open_rows_of, page, written_ahead
+from pagellm.storefront.offers import open_rows_of
+from pagellm.storefront.page import page, written_ahead
 from pagellm.storefront.parts import page_json
 from pagellm.storefront.schemas import PAGE, check
 from pagellm.storefront.search import Objective, Search, grown, objective
