@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
+from unittest.mock import patch
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from pagellm.pages import stats
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
+from pagellm.storefront import choose, gates
 from pagellm.storefront.ahead import Ahead
 from pagellm.storefront.evaluate import baselines, user_scores
 from pagellm.storefront.front import Sources, Store, open_store
@@ -29,6 +31,7 @@ from pagellm.storefront.making import Front, Writer
 from pagellm.storefront.missions import Missions
 from pagellm.storefront.page import page, written_ahead
 from pagellm.storefront.parts import Answer, Context, Keyword, Page, Theme
+from pagellm.storefront.policy import Terms
 from pagellm.storefront.rankers import Als, Blend, Popularity
 from pagellm.storefront.search import Search
 from pagellm.storefront.teach import template_of
@@ -45,16 +48,16 @@ class Config(Sources):
     """Change one part of the page at a time and score the same people's pages."""
 
     people: int = 400  # test people, drawn by seed; 0: all
-    rows: str = "all"  # rows of the table, comma-separated, or all
+    rows: str = "all"  # rows of the table, comma-separated; all: but search_no_pruning
     n_boot: int = 1000  # bootstrap draws behind an interval
 
     def __post_init__(self):
         super().__post_init__()
-        names = ROWS if self.rows == "all" else self.rows.split(",")
+        names = set(ROWS) if self.rows == "all" else set(self.rows.split(","))
         check(
             self,
             people=(self.people >= 0, "0 or more"),
-            rows=(set(names) <= set(ROWS), f"all, or some of {', '.join(ROWS)}"),
+            rows=(names <= set(ROWS), f"all, or some of {', '.join(ROWS)}"),
             n_boot=(self.n_boot > 1, "2 or more"),
         )
 
@@ -80,6 +83,29 @@ class Limited:
         self, themes: list[Theme], contexts: list[Context], offered: list[np.ndarray]
     ) -> list[Answer[list[Keyword]]]:
         return template_of(self.writer).keywords(themes, contexts, offered, self.m)
+
+
+@dataclass(frozen=True)
+class Unpruned:
+    """A writer that is offered every keyword of the corpus, not the hundred nearest."""
+
+    writer: Writer
+    offered: np.ndarray
+    chooses: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.writer.name}, all keywords"
+
+    def themes(
+        self, contexts: list[Context], intents: list[list[str]], used: list[list[str]]
+    ) -> list[list[Answer[Theme]]]:
+        return self.writer.themes(contexts, intents, used)
+
+    def keywords(
+        self, themes: list[Theme], contexts: list[Context], offered: list[np.ndarray]
+    ) -> list[Answer[list[Keyword]]]:
+        return self.writer.keywords(themes, contexts, [self.offered] * len(themes))
 
 
 class ItemKnn:
@@ -150,6 +176,34 @@ def everything_fits(front: Front) -> Front:
     return replace(front, agree=lambda theme, keywords, item: np.ones(len(item)), threshold=0.0)
 
 
+def unpruned(front: Front, writer: Writer) -> Front:
+    return replace(front, writer=Unpruned(writer, np.arange(len(front.corpus.text))))
+
+
+def ungated(store: Store, context: Context) -> Page:
+    """No gate looks at a text, theme, keyword or row, and no category is restricted. What is sold
+    out or stands above stays off the page.
+    """
+    front, none = store.front, Terms(())
+    names = ("banned", "claims", "sensitive", "instructions", "restricted")
+    policy = replace(front.policy, **dict.fromkeys(names, none))
+    writer = replace(template_of(front.writer), policy=policy)
+    # A switch that turns gates off has no place in what shops run.
+    with (
+        patch.object(gates, "blocked", lambda decisions: False),
+        patch.object(gates, "check_keywords", lambda words, *about: (list(words), [])),
+    ):
+        return page(replace(front, policy=policy, writer=writer), context, store.layout)
+
+
+def each_row_alone(store: Store, context: Context) -> Page:
+    """Rows know nothing of those above but their items: themes alike may stand on one page."""
+    with patch.object(
+        choose, "conflicts", lambda making, offers: np.zeros((len(offers),) * 2, bool)
+    ):
+        return page(store.front, context, store.layout)
+
+
 def of_people_alike(store: Store, context: Context) -> Page:
     """Rows written for people alike, ranked for the person."""
     known = store.known
@@ -168,12 +222,19 @@ def of_people_alike(store: Store, context: Context) -> Page:
 
 
 POOLED: dict[str, list] = {}
+SLOW = (
+    "search_no_pruning",
+)  # minutes a person in a shop of 8,000 keywords: made where it is named
 # Pages by the cascade; then lists without it, which have no themes.
 ROWS: dict[str, Callable[[Store, Context], Page] | str] = {
     "full": of_front(lambda front: front),
     "search_writes": of_front(lambda front: replace(front, writer=Search(front))),
     "categories": of_front(each_category),
     "rules_alone": of_front(everything_fits),
+    "no_gates": ungated,
+    "no_left_to_right": each_row_alone,
+    "no_pruning": of_front(lambda front: unpruned(front, front.writer)),
+    "search_no_pruning": of_front(lambda front: unpruned(front, Search(front))),
     "ret_0": weights(ret=0.0),
     "agree_0": weights(agree=0.0),
     "redundancy_0": weights(redundancy=0.0),
@@ -269,7 +330,8 @@ def run(config: Config) -> dict:
     POOLED.clear()
     results: dict[str, dict] = {}
     scored: dict[str, dict[str, np.ndarray]] = {}
-    for name in ROWS if config.rows == "all" else ["full", *config.rows.split(",")]:
+    every = [name for name in ROWS if name not in SLOW]
+    for name in every if config.rows == "all" else ["full", *config.rows.split(",")]:
         if name in scored:
             continue
         lists, tp5 = lists_of(store, name, users)

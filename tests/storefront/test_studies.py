@@ -1,5 +1,7 @@
 """The study and the bench of the storefront: rows change what they say, grown shops keep pages."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -28,6 +30,31 @@ def test_one_part_is_changed_at_a_time(made, capsys):
     assert "paired difference" in capsys.readouterr().out
     with pytest.raises(PageLLMError, match="rows"):
         storefront_study.Config(**made, rows="nothing")
+
+
+def test_without_gates_alike_themes_and_all_keywords_pages_are_other_pages(store):
+    """And nothing is left switched off behind a row."""
+    people = [store.known.context(user) for user in store.shop.user_ids[:4]]
+    row = {name: storefront_study.ROWS[name] for name in storefront_study.ROWS}
+    full = [row["full"](store, person) for person in people]
+    free = [row["no_gates"](store, person) for person in people]
+    assert not any(d.level in ("keyword",) for one in free for d in one.decisions)
+    assert any(d.level == "keyword" for one in full for d in one.decisions)
+    rude = replace(store, front=replace(store.front, threshold=2.0))  # no row agrees that well
+    assert {r.source for r in row["full"](rude, people[0]).rows} == {"static"}
+    assert "generated" in {r.source for r in row["no_gates"](rude, people[0]).rows}
+    alone = [row["no_left_to_right"](store, person) for person in people]
+    for name, found in (("full", full), ("no_left_to_right", alone)):
+        again = [row[name](store, person) for person in people]
+        assert [one.page_id for one in again] == [one.page_id for one in found]
+    value = [sum(r.quality["value"] for r in one.rows) for one in alone]
+    assert all(one.page["repeats"] == 0 for one in alone) and min(value) > 0
+    theme = store.front.writer.themes([people[0]], [["discover"]], [[]])[0][0].value
+    bare = replace(theme, concepts=theme.concepts[:1])
+    every = storefront_study.unpruned(store.front, store.front.writer).writer
+    assert every.chooses
+    (answer,) = every.keywords([bare], [people[0]], [np.zeros(0, np.int64)])
+    assert len(answer.value) == 8 and answer.value[0].text == theme.concepts[0]
 
 
 def test_item_to_item_scores_are_sums_of_cosines(store):
