@@ -185,8 +185,9 @@ def ungated(store: Store, context: Context) -> Page:
     out or stands above stays off the page.
     """
     front, none = store.front, Terms(())
-    names = ("banned", "claims", "sensitive", "instructions", "restricted")
-    policy = replace(front.policy, **dict.fromkeys(names, none))
+    policy = replace(
+        front.policy, banned=none, claims=none, sensitive=none, instructions=none, restricted=none
+    )
     writer = replace(template_of(front.writer), policy=policy)
     # A switch that turns gates off has no place in what shops run.
     with (

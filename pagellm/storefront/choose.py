@@ -132,7 +132,7 @@ def generated_row(
         uniform = making.draws("slots", placement, placement.slots)
         slots = slots_of(making, offer, placement, making.explore, uniform)
     agree = offer.found.agree[slots.place]
-    parts = np.concatenate([offer.parts[slots.place], slots.redundancy[:, None]], axis=1)
+    parts = np.insert(offer.parts[slots.place], 3, slots.redundancy, axis=1)
     quality = {
         "decision": "pass",
         "agreement": float(agree[:5].mean()),

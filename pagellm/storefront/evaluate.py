@@ -40,7 +40,7 @@ from pagellm.stage.hints import counted
 from pagellm.stage.run import Run, finished
 from pagellm.storefront.front import Explored, Store, open_store
 from pagellm.storefront.page import page, spread
-from pagellm.storefront.parts import Context, Page
+from pagellm.storefront.parts import PARTS, Context, Page
 from pagellm.storefront.rankers import Popularity
 from pagellm.storefront.text import best_first
 from pagellm.storefront.tune import fitting, people_of
@@ -196,8 +196,8 @@ def all_pages(
 def placements_table(users: np.ndarray, pages: list[Page]) -> pa.Table:
     """One row an item of every page: placements.parquet."""
     rows: dict[str, list] = {name: [] for name in (
-        "user", "position", "placement", "rank", "item", "ranker", "ret", "agree", "redundancy",
-        "propensity", "source", "title", "writer",
+        "user", "position", "placement", "rank", "item", *PARTS, "propensity", "source", "title",
+        "writer",
     )}  # fmt: skip
     for user, found in zip(users.tolist(), pages, strict=True):
         for position, row in enumerate(found.rows, 1):
@@ -207,7 +207,7 @@ def placements_table(users: np.ndarray, pages: list[Page]) -> pa.Table:
             rows["placement"] += [row.placement.id] * n
             rows["rank"] += list(range(1, n + 1))
             rows["item"] += row.item.tolist()
-            for at, name in enumerate(("ranker", "ret", "agree", "redundancy")):
+            for at, name in enumerate(PARTS):
                 rows[name] += row.parts[:, at].tolist()
             rows["propensity"] += row.propensity.tolist()
             rows["source"] += [row.source] * n

@@ -66,6 +66,7 @@ __all__ = [
     "page_ranker",
     "read_deals",
     "read_layout",
+    "read_rewards",
     "with_tuning",
 ]
 
@@ -85,6 +86,10 @@ class Sources(StageConfig):
     # file, or lightgbm (`pagellm storefront trees`); or PageLLM of this run: policy (ppo, or sft),
     # or compose for rows of new items
     scores: str = ""  # with ranker=file: Parquet file of user, item, score
+    rewards: str = ""  # table of item and reward (a number): what the shop wants shown, such as a
+    # margin. Of two items that a person likes alike, a generated row shows the one with more
+    reward_weight: float = 0.25  # with rewards: what one standard deviation of them adds to the
+    # score, in the ranker's units
     nearness: bool = False  # keywords that are queries find items whose vectors are near, beside
     # those that hold their words
     static: bool = False  # switch themes off: rows are the best-selling categories, each in the
@@ -118,6 +123,7 @@ class Sources(StageConfig):
                 (self.ranker == "file") == bool(self.scores),
                 "a file with ranker=file, else none",
             ),
+            reward_weight=(0 <= self.reward_weight < np.inf, "0 or more"),
             writer=(self.writer in WRITERS, ", ".join(WRITERS)),
             answers=(
                 self.writer != "replay" or bool(self.answers),
@@ -237,10 +243,15 @@ def open_store(config: Sources, splits: tuple[str, ...] = ("train",)) -> Store:
     seen = orders.only(*splits)
     encoder = encoder_of(config, chosen.get("encoder", ""))
     front = front_of(config, shop, state, policy, stock, chosen["seed"], encoder)
+    models = {"catalogue": done["id"]}
+    if config.rewards:
+        rewards = read_rewards(config.rewards, shop.catalogue)
+        weights = replace(front.weights, reward=config.reward_weight)
+        front = replace(front, rewards=rewards, weights=weights)
+        models["rewards"] = f"{file_id(config.rewards)} {config.reward_weight:g}"
     front = with_writer(config, front)
     tuned = config.stage("storefront/tune") / "tuned.json"
     threshold = state["threshold"]
-    models = {"catalogue": done["id"]}
     if config.deals:
         front = replace(front, deals=read_deals(config.deals, shop.catalogue))
         models["deals"] = file_id(config.deals)
@@ -356,6 +367,37 @@ def read_deals(path: str, catalogue: Catalogue) -> Deals:
     return Deals(item[known], ends_of[known, 0], ends_of[known, 1])
 
 
+def read_rewards(path: str, catalogue: Catalogue) -> np.ndarray:
+    """(N,) float64 from a table of item and reward; items without one have the others' mean.
+
+    Raises PageLLMError for a file that cannot be read, for a line without a number, and where no
+    line names an item of the shop.
+    """
+    table = read_table(Path(path), ("item", "reward"))
+    if missing := [name for name in ("item", "reward") if name not in table.column_names]:
+        raise PageLLMError(f"{path}: no column {missing[0]}; want item, reward")
+    number = {name: at for at, name in enumerate(catalogue.ids)}
+    found: dict[int, float] = {}
+    names, unknown = ids_of(table, "item", path), 0
+    for line, (name, value) in enumerate(zip(names, table["reward"].to_pylist(), strict=True), 2):
+        try:
+            reward = float(value)
+        except (TypeError, ValueError):
+            reward = np.nan
+        if not np.isfinite(reward):
+            raise PageLLMError(f"{path}, line {line}: {value!r} is no number")
+        unknown += name not in number
+        if name in number:
+            found[number[name]] = reward
+    if not found:
+        raise PageLLMError(f"{path}: no line names an item of the shop")
+    if unknown:
+        print(f"{path}: {counted(unknown, 'line')} of items that the shop has not", flush=True)
+    rewards = np.full(len(catalogue), np.mean(list(found.values())))
+    rewards[list(found)] = list(found.values())
+    return rewards
+
+
 def page_ranker(config: Sources, shop: Shop, households: np.ndarray) -> File:
     """PageLLM as a ranker: its scores of each user's best items; all others come last.
 
@@ -417,4 +459,6 @@ def with_tuning(front: Front, tuned: dict) -> Front:
         writer = replace(writer, template=replace(writer.template, platt=platt))
     elif isinstance(writer, Search):
         writer = Search(with_tuning(writer.front, tuned))
-    return replace(front, platt=platt, writer=writer, weights=Weights(**tuned["weights"]))
+    # How much rewards count is the shop's wish: recall has nothing to say of it.
+    weights = replace(Weights(**tuned["weights"]), reward=front.weights.reward)
+    return replace(front, platt=platt, writer=writer, weights=weights)

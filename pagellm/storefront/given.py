@@ -170,7 +170,7 @@ def plain_row(making: Making, placement: Placement, theme: Theme, items, source:
         drawn = fill(logit, some, slots, Quota(), making.taken, making.explore, uniform)
         best, propensity = drawn.item, drawn.propensity
     n = len(best)
-    parts = np.zeros((n, 4))
+    parts = np.zeros((n, 5))
     parts[:, 0] = making.logit[best]
     p = making.front.platt(making.logit[best])
     quality = {"decision": "pass", "value": row_value(p, 1)}

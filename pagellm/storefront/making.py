@@ -129,6 +129,7 @@ class Front:
     models: dict = field(default_factory=dict)
     deals: Deals | None = None  # None: the shop marks none
     sponsored: np.ndarray | None = None  # (N,) bool: what is paid for; None: nothing
+    rewards: np.ndarray | None = None  # (N,) float64: what the shop wants shown; None: all alike
     caps: tuple[tuple[np.ndarray, int], ...] = ()  # items of a category (N,) bool, most of a page
 
 
@@ -147,7 +148,7 @@ class Offer:
     keywords: list[Keyword]
     found: Candidates
     score: np.ndarray
-    parts: np.ndarray  # (M, 3) ranker, ret, agree as they enter the score
+    parts: np.ndarray  # (M, 4) ranker, ret, agree, reward as they enter the score
     note: str = ""
     value: float = 0.0
     shown: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))

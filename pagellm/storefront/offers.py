@@ -148,11 +148,13 @@ def most_slots(layout: Layout) -> int:
 
 
 def scored(front: Front, logit: np.ndarray, found: Candidates) -> tuple[np.ndarray, np.ndarray]:
-    """score (M,), and its parts (M, 3): ranker, ret, agree."""
-    score = fuse(logit, found.ret, found.agree, front.weights)
-    zero = np.zeros(len(logit))
-    by_ret = fuse(zero, found.ret, zero, Weights(front.weights.ret, 0, 0, 0))
-    return score, np.stack([logit, by_ret, score - logit - by_ret], axis=1)
+    """score (M,), and its parts (M, 4): ranker, ret, agree, reward."""
+    weights, zero = front.weights, np.zeros(len(logit))
+    rewards = zero if front.rewards is None else front.rewards[found.item]
+    score = fuse(logit, found.ret, found.agree, weights, rewards)
+    by_ret = fuse(zero, found.ret, zero, Weights(weights.ret, 0, 0, 0))
+    by_reward = fuse(zero, zero, zero, Weights(0, 0, weights.reward, 0), rewards)
+    return score, np.stack([logit, by_ret, score - logit - by_ret - by_reward, by_reward], axis=1)
 
 
 def widened(

@@ -16,6 +16,7 @@ __all__ = [
     "INTENTS",
     "Keyword",
     "Layout",
+    "PARTS",
     "Page",
     "Placement",
     "Row",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 Made = TypeVar("Made")
+PARTS = ("ranker", "ret", "agree", "redundancy", "reward")  # of a score
 INTENTS = ("restock", "browse", "discover", "season", "deal", "editorial")
 
 
@@ -172,7 +174,9 @@ class Row:
     keywords: tuple[Keyword, ...]
     item: np.ndarray  # (K',) int64
     score: np.ndarray  # (K',) float64
-    parts: np.ndarray  # (K', 4) float64: ranker, ret, agree, redundancy; they sum to the score
+    parts: (
+        np.ndarray
+    )  # (K', 5) float64 that sum to the score: ranker, ret, agree, redundancy, reward
     keyword: tuple[int, ...]  # place of the keyword that found each item; -1: none
     propensity: np.ndarray  # (K',) float64
     quality: dict = field(default_factory=dict)
@@ -204,11 +208,11 @@ class Page:
 
 
 def row_json(row: Row, position: int, ids: list[str], titles: list[str]) -> dict:
-    names = ("ranker", "ret", "agree", "redundancy")
+    names = PARTS if row.parts[:, 4].any() else PARTS[:4]
     items = []
     for k, item in enumerate(row.item.tolist()):
         entry = {"id": ids[item], "rank": k + 1, "score": float(row.score[k])}
-        entry["parts"] = dict(zip(names, map(float, row.parts[k]), strict=True))
+        entry["parts"] = dict(zip(names, map(float, row.parts[k]), strict=False))
         entry["propensity"] = float(row.propensity[k])
         if titles[item]:
             entry["title"] = titles[item]

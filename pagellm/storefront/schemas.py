@@ -104,6 +104,7 @@ ITEM = record(
         ret={"type": "number"},
         agree={"type": "number"},
         redundancy={"type": "number"},
+        reward={"type": "number"},
     ),
 )
 ROW = record(

@@ -370,7 +370,7 @@ class FrontService:
             found.append(file_id(config.data_dir / "source.json"))
             if config.ranker == "lightgbm":
                 found.append(file_id(config.stage("storefront/trees") / "done"))
-            others = (config.stock, config.deals, config.sponsored)
+            others = (config.stock, config.deals, config.sponsored, config.rewards, config.scores)
             found += [file_id(path) for path in others if path]
         except OSError:
             return None

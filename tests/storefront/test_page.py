@@ -22,6 +22,7 @@ from pagellm.storefront.front import (
     open_store,
     read_deals,
     read_layout,
+    read_rewards,
 )
 from pagellm.storefront.fuse import SameLeaf
 from pagellm.storefront.gates import known_words
@@ -90,7 +91,7 @@ def test_the_golden_page():
     assert [row.source for row in found.rows] == ["static", "generated"]
     assert found.rows[0].score == pytest.approx([-0.2082, -0.7239, -0.7248], abs=1e-4)
     assert found.rows[1].score == pytest.approx([-1.5506, -1.9706, -2.3892], abs=3e-4)
-    assert found.rows[1].parts[2] == pytest.approx([-2.3889, 0.042, 0.0826, -0.125], abs=3e-4)
+    assert found.rows[1].parts[2] == pytest.approx([-2.3889, 0.042, 0.0826, -0.125, 0], abs=3e-4)
     assert [found.rows[1].keywords[k].text for k in found.rows[1].keyword] == [
         "Granola",
         "Plant milk",
@@ -210,6 +211,52 @@ def test_a_row_of_deals_shows_what_is_on_offer_that_day():
         late = replace(u1(), at=u1().at + 90 * 86_400)
         found = page(front(deals=some), late, layout)
         assert f"d: {why}; shown as browse" in found.fallbacks and len(found.rows) == 2
+
+
+def test_rewards_move_generated_rows_alone_and_are_a_part_of_the_score(tmp_path):
+    """Without them, or where all are alike, no bit moves."""
+    plain = golden_page()
+    wish = np.zeros(12)
+    wish[[1, 9]] = 5.0  # oat milk, and bread, which is in the row to buy again
+    weights = Weights(reward=2.0)
+    same = golden_page(weights=weights, rewards=np.full(12, 3.0))
+    for a, b in zip(plain.rows, same.rows, strict=True):
+        assert a.item.tolist() == b.item.tolist() and a.score.tolist() == b.score.tolist()
+    found = golden_page(weights=weights, rewards=wish)
+    assert found.rows[0].item.tolist() == plain.rows[0].item.tolist() == [0, 4, 9]
+    assert plain.rows[1].item[0] == 7 and found.rows[1].item[0] == 1
+    # z of one 5 among four candidates, of which the rest are 0: sqrt(3).
+    assert found.rows[1].parts[0, 4] == pytest.approx(2 * np.sqrt(3))
+    for row in found.rows:
+        assert row.parts.sum(1) == pytest.approx(row.score)
+    documents = [page_json(one, catalogue().ids, catalogue().title) for one in (plain, found)]
+    assert [check(document, PAGE) for document in documents] == [[], []]
+    parts = [document["placements"][1]["items"][0]["parts"] for document in documents]
+    assert "reward" not in parts[0] and parts[1]["reward"] > 0
+
+
+def test_rewards_are_read_from_a_table_and_tuning_leaves_them_alone(tmp_path, capsys, made):
+    path = tmp_path / "margins.csv"
+    path.write_text("item,reward\ng05,2\nzz,9\ng01,-1.5\n")
+    rewards = read_rewards(str(path), catalogue())
+    assert rewards[[0, 4]].tolist() == [-1.5, 2] and set(rewards.tolist()) == {-1.5, 2, 0.25}
+    assert "1 line of items that the shop has not" in capsys.readouterr().out
+    for text, words in (
+        ("item\ng05", "no column reward"),
+        ("item,reward\ng05,much", "line 2: 'much' is no number"),
+        ("item,reward\ng05,nan", "is no number"),
+        ("item,reward\nzz,1", "no line names an item of the shop"),
+    ):
+        path.write_text(text + "\n")
+        with pytest.raises(PageLLMError, match=words):
+            read_rewards(str(path), catalogue())
+    with pytest.raises(PageLLMError, match="reward_weight"):
+        Sources(**made, rewards=str(path), reward_weight=-1.0)
+    store = open_store(Sources(**made))
+    path.write_text(f"item,reward\n{store.front.catalogue.ids[3]},1\n")
+    wished = open_store(Sources(**made, rewards=str(path), reward_weight=0.5)).front
+    assert wished.weights == replace(store.front.weights, reward=0.5)
+    assert wished.models["rewards"].endswith(" 0.5") and "rewards" not in store.front.models
 
 
 def test_deals_are_read_from_a_table_and_wrong_lines_are_named(tmp_path, capsys):

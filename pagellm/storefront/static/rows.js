@@ -4,7 +4,7 @@ import { byId, call, fixed, later, make, say } from "./common.js";
 
 let asked = 0;                  // the newest question; older answers are dropped
 const PARTS = [["ranker", "the shop's ranker"], ["ret", "retrieval"], ["agree", "fit to the theme"],
-               ["redundancy", "repeats"]];
+               ["redundancy", "repeats"], ["reward", "the shop's wish"]];
 const SOURCES = { generated: "written for this person", segment: "written for people alike", static: "static",
                   editorial: "a merchandiser's" };
 
@@ -65,13 +65,13 @@ function reasons(row) {
   const who = theme.writer ? `Writer ${theme.writer}` : "No writer: the theme was given";
   const fit = quality.agreement === undefined ? ""
     : `; the first five items fit it at ${fixed(quality.agreement, 2)}, ${Math.round(100 * quality.tp5)}% of them well`;
-  const used = PARTS.filter(([key]) => key === "ranker" || row.items.some((item) => item.parts[key] !== 0));
+  const used = PARTS.filter(([key]) => key === "ranker" || row.items.some((item) => (item.parts[key] ?? 0) !== 0));
   const parts = make("table", {}, make("thead", {}, make("tr", {}, make("th", {}, "item"), make("th", {}, "score"),
     ...used.map(([, name]) => make("th", {}, name)), make("th", {}, "chance"))));
-  const most = Math.max(1e-9, ...row.items.flatMap((item) => PARTS.map(([key]) => Math.abs(item.parts[key]))));
+  const most = Math.max(1e-9, ...row.items.flatMap((item) => PARTS.map(([key]) => Math.abs(item.parts[key] ?? 0))));
   parts.append(make("tbody", {}, ...row.items.map((item) => make("tr", {}, make("td", {}, item.title || item.id),
     make("td", { className: "number" }, fixed(item.score)),
-    ...used.map(([key]) => make("td", {}, bar(item.parts[key], most))),
+    ...used.map(([key]) => make("td", {}, bar(item.parts[key] ?? 0, most))),
     make("td", { className: "number" }, fixed(item.propensity, 2))))));
   return [make("p", {}, `${who}; intent ${row.intent}${fit}. Expected clicks ${fixed(quality.value ?? 0)}.`),
     keywords.length ? make("p", {}, "Keywords, and the items in stock that each finds:") : null,
