@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pagellm import evaluate
@@ -680,6 +680,7 @@ def test_bins_are_a_partition_in_rising_order(values, n):
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.integers(2, 9), st.booleans())
+@example(6e-11, 1e-6, 2, True)  # no whole number inside, one close by
 def test_ticks_are_round_even_and_inside(low, span, most, whole):
     high = low + max(span, 1e-9 * abs(low))
     found = plots.ticks(low, high, most, whole)
