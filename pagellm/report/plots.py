@@ -73,7 +73,8 @@ def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float
         for s in (1, 2, 2.5, 5, 10, 20)
         if span / (s * power) <= most and (not whole or (s * power) % 1 == 0)
     )
-    slack = min(1e-9, 1e-7 * span / step)  # of rounding; a narrow range must not gain its surroundings
+    # Of rounding. A range narrower than a step must not gain a tick beside it.
+    slack = min(1e-9, 1e-7 * span / step)
     first, last = math.ceil(low / step - slack), math.floor(high / step + slack)
     return [round(i * step, 12) for i in range(first, last + 1)]
 
