@@ -123,6 +123,7 @@ def tables(path):
 @pytest.mark.parametrize("page", RESULTS, ids=name)
 def test_every_table_of_results_names_its_command_commit_date_and_machine(page):
     assert "**Command**" in text(page), "a page of results without a measurement"
+    assert tables(page) or "```" in text(page), "a page of results without numbers"
     for heading, above, first in tables(page):
         said = above.rpartition("**Command**")[2]
         assert re.match(r" `[^`]+`", said), f"{heading}: {first}: no command above it"
