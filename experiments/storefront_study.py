@@ -62,8 +62,19 @@ class Config(Sources):
         )
 
 
+class SameThemes:
+    """A writer that names the themes of another, and differs in keywords."""
+
+    writer: Writer
+
+    def themes(
+        self, contexts: list[Context], intents: list[list[str]], used: list[list[str]]
+    ) -> list[list[Answer[Theme]]]:
+        return self.writer.themes(contexts, intents, used)
+
+
 @dataclass(frozen=True)
-class Limited:
+class Limited(SameThemes):
     """A writer that gives at most m keywords a theme, out of all that are near."""
 
     writer: Writer
@@ -74,11 +85,6 @@ class Limited:
     def name(self) -> str:
         return f"{self.writer.name}, {self.m} keywords"
 
-    def themes(
-        self, contexts: list[Context], intents: list[list[str]], used: list[list[str]]
-    ) -> list[list[Answer[Theme]]]:
-        return self.writer.themes(contexts, intents, used)
-
     def keywords(
         self, themes: list[Theme], contexts: list[Context], offered: list[np.ndarray]
     ) -> list[Answer[list[Keyword]]]:
@@ -86,7 +92,7 @@ class Limited:
 
 
 @dataclass(frozen=True)
-class Unpruned:
+class Unpruned(SameThemes):
     """A writer that is offered every keyword of the corpus, not the hundred nearest."""
 
     writer: Writer
@@ -96,11 +102,6 @@ class Unpruned:
     @property
     def name(self) -> str:
         return f"{self.writer.name}, all keywords"
-
-    def themes(
-        self, contexts: list[Context], intents: list[list[str]], used: list[list[str]]
-    ) -> list[list[Answer[Theme]]]:
-        return self.writer.themes(contexts, intents, used)
 
     def keywords(
         self, themes: list[Theme], contexts: list[Context], offered: list[np.ndarray]
