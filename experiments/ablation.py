@@ -20,7 +20,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.study import Stages, Variant, overrides, publish, study
+from experiments.study import COMMON, Stages, Variant, overrides, publish, study
 from pagellm import compose, evaluate, ppo, pretrain, reward, sft
 from pagellm.stage.command import main
 from pagellm.stage.config import Options, check
@@ -58,7 +58,7 @@ STAGES = {
     "ppo": ppo,
     "evaluate": evaluate,
 }
-FIXED = {"dataset", "run", "data", "runs", "seed", "source_run", "policies"}  # set by the study
+FIXED = COMMON
 
 
 @dataclass(frozen=True, kw_only=True)

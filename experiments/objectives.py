@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.study import common_fields, overrides, prepared, publish
+from experiments.study import COMMON, common_fields, overrides, prepared, publish
 from pagellm import evaluate, pretrain, sft
 from pagellm.pages.tables import per_user
 from pagellm.stage.command import main
@@ -60,8 +60,7 @@ ROWS = {
     "hybrid": Row(mode="hybrid", trained=False),
 }
 STAGES = {"pretrain": pretrain, "sft": sft, "evaluate": evaluate}
-FIXED = {"dataset", "run", "data", "runs", "seed", "source_run", "mode", "start_run", "objective"}
-FIXED |= {"policies"}
+FIXED = COMMON | {"mode", "start_run", "objective"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.study import Stages, Variant, overrides, prepared, run_variant
+from experiments.study import COMMON, Stages, Variant, overrides, prepared, run_variant
 from pagellm import evaluate, pretrain, sft
 from pagellm.pages.tables import compare_seeds, markdown, per_user, write_table
 from pagellm.stage.command import main
@@ -31,7 +31,7 @@ __all__ = ["ARMS", "Config", "run"]
 
 ARMS = ("no steps", "gentle", "frozen rows", "items alone")
 SHOWN = ("Recall@20", "Recall@40", "NDCG@100", "ILD")
-FIXED = {"dataset", "run", "data", "runs", "seed", "source_run", "policies"}
+FIXED = COMMON
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.study import Stages, Variant, overrides, prepared, publish, run_variant
+from experiments.study import COMMON, Stages, Variant, overrides, prepared, publish, run_variant
 from pagellm import evaluate, pretrain, sft
 from pagellm.data.shop import Shop, load
 from pagellm.pages.tables import per_user
@@ -48,7 +48,7 @@ FIRST = "items"  # the row that others are compared with, and begin with
 ITEMS = {"use_user": False, "use_ratings": False}
 TIME = ITEMS | {"cut": "time"}
 STAGES = {"pretrain": pretrain, "sft": sft, "evaluate": evaluate}
-FIXED = {"dataset", "run", "data", "runs", "seed", "policies"}  # fields that the study sets
+FIXED = COMMON
 
 
 @dataclass(frozen=True, kw_only=True)

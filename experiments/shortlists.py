@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.study import Stages, Variant, overrides, publish, study
+from experiments.study import COMMON, Stages, Variant, overrides, publish, study
 from pagellm import ppo, pretrain, reward, sft
 from pagellm.stage.command import main
 from pagellm.stage.config import Options, check
@@ -26,7 +26,7 @@ __all__ = ["Config", "run"]
 
 
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo}
-FIXED = {"dataset", "run", "data", "runs", "seed", "source_run", "reward_run", "candidates"}
+FIXED = COMMON | {"reward_run", "candidates"}
 
 
 @dataclass(frozen=True, kw_only=True)

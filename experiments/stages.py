@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.study import common_fields, overrides, prepared, publish
+from experiments.study import COMMON, common_fields, overrides, prepared, publish
 from pagellm import compose, evaluate, ppo, pretrain, sft
 from pagellm.pages.tables import per_user
 from pagellm.stage.command import main
@@ -54,8 +54,7 @@ ROWS = {
     "SFT alone": Row(scored="sft"),
 }
 STAGES = {"pretrain": pretrain, "sft": sft, "compose": compose, "ppo": ppo, "evaluate": evaluate}
-FIXED = {"dataset", "run", "data", "runs", "seed", "source_run", "policy", "compose_run"}
-FIXED |= {"policies", "item_reward", "w_page", "w_hit"}  # the last three are of PAID
+FIXED = COMMON | {"policy", "compose_run", "item_reward", "w_page", "w_hit"}  # three of PAID
 PAID = {
     "item_reward": "outcome",
     "w_page": 0.0,  # the page head is taught by pairs: a stage of its own, see `ablation`

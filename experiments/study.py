@@ -38,6 +38,7 @@ from pagellm.stage.config import PageLLMError, parse
 from pagellm.stage.files import slug
 
 __all__ = [
+    "COMMON",
     "Stages",
     "Variant",
     "common_fields",
@@ -48,6 +49,10 @@ __all__ = [
     "run_variant",
     "study",
 ]
+
+
+# Fields of a stage that a study sets, whatever the stage. A study adds its own to them.
+COMMON = frozenset({"dataset", "run", "data", "runs", "seed", "source_run", "policies"})
 
 
 @dataclass(frozen=True)
