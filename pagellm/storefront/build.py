@@ -25,7 +25,7 @@ from pagellm.data.tables import id_list
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
-from pagellm.stage.files import read_json
+from pagellm.stage.files import read_json, write_json
 from pagellm.stage.hints import counted
 from pagellm.stage.run import Run, StageConfig, file_id
 from pagellm.storefront.context import Known
@@ -60,6 +60,7 @@ LABEL_PEOPLE, LABEL_ITEMS = (
 )  # people whose themes are labelled; items that fit, and that do not
 SHELF_PEOPLE, SHELF_ITEMS = 300, 300  # whose best items the missions are refined by; how many
 PRECISION = 0.95  # of the threshold on agreement
+FILES = ("policy", "out_of_stock")  # options that name a file; a build is known by what is in them
 # Of a shop whose items are all of one mission: nothing tells what does not fit.
 EVERYTHING_FITS = Scorer(np.zeros(4), np.ones(4), np.zeros(4), 3.0)
 
@@ -232,16 +233,33 @@ def nearest_missions(missions: Missions, corpus: Corpus) -> np.ndarray:
     return near.argmax(1)
 
 
+def from_anywhere(config: Config) -> Config:
+    """With whole paths: pages are made from other folders too, and read these files again."""
+    whole = {name: getattr(config, name) for name in (*FILES, "encoder")}
+    whole = {name: str(Path(path).absolute()) for name, path in whole.items() if path}
+    if config.encoder == "minilm":
+        whole["encoder"] = config.encoder
+    return replace(config, **whole)
+
+
+def found_again(config: Config, folder: Path) -> None:
+    """Write where the files of a build are now; that they are the same, `Run` has seen."""
+    kept = read_json(folder / "config.json")
+    now = {name: getattr(config, name) for name in FILES}
+    if any(kept["config"].get(name) != path for name, path in now.items()):
+        write_json(folder / "config.json", kept | {"config": kept["config"] | now})
+
+
 def run(config: Config) -> dict | None:
     """Build and write; returns what `done` says. Does nothing where the same build is there."""
+    config = from_anywhere(config)
     shop = load(config.data_dir)
     orders = load_orders(shop)
     inputs = {"data": file_id(config.data_dir / "source.json")}
-    for name, path in (("policy", config.policy), ("out_of_stock", config.out_of_stock)):
-        if path:
-            inputs[name] = file_id(path)
+    inputs |= {name: file_id(path) for name in FILES if (path := getattr(config, name))}
     policy, stock = read_policy(config.policy), read_stock(config.out_of_stock, shop.catalogue)
-    with Run(config.stage("storefront/build"), config, inputs) as out:
+    with Run(config.stage("storefront/build"), config, inputs, free=FILES) as out:
+        found_again(config, out.path)
         if out.already_done():
             return read_json(out.path / "done")
         train = (orders_of(shop) if orders is None else orders).only("train")

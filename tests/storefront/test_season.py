@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pagellm.stage.config import PageLLMError
+from pagellm.stage.files import read_json
 from pagellm.storefront import ahead, build, evaluate, serve, show
 from pagellm.storefront.ask import FrontAsk
 from pagellm.storefront.context import Known, contexts
@@ -196,3 +197,32 @@ def test_rows_that_were_kept_in_a_season_are_not_served_after_it(seasonal, tmp_p
         assert not any("Zumba" in row.theme.title for row in found.page(later, layout)[0].rows)
     finally:
         found.cache.close()
+
+
+def test_a_build_finds_its_policy_from_another_folder_and_under_another_path(
+    made, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    policy = tmp_path / "here" / "policy.json"
+    policy.write_text(json.dumps({"banned": ["plinth"]}))
+    options = made | {"runs": str(tmp_path)}
+    kept = tmp_path / "synthetic/storefront/build/config.json"
+    monkeypatch.chdir(policy.parent)
+    build.run(build.Config(**options, policy="policy.json"))
+    model = (kept.parent / "model.pt").read_bytes()
+    monkeypatch.chdir(tmp_path / "there")
+    assert open_store(Sources(**options)).front.policy.against("a plinth")
+    # The same file under another spelling, and moved: the same build, which knows where it is.
+    build.run(build.Config(**options, policy="../here/policy.json"))
+    moved = policy.rename(tmp_path / "there" / "rules.json")
+    build.run(build.Config(**options, policy="rules.json"))
+    assert read_json(kept)["config"]["policy"] == str(moved)
+    assert open_store(Sources(**options)).front.policy.against("a plinth")
+    assert (kept.parent / "model.pt").read_bytes() == model
+    # Another policy is another build, under whatever name.
+    moved.write_text(json.dumps({"banned": ["cornice"]}))
+    with pytest.raises(PageLLMError, match="another policy"):
+        build.run(build.Config(**options, policy="rules.json"))
+    with pytest.raises(PageLLMError, match="another policy"):
+        build.run(build.Config(**options))
