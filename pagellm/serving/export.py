@@ -31,7 +31,7 @@ from pagellm.model.prompts import left_pad
 from pagellm.serving import exchange
 from pagellm.serving.embeddings import NAMES, quantise
 from pagellm.serving.sources import NEED, WRITERS, check_policy, pick_policy, split_in_words
-from pagellm.serving.transformers_export import export_transformers
+from pagellm.serving.transformers_export import export_transformers, refuse_blend
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.dist import pick_device
@@ -194,11 +194,11 @@ def run(config: Config) -> None:
     policy = pick_policy(config.policy, config.where, config.made_by)
     config = replace(config, policy=policy)
     record = finished(config.where(policy), NEED[policy], config.made_by(policy))
-    shop = load(config.data_dir)
-    inputs = {"data": file_id(config.data_dir / "source.json"), "policy": record["id"]}
     if config.format == "transformers":
-        for_transformers(config, shop, inputs)
+        for_transformers(config, record["id"])
         return
+    shop = load(config.data_dir)
+    inputs = inputs_of(config, record["id"])
     with Run(config.stage(config.out or f"export-{policy}"), config, inputs, ("batch",)) as out:
         if out.already_done():
             return
@@ -238,6 +238,11 @@ def run(config: Config) -> None:
         print(f"export: {policy} {record['id']}; {held}")
 
 
+def inputs_of(config: Config, policy: str) -> dict[str, str]:
+    """What an export is made from: the hash of the data, and that of the policy."""
+    return {"data": file_id(config.data_dir / "source.json"), "policy": policy}
+
+
 def for_tools(config: Config) -> None:
     """Write evaluated pages or the data in another tool's format, and say how it reads them."""
     shop, folder = load(config.data_dir), config.stage(config.out or config.format)
@@ -269,25 +274,30 @@ def measured(config: Config, policy: str) -> dict | None:
     return read_json(folder / "metrics.json").get(config.policy)
 
 
-def for_transformers(config: Config, shop: Shop, inputs: dict[str, str]) -> None:
-    """Write the policy as a directory that transformers opens, and say what it holds."""
+def for_transformers(config: Config, identity: str) -> None:
+    """Write the policy as a directory that transformers opens, and say what it holds.
+
+    identity  hash of the policy, from its `done`
+    """
     folder = config.stage(config.out or f"transformers-{config.policy}")
     if folder.exists() and not (folder / "pagellm.json").exists() and any(folder.iterdir()):
         raise PageLLMError(f"{folder} holds something else; choose another --out")
     policy = Policy.load(config.where(config.policy))
+    refuse_blend(policy)  # before the shop is read
+    shop = load(config.data_dir)
     about = {
         "name": f"{config.run or config.dataset}-{config.policy}",
         "dataset": config.dataset,
         "policy": config.policy,
-        "inputs": inputs,
+        "inputs": inputs_of(config, identity),
         "versions": versions(),
     }
-    metrics = measured(config, inputs["policy"])
+    metrics = measured(config, identity)
     made = export_transformers(policy, shop, folder, config.k, about, metrics)
     size = (folder / "model.safetensors").stat().st_size
     print(f"export: {folder}, a {made['architecture']}, {size / 1e6:.1f} MB in float32")
     print(
-        f"export: {config.policy} {inputs['policy']}; {counted(made['n_items'], 'item')} from "
+        f"export: {config.policy} {identity}; {counted(made['n_items'], 'item')} from "
         "token "
         f"{made['first']['items']} on; README.md has the code that writes a page"
     )

@@ -6,9 +6,11 @@
     pagellm.json                       which ids are items and users, the prompts' style, hashes
     README.md                          a model card: metrics, hashes, and code that writes a page
 
-Its logits are the policy's own (to 1e-5 by test). A policy that gates the items of its page
-(`pretrain --pool`) reads an item on the page in another way than in the history. So its vocabulary
-has every item twice: <item_ID> on the page, <seen_ID> in the history.
+Its logits are the policy's own (to 1e-5 by test). A policy that began with `pretrain --pool` on a
+GPT-2 of its own gates the items of its page: it reads an item on the page in another way than in
+the history. So its vocabulary has every item twice: <item_ID> on the page, <seen_ID> in the
+history. A policy that began with `--pool` beside a Llama or a published trunk is refused: it blends
+states after the last norm, which no network of transformers does.
 """
 
 import json
@@ -32,7 +34,7 @@ from pagellm.model.weights import write_weights
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import atomic, sha256, write_json
 
-__all__ = ["Layout", "export_transformers", "rows_of", "token_names"]
+__all__ = ["Layout", "export_transformers", "refuse_blend", "rows_of", "token_names"]
 
 
 class Layout:
@@ -151,6 +153,16 @@ def tokens_beside(policy: Policy, layout: Layout) -> dict:
     }
 
 
+def refuse_blend(policy: Policy) -> None:
+    """Raise PageLLMError for a policy whose states are blended after the last norm."""
+    if policy.model.blend is not None:
+        raise PageLLMError(
+            "this policy began with --pool beside a published or Llama trunk: its states are a "
+            "blend with the history's mean item row, which no network of transformers computes\n"
+            "  Its embeddings can be exported (--format embeddings), and pagellm serve serves it."
+        )
+
+
 def export_transformers(
     policy: Policy,
     shop: Shop,
@@ -168,14 +180,9 @@ def export_transformers(
     Raises PageLLMError for a policy that transformers has no network for.
     """
     folder = Path(folder)
+    refuse_blend(policy)
     policy.check_room(k)
     layout = Layout(policy, shop)
-    if policy.model.blend is not None:
-        raise PageLLMError(
-            "this policy began with --pool beside a published or Llama trunk: its states are a "
-            "blend with the history's mean item row, which no network of transformers computes\n"
-            "  Its embeddings can be exported (--format embeddings), and pagellm serve serves it."
-        )
     merged = lora.is_merged(policy.model)
     weights, config = weights_of(policy.model, layout)
     beside = folder.with_name(f".{folder.name}.tmp")

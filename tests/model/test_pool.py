@@ -15,9 +15,10 @@ from pagellm.model.llama import Shape as LlamaShape
 from pagellm.model.networks import build, from_state, save_published, to_state
 from pagellm.model.policy import Policy
 from pagellm.model.vocab import Vocab
+from pagellm.serving import export
+from pagellm.serving.embeddings import Embeddings
 from pagellm.serving.recommender import Ask, Recommender
 from pagellm.serving.sources import Sources
-from pagellm.serving.transformers_export import export_transformers
 from pagellm.stage.config import PageLLMError
 
 SHAPES = (Shape(2, 2, 16, 40), LlamaShape(2, 4, 2, 16, 24, 40))
@@ -84,7 +85,11 @@ def test_the_trunk_gets_its_say_by_learning():
 
 
 def test_from_published_weights_to_pages_that_are_served(served, tmp_path):
-    """Pretrain, SFT, and a page on request; transformers has no network for it."""
+    """Pretrain, SFT, and a page on request.
+
+    Transformers has no network for it, which the command says before it reads the shop. Embeddings,
+    which it then names, are the policy's own.
+    """
     vocab = Vocab.load(served / "runs" / "base" / "sft")
     torch.manual_seed(3)
     save_published(build("llama-nano", vocab.n_words, 0, 0), tmp_path / "model", vocab.n_words)
@@ -111,5 +116,14 @@ def test_from_published_weights_to_pages_that_are_served(served, tmp_path):
         answers = rec.answers([Ask(user=shop.user_ids[u], k=4) for u in users])
         found = [[slot["item"] for slot in answer["items"]] for answer in answers]
         assert found == [[shop.catalogue.ids[i] for i in row] for row in pages.item.tolist()]
-    with pytest.raises(PageLLMError, match="no network of transformers computes"):
-        export_transformers(policy, shop, tmp_path / "out", 4, {})
+    unread = common | {"data": str(tmp_path / "nowhere")}
+    with pytest.raises(PageLLMError, match="no network of transformers computes.*\n.*embeddings"):
+        export.run(export.Config(**unread, format="transformers"))
+    assert sorted(one.name for one in (tmp_path / "x").iterdir()) == ["pretrain", "sft"]
+    export.run(export.Config(**common, dtype="float32"))
+    read = Embeddings(tmp_path / "x" / "export-sft")
+    prompt, valid = policy.prompt(users, [shop.csr(None).of(u) for u in users])
+    with torch.no_grad():
+        logits = policy.model.item_logits(policy.model(prompt, valid)[:, -1])
+    got = read.matrix("user_content")[:3] @ read.matrix("item_token").T
+    assert_close(torch.from_numpy(got), logits, atol=1e-4, rtol=1e-4)

@@ -38,13 +38,15 @@ def synthetic(served):
 
 
 def random_policy(served, shop, kind):
-    """A policy far from its start, of one of the kinds that can be exported."""
+    """A policy far from its start, of one of the kinds that there are."""
     vocab = Vocab.load(served / "runs" / "base" / "sft")
     llamas = {
         "llama": {},
         "llama, adapters": {"theta": 300.0, "scaling": (8.0, 1.0, 4.0, 16)},
         "qwen2, words scored apart": {"qkv_bias": True, "tied": False},
         "qwen3": {"qk_norm": True, "n_head_dim": 12},
+        "llama, pooled": {},
+        "llama, pooled, adapters": {"tied": False},
     }
     if kind in llamas:
         trunk, shape = Llama, Shape(2, 4, 2, 32, 56, 128, **llamas[kind])
@@ -55,6 +57,8 @@ def random_policy(served, shop, kind):
     model = trunk(shape, *sizes, dropout=0.0)
     if "gated" in kind:
         model.add_gate()
+    if "pooled" in kind:
+        model.add_pool()
     if "adapters" in kind:
         lora.adapt(model, 2, 4.0, "q,v", vocab.n_specials)
     with torch.no_grad():
@@ -225,6 +229,20 @@ def test_two_tokens_of_one_name_are_refused(served, synthetic, tmp_path):
     with pytest.raises(PageLLMError, match="would stand twice"):
         export_transformers(policy, shop, tmp_path / "out", K, ABOUT)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["gpt2, pooled", "llama, pooled", "llama, pooled, adapters"])
+def test_a_blend_after_the_last_norm_is_refused_before_anything_is_written(
+    served, synthetic, tmp_path, kind
+):
+    """A published GPT-2 has the blend too; the gate that comes with it is no excuse."""
+    policy = random_policy(served, synthetic, kind)
+    assert policy.model.gate is not None
+    with pytest.raises(PageLLMError, match="no network of transformers computes"):
+        export_transformers(policy, synthetic, tmp_path / "out", K, ABOUT)
+    assert not list(tmp_path.iterdir())
+    policy.model.blend = None
+    export_transformers(policy, synthetic, tmp_path / "out", K, ABOUT)
 
 
 def test_weights_written_are_those_that_are_read(served, synthetic, tmp_path):
