@@ -29,6 +29,13 @@ $(if $(filter-out popularity sft ppo compose,$(READ)),$(error POLICIES: want som
 DONE := runs/$(RUN)
 LAST := $(patsubst %,$(DONE)/%/done,$(filter $(READ),sft ppo compose))
 PREPARED := data/$(DATASET)/source.json
+# What PPO is paid by: pairs need the stage reward; --item_reward outcome needs compose, and with
+# --w_page 0 no reward. Options count of the run's preset, else the data set's, and of ARGS.
+PAID := $(firstword $(wildcard $(foreach at,$(DONE)/preset presets/$(DATASET) pagellm/presets/$(DATASET),$(at)/ppo)))
+PAID := $(shell cat $(PAID) /dev/null | sed 's/\#.*//' | tr '=' ' ') $(if $(filter ppo,$(MAKECMDGOALS)),$(subst =, ,$(ARGS)))
+PAID := $(subst --w_page 0.0 ,--w_page 0 ,$(subst --, --,$(PAID)) )
+OUTCOME := $(findstring --item_reward outcome ,$(PAID))
+PAYS := $(if $(OUTCOME),compose) $(if $(and $(OUTCOME),$(findstring --w_page 0 ,$(PAID))),,reward)
 JOURNEY := data/complete_journey/orders.parquet
 ORDERED = $(if $(filter complete_journey,$(DATASET)),$(JOURNEY),$(PREPARED))
 ROWS := $(DONE)/storefront/build/done
@@ -65,7 +72,7 @@ prepare $(PREPARED): | $(VENV)/installed  ## raw files -> data/<dataset>
 pretrain $(DONE)/pretrain/done: | $(PREPARED)  ## next token and rating prediction on what the shop knows
 sft $(DONE)/sft/done: | $(DONE)/pretrain/done  ## supervised fine-tuning on ground-truth pages
 reward $(DONE)/reward/done: | $(DONE)/sft/done  ## reward model from preference pairs
-ppo $(DONE)/ppo/done: | $(DONE)/reward/done  ## PPO against the reward model
+ppo $(DONE)/ppo/done: | $(patsubst %,$(DONE)/%/done,$(PAYS))  ## PPO against the reward model
 compose $(DONE)/compose/done: | $(DONE)/sft/done  ## what will be picked, and how a page is made of it
 evaluate $(DONE)/evaluate/done: | $(LAST)  ## pages and the table of results; POLICIES=sft stops at SFT
 baselines $(DONE)/baselines/done: | $(PREPARED)  ## plain recommenders; ARGS="--settings none": tuned anew

@@ -35,11 +35,11 @@ from pagellm.stage import presets
 from pagellm.stage.command import main
 from pagellm.stage.config import Options, PageLLMError, check, parse
 from pagellm.stage.files import atomic, read_json, write_json
+from pagellm.stage.order import in_order, reads
 from pagellm.stage.run import StageConfig
 
 __all__ = ["Config", "run"]
 
-STAGES = ("pretrain", "sft", "reward", "ppo", "compose")
 # Rows of the summary and its metrics, where they are there.
 ROWS = ("popularity", "EASE", "ALS+facts", "ALS+facts + MMR", "LightGBM")
 METRICS = ("Recall@20", "Recall@40", "NDCG@100", "PWKT", "ILD", "entropy", "redundancy", "energy")
@@ -145,12 +145,21 @@ def tuned(config: Config) -> None:
 
 
 def stages_of(config: Config) -> tuple[list[str], list[str]]:
-    """The stages to run, and what tune left out; without tune all stages are run."""
+    """The stages to run, and what tune left out.
+
+    Without tune: PPO, composed pages, and all that these read.
+    """
     path = config.stage("preset") / "stages.json"
     if not path.exists():
-        return list(STAGES), []
+        return in_order("ppo,compose", lambda stage: reads(stage, options_of(config, stage))), []
     record = read_json(path)
     return record["stages"], record["left_out"]
+
+
+def options_of(config: Config, stage: str) -> Any:
+    """The options that a stage will have, its preset's included."""
+    loaded = importlib.import_module(f"pagellm.{stage}")
+    return parse(loaded.Config, config.words(), f"pagellm {stage}", stage, lambda line: None)
 
 
 def run_stage(config: Config, verb: str, module: str) -> Any:

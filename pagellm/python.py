@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 from pagellm.stage import hints
 from pagellm.stage.command import Interrupted, explain, handled_signals
 from pagellm.stage.config import PageLLMError, as_words, parse
+from pagellm.stage.order import STAGES, in_order, reads
 
 if TYPE_CHECKING:  # these load torch or Arrow
     import numpy as np
@@ -42,11 +43,9 @@ if TYPE_CHECKING:  # these load torch or Arrow
     from pagellm.serving.cards import Cards
     from pagellm.serving.recommender import Ask, Recommender
 
-__all__ = ["Data", "Model", "NEEDS", "cards", "fit", "load", "prepare"]
+__all__ = ["Data", "Model", "cards", "fit", "load", "prepare"]
 
 
-# Stage -> the stage that it reads, in the order in which they run.
-NEEDS = {"pretrain": "", "sft": "pretrain", "reward": "sft", "ppo": "reward", "compose": "sft"}
 LOG, ITEMS = "log.parquet", "items.parquet"  # what `prepare` keeps of tables, in data/raw/<dataset>
 Event = str | tuple[str, float]  # an item id, or an item id with its rating
 
@@ -198,10 +197,13 @@ def fit(
             )
         run_verb("fit", "pagellm.pipeline", told | {"minutes": minutes})
         return load(run or data.dataset, runs=runs, device=common.get("device", "auto"))
-    wanted = in_order(stages or "compose", needs_of(own))
-    # Every stage's options are read before the first one runs.
-    for name in wanted:
-        configured(module_of(name).Config, name, told | own.get(name, {}), quiet=True)
+
+    def needs(name: str) -> tuple[str, ...]:
+        """What a stage reads; its options are read here, before the first stage runs."""
+        config = configured(module_of(name).Config, name, told | own.get(name, {}), quiet=True)
+        return reads(name, config)
+
+    wanted = in_order(stages or "compose", needs)
     if minutes is not None and not (Path(runs) / (run or data.dataset) / "preset").exists():
         run_verb("tune", "pagellm.tune", told | {"minutes": minutes})
     for name in wanted:
@@ -219,34 +221,6 @@ def run_verb(verb: str, module: str, options: Mapping[str, Any]) -> None:
         loaded.run(config)
 
 
-def needs_of(own: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Stage -> the stage of this run that it reads, given the options of each; "" for none."""
-    needs, ppo, compose = dict(NEEDS), own.get("ppo", {}), own.get("compose", {})
-    if ppo.get("w_token") == 0 == ppo.get("w_page"):
-        needs["ppo"] = "sft"  # no learnt reward pays
-    # Who proposes the items of composed pages; "none": the plain models alone.
-    proposes = compose.get("policy", "sft")
-    needs["compose"] = "" if proposes == "none" else proposes
-    # Another run's are read.
-    return needs | {stage: "" for stage in own if own[stage].get("source_run")}
-
-
-def in_order(stages: str | Sequence[str], needs: Mapping[str, str] = NEEDS) -> list[str]:
-    """The stages named and those before them, in the order in which they run.
-
-    needs  stage -> the stage that it reads, or ""
-    """
-    names = stages.split(",") if isinstance(stages, str) else list(stages)
-    wanted: set[str] = set()
-    for name in (name.strip() for name in names):
-        if name not in NEEDS:
-            raise PageLLMError(f"stages: no stage {name!r}; want some of {', '.join(NEEDS)}")
-        while name:
-            wanted.add(name)
-            name = needs.get(name, "")
-    return [name for name in NEEDS if name in wanted]
-
-
 def shared_and_own(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Options that every stage has, and stage -> its own. Raises PageLLMError for any other."""
     from dataclasses import fields
@@ -256,14 +230,14 @@ def shared_and_own(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     every = {f.name for f in fields(StageConfig)} - {"dataset", "data", "runs", "run"}
     common, own = {}, {}
     for name, value in options.items():
-        if name in NEEDS:
+        if name in STAGES:
             if not isinstance(value, Mapping):
                 raise PageLLMError(f"{name}={value!r}: want the stage's options, as in a dict")
             own[name] = dict(value)
         elif name in every:
             common[name] = value
         else:
-            near = difflib.get_close_matches(name, [*every, *NEEDS], n=1)
+            near = difflib.get_close_matches(name, [*every, *STAGES], n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise PageLLMError(
                 f"no option {name!r} that every stage has{hint}\n"
@@ -335,7 +309,7 @@ def load(
     """
     if isinstance(run, Path) or "/" in run:
         run, runs = Path(run).name, Path(run).parent
-    for stage in reversed(NEEDS):
+    for stage in reversed(STAGES):
         made = Path(runs) / run / stage / "config.json"
         if made.exists():
             config = json.loads(made.read_text())["config"]

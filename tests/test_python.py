@@ -1,5 +1,6 @@
 """`import pagellm`: the calls of a notebook end in the same directories as the command line."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -188,11 +189,6 @@ def test_a_number_of_items_is_that_of_the_made_up_shop(tmp_path):
     assert data.dataset == "synthetic" and data.source["config"]["items"] == 40
 
 
-def test_stages_come_with_those_before_them_in_their_order():
-    assert python.in_order("compose") == ["pretrain", "sft", "compose"]
-    assert python.in_order(["compose", "ppo"]) == ["pretrain", "sft", "reward", "ppo", "compose"]
-
-
 def test_minutes_are_those_of_tune_and_of_fit(model, monkeypatch):
     """Without stages the command fit does it all; with stages tune comes first, once."""
     from pagellm import pipeline, sft, tune
@@ -219,15 +215,21 @@ def test_minutes_are_those_of_tune_and_of_fit(model, monkeypatch):
         pagellm.fit(model.data, minutes=5, sft={"epochs": 1})
 
 
-def test_a_stage_that_reads_another_run_or_no_reward_needs_fewer_stages():
-    needs = python.needs_of({"ppo": {"source_run": "x"}})
-    assert python.in_order("ppo", needs) == ["ppo"]
-    needs = python.needs_of({"ppo": {"w_token": 0, "w_page": 0}, "compose": {"policy": "ppo"}})
-    assert python.in_order("compose", needs) == ["pretrain", "sft", "ppo", "compose"]
-    assert python.in_order("compose", python.needs_of({"compose": {"policy": "none"}})) == [
-        "compose"
-    ]
-    assert python.needs_of({}) == python.NEEDS
+def test_a_stage_runs_behind_all_that_its_options_make_it_read(model, monkeypatch):
+    ran: list[str] = []
+    monkeypatch.setattr(python, "run_verb", lambda verb, module, options: ran.append(verb))
+    told = {"runs": model.runs, "device": "cpu", "run": "none-yet"}
+
+    def order(stages, **options):
+        ran.clear()
+        with contextlib.suppress(pagellm.PageLLMError):  # nothing was trained that could be loaded
+            pagellm.fit(model.data, stages=stages, **told, **options)
+        return ran
+
+    assert order("ppo") == ["pretrain", "sft", "reward", "ppo"]
+    paid = {"item_reward": "outcome"}
+    assert order("ppo", ppo=paid) == ["pretrain", "sft", "reward", "compose", "ppo"]
+    assert order("ppo", ppo=paid | {"w_page": 0}) == ["pretrain", "sft", "compose", "ppo"]
 
 
 def test_the_run_is_that_of_the_command_line_and_is_not_made_twice(model, capsys):

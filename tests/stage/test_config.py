@@ -355,6 +355,40 @@ def test_make_takes_raw_files_from_raw_then_from_data_raw_then_from_beside_the_p
     assert raw() == []
 
 
+PAID_BY_OUTCOMES = "--algo expert --item_reward=outcome --w_page 0"
+
+
+@pytest.mark.parametrize(
+    ("args", "stages"),
+    [
+        ("", ["reward"]),
+        ("--lr 1e-4 --item_reward pairs", ["reward"]),
+        ("--item_reward outcome", ["compose", "reward"]),
+        ("--w_page=0.5 --item_reward=outcome", ["compose", "reward"]),
+        ("--w_page 0.0 --item_reward=outcome", ["compose"]),
+        (PAID_BY_OUTCOMES, ["compose"]),
+    ],
+)
+def test_make_ppo_first_makes_what_pays_it(tmp_path, args, stages):
+    """Whether ARGS or the data set's own preset says so."""
+    for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).symlink_to(Path(__file__).parents[2] / name)
+
+    def made(*words):
+        lines = [
+            x.split("pagellm ")[1].split()[0]
+            for x in make("-C", str(tmp_path), *words)
+            if "-m pagellm " in x
+        ]
+        assert lines[:3] == ["prepare", "pretrain", "sft"] and lines[-1] == "ppo"
+        return lines[3:-1]
+
+    assert made("ppo", "DATASET=mine", f"ARGS={args}") == stages
+    (tmp_path / "presets" / "mine").mkdir(parents=True)
+    (tmp_path / "presets" / "mine" / "ppo").write_text(f"# --w_page 0\n{args}\n")
+    assert made("ppo", "DATASET=mine") == stages
+
+
 def test_make_needs_no_run_for_a_log_of_ones_own():
     """And does for an option that only begins like --log."""
     for target in ("abtest", "ope"):
