@@ -58,8 +58,8 @@ class Config(StageConfig):
     # and the pages that evaluate wrote. recbole: the data as atomic files
     k: int = 20  # transformers: slots of a page, the tokens that `generate` writes
     names: str = ",".join(NAMES)  # which matrices to write, comma-separated
-    dtype: str = "float16"  # type of the embeddings: float32, float16, or int8 (with one float32
-    # scale for each row)
+    dtype: str = ""  # type of the embeddings: float32, float16, or int8 (with one float32 scale for
+    # each row); empty: float16. Other formats take none: transformers is float32
     pca: int = 0  # dimensions kept by a projection on the principal directions (PCA); 0: all
     split: str = "none"  # rows that the prompts of user_content do not show. none: they show all
     # rows, for serving; test: train rows alone, as in evaluate
@@ -90,7 +90,7 @@ class Config(StageConfig):
                 ", ".join(FORMATS + exchange.FORMATS),
             ),
             k=(self.k > 0, "1 or more"),
-            dtype=(self.dtype in DTYPES, ", ".join(DTYPES)),
+            dtype=(self.dtype in ("", *DTYPES), ", ".join(DTYPES)),
             names=(
                 set(names) <= set(NAMES) and len(set(names)) == len(names),
                 f"some of {','.join(NAMES)}",
@@ -98,6 +98,12 @@ class Config(StageConfig):
             split=(self.split in ("none", "test"), "none or test"),
             batch=(self.batch > 0, "1 or more"),
         )
+        if self.dtype and self.format != "embeddings":
+            written = {"transformers": "always writes float32"}.get(self.format, "writes no matrix")
+            raise PageLLMError(
+                f"dtype={self.dtype!r} is for --format embeddings; --format {self.format} "
+                f"{written}\n  Leave --dtype out."
+            )
 
 
 @torch.no_grad()
@@ -197,6 +203,7 @@ def run(config: Config) -> None:
     if config.format == "transformers":
         for_transformers(config, record["id"])
         return
+    config = replace(config, dtype=config.dtype or "float16")
     shop = load(config.data_dir)
     inputs = inputs_of(config, record["id"])
     with Run(config.stage(config.out or f"export-{policy}"), config, inputs, ("batch",)) as out:

@@ -15,6 +15,7 @@ from pagellm.data.shop import load
 from pagellm.model.policy import Policy
 from pagellm.serving import export
 from pagellm.serving.embeddings import NAMES, Embeddings, dequantise, quantise
+from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError
 
 
@@ -99,13 +100,16 @@ def test_int8_is_within_half_a_step(rows):
     assert (np.abs(q).max(1) == 127)[np.abs(x).max(1) > 1e-30].all()  # the whole range is used
 
 
-def test_two_exports_lie_beside_each_other(common, served):
+def test_two_exports_lie_beside_each_other(common, served, capsys):
     small = {**common, "policy": "sft", "dtype": "int8", "pca": 4, "out": "export-small"}
     export.run(export.Config(**common, policy="sft"))
     export.run(export.Config(**small))
     both = [Embeddings(served / "runs" / "base" / name) for name in ("export-sft", "export-small")]
     assert [rows.manifest["dtype"] for rows in both] == ["float16", "int8"]
     assert both[1].matrix("item_token").shape[1] == 4 < both[0].matrix("item_token").shape[1]
+    capsys.readouterr()
+    export.run(export.Config(**common, policy="sft", dtype="float16"))  # by name, as by default
+    assert "already done" in capsys.readouterr().out
     with pytest.raises(PageLLMError, match="was made with pca=4, now pca=0"):
         export.run(export.Config(**small | {"pca": 0}))
 
@@ -141,6 +145,25 @@ def test_sft_alone_is_exported_with_all_that_is_known_of_its_users(sft_alone, ca
     assert rows.row("user_content", shop.user_ids[7]) == pytest.approx(want, abs=1e-4)
     with pytest.raises(PageLLMError, match="make ppo"):
         export.run(export.Config(**base, device="cpu", policy="ppo"))
+
+
+@pytest.mark.parametrize(
+    "format, written",
+    [
+        ("transformers", "always writes float32"),
+        ("trec", "writes no matrix"),
+        ("ranx", "writes no matrix"),
+        ("recbole", "writes no matrix"),
+    ],
+)
+def test_a_dtype_that_would_be_passed_over_is_refused(format, written, capsys):
+    message = f"dtype='float16' is for --format embeddings; --format {format} {written}"
+    argv = ["--format", format, "--dtype", "float16"]
+    assert main(export.Config, export.run, "pagellm export", argv) == 2
+    assert message in capsys.readouterr().err
+    assert export.Config(format=format).dtype == ""
+    with pytest.raises(PageLLMError, match="dtype='half': want float32, float16, int8"):
+        export.Config(format=format, dtype="half")
 
 
 def test_what_is_wrong_is_named(common, served, tmp_path, capsys):
