@@ -383,7 +383,16 @@ def preset_options(cls, name: str, prog: str) -> dict[str, object]:
     try:
         return options(cls, words, prog)
     except PageLLMError as error:
-        raise PageLLMError(f"preset {name}: {error}") from None
+        raise PageLLMError(f"preset {name}: {error}{as_toml(name)}") from None
+
+
+def as_toml(name: str) -> str:
+    """A line that says how a TOML file is given; "" for a preset of another name.
+
+    Begins with a line break.
+    """
+    there = f"--config {shlex.quote(name)}"
+    return f"\n  A TOML file is given as {there}" if name.lower().endswith(".toml") else ""
 
 
 def words_of(name: str) -> list[str]:
@@ -391,7 +400,7 @@ def words_of(name: str) -> list[str]:
     try:
         return shlex.split(presets.resolve(name).read_text(encoding="utf-8"), comments=True)
     except (OSError, ValueError) as error:
-        raise PageLLMError(f"preset {name} cannot be read: {error}") from None
+        raise PageLLMError(f"preset {name} cannot be read: {error}{as_toml(name)}") from None
 
 
 def as_words(values: dict[str, object]) -> str:

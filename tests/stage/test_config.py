@@ -479,6 +479,25 @@ def test_mistakes_in_a_toml_file_are_named(tmp_path, text, message):
         parse(Service, [f"--config={tmp_path / 'a.toml'}"], "pagellm serve")
 
 
+@pytest.mark.parametrize(
+    "text", ["[serve]\nseed = 3", "seed = 3", "# a shop's own\nname = \"it's\""]
+)
+def test_a_toml_file_as_a_preset_leads_to_config(tmp_path, monkeypatch, text):
+    """Its words are no options, or it is no text of words at all."""
+    monkeypatch.chdir(tmp_path)
+    Path("my shop.toml").write_text(text)
+    hint = "A TOML file is given as --config 'my shop.toml'"
+    with pytest.raises(PageLLMError, match="preset my shop.toml.*\n.*" + hint) as error:
+        parse(Service, ["@my shop.toml"], "pagellm serve")
+    if "[" in text:  # and what it says works
+        typed = shlex.split(str(error.value).partition("given as ")[2])
+        assert parse(Service, typed, "pagellm serve").seed == 3
+    Path("shop").write_text("seed = 3")
+    with pytest.raises(PageLLMError, match="preset shop: unexpected 'seed'") as error:
+        parse(Service, ["@shop"], "pagellm serve")
+    assert "--config" not in str(error.value)
+
+
 def test_config_wants_a_file():
     with pytest.raises(PageLLMError, match="--config needs a TOML file"):
         parse(Service, ["--config"], "pagellm serve")
