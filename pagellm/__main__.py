@@ -1,12 +1,12 @@
 """The command `pagellm`: `pagellm ppo --dataset toys` runs stage `ppo` of data set toys."""
 
-import difflib
 import importlib
 import sys
 
 from pagellm import __version__
 from pagellm.stage import collector
 from pagellm.stage.command import main as run_main
+from pagellm.stage.hints import nearest
 
 __all__ = ["GROUPS", "VERBS", "main", "verb_and_rest"]
 
@@ -132,8 +132,8 @@ def main() -> int:
     if bare and any(name.startswith(f"{verb} ") for name in VERBS):
         verb, words = "", " ".join(argv[:2])  # storefront pgae
     if not verb:
-        near = difflib.get_close_matches(words, VERBS, n=1)
-        hint = f"did you mean {near[0]}?" if near else "pagellm --help lists the commands"
+        near = nearest(words, VERBS)
+        hint = f"did you mean {near}?" if near else "pagellm --help lists the commands"
         print(f"pagellm: no command {words!r}; {hint}", file=sys.stderr)
         return 2
     with collector.paused():  # a sixth to a quarter of what importing torch takes

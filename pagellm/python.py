@@ -19,7 +19,6 @@ Errors that you can correct are `pagellm.PageLLMError`. torch is loaded by the f
 it, not by the import.
 """
 
-import difflib
 import json
 import math
 import sys
@@ -237,8 +236,8 @@ def shared_and_own(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
         elif name in every:
             common[name] = value
         else:
-            near = difflib.get_close_matches(name, [*every, *STAGES], n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = hints.nearest(name, [*every, *STAGES])
+            hint = f"; did you mean {near}?" if near else ""
             raise PageLLMError(
                 f"no option {name!r} that every stage has{hint}\n"
                 f"  A stage's own options stand under its name: sft={{{name!r}: {value!r}}}"

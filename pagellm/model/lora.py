@@ -9,7 +9,6 @@ adapter changes nothing. Trunk and words are frozen. What no published model kno
 tokens, user rows and item rows. Source: Hu et al., arXiv 2106.09685.
 """
 
-import difflib
 import math
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from pagellm.model.backbone import Backbone
 from pagellm.stage.config import PageLLMError
+from pagellm.stage.hints import nearest
 
 __all__ = [
     "LowRank",
@@ -101,8 +101,8 @@ def parse_targets(text: str, known: dict) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = nearest(name, known)
+            hint = f"; did you mean {near}?" if near else ""
             raise PageLLMError(
                 f"lora_targets={text!r}: no {name!r} in this backbone{hint} "
                 f"(it has {','.join(known)})"

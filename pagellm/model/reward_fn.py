@@ -14,7 +14,6 @@ users    (B,) int64 tensor    whose pages they are, by number
 returns  (B,) what each page earns, or (B, K) what each slot earns: a tensor or an array
 """
 
-import difflib
 import hashlib
 import importlib
 import inspect
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from pagellm.data.shop import Shop
 from pagellm.stage.config import PageLLMError
+from pagellm.stage.hints import nearest
 
 __all__ = ["RewardFunction", "check_name"]
 
@@ -89,10 +89,10 @@ def import_anew(name: str, module_name: str) -> ModuleType:
         absent = error.name if isinstance(error, ModuleNotFoundError) else None
         if absent and f"{module_name}.".startswith(f"{absent}."):
             there = [module.name for module in pkgutil.iter_modules([here])]
-            close = difflib.get_close_matches(module_name, there, 1)
+            close = nearest(module_name, there)
             raise PageLLMError(
                 f"reward_fn={name!r}: no module {absent}"
-                + (f"; did you mean {close[0]}?" if close else "")
+                + (f"; did you mean {close}?" if close else "")
                 + f"\n  It was looked for in {here}, then among the installed packages."
             ) from error
         raise PageLLMError(
@@ -137,10 +137,10 @@ class RewardFunction:
                 for key, value in vars(module).items()
                 if inspect.isfunction(value) and value.__module__ == module_name
             ]
-            close = difflib.get_close_matches(function, there, 1)
+            close = nearest(function, there)
             raise PageLLMError(
                 f"reward_fn={name!r}: {module.__file__} has no function {function}"
-                + (f"; did you mean {close[0]}?" if close else "")
+                + (f"; did you mean {close}?" if close else "")
                 + (f"\n  It has {', '.join(there)}." if there else "")
             )
         try:

@@ -8,7 +8,6 @@ header, a JSON header, the numbers. Files are mapped into memory, so a tensor is
 used. Nothing pickled is loaded. Source of the format: the documentation of huggingface/safetensors.
 """
 
-import difflib
 import json
 import re
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pagellm.stage import hints
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import atomic, write_json
 from pagellm.stage.run import load_model_file
@@ -220,8 +220,8 @@ def located(source: str | Path) -> Path:
 def nearest(path: Path) -> str:
     """ "; did you mean ...?" with the name beside `path` that is most like it, or nothing."""
     there = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, there, 1)
-    return f"; did you mean {path.parent / close[0]}?" if close else ""
+    close = hints.nearest(path.name, there)
+    return f"; did you mean {path.parent / close}?" if close else ""
 
 
 def folder_of(source: str | Path) -> Path:

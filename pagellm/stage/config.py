@@ -7,7 +7,6 @@ at the end of a field's line is the option's help text, so source and `--help` a
 """
 
 import dataclasses
-import difflib
 import inspect
 import io
 import math
@@ -20,6 +19,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from pagellm.stage import presets
+from pagellm.stage.hints import nearest
 
 __all__ = [
     "Options",
@@ -275,9 +275,9 @@ def from_toml(cls, name: str, verb: str, prog: str) -> dict[str, object]:
             f"--config {name}: {strange[0]} stands above all tables, where only "
             f"{', '.join(COMMON)} may; put it into the table of its command, such as [{verb}]"
         )
-    near = difflib.get_close_matches(verb, content, n=1, cutoff=0.7)
+    near = nearest(verb, content, 0.7)
     if verb not in content and near:
-        raise PageLLMError(f"--config {name}: no table [{verb}]; did you mean it by [{near[0]}]?")
+        raise PageLLMError(f"--config {name}: no table [{verb}]; did you mean it by [{near}]?")
     words = []
     for key, value in ({k: v for k, v in common.items() if k in fields} | table).items():
         if isinstance(value, list):
@@ -310,9 +310,9 @@ def from_environment(
     for name in sorted(n for n in environment if n.startswith(prefix) and environment[n]):
         field = fields.get(name)
         if field is None:
-            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
+            near = nearest(name, fields, 0.85)
             if near:
-                tell(f"environment: {name} is no option of this command; {near[0]} is")
+                tell(f"environment: {name} is no option of this command; {near} is")
             continue
         if field.name in typed:
             continue
@@ -448,8 +448,8 @@ def options(cls, argv: list[str], prog: str) -> dict[str, object]:
         if negated:
             name = name[3:]
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
-            hint = f"did you mean --{near[0]}?" if near else f"see {prog} --help"
+            near = nearest(name, fields, 0.5)
+            hint = f"did you mean --{near}?" if near else f"see {prog} --help"
             raise PageLLMError(f"no option --{word[2:].partition('=')[0]}; {hint}")
         earlier = values.get(name)
         if earlier is not None and not isinstance(earlier, Options):

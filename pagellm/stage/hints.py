@@ -1,9 +1,11 @@
-"""Commands that messages suggest, as the reader can type them.
+"""Commands and names that messages suggest, as the reader can type them.
 
 In a checkout, where the Makefile stands in the working directory beside this package, they are
 targets of make. Elsewhere, where a wheel was installed, they are `pagellm <command>`.
 """
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 __all__ = [
@@ -12,6 +14,7 @@ __all__ = [
     "counted",
     "in_checkout",
     "install",
+    "nearest",
     "other_data",
     "other_runs",
     "prepare",
@@ -28,6 +31,14 @@ def counted(n: int, what: str, many: str = "") -> str:
     many  the plural where it is not the singular and an s: person, people
     """
     return f"{n:,} {what}" if n == 1 else f"{n:,} {many or what + 's'}"
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The one of `known` that is most like a mistyped name; "" where none is.
+
+    cutoff  how alike at least: 0 anything, 1 the same
+    """
+    return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff)), "")
 
 
 def in_checkout() -> bool:

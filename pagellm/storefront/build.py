@@ -9,7 +9,6 @@ Only the catalogue and train rows are read; held-out rows do not change the resu
 for 15,182 items and 612,565 pairs on one core.
 """
 
-import difflib
 import json
 import sys
 from collections import Counter
@@ -26,7 +25,7 @@ from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import read_json, write_json
-from pagellm.stage.hints import counted
+from pagellm.stage.hints import counted, nearest
 from pagellm.stage.run import Run, StageConfig, file_id
 from pagellm.storefront.context import Known
 from pagellm.storefront.corpus import Corpus, Space, Vectors, build_corpus
@@ -305,8 +304,8 @@ def refuse_calendar(policy: Policy, catalogue: Catalogue) -> None:
             problems.append(f"season {name!r}: the name is blocked by the rule {rules[0]}")
         for category in entry["categories"]:
             if category not in sold:
-                near = difflib.get_close_matches(category, sold, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                near = nearest(category, sold)
+                hint = f"; did you mean {near!r}?" if near else ""
                 problems.append(f"season {name!r}: nobody sells {category!r}{hint}")
     if problems:
         raise PageLLMError("the policy's calendar cannot be kept\n  " + "\n  ".join(problems))

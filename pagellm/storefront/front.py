@@ -4,7 +4,6 @@ store = open_store(config)
 page(store.front, store.known.context("u1"), default_layout())
 """
 
-import difflib
 import os
 from dataclasses import dataclass, replace
 from datetime import date
@@ -23,7 +22,7 @@ from pagellm.serving.sources import pick_policy
 from pagellm.stage import dist
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import read_json
-from pagellm.stage.hints import counted
+from pagellm.stage.hints import counted, nearest
 from pagellm.stage.run import StageConfig, file_id, finished, load_model_file
 from pagellm.storefront.build import (
     corpus_of,
@@ -210,8 +209,8 @@ def check_layout(front: Front, layout: Layout) -> None:
             problems.append(f"placements[{at}].title: {row.title!r} is blocked by the rule {rule}")
         for name in row.categories:
             if name not in front.corpus.number:
-                near = difflib.get_close_matches(name, front.corpus.number, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                near = nearest(name, front.corpus.number)
+                hint = f"; did you mean {near!r}?" if near else ""
                 problems.append(f"placements[{at}].categories: nobody sells {name!r}{hint}")
     if problems:
         raise PageLLMError(

@@ -65,6 +65,19 @@ def test_a_stage_that_is_read_from_another_run_is_to_be_made_there(tmp_path, mon
     assert StageConfig(dataset="toys", run="mine").make("sft", "toys").endswith("--dataset toys")
 
 
+def test_the_nearest_name_is_as_near_as_was_asked():
+    known = {"epochs": 1, "epoch_size": 2, "device": 3}
+    assert hints.nearest("epoch", known) == "epochs" == hints.nearest("epoch", iter(known))
+    assert hints.nearest("devices", known, 0.92) == "device" and not hints.nearest("k", known)
+    assert not hints.nearest("devices", known, 0.93)  # 12 of 13 letters
+    assert hints.nearest("eposize", known) == "epoch_size" and not hints.nearest("x", ())
+
+
+def test_one_place_looks_for_the_nearest_name():
+    found = [p.name for p in (ROOT / "pagellm").rglob("*.py") if "difflib" in p.read_text("utf-8")]
+    assert found == ["hints.py"]
+
+
 def test_a_working_directory_that_is_gone_is_no_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tmp_path.rmdir()
