@@ -26,6 +26,7 @@ __all__ = ["Chat", "GaveUp", "Refused", "Reply", "object_in"]
 
 Said = TypeVar("Said")
 LONGEST_ANSWER = 1 << 20  # bytes
+MOST_READ = 10_000_000  # characters that are read in vain, in search of an object
 BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError)  # of a reply that is no chat
 
 
@@ -203,14 +204,17 @@ def object_in(text: str, name: str, what: str = "object") -> dict:
     """The answer within a text: the last JSON object that has a field of this name.
 
     Servers that do not enforce a schema put it into a code fence, after reasoning, between
-    sentences, or into an object of their own. Raises ValueError if there is none.
+    sentences, or into an object of their own. Raises ValueError if there is none, and gives up on
+    a text in which lists or objects begin without an end.
     """
-    decoder, found, at = json.JSONDecoder(), None, text.find("{")
-    while at >= 0:
+    decoder, found, at, left = json.JSONDecoder(), None, text.find("{"), MOST_READ
+    while at >= 0 and left > 0:
         try:
             value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):
-            end = at + 1
+        except json.JSONDecodeError as error:
+            end, left = at + 1, left - (error.pos - at) - error.pos // 100
+        except RecursionError:
+            end, left = at + 1, left - MOST_READ // 100
         else:
             named = isinstance(value, dict) and name in value
             found, end = (value, end) if named else (found, at + 1)

@@ -169,6 +169,8 @@ def slow(body):
     return good(body)
 
 
+ENDLESS = '{"keywords": [' + '"Milk", ' * 90_000  # and no end
+
 USELESS = {
     "half an object": (lambda body: said('{"title": "Easy wee', "length"), "cut off after 400"),
     "half JSON": (lambda body: said('{"title": "Easy wee'), "no object in"),
@@ -184,6 +186,10 @@ USELESS = {
     "no content": (lambda body: said(None), "no chat completion"),
     "nothing": (lambda body: b"", "no chat completion"),
     "no encoding": (lambda body: b'{"choices": "\xff\xfe"}', "no chat completion"),
+    "an endless list": (lambda body: said(ENDLESS), "no object in"),
+    "a list cut off": (lambda body: said(ENDLESS, "length"), "cut off after 400 tokens"),
+    "lists without an end": (lambda body: said('{"title": ' * 50_000), "no object in"),
+    "endless keywords": (only("keywords", lambda body: said(ENDLESS)), "no object in"),
     "ten megabytes": (lambda body: b"[" * (10 << 20), "more than 1,048,576 bytes"),
     "an error": (lambda body: 500, "no answer in 1 attempts; the last said: 500 no, ***"),
     "too many requests": (lambda body: 429, "no answer in 1 attempts; the last said: 429"),
@@ -285,6 +291,29 @@ def test_keywords_are_those_on_offer_and_none_comes_twice(choose):
         (answer,) = writer.keywords([theme], [u1()], [np.arange(10)])
     assert [k.text for k in answer.value] == [template().corpus.text[w] for w in range(4)]
     assert answer.problem == "" and len(model.seen) == 1
+
+
+def test_of_endless_lists_that_end_the_first_eight_are_taken():
+    """Concepts and keywords, thousands of them: none is an error, and the page says nothing."""
+
+    def answer(body):
+        kind, data = asked_for(body)
+        if kind == "keywords":
+            return said(json.dumps({"keywords": data["offered"] * 500}))
+        own = data["categories"]
+        names = [name for k in range(5000) for name in (own[k % len(own)], f"more {k}")]
+        return said(json.dumps({"title": TITLE, "concepts": names}))
+
+    with Model(answer) as model:
+        writer = Remote(model.server(), template(), KNOWN)
+        (answers,) = writer.themes([u1()], [["browse"]], [[]])
+        offered = np.arange(len(template().corpus))
+        (chosen,) = writer.keywords([answers[0].value], [u1()], [offered])
+        page_of = made_by(model.server())
+    assert answers[0].problem == chosen.problem == "" and len(offered) > 8
+    assert 1 <= len(answers[0].value.concepts) <= 8
+    assert [k.text for k in chosen.value] == template().corpus.text[:8]
+    assert page_of.fallbacks == () and len(page_of.rows[1].keywords) <= 8
 
 
 @pytest.mark.parametrize("around", ["Sure! {} Enjoy.", "```json\n{}\n```", "<think>{{}}</think>{}"])
