@@ -211,9 +211,9 @@ def object_in(text: str, name: str, what: str = "object") -> dict:
     while at >= 0 and left > 0:
         try:
             value, end = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
+        except json.JSONDecodeError as error:  # which counts the lines up to there
             end, left = at + 1, left - (error.pos - at) - error.pos // 100
-        except RecursionError:
+        except (ValueError, RecursionError):  # a number of thousands of digits; too deep
             end, left = at + 1, left - MOST_READ // 100
         else:
             named = isinstance(value, dict) and name in value
