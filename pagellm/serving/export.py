@@ -44,6 +44,8 @@ __all__ = ["Config", "basis_of", "export_embeddings", "item_content", "run", "us
 
 DTYPES = ("float32", "float16", "int8")
 FORMATS = ("embeddings", "transformers")
+# Option -> the one format that reads it.
+READERS = dict.fromkeys(("dtype", "names", "pca", "split"), "embeddings") | {"k": "transformers"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +100,15 @@ class Config(StageConfig):
             split=(self.split in ("none", "test"), "none or test"),
             batch=(self.batch > 0, "1 or more"),
         )
-        if self.dtype and self.format != "embeddings":
-            written = {"transformers": "always writes float32"}.get(self.format, "writes no matrix")
-            raise PageLLMError(
-                f"dtype={self.dtype!r} is for --format embeddings; --format {self.format} "
-                f"{written}\n  Leave --dtype out."
-            )
+        for name, reader in READERS.items():
+            value = getattr(self, name)
+            if self.format != reader and value != getattr(type(self), name):
+                written = {"transformers": "always writes float32"}.get(self.format)
+                does = (written or "writes no matrix") if name == "dtype" else "does not read it"
+                raise PageLLMError(
+                    f"{name}={value!r} is for --format {reader}; --format {self.format} {does}\n"
+                    f"  Leave --{name} out."
+                )
 
 
 @torch.no_grad()

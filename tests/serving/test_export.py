@@ -16,7 +16,7 @@ from pagellm.model.policy import Policy
 from pagellm.serving import export
 from pagellm.serving.embeddings import NAMES, Embeddings, dequantise, quantise
 from pagellm.stage.command import main
-from pagellm.stage.config import PageLLMError
+from pagellm.stage.config import PageLLMError, parse
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +164,25 @@ def test_a_dtype_that_would_be_passed_over_is_refused(format, written, capsys):
     assert export.Config(format=format).dtype == ""
     with pytest.raises(PageLLMError, match="dtype='half': want float32, float16, int8"):
         export.Config(format=format, dtype="half")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reader"),
+    [
+        ("--names", "item_token", "embeddings"),
+        ("--pca", "2", "embeddings"),
+        ("--split", "test", "embeddings"),
+        ("--k", "5", "transformers"),
+    ],
+)
+def test_an_option_that_another_format_alone_reads_is_refused(option, value, reader, capsys):
+    for format in {"embeddings", "transformers", "trec", "recbole"} - {reader}:
+        argv = ["--format", format, option, value]
+        assert main(export.Config, export.run, "pagellm export", argv) == 2
+        told = capsys.readouterr().err
+        assert f"is for --format {reader}; --format {format} does not read it" in told
+        assert f"Leave {option} out." in told
+    parse(export.Config, ["--format", reader, option, value])  # there it is taken
 
 
 def test_what_is_wrong_is_named(common, served, tmp_path, capsys):
