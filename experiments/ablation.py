@@ -20,7 +20,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.study import COMMON, Stages, Variant, overrides, publish, study
+from experiments.study import COMMON, PAIRS_PPO, Stages, Variant, overrides, publish, study
 from pagellm import compose, evaluate, ppo, pretrain, reward, sft
 from pagellm.stage.command import main
 from pagellm.stage.config import Options, check
@@ -59,6 +59,7 @@ STAGES = {
     "evaluate": evaluate,
 }
 FIXED = COMMON
+START = {"ppo": PAIRS_PPO}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,8 @@ class Config:
 def run(config: Config) -> list[dict]:
     """Train and compare the rows. Returns the records of compare_seeds."""
     options = {
-        name: overrides(module, getattr(config, name), FIXED) for name, module in STAGES.items()
+        name: overrides(module, getattr(config, name), FIXED, START.get(name))
+        for name, module in STAGES.items()
     }
     stages = Stages(config.data, config.runs, config.raw, config.preset, **options)
     results = study(config.study, config.dataset, SETS[config.rows], range(config.seeds), stages)

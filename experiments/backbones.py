@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from experiments.study import overrides, prepared
+from experiments.study import PAIRS_PPO, overrides, prepared
 from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.data import prepare
 from pagellm.model.networks import SIZES, from_state, save_published
@@ -51,6 +51,7 @@ STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "evalu
 
 FIXED = {"dataset", "run", "data", "runs", "seed", "device", "source_run", "reward_run", "policies"}
 FIXED |= {"size", "weights", "bpe", "lora_rank", "lora_alpha", "lora_targets"}  # set by the study
+START = {"ppo": PAIRS_PPO}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,7 @@ class Config:
 
     def options(self, stage: str) -> dict:
         """Fields that --<stage> sets. Raises PageLLMError for those that the study sets itself."""
-        return overrides(STAGES[stage], getattr(self, stage), FIXED)
+        return overrides(STAGES[stage], getattr(self, stage), FIXED, START.get(stage))
 
 
 def alone(module, **options) -> None:

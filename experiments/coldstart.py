@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from experiments.study import Stages, Variant, overrides, prepared, run_variant
+from experiments.study import PAIRS_PPO, Stages, Variant, overrides, prepared, run_variant
 from pagellm import evaluate, ppo, pretrain, reward, sft
 from pagellm.baselines import compare
 from pagellm.baselines.runfile import read_run
@@ -66,6 +66,7 @@ FIXED = {
     "policies",
 }
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "evaluate": evaluate}
+START = {"ppo": PAIRS_PPO}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +195,8 @@ def run(config: Config) -> list[dict]:
     data = Path(config.data)
     prepared(config.dataset, config.raw, config.data, config.preset)
     options: dict[str, Any] = {
-        name: overrides(module, getattr(config, name), FIXED) for name, module in STAGES.items()
+        name: overrides(module, getattr(config, name), FIXED, START.get(name))
+        for name, module in STAGES.items()
     }
     plainly = overrides(compare, config.baselines, FIXED)
     options["evaluate"]["mask"] = MASK

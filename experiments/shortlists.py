@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.study import COMMON, Stages, Variant, overrides, publish, study
+from experiments.study import COMMON, PAIRS_PPO, Stages, Variant, overrides, publish, study
 from pagellm import ppo, pretrain, reward, sft
 from pagellm.stage.command import main
 from pagellm.stage.config import Options, check
@@ -27,6 +27,7 @@ __all__ = ["Config", "run"]
 
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo}
 FIXED = COMMON | {"reward_run", "candidates"}
+START = {"ppo": PAIRS_PPO}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,8 @@ class Config:
 def run(config: Config) -> list[dict]:
     """Train and compare the rows. Returns the records of compare_seeds."""
     options = {
-        name: overrides(module, getattr(config, name), FIXED) for name, module in STAGES.items()
+        name: overrides(module, getattr(config, name), FIXED, START.get(name))
+        for name, module in STAGES.items()
     }
     few = {"candidates": config.candidates}
     rows = [

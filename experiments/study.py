@@ -39,6 +39,7 @@ from pagellm.stage.files import slug
 
 __all__ = [
     "COMMON",
+    "PAIRS_PPO",
     "Stages",
     "Variant",
     "common_fields",
@@ -53,6 +54,8 @@ __all__ = [
 
 # Fields of a stage that a study sets, whatever the stage. A study adds its own to them.
 COMMON = frozenset({"dataset", "run", "data", "runs", "seed", "source_run", "policies"})
+# Where a study of the paper's PPO begins, whatever the data set's preset pays PPO with.
+PAIRS_PPO = {"algo": "ppo", "item_reward": "pairs", "w_page": 1.0}
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,16 @@ class Stages:
     evaluate: dict = field(default_factory=dict)
 
 
-def overrides(module, text: str, fixed: Collection[str] = ()) -> dict:
+def overrides(
+    module, text: str, fixed: Collection[str] = (), start: Mapping[str, Any] | None = None
+) -> dict:
     """Options of a stage that differ from its defaults: "--lr 0.1 --k 10" -> {"lr": 0.1, "k": 10}.
 
     Such a text is in a study's field of type Options. Where the study runs as a command, `parse`
     has put the data set's preset before what was typed: "@toys/sft --lr 0.1".
 
     fixed   what the study sets itself. A preset's value of it is left out, and this is said
+    start   values that replace the preset's, and that what is typed replaces: this is said too
 
     Raises PageLLMError for what is no option of the stage, and for one of `fixed` that was typed.
     """
@@ -101,7 +107,18 @@ def overrides(module, text: str, fixed: Collection[str] = ()) -> dict:
         return {name: value for name, value in every.items() if value != getattr(default, name)}
 
     words = shlex.split(text)
-    found, typed = differing(words), differing([w for w in words if not w.startswith("@")])
+    files, own = [w for w in words if w.startswith("@")], [w for w in words if w[:1] != "@"]
+    given = {w[2:].partition("=")[0] for w in own if w.startswith("--")}
+    start = {name: x for name, x in (start or {}).items() if name not in {*fixed, *given}}
+    for name, value in start.items() if files else ():
+        if getattr(parse(module.Config, files, f"pagellm {verb}"), name) != value:
+            print(
+                f"{verb}: the study begins with --{name} {value}, whatever the preset says; "
+                f"--{verb} takes another",
+                file=sys.stderr,
+            )
+    found = differing([*files, *(f"--{name}={value}" for name, value in start.items()), *own])
+    typed = differing(own)
     if "preset" in found:
         raise PageLLMError(
             f"--{verb} must not set preset\n  Name it as @{found['preset']}, or switch presets off "

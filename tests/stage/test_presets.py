@@ -189,6 +189,40 @@ def test_a_study_sets_its_own_options_whatever_a_preset_says(tmp_path, capsys):
         overrides(sft, f"@{file} --mode one_shot", {"mode"})
 
 
+def test_a_study_of_the_papers_ppo_begins_with_it_whatever_a_preset_pays(tmp_path, capsys):
+    """A preset's reward gives way to that of pairs, and this is said; what is typed rules."""
+    from experiments.study import PAIRS_PPO, overrides
+
+    file = tmp_path / "ppo"
+    file.write_text("--algo expert --item_reward outcome --w_page 0 --lr 0.25")
+    assert overrides(ppo, f"@{file}", (), PAIRS_PPO) == {"lr": 0.25}
+    said = capsys.readouterr().err
+    assert said.count("whatever the preset says") == 3
+    assert "ppo: the study begins with --item_reward pairs, whatever the preset says" in said
+    # A reward for hits beside the outcome reward would be refused; the preset's is gone by then.
+    own = overrides(ppo, f"@{file} --w_hit 3", (), PAIRS_PPO)
+    assert own == {"lr": 0.25, "w_hit": 3.0}
+    own = overrides(ppo, f"@{file} --algo rloo --samples 4 --w_page 0", (), PAIRS_PPO)
+    assert own == {"lr": 0.25, "algo": "rloo", "samples": 4, "w_page": 0.0}
+    capsys.readouterr()
+    assert overrides(ppo, "--lr 0.25", (), PAIRS_PPO) == {"lr": 0.25}
+    assert overrides(ppo, f"@{file}", set(PAIRS_PPO), PAIRS_PPO) == {"lr": 0.25}
+    assert "begins with" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ("ablation", "backbones", "coldstart", "shortlists"))
+def test_ppo_is_paid_by_pairs_in_the_studies_that_train_no_outcome_model(name):
+    """With every packaged preset: these studies run the stage reward before PPO."""
+    from experiments.study import overrides
+
+    module = importlib.import_module(f"experiments.{name}")
+    for dataset in sorted({found.split("/")[0] for found in FOUND}):
+        config = study(name, "--dataset", dataset)
+        own = overrides(ppo, config.ppo, module.FIXED, module.START["ppo"])
+        assert ppo.Config(**own).algo == "ppo" and ppo.Config(**own).reads_pairs
+        assert not ppo.Config(**own).reads_outcome
+
+
 @pytest.mark.parametrize("name", ("ablation", "objectives", "prompt_study", "shortlists", "stages"))
 def test_a_study_begins_with_every_preset(name, tmp_path):
     """Each packaged preset, and one that `tune` may have kept, gives stages that the study runs."""
