@@ -12,8 +12,10 @@ for 15,182 items and 612,565 pairs on one core.
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -53,6 +55,7 @@ __all__ = [
     "run",
 ]
 
+Made = TypeVar("Made")
 LABEL_PEOPLE, LABEL_ITEMS = (
     200,
     5,
@@ -87,28 +90,46 @@ class Config(StageConfig):
 def read_policy(path: str) -> Policy:
     """The built-in policy, or the shop's on top of it.
 
-    Raises PageLLMError for a file that is not there, or is no JSON.
+    Raises PageLLMError for a file that is not there, is no JSON, or no policy.
     """
     if not path:
         return policy_of()
-    return policy_of(read_document(path, "policy"), file_id(path))
+    return read_document(path, "policy", lambda document: policy_of(document, file_id(path)))
 
 
-def read_document(path: str | Path, what: str) -> dict:
-    """A JSON file that a person wrote. what: policy or layout, for messages.
+def read_document(path: str | Path, what: str, read: Callable[[dict], Made]) -> Made:
+    """What `read` makes of a JSON file that a person wrote. what: policy or layout, for messages.
 
-    Raises PageLLMError.
+    Raises PageLLMError, which names the file.
     """
     how = "as in docs/how-to/storefront.md"
     try:
         # utf-8-sig: editors put a byte order mark in front
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        document = json.loads(text, parse_constant=no_number, object_pairs_hook=none_twice)
     except FileNotFoundError:
         raise PageLLMError(f"no {what} file {path}; write one {how}") from None
     except OSError as error:
         raise PageLLMError(f"{what} file {path} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise PageLLMError(f"{path} is no JSON ({error}); write it {how}") from None
+    try:
+        return read(document)
+    except PageLLMError as error:
+        raise PageLLMError(f"{path}: {error}") from None
+
+
+def no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+def none_twice(pairs: list[tuple[str, object]]) -> dict:
+    """An object of a document; of two fields of one name the first would be lost unseen."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return found
 
 
 def read_items(path: str, catalogue: Catalogue, option: str) -> np.ndarray:

@@ -198,7 +198,7 @@ def read_layout(name: str, repeats: bool) -> Layout:
         raise PageLLMError(
             f"no layout {name}; want A, B or a JSON file as in docs/how-to/storefront.md"
         )
-    return layout_of(read_document(name, "layout"))
+    return read_document(name, "layout", layout_of)
 
 
 def check_layout(front: Front, layout: Layout) -> None:

@@ -58,6 +58,21 @@ INSTRUCTIONS = (
 MACHINE = re.compile(
     r"[{}\u202a-\u202e\u2066-\u2069]|<[a-z/!?|]|\|>|^\s*(system|assistant|user)\s*:", re.I
 )
+# What stands in regular expressions and not in plain text. Signs by themselves are plain:
+# Beer & wine (0.5 l), 3+, US$, C++, Milk | cream, Eggs [6-pack], What?
+PATTERN = re.compile(
+    r"\\"  # \b, \d+, \.
+    r"|\.[*+]"  # .* and .+
+    r"|^[\^*]|(?:[a-z]{3}|[)\]])\$$"  # ^scam, *scam, scam$
+    r"|\(\?[:=!<Pimsx]"  # (?i)
+    r"|[\w)]\|[\w(]"  # scam|fraud
+    r"|\w\?\w"  # colou?r
+    r"|\)[+?{]|\)\*.|\w[*+]\?"  # (very)+, a+?
+    r"|(?:\w|^)\[[^\]\s]+\][\w*+?{]"  # sc[a4]m, [Ss]cam, [ab]+
+    r"|\[\^?(?:a-z|A-Z|0-9)"  # [a-z
+    r"|\{\d*,?\d*\}"  # {2,}
+)
+TERMS = ("banned", "claims", "sensitive", "instructions", "restricted")  # lists of plain words
 RESTRICTED = (
     "tobacco|cigarette|cigar|alcohol|beer|ale|wine|liquor|spirit|family planning|condom|medicine|"
     "analgesic|antacid|laxative|cold and flu|sinus and allergy|diaper|infant formula|feminine "
@@ -142,7 +157,7 @@ def policy_of(document: dict | None = None, name: str = "built-in") -> Policy:
     Raises PageLLMError naming the field that is wrong.
     """
     document = {} if document is None else document
-    if problems := check(document, POLICY):
+    if problems := check(document, POLICY) or not_plain(document):
         raise PageLLMError("the policy is not valid\n  " + "\n  ".join(problems))
     for entry in document.get("calendar", ()):
         try:
@@ -182,6 +197,26 @@ def policy_of(document: dict | None = None, name: str = "built-in") -> Policy:
                     f"the policy blocks its own form {form!r} of {intent!r} by {why!r}"
                 )
     return policy
+
+
+def not_plain(document: dict) -> list[str]:
+    """What is wrong with the lists of a policy that follows its schema: path, problem, what to do.
+
+    A regular expression would be read as the words in it, and keep out something else.
+    """
+    found = [
+        f"{name}: the list is empty, and takes nothing away from what is built in; leave {name} out"
+        for name in (*TERMS, "calendar")
+        if document.get(name) == []
+    ]
+    for name in TERMS:
+        for at, term in enumerate(document.get(name, ())):
+            if part := PATTERN.search(term):
+                found.append(
+                    f"{name}[{at}]: {term!r} is a regular expression, by its {part.group()!r}; "
+                    "write plain words, one term for each; plurals are found too"
+                )
+    return found
 
 
 def bare(form: str) -> str:

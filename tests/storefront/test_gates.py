@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagellm.stage.config import PageLLMError
+from pagellm.storefront.build import read_policy
 from pagellm.storefront.corpus import build_corpus
 from pagellm.storefront.gates import (
     KillSwitch,
@@ -97,6 +98,62 @@ def test_a_policy_that_cannot_be_read_is_told_field_by_field():
     with pytest.raises(PageLLMError, match="want dates like"):
         season = {"name": "May", "from": "soon", "to": "later", "categories": ["a"]}
         policy_of({"calendar": [season]})
+
+
+LISTS = ("banned", "claims", "sensitive", "instructions", "restricted")
+
+
+@pytest.mark.parametrize("field", [*LISTS, "calendar"])
+def test_an_empty_list_of_a_policy_is_refused_since_it_takes_nothing_away(field):
+    with pytest.raises(PageLLMError, match=f"{field}: the list is empty.* leave {field} out"):
+        policy_of({field: []})
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        r"\bscam\b", r"sc\d+m", "scam.*", "^scam", "scam$", "*scam", "(?i)scam", "scam|fraud",
+        "(scam|fraud)s?", "colou?r", "(very )+good", "a+?", "sc[a4]m", "[Ss]cam", "[a-z]+", "[a-z",
+        "x{2,}", "scam\\",
+    ],
+)  # fmt: skip
+def test_a_regular_expression_is_no_term(term):
+    for field in LISTS:
+        with pytest.raises(PageLLMError) as said:
+            policy_of({field: ["milk", term]})
+        assert f"{field}[1]: {term!r} is a regular expression" in str(said.value)
+        assert "write plain words" in str(said.value)
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        "Beer & wine (0.5 l), 3+", "treat*", "Beer (0.5 l)*", "C++", "18+", "US$", "Milk | cream",
+        "Eggs [6-pack]", "[2-3 l] milk", "Ready to eat?", "Dr. Oetker", "50% off", "#1", "A/B",
+        "M*A*S*H", "world's best", "a.b@c", "f*ck", "(unclosed", "+18", "5 ^ 2", "Wein & Sekt",
+    ],
+)  # fmt: skip
+def test_signs_alone_make_no_regular_expression(term):
+    for field in LISTS:
+        assert getattr(policy_of({field: [term]}), field).found(f"{term} and more")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"banned": []}', "banned: the list is empty"),
+        ('{"banned": ["sc.*m"]}', "banned[0]: 'sc.*m' is a regular expression"),
+        ('{"banned": ["a"], "banned": ["b"]}', "'banned' is there twice"),
+        ('{"sponsored_share": NaN}', "NaN is no number"),
+        ('{"caps": {"Milk": -1}}', "cap of 'Milk'"),
+    ],
+)
+def test_a_policy_file_is_named_with_what_is_wrong_in_it(text, words, tmp_path):
+    path = tmp_path / "policy.json"
+    path.write_text(text)
+    with pytest.raises(PageLLMError) as said:
+        read_policy(str(path))
+    assert str(said.value).startswith(str(path)) and words in str(said.value)
 
 
 @pytest.mark.parametrize(

@@ -350,11 +350,16 @@ def test_names_that_nobody_sells_are_neither_a_row_s_title_nor_its_concepts():
 
 def test_a_layout_file_that_cannot_be_read_is_named_and_nothing_is_to_be_removed(tmp_path):
     path = tmp_path / "home.json"
-    for text, words in (("{", "is no JSON"), ("[]", "is not of type object"), ("", "is no JSON")):
+    for text, words in (
+        ("{", "is no JSON"),
+        ("[]", "is not of type object"),
+        ("", "is no JSON"),
+        ('{"id": "a", "id": "b"}', "'id' is there twice"),
+    ):
         path.write_text(text)
         with pytest.raises(PageLLMError, match=words) as said:
             read_layout(str(path), True)
-        assert "emove" not in str(said.value)
+        assert str(said.value).startswith(str(path)) and "emove" not in str(said.value)
     with pytest.raises(PageLLMError, match="cannot be read"):
         read_layout(str(tmp_path), True)
     rows = [{"id": "a", "intent": "browse", "slots": 4}]
