@@ -39,7 +39,7 @@ from pagellm.storefront.policy import Policy, policy_of
 from pagellm.storefront.rankers import Blend, Factors, Platt, fit_factors
 from pagellm.storefront.retrieve import build_index
 from pagellm.storefront.scorer import Matcher, Scorer, fit_scorer
-from pagellm.storefront.text import BM25, best_first, index_texts, stems
+from pagellm.storefront.text import BM25, best_first, index_texts, stems, words
 from pagellm.storefront.themes import Template
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "corpus_of",
     "encoder_of",
     "heard",
+    "lacking",
     "read_document",
     "read_items",
     "read_policy",
@@ -289,6 +290,11 @@ def run(config: Config) -> dict | None:
         print(f"{out.path}: keywords: {kinds}; "
               f"{counted(counts['categories'], 'category', 'categories')} in "
               f"{counted(counts['missions'], 'mission')}", flush=True)  # fmt: skip
+        for sentence in lacking(shop, train):
+            print(sentence, flush=True)
+        if counts["titles_without_a_word"]:
+            print(f"{counted(counts['titles_without_a_word'], 'title')} without a word: brand and "
+                  "category alone find what has it", flush=True)  # fmt: skip
         if counts["titles_left_out"]:
             print(f"{counted(counts['titles_left_out'], 'title')} with commands or markup: what "
                   "has it is shown, and no keyword comes from it", flush=True)  # fmt: skip
@@ -296,6 +302,28 @@ def run(config: Config) -> dict | None:
             print("one mission holds all items: nothing tells what fits a theme, so that every "
                   "item counts as fitting", flush=True)  # fmt: skip
         return read_json(out.path / "done")
+
+
+def lacking(shop: Shop, train: Orders) -> list[str]:
+    """What a shop does not know of its items and orders, and what pages do without: a sentence
+    each.
+    """
+    catalogue, found = shop.catalogue, []
+    if not np.isfinite(catalogue.price).any():
+        found.append(
+            "no item has a price: a request that asks for one leaves nothing; what is on offer is "
+            "known by --deals alone"
+        )
+    if not any(catalogue.categories):
+        found.append("no item has a category: missions are made of words of titles")
+    if not len(train.item):
+        found.append("nobody has bought anything: every page is a stranger's")
+    elif not (train.pairs()[2] > 1).any():
+        found.append(
+            "nobody has bought an item twice: without --layout a page has six rows of what is new "
+            "to the person"
+        )
+    return found
 
 
 def refuse_policy(missions: Missions, policy: Policy) -> None:
@@ -391,6 +419,7 @@ def built(
         "categories": len(missions.names),
         "missions": int(missions.of_category.max(initial=-1)) + 1,
         "labels": len(fits),
+        "titles_without_a_word": sum(not words(title) for title in shop.catalogue.title),
         "titles_left_out": sum(
             a != b for a, b in zip(catalogue.title, shop.catalogue.title, strict=True)
         ),

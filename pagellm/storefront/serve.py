@@ -46,7 +46,7 @@ from pagellm.stage.run import file_id
 from pagellm.storefront import gates
 from pagellm.storefront.ahead import Ahead, Served, open_ahead, page_bytes, with_time
 from pagellm.storefront.ask import FrontAsk
-from pagellm.storefront.build import read_stock
+from pagellm.storefront.build import read_items
 from pagellm.storefront.front import check_layout, read_layout
 from pagellm.storefront.making import default_layout
 from pagellm.storefront.page import page
@@ -108,15 +108,16 @@ class FrontService:
         """What is built and tuned now, without what is out of stock now."""
         ahead = open_ahead(self.config)
         if self.config.stock:
-            stock = ahead.store.front.stock & read_stock(
-                self.config.stock, ahead.store.front.catalogue
-            )
-            front = replace(ahead.store.front, stock=stock)
+            front = ahead.store.front
+            # That nothing is left is no mistake here: it is an empty page, which says so.
+            stock = front.stock & ~read_items(self.config.stock, front.catalogue, "stock")
+            front = replace(front, stock=stock)
             ahead = replace(ahead, store=replace(ahead.store, front=front))
         catalogue = ahead.store.front.catalogue
         self.item_of = {name: at for at, name in enumerate(catalogue.ids)}
         self.members = category_members(catalogue)
         self.price = torch.from_numpy(np.asarray(catalogue.price, dtype=np.float64))
+        self.priced = bool(self.price.isfinite().any())
         return ahead
 
     def read_layouts(self) -> dict[str, Layout]:
@@ -217,6 +218,8 @@ class FrontService:
             notes.append("this user is not known")
         if unknown:
             notes.append(f"items not known: {', '.join(name[:80] for name in unknown[:20])}")
+        if {ask.filters.price_min, ask.filters.price_max} != {None} and not self.priced:
+            notes.append("no item has a price: the filter by price leaves nothing")
         barred = self.barred(ask.filters)
         context = known.context(ask.user, barred, np.array(more, dtype=np.int64), at)
         if ask.layout is None:

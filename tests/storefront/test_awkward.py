@@ -1,5 +1,6 @@
 """Shops that are small, bare or hostile: pages as long as there is stock, nothing planted shown."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,10 +8,10 @@ import numpy as np
 import pytest
 
 from pagellm.data.orders import Orders
-from pagellm.data.shop import SPLITS, Catalogue, Shop
+from pagellm.data.shop import SPLITS, Catalogue, Shop, load
 from pagellm.stage.config import PageLLMError
-from pagellm.storefront import show
-from pagellm.storefront.build import Config, built, read_stock
+from pagellm.storefront import build, show
+from pagellm.storefront.build import Config, built, lacking, read_stock
 from pagellm.storefront.context import Known
 from pagellm.storefront.front import front_of
 from pagellm.storefront.making import default_layout
@@ -93,6 +94,63 @@ def test_a_shop_without_orders_has_pages_for_strangers_and_no_row_to_buy_again()
     found = shown(front, known, "u0")
     assert len(found.items()) == 40
     assert sum("shown as browse" in note for note in found.fallbacks) == 1
+
+
+def shop_of(price, paths, lines):
+    """A shop of two items, and what was bought of it: (user, item, basket) each."""
+    catalogue = Catalogue.of(
+        ["a", "b"], ["Milk", "Tea"], [""] * 2, paths, [""] * 2, [""] * 2, price
+    )
+    columns = np.array(lines, dtype=np.int64).reshape(-1, 3).T
+    zero = np.zeros(len(lines), np.int64)
+    train = Orders(
+        *columns, zero, zero, zero.astype(np.float32), zero.astype(np.int8), n_users=1, n_items=2
+    )
+    shop = Shop(
+        1, 2, train.user, train.item, np.full(len(lines), np.nan, np.float32), zero,
+        np.ones(len(lines), bool), zero.astype(np.int8), catalogue, ["u"], path=Path("nowhere"),
+    )  # fmt: skip
+    return shop, train
+
+
+def test_what_a_shop_lacks_is_told_in_a_sentence_each():
+    priced, drinks = [1.0, np.nan], [("Drinks",), ()]
+    twice = [(0, 0, 0), (0, 0, 1)]
+    assert lacking(*shop_of(priced, drinks, twice)) == []
+    for given, start in (
+        (([np.nan] * 2, drinks, twice), "no item has a price: "),
+        ((priced, [(), ()], twice), "no item has a category: "),
+        ((priced, drinks, []), "nobody has bought anything: "),
+        ((priced, drinks, [(0, 0, 0), (0, 1, 0)]), "nobody has bought an item twice: "),
+    ):
+        (sentence,) = lacking(*shop_of(*given))
+        assert sentence.startswith(start)
+    assert len(lacking(*shop_of([np.nan] * 2, [(), ()], []))) == 3
+
+
+def without_prices(shop):
+    price = np.full(shop.n_items, np.nan, np.float32)
+    return replace(shop, catalogue=replace(shop.catalogue, price=price))
+
+
+def test_a_shop_without_prices_is_told_once_and_has_its_pages(made, tmp_path, monkeypatch, capsys):
+    for module in ("build", "front"):
+        monkeypatch.setattr(
+            f"pagellm.storefront.{module}.load", lambda path: without_prices(load(path))
+        )
+    options = made | {"runs": str(tmp_path)}
+    for times in (1, 0):  # the second build is there already
+        build.run(Config(**options))
+        assert capsys.readouterr().out.count("no item has a price") == times
+    show.run(show.Config(**options, json=True))
+    document = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert document["page"]["items"] > 50 and "price" not in " ".join(document["fallbacks"])
+
+
+def test_titles_without_a_word_are_counted():
+    titles, paths = titled(40)
+    _, _, counts = opened([*titles, *STRANGE], [*paths, *([("Dairy", "Milk")] * len(STRANGE))])
+    assert counts["titles_without_a_word"] == 3
 
 
 def test_where_all_is_one_mission_every_item_counts_as_fitting():

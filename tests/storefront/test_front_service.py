@@ -8,6 +8,7 @@ import shutil
 import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ httpx = pytest.importorskip("httpx", reason="needs httpx: pip install 'pagellm[d
 
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
+from pagellm.data.shop import load  # noqa: E402
 from pagellm.serving.schema import Error  # noqa: E402
 from pagellm.stage.config import PageLLMError  # noqa: E402
 from pagellm.storefront import ahead, serve  # noqa: E402
@@ -378,6 +380,33 @@ def test_what_sells_out_leaves_the_pages_and_a_new_build_is_taken_up(full, tmp_p
         (tmp_path / "synthetic" / "storefront" / "build" / "done").unlink()  # is being built anew
         assert not service.take_up()
         good(client.page(user=user))
+
+
+def test_all_out_of_stock_is_an_empty_page_that_says_so(full, tmp_path):
+    stock = tmp_path / "gone.txt"
+    service = FrontService(Config(**full, reload=0))
+    stock.write_text("\n".join(service.ahead.store.shop.catalogue.ids))
+    with Client(FrontService(Config(**full, stock=str(stock), reload=0))) as client:
+        for user in (own(client), None):
+            found = good(client.page(user=user))
+            assert found["placements"] == [] and found["page"]["items"] == 0
+            assert any("no item is left" in note for note in found["fallbacks"])
+
+
+def test_a_filter_by_price_says_why_nothing_is_left_where_no_item_has_one(full, monkeypatch):
+    def bare(path):
+        shop = load(path)
+        price = np.full(shop.n_items, np.nan, np.float32)
+        return replace(shop, catalogue=replace(shop.catalogue, price=price))
+
+    monkeypatch.setattr("pagellm.storefront.front.load", bare)
+    with Client(FrontService(Config(**full, reload=0))) as client:
+        asked = {"user": own(client), "filters": {"price": {"max": 5}}}
+        found = good(client.page(**asked))
+        assert found["placements"] == []
+        notes = [note for note in found["fallbacks"] if "price" in note]
+        assert notes == ["no item has a price: the filter by price leaves nothing"]
+        assert good(client.page(user=own(client)))["placements"]
 
 
 def test_a_service_that_is_busy_or_too_slow_says_so(full):
