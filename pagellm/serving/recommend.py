@@ -61,6 +61,7 @@ from pagellm.stage.hints import counted
 
 __all__ = ["Config", "id_list", "parse_history", "run"]
 
+OTHER_TABLES = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".xlsx", ".gz", ".zip"}  # not Parquet
 SUCCESS = "_SUCCESS"  # in a folder of pieces that are all there, as Spark and others write it
 
 
@@ -131,6 +132,12 @@ class Config(Sources):
         if self.all != bool(self.out):
             raise PageLLMError(
                 "--all and --out go together: pagellm recommend --all --out pages.parquet"
+            )
+        if (kind := Path(self.out.partition("?")[0]).suffix.lower()) in OTHER_TABLES:
+            raise PageLLMError(
+                f"--out {self.out}: pages are written as Parquet, not as {kind}\n"
+                '  Name it pages.parquet. For a CSV of it: python -c "import pyarrow.csv as c, '
+                "pyarrow.parquet as p; c.write_csv(p.read_table('pages.parquet'), 'pages.csv')\""
             )
         if self.pieces and not self.all:
             raise PageLLMError("--pieces is about everybody's pages: it goes with --all and --out")
@@ -493,7 +500,10 @@ def made_before(out: Path, note: str) -> dict:
     """What finished pages, a file or a folder of pieces, were made from."""
     if out.is_dir():
         return json.loads((out / note).read_text())
-    return json.loads((pq.read_schema(out).metadata or {}).get(b"pagellm", b"{}"))
+    try:
+        return json.loads((pq.read_schema(out).metadata or {}).get(b"pagellm", b"{}"))
+    except pa.ArrowInvalid:  # a file of something else
+        return {}
 
 
 def refuse_strangers(out: Path) -> None:

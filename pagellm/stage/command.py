@@ -92,6 +92,12 @@ FULL = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file is too large",
 }
+NO_PLACE = {
+    errno.ENOTDIR: "a part of this path is a file, not a directory",
+    errno.EEXIST: "a file of this name is in the way",
+    errno.EISDIR: "a directory of this name is in the way",
+    errno.ENAMETOOLONG: "the name is too long",
+}
 LOST_PROCESS = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -124,7 +130,8 @@ def ran_out(error: Exception) -> bool:
 def explain(error: Exception, cls) -> str | None:
     """A message for a fault of the machine, or None for any other error.
 
-    Faults are a full or read-only disk, too little memory, and a lost process of the job.
+    Faults are a full or read-only disk, a path that cannot be, too little memory, and a lost
+    process of the job.
 
     cls  the command's Config: the message names those of its options that lower memory
     """
@@ -169,6 +176,9 @@ def explain(error: Exception, cls) -> str | None:
                 f"cannot write or read{where}: {os.strerror(error.errno)}; "
                 "give yourself the right, or use another directory"
             )
+        if error.errno in NO_PLACE:
+            name = error.filename2 or error.filename  # what is renamed ends at the second name
+            return f"{name}: {NO_PLACE[error.errno]}; name another file or directory"
     return None
 
 

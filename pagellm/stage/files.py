@@ -36,8 +36,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
     Yields a temporary path in the same directory, for the block to write. If the block ends without
     an exception, that file is synced to disk and renamed to `path`; otherwise it is removed.
+
+    Raises PageLLMError, before the block, if there is no such directory.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise PageLLMError(f"{path}: there is no directory {path.parent}; make it first")
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield beside

@@ -587,6 +587,16 @@ def test_missing_data_studies_and_runs(root, tmp_path):
         config(root, examples=-1)
 
 
+def test_a_file_of_something_else_is_not_overwritten(root, tmp_path):
+    mine = tmp_path / "orders.csv"
+    mine.write_text("user,item\n")
+    with pytest.raises(PageLLMError, match="orders.csv is a file of something else"):
+        report.run(config(root, out=str(mine)))
+    assert mine.read_text() == "user,item\n"
+    for _ in range(2):  # a report is replaced by the next
+        assert report.run(config(root, out=str(tmp_path / "r.html"))).exists()
+
+
 def test_damage_is_told_not_hidden(root, tmp_path):
     shutil.copytree(root, tmp_path / "root")
     runs = tmp_path / "root" / "runs"

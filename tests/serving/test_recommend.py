@@ -407,6 +407,20 @@ def test_pieces_are_carried_on_part_by_part_and_read_as_one_table(
         recommend.run(options("pages", pieces=True, exclude=rec.shop.catalogue.ids[0]))
 
 
+def test_pages_take_the_place_of_nothing_else(served, tmp_path):
+    mine = tmp_path / "orders.data"
+    mine.write_text("user,item\n")
+    with pytest.raises(PageLLMError, match="does not say what it was made from"):
+        recommend.run(config(served, all=True, out=str(mine)))
+    assert mine.read_text() == "user,item\n"
+
+
+@pytest.mark.parametrize("name", ["pages.csv", "s3://bucket/pages.CSV?scheme=http", "pages.jsonl"])
+def test_a_name_for_another_kind_of_table_is_refused(served, name):
+    with pytest.raises(PageLLMError, match="(?s)written as Parquet, not as .*write_csv"):
+        config(served, all=True, out=name)
+
+
 def test_pieces_want_a_directory_of_their_own(served, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     (tmp_path / "file").write_text("a file")

@@ -164,6 +164,10 @@ def test_numbers_are_finite_and_not_negative_unless_said():
     [
         (OSError(errno.ENOSPC, "x", "runs/a"), ("disk is full", "runs/a", "carries on")),
         (OSError(errno.EROFS, "x", "runs/a"), ("cannot write", "runs/a")),
+        (OSError(errno.ENOTDIR, "x", "runs/a"), ("runs/a: ", "is a file", "another")),
+        (OSError(errno.EEXIST, "x", "runs/a"), ("runs/a: ", "file", "in the way")),
+        (OSError(errno.EISDIR, "x", ".a.tmp", None, "runs/a"), ("runs/a: ", "directory", "way")),
+        (OSError(errno.ENAMETOOLONG, "x", "runs/a"), ("runs/a: ", "too long")),
         (MemoryError(), ("out of memory", "--batch")),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), ("out of memory", "--batch")),
         (

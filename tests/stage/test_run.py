@@ -33,6 +33,9 @@ def test_atomic_leaves_old_or_new_never_a_piece(tmp_path):
     with atomic(path) as beside:
         beside.write_text("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(PageLLMError, match="no directory .*; make it first"):
+        with atomic(tmp_path / "nowhere" / "file"):
+            raise AssertionError("the block ran")
 
 
 def test_a_run_carries_on_from_its_last_checkpoint(tmp_path):
