@@ -594,6 +594,36 @@ def test_themes_are_drawn_as_often_as_they_say(made):
     assert check(document, PAGE) == [] and document["placements"][0]["propensity"] < 1
 
 
+def test_without_explore_all_themes_are_drawn_and_given_rows_are_not(made):
+    """Bought before, editorial and static rows are the best ones whatever is drawn beside them."""
+    store = open_store(Sources(**made))
+    front = replace(store.front, best=store.front.best[:1])
+    context = next(c for u in store.shop.user_ids if len((c := store.known.context(u)).item) > 25)
+    rows = (Placement("again", "restock", 4), Placement("one", "browse", 6, 6),
+            Placement("own", "editorial", 4, categories=(store.front.best[0],)),
+            *(Placement(f"more{n}", "browse", 6, 6) for n in range(4)))  # fmt: skip
+    layout = Layout("mixed", rows)
+    written = written_ahead(front, context, layout)[0][:3]
+    best, drawn_themes, drawn_items, given = page(front, context, layout, written=written), 0, 0, 0
+    for seed in range(40):
+        found = page(front, context, layout, seed, 0.5, written=written, explore_themes=True)
+        for row in found.rows:
+            if row.source == "generated":
+                drawn_themes += row.theme_propensity < 1
+                drawn_items += int((row.propensity < 1).sum())
+                continue
+            given += row.source == "static" and row.placement.intent == "browse"
+            assert row.theme_propensity == 1.0 and set(row.propensity.tolist()) == {1.0}
+            assert row.score.tolist() == sorted(row.score.tolist(), reverse=True)
+        for at in (0, 2):
+            assert found.rows[at].item.tolist() == best.rows[at].item.tolist()
+    assert drawn_themes > 20 and drawn_items > 100 and given > 20
+    more = [page(front, context, layout, seed, 0.5, written=written, explore_all=True)
+            for seed in range(20)]  # fmt: skip
+    assert all({row.theme_propensity for row in one.rows} == {1.0} for one in more)
+    assert len({tuple(one.rows[2].item.tolist()) for one in more}) > 1
+
+
 def test_a_theme_s_best_row_is_made_once_whether_it_is_looked_at_drawn_or_shown(made, monkeypatch):
     store, asked = open_store(Sources(**made)), Counter()
     real = choose.best_row
