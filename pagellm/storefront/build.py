@@ -30,7 +30,7 @@ from pagellm.stage.files import read_json, write_json
 from pagellm.stage.hints import counted, nearest
 from pagellm.stage.run import Run, StageConfig, file_id
 from pagellm.storefront.context import Known
-from pagellm.storefront.corpus import Corpus, Space, Vectors, build_corpus
+from pagellm.storefront.corpus import LONGEST_TEXT, Corpus, Space, Vectors, build_corpus
 from pagellm.storefront.encode import Encoder, encoder_folder
 from pagellm.storefront.gates import check_text, choose_threshold
 from pagellm.storefront.missions import SLOTS, Missions, Shelves, find_missions, refined
@@ -54,6 +54,8 @@ __all__ = [
     "read_policy",
     "read_stock",
     "run",
+    "sold_in",
+    "unshowable",
 ]
 
 Made = TypeVar("Made")
@@ -338,11 +340,45 @@ def refuse_policy(missions: Missions, policy: Policy) -> None:
         )
 
 
-def refuse_calendar(policy: Policy, catalogue: Catalogue) -> None:
-    """Raise PageLLMError for seasons that no row could show as they are written: a name that the
-    gates block, a category that nobody sells.
+def unshowable(
+    name: str, catalogue: Catalogue, corpus: Corpus, stock: np.ndarray, policy: Policy
+) -> str:
+    """Why no row can ever show a category that a person named; "" where one can.
+
+    What is sold out may come back: the row then says so by itself.
     """
-    sold = {name for path in catalogue.categories for name in path}
+    sold = sold_in(catalogue)
+    if name not in sold:
+        near = nearest(name, sold)
+        return f"nobody sells {name!r}" + (f"; did you mean {near!r}?" if near else "")
+    if name in corpus.number or not stock[sold[name]].any():
+        return ""
+    if len(name) > LONGEST_TEXT:
+        return f"{name!r} has {len(name)} characters, and rows name {LONGEST_TEXT} at most"
+    if policy.forbidden(name):
+        return f"{name!r} is blocked by the policy"
+    key = stems(name)
+    if not key:
+        return f"{name!r} holds no word"
+    same = next((text for text in corpus.text if stems(text) == key), "")
+    return f"{name!r} is one category with {same!r}, which has the same words; name that one"
+
+
+def sold_in(catalogue: Catalogue) -> dict[str, list[int]]:
+    """The items of every category, of those that are sold out too."""
+    found: dict[str, list[int]] = {}
+    for item, path in enumerate(catalogue.categories):
+        for name in set(path):
+            found.setdefault(name, []).append(item)
+    return found
+
+
+def refuse_policy_names(
+    policy: Policy, catalogue: Catalogue, corpus: Corpus, stock: np.ndarray
+) -> None:
+    """Raise PageLLMError for seasons that no row could show as they are written: a name that the
+    gates block, a category that nobody sells; and for caps of such categories.
+    """
     problems = []
     for entry in policy.calendar:
         name = entry["name"]
@@ -352,12 +388,15 @@ def refuse_calendar(policy: Policy, catalogue: Catalogue) -> None:
         if rules:
             problems.append(f"season {name!r}: the name is blocked by the rule {rules[0]}")
         for category in entry["categories"]:
-            if category not in sold:
-                near = nearest(category, sold)
-                hint = f"; did you mean {near!r}?" if near else ""
-                problems.append(f"season {name!r}: nobody sells {category!r}{hint}")
+            if why := unshowable(category, catalogue, corpus, stock, policy):
+                problems.append(f"season {name!r}: {why}")
+    sold = sold_in(catalogue) if policy.caps else {}
+    for name in policy.caps:
+        if name not in sold:
+            why = unshowable(name, catalogue, corpus, stock, policy)
+            problems.append(f"cap of {name!r}: {why}")
     if problems:
-        raise PageLLMError("the policy's calendar cannot be kept\n  " + "\n  ".join(problems))
+        raise PageLLMError("the policy cannot be kept\n  " + "\n  ".join(problems))
 
 
 def built(
@@ -365,9 +404,9 @@ def built(
 ) -> tuple[dict, dict]:
     """What goes into model.pt, and counts of it."""
     catalogue = heard(shop.catalogue, policy)
-    refuse_calendar(policy, catalogue)
     encoder = encoder_of(config, config.encoder)
     corpus = build_corpus(catalogue, stock, policy.forbidden, config.seed, encoder)
+    refuse_policy_names(policy, catalogue, corpus, stock)
     missions = find_missions(catalogue, train, config.missions, config.seed)
     refuse_policy(missions, policy)
     rows, count = train.history()

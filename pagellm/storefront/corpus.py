@@ -28,7 +28,17 @@ from pagellm.data.shop import Catalogue
 from pagellm.storefront.parts import Keyword, Theme
 from pagellm.storefront.text import BM25, best_first, index_texts, stem, stems, words
 
-__all__ = ["Corpus", "STOP", "Space", "TYPES", "Vectors", "build_corpus", "fused_ranks", "prune"]
+__all__ = [
+    "Corpus",
+    "LONGEST_TEXT",
+    "STOP",
+    "Space",
+    "TYPES",
+    "Vectors",
+    "build_corpus",
+    "fused_ranks",
+    "prune",
+]
 
 TYPES = ("category", "brand", "attribute", "query")
 BRAND_ITEMS, ATTRIBUTE_ITEMS, QUERY_ITEMS = 5, 10, 3  # items that a text of each type needs

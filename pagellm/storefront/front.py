@@ -22,7 +22,7 @@ from pagellm.serving.sources import pick_policy
 from pagellm.stage import dist
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import read_json
-from pagellm.stage.hints import counted, nearest
+from pagellm.stage.hints import counted
 from pagellm.stage.run import StageConfig, file_id, finished, load_model_file
 from pagellm.storefront.build import (
     corpus_of,
@@ -34,6 +34,8 @@ from pagellm.storefront.build import (
     read_policy,
     read_stock,
     scorer_of,
+    sold_in,
+    unshowable,
 )
 from pagellm.storefront.context import Known
 from pagellm.storefront.corpus import Vectors
@@ -202,16 +204,16 @@ def read_layout(name: str, repeats: bool) -> Layout:
 
 
 def check_layout(front: Front, layout: Layout) -> None:
-    """Raise PageLLMError for locked titles that the gates block and categories nobody sells."""
+    """Raise PageLLMError for locked titles that the gates block, and for categories that nobody
+    sells or that no row could name.
+    """
     problems = []
     for at, row in enumerate(layout.placements):
         if row.title and (rule := blocked_by(front, row.title)):
             problems.append(f"placements[{at}].title: {row.title!r} is blocked by the rule {rule}")
         for name in row.categories:
-            if name not in front.corpus.number:
-                near = nearest(name, front.corpus.number)
-                hint = f"; did you mean {near!r}?" if near else ""
-                problems.append(f"placements[{at}].categories: nobody sells {name!r}{hint}")
+            if why := unshowable(name, front.catalogue, front.corpus, front.stock, front.policy):
+                problems.append(f"placements[{at}].categories: {why}")
     if problems:
         raise PageLLMError(
             f"layout {layout.id!r} cannot be shown as it is written\n  " + "\n  ".join(problems)
@@ -318,21 +320,17 @@ def front_of(
         best=state["best"],
         known=known_words([*index_texts(catalogue), *policy.texts]),
         static=config.static,
-        caps=caps_of(policy, corpus, len(stock)),
+        caps=caps_of(policy.caps, catalogue),
     )
 
 
-def caps_of(policy, corpus, n_items: int) -> tuple[tuple[np.ndarray, int], ...]:
-    """The policy's caps as items of a category (N,) bool and how many of them a page may show.
-
-    Raises PageLLMError for a category that nobody sells.
-    """
+def caps_of(caps: dict[str, int], catalogue: Catalogue) -> tuple[tuple[np.ndarray, int], ...]:
+    """A policy's caps as items of a category (N,) bool and how many of them a page may show."""
+    sold = sold_in(catalogue) if caps else {}
     found = []
-    for name, most in policy.caps.items():
-        if name not in corpus.number:
-            raise PageLLMError(f"the policy's cap of {name!r}: nobody sells that category")
-        group = np.zeros(n_items, dtype=bool)
-        group[corpus.matches(corpus.number[name])] = True
+    for name, most in caps.items():
+        group = np.zeros(len(catalogue), dtype=bool)
+        group[sold.get(name, [])] = True
         found.append((group, most))
     return tuple(found)
 

@@ -133,11 +133,20 @@ def test_what_is_asked_for_moves_the_page(client, some):
     assert nothing["placements"] == [] and "left out" in nothing["fallbacks"][-1]
 
 
+def told(document):
+    """Titles and items of a page."""
+    rows = document["placements"]
+    return [(row["theme"]["title"], [item["id"] for item in row["items"]]) for row in rows]
+
+
 def test_strangers_histories_and_layouts(client, some):
     stranger = good(client.page())
     assert stranger["user"] is None and stranger["placements"]
     typed = good(client.page(history=[{"item": some.catalogue.ids[4]}, {"item": "no such"}]))
     assert "items not known: no such" in typed["fallbacks"]
+    nothing_known = good(client.page(history=[{"item": "no such"}, {"item": "nor this"}]))
+    assert "items not known: no such, nor this" in nothing_known["fallbacks"]
+    assert told(nothing_known) == told(stranger) and told(typed) != told(stranger)
     unknown = good(client.page(user="nobody here"))
     assert "this user is not known" in unknown["fallbacks"]
     by_id = good(client.page(user=own(client), layout="A"))

@@ -279,7 +279,7 @@ def test_deals_are_read_from_a_table_and_wrong_lines_are_named(tmp_path, capsys)
 def test_a_policy_s_caps_hold_for_generated_rows_and_count_what_stands_above():
     shop = front()
     policy = policy_of({"caps": {"Drinks": 2, "Breakfast": 1}, "min_items": 1})
-    capped = replace(shop, policy=policy, caps=caps_of(policy, shop.corpus, 12))
+    capped = replace(shop, policy=policy, caps=caps_of(policy.caps, catalogue()))
     wide = replace(TINY.placements[1], slots=4, min_items=1)
     rows = (TINY.placements[0], wide)
     plain, limited = (
@@ -287,8 +287,9 @@ def test_a_policy_s_caps_hold_for_generated_rows_and_count_what_stands_above():
     )
     # g05 stands in the first row: of Drinks one more may come, of Breakfast the better one.
     assert plain == [7, 1, 8, 5] and limited == [7, 1, 5]
-    with pytest.raises(PageLLMError, match="cap of 'Shoes': nobody sells"):
-        caps_of(policy_of({"caps": {"Shoes": 1}}), shop.corpus, 12)
+    with pytest.raises(PageLLMError, match="cap of 'Shoes': nobody sells 'Shoes'"):
+        given = catalogue(), shop.corpus, STOCK
+        build.refuse_policy_names(policy_of({"caps": {"Shoes": 1, "Tea": 2}}), *given)
 
 
 def test_sponsored_items_keep_to_row_and_page_and_are_said():
@@ -391,6 +392,32 @@ def test_a_layout_that_cannot_be_shown_is_refused_by_name():
         said.value
     )
     check_layout(front(), TINY)
+    # What is sold out may come back.
+    gone = Layout("mine", (Placement("a", "editorial", 3, categories=("Cleaning",)),))
+    check_layout(front(), gone)
+    assert "no item of Cleaning is in stock" in page(front(), u1(), gone).fallbacks[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "policy", "words"),
+    [
+        ("x" * 41, {}, "has 41 characters, and rows name 40 at most"),
+        ("Scams", {"banned": ["scam"]}, "'Scams' is blocked by the policy"),
+        ("!!", {}, "'!!' holds no word"),
+        ("coffees", {}, "'coffees' is one category with 'Coffee', which has the same words"),
+    ],
+)
+def test_a_category_that_is_sold_and_cannot_be_shown_is_refused_by_reason(name, policy, words):
+    shop = catalogue()
+    paths = [*shop.categories[:11], (*shop.categories[0], name)]
+    shop, stock, rules = replace(shop, categories=paths), np.ones(12, bool), policy_of(policy)
+    corpus = build_corpus(shop, stock, rules.forbidden)
+    assert words in build.unshowable(name, shop, corpus, stock, rules)
+    season = {"name": "Autumn", "from": "2017-09-01", "to": "2017-11-30", "categories": [name]}
+    named = policy_of(policy | {"calendar": [season]})
+    with pytest.raises(PageLLMError, match="the policy cannot be kept\n  season 'Autumn': "):
+        build.refuse_policy_names(named, shop, corpus, stock)
+    assert build.unshowable("Tea", shop, corpus, stock, rules) == ""
 
 
 def test_a_policy_that_lets_no_row_be_named_is_refused_with_term_and_count():

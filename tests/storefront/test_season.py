@@ -14,13 +14,14 @@ from pagellm.stage.files import read_json
 from pagellm.storefront import ahead, build, evaluate, serve, show
 from pagellm.storefront.ask import FrontAsk
 from pagellm.storefront.context import Known, contexts
+from pagellm.storefront.corpus import build_corpus
 from pagellm.storefront.front import Sources, open_store
 from pagellm.storefront.page import page
 from pagellm.storefront.parts import Layout, Placement
 from pagellm.storefront.policy import policy_of
 from pagellm.storefront.serve import FrontService
 from pagellm.storefront.themes import FORMS, forms_of, season_title
-from tests.storefront.golden import AT, catalogue, golden_orders, golden_shop
+from tests.storefront.golden import AT, STOCK, catalogue, golden_orders, golden_shop
 from tests.storefront.test_page import front
 from tests.storefront.test_retrieve import u1
 
@@ -110,12 +111,13 @@ def test_titles_of_a_season_come_from_its_forms():
 
 def test_a_season_no_row_could_show_is_refused_at_build_by_name():
     wrong = [COFFEE | {"name": "Cheapest week"}, AUTUMN | {"categories": ["Milk", "Granolla"]}]
+    given = catalogue(), build_corpus(catalogue(), STOCK), STOCK
     with pytest.raises(PageLLMError) as said:
-        build.refuse_calendar(policy_of({"calendar": wrong}), catalogue())
+        build.refuse_policy_names(policy_of({"calendar": wrong}), *given)
     assert "'Cheapest week': the name is blocked by the rule claims" in str(said.value)
     assert "'Autumn': nobody sells 'Granolla'; did you mean 'Granola'?" in str(said.value)
     assert "Milk" not in str(said.value).replace("'Milk", "")
-    build.refuse_calendar(CALENDAR, catalogue())
+    build.refuse_policy_names(CALENDAR, *given)
 
 
 @pytest.fixture(scope="module")
