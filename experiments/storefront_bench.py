@@ -9,10 +9,13 @@ Beside ours stand bm25s (same scores) and the masks of llguidance, where these w
     make storefront-bench DATASET=complete_journey
 
 A larger shop is this one several times over: its items are copied, and what people bought and what
-rows hold is spread over the copies. Times are of this machine; ratios within a run say more.
+rows hold is spread over the copies. Times are of this machine; ratios within a run say more. The
+part `build` builds such a shop anew, copies being of brands of their own; its memory is the
+largest that the process had up to then.
 """
 
 import re
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -23,13 +26,17 @@ from typing import Any
 
 import numpy as np
 
+from pagellm.data.orders import Orders
+from pagellm.data.shop import Catalogue, Shop
 from pagellm.model.networks import build
 from pagellm.model.vocab import Vocab
 from pagellm.stage import randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
+from pagellm.storefront import build as stage
+from pagellm.storefront.context import Known
 from pagellm.storefront.corpus import prune
-from pagellm.storefront.front import Sources, Store, open_store
+from pagellm.storefront.front import Sources, Store, front_of, open_store
 from pagellm.storefront.fuse import SameLeaf
 from pagellm.storefront.local import Next
 from pagellm.storefront.making import Front
@@ -268,6 +275,55 @@ def llguidance_masks(
     return milliseconds(walk, rounds)
 
 
+def copied(shop: Shop, train: Orders, times: int, rng) -> tuple[Shop, Orders]:
+    """The shop so many times over, each copy's brands its own, and the same purchases of copies."""
+    one, copies = shop.catalogue, range(times)
+    catalogue = Catalogue.of(
+        [f"{name}-{copy}" for copy in copies for name in one.ids],
+        [f"{title} {copy}" if title else "" for copy in copies for title in one.title],
+        [f"{brand} {copy}" if brand else "" for copy in copies for brand in one.brand],
+        one.categories * times,
+        one.leaf * times,
+        [""] * (times * len(one)),
+        np.tile(one.price, times),
+    )
+    n, place = shop.n_items, shop.n_items * rng.integers(0, times, shop.n_items)
+    moved = replace(train, item=train.item + place[train.item], n_items=n * times)
+    large = replace(shop, n_items=n * times, item=shop.item + place[shop.item], catalogue=catalogue)
+    return large, moved
+
+
+def built_anew(store: Store, config: Config) -> list[dict]:
+    """A build, and pages without a cache out of it, by size of the shop: seconds, ms, gigabytes."""
+    shop, policy, found = store.shop, store.front.policy, []
+    options = stage.Config(**{name: getattr(config, name) for name in ("seed", "device")})
+    train = store.orders.only("train")
+    for size in map(int, config.sizes.split(",")):
+        times = max(1, round(size / shop.n_items))
+        rng = randomness.rng(config.seed, "storefront", "copies", times)
+        large, orders = copied(shop, train, times, rng)
+        stock = np.ones(large.n_items, dtype=bool)
+        began = time.process_time()
+        state, counts = stage.built(options, large, orders, policy, stock)
+        seconds = time.process_time() - began
+        front = front_of(config, large, state, policy, stock, config.seed)
+        k, end = front.missions.k, orders.end()
+        known = Known.of(large, orders, front.missions.of_item, k, end, policy)
+        users = randomness.rng(config.seed, "storefront", "bench").permutation(shop.n_users)
+        people = [known.context(shop.user_ids[u]) for u in users[: config.people].tolist()]
+        spent = [milliseconds(partial(page, front, one, store.layout), 1) for one in people]
+        p50, p95 = np.percentile(spent, [50, 95])
+        # Kilobytes, as Linux counts them.
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        words = sum(counts["keywords"].values())
+        found.append({"items": large.n_items, "keywords": words, "seconds": seconds,
+                      "p50": float(p50), "p95": float(p95), "GB": memory})  # fmt: skip
+        print(f"{large.n_items:>9,} items, {words:,} keywords: built in {seconds:.0f} s; a page "
+              f"without a cache p50 {p50:.0f} ms, p95 {p95:.0f} ms; {memory:.1f} GB",
+              flush=True)  # fmt: skip
+    return found
+
+
 def single_parts(store: Store, config: Config) -> dict[str, float]:
     """Milliseconds of the parts that a page made now consists of, and of the trie."""
     front = store.front
@@ -307,6 +363,7 @@ PARTS: dict[str, Callable[[Store, Config], Any]] = {
     "parts": single_parts,
     "bm25": searched,
     "masks": under_masks,
+    "build": built_anew,
 }
 
 

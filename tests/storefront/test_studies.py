@@ -95,6 +95,25 @@ def test_a_grown_shop_shows_copies_of_the_same_items(store):
     assert (second.items() % n >= 0).all() and (second.items() >= n).any()
 
 
+def test_a_copied_shop_holds_the_same_purchases_of_brands_of_its_own(store):
+    shop, train = store.shop, store.orders.only("train")
+    large, orders = storefront_bench.copied(shop, train, 3, np.random.default_rng(0))
+    n = shop.n_items
+    assert large.n_items == len(large.catalogue) == 3 * n == orders.n_items
+    assert (orders.item % n == train.item).all() and (large.item % n == shop.item).all()
+    assert set((orders.item // n).tolist()) == {0, 1, 2}
+    assert len(set(large.catalogue.ids)) == 3 * n
+    assert len(large.catalogue.brand_names) == 3 * len(shop.catalogue.brand_names)
+
+
+def test_the_bench_builds_larger_shops(made, capsys):
+    asked = storefront_bench.Config(**made, parts="build", sizes="100,400", people=3)
+    small, large = storefront_bench.run(asked)["build"]
+    assert large["items"] == 3 * small["items"] and large["keywords"] > small["keywords"]
+    assert 0 < small["seconds"] and 0 < small["p50"] <= small["p95"] and 0 < small["GB"]
+    assert "keywords: built in" in capsys.readouterr().out
+
+
 def test_the_bench_prints_its_parts(made, capsys, monkeypatch):
     monkeypatch.setattr(storefront_bench, "TRIE", 500)
     found = storefront_bench.run(
