@@ -113,11 +113,14 @@ def add_catalogue_routes(app: FastAPI, service) -> None:
     )
     def user(id: Id):
         r = service.recommender
-        if id not in r.user_of:
+        if id in r.user_of:
+            items, ratings, _ = r.user_state(r.user_of[id])
+        elif id in r.left_out.users:
+            items, ratings, *_ = r.past(None, r.left_out.of(id))
+        else:
             raise HTTPException(
                 404, "no such user; strangers are served by POST /v1/page with a history"
             )
-        items, ratings, _ = r.user_state(r.user_of[id])
         history = [
             {**r.cards[i], "rating": None if x != x else round(x, 2)}
             for i, x in zip(items.tolist(), ratings.tolist(), strict=True)
@@ -141,7 +144,8 @@ def add_catalogue_routes(app: FastAPI, service) -> None:
         summary="Find users by id",
     )
     def users(query: Words = "", limit: Limit = 20):
-        ids = (i for i in service.recommender.shop.user_ids if not is_forgotten(i))
+        r = service.recommender
+        ids = (i for i in (*r.shop.user_ids, *r.left_out.users) if not is_forgotten(i))
         return JSON({"found": find(query, limit, ((i, "") for i in ids))})
 
     @app.get(

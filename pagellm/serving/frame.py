@@ -35,6 +35,9 @@ __all__ = [
 ]
 
 
+NUMBER_FOR_TEXT = 'want text; an id that is a number goes in quotes: "1024"'
+
+
 class Busy(Exception):
     """The queue of waiting requests is full."""
 
@@ -125,7 +128,9 @@ def add_error_handlers(app: FastAPI, timeout: float) -> None:
                 "field": "body"
                 if e["type"] == "json_invalid"
                 else ".".join(map(clean, e["loc"][1:])) or "body",
-                "problem": clean(e["msg"].removeprefix("Value error, ")),
+                "problem": NUMBER_FOR_TEXT
+                if e["type"] == "string_type" and type(e["input"]) in (int, float)
+                else clean(e["msg"].removeprefix("Value error, ")),
             }
             for e in error.errors()[:20]
         ]

@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -168,6 +170,27 @@ def test_users_items_and_shop(client, some):
         "/nope",
     ):
         assert refused(client("GET", path), 404).code == "not_found"
+
+
+def test_users_below_the_k_core_are_found_with_their_history(served, some, tmp_path):
+    shutil.copytree(served, tmp_path / "copy")
+    items = some.catalogue.ids
+    pq.write_table(
+        pa.table({"user_id": ["new"] * 3, "item_id": [items[3], "gone", items[8]]}).append_column(
+            "rating", pa.array([5.0, 5.0, None])
+        ),
+        tmp_path / "copy" / "data" / "synthetic" / "dropped.parquet",
+    )
+    with Client(Service(config(tmp_path / "copy"))) as client:
+        user = User.model_validate(client("GET", "/v1/users/new").json())
+        assert [(e.item, e.rating) for e in user.history] == [(items[3], 5.0), (items[8], None)]
+        assert client("GET", "/v1/users?query=new").json()["found"] == [{"id": "new", "title": ""}]
+        assert client.page(user="new", k=2).json()["user"]["history"] == len(user.history)
+
+
+@pytest.mark.parametrize("body", [{"user": 7}, {"history": [{"item": 7.5}]}])
+def test_an_id_that_is_sent_as_a_number_is_told_to_go_in_quotes(client, body):
+    assert "goes in quotes" in refused(client.page(**body), 422).message
 
 
 def test_head_is_get_without_the_body(client, some):

@@ -83,7 +83,7 @@ function putOrder(policy) {
 function remarks(answer) {
   const { unknown, user, notes, latency_ms } = answer;
   const out = [`Written in ${Math.round(latency_ms)} ms from a history of ${user.history}.`];
-  if (unknown.user) out.push("The model has not met this user; the page follows the typed history alone.");
+  if (unknown.user) out.push("The model has not met this user; the page follows the history alone.");
   if (unknown.items.length) out.push(`Unknown items: ${unknown.items.join(", ")}.`);
   if (unknown.categories.length) out.push(`Unknown categories: ${unknown.categories.join(", ")}.`);
   if (changed) out.push("The models have changed since this link was made.");
