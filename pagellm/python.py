@@ -21,8 +21,9 @@ it, not by the import.
 
 import json
 import math
+import operator
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -203,6 +204,12 @@ def fit(
         return reads(name, config)
 
     wanted = in_order(stages or "compose", needs)
+    if idle := [name for name in own if name not in wanted]:
+        raise PageLLMError(
+            f"{', '.join(idle)}: options of a stage that is not run; {', '.join(wanted)} "
+            f"{'is' if len(wanted) == 1 else 'are'}\n  Name the stage in stages=, or leave its "
+            "options out."
+        )
     if minutes is not None and not (Path(runs) / (run or data.dataset) / "preset").exists():
         run_verb("tune", "pagellm.tune", told | {"minutes": minutes})
     for name in wanted:
@@ -420,12 +427,19 @@ class Model:
         if seen not in SEEN:
             raise PageLLMError(f"seen={seen!r}: want {' or '.join(SEEN)}")
         as_filter: dict[str, Any] = dict(
-            exclude=ids_of(exclude), price_min=price_min, price_max=price_max, seen=seen
+            exclude=ids_of(exclude),
+            price_min=bound("price_min", price_min),
+            price_max=bound("price_max", price_max),
+            seen=seen,
         )
         as_filter |= {
             name: None if value is None else ids_of(value)
             for name, value in (("categories", categories), ("in_stock", in_stock))
         }
+        k, batch, new_items = (
+            whole(name, value)
+            for name, value in (("k", k), ("batch", batch), ("new_items", new_items))
+        )
         if k < 1 or batch < 1:
             raise PageLLMError(f"k={k}, batch={batch}: want 1 or more")
         if not 0 <= new_items <= k:
@@ -568,9 +582,33 @@ def cards(pages: "ArrowStream", most: int = 4) -> "Cards":
 
 
 def ids_of(values: Any) -> tuple[str, ...]:
-    """Different ids as text: of one id, of a list, or of a column of any library."""
-    values = [values] if isinstance(values, str) else list(values)
+    """Different ids as text: of one id, of a list, or of a column of any library.
+
+    Raises PageLLMError for a whole table.
+    """
+    if hasattr(values, "columns"):
+        raise PageLLMError("ids: this is a table; give one column of it")
+    values = [values] if isinstance(values, str) or not isinstance(values, Iterable) else values
     return tuple(dict.fromkeys(id_of(value) for value in values))
+
+
+def whole(name: str, value: Any) -> int:
+    """The value of an option as an int. Raises PageLLMError if it is no whole number."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise PageLLMError(f"{name}={value!r}: want a whole number") from None
+
+
+def bound(name: str, value: Any) -> float | None:
+    """A price as a float, None for none. Raises PageLLMError if it is no number."""
+    try:
+        number = None if value is None else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if number is not None and math.isnan(number):
+        raise PageLLMError(f"{name}={value!r}: want a number, or None")
+    return number
 
 
 def id_of(value: Any, what: str = "id") -> str:
@@ -586,17 +624,23 @@ def id_of(value: Any, what: str = "id") -> str:
 def events_of(events: Any) -> tuple[tuple[str, float], ...]:
     """Item ids, or (id, rating), as (id, rating), where an unknown rating is NaN.
 
-    Raises PageLLMError for a rating outside of 1 to 5.
+    Raises PageLLMError for anything else, and for a rating outside of 1 to 5.
     """
-    if isinstance(events, str):
+    if isinstance(events, str) or not isinstance(events, Iterable):
         raise PageLLMError(f"history={events!r}: want a list of item ids, or of (id, rating)")
     out = []
     for event in events:
-        item, rating = event if isinstance(event, tuple | list) else (event, math.nan)
-        rating = math.nan if rating is None else float(rating)
-        if not (math.isnan(rating) or 1 <= rating <= 5):
+        pair = tuple(event) if isinstance(event, tuple | list) else (event, math.nan)
+        if len(pair) != 2:
+            raise PageLLMError(f"history: {event!r}: want an item id, or (id, rating)")
+        item, rating = pair
+        try:
+            value = math.nan if rating is None else float(rating)
+        except (TypeError, ValueError):
+            value = math.inf
+        if not (math.isnan(value) or 1 <= value <= 5):
             raise PageLLMError(f"history: {item} has rating {rating}; want 1 to 5, or none")
-        out.append((id_of(item, "item"), rating))
+        out.append((id_of(item, "item"), value))
     return tuple(out)
 
 

@@ -243,6 +243,8 @@ def test_the_run_is_that_of_the_command_line_and_is_not_made_twice(model, capsys
     other = SMALL["sft"] | {"epochs": 2}
     with pytest.raises(pagellm.PageLLMError, match="was made with epochs=1"):
         pagellm.fit(model.data, stages="sft", runs=model.runs, **SMALL | {"sft": other})
+    with pytest.raises(pagellm.PageLLMError, match="ppo: options of a stage that is not run"):
+        pagellm.fit(model.data, stages="sft", runs=model.runs, **SMALL, ppo={"kl_coef": 0.1})
 
 
 def test_pages_are_those_of_recommend(model):
@@ -295,6 +297,7 @@ def test_histories_of_any_form_are_the_same_and_unknown_ids_are_printed(model, c
 def test_ids_of_any_type_are_read_as_prepare_reads_them(model, capsys):
     """A column of whole numbers with a gap comes as floats: 7.0 is 7 in a log and here."""
     assert python.ids_of(np.array([7.0, 8.0])) == python.ids_of([7, "8"]) == ("7", "8")
+    assert python.ids_of(7) == python.ids_of(np.int64(7)) == python.ids_of("7") == ("7",)
     assert python.events_of([np.float64(7), (np.int64(8), 5), "007"])[1:] == (
         ("8", 5.0),
         ("007", pytest.approx(math.nan, nan_ok=True)),
@@ -317,7 +320,15 @@ def test_ids_of_any_type_are_read_as_prepare_reads_them(model, capsys):
         ("want greedy, beam", {"mode": "best"}),
         ("not served here", {"policy": "ppo", "users": "x"}),
         ("k=0", {"k": 0}),
-        ("rating 7.0; want 1 to 5", {"history": [("x", 7)]}),
+        ("k=2.5: want a whole number", {"k": 2.5}),
+        ("batch='8': want a whole number", {"batch": "8"}),
+        ("new_items=None: want a whole number", {"new_items": None}),
+        ("price_max='cheap': want a number", {"price_max": "cheap"}),
+        ("give one column", {"users": pa.table({"user": ["a"]})}),
+        ("x has rating good; want 1 to 5", {"history": [("x", "good")]}),
+        ("want an item id, or", {"history": [("x", 5, "2024-01-01")]}),
+        ("history=7: want a list", {"history": 7}),
+        ("rating 7; want 1 to 5", {"history": [("x", 7)]}),
         ("want a list of item ids", {"history": "x"}),
         ("one history for 2 users", {"history": ["x"], "users": ["a", "b"]}),
         ("no column item", {"history": pa.table({"user": ["a"], "sku": ["b"]})}),
