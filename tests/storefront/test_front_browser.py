@@ -113,6 +113,7 @@ def test_a_row_of_one_s_own_is_told_why_not(screen):
     said = screen.locator("#own-said")
     expect(said).to_contain_text("It does not pass.")
     expect(said).to_contain_text("rule claims")
+    expect(said).not_to_contain_text("0.00 against 0.00")
     expect(said).to_contain_text("no category or keyword is called no such category")
 
 
@@ -122,6 +123,11 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(screen):
     assert screen.locator("html").evaluate("x => x.scrollWidth") <= 360
     boxes = [screen.locator(f"#{name}").bounding_box() for name in ("themed", "plain")]
     assert boxes[0]["y"] < boxes[1]["y"]  # one below the other
+    # A title has the whole width to itself: what it does not leave goes below it.
+    title = screen.locator("#themed h3 button").nth(1)
+    title.evaluate("x => { x.firstChild.textContent = 'Dry mix desserts and more' }")
+    box, tag = title.bounding_box(), title.locator(".tag").bounding_box()
+    assert box["height"] < 60 and tag["y"] > box["y"] + 16
     for box in screen.locator("button:visible, input:visible").evaluate_all(
         "nodes => nodes.map(x => x.getBoundingClientRect().height)"
     ):

@@ -25,6 +25,7 @@ from pagellm.stage.config import PageLLMError  # noqa: E402
 from pagellm.storefront import ahead, serve  # noqa: E402
 from pagellm.storefront.api import make_app  # noqa: E402
 from pagellm.storefront.ask import FrontAsk  # noqa: E402
+from pagellm.storefront.given import blocked_by  # noqa: E402
 from pagellm.storefront.schemas import PAGE, check  # noqa: E402
 from pagellm.storefront.serve import Config, FrontService  # noqa: E402
 
@@ -170,7 +171,7 @@ def test_strangers_histories_and_layouts(client, some):
         ({"explore": "much"}, "explore"),
         ({"seed": -1}, "seed"),
         ({"at": -5}, "at"),
-        ({"at": 5}, "at: orders are known"),
+        ({"at": 5}, "at: orders are known up to "),
         ({"layout": "none such"}, "layout: there is no 'none such'"),
         ({"layout": {"schema": "layout/1"}}, "placements: is missing"),
         (
@@ -260,6 +261,12 @@ def test_a_merchandiser_s_own_row_is_looked_at(client):
     ).json()
     rules = {d["rule"] for d in bad["decisions"] if d["action"] != "pass"}
     assert not bad["passes"] and "instructions" in rules
+    # As a layout may name a row: by words that the catalogue does not know.
+    for intent, may in (("editorial", True), ("browse", False)):
+        body = {"title": "Zumbazumba kerfuffle", "concepts": [name], "intent": intent}
+        said = client("POST", "/v1/storefront/check", json=body).json()
+        assert said["passes"] is may
+        assert (blocked_by(front, body["title"]) == "") and len(said["items"]) > 0
 
 
 def test_meters_count_pages_rows_and_hits(client):

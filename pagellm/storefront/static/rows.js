@@ -97,7 +97,8 @@ function bar(x, most) {
   return svg;
 }
 
-const words = (d) => `${d.level}, rule ${d.rule}: ${fixed(d.value, 2)} against ${fixed(d.threshold, 2)}`;
+const words = (d) => `${d.level}, rule ${d.rule}` +
+  (d.value || d.threshold ? `: ${fixed(d.value, 2)} against ${fixed(d.threshold, 2)}` : "");
 
 function notes(page) {
   const list = page.fallbacks.length ? page.fallbacks : ["nothing"];
@@ -134,9 +135,9 @@ async function suggest() {
 async function begin() {
   const state = await call("/v1/storefront/state");
   const { layouts, default: first } = await call("/v1/storefront/layouts");
-  const people = state.coverage.people.toLocaleString("en");
+  const [people, pages] = [state.coverage.people, state.coverage.pages].map((n) => n.toLocaleString("en"));
   byId("facts").textContent = `${people} people, ranker ${state.ranker}, writer ${state.writer}; ` +
-    (state.themes_on ? `${state.coverage.pages} pages are kept` : "themes are switched off");
+    (state.themes_on ? `${pages} pages are kept` : "themes are switched off");
   byId("layout").append(...layouts.map(({ id }) => make("option", { value: id, selected: id === first }, id)));
   const day = new Date(1000 * state.at + 86_399_000).toISOString().slice(0, 10);
   byId("day").min = day;
