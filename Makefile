@@ -115,6 +115,7 @@ storefront-fuzz: $(VENV)/extra-serve,load | $(ROWS)  ## its service fuzzed with 
 storefront-load: $(VENV)/extra-serve,load | $(ROWS)  ## its service under load: ARGS="--soak 10"
 	$(ONE) storefront cache $(COMMON)
 	$(PY) -m experiments.stress.load --rows $(COMMON) $(ARGS)
+$(if $(findstring backend reward,$(subst =, ,$(ARGS))),judge: $(DONE)/reward/done)
 judge: $(DONE)/evaluate/done  ## SFT's pages against composed ones or PPO's: ARGS="--backend reward"
 ope: $(SHOWN)  ## what PPO would earn, from SFT's SIMULATED log; your own: ARGS="--log sessions.parquet"
 shared = $(and $(filter-out 1,$(NPROC)),$(filter $(STAGES) recommend,$(1)))
@@ -139,7 +140,7 @@ $(STUDIES): | $(VENV)/installed
 ranker: $(VENV)/extra-ranker
 fuzz load: $(VENV)/extra-serve,load
 $(OF_A_RUN): options = $(COMMON)
-$(OF_A_RUN): $(DONE)/ppo/done
+$(OF_A_RUN): $(DONE)/ppo/done $(DONE)/reward/done
 torture: $(VENV)/installed
 gpu-check: $(VENV)/extra-dev
 scaling: $(VENV)/extra-report

@@ -78,7 +78,9 @@ class Config(StageConfig):
 def train(config: Config, name: str, steps: int, run: str) -> float:
     """Train one row for some steps; the processor seconds of a step, the first one apart."""
     base = config.run or config.dataset
-    options = {"lr": config.lr, "row_lr": config.row_lr, "kl_coef": config.kl_coef} | ROWS[name]
+    options: dict[str, Any] = {"lr": config.lr, "row_lr": config.row_lr} | ROWS[name]
+    if options["algo"] != "expert":  # it has no KL penalty
+        options = {"kl_coef": config.kl_coef} | options
     ppo.run(
         ppo.Config(
             dataset=config.dataset,

@@ -11,6 +11,9 @@ __all__ = ["Config"]
 
 GROUPED = ("rloo", "grpo", "dr_grpo")  # these compare the pages of one user
 ALGOS = ("ppo", "reinforce", *GROUPED, "expert")
+# Options that are read by a critic alone, and by an algorithm that draws pages.
+OF_CRITIC = ("vf_coef", "value_clip", "critic_lr", "critic_warmup", "gamma", "lam")
+OF_DRAWS = ("clip", "max_kl", "kl_coef", "kl_target", "samples", "relevance_gate", "reward_fn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,12 +155,27 @@ class Config(TrainingConfig):
                 "algo=expert learns the pages that maximise the outcome reward, all slots at once: "
                 "want --item_reward outcome and w_token above 0, and no --draw slots"
             )
+        self.check_unread()
         if self.w_token == self.w_page == self.w_hit == 0 and not (self.reward_fn and self.w_fn):
             raise PageLLMError("w_token, w_page and w_hit are all 0: nothing to optimise")
         if self.item_reward == "outcome" and self.w_hit > 0:
             raise PageLLMError(
                 "w_hit pays for train items, and the outcome model has learnt from them: take "
                 "--w_hit 0 with --item_reward outcome, or --item_reward pairs"
+            )
+
+    def check_unread(self) -> None:
+        """Raises PageLLMError for an option that was changed and that `algo` does not read."""
+        unread, why, other = OF_CRITIC if self.once else (), "it has no critic", "--algo ppo"
+        if self.algo == "expert":
+            unread = (*OF_CRITIC, *OF_DRAWS)
+            why = "it learns the pages that maximise the outcome reward, and draws none"
+            other += " --item_reward pairs --w_page 1, which the reward model of pairs pays"
+        default = self.__dataclass_fields__
+        if changed := [name for name in unread if getattr(self, name) != default[name].default]:
+            raise PageLLMError(
+                f"algo={self.algo} does not read {', '.join(changed)}: {why}\n"
+                f"  Leave it out, or take PPO itself: {other}"
             )
 
     @property

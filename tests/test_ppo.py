@@ -431,6 +431,9 @@ def test_the_relevance_gate_takes_gains_and_leaves_losses():
     assert gated(token, logits, item, 3).tolist() == [[1.0, 2.0, -3.0, 0.0]]
 
 
+EXPERT = {"algo": "expert", "item_reward": "outcome", "w_page": 0.0}
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -443,6 +446,9 @@ def test_the_relevance_gate_takes_gains_and_leaves_losses():
         ({"algo": "dpo"}, "ppo, reinforce, rloo"),
         ({"algo": "grpo"}, "samples of 2 or more"),
         ({"draw": "one_shot"}, "has a critic"),
+        (EXPERT | {"kl_coef": 0.2, "lam": 1.0}, "does not read lam, kl_coef: it learns the pages"),
+        (EXPERT | {"reward_fn": "a:b"}, "does not read reward_fn"),
+        ({"algo": "rloo", "samples": 4, "critic_lr": 1e-3}, "does not read critic_lr: it has no"),
         ({"algo": "expert"}, "item_reward outcome"),
         ({"item_reward": "outcome", "w_hit": 1.0}, "has learnt from them"),
         ({"item_reward": "x"}, "pairs or outcome"),
@@ -563,7 +569,7 @@ def test_a_function_of_one_s_own_that_raises_is_shown_without_our_code(
     words = ["--run", "wrong", "--source_run", "base", "--runs", str(sft_alone / "runs")]
     words += ["--data", str(sft_alone / "data"), "--device", "cpu", "--k", "4", "--rollout", "16"]
     words += ["--minibatch", "8", "--micro", "8", "--epochs", "0.1", "--w_token", "0"]
-    words += ["--w_page", "0", "--reward_fn", "wrong_reward:wrong"]
+    words += ["--w_page", "0", "--reward_fn", "wrong_reward:wrong", "--preset", "none"]
     assert main(ppo.Config, ppo.run, "pagellm ppo", words) == 2
     told = capsys.readouterr().err
     told = told[told.index("pagellm ppo: reward_fn=") :].splitlines()

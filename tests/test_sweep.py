@@ -58,7 +58,7 @@ def test_a_trial_ends_with_its_score_or_is_stopped(served, tmp_path, pruner):
     if pruner == "NopPruner()":
         assert trial.value == json.loads((folder / "done").read_text())["score"]
         made = json.loads((folder / "config.json").read_text())["config"]
-        assert made["kl_coef"] == trial.params["kl_coef"] and made["lr"] == trial.params["lr"]
+        assert made["sft_coef"] == trial.params["sft_coef"] and made["lr"] == trial.params["lr"]
         assert max(trial.intermediate_values.values()) == trial.value
     else:
         assert trial.state == optuna.trial.TrialState.PRUNED
