@@ -511,7 +511,7 @@ def run(config: Config) -> None:
             return
         if composer is not None:
             seen = shop.csr("train", positive=None)
-            nets.outcome = OutcomeReward.of(composer, prompts.users, seen, config.k)
+            nets.outcome = OutcomeReward.of(composer, prompts.visited(total), seen, config.k)
         # Reward model and critic only. In bfloat16 the policy's pass over a page leaves the
         # log-probabilities the page was sampled with by up to 0.04 nats a slot (float32: 1e-5),
         # so the ratio would not be that of the draw.

@@ -166,7 +166,8 @@ class Config(TrainingConfig):
 
     def check_unread(self) -> None:
         """Raises PageLLMError for an option that was changed and that `algo` does not read."""
-        unread, why, other = OF_CRITIC if self.once else (), "it has no critic", "--algo ppo"
+        unread: tuple[str, ...] = OF_CRITIC if self.once else ()
+        why, other = "it has no critic", "--algo ppo"
         if self.algo == "expert":
             unread = (*OF_CRITIC, *OF_DRAWS)
             why = "it learns the pages that maximise the outcome reward, and draws none"

@@ -80,11 +80,12 @@ def once_loss(
     logits = first_logits(policy, *trim_padding(p, v), gone) / config.temperature
     logp, entropy = drawn_logp(logits, x, mask, at)
     old, A, row = r.old_logp[rows], advantage[rows], {}
-    loss, row["policy/clipfrac"] = policy_loss(logp, old, A, mask, config.clip)
-    if config.algo == "expert":
-        loss = -masked.mean(logp, mask)
+    loss, clipped = policy_loss(logp, old, A, mask, config.clip)
     bonus = masked.mean(entropy, mask)
-    row |= policy_row(logp.detach(), old, A, mask, config.clip)
+    row |= policy_row(logp.detach(), old, A, mask, config.clip) | {"policy/clipfrac": clipped}
+    if config.algo == "expert":  # nothing is clipped: the old policy did not draw them
+        loss = -masked.mean(logp, mask)
+        row = {name: value for name, value in row.items() if "clipfrac" not in name}
     row |= {"policy/loss": loss.detach(), "policy/entropy": bonus.detach()}
     loss = loss - config.entropy_coef * bonus
     return add_sft_loss(policy, r, rows, loss, row, config.sft_coef, "multinomial")

@@ -179,10 +179,20 @@ class Prompts:
         if 0 < config.candidates < shop.n_items:
             self.proposals = Proposals(shop, config.candidates, config.seed)
 
+    def drawn(self, step: int) -> np.ndarray:
+        """The users of a step, (B,), in the order in which they were drawn."""
+        return self.users[
+            batch_at(step, len(self.users), self.per_step, self.config.seed, "ppo")[1]
+        ]
+
+    def visited(self, steps: int) -> np.ndarray:
+        """The users of the first `steps` steps, rising."""
+        if steps * self.per_step >= 2 * len(self.users):  # all of them, in whole epochs
+            return self.users
+        return np.unique(np.concatenate([self.drawn(step) for step in range(steps)]))
+
     def __call__(self, step: int) -> StepInput:
-        config, seed = self.config, self.config.seed
-        index = batch_at(step, len(self.users), self.per_step, seed, "ppo")[1]
-        users = self.users[index]
+        config, seed, users = self.config, self.config.seed, self.drawn(step)
         # Micro-batches of like length need little padding.
         order = np.argsort(self.history.counts()[users], kind="stable")
         users = users[order].repeat(config.samples)

@@ -13,10 +13,10 @@ same plan and ends with the same bytes. Then it chooses, in this order:
 1. Plain models: settings of EASE, ALS, ALS+facts and ALS+ratings.
 2. The start of the network: the best factorisation's rows; its width, its prompts, its decoding.
 3. Pre-training on texts, SFT (learning rate; early stopping), composed pages with and without the
-   language model, reward and PPO. A stage is kept if a paired 95% interval says that it adds
-   something, and if neither Recall@20 nor NDCG@100 falls by more than 1%. Otherwise it is left out.
-   Composed pages and the policy's own are two ways of making a page: of these the one is taken
-   whose worst relative difference to the other is best.
+   language model, PPO paid by their outcome model. A stage is kept if a paired 95% interval says
+   that it adds something, and if neither Recall@20 nor NDCG@100 falls by more than 1%. Otherwise it
+   is left out. Composed pages and the policy's own are two ways of making a page: of these the one
+   is taken whose worst relative difference to the other is best.
 
 No test row is read.
 """
@@ -294,8 +294,8 @@ def fine_tuning(t: Tuning, style: PromptStyle, mode: str) -> Scores:
     return scores[best]
 
 
-def composition(t: Tuning, policy: Scores, plain: tuple[str, Scores]) -> Scores:
-    """Composed pages without and with the language model; returns the scores of the best pages."""
+def composition(t: Tuning, policy: Scores, plain: tuple[str, Scores]) -> None:
+    """Composed pages without and with the language model."""
     options = t.presets["compose"] | {"k": t.config.k, "eval_users": t.plan.eval_users}
     options |= {"fold_users": t.plan.fold_users}
     shared: dict[str, tuple] = {}  # judges, outcome network and plain rows are the same in both
@@ -312,38 +312,34 @@ def composition(t: Tuning, policy: Scores, plain: tuple[str, Scores]) -> Scores:
     if t.judge("language model in compose", "compose without it", both, alone, by):
         name, scores = "sft", both
     if not t.judge("compose", "the policy's own pages", scores, policy, instead=True):
-        return policy
+        return
     t.presets["compose"] = options | {"policy": name}
     t.trial_of["compose"] = f"composed-{name}"
-    return scores
 
 
-def rewarded(t: Tuning, mode: str, policy: Scores, pages: Scores) -> Scores:
-    """Reward and PPO, where there is time and where they pay."""
+def rewarded(t: Tuning, mode: str, policy: Scores) -> None:
+    """PPO, where there is time and where it pays: it learns what the outcome model would show."""
     if not t.plan.ppo:
-        t.skip("reward and PPO", "no time")
-        return pages
-    source = t.bench.run_of(t.trial_of["sft"])
-    t.bench.stage("reward", "ppo", {"per_kind": 1, "source_run": source})
+        t.skip("PPO", "no time")
+        return
+    if "compose" not in t.trial_of:
+        t.skip("PPO", "composed pages were left out, and their outcome model would pay it")
+        return
     steps = t.plan.ppo
-    options: dict[str, Any] = {
-        "sft_coef": 1.0,
-        "w_hit": 3.0,
-        "label_share": 0.5,
-        "lr": 1e-4,
-        "row_lr": 0.1,
-    }
+    options: dict[str, Any] = {"algo": "expert", "item_reward": "outcome", "w_page": 0.0}
+    options |= {"sft_coef": 1.0, "label_share": 0.5, "lr": 1e-4, "row_lr": 0.1}
+    options["gate_users"] = planning.GATE_USERS
     options |= {"mode": mode, "k": t.config.k, "epochs": 0.001, "min_steps": steps}
     options |= {"eval_every": max(1, steps // 6), "patience": 3}
-    lent = {"source_run": source, "reward_run": t.bench.run_of("ppo")}
+    lent = {
+        "source_run": t.bench.run_of(t.trial_of["sft"]),
+        "compose_run": t.bench.run_of(t.trial_of["compose"]),
+    }
     t.bench.stage("ppo", "ppo", options | lent)
     scores = t.bench.policy("ppo", "ppo", mode)
     t.note("ppo", f"{steps} steps", scores)
-    if not t.judge("reward and PPO", "the policy's own pages", scores, policy):
-        return pages
-    t.presets |= {"reward": {"per_kind": 1}, "ppo": options}
-    t.trial_of |= {"reward": "ppo", "ppo": "ppo"}
-    return pages if "compose" in t.trial_of else scores
+    if t.judge("PPO", "the policy's own pages", scores, policy):
+        t.presets["ppo"], t.trial_of["ppo"] = options, "ppo"
 
 
 def keep(t: Tuning, mode: str) -> dict:
@@ -407,8 +403,8 @@ def run(config: Config) -> dict:
         style, mode, scores = starts(t, best, plain)
         texts(t, style, mode, scores)
         policy = fine_tuning(t, style, mode)
-        pages = composition(t, policy, (best, plain))
-        rewarded(t, mode, policy, pages)
+        composition(t, policy, (best, plain))
+        rewarded(t, mode, policy)
         choice = keep(t, mode)
         write_json(out.path / "choice.json", choice)
         with atomic(out.path / "table.txt") as beside:

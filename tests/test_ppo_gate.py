@@ -13,6 +13,7 @@ from pagellm.model.choice import choose_mode
 from pagellm.model.composer import Composer
 from pagellm.model.policy import Policy
 from pagellm.ppo_gate import CLOSED, crossed_calibration, hit_correlations, hits, validation_users
+from pagellm.ppo_setup import Prompts
 from pagellm.stage.config import PageLLMError
 
 SMALL = {
@@ -230,10 +231,23 @@ def test_every_algorithm_learns_by_the_outcome_reward_and_resumes_to_the_same_bi
     assert len(a["gate"]["reliability"]) == 10
     log = [json.loads(x) for x in open(judged / "runs" / runs[0] / "ppo" / "log.jsonl")]
     assert np.isfinite([row["policy/loss"] for row in log if "policy/loss" in row]).all()
+    # What expert iteration learns was not drawn from the old policy, so nothing of it is clipped;
+    # the three steps of PPO are its critic's alone.
+    assert any("policy/clipfrac" in row for row in log) == (algo not in ("expert", "ppo"))
     start = Policy.load(judged / "runs/base/sft").model.item
     state = torch.load(judged / "runs" / runs[0] / "ppo" / "model.pt", weights_only=True)
     if a["step"] > 0:
         assert not torch.equal(state["weights"]["item"], start)
+
+
+def test_the_outcome_model_is_asked_about_every_user_of_the_steps_and_no_other(judged):
+    """Whether the steps end within an epoch, or go over the users again."""
+    made = config(judged, "visited")
+    prompts = Prompts(made, *shop_and_policy(judged))
+    for steps in (1, 2, 5, 40):
+        users = np.concatenate([prompts(step).users for step in range(steps)])
+        assert np.array_equal(prompts.visited(steps), np.unique(users))
+    assert len(prompts.visited(1)) < len(prompts.users) == len(prompts.visited(40))
 
 
 def test_outcome_and_pairs_are_read_only_where_they_pay():

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pagellm import pipeline, pretrain, sft, tune
+from pagellm import pipeline, ppo, pretrain, sft, tune
 from pagellm.__main__ import VERBS
 from pagellm.data import prepare
 from pagellm.data.shop import load
@@ -20,6 +20,7 @@ from pagellm.pages.yardstick import VERDICTS
 from pagellm.stage import presets
 from pagellm.stage.config import PageLLMError, parse
 from pagellm.stage.files import write_json
+from pagellm.stage.order import reads
 from pagellm.stage.run import load_model_file
 from pagellm.tuning.plan import Plan, Seconds, ShopSize, epochs_for, make_plan
 from pagellm.tuning.trials import Bench, better, compared, pays
@@ -132,17 +133,27 @@ def test_what_is_left_out_added_nothing_and_what_is_kept_did(whole):
             assert not row["kept"] or (ahead and not lost)
 
 
-def test_a_tuning_that_was_cut_short_ends_with_the_same_bytes(whole, tmp_path, monkeypatch):
-    """Killed behind SFT, and again when its pages are composed; plan.json is followed as it is."""
-    shutil.copytree(whole, tmp_path / "again")
-    root = tmp_path / "again"
+def moved(whole: Path, root: Path) -> tuple[Path, tune.Config]:
+    """A copy of the run at `root`: all trials but composed ones and PPO, and nothing chosen."""
+    shutil.copytree(whole, root)
     base = root / "runs" / "all"
     for gone in ("pretrain", "sft", "reward", "ppo", "compose", "preset", "evaluate", "baselines"):
         shutil.rmtree(base / gone, ignore_errors=True)
     for path in (base / "tune").iterdir():
         if path.name in ("done", "choice.json", "table.txt"):
             path.unlink()
-        elif path.name.startswith(("composed", "ppo", "sft-0.001")):
+    for path in (base / "tune").rglob("config.json"):
+        path.write_text(path.read_text().replace(str(whole), str(root)))
+    words = [f"--data={root}/data", f"--runs={root}/runs", "--run=all", "--device=cpu"]
+    return base, parse(tune.Config, words)
+
+
+def test_a_tuning_that_was_cut_short_ends_with_the_same_bytes(whole, tmp_path, monkeypatch):
+    """Killed behind SFT, and again when its pages are composed; plan.json is followed as it is."""
+    root = tmp_path / "again"
+    base, again = moved(whole, root)
+    for path in (base / "tune").iterdir():
+        if path.name.startswith(("composed", "ppo", "sft-0.001")):
             shutil.rmtree(path)
     for path in (base / "tune" / "scores").glob("composed*"):
         path.unlink()
@@ -151,15 +162,6 @@ def test_a_tuning_that_was_cut_short_ends_with_the_same_bytes(whole, tmp_path, m
     def die(self, trial, policy):
         raise Unplugged
 
-    again = parse(
-        tune.Config,
-        [f"--data={root}/data", f"--runs={root}/runs", "--run=all", "--device=cpu"],
-    )
-    record = json.loads((base / "tune/config.json").read_text())
-    record["config"] |= {"data": str(root / "data"), "runs": str(root / "runs")}
-    write_json(base / "tune/config.json", record)
-    for path in (base / "tune").rglob("config.json"):
-        path.write_text(path.read_text().replace(str(whole), str(root)))
     monkeypatch.setattr(Bench, "composed", die)
     with pytest.raises(Unplugged):
         tune.run(again)
@@ -173,6 +175,27 @@ def test_a_tuning_that_was_cut_short_ends_with_the_same_bytes(whole, tmp_path, m
         assert ids[0]["id"] == ids[1]["id"]
         options = [(r / "runs/all/preset" / stage).read_text() for r in (whole, root)]
         assert options[0].replace(str(whole), str(root)) == options[1]
+
+
+def test_ppo_is_paid_by_the_outcome_model_of_the_composed_pages(whole, tmp_path, monkeypatch):
+    """And where it is kept, the run's own PPO reads the run's own SFT and compose."""
+    base, again = moved(whole, tmp_path / "kept")
+    judge = tune.Tuning.judge
+    monkeypatch.setattr(
+        tune.Tuning, "judge", lambda t, stage, *a, **m: judge(t, stage, *a, **m) or stage == "PPO"
+    )
+    kept = tune.run(again)["stages"]
+    assert kept == ["pretrain", "sft", "ppo", "compose"]
+    trial = json.loads((base / "tune/ppo/ppo/config.json").read_text())["config"]
+    assert (trial["algo"], trial["item_reward"], trial["w_page"]) == ("expert", "outcome", 0)
+    assert trial["compose_run"] in ("all/tune/composed-none", "all/tune/composed-sft")
+    words = [f"--data={again.data}", f"--runs={again.runs}", "--run=all", "--device=cpu"]
+    own = parse(ppo.Config, words, "pagellm ppo", "ppo")
+    assert own.preset == str(base / "preset" / "ppo") and own.compose_run == own.source_run == ""
+    assert reads("ppo", own) == ("sft", "compose")
+    before = (base / "ppo" / "done").read_bytes()
+    ppo.run(own)  # the same options and inputs: nothing is done anew
+    assert (base / "ppo" / "done").read_bytes() == before
 
 
 def test_fit_again_runs_nothing_again(whole, capsys):

@@ -35,8 +35,9 @@ BATCH = 64  # users in a step of SFT
 LEAST = 30  # steps that a stage needs to show anything
 # Costs in steps of SFT at the same width, and seconds of compose for each user;
 # experiments/LOG.md has them.
-PPO_STEP = 8.0
+PPO_STEP = 5.0
 FOLD_USER, ASKED_USER = 0.006, 0.015
+GATE_USERS = 500
 
 
 @dataclass(frozen=True)
@@ -209,11 +210,13 @@ def make_plan(seconds: Seconds, minutes: float, shop: ShopSize) -> Plan:
         rates = rates[:1]
         steps = min(most, int((share["sft"] - 4 * look) / step))
     texts = min(240, int(share["pretrain"] / step))
-    ppo = int((share["ppo"] - shop.users * 4 / BATCH * step) / (PPO_STEP * step))
     # Composed twice, with the language model and without, by the same judges: three factorisations
     # and EASE, fitted three times.
     fits = 9 * als_seconds(seconds, best) + (3 * ease if shop.items <= DENSE else 0)
     each = (share["compose"] - fits) / 2
+    # PPO fits these judges once more, and asks them about the users of its gate and of its steps.
+    begun = fits / 9 * 3 + GATE_USERS * ASKED_USER
+    ppo = int((share["ppo"] - begun) / (PPO_STEP * step + BATCH * ASKED_USER))
     return Plan(
         trials=trials,
         factors=factors,

@@ -176,7 +176,8 @@ class Bench:
                 f"{target} is there already, made with other options than tune found\n"
                 f"  Remove it, or tune under another name: --run another"
             )
-        run = {"run": self.config.run, "source_run": "", "reward_run": "", "preset": str(preset)}
+        run = {"run": self.config.run, "source_run": "", "reward_run": "", "compose_run": ""}
+        run["preset"] = str(preset)
         copied(source, target, run)
 
 
