@@ -79,7 +79,8 @@ def once_loss(
     p, v, gone = (t[rows[first]] for t in (r.prompt, r.valid, r.excluded))
     logits = first_logits(policy, *trim_padding(p, v), gone) / config.temperature
     logp, entropy = drawn_logp(logits, x, mask, at)
-    old, A, row = r.old_logp[rows], advantage[rows], {}
+    old, A = r.old_logp[rows], advantage[rows]
+    row: dict[str, Tensor] = {}
     loss, clipped = policy_loss(logp, old, A, mask, config.clip)
     bonus = masked.mean(entropy, mask)
     row |= policy_row(logp.detach(), old, A, mask, config.clip) | {"policy/clipfrac": clipped}
