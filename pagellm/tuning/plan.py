@@ -33,10 +33,10 @@ FITS = 10  # fits that a search needs to find something: so many of the widest m
 WIDTHS = ("tiny", "mini", "wide", "wider")  # sizes of the network, by width
 BATCH = 64  # users in a step of SFT
 LEAST = 30  # steps that a stage needs to show anything
-# Costs in steps of SFT at the same width, and seconds of compose for each user;
-# experiments/LOG.md has them.
+# Costs in steps of SFT at the same width, and seconds of compose for each user, JUDGED_USER those of
+# its outcome model alone; experiments/LOG.md has them.
 PPO_STEP = 5.0
-FOLD_USER, ASKED_USER = 0.006, 0.015
+FOLD_USER, ASKED_USER, JUDGED_USER = 0.006, 0.015, 0.005
 GATE_USERS = 500
 
 
@@ -215,8 +215,9 @@ def make_plan(seconds: Seconds, minutes: float, shop: ShopSize) -> Plan:
     fits = 9 * als_seconds(seconds, best) + (3 * ease if shop.items <= DENSE else 0)
     each = (share["compose"] - fits) / 2
     # PPO fits these judges once more, and asks them about the users of its gate and of its steps.
-    begun = fits / 9 * 3 + GATE_USERS * ASKED_USER
-    ppo = int((share["ppo"] - begun) / (PPO_STEP * step + BATCH * ASKED_USER))
+    room = share["ppo"] - fits / 9 * 3 - min(GATE_USERS, shop.users) * JUDGED_USER
+    every = (room - shop.users * JUDGED_USER) / (PPO_STEP * step)  # all users are asked about once,
+    ppo = int(max(every, room / (PPO_STEP * step + BATCH * JUDGED_USER)))  # or those of the steps
     return Plan(
         trials=trials,
         factors=factors,
