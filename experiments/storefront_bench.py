@@ -15,7 +15,6 @@ largest that the process had up to then.
 """
 
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from pagellm.data.orders import Orders
 from pagellm.data.shop import Catalogue, Shop
 from pagellm.model.networks import build
 from pagellm.model.vocab import Vocab
-from pagellm.stage import randomness
+from pagellm.stage import dist, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.storefront import build as stage
@@ -38,11 +37,14 @@ from pagellm.storefront.context import Known
 from pagellm.storefront.corpus import prune
 from pagellm.storefront.front import Sources, Store, front_of, open_store
 from pagellm.storefront.fuse import SameLeaf
-from pagellm.storefront.local import Next
+from pagellm.storefront.local import Local, Next
 from pagellm.storefront.making import Front
+from pagellm.storefront.offers import open_rows_of
 from pagellm.storefront.page import page, written_ahead
-from pagellm.storefront.parts import Context, Written
+from pagellm.storefront.parts import Answer, Context, Written
+from pagellm.storefront.prompts import Question, keywords_question
 from pagellm.storefront.rankers import Blend, Factors
+from pagellm.storefront.remote import Remote
 from pagellm.storefront.text import BM25, index_texts, stems
 from pagellm.storefront.trie import Node, Trie, keywords_under
 
@@ -61,6 +63,7 @@ class Config(Sources):
     people: int = 100  # whose pages are made in each shop
     parts: str = "online,parts,bm25,masks"  # what is measured, comma-separated
     rounds: int = 3  # of which the median counts
+    micro: int = 1  # part keywords: rows that the network writes side by side
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,6 +74,7 @@ class Config(Sources):
             parts=(set(self.parts.split(",")) <= set(PARTS), f"some of {','.join(PARTS)}"),
             people=(self.people > 0, "1 or more"),
             rounds=(self.rounds > 0, "1 or more"),
+            micro=(self.micro > 0, "1 or more"),
             ranker=(self.ranker == "blend", "blend, whose factors can be copied"),
         )
 
@@ -313,14 +317,51 @@ def built_anew(store: Store, config: Config) -> list[dict]:
         people = [known.context(shop.user_ids[u]) for u in users[: config.people].tolist()]
         spent = [milliseconds(partial(page, front, one, store.layout), 1) for one in people]
         p50, p95 = np.percentile(spent, [50, 95])
-        # Kilobytes, as Linux counts them.
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        memory = dist.peak_memory() * 2**20 / 1e9
         words = sum(counts["keywords"].values())
         found.append({"items": large.n_items, "keywords": words, "seconds": seconds,
                       "p50": float(p50), "p95": float(p95), "GB": memory})  # fmt: skip
         print(f"{large.n_items:>9,} items, {words:,} keywords: built in {seconds:.0f} s; a page "
               f"without a cache p50 {p50:.0f} ms, p95 {p95:.0f} ms; {memory:.1f} GB",
               flush=True)  # fmt: skip
+    return found
+
+
+def written_keywords(store: Store, config: Config) -> dict[str, float]:
+    """Keywords that a network of our own blocks writes for the template's themes of some people:
+    how many are of the corpus, and find an item in stock. Nothing is mended before it is counted.
+    """
+    front, corpus = store.front, store.front.corpus
+    if not isinstance(front.writer, Remote) or not isinstance(front.writer.asked, Local):
+        raise PageLLMError("parts=keywords: want --writer lm --weights DIRECTORY")
+    template, local = front.writer.template, front.writer.asked
+    users = randomness.rng(config.seed, "storefront", "bench").permutation(store.shop.n_users)
+    questions = {}
+    for user in users[: config.people].tolist():
+        context = store.known.context(store.shop.user_ids[user])
+        told, intents, used = open_rows_of(front, context, store.layout)
+        for answer in template.themes([told], [intents], [used])[0]:
+            if answer.value is not None:
+                offered = [corpus.text[w] for w in prune(corpus, answer.value).tolist()]
+                question = keywords_question(answer.value, offered)
+                questions[question.key] = question
+    said: list[str] = []
+
+    def ask(question: Question) -> Answer[dict]:
+        return local.ask(question, lambda value: value)
+
+    began = time.process_time()
+    answers = local.table.each(ask, list(questions.values()), config.micro)
+    seconds = (time.process_time() - began) / max(len(questions), 1)
+    for one in answers:
+        said += one.value["keywords"] if one.value is not None else []
+    known = [corpus.number[text] for text in said if text in corpus.number]
+    find = sum(bool(front.stock[corpus.matches(w)].any()) for w in known)
+    n = max(len(said), 1)
+    found = {"keywords": len(said), "valid": len(known) / n, "find": find / n, "seconds": seconds}
+    print(f"{len(said):,} keywords for {len(questions):,} rows by {local.name}: {len(known):,} of "
+          f"the corpus, {find:,} find an item in stock; {seconds:.2f} s a row, "
+          f"{config.micro} side by side", flush=True)  # fmt: skip
     return found
 
 
@@ -364,6 +405,7 @@ PARTS: dict[str, Callable[[Store, Config], Any]] = {
     "bm25": searched,
     "masks": under_masks,
     "build": built_anew,
+    "keywords": written_keywords,
 }
 
 

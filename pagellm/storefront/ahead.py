@@ -39,6 +39,7 @@ from pagellm.storefront.page import page, written_ahead
 from pagellm.storefront.parts import (
     Candidates,
     Context,
+    Decision,
     Keyword,
     Layout,
     Page,
@@ -83,6 +84,19 @@ class Config(Served):
     """Make everybody's rows and pages ahead, into the cache that `serve` reads."""
 
     people: int = 0  # only so many people, the first ones; 0: all
+    micro: int = 1  # with writer=lm: people whose rows the network writes side by side. More are
+    # faster and take more memory; the rows are the same
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(
+            self,
+            people=(self.people >= 0, "0 or more"),
+            micro=(
+                self.micro > 0 and (self.micro == 1 or self.writer == "lm"),
+                "1 or more; above 1 with writer=lm alone",
+            ),
+        )
 
 
 def rows_bytes(rows: Sequence[Written]) -> bytes:
@@ -256,23 +270,22 @@ class Ahead:
         context = self.store.known.context(None, more=best[::-1], at=self.at)
         return replace(context, bucket=segment)
 
-    def fill(self, layout: Layout, people: int = 0) -> tuple[int, int]:
+    def fill(self, layout: Layout, people: int = 0, micro: int = 1) -> tuple[int, int]:
         """Make what is missing. Returns how many sets of rows and pages were made.
 
         people  only so many, the first ones; 0: all
+        micro   whose rows are written side by side, by a writer that can
         Raises PageLLMError where they cannot be kept, such as on a full disk.
         """
         everybody = self.people()
         some = everybody[:people] if people else everybody
         work = [*self.alike(everybody), *some]
         made = [0, 0]
+        size = max(BATCH, micro)
         with tqdm(total=len(work), desc="rows and pages", unit="bucket", disable=None) as bar:
-            for start in range(0, len(work), BATCH):
-                batch = work[start : start + BATCH]
-                entries = []
-                for context in batch:
-                    entries += self.missing(context, layout, made)
-                if why := self.cache.put(entries):
+            for start in range(0, len(work), size):
+                batch = work[start : start + size]
+                if why := self.cache.put(self.missing(batch, layout, made, micro)):
                     raise PageLLMError(
                         f"{why}\n  What was kept before is whole; when there is room, the same "
                         "command carries on."
@@ -280,31 +293,55 @@ class Ahead:
                 bar.update(len(batch))
         return made[0], made[1]
 
-    def missing(self, context: Context, layout: Layout, made: list[int]) -> list[tuple[str, bytes]]:
-        """The entries that a bucket or a person lacks; counts them in made: rows, pages."""
-        front, person = self.store.front, context.user is not None
-        rows_key = self.rows_key(context.bucket, layout, context.at)
-        page_key = self.page_key(context, layout, self.seed)
-        has_rows, has_page = self.cache.holds([rows_key, page_key])
-        if has_rows and (has_page or not person):
-            return []
+    def missing(
+        self, people: Sequence[Context], layout: Layout, made: list[int], micro: int = 1
+    ) -> list[tuple[str, bytes]]:
+        """The entries that buckets and people lack; counts them in made: rows, pages."""
+        lack: list[tuple[Context, list[Written] | None, bool]] = []
+        for context in people:
+            key = self.rows_key(context.bucket, layout, context.at)
+            page_key = self.page_key(context, layout, self.seed)
+            has_rows, has_page = self.cache.holds([key, page_key])
+            if has_rows and (has_page or context.user is None):
+                continue
+            value = self.cache.get(key) if has_rows else None
+            rows = None if value is None else rows_of(value, self.store.shop.n_items)
+            lack.append((context, rows, context.user is not None))
+        unwritten = [context for context, rows, _ in lack if rows is None]
+        written = iter(self.written(unwritten, layout, micro))
         entries = []
-        value = self.cache.get(rows_key) if has_rows else None
-        rows = None if value is None else rows_of(value, self.store.shop.n_items)
-        if rows is None:
-            rows, decisions = written_ahead(front, context, layout, self.seed)
-            for decision in decisions:
-                if decision.level == "theme":
-                    self.switch.note(decision.action != "pass")
-            self.notes += [row.note for row in rows if row.note]
-            entries.append((rows_key, rows_bytes(rows)))
-            made[0] += 1
-        if person:
-            source = "generated" if context.bucket.startswith("user:") else "segment"
-            found = page(front, context, layout, self.seed, written=rows, source=source)
-            entries.append((page_key, page_bytes(self.store, found)))
-            made[1] += 1
+        for context, rows, person in lack:
+            if rows is None:
+                rows, decisions = next(written)
+                for decision in decisions:
+                    if decision.level == "theme":
+                        self.switch.note(decision.action != "pass")
+                self.notes += [row.note for row in rows if row.note]
+                key = self.rows_key(context.bucket, layout, context.at)
+                entries.append((key, rows_bytes(rows)))
+                made[0] += 1
+            if person:
+                entries.append((self.page_key(context, layout, self.seed),
+                                self.own_page(context, layout, rows)))  # fmt: skip
+                made[1] += 1
         return entries
+
+    def written(
+        self, people: Sequence[Context], layout: Layout, micro: int
+    ) -> list[tuple[list[Written], list[Decision]]]:
+        """Rows of each, and what the gates decided; micro of them side by side."""
+        front = self.store.front
+
+        def job(context: Context) -> tuple[list[Written], list[Decision]]:
+            return written_ahead(front, context, layout, self.seed)
+
+        table = getattr(front.writer, "table", None)
+        return list(map(job, people)) if table is None else table.each(job, people, micro)
+
+    def own_page(self, context: Context, layout: Layout, rows: Sequence[Written]) -> bytes:
+        source = "generated" if context.bucket.startswith("user:") else "segment"
+        found = page(self.store.front, context, layout, self.seed, written=rows, source=source)
+        return page_bytes(self.store, found)
 
     def coverage(self, layout: Layout) -> dict[str, int]:
         """How many people have a page that is kept, and sets of people alike their rows."""
@@ -366,7 +403,7 @@ def run(config: Config) -> dict[str, int]:
     ahead = open_ahead(config)
     try:
         started = time.perf_counter()
-        rows, pages = ahead.fill(ahead.store.layout, config.people)
+        rows, pages = ahead.fill(ahead.store.layout, config.people, config.micro)
         found = ahead.coverage(ahead.store.layout)
         entries, size = ahead.cache.size()
         print(

@@ -63,6 +63,7 @@ __all__ = [
     "WAYS",
     "caps_of",
     "check_layout",
+    "front_of",
     "open_store",
     "page_ranker",
     "read_deals",

@@ -8,11 +8,13 @@ offer: whatever the network holds, a title has at most 40 plain characters, and 
 the corpus. Nothing is drawn, so the same question has the same answer.
 """
 
-import copy
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,8 +34,9 @@ from pagellm.storefront.remote import TAUGHT as SAYS_SO
 from pagellm.storefront.remote import Read
 from pagellm.storefront.trie import MOST, Trie, drawn_under, keywords_under
 
-__all__ = ["Local", "Next", "Pieces", "TAUGHT"]
+__all__ = ["Local", "Next", "Pieces", "TAUGHT", "Together"]
 
+Made = TypeVar("Made")
 TAUGHT = "storefront.json"  # beside the weights of a model that was taught these tasks
 GAMMA = 2.0  # weight of the cosine between theme and keyword, beside nats a token
 PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 &',-")
@@ -62,15 +65,120 @@ class Pieces:
         return cls(np.array(plain), np.array([text.startswith(" ") for text in texts]))
 
 
+class Together:
+    """Questions that are answered side by side: the next words of all of them in one pass.
+
+    Each of some jobs sits at a table and asks one question after the other. A pass is made when all
+    who sit there have asked, so that what is put together hangs on no clock.
+    """
+
+    def __init__(self, model: Backbone):
+        self.model, self.turn = model, threading.Condition()
+        self.seats: dict[int, int] = {}  # thread -> place of its job, of those that still work
+        self.asked: dict[int, tuple[Next, np.ndarray]] = {}
+        self.said: dict[int, np.ndarray | BaseException] = {}
+
+    def each(self, job: Callable[..., Made], given: Sequence, micro: int) -> list[Made]:
+        """job(one) of each, in order; micro of them side by side."""
+        if micro < 2:
+            return [job(one) for one in given]
+        found: list[Made] = []
+        for start in range(0, len(given), micro):
+            some = given[start : start + micro]
+            ready = threading.Barrier(len(some))
+            with ThreadPoolExecutor(len(some)) as pool:
+                works = [pool.submit(self.work, job, n, one, ready) for n, one in enumerate(some)]
+                found += [work.result() for work in works]
+        return found
+
+    def work(self, job: Callable[..., Made], place: int, one, ready: threading.Barrier) -> Made:
+        me = threading.get_ident()
+        with self.turn:
+            self.seats[me] = place
+        ready.wait()
+        try:
+            return job(one)
+        finally:
+            with self.turn:
+                del self.seats[me]
+                self.serve()
+
+    def sits(self) -> bool:
+        """Whether the thread that asks is one of the jobs."""
+        return threading.get_ident() in self.seats
+
+    def after(self, follow: "Next", new: np.ndarray) -> np.ndarray:
+        """What `follow` says after its columns and new (n, t) tokens; waits for the others."""
+        me = threading.get_ident()
+        with self.turn:
+            self.asked[me] = follow, new
+            self.serve()
+            self.turn.wait_for(lambda: me in self.said)
+            said = self.said.pop(me)
+        if isinstance(said, BaseException):
+            raise said
+        return said
+
+    def serve(self) -> None:
+        """One pass for all, where nobody is missing."""
+        if not self.asked or len(self.asked) < len(self.seats):
+            return
+        order = sorted(self.asked, key=lambda thread: self.seats[thread])
+        try:
+            every: list = passed(self.model, [self.asked[thread] for thread in order])
+        except BaseException as error:  # everybody's: none of them may wait for ever
+            every = [error] * len(order)
+        self.said.update(zip(order, every, strict=True))
+        self.asked.clear()
+        self.turn.notify_all()
+
+
+@torch.no_grad()
+def passed(model: Backbone, asked: Sequence[tuple["Next", np.ndarray]]) -> list[np.ndarray]:
+    """(n, V) log-probabilities for each who asked, after its columns and new (n, t) tokens.
+
+    Columns end where the new tokens begin: what is shorter is padded on both sides.
+    """
+    past = [follow.cache.length for follow, _ in asked]
+    S, T = max(past), max(new.shape[1] for _, new in asked)
+    if len(asked) > 1 and S + T > model.shape.n_ctx:  # padding does not fit, each by itself does
+        return [passed(model, [one])[0] for one in asked]
+    device, n_rows = model.word.device, sum(len(new) for _, new in asked)
+    cache = KVCache(model.shape, n_rows, S + T, model.word)
+    cache.length = S
+    ids = torch.zeros((n_rows, T), dtype=torch.long, device=device)
+    valid = torch.zeros((n_rows, S + T), dtype=torch.bool, device=device)
+    last: list[int] = []
+    spans: list[slice] = []
+    for (follow, new), p in zip(asked, past, strict=True):
+        n, t = new.shape
+        span = slice(len(last), len(last) + n)
+        # Padding is never looked at, and must be a number all the same: zero times NaN is NaN.
+        for mine, theirs in ((cache.keys, follow.cache.keys), (cache.values, follow.cache.values)):
+            for layer, columns in enumerate(theirs):
+                mine[layer][span, :, : S - p] = 0.0
+                mine[layer][span, :, S - p : S] = columns[:, :, :p]
+        ids[span, :t] = torch.from_numpy(new).to(device)
+        valid[span, S - p : S + t] = True
+        last += [t - 1] * n
+        spans.append(span)
+    hidden = model(ids, None if len(asked) == 1 else valid, cache)
+    scores = log_softmax(model.word_logits(hidden[torch.arange(n_rows), last]))
+    return [scores[span] for span in spans]
+
+
 class Next:
     """Log-probabilities of the next word after a prompt and paths of equal length.
 
     Columns that all paths share with what was read before are read once.
-    room  columns that fit behind the prompt
+    room   columns that fit behind the prompt
+    table  where others ask too; None: nobody does
     """
 
-    def __init__(self, model: Backbone, prompt: Sequence[int], room: int):
-        self.model, self.prompt = model, tuple(prompt)
+    def __init__(
+        self, model: Backbone, prompt: Sequence[int], room: int, table: Together | None = None
+    ):
+        self.model, self.prompt, self.table = model, tuple(prompt), table
         self.cache = KVCache(model.shape, 1, len(prompt) + room, model.word)
         self.read = np.zeros(0, np.int64)
         self.tokens = 0  # that the model was asked to follow
@@ -79,18 +187,17 @@ class Next:
     def __call__(self, paths: Sequence[tuple[int, ...]]) -> np.ndarray:
         """(n, V) float64 under the full softmax. paths: n of one length."""
         rows = np.array([(*self.prompt, *path) for path in paths], dtype=np.int64)
-        ids = torch.from_numpy(rows).to(self.model.word.device)
         common = alike(rows[:, :-1], rows[:1, :-1])
         n = min(common, len(self.read))
         known = self.cache.length = alike(self.read[None, :n], rows[:1, :n])
         if common > known:
-            self.model(ids[:1, known:common], cache=self.cache)
+            ids = torch.from_numpy(rows[:1, known:common])
+            self.model(ids.to(self.model.word.device), cache=self.cache)
         self.read = rows[0, :common]
-        branch = copy.copy(self.cache)
-        branch.select(torch.zeros(len(rows), dtype=torch.long, device=ids.device))
-        hidden = self.model(ids[:, common:], cache=branch)[:, -1]
         self.tokens += len(rows)
-        return log_softmax(self.model.word_logits(hidden))
+        if self.table is not None and self.table.sits():
+            return self.table.after(self, rows[:, common:])
+        return passed(self.model, [(self, rows[:, common:])])[0]
 
 
 def log_softmax(logits: Tensor) -> np.ndarray:
@@ -123,6 +230,10 @@ class Local:
     gamma: float = GAMMA
     taught: bool = False
     way: str = "trie"
+    table: Together = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "table", Together(self.model))
 
     @classmethod
     def of(
@@ -174,7 +285,7 @@ class Local:
         if len(prompt) + room > self.model.shape.n_ctx:
             why = f"{len(prompt)} tokens of a question, and {room} of an answer, do not fit"
             return Answer(None, f"{why} into the model's {self.model.shape.n_ctx}")
-        follow = Next(self.model, prompt, room)
+        follow = Next(self.model, prompt, room, self.table)
         barred: tuple[int, ...] = ()
         for _ in (0, 1):
             if question.kind == "theme":
@@ -270,7 +381,7 @@ class Local:
         room = self.room(question)
         if len(prompt) + room > self.model.shape.n_ctx:
             return []
-        follow = Next(self.model, prompt, room)
+        follow = Next(self.model, prompt, room, self.table)
         trie = Trie.of(self.vocab.words_batch(offered), self.ends[0])
         return [
             [offered[n] for n in drawn_under(trie, follow, rng, temperature)] for _ in range(times)

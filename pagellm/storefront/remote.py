@@ -159,6 +159,10 @@ class Kept:
         }
         self.broken = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
 
+    @property
+    def table(self):
+        return getattr(self.asked, "table", None)
+
     def ask(self, question: Question, read: Read) -> Answer[dict]:
         """Raises PageLLMError where the answer cannot be kept, such as on a full disk."""
         if question.key in self.known:
@@ -259,6 +263,11 @@ class Remote:
     @property
     def name(self) -> str:
         return self.asked.name
+
+    @property
+    def table(self):
+        """Where several people's questions are answered side by side; None: one after another."""
+        return getattr(self.asked, "table", None)
 
     def themes(
         self, contexts: list[Context], intents: list[list[str]], used: list[list[str]]

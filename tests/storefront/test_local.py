@@ -14,6 +14,7 @@ from pagellm.model.llama import Shape
 from pagellm.model.networks import build
 from pagellm.model.vocab import Vocab
 from pagellm.stage.config import PageLLMError
+from pagellm.storefront import local as local_module
 from pagellm.storefront.front import Sources
 from pagellm.storefront.local import PLAIN, Local, Next
 from pagellm.storefront.parts import Theme
@@ -110,6 +111,80 @@ def test_what_is_read_once_scores_as_if_it_were_read_anew():
             logits = local().model.word_logits(local().model(ids)[:, -1])
         expected = torch.log_softmax(logits.double(), -1).numpy()
         np.testing.assert_allclose(follow(paths), expected, atol=1e-4)
+
+
+@cache
+def people():
+    """Questions of several people: themes and keywords, of unequal lengths."""
+    names = ("Milk", "Cereal", "Coffee", "Bread", "Granola", "Butter")
+    found = []
+    for n in range(1, 7):
+        theme = Theme(f"{names[n - 1]} and more", "browse", names[:n])
+        found.append((theme_question(theme, [(names[0], n)] * n, []),
+                      keywords_question(theme, offered()[: 4 + 2 * n])))  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("micro", [2, 3, 6, 64])
+@pytest.mark.parametrize("seed", range(3))
+def test_questions_asked_side_by_side_have_the_answers_of_each_alone(seed, micro):
+    writer = local(seed)
+
+    def both(questions):
+        return [writer.ask(question, lambda value: value) for question in questions]
+
+    alone = [[replace(a, seconds=0) for a in both(questions)] for questions in people()]
+    found = writer.table.each(both, people(), micro)
+    assert [[replace(a, seconds=0) for a in answers] for answers in found] == alone
+
+
+def test_side_by_side_all_ask_in_one_pass_and_scores_are_the_same(monkeypatch):
+    passes, real = [], local_module.passed
+
+    def counted(model, asked):
+        passes.append(len(asked))
+        return real(model, asked)
+
+    monkeypatch.setattr(local_module, "passed", counted)
+    prompts = [vocab().words(text) for text in ("Milk", "Whole milk and coffee", "Granola, oat")]
+    table = local().table
+
+    def steps(prompt):
+        follow = Next(local().model, prompt, 9, table)
+        return [follow(paths) for paths in ([()], [(1,), (2,)], [(1, 5), (2, 7), (1, 9)])]
+
+    alone = [steps(prompt) for prompt in prompts]
+    passes.clear()
+    found = table.each(steps, prompts, 3)
+    assert passes == [3, 3, 3]
+    for ours, theirs in zip(found, alone, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_a_job_that_fails_leaves_the_others_to_go_on():
+    def job(question):
+        if question is None:
+            raise ValueError("this one")
+        return local().ask(question, lambda value: value).value
+
+    asked = [people()[0][0], None, people()[1][0]]
+    with pytest.raises(ValueError, match="this one"):
+        local().table.each(job, asked, 3)
+    assert not local().table.seats and not local().table.asked
+
+
+def test_padding_that_does_not_fit_is_not_made():
+    """One has a prompt as long as the context, another long paths: together they are too wide."""
+    model, table = local(0, 20).model, local(0, 20).table
+    asked = [((5,) * 20, [()]), ((5, 6), [(1, 2, 3, 4), (2, 3, 4, 1)])]
+
+    def step(one):
+        prompt, paths = one
+        return Next(model, prompt, 9, table)(paths)
+
+    for ours, alone in zip(table.each(step, asked, 2), map(step, asked), strict=True):
+        assert (ours == alone).all()
 
 
 def test_a_refused_title_is_written_once_more_and_begins_otherwise():

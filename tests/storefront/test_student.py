@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import storefront_distil
+from experiments import storefront_bench, storefront_distil
 from pagellm.model.vocab import Vocab
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import atomic_folder
-from pagellm.storefront import prefer, show, student, teach
+from pagellm.storefront import ahead, prefer, show, student, teach
 from pagellm.storefront.front import open_store
 from pagellm.storefront.local import Local
 from pagellm.storefront.page import page
@@ -131,6 +131,46 @@ def test_a_page_by_the_student(taught):
         assert all(k.text in store.front.corpus.number for k in one.keywords)
         # Where the gates are against a title of so small a student, the page says so.
         assert one.theme.source == local.name or any("instead" in note for note in found.fallbacks)
+
+
+def test_rows_written_side_by_side_are_those_of_each_alone(taught, tmp_path):
+    folder = Path(taught["runs"]) / "synthetic/storefront/student-clean/model"
+    options = taught | {"writer": "lm", "weights": str(folder)}
+    kept = options | {"answers": str(tmp_path / "answers.jsonl")}
+    found = []
+    for given, micro in ((options, 1), (options, 4), (kept, 7)):
+        made = ahead.open_ahead(ahead.Config(**given, micro=micro))
+        people = made.people()[:7]
+        found.append(made.written(people, made.store.layout, micro))
+        made.cache.close()
+    assert [rows_of_each(one) for one in found[1:]] == [rows_of_each(found[0])] * 2
+    assert any(row.theme.source.startswith("lm ") for rows, _ in found[0] for row in rows)
+    assert (tmp_path / "answers.jsonl").read_text().count("\n") > 7
+
+
+def rows_of_each(written):
+    return [(ahead.rows_bytes(rows), decisions) for rows, decisions in written]
+
+
+def test_the_bench_counts_keywords_as_they_are_written(taught, capsys):
+    folder = Path(taught["runs"]) / "synthetic/storefront/student-clean/model"
+    lm = {"writer": "lm", "weights": str(folder), "people": 3, "parts": "keywords"}
+    bench = storefront_bench
+    for micro in (1, 5):
+        found = bench.run(bench.Config(**taught, **lm, micro=micro))["keywords"]
+        assert found["keywords"] > 30 and found["valid"] == found["find"] == 1.0
+    free = bench.run(bench.Config(**taught, **lm, keywords="free"))["keywords"]
+    assert free["valid"] < 1.0 or free["keywords"] < found["keywords"]
+    assert "find an item in stock" in capsys.readouterr().out
+    with pytest.raises(PageLLMError, match="want --writer lm"):
+        bench.run(bench.Config(**taught, parts="keywords"))
+
+
+def test_only_a_network_here_writes_side_by_side():
+    with pytest.raises(PageLLMError, match="above 1 with writer=lm alone"):
+        ahead.Config(micro=2)
+    with pytest.raises(PageLLMError, match="micro=0"):
+        ahead.Config(writer="lm", weights="x", micro=0)
 
 
 def test_it_is_asked_as_it_was_taught(taught):
