@@ -99,7 +99,8 @@ class Config(TrainingConfig):
     row_lr: float = 1.0  # learning rate of rows (users, items, words, positions) as a share of lr
     warmup: int = 20  # steps of linear warm-up
     weight_decay: float = 0.01  # weight decay of the matrices (AdamW)
-    dropout: float = 0.1  # dropout probability in embedding, attention and residual
+    dropout: float = 0.1  # dropout probability in embedding, attention and residual; a published
+    # Llama or Qwen was trained without it and gets none
     lora_rank: int = 0  # rank of the adapters beside a frozen published trunk, in this and all
     # later stages; 0: no adapters, every weight learns
     lora_alpha: float = 16.0  # scale of the adapters: their output is multiplied by lora_alpha /
@@ -319,7 +320,13 @@ def build(config: Config, shop: Shop) -> tuple[Backbone, RatingHead, Vocab]:
             say(f"examples are cut at {size.n_ctx} tokens, its context")
     seed_torch(config.seed, "pretrain", "start")
     n_words = vocab.n_words + vocab.n_specials
-    model = networks.build(size, n_words, shop.n_users, shop.n_items, config.dropout)
+    shape = SIZES[size] if isinstance(size, str) else size
+    bare = bool(config.weights) and networks.trunk_of(shape) is llama.Llama
+    dropout = 0.0 if bare else config.dropout
+    model = networks.build(size, n_words, shop.n_users, shop.n_items, dropout)
+    model.without_dropout = bare
+    if bare and config.dropout:
+        say("the trunk was trained without dropout and gets none, here and in sft")
     model.checkpoint_blocks = config.checkpoint_blocks
     head = RatingHead(model.shape.n_embd)
     if config.rows != "random":

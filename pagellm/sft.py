@@ -115,7 +115,8 @@ class Config(TrainingConfig):
     # 0: the softmax is over all items, exactly
     lazy_rows: bool = False  # update user and item rows only in the steps that read them; saves
     # time in large catalogues, together with sampled_items
-    dropout: float = 0.1  # dropout probability in embedding, attention and residual
+    dropout: float = 0.1  # dropout probability in embedding, attention and residual; a published
+    # Llama or Qwen was trained without it and gets none
     grad_clip: float = 1.0  # largest gradient norm; inf: no limit
     k: int = 20  # slots of a page in validation
     mode: str = "greedy"  # decoding in validation: greedy, beam, one_shot or hybrid

@@ -97,6 +97,8 @@ class Backbone(nn.Module):
     content: Tensor | None
     cold: Tensor | None
     id_dropout = 0.0
+    # Whether the trunk was published, and trained without dropout: it then never has any.
+    without_dropout = False
 
     def __init__(self, shape, n_words: int, n_users: int, n_items: int):
         super().__init__()

@@ -96,6 +96,8 @@ def to_state(model: Backbone) -> dict:
         state["untied"] = True
     if model.blend is not None:
         state["pooled"] = True
+    if model.without_dropout:
+        state["without_dropout"] = True
     if model.lora is None:
         return state
     whole = state["weights"]
@@ -113,7 +115,9 @@ def from_state(state: dict, dropout: float = 0.0) -> Backbone:
     if kind not in TRUNKS:
         raise PageLLMError(f"a model of the kind {kind!r}; this version knows {', '.join(TRUNKS)}")
     trunk, shape = TRUNKS[kind]
-    model = trunk(shape(**state["shape"]), *state["rows"], dropout=dropout)
+    none = state.get("without_dropout", False)
+    model = trunk(shape(**state["shape"]), *state["rows"], dropout=0.0 if none else dropout)
+    model.without_dropout = none
     if state.get("pooled"):
         model.add_pool()
     elif state.get("gated"):

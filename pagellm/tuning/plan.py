@@ -33,8 +33,8 @@ FITS = 10  # fits that a search needs to find something: so many of the widest m
 WIDTHS = ("tiny", "mini", "wide", "wider")  # sizes of the network, by width
 BATCH = 64  # users in a step of SFT
 LEAST = 30  # steps that a stage needs to show anything
-# Costs in steps of SFT at the same width, and seconds of compose for each user, JUDGED_USER those of
-# its outcome model alone; experiments/LOG.md has them.
+# Costs in steps of SFT at the same width, and seconds of compose for each user. JUDGED_USER are the
+# seconds of its outcome model alone; experiments/LOG.md has the others.
 PPO_STEP = 5.0
 FOLD_USER, ASKED_USER, JUDGED_USER = 0.006, 0.015, 0.005
 GATE_USERS = 500

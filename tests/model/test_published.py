@@ -289,6 +289,11 @@ def test_weights_alone_are_enough(served, words, tmp_path, family, capsys):
     )
     policy = Policy.load(tmp_path / "x" / "sft")
     assert policy.vocab.n_words == n
+    # A Llama or Qwen was published without dropout, and gets none in training either.
+    state, bare = to_state(policy.model), family != "GPT2"
+    chances = {m.p for m in from_state(state, 0.3).modules() if isinstance(m, torch.nn.Dropout)}
+    assert chances == ({0.0} if bare else {0.3})
+    assert ("trained without dropout" in printed) == bare
     trained = Policy.load(tmp_path / "x" / "sft").model.state_dict()
     rows = theirs.get_output_embeddings().weight[:n]
     assert torch.equal(trained["word_out"][:n], rows)
