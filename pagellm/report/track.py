@@ -198,8 +198,11 @@ def uri_of(config: Config) -> str:
     return named or f"sqlite:///{(Path(config.runs) / 'mlflow.db').absolute()}"
 
 
-def send_new(config: Config) -> int:
-    """Send what the logs hold beyond what track.json says was sent; -> how many numbers."""
+def send_new(config: Config, tell: bool = False) -> int:
+    """Send what the logs hold beyond what track.json says was sent; -> how many numbers.
+
+    tell  say which stage's curves begin
+    """
     note, total = config.path / "track.json", 0
     uri = uri_of(config) if config.to == "mlflow" else ""
     sent = read_json(note) if note.exists() else {}
@@ -219,6 +222,8 @@ def send_new(config: Config) -> int:
         writer = writer_of(config, stage, uri, "" if fresh else known["id"], fresh)
         if fresh:
             writer.options(read_json(log.parent / "config.json")["config"])
+            if tell:
+                print(f"track: the curves of {stage} begin", flush=True)
         for name, rows in new.items():
             found = [(row["step"], scalars_of(row, FILES[name])) for row in rows]
             writer.scalars(found)
@@ -244,9 +249,12 @@ def run(config: Config) -> int:
     total = send_new(config)
     shown = f"tensorboard --logdir {config.runs}" if config.to == "tensorboard" else uri_of(config)
     print(f"track: {total:,} numbers of {config.path} sent; see them: {shown}", flush=True)
+    if config.follow:
+        there = "" if config.path.is_dir() else ", which is not there yet"
+        print(f"track: following {config.path}{there}; Ctrl+C ends", flush=True)
     while config.follow:
         time.sleep(config.every)
-        total += send_new(config)
+        total += send_new(config, tell=True)
     return total
 
 

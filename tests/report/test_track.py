@@ -112,19 +112,26 @@ def test_two_trackers_are_told_apart(tmp_path, monkeypatch):
         assert len(sent) - before == (0 if (uri, before) == ("a", 6) else 2)
 
 
-def test_following_sends_what_comes_and_stops_by_ctrl_c(tmp_path, monkeypatch):
+def test_following_sends_what_comes_says_so_and_stops_by_ctrl_c(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboard", reason="needs the extra [tensorboard]")
     looks = []
-    monkeypatch.setattr(track, "send_new", lambda config: looks.append(1) or 0)
 
     def sleep(seconds):
+        """Between two looks: the run is not there, then it begins, then its log grows."""
         assert seconds == 0.5
-        if len(looks) == 3:
+        looks.append(seconds)
+        if len(looks) == 4:
             raise KeyboardInterrupt
+        if len(looks) > 1:
+            stage(tmp_path / "base" / "sft", ROWS[: len(looks) - 1])
 
     monkeypatch.setattr(track.time, "sleep", sleep)
     with pytest.raises(KeyboardInterrupt):
         track.run(config(tmp_path, follow=True, every=0.5))
-    assert len(looks) == 3
+    assert scalars(tmp_path / "base" / "tensorboard" / "sft")["loss"] == [(1, 3.0), (2, 2.0)]
+    said = capsys.readouterr().out
+    assert f"following {tmp_path / 'base'}, which is not there yet; Ctrl+C ends" in said
+    assert said.count("the curves of sft begin") == 1
 
 
 def test_a_run_without_a_log_and_a_missing_tracker_are_said(tmp_path, monkeypatch):
