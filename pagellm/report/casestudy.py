@@ -1,8 +1,9 @@
 """Case study (the paper's appendix H): single users' prompts, pages, hits and rewards, in text.
 
-Reads   data/<dataset>, runs/<run>/sft, reward, evaluate; of ppo and compose what was evaluated
-Prints  for each user: prompt, true page, and every policy's page with hits and rewards by slot;
-        then exact, same-category and same-brand hits over all users, with intervals
+Reads   data/<dataset>, runs/<run>/sft, evaluate, reward where there is one; of ppo and compose what
+        was evaluated
+Prints  for each user: prompt, true page, and every policy's page with hits, and with the reward of
+        every slot where the run has a reward model; then exact, same-category and same-brand hits over all users, with intervals
 
     make casestudy                  pagellm casestudy --user U0001000,U0001013
 
@@ -73,9 +74,15 @@ def clip(words: str, width: int) -> str:
     return words if len(words) <= width else words[: width - 1] + "…"
 
 
-def case_text(found: Found, policy: Policy, rewards: PageRewards, at: int) -> str:
-    """The text about one user, who is row `at` of `rewards`."""
-    user, row, c = int(rewards.user[at]), int(rewards.row[at]), found.data.catalogue
+def case_text(
+    found: Found, policy: Policy, row: int, rewards: PageRewards | None = None, at: int = 0
+) -> str:
+    """The text about the user in this row of the pages files.
+
+    rewards, at  of the same user, who is row `at` of `rewards`; None where nothing was judged
+    """
+    written, c = found.written("a case study"), found.data.catalogue
+    user = int(next(iter(written.values())).user[row])
     items, ratings = found.scoring.held.of(user)
     tie = Ties(found.data.n_users, len(c)).of(user, items)
     page, removed = ground_truth_page(items, ratings, c, found.scoring.s, found.scoring.near, tie)
@@ -98,22 +105,22 @@ def case_text(found: Found, policy: Policy, rewards: PageRewards, at: int) -> st
     ]
     if removed:
         lines.append(f"       less {removed} that nearly repeat one above")
-    for side, name in enumerate(rewards.names):
-        pages = found.pages[name]
+    for side, (name, pages) in enumerate(written.items()):
         mine = page_items(pages, found.k)[row]
         marks = [*hits(pages, found.scoring, found.k), brand_hits(pages, found.scoring, found.k)]
-        token, so_far = rewards.token[side, at], trace(rewards.token[side, at])
+        paid = np.full(found.k, np.nan) if rewards is None else rewards.token[side, at]
+        so_far = trace(paid)
         kept = np.flatnonzero(mine >= 0)
         sums = ", ".join(
             f"{int(m[row].sum())} {kind}" for kind, m in zip(KINDS, marks, strict=True)
         )
-        lines += ["", f"{LABELS[name]}: {sums}", "       hit     r_k   sum/T"]
+        head = "       hit" if rewards is None else "       hit     r_k   sum/T"
+        lines += ["", f"{LABELS[name]}: {sums}", head]
         for k in kept:
             mark = "".join(sign for sign, m in zip(MARKS, marks, strict=True) if m[row, k])
-            lines.append(
-                f"  {k + 1:3d}  {mark:<3} {token[k]:+7.3f} {so_far[k]:+7.3f}  {line(int(mine[k]))}"
-            )
-        if len(kept):
+            told = "" if rewards is None else f" {paid[k]:+7.3f} {so_far[k]:+7.3f}"
+            lines.append(f"  {k + 1:3d}  {mark:<3}{told}  {line(int(mine[k]))}")
+        if len(kept) and rewards is not None:
             lines.append(
                 f"  token reward R_f {so_far[kept[-1]]:+.3f}, page reward R_c "
                 f"{rewards.total[side, at] - so_far[kept[-1]]:+.3f}"
@@ -149,7 +156,7 @@ def table(found: Found) -> str:
 def run(config: Config) -> str:
     """Print and return the text.
 
-    Raises PageLLMError if a stage is missing or a user has no page.
+    Raises PageLLMError if a stage that is needed is missing, or a user has no page.
     """
     found = read(
         config.runs, config.run or config.dataset or "synthetic", config.data, config.dataset
@@ -170,17 +177,19 @@ def run(config: Config) -> str:
             rows = np.sort(
                 randomness.rng(config.seed, "casestudy").permutation(len(of))[: config.users]
             )
-        rewards = rewards_of_rows(found, config, rows)
+        judge = found.stages["reward"]
+        rewards = rewards_of_rows(found, config, rows) if judge.done else None
     except Missing as missing:
         raise PageLLMError(f"{missing.what}\n  Make it with: {missing.command}") from None
     reader = next(name for name in ("ppo", "sft") if found.stages[name].done)
     policy = Policy.load(found.stages[reader].path)
-    cases = [case_text(found, policy, rewards, at) for at in range(len(rows))]
+    cases = [case_text(found, policy, int(row), rewards, at) for at, row in enumerate(rows)]
     text = "\n\n\n".join(cases + [f"all {counted(len(of), 'user')}\n\n{table(found)}"])
-    print(
-        text + "\n\n✓ held out   ≈ a held-out item's category   ◇ a held-out item's brand   sum/T: "
-        "rewards down to this slot over all slots (Eq. 6)"
-    )
+    signs = "✓ held out   ≈ a held-out item's category   ◇ a held-out item's brand   "
+    told = "sum/T: rewards down to this slot over all slots (Eq. 6)"
+    if rewards is None:
+        told = f"no reward model, so no rewards: {judge.command} makes one"
+    print(f"{text}\n\n{signs}{told}")
     return text
 
 

@@ -118,7 +118,8 @@ def test_what_no_item_has_is_not_counted_as_never_hit(found):
     assert lines[-2].startswith("same category") and "[" in lines[-2]
 
 
-def test_drawn_users_and_wrong_ones(root, tmp_path):
+def test_drawn_users_and_wrong_ones(root, found, tmp_path, capsys):
+    name = found.shop.user_ids[int(found.pages["ppo"].user[0])]
     assert casestudy.run(config(root, users=3)).count("\nprompt ") == 3
     with pytest.raises(PageLLMError, match="--user nobody: no page of theirs"):
         casestudy.run(config(root, user="nobody"))
@@ -126,5 +127,14 @@ def test_drawn_users_and_wrong_ones(root, tmp_path):
         config(root, users=0)
     shutil.copytree(root, tmp_path / "root")
     shutil.rmtree(tmp_path / "root" / "runs" / "base" / "reward")
-    with pytest.raises(PageLLMError, match="make reward DATASET=synthetic RUN=base"):
+    judged = casestudy.run(config(root, user=name))
+    capsys.readouterr()
+    text = casestudy.run(config(tmp_path / "root", user=name))
+    assert "no rewards: make reward DATASET=synthetic RUN=base makes one" in capsys.readouterr().out
+    # The same text without the two columns of rewards and the line about them.
+    bare = re.sub(r"^( +\d+  [✓≈◇ ]{3}) +[+-]\d\.\d+ +[+-]\d\.\d+", r"\1", judged, flags=re.M)
+    bare = re.sub(r"\n  token reward R_f .*", "", bare).replace("hit     r_k   sum/T", "hit")
+    assert text == bare
+    shutil.rmtree(tmp_path / "root" / "runs" / "base" / "evaluate")
+    with pytest.raises(PageLLMError, match="Make it with: make"):
         casestudy.run(config(tmp_path / "root"))
