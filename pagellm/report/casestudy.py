@@ -3,7 +3,8 @@
 Reads   data/<dataset>, runs/<run>/sft, evaluate, reward where there is one; of ppo and compose what
         was evaluated
 Prints  for each user: prompt, true page, and every policy's page with hits, and with the reward of
-        every slot where the run has a reward model; then exact, same-category and same-brand hits over all users, with intervals
+        every slot where the run has a reward model; then exact, same-category and same-brand hits
+        over all users, with intervals
 
     make casestudy                  pagellm casestudy --user U0001000,U0001013
 
