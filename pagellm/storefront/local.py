@@ -77,18 +77,24 @@ class Together:
         self.seats: dict[int, int] = {}  # thread -> place of its job, of those that still work
         self.asked: dict[int, tuple[Next, np.ndarray]] = {}
         self.said: dict[int, np.ndarray | BaseException] = {}
+        self.stopped: BaseException | None = None  # why all end: one failed, or a signal came
 
     def each(self, job: Callable[..., Made], given: Sequence, micro: int) -> list[Made]:
-        """job(one) of each, in order; micro of them side by side."""
+        """job(one) of each, in order; micro of them side by side. Where one fails, all end."""
         if micro < 2:
             return [job(one) for one in given]
         found: list[Made] = []
+        self.stopped = None
         for start in range(0, len(given), micro):
             some = given[start : start + micro]
             ready = threading.Barrier(len(some))
             with ThreadPoolExecutor(len(some)) as pool:
                 works = [pool.submit(self.work, job, n, one, ready) for n, one in enumerate(some)]
-                found += [work.result() for work in works]
+                try:
+                    found += [work.result() for work in works]
+                except BaseException as error:  # a signal too: nobody is to wait for the rest
+                    self.stop(error)
+                    raise
         return found
 
     def work(self, job: Callable[..., Made], place: int, one, ready: threading.Barrier) -> Made:
@@ -98,10 +104,18 @@ class Together:
         ready.wait()
         try:
             return job(one)
+        except BaseException as error:
+            self.stop(error)
+            raise
         finally:
             with self.turn:
                 del self.seats[me]
                 self.serve()
+
+    def stop(self, error: BaseException) -> None:
+        with self.turn:
+            self.stopped = self.stopped or error
+            self.turn.notify_all()
 
     def sits(self) -> bool:
         """Whether the thread that asks is one of the jobs."""
@@ -113,15 +127,17 @@ class Together:
         with self.turn:
             self.asked[me] = follow, new
             self.serve()
-            self.turn.wait_for(lambda: me in self.said)
-            said = self.said.pop(me)
-        if isinstance(said, BaseException):
+            self.turn.wait_for(lambda: me in self.said or self.stopped is not None)
+            self.asked.pop(me, None)
+            said = self.said.pop(me, self.stopped)
+        if not isinstance(said, np.ndarray):
+            assert said is not None
             raise said
         return said
 
     def serve(self) -> None:
         """One pass for all, where nobody is missing."""
-        if not self.asked or len(self.asked) < len(self.seats):
+        if self.stopped is not None or not self.asked or len(self.asked) < len(self.seats):
             return
         order = sorted(self.asked, key=lambda thread: self.seats[thread])
         try:

@@ -162,16 +162,25 @@ def test_side_by_side_all_ask_in_one_pass_and_scores_are_the_same(monkeypatch):
             np.testing.assert_allclose(one, other, atol=1e-4)
 
 
-def test_a_job_that_fails_leaves_the_others_to_go_on():
-    def job(question):
-        if question is None:
-            raise ValueError("this one")
-        return local().ask(question, lambda value: value).value
+@pytest.mark.parametrize("place", [0, 2])
+def test_where_a_job_fails_all_stop_at_once(place):
+    """Nobody writes on what is not wanted, and the next questions are answered as ever."""
+    follow, table = Next(local().model, vocab().words("Milk"), 9, local().table), local().table
+    steps = []
 
-    asked = [people()[0][0], None, people()[1][0]]
-    with pytest.raises(ValueError, match="this one"):
-        local().table.each(job, asked, 3)
-    assert not local().table.seats and not local().table.asked
+    def job(fails):
+        for _ in range(3 if fails else 10_000):
+            steps.append(Next(local().model, follow.prompt, 9, table)([()]))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        table.each(job, [at == place for at in range(3)], 3)
+    assert len(steps) < 100 and not table.seats and not table.asked and not table.said
+
+    def ask(pair):
+        return local().ask(pair[0], lambda value: value).value
+
+    assert table.each(ask, people()[:2], 2) == [ask(pair) for pair in people()[:2]]
 
 
 def test_padding_that_does_not_fit_is_not_made():
