@@ -39,6 +39,7 @@ from pagellm.data.shop import Shop, load
 from pagellm.model.networks import SIZES
 from pagellm.model.plain import GRIDS, grid_of
 from pagellm.model.policy import PromptStyle
+from pagellm.ppo_gate import CLOSED
 from pagellm.stage import dist
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
@@ -335,7 +336,10 @@ def rewarded(t: Tuning, mode: str, policy: Scores) -> None:
         "source_run": t.bench.run_of(t.trial_of["sft"]),
         "compose_run": t.bench.run_of(t.trial_of["compose"]),
     }
-    t.bench.stage("ppo", "ppo", options | lent)
+    stage = t.bench.stage("ppo", "ppo", options | lent)
+    if not read_json(stage / "done")["gate"]["open"]:
+        t.skip("PPO", CLOSED)
+        return
     scores = t.bench.policy("ppo", "ppo", mode)
     t.note("ppo", f"{steps} steps", scores)
     if t.judge("PPO", "the policy's own pages", scores, policy):

@@ -180,6 +180,10 @@ def test_a_tuning_that_was_cut_short_ends_with_the_same_bytes(whole, tmp_path, m
 def test_ppo_is_paid_by_the_outcome_model_of_the_composed_pages(whole, tmp_path, monkeypatch):
     """And where it is kept, the run's own PPO reads the run's own SFT and compose."""
     base, again = moved(whole, tmp_path / "kept")
+    shutil.rmtree(base / "tune" / "ppo")  # its gate may have been closed
+    (base / "tune" / "scores" / "ppo-ppo-one_shot.parquet").unlink(missing_ok=True)
+    (base / "tune" / "scores" / "ppo-ppo-greedy.parquet").unlink(missing_ok=True)
+    monkeypatch.setattr(ppo, "ask_gate", lambda *a: {"open": True, "skipped": "asked to"})
     judge = tune.Tuning.judge
     monkeypatch.setattr(
         tune.Tuning, "judge", lambda t, stage, *a, **m: judge(t, stage, *a, **m) or stage == "PPO"
@@ -196,6 +200,16 @@ def test_ppo_is_paid_by_the_outcome_model_of_the_composed_pages(whole, tmp_path,
     before = (base / "ppo" / "done").read_bytes()
     ppo.run(own)  # the same options and inputs: nothing is done anew
     assert (base / "ppo" / "done").read_bytes() == before
+
+
+def test_behind_a_closed_gate_ppo_counts_as_not_tried(whole, tmp_path, monkeypatch, capsys):
+    base, again = moved(whole, tmp_path / "closed")
+    shutil.rmtree(base / "tune" / "ppo")
+    gate = {"open": False, "reward": {}, "logits": {}, "difference": {}}
+    monkeypatch.setattr(ppo, "ask_gate", lambda *a: gate)
+    assert "ppo" not in tune.run(again)["stages"]
+    assert f"PPO: not tried: {ppo.CLOSED}" in capsys.readouterr().out
+    assert "PPO" in json.loads((base / "preset" / "stages.json").read_text())["left_out"]
 
 
 def test_fit_again_runs_nothing_again(whole, capsys):
