@@ -146,7 +146,7 @@ class Sources(StageConfig):
             ),
             budget=(self.budget > 0, "1 or more"),
             retries=(self.retries >= 0, "0 or more"),
-            patience=(self.patience > 0, "above 0"),
+            patience=(0 < self.patience < np.inf, "above 0"),
         )
 
 
@@ -167,7 +167,7 @@ class Explored(Sources):
         check(
             self,
             explore=(
-                self.explore >= 0 and (self.explore > 0 or not more),
+                0 <= self.explore < np.inf and (self.explore > 0 or not more),
                 "0 or more; above 0 with explore_themes or explore_all",
             ),
         )

@@ -92,6 +92,11 @@ def read_labels(path: Path, known: set[tuple[str, str]]) -> list[dict]:
             lines, names = list(reader), reader.fieldnames or ()
     except OSError as error:
         raise PageLLMError(f"no labels in {path} ({error.strerror})") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise PageLLMError(
+            f"{path} is no CSV in UTF-8 ({error})\n"
+            '  A spreadsheet writes one as "CSV UTF-8, comma separated".'
+        ) from None
     if missing := {"title", "item", "fits"} - set(names):
         raise PageLLMError(f"{path} has no column {', '.join(sorted(missing))}")
     found = []
@@ -182,10 +187,10 @@ def run(config: Config) -> dict:
         numbers, text = report(read_labels(Path(config.labels), set(score)), score)
         print(text, flush=True)
         return numbers
-    found = drawn_pairs(open_store(config), config.pairs, config.seed)
-    folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
         raise PageLLMError(f"{path} is there; it may hold people's work: move it away first")
+    found = drawn_pairs(open_store(config), config.pairs, config.seed)
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(key, {"scores": [[one["title"], one["item"], one["score"]] for one in found]})
     with atomic(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")

@@ -134,7 +134,9 @@ def accepted(question: Question, reply: Reply, read: Read) -> tuple[dict | None,
 def entries(path: Path) -> list[dict]:
     """Lines of a file of answers. Passes over a half-written one, as a killed process leaves it."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    # Bytes that are no text are read as a sign that no answer may hold.
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
         try:
             entry = json.loads(line)
             tokens = [int(n) for n in entry["tokens"]]
@@ -164,9 +166,16 @@ class Kept:
         return getattr(self.asked, "table", None)
 
     def ask(self, question: Question, read: Read) -> Answer[dict]:
-        """Raises PageLLMError where the answer cannot be kept, such as on a full disk."""
-        if question.key in self.known:
-            return self.known[question.key]
+        """Raises PageLLMError where the answer cannot be kept, such as on a full disk.
+
+        A kept answer that will not do today, since the policy is another one or somebody changed
+        the file, is asked for anew.
+        """
+        if (answer := self.known.get(question.key)) is not None and answer.value is not None:
+            try:
+                return replace(answer, value=read(answer.value))
+            except ValueError:
+                pass
         answer = self.asked.ask(question, read)
         tokens = [answer.prompt_tokens, answer.completion_tokens]
         entry = {

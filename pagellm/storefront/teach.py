@@ -208,12 +208,18 @@ def carried_on(path: Path, people: list[int]) -> int:
         return 0
     whole = path.read_bytes()
     lines = whole[: whole.rfind(b"\n") + 1].splitlines(keepends=True)
-    users = [json.loads(line)["user"] for line in lines]
+    try:
+        users = [json.loads(line)["user"] for line in lines]
+        done = [people.index(user) for user in users]
+    except (ValueError, KeyError, TypeError) as error:
+        raise PageLLMError(
+            f"{path} is damaged ({error})\n  Remove {path.parent}; the same command begins anew."
+        ) from None
     kept = sum(user != users[-1] for user in users) if users else 0
     with open(path, "r+b") as file:
         file.truncate(sum(map(len, lines[:kept])))
     # Who has no row has no line: all before the last one that is kept are done.
-    return people.index(users[kept - 1]) + 1 if kept else 0
+    return done[kept - 1] + 1 if kept else 0
 
 
 def run(config: Config) -> dict:

@@ -81,5 +81,8 @@ def test_wrong_files_are_refused_by_line(tmp_path):
         path.write_text(text)
         with pytest.raises(PageLLMError, match=why):
             read_labels(path, {("a", "b")})
+    path.write_bytes("title,item,fits\nCrème,b,1\n".encode("latin-1"))
+    with pytest.raises(PageLLMError, match="is no CSV in UTF-8 .*\n.*CSV UTF-8"):
+        read_labels(path, {("a", "b")})
     path.write_text("title,item,fits,rater\na,b,Yes,ann\n")
     assert read_labels(path, {("a", "b")}) == [said(("a", "b"), True)]

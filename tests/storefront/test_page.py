@@ -677,6 +677,11 @@ def test_a_drawn_row_is_shown_wherever_its_best_row_is(made):
 
 
 def test_what_is_drawn_needs_a_temperature():
+    for endless in (np.inf, np.nan):
+        with pytest.raises(PageLLMError, match="explore"):
+            show.Config(explore=endless)
+        with pytest.raises(PageLLMError, match="patience"):
+            show.Config(patience=endless)
     with pytest.raises(PageLLMError, match="explore"):
         show.Config(explore_themes=True)
     with pytest.raises(PageLLMError, match="explore"):

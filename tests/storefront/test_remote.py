@@ -392,6 +392,27 @@ def test_replay_writes_the_same_page_and_names_what_it_lacks(tmp_path):
         Replay("nowhere")
 
 
+def test_a_kept_answer_that_will_not_do_is_asked_for_anew(tmp_path):
+    """Somebody changed the file, a byte of it was lost, or the policy is another one."""
+    path = tmp_path / "answers.jsonl"
+    with Model() as model:
+        first = as_json(made_by(Kept(model.server(), path)))
+        kept = path.read_bytes()
+        made_by(Kept(model.server(), path))
+        assert len(model.seen) == 2 and path.read_bytes() == kept
+        said = json.dumps(json.loads(kept.splitlines()[1])["value"]["keywords"]).encode()
+        for old, new in (
+            (said, b'["guns", "knives", "drugs"]'),
+            (TITLE.encode(), b"Cheapest weight loss"),
+            (TITLE.encode(), b"Easy weekday br\xffakfasts"),
+        ):
+            path.write_bytes(kept.replace(old, new))
+            assert path.read_bytes() != kept
+            asked = len(model.seen)
+            assert as_json(made_by(Kept(model.server(), path))) == first
+            assert len(model.seen) == asked + 1
+
+
 def test_a_changed_answer_is_not_believed(tmp_path):
     path = tmp_path / "answers.jsonl"
     with Model() as model:

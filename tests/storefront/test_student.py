@@ -24,7 +24,7 @@ from pagellm.storefront.page import page
 from pagellm.storefront.prefer import answer_logp, preference_loss
 from pagellm.storefront.prompts import keywords_question, tagged_line, theme_question
 from pagellm.storefront.student import chosen_rows, clean_rows, example_of, without_copies
-from pagellm.storefront.teach import appended, part_of, read_traces
+from pagellm.storefront.teach import appended, carried_on, part_of, read_traces
 from tests.storefront.test_local import THEME, offered
 
 TINY = {"size": "llama-mini", "words": 700, "epochs": 12, "batch": 16}
@@ -65,6 +65,16 @@ def test_traces_say_what_was_asked_and_what_it_is_worth(taught):
         assert "U0" not in json.dumps(data)  # no identifier
     shop_user = {one["user"]: one["part"] for one in found}
     assert len(shop_user) > 15 and set(shop_user.values()) <= {"train", "valid", "test"}
+
+
+def test_damaged_traces_are_named_where_a_run_carries_on(tmp_path):
+    path = tmp_path / "traces.jsonl"
+    path.write_text('{"user": 4}\n{"user": 7}\n{"us')
+    assert carried_on(path, [2, 4, 7]) == 2 and path.read_text() == '{"user": 4}\n'
+    for text in ('{"user": 4}\n{"us\n', '{"user": 4}\n[]\n', '{"person": 4}\n', '{"user": 9}\n'):
+        path.write_text(text)
+        with pytest.raises(PageLLMError, match="traces.jsonl is damaged .*\n  Remove"):
+            carried_on(path, [2, 4, 7])
 
 
 def test_people_are_split_by_a_hash_of_who_they_are():
