@@ -5,6 +5,7 @@ page(store.front, store.known.context("u1"), default_layout())
 """
 
 import os
+import sys
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -146,7 +147,7 @@ class Sources(StageConfig):
             ),
             budget=(self.budget > 0, "1 or more"),
             retries=(self.retries >= 0, "0 or more"),
-            patience=(0 < self.patience < np.inf, "above 0"),
+            patience=(self.patience > 0, "above 0"),
         )
 
 
@@ -167,7 +168,7 @@ class Explored(Sources):
         check(
             self,
             explore=(
-                0 <= self.explore < np.inf and (self.explore > 0 or not more),
+                self.explore >= 0 and (self.explore > 0 or not more),
                 "0 or more; above 0 with explore_themes or explore_all",
             ),
         )
@@ -262,6 +263,7 @@ def open_store(config: Sources, splits: tuple[str, ...] = ("train",)) -> Store:
         models["sponsored"] = file_id(config.sponsored)
     front = replace(front, threshold=threshold[0] if threshold else 0.0)
     if tuned.exists():
+        told_if_stale(tuned, done["id"], config.make("storefront tune"))
         front = with_tuning(front, read_json(tuned))
         models["weights"] = file_id(tuned)
     front = replace(front, models=models)
@@ -271,6 +273,18 @@ def open_store(config: Sources, splits: tuple[str, ...] = ("train",)) -> Store:
     layout = read_layout(config.layout, repeats)
     check_layout(front, layout)
     return Store(front, shop, orders, known, layout)
+
+
+def told_if_stale(tuned: Path, build: str, make: str) -> None:
+    """Say so where weights and calibration were chosen for another build than the one there is."""
+    about = tuned.parent / "config.json"
+    if about.exists() and read_json(about).get("inputs", {}).get("build") != build:
+        print(
+            f"{tuned}: weights and calibration were chosen for another build; they are used\n"
+            f"  Remove {tuned.parent} and choose them anew: {make}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def front_of(

@@ -1,6 +1,7 @@
 """The cascade on the golden shop, and its laws on a synthetic one."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from datetime import date
@@ -737,6 +738,22 @@ def test_a_run_says_how_to_make_what_is_missing(tmp_path, made):
         open_store(Sources(**made | {"runs": str(tmp_path)}))
     with pytest.raises(PageLLMError, match="no layout nowhere.json"):
         open_store(Sources(**made, layout="nowhere.json"))
+
+
+def test_weights_of_another_build_are_used_and_said(made, tmp_path, capsys):
+    for name in ("build", "tune"):
+        source = Path(made["runs"]) / "synthetic/storefront" / name
+        shutil.copytree(source, tmp_path / "synthetic/storefront" / name)
+    options, said = made | {"runs": str(tmp_path)}, "were chosen for another build"
+    first = open_store(Sources(**options)).front
+    assert said not in capsys.readouterr().err
+    path = tmp_path / "synthetic/storefront/tune/config.json"
+    about = read_json(path)
+    about["inputs"]["build"] = "0" * 16
+    path.write_text(json.dumps(about))
+    again = open_store(Sources(**options)).front
+    assert said in capsys.readouterr().err
+    assert (again.weights, again.platt) == (first.weights, first.platt)
 
 
 def test_the_command_shows_pages(made, capsys):
