@@ -20,12 +20,13 @@ from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import read_json
 
-__all__ = ["Config", "described", "links", "run"]
+__all__ = ["UNREADABLE", "Config", "described", "links", "run"]
 
 
 STAGES = ("pretrain", "update", "sft", "reward", "ppo", "compose", "evaluate", "baselines")
 POLICIES = ("compose", "ppo", "sft")  # the policy shown is the first of these that is there
 METRIC = "NDCG@100"
+UNREADABLE = (PageLLMError, OSError, KeyError, TypeError)  # what a damaged run's files raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,14 @@ def run(config: Config) -> list[dict[str, Any]]:
     if runs.is_dir():
         linked = links(runs)
         for path in runs.iterdir():
-            if path.is_dir() and not path.is_symlink() and (record := described(path)):
+            if path.is_symlink() or not path.is_dir():
+                continue
+            try:
+                record = described(path)
+            except UNREADABLE as error:  # one damaged run hides no other
+                print(f"pagellm runs: {path.name} cannot be read: {error}", file=sys.stderr)
+                continue
+            if record:
                 found.append(record | {"links": linked.get(path.resolve(), [])})
     found = [r for r in found if config.dataset in ("", r["dataset"])]
     if not found:

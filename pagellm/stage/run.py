@@ -52,6 +52,7 @@ __all__ = [
     "digest",
     "file_id",
     "finished",
+    "is_changed",
     "load_model_file",
     "machine",
     "versions",
@@ -231,6 +232,12 @@ def finished(path: str | Path, need: str, make: str) -> dict[str, Any]:
         raise PageLLMError(f"no {need} in {path}{half}\n  Make it with: {make}{others}") from None
 
 
+def is_changed(path: Path) -> bool:
+    """Whether a model.pt is another file than the `done` record beside it names."""
+    record = path.parent / "done"
+    return path.exists() and record.exists() and file_id(path) != read_json(record)["id"]
+
+
 def load_model_file(path: str | Path, mapped: bool = False) -> dict[str, Any]:
     """The tensors and plain values in a model.pt or checkpoint, on the CPU.
 
@@ -241,13 +248,7 @@ def load_model_file(path: str | Path, mapped: bool = False) -> dict[str, Any]:
     record beside it names. Raises PageLLMError for a file that is gone, changed or damaged.
     """
     path = Path(path)
-    record = path.parent / "done"
-    if (
-        path.name == "model.pt"
-        and path.exists()
-        and record.exists()
-        and file_id(path) != read_json(record)["id"]
-    ):
+    if path.name == "model.pt" and is_changed(path):
         raise PageLLMError(
             f"{path} is not what its stage wrote: changed or damaged since\n"
             f"  Remove {path.parent} and make it again."

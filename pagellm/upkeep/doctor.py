@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 
-from pagellm.report.runs import described, links
+from pagellm.report.runs import UNREADABLE, described, links
 from pagellm.stage import hints
 from pagellm.stage.command import ExitCode, main
 from pagellm.stage.config import PageLLMError, check_numbers
 from pagellm.stage.files import read_json
-from pagellm.stage.run import commit, machine, versions
+from pagellm.stage.run import commit, is_changed, machine, versions
 
 __all__ = ["Config", "Finding", "examine", "run"]
 
@@ -183,10 +183,12 @@ def of_run(path: Path, names: list[str]) -> Iterator[Finding]:
     about = f"run {path.name}"
     try:
         record = described(path)
-    except (PageLLMError, OSError, KeyError, TypeError) as error:
+        if record is None:
+            return
+        made = [read_json(path / s / "config.json")["config"] for s in record["stages"]]
+        changed = [s for s in record["stages"] if is_changed(path / s / "model.pt")]
+    except UNREADABLE as error:
         yield Finding("wrong", about, f"cannot be read: {error}", f"remove what it names in {path}")
-        return
-    if record is None:
         return
     live = f", live as {', '.join(names)}" if names else ""
     yield Finding("ok", about, f"{', '.join(record['stages']) or 'no stage is done'}{live}")
@@ -200,11 +202,10 @@ def of_run(path: Path, names: list[str]) -> Iterator[Finding]:
                 f"{stage} was begun and not finished",
                 f"give its command again, which carries on, or remove {path / stage}",
             )
-    made = [path / s / "config.json" for s in record["stages"]]
-    homes = {
-        Path(c["data"]) / c["dataset"] for f in made if "data" in (c := read_json(f)["config"])
-    }
-    for home in sorted(homes):
+    for stage in changed:
+        do = f"remove {path / stage} and make it again"
+        yield Finding("wrong", about, f"{stage}/model.pt is not what its stage wrote", do)
+    for home in sorted({Path(c["data"]) / c["dataset"] for c in made if "data" in c}):
         if not (home / "source.json").exists():
             do = f"prepare them again, or remove {path}"
             yield Finding("wrong", about, f"its data, {home}, are gone", do)

@@ -47,8 +47,15 @@ def test_runs_are_listed_newest_first_with_what_their_files_say(tmp_path, capsys
     os.utime(tmp_path / "winter" / "ppo" / "config.json", (1_800_000_000,) * 2)
     (tmp_path / "live").symlink_to("autumn")
     (tmp_path / "notes").mkdir()  # no run
+    evaluated(tmp_path, "hurt", 1_600_000_000)
+    (tmp_path / "hurt" / "sft" / "done").write_text("{")
+    (tmp_path / "odd" / "sft").mkdir(parents=True)
+    (tmp_path / "odd" / "sft" / "config.json").write_text("{}")
     first, second = runs.run(runs.Config(runs=str(tmp_path)))
-    said = capsys.readouterr().out.splitlines()
+    told = capsys.readouterr()
+    said = told.out.splitlines()
+    assert "hurt cannot be read: " in told.err and "done is damaged" in told.err
+    assert "odd cannot be read: " in told.err
     assert (first["run"], second["run"]) == ("winter", "autumn") and len(said) == 3
     assert first["stages"] == ["sft", "evaluate"] and first["begun"] == ["ppo"]
     assert first["NDCG@100"] == pytest.approx(BASE.mean() + 0.1)

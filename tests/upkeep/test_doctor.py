@@ -56,6 +56,16 @@ def test_what_is_wrong_is_named_with_what_to_do(root, monkeypatch, capsys):
     assert "things are wrong" in capsys.readouterr().out
 
 
+def test_damage_in_a_run_is_a_finding_and_ends_nothing(root):
+    model = root / "runs" / "base" / "sft" / "model.pt"
+    model.write_bytes(model.read_bytes()[:100])
+    (found,) = wrong(root)
+    assert "sft/model.pt is not what its stage wrote" in found.found and "make it again" in found.do
+    (model.parent / "config.json").write_text("{")
+    (found,) = wrong(root)
+    assert "sft/config.json is damaged" in found.found
+
+
 def test_a_stage_that_a_process_works_on_is_not_wrong(root, capsys):
     stage = root / "runs" / "base" / "ppo"
     stage.mkdir()
