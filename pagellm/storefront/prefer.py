@@ -35,7 +35,7 @@ from pagellm.model.vocab import Vocab
 from pagellm.pages import stats
 from pagellm.stage import dist, randomness
 from pagellm.stage.command import main
-from pagellm.stage.config import check
+from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic_folder, file_id, read_json
 from pagellm.stage.hints import counted
 from pagellm.stage.run import Run, finished
@@ -75,7 +75,7 @@ class Config(Sources):
             self,
             labels=(self.labels in ("clean", "raw"), "clean or raw"),
             people=(self.people > 0, "1 or more"),
-            valid_people=(self.valid_people > 0, "1 or more"),
+            valid_people=(self.valid_people > 1, "2 or more, so that there is an interval"),
             samples=(self.samples > 1, "2 or more"),
             temperature=(self.temperature > 0, "above 0"),
             batch=(self.batch > 0, "1 or more"),
@@ -202,11 +202,20 @@ def fit(config: Config, out: Run, model: Backbone, vocab: Vocab, pairs: list[dic
 
 
 def parts_of(store: Store, config: Config) -> tuple[list[int], list[int]]:
-    """Train people whose rows are asked for, and valid people who judge."""
+    """Train people whose rows are asked for, and valid people who judge.
+
+    Raises PageLLMError where there are too few to judge.
+    """
     rng = randomness.rng(config.seed, "storefront", "prefer")
     order = rng.permutation(store.shop.n_users).tolist()
     ids = store.shop.user_ids
     train, valid = ([u for u in order if part_of(ids[u]) == name] for name in ("train", "valid"))
+    if len(valid) < 2:
+        raise PageLLMError(
+            f"{counted(len(valid), 'person', 'people')} of {config.data_dir} kept apart to judge "
+            "by, of whom two are needed\n  A tenth of a shop's people are; the student serves as "
+            "it is."
+        )
     return train[: config.people], valid[: config.valid_people]
 
 
@@ -223,8 +232,8 @@ def run(config: Config) -> dict:
         if out.already_done():
             return read_json(out.path / "done")
         store, device = open_store(config), dist.start(config.device)
-        local = Local.load(student / "model", store.front.corpus, device)
         train, valid = parts_of(store, config)
+        local = Local.load(student / "model", store.front.corpus, device)
         # In a directory of its own: lines beside checkpoints are cut back to the newest of them.
         path = out.path / "pairs" / "pairs.jsonl"
         path.parent.mkdir(exist_ok=True)

@@ -234,6 +234,18 @@ def test_the_log_probability_of_an_answer_is_that_of_its_tokens(taught):
         assert total == pytest.approx(sum(own), rel=1e-4)
 
 
+def test_preference_needs_two_people_to_judge_by(taught, monkeypatch):
+    with pytest.raises(PageLLMError, match="valid_people.*2 or more"):
+        prefer.Config(valid_people=1)
+    store = open_store(show.Config(**taught))
+    for n in (0, 1):
+        part = dict.fromkeys(store.shop.user_ids, "train")
+        part |= dict.fromkeys(store.shop.user_ids[:n], "valid")
+        monkeypatch.setattr(prefer, "part_of", part.get)
+        with pytest.raises(PageLLMError, match=f"{n} pe.* kept apart to judge by"):
+            prefer.parts_of(store, prefer.Config(**taught))
+
+
 def test_preference_is_kept_only_where_it_pays(taught):
     done = prefer.run(
         prefer.Config(**taught, people=8, valid_people=4, samples=3, temperature=2.0, lr=1e-4)
