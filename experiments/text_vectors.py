@@ -20,6 +20,7 @@ from pagellm.model.als import item_groups
 from pagellm.model.networks import from_state
 from pagellm.model.prompts import left_pad
 from pagellm.model.vocab import Vocab
+from pagellm.stage import dist
 from pagellm.stage.files import atomic
 from pagellm.stage.run import load_model_file
 
@@ -92,6 +93,7 @@ def sentences(folder: str | Path, texts: list[str], batch: int = 32, longest: in
 
     words_of = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModel.from_pretrained(folder, local_files_only=True).float().eval()
+    low = dist.multiplies_bf16(torch.device("cpu"))
     out = torch.zeros(len(texts), model.config.hidden_size)
     for some in by_length(texts, batch):
         read = words_of(
@@ -102,7 +104,7 @@ def sentences(folder: str | Path, texts: list[str], batch: int = 32, longest: in
             return_tensors="pt",
         )
         own = read["attention_mask"][..., None].float()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
             hidden = model(**read).last_hidden_state.float()
         out[some] = (hidden * own).sum(1) / own.sum(1)
     return unit(out).numpy()
@@ -116,7 +118,8 @@ def language(stage: str | Path, texts: list[str], batch: int = 16, longest: int 
     """
     state = load_model_file(Path(stage) / "model.pt")
     vocab, model = Vocab.load(stage), from_state(state).eval()
-    model.bf16 = True
+    low = dist.pick_precision("auto", torch.device("cpu"), model.shape.n_embd)
+    model.bf16 = low == "bfloat16"
     out = torch.zeros(len(texts), model.shape.n_embd)
     for some in by_length(texts, batch):
         ids, own = left_pad([vocab.words(f" {texts[i]}")[:longest] for i in some], vocab.pad)
