@@ -11,6 +11,7 @@ from pagellm.report.html import figure, figures, or_missing, story, thin, up, ve
 from pagellm.report.options import Config
 from pagellm.report.plots import Curve, ladder, lines, places, short
 from pagellm.report.results import competitors, shown_metrics, tiles
+from pagellm.stage.hints import counted
 
 __all__ = ["frontier", "opening", "overview"]
 
@@ -122,7 +123,7 @@ def who_wins(found: Found) -> str:
     return figure(
         ladder(rows, alt, bold),
         "Who wins where: each metric from its worst policy to its best, which is named."
-        + (f" Gray: {others} policies from elsewhere." if others else ""),
+        + (f" Gray: {counted(others, 'policy', 'policies')} from elsewhere." if others else ""),
     )
 
 

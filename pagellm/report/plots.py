@@ -40,8 +40,11 @@ def short(text: str, most: int = 26) -> str:
 
 
 def width_of(text: str, size: float = SIZE) -> float:
-    """About how wide a browser sets a text, in units of the viewBox: no font is at hand here."""
-    narrow, wide = " .,:;'|!ijltfr()[]", "mwMW@%"
+    """About how wide a browser sets a text, in units of the viewBox: no font is at hand here.
+
+    That of the widest usual font, DejaVu Sans: a label that is narrower has room all the same.
+    """
+    narrow, wide = " .,:;'|!ijltfr()[]", "mwMW@%↑↓+"
     em = sum(
         1.0
         if unicodedata.east_asian_width(c) in "WF"
@@ -49,6 +52,8 @@ def width_of(text: str, size: float = SIZE) -> float:
         if c in narrow
         else 0.88
         if c in wide
+        else 0.74
+        if c.isupper() and c != "I"
         else 0.62
         for c in text
     )

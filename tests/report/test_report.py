@@ -281,6 +281,23 @@ def test_it_opens_with_a_sentence_and_three_figures(root, text, page):
     assert f"pages {word} varied" in lead
 
 
+@pytest.mark.parametrize(
+    ("text", "em"),  # as wide as DejaVu Sans sets it
+    [("NDCG@100 ↑", 7.06), ("WMRD ↓", 4.47), ("energy ↑", 4.64), ("PageLLM (composed)", 10.64)],
+)
+def test_labels_have_room_in_a_wide_font(text, em):
+    assert 0.97 * em <= plots.width_of(text, 1.0) <= 1.1 * em
+
+
+def test_one_policy_from_elsewhere_is_one(root):
+    found = findings.read(str(root / "runs"), "base", str(root / "data"))
+    found.results = {
+        name: {"NDCG@100": {"mean": x, "low": x, "high": x, "count": 9}}
+        for name, x in ((findings.SFT, 0.2), ("popularity", 0.1))
+    }
+    assert "Gray: 1 policy from elsewhere" in overview.who_wins(found)
+
+
 def test_the_sentence_says_what_there_is(root):
     def told(results, *done):
         found = findings.read(str(root / "runs"), "base", str(root / "data"))
