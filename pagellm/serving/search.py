@@ -256,7 +256,12 @@ def run(config: Config) -> list[dict]:
     """Print and return one record for exact search and, for hnsw, each number of items visited."""
     names = [f"export-{name}" for name in ([config.policy] if config.policy else POLICIES)]
     folders = [config.stage(name) for name in names]
-    folder = next((f for f in folders if (f / "manifest.json").exists()), folders[0])
+    folder = next((f for f in folders if (f / "manifest.json").exists()), None)
+    if folder is None:
+        raise PageLLMError(
+            f"no export in {' or '.join(map(str, folders))}\n"
+            f"  Make it with: {config.make('export')}" + hints.other_runs(folders[0].parent)
+        )
     source = Embeddings(folder)
     rows, users = source.matrix("item_token"), source.matrix("user_content")
     rng = np.random.Generator(np.random.Philox(key=config.seed))

@@ -87,7 +87,7 @@ def test_the_command_measures_keeps_and_refuses(served, capsys):
         "runs": str(served / "runs"),
         "device": "cpu",
     }
-    with pytest.raises(PageLLMError, match="pagellm export"):
+    with pytest.raises(PageLLMError, match="sft\n  Make it with: make export .*RUN=search"):
         search.run(search.Config(**base, policy="sft", k=10))
     export.run(export.Config(**base, source_run="base", policy="sft"))
     folder = served / "runs" / "search" / "export-sft"
