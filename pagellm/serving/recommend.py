@@ -347,6 +347,8 @@ def remarks(recommender: Recommender, config: Config) -> list[str]:
     categories = f.categories or ()
     if unknown := [name for name in categories if name not in recommender.members]:
         found.append(unknown_names("categories", "categories", unknown, len(categories)))
+    if why := recommender.why_none(f):
+        found.append(why)
     return found + below_the_core(recommender, config.data_dir)
 
 

@@ -310,6 +310,13 @@ class Recommender:
             self.cache.put(key, state, sum(x.nbytes for x in state) + 200)
         return state
 
+    def why_none(self, filters: Filters) -> str:
+        """Why no item can pass these filters, in words; "" where some item can."""
+        by_price = filters.price_min is not None or filters.price_max is not None
+        if by_price and bool(self.price.isnan().all()):
+            return "no item of this data set has a price, so none passes a price filter"
+        return ""
+
     def resolve(self, ask: Ask) -> ResolvedAsk:
         """An Ask in dense ids. Unknown items and categories are named in it; they are no error.
 
@@ -755,7 +762,8 @@ class Recommender:
                 slot |= {"held_out": i in held, "similar": why}
         notes = []
         if ask.page is None and len(page) < ask.k:
-            notes.append(f"{len(page)} of {ask.k} slots: no more items pass the filters")
+            why = self.why_none(ask.filters) or "no more items pass the filters"
+            notes.append(f"{len(page)} of {ask.k} slots: {why}")
         return {
             "user": {"id": ask.user, "known": asked.user is not None, "history": len(asked.items)},
             "items": slots,

@@ -191,6 +191,10 @@ def test_an_item_of_unknown_price_fails_a_price_filter(rec):
     r.price = price.index_fill(0, price.new_tensor([0, 1]).long(), math.nan)
     page = ids(one(r, k=len(price), filters=Filters(price_min=0.0)))
     assert len(page) == len(price) - 2 and not set(page) & set(rec.shop.catalogue.ids[:2])
+    r.price = torch.full_like(price, math.nan)
+    answer = one(r, k=3, filters=Filters(price_max=30.0))
+    assert answer["items"] == [] and "no item of this data set has a price" in answer["notes"][0]
+    assert one(r, k=3)["notes"] == []
 
 
 def test_a_strangers_page_follows_the_history_alone(rec):
