@@ -762,8 +762,8 @@ class Recommender:
                 slot |= {"held_out": i in held, "similar": why}
         notes = []
         if ask.page is None and len(page) < ask.k:
-            why = self.why_none(ask.filters) or "no more items pass the filters"
-            notes.append(f"{len(page)} of {ask.k} slots: {why}")
+            short = self.why_none(ask.filters) or "no more items pass the filters"
+            notes.append(f"{len(page)} of {ask.k} slots: {short}")
         return {
             "user": {"id": ask.user, "known": asked.user is not None, "history": len(asked.items)},
             "items": slots,
