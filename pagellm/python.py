@@ -511,13 +511,14 @@ class Model:
             raise PageLLMError(f"versus={versus!r}: plain rows are scored on test rows alone")
         own = {"split": split, "policies": self.policies_there(), "device": self.device}
         config = configured(stage.Config, "evaluate", self.common() | own | options)
+        other = None
+        if versus and versus not in config.policies.split(","):  # a wrong name costs no pages
+            other = self.plain_row(versus, baselines or {}, config.mask)
         with as_a_command("evaluate", stage.Config):
             results = stage.run(config)
         folder = self.path / "evaluate"
         rows = {name: per_user_of(folder / name) for name in results if name in stage.LABELS}
-        other = rows.get(versus) if versus in rows else None
-        if versus and other is None:
-            other = self.plain_row(versus, baselines or {}, config.mask)
+        other = rows.get(versus, other)
         return score_table(results, rows, versus, other, config.seed, config.n_boot)
 
     def policies_there(self) -> str:
@@ -529,6 +530,14 @@ class Model:
         """A row of `pagellm baselines`: metric -> (U,) scores, and `user`."""
         from pagellm.baselines import compare
 
+        known = [*compare.GRIDS, compare.LIGHTGBM]
+        if name.partition(" + ")[0] not in known:
+            like = hints.nearest(name, known)
+            raise PageLLMError(
+                f"versus={name!r}: no such row; there are the policies evaluated ("
+                f"{self.policies_there()}) and {', '.join(known)}, each also with ' + MMR'"
+                + (f"\n  Did you mean {like!r}?" if like else "")
+            )
         told = {**self.common(), "run": "", **options}
         if "models" in options:  # the row that the others are compared with is one of these
             told.setdefault("versus", name)

@@ -415,6 +415,14 @@ def test_types_that_parquet_has_not_are_turned_into_those_that_it_has():
         arrow.storable(pa.Table.from_arrays([views, views], names=["a", "a"]))
 
 
+def test_a_wrong_name_to_compare_with_costs_no_pages(model, monkeypatch):
+    from pagellm import evaluate
+
+    monkeypatch.setattr(evaluate, "run", lambda config: pytest.fail("pages were made"))
+    with pytest.raises(pagellm.PageLLMError, match="versus='EAES': no such row(?s:.*)mean 'EASE'"):
+        model.evaluate("EAES", **FEW)
+
+
 def test_a_row_of_models_of_ones_own_is_what_the_others_are_compared_with(model, monkeypatch):
     from pagellm.baselines import compare
 
