@@ -174,9 +174,10 @@ class Config(TrainingConfig):
             other += " --item_reward pairs --w_page 1, which the reward model of pairs pays"
         default = self.__dataclass_fields__
         if changed := [name for name in unread if getattr(self, name) != default[name].default]:
+            plain = " ".join(f"--{name}={default[name].default}" for name in changed)
             raise PageLLMError(
                 f"algo={self.algo} does not read {', '.join(changed)}: {why}\n"
-                f"  Leave it out, or take PPO itself: {other}"
+                f"  Leave it out (where a preset says it: {plain}), or take PPO itself: {other}"
             )
 
     @property

@@ -254,7 +254,11 @@ def test_changed_options_are_refused_and_missing_data_named(root, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "algo, more", [("reinforce", {"inner_epochs": 1}), ("rloo", {"samples": 4})]
+    "algo, more",
+    [
+        ("reinforce", {"inner_epochs": 1}),
+        ("rloo", {"samples": 4, "critic_warmup": ppo.Config.critic_warmup}),  # without a critic
+    ],
 )
 def test_other_algorithms_run(root, algo, more):
     own = config(
