@@ -90,6 +90,7 @@ def test_the_page_asks_for_the_key_of_a_service_that_has_one(sft_alone, chromium
 
 @pytest.fixture(scope="module")
 def chromium():
+    sync_api.expect.set_options(timeout=30_000)  # machines that run tests are busy
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser

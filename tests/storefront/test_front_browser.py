@@ -44,6 +44,7 @@ def url(made, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chromium():
+    expect.set_options(timeout=30_000)  # machines that run tests are busy
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
