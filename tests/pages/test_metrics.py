@@ -159,11 +159,14 @@ def test_the_bound_is_reached_by_hits_that_lead_each_band():
 
 
 @pytest.mark.slow
-def test_recall_and_ndcg_equal_ranx(tmp_path):
+def test_recall_and_ndcg_equal_ranx(tmp_path, monkeypatch):
     """200 random lists, to 14 digits.
 
-    ranx is an independent implementation; most of this test's time is its compilation.
+    ranx is an independent implementation. Its functions run uncompiled here: that takes seconds,
+    their compilation a minute.
     """
+    numba = pytest.importorskip("numba", reason="the dev extra is not installed")
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
     ranx = pytest.importorskip("ranx", reason="the dev extra is not installed")
     rng = np.random.default_rng(0)
     qrels, run, lists = {}, {}, {}
