@@ -18,6 +18,7 @@ COMMANDS = [
     "pretrain --size nano --steps 4 --batch 8 --rating_batch 8 --words 300 --warmup 2",
     "sft --epochs 1 --batch 16 --eval_every 4 --max_history 8 --warmup 2 --k 6",
     "reward --per_kind 1 --batch 32 --warmup 2",
+    "compose --folds 1 --networks 1 --k 6 --depth 40",
     "ppo --epochs 0.5 --rollout 16 --minibatch 8 --micro 4 --k 6 --eval_every 2 --min_steps 1",
     "evaluate --k 6 --depth 40 --n_boot 50 --examples 1",
     "baselines --k 6 --depth 40 --n_boot 50",
