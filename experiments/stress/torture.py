@@ -141,9 +141,26 @@ class Suites(Trials):
             )
         self.carry_on(folder, verb, what)
 
-    def signal(self, verb: str, signum: int) -> None:
+    def signal(self, verb: str, signum: int, tries: int = 3) -> None:
+        """Stop the stage at a random moment, and resume it.
+
+        The machine may be faster or slower than when the whole stage was timed: a moment at which
+        nothing was there to stop is followed by another one, later or earlier.
+        """
+        low, high = 0.05, max(0.1, self.whole[verb].seconds)
+        for _ in range(tries):
+            after = self.random.uniform(low, high)
+            ended = self.signalled(verb, signum, after)
+            if ended.code == 0:
+                high = after
+            elif ended.code == -signum:
+                low = after
+            else:
+                return
+
+    def signalled(self, verb: str, signum: int, after: float) -> Outcome:
+        """The stage as it ended, stopped after some seconds; it is resumed."""
         folder = self.trial(verb)
-        after = self.random.uniform(0.05, max(0.1, self.whole[verb].seconds))
         ended = self.stage(folder, verb, signum=signum, after=after)
         what = f"{signal.Signals(signum).name} after {after:.3f} s"
         said = [line for line in ended.text.splitlines() if "stopped by" in line]
@@ -159,6 +176,7 @@ class Suites(Trials):
                 ended,
             )
         self.carry_on(folder, verb, what)
+        return ended
 
     def faults(self) -> None:
         for fault in (

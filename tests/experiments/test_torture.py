@@ -60,7 +60,7 @@ def counts():
     "counted, least",
     [
         ("killed", 3),
-        ("stopped by a signal", 1),  # the moments are drawn: a stage may end before its signal
+        ("stopped by a signal", 3),
         ("faults", 40),
         ("ranks killed", 1),
         ("inputs", 3000),
