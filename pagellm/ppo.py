@@ -4,10 +4,10 @@ Reads   data/<dataset>, runs/<run>/sft, runs/<run>/reward; --item_reward outcome
 Writes  runs/<run>/ppo      model.pt of the step with the best validation score, log.jsonl,
                             samples.jsonl (some pages at each validation), gate.json
 
-    make ppo                pagellm ppo --dataset synthetic --kl_coef 0.02
+    make ppo                pagellm ppo --dataset synthetic --sft_coef 3
 
-About two minutes for the synthetic shop on two CPU cores. One step (Eq. 9 to 11 of arXiv
-2506.09084; arithmetic in ppo_step.py, what is logged in ppo_watch.py):
+Under a minute for the synthetic shop, whose preset is expert iteration. One step (Eq. 9 to 11 of
+arXiv 2506.09084; arithmetic in ppo_step.py, what is logged in ppo_watch.py):
 
     prompt (B, P) -> sample under the constraint -> item, logp (B, K); ref_logp, value (B, K)
       -> token_reward (B, K), page_reward (B,) -> terms, name -> (B, K) -> normalise
