@@ -14,9 +14,10 @@ Seconds to minutes on two CPU cores. Four steps:
 3. Score the baselines on validation rows: EASE, ALS, ALS with titles, ALS with titles and ratings,
    each as it is and re-ranked for variety.
 4. Choose worth, order and spread of a page (pages/compose.py): of the settings that lose no
-   accuracy, the one whose smallest margin over all these baselines and all metrics is largest. If
-   these pages lose more accuracy to those of ALS with titles and MMR than the other way round, the
-   latter are taken: nothing that was learnt makes better ones here.
+   accuracy, the one whose smallest margin over all these baselines and all metrics is largest.
+   Where its pages vary less than those of ALS with titles and MMR, more spread is taken, if no
+   accuracy is lost to that row. If the pages lose more accuracy to that row than the other way
+   round, its pages are taken: nothing that was learnt makes better ones here.
 
 model.pt holds all that a page needs, the judges fitted to all train rows too. No test row is read.
 A judge is never asked about a row that it was fitted to.
@@ -46,6 +47,7 @@ from pagellm.pages.compose import (
     GRID,
     Opinion,
     Taste,
+    as_varied,
     choose,
     compose,
     ranked_by_value,
@@ -219,6 +221,7 @@ def choose_taste(
 
     groups = [group for group in (others, rated) if group]
     taste, tried = choose(scored, groups, MEASURES, grid)
+    taste = as_varied(taste, scored, shipped, grid["spread"])
     kinds = {"learnt": means(scored(taste)), "plain": means(shipped)}
     return taste, len(tried), config.fallback and best_of(kinds, ACCURACY)[0] == "plain"
 

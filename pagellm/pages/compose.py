@@ -14,13 +14,13 @@ not disturb the order.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
 
 from pagellm.pages.rerank import Kin, mmr, placed, sort_page
-from pagellm.pages.yardstick import ACCURACY
+from pagellm.pages.yardstick import ACCURACY, means
 
 __all__ = [
     "DOWN",
@@ -29,6 +29,7 @@ __all__ = [
     "GRID",
     "Opinion",
     "Taste",
+    "as_varied",
     "choose",
     "compose",
     "margin",
@@ -230,3 +231,26 @@ def choose(
         if at == before:
             break
     return Taste(**at), tried
+
+
+def as_varied(
+    taste: Taste,
+    scored: Callable[[Taste], dict[str, np.ndarray]],
+    shipped: dict[str, np.ndarray],
+    spreads: tuple[float, ...] = GRID["spread"],
+) -> Taste:
+    """The taste with the smallest spread at which pages vary no less than those of a plain row.
+
+    scored   a Taste -> validation scores of its pages
+    shipped  scores of the plain row's pages
+    returns  the taste as it is where its mean ILD is not lower, where items have no categories, or
+             where so much spread would lose accuracy to the plain row (`accuracy_lost`)
+    """
+    theirs = means(shipped)
+    for spread in (taste.spread, *(s for s in spreads if s > taste.spread)):
+        ours = scored(wider := replace(taste, spread=spread))
+        if spread > taste.spread and accuracy_lost(ours, [shipped], ACCURACY) > 0:
+            return taste
+        if "ILD" not in theirs or means(ours)["ILD"] >= theirs["ILD"]:
+            return wider
+    return taste

@@ -13,6 +13,7 @@ from pagellm.pages.compose import (
     Opinion,
     Taste,
     accuracy_lost,
+    as_varied,
     choose,
     compose,
     margin,
@@ -182,3 +183,31 @@ def test_the_choice_is_level_with_the_first_rows_before_it_looks_at_the_second(m
     assert tried[taste][1] == min(first, ENOUGH) == ENOUGH
     alone, _ = choose(scored, [[row(0.65, 0.1)]], names, grid)
     assert np.isclose(alone.spread, 0.8)
+
+
+def test_spread_is_raised_to_the_variety_of_the_plain_row_where_no_accuracy_is_lost():
+    rng = np.random.default_rng(0)
+    noise = 0.01 * rng.normal(size=400)
+
+    def row(hits: float, variety: float) -> dict[str, np.ndarray]:
+        return {"Recall@20": hits + noise, "NDCG@100": hits + noise, "ILD": variety + noise}
+
+    def scored(taste: Taste) -> dict[str, np.ndarray]:
+        return row(0.40 - 0.05 * taste.spread, 0.5 + 0.1 * taste.spread)
+
+    spreads = (0.0, 0.5, 1.0, 1.5, 2.0)
+    start = Taste(0.1, 0.2, 0.5)
+    # smallest spread at which the variety is there; worth and order stay
+    assert as_varied(start, scored, row(0.30, 0.56), spreads) == Taste(0.1, 0.2, 1.0)
+    # varied enough already, even where there are fewer hits than the plain row has
+    assert as_varied(start, scored, row(0.99, 0.55), spreads) == start
+    # 1.0 would do, and costs hits; so would no spread at all; so does a spread on the way
+    assert as_varied(start, scored, row(0.36, 0.60), spreads) == start
+    assert as_varied(start, scored, row(0.30, 0.80), spreads) == start
+    assert as_varied(start, scored, row(0.37, 0.69), spreads) == start
+    bare = {name: x for name, x in row(0.30, 0.9).items() if name != "ILD"}
+    assert as_varied(start, scored, bare, spreads) == start
+    # a difference that is not beyond one standard error counts as a loss
+    unsure = row(0.35, 0.58)
+    unsure["NDCG@100"] = unsure["NDCG@100"] + np.where(np.arange(400) % 2, 3.0, -3.0)
+    assert as_varied(start, scored, unsure, spreads) == start
