@@ -6,9 +6,10 @@ Writes  runs/<run>/preset/<stage>   what was found, read by the stages of this r
 
     pagellm tune --dataset mine --minutes 15
 
-A short test times a factorisation, a training step and a page on this machine. From these times it
-makes a plan that fits into the minutes, and writes it to plan.json. An interrupted run follows the
-same plan and ends with the same bytes. Then it chooses, in this order:
+Short tests time a factorisation, a training step and a page on this machine. From these times and
+the seconds that are left it makes a plan that fits into the minutes, part by part, and writes it to
+plan.json. An interrupted run follows the parts that are written and ends with the same bytes. It
+chooses, in this order:
 
 1. Plain models: settings of EASE, ALS, ALS+facts and ALS+ratings.
 2. The start of the network: the best factorisation's rows; its width, its prompts, its decoding.
@@ -24,7 +25,7 @@ No test row is read.
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from pagellm.baselines.compare import Config as PlainConfig
 from pagellm.data.shop import Shop, load
 from pagellm.model.networks import SIZES
 from pagellm.model.plain import GRIDS, grid_of
-from pagellm.model.policy import PromptStyle
+from pagellm.model.policy import Policy, PromptStyle
 from pagellm.ppo_gate import CLOSED
 from pagellm.stage import dist
 from pagellm.stage.command import main
@@ -46,7 +47,21 @@ from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic, read_json, write_json
 from pagellm.stage.run import Run, StageConfig, file_id
 from pagellm.tuning import plan as planning
-from pagellm.tuning.plan import Plan, epochs_for, make_plan, size_of
+from pagellm.tuning.plan import (
+    LOOKS,
+    SHARES,
+    Costs,
+    Facts,
+    Plain,
+    Seconds,
+    Steps,
+    Written,
+    epochs_for,
+    plan_facts,
+    plan_plain,
+    plan_steps,
+    size_of,
+)
 from pagellm.tuning.trials import SHOWN, STAGES, Bench, better, compared, pays, write_preset
 
 __all__ = ["Config", "run"]
@@ -83,14 +98,46 @@ class Config(StageConfig):
 class Tuning:
     """What has been tried so far, and what every stage added."""
 
-    def __init__(self, config: Config, shop: Shop, plan: Plan):
-        self.config, self.shop, self.plan = config, shop, plan
-        self.bench = Bench(config, shop, plan.judged, config.k)
-        self.rated = size_of(shop).rated
+    def __init__(self, config: Config, shop: Shop, written: Written):
+        self.config, self.shop, self.written = config, shop, written
+        self.size = size_of(shop)
+        self.plain: Plain = written.part("plain", Plain, self.plan_plain)
+        self.seconds = Seconds(**self.plain.seconds)
+        self.fit = 0.0  # seconds of a fit of ALS+facts, once `facts` is known
+        self.bench = Bench(config, shop, self.plain.judged, config.k)
         self.tried: list[dict] = []
         self.stages: list[dict] = []
         self.presets: dict[str, dict[str, Any]] = {}
         self.trial_of: dict[str, str] = {}  # stage -> the trial whose work is kept
+
+    def plan_plain(self, left: float) -> Plain:
+        """The first part of the plan. The probe's own seconds are a part of the first share."""
+        c = self.config
+        run = f"{c.run or c.dataset}/tune/probe"
+        return plan_plain(planning.measure(c, self.shop, run, c.minutes), c.minutes, self.size)
+
+    def facts(self, fit: Callable[[], object]) -> Facts:
+        """The second part. fit: fits ALS+facts with the settings of ALS."""
+
+        def make(left: float) -> Facts:
+            seconds = planning.timed(fit)
+            room = left - seconds - self.config.minutes * 60 * (1 - SHARES["plain"])
+            return plan_facts(seconds, self.seconds.rank, room, self.size)
+
+        found = self.written.part("facts", Facts, make)
+        self.fit = found.fit
+        return found
+
+    def steps(self, style: PromptStyle, mode: str) -> Steps:
+        """The third part, for the start that was chosen."""
+
+        def make(left: float) -> Steps:
+            before = self.written.spent()
+            costs = step_costs(self, style, mode, self.fit)
+            left -= self.written.spent() - before
+            return plan_steps(costs, self.seconds.cube, left, self.size, mode)
+
+        return self.written.part("steps", Steps, make)
 
     def note(self, stage: str, what: str, scores: Scores) -> None:
         """Something was tried: keep and print its means."""
@@ -153,7 +200,7 @@ def around(grid: dict[str, tuple], settings: dict, reach: int = 1) -> dict[str, 
 
 def plain_models(t: Tuning) -> tuple[str, Scores]:
     """Search the settings of every plain model; returns the best one and its scores."""
-    c, plan = t.config, t.plan
+    c = t.config
     where: dict[str, Any] = {
         "dataset": c.dataset,
         "data": c.data,
@@ -164,11 +211,14 @@ def plain_models(t: Tuning) -> tuple[str, Scores]:
     bench = Workbench(PlainConfig(run=c.run, rerank="", depth=t.bench.depth, **where))
     chosen: dict[str, dict] = {"popularity": {"settings": {}}}
     scores: dict[str, Scores] = {}
+    most = dict(t.plain.trials)
     for name in ("EASE", "ALS", "ALS+facts", "ALS+ratings"):
-        trials, grid = plan.trials.get(name, 0), grid_of(name, t.shop.n_items)
         base = chosen.get("ALS", {}).get("settings", {})
+        if name == "ALS+facts":
+            most |= t.facts(partial(bench.fit, name, base)).trials
+        trials, grid = most[name], grid_of(name, t.shop.n_items)
         if name != "EASE":
-            kept = tuple(f for f in grid["factors"] if f in plan.factors)
+            kept = tuple(f for f in grid["factors"] if f in t.plain.factors)
             grid |= {"factors": kept or grid["factors"][:1]}
             if name == "ALS+facts":
                 grid = around(grid, base)
@@ -176,7 +226,7 @@ def plain_models(t: Tuning) -> tuple[str, Scores]:
                 grid |= {key: (base[key],) for key in GRIDS["ALS"]}
         if trials:
             chosen[name], fitted = bench.choose(name, t.bench.folder / "trials.json", grid, trials)
-        elif name in ("ALS+facts", "ALS+ratings") and (name == "ALS+facts" or t.rated):
+        elif name in ("ALS+facts", "ALS+ratings") and (name == "ALS+facts" or t.size.rated):
             chosen[name] = {"settings": base if name == "ALS+facts" else base | RATED}
             fitted = bench.fit(name, chosen[name]["settings"])
         else:
@@ -213,7 +263,7 @@ def start_options(t: Tuning, best: str) -> dict[str, Any]:
 
 def styles(t: Tuning, size: str) -> list[PromptStyle]:
     """Prompts worth a look: with the user's own row or without, and with more of the history."""
-    out = [PromptStyle(FEW, t.rated, user) for user in (True, False)]
+    out = [PromptStyle(FEW, t.size.rated, user) for user in (True, False)]
     # SFT's pages may be longer than those that are shown; the words of a prompt take a few tokens.
     room = SIZES[size].n_ctx - max(t.config.k, sft.Config.max_page) - 16
     longest = min(size_of(t.shop).history, room)
@@ -225,7 +275,7 @@ def styles(t: Tuning, size: str) -> list[PromptStyle]:
 def starts(t: Tuning, best: str, plain: Scores) -> tuple[PromptStyle, str, Scores]:
     """Build the start at every width; returns the best one's prompts, decoding and scores."""
     options, found = start_options(t, best), {}
-    for size in t.plan.sizes:
+    for size in t.plain.sizes:
         t.bench.stage("pretrain", f"start-{size}", options | {"size": size})
         for style in styles(t, size):
             scores = t.bench.start(f"start-{size}", style, "one_shot")
@@ -245,37 +295,57 @@ def starts(t: Tuning, best: str, plain: Scores) -> tuple[PromptStyle, str, Score
     return style, mode, by_mode[mode]
 
 
-def texts(t: Tuning, style: PromptStyle, mode: str, before: Scores) -> Scores:
+def prompted(t: Tuning, style: PromptStyle, mode: str) -> dict[str, Any]:
+    """Options of SFT for a start: its prompts and its decoding."""
+    base: dict[str, Any] = {"max_history": style.max_history, "use_ratings": style.use_ratings}
+    return base | {"use_user": style.use_user, "mode": mode, "k": t.config.k}
+
+
+def step_costs(t: Tuning, style: PromptStyle, mode: str, fit: float) -> Costs:
+    """Seconds of training and of a validation from the start that was chosen: some are run."""
+    size = t.presets["pretrain"]["size"]
+    users = int((t.shop.csr("train").counts() > 1).sum())
+    t.bench.lend("pretrain", t.trial_of["pretrain"], "timed")
+    some = GENTLE | prompted(t, style, mode) | {"patience": 0, "eval_users": 64}
+    some |= {"lr": 1e-5, "epochs": float(epochs_for(6, users))}
+    where = t.bench.where("sft", "timed")
+    step = planning.step_seconds(where, lambda: t.bench.stage("sft", "timed", some))
+    policy, few = Policy.load(where, t.bench.device), t.bench.users[:64]
+    page = planning.timed(lambda: t.bench.pages(policy, mode, few)) / len(few)
+    look = page * min(planning.LOOKED, len(t.bench.scorer.users))
+    return Costs(fit, t.seconds.step * planning.width_cost(size), step, look)
+
+
+def texts(t: Tuning, plan: Steps, style: PromptStyle, mode: str, before: Scores) -> Scores:
     """Pre-training steps on what the shop says, where there is time and where they pay."""
-    if not t.plan.pretrain:
+    if not plan.pretrain:
         t.skip("pre-training", "no time")
         return before
     gentle: dict[str, Any] = {
         "lr": 5e-4,
         "row_lr": 0.1,
-        "eval_every": max(1, t.plan.pretrain // 6),
+        "eval_every": max(1, plan.pretrain // 6),
         "patience": 3,
     }
-    options = t.presets["pretrain"] | gentle | {"steps": t.plan.pretrain}
+    options = t.presets["pretrain"] | gentle | {"steps": plan.pretrain}
     t.bench.stage("pretrain", "texts", options)
     scores = t.bench.start("texts", style, mode)
-    t.note("pretrain", f"{t.plan.pretrain} steps", scores)
+    t.note("pretrain", f"{plan.pretrain} steps", scores)
     if not t.judge("pre-training", "start", scores, before, ("NDCG@100",)):
         return before
     t.presets["pretrain"], t.trial_of["pretrain"] = options, "texts"
     return scores
 
 
-def fine_tuning(t: Tuning, style: PromptStyle, mode: str) -> Scores:
+def fine_tuning(t: Tuning, plan: Steps, style: PromptStyle, mode: str) -> Scores:
     """SFT at several learning rates, from the start itself upwards; returns the policy's scores."""
-    base: dict[str, Any] = {"max_history": style.max_history, "use_ratings": style.use_ratings}
-    base |= {"use_user": style.use_user, "mode": mode, "k": t.config.k}
+    base = prompted(t, style, mode)
     alone = GENTLE | base | {"epochs": 0.0, "patience": 0, "eval_users": 500}
     tried: dict[str, dict[str, Any]] = {"sft-none": alone}
     users = int((t.shop.csr("train").counts() > 1).sum())
-    for lr in t.plan.sft:
-        epochs = float(epochs_for(t.plan.sft_steps, users))
-        every = max(1, t.plan.sft_steps // 8)
+    for lr in plan.sft:
+        epochs = float(epochs_for(plan.sft_steps, users))
+        every = max(1, plan.sft_steps // LOOKS)
         more = {"lr": lr, "epochs": epochs, "eval_every": every, "eval_users": 500}
         tried[f"sft-{lr:g}"] = GENTLE | base | more
     scores = {}
@@ -295,10 +365,10 @@ def fine_tuning(t: Tuning, style: PromptStyle, mode: str) -> Scores:
     return scores[best]
 
 
-def composition(t: Tuning, policy: Scores, plain: tuple[str, Scores]) -> None:
+def composition(t: Tuning, plan: Steps, policy: Scores, plain: tuple[str, Scores]) -> None:
     """Composed pages without and with the language model."""
-    options = t.presets["compose"] | {"k": t.config.k, "eval_users": t.plan.eval_users}
-    options |= {"fold_users": t.plan.fold_users}
+    options = t.presets["compose"] | {"k": t.config.k, "eval_users": plan.eval_users}
+    options |= {"fold_users": plan.fold_users}
     shared: dict[str, tuple] = {}  # judges, outcome network and plain rows are the same in both
     t.bench.stage("compose", "composed-none", options | {"policy": "none"}, shared=shared)
     alone = t.bench.composed("composed-none", None)
@@ -318,15 +388,15 @@ def composition(t: Tuning, policy: Scores, plain: tuple[str, Scores]) -> None:
     t.trial_of["compose"] = f"composed-{name}"
 
 
-def rewarded(t: Tuning, mode: str, policy: Scores) -> None:
+def rewarded(t: Tuning, plan: Steps, mode: str, policy: Scores) -> None:
     """PPO, where there is time and where it pays: it learns what the outcome model would show."""
-    if not t.plan.ppo:
+    if not plan.ppo:
         t.skip("PPO", "no time")
         return
     if "compose" not in t.trial_of:
         t.skip("PPO", "composed pages were left out, and their outcome model would pay it")
         return
-    steps = t.plan.ppo
+    steps = plan.ppo
     options: dict[str, Any] = {"algo": "expert", "item_reward": "outcome", "w_page": 0.0}
     options |= {"sft_coef": 1.0, "label_share": 0.5, "lr": 1e-4, "row_lr": 0.1}
     options["gate_users"] = planning.GATE_USERS
@@ -379,15 +449,6 @@ def table(choice: dict, minutes: float) -> str:
     return "\n".join(lines) + f"\nplanned for {minutes:g} minutes\n"
 
 
-def written_plan(config: Config, shop: Shop, path: Path) -> Plan:
-    """The plan in a file; measured and written if it is not there yet."""
-    if not path.exists():
-        run = f"{config.run or config.dataset}/tune/probe"
-        seconds = planning.measure(config, shop, run)
-        write_json(path, make_plan(seconds, config.minutes, size_of(shop)).state())
-    return Plan(**read_json(path))
-
-
 def run(config: Config) -> dict:
     """Tune; returns what was chosen: "stages", "left_out", "mode", "added", "tried", "options"."""
     shop = load(config.data_dir)
@@ -401,14 +462,15 @@ def run(config: Config) -> dict:
             print((out.path / "table.txt").read_text())
             return read_json(out.path / "choice.json")
         began = time.time()
-        t = Tuning(config, shop, written_plan(config, shop, out.path / "plan.json"))
-        print(f"tune: the plan is in {out.path / 'plan.json'}", flush=True)
+        t = Tuning(config, shop, Written(out.path / "plan.json", config.minutes))
+        print(f"tune: the plan is written to {out.path / 'plan.json'}", flush=True)
         best, plain = plain_models(t)
         style, mode, scores = starts(t, best, plain)
-        texts(t, style, mode, scores)
-        policy = fine_tuning(t, style, mode)
-        composition(t, policy, (best, plain))
-        rewarded(t, mode, policy)
+        plan = t.steps(style, mode)
+        texts(t, plan, style, mode, scores)
+        policy = fine_tuning(t, plan, style, mode)
+        composition(t, plan, policy, (best, plain))
+        rewarded(t, plan, mode, policy)
         choice = keep(t, mode)
         write_json(out.path / "choice.json", choice)
         with atomic(out.path / "table.txt") as beside:

@@ -3,7 +3,8 @@
 import importlib
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,23 +23,30 @@ from pagellm.stage.config import PageLLMError, parse
 from pagellm.stage.files import write_json
 from pagellm.stage.order import reads
 from pagellm.stage.run import load_model_file
-from pagellm.tuning.plan import Plan, Seconds, ShopSize, epochs_for, make_plan
+from pagellm.tuning import plan as planning
+from pagellm.tuning.plan import (
+    Costs,
+    Facts,
+    Plain,
+    Seconds,
+    ShopSize,
+    Steps,
+    Written,
+    als_seconds,
+    epochs_for,
+    plan_facts,
+    plan_plain,
+    plan_steps,
+)
 from pagellm.tuning.trials import Bench, better, compared, pays
 
-FEW = Plan(
-    trials={"EASE": 1, "ALS": 2, "ALS+facts": 1, "ALS+ratings": 1},
-    factors=[8],
-    sizes=["nano"],
-    judged=0,
-    pretrain=2,
-    sft=[1e-3],
-    sft_steps=2,
-    ppo=2,
-    fold_users=30,
-    eval_users=30,
-    seconds={},
-)
 SECONDS = Seconds({"32": 0.2, "128": 0.8}, 0.1, 0.02, 1.0, 0.1, 0.002)
+COSTS = Costs(fit=0.8, text=0.1, step=0.1, look=1.0)
+FEW = {
+    "plain": asdict(Plain({"EASE": 1, "ALS": 2}, [8], ["nano"], 0, asdict(SECONDS))),
+    "facts": asdict(Facts({"ALS+facts": 1, "ALS+ratings": 1}, 0.1)),
+    "steps": asdict(Steps(2, [1e-3], 2, 2, 30, 30, {})),
+}
 SIZE = ShopSize(users=10_000, items=1000, rated=True, facts=True, history=15)
 
 
@@ -58,7 +66,7 @@ def whole(tmp_path_factory):
     """A shop that went through all of fit, by the plan FEW."""
     root = tmp_path_factory.mktemp("whole")
     (root / "runs/all/tune").mkdir(parents=True)
-    write_json(root / "runs/all/tune/plan.json", FEW.state())
+    write_json(root / "runs/all/tune/plan.json", FEW)
     pipeline.run(config(root))
     return root
 
@@ -242,12 +250,62 @@ def test_a_log_is_a_file_or_a_directory_and_its_options_are_prepare_s(tmp_path):
 
 
 def test_more_minutes_never_try_less():
-    plans = [make_plan(SECONDS, minutes, SIZE) for minutes in (0.5, 2, 5, 15, 60)]
-    for few, many in zip(plans, plans[1:], strict=False):
+    minutes = (0.5, 2, 5, 15, 60)
+    plans = [plan_plain(SECONDS, m, SIZE) for m in minutes]
+    for few, many in pairwise(plans):
         assert few.judged <= many.judged and len(few.sizes) <= len(many.sizes)
+        assert few.trials["ALS"] <= many.trials["ALS"] or few.factors < many.factors
+    later = [plan_facts(0.8, 0.1, m * 10, SIZE).trials for m in minutes]
+    for few, many in pairwise(later):
+        assert all(few[name] <= many[name] for name in few)
+    steps = [plan_steps(COSTS, 0.02, m * 40, SIZE) for m in minutes]
+    for few, many in pairwise(steps):
         assert few.eval_users <= many.eval_users and few.ppo <= many.ppo
-        assert sum(few.trials.values()) <= sum(many.trials.values()) or few.factors < many.factors
-    assert plans[0].sft == [] and plans[0].ppo == 0 and plans[-1].sft and plans[-1].ppo
+        assert len(few.sft) <= len(many.sft) and few.pretrain <= many.pretrain
+    assert steps[0].sft == [] and steps[0].ppo == 0 and steps[-1].sft and steps[-1].ppo
+    nothing = plan_steps(COSTS, 0.02, -100.0, SIZE)  # more was spent than there was
+    assert (nothing.sft, nothing.ppo, nothing.pretrain) == ([], 0, 0) and nothing.fold_users > 0
+    assert plan_facts(0.8, 0.1, -5.0, SIZE).trials == {"ALS+facts": 0, "ALS+ratings": 0}
+
+
+def test_what_is_planned_costs_no_more_than_there_is():
+    """By the costs that were measured; one more setting or step would not fit."""
+    fit, rank, room = 2.0, 0.5, 60.0
+    trials = plan_facts(fit, rank, room, SIZE).trials
+    spent = trials["ALS+facts"] * (fit + rank) + trials["ALS+ratings"] * (2 * fit + rank)
+    assert room - (3 * fit + 2 * rank) < spent <= room
+    # what a validation takes counts too: nine for each learning rate
+    costs, left = Costs(fit=0.1, text=1e9, step=0.05, look=2.0), 600.0
+    steps = plan_steps(costs, 0.0, left, SIZE)
+    spent = len(steps.sft) * (steps.sft_steps * 0.05 + 9 * 2.0)
+    assert left / 6 - 3 * 0.05 < spent <= left / 6
+    # slot by slot PPO draws its pages token by token: fewer steps of it fit
+    fast, slow = (plan_steps(COSTS, 0.0, 1500.0, SIZE, mode) for mode in ("one_shot", "greedy"))
+    assert 0 < slow.ppo < fast.ppo and slow.sft_steps == fast.sft_steps
+
+
+def test_every_part_of_the_plan_is_made_once_from_the_seconds_that_are_left(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(planning, "clocks", lambda: (now[0], now[0] * 2))
+    path, asked = tmp_path / "plan.json", []
+
+    def make(left: float) -> Facts:
+        asked.append(left)
+        now[0] += 5
+        return Facts({}, left)
+
+    written = Written(path, minutes=1)
+    now[0] += 10
+    assert written.part("a", Facts, make).fit == 50.0
+    now[0] += 7
+    assert written.part("a", Facts, make).fit == 50.0 and written.spent() == 22.0
+    # a later run goes on from what is written: what was spent behind it does not count
+    now[0] += 1000
+    again = Written(path, minutes=1)
+    now[0] += 20
+    assert again.part("a", Facts, make).fit == 50.0
+    assert again.part("b", Facts, make).fit == 60.0 - 15 - 20
+    assert asked == [50.0, 25.0] and again.spent() == 40.0
 
 
 def test_a_plan_fits_the_shop():
@@ -257,21 +315,28 @@ def test_a_plan_fits_the_shop():
     11,924 items, where 8 factors have a fifth of the NDCG of 512.
     """
     toys = replace(SECONDS, als={"32": 4.6, "128": 8.7}, rank=2.6)
-    plan = make_plan(toys, 8, ShopSize(19_412, 11_924, False, True, 13))
-    assert max(plan.factors) >= 128 and plan.trials["ALS"] >= 8 and plan.trials["ALS+facts"] >= 2
-    plan = make_plan(SECONDS, 15, replace(SIZE, rated=False, facts=False))
-    assert plan.trials["ALS+ratings"] == plan.trials["ALS+facts"] == 0
+    size = ShopSize(19_412, 11_924, False, True, 13)
+    plan = plan_plain(toys, 8, size)
+    assert max(plan.factors) >= 128 and plan.trials["ALS"] >= 8
+    room = 8 * 60 * 0.35 * 0.85 - plan.trials["ALS"] * 8.1
+    assert plan_facts(8.7, 2.6, room, size).trials["ALS+facts"] >= 2
+    bare = replace(SIZE, rated=False, facts=False)
+    assert set(plan_facts(0.8, 0.1, 500, bare).trials.values()) == {0}
     # a small shop has few steps an epoch, and time for many epochs
-    assert make_plan(SECONDS, 15, replace(SIZE, users=154)).sft_steps >= 30
+    assert plan_steps(COSTS, 0.02, 600, replace(SIZE, users=154)).sft_steps >= 30
     slow = replace(SECONDS, als={"32": 20.0, "128": 200.0})
-    assert max(make_plan(slow, 15, SIZE).factors) < max(make_plan(SECONDS, 15, SIZE).factors)
-    assert make_plan(SECONDS, 15, replace(SIZE, items=60_000)).trials["EASE"] == 0
+    assert max(plan_plain(slow, 15, SIZE).factors) < max(plan_plain(SECONDS, 15, SIZE).factors)
+    assert als_seconds(SECONDS, 32) == 0.2 and round(als_seconds(SECONDS, 64), 9) == 0.4
+    # a wide fit that was timed counts, not what the narrow ones promise
+    steep = replace(SECONDS, als=SECONDS.als | {"256": 40.0})
+    assert max(plan_plain(steep, 15, SIZE).factors) == 128
+    assert max(plan_plain(SECONDS, 15, SIZE).factors) == 512
+    assert plan_plain(SECONDS, 15, replace(SIZE, items=60_000)).trials["EASE"] == 0
     # compose fits EASE too, of up to DENSE items: what that takes is not there for its users
-    dear = replace(SECONDS, cube=0.2)
-    few, many = (make_plan(each, 15, replace(SIZE, items=6000)) for each in (dear, SECONDS))
+    few, many = (plan_steps(COSTS, cube, 700, replace(SIZE, items=6000)) for cube in (0.2, 0.02))
     assert few.fold_users < many.fold_users and few.eval_users < many.eval_users
-    few, many = (make_plan(each, 15, replace(SIZE, items=60_000)) for each in (dear, SECONDS))
-    assert few == replace(many, seconds=few.seconds)
+    few, many = (plan_steps(COSTS, cube, 700, replace(SIZE, items=60_000)) for cube in (0.2, 0.02))
+    assert few == many
 
 
 def test_long_histories_leave_room_for_the_longest_page_of_sft(served, monkeypatch):
@@ -279,7 +344,8 @@ def test_long_histories_leave_room_for_the_longest_page_of_sft(served, monkeypat
     before, shop = served / "runs" / "base" / "pretrain", load(served / "data" / "synthetic")
     size = from_state(load_model_file(before / "model.pt")).shape
     monkeypatch.setattr(tune, "size_of", lambda shop: ShopSize(80, 54, True, True, 10_000))
-    asked = SimpleNamespace(rated=True, shop=shop, config=SimpleNamespace(k=20))
+    size_there = ShopSize(80, 54, True, True, 10_000)
+    asked = SimpleNamespace(size=size_there, shop=shop, config=SimpleNamespace(k=20))
     found = tune.styles(asked, "nano")
     assert SIZES["nano"].n_ctx == size.n_ctx and max(s.max_history for s in found) > 100
     for style in found:

@@ -133,10 +133,11 @@ class Bench:
                 pq.write_table(pa.table(found), beside)
         return per_user(path)
 
-    def pages(self, policy: Policy, mode: str) -> RankedPages:
-        """A policy's pages of the judged users."""
+    def pages(self, policy: Policy, mode: str, users: np.ndarray | None = None) -> RankedPages:
+        """A policy's pages of the judged users, or of some others."""
         train, when = self.shop.csr("train"), self.shop.moments("valid")
-        return policy.rank(self.users, train, self.seen, self.k, self.depth, mode, when=when)
+        some = self.users if users is None else users
+        return policy.rank(some, train, self.seen, self.k, self.depth, mode, when=when)
 
     def policy(self, trial: str, stage: str, mode: str) -> dict[str, np.ndarray]:
         """The scores of a trial's policy."""
