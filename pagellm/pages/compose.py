@@ -238,19 +238,35 @@ def as_varied(
     scored: Callable[[Taste], dict[str, np.ndarray]],
     shipped: dict[str, np.ndarray],
     spreads: tuple[float, ...] = GRID["spread"],
+    halvings: int = 3,
 ) -> Taste:
     """The taste with the smallest spread at which pages vary no less than those of a plain row.
 
-    scored   a Taste -> validation scores of its pages
-    shipped  scores of the plain row's pages
-    returns  the taste as it is where its mean ILD is not lower, where items have no categories, or
-             where so much spread would lose accuracy to the plain row (`accuracy_lost`)
+    scored    a Taste -> validation scores of its pages
+    shipped   scores of the plain row's pages
+    spreads   tried one after the other; between the last two the interval is halved
+    returns   the taste as it is where its mean ILD is not lower, where items have no categories, or
+              where so much spread brings Recall@20 or NDCG@100 below the plain row's means
     """
     theirs = means(shipped)
-    for spread in (taste.spread, *(s for s in spreads if s > taste.spread)):
-        ours = scored(wider := replace(taste, spread=spread))
-        if spread > taste.spread and accuracy_lost(ours, [shipped], ACCURACY) > 0:
-            return taste
-        if "ILD" not in theirs or means(ours)["ILD"] >= theirs["ILD"]:
-            return wider
-    return taste
+    if "ILD" not in theirs or means(scored(taste))["ILD"] >= theirs["ILD"]:
+        return taste
+
+    def varied(spread: float) -> bool:
+        return means(scored(replace(taste, spread=spread)))["ILD"] >= theirs["ILD"]
+
+    below, enough = taste.spread, None
+    for spread in (s for s in spreads if s > taste.spread):
+        if varied(spread):
+            enough = spread
+            break
+        below = spread
+    if enough is None:
+        return taste
+    for _ in range(halvings):
+        middle = (below + enough) / 2
+        below, enough = (below, middle) if varied(middle) else (middle, enough)
+    wider = replace(taste, spread=enough)
+    ours = means(scored(wider))
+    lost = any(ours[m] < theirs[m] for m in ACCURACY if m in ours and m in theirs)
+    return taste if lost else wider

@@ -197,17 +197,18 @@ def test_spread_is_raised_to_the_variety_of_the_plain_row_where_no_accuracy_is_l
 
     spreads = (0.0, 0.5, 1.0, 1.5, 2.0)
     start = Taste(0.1, 0.2, 0.5)
-    # smallest spread at which the variety is there; worth and order stay
-    assert as_varied(start, scored, row(0.30, 0.56), spreads) == Taste(0.1, 0.2, 1.0)
+    # the smallest spread at which the variety is there, to an eighth of a step; the rest stays
+    assert as_varied(start, scored, row(0.30, 0.5749), spreads) == Taste(0.1, 0.2, 0.75)
+    assert as_varied(start, scored, row(0.30, 0.6251), spreads) == Taste(0.1, 0.2, 1.3125)
     # varied enough already, even where there are fewer hits than the plain row has
-    assert as_varied(start, scored, row(0.99, 0.55), spreads) == start
-    # 1.0 would do, and costs hits; so would no spread at all; so does a spread on the way
-    assert as_varied(start, scored, row(0.36, 0.60), spreads) == start
-    assert as_varied(start, scored, row(0.30, 0.80), spreads) == start
-    assert as_varied(start, scored, row(0.37, 0.69), spreads) == start
+    assert as_varied(start, scored, row(0.99, 0.5499), spreads) == start
+    # there is no such spread
+    assert as_varied(start, scored, row(0.20, 0.80), spreads) == start
+    # with it, there are fewer hits than the plain row has; with a little less spread there were not
+    assert as_varied(start, scored, row(0.3374, 0.6249), spreads) == Taste(0.1, 0.2, 1.25)
+    assert as_varied(start, scored, row(0.3376, 0.6249), spreads) == start
+    for name in ("Recall@20", "NDCG@100"):
+        better = row(0.30, 0.6249) | {name: 0.3376 + noise}
+        assert as_varied(start, scored, better, spreads) == start
     bare = {name: x for name, x in row(0.30, 0.9).items() if name != "ILD"}
     assert as_varied(start, scored, bare, spreads) == start
-    # a difference that is not beyond one standard error counts as a loss
-    unsure = row(0.35, 0.58)
-    unsure["NDCG@100"] = unsure["NDCG@100"] + np.where(np.arange(400) % 2, 3.0, -3.0)
-    assert as_varied(start, scored, unsure, spreads) == start
