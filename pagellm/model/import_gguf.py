@@ -32,6 +32,7 @@ from pagellm.stage import hints
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import write_json
+from pagellm.stage.outputs import check_folder
 
 __all__ = ["Config", "File", "config_of", "run", "tokenizer_of", "weights_of"]
 
@@ -426,6 +427,7 @@ def run(config: Config) -> None:
     out = Path(config.out)
     if out.exists():
         raise PageLLMError(f"{out} is there already; remove it or choose another --out")
+    check_folder(out, lambda folder: False)
     file = File(config.file)
     weights, described = weights_of(file, config_of(file))
     shape_of(described, config.file)  # what cannot be computed is said now, not when it is loaded

@@ -41,6 +41,7 @@ from pagellm.pages.stats import holm
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check, check_numbers
 from pagellm.stage.files import write_json
+from pagellm.stage.outputs import check_file, is_json_with
 
 __all__ = [
     "COLUMNS",
@@ -629,10 +630,27 @@ def plan_table(found: dict[str, dict], users: int, config: Config) -> str:
     )
 
 
+def result_file(config: Config) -> Path:
+    """The file to write. Raises PageLLMError if it is one of something else."""
+    path = Path(
+        config.out or Path(config.log).with_name("plan.json" if config.plan else "abtest.json")
+    )
+    if config.out or not is_result(path):
+        # Beside the log it may stand among the files of a simulated test.
+        check_file(path, is_result, anywhere=not config.out)
+    return path
+
+
+def is_result(path: Path) -> bool:
+    """Whether a file is a plan or a result of this command."""
+    return is_json_with(path, "log", "metrics")
+
+
 def run(config: Config) -> dict:
     """Print the table; write and return what abtest.json (with --plan: plan.json) holds."""
     said: list[str] = []
     log = read_log(config.log, not config.plan, said)
+    path = result_file(config)
     print("\n".join(f"abtest: {line}" for line in said), flush=True)
     result: dict[str, Any]
     if config.plan:
@@ -645,7 +663,6 @@ def run(config: Config) -> dict:
             "power": config.power,
             "metrics": plan(log, config),
         }
-        path = Path(config.out or Path(config.log).with_name("plan.json"))
         write_json(path, finite(result))
         print(f"{plan_table(result['metrics'], len(log['user']), config)}\n{path}")
         return result
@@ -702,7 +719,6 @@ def run(config: Config) -> dict:
         "metrics": found,
         "undefined": [name for name in METRICS if name not in found],
     }
-    path = Path(config.out or Path(config.log).with_name("abtest.json"))
     write_json(path, finite(result))
     print(f"{table(result, config)}\n{path}")
     return result

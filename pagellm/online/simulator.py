@@ -25,6 +25,7 @@ behaves, not what a real shop would earn. Takes seconds.
 import sys
 from dataclasses import dataclass, replace
 from functools import reduce
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +37,8 @@ from pagellm.pages.ranked import last_evaluated, read_pages
 from pagellm.stage import hints, randomness
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
-from pagellm.stage.files import atomic
+from pagellm.stage.files import atomic, read_json
+from pagellm.stage.outputs import check_folder
 from pagellm.stage.run import Run, StageConfig, file_id
 
 __all__ = [
@@ -357,6 +359,12 @@ class Config(StageConfig):
         )
 
 
+def holds_test(folder: Path) -> bool:
+    """Whether a directory holds a simulated test."""
+    made = folder / "config.json"
+    return made.exists() and "visitors" in read_json(made).get("config", {})
+
+
 def run(config: Config) -> dict:
     """Simulate and analyse the test.
 
@@ -381,7 +389,9 @@ def run(config: Config) -> dict:
             ranked.user,
             np.where(on_page, ranked.item, -1)[:, : config.k],
         )
-    with Run(config.stage(config.out), config, inputs) as out:
+    folder = config.stage(config.out)
+    check_folder(folder, holds_test, config.stage(""), own=Config.out)
+    with Run(folder, config, inputs) as out:
         log = online_log(
             world, pages, config.visitors, config.days, config.sessions, config.seed, config.failure
         )

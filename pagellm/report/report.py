@@ -19,9 +19,9 @@ from pagellm.report.options import Config
 from pagellm.report.overview import opening
 from pagellm.report.sections import SECTIONS
 from pagellm.stage.command import main
-from pagellm.stage.config import PageLLMError
 from pagellm.stage.files import atomic
 from pagellm.stage.hints import counted
+from pagellm.stage.outputs import check_file
 
 __all__ = ["Config", "build", "run"]
 
@@ -58,18 +58,18 @@ def build(found: Found, config: Config) -> str:
     )
 
 
+def is_report(path: Path) -> bool:
+    """Whether a file is a report of this command."""
+    with open(path, "rb") as file:
+        return b": PageLLM report</title>" in file.read(4096)
+
+
 def run(config: Config) -> Path:
     """Write the report and return its path."""
     name = config.run or config.dataset or "synthetic"
-    page = build(read(config.runs, name, config.data, config.dataset), config)
     path = Path(config.out) if config.out else Path(config.runs) / name / "report.html"
-    if path.is_file():
-        with open(path, "rb") as file:
-            if b": PageLLM report</title>" not in file.read(4096):
-                raise PageLLMError(
-                    f"--out {path} is a file of something else; it was left as it is\n"
-                    "  Move it away, or name another --out."
-                )
+    check_file(path, is_report)
+    page = build(read(config.runs, name, config.data, config.dataset), config)
     with atomic(path) as beside:
         beside.write_text(page, encoding="utf-8")
     print(f"report: {path}, {len(page.encode()) / 1e6:.1f} MB")

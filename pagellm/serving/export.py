@@ -37,6 +37,7 @@ from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.dist import pick_device
 from pagellm.stage.files import atomic, read_json, sha256, write_json
 from pagellm.stage.hints import counted
+from pagellm.stage.outputs import check_folder
 from pagellm.stage.run import Run, StageConfig, file_id, finished, versions
 
 __all__ = ["Config", "basis_of", "export_embeddings", "item_content", "run", "user_content"]
@@ -68,6 +69,12 @@ class Config(StageConfig):
     batch: int = 256  # rows in a forward pass
     out: str = ""  # name of the directory under the run, or a path that begins with /; empty:
     # export-<policy> or transformers-<policy>
+
+    def folder(self, default: str) -> Path:
+        """Directory to write. Raises PageLLMError if it holds anything but such an export."""
+        out = self.stage(self.out or default)
+        check_folder(out, lambda folder: holds_export(folder, self.format), self.stage(""))
+        return out
 
     def where(self, policy: str) -> Path:
         """Directory of sft or ppo."""
@@ -109,6 +116,15 @@ class Config(StageConfig):
                     f"{name}={value!r} is for --format {reader}; --format {self.format} {does}\n"
                     f"  Leave --{name} out."
                 )
+
+
+def holds_export(folder: Path, form: str) -> bool:
+    """Whether a directory holds an export of this format, which may be written anew."""
+    if form == "embeddings":
+        made = folder / "config.json"  # of an interrupted export too
+        return made.exists() and "pca" in read_json(made).get("config", {})
+    marks = {"trec": "qrels.txt", "ranx": "qrels.json", "recbole": "*/*.inter"}
+    return any(folder.glob(marks.get(form, "pagellm.json")))
 
 
 @torch.no_grad()
@@ -211,7 +227,7 @@ def run(config: Config) -> None:
     config = replace(config, dtype=config.dtype or "float16")
     shop = load(config.data_dir)
     inputs = inputs_of(config, record["id"])
-    with Run(config.stage(config.out or f"export-{policy}"), config, inputs, ("batch",)) as out:
+    with Run(config.folder(f"export-{policy}"), config, inputs, ("batch",)) as out:
         if out.already_done():
             return
         found = export_embeddings(
@@ -257,7 +273,7 @@ def inputs_of(config: Config, policy: str) -> dict[str, str]:
 
 def for_tools(config: Config) -> None:
     """Write evaluated pages or the data in another tool's format, and say how it reads them."""
-    shop, folder = load(config.data_dir), config.stage(config.out or config.format)
+    shop, folder = load(config.data_dir), config.folder(config.format)
     if config.format == "recbole":
         files = exchange.write_recbole(folder / config.dataset, config.dataset, shop)
         print(f"export: {folder / config.dataset}, {', '.join(path.name for path in files)}")
@@ -291,9 +307,7 @@ def for_transformers(config: Config, identity: str) -> None:
 
     identity  hash of the policy, from its `done`
     """
-    folder = config.stage(config.out or f"transformers-{config.policy}")
-    if folder.exists() and not (folder / "pagellm.json").exists() and any(folder.iterdir()):
-        raise PageLLMError(f"{folder} holds something else; choose another --out")
+    folder = config.folder(f"transformers-{config.policy}")
     policy = Policy.load(config.where(config.policy))
     refuse_blend(policy)  # before the shop is read
     shop = load(config.data_dir)

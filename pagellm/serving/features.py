@@ -41,6 +41,7 @@ from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic
 from pagellm.stage.hints import counted
+from pagellm.stage.outputs import check_file
 
 __all__ = ["Config", "marginal_reward", "pair_features", "run"]
 
@@ -217,8 +218,17 @@ def dense_ids(
     return np.array([known[i] for i in ids], np.int64)
 
 
+def holds_features(path: Path) -> bool:
+    """Whether a file is one that this command wrote."""
+    try:
+        return set(pq.read_schema(path).names) >= {*PAIR, "dot"}
+    except pa.ArrowInvalid:
+        return False
+
+
 def run(config: Config) -> None:
     """Write the file with its features. Errors as in `read_pairs` and `dense_ids`."""
+    check_file(Path(config.out), holds_features)
     pairs = read_pairs(config.pairs)
     config = replace(config, policy=config.policy_there(config.policy))
     rec = Recommender.load(config, (config.policy,))

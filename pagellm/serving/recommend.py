@@ -58,6 +58,7 @@ from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
 from pagellm.stage.files import atomic, write_json
 from pagellm.stage.hints import counted
+from pagellm.stage.outputs import check_above
 
 __all__ = ["Config", "id_list", "parse_history", "run"]
 
@@ -419,6 +420,7 @@ def write_all(config: Config) -> None:
                     before.unlink(missing_ok=True)
         return
     out = Path(target)
+    check_above(out)
     if target != config.out:
         out.parent.mkdir(parents=True, exist_ok=True)
     if not out.parent.is_dir():

@@ -607,7 +607,7 @@ def test_missing_data_studies_and_runs(root, tmp_path):
 def test_a_file_of_something_else_is_not_overwritten(root, tmp_path):
     mine = tmp_path / "orders.csv"
     mine.write_text("user,item\n")
-    with pytest.raises(PageLLMError, match="orders.csv is a file of something else"):
+    with pytest.raises(PageLLMError, match="orders.csv: it is a file of something else"):
         report.run(config(root, out=str(mine)))
     assert mine.read_text() == "user,item\n"
     for _ in range(2):  # a report is replaced by the next
