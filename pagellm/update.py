@@ -406,6 +406,12 @@ def run(config: Config) -> Path:
             f"{config.stage('')} and {config.before} are one directory: it would be overwritten\n"
             "  Give the new run another name: --out NAME"
         )
+    if config.stage("").is_symlink():
+        raise PageLLMError(
+            f"{config.stage('')} is a link to {config.stage('').resolve().name}, which would get "
+            "files of another run\n  Give the new run another name: --out NAME; then pagellm "
+            "promote NAME"
+        )
     before = fold(config)
     sft.run(fit_config(config, before))
     composed(config)

@@ -233,6 +233,11 @@ def test_the_same_data_other_splits_and_other_shops_are_refused(logs, tmp_path):
     (tmp_path / "runs" / "live").symlink_to("base")
     with pytest.raises(PageLLMError, match="are one directory"):
         do(logs, out="base", **{"runs": tmp_path / "runs", "from": "live"})
+    (tmp_path / "runs" / "other").mkdir()
+    (tmp_path / "runs" / "staging").symlink_to("other")
+    with pytest.raises(PageLLMError, match="staging is a link to other"):
+        do(logs, out="staging", runs=tmp_path / "runs")
+    assert not any((tmp_path / "runs" / "other").iterdir())
     (tmp_path / "runs" / "base" / "sft" / "done").unlink()
     with pytest.raises(PageLLMError, match="no SFT policy in .*begun, not finished"):
         do(logs, runs=tmp_path / "runs", out="x")

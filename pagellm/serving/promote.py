@@ -54,10 +54,16 @@ class Config:
         for name in ("run", "live"):
             value = getattr(self, name)
             check(self, **{name: (value == Path(value).name, f"a name below {self.runs}")})
+        if self.run and self.run == self.live:
+            raise PageLLMError(
+                f"{self.run!r} is the name of the link, which leads to the run that is live\n"
+                "  Name the run that it is to lead to; see those that are there with: pagellm runs"
+                "\n  The run before is made live by: pagellm promote --back"
+            )
         check(
             self,
             run=(bool(self.run) != self.back, "a run, or --back and no run"),
-            live=(bool(self.live) and self.live != self.run, "a name that is no run's"),
+            live=(bool(self.live), "a name for the link"),
             n_boot=(self.n_boot > 1, "2 or more"),
         )
 
@@ -178,6 +184,10 @@ def run(config: Config) -> str:
         raise PageLLMError(
             f"{runs / to} holds no finished policy ({', '.join(WRITERS)})\n"
             "  See the runs that are there, and their stages, with: pagellm runs"
+        )
+    if (runs / to).is_symlink():
+        raise PageLLMError(
+            f"{runs / to} is a link itself, to {os.readlink(runs / to)}: promote that run"
         )
     if to == now:
         print(f"promote: {to} is live already")

@@ -204,9 +204,31 @@ def parse(
             given |= from_toml(cls, name, verb_of(prog), prog)
     given |= from_environment(cls, os.environ, tell, set(typed))
     given |= typed
+    given = as_names(cls, given)
     if verb and "preset" in {f.name for f in dataclasses.fields(cls)}:
         given = with_presets(cls, given, prog, verb, tell)
     return cls(**given)
+
+
+def as_names(cls, given: dict[str, object]) -> dict[str, object]:
+    """The options, with runs and data sets by name where their directory was given.
+
+    A shell completes runs/autumn/, where --run takes autumn.
+    """
+    known = {f.name: f.default for f in dataclasses.fields(cls)}
+    own = getattr(cls, "POSITIONAL", ())
+    found = dict(given)
+    for name, value in given.items():
+        is_run = "runs" in known and (name == "live" or name.endswith("run") or name in own)
+        home = "runs" if is_run else "data" if name == "dataset" and "data" in known else ""
+        if not home or not isinstance(value, str) or "/" not in value:
+            continue
+        folder = Path(str(given.get(home, known[home]))).absolute()
+        path = Path(os.path.normpath(Path(value).absolute()))
+        inside = Path(os.path.normpath(folder)) in path.parents
+        found[name] = str(path.relative_to(os.path.normpath(folder))) if inside else value
+        found[name] = str(found[name]).rstrip("/")
+    return found
 
 
 def verb_of(prog: str) -> str:

@@ -116,7 +116,7 @@ def test_what_cannot_be_promoted_is_refused(runs):
         ([], "want a run, or --back"),
         (["v1", "--back"], "want a run, or --back"),
         (["../v1"], "want a name below"),
-        (["live"], "want a name that is no run's"),
+        (["live"], "is the name of the link"),
         (["v1", "--live", "v2"], "v2 is a run and no link"),
         (["v1", "v2"], "unexpected 'v2'"),
         (["v1", "--metric", "luck"], "it has NDCG@100, redundancy"),
@@ -125,3 +125,18 @@ def test_what_cannot_be_promoted_is_refused(runs):
             do(runs, *words)
     assert not (runs / "live").exists()
     assert do(runs, "blind", "--force") == "blind"
+
+
+def test_the_name_of_the_link_is_no_run(runs):
+    for words in (["live"], ["live", "--force"], [f"{runs}/live/"], ["v1", "--live", "v1"]):
+        with pytest.raises(PageLLMError, match="name of the link.*\n.*pagellm runs"):
+            do(runs, *words)
+    assert not (runs / "live").exists()
+    do(runs, "v1", "--live", "staging")
+    with pytest.raises(PageLLMError, match="staging is a link itself, to v1"):
+        do(runs, "staging")
+
+
+def test_a_run_is_known_by_its_directory_too(runs):
+    """As a shell completes it."""
+    assert do(runs, f"{runs}/v1/") == "v1" == live(runs)

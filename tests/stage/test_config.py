@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pagellm.report import compare
 from pagellm.stage import command
 from pagellm.stage.command import deferred_signals, main
 from pagellm.stage.config import (
@@ -25,6 +26,7 @@ from pagellm.stage.config import (
     help_text,
     parse,
 )
+from pagellm.stage.run import StageConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -513,3 +515,19 @@ def test_help_says_where_options_may_stand():
     text = help_text(Service, "pagellm serve")
     assert "--config FILE.toml" in text and "@FILE" in text and "SHOP_SEED" in text
     assert "SHOP_" not in help_text(Config, "pagellm sft")
+
+
+def test_a_directory_of_a_run_or_of_a_data_set_is_its_name(tmp_path, monkeypatch):
+    """`--run runs/autumn/`, as a shell completes it, is `--run autumn`."""
+    monkeypatch.chdir(tmp_path)
+
+    def named(*words):
+        found = parse(StageConfig, list(words))
+        return found.run, found.dataset
+
+    assert named("--run", "runs/autumn/", "--dataset", "./data/toys") == ("autumn", "toys")
+    assert named("--run", f"{tmp_path}/runs/autumn") == ("autumn", "synthetic")
+    assert named("--run", "autumn/tune/3") == ("autumn/tune/3", "synthetic")
+    assert named("--run", "../x/v1", "--runs", "../x") == ("v1", "synthetic")
+    assert named("--run", "autumn/") == ("autumn", "synthetic")
+    assert parse(compare.Config, ["runs/a", "runs/b/"]).b == "b"
