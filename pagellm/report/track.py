@@ -16,12 +16,18 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from pagellm.data.stores import safe
 from pagellm.stage import hints
 from pagellm.stage.command import main
 from pagellm.stage.config import PageLLMError, check
@@ -32,6 +38,10 @@ __all__ = ["Config", "MLflow", "TensorBoard", "Writer", "run", "scalars_of", "se
 
 FILES = {"log.jsonl": "", "timing.jsonl": "timing/"}  # file -> prefix of its names
 MANY = 1000  # metrics in one request to MLflow
+# MLflow itself asks seven times more, longer and longer, which takes four minutes. Who sets these
+# in the environment has them.
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+CONNECT = 5.0  # seconds within which a server takes a connection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +114,40 @@ class TensorBoard:
         self.writer.close()
 
 
+def check_answers(uri: str) -> None:
+    """Raise PageLLMError if no server takes connections at an http address; within seconds.
+
+    An address that is reached through a proxy is not tried.
+    """
+    parts = urllib.parse.urlsplit(uri)
+    if parts.scheme not in ("http", "https"):
+        return
+    host = parts.hostname or ""
+    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
+        return
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((host, port), CONNECT).close()
+    except (OSError, ValueError, UnicodeError) as error:
+        said = getattr(error, "strerror", None) or str(error)
+        raise PageLLMError(
+            f"MLflow at {safe(uri)} does not answer: {said}\n"
+            "  Start it with: mlflow server --port 5000; or check --uri (MLFLOW_TRACKING_URI)."
+        ) from None
+
+
+@contextmanager
+def mlflow_errors(uri: str) -> Iterator[None]:
+    """An error of MLflow's client in words. What was noted as sent is not sent again."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        said = str(error).replace(uri, safe(uri))
+        raise PageLLMError(f"MLflow at {safe(uri)}: {said}") from error
+
+
 class MLflow:
     """One run of MLflow for each stage, in the experiment of the data set.
 
@@ -113,23 +157,25 @@ class MLflow:
 
     def __init__(self, uri: str, experiment: str, name: str, id: str = ""):
         try:
-            from mlflow.exceptions import MlflowException
             from mlflow.tracking import MlflowClient
         except ImportError:
             raise PageLLMError(
                 f"MLflow is not installed\n  Install it with: {hints.install('mlflow')}"
             ) from None
-        try:
+        check_answers(uri)
+        for variable, value in PATIENCE.items():
+            os.environ.setdefault(variable, value)
+        self.uri = uri
+        with mlflow_errors(uri):
             self.client = MlflowClient(tracking_uri=uri)
             found = self.client.get_experiment_by_name(experiment)
             where = found.experiment_id if found else self.client.create_experiment(experiment)
             self.id = id or self.client.create_run(where, run_name=name).info.run_id
-        except MlflowException as error:
-            raise PageLLMError(f"MLflow at {uri}: {error}") from error
 
     def options(self, values: dict[str, Any]) -> None:
-        for name, value in sorted(values.items()):
-            self.client.log_param(self.id, name, str(value)[:500])
+        with mlflow_errors(self.uri):
+            for name, value in sorted(values.items()):
+                self.client.log_param(self.id, name, str(value)[:500])
 
     def scalars(self, rows: list[tuple[int, dict[str, float]]]) -> None:
         from mlflow.entities import Metric
@@ -140,12 +186,14 @@ class MLflow:
             for step, values in rows
             for name, value in values.items()
         ]
-        for at in range(0, len(metrics), MANY):
-            self.client.log_batch(self.id, metrics=metrics[at : at + MANY])
+        with mlflow_errors(self.uri):
+            for at in range(0, len(metrics), MANY):
+                self.client.log_batch(self.id, metrics=metrics[at : at + MANY])
 
     def close(self, finished: bool) -> None:
-        if finished:
-            self.client.set_terminated(self.id)
+        with mlflow_errors(self.uri):
+            if finished:
+                self.client.set_terminated(self.id)
 
 
 def plain_name(name: str) -> str:
@@ -206,7 +254,8 @@ def send_new(config: Config, tell: bool = False) -> int:
     note, total = config.path / "track.json", 0
     uri = uri_of(config) if config.to == "mlflow" else ""
     sent = read_json(note) if note.exists() else {}
-    place = sent.setdefault(uri or config.to, {})
+    before = sent.pop(uri or config.to, {})
+    place = sent.setdefault(safe(uri) or config.to, before)  # no password is kept
     for log in sorted(config.path.glob("*/log.jsonl")):
         stage = log.parent.name
         known, begun = place.get(stage, {}), begun_as(log.parent)
@@ -247,7 +296,9 @@ def run(config: Config) -> int:
             "command waits for one."
         )
     total = send_new(config)
-    shown = f"tensorboard --logdir {config.runs}" if config.to == "tensorboard" else uri_of(config)
+    shown = f"tensorboard --logdir {config.runs}"
+    if config.to == "mlflow":
+        shown = safe(uri_of(config))
     print(f"track: {total:,} numbers of {config.path} sent; see them: {shown}", flush=True)
     if config.follow:
         there = "" if config.path.is_dir() else ", which is not there yet"

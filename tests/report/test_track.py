@@ -2,7 +2,11 @@
 one. What was written is opened with the tracker's own reader.
 """
 
+import http.server
 import json
+import socket
+import threading
+import time
 
 import pytest
 
@@ -146,3 +150,76 @@ def test_a_run_without_a_log_and_a_missing_tracker_are_said(tmp_path, monkeypatc
         track.run(config(tmp_path, to="mlflow", uri="x"))
     with pytest.raises(PageLLMError, match="to='wandb': want tensorboard or mlflow"):
         config(tmp_path, to="wandb")
+
+
+def test_a_server_that_does_not_answer_is_said_at_once_and_its_password_is_not(
+    tmp_path, monkeypatch
+):
+    pytest.importorskip("mlflow", reason="needs the extra [mlflow]")
+    for name in track.PATIENCE:
+        monkeypatch.delenv(name, raising=False)
+    stage(tmp_path / "base" / "sft", ROWS)
+    with socket.socket() as taken:  # a port that nobody listens on
+        taken.bind(("127.0.0.1", 0))
+        port, began = taken.getsockname()[1], time.perf_counter()
+        dead = f"http://me:secret@127.0.0.1:{port}"
+        with pytest.raises(PageLLMError, match="does not answer: .*\n.*mlflow server") as caught:
+            track.run(config(tmp_path, to="mlflow", uri=dead))
+        assert time.perf_counter() - began < 30 and "secret" not in str(caught.value)
+    for wrong in ("http://no such host", "https://127.0.0.1:99999", "http://"):
+        with pytest.raises(PageLLMError, match="does not answer"):
+            track.check_answers(wrong)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # the proxy is the one to answer
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    track.check_answers("http://mlflow.example")
+
+
+def test_a_server_that_is_no_mlflow_is_said_within_seconds_and_the_environment_rules(
+    tmp_path, monkeypatch
+):
+    pytest.importorskip("mlflow", reason="needs the extra [mlflow]")
+    stage(tmp_path / "base" / "sft", ROWS)
+
+    class Busy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(503)
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    asked: list[str] = []
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(PageLLMError, match=f"MLflow at {uri}"):
+            track.run(config(tmp_path, to="mlflow", uri=uri))
+        server.shutdown()
+    assert len(asked) == 1  # what the environment said, and not our two more
+
+
+def test_a_store_s_password_is_not_kept(tmp_path, monkeypatch):
+    stage(tmp_path / "base" / "sft", ROWS)
+
+    class Kept:
+        id = "1"
+
+        def options(self, values):
+            pass
+
+        scalars = close = options
+
+    monkeypatch.setattr(track, "writer_of", lambda *_: Kept())
+    uri = "postgresql://me:secret@db/mlflow"
+    asks = config(tmp_path, to="mlflow", uri=uri)
+    assert track.send_new(asks) == 5 and track.send_new(asks) == 0
+    note = tmp_path / "base" / "track.json"
+    assert "secret" not in note.read_text()
+    kept = json.loads(note.read_text())
+    (place,) = kept.values()
+    note.write_text(json.dumps({uri: place}))  # as earlier versions wrote it
+    assert track.send_new(asks) == 0
