@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 from pagellm.stage import hints
 from pagellm.stage.command import Interrupted, explain, handled_signals
 from pagellm.stage.config import PageLLMError, as_words, parse
+from pagellm.stage.keywords import in_python
 from pagellm.stage.order import STAGES, in_order, reads
 
 if TYPE_CHECKING:  # these load torch or Arrow
@@ -156,6 +157,12 @@ def kept_tables(table: Any, items: Any, dataset: str, folder: Path) -> dict[str,
             f"{folder / ITEMS} holds the item table of an earlier call\n"
             "  Give items= again, or choose another dataset=."
         )
+    if about is not None and not replace and (folder / LOG).exists():
+        if not (folder / ITEMS).exists():
+            raise PageLLMError(
+                f"{dataset} was prepared without an item table\n"
+                "  Leave items= out, or choose another dataset=."
+            )
     keep(log, folder / LOG, replace)
     if about is not None:
         keep(about, folder / ITEMS, replace)
@@ -278,19 +285,29 @@ def configured(cls: Any, verb: str, options: Mapping[str, Any], quiet: bool = Fa
         ]
         return parse(cls, words, f"pagellm {verb}", verb, tell)
     except PageLLMError as error:
-        raise PageLLMError(f"{verb}: {error}") from None
+        raise PageLLMError(f"{verb}: {in_python(str(error), kinds_of(cls))}") from None
+
+
+def kinds_of(cls: Any) -> dict[str, Any]:
+    """Option -> its type, of a Config."""
+    return {name: field.type for name, field in cls.__dataclass_fields__.items()}
 
 
 @contextmanager
 def as_a_command(verb: str, cls: Any) -> Iterator[None]:
-    """Ctrl-C waits for a checkpoint, and a full disk or memory is a PageLLMError, as in a shell."""
+    """Ctrl-C waits for a checkpoint, and a full disk or memory is a PageLLMError, as in a shell.
+
+    What the command says of its options is said of keyword arguments.
+    """
     try:
         with handled_signals():
             yield
     except Interrupted as stop:
         saved = stop.saved or "nothing is half-written"
         raise KeyboardInterrupt(f"{verb}: {saved}. The same call carries on.") from None
-    except PageLLMError:
+    except PageLLMError as error:
+        if (said := in_python(str(error), kinds_of(cls))) != str(error):
+            raise PageLLMError(said) from None
         raise
     except Exception as error:
         if text := explain(error, cls):
@@ -353,7 +370,8 @@ class Model:
         from pagellm.serving.recommender import Recommender
         from pagellm.serving.sources import Sources
 
-        return Recommender.load(Sources(**self.common(), device=self.device, split=self.split))
+        with as_a_command("pages", Sources):
+            return Recommender.load(Sources(**self.common(), device=self.device, split=self.split))
 
     def update(
         self, data: "Data | str", *, run: str = "", steps: int = 0, **options: Any
@@ -432,6 +450,11 @@ class Model:
             price_max=bound("price_max", price_max),
             seen=seen,
         )
+        low, high = as_filter["price_min"], as_filter["price_max"]
+        if (low or 0) < 0 or (high is not None and high < (low or 0)):
+            raise PageLLMError(
+                f"price_min={price_min}, price_max={price_max}: want prices, price_min the lower"
+            )
         as_filter |= {
             name: None if value is None else ids_of(value)
             for name, value in (("categories", categories), ("in_stock", in_stock))

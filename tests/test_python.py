@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -143,6 +144,9 @@ def test_another_table_under_the_same_name_is_refused_and_a_failed_call_is_not_h
     columns = {"user_column": "customer", "item_column": "sku"}
     pagellm.prepare(log, dataset="x", data=tmp_path, **columns)  # no items this time
     assert not (tmp_path / "raw" / "x" / "items.parquet").exists()
+    with pytest.raises(pagellm.PageLLMError, match="x was prepared without an item table"):
+        pagellm.prepare(log, items=items, dataset="x", data=tmp_path, **columns)
+    pagellm.prepare(log, dataset="x", data=tmp_path, **columns)  # as before
     fewer = {name: values[:50] for name, values in log.items()}
     with pytest.raises(pagellm.PageLLMError, match="holds another table"):
         pagellm.prepare(fewer, dataset="x", data=tmp_path, **columns)
@@ -151,6 +155,10 @@ def test_another_table_under_the_same_name_is_refused_and_a_failed_call_is_not_h
     pq.write_table(pa.table(fewer), own)
     with pytest.raises(pagellm.PageLLMError, match="holds another table"):
         pagellm.prepare(log, dataset="mine", data=tmp_path, **columns)
+
+
+def prepare_elsewhere():
+    return pagellm.prepare(dataset="x", raw="elsewhere")
 
 
 @pytest.mark.parametrize(
@@ -163,23 +171,28 @@ def test_another_table_under_the_same_name_is_refused_and_a_failed_call_is_not_h
         ("no such file", lambda: pagellm.prepare("nowhere.csv")),
         ("made-up shop", lambda: pagellm.prepare({"user": [1]}, dataset="synthetic")),
         ("leave it out", lambda: pagellm.prepare(ROOT, raw="elsewhere")),
-        ("did you mean --k_core", lambda: pagellm.prepare(k_cores=3)),
+        ("no option k_cores; did you mean k_core", lambda: pagellm.prepare(k_cores=3)),
         ("no stage 'stf'", lambda: pagellm.fit("autumn", stages="stf")),
         ("sft={'epochs': 2}", lambda: pagellm.fit("autumn", epochs=2)),
         ("did you mean device", lambda: pagellm.fit("autumn", devices="cpu")),
         ("want the stage's options", lambda: pagellm.fit("autumn", sft=3)),
-        ("sft: no option --epoch; did you mean", lambda: pagellm.fit("x", sft={"epoch": 1})),
+        ("sft: no option epoch; did you mean epochs", lambda: pagellm.fit("x", sft={"epoch": 1})),
         (
-            "ppo: --clip 'high': want a number",
+            "ppo: clip='high': want a number",
             lambda: pagellm.fit("x", stages="ppo", ppo={"clip": "high"}),
         ),
-        ("no prepared data in", lambda: pagellm.fit("nothing", stages="sft")),
+        (
+            "no prepared data in data/nothing\n  Make it with: "
+            "pagellm.prepare(table, dataset='nothing')",
+            lambda: pagellm.fit("nothing", stages="sft"),
+        ),
+        ("no raw files: elsewhere .*\n.* say where with table", prepare_elsewhere),
         ("no run 'nothing' in runs", lambda: pagellm.load("nothing")),
     ],
 )
 def test_errors_say_what_to_do(said, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(pagellm.PageLLMError, match=said.replace("(", r"\(")):
+    with pytest.raises(pagellm.PageLLMError, match=re.sub(r"([()])", r"\\\1", said)):
         call()
     assert not list(tmp_path.iterdir())  # nothing begun
 
@@ -324,6 +337,8 @@ def test_ids_of_any_type_are_read_as_prepare_reads_them(model, capsys):
         ("batch='8': want a whole number", {"batch": "8"}),
         ("new_items=None: want a whole number", {"new_items": None}),
         ("price_max='cheap': want a number", {"price_max": "cheap"}),
+        ("price_max=-1: want prices", {"price_max": -1}),
+        ("price_min=5, price_max=2: want prices", {"price_min": 5, "price_max": 2}),
         ("give one column", {"users": pa.table({"user": ["a"]})}),
         ("x has rating good; want 1 to 5", {"history": [("x", "good")]}),
         ("want an item id, or", {"history": [("x", 5, "2024-01-01")]}),
