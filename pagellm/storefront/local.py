@@ -153,7 +153,8 @@ class Together:
 def passed(model: Backbone, asked: Sequence[tuple["Next", np.ndarray]]) -> list[np.ndarray]:
     """(n, V) log-probabilities for each who asked, after its columns and new (n, t) tokens.
 
-    Columns end where the new tokens begin: what is shorter is padded on both sides.
+    Columns end where the new tokens begin: what is shorter is padded on both sides. New columns in
+    which all n rows are alike are kept by who asked (`Next.keep`).
     """
     past = [follow.cache.length for follow, _ in asked]
     S, T = max(past), max(new.shape[1] for _, new in asked)
@@ -179,6 +180,8 @@ def passed(model: Backbone, asked: Sequence[tuple["Next", np.ndarray]]) -> list[
         last += [t - 1] * n
         spans.append(span)
     hidden = model(ids, None if len(asked) == 1 else valid, cache)
+    for (follow, new), span in zip(asked, spans, strict=True):
+        follow.keep(cache, span.start, S, new)
     scores = log_softmax(model.word_logits(hidden[torch.arange(n_rows), last]))
     return [scores[span] for span in spans]
 
@@ -186,7 +189,8 @@ def passed(model: Backbone, asked: Sequence[tuple["Next", np.ndarray]]) -> list[
 class Next:
     """Log-probabilities of the next word after a prompt and paths of equal length.
 
-    Columns that all paths share with what was read before are read once.
+    Columns that all paths share with what was read before are read once. There is no pass but the
+    one that answers, so that whoever sits at a table never reads alone.
     room   columns that fit behind the prompt
     table  where others ask too; None: nobody does
     """
@@ -203,17 +207,25 @@ class Next:
     def __call__(self, paths: Sequence[tuple[int, ...]]) -> np.ndarray:
         """(n, V) float64 under the full softmax. paths: n of one length."""
         rows = np.array([(*self.prompt, *path) for path in paths], dtype=np.int64)
-        common = alike(rows[:, :-1], rows[:1, :-1])
-        n = min(common, len(self.read))
+        n = min(alike(rows[:, :-1], rows[:1, :-1]), len(self.read))
         known = self.cache.length = alike(self.read[None, :n], rows[:1, :n])
-        if common > known:
-            ids = torch.from_numpy(rows[:1, known:common])
-            self.model(ids.to(self.model.word.device), cache=self.cache)
-        self.read = rows[0, :common]
+        self.read = self.read[:known]
         self.tokens += len(rows)
         if self.table is not None and self.table.sits():
-            return self.table.after(self, rows[:, common:])
-        return passed(self.model, [(self, rows[:, common:])])[0]
+            return self.table.after(self, rows[:, known:])
+        return passed(self.model, [(self, rows[:, known:])])[0]
+
+    def keep(self, cache: KVCache, row: int, start: int, new: np.ndarray) -> None:
+        """Keep the columns of new (n, t) tokens in which all rows are alike.
+
+        They stand in a row of the cache, from column `start` on.
+        """
+        n, p = alike(new, new[:1]), self.cache.length
+        for mine, theirs in ((self.cache.keys, cache.keys), (self.cache.values, cache.values)):
+            for layer, columns in enumerate(theirs):
+                mine[layer][:, :, p : p + n] = columns[row : row + 1, :, start : start + n]
+        self.cache.length = p + n
+        self.read = np.concatenate([self.read, new[0, :n]])
 
 
 def log_softmax(logits: Tensor) -> np.ndarray:

@@ -162,6 +162,24 @@ def test_side_by_side_all_ask_in_one_pass_and_scores_are_the_same(monkeypatch):
             np.testing.assert_allclose(one, other, atol=1e-4)
 
 
+def test_nobody_reads_alone_while_others_wait(monkeypatch):
+    """A prompt, a written keyword, a word that all beams begin with: each is part of the pass that
+    answers, and none is read twice.
+    """
+    model, table, passes = local().model, local().table, []
+    real = model.forward
+    monkeypatch.setattr(model, "forward", lambda ids, *a: passes.append(ids.shape) or real(ids, *a))
+    steps = ([()], [(1,), (2,)], [(1, 5), (1, 7)], [(1, 7, 3)], [(1, 7, 3, 8), (1, 7, 3, 9)])
+
+    def job(prompt):
+        follow = Next(model, prompt, 9, table)
+        for paths in steps:
+            follow(paths)
+
+    table.each(job, [(4, 5, 6), (7, 8)], 2)
+    assert passes == [(2, 3), (4, 1), (4, 2), (2, 2), (4, 1)]
+
+
 @pytest.mark.parametrize("place", [0, 2])
 def test_where_a_job_fails_all_stop_at_once(place):
     """Nobody writes on what is not wanted, and the next questions are answered as ever."""
@@ -184,13 +202,18 @@ def test_where_a_job_fails_all_stop_at_once(place):
 
 
 def test_padding_that_does_not_fit_is_not_made():
-    """One has a prompt as long as the context, another long paths: together they are too wide."""
+    """One has read a prompt as long as the context, another has long paths: together they are too
+    wide.
+    """
     model, table = local(0, 20).model, local(0, 20).table
-    asked = [((5,) * 20, [()]), ((5, 6), [(1, 2, 3, 4), (2, 3, 4, 1)])]
+    asked = [((5,) * 19, [(5,)]), ((5, 6), [(1, 2, 3, 4), (2, 3, 4, 1)])]
 
     def step(one):
         prompt, paths = one
-        return Next(model, prompt, 9, table)(paths)
+        follow = Next(model, prompt, 9)
+        follow([()])
+        follow.table = table
+        return follow(paths)
 
     for ours, alone in zip(table.each(step, asked, 2), map(step, asked), strict=True):
         assert (ours == alone).all()
