@@ -13,6 +13,7 @@ from pagellm.storefront.given import own_title
 from pagellm.storefront.making import Making, Offer, put
 from pagellm.storefront.offers import passes, slots_of
 from pagellm.storefront.parts import Decision, Row, Slots
+from pagellm.storefront.text import stems
 
 __all__ = ["conflicts", "generated_rows"]
 
@@ -24,13 +25,16 @@ def conflicts(making: Making, offers: list[Offer]) -> np.ndarray:
     """(G, G) bool: themes too alike, or of which one shows over half of the other's items."""
     n = len(offers)
     clash = np.zeros((n, n), dtype=bool)
+    shown = [frozenset(offer.shown.tolist()) for offer in offers]
+    names = [
+        (frozenset(stems(offer.theme.title)), frozenset(offer.theme.concepts)) for offer in offers
+    ]
     vectors = np.array([making.front.corpus.theme_vector(o.theme) for o in offers]).reshape(n, -1)
     near = vectors @ vectors.T
     for a in range(n):
         for b in range(a):
-            both = len(np.intersect1d(offers[a].shown, offers[b].shown))
-            least = max(min(len(offers[a].shown), len(offers[b].shown)), 1)
-            alike = max(near[a, b], gates.likeness(offers[a].theme, offers[b].theme))
+            both, least = len(shown[a] & shown[b]), max(min(len(shown[a]), len(shown[b])), 1)
+            alike = max(near[a, b], *map(gates.jaccard, names[a], names[b]))
             clash[a, b] = clash[b, a] = alike > ALIKE or both / least > COVERED
     return clash
 
@@ -105,7 +109,15 @@ def drawn_rows(
 def best_row(making: Making, position: int, offer: Offer) -> tuple[Slots, list[Decision]]:
     """The row of the offer's best items, and what the gates say of it."""
     placement = making.placements[position]
-    slots = slots_of(making, offer, placement, 0.0, np.zeros(0))
+    slots = offer.preview
+    # Without the preview's items, not one of which was lost, the best row would be the same.
+    if (
+        slots is None
+        or offer.slots != placement.slots
+        or making.groups
+        or making.taken[slots.item].any()
+    ):
+        slots = slots_of(making, offer, placement, 0.0, np.zeros(0))
     least = min(placement.min_items, placement.slots)
     row, agree = replace(placement, min_items=least), offer.found.agree[slots.place]
     return slots, gates.check_placement(agree, row, making.front.threshold)

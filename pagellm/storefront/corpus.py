@@ -17,7 +17,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -38,6 +38,7 @@ __all__ = [
     "build_corpus",
     "fused_ranks",
     "prune",
+    "set_overlap",
 ]
 
 TYPES = ("category", "brand", "attribute", "query")
@@ -45,6 +46,7 @@ BRAND_ITEMS, ATTRIBUTE_ITEMS, QUERY_ITEMS = 5, 10, 3  # items that a text of eac
 LONGEST_TEXT = 40  # characters of a keyword
 COLUMNS = 64  # of the vectors
 EXACT = 300_000  # keywords up to which the nearest are found exactly
+KEPT_WIDE = 50_000  # keywords up to which their vectors are kept as float64 too
 LINKS, VISITED = 32, 100  # of a keyword in the graph beyond that; keywords looked at
 STOP = frozenset(
     "a an and are as at be by for from has have in into is it its of on or our over per than that "
@@ -142,12 +144,27 @@ class Corpus:
     def counts(self) -> np.ndarray:
         return np.diff(self.indptr)
 
+    @cached_property
+    def overlap(self) -> Callable[[int, int], float]:
+        """A function from two keywords to the Jaccard index of their items; it remembers some."""
+        return lru_cache(1 << 16)(lambda a, b: set_overlap(self.matches(a), self.matches(b)))
+
     def keyword(self, w: int, score: float) -> Keyword:
         count = int(self.indptr[w + 1] - self.indptr[w])
         return Keyword(self.text[w], TYPES[self.type[w]], float(score), count)
 
     def theme_vector(self, theme: Theme) -> np.ndarray:
         return self.space.text(" ".join((theme.title, *theme.concepts)))
+
+    @cached_property
+    def named(self) -> Callable[[str, int], np.ndarray]:
+        """A function from a text to the n keywords nearest to it by BM25; it remembers some."""
+        return lru_cache(1 << 11)(lambda text, n: self.bm25.top(stems(text), n)[0])
+
+    @cached_property
+    def wide(self) -> np.ndarray:
+        """The vectors as float64, so that no search widens them anew; as they are where many."""
+        return self.vector.astype(np.float64) if len(self) <= KEPT_WIDE else self.vector
 
     @cached_property
     def graph(self):
@@ -171,9 +188,19 @@ class Corpus:
             number, cosine = at[0][at[0] >= 0].astype(np.int64), near[0][at[0] >= 0]
             order = np.lexsort((number, -cosine))
             return number[order], cosine[order].astype(np.float64)
-        cosine = self.vector @ vector
+        cosine = self.wide @ vector
         number = best_first(cosine, np.arange(len(self)), n)
         return number, cosine[number]
+
+
+def set_overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Jaccard index of two rising arrays, none of which holds a number twice."""
+    few, many = (a, b) if len(a) < len(b) else (b, a)
+    if not len(few) or few[-1] < many[0] or many[-1] < few[0]:
+        return 0.0
+    at = np.minimum(many.searchsorted(few), len(many) - 1)
+    both = int(np.count_nonzero(many[at] == few))
+    return both / (len(a) + len(b) - both)
 
 
 def category_sets(catalogue: Catalogue, live: np.ndarray) -> dict[str, list[int]]:
@@ -290,6 +317,9 @@ def fused_ranks(lists: list[np.ndarray], first: float = 60.0) -> tuple[np.ndarra
     """
     if not lists:
         return np.zeros(0, np.int64), np.zeros(0)
+    if len(lists) == 1:
+        order = np.argsort(lists[0])
+        return lists[0][order].astype(np.int64), 1 / (first + 1 + order)
     every = np.concatenate(lists)
     gain = np.concatenate([1 / (first + 1 + np.arange(len(some))) for some in lists])
     number, place = np.unique(every, return_inverse=True)
@@ -305,6 +335,6 @@ def prune(corpus: Corpus, theme: Theme, n: int = 100) -> np.ndarray:
     near, cosine = corpus.nearest(corpus.theme_vector(theme), n)
     lists = [near[cosine > 0]]
     for concept in itertools.chain(theme.concepts, () if theme.concepts else (theme.title,)):
-        lists.append(corpus.bm25.top(stems(concept), n)[0])
+        lists.append(corpus.named(concept, n))
     number, score = fused_ranks(lists)
     return number[best_first(score, number, n)]

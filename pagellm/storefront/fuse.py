@@ -7,7 +7,7 @@ z is taken over the row's candidates with the population's standard deviation; a
 at 0 the score is the ranker's logit itself, bit for bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,16 +64,26 @@ class SameLeaf:
     parent: np.ndarray
     near: Near | None = None
 
-    def to(self, one: int, items: np.ndarray) -> np.ndarray:
-        """sim(one, i) of each of `items` (M,): 1, .5, .25 or 0."""
-        leaf, parent = self.leaf[one], self.parent[one]
-        sim = np.where((self.parent[items] == parent) & (parent >= 0), 0.25, 0.0)
-        sim[(self.leaf[items] == leaf) & (leaf >= 0)] = 0.5
-        if self.near is not None:
-            repeats = self.near.of(int(one))
-            if len(repeats):
-                sim[np.isin(items, repeats)] = 1.0
-        return sim
+    def among(self, items: np.ndarray) -> Callable[[int], np.ndarray]:
+        """A function from a place among `items` (M,) to the likeness of its item to each of them,
+        (M,): 1, .5, .25 or 0.
+        """
+        leaf, parent = self.leaf[items], self.parent[items]
+        where = {} if self.near is None else {i: n for n, i in enumerate(items.tolist())}
+
+        def to(place: int) -> np.ndarray:
+            sim = np.zeros(len(items))
+            if parent[place] >= 0:
+                sim[parent == parent[place]] = 0.25
+            if leaf[place] >= 0:
+                sim[leaf == leaf[place]] = 0.5
+            if self.near is not None:
+                for other in self.near.of(int(items[place])).tolist():
+                    if other in where:
+                        sim[where[other]] = 1.0
+            return sim
+
+        return to
 
 
 @dataclass
@@ -128,10 +138,13 @@ def fill(
             legal &= ~group
     chosen: list[int] = []
     costs, chance = [], []
-    while len(chosen) < slots and legal.any():
-        now = np.flatnonzero(legal)
+    rising = bool((item[1:] > item[:-1]).all())
+    to = quota.similar.among(item) if quota.similar is not None and quota.mu else None
+    while len(chosen) < slots and len(now := np.flatnonzero(legal)):
         total = score[now] - quota.mu * redundancy[now] if quota.mu else score[now]
-        if given is None:
+        if given is None and rising and not explore:
+            at, p = int(total.argmax()), 1.0  # of equals the first has the smallest number
+        elif given is None:
             at, p = pick(total, item[now], explore, uniform[len(chosen)] if explore else 0.0)
         elif len(chosen) == len(given):
             break
@@ -142,9 +155,8 @@ def fill(
         costs.append(-quota.mu * redundancy[place] if quota.mu else 0.0)
         chance.append(p)
         legal[place] = False
-        one = int(item[place])
-        if quota.similar is not None and quota.mu:
-            redundancy = np.maximum(redundancy, quota.similar.to(one, item))
+        if to is not None:
+            redundancy = np.maximum(redundancy, to(place))
         for number, group in enumerate(members):
             left[number] -= int(group[place])
             if left[number] <= 0:
@@ -204,10 +216,16 @@ def assign(value: np.ndarray, conflict: np.ndarray) -> tuple[np.ndarray, bool]:
     worth, clash = value.tolist(), conflict.tolist()
     later = np.maximum.accumulate(value[:, ::-1], axis=1)[:, ::-1].tolist()  # best from s on
 
-    def bound(s: int, legal: set[int]) -> float:
-        by_position = sum(max([0.0, *(worth[g][t] for g in legal)]) for t in range(s, n_positions))
-        by_theme = sorted((max(later[g][s], 0.0) for g in legal), reverse=True)
-        return min(by_position, sum(by_theme[: n_positions - s]))
+    def no_better(s: int, legal: set[int], total: float) -> bool:
+        """Whether no choice for the positions from s on makes more of `total` than the best has."""
+        by_theme = sorted([later[g][s] for g in legal if later[g][s] > 0], reverse=True)
+        if total + sum(by_theme[: n_positions - s]) <= best_value + 1e-12:
+            return True
+        by_position = 0.0
+        for t in range(s, n_positions):
+            first = next((g for g in order[t] if g in legal), -1)
+            by_position += max(worth[first][t], 0.0) if first >= 0 else 0.0
+        return total + by_position <= best_value + 1e-12
 
     def search(s: int, chosen: list[int], legal: set[int], total: float) -> bool:
         nonlocal best, best_value, nodes
@@ -218,7 +236,7 @@ def assign(value: np.ndarray, conflict: np.ndarray) -> tuple[np.ndarray, bool]:
             return True
         if nodes > MOST_NODES:
             return False
-        if total + bound(s, legal) <= best_value + 1e-12:
+        if no_better(s, legal, total):
             return True
         proven = True
         for g in order[s]:

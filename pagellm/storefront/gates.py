@@ -19,7 +19,7 @@ import numpy as np
 from pagellm.online.abtest import beta_cdf
 from pagellm.pages import metrics
 from pagellm.stage.files import write_json
-from pagellm.storefront.corpus import STOP, Corpus
+from pagellm.storefront.corpus import STOP, Corpus, set_overlap
 from pagellm.storefront.parts import Context, Decision, Keyword, Placement, Row, Theme
 from pagellm.storefront.policy import FREE_OF, Policy
 from pagellm.storefront.text import stem, stems, words
@@ -212,7 +212,14 @@ def check_keywords(
     keywords together match min_items), and overlap no earlier one by more than .6.
     """
     items = {k.text: own_matches(k, corpus, context) for k in keywords if k.text in corpus.number}
-    together = len(set().union(*(set(found.tolist()) for found in items.values()))) if items else 0
+    few = any(len(found) < LEAST_MATCHES for found in items.values())
+    together = len(np.unique(np.concatenate(list(items.values())))) if few else 0
+
+    def shared(one: str, other: str) -> float:
+        if len(context.barred):
+            return set_overlap(items[one], items[other])
+        return corpus.overlap(corpus.number[one], corpus.number[other])
+
     stay: list[Keyword] = []
     decisions = []
     for keyword in keywords:
@@ -227,7 +234,7 @@ def check_keywords(
         if not enough:
             decisions.append(passed("keyword", "matches", n, LEAST_MATCHES, False))
             continue
-        overlap = max((set_overlap(items[keyword.text], items[k.text]) for k in stay), default=0.0)
+        overlap = max((shared(keyword.text, k.text) for k in stay), default=0.0)
         decisions.append(
             passed("keyword", "overlap", overlap, MOST_OVERLAP, overlap <= MOST_OVERLAP)
         )
@@ -239,12 +246,6 @@ def check_keywords(
 def own_matches(keyword: Keyword, corpus: Corpus, context: Context) -> np.ndarray:
     found = corpus.matches(corpus.number[keyword.text])
     return found[~np.isin(found, context.barred)] if len(context.barred) else found
-
-
-def set_overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """Jaccard index of two rising arrays."""
-    both = len(np.intersect1d(a, b, assume_unique=True))
-    return both / max(len(a) + len(b) - both, 1)
 
 
 def check_placement(agree: np.ndarray, placement: Placement, threshold: float) -> list[Decision]:

@@ -24,6 +24,7 @@ from pagellm.storefront.parts import (
     Layout,
     Placement,
     Row,
+    Slots,
     Theme,
     Weights,
 )
@@ -151,7 +152,13 @@ class Offer:
     parts: np.ndarray  # (M, 4) ranker, ret, agree, reward as they enter the score
     note: str = ""
     value: float = 0.0
-    shown: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    preview: Slots | None = None  # its best row, were it the first on the page
+    slots: int = 0  # that the preview had
+
+    @property
+    def shown(self) -> np.ndarray:
+        """Items of the preview."""
+        return NOTHING if self.preview is None else self.preview.item
 
 
 class Making:

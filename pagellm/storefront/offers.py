@@ -9,7 +9,7 @@ import numpy as np
 
 from pagellm.storefront import gates
 from pagellm.storefront.corpus import prune
-from pagellm.storefront.fuse import fill, fuse, row_value
+from pagellm.storefront.fuse import fill, fuse, row_value, z_score
 from pagellm.storefront.given import locked_rows
 from pagellm.storefront.making import NOTHING, Front, Making, Offer
 from pagellm.storefront.parts import (
@@ -21,7 +21,6 @@ from pagellm.storefront.parts import (
     Placement,
     Slots,
     Theme,
-    Weights,
     Written,
 )
 from pagellm.storefront.retrieve import retrieve
@@ -139,7 +138,7 @@ def offer_of(making: Making, written: Written) -> Offer | None:
     if not passes(making, gates.check_placement(found.agree[preview.place], row, front.threshold)):
         return None
     offer.value = row_value(front.platt(making.logit[preview.item]))
-    offer.shown = preview.item
+    offer.preview, offer.slots = preview, slots
     return offer
 
 
@@ -152,8 +151,8 @@ def scored(front: Front, logit: np.ndarray, found: Candidates) -> tuple[np.ndarr
     weights, zero = front.weights, np.zeros(len(logit))
     rewards = zero if front.rewards is None else front.rewards[found.item]
     score = fuse(logit, found.ret, found.agree, weights, rewards)
-    by_ret = fuse(zero, found.ret, zero, Weights(weights.ret, 0, 0, 0))
-    by_reward = fuse(zero, zero, zero, Weights(0, 0, weights.reward, 0), rewards)
+    by_ret = zero + weights.ret * z_score(found.ret) if weights.ret else zero
+    by_reward = zero + weights.reward * z_score(rewards) if weights.reward else zero
     return score, np.stack([logit, by_ret, score - logit - by_ret - by_reward, by_reward], axis=1)
 
 

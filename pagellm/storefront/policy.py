@@ -97,6 +97,8 @@ class Terms:
     def found(self, text: str) -> str:
         """The first phrase that a text holds, in stems; "" for none."""
         have = stems(text)
+        if self.by_first.keys().isdisjoint(have):
+            return ""
         for at, first in enumerate(have):
             for key in self.by_first.get(first, ()):
                 if tuple(have[at : at + len(key)]) == key:

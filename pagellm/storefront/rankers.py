@@ -17,7 +17,7 @@ A logit becomes a probability by Platt's rule, p = 1 / (1 + exp(-(alpha + beta l
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -101,6 +101,18 @@ class Factors:
     @classmethod
     def of(cls, item: np.ndarray) -> "Factors":
         return cls(item, item.T @ item)
+
+    def taste(self, context: Context) -> np.ndarray:
+        """(d,) `fold_in` of a person's history; it remembers the last few: a page asks thrice."""
+        item, count = (x.astype(np.int64).tobytes() for x in (context.item, context.count))
+        return self.of_history(item, count)
+
+    @cached_property
+    def of_history(self) -> Callable[[bytes, bytes], np.ndarray]:
+        def folded(item: bytes, count: bytes) -> np.ndarray:
+            return fold_in(self, np.frombuffer(item, np.int64), np.frombuffer(count, np.int64))
+
+        return lru_cache(8)(folded)
 
 
 def fold_in(factors: Factors, item: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -200,13 +212,13 @@ class Als:
     def __call__(self, context: Context) -> np.ndarray:
         if not len(context.item):
             return self.households / max(float(self.households.max(initial=0)), 1.0)
-        return dots(self.factors.item, fold_in(self.factors, context.item, context.count))
+        return dots(self.factors.item, self.factors.taste(context))
 
     def of(self, context: Context) -> Callable[[np.ndarray], np.ndarray]:
         if not len(context.item):
             most = max(float(self.households.max(initial=0)), 1.0)
             return lambda items: self.households[items] / most
-        taste = fold_in(self.factors, context.item, context.count)
+        taste = self.factors.taste(context)
         return lambda items: dots(self.factors.item[items], taste)
 
 

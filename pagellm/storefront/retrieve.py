@@ -9,6 +9,7 @@ number.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -38,6 +39,13 @@ class Index:
     popularity: np.ndarray
     parent: dict[str, str]
     vector: np.ndarray | None = None
+
+    @cached_property
+    def in_stock(self) -> np.ndarray:
+        """(N,) bool."""
+        found = np.zeros(len(self.popularity), dtype=bool)
+        found[self.live] = True
+        return found
 
 
 def build_index(
@@ -86,10 +94,7 @@ def reached(
 
     People without history get the members by popularity.
     """
-    live = np.zeros(len(index.popularity), dtype=bool)
-    live[index.live] = True
-    if allowed is not None:
-        live &= allowed
+    live = index.in_stock.copy() if allowed is None else index.in_stock & allowed
     live[context.barred] = False
     return live, logit if len(context.item) else index.popularity
 

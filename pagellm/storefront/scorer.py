@@ -56,9 +56,12 @@ class Matcher:
         at = self.place[item]
         score = self.index.bm25.dense(stems(" ".join((theme.title, *theme.concepts))))
         near = self.vector[at] @ self.corpus.theme_vector(theme).astype(np.float32)
-        named = [self.number[concept] for concept in theme.concepts if concept in self.number]
+        named = np.zeros(
+            len(self.number) + 1, dtype=bool
+        )  # the last is of items without a category
+        named[[self.number[name] for name in theme.concepts if name in self.number]] = True
         text = score[at] / max(score.max(initial=0.0), 1e-12)
-        return text, near, np.isin(self.missions.category[item], named)
+        return text, near, named[self.missions.category[item]]
 
     def keyword_share(self, keywords: list[Keyword], item: np.ndarray) -> np.ndarray:
         """(n,) the share of the keywords' weight exp(score - best) that matches each item."""

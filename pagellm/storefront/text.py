@@ -24,6 +24,7 @@ __all__ = ["BM25", "best_first", "index_texts", "parents", "stem", "stems", "wor
 
 WORD = re.compile(r"[^\W_]+")  # runs of letters and digits of any script
 LONGEST = 10_000  # characters of a text that are read; longer ones are cut
+SHORT = 200  # characters of a text whose stems are remembered: titles and keywords come again
 K1, B = 1.2, 0.75
 
 
@@ -49,7 +50,12 @@ def stem(word: str) -> str:
 
 def stems(text: str) -> list[str]:
     """The stemmed words of a text, in order."""
-    return [stem(word) for word in words(text)]
+    return list(remembered(text) if len(text) <= SHORT else map(stem, words(text)))
+
+
+@lru_cache(maxsize=1 << 14)
+def remembered(text: str) -> tuple[str, ...]:
+    return tuple(map(stem, words(text)))
 
 
 def parents(catalogue: Catalogue) -> list[str]:
@@ -133,11 +139,12 @@ class BM25:
 
     def dense(self, query: Sequence[str]) -> np.ndarray:
         """(N,) float64: the score of every text, 0 without a word of the query."""
-        score = np.zeros(self.n)
-        for term, times in Counter(query).items():
-            doc, weight = self.postings(term)
-            score[doc] += times * weight
-        return score
+        found = [(*self.postings(term), times) for term, times in Counter(query).items()]
+        doc = np.concatenate([self.doc[:0], *(doc for doc, _, _ in found)])
+        if not len(doc):
+            return np.zeros(self.n)
+        added = np.concatenate([weight * times for _, weight, times in found])
+        return np.bincount(doc, added, self.n)
 
     def top(
         self, query: Sequence[str], depth: int, allowed: np.ndarray | None = None, every=False
