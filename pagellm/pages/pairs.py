@@ -28,30 +28,27 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from pagellm.data.shop import Catalogue, Rows, Shop
+from pagellm.data.shop import Rows, Shop
+from pagellm.pages import edits
+from pagellm.pages.edits import MATCHES, NOBODY, Stock
 from pagellm.pages.energy import (
     Near,
     energy,
     gain,
     gains,
     near_above,
-    near_duplicates,
     novel_slots,
     page_energy,
 )
-from pagellm.pages.stats import average_ranks
 from pagellm.pages.truth import (
-    Ties,
     best_first,
     draw_labels,
-    item_scores,
     label_counts,
     level_members,
-    popularity,
     rating_levels,
 )
 from pagellm.stage import collector
-from pagellm.stage.randomness import generators, seeds
+from pagellm.stage.randomness import Streams, generators, seeds
 
 __all__ = [
     "KINDS",
@@ -75,9 +72,10 @@ __all__ = [
 KINDS = ("preference", "ranked", "diversity", "redundancy")
 NEUTRAL = ("exclude", "weak_negative")
 USERS = 256  # whose draws are made together; fewer in a large catalogue:
-FLAGS = 1 << 22  # items times users
+FLAGS = 1 << 22  # items times users, or times pages whose edits are made together
+
 CHECKED = 1_000  # pairs whose energies are computed a second time
-MATCHES = 5  # a replacement is drawn from so many items, those nearest in popularity and s_i
+WIDE = 4096  # in a larger catalogue replacements for diversity are looked for page by page
 
 
 @dataclass(frozen=True)
@@ -94,42 +92,6 @@ class Pair:
     delta_E: float  # E(chosen) - E(rejected)
     source: str  # of the rejected page: swap, replacement, rated, sampled or rated+sampled
     seed: int  # of the generator that drew the split and the edit
-
-
-@dataclass(frozen=True)
-class Stock:
-    """What pair making needs of the catalogue, computed once from the train rows."""
-
-    catalogue: Catalogue
-    near: Near
-    s: np.ndarray  # (N,) truth.item_scores
-    weight: np.ndarray  # (N,) popularity ** 0.75: odds of an item to fill a rejected page
-    level: np.ndarray  # (N,) s as truth.rating_levels has it
-    coordinate: np.ndarray  # (2, N) in 0..1: popularity rank and s_i, to match replacements by
-    by_leaf: list[np.ndarray]  # items of every leaf category
-    ties: Ties  # the order of labels that nothing else tells apart
-    flag: np.ndarray  # (N,) bool to work with, False between any two uses
-
-    @classmethod
-    def of(cls, shop: Shop, near: Near | None = None, shrink: float = 0.0) -> "Stock":
-        catalogue, s, count = shop.catalogue, item_scores(shop, shrink), popularity(shop)
-        order = np.argsort(catalogue.leaf_id, kind="stable")
-        cuts = np.searchsorted(catalogue.leaf_id[order], np.arange(len(catalogue.leaf_names) + 1))
-        known = ~np.isnan(s)
-        middle = s[known].mean() if known.any() else 3.0
-        rank = (len(count) - average_ranks(count)) / max(1, len(count) - 1)
-        coordinate = np.stack([rank, (np.where(known, s, middle) - 1.0) / 4.0])
-        return cls(
-            catalogue,
-            near or near_duplicates(catalogue),
-            s,
-            count**0.75,
-            rating_levels(s),
-            coordinate,
-            [order[a:b] for a, b in zip(cuts, cuts[1:], strict=False)],
-            Ties(shop.n_users, shop.n_items),
-            np.zeros(shop.n_items, dtype=bool),
-        )
 
 
 @dataclass(frozen=True)
@@ -176,7 +138,9 @@ Edit = tuple[list[int], list[int], str]
 def preference(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | None:
     """Disliked items in random order, filled up with unseen ones drawn in proportion to weight."""
     length = len(side.page)
-    bad = rng.permutation(side.buyer.disliked)[:length]
+    bad = side.buyer.disliked
+    if len(bad):
+        bad = rng.permutation(bad)[:length]
     fill = length - len(bad)
     if fill:
         # Exponential race: the `fill` earliest arrivals are a weighted draw without replacement.
@@ -184,8 +148,8 @@ def preference(side: Side, stock: Stock, rng: np.random.Generator) -> Edit | Non
         if len(eligible) < fill:
             return None
         arrival = rng.standard_exponential(len(eligible)) / weight
-        first = np.argpartition(arrival, fill - 1)[:fill]  # sorts no more: there may be millions
-        bad = rng.permutation(np.concatenate([bad, eligible[first[np.argsort(arrival[first])]]]))
+        first = arrival.argpartition(fill - 1)[:fill]  # sorts no more: there may be millions
+        bad = rng.permutation(np.concatenate([bad, eligible[first[arrival[first].argsort()]]]))
     source = "rated" if fill == 0 else "sampled" if fill == length else "rated+sampled"
     return bad.tolist(), [], source
 
@@ -299,19 +263,24 @@ def makers(literal_swaps: bool) -> dict[str, Callable]:
     return dict(zip(KINDS, (preference, ranked, diversity, redundancy), strict=True))
 
 
-def pair_seeds(seed: int, user: int, kinds: Sequence[str], per_kind: int) -> np.ndarray:
-    """63 bits for every kind and draw of a user, (kinds * per_kind,) uint64.
+def pair_seeds(
+    seed: int, block: Sequence[Buyer], kinds: Sequence[str], per_kind: int
+) -> np.ndarray:
+    """63 bits for every buyer, kind and draw, (buyers * kinds * per_kind,) uint64.
 
     They depend on the seed, the user, the kind and the number of the draw only, so that neither
     order nor processes matter.
     """
-    kind = np.repeat([KINDS.index(name) for name in kinds], per_kind)
     whole = [seed & 0xFFFFFFFF]
     while seed := seed >> 32:
         whole.append(seed & 0xFFFFFFFF)
-    given = [np.full(len(kind), word) for word in (*whole, user)]
-    draw = np.tile(np.arange(per_kind), len(kinds))
-    return seeds([*given, kind, draw], 1)[:, 0] >> np.uint64(1)
+    kind = np.array([KINDS.index(name) for name in kinds])
+    user = np.array([buyer.user for buyer in block])
+    user, kind, draw = (
+        each.reshape(-1) for each in np.meshgrid(user, kind, np.arange(per_kind), indexing="ij")
+    )
+    given = [np.full(len(kind), word) for word in whole]
+    return seeds([*given, user, kind, draw], 1)[:, 0] >> np.uint64(1)
 
 
 @collector.paused()
@@ -365,7 +334,7 @@ def make_pairs(
             f"make_pairs: neutral={neutral!r}, per_kind={per_kind}, k={k}: want neutral one of "
             f"{', '.join(NEUTRAL)}, the others 1 or more"
         )
-    stock, make = Stock.of(shop, near, shrink), makers(literal_swaps)
+    stock = Stock.of(shop, near, shrink)
     pairs: list[Pair] = []
     counts = {
         kind: dict.fromkeys(("tried", "impossible", "rejected", "emitted"), 0) for kind in kinds
@@ -379,28 +348,32 @@ def make_pairs(
         mininterval=1.0,
     )
     buyer_of = iter(wait)
-    while block := list(islice(buyer_of, max(1, min(USERS, FLAGS // max(1, shop.n_items))))):
-        drawn = [pair_seeds(seed, buyer.user, kinds, per_kind) for buyer in block]
-        own = np.concatenate(drawn)
-        rngs = list(generators(own))
-        labels = label_draws(block, len(kinds) * per_kind, label_share, rngs)
-        sides = sides_of(block, labels, stock, k)
-        kind_of = [kind for _ in block for kind in kinds for _ in range(per_kind)]
-        edits = [
-            make[kind](side, stock, rng)
-            for kind, side, rng in zip(kind_of, sides, rngs, strict=True)
-        ]
-        for kind, pair in zip(
-            kind_of, finish(block, sides, kind_of, edits, own, stock, implicit_gain), strict=True
-        ):
-            least = max(margin, ranked_margin) if kind == "ranked" else margin
-            outcome = (
-                "impossible" if not pair else "rejected" if pair.delta_E < least else "emitted"
-            )
-            counts[kind]["tried"] += 1
-            counts[kind][outcome] += 1
-            if pair and outcome == "emitted":
-                pairs.append(pair)
+    at_once = per_kind if shop.n_items <= WIDE else 1
+    size = max(1, min(USERS, FLAGS // max(1, shop.n_items * at_once)))
+    kept = [max(margin, ranked_margin) if kind == "ranked" else margin for kind in kinds]
+    while block := list(islice(buyer_of, size)):
+        drawn = draw_block(
+            block,
+            stock,
+            pair_seeds(seed, block, kinds, per_kind),
+            kinds,
+            label_share,
+            k,
+            literal_swaps,
+        )
+        kind = np.tile(np.repeat(np.arange(len(kinds)), per_kind), len(block))
+        delta = drawn.delta(stock, implicit_gain)
+        good = drawn.made & (delta >= np.array(kept)[kind])
+        for at, name in enumerate(kinds):
+            of = kind == at
+            for outcome, which in (
+                ("tried", of),
+                ("impossible", of & ~drawn.made),
+                ("rejected", of & drawn.made & ~good),
+                ("emitted", of & good),
+            ):
+                counts[name][outcome] += int(which.sum())
+        pairs += drawn.pairs(np.flatnonzero(good), [kinds[at] for at in kind.tolist()], delta)
     check_energy(pairs, counts, shop, stock, implicit_gain)
     return pairs, counts
 
@@ -455,12 +428,42 @@ def draw_side(
     return sides_of([buyer], labels, stock, k)[0]
 
 
-def sides_of(
-    block: Sequence[Buyer], labels: Sequence[np.ndarray], stock: Stock, k: int
-) -> list[Side]:
-    """All draws of all buyers as Sides. Their pages are those of truth.ground_truth_page.
+def labels_together(
+    block: Sequence[Buyer], draws: int, label_share: float, streams: Streams
+) -> np.ndarray:
+    """`label_draws` of many streams at once, `draws` of them a buyer: (buyers, draws, n) bool.
 
-    labels  for every buyer (draws, n) bool
+    n  liked items of the buyer who has most
+    """
+    counts = [label_counts(buyer.members, label_share) for buyer in block]
+    label = np.zeros((len(block) * draws, max(len(b.items) for b in block)), dtype=bool)
+    levels = [
+        [(places, c) for places, c in zip(buyer.members, count, strict=True) if c]
+        for buyer, count in zip(block, counts, strict=True)
+    ]
+    for at in range(max(map(len, levels))):
+        own = [level[at] if at < len(level) else (NOBODY, 0) for level in levels]
+        table = np.repeat(padded([places.tolist() for places, _ in own]), draws, axis=0)
+        length = np.repeat([len(places) for places, _ in own], draws)
+        mixed = streams.permutation(table, length)
+        row, place = np.nonzero(
+            np.arange(mixed.shape[1]) < np.repeat([c for _, c in own], draws)[:, None]
+        )
+        label[row, mixed[row, place]] = True
+    none = np.repeat([not level for level in levels], draws)
+    liked = np.repeat([len(buyer.items) for buyer in block], draws)
+    one = streams.integers(np.where(none, liked, 1))
+    label[none, one[none]] = True
+    return label.reshape(len(block), draws, label.shape[1])
+
+
+def pages_of(
+    block: Sequence[Buyer], labels: Sequence[np.ndarray], stock: Stock, k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The ground-truth pages of all draws of all buyers, those of truth.ground_truth_page.
+
+    labels   for every buyer (draws, n) bool
+    returns  (D, K) items, -1 in empty slots; (D, K) rating levels; (D,) slots
     """
     # The labels of all draws, one after another, each draw's best first.
     at = [np.nonzero(label[:, buyer.order]) for buyer, label in zip(block, labels, strict=True)]
@@ -484,18 +487,38 @@ def sides_of(
             kept[b] = False
     draw, item, level = draw[kept], item[kept], level[kept]
     count = np.bincount(draw, minlength=len(count))
-    end = np.cumsum(count)
-    begin, end, items = end - count, (end - count + np.minimum(count, k)).tolist(), item.tolist()
-    pages = [(items[a:b], level[a:b]) for a, b in zip(begin.tolist(), end, strict=True)]
-    sides: list[Side] = []
+    slot = np.arange(len(draw)) - (np.cumsum(count) - count)[draw]
+    shape, shown = (len(count), min(k, count.max(initial=0))), slot < k
+    page, own = np.full(shape, -1, dtype=np.int64), np.full(shape, -np.inf)
+    page[draw[shown], slot[shown]] = item[shown]
+    own[draw[shown], slot[shown]] = level[shown]
+    return page, own, np.minimum(count, k)
+
+
+def histories(
+    block: Sequence[Buyer], labels: Sequence[np.ndarray]
+) -> Iterator[tuple[list[int], list[float]]]:
+    """Items and ratings that each draw leaves to the history, oldest first."""
     for buyer, label in zip(block, labels, strict=True):
         row, column = np.nonzero(~label)
-        history, ratings = buyer.items[column].tolist(), buyer.ratings[column].tolist()
+        items, ratings = buyer.items[column].tolist(), buyer.ratings[column].tolist()
         cut = np.searchsorted(row, np.arange(len(label) + 1)).tolist()
         for a, b in zip(cut, cut[1:], strict=False):
-            page, own = pages[len(sides)]
-            sides.append(Side(buyer, history[a:b], ratings[a:b], page, own))
-    return sides
+            yield items[a:b], ratings[a:b]
+
+
+def sides_of(
+    block: Sequence[Buyer], labels: Sequence[np.ndarray], stock: Stock, k: int
+) -> list[Side]:
+    """All draws of all buyers as Sides; arguments as in `pages_of`."""
+    page, level, length = pages_of(block, labels, stock, k)
+    buyer = (b for b, label in zip(block, labels, strict=True) for _ in label)
+    return [
+        Side(whose, *history, items[:n], own[:n])
+        for whose, history, items, own, n in zip(
+            buyer, histories(block, labels), page.tolist(), level, length.tolist(), strict=True
+        )
+    ]
 
 
 def padded(pages: Sequence[Sequence[int]]) -> np.ndarray:
@@ -507,58 +530,133 @@ def padded(pages: Sequence[Sequence[int]]) -> np.ndarray:
     return item
 
 
-def finish(
-    block: Sequence[Buyer],
-    sides: Sequence[Side],
-    kinds: Sequence[str],
-    edits: Sequence[Edit | None],
-    own: np.ndarray,
-    stock: Stock,
-    implicit_gain: float,
-) -> Iterator[Pair | None]:
-    """The pairs that edits make, with the energies' difference; None where there is no edit.
+@dataclass(frozen=True)
+class Drawn:
+    """All draws of a block of buyers, D of them, equally many a buyer."""
 
-    block    buyers; equally many of the sides, one after another, are each one's
+    block: Sequence[Buyer]
+    labels: Sequence[np.ndarray]  # for every buyer (draws, n) bool
+    seed: np.ndarray  # (D,) uint64
+    page: np.ndarray  # (D, K) items, -1 in empty slots
+    rejected: np.ndarray  # (D, K), likewise
+    edited: np.ndarray  # (D, K) bool
+    made: np.ndarray  # (D,) bool: False where the page allows no such pair
+    source: list[str]  # D, as in Pair
+
+    def delta(self, stock: Stock, implicit_gain: float) -> np.ndarray:
+        """(D,) energy of the page less that of the rejected one; 0 where there is none."""
+        made = np.flatnonzero(self.made)
+        buyer = made // (len(self.page) // len(self.block))
+        begin = np.cumsum([0, *(len(b.seen) for b in self.block)])
+        rows = Rows(
+            begin,
+            np.concatenate([b.seen for b in self.block]),
+            np.concatenate([b.stars for b in self.block]),
+        )
+        log2 = np.array([math.log2(slot + 2.0) for slot in range(self.page.shape[1])])
+        value = [
+            page_energy(
+                item,
+                item >= 0,
+                gains(buyer, item, rows, stock.s, implicit_gain),
+                stock.catalogue.leaf_id,
+                stock.near,
+                log2=log2,
+            )
+            for item in (self.page[made], self.rejected[made])
+        ]
+        delta = np.zeros(len(self.page))
+        delta[made] = value[0] - value[1]
+        return delta
+
+    def pairs(self, which: np.ndarray, kinds: Sequence[str], delta: np.ndarray) -> list[Pair]:
+        """The pairs of the draws `which`; kinds and delta of all D draws."""
+        draws, history = len(self.page) // len(self.block), list(histories(self.block, self.labels))
+        length = (self.page >= 0).sum(1)[which].tolist()
+        own = self.seed[which].tolist()
+        chosen, rejected = self.page[which].tolist(), self.rejected[which].tolist()
+        mask, change = self.edited[which].tolist(), delta[which].tolist()
+        return [
+            Pair(
+                self.block[at // draws].user,
+                kinds[at],
+                history[at][0],
+                history[at][1],
+                chosen[i][:n],
+                rejected[i][:n],
+                mask[i][:n],
+                change[i],
+                self.source[at],
+                own[i],
+            )
+            for i, (at, n) in enumerate(zip(which.tolist(), length, strict=True))
+        ]
+
+
+def draw_block(
+    block: Sequence[Buyer],
+    stock: Stock,
+    own: np.ndarray,
+    kinds: Sequence[str],
+    label_share: float,
+    k: int,
+    literal_swaps: bool,
+) -> Drawn:
+    """Labels, pages and edits of a block of buyers.
+
+    own  (D,) uint64, the seeds of `pair_seeds`
     """
-    made = np.flatnonzero([edit is not None for edit in edits])
-    buyer = made // (len(sides) // len(block))
-    begin = np.cumsum([0, *(len(b.seen) for b in block)])
-    rows = Rows(
-        begin, np.concatenate([b.seen for b in block]), np.concatenate([b.stars for b in block])
+    # `preference` is drawn page by page: it takes exponential numbers, as many as there are items.
+    together: dict[str, Callable] = {
+        "ranked": edits.ranked,
+        "diversity": edits.swapped_diversity if literal_swaps else edits.diversity,
+        "redundancy": edits.swapped_redundancy if literal_swaps else edits.redundancy,
+    }
+    if len(stock.s) > WIDE and not literal_swaps:
+        del together["diversity"]
+    draws = len(own) // len(block)
+    kind = np.repeat(np.arange(len(kinds)), draws // len(kinds))
+    many = np.array([name in together for name in kinds], dtype=bool)[kind]
+    all_kinds, all_many = np.tile(kind, len(block)), np.tile(many, len(block))
+    streams, rngs = Streams(own[all_many]), list(generators(own[~all_many]))
+    first = labels_together(block, int(many.sum()), label_share, streams)
+    rest = label_draws(block, int((~many).sum()), label_share, rngs)
+    labels = []
+    for buyer, a, b in zip(block, first, rest, strict=True):
+        label = np.empty((draws, len(buyer.items)), dtype=bool)
+        label[many], label[~many] = a[:, : len(buyer.items)], b
+        labels.append(label)
+    page, level, length = pages_of(block, labels, stock, k)
+    rejected, edited = page.copy(), np.zeros(page.shape, dtype=bool)
+    made, source = np.zeros(len(page), dtype=bool), np.full(len(page), "", dtype=object)
+    stream_of = np.cumsum(all_many) - 1
+    leaf = np.where(page >= 0, stock.catalogue.leaf_id[page], -1)
+    free = np.stack([buyer.free for buyer in block])
+    for at, name in enumerate(kinds):
+        if name in together:
+            rows = np.flatnonzero(all_kinds == at)
+            pages = edits.Pages(page[rows], level[rows], leaf[rows], rows // draws, free)
+            edit = together[name](pages, stock, streams.of(stream_of[rows]))
+            rejected[rows], edited[rows], made[rows] = edit
+            source[rows] = "swap" if name == "ranked" or literal_swaps else "replacement"
+    make, rows = makers(literal_swaps), np.flatnonzero(~all_many)
+    single: list[Edit] = []
+    for row, rng, items, n, stars in zip(
+        rows.tolist(), rngs, page[rows].tolist(), length[rows].tolist(), level[rows], strict=True
+    ):
+        side = Side(block[row // draws], [], [], items[:n], stars[:n])
+        single.append(make[kinds[all_kinds[row]]](side, stock, rng) or ([], [], ""))
+    source[rows] = [by for *_, by in single]
+    made[rows] = source[rows] != ""
+    items = padded([new for new, *_ in single])
+    rejected[rows, : items.shape[1]] = np.where(
+        made[rows, None], items, rejected[rows, : items.shape[1]]
     )
-    some = made.tolist()
-    value = [
-        page_energy(
-            item,
-            item >= 0,
-            gains(buyer, item, rows, stock.s, implicit_gain),
-            stock.catalogue.leaf_id,
-            stock.near,
-            log2=np.array([math.log2(slot + 2.0) for slot in range(item.shape[1])]),
-        )
-        for item in (padded([sides[at].page for at in some]), padded([e[0] for e in edits if e]))
-    ]
-    delta = iter((value[0] - value[1]).tolist())
-    for side, kind, edit, seed in zip(sides, kinds, edits, own.tolist(), strict=True):
-        if edit is None:
-            yield None
-            continue
-        rejected, edited, source = edit
-        mask = [False] * len(side.page)
-        for slot in edited:
-            mask[slot] = True
-        yield Pair(
-            side.buyer.user,
-            kind,
-            side.history,
-            side.history_rating,
-            side.page,
-            rejected,
-            mask,
-            next(delta),
-            source,
-            seed,
-        )
+    edited[
+        np.repeat(rows, [len(slots) for _, slots, _ in single]),
+        [slot for _, slots, _ in single for slot in slots],
+    ] = True
+    return Drawn(block, labels, own, page, rejected, edited, made, source.tolist())
 
 
 def check_energy(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.random.bit_generator import ISeedSequence
 
-__all__ = ["generators", "rng", "seed_of", "seed_torch", "seeds"]
+__all__ = ["Streams", "generators", "rng", "seed_of", "seed_torch", "seeds"]
 
 
 def seed_of(*parts: object) -> int:
@@ -96,3 +96,112 @@ def generators(seed: np.ndarray) -> Iterator[np.random.Generator]:
     low, high = seed & np.uint64(0xFFFFFFFF), seed >> np.uint64(32)
     for state in seeds([low, high], 4):
         yield np.random.Generator(np.random.PCG64(State(state)))  # type: ignore[arg-type]
+
+
+MULTIPLIER = np.uint64(2549297995355413924), np.uint64(4865540595714422341)  # upper, lower 64 bits
+HALF, LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
+
+
+class Streams:
+    """Generator(PCG64(s)) for every s of seed, all at once: row i draws what the i-th would.
+
+    Only for bounded integers and permutations, which take words of 32 bits one after another.
+
+    seed  (rows,) uint64
+    Source: M. E. O'Neill, "PCG: a family of simple fast space-efficient statistically good
+    algorithms for random number generation", 2014 (PCG XSL RR 128/64); NumPy's PCG64.
+    """
+
+    def __init__(self, seed: np.ndarray):
+        first = seeds([seed & LOW, seed >> HALF], 4)
+        high, low, step_high, step_low = first.T.copy()
+        one = np.uint64(1)
+        self.step = step_high << one | step_low >> np.uint64(63), step_low << one | one
+        self.low = self.step[1] + low
+        self.high = self.step[0] + high + (self.low < low)
+        self.move()
+        self.word = np.empty((0, len(seed)), dtype=np.uint32)  # the i-th word of each stream
+        self.at = np.zeros(len(seed), dtype=np.int64)  # words that are spent
+
+    def move(self) -> None:
+        """state = state * MULTIPLIER + step, in 128 bits."""
+        upper, lower = MULTIPLIER
+        a, b, c, d = lower >> HALF, lower & LOW, self.low >> HALF, self.low & LOW
+        ad, bc = a * d, b * c
+        carry = (b * d >> HALF) + (ad & LOW) + (bc & LOW)
+        self.high = self.high * lower + self.low * upper + a * c
+        self.high += (ad >> HALF) + (bc >> HALF) + (carry >> HALF) + self.step[0]
+        self.low = self.low * lower + self.step[1]
+        self.high += self.low < self.step[1]
+
+    def have(self, n: int) -> None:
+        """Draw ahead, so that every stream has n words or more."""
+        found = [self.word]
+        for _ in range(-(-(n - len(self.word)) // 2)):
+            self.move()
+            turn, mixed = self.high >> np.uint64(58), self.high ^ self.low
+            mixed = mixed >> turn | mixed << (-turn & np.uint64(63))
+            found.append(np.stack([mixed & LOW, mixed >> HALF]).astype(np.uint32))
+        self.word = np.concatenate(found)
+
+    def of(self, rows: np.ndarray) -> "Streams":
+        """Some of the streams, by number, from where they are; drawing moves the copy alone."""
+        some = object.__new__(Streams)
+        some.high, some.low = self.high[rows], self.low[rows]
+        some.step = self.step[0][rows], self.step[1][rows]
+        some.word, some.at = self.word[:, rows], self.at[rows]
+        return some
+
+    def integers(self, n: np.ndarray) -> np.ndarray:
+        """(rows,) int64, each from 0 to its n - 1; n (rows,), 1 to 2^32 - 1. 1 spends no word.
+
+        Source: Lemire, "Fast random integer generation in an interval", 2019.
+        """
+        n = np.asarray(n, dtype=np.uint64)
+        drawn, todo = np.zeros(len(n), dtype=np.int64), np.flatnonzero(n > 1)
+        while len(todo):
+            self.have(int(self.at[todo].max()) + 1)
+            both = self.word[self.at[todo], todo] * n[todo]
+            self.at[todo] += 1
+            drawn[todo] = both >> HALF
+            todo = todo[(both & LOW) < (np.uint64(1 << 32) - n[todo]) % n[todo]]
+        return drawn
+
+    def permutation(self, table: np.ndarray, count: np.ndarray) -> np.ndarray:
+        """Each row's first `count` entries in random order; what stands to their right stays.
+
+        table  (rows, M)
+        count  (rows,) int64, from 0 to M
+        """
+        rows, M = table.shape
+        last, begin = np.maximum(count - 1, 0).astype(np.uint32), self.at.copy()
+        # A word, cut to as many bits as `last` has, is the place that `last` changes with; one
+        # that is larger than `last` is thrown away.
+        bits = np.array([(1 << place.bit_length()) - 1 for place in range(M + 1)], dtype=np.uint32)
+        places: list[np.ndarray] = []
+        lasts: list[np.ndarray] = []
+        every = np.arange(rows)
+        while last.any():
+            if len(places) + int(begin.max()) >= len(self.word):
+                self.have(len(self.word) + M + 8)
+            place = self.word[begin + len(places), every] & bits[last]
+            places.append(place)
+            lasts.append(last)
+            last = last - ((place <= last) & (last > 0))
+        order = np.argsort(-count, kind="stable")  # rows that take a step stand together
+        table, swap = table[order], np.zeros((M, rows), dtype=np.int64)
+        if places:
+            place, before = np.stack(places), np.stack(lasts)
+            self.at += (before > 0).sum(0)
+            step, row = np.nonzero((place <= before) & (before > 0))
+            swap[before[step, row], row] = place[step, row]
+        swap = swap[:, order] + every * M
+        flat, active = table.reshape(-1), np.searchsorted(-count[order], -np.arange(M))
+        for i in range(M - 1, 0, -1):
+            if active[i]:
+                j, own = swap[i, : active[i]], table[: active[i], i].copy()
+                table[: active[i], i] = flat[j]
+                flat[j] = own
+        mixed = np.empty_like(table)
+        mixed[order] = table
+        return mixed

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagellm.data.shop import SPLITS, Catalogue, Shop
-from pagellm.pages import metrics
+from pagellm.pages import edits, metrics, pairs
 from pagellm.pages.energy import energy, gain, near_duplicates
 from pagellm.pages.pairs import (
     KINDS,
@@ -20,6 +20,8 @@ from pagellm.pages.pairs import (
     draw_side,
     from_table,
     make_pairs,
+    makers,
+    pair_seeds,
     preference,
     ranked,
     redundancy,
@@ -462,6 +464,35 @@ def test_a_draw_depends_on_its_own_place_only():
     assert not {pair.seed for pair in make_pairs(shop, 4)[0]} & {pair.seed for pair in whole}
     # every draw splits anew
     assert len({tuple(pair.history) for pair in whole if pair.user == 5}) > 3
+
+
+@law
+@given(shops, st.integers(0, 9), st.booleans(), st.sampled_from([(64, 4096), (2, 4096), (64, 9)]))
+def test_draws_made_together_are_those_made_one_by_one(shop, seed, literal, sizes):
+    """Every page, edit and source, from the generator of the draw alone; also where few items are
+    looked at first for a replacement, and where the catalogue counts as large."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(edits, "FIRST", sizes[0])
+        patch.setattr(pairs, "WIDE", sizes[1])
+        found, counts = make_pairs(shop, seed, per_kind=2, k=7, literal_swaps=literal)
+    of_seed, stock, make = {pair.seed: pair for pair in found}, Stock.of(shop), makers(literal)
+    made = Counter()
+    for buyer in buyers(shop, stock, "exclude", 1.0, None):
+        own = pair_seeds(seed, [buyer], KINDS, 2).tolist()
+        for kind, at in zip(np.repeat(KINDS, 2).tolist(), own, strict=True):
+            rng = np.random.default_rng(at)
+            side = draw_side(buyer, stock, 0.5, 7, rng)
+            edit, pair = make[kind](side, stock, rng), of_seed.get(at)
+            made[kind] += edit is not None
+            assert edit is not None or pair is None
+            if pair is not None:
+                assert (pair.user, pair.kind) == (buyer.user, kind)
+                assert (pair.history, pair.chosen) == (side.history, side.page)
+                edited = [slot for slot, is_new in enumerate(pair.mask) if is_new]
+                assert (pair.rejected, edited) == (edit[0], sorted(edit[1]))
+                assert pair.source == edit[2]
+    for kind, count in counts.items():
+        assert count["emitted"] + count["rejected"] == made[kind]
 
 
 def test_the_margin_drops_pairs():
