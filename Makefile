@@ -97,6 +97,7 @@ storefront-page: | $(ROWS)  ## one page of rows in the terminal: ARGS="--user ID
 storefront-label: | $(ROWS)  ## pairs of a row and an item for people to judge: ARGS="--labels FILE" reads
 storefront-judge: | $(ROWS)  ## do rows hold what their titles say? rules, or a model: ARGS="--backend http"
 storefront-distil: | $(ROWS)  ## a small model taught what a search finds; table of all writers
+	$(ONE) storefront tune $(COMMON)
 	$(ONE) storefront teach $(COMMON)
 	for swapped in 0 .15; do for labels in clean raw; do \
 		$(ONE) storefront student $(COMMON) --labels $$labels --swapped $$swapped || exit; done; done

@@ -395,6 +395,14 @@ def test_make_ppo_first_makes_what_pays_it(tmp_path, args, stages):
     assert made("ppo", "DATASET=mine") == stages
 
 
+def test_make_calibrates_the_ranker_before_a_teacher_is_paid_by_its_probabilities():
+    lines = [x for x in make("storefront-distil", "RUN=none") if "storefront " in x]
+    verbs = [x.split("storefront ")[1].split()[0] for x in lines]
+    assert [verb for verb in verbs if verb in ("tune", "teach", "student", "prefer")] == [
+        "tune", "teach", "student", "prefer",
+    ]  # fmt: skip
+
+
 def test_make_needs_no_run_for_a_log_of_ones_own():
     """And does for an option that only begins like --log."""
     for target in ("abtest", "ope"):
