@@ -9,11 +9,12 @@ is allowed at the end of a title (dog treats) and nowhere else.
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
+from functools import lru_cache
 
 from pagellm.stage.config import PageLLMError
 from pagellm.storefront.parts import INTENTS
 from pagellm.storefront.schemas import POLICY, check
-from pagellm.storefront.text import stems
+from pagellm.storefront.text import SHORT, stems
 
 __all__ = ["Policy", "Terms", "bare", "policy_of"]
 
@@ -84,6 +85,7 @@ class Terms:
     """Phrases, matched against texts stem by stem."""
 
     def __init__(self, phrases):
+        self.remembered = lru_cache(1 << 14)(self.look)
         self.by_first: dict[str, list[tuple[str, ...]]] = {}
         self.not_last: set[tuple[str, ...]] = set()
         for phrase in phrases:
@@ -95,7 +97,13 @@ class Terms:
                 self.not_last.add(key)
 
     def found(self, text: str) -> str:
-        """The first phrase that a text holds, in stems; "" for none."""
+        """The first phrase that a text holds, in stems; "" for none.
+
+        Short texts are remembered: titles and keywords come again, page by page.
+        """
+        return self.remembered(text) if len(text) <= SHORT else self.look(text)
+
+    def look(self, text: str) -> str:
         have = stems(text)
         if self.by_first.keys().isdisjoint(have):
             return ""

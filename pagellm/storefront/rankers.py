@@ -107,6 +107,19 @@ class Factors:
         item, count = (x.astype(np.int64).tobytes() for x in (context.item, context.count))
         return self.of_history(item, count)
 
+    def liked(self, context: Context) -> np.ndarray:
+        """(N,) every item's product with `taste`, read-only; it remembers the last two."""
+        return self.of_taste(self.taste(context).tobytes())
+
+    @cached_property
+    def of_taste(self) -> Callable[[bytes], np.ndarray]:
+        def products(taste: bytes) -> np.ndarray:
+            found = dots(self.item, np.frombuffer(taste))
+            found.setflags(write=False)
+            return found
+
+        return lru_cache(2)(products)
+
     @cached_property
     def of_history(self) -> Callable[[bytes, bytes], np.ndarray]:
         def folded(item: bytes, count: bytes) -> np.ndarray:
@@ -212,7 +225,7 @@ class Als:
     def __call__(self, context: Context) -> np.ndarray:
         if not len(context.item):
             return self.households / max(float(self.households.max(initial=0)), 1.0)
-        return dots(self.factors.item, self.factors.taste(context))
+        return self.factors.liked(context)
 
     def of(self, context: Context) -> Callable[[np.ndarray], np.ndarray]:
         if not len(context.item):

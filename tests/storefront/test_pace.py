@@ -12,14 +12,15 @@ from pagellm.storefront.front import Sources, open_store
 from pagellm.storefront.fuse import Quota, SameLeaf, fill
 from pagellm.storefront.page import page
 from pagellm.storefront.parts import Candidates, Theme
+from pagellm.storefront.policy import Terms
 from pagellm.storefront.text import BM25, stems
 from pagellm.storefront.themes import by_falling
 from tests.storefront.golden import STOCK, catalogue
 
 
 def test_a_page_fills_each_row_and_folds_its_history_in_once(made, monkeypatch):
-    store, fills, folds = open_store(Sources(**made)), [], []
-    real_slots, real_fold = offers.slots_of, rankers.fold_in
+    store, fills, folds, products = open_store(Sources(**made)), [], [], []
+    real_slots, real_fold, real_dots = offers.slots_of, rankers.fold_in, rankers.dots
 
     def slots_of(making, offer, *rest):
         fills.append(offer.theme.title)
@@ -28,9 +29,12 @@ def test_a_page_fills_each_row_and_folds_its_history_in_once(made, monkeypatch):
     monkeypatch.setattr(offers, "slots_of", slots_of)
     monkeypatch.setattr(choose, "slots_of", slots_of)
     monkeypatch.setattr(rankers, "fold_in", lambda *a: folds.append(1) or real_fold(*a))
+    monkeypatch.setattr(
+        rankers, "dots", lambda rows, at: products.append(len(rows)) or real_dots(rows, at)
+    )
     found = page(store.front, store.known.context(store.shop.user_ids[0]), store.layout)
     titles = [row.theme.title for row in found.rows if row.source == "generated"]
-    assert titles and len(folds) == 1
+    assert titles and len(folds) == 1 and products.count(store.shop.n_items) == 1
     # A category may stand in two missions, so that a row below may lose an item and be filled anew.
     assert all(fills.count(title) <= 2 for title in titles) and fills.count(titles[0]) == 1
 
@@ -81,6 +85,13 @@ def test_scores_of_all_texts_are_those_of_the_ones_that_are_found(texts, query):
     dense = np.zeros(len(texts))
     dense[doc] = score
     assert index.dense(query).dtype == np.float64 and (index.dense(query) == dense).all()
+
+
+def test_short_texts_are_held_against_a_policy_once_and_long_ones_are_not_kept():
+    terms = Terms(["scam"])
+    for said in ("A scam", "scam " * 100):
+        assert [terms.found(said) for _ in range(3)] == ["scam"] * 3
+    assert terms.remembered.cache_info()[:2] == (2, 1)
 
 
 def test_stems_of_short_texts_are_remembered_and_a_caller_may_change_its_own():
