@@ -3,11 +3,15 @@
 import configparser
 import dataclasses
 import importlib
+import json
+import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,6 +68,48 @@ def test_the_image_listens_where_its_ports_and_prometheus_say(monkeypatch):
     assert job["static_configs"][0]["targets"] == [f"pagellm:{made.port}"]
     for file in prometheus["rule_files"]:
         assert (DEPLOY / file).exists()
+
+
+def test_the_image_is_healthy_once_it_serves_and_not_before(served):
+    """Its own command and variables, over data and runs that it may only read."""
+    text = DOCKERFILE.replace("\\\n", "")
+    (check,) = re.findall(r"^HEALTHCHECK.* CMD (\[.*\])$", text, re.M)
+    python, *words = json.loads(check)
+    entry, verb = (json.loads(x) for x in re.findall(r"^(?:ENTRYPOINT|CMD) (\[.*\])$", text, re.M))
+    assert python == "python" and entry == ["pagellm"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = os.environ | {"PAGELLM_HOST": "127.0.0.1", "PAGELLM_PORT": port, "PAGELLM_RUN": "base"}
+    env |= {"PAGELLM_DATASET": "synthetic", "PAGELLM_API_KEY": "k" * 20}
+    env["PYTHONPATH"] = str(ROOT)
+
+    def healthy():
+        asked = subprocess.run([sys.executable, *words], env=env, stderr=subprocess.DEVNULL)
+        return asked.returncode == 0
+
+    assert not healthy()
+    command = [sys.executable, "-m", "pagellm", *verb]
+    with subprocess.Popen(command, cwd=served, env=env, stderr=subprocess.PIPE, text=True) as made:
+        try:
+            end = time.monotonic() + 240
+            while not (good := healthy()) and made.poll() is None and time.monotonic() < end:
+                time.sleep(0.2)
+        finally:
+            made.terminate()
+            said = made.communicate()[1]
+    assert good, said
+
+
+def test_a_share_is_a_sum_over_a_sum():
+    """Series with unlike labels divide to nothing, and one label's share of itself is 1."""
+    rules = yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"][0]["rules"]
+    told = [rule["expr"] for rule in rules]
+    text = (ROOT / "docs" / "how-to" / "run-as-a-service.md").read_text()
+    told += re.findall(r"^\|[^|]*\| `([^`|]*)` \|", text, flags=re.MULTILINE)
+    shares = [side.strip() for expr in told if "/ " in expr for side in expr.split("/ ")]
+    assert len(shares) > 10
+    assert all(side.startswith("sum(") for side in shares)
 
 
 def test_every_meter_of_the_alarms_exists():
