@@ -33,8 +33,16 @@ TABLE = "log.parquet"  # what a partitioned table becomes that lies in no folder
 
 
 def is_remote(name: str) -> bool:
-    """Whether a name is an address and no path."""
-    return bool(re.match(r"[a-z][a-z0-9+.-]+://", name))
+    """Whether a name is an address and no path. Raises PageLLMError for a mistyped address."""
+    if re.match(r"[a-z][a-z0-9+.-]+://", name):
+        return True
+    if found := re.match(r"(?i)(s3a?|gs|gcs|abfss?|hdfs):/*", name):
+        scheme = found[1].lower().removesuffix("a")
+        raise PageLLMError(
+            f"{safe(name)} looks like an address, and is none\n"
+            f"  Want {scheme}:// in lower case and with two slashes: {scheme}://bucket/path"
+        )
+    return False
 
 
 def safe(uri: str) -> str:

@@ -284,3 +284,14 @@ def test_what_cannot_be_reached_is_told_without_secrets(bucket, tmp_path):
         stores.send(tmp_path / "x", away)
     assert "asecret" not in str(error.value)
     assert stores.safe("s3://a:b@bucket/p?secret=c") == "s3://bucket/p"
+
+
+@pytest.mark.parametrize("name", ["s3:/shop/orders", "S3://shop/orders", "GS:/x/y/", "hdfs:x"])
+def test_a_mistyped_address_is_no_path(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PageLLMError, match="looks like an address.*\n.*two slashes"):
+        prepare.run(prepare.Config(dataset="x", raw=name, data="data"))
+    with pytest.raises(PageLLMError, match="looks like an address"):
+        recommend(Recommend(all=True, out=name))
+    assert not list(tmp_path.iterdir())
+    assert not any(map(stores.is_remote, ("c:/orders", "orders", "s3/orders", "./s3:/orders")))
