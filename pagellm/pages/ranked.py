@@ -47,6 +47,7 @@ __all__ = [
 
 # Scores held at once, 128 MB in float32: of 256 users at 131,000 items, of 32 at a million.
 BLOCK = 2**25
+FIRST, USERS = 32, 512  # users of rank_all's first block and of its later ones
 
 
 @dataclass
@@ -213,18 +214,22 @@ def rank_all(
     k: int,
     depth: int,
     seed: int = 0,
-    block: int = 128,
+    block: int | None = None,
 ) -> RankedPages:
     """`top_items` of many users, `block` at a time.
 
     score    a function: users (B,) -> scores (B, N)
     users    (U,) rising
     k        slots of a page; depth: ranks in all
+    block    None: USERS, or as many as have BLOCK scores, after a first block that counts the items
     """
-    parts = [
-        top_items(score(some), some, seen, depth, seed)
-        for some in (users[at : at + block] for at in range(0, len(users), block))
-    ]
+    parts, at, size = [], 0, block or FIRST
+    while at < len(users):
+        some = users[at : at + size]
+        table = score(some)
+        parts.append(top_items(table, some, seen, depth, seed))
+        at += size
+        size = block or max(1, min(USERS, BLOCK // max(1, table.shape[1])))
     item, value = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
     return RankedPages(users, item, value, np.minimum((item >= 0).sum(1), k))
 
@@ -234,8 +239,7 @@ def popularity_pages(
 ) -> RankedPages:
     """For each user the most liked train items that are not in `seen`."""
     count = torch.from_numpy(np.bincount(shop.csr("train").items, minlength=shop.n_items)).float()
-    block = max(1, min(512, BLOCK // max(1, shop.n_items)))
-    return rank_all(lambda some: count.expand(len(some), -1), users, seen, k, depth, seed, block)
+    return rank_all(lambda some: count.expand(len(some), -1), users, seen, k, depth, seed)
 
 
 def check_pages(name: str, ranked: RankedPages, users: np.ndarray, seen: Rows) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pagellm.data.shop import Rows
 from pagellm.pages import metrics, ranked, stats
+from pagellm.pages import ranked as ranked_module
 from pagellm.pages.energy import energy, gain, near_duplicates
 from pagellm.pages.ranked import (
     RankedPages,
@@ -52,6 +53,28 @@ def test_top_items_are_the_best_of_the_whole_catalogue_less_the_seen(matrix, see
             ranked.score[u][: len(got)], np.sort(score[u, legal].numpy())[::-1][: len(got)]
         )
         assert (ranked.item[u][len(got) :] == -1).all() and ranked.slots[u] == min(3, len(got))
+
+
+@given(st.integers(1, 90), st.sampled_from([1, 30, 64, 2**25]))
+@settings(deadline=None)
+def test_blocks_of_users_are_as_large_as_their_scores_allow(users, most):
+    """Blocks of any size give the same lists; after the first none has more than BLOCK scores."""
+    score, asked = torch.randn(users, 8, generator=torch.Generator().manual_seed(0)), []
+
+    def some_scores(some):
+        asked.append(len(some))
+        return score[some]
+
+    seen = Rows(np.zeros(users + 1, np.int64), EMPTY.items, EMPTY.ratings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranked_module, "BLOCK", most)
+        patch.setattr(ranked_module, "FIRST", 2)
+        patch.setattr(ranked_module, "USERS", 16)
+        found = rank_all(some_scores, np.arange(users), seen, 3, 8)
+    want = rank_all(lambda some: score[some], np.arange(users), seen, 3, 8, block=7)
+    np.testing.assert_array_equal(found.item, want.item)
+    assert asked[0] == min(2, users) and sum(asked) == users
+    assert all(n == max(1, min(16, most // 8)) for n in asked[1:-1])
 
 
 def test_ties_are_shuffled_by_seed_and_user_not_by_item_or_block():
