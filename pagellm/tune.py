@@ -68,6 +68,8 @@ __all__ = ["Config", "run"]
 
 Scores = dict[str, np.ndarray]
 FEW = 24  # items of history that a prompt shows by default
+NEARLY = 0.005  # share of ALS's validation NDCG@100 that fewer factors may lose
+ALS_FACTORS = GRIDS["ALS"]["factors"]
 # Options of SFT that every start has; small steps keep what the factorisation knows.
 GENTLE = {"row_lr": 0.1, "dropout": 0.3, "label_share": 0.2, "patience": 3}
 
@@ -198,6 +200,21 @@ def around(grid: dict[str, tuple], settings: dict, reach: int = 1) -> dict[str, 
     return out
 
 
+def narrowed(tried: Mapping[str, float], settings: dict) -> dict:
+    """Settings of ALS with the fewest factors among those tried that are nearly as good.
+
+    tried     trials.json: "ALS {settings}" -> validation NDCG@100
+    settings  the best; only their factors may change
+
+    Fits of a narrow model are cheap, so that more settings of ALS+facts and ALS+ratings fit into
+    the minutes. The search of ALS+facts may widen it again.
+    """
+    best = tried[f"ALS {json.dumps(settings)}"]
+    found = {f: tried.get(f"ALS {json.dumps(settings | {'factors': f})}") for f in ALS_FACTORS}
+    near = [f for f, value in found.items() if value is not None and value >= (1 - NEARLY) * best]
+    return settings | {"factors": min(near)}
+
+
 def plain_models(t: Tuning) -> tuple[str, Scores]:
     """Search the settings of every plain model; returns the best one and its scores."""
     c = t.config
@@ -212,9 +229,10 @@ def plain_models(t: Tuning) -> tuple[str, Scores]:
     chosen: dict[str, dict] = {"popularity": {"settings": {}}}
     scores: dict[str, Scores] = {}
     most = dict(t.plain.trials)
+    path, base = t.bench.folder / "trials.json", {}
     for name in ("EASE", "ALS", "ALS+facts", "ALS+ratings"):
-        base = chosen.get("ALS", {}).get("settings", {})
         if name == "ALS+facts":
+            base = narrowed(read_json(path), chosen["ALS"]["settings"])
             most |= t.facts(partial(bench.fit, name, base)).trials
         trials, grid = most[name], grid_of(name, t.shop.n_items)
         if name != "EASE":
@@ -225,7 +243,7 @@ def plain_models(t: Tuning) -> tuple[str, Scores]:
             elif name == "ALS+ratings":
                 grid |= {key: (base[key],) for key in GRIDS["ALS"]}
         if trials:
-            chosen[name], fitted = bench.choose(name, t.bench.folder / "trials.json", grid, trials)
+            chosen[name], fitted = bench.choose(name, path, grid, trials)
         elif name in ("ALS+facts", "ALS+ratings") and (name == "ALS+facts" or t.size.rated):
             chosen[name] = {"settings": base if name == "ALS+facts" else base | RATED}
             fitted = bench.fit(name, chosen[name]["settings"])

@@ -359,6 +359,19 @@ def test_long_histories_leave_room_for_the_longest_page_of_sft(served, monkeypat
         policy.check_room(own.max_page)
 
 
+def test_the_search_with_facts_begins_with_as_few_factors_as_are_nearly_as_good():
+    best = {"factors": 512, "alpha0": 0.1, "reg": 0.03, "nu": 0.5}
+
+    def tried(**values: float) -> dict[str, float]:
+        at = {f"ALS {json.dumps(best | {'factors': int(f[1:])})}": v for f, v in values.items()}
+        other = f"ALS {json.dumps(best | {'factors': 8, 'nu': 1.0})}"
+        return at | {other: 0.4, "EASE {}": 0.4}
+
+    found = tried(_512=0.4, _256=0.399, _128=0.3981, _64=0.3979)
+    assert tune.narrowed(found, best) == best | {"factors": 128}
+    assert tune.narrowed(tried(_512=0.4, _128=0.39), best) == best
+
+
 def test_epochs_for_so_many_steps():
     assert round(float(epochs_for(7, 130)) * 3) == 7
 
