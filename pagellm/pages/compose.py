@@ -15,6 +15,7 @@ not disturb the order.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -249,12 +250,16 @@ def as_varied(
               where so much spread brings Recall@20 or NDCG@100 below the plain row's means
     """
     theirs = means(shipped)
-    if "ILD" not in theirs or means(scored(taste))["ILD"] >= theirs["ILD"]:
-        return taste
+
+    @cache
+    def ours(spread: float) -> dict[str, float]:
+        return means(scored(replace(taste, spread=spread)))
 
     def varied(spread: float) -> bool:
-        return means(scored(replace(taste, spread=spread)))["ILD"] >= theirs["ILD"]
+        return ours(spread)["ILD"] >= theirs["ILD"]
 
+    if "ILD" not in theirs or varied(taste.spread):
+        return taste
     below, enough = taste.spread, None
     for spread in (s for s in spreads if s > taste.spread):
         if varied(spread):
@@ -266,7 +271,5 @@ def as_varied(
     for _ in range(halvings):
         middle = (below + enough) / 2
         below, enough = (below, middle) if varied(middle) else (middle, enough)
-    wider = replace(taste, spread=enough)
-    ours = means(scored(wider))
-    lost = any(ours[m] < theirs[m] for m in ACCURACY if m in ours and m in theirs)
-    return taste if lost else wider
+    lost = any(ours(enough)[m] < theirs[m] for m in ACCURACY if m in theirs)
+    return taste if lost else replace(taste, spread=enough)

@@ -204,9 +204,9 @@ def measure(config: StageConfig, shop: Shop, run: str, minutes: float) -> Second
     train, groups = shop.csr("train"), item_groups(shop.catalogue)
     als: dict[str, float] = {}
     models: dict[int, Fitted] = {}
-    sampled = [32, 128, *(f for f in (256,) if f < min(shop.n_items, shop.n_users))]
-    for factors in sampled:
-        if len(als) == 2 and als["128"] > minutes * WIDE_SAMPLE:
+    for factors in (32, 128, 256):
+        narrow = factors >= min(shop.n_items, shop.n_users)
+        if factors == 256 and (narrow or als["128"] > minutes * WIDE_SAMPLE):
             break  # so wide a fit will hardly be in the plan
         settings = {"factors": factors, "alpha0": 0.01, "reg": 0.03, "nu": 1.0}
 
@@ -277,6 +277,11 @@ def als_seconds(seconds: Seconds, factors: int) -> float:
     return there * (factors / near) ** min(2.5, max(0.5, rise))
 
 
+def ease_seconds(cube: float, items: int) -> float:
+    """A fit of EASE, which inverts items x items; cube: seconds for 1,000 of them."""
+    return cube * (items / 1000) ** 3
+
+
 def plan_plain(seconds: Seconds, minutes: float, shop: ShopSize) -> Plain:
     """What fits into the first share of the minutes."""
     share = {name: minutes * 60 * part for name, part in SHARES.items()}
@@ -286,7 +291,7 @@ def plan_plain(seconds: Seconds, minutes: float, shop: ShopSize) -> Plain:
     factors = [f for f in cap if FITS * (als_seconds(seconds, f) + seconds.rank) <= room] or cap[:1]
     trial = float(np.mean([als_seconds(seconds, f) for f in factors])) + seconds.rank
     n = int(room * ALS_SHARE[shop.facts + shop.rated] / trial)
-    ease = seconds.cube * (shop.items / 1000) ** 3
+    ease = ease_seconds(seconds.cube, shop.items)
     few = int(share["plain"] * 0.15 / (ease + seconds.rank))
     trials = {"EASE": min(5, few) if shop.items <= LARGEST else 0, "ALS": max(1, min(24, n))}
     # Starts are pages of validation users alone: a vocabulary, a factorisation, four looks each.
@@ -336,7 +341,7 @@ def plan_steps(
     texts = min(240, int(share["pretrain"] / costs.text))
     # Composed twice, with the language model and without, by the same judges: three factorisations
     # and EASE, fitted three times.
-    ease = cube * (shop.items / 1000) ** 3 if shop.items <= DENSE else 0.0
+    ease = ease_seconds(cube, shop.items) if shop.items <= DENSE else 0.0
     fits = 9 * costs.fit + 3 * ease
     each = (share["compose"] - fits) / 2
     # PPO fits these judges once more, and asks them about the users of its gate and of its steps.
